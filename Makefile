@@ -1,0 +1,39 @@
+# Every target makes the virtual environment itself. The plain commands behind each stand in CONTRIBUTING.md.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format bench stress clean
+.DEFAULT_GOAL := test
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
+	$(BIN)/stager demo --config configs/demo.yaml --out runs/demo
+
+test: $(INSTALLED)  ## lint, types and the whole suite
+	$(MAKE) lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stress: $(INSTALLED)  ## the long versions of the crash tests
+	$(BIN)/python -m pytest -m long
+
+bench: $(INSTALLED)  ## staging, writing and loading beside torch's own
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

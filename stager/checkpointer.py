@@ -1,0 +1,425 @@
+"""The public face: a run's checkpoints.
+
+Start here, then ``saver.py`` (one save end to end), ``plan.py``, ``arena.py``, ``copying.py``; ``restore.py`` for the way
+back. What happens in the worker processes is in ``workers/`` (``pool.py`` has the diagram).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch.optim import Optimizer
+
+from stager.arena import Arena
+from stager.config import StagerConfig, load_config
+from stager.config.host import Cgroup, usable_cores
+from stager.copying import Copier
+from stager.plan import Planner
+from stager.restore import Restorer
+from stager.save import SaveHandle, SaveState
+from stager.saver import Saver, SaverOptions
+from stager.telemetry import Telemetry
+from workers.directory import (
+    CheckpointInfo,
+    SkippedCheckpoint,
+    checkpoint_name,
+    committed_steps,
+    list_checkpoints,
+    lock_directory,
+    partial_names,
+    read_checkpoint,
+)
+from workers.errors import CheckpointNotFoundError, ClosedError, CorruptCheckpointError, StagerError
+from workers.files import storage_errors
+from workers.formats import get_format
+from workers.manifest import Manifest
+from workers.pool import PoolOptions, WorkerPool
+from workers.recover import recover
+from workers.verify import verify_checkpoint
+
+logger = logging.getLogger("stager")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What ``load()`` returns.
+
+    Attributes:
+        step: of the checkpoint.
+        state: the whole state, or the mapping given as ``into``.
+        info: where it came from.
+    """
+
+    step: int
+    state: Any
+    info: CheckpointInfo
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one run, in one directory.
+
+    Args:
+        directory: where the checkpoints are; made if it is not there.
+        config: path of a YAML file, a mapping, a :class:`~stager.config.StagerConfig`, or None for the defaults.
+        read_only: only load: start no workers, take no lock, change nothing.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+        DirectoryInUseError: another run writes there.
+        StorageError: the directory cannot be made or read.
+        WorkerStartError: no worker process can be started.
+
+    Thread safety: ``save()`` and the other methods may be called from any thread, one at a time (a lock enforces it); the
+    Futures may be awaited anywhere. After ``fork()`` the child cannot use it.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        config: str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        self._config = load_config(config)
+        self._directory = os.path.abspath(os.fspath(directory))
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
+        self._closed = False
+        self._skipped: list[SkippedCheckpoint] = []
+        self._verified: dict[str, tuple[str, int]] = {}
+        self._unread: list[SaveHandle] = []
+        self._lock_fd = -1
+        self._saver: Saver | None = None
+        if not read_only:
+            self._open_for_writing()
+            _live.add(self)
+
+    def _open_for_writing(self) -> None:
+        config = self._config
+        with storage_errors("create", self._directory):
+            os.makedirs(self._directory, exist_ok=True)
+        self._lock_fd = lock_directory(self._directory, config.persistence.lock_timeout_secs)
+        try:
+            for found in recover(self._directory):
+                logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
+            self._telemetry = Telemetry(config.telemetry.events, config.telemetry.trace)
+            self._arena = self._make_arena()
+            self._pool = self._start_pool()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+        self._saver = self._make_saver()
+
+    def _make_arena(self) -> Arena:
+        arena = self._config.arena
+        headroom = Cgroup.of_this_process().memory_headroom_bytes()
+        available = min(psutil.virtual_memory().available, headroom if headroom is not None else 1 << 62)
+        return Arena(
+            arena.buffers,
+            arena.resolve_max_host_bytes(available, _local_world_size()),
+            arena.when_full,
+            prefault=arena.prefault,
+            pin=torch.cuda.is_available() if arena.pin == "auto" else arena.pin,
+        )
+
+    def _start_pool(self) -> WorkerPool:
+        workers = self._config.workers
+        options = PoolOptions(
+            nice=workers.nice,
+            ionice=workers.ionice,
+            start_timeout_secs=workers.start_timeout_secs,
+            max_restarts=workers.max_restarts,
+            task_timeout_secs=workers.task_timeout_secs,
+            orphan_timeout_secs=workers.orphan_timeout_secs,
+            shutdown_timeout_secs=workers.shutdown_timeout_secs,
+            env={"CUDA_VISIBLE_DEVICES": ""},  # workers never create a CUDA context
+        )
+        # Workers keep the lock's descriptor: see NOTE [ The lock ] in workers/directory.py.
+        return WorkerPool(workers.resolve_count(_local_world_size()), options, inherit_fds=(self._lock_fd,))
+
+    def _make_saver(self) -> Saver:
+        persistence, staging = self._config.persistence, self._config.staging
+        num_parts = self._config.workers.resolve_count(_local_world_size())
+        file_format = get_format(persistence.format)
+        options = SaverOptions(
+            directory=self._directory,
+            kind=persistence.format,
+            num_parts=num_parts,
+            fsync=persistence.fsync,
+            check_free_space=persistence.check_free_space,
+            verify=staging.verify,
+        )
+        copy_threads = usable_cores() if staging.copy_threads == "auto" else staging.copy_threads
+        return Saver(
+            options,
+            file_format,
+            Planner(file_format, num_parts, persistence.segment_bytes),
+            self._arena,
+            Copier(copy_threads),
+            self._pool,
+            self._on_done,
+        )
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
+        """Take a snapshot of ``state`` and let the workers write it as the checkpoint of ``step``.
+
+        Returns when the snapshot is whole, or, for tensors of guarded optimizers, when it is safe to go on.
+        A checkpoint of the same step is replaced when the new one is committed.
+
+        Args:
+            step: the training step, 0 or more.
+            state: names to tensors, nested containers, objects with ``state_dict()`` and ``load_state_dict()``, or
+                anything that can be pickled.
+
+        Raises:
+            UnstageableError: a value cannot be saved; names its key path.
+            MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
+            ClosedError
+            Exception: the error of an earlier save that nobody has looked at; this save is then not taken.
+        """
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
+        with self._lock:
+            saver = self._writer()
+            self._raise_unread()
+            handle = saver.save(step, state)
+            self._unread.append(handle)
+            return handle
+
+    def guard(self, *optimizers: Optimizer) -> None:
+        """Overlap snapshots with forward and backward for what only these optimizers' ``step()`` changes.
+
+        ``save()`` then returns before their parameters and state are copied, and their ``step()`` waits for the copy.
+        Do not write to these tensors by any other way between ``save()`` and the next ``step()``, or call
+        ``wait_for_staging()`` before.
+        """
+        with self._lock:
+            for optimizer in optimizers:
+                self._writer().guard.add(optimizer)
+
+    def warmup(self, state: Mapping[str, Any]) -> None:
+        """Do ahead what the first save of such a state would have to: plan, allocate, start workers. Waits for it."""
+        with self._lock:
+            self._writer().warm_up(state)
+
+    def wait_for_staging(self, timeout: float | None = None) -> None:
+        """Until every snapshot begun so far is taken: then the state may be changed in any way.
+
+        Raises:
+            TimeoutError: after ``timeout`` seconds.
+        """
+        self._writer().wait_for_staging(timeout)
+
+    def _on_done(self, handle: SaveHandle) -> None:
+        """In the pool's thread, when a save is committed or failed."""
+        report = handle.report
+        if handle.state is SaveState.COMMITTED:
+            logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
+        else:
+            logger.error("save of step %d failed", report.step)
+        with suppress(OSError):
+            self._telemetry.record(report)
+
+    def _raise_unread(self) -> None:
+        """Raise the oldest error that nobody has seen."""
+        self._unread = [h for h in self._unread if not h.upload_completion.done() or _unread_error(h)]
+        for handle in self._unread:
+            error = _unread_error(handle)
+            if error is not None:
+                handle.upload_completion.was_read = True
+                raise error
+
+    def _writer(self) -> Saver:
+        if self._owner != os.getpid():
+            raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
+        if self._closed:
+            raise ClosedError(f"the Checkpointer of {self._directory} is closed")
+        if self._saver is None:
+            raise ClosedError(f"the Checkpointer of {self._directory} was opened with read_only=True")
+        return self._saver
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The committed checkpoints, oldest first, by their manifests (data files are not read)."""
+        return list_checkpoints(self._directory)[0]
+
+    def latest(self) -> CheckpointInfo | None:
+        """The newest checkpoint that is committed and valid; None if there is none.
+
+        Each candidate is verified as ``loading.verify`` says. What was passed over is in :attr:`skipped`, with the
+        reason, and logged.
+        """
+        with self._lock:
+            found = self._find(None)
+            return None if found is None else found[0]
+
+    @property
+    def skipped(self) -> list[SkippedCheckpoint]:
+        """What the last ``latest()`` or ``load()`` passed over, newest first, and why."""
+        return list(self._skipped)
+
+    def _find(self, step: int | None) -> tuple[CheckpointInfo, Manifest] | None:
+        """The newest valid checkpoint, or the one of ``step``."""
+        self._skipped = [
+            SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
+            for name in reversed(partial_names(self._directory))
+        ]
+        for candidate in committed_steps(self._directory) if step is None else [step]:
+            try:
+                return self._check(candidate)
+            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+                if step is not None:
+                    raise
+                self._skipped.append(SkippedCheckpoint(checkpoint_name(candidate), str(error)))
+                logger.warning("%s skipped: %s", checkpoint_name(candidate), error)
+        return None
+
+    def _check(self, step: int) -> tuple[CheckpointInfo, Manifest]:
+        info, manifest = read_checkpoint(self._directory, step)
+        identity = (info.save_id, os.stat(info.path).st_mtime_ns)
+        if self._verified.get(info.path) != identity:
+            result = verify_checkpoint(
+                info.path, full=self._config.loading.verify == "full", num_threads=self._read_threads()
+            )
+            if not result.ok:
+                raise CorruptCheckpointError(info.path, "; ".join(result.problems[:3]))
+            self._verified[info.path] = identity
+        return info, manifest
+
+    def _read_threads(self) -> int:
+        threads = self._config.loading.threads
+        return min(8, usable_cores()) if threads == "auto" else threads
+
+    # -- loading ------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        step: int | None = None,
+        into: MutableMapping[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        allow_pickle: bool | None = None,
+    ) -> Loaded | None:
+        """Load a checkpoint.
+
+        Args:
+            step: which one; None: the newest valid one, falling back to the one before if it is damaged.
+            into: restore into these values in place: tensors keep their identity, objects get ``load_state_dict()``.
+                None: return a new state.
+            strict: keys must match, as in ``nn.Module.load_state_dict``.
+            allow_pickle: unpickle any object, which runs code from the checkpoint; None: as configured.
+
+        Returns:
+            None if ``step`` is None and there is no valid checkpoint.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError: about the ``step`` that was asked for.
+            StateMismatchError: it does not fit ``into``; nothing was changed.
+            UnsafePickleError: see ``allow_pickle``; nothing was changed.
+            StorageError
+        """
+        with self._lock:
+            if self._saver is not None and not self._closed:
+                self._saver.wait_for_staging()  # do not overwrite what is being copied
+            found = self._find(step)
+            if found is None:
+                return None
+            info, manifest = found
+            allowed = self._config.loading.allow_pickle if allow_pickle is None else allow_pickle
+            restorer = Restorer(info.path, manifest, self._read_threads(), allowed)
+            if into is None:
+                return Loaded(info.step, restorer.load(), info)
+            restorer.load_into(into, strict)
+            return Loaded(info.step, into, info)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish every save that was begun, then stop the workers and free the memory. Idempotent.
+
+        Args:
+            timeout: seconds to wait for saves in flight; those not committed by then fail with ClosedError.
+
+        Raises:
+            Exception: the error of a save that nobody has looked at.
+        """
+        if self._owner != os.getpid():
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            _live.discard(self)
+            if self._saver is None:
+                return
+            with suppress(TimeoutError):
+                self._saver.wait_for_staging(timeout)
+            self._pool.close(timeout)
+            self._saver.close()
+            self._arena.close()
+            self._telemetry.close()
+            os.close(self._lock_fd)
+            self._raise_unread()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except StagerError:  # the exception that is on its way up comes first
+            logger.exception("a save failed as well")
+
+    def _abandon(self) -> None:
+        """In a forked child: let go of the lock's descriptor, or the child would hold the directory."""
+        if self._lock_fd >= 0 and not self._closed:
+            with suppress(OSError):
+                os.close(self._lock_fd)
+
+
+def _unread_error(handle: SaveHandle) -> BaseException | None:
+    return handle.upload_completion.unread_error()
+
+
+def _local_world_size() -> int:
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(text)) if text.isdigit() else 1
+
+
+_live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for checkpointer in list(_live):
+        try:
+            checkpointer.close()
+        except Exception:
+            logger.exception("a save failed, and the program ended without looking at it")
+
+
+def _abandon_all() -> None:
+    for checkpointer in list(_live):
+        checkpointer._abandon()
+
+
+atexit.register(_close_all)  # runs before the pool's own: the last checkpoint is not lost when close() was forgotten
+os.register_at_fork(after_in_child=_abandon_all)

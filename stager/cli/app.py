@@ -1,0 +1,73 @@
+"""``stager``: the commands, and what an error means for the exit code.
+
+Exit codes: 0 ok; 1 the answer is no (a checkpoint is damaged or not there, a check failed); 2 wrong usage or settings.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from stager.cli.console import print_error
+from stager.cli.demo import demo
+from stager.cli.doctor import doctor
+from stager.cli.inspect import inspect
+from stager.cli.ls import ls
+from stager.cli.verify import verify
+
+EXIT_NO = 1
+EXIT_USAGE = 2
+
+
+class _ErrorsAsExitCodes(TyperGroup):
+    """Turns stager's errors into a message on stderr and an exit code. Any other error is a bug: it keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from workers.errors import StagerError, UsageError  # late: a command that succeeds may not need torch
+
+            if not isinstance(error, StagerError):
+                raise
+            print_error(str(error))
+            raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_NO) from error
+
+
+app = typer.Typer(
+    name="stager",
+    cls=_ErrorsAsExitCodes,
+    help="Checkpoint staging for PyTorch: look at checkpoints, verify them, check this host, run the demo.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, ls, inspect, verify, doctor):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"stager {version('stager')}")
+        except PackageNotFoundError:
+            print("stager, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The console script. Does not return: it exits with 0, 1 or 2."""
+    app(prog_name="stager")

@@ -1,0 +1,163 @@
+"""``stager inspect``: what is in a checkpoint, from its manifest alone; no data is read and no code of it runs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stager.cli.console import print_json, printable, stdout
+from stager.cli.ls import format_time
+from stager.cli.options import JsonOption
+from stager.cli.selection import select_checkpoints
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from workers.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One leaf of the state.
+
+    Attributes:
+        key: its path, joined by dots: the name DCP gives it.
+        kind: "tensor" or "object".
+        dtype, shape: of a tensor; "" and () for an object.
+        nbytes: of its values (tensor) or its pickle (object).
+        file: in the checkpoint's directory.
+        offset: of those bytes in that file.
+        same_as: the key it shares its bytes with (tied), or None.
+    """
+
+    key: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+    offset: int
+    same_as: str | None
+
+
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or the run's directory.")],
+    *,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Which one in a run's directory; the newest otherwise.")
+    ] = None,
+    keys: Annotated[str | None, typer.Option(metavar="GLOB", help="Only these keys, e.g. 'model.*.weight'.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Rows that a table shows at most; 0: all.")] = 200,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint holds: where it comes from, its files, each tensor and object."""
+    from workers.manifest import read_manifest
+
+    (checkpoint,) = select_checkpoints(path, step)
+    manifest = read_manifest(checkpoint)
+    entries = [e for e in entries_of(manifest) if keys is None or fnmatch.fnmatchcase(e.key, keys)]
+    if as_json:
+        parts = {kind: [asdict(e) for e in entries if e.kind == kind] for kind in ("tensor", "object")}
+        facts = facts_of(checkpoint, manifest)
+        print_json({**facts, "tensors": parts["tensor"], "objects": parts["object"]})
+    else:
+        _print(facts_of(checkpoint, manifest), entries, limit)
+    if keys is not None and not entries:
+        raise typer.Exit(1)
+
+
+def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
+    """What the checkpoint says of itself as a whole."""
+    header, layout = manifest.header, manifest.layout
+    files = [{"name": f.name, "nbytes": f.nbytes} for f in layout.files]
+    files += [{"name": f.name, "nbytes": f.nbytes} for f in manifest.index_files]
+    return {
+        "path": path,
+        "step": header.step,
+        "created": header.created,
+        "format": header.kind,
+        "nbytes": manifest.nbytes,
+        "num_tensors": manifest.count("tensor"),
+        "num_objects": manifest.count("object"),
+        "save_id": header.save_id,
+        "torch": header.torch,
+        "stager": header.stager,
+        "files": files,
+    }
+
+
+def entries_of(manifest: Manifest) -> Iterator[Entry]:
+    """Every leaf of the state, in its order."""
+    from workers.structure import fqn
+
+    first_keys: dict[int, str] = {}
+    for path, index in manifest.paths():
+        item, key = manifest.layout.items[index], fqn(path)
+        first = first_keys.setdefault(index, key)
+        yield Entry(
+            key=key,
+            kind=item.kind,
+            dtype=item.dtype,
+            shape=item.shape,
+            nbytes=item.data_nbytes,
+            file=manifest.layout.files[item.file].name,
+            offset=item.data_offset,
+            same_as=None if first == key else first,
+        )
+
+
+def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
+    from rich.table import Table
+
+    from stager.config.sizes import format_bytes
+
+    console = stdout()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.columns.clear()
+    shown = {
+        **facts,
+        "created": format_time(facts["created"]),
+        "nbytes": f"{format_bytes(facts['nbytes'])} ({facts['nbytes']} bytes)",
+        "files": ", ".join(f"{file['name']} ({format_bytes(file['nbytes'])})" for file in facts["files"]),
+    }
+    for name, value in shown.items():
+        table.add_row(name, _text(value))
+    console.print(table)
+    for kind in ("tensor", "object"):
+        of_kind = [entry for entry in entries if entry.kind == kind]
+        if of_kind:
+            console.print()
+            console.print(_entry_table(of_kind[: limit or None]))
+        if limit and len(of_kind) > limit:
+            more = len(of_kind) - limit
+            console.print(f"... and {more} more {kind}s; narrow with --keys, or see all with --limit 0 or --json")
+    if not entries:
+        console.print("no key matches")
+
+
+def _entry_table(entries: list[Entry]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(f"{entries[0].kind}", overflow="fold")
+    for name in ("dtype", "shape"):
+        table.add_column(name)
+    table.add_column("bytes", justify="right")
+    table.add_column("file")
+    table.add_column("offset", justify="right")
+    table.add_column("same bytes as", overflow="fold")
+    for entry in entries:
+        shape = "x".join(map(str, entry.shape)) if entry.shape else "scalar" if entry.kind == "tensor" else ""
+        cells = (entry.key, entry.dtype, shape, entry.nbytes, entry.file, entry.offset, entry.same_as or "")
+        table.add_row(*map(_text, cells))
+    return table
+
+
+def _text(value: object) -> Any:
+    from rich.text import Text
+
+    return Text(printable(value))

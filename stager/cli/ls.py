@@ -1,0 +1,170 @@
+"""``stager ls``: the checkpoints of a run, with those that do not count and why."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stager.cli.console import byte_progress, print_json, printable, stdout
+from stager.cli.options import JsonOption
+from stager.cli.selection import directory_nbytes, is_checkpoint, require_directory
+
+if TYPE_CHECKING:
+    from workers.directory import CheckpointInfo, SkippedCheckpoint
+
+
+class Status(str, Enum):
+    COMMITTED = "committed"
+    PARTIAL = "partial"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One directory.
+
+    Attributes:
+        name: of the directory.
+        status, reason: what it is, and why it is not taken for a checkpoint.
+        nbytes: of its files.
+        created: unix time; of what is not committed, the last change.
+        step, num_tensors, num_objects: None where that cannot be known.
+    """
+
+    name: str
+    path: str
+    status: Status
+    reason: str
+    nbytes: int
+    created: float
+    step: int | None
+    num_tensors: int | None
+    num_objects: int | None
+
+
+def ls(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The run's directory.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every byte; exit 1 if a checkpoint is damaged.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the checkpoints in DIR: committed, partial (never committed, or being written now), invalid and why."""
+    rows = list_rows(os.path.abspath(directory))
+    if verify:
+        rows = _verified(rows)
+    if as_json:
+        print_json({"directory": os.path.abspath(directory), "checkpoints": [asdict(row) for row in rows]})
+    else:
+        _print_table(directory, rows)
+    if verify and any(row.status is Status.INVALID for row in rows):
+        raise typer.Exit(1)
+
+
+def list_rows(directory: str) -> list[Row]:
+    """Every checkpoint and would-be checkpoint in ``directory``, by name. Manifests are read, data is not.
+
+    Raises:
+        CheckpointNotFoundError: no such directory.
+    """
+    from workers.directory import list_checkpoints
+
+    require_directory(directory)
+    if is_checkpoint(directory):
+        raise typer.BadParameter(
+            f"{directory} is one checkpoint; use 'stager inspect' or 'stager verify', or name the run"
+        )
+    committed, skipped = list_checkpoints(directory)
+    rows = [_committed_row(info) for info in committed] + [_skipped_row(directory, item) for item in skipped]
+    return sorted(rows, key=lambda row: row.name)
+
+
+def _committed_row(info: CheckpointInfo) -> Row:
+    return Row(
+        name=os.path.basename(info.path),
+        path=info.path,
+        status=Status.COMMITTED,
+        reason="",
+        nbytes=info.nbytes,
+        created=info.created,
+        step=info.step,
+        num_tensors=info.num_tensors,
+        num_objects=info.num_objects,
+    )
+
+
+def _skipped_row(directory: str, skipped: SkippedCheckpoint) -> Row:
+    path = os.path.join(directory, skipped.name)
+    digits = skipped.name.removeprefix("step-").partition(".")[0]
+    try:
+        nbytes, changed = directory_nbytes(path), os.stat(path).st_mtime
+    except OSError:  # committed or removed meanwhile, or a file of that name
+        nbytes, changed = 0, 0.0
+    return Row(
+        name=skipped.name,
+        path=path,
+        status=Status.PARTIAL if ".partial-" in skipped.name else Status.INVALID,
+        reason=skipped.reason,
+        nbytes=nbytes,
+        created=changed,
+        step=int(digits) if digits.isdigit() else None,
+        num_tensors=None,
+        num_objects=None,
+    )
+
+
+def _verified(rows: list[Row]) -> list[Row]:
+    from workers.verify import verify_checkpoint
+
+    checked = list(rows)
+    with byte_progress() as progress:
+        total = sum(row.nbytes for row in rows if row.status is Status.COMMITTED)
+        bar = progress.add_task("verify", total=total)
+        for index, row in enumerate(rows):
+            if row.status is Status.COMMITTED:
+                result = verify_checkpoint(row.path, progress=lambda nbytes: progress.advance(bar, nbytes))
+                if not result.ok:
+                    checked[index] = replace(row, status=Status.INVALID, reason="; ".join(result.problems))
+    return checked
+
+
+def _print_table(directory: str, rows: list[Row]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from stager.config.sizes import format_bytes
+
+    console = stdout()
+    if not rows:
+        console.print(f"no checkpoints in {printable(directory)}", markup=False, soft_wrap=True)
+        return
+    colours = {Status.COMMITTED: "green", Status.PARTIAL: "yellow", Status.INVALID: "red"}
+    table = Table("step", "status", "size", "created", "tensors", "objects", "why not", box=None, padding=(0, 2, 0, 0))
+    for column in (0, 2, 4, 5):
+        table.columns[column].justify = "right"
+    table.columns[6].overflow = "fold"
+    for row in rows:
+        table.add_row(
+            _count(row.step),
+            Text(row.status.value, style=colours[row.status]),
+            format_bytes(row.nbytes),
+            format_time(row.created),
+            _count(row.num_tensors),
+            _count(row.num_objects),
+            Text(printable(row.reason)),
+        )
+    console.print(table)
+
+
+def format_time(unix: float) -> str:
+    """Local time, to the second; empty for 0 (unknown)."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix)) if unix else ""
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else str(number)

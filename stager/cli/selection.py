@@ -1,0 +1,78 @@
+"""Which checkpoint a command line means: ``PATH`` is one, or a run's directory that holds several."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import typer
+
+_CHECKPOINT_NAME = re.compile(r"step-\d{8,}(\.partial-[0-9a-f]+)?")
+
+
+def is_checkpoint(path: str) -> bool:
+    """By its name, or because it was renamed and has a manifest."""
+    return bool(_CHECKPOINT_NAME.fullmatch(os.path.basename(path))) or os.path.exists(f"{path}/manifest.json")
+
+
+def select_checkpoints(path: str, step: int | None, every: bool = False) -> list[str]:
+    """The directories of the checkpoints that are meant: ``path`` itself, or in it ``step``, all, or the newest.
+
+    Damaged ones count: it is for the caller to find that out.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        typer.BadParameter: options that contradict each other.
+    """
+    path = os.path.abspath(path)
+    if every and step is not None:
+        raise typer.BadParameter("--all and --step exclude each other")
+    if is_checkpoint(path):
+        if every or step is not None:
+            raise typer.BadParameter(f"{path} is one checkpoint; --step and --all need the run's directory")
+        return [path]
+    return _in_run(path, step, every)
+
+
+def _in_run(path: str, step: int | None, every: bool) -> list[str]:
+    from workers.directory import checkpoint_name, committed_steps
+    from workers.errors import CheckpointNotFoundError
+
+    require_directory(path)
+    steps = committed_steps(path)
+    if step is not None and step not in steps:
+        there = f"there are {_named(steps)}" if steps else "there are no checkpoints"
+        raise CheckpointNotFoundError(None, f"no checkpoint of step {step}; {there}", path)
+    if not steps:
+        raise CheckpointNotFoundError(None, "no committed checkpoint here", path)
+    wanted = [step] if step is not None else steps if every else steps[:1]
+    return [os.path.join(path, checkpoint_name(number)) for number in wanted]
+
+
+def require_directory(path: str) -> None:
+    """
+    Raises:
+        CheckpointNotFoundError: ``path`` is no directory.
+    """
+    from workers.errors import CheckpointNotFoundError
+
+    if not os.path.isdir(path):
+        reason = "is not a directory" if os.path.exists(path) else "no such directory"
+        raise CheckpointNotFoundError(None, reason, path)
+
+
+def directory_nbytes(path: str) -> int:
+    """Bytes of the files directly in ``path``; files that vanish meanwhile do not count."""
+    total = 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                total += entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _named(steps: list[int]) -> str:
+    shown = ", ".join(map(str, steps[:5]))
+    return f"steps {shown}" + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")

@@ -1,0 +1,35 @@
+"""Configuration: YAML, environment and ``--set``, checked against one pydantic model per component.
+
+Reading order: ``models.py`` (every key, its unit and default), ``sizes.py`` (``64MiB``, ``75%``), ``loading.py`` (where
+values come from and which wins), ``layers.py`` (one such source), ``problems.py`` (how an error is worded),
+``host.py`` (what the ``auto`` values are computed from).
+"""
+
+from stager.config.loading import load_config
+from stager.config.models import (
+    ArenaConfig,
+    LoadingConfig,
+    PersistenceConfig,
+    Section,
+    StagerConfig,
+    StagingConfig,
+    TelemetryConfig,
+    WorkersConfig,
+)
+from stager.config.sizes import Bytes, MemoryLimit, format_bytes, parse_bytes
+
+__all__ = [
+    "ArenaConfig",
+    "Bytes",
+    "LoadingConfig",
+    "MemoryLimit",
+    "PersistenceConfig",
+    "Section",
+    "StagerConfig",
+    "StagingConfig",
+    "TelemetryConfig",
+    "WorkersConfig",
+    "format_bytes",
+    "load_config",
+    "parse_bytes",
+]

@@ -1,0 +1,135 @@
+"""What this process may use of its host: the ``auto`` values and ``stager doctor`` start from here."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_CGROUP_MOUNT = Path("/sys/fs/cgroup")
+_NO_LIMIT_BYTES = 1 << 60  # cgroup v1 says "no limit" with a number near 2**63
+
+
+def usable_cores(cgroup: Cgroup | None = None) -> int:
+    """Cores this process may run on: its affinity, or its cgroup's CPU quota rounded up where that is less."""
+    affinity = len(os.sched_getaffinity(0))
+    quota = (cgroup or Cgroup.of_this_process()).cpu_quota_cores()
+    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+class Cgroup:
+    """The control group of a process, v2 or v1, and the limits set on it or on any group above it.
+
+    Args:
+        membership: the text of ``/proc/<pid>/cgroup``.
+        mount: where the hierarchies are mounted.
+    """
+
+    def __init__(self, membership: str, mount: Path = _CGROUP_MOUNT) -> None:
+        self._mount = mount
+        self._paths: dict[str, str] = {}  # controller -> path; "" is the v2 hierarchy
+        for line in membership.splitlines():
+            _, controllers, path = line.split(":", 2)
+            self._paths.update(dict.fromkeys(controllers.split(","), path))
+
+    @staticmethod
+    def of_this_process() -> Cgroup:
+        try:
+            return Cgroup(Path("/proc/self/cgroup").read_text())
+        except OSError:
+            return Cgroup("")
+
+    def cpu_quota_cores(self) -> float | None:
+        """The CPU quota in cores; None without one."""
+        quotas = [q for text in self._read_v2("cpu.max") if (q := _parse_cpu_max(text)) is not None]
+        for directory in self._directories("cpu"):
+            quota, period = _read_int(directory / "cpu.cfs_quota_us"), _read_int(directory / "cpu.cfs_period_us")
+            if quota is not None and period and quota > 0:
+                quotas.append(quota / period)
+        return min(quotas, default=None)
+
+    def memory_limit_bytes(self) -> int | None:
+        """The memory limit in bytes; None without one."""
+        limits = [int(text) for text in self._read_v2("memory.max") if text.isdigit()]
+        for directory in self._directories("memory"):
+            limit = _read_int(directory / "memory.limit_in_bytes")
+            if limit is not None and limit < _NO_LIMIT_BYTES:
+                limits.append(limit)
+        return min(limits, default=None)
+
+    def memory_headroom_bytes(self) -> int | None:
+        """The limit less what is used and cannot be given back (page cache can), in bytes; None without a limit.
+
+        The tightest group counts, which may be one above this process's own.
+        """
+        rooms = [
+            room
+            for directory in (*self._directories(""), *self._directories("memory"))
+            if (room := _headroom(directory)) is not None
+        ]
+        return min(rooms, default=None)
+
+    def pids(self) -> tuple[int | None, int | None]:
+        """(limit, used) in threads of the group that has the least left; (None, None) without a limit."""
+        rooms = []
+        for directory in (*self._directories(""), *self._directories("pids")):
+            limit, used = _read_int(directory / "pids.max"), _read_int(directory / "pids.current")
+            if limit is not None and used is not None:
+                rooms.append((limit - used, limit, used))
+        return min(rooms)[1:] if rooms else (None, None)
+
+    def _read_v2(self, name: str) -> list[str]:
+        return [text for d in self._directories("") if (text := _read_text(d / name)) is not None]
+
+    def _directories(self, controller: str) -> list[Path]:
+        """The group's directory and those above it, up to the mount.
+
+        Inside a container the path in ``/proc/self/cgroup`` may be the host's and not exist here, or lead above the mount
+        (``/../..``); the mount's root is then the container's own group. It is the last of this list.
+        """
+        path = self._paths.get(controller)
+        if path is None:
+            return []
+        root = self._mount / controller if controller else self._mount
+        group = root / path.lstrip("/")
+        if ".." in group.parts:
+            return [root]
+        above = [group, *group.parents]
+        return above[: above.index(root) + 1]
+
+
+def _headroom(directory: Path) -> int | None:
+    limit, used = _read_int(directory / "memory.max"), _read_int(directory / "memory.current")
+    if limit is None:
+        limit = _read_int(directory / "memory.limit_in_bytes")
+        used = _read_int(directory / "memory.usage_in_bytes")
+    if limit is None or used is None or limit >= _NO_LIMIT_BYTES:
+        return None
+    return max(0, limit - used + _reclaimable_bytes(directory / "memory.stat"))
+
+
+def _reclaimable_bytes(stat: Path) -> int:
+    """Page cache that the kernel drops when memory is needed."""
+    fields = dict(line.split(" ", 1) for line in (_read_text(stat) or "").splitlines() if " " in line)
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
+
+
+def _parse_cpu_max(text: str) -> float | None:
+    """``200000 100000`` is 2 cores; ``max 100000`` is no quota."""
+    quota, _, period = text.partition(" ")
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None
+
+
+def _read_int(path: Path) -> int | None:
+    text = _read_text(path)
+    try:
+        return int(text) if text is not None else None
+    except ValueError:
+        return None

@@ -1,0 +1,164 @@
+"""One source of settings: a file, a mapping, an environment variable or a ``--set``.
+
+A layer holds what was written and where; it knows no models. ``loading.py`` puts layers on top of each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from workers.errors import ConfigError
+
+ENV_PREFIX = "STAGER_"
+KeyPath = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values by section and key.
+
+    Attributes:
+        source: as an error message names it: a path, ``mapping``, ``environment variable X``, ``--set a.b=c``.
+        values: section -> key -> value; not checked yet, so a section may be anything.
+        lines: for a file, the line of each section and key, from 1.
+    """
+
+    source: str
+    values: Mapping[Any, Any]
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)
+
+    def where(self, path: KeyPath) -> str:
+        """``configs/run.yaml:12`` where the line is known, else the source."""
+        line = self.lines.get(path)
+        return self.source if line is None else f"{self.source}:{line}"
+
+
+def file_layer(path: str) -> Layer:
+    """The settings of a YAML file; an empty file has none.
+
+    Raises:
+        ConfigError: unreadable, not YAML, a key given twice, or not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
+    return text_layer(text, path)
+
+
+def text_layer(text: str, source: str) -> Layer:
+    """The settings of YAML text, which ``source`` names in errors.
+
+    Raises:
+        ConfigError: see :func:`file_layer`.
+    """
+    loader = yaml.SafeLoader("")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        lines = _lines_of(node, source)
+        values = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+    if values is None:
+        return Layer(source, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: must be a mapping of sections such as 'arena:', not a {type(values).__name__}")
+    return Layer(source, values, lines)
+
+
+def environment_layers(environ: Mapping[str, str]) -> Iterator[Layer]:
+    """One layer for each ``STAGER_<SECTION>__<KEY>``, in the order of their names.
+
+    Raises:
+        ConfigError: a value is not a YAML scalar.
+    """
+    for name in sorted(environ):
+        section, separator, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name.startswith(ENV_PREFIX) and separator:
+            source = f"environment variable {name}"
+            yield Layer(source, {section: {key: _scalar(environ[name], source)}})
+
+
+def override_layer(text: str) -> Layer:
+    """The layer of one ``--set section.key=value``.
+
+    Raises:
+        ConfigError: not of that form, or the value is not a YAML scalar.
+    """
+    path, equals, value = text.partition("=")
+    section, dot, key = path.strip().partition(".")
+    source = f"--set {text}"
+    if not (equals and dot and section and key):
+        raise ConfigError(f"{source}: must have the form section.key=value, for example arena.buffers=3")
+    return Layer(source, {section: {key: _scalar(value, source)}})
+
+
+def mapping_layer(values: Mapping[Any, Any], source: str = "mapping") -> Layer:
+    return Layer(source, values)
+
+
+def as_path(config: object) -> str | None:
+    """The path that ``config`` is, or None."""
+    return os.fsdecode(config) if isinstance(config, str | os.PathLike) else None
+
+
+def _scalar(text: str, source: str) -> Any:
+    """``"3"`` as 3, ``"true"`` as True, ``"64MiB"`` as it is: the types a YAML file would give."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: the value is not valid YAML; put quotes around text with : # or %") from error
+
+
+def _lines_of(root: yaml.Node | None, source: str) -> dict[KeyPath, int]:
+    """The line of each section and key.
+
+    Raises:
+        ConfigError: a key is given twice in one mapping, at any depth. YAML's own rule, which PyYAML does not enforce:
+            it takes the last and drops the others.
+    """
+    lines: dict[KeyPath, int] = {}
+    seen: set[int] = set()
+    pending: list[tuple[KeyPath, yaml.Node | None]] = [((), root)]
+    while pending:
+        prefix, node = pending.pop()
+        if id(node) in seen:  # an alias; it may even contain itself
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending.extend(((*prefix, str(i)), item) for i, item in enumerate(node.value))
+        elif isinstance(node, yaml.MappingNode):
+            children = _children(node, prefix, source)
+            lines.update({path: line for path, line, _ in children})
+            pending.extend((path, child) for path, _, child in children)
+    return lines
+
+
+def _children(node: yaml.MappingNode, prefix: KeyPath, source: str) -> list[tuple[KeyPath, int, yaml.Node]]:
+    first_lines: dict[Hashable, int] = {}
+    children = []
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        path = (*prefix, str(key.value))
+        identity = (key.tag, str(key.value))
+        if identity in first_lines:
+            message = f"{'.'.join(path)}: given twice, first on line {first_lines[identity]}; keep one"
+            raise ConfigError(f"{source}:{line}: {message}")
+        first_lines[identity] = line
+        children.append((path, line, value))
+    return children

@@ -1,0 +1,162 @@
+"""From files, mappings, the environment and ``--set`` to one checked configuration.
+
+Precedence, lowest first: defaults of the models < file or mapping < ``STAGER_<SECTION>__<KEY>`` < ``--set``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, overload
+
+from pydantic import BaseModel, ValidationError
+
+from stager.config import layers, problems
+from stager.config.layers import KeyPath, Layer
+from stager.config.models import StagerConfig
+from workers.errors import ConfigError
+
+ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None
+
+COMMAND_SECTIONS = frozenset({"demo"})
+"""Sections that belong to one command. A file may be written for a command and read by a ``Checkpointer`` as well, so
+whoever does not know these sections passes over them; the command's own model checks them."""
+
+_M = TypeVar("_M", bound=StagerConfig)
+
+
+@overload
+def load_config(
+    config: ConfigSource = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+) -> StagerConfig: ...
+@overload
+def load_config(
+    config: ConfigSource = None,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    model: type[_M],
+) -> _M: ...
+
+
+def load_config(
+    config: ConfigSource = None,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    model: type[StagerConfig] = StagerConfig,
+) -> StagerConfig:
+    """The configuration to run with.
+
+    Args:
+        config: path of a YAML file; a mapping of sections; None for the defaults; or a model, which has been through
+            this function or was made in code: it is taken as it is, and the environment does not change it.
+        overrides: ``section.key=value``, as given to ``--set``; the value is a YAML scalar. The last one wins.
+        environ: the environment; ``os.environ`` when None.
+        model: ``StagerConfig`` or a subclass of it with more sections.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, an impossible value or unreadable YAML. It names the source (with the
+            line, for a file), the key path, and what is allowed; every problem is listed, one per line.
+    """
+    if isinstance(config, StagerConfig):
+        if isinstance(config, model) and not overrides:
+            return config
+        model = type(config) if isinstance(config, model) else model
+        sources = [layers.mapping_layer(config.model_dump())]
+    else:
+        sources = [*_base_layers(config), *layers.environment_layers(os.environ if environ is None else environ)]
+    merged = _Merged(model)
+    for layer in sources:
+        merged.add(layer, passed_over=COMMAND_SECTIONS)
+    for text in overrides:
+        merged.add(layers.override_layer(text))
+    return merged.validate()
+
+
+def _base_layers(config: object) -> list[Layer]:
+    if config is None:
+        return []
+    path = layers.as_path(config)
+    if path is not None:
+        return [layers.file_layer(path)]
+    if isinstance(config, Mapping):
+        return [layers.mapping_layer(config)]
+    raise ConfigError(f"config: expected a path, a mapping, a StagerConfig or None, got {problems.shown(config)}")
+
+
+class _Merged:
+    """Layers put on top of each other, each value with the layer it came from."""
+
+    def __init__(self, model: type[StagerConfig]) -> None:
+        self._model = model
+        self._values: dict[str, Any] = {}
+        self._owners: dict[KeyPath, Layer] = {}
+        self._problems: list[str] = []
+
+    def add(self, layer: Layer, passed_over: Collection[str] = ()) -> None:
+        """Put ``layer`` on top. What it holds that does not exist is noted for :meth:`validate`."""
+        fields = self._model.model_fields
+        for name, body in layer.values.items():
+            if name in fields:
+                self._add_section(layer, name, body)
+            elif name not in passed_over:
+                self._note(layer, (str(name),), problems.unknown_section(name, self._model))
+
+    def _add_section(self, layer: Layer, section: str, body: object) -> None:
+        keys = problems.section_model(self._model.model_fields[section])
+        if isinstance(body, BaseModel):
+            body = body.model_dump(exclude_unset=True)
+        if keys is None:
+            self._values[section], self._owners[(section,)] = body, layer
+        elif isinstance(body, Mapping):
+            self._add_keys(layer, section, body, keys.model_fields)
+        elif body is not None:  # a section whose keys are all commented out is null
+            self._note(layer, (section,), problems.section_not_mapping(section, body))
+
+    def _add_keys(self, layer: Layer, section: str, body: Mapping[Any, Any], known: Collection[str]) -> None:
+        values = self._values.setdefault(section, {})
+        for key, value in body.items():
+            if key in known:
+                values[key], self._owners[(section, key)] = value, layer
+            else:
+                self._note(layer, (section, str(key)), problems.unknown_key(section, key, self._model))
+
+    def validate(self) -> StagerConfig:
+        """The checked configuration.
+
+        Raises:
+            ConfigError: with every problem found in any layer.
+        """
+        config = None
+        try:
+            config = self._model.model_validate(self._values)
+        except ValidationError as error:
+            self._note_all(error.errors(include_url=False))
+        if config is None or self._problems:
+            raise ConfigError("\n".join(self._problems))
+        return config
+
+    def _note(self, layer: Layer, path: KeyPath, message: str) -> None:
+        self._problems.append(f"{layer.where(path)}: {message}")
+
+    def _note_all(self, errors: Iterable[Any]) -> None:
+        """One problem for each key: a union reports one error for each of its choices."""
+        noted: set[KeyPath] = set()
+        for error in errors:
+            path = tuple(str(part) for part in error["loc"][:2])
+            if path not in noted:
+                noted.add(path)
+                self._note_one(path, error)
+
+    def _note_one(self, path: KeyPath, error: Any) -> None:
+        owner = self._owners.get(path)
+        reason = error["msg"].removeprefix("Value error, ") if error["type"] == "value_error" else ""
+        if owner is None:  # a rule between the keys of a section, not one value
+            where = ", ".join(dict.fromkeys(o.source for p, o in self._owners.items() if p[: len(path)] == path))
+            self._problems.append(f"{where or 'config'}: {'.'.join(path)}: {reason or error['msg']}")
+            return
+        section = problems.section_model(self._model.model_fields[path[0]])
+        field = section.model_fields[path[1]] if section and len(path) > 1 else None
+        value = self._values[path[0]][path[1]] if len(path) > 1 else self._values[path[0]]
+        self._note(owner, path, problems.wrong_value(path, value, field, reason or ("" if field else error["msg"])))

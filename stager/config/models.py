@@ -1,0 +1,145 @@
+"""Every setting, by component: name, type, unit, default.
+
+``configs/default.yaml`` says the same in YAML; a test compares them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from stager.config.host import usable_cores
+from stager.config.sizes import Allowed, Bytes, MemoryLimit, parse_share
+
+Count = Literal["auto"] | Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number of seconds")]
+SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a number of seconds")]
+
+
+def _as_text(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+FilePath = Annotated[str, Field(min_length=1), BeforeValidator(_as_text), Allowed("the path of a file")]
+
+
+class Section(BaseModel):
+    """One section of the configuration. Frozen; unknown keys and values of another type are errors.
+
+    Strict: pydantic would otherwise take ``true`` for 1, ``"2"`` for 2 and ``1`` for true, and hide a mistake.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class WorkersConfig(Section):
+    """The pool of worker processes of one trainer process."""
+
+    count: Count = Field(
+        default="auto", description="Worker processes; auto: 2 below 8 cores, else cores / 4, at most 4."
+    )
+    nice: int = Field(default=10, ge=0, le=19, description="Niceness: 0 competes with the trainer, 19 yields the most.")
+    ionice: Literal["none", "low", "idle"] = Field(default="low", description="I/O priority; none: as the trainer's.")
+    start_timeout_secs: Seconds = Field(default=120.0, description="Seconds for a worker to become ready.")
+    max_restarts: int = Field(default=8, ge=0, description="Workers replaced before a save fails with WorkerDiedError.")
+    task_timeout_secs: Seconds = Field(default=1800.0, description="Seconds for one task; then its worker is killed.")
+    orphan_timeout_secs: Seconds = Field(
+        default=600.0, description="Seconds a worker outlives a dead trainer, at most."
+    )
+    shutdown_timeout_secs: Seconds = Field(
+        default=10.0, description="Seconds for an idle worker to exit before a signal."
+    )
+
+    def resolve_count(self, local_world_size: int = 1, cores: int | None = None) -> int:
+        """The number of worker processes of this trainer.
+
+        Args:
+            local_world_size: trainers on this host, which share its cores.
+            cores: cores of the host that may be used; measured when None.
+
+        Returns:
+            ``count`` as written; for ``auto``: 2 below 8 cores, else ``min(4, cores // 4)``, divided by the local
+            world size, at least 1.
+        """
+        if self.count != "auto":
+            return self.count
+        cores = usable_cores() if cores is None else cores
+        on_host = 2 if cores < 8 else min(4, cores // 4)
+        return max(1, on_host // max(1, local_world_size))
+
+
+class ArenaConfig(Section):
+    """The shared host memory that snapshots are staged into."""
+
+    buffers: int = Field(default=2, ge=2, description="Snapshots that may be in flight at once.")
+    max_host_bytes: MemoryLimit = Field(default="75%", description="Most memory for all buffers: bytes, or a share.")
+    when_full: Literal["wait", "skip", "raise"] = Field(
+        default="wait", description="What save() does with no free buffer."
+    )
+    prefault: bool = Field(default=True, description="Allocate a buffer's pages ahead, off the training path.")
+    pin: Literal["auto"] | bool = Field(
+        default="auto", description="Page-lock buffers for CUDA; auto: if CUDA is used."
+    )
+
+    def resolve_max_host_bytes(self, available_bytes: int, local_world_size: int = 1) -> int:
+        """The memory budget of this trainer, in bytes.
+
+        Args:
+            available_bytes: what the host, or the cgroup, has to give.
+            local_world_size: trainers on this host. A share is divided between them; a number of bytes is for each.
+        """
+        if isinstance(self.max_host_bytes, int):
+            return self.max_host_bytes
+        share = parse_share(self.max_host_bytes)
+        assert share is not None  # validated
+        return int(share * available_bytes / max(1, local_world_size))
+
+
+class StagingConfig(Section):
+    """The copy from the state to the snapshot."""
+
+    verify: bool = Field(default=False, description="Compare the snapshot with the source, byte for byte.")
+    copy_threads: Count = Field(default="auto", description="Threads that copy; auto: the cores the trainer may use.")
+
+
+class PersistenceConfig(Section):
+    """From the snapshot to the disk."""
+
+    format: Literal["dcp"] = Field(default="dcp", description="dcp: torch.distributed.checkpoint's directory format.")
+    fsync: bool = Field(default=True, description="Sync before commit, so that a commit survives a power loss.")
+    segment_bytes: Annotated[Bytes, Field(ge=64 << 10)] = Field(
+        default=64 << 20,
+        description="Bytes of one write task: what a worker takes, and repeats if its predecessor died.",
+    )
+    check_free_space: bool = Field(default=True, description="Refuse a save that the file system has no room for.")
+    lock_timeout_secs: SecondsOrZero = Field(default=60.0, description="Seconds to wait for another run to let go.")
+
+
+class LoadingConfig(Section):
+    """From the disk back into the state."""
+
+    verify: Literal["full", "quick"] = Field(
+        default="full", description="full: hash every byte; quick: files and sizes."
+    )
+    threads: Count = Field(default="auto", description="Threads that read; auto: the cores the trainer may use.")
+    allow_pickle: bool = Field(default=False, description="Unpickle any object: runs code from the checkpoint.")
+
+
+class TelemetryConfig(Section):
+    """What each save leaves for people and tools to look at."""
+
+    events: FilePath | None = Field(default=None, description="Events appended here as JSON lines; null: none.")
+    trace: FilePath | None = Field(default=None, description="A Chrome trace written here on close; null: none.")
+
+
+class StagerConfig(Section):
+    """The whole configuration. Subclass it to add sections, and pass the subclass to ``load_config(model=...)``."""
+
+    workers: WorkersConfig = Field(default=WorkersConfig(), description="The pool of worker processes.")
+    arena: ArenaConfig = Field(default=ArenaConfig(), description="Shared memory for snapshots.")
+    staging: StagingConfig = Field(default=StagingConfig(), description="From the state to the snapshot.")
+    persistence: PersistenceConfig = Field(default=PersistenceConfig(), description="From there to the disk.")
+    loading: LoadingConfig = Field(default=LoadingConfig(), description="From the disk to the state.")
+    telemetry: TelemetryConfig = Field(default=TelemetryConfig(), description="Events and traces.")

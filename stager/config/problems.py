@@ -1,0 +1,118 @@
+"""How a configuration error is worded: where, which key, what was given, what is allowed, what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from stager.config.sizes import Allowed
+
+_KINDS = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "nothing",
+}
+_WRITTEN = {None: "null", True: "true", False: "false"}
+_MAX_SHOWN_CHARS = 60
+
+
+def section_model(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a section; None for a field that is a plain value."""
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def unknown_section(name: object, model: type[BaseModel]) -> str:
+    sections = list(model.model_fields)
+    elsewhere = [path for path in _key_paths(model) if path.partition(".")[2] == name]
+    suggestion = difflib.get_close_matches(str(name), sections, n=1) or elsewhere
+    return f"{name}: unknown section{_did_you_mean(suggestion)} (sections: {', '.join(sections)})"
+
+
+def unknown_key(section: str, key: object, model: type[BaseModel]) -> str:
+    fields = section_model(model.model_fields[section])
+    keys = list(fields.model_fields) if fields else []
+    near = [f"{section}.{k}" for k in difflib.get_close_matches(str(key), keys, n=1)]
+    elsewhere = [path for path in _key_paths(model) if path.partition(".")[2] == key]
+    suggestion = _did_you_mean(elsewhere or near)
+    return f"{section}.{key}: unknown key{suggestion} (keys of {section}: {', '.join(keys)})"
+
+
+def section_not_mapping(section: str, value: object) -> str:
+    return f"{section}: got {shown(value)}; a section is a mapping of keys to values"
+
+
+def wrong_value(path: Sequence[str], value: object, field: FieldInfo | None, reason: str) -> str:
+    """``arena.buffers: got 1 (an integer); allowed: an integer of at least 2``."""
+    given = f"got {shown(value)}"
+    if reason:
+        given = reason if repr(value) in reason else f"{given}: {reason}"
+    allowed = f"; allowed: {allowed_text(field.annotation, field.metadata)}" if field else ""
+    return f"{'.'.join(path)}: {given}{allowed}"
+
+
+def shown(value: object) -> str:
+    """A value as its author would recognise it, with its type where that may be the mistake."""
+    simple = value is None or isinstance(value, bool)
+    text = _WRITTEN[value] if simple else repr(value)  # type: ignore[index]  # narrowed by ``simple``
+    if len(text) > _MAX_SHOWN_CHARS:
+        text = text[:_MAX_SHOWN_CHARS] + "..."
+    return f"{text} ({_KINDS.get(type(value), type(value).__name__)})"
+
+
+def allowed_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """What a field accepts, from its annotation, so that message and check cannot differ."""
+    if get_origin(annotation) is Annotated:
+        inner, *extra = get_args(annotation)
+        return allowed_text(inner, [*metadata, *extra])
+    marks = [mark for item in metadata for mark in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    worded = next((mark.text for mark in marks if isinstance(mark, Allowed)), None)
+    bounds = _bounds_text(marks)
+    return f"{worded}{',' if bounds else ''}{bounds}" if worded else _type_text(annotation) + bounds
+
+
+def _type_text(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return _joined([f'"{choice}"' for choice in get_args(annotation)])
+    if origin in (Union, types.UnionType):
+        return _joined([allowed_text(choice) for choice in get_args(annotation)])
+    if annotation is bool:
+        return "true or false"
+    if annotation is type(None):
+        return "null"
+    return _KINDS.get(origin or annotation, str(annotation))
+
+
+def _bounds_text(marks: Iterable[Any]) -> str:
+    bounds = {name: getattr(mark, name) for mark in marks for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
+    if "ge" in bounds and "le" in bounds:
+        return f" from {bounds['ge']} to {bounds['le']}"
+    words = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+    return "".join(f" {words[name]} {bound}" for name, bound in bounds.items())
+
+
+def _joined(choices: Sequence[str]) -> str:
+    return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
+
+
+def _key_paths(model: type[BaseModel]) -> list[str]:
+    return [
+        f"{section}.{key}"
+        for section, field in model.model_fields.items()
+        if (keys := section_model(field)) is not None
+        for key in keys.model_fields
+    ]
+
+
+def _did_you_mean(suggestions: Sequence[str]) -> str:
+    return f"; did you mean {suggestions[0]}?" if suggestions else ""

@@ -1,0 +1,58 @@
+"""The progress bars of the demo, one per act."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing_extensions import Self
+
+
+class Bars:
+    """One bar per act, added when the act begins.  Used as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, title: str, total: int, completed: int = 0) -> Bar:
+        """A new bar; ``total`` is the number of units of work in the act."""
+        task = self._progress.add_task(title, total=total, completed=completed, status="")
+        return Bar(self._progress, task)
+
+
+class Bar:
+    """The bar of one act."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def advance(self, units: int = 1) -> None:
+        """More of the work is done."""
+        self._progress.advance(self._task, units)
+
+    def reach(self, completed: int) -> None:
+        """So much of the work is done in all."""
+        self._progress.update(self._task, completed=completed)
+
+    def say(self, status: str) -> None:
+        """What is going on, beside the bar."""
+        self._progress.update(self._task, status=status)
+
+    def end(self, status: str) -> None:
+        """The act is over: its clock stops, full or not."""
+        self.say(status)
+        self._progress.stop_task(self._task)

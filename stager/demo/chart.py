@@ -1,0 +1,123 @@
+"""The demo's picture: the timeline of each save and, beside it, the time lost per save of three ways to save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from stager.demo.results import Measurement, Results
+from stager.demo.timeline import SaveLine, save_lines
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: told apart with any colour vision.
+PART_COLOURS = {"staged": "#E69F00", "written": "#56B4E9", "synced": "#0072B2", "committed": "#009E73"}
+BLOCKED_COLOUR = "#000000"
+KILL_COLOUR = "#D55E00"
+METHOD_COLOUR = "#56B4E9"
+GREY = "#666666"
+
+ROWS_SHOWN = 16
+BAR_HEIGHT = 0.5
+MS = 1e3
+
+
+def draw_chart(results: Results, path: Path) -> None:
+    """Write the PNG.  Without a measurement, or without saves, that half stays empty."""
+    figure = Figure(figsize=(13, 6.2), dpi=120, layout="constrained")
+    timeline, lost = figure.subplots(1, 2, width_ratios=[2.1, 1])
+    _draw_timeline(timeline, save_lines(results.legs)[-ROWS_SHOWN:])
+    if results.measurement is not None:
+        _draw_lost_time(lost, results.measurement)
+    figure.savefig(path)
+
+
+def _draw_timeline(axes: Axes, lines: list[SaveLine]) -> None:
+    for row, line in enumerate(lines):
+        _draw_save(axes, row, line)
+    longest = max((max([*line.milestones.values(), line.killed_secs or 0.0]) for line in lines), default=1.0)
+    axes.set_xlim(0, longest * MS * 1.04)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_yticks(range(len(lines)), [line.label for line in lines])
+    axes.set_xlabel("time since save() was called (ms)")
+    axes.set_title("Each save, while training goes on", loc="left", fontweight="bold")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(handles=_timeline_legend(), loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4, frameon=False)
+
+
+def _draw_save(axes: Axes, row: int, line: SaveLine) -> None:
+    start = 0.0
+    for part, end in line.milestones.items():
+        axes.barh(row, (end - start) * MS, left=start * MS, height=BAR_HEIGHT, color=PART_COLOURS[part])
+        start = end
+    if line.blocked_secs is not None:
+        top = row - BAR_HEIGHT / 2
+        axes.barh(top, line.blocked_secs * MS, height=0.14, color=BLOCKED_COLOUR, align="center")
+    axes.vlines([end * MS for end in line.step_ends], row + 0.29, row + 0.43, color=GREY, linewidth=1.2)
+    if line.killed_secs is not None:
+        axes.plot(line.killed_secs * MS, row, marker="X", markersize=10, color=KILL_COLOUR, linestyle="none")
+        axes.annotate(
+            f"trainer killed; {line.ending}",
+            (line.killed_secs * MS, row),
+            xytext=(12, 0),
+            textcoords="offset points",
+            va="center",
+            color=KILL_COLOUR,
+            fontsize=9,
+        )
+
+
+def _timeline_legend() -> list[Patch | Line2D]:
+    return [
+        Patch(color=BLOCKED_COLOUR, label="blocked (the call)"),
+        *(Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()),
+        Line2D([], [], color=GREY, marker="|", markersize=8, linestyle="none", label="a training step ends"),
+        Line2D([], [], color=KILL_COLOUR, marker="X", markersize=9, linestyle="none", label="SIGKILL of the trainer"),
+    ]
+
+
+def _draw_lost_time(axes: Axes, measurement: Measurement) -> None:
+    methods = measurement.methods
+    lost = [method.lost_secs * MS for method in methods]
+    places = range(len(methods))
+    bars = axes.bar(places, lost, width=0.6, color=METHOD_COLOUR, label="time lost by the loop (median)")
+    blocked = [method.blocked_secs * MS for method in methods]
+    axes.bar(places, blocked, width=0.2, color=BLOCKED_COLOUR, label="of which the call blocked (median)")
+    for place, method in zip(places, methods, strict=True):
+        samples = [sample.lost_secs * MS for sample in method.samples]
+        axes.plot(
+            [place + 0.2] * len(samples),
+            samples,
+            "o",
+            markersize=4,
+            markerfacecolor="white",
+            color=GREY,
+            label="one save" if place == 0 else None,
+        )
+    highest = max(max(sample.lost_secs for sample in method.samples) for method in methods) * MS
+    lowest = min(0.0, *(min(sample.lost_secs for sample in method.samples) * MS for method in methods))
+    axes.set_ylim(lowest * 1.1, max(highest, *blocked) * 1.18)
+    for bar, value, call in zip(bars, lost, blocked, strict=True):
+        axes.annotate(
+            f"{value:.0f} ms",
+            (bar.get_x() + bar.get_width() / 2, max(value, call, 0.0)),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(places, [method.method for method in methods])
+    axes.set_ylabel("time lost per save (ms)")
+    axes.set_title("What a save costs the training loop", loc="left", fontweight="bold")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)

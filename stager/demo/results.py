@@ -1,0 +1,96 @@
+"""What the demo found: the checks that decide its exit code, and the figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stager.demo.events import MeasuredSave, Stretch
+from stager.demo.leg import Leg
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing the demo has to show."""
+
+    name: str
+    ok: bool
+    detail: str
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LostTime:
+    """What saves of one method cost the training loop; medians over ``samples``, in seconds."""
+
+    method: str
+    samples: tuple[MeasuredSave, ...]
+
+    @property
+    def blocked_secs(self) -> float:
+        """The time of the call."""
+        return statistics.median(sample.blocked_secs for sample in self.samples)
+
+    @property
+    def lost_secs(self) -> float:
+        """What the loop took longer because of the save, the call included."""
+        return statistics.median(sample.lost_secs for sample in self.samples)
+
+    @property
+    def done_secs(self) -> float:
+        """From the call until the method said that the save was complete."""
+        return statistics.median(sample.done_secs for sample in self.samples)
+
+    @property
+    def lost_range_secs(self) -> tuple[float, float]:
+        """The smallest and the largest loss."""
+        lost = [sample.lost_secs for sample in self.samples]
+        return min(lost), max(lost)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The measuring child's results."""
+
+    methods: tuple[LostTime, ...]
+    stretches: tuple[Stretch, ...]
+
+    @staticmethod
+    def of(samples: Sequence[MeasuredSave], stretches: Sequence[Stretch]) -> Measurement:
+        """Samples in the order they were measured, grouped by method."""
+        names = dict.fromkeys(sample.method for sample in samples)
+        methods = (LostTime(name, tuple(s for s in samples if s.method == name)) for name in names)
+        return Measurement(tuple(methods), tuple(stretches))
+
+    @property
+    def step_secs(self) -> float:
+        """The median step without a save, in seconds."""
+        return statistics.median(stretch.secs / stretch.num_steps for stretch in self.stretches)
+
+    @property
+    def noise_secs(self) -> float:
+        """By how much two neighbouring stretches without a save differ (median), in seconds: a loss below this cannot
+        be told from none."""
+        pairs = zip(self.stretches, self.stretches[1:], strict=False)
+        return statistics.median(abs(one.secs - other.secs) for one, other in pairs)
+
+
+@dataclass
+class Results:
+    """Everything the demo reports."""
+
+    checks: list[Check] = field(default_factory=list)
+    legs: list[Leg] = field(default_factory=list)
+    measurement: Measurement | None = None
+    elapsed_secs: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """All was shown."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def exit_code(self) -> int:
+        """0: all was shown; 1: something was not."""
+        return 0 if self.ok else 1

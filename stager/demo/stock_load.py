@@ -1,0 +1,67 @@
+"""Loads a checkpoint with stock PyTorch alone and compares it with a file that ``torch.save`` wrote.
+
+The demo runs this file's source with ``python -c`` from an empty directory, so nothing of stager is imported, and the
+script says so itself: it ends with an error if it were.  Arguments: the checkpoint's directory, the other file.
+Prints one JSON object.
+"""
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict_loader import load
+
+
+def blank(value: Any) -> Any:
+    """The same structure with every tensor overwritten, so that what is in it afterwards was loaded."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value).logical_not() if value.dtype == torch.bool else torch.full_like(value, 77)
+    if isinstance(value, Mapping):
+        return {key: blank(item) for key, item in value.items()}
+    return value
+
+
+def tensors(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor and where it is."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors(item, f"{path}.{key}")
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The bytes of the elements, in order."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def main(checkpoint: str, expected_path: str) -> None:
+    """Load, compare, print."""
+    # With no process group dcp.load says that it assumes a single process; here that is meant.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+    state = torch.load(expected_path, weights_only=True)
+    expected = {name: state[name] for name in ("model", "optimizer")}
+    loaded = blank(expected)
+    started = time.perf_counter()
+    load(loaded, checkpoint_id=checkpoint)
+    secs = time.perf_counter() - started
+
+    compared = list(zip(tensors(expected, "state"), tensors(loaded, "state"), strict=True))
+    differences = [path for (path, one), (_, other) in compared if bits(one) != bits(other)]
+    assert "stager" not in sys.modules
+    assert "workers" not in sys.modules
+    result = {
+        "num_tensors": len(compared),
+        "nbytes": sum(one.nbytes for (_, one), _ in compared),
+        "secs": secs,
+        "differences": differences,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,74 @@
+"""Guarded overlap: which tensors only an optimizer's ``step()`` changes, and the wait that makes that true.
+
+NOTE [ Overlap is safe by construction ]
+``save()`` may return before a tensor is copied only if nothing changes it before the copy is done. For the parameters and
+the state of an optimizer that is the user's promise when they call ``guard(optimizer)``: between two steps nothing writes to
+them but ``optimizer.step()``, and before each step a pre-hook waits for every snapshot that is still being taken. All
+other tensors (buffers that a forward pass changes, counters, averaged weights) are copied before ``save()`` returns.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class Guard:
+    """The guarded optimizers of one Checkpointer. They are held weakly.
+
+    Args:
+        wait: called before each step of a guarded optimizer; returns when no snapshot is being taken.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._hooks: list[RemovableHandle] = []
+
+    def add(self, optimizer: Optimizer) -> None:
+        """Guard one optimizer; again is the same as once.
+
+        Raises:
+            TypeError: not a torch optimizer.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"guard() takes torch optimizers, not {type(optimizer).__name__}")
+        if optimizer in self._optimizers:
+            return
+        self._optimizers.add(optimizer)
+        wait = self._wait
+
+        def wait_for_snapshots(*_: Any) -> None:
+            wait()
+
+        self._hooks.append(optimizer.register_step_pre_hook(wait_for_snapshots))
+
+    def addresses(self) -> frozenset[tuple[str, int]]:
+        """(device, address) of every tensor that only a guarded step changes."""
+        return frozenset(
+            (str(tensor.device), tensor.data_ptr())
+            for optimizer in self._optimizers
+            for tensor in _tensors_of(optimizer)
+            if tensor.layout is torch.strided and tensor.numel()
+        )
+
+    def close(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._optimizers.clear()
+
+    def __bool__(self) -> bool:
+        return bool(self._hooks) and len(self._optimizers) > 0
+
+
+def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+    for state in optimizer.state.values():
+        if isinstance(state, dict):
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))

@@ -1,0 +1,128 @@
+"""Every file in configs/: it loads, and each mistake made in it is reported with file, line and key path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from stager.config import StagerConfig, load_config
+from stager.config.layers import file_layer
+from workers.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+class Setting(NamedTuple):
+    """One key of one file."""
+
+    file: Path
+    section: str
+    key: str
+    line: int
+    value: Any
+
+    @property
+    def path(self) -> str:
+        return f"{self.section}.{self.key}"
+
+
+def settings_of(file: Path) -> list[Setting]:
+    layer = file_layer(str(file))
+    return [
+        Setting(file, section, key, layer.lines[(section, key)], value)
+        for section, body in layer.values.items()
+        for key, value in (body or {}).items()
+    ]
+
+
+def model_of(file: Path) -> type[StagerConfig]:
+    if "demo" not in file_layer(str(file)).values:
+        return StagerConfig
+    from stager.demo.config import DemoConfig
+
+    return DemoConfig
+
+
+SETTINGS = [setting for file in FILES for setting in settings_of(file)]
+NUMERIC = [s for s in SETTINGS if type(s.value) in (int, float) or s.key.endswith("_bytes")]
+
+
+def name_of(value: object) -> str:
+    return f"{value.file.name}-{value.path}" if isinstance(value, Setting) else str(getattr(value, "name", value))
+
+
+def mutated(setting: Setting, directory: Path, old: str, new: str) -> Path:
+    """A copy of the file in which the setting's line has ``new`` in place of ``old``."""
+    lines = setting.file.read_text().splitlines()
+    before = lines[setting.line - 1]
+    after = before.split("#")[0].rstrip().replace(old, new, 1)
+    assert after != before.split("#")[0].rstrip()
+    lines[setting.line - 1] = after
+    copy = directory / setting.file.name
+    copy.write_text("\n".join(lines))
+    return copy
+
+
+def error_of(file: Path, model: type[StagerConfig]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, environ={}, model=model)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_file_loads(file: Path) -> None:
+    config = load_config(file, environ={}, model=model_of(file))
+    assert isinstance(config, model_of(file))
+
+
+def test_default_file_equals_the_models_defaults_and_misses_no_key() -> None:
+    config = load_config(CONFIGS / "default.yaml", environ={})
+    assert config == StagerConfig()
+    for section in StagerConfig.model_fields:
+        written, known = getattr(config, section).model_fields_set, set(type(getattr(config, section)).model_fields)
+        assert written == known, section
+
+
+def test_each_key_of_the_default_file_has_a_comment() -> None:
+    lines = (CONFIGS / "default.yaml").read_text().splitlines()
+    assert [s.path for s in settings_of(CONFIGS / "default.yaml") if " # " not in lines[s.line - 1]] == []
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
+def test_misspelt_key_is_named_with_its_line_and_the_right_key(setting: Setting, tmp_path: Path) -> None:
+    copy = mutated(setting, tmp_path, f"{setting.key}:", f"{setting.key}x:")
+    message = error_of(copy, model_of(setting.file))
+    assert message.startswith(f"{copy}:{setting.line}: {setting.path}x: unknown key")
+    assert f"did you mean {setting.path}?" in message
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
+def test_wrong_type_is_named_with_what_is_allowed(setting: Setting, tmp_path: Path) -> None:
+    written = setting.file.read_text().splitlines()[setting.line - 1].split("#")[0].split(":", 1)[1].strip()
+    copy = mutated(setting, tmp_path, f": {written}", ": {a: [1]}")
+    message = error_of(copy, model_of(setting.file))
+    assert message.startswith(f"{copy}:{setting.line}: {setting.path}: got {{'a': [1]}} (a mapping)")
+    assert "allowed: " in message
+
+
+@pytest.mark.parametrize("setting", NUMERIC, ids=name_of)
+def test_negative_number_is_named_with_what_is_allowed(setting: Setting, tmp_path: Path) -> None:
+    written = setting.file.read_text().splitlines()[setting.line - 1].split("#")[0].split(":", 1)[1].strip()
+    copy = mutated(setting, tmp_path, f": {written}", f": -{written}")
+    message = error_of(copy, model_of(setting.file))
+    assert message.startswith(f"{copy}:{setting.line}: {setting.path}: ")
+    assert "allowed: " in message
+    assert f"-{yaml.safe_load(written)}" in message
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_misspelt_section_is_named(file: Path, tmp_path: Path) -> None:
+    section = next(iter(file_layer(str(file)).values))
+    copy = tmp_path / file.name
+    copy.write_text(file.read_text().replace(f"\n{section}:", f"\n{section}x:", 1))
+    message = error_of(copy, model_of(file))
+    assert f"{section}x: unknown section; did you mean {section}?" in message

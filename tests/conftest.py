@@ -1,0 +1,29 @@
+"""Every test proves that it left nothing behind: no child process, thread, descriptor, shared mapping, partial directory
+or ``/dev/shm`` entry (:mod:`tests.leaks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.leaks import Snapshot
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs around every test. A test that ends with a crashed run's remains on purpose says so: ``@pytest.mark.remains``."""
+    before = Snapshot.take()
+    yield
+    roots = [request.getfixturevalue("tmp_path")] if "tmp_path" in request.fixturenames else []
+    if request.node.get_closest_marker("remains") is not None:
+        roots = []
+    problems = before.leaks(roots)
+    assert not problems, "left behind: " + "; ".join(problems)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run's directory that does not exist yet."""
+    return tmp_path / "run"

@@ -1,0 +1,104 @@
+"""What a process holds, before and after: to prove that a test leaves nothing.
+
+Things end a moment after they are told to (a thread between its last instruction and its end, a process being reaped), so
+the comparison is repeated until it holds or a deadline passes.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_PATIENCE_SECS = 10.0
+# Threads and descriptors that libraries keep for the life of the process once they were used.
+_KEPT_THREADS = ("pydev", "Dummy", "QueueFeederThread")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    children: frozenset[int]
+    threads: frozenset[str]
+    fds: frozenset[tuple[str, str]]
+    mappings: int
+    shm: frozenset[str]
+
+    @staticmethod
+    def take() -> Snapshot:
+        return Snapshot(_children(), _threads(), _fds(), _slab_mappings(), _shm())
+
+    def leaks(self, roots: list[Path]) -> list[str]:
+        """What is there now and was not before; partial directories and lock holders under ``roots``."""
+        deadline = time.monotonic() + _PATIENCE_SECS
+        while True:
+            gc.collect()
+            problems = [*self._compare(Snapshot.take()), *_partials(roots)]
+            if not problems or time.monotonic() > deadline:
+                return problems
+            threading.Event().wait(0.02)
+
+    def _compare(self, now: Snapshot) -> list[str]:
+        problems = [f"process {pid} {_command(pid)}" for pid in now.children - self.children]
+        problems += [f"thread {name}" for name in now.threads - self.threads]
+        problems += [f"descriptor {fd} -> {target}" for fd, target in now.fds - self.fds]
+        problems += [f"/dev/shm/{name}" for name in now.shm - self.shm]
+        if now.mappings > self.mappings:
+            problems.append(f"{now.mappings - self.mappings} slab mappings")
+        return problems
+
+
+def _children() -> frozenset[int]:
+    """Descendants, and workers of trainers that are gone (they belong to init then, but carry our mark)."""
+    mine = {child.pid for child in psutil.Process().children(recursive=True)}
+    return frozenset(mine | set(worker_processes()))
+
+
+def worker_processes() -> list[int]:
+    """Every stager worker process on this machine that shares our session's working user."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = process.info["cmdline"] or []
+        if any("from workers.main import main" in part for part in command) and process.info["status"] != "zombie":
+            found.append(process.pid)
+    return found
+
+
+def _command(pid: int) -> str:
+    try:
+        return " ".join(psutil.Process(pid).cmdline())[:120]
+    except psutil.Error:
+        return "(gone)"
+
+
+def _threads() -> frozenset[str]:
+    return frozenset(f"{t.name} {t.ident}" for t in threading.enumerate() if not t.name.startswith(_KEPT_THREADS))
+
+
+def _fds() -> frozenset[tuple[str, str]]:
+    result = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+        if not target.startswith(("/dev/null", "/dev/urandom")):
+            result.add((name, target))
+    return frozenset(result)
+
+
+def _slab_mappings() -> int:
+    with open("/proc/self/maps") as maps:
+        return sum("stager-slab" in line for line in maps)
+
+
+def _shm() -> frozenset[str]:
+    return frozenset(os.listdir("/dev/shm"))
+
+
+def _partials(roots: list[Path]) -> list[str]:
+    return [f"partial directory {path}" for root in roots for path in root.rglob("*.partial-*")]

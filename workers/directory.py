@@ -1,0 +1,183 @@
+"""The directory of a run: names, what is committed, what is left over.
+
+    <run>/step-00000100/                      a committed checkpoint
+    <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never taken for a checkpoint
+    <run>/.stager.lock                        held (flock) by the trainer and its workers
+
+NOTE [ The lock ]
+The lock belongs to an open file description that the trainer's workers inherit. It is released when the last of them is
+gone, so a run that starts while the workers of a killed trainer still finish its last checkpoint waits for them, and then
+sees that checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError
+from workers.files import storage_errors
+from workers.manifest import Manifest, read_manifest
+
+LOCK_NAME = ".stager.lock"
+
+_COMMITTED = re.compile(r"step-(\d{8,})")
+_PARTIAL = re.compile(r"step-(\d{8,})\.partial-([0-9a-f]+)")
+_LOCK_POLL_SECS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed checkpoint.
+
+    Attributes:
+        step: the training step given to ``save()``.
+        path: its directory.
+        nbytes: size of its files.
+        created: when the snapshot was taken, unix time.
+        save_id: unique.
+        num_tensors, num_objects: what is in it; tied tensors count once.
+        format: on-disk format.
+    """
+
+    step: int
+    path: str
+    nbytes: int
+    created: float
+    save_id: str
+    num_tensors: int
+    num_objects: int
+    format: str
+
+    @staticmethod
+    def of(path: str, manifest: Manifest) -> CheckpointInfo:
+        header = manifest.header
+        return CheckpointInfo(
+            step=header.step,
+            path=path,
+            nbytes=manifest.nbytes,
+            created=header.created,
+            save_id=header.save_id,
+            num_tensors=manifest.count("tensor"),
+            num_objects=manifest.count("object"),
+            format=header.kind,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedCheckpoint:
+    """A directory that looks like a checkpoint and is not taken for one: its name, and why."""
+
+    name: str
+    reason: str
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def partial_name(step: int, save_id: str) -> str:
+    return f"{checkpoint_name(step)}.partial-{save_id}"
+
+
+def committed_steps(directory: str) -> list[int]:
+    """Steps that have a directory of their own, newest first; nothing of it is read."""
+    return sorted((int(m[1]) for n in _names(directory) if (m := _COMMITTED.fullmatch(n))), reverse=True)
+
+
+def partial_names(directory: str) -> list[str]:
+    return sorted(name for name in _names(directory) if _PARTIAL.fullmatch(name))
+
+
+def parse_partial(name: str) -> tuple[int, str]:
+    """(step, save_id) of a partial directory's name."""
+    match = _PARTIAL.fullmatch(name)
+    if match is None:
+        raise ValueError(f"not a partial directory: {name}")
+    return int(match[1]), match[2]
+
+
+def _names(directory: str) -> list[str]:
+    with storage_errors("list", directory):
+        try:
+            return os.listdir(directory)
+        except FileNotFoundError:
+            return []
+
+
+def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest]:
+    """The checkpoint of ``step``, by its manifest.
+
+    Raises:
+        CheckpointNotFoundError, CorruptCheckpointError
+    """
+    path = os.path.join(directory, checkpoint_name(step))
+    manifest = read_manifest(path)
+    if manifest.header.step != step:
+        raise CorruptCheckpointError(path, f"its manifest is of step {manifest.header.step}: the directory was renamed")
+    return CheckpointInfo.of(path, manifest), manifest
+
+
+def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
+    """(committed checkpoints, oldest first; what was skipped and why). Manifests are read, data files are not."""
+    directory = os.path.abspath(os.fspath(directory))
+    committed: list[CheckpointInfo] = []
+    skipped = [
+        SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
+        for name in partial_names(directory)
+    ]
+    for step in committed_steps(directory):
+        try:
+            committed.append(read_checkpoint(directory, step)[0])
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
+    return committed[::-1], skipped
+
+
+def remove_partial(directory: str, name: str) -> None:
+    """Remove a partial directory. The caller knows that nobody writes to it."""
+    parse_partial(name)
+    with storage_errors("remove", os.path.join(directory, name)), suppress(FileNotFoundError):
+        shutil.rmtree(os.path.join(directory, name))
+
+
+def lock_directory(directory: str, timeout: float) -> int:
+    """Take the run's lock; returns its descriptor. See NOTE [ The lock ].
+
+    Raises:
+        DirectoryInUseError: another run still holds it after ``timeout`` seconds.
+        StorageError: the lock file cannot be made.
+    """
+    path = os.path.join(directory, LOCK_NAME)
+    with storage_errors("open", path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    deadline = time.monotonic() + timeout
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise DirectoryInUseError(errno.EWOULDBLOCK, _in_use(fd, timeout), directory) from None
+                time.sleep(_LOCK_POLL_SECS)
+            else:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _in_use(fd: int, timeout: float) -> str:
+    owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+    return (
+        f"another run (trainer process {owner}, or the workers it left) still writes checkpoints here after "
+        f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True"
+    )

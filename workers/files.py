@@ -1,0 +1,107 @@
+"""System calls on files, relative to a directory's descriptor, with errors that name path and cause.
+
+Working relative to a descriptor means that a directory that is renamed or replaced meanwhile cannot lead a write astray.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from workers.errors import StorageError
+
+IOV_MAX = 1024  # Linux
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_WHAT_TO_DO = {
+    errno.ENOSPC: "free space on this file system, or lower what is kept",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "check the directory's owner and mode",
+    errno.ESTALE: "the network file system lost the directory; remount it",
+    errno.ENOENT: "the directory was removed or renamed while it was in use",
+    errno.EIO: "the device reports an I/O error; see dmesg",
+}
+
+
+@contextmanager
+def storage_errors(action: str, path: str) -> Iterator[None]:
+    """Turn an ``OSError`` into a :class:`StorageError` that says what was being done to which path."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        advice = _WHAT_TO_DO.get(error.errno or 0)
+        raise StorageError(error.errno, f"cannot {action}" + (f"; {advice}" if advice else ""), path) from error
+
+
+def open_directory(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+    """``pwritev`` until everything is written: a short write is no error to the kernel."""
+    pending = [memoryview(b) for b in buffers if len(b)]
+    while pending:
+        written = os.pwritev(fd, pending[:IOV_MAX], offset)
+        offset += written
+        while pending and written >= len(pending[0]):
+            written -= len(pending.pop(0))
+        if written:
+            pending[0] = pending[0][written:]
+
+
+def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, fsync: bool) -> None:
+    """Create ``name`` with ``data``: it is there whole, or not at all."""
+    temporary = f"{name}.{os.getpid()}.tmp"
+    with storage_errors("write", os.path.join(directory, name)):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=directory_fd)
+            try:
+                write_all(fd, [data], 0)
+                if fsync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=directory_fd)
+            raise
+
+
+def read_if_exists(directory_fd: int, name: str) -> bytes | None:
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        return file.read()
+
+
+def exchange(first: str, second: str) -> bool:
+    """Swap two paths in one step (``renameat2``); False where the file system cannot."""
+    call = getattr(_libc, "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), second)
+
+
+def sync_directory(path: str) -> None:
+    fd = open_directory(path)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,164 @@
+"""The ``dcp`` format: a stock ``torch.distributed.checkpoint`` directory.
+
+Each item is what ``torch.save`` writes for it: a zip archive whose one big record is the raw storage. ``FileSystemReader``
+finds it through ``.metadata`` (a pickled ``Metadata``) and reads it with ``torch.load``. The archive around the raw bytes
+depends on dtype, shape and stride only, so it is taken once from ``torch.save`` itself, with
+``torch.serialization.skip_data`` in place of the bytes. The checksum field of the storage's record is then that of
+nothing: torch's reader does not check it (torch/csrc/.../inline_container: MZ_ZIP_FLAG_DO_NOT_COMPUTE_CRC32 and its
+reader built without CRC checks), and stager's own hashes cover every byte.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import IO, Any, cast
+
+import torch
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.serialization import skip_data
+
+from workers.errors import InternalError
+from workers.layout import Layout
+from workers.slab import Slab
+from workers.structure import Node, fqn
+
+METADATA_NAME = ".metadata"
+_SPARSE_FROM_BYTES = 64 << 20
+
+
+def tensor_file_name(rank: int, index: int) -> str:
+    return f"__{rank}_{index}.distcp"
+
+
+def object_file_name(rank: int) -> str:
+    return f"__{rank}_objects.distcp"
+
+
+class _Sink(io.RawIOBase):
+    """Keeps what is written; what is skipped over leaves a hole that takes no memory."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytes]] = []
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            raise OSError("the size of this stream is not known")
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self.pieces.append((self._position, bytes(data)))
+        self._position += len(data)
+        return len(data)
+
+
+@lru_cache(maxsize=65536)
+def tensor_frame(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """The bytes before and after the raw bytes of a dense tensor."""
+    torch_dtype = dtype_of(dtype)
+    nbytes = torch_dtype.itemsize
+    for length in shape:
+        nbytes *= length
+    # Never touched, so it takes no memory, however large: not torch.empty, which deterministic mode fills.
+    small = nbytes < _SPARSE_FROM_BYTES
+    storage: torch.UntypedStorage = _untyped(nbytes) if small else Slab.create(nbytes).storage
+    tensor = torch.empty(0, dtype=torch_dtype).set_(storage, 0, shape, stride)
+    sink = _Sink()
+    with skip_data():
+        torch.save(tensor, cast(IO[bytes], sink))
+    start = _data_start(sink, nbytes) if nbytes else None
+    head, tail = bytearray(), bytearray()
+    for position, data in sink.pieces:
+        target, base = (head, 0) if start is None or position < start else (tail, start + nbytes)
+        at = position - base
+        target.extend(b"\0" * (at + len(data) - len(target)))
+        target[at : at + len(data)] = data
+    if start is not None:
+        if len(head) > start:
+            raise InternalError("torch.save wrote where skip_data promised a hole")
+        head.extend(b"\0" * (start - len(head)))
+    return bytes(head), bytes(tail)
+
+
+def _data_start(sink: _Sink, nbytes: int) -> int:
+    """Where the storage's bytes belong: the hole of ``nbytes`` that torch.save skipped."""
+    end = 0
+    for position, data in sink.pieces:
+        if position - end >= nbytes and position > end:
+            # Padding before the storage (it is aligned to 64 bytes) is written, so the hole is exactly the storage.
+            return position - nbytes
+        end = max(end, position + len(data))
+    raise InternalError(f"torch.save left no hole for {nbytes} bytes")
+
+
+_untyped: Any = torch.UntypedStorage  # its constructor has no types
+
+
+def dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch has no dtype {name!r}")
+    return dtype
+
+
+def object_blob(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
+    """``.metadata``, as ``dcp.save`` writes it."""
+    state: dict[str, Any] = {}
+    storage: dict[dcp_metadata.MetadataIndex, _StorageInfo] = {}
+    paths: dict[str, tuple[str | int, ...]] = {}
+    properties: dict[str, dcp_metadata.TensorProperties] = {}
+    for path, index in _dcp_walk(layout.structure):
+        item = layout.items[index]
+        name = fqn(path)
+        paths[name] = path
+        info = _StorageInfo(layout.files[item.file].name, item.offset, item.nbytes)
+        if item.kind == "object":
+            state[name] = dcp_metadata.BytesStorageMetadata()
+            storage[dcp_metadata.MetadataIndex(name)] = info
+            continue
+        if item.dtype not in properties:
+            properties[item.dtype] = dcp_metadata.TensorProperties(dtype=dtype_of(item.dtype))
+        offsets, size = torch.Size([0] * len(item.shape)), torch.Size(item.shape)
+        chunk = dcp_metadata.ChunkStorageMetadata(offsets=offsets, sizes=size)
+        state[name] = dcp_metadata.TensorStorageMetadata(properties[item.dtype], size, [chunk])
+        storage[dcp_metadata.MetadataIndex(name, offsets)] = info
+    metadata = dcp_metadata.Metadata(
+        state_dict_metadata=state,
+        planner_data=paths,
+        storage_data=storage,
+        storage_meta=dcp_metadata.StorageMeta(checkpoint_id=directory, save_id=save_id),
+    )
+    return {METADATA_NAME: pickle.dumps(metadata)}
+
+
+def _dcp_walk(node: Node, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """As ``structure.walk``, with the paths DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
+    if type(node) is int:
+        yield path, node
+    elif node[0] == "list":
+        for position, child in enumerate(node[1]):
+            yield from _dcp_walk(child, (*path, position))
+    else:
+        for key, child in zip(node[1], node[2], strict=True):
+            yield from _dcp_walk(child, (*path, str(key)))

@@ -1,0 +1,172 @@
+"""One save as the workers see it: small enough for a message, complete enough to finish without the trainer.
+
+The layout is too large for a message (hundreds of thousands of items), so it lies in the slab behind the data, as two JSON
+documents: the *plan* (tensors, structure), which stays the same from save to save and is parsed once, and the *objects*,
+whose sizes change.
+
+    slab:  | tensor bytes ... | plan JSON | object bytes ... | objects JSON |
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from workers.envelope import seal_json, unseal
+from workers.errors import CorruptCheckpointError
+from workers.layout import FileSpec, Item, Layout
+from workers.slab import Slab
+from workers.structure import Node
+
+RECORD_NAME = "save.json"
+_CACHED_PLANS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``nbytes`` bytes at ``offset`` of the slab."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFacts:
+    """What a commit has to know beside the layout.
+
+    Attributes:
+        directory: of the run; absolute.
+        step, save_id: which save; ``save_id`` is unique, a nonce.
+        kind: the on-disk format.
+        num_parts: how many parts the save is dealt into.
+        fsync: sync files and directories before each rename.
+        created: unix time of the snapshot.
+        stager, torch: versions, for the manifest.
+    """
+
+    directory: str
+    step: int
+    save_id: str
+    kind: str
+    num_parts: int
+    fsync: bool
+    created: float
+    stager: str
+    torch: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaveJob:
+    """Attributes:
+    facts: which save this is.
+    slab: the snapshot.
+    plan, plan_id: where the plan lies, and its hash (equal plans are parsed once).
+    objects: where the objects document lies.
+    live_slabs: what the trainer still holds; workers unmap the others.
+    """
+
+    facts: SaveFacts
+    slab: Slab
+    plan: Extent
+    plan_id: str
+    objects: Extent
+    live_slabs: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The part of a layout that does not depend on the pickled objects.
+
+    Attributes:
+        files: the tensor files.
+        object_file: name of the objects' file.
+        tensors: items, in file order.
+        structure: its leaves number the tensors first, then the objects.
+        segment_bytes: see :class:`workers.layout.Layout`.
+    """
+
+    files: tuple[FileSpec, ...]
+    object_file: str
+    tensors: tuple[Item, ...]
+    structure: Node
+    segment_bytes: int
+
+    def to_json(self) -> bytes:
+        document = {
+            "files": [[f.name, f.nbytes] for f in self.files],
+            "object_file": self.object_file,
+            "rows": [[*item.to_row(), item.slab_offset] for item in self.tensors],
+            "structure": self.structure,
+            "segment_bytes": self.segment_bytes,
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Plan:
+        return Plan.from_document(json.loads(data))
+
+    @staticmethod
+    def from_document(document: dict[str, Any]) -> Plan:
+        return Plan(
+            files=tuple(FileSpec(*entry) for entry in document["files"]),
+            object_file=document["object_file"],
+            tensors=tuple(Item.from_row(row[:-1], row[-1]) for row in document["rows"]),
+            structure=document["structure"],
+            segment_bytes=document["segment_bytes"],
+        )
+
+    def with_objects(self, objects: Sequence[Item]) -> Layout:
+        """The whole layout: the objects go into a file of their own, behind the tensors' files."""
+        if not objects:
+            return Layout(self.files, self.tensors, self.structure, self.segment_bytes)
+        last = objects[-1]
+        object_file = FileSpec(self.object_file, last.offset + last.nbytes)
+        return Layout((*self.files, object_file), (*self.tensors, *objects), self.structure, self.segment_bytes)
+
+
+def objects_to_json(objects: Sequence[Item]) -> bytes:
+    return json.dumps([[*item.to_row(), item.slab_offset] for item in objects], separators=(",", ":")).encode()
+
+
+_plans: OrderedDict[str, Plan] = OrderedDict()
+
+
+def read_layout(job: SaveJob) -> Layout:
+    """The layout of a job, from its slab."""
+    plan = _plans.get(job.plan_id)
+    if plan is None:
+        plan = _plans[job.plan_id] = Plan.from_json(_read(job, job.plan))
+        while len(_plans) > _CACHED_PLANS:
+            _plans.popitem(last=False)
+    rows = json.loads(_read(job, job.objects))
+    return plan.with_objects([Item.from_row(row[:-1], row[-1]) for row in rows])
+
+
+def to_record(job: SaveJob) -> bytes:
+    """The job without its memory, sealed: with the receipts, all that a commit after a crash needs."""
+    facts = asdict(job.facts)
+    del facts["directory"]  # it may be mounted elsewhere by then
+    head = json.dumps(facts, separators=(",", ":")).encode()
+    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, _read(job, job.plan), _read(job, job.objects)))
+
+
+def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layout]:
+    """What :func:`to_record` wrote.
+
+    Raises:
+        CorruptCheckpointError: ``path`` is not such a record.
+    """
+    body = unseal(data, path)
+    try:
+        plan = Plan.from_document(body["plan"])
+        objects = [Item.from_row(row[:-1]) for row in body["objects"]]
+        return SaveFacts(directory=directory, **body["facts"]), plan.with_objects(objects)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(path, f"not the record of a save: {error!r}") from error
+
+
+def _read(job: SaveJob, extent: Extent) -> bytes:
+    return bytes(job.slab.view[extent.offset : extent.offset + extent.nbytes])

@@ -1,0 +1,152 @@
+"""Where every byte of a checkpoint comes from and goes to: decided by the trainer before the first byte is written.
+
+Contract between ``stager.plan`` (makes it), ``workers.persist`` (writes by it) and ``workers.manifest`` (records it).
+
+An *item* is one tensor or one pickled object. In its file it is a *blob*: for a tensor a header, the raw bytes, and a
+tail (in the ``dcp`` format each blob is a complete ``torch.save`` file); for an object only bytes. Blobs start at
+multiples of 64 bytes; an item's *span* runs from its blob's start to the next item's, padding included, so that the
+spans of a file tile it. Spans are cut into *segments* of at most ``segment_bytes``; each segment is written by one
+worker and has one hash. Hence every byte of every file is covered by exactly one hash.
+
+As JSON, items are rows (``ROW_COLUMNS``), because there can be hundreds of thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workers.structure import Node
+
+BLOB_ALIGN_BYTES = 64  # what torch.save aligns a storage to within its file
+
+ROW_COLUMNS = ("kind", "file", "offset", "nbytes", "data_offset", "data_nbytes", "dtype", "shape", "stride")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One tensor or object.
+
+    Attributes:
+        kind: "tensor" or "object".
+        file: index into ``Layout.files``.
+        offset: of the blob in its file, bytes.
+        nbytes: length of the blob.
+        data_offset: of the raw bytes in the file.
+        data_nbytes: length of the raw bytes.
+        dtype: "float32", ...; "" for objects.
+        shape, stride: in elements; () for objects.
+        slab_offset: of the raw bytes in the slab; -1 when not known (a manifest).
+    """
+
+    kind: str
+    file: int
+    offset: int
+    nbytes: int
+    data_offset: int
+    data_nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    slab_offset: int = -1
+
+    def to_row(self) -> list[Any]:
+        """As ``ROW_COLUMNS``."""
+        return [
+            self.kind,
+            self.file,
+            self.offset,
+            self.nbytes,
+            self.data_offset,
+            self.data_nbytes,
+            self.dtype,
+            self.shape,
+            self.stride,
+        ]
+
+    @staticmethod
+    def from_row(row: Sequence[Any], slab_offset: int = -1) -> Item:
+        kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride = row
+        return Item(
+            kind, file, offset, nbytes, data_offset, data_nbytes, dtype, tuple(shape), tuple(stride), slab_offset
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """A file of the checkpoint: its name inside the directory and its exact size."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The whole checkpoint.
+
+    Attributes:
+        files: data files, in order; each item's ``file`` points here.
+        items: in file order, then by offset.
+        structure: see :mod:`workers.structure`; its leaves are indices into ``items``.
+        segment_bytes: the largest stretch that one hash covers.
+    """
+
+    files: tuple[FileSpec, ...]
+    items: tuple[Item, ...]
+    structure: Node
+    segment_bytes: int
+
+    def spans(self) -> Iterator[tuple[int, Item, int]]:
+        """(index, item, end of its span in the file)."""
+        for index, item in enumerate(self.items):
+            following = index + 1
+            if following < len(self.items) and self.items[following].file == item.file:
+                yield index, item, self.items[following].offset
+            else:
+                yield index, item, self.files[item.file].nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Bytes ``start`` to ``end`` of a file, all within the span of item ``index``."""
+
+    index: int
+    start: int
+    end: int
+
+
+def segments(layout: Layout) -> Iterator[Segment]:
+    """Every segment, in file order; their number per item is what :func:`num_segments` says."""
+    step = layout.segment_bytes
+    for index, item, end in layout.spans():
+        if end - item.offset <= step:  # most
+            yield Segment(index, item.offset, end)
+        else:
+            for start in range(item.offset, end, step):
+                yield Segment(index, start, min(start + step, end))
+
+
+def num_segments(span_nbytes: int, segment_bytes: int) -> int:
+    return max(1, -(-span_nbytes // segment_bytes))
+
+
+def deal(layout: Layout, num_parts: int) -> list[list[Segment]]:
+    """Cut the segments into ``num_parts`` runs of about the same number of bytes.
+
+    Runs are contiguous, so a part mostly has a file of its own (two writers of one file wait for its inode's lock).
+    """
+    total = sum(file.nbytes for file in layout.files)
+    parts: list[list[Segment]] = [[] for _ in range(num_parts)]
+    part, done = 0, 0
+    for segment in segments(layout):
+        middle = done + (segment.end - segment.start) / 2
+        while part < num_parts - 1 and middle * num_parts >= total * (part + 1):
+            part += 1
+        parts[part].append(segment)
+        done += segment.end - segment.start
+    return parts
+
+
+def align(offset: int, to: int = BLOB_ALIGN_BYTES) -> int:
+    return -(-offset // to) * to

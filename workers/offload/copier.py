@@ -1,0 +1,373 @@
+"""The deep copy: what ``copy.deepcopy`` does, with every tensor's storage staged once through a strategy object.
+
+    OffloadCopier.deepcopy_with_tensor_offload(x)
+      atoms, lists, tuples, dicts, methods        copied here              (_deepcopy_*)
+      tensors and storages                        taken apart, rebuilt     (tensors.py)  -> StorageStager.stage
+      objects with __deepcopy__                   asked, with our memo     (NOTE [ Objects that copy themselves ])
+      everything else                             __reduce_ex__(4)         (_reconstruct)
+
+The method names are those of ``torch.distributed.checkpoint._state_dict_stager.StateDictStager``, which is a subclass on
+the trainer's side; workers run the same class over shared sources.
+"""
+
+# mypy: allow-untyped-calls
+# (torch annotates neither its storages nor its rebuilding functions)
+
+from __future__ import annotations
+
+import copy
+import pickle
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from copyreg import dispatch_table
+from typing import Any, Protocol
+
+import torch
+
+from workers.errors import StagerError, UnstageableError
+from workers.offload.hook_memo import HookMemo, Leaf
+from workers.offload.key_path import Argument, Attribute, Item, LocatedError
+from workers.offload.tensors import Memo, offload_tensor
+
+_MISSING = object()
+_memo_get = dict.get  # the engine's own look-ups must not make HookMemo stage anything
+# What an object's own copying code may raise without it being ours or the system's failure.
+_HOOK_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, pickle.PickleError, copy.Error)
+
+_ATOMIC_TYPES = frozenset(
+    {
+        type(None),
+        type(Ellipsis),
+        type(NotImplemented),
+        int,
+        float,
+        bool,
+        complex,
+        bytes,
+        str,
+        type,
+        range,
+        property,
+        types.CodeType,
+        types.BuiltinFunctionType,
+        types.FunctionType,
+        weakref.ref,
+        torch.dtype,
+        torch.layout,
+        torch.memory_format,
+    }
+)
+_COPIERS = {
+    list: "_deepcopy_list",
+    tuple: "_deepcopy_tuple",
+    dict: "_deepcopy_dict",
+    types.MethodType: "_deepcopy_method",
+}
+
+
+class StorageStager(Protocol):
+    """Copies storages to where staged bytes live."""
+
+    def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
+        """A CPU storage of the same size that holds, or with ``non_blocking`` will hold, the same bytes."""
+
+
+class OffloadCopier:
+    """Deep copies with tensors offloaded. Not thread-safe.
+
+    Guarantees: the copy shares no memory with the source, except for what ``copy.deepcopy`` shares (functions, types,
+    objects whose ``__deepcopy__`` returns themselves); tensors over one storage share one staged storage, with the same
+    sizes, strides and offsets; either everything is copied or :class:`UnstageableError` names what could not be.
+    """
+
+    def __init__(self, storages: StorageStager) -> None:
+        self._storages = storages
+
+    def deepcopy_with_tensor_offload(
+        self, x: Any, memo: Memo | None = None, _nil: Any = None, non_blocking: bool = False
+    ) -> Any:
+        """Deep copy ``x``.
+
+        Args:
+            x: any object.
+            memo: what was copied before, as for ``copy.deepcopy``; one memo for several objects keeps what they share.
+            _nil: unused; torch's signature has it.
+            non_blocking: device copies may be under way on return; the caller synchronises.
+
+        Raises:
+            UnstageableError: something in ``x`` cannot be copied; ``key_path`` names it.
+        """
+        if memo is None:
+            memo = HookMemo()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._copy(x, memo, non_blocking)
+        except LocatedError as error:
+            failure = error.resolve()
+        raise failure
+
+    def _copy(self, x: Any, memo: Memo, non_blocking: bool) -> Any:
+        cls = type(x)
+        if cls in _ATOMIC_TYPES:
+            return self._deepcopy_atomic(x, memo)
+        y = _memo_get(memo, id(x), _MISSING)
+        if y is not _MISSING:
+            return y
+        if isinstance(x, torch.Tensor):
+            y = self._offload_tensor(x, memo, non_blocking)
+        elif (name := _COPIERS.get(cls)) is not None:
+            y = getattr(self, name)(x, memo, non_blocking)
+        elif issubclass(cls, type):
+            return x
+        elif isinstance(x, torch.UntypedStorage | torch.TypedStorage):
+            y = self._copy_storage(x, memo, non_blocking)
+        else:
+            y = self._copy_object(x, memo, non_blocking)
+        if y is not x:
+            memo[id(x)] = y
+            self._keep_alive(x, memo)
+        return y
+
+    def _deepcopy_atomic(self, x: Any, memo: Memo) -> Any:
+        return x
+
+    def _deepcopy_list(self, x: list[Any], memo: Memo, non_blocking: bool = False) -> list[Any]:
+        y: list[Any] = []
+        memo[id(x)] = y
+        try:
+            for item in x:
+                y.append(self._copy(item, memo, non_blocking))  # cycles must find the list growing
+        except LocatedError as error:
+            error.prepend(Item(len(y)))
+            raise
+        return y
+
+    def _deepcopy_tuple(self, x: tuple[Any, ...], memo: Memo, non_blocking: bool = False) -> tuple[Any, ...]:
+        y: list[Any] = []
+        try:
+            for item in x:
+                y.append(self._copy(item, memo, non_blocking))  # its length is the index of a failure
+        except LocatedError as error:
+            error.prepend(Item(len(y)))
+            raise
+        copied: tuple[Any, ...] | None = _memo_get(memo, id(x))
+        if copied is not None:  # the tuple is part of a cycle that came back to it
+            return copied
+        return tuple(y) if any(old is not new for old, new in zip(x, y, strict=True)) else x
+
+    def _deepcopy_dict(self, x: dict[Any, Any], memo: Memo, non_blocking: bool = False) -> dict[Any, Any]:
+        y: dict[Any, Any] = {}
+        memo[id(x)] = y
+        for key, value in x.items():
+            try:
+                y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
+            except LocatedError as error:
+                error.prepend(Item(key))
+                raise
+        return y
+
+    def _deepcopy_method(self, x: types.MethodType, memo: Memo, non_blocking: bool = False) -> types.MethodType:
+        try:
+            return type(x)(x.__func__, self._copy(x.__self__, memo, non_blocking))
+        except LocatedError as error:
+            error.prepend(Attribute("__self__"))
+            raise
+
+    def _offload_tensor(self, x: torch.Tensor, memo: Memo, non_blocking: bool = False) -> torch.Tensor:
+        """A CPU copy of a tensor over staged storage, entered into ``memo``."""
+        try:
+            return offload_tensor(self, x, memo, non_blocking)
+        except NotImplementedError as error:  # the dispatcher: this kind of tensor lacks what rebuilding it needs
+            raise LocatedError(_describe_failure(x, error)) from error
+
+    def _stage_untyped_storage(self, storage: torch.UntypedStorage, non_blocking: bool = False) -> torch.UntypedStorage:
+        return self._storages.stage(storage, non_blocking)
+
+    def _staged_storage(self, storage: torch.UntypedStorage, memo: Memo, non_blocking: bool) -> torch.UntypedStorage:
+        """The staged storage that stands for ``storage`` in this copy: staged on first sight, the same one after."""
+        staged: torch.UntypedStorage | None = _memo_get(memo, id(storage))
+        if staged is None:
+            if storage.device.type == "meta":
+                staged = torch.UntypedStorage(storage.nbytes(), device="meta")
+            elif storage.nbytes() and not _has_memory(storage):
+                raise LocatedError("its storage has no memory behind it: a fake, functional or wrapped tensor")
+            else:
+                staged = self._stage_untyped_storage(storage, non_blocking)
+            memo[id(storage)] = staged
+            self._keep_alive(storage, memo)
+        return staged
+
+    def _copy_storage(
+        self, x: torch.UntypedStorage | torch.TypedStorage, memo: Memo, non_blocking: bool
+    ) -> torch.UntypedStorage | torch.TypedStorage:
+        if isinstance(x, torch.UntypedStorage):
+            return self._staged_storage(x, memo, non_blocking)
+        staged = self._staged_storage(x._untyped_storage, memo, non_blocking)
+        return torch.TypedStorage(wrap_storage=staged, dtype=x.dtype, _internal=True)
+
+    def _offload_leaf(self, leaf: Leaf, memo: Memo, non_blocking: bool) -> Leaf:
+        """What :class:`HookMemo` calls for a tensor or storage that an object's ``__deepcopy__`` asks for."""
+        copied: Leaf = self._copy(leaf, memo, non_blocking)
+        return copied
+
+    def _copy_object(self, x: Any, memo: Memo, non_blocking: bool) -> Any:
+        hook = getattr(x, "__deepcopy__", None)
+        if hook is not None:
+            return self._copy_by_hook(x, hook, memo, non_blocking)
+        with _located(x):
+            reductor = dispatch_table.get(type(x))
+            reduced = reductor(x) if reductor is not None else x.__reduce_ex__(4)
+        if isinstance(reduced, str):
+            return x
+        func, args, state, listiter, dictiter, setter = (*reduced, None, None, None, None)[:6]
+        return self._reconstruct(x, memo, func, args, state, listiter, dictiter, non_blocking, setter)
+
+    def _copy_by_hook(self, x: Any, hook: Callable[[Memo], Any], memo: Memo, non_blocking: bool) -> Any:
+        """NOTE [ Objects that copy themselves ]."""
+        hook_memo = memo if isinstance(memo, HookMemo) else HookMemo(memo.items())
+        found = hook_memo.find(x)
+        previous = hook_memo.arm(self, non_blocking)
+        try:
+            with _located(x):
+                y = hook(hook_memo)
+        finally:
+            hook_memo.disarm(previous)
+        if y is not x and found:
+            self._adopt(hook_memo, y, non_blocking)
+        if hook_memo is not memo:
+            memo.update(hook_memo)
+        return y
+
+    def _adopt(self, memo: HookMemo, y: Any, non_blocking: bool) -> None:
+        """Move tensors that ``__deepcopy__`` made by itself into staged memory, as the objects they are."""
+        for stranger in memo.strangers(y):
+            if isinstance(stranger, torch.Tensor) and type(stranger) in (torch.Tensor, torch.nn.Parameter):
+                stranger.data = self._copy(stranger.detach(), memo, non_blocking)
+            elif stranger.device.type not in ("cpu", "meta"):
+                raise LocatedError(
+                    f"the __deepcopy__ of a {type(y).__name__} makes a {type(stranger).__name__} on "
+                    f"{stranger.device}, which cannot be moved; let it use copy.deepcopy(x, memo)"
+                )
+
+    def _reconstruct(  # torch's order of parameters
+        self,
+        x: Any,
+        memo: Memo | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        state: Any = None,
+        listiter: Iterator[Any] | None = None,
+        dictiter: Iterator[tuple[Any, Any]] | None = None,
+        non_blocking: bool = False,
+        state_setter: Callable[[Any, Any], Any] | None = None,
+    ) -> Any:
+        """Build an object from what ``__reduce_ex__`` says, two to six items. ``memo=None`` makes it shallow."""
+        if memo is not None and args:
+            args = self._copy_arguments(x, args, memo, non_blocking)
+        with _located(x):
+            y = func(*args)
+        if memo is not None:
+            memo[id(x)] = y
+        if state is not None:
+            if memo is not None:
+                state = self._copy_state(state, memo, non_blocking)
+            with _located(x):
+                _set_state(y, state, state_setter)
+        if listiter is not None:
+            self._fill_list(y, listiter, memo, non_blocking)
+        if dictiter is not None:
+            self._fill_dict(y, dictiter, memo, non_blocking)
+        return y
+
+    def _copy_arguments(self, x: Any, args: tuple[Any, ...], memo: Memo, non_blocking: bool) -> tuple[Any, ...]:
+        copied: list[Any] = []
+        try:
+            for arg in args:
+                copied.append(self._copy(arg, memo, non_blocking))  # its length names a failure
+        except LocatedError as error:
+            fields = getattr(x, "_fields", None) if isinstance(x, tuple) else None
+            index = len(copied) - 1  # the first argument of a named tuple is its class
+            error.prepend(Attribute(fields[index]) if fields and index >= 0 else Argument(len(copied)))
+            raise
+        return tuple(copied)
+
+    def _copy_state(self, state: Any, memo: Memo, non_blocking: bool) -> Any:
+        try:
+            return self._copy(state, memo, non_blocking)
+        except LocatedError as error:
+            error.enter_object(has_slots=isinstance(state, tuple) and len(state) == 2)
+            raise
+
+    def _fill_list(self, y: Any, items: Iterator[Any], memo: Memo | None, non_blocking: bool) -> None:
+        for index, item in enumerate(items):
+            try:
+                y.append(item if memo is None else self._copy(item, memo, non_blocking))
+            except LocatedError as error:
+                error.prepend(Item(index))
+                raise
+
+    def _fill_dict(self, y: Any, items: Iterator[tuple[Any, Any]], memo: Memo | None, non_blocking: bool) -> None:
+        for key, value in items:
+            try:
+                if memo is None:
+                    y[key] = value
+                else:
+                    y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
+            except LocatedError as error:
+                error.prepend(Item(key))
+                raise
+
+    def _keep_alive(self, x: Any, memo: Memo) -> None:
+        """Hold ``x`` as long as the memo: an id in it must not be given to another object meanwhile."""
+        kept = _memo_get(memo, id(memo))
+        if kept is None:
+            memo[id(memo)] = [x]
+        else:
+            kept.append(x)
+
+
+class _located:
+    """Turns what an object's own code raises into a :class:`LocatedError` that says whose code it was."""
+
+    __slots__ = ("_x",)
+
+    def __init__(self, x: object) -> None:
+        self._x = x
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, LocatedError | RecursionError | torch.OutOfMemoryError):
+            return
+        if isinstance(error, UnstageableError) or not isinstance(error, StagerError):
+            if isinstance(error, _HOOK_ERRORS):
+                raise LocatedError(_describe_failure(self._x, error)) from error
+
+
+def _has_memory(storage: torch.UntypedStorage) -> bool:
+    try:
+        return storage.data_ptr() != 0
+    except RuntimeError:  # torch's word for it, inside functional and fake tensors
+        return False
+
+
+def _describe_failure(x: object, error: BaseException) -> str:
+    return f"a {type(x).__module__}.{type(x).__qualname__} cannot be copied: {type(error).__name__}: {error}"
+
+
+def _set_state(y: Any, state: Any, setter: Callable[[Any, Any], Any] | None) -> None:
+    if setter is not None:
+        setter(y, state)
+        return
+    if hasattr(y, "__setstate__"):
+        y.__setstate__(state)
+        return
+    slots = None
+    if isinstance(state, tuple) and len(state) == 2:
+        state, slots = state
+    if state is not None:
+        y.__dict__.update(state)
+    for name, value in (slots or {}).items():
+        setattr(y, name, value)

@@ -1,0 +1,73 @@
+"""Page-locking host memory that somebody else allocated, so that the GPU copies into it without a detour.
+
+A failure to register is no failure to stage: the memory stays usable, unpinned and slower. It is reported once, and the
+error that CUDA keeps for the next caller is cleared, or the next kernel launch, which is innocent, would raise it.
+
+Written against the CUDA runtime's documentation; not yet run on a GPU.
+"""
+
+# mypy: allow-untyped-calls
+# (torch annotates neither its storages nor its rebuilding functions)
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+import weakref
+
+import torch
+
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
+_warned = False
+
+
+def pin(owner: torch.UntypedStorage, address: int, nbytes: int) -> bool:
+    """Register ``[address, address + nbytes)`` until ``owner`` is collected. False, with one warning, on failure.
+
+    The range must be whole pages that no other registration touches, and ``owner`` must keep them mapped.
+    """
+    code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+    if code != 0:
+        _clear_error()
+        _warn_once(code, nbytes)
+        return False
+    # The callback runs before the owner's memory is unmapped. Not at exit: the CUDA context may be gone by then.
+    weakref.finalize(owner, _unpin, address).atexit = False
+    return True
+
+
+def _unpin(address: int) -> None:
+    code = int(torch.cuda.cudart().cudaHostUnregister(address))
+    if code != 0:
+        _clear_error()
+
+
+def _warn_once(code: int, nbytes: int) -> None:
+    global _warned  # noqa: PLW0603  # once per process, as the warnings module cannot promise across call sites
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"could not pin {nbytes} bytes of host memory (CUDA error {code}); staging goes on with unpinned memory, "
+            "which is copied to more slowly. Raise `ulimit -l` or lower the amount pinned (pin_memory_min_bytes).",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _clear_error() -> None:
+    """Take the failed call's error out of the CUDA runtime's per-thread slot."""
+    major = (torch.version.cuda or "").split(".", maxsplit=1)[0]
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        runtime.cudaGetLastError()
+    except (OSError, AttributeError):
+        _clear_error_by_launch()
+
+
+def _clear_error_by_launch() -> None:
+    """Without the runtime's handle: launch a kernel that nobody needs; its launch check takes the error."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError:
+        return

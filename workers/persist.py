@@ -1,0 +1,181 @@
+"""What a worker does with its part of a save: reconstruct the bytes from the slab, hash, write, sync, leave a receipt.
+
+Every step can be done again by another worker after a crash: the same bytes go to the same places.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import xxhash
+
+from workers import files, slab
+from workers.commit import Committed, already_committed, is_still, try_commit
+from workers.directory import partial_name, remove_partial
+from workers.files import storage_errors
+from workers.formats import Format, get_format
+from workers.job import RECORD_NAME, SaveJob, read_layout, to_record
+from workers.layout import Item, Layout, Segment, deal
+from workers.receipt import Receipt, read_receipt
+
+_WRITE_BYTES = 4 << 20  # hashed and written while it is in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class PartResult:
+    """What a part's task returns: its receipt's times, and the commit if this part completed the set."""
+
+    part: int
+    pid: int
+    started: float
+    written: float
+    synced: float
+    committed: Committed | None
+
+
+def persist_part(job: SaveJob, part: int) -> PartResult:
+    """Write part ``part`` of ``job``; commit if it was the last one.
+
+    Raises:
+        StorageError: a system call failed; nothing that looks like a checkpoint is left.
+    """
+    slab.detach_all_but(job.live_slabs)
+    committed = already_committed(job.facts)
+    if committed is not None:  # this task was run before, and its worker died after the commit
+        return PartResult(part, os.getpid(), committed.started, committed.started, committed.started, committed)
+    layout = read_layout(job)
+    receipt = _write_part(job, layout, part)
+    committed = try_commit(job.facts, layout)
+    return PartResult(part, receipt.pid, receipt.started, receipt.written, receipt.synced, committed)
+
+
+def prepare_worker() -> int:
+    """Nothing but proof that this worker is up."""
+    return os.getpid()
+
+
+def discard_partial(directory: str, step: int, save_id: str) -> None:
+    """Remove what a failed save left. Runs in a worker, when no part of the save runs any more."""
+    remove_partial(directory, partial_name(step, save_id))
+
+
+def _write_part(job: SaveJob, layout: Layout, part: int) -> Receipt:
+    partial = os.path.join(job.facts.directory, partial_name(job.facts.step, job.facts.save_id))
+    with storage_errors("create", partial):
+        os.makedirs(partial, exist_ok=True)
+        directory_fd = files.open_directory(partial)
+    try:
+        fcntl.flock(directory_fd, fcntl.LOCK_SH)  # see NOTE [ The lock on a partial directory ] in commit.py
+        done = read_receipt(directory_fd, partial, part)
+        if done is not None:
+            return done
+        if not is_still(partial, directory_fd):  # committed while we waited for the lock
+            now = time.time()
+            return Receipt(part, job.facts.num_parts, job.facts.save_id, (), os.getpid(), now, now, now)
+        started = time.time()
+        if part == 0:
+            files.write_atomically(directory_fd, partial, RECORD_NAME, to_record(job), job.facts.fsync)
+        with ExitStack() as opened:
+            writer = _PartWriter(job, layout, directory_fd, partial, opened)
+            hashes = writer.write(deal(layout, job.facts.num_parts)[part])
+            written = time.time()
+            if job.facts.fsync:
+                writer.sync()
+        synced = time.time()
+        receipt = Receipt(
+            part, job.facts.num_parts, job.facts.save_id, tuple(hashes), os.getpid(), started, written, synced
+        )
+        receipt.write(directory_fd, partial, job.facts.fsync)
+        return receipt
+    finally:
+        os.close(directory_fd)
+
+
+class _PartWriter:
+    """Writes segments, opening each file once. Consecutive small items leave in one ``pwritev``."""
+
+    def __init__(self, job: SaveJob, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
+        self._view = job.slab.view
+        self._format: Format = get_format(job.facts.kind)
+        self._layout = layout
+        self._ends = [end for _, _, end in layout.spans()]
+        self._directory_fd = directory_fd
+        self._directory = directory
+        self._opened = opened
+        self._fds: dict[int, int] = {}
+        self._batch: list[bytes | memoryview] = []
+        self._batch_nbytes = 0
+        self._batch_start = (-1, 0)  # file, offset
+
+    def write(self, segments: list[Segment]) -> list[str]:
+        """The segments' hashes, hex."""
+        hashes = []
+        for segment in segments:
+            item = self._layout.items[segment.index]
+            hasher = xxhash.xxh3_128()
+            offset = segment.start
+            for piece in self._pieces(item, segment):
+                hasher.update(piece)
+                self._put(item.file, offset, piece)
+                offset += len(piece)
+            hashes.append(hasher.hexdigest())
+        self._flush()
+        return hashes
+
+    def sync(self) -> None:
+        for file, fd in self._fds.items():
+            with storage_errors("sync", self._path(file)):
+                os.fsync(fd)
+
+    def _pieces(self, item: Item, segment: Segment) -> Iterator[bytes | memoryview]:
+        """The bytes of a segment: what of the header, the raw bytes, the tail and the padding lies in it."""
+        if item.kind == "object":
+            head, tail = b"", b""
+        else:
+            head, tail = self._format.tensor_frame(item.dtype, item.shape, item.stride)
+        start, end = segment.start, segment.end
+        data_end = item.data_offset + item.data_nbytes
+        if start < item.data_offset:
+            yield head[start - item.offset : end - item.offset]
+        low, high = max(start, item.data_offset), min(end, data_end)
+        if low < high:
+            base = item.slab_offset - item.data_offset
+            for position in range(low, high, _WRITE_BYTES):
+                yield self._view[base + position : base + min(high, position + _WRITE_BYTES)]
+        if end > data_end:
+            tail += b"\0" * (self._ends[segment.index] - data_end - len(tail))
+            yield tail[max(0, start - data_end) : end - data_end]
+
+    def _put(self, file: int, offset: int, piece: bytes | memoryview) -> None:
+        batch_file, batch_offset = self._batch_start
+        full = self._batch_nbytes + len(piece) > _WRITE_BYTES or len(self._batch) >= files.IOV_MAX
+        if full or file != batch_file or offset != batch_offset + self._batch_nbytes:
+            self._flush()
+            self._batch_start = (file, offset)
+        self._batch.append(piece)
+        self._batch_nbytes += len(piece)
+
+    def _flush(self) -> None:
+        if self._batch:
+            file, offset = self._batch_start
+            with storage_errors("write", self._path(file)):
+                files.write_all(self._open(file), self._batch, offset)
+        self._batch, self._batch_nbytes, self._batch_start = [], 0, (-1, 0)
+
+    def _open(self, file: int) -> int:
+        fd = self._fds.get(file)
+        if fd is None:
+            spec = self._layout.files[file]
+            fd = os.open(spec.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666, dir_fd=self._directory_fd)
+            self._opened.callback(os.close, fd)
+            os.ftruncate(fd, spec.nbytes)
+            self._fds[file] = fd
+        return fd
+
+    def _path(self, file: int) -> str:
+        return os.path.join(self._directory, self._layout.files[file].name)

@@ -1,0 +1,93 @@
+"""The shape of a nested state, as JSON: which containers, which keys, and which item each leaf is.
+
+    node := index of an item (int)
+          | ["dict",  [key, ...], [node, ...]]
+          | ["odict", [key, ...], [node, ...], metadata or null]     collections.OrderedDict
+          | ["list",  [node, ...]]
+
+A key is a str, int, float, bool or null and keeps its type. ``metadata`` is the ``_metadata`` attribute that
+``nn.Module.state_dict()`` hangs on its result (module versions). Two leaves that are the same bytes (tied weights) name
+the same item. No code runs to read this, whatever it says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Key = str | int | float | bool | None
+Path = tuple[Key, ...]
+Node = Any  # recursive; see above
+
+_MAX_DEPTH = 200
+
+
+def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
+    """Every leaf: its path and its item.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+    """
+    if type(node) is int:
+        yield path, node
+        return
+    keys, children = _open(node, len(path))
+    for key, child in zip(keys, children, strict=True):
+        if type(child) is int:  # most are: save the generator
+            yield (*path, key), child
+        else:
+            yield from walk(child, (*path, key))
+
+
+def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
+    """The state, with ``leaf(index)`` in each place."""
+    if type(node) is int:
+        return leaf(node)
+    keys, children = _open(node, depth)
+    values = [build(child, leaf, depth + 1) for child in children]
+    if node[0] == "list":
+        return values
+    if node[0] == "dict":
+        return dict(zip(keys, values, strict=True))
+    result: OrderedDict[Key, Any] = OrderedDict(zip(keys, values, strict=True))
+    if node[3] is not None:
+        result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]
+    return result
+
+
+def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
+    """Keys and children of a container, after checking that it is one."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+    if not isinstance(node, list) or not node:
+        raise ValueError(f"not a structure node: {str(node)[:60]}")
+    kind, *rest = node
+    if kind == "list" and len(rest) == 1 and isinstance(rest[0], list):
+        return list(range(len(rest[0]))), rest[0]
+    if (kind == "dict" and len(rest) == 2) or (kind == "odict" and len(rest) == 3):
+        keys, children = rest[0], rest[1]
+        if isinstance(keys, list) and isinstance(children, list) and len(keys) == len(children):
+            if all(k is None or isinstance(k, (str, int, float)) for k in keys):
+                return keys, children
+    raise ValueError(f"not a structure node: {str(node)[:60]}")
+
+
+def fqn(path: Path) -> str:
+    """The name DCP gives a leaf: its keys joined by dots."""
+    return ".".join(map(str, path))
+
+
+def describe(path: Path) -> str:
+    """A leaf as a user would write it: ``optimizer['state'][3]['exp_avg']``."""
+    if not path:
+        return "state"
+    head, *rest = path
+    return f"{head if isinstance(head, str) and head.isidentifier() else f'state[{head!r}]'}" + "".join(
+        f"[{key!r}]" for key in rest
+    )
+
+
+def to_json(node: Node) -> str:
+    return json.dumps(node, separators=(",", ":"), allow_nan=False)
