@@ -84,10 +84,10 @@ class Restorer:
         """
         match = _Match()
         structure = self._manifest.layout.structure
+        nodes = dict(zip(structure[1], structure[2], strict=True))
         for name in target:
-            if name in structure[1]:
-                node = structure[2][structure[1].index(name)]
-                self._match_entry(match, node, target, name, (name,), strict)
+            if name in nodes:
+                self._match_entry(match, nodes[name], target, name, (name,), strict)
             elif strict:
                 match.missing.append(describe((name,)))
         self._raise_problems(match, strict)
@@ -170,7 +170,7 @@ class Restorer:
             item = self._manifest.layout.items[index]
             target = existing.get(leaf)
             if target is not None and item.kind == "tensor" and _difference(item, target) is None:
-                match.targets.setdefault(index, []).append(target.detach())
+                match.targets.setdefault(index, []).append(target)
         self._want_all(match, node)
         module_not_strict = isinstance(value, torch.nn.Module) and not strict
 

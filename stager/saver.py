@@ -30,6 +30,7 @@ from stager.guard import Guard
 from stager.plan import Copy, Planner, SnapshotPlan
 from stager.save import SaveHandle, SaveState
 from workers.errors import ClosedError, StorageError, UnstageableError
+from workers.faults import point
 from workers.formats import Format
 from workers.job import Extent, SaveFacts, SaveJob, objects_to_json
 from workers.layout import Item, align
@@ -114,6 +115,7 @@ class Saver:
             handle._unblocked()
             return handle
         handle._event("plan", started)
+        point("save.planned")
         handle._move(SaveState.STAGING)
         with self._lock:
             self._in_flight.add(handle)
@@ -209,6 +211,7 @@ class Saver:
 
     def _stage_guarded(self, snapshot: _Snapshot, copies: list[Copy]) -> None:
         try:
+            point("save.overlapped")
             self._copy(snapshot, copies)
             self._finish_staging(snapshot)
         except BaseException as error:  # noqa: BLE001  (the edge of the thread: it goes into the Future)
@@ -220,11 +223,13 @@ class Saver:
         handle = snapshot.handle
         snapshot.lease.move(SlabState.STAGED)
         handle._move(SaveState.STAGED)
+        point("save.copied")
         job = self._write_job(snapshot)
         futures, failure = self._hand_over(job)
         snapshot.lease.move(SlabState.PERSISTING)
         handle._move(SaveState.PERSISTING)
         handle._event("hand over", started)
+        point("save.handed-over")
         if failure is None:
             handle._staged()
             self._arena.prepare_in_background(snapshot.lease.slab.nbytes)

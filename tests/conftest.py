@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import Faults
 from tests.leaks import Snapshot
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs around every test. A test that ends with a crashed run's remains on purpose says so: ``@pytest.mark.remains``."""
-    before = Snapshot.take()
-    yield
     roots = [request.getfixturevalue("tmp_path")] if "tmp_path" in request.fixturenames else []
     if request.node.get_closest_marker("remains") is not None:
         roots = []
+    before = Snapshot.take()
+    yield
     problems = before.leaks(roots)
     assert not problems, "left behind: " + "; ".join(problems)
 
@@ -27,3 +28,9 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 def run_dir(tmp_path: Path) -> Path:
     """A run's directory that does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faults:
+    """Named points where this test makes things go wrong; arm them before the workers start."""
+    return Faults(tmp_path / "faults", monkeypatch)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 _PATIENCE_SECS = 10.0
+_MARK = "STAGER_TEST_SESSION"  # inherited by everything this session starts
+os.environ[_MARK] = secrets.token_hex(8)
 # Threads and descriptors that libraries keep for the life of the process once they were used.
 _KEPT_THREADS = ("pydev", "Dummy", "QueueFeederThread")
 
@@ -59,12 +63,14 @@ def _children() -> frozenset[int]:
 
 
 def worker_processes() -> list[int]:
-    """Every stager worker process on this machine that shares our session's working user."""
+    """Every live stager worker that was started, however indirectly, by this test session."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = process.info["cmdline"] or []
         if any("from workers.main import main" in part for part in command) and process.info["status"] != "zombie":
-            found.append(process.pid)
+            with suppress(psutil.Error):
+                if process.environ().get(_MARK) == os.environ[_MARK]:
+                    found.append(process.pid)
     return found
 
 

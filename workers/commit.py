@@ -30,6 +30,7 @@ import xxhash
 from workers import files
 from workers.directory import CheckpointInfo, checkpoint_name, partial_name, read_checkpoint
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from workers.faults import point
 from workers.files import storage_errors
 from workers.formats import get_format
 from workers.job import SaveFacts
@@ -111,11 +112,13 @@ def _manifest(facts: SaveFacts, layout: Layout, directory_fd: int, partial: str)
 def _write_manifest(
     facts: SaveFacts, layout: Layout, receipts: list[Receipt], directory_fd: int, partial: str
 ) -> Manifest:
+    point("commit.begin")
     final = os.path.join(facts.directory, checkpoint_name(facts.step))
     index_files = []
     for name, data in get_format(facts.kind).index_files(layout, facts.save_id, final).items():
         files.write_atomically(directory_fd, partial, name, data, facts.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
+    point("commit.indexed")
     manifest = Manifest(
         header=Header(facts.kind, facts.step, facts.save_id, facts.created, facts.torch, facts.stager),
         layout=layout,
@@ -123,6 +126,7 @@ def _write_manifest(
         index_files=tuple(index_files),
     )
     files.write_atomically(directory_fd, partial, MANIFEST_NAME, manifest.to_bytes(), facts.fsync)
+    point("commit.manifest")
     return manifest
 
 
@@ -147,6 +151,7 @@ def publish(facts: SaveFacts, manifest: Manifest, directory_fd: int) -> str:
         _rename_over(partial, final)
         if facts.fsync:
             files.sync_directory(facts.directory)
+    point("commit.published")
     return final
 
 

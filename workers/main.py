@@ -32,6 +32,7 @@ import psutil
 from workers import codec
 from workers.channel import Inbox, Outbox
 from workers.errors import WorkerError
+from workers.faults import point
 from workers.protocol import Done, Failed, Message, Ready, Shutdown, Task
 
 
@@ -82,6 +83,7 @@ def main(fd: int, settings_json: str) -> None:
 
 def _serve(sock: socket.socket, parent: int, nonce: str) -> None:
     outbox = Outbox(sock)
+    point("worker.start")
     _send(outbox, Ready(nonce, os.getpid()), [])
     for message, fds in _receive(sock, parent):
         if message.nonce != nonce:
@@ -154,6 +156,7 @@ def _run(task: Task, fds: list[int]) -> tuple[Message, list[int]]:
     try:
         function, args, kwargs = codec.loads(task.payload, fds)
         payload, out = codec.dumps(function(*args, **kwargs))
+        point("task.reply")
         return Done(task.nonce, task.task_id, payload), out
     except BaseException as error:  # noqa: BLE001  (the edge of the process: SystemExit of a task is an answer too)
         return Failed(task.nonce, task.task_id, _dump_error(task, error), traceback.format_exc()), []

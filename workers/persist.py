@@ -17,6 +17,7 @@ import xxhash
 from workers import files, slab
 from workers.commit import Committed, already_committed, is_still, try_commit
 from workers.directory import partial_name, remove_partial
+from workers.faults import point
 from workers.files import storage_errors
 from workers.formats import Format, get_format
 from workers.job import RECORD_NAME, SaveJob, read_layout, to_record
@@ -48,6 +49,7 @@ def persist_part(job: SaveJob, part: int) -> PartResult:
     committed = already_committed(job.facts)
     if committed is not None:  # this task was run before, and its worker died after the commit
         return PartResult(part, os.getpid(), committed.started, committed.started, committed.started, committed)
+    point("part.begin")
     layout = read_layout(job)
     receipt = _write_part(job, layout, part)
     committed = try_commit(job.facts, layout)
@@ -84,13 +86,17 @@ def _write_part(job: SaveJob, layout: Layout, part: int) -> Receipt:
             writer = _PartWriter(job, layout, directory_fd, partial, opened)
             hashes = writer.write(deal(layout, job.facts.num_parts)[part])
             written = time.time()
+            point("part.written")
             if job.facts.fsync:
                 writer.sync()
         synced = time.time()
         receipt = Receipt(
             part, job.facts.num_parts, job.facts.save_id, tuple(hashes), os.getpid(), started, written, synced
         )
+        with storage_errors("sync", partial):
+            point("part.synced")
         receipt.write(directory_fd, partial, job.facts.fsync)
+        point("part.receipt")
         return receipt
     finally:
         os.close(directory_fd)
@@ -164,6 +170,7 @@ class _PartWriter:
         if self._batch:
             file, offset = self._batch_start
             with storage_errors("write", self._path(file)):
+                point("part.write")
                 files.write_all(self._open(file), self._batch, offset)
         self._batch, self._batch_nbytes, self._batch_start = [], 0, (-1, 0)
 

@@ -5,12 +5,12 @@ Exit codes: 0 ok; 1 the answer is no (a checkpoint is damaged or not there, a ch
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from stager._version import __version__
 from stager.cli.console import print_error
 from stager.cli.demo import demo
 from stager.cli.doctor import doctor
@@ -52,10 +52,7 @@ for command in (demo, ls, inspect, verify, doctor):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        try:
-            print(f"stager {version('stager')}")
-        except PackageNotFoundError:
-            print("stager, not installed")
+        print(f"stager {__version__}")
         raise typer.Exit
 
 

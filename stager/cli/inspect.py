@@ -117,7 +117,6 @@ def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
 
     console = stdout()
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.columns.clear()
     shown = {
         **facts,
         "created": format_time(facts["created"]),
@@ -140,19 +139,22 @@ def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
 
 
 def _entry_table(entries: list[Entry]) -> Table:
+    """A table of entries of one kind, at least one."""
     from rich.table import Table
 
+    tensors = entries[0].kind == "tensor"
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(f"{entries[0].kind}", overflow="fold")
-    for name in ("dtype", "shape"):
+    table.add_column(entries[0].kind, overflow="fold")
+    for name in ("dtype", "shape") if tensors else ():
         table.add_column(name)
     table.add_column("bytes", justify="right")
     table.add_column("file")
     table.add_column("offset", justify="right")
     table.add_column("same bytes as", overflow="fold")
     for entry in entries:
-        shape = "x".join(map(str, entry.shape)) if entry.shape else "scalar" if entry.kind == "tensor" else ""
-        cells = (entry.key, entry.dtype, shape, entry.nbytes, entry.file, entry.offset, entry.same_as or "")
+        shape = "x".join(map(str, entry.shape)) or "scalar"
+        of_tensor = (entry.dtype, shape) if tensors else ()
+        cells = (entry.key, *of_tensor, entry.nbytes, entry.file, entry.offset, entry.same_as or "")
         table.add_row(*map(_text, cells))
     return table
 

@@ -71,14 +71,14 @@ def list_rows(directory: str) -> list[Row]:
 
     Raises:
         CheckpointNotFoundError: no such directory.
+        UsageError: it is a checkpoint itself.
     """
     from workers.directory import list_checkpoints
+    from workers.errors import UsageError
 
     require_directory(directory)
     if is_checkpoint(directory):
-        raise typer.BadParameter(
-            f"{directory} is one checkpoint; use 'stager inspect' or 'stager verify', or name the run"
-        )
+        raise UsageError(f"{directory} is one checkpoint; use 'stager inspect' or 'stager verify', or name the run")
     committed, skipped = list_checkpoints(directory)
     rows = [_committed_row(info) for info in committed] + [_skipped_row(directory, item) for item in skipped]
     return sorted(rows, key=lambda row: row.name)
@@ -144,10 +144,9 @@ def _print_table(directory: str, rows: list[Row]) -> None:
         console.print(f"no checkpoints in {printable(directory)}", markup=False, soft_wrap=True)
         return
     colours = {Status.COMMITTED: "green", Status.PARTIAL: "yellow", Status.INVALID: "red"}
-    table = Table("step", "status", "size", "created", "tensors", "objects", "why not", box=None, padding=(0, 2, 0, 0))
+    table = Table("step", "status", "size", "created", "tensors", "objects", box=None, padding=(0, 2, 0, 0))
     for column in (0, 2, 4, 5):
         table.columns[column].justify = "right"
-    table.columns[6].overflow = "fold"
     for row in rows:
         table.add_row(
             _count(row.step),
@@ -156,9 +155,13 @@ def _print_table(directory: str, rows: list[Row]) -> None:
             format_time(row.created),
             _count(row.num_tensors),
             _count(row.num_objects),
-            Text(printable(row.reason)),
         )
     console.print(table)
+    for row in rows:
+        if row.reason:
+            reason = printable(row.reason.replace(f"{os.path.abspath(directory)}/", ""))
+            named = reason if reason.startswith(row.name) else f"{row.name}: {reason}"
+            console.print(named, style=colours[row.status], markup=False, soft_wrap=True)
 
 
 def format_time(unix: float) -> str:

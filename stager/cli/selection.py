@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 
-import typer
-
 _CHECKPOINT_NAME = re.compile(r"step-\d{8,}(\.partial-[0-9a-f]+)?")
 
 
@@ -22,14 +20,16 @@ def select_checkpoints(path: str, step: int | None, every: bool = False) -> list
 
     Raises:
         CheckpointNotFoundError: there is none.
-        typer.BadParameter: options that contradict each other.
+        UsageError: options that contradict each other.
     """
+    from workers.errors import UsageError
+
     path = os.path.abspath(path)
     if every and step is not None:
-        raise typer.BadParameter("--all and --step exclude each other")
+        raise UsageError("--all and --step exclude each other")
     if is_checkpoint(path):
         if every or step is not None:
-            raise typer.BadParameter(f"{path} is one checkpoint; --step and --all need the run's directory")
+            raise UsageError(f"{path} is one checkpoint; --step and --all need the run's directory")
         return [path]
     return _in_run(path, step, every)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,8 +52,24 @@ def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[Verif
             result = verify_checkpoint(
                 path, full=not quick, num_threads=threads, progress=lambda nbytes: progress.advance(bar, nbytes)
             )
-            results.append(result)
+            results.append(_with_place(result))
     return results
+
+
+def _with_place(result: VerifyResult) -> VerifyResult:
+    """A whole checkpoint under the name of another step is not what was committed there."""
+    from workers.directory import committed_steps, read_checkpoint
+    from workers.errors import CorruptCheckpointError
+
+    directory, name = os.path.split(result.path)
+    step = name.removeprefix("step-")
+    if not result.ok or not step.isdigit() or int(step) not in committed_steps(directory):
+        return result
+    try:
+        read_checkpoint(directory, int(step))
+    except CorruptCheckpointError as error:
+        return replace(result, ok=False, problems=(str(error),))
+    return result
 
 
 def _print(result: VerifyResult, quick: bool) -> None:
@@ -63,8 +79,7 @@ def _print(result: VerifyResult, quick: bool) -> None:
     name = printable(result.path)
     if result.ok:
         how = "names and sizes" if quick else "every byte"
-        rate = f", {format_bytes(int(result.nbytes / result.secs))}/s" if result.secs > 0 and not quick else ""
-        facts = f"{result.num_items} items, {format_bytes(result.nbytes)} in {result.secs:.2f} s{rate}"
+        facts = f"{result.num_items} items, {format_bytes(result.nbytes)}, {result.secs:.2f} s"
         console.print(f"ok   {name}: {how} as committed ({facts})", markup=False, soft_wrap=True)
         return
     console.print(f"BAD  {name}: {len(result.problems)} problem(s)", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ BLOCKED_COLOUR = "#000000"
 KILL_COLOUR = "#D55E00"
 METHOD_COLOUR = "#56B4E9"
 GREY = "#666666"
+BAND_COLOURS = ("#ffffff", "#f3f3f3")
 
 ROWS_SHOWN = 16
 BAR_HEIGHT = 0.5
@@ -38,11 +40,12 @@ def draw_chart(results: Results, path: Path) -> None:
 
 
 def _draw_timeline(axes: Axes, lines: list[SaveLine]) -> None:
+    _draw_legs(axes, [line.leg for line in lines])
     for row, line in enumerate(lines):
         _draw_save(axes, row, line)
     longest = max((max([*line.milestones.values(), line.killed_secs or 0.0]) for line in lines), default=1.0)
     axes.set_xlim(0, longest * MS * 1.04)
-    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_yticks(range(len(lines)), [line.label for line in lines])
     axes.set_xlabel("time since save() was called (ms)")
     axes.set_title("Each save, while training goes on", loc="left", fontweight="bold")
@@ -52,17 +55,39 @@ def _draw_timeline(axes: Axes, lines: list[SaveLine]) -> None:
     axes.legend(handles=_timeline_legend(), loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4, frameon=False)
 
 
+def _draw_legs(axes: Axes, legs: list[str]) -> None:
+    """A band behind the saves of each training process, named at the right edge."""
+    first = 0
+    for number, (name, rows) in enumerate(groupby(legs)):
+        last = first + len(list(rows))
+        axes.axhspan(first - 0.5, last - 0.5, color=BAND_COLOURS[number % 2], linewidth=0, zorder=0)
+        axes.text(
+            1.008,
+            (first + last - 1) / 2,
+            name,
+            transform=axes.get_yaxis_transform(),
+            rotation=270,
+            va="center",
+            ha="left",
+            fontsize=9,
+            color=GREY,
+        )
+        first = last
+
+
 def _draw_save(axes: Axes, row: int, line: SaveLine) -> None:
     start = 0.0
     for part, end in line.milestones.items():
         axes.barh(row, (end - start) * MS, left=start * MS, height=BAR_HEIGHT, color=PART_COLOURS[part])
         start = end
+    if "committed" in line.milestones:
+        axes.plot(start * MS, row, "D", markersize=7, color=PART_COLOURS["committed"], clip_on=False)
     if line.blocked_secs is not None:
         top = row - BAR_HEIGHT / 2
         axes.barh(top, line.blocked_secs * MS, height=0.14, color=BLOCKED_COLOUR, align="center")
     axes.vlines([end * MS for end in line.step_ends], row + 0.29, row + 0.43, color=GREY, linewidth=1.2)
     if line.killed_secs is not None:
-        axes.plot(line.killed_secs * MS, row, marker="X", markersize=10, color=KILL_COLOUR, linestyle="none")
+        axes.plot(line.killed_secs * MS, row, "X", markersize=10, color=KILL_COLOUR, clip_on=False)
         axes.annotate(
             f"trainer killed; {line.ending}",
             (line.killed_secs * MS, row),
@@ -77,7 +102,8 @@ def _draw_save(axes: Axes, row: int, line: SaveLine) -> None:
 def _timeline_legend() -> list[Patch | Line2D]:
     return [
         Patch(color=BLOCKED_COLOUR, label="blocked (the call)"),
-        *(Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()),
+        *(Patch(color=PART_COLOURS[part], label=part) for part in ("staged", "written", "synced")),
+        Line2D([], [], color=PART_COLOURS["committed"], marker="D", markersize=7, linestyle="none", label="committed"),
         Line2D([], [], color=GREY, marker="|", markersize=8, linestyle="none", label="a training step ends"),
         Line2D([], [], color=KILL_COLOUR, marker="X", markersize=9, linestyle="none", label="SIGKILL of the trainer"),
     ]
@@ -87,13 +113,21 @@ def _draw_lost_time(axes: Axes, measurement: Measurement) -> None:
     methods = measurement.methods
     lost = [method.lost_secs * MS for method in methods]
     places = range(len(methods))
-    bars = axes.bar(places, lost, width=0.6, color=METHOD_COLOUR, label="time lost by the loop (median)")
+    bars = axes.bar(
+        [place - 0.1 for place in places], lost, width=0.44, color=METHOD_COLOUR, label="time lost by the loop (median)"
+    )
     blocked = [method.blocked_secs * MS for method in methods]
-    axes.bar(places, blocked, width=0.2, color=BLOCKED_COLOUR, label="of which the call blocked (median)")
+    axes.bar(
+        [place - 0.1 for place in places],
+        blocked,
+        width=0.14,
+        color=BLOCKED_COLOUR,
+        label="of which the call blocked (median)",
+    )
     for place, method in zip(places, methods, strict=True):
         samples = [sample.lost_secs * MS for sample in method.samples]
         axes.plot(
-            [place + 0.2] * len(samples),
+            [place + 0.24] * len(samples),
             samples,
             "o",
             markersize=4,
@@ -114,6 +148,7 @@ def _draw_lost_time(axes: Axes, measurement: Measurement) -> None:
             fontweight="bold",
         )
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_xticks(places, [method.method for method in methods])
     axes.set_ylabel("time lost per save (ms)")
     axes.set_title("What a save costs the training loop", loc="left", fontweight="bold")

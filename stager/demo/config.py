@@ -26,7 +26,7 @@ class DemoSettings(Section):
     kill_writing_at_save: int = Field(
         default=7, ge=2, description="Second kill: when this save is staged and not yet committed."
     )
-    batch_size: int = Field(default=4, ge=1, description="Sequences per step.")
+    batch_size: int = Field(default=2, ge=1, description="Sequences per step.")
     block_size: int = Field(default=64, ge=2, description="Bytes of text per sequence.")
     n_layer: int = Field(default=4, ge=1, description="Transformer blocks.")
     n_head: int = Field(default=8, ge=1, description="Attention heads; divides n_embd.")
@@ -37,7 +37,7 @@ class DemoSettings(Section):
     weight_decay: float = Field(default=0.1, ge=0.0, description="AdamW's weight decay, as a share of lr per step.")
     seed: int = Field(default=1234, ge=0, description="Seed of weights, dropout and data order.")
     num_threads: Count = Field(
-        default="auto", description="Threads that torch computes with; auto: usable cores, at most 4."
+        default="auto", description="Threads that torch computes with; auto: all usable cores but one, 1 to 4."
     )
     measure_saves: int = Field(default=5, ge=1, description="Measured saves of each of the three ways to save.")
     measure_steps: int = Field(default=6, ge=1, description="Steps in each measured stretch of training, at least.")
@@ -67,8 +67,9 @@ class DemoSettings(Section):
 
     @property
     def threads(self) -> int:
-        """``num_threads`` as a number."""
-        return min(4, usable_cores()) if self.num_threads == "auto" else self.num_threads
+        """``num_threads`` as a number.  One core is left to the workers, as a trainer that computes on a GPU leaves it:
+        threads that meet at a barrier many times per step all wait for the one that lost its core."""
+        return max(1, min(4, usable_cores() - 1)) if self.num_threads == "auto" else self.num_threads
 
     @property
     def checkpoint_nbytes(self) -> int:

@@ -17,15 +17,6 @@ from pydantic.dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One timed part of a save; ``start`` and ``end`` are ``time.time()`` stamps, in seconds."""
-
-    name: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
 class Resumed:
     """From a training child with checkpoints, before its first step: where it goes on (step 0: from the start)."""
 
@@ -54,6 +45,15 @@ class SaveBegun:
 
 
 @dataclass(frozen=True)
+class SaveReturned:
+    """From a training child, when ``save`` has returned; ``staged``: its snapshot was complete by then."""
+
+    step: int
+    staged: bool
+    kind: Literal["returned"] = "returned"
+
+
+@dataclass(frozen=True)
 class SaveStaged:
     """From a training child, when ``staging_completion`` is done: the snapshot no longer needs the trainer."""
 
@@ -64,12 +64,18 @@ class SaveStaged:
 
 @dataclass(frozen=True)
 class SaveCommitted:
-    """From a training child, when ``upload_completion`` is done: the checkpoint is durable."""
+    """From a training child, when ``upload_completion`` is done: the checkpoint is durable.
+
+    Times as in :class:`stager.SaveReport`: seconds since ``save()`` was called; None: not known yet.
+    """
 
     step: int
     nbytes: int
-    blocked_secs: float
-    phases: tuple[Phase, ...]
+    blocked_secs: float | None
+    staged_secs: float | None
+    written_secs: float | None
+    synced_secs: float | None
+    committed_secs: float | None
     kind: Literal["committed"] = "committed"
 
 
@@ -110,7 +116,7 @@ class MeasuredSave:
 
 
 Event = Annotated[
-    Resumed | StepDone | SaveBegun | SaveStaged | SaveCommitted | SaveFailed | Stretch | MeasuredSave,
+    Resumed | StepDone | SaveBegun | SaveReturned | SaveStaged | SaveCommitted | SaveFailed | Stretch | MeasuredSave,
     Field(discriminator="kind"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from stager.demo.events import Event, Resumed, SaveBegun, SaveCommitted, SaveFailed, SaveStaged, StepDone
+from stager.demo.events import Event, Resumed, SaveBegun, SaveCommitted, SaveFailed, SaveReturned, SaveStaged, StepDone
 
 
 class Aim(Enum):
@@ -21,13 +21,14 @@ class Kill:
     """What was seen of one SIGKILL of the trainer.
 
     Attributes:
+        aim: where in the save the kill was to come.
         step: the save that was under way.
         time: when the signal was sent, in seconds since the epoch.
         staged: the trainer lived to see its snapshot complete.
-        too_late: the trainer lived to see it committed: the kill did not come in the middle of this save.
+        committed: the trainer lived to see it committed: the kill did not come in the middle of this save.
         partial: the save's partial directory was on disk right after the death.
-        num_workers: worker processes alive right after the death.
-        gone_secs: seconds until none was.
+        num_workers: worker processes that the trainer had.
+        gone_secs: seconds until none was alive.
         left: pids still alive when the demo stopped waiting.
     """
 
@@ -35,11 +36,18 @@ class Kill:
     step: int
     time: float
     staged: bool
-    too_late: bool
+    committed: bool
     partial: bool
     num_workers: int
     gone_secs: float
     left: tuple[int, ...]
+
+    @property
+    def hit(self) -> Aim | None:
+        """Where in the save it came; None: after it."""
+        if self.committed:
+            return None
+        return Aim.WRITING if self.staged else Aim.STAGING
 
 
 @dataclass
@@ -85,23 +93,34 @@ class Trap:
     A leg is not killed before its run has a committed checkpoint, or there would be nothing to resume from; nor in a
     save whose commit has been heard of.  What the kill really hit is told afterwards, by the events that the dead
     trainer had sent before: see :class:`Kill`.
+
+    To hit the taking of a snapshot it waits for a save that returned before its snapshot was complete, which
+    ``guard()`` makes the rule; where snapshots are too small for that, it strikes when the next save begins.
     """
 
     aim: Aim
     first_step: int
     has_checkpoint: bool
+    snapshot_is_quick: bool = False
 
-    def sprung_by(self, leg: Leg, event: Event) -> bool:
-        """True at the event upon which to kill at once."""
+    def sprung_by(self, leg: Leg, event: Event) -> int | None:
+        """The step of the save in which to kill, at once, upon this event; None: not yet."""
         if isinstance(event, SaveCommitted):
             self.has_checkpoint = True
-        awaited = SaveBegun if self.aim is Aim.STAGING else SaveStaged
-        return (
-            isinstance(event, awaited)
-            and event.step >= self.first_step
-            and event.step not in leg.committed
-            and self.has_checkpoint
-        )
+        if not isinstance(event, (SaveBegun, SaveReturned, SaveStaged)):
+            return None
+        if event.step < self.first_step or event.step in leg.committed or not self.has_checkpoint:
+            return None
+        if isinstance(event, SaveReturned) and event.staged:
+            self.snapshot_is_quick = True
+        return event.step if self._awaits(event) else None
+
+    def _awaits(self, event: SaveBegun | SaveReturned | SaveStaged) -> bool:
+        if self.aim is Aim.WRITING:
+            return isinstance(event, SaveStaged)
+        if isinstance(event, SaveReturned):
+            return not event.staged
+        return isinstance(event, SaveBegun) and self.snapshot_is_quick
 
 
 def has_partial(checkpoints: Path, step: int) -> bool:

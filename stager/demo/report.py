@@ -98,10 +98,10 @@ def _ratio_text(ratio: float | None) -> str:
 def _setting(measurement: Measurement, config: DemoConfig) -> str:
     sample = measurement.methods[0].samples[0]
     return (
-        f"{len(measurement.methods[0].samples)} saves each of {sample.nbytes / 1e6:.0f} MB, taking turns, "
-        f"{config.demo.threads} training threads on {usable_cores()} cores; a step takes "
-        f"{measurement.step_secs * 1e3:.0f} ms; equal stretches without a save differ by "
-        f"{measurement.noise_secs * 1e3:.0f} ms"
+        f"saves with each: {len(measurement.methods[0].samples)}, of {sample.nbytes / 1e6:.0f} MB, taking turns; "
+        f"training threads: {config.demo.threads} on {usable_cores()} cores; "
+        f"a step takes {measurement.step_secs * 1e3:.0f} ms; "
+        f"equal stretches without a save differ by {measurement.noise_secs * 1e3:.0f} ms"
     )
 
 

@@ -30,14 +30,14 @@ from stager.demo.checks import (
 )
 from stager.demo.child import Child, wait_until_gone
 from stager.demo.config import DemoConfig
-from stager.demo.events import MeasuredSave, Resumed, SaveBegun, SaveCommitted, SaveStaged, StepDone, Stretch
+from stager.demo.events import MeasuredSave, Resumed, SaveCommitted, StepDone, Stretch
 from stager.demo.leg import Aim, Kill, Leg, Trap, has_partial
 from stager.demo.report import print_report, write_results
 from stager.demo.results import Measurement, Results
 from stager.demo.workspace import Workspace
 from workers.errors import UsageError
 
-KILL_ATTEMPTS = 3  # a save may be committed before the signal arrives; then the next one is aimed at
+KILL_ATTEMPTS = 3  # a save may get further before the signal arrives; then another one is aimed at
 CHECKPOINTS_KEPT = 3
 NUM_METHODS = 3
 
@@ -85,7 +85,7 @@ class Story:
             for _ in range(KILL_ATTEMPTS):
                 trap = Trap(aim, save * self._settings.save_every, has_checkpoint=bool(self.results.legs))
                 leg = self._run_leg(f"killed-{len(self.results.legs) + 1}", bar, trap)
-                if leg.kill is None or not leg.kill.too_late:
+                if leg.kill is None or leg.kill.hit is aim:
                     break
         bar.end(f"killed {len(self.results.legs)} times")
 
@@ -99,21 +99,35 @@ class Story:
         arguments = ["--config", str(self._workspace.config), "--run-dir", str(leg.directory)]
         arguments += ["--checkpoints", str(self._workspace.checkpoints)]
         with Child("stager.demo.train", arguments, leg.directory / "log.txt") as child:
-            hit: SaveBegun | SaveStaged | None = None
+            killed_in: int | None = None
+            num_workers = 0
             for event in child.events():  # after a kill: what the trainer had still said before it died
                 leg.note(event)
                 _show(bar, event)
-                if hit is None and trap is not None and trap.sprung_by(leg, event):
-                    assert isinstance(event, (SaveBegun, SaveStaged))  # what a trap waits for
-                    hit = event
+                if killed_in is not None:
+                    continue
+                if isinstance(event, SaveCommitted):
+                    num_workers = len(child.workers_alive())  # now, because they may be gone right after the kill
+                if trap is not None and (killed_in := trap.sprung_by(leg, event)) is not None:
                     killed_at = time.time()
                     child.kill()
-                    partial = has_partial(self._workspace.checkpoints, event.step)
-            if hit is None or trap is None:
+                    partial = has_partial(self._workspace.checkpoints, killed_in)
+            if killed_in is None or trap is None:
                 child.wait()
             else:
-                leg.kill = _aftermath(child, leg, aim=trap.aim, step=hit.step, time=killed_at, partial=partial)
-                bar.say(f"killed in the save at step {hit.step}")
+                gone_secs, left = wait_until_gone(child, GONE_WITHIN_SECS)
+                leg.kill = Kill(
+                    trap.aim,
+                    killed_in,
+                    killed_at,
+                    staged=killed_in in leg.staged,
+                    committed=killed_in in leg.committed,
+                    partial=partial,
+                    num_workers=num_workers,
+                    gone_secs=gone_secs,
+                    left=tuple(left),
+                )
+                bar.say(f"killed in the save at step {killed_in}")
         return leg
 
     def compare(self) -> None:
@@ -149,22 +163,6 @@ class Story:
             child.wait()
         bar.end("")
         self.results.measurement = Measurement.of(samples, stretches)
-
-
-def _aftermath(child: Child, leg: Leg, *, aim: Aim, step: int, time: float, partial: bool) -> Kill:
-    num_workers = len(child.workers_alive())
-    gone_secs, left = wait_until_gone(child, GONE_WITHIN_SECS)
-    return Kill(
-        aim,
-        step,
-        time,
-        staged=step in leg.staged,
-        too_late=step in leg.committed,
-        partial=partial,
-        num_workers=num_workers,
-        gone_secs=gone_secs,
-        left=tuple(left),
-    )
 
 
 def _show(bar: Bar, event: object) -> None:

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from stager.demo.events import SaveBegun, SaveCommitted
 from stager.demo.leg import Leg
 
-# The events of SaveHandle.report that end each part of a save.  Workers write and sync side by side, so a part is
-# over when the last of its events is.
-PARTS = {"staged": ("plan", "stage"), "written": ("hand over", "write"), "synced": ("sync",), "committed": ("commit",)}
-
 
 @dataclass(frozen=True)
 class SaveLine:
     """One save on the time axis; 0 is the call of ``save()``.
 
     Attributes:
-        milestones: part of the save to the second at which it was over, in order and never decreasing; parts that
+        leg: where its training process had gone on from.
+        milestones: part of the save to the second at which it was over, in order; parts that
             the trainer did not live to hear of are missing.
         blocked_secs: how long the call took; None if it never returned.
         step_ends: when training steps ended after the call.
@@ -26,6 +23,7 @@ class SaveLine:
         ending: what became of a save that the trainer did not see committed.
     """
 
+    leg: str
     label: str
     milestones: dict[str, float]
     blocked_secs: float | None
@@ -48,14 +46,15 @@ def save_lines(legs: Sequence[Leg]) -> list[SaveLine]:
 
 
 def _committed_line(leg: Leg, begun: SaveBegun, committed: SaveCommitted) -> SaveLine:
-    milestones: dict[str, float] = {}
-    last = 0.0
-    for part, names in PARTS.items():
-        ends = [phase.end - begun.time for phase in committed.phases if phase.name in names]
-        last = milestones[part] = max([last, *ends])
-    return SaveLine(
-        f"step {begun.step}", milestones, committed.blocked_secs, tuple(_steps_after(leg, begun.time, last))
-    )
+    reached = {
+        "staged": committed.staged_secs,
+        "written": committed.written_secs,
+        "synced": committed.synced_secs,
+        "committed": committed.committed_secs,
+    }
+    milestones = {part: secs for part, secs in reached.items() if secs is not None}
+    steps = tuple(_steps_after(leg, begun.time, max(milestones.values(), default=0.0)))
+    return SaveLine(_origin(leg), f"step {begun.step}", milestones, committed.blocked_secs, steps)
 
 
 def _cut_line(leg: Leg, begun: SaveBegun, follower: Leg | None) -> SaveLine:
@@ -65,7 +64,12 @@ def _cut_line(leg: Leg, begun: SaveBegun, follower: Leg | None) -> SaveLine:
     finished = follower is not None and follower.resumed is not None and follower.resumed.step >= begun.step
     steps = tuple(_steps_after(leg, begun.time, killed_secs or 0.0))
     ending = "finished by its workers" if finished else "discarded"
-    return SaveLine(f"step {begun.step}", milestones, None, steps, killed_secs, ending)
+    return SaveLine(_origin(leg), f"step {begun.step}", milestones, None, steps, killed_secs, ending)
+
+
+def _origin(leg: Leg) -> str:
+    step = leg.resumed.step if leg.resumed else 0
+    return f"resumed\nfrom step {step}" if step else "from\nthe start"
 
 
 def _steps_after(leg: Leg, start: float, secs: float) -> Iterator[float]:

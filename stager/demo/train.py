@@ -21,11 +21,11 @@ from stager import Checkpointer, CheckpointInfo, SaveHandle
 from stager.demo.config import DemoConfig, DemoSettings
 from stager.demo.events import (
     EventWriter,
-    Phase,
     Resumed,
     SaveBegun,
     SaveCommitted,
     SaveFailed,
+    SaveReturned,
     SaveStaged,
     StepDone,
     write_loss,
@@ -117,6 +117,7 @@ class Progress:
 
     def follow(self, save: SaveHandle) -> None:
         """Report the save's milestones as they come, from the threads that complete its Futures."""
+        self._events.send(SaveReturned(save.step, save.staging_completion.done()))
 
         def staged(future: Future[None]) -> None:
             if future.exception() is None:
@@ -132,8 +133,15 @@ class Progress:
 
 def _describe(save: SaveHandle) -> SaveCommitted:
     report = save.report
-    phases = tuple(Phase(event.name, event.start, event.end) for event in report.events)
-    return SaveCommitted(report.step, report.nbytes, report.blocked_secs, phases)
+    return SaveCommitted(
+        report.step,
+        report.nbytes,
+        report.blocked_secs,
+        report.staged_secs,
+        report.written_secs,
+        report.synced_secs,
+        report.committed_secs,
+    )
 
 
 def train_without_checkpoints(settings: DemoSettings, run: TrainingRun, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +32,7 @@ def probe_target(target: str, clock: Callable[[], float] = time.monotonic) -> Pr
         clock: seconds.
     """
     directory = existing_directory(target)
-    name = os.path.join(directory, f".stager-doctor-{os.getpid()}")
+    name = os.path.join(directory, f".stager-doctor-{secrets.token_hex(8)}")
     nbytes, secs = 0, 0.0
     problem, lock_problem = None, None
     step = "create a file"

@@ -3,8 +3,9 @@
 from stager.staging.blocking import BlockingAsyncStager
 from stager.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.staging.default import DefaultStager
+from stager.staging.exchange import ReplicationError
 from stager.staging.options import CheckpointStagerConfig, StagingOptions, auto_options
-from stager.staging.replication import ReplicationError, ReplicationStager, _ReplicationStager
+from stager.staging.replication import ReplicationStager, _ReplicationStager
 
 __all__ = [
     "AsyncStager",

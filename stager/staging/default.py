@@ -11,6 +11,7 @@ from stager.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.staging.options import CheckpointStagerConfig, StagingOptions, auto_options, resolve
 from stager.state_dict_stager import StateDictStager
 from workers.errors import ClosedError
+from workers.offload import HookMemo
 
 
 class _State(Enum):
@@ -75,7 +76,7 @@ class DefaultStager(CheckpointStager, AsyncStager):
         if fence is None:
             return self._stage(state_dict)
         streams.enter(fence)
-        memo: dict[int, Any] = {}  # holds the sources of copies under way: freed memory would be given to the trainer
+        memo = HookMemo()  # holds the sources of copies under way: freed memory would be given to the trainer
         staged: StateDict = self._state_dict_stager.stage(
             state_dict, non_blocking=self._resolved.use_non_blocking_copy, memo=memo
         )
@@ -83,7 +84,7 @@ class DefaultStager(CheckpointStager, AsyncStager):
         return staged
 
     def _stage(self, state_dict: StateDict) -> StateDict:
-        memo: dict[int, Any] = {}
+        memo = HookMemo()
         non_blocking = self._resolved.use_non_blocking_copy
         staged: StateDict = self._state_dict_stager.stage(state_dict, non_blocking=non_blocking, memo=memo)
         if non_blocking:

@@ -2,12 +2,13 @@
 
 from workers.offload.buffer_pool import BufferPool
 from workers.offload.copier import OffloadCopier, StorageStager
-from workers.offload.hook_memo import reachable_leaves
+from workers.offload.hook_memo import HookMemo, reachable_leaves
 from workers.offload.host_buffers import HostBuffers, new_shared_mapping
 from workers.offload.shared_slice import SharedSlice, slice_shared
 
 __all__ = [
     "BufferPool",
+    "HookMemo",
     "HostBuffers",
     "OffloadCopier",
     "SharedSlice",

@@ -38,6 +38,7 @@ def offload_tensor(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking: bo
     else:
         with torch._C.DisableTorchFunctionSubclass():
             y = _rebuild_subclass(copier, x, memo, non_blocking)
+            x._clear_non_serializable_cached_data()  # handles that the class makes anew on demand
     memo[id(x)] = y  # before the attributes: they may refer to the tensor
     _copy_attributes(copier, x, y, memo, non_blocking)
     return y
@@ -93,18 +94,23 @@ def _check_extent(x: torch.Tensor, storage: torch.UntypedStorage) -> None:
 
 def _rebuild_quantized(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking: bool) -> torch.Tensor:
     scheme = x.qscheme()
+    y: Any
     if scheme == torch.per_tensor_affine:
-        params: tuple[Any, ...] = (scheme, x.q_scale(), x.q_zero_point())
+        scale, zero_point = x.q_scale(), x.q_zero_point()
+        y = torch._empty_affine_quantized([0], scale=scale, zero_point=zero_point, dtype=x.dtype, device="cpu")
     elif scheme in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
         scales = copier._copy(x.q_per_channel_scales(), memo, non_blocking)
         zero_points = copier._copy(x.q_per_channel_zero_points(), memo, non_blocking)
-        params = (scheme, scales, zero_points, x.q_per_channel_axis())
+        y = torch._empty_per_channel_affine_quantized(
+            x.size(), scales=scales, zero_points=zero_points, axis=x.q_per_channel_axis(), dtype=x.dtype, device="cpu"
+        )
     else:
         raise LocatedError(f"a quantized tensor of scheme {scheme} cannot be rebuilt exactly")
-    staged = copier._staged_storage(x.untyped_storage(), memo, non_blocking)
-    typed = torch.storage.TypedStorage(wrap_storage=staged, dtype=x.dtype, _internal=True)
-    y: torch.Tensor = torch._utils._rebuild_qtensor(typed, x.storage_offset(), x.size(), x.stride(), params, False, {})
-    return y
+    storage = x.untyped_storage()
+    _check_extent(x, storage)
+    staged = copier._staged_storage(storage, memo, non_blocking)
+    rebuilt: torch.Tensor = y.set_(staged, x.storage_offset(), x.size(), x.stride())
+    return rebuilt
 
 
 def _rebuild_sparse(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking: bool) -> torch.Tensor:
@@ -191,7 +197,6 @@ def _copy_attributes(copier: Copier, x: torch.Tensor, y: torch.Tensor, memo: Mem
     """Attributes that the caller set. Those that rebuilding has set already belong to the new tensor."""
     attributes: dict[str, Any] = {}
     if type(x) is not torch.Tensor:
-        x._clear_non_serializable_cached_data()  # handles that it makes anew on demand
         for slot in copyreg._slotnames(type(x)):  # type: ignore[attr-defined]
             if hasattr(x, slot):
                 attributes[slot] = getattr(x, slot)

@@ -1,0 +1,59 @@
+"""Arming the fault points of :mod:`workers.faults` from a test."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from workers import faults
+
+
+class Faults:
+    """A directory of armed points, in the environment of this process and of those it starts."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        directory.mkdir()
+        monkeypatch.setenv("STAGER_FAULTS", str(directory))
+        monkeypatch.setattr(faults, "_DIRECTORY", str(directory))
+        monkeypatch.setattr(faults, "_visits", type(faults._visits)())
+
+    def arm(self, point: str, action: str) -> None:
+        """The first process that reaches ``point`` does ``action``, once."""
+        temporary = self.directory / f".{point}"
+        temporary.write_text(action)
+        temporary.rename(self.directory / point)
+
+    def fired(self, point: str) -> bool:
+        return not (self.directory / point).exists()
+
+    def hold(self, point: str) -> Hold:
+        """The first process that reaches ``point`` stays there until it is released."""
+        hold = Hold(self.directory / f"hold-{point}")
+        self.arm(point, f"hold {hold.path}")
+        return hold
+
+
+class Hold:
+    """One process, held at a point."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(f"{path}.reached")
+        os.mkfifo(f"{path}.go")
+
+    def wait(self) -> None:
+        """Until a process is there."""
+        with open(f"{self.path}.reached"):
+            pass
+
+    def release(self) -> None:
+        with open(f"{self.path}.go", "w"):
+            pass
+
+    def remove(self) -> None:
+        """So that the same point can be held again."""
+        os.unlink(f"{self.path}.reached")
+        os.unlink(f"{self.path}.go")

@@ -1,0 +1,114 @@
+"""What somebody does first: pipe a script in, install the wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SAVE = """
+import torch
+from stager import Checkpointer
+torch.manual_seed(0)
+model = torch.nn.Linear(100, 100)
+optimizer = torch.optim.AdamW(model.parameters())
+with Checkpointer("runs/first") as ckpt:
+    for step in range(3):
+        model(torch.randn(8, 100)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ckpt.save(step, {"model": model, "optimizer": optimizer, "note": "hello"})
+torch.save((model.state_dict(), optimizer.state_dict()), "expected.pt")
+"""
+
+LOAD = """
+import torch
+from stager import Checkpointer
+model = torch.nn.Linear(100, 100)
+optimizer = torch.optim.AdamW(model.parameters())
+into = {"model": model, "optimizer": optimizer, "note": ""}
+assert Checkpointer("runs/first", read_only=True).load(into=into).step == 2
+expected = torch.load("expected.pt")
+assert into["note"] == "hello"
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), expected[0].values()))
+for a, b in zip(optimizer.state_dict()["state"].values(), expected[1]["state"].values()):
+    assert all(torch.equal(a[k], b[k]) for k in b)
+"""
+
+
+def test_script_without_main_guard_from_stdin_in_an_empty_directory(tmp_path: Path) -> None:
+    assert len(SAVE.strip().splitlines()) == 12
+    for script in (SAVE, LOAD):
+        result = subprocess.run(
+            [sys.executable, "-W", "error", "-"],
+            input=script,
+            text=True,
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+        )
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")  # and nothing warns
+
+
+def test_wheel_installs_both_packages_into_an_empty_environment(tmp_path: Path) -> None:
+    dist = tmp_path / "dist"
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", dist, ROOT],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    (wheel,) = dist.glob("*.whl")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    python = venv / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    # The dependencies (torch is large) come from this environment; stager and workers must come from the wheel.
+    purelib = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    (Path(purelib) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    script = "import stager, workers; from stager import Checkpointer; print(stager.__file__); print(workers.__file__)"
+    result = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True, cwd=empty)
+    assert [line.startswith(str(venv)) for line in result.stdout.split()] == [True, True], result.stdout
+    help_text = subprocess.run(
+        [venv / "bin" / "stager", "--help"], check=True, capture_output=True, text=True, cwd=empty
+    )
+    assert all(command in help_text.stdout for command in ("demo", "ls", "inspect", "verify", "doctor"))
+    typed = [Path(line).parent / "py.typed" for line in result.stdout.split()]
+    assert all(path.exists() for path in typed)
+
+
+def test_workers_never_imports_stager() -> None:
+    for first, second in (("workers", "stager"), ("stager", "workers")):
+        script = (
+            f"import sys, {first}\n"
+            f"assert {first!r} != 'workers' or not any(m.split('.')[0] == 'stager' for m in sys.modules)\n"
+            f"import {second}\n"
+            "import workers.main, workers.persist, workers.recover\n"
+            "import torch; assert not torch.cuda.is_initialized()\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    sources = [p for p in (ROOT / "workers").rglob("*.py") if "stager." in _imports(p) or "stager" in _imports(p)]
+    assert not sources
+
+
+def _imports(path: Path) -> set[str]:
+    import ast
+
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names

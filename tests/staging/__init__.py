@@ -1,0 +1,1 @@
+"""The staging API: engine, stagers, replication."""

@@ -1,0 +1,69 @@
+"""Named points at which tests make things go wrong, in the real processes.
+
+A point does nothing unless the environment variable ``STAGER_FAULTS`` names a directory. If that directory then holds a file
+of the point's name, the first process to get there takes the file away and does what it says:
+
+    kill | stop | exit | segv      SIGKILL, SIGSTOP, os._exit(3), SIGSEGV to this process
+    errno NAME                     raise OSError(NAME), ENOSPC for example
+    raise                          raise RuntimeError
+    hold PATH                      open the FIFO PATH.reached for writing, then PATH.go for reading: a test that opens the
+                                   other ends knows that we are here, and decides when we go on
+
+``after=N`` as a further word lets N visits of this process pass first. No sleeps, no timing: see ``tests/faults.py``.
+
+Points: the trainer's ``save.planned save.overlapped save.copied save.handed-over``, the workers' ``worker.start part.begin part.write
+part.written part.synced part.receipt commit.begin commit.indexed commit.manifest commit.published task.reply``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections import Counter
+
+_DIRECTORY = os.environ.get("STAGER_FAULTS")
+_visits: Counter[str] = Counter()
+
+
+def point(name: str) -> None:
+    """Called at a named point."""
+    if _DIRECTORY is not None:
+        _visit(_DIRECTORY, name)
+
+
+def _visit(directory: str, name: str) -> None:
+    path = os.path.join(directory, name)
+    try:
+        with open(path) as file:
+            action, *words = file.read().split()
+    except FileNotFoundError:
+        return
+    _visits[name] += 1
+    if _visits[name] <= sum(int(w.removeprefix("after=")) for w in words if w.startswith("after=")):
+        return
+    try:
+        os.unlink(path)  # whoever removes it acts: once, whichever process comes first
+    except FileNotFoundError:
+        return
+    _act(action, words)
+
+
+def _act(action: str, words: list[str]) -> None:
+    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}
+    if action in signals:
+        os.kill(os.getpid(), signals[action])
+    elif action == "exit":
+        os._exit(3)
+    elif action == "errno":
+        code: int = getattr(errno, words[0])
+        raise OSError(code, os.strerror(code))
+    elif action == "raise":
+        raise RuntimeError("raised by a test")
+    elif action == "hold":
+        with open(f"{words[0]}.reached", "w"):
+            pass
+        with open(f"{words[0]}.go"):
+            pass
+    else:
+        raise ValueError(f"unknown fault {action!r}")
