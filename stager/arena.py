@@ -145,7 +145,8 @@ class Arena:
     def prepare_in_background(self, nbytes: int) -> None:
         """As :meth:`prepare`, in a low-priority thread, for slabs that are not there yet."""
         with self._changed:
-            if self._closed or not self._prefault or (self._preparing and self._preparing.is_alive()):
+            busy = self._preparing is not None and self._preparing.is_alive()
+            if self._closed or not self._prefault or busy or not self._has_room(nbytes):
                 return
             self._preparing = threading.Thread(
                 target=self._prepare_quietly, args=(nbytes,), name="stager-prefault", daemon=True
@@ -248,7 +249,7 @@ class Arena:
     def _warm(self, buffer: _Buffer) -> None:
         started = time.monotonic()
         try:
-            buffer.slab.prefault()
+            buffer.slab.prefault(lambda: not self._closed)
         except MemoryError as error:
             logger.warning("prefaulting a buffer failed: %s", error)
         logger.debug("prefaulted %d bytes in %.2f s", buffer.slab.nbytes, time.monotonic() - started)

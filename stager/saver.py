@@ -107,14 +107,12 @@ class Saver:
 
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         handle = SaveHandle(step, secrets.token_hex(8))
-        started = time.time()
         snapshot = self._begin(handle, state)
         if snapshot is None:
             logger.info("save of step %d skipped: every buffer is in flight", step)
             handle._skipped()
             handle._unblocked()
             return handle
-        handle._event("plan", started)
         point("save.planned")
         handle._move(SaveState.STAGING)
         with self._lock:
@@ -132,6 +130,7 @@ class Saver:
         return handle
 
     def _begin(self, handle: SaveHandle, state: Mapping[str, Any]) -> _Snapshot | None:
+        started = time.time()
         flat = flatten(state)
         plan = self._planner.plan(flat)
         blobs = [self._pickle(flat, leaf) for leaf in plan.objects]
@@ -139,7 +138,10 @@ class Saver:
         handle._describe(nbytes, plan.num_tensors, len(blobs))
         if self._options.check_free_space:
             self._check_free_space(nbytes)
+        handle._event("plan", started)
+        started = time.time()
         lease = self._arena.lease(slab_nbytes(plan, blobs))
+        handle._event("wait for a buffer", started)
         if lease is None:
             return None
         return _Snapshot(handle, flat, plan, blobs, lease, mark_ready(flat.leaves))

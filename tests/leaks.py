@@ -40,10 +40,10 @@ class Snapshot:
         """What is there now and was not before; partial directories and lock holders under ``roots``."""
         deadline = time.monotonic() + _PATIENCE_SECS
         while True:
-            gc.collect()
             problems = [*self._compare(Snapshot.take()), *_partials(roots)]
             if not problems or time.monotonic() > deadline:
                 return problems
+            gc.collect()
             threading.Event().wait(0.02)
 
     def _compare(self, now: Snapshot) -> list[str]:

@@ -3,26 +3,50 @@
 Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``supervisor.py``; then what is run:
 ``layout.py``, ``slab.py``, ``persist.py``, ``commit.py``, ``verify.py``.
 
-This package never imports ``stager``.
+This package never imports ``stager``. Names are imported when they are first used, so that ``workers.errors`` and
+``workers.files`` are there even where torch is not.
 """
 
-from workers.errors import (
-    ClosedError,
-    RemoteTraceback,
-    TaskTimeoutError,
-    WorkerDiedError,
-    WorkerError,
-    WorkerStartError,
-)
-from workers.pool import PoolOptions, WorkerPool
+from __future__ import annotations
 
-__all__ = [
-    "ClosedError",
-    "PoolOptions",
-    "RemoteTraceback",
-    "TaskTimeoutError",
-    "WorkerDiedError",
-    "WorkerError",
-    "WorkerPool",
-    "WorkerStartError",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "workers.errors": (
+        "ClosedError",
+        "RemoteTraceback",
+        "TaskTimeoutError",
+        "WorkerDiedError",
+        "WorkerError",
+        "WorkerStartError",
+    ),
+    "workers.pool": ("PoolOptions", "WorkerPool"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [*_MODULE_OF]  # noqa: PLE0604  (strings, every one)
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'workers' has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from workers.errors import ClosedError as ClosedError
+    from workers.errors import RemoteTraceback as RemoteTraceback
+    from workers.errors import TaskTimeoutError as TaskTimeoutError
+    from workers.errors import WorkerDiedError as WorkerDiedError
+    from workers.errors import WorkerError as WorkerError
+    from workers.errors import WorkerStartError as WorkerStartError
+    from workers.pool import PoolOptions as PoolOptions
+    from workers.pool import WorkerPool as WorkerPool

@@ -11,8 +11,8 @@ of the point's name, the first process to get there takes the file away and does
 
 ``after=N`` as a further word lets N visits of this process pass first. No sleeps, no timing: see ``tests/faults.py``.
 
-Points: the trainer's ``save.planned save.overlapped save.copied save.handed-over``, the workers' ``worker.start part.begin part.write
-part.written part.synced part.receipt commit.begin commit.indexed commit.manifest commit.published task.reply``.
+Points: the trainer's ``save.planned save.overlapped save.copied save.handed-over``, the workers' ``worker.start part.begin
+part.write part.written part.synced part.receipt commit.begin commit.indexed commit.manifest commit.published task.reply``.
 """
 
 from __future__ import annotations

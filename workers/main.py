@@ -70,7 +70,8 @@ def main(fd: int, settings_json: str) -> None:
     try:
         parent = _watch_parent(settings)
         _set_up_process(settings)
-        _serve(socket.socket(fileno=fd), parent, settings.nonce)
+        with socket.socket(fileno=fd) as sock:
+            _serve(sock, parent, settings.nonce)
         exitcode = 0
     except BaseException:  # noqa: BLE001  (the edge of the process: what escapes is printed, and the exit code says so)
         traceback.print_exc()

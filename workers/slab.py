@@ -11,8 +11,10 @@ workers read it, and only between the hand-over of a save and its commit.
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import os
+from collections.abc import Callable
 from multiprocessing import reduction
 from typing import Any
 
@@ -68,17 +70,22 @@ class Slab:
     def address(self) -> int:
         return self.storage.data_ptr()
 
-    def prefault(self) -> bool:
+    def prefault(self, keep_going: Callable[[], bool] = lambda: True) -> bool:
         """Allocate every page now, in steps, without the GIL; False when this kernel cannot.
+
+        Args:
+            keep_going: asked before each step of 64 MiB.
 
         Raises:
             MemoryError: the kernel has no more memory to give.
         """
         for start in range(0, self.nbytes, _PREFAULT_STEP_BYTES):
+            if not keep_going():
+                return True
             nbytes = min(_PREFAULT_STEP_BYTES, self.nbytes - start)
             if _libc.madvise(self.address + start, nbytes, _MADV_POPULATE_WRITE) != 0:
                 code = ctypes.get_errno()
-                if code in (12, 14):  # ENOMEM, EFAULT: over a limit
+                if code in (errno.ENOMEM, errno.EFAULT):  # over a limit
                     raise MemoryError(f"the kernel refused {self.nbytes} bytes of shared memory: {os.strerror(code)}")
                 return False
         return True

@@ -45,7 +45,7 @@ def _draw_timeline(axes: Axes, lines: list[SaveLine]) -> None:
         _draw_save(axes, row, line)
     longest = max((max([*line.milestones.values(), line.killed_secs or 0.0]) for line in lines), default=1.0)
     axes.set_xlim(0, longest * MS * 1.04)
-    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_ylim(max(len(lines), 1) - 0.5, -0.5)
     axes.set_yticks(range(len(lines)), [line.label for line in lines])
     axes.set_xlabel("time since save() was called (ms)")
     axes.set_title("Each save, while training goes on", loc="left", fontweight="bold")

@@ -58,7 +58,8 @@ def check_resumes(legs: Sequence[Leg]) -> Check:
         if killed.kill is None or resumed.resumed is None:
             problems.append(f"{resumed.name} did not resume from {killed.name}")
             continue
-        before = max(killed.committed.keys() - {killed.kill.step}, default=_first_step(killed))
+        safe = {*killed.staged, *killed.committed} - {killed.kill.step}
+        before = max(safe, default=killed.resumed.step if killed.resumed else 0)
         allowed = {killed.kill.step} if killed.kill.hit is not Aim.STAGING else {before, killed.kill.step}
         step = resumed.resumed.step
         outcome = "finished by the workers" if step == killed.kill.step else f"save {killed.kill.step} discarded"
@@ -129,7 +130,3 @@ def run_stock_load(expected: Path, checkpoint: Path) -> dict[str, Any]:
         raise ChildError(f"the script that loads with stock PyTorch failed:\n{ended.stderr.strip()}")
     result: dict[str, Any] = json.loads(ended.stdout)
     return result
-
-
-def _first_step(leg: Leg) -> int:
-    return leg.resumed.step if leg.resumed else 0

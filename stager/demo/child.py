@@ -61,6 +61,11 @@ class Child:
         finally:
             os.close(write_fd)  # the child's copy is now the only one, so its death is end-of-file here
 
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
     def __enter__(self) -> Self:
         return self
 

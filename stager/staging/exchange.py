@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -42,6 +43,15 @@ class _Kind(IntEnum):
     FAILURE = 2
 
 
+@dataclass
+class Outcome:
+    """``arrived``: ``received`` is whole. ``failures``: what went wrong in either direction, first things first."""
+
+    received: Any = None
+    arrived: bool = False
+    failures: list[ReplicationError] = field(default_factory=list)
+
+
 class Exchange:
     """One exchange over one process group. ``destination`` and ``source`` are ranks in the group.
 
@@ -55,16 +65,15 @@ class Exchange:
         self._deadline = time.monotonic() + timeout.total_seconds()
         self._tag = 0
 
-    def run(self, parcel: Parcel | Exception, destination: int, source: int) -> Any:
-        """Send ``parcel`` (or the news that there is none) and return what ``source`` sent.
+    def run(self, parcel: Parcel | Exception, destination: int, source: int) -> Outcome:
+        """Send ``parcel`` (or the news that there is none) and receive what ``source`` sends.
 
-        Both directions run to their end even if one fails, so that a dead rank costs its neighbours nothing they did not
-        need from it. Raises ReplicationError.
+        Both directions run to their end even if one fails, so that a dead rank costs its neighbours nothing that they did
+        not need from it.
         """
         # With CPU tensors all sends can be posted first. Device backends run one queue per pair of ranks: of two
         # ranks that send to each other one must receive first, or each waits for the other.
-        failures: list[ReplicationError] = []
-        received: Any = None
+        outcome = Outcome()
         send_first = self._device.type == "cpu" or self._group.rank() < destination
         pending: list[tuple[Any, Any]] = []
         for sending in (True, False) if send_first else (False, True):
@@ -72,16 +81,14 @@ class Exchange:
                 if sending:
                     pending = self._post(parcel, destination)
                 else:
-                    received = self._receive(source)
+                    outcome.received, outcome.arrived = self._receive(source), True
             except ReplicationError as error:
-                failures.append(error)
+                outcome.failures.append(error)
         try:
             self._finish(pending, destination)
         except ReplicationError as error:
-            failures.append(error)
-        if failures:
-            raise failures[0]
-        return received
+            outcome.failures.append(error)
+        return outcome
 
     def _post(self, parcel: Parcel | Exception, peer: int) -> list[tuple[Any, Any]]:
         works = []

@@ -27,6 +27,8 @@ OWN_SLAB_BYTES = 8 << 20
 _MIN_SLAB_BYTES = 1 << 20
 _MAX_SLAB_BYTES = 64 << 20
 _ALIGN_BYTES = 64
+_EMPTY = -1  # the slab of storages that have no bytes
+Place = tuple[int, int, int]  # slab, start, bytes
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def pack(state_dict: Any) -> Parcel:
     staged = OffloadCopier(packer).deepcopy_with_tensor_offload(state_dict)
     file = io.BytesIO()
     try:
-        _StructurePickler(file, packer.ranges).dump(staged)
+        _StructurePickler(file, packer).dump(staged)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UnstageableError("state_dict", f"holds an object that cannot be sent: {error}") from error
     slabs = tuple(as_bytes(slab)[:used] for slab, used in zip(packer.slabs, packer.used, strict=True))
@@ -87,16 +89,28 @@ class _SlabPacker:
     def __init__(self) -> None:
         self.slabs: list[torch.UntypedStorage] = []
         self.used: list[int] = []  # bytes of each slab
-        self.ranges: dict[int, tuple[int, int, int]] = {}  # identity of a staged storage -> slab, start, bytes
+        self._places: dict[int, Place] = {}  # by identity of the storage
         self._kept: list[torch.UntypedStorage] = []  # so that those identities stay theirs
         self._open: int | None = None  # index of the slab being filled
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
         nbytes = storage.nbytes()
+        if nbytes == 0:  # none of a slab's: it would lie where its neighbour begins, and seem to alias it
+            return self._keep(torch.UntypedStorage(0, device="cpu"), (_EMPTY, len(self._kept), 0))
         slab, start = self._reserve(nbytes)
         staged: torch.UntypedStorage = self.slabs[slab][start : start + nbytes]
         staged.copy_(storage, non_blocking)
-        self.ranges[id(staged)] = (slab, start, nbytes)
+        return self._keep(staged, (slab, start, nbytes))
+
+    def place_of(self, storage: torch.UntypedStorage) -> Place:
+        """Where a storage lies, packing it now if it came in with something that is shared and not copied."""
+        if id(storage) not in self._places:
+            self._kept.append(storage)
+            self._places[id(storage)] = self._places[id(self.stage(storage, False))]
+        return self._places[id(storage)]
+
+    def _keep(self, staged: torch.UntypedStorage, place: Place) -> torch.UntypedStorage:
+        self._places[id(staged)] = place
         self._kept.append(staged)
         return staged
 
@@ -117,15 +131,15 @@ class _SlabPacker:
 
 
 class _StructurePickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, ranges: dict[int, tuple[int, int, int]]) -> None:
+    def __init__(self, file: io.BytesIO, packer: _SlabPacker) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._ranges = ranges
+        self._packer = packer
 
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, torch.storage.TypedStorage):
-            return (self._ranges[id(obj._untyped_storage)], obj.dtype)
+            return (self._packer.place_of(obj._untyped_storage), obj.dtype)
         if isinstance(obj, torch.UntypedStorage):
-            return (self._ranges[id(obj)], None)
+            return (self._packer.place_of(obj), None)
         return None
 
 
@@ -133,14 +147,15 @@ class _StructureUnpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, slabs: list[torch.UntypedStorage]) -> None:
         super().__init__(file)
         self._slabs = slabs
-        self._storages: dict[tuple[int, int, int], torch.UntypedStorage] = {}
+        self._storages: dict[Place, torch.UntypedStorage] = {}
 
     def persistent_load(self, pid: Any) -> Any:
         place, dtype = pid
         storage = self._storages.get(place)
         if storage is None:
             slab, start, nbytes = place
-            storage = self._storages[place] = self._slabs[slab][start : start + nbytes]
+            whole = self._slabs[slab] if nbytes else torch.UntypedStorage(0, device="cpu")
+            storage = self._storages[place] = whole[start : start + nbytes] if nbytes else whole
         if dtype is None:
             return storage
         return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from stager.staging.contracts import AsyncStager, StateDict
-from stager.staging.exchange import Exchange, ReplicationError
+from stager.staging.exchange import Exchange, Outcome, ReplicationError
 from stager.staging.parcel import Parcel, pack
 from workers.errors import ClosedError, StagerError, UsageError
 
@@ -65,8 +65,10 @@ class ReplicationStager(AsyncStager):
         if not dist.is_initialized():
             return state_dict
         rank, destination, source = self._partners()
-        received: StateDict = self._exchange(lambda: pack(state_dict), destination, source)
-        self._persist_state_dict(received, self._global(rank), self._global(source))
+        outcome = self._exchange(lambda: pack(state_dict), destination, source)
+        if outcome.arrived:  # kept even if sending failed: its owner may need it all the more
+            self._persist_state_dict(outcome.received, self._global(rank), self._global(source))
+        received: StateDict = _received(outcome)
         return received
 
     def load_replica(self, rank: int | None = None, *, weights_only: bool = True) -> StateDict:
@@ -100,7 +102,8 @@ class ReplicationStager(AsyncStager):
         """
         _, keeper, kept = self._partners()
         # What goes out is what this rank keeps, to its owner; what comes in is ours, from its keeper.
-        own: StateDict = self._exchange(lambda: pack(self.load_replica(weights_only=weights_only)), kept, keeper)
+        outcome = self._exchange(lambda: pack(self.load_replica(weights_only=weights_only)), kept, keeper)
+        own: StateDict = _received(outcome)
         return own
 
     def synchronize_staging(self) -> None:
@@ -116,13 +119,12 @@ class ReplicationStager(AsyncStager):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _exchange(self, make_parcel: Callable[[], Parcel], destination: int, source: int) -> Any:
+    def _exchange(self, make_parcel: Callable[[], Parcel], destination: int, source: int) -> Outcome:
         exchange = Exchange(self._group(), self._device, self._timeout)
         try:
             parcel = make_parcel()
         except StagerError as error:
-            with suppress(ReplicationError):  # ours is the error that matters; theirs follows from it
-                exchange.run(error, destination, source)
+            exchange.run(error, destination, source)  # ours is the error that matters; its outcome follows from it
             raise
         return exchange.run(parcel, destination, source)
 
@@ -174,6 +176,12 @@ class ReplicationStager(AsyncStager):
 
 
 _ReplicationStager = ReplicationStager
+
+
+def _received(outcome: Outcome) -> Any:
+    if outcome.failures:
+        raise outcome.failures[0]
+    return outcome.received
 
 
 def _sync_directory(path: str) -> None:

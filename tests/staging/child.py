@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -21,7 +22,13 @@ def run(target: str, *args: Any, nofile: int | None = None) -> Any:
     command = [sys.executable, "-m", "tests.staging.child", target, json.dumps(args), str(nofile or 0)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         output, errors = process.communicate(timeout=_TIMEOUT_SECS)
@@ -33,10 +40,8 @@ def run(target: str, *args: Any, nofile: int | None = None) -> Any:
 
 def _kill_group(process: subprocess.Popen[str]) -> None:
     """Whatever a child that failed may have left running."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

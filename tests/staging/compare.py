@@ -88,11 +88,12 @@ class Comparison:
 
 def assert_no_shared_memory(source: Any, staged: Any) -> None:
     """No byte of a storage behind one lies in a storage behind the other."""
-    theirs = sorted(_ranges(source))
-    for start, nbytes in _ranges(staged):
-        for other, other_nbytes in theirs:
-            overlap = start < other + other_nbytes and other < start + nbytes
-            assert not overlap, "the copy shares memory with the source"
+    edges = [(start, nbytes, "source") for start, nbytes in _ranges(source)]
+    edges += [(start, nbytes, "copy") for start, nbytes in _ranges(staged)]
+    end = {"source": 0, "copy": 0}  # of the ranges that began before
+    for start, nbytes, side in sorted(edges):
+        assert start >= end["copy" if side == "source" else "source"], "the copy shares memory with the source"
+        end[side] = max(end[side], start + nbytes)
 
 
 def _ranges(value: Any) -> list[tuple[int, int]]:

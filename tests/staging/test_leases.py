@@ -40,16 +40,19 @@ def test_dropped_results_buffers_are_used_again() -> None:
     assert addresses(stager.stage(state(2))) == before  # and in the same places
 
 
-@pytest.mark.parametrize("keep", ["tensor", "view", "array", "storage"])
+USERS: dict[str, Any] = {
+    "tensor": lambda tensor: tensor,
+    "view": lambda tensor: tensor[3:5],
+    "array": torch.Tensor.numpy,
+    "storage": torch.Tensor.untyped_storage,
+}
+
+
+@pytest.mark.parametrize("keep", USERS)
 def test_any_user_of_a_buffer_keeps_it(keep: str) -> None:
     stager = StateDictStager(lease=True)
     staged = stager.stage({"w": torch.ones(64)})
-    kept = {
-        "tensor": lambda: staged["w"],
-        "view": lambda: staged["w"][3:5],
-        "array": lambda: staged["w"].numpy(),
-        "storage": lambda: staged["w"].untyped_storage(),
-    }[keep]()
+    kept = USERS[keep](staged["w"])
     address = staged["w"].data_ptr()
     del staged
     later = stager.stage({"w": torch.zeros(64)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -56,7 +57,7 @@ def many_tensors(which: str) -> dict[str, Any]:
 def add_one(connection: Any) -> None:
     staged = connection.recv()
     for tensor in staged.values():
-        tensor += 1
+        tensor.add_(1)
     connection.send({"shared": staged["7"].is_shared(), "fds": open_fds()})
 
 
@@ -98,7 +99,7 @@ def test_slices_do_not_overlap_and_are_aligned() -> None:
     storages = [buffers.new(nbytes) for nbytes in (1, 63, 64, 65, 1000, 0, 4096)]
     ranges = sorted((s.data_ptr(), s.nbytes()) for s in storages if s.nbytes())
     assert all(start % 64 == 0 for start, _ in ranges)
-    assert all(a + n <= b for (a, n), (b, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(ranges))
 
 
 def test_slice_stays_a_slice_while_only_a_tensor_holds_it() -> None:

@@ -1,0 +1,88 @@
+"""When the trainer is killed, and what the kill is said to have hit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stager.demo.events import Event, Resumed, SaveBegun, SaveCommitted, SaveReturned, SaveStaged, StepDone
+from stager.demo.leg import Aim, Kill, Leg, Trap, has_partial
+
+
+def begun(step: int) -> SaveBegun:
+    return SaveBegun(step, float(step))
+
+
+def staged(step: int) -> SaveStaged:
+    return SaveStaged(step, float(step))
+
+
+def committed(step: int) -> SaveCommitted:
+    return SaveCommitted(step, 1, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def whole_save(step: int, quick: bool = False) -> list[Event]:
+    return [begun(step), SaveReturned(step, quick), staged(step), committed(step)]
+
+
+def first_spring(trap: Trap, events: list[Event]) -> tuple[int, Event] | None:
+    """The step that the trap names first, and the event upon which it does."""
+    leg = Leg("leg", Path("."))
+    for event in events:
+        leg.note(event)
+        step = trap.sprung_by(leg, event)
+        if step is not None:
+            return step, event
+    return None
+
+
+def test_snapshot_still_being_taken_when_save_returns_is_hit() -> None:
+    events = [*whole_save(3), *whole_save(6)]
+    assert first_spring(Trap(Aim.STAGING, 6, False), events) == (6, SaveReturned(6, False))
+
+
+def test_snapshot_too_quick_to_hit_makes_the_next_save_be_hit_as_it_begins() -> None:
+    events = [*whole_save(3), *whole_save(6, quick=True), *whole_save(9, quick=True)]
+    assert first_spring(Trap(Aim.STAGING, 6, False), events) == (9, begun(9))
+
+
+def test_staged_save_is_hit_before_its_commit() -> None:
+    events = [*whole_save(3), *whole_save(6)]
+    assert first_spring(Trap(Aim.WRITING, 6, False), events) == (6, staged(6))
+
+
+@pytest.mark.parametrize("aim", Aim)
+def test_nothing_is_killed_before_a_checkpoint_is_committed(aim: Aim) -> None:
+    without_commit: list[Event] = whole_save(3)[:-1]
+    assert first_spring(Trap(aim, 3, has_checkpoint=False), without_commit) is None
+    assert first_spring(Trap(aim, 3, has_checkpoint=True), without_commit) is not None
+
+
+def test_save_whose_commit_was_heard_first_is_left_alone() -> None:
+    events: list[Event] = [begun(6), SaveReturned(6, True), committed(6), staged(6)]
+    assert first_spring(Trap(Aim.WRITING, 6, True), events) is None
+
+
+def test_other_events_never_spring_a_trap() -> None:
+    events: list[Event] = [Resumed(3), StepDone(4, 1.0, 1.0), committed(6)]
+    assert first_spring(Trap(Aim.STAGING, 1, True), events) is None
+
+
+@pytest.mark.parametrize(
+    ("was_staged", "was_committed", "hit"),
+    [(False, False, Aim.STAGING), (True, False, Aim.WRITING), (True, True, None), (False, True, None)],
+)
+def test_what_a_kill_hit_is_told_by_what_the_trainer_lived_to_say(
+    was_staged: bool, was_committed: bool, hit: Aim | None
+) -> None:
+    kill = Kill(Aim.STAGING, 6, 0.0, was_staged, was_committed, True, 2, 0.1, ())
+    assert kill.hit is hit
+
+
+@pytest.mark.remains
+def test_partial_directory_is_seen_and_a_committed_one_is_not_taken_for_it(tmp_path: Path) -> None:
+    (tmp_path / "step-00000006").mkdir()
+    (tmp_path / "step-00000009.partial-abc").mkdir()
+    assert not has_partial(tmp_path, 6)
+    assert has_partial(tmp_path, 9)
