@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format bench stress clean
+.PHONY: demo test lint format bench long clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -28,8 +28,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-stress: $(INSTALLED)  ## the long versions of the crash tests
-	$(BIN)/python -m pytest -m long
+long: $(INSTALLED)  ## the long versions of the crash tests
+	$(BIN)/python -m pytest -m long -o timeout=1800
 
 bench: $(INSTALLED)  ## staging, writing and loading beside torch's own
 	$(BIN)/python -m tests.benchmarks

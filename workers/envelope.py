@@ -42,6 +42,11 @@ def unseal(data: bytes, path: str) -> Any:
     if data[:_BODY_START] != expected or data[-len(_END) :] != _END:
         raise CorruptCheckpointError(path, f"its checksum does not match its {len(data)} bytes")
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # only if it was sealed by something else
         raise CorruptCheckpointError(path, f"not valid JSON: {error}") from error
+
+
+def _refuse(constant: str) -> Any:
+    """NaN and Infinity, which Python's json reads although they are no JSON."""
+    raise ValueError(f"{constant} is not JSON")

@@ -8,12 +8,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from workers.errors import StorageError
+from workers.errors import CorruptCheckpointError, StorageError
 
 IOV_MAX = 1024  # Linux
+_SMALL_BYTES = 1 << 30  # a manifest has about 200 bytes per item
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -35,15 +38,49 @@ def storage_errors(action: str, path: str) -> Iterator[None]:
     """Turn an ``OSError`` into a :class:`StorageError` that says what was being done to which path."""
     try:
         yield
-    except StorageError:
+    except StorageError:  # said already, by whoever was closer to it
         raise
     except OSError as error:
         advice = _WHAT_TO_DO.get(error.errno or 0)
         raise StorageError(error.errno, f"cannot {action}" + (f"; {advice}" if advice else ""), path) from error
 
 
-def open_directory(path: str) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def open_directory(path: str, *, follow: bool = True) -> int:
+    """A descriptor of a directory. With ``follow=False`` a symbolic link to one is refused (ENOTDIR or ELOOP)."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+
+
+def open_regular(path: str) -> int:
+    """A regular file for reading. A checkpoint is files: no link that leads elsewhere, no FIFO that never answers.
+
+    Raises:
+        CorruptCheckpointError: it is something else.
+        OSError: from ``open``.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise CorruptCheckpointError(path, "is not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CorruptCheckpointError(path, "is not a regular file")
+    return fd
+
+
+def read_small(path: str) -> bytes:
+    """The whole of a JSON file (manifest, record, receipt).
+
+    Raises:
+        CorruptCheckpointError: it is too large to be one, or no regular file.
+        OSError: from ``open`` or ``read``.
+    """
+    with open(open_regular(path), "rb") as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > _SMALL_BYTES:
+            raise CorruptCheckpointError(path, f"is {nbytes} bytes long, which is too much for a file of its kind")
+        return file.read(nbytes)
 
 
 def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
@@ -51,6 +88,8 @@ def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> No
     pending = [memoryview(b) for b in buffers if len(b)]
     while pending:
         written = os.pwritev(fd, pending[:IOV_MAX], offset)
+        if written == 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes, and gives no reason")
         offset += written
         while pending and written >= len(pending[0]):
             written -= len(pending.pop(0))
@@ -77,13 +116,28 @@ def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, 
             raise
 
 
-def read_if_exists(directory_fd: int, name: str) -> bytes | None:
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)
-    except FileNotFoundError:
-        return None
-    with open(fd, "rb") as file:
-        return file.read()
+def read_if_exists(path: str) -> bytes | None:
+    """As :func:`read_small`; None when there is no such file.
+
+    Raises:
+        StorageError, CorruptCheckpointError
+    """
+    with storage_errors("read", path):
+        try:
+            return read_small(path)
+        except FileNotFoundError:
+            return None
+
+
+def remove(path: str) -> None:
+    """Remove a file, a link or a whole directory, if it is there; another process may be doing the same."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    shutil.rmtree(path, ignore_errors=True)  # what vanishes under our hands is no error
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)  # and what is still there says why
 
 
 def exchange(first: str, second: str) -> bool:
@@ -94,7 +148,7 @@ def exchange(first: str, second: str) -> bool:
     if call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):
         return False
     raise OSError(code, os.strerror(code), second)
 

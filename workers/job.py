@@ -17,12 +17,15 @@ from typing import Any
 
 from workers.envelope import seal_json, unseal
 from workers.errors import CorruptCheckpointError
+from workers.formats import FORMATS
 from workers.layout import FileSpec, Item, Layout
+from workers.layout_check import check_count, check_layout, check_text, check_time
 from workers.slab import Slab
 from workers.structure import Node
 
 RECORD_NAME = "save.json"
 _CACHED_PLANS = 4
+_MAX_PARTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +164,25 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layo
     """
     body = unseal(data, path)
     try:
-        plan = Plan.from_document(body["plan"])
+        facts = _checked(SaveFacts(directory=directory, **body["facts"]))
         objects = [Item.from_row(row[:-1]) for row in body["objects"]]
-        return SaveFacts(directory=directory, **body["facts"]), plan.with_objects(objects)
-    except (KeyError, TypeError, ValueError) as error:
+        layout = Plan.from_document(body["plan"]).with_objects(objects)
+        check_layout(layout)
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"not the record of a save: {error!r}") from error
+    return facts, layout
+
+
+def _checked(facts: SaveFacts) -> SaveFacts:
+    check_count(facts.step)
+    check_time(facts.created)
+    for text in (facts.save_id, facts.kind, facts.stager, facts.torch):
+        check_text(text)
+    if facts.kind not in FORMATS:
+        raise ValueError(f"unknown format {facts.kind!r}")
+    if not 1 <= check_count(facts.num_parts) <= _MAX_PARTS or type(facts.fsync) is not bool:
+        raise ValueError("impossible facts")
+    return facts
 
 
 def _read(job: SaveJob, extent: Extent) -> bytes:

@@ -12,29 +12,26 @@ with its place, dtype, shape and hashes, and the structure of the state. Body of
     rows         [[kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, [xxh3_128, ...]], ...]
     structure    see :mod:`workers.structure`
 
-A row's hashes cover its span in steps of segment_bytes. Reading checks all of it against the files' sizes before anything
-is allocated: a hostile manifest can neither name a path outside its directory nor ask for more memory than its files hold.
+A row's hashes cover its span in steps of segment_bytes. Reading checks that all of it is possible
+(:mod:`workers.layout_check`); opening the data files compares their sizes (:mod:`workers.blob_reader`).
 """
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from workers import files
 from workers.envelope import seal, unseal
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError
-from workers.formats.dcp import dtype_of
 from workers.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
+from workers.layout_check import check_count, check_file_name, check_layout, check_text, check_time
 from workers.structure import Path, walk
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
-
-_FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +112,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """
     path = os.path.join(os.fspath(directory), MANIFEST_NAME)
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        data = files.read_small(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(error.errno, "not a committed checkpoint: it has no manifest", path) from error
     except OSError as error:
@@ -143,98 +139,26 @@ def _build(body: dict[str, Any]) -> Manifest:
     if body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
         raise ValueError("unknown columns")
     header = Header(
-        kind=_text(body["kind"]),
-        step=_count(body["step"]),
-        save_id=_text(body["save_id"]),
-        created=float(body["created"]),
-        torch=_text(body["torch"]),
-        stager=_text(body["stager"]),
+        kind=check_text(body["kind"]),
+        step=check_count(body["step"]),
+        save_id=check_text(body["save_id"]),
+        created=check_time(body["created"]),
+        torch=check_text(body["torch"]),
+        stager=check_text(body["stager"]),
     )
-    files = tuple(FileSpec(_file_name(name), _count(nbytes)) for name, nbytes in body["files"])
-    index_files = tuple(IndexFile(_file_name(n), _count(b), _text(h)) for n, b, h in body["index_files"])
-    names = [f.name for f in files] + [f.name for f in index_files]
-    if len(set(names)) != len(names) or MANIFEST_NAME in names:
+    index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
+    layout = Layout(
+        files=tuple(FileSpec(name, nbytes) for name, nbytes in body["files"]),
+        items=tuple(Item.from_row(row[:-1]) for row in body["rows"]),
+        structure=body["structure"],
+        segment_bytes=body["segment_bytes"],
+    )
+    check_layout(layout)
+    names = [MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)]
+    if len(set(names)) != len(names):
         raise ValueError("two files of one name")
-    items = tuple(Item.from_row(row[:-1]) for row in body["rows"])
-    layout = Layout(files, items, body["structure"], _count(body["segment_bytes"]))
-    hashes = tuple(tuple(map(_text, row[-1])) for row in body["rows"])
-    _check_items(layout, hashes)
-    _check_structure(layout)
-    return Manifest(header, layout, hashes, index_files)
-
-
-def _check_items(layout: Layout, hashes: tuple[tuple[str, ...], ...]) -> None:
-    """Spans tile their files in order; the raw bytes lie in the blob; shape, stride and size agree."""
-    if layout.segment_bytes < 1:
-        raise ValueError("segment_bytes is 0")
-    position, file = 0, 0
-    sizes = [0] * len(layout.files)
+    hashes = tuple(tuple(map(check_text, row[-1])) for row in body["rows"])
     for index, item, end in layout.spans():
-        numbers = (item.file, item.offset, item.nbytes, item.data_offset, item.data_nbytes, *item.shape, *item.stride)
-        if any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"item {index}: not a size: {numbers}")
-        if item.file != file:
-            position, file = 0, item.file
-        if item.offset != position or item.offset + item.nbytes > end or end > layout.files[file].nbytes:
-            raise ValueError(f"item {index}: its span does not follow the one before it")
-        if not item.offset <= item.data_offset <= item.data_offset + item.data_nbytes <= item.offset + item.nbytes:
-            raise ValueError(f"item {index}: its data is not inside its blob")
         if len(hashes[index]) != num_segments(end - item.offset, layout.segment_bytes):
             raise ValueError(f"item {index}: wrong number of hashes")
-        _check_kind(index, item)
-        sizes[file] = position = end
-    if sizes != [f.nbytes for f in layout.files]:
-        raise ValueError("the items do not fill the files")
-
-
-def _check_kind(index: int, item: Item) -> None:
-    if item.kind == "object":
-        return
-    if item.kind != "tensor":
-        raise ValueError(f"item {index}: unknown kind {item.kind!r}")
-    if math.prod(item.shape) * dtype_of(item.dtype).itemsize != item.data_nbytes:
-        raise ValueError(f"item {index}: {item.dtype} of shape {item.shape} is not {item.data_nbytes} bytes")
-    if len(item.stride) != len(item.shape) or not _is_dense(item.shape, item.stride):
-        raise ValueError(f"item {index}: stride {item.stride} does not cover shape {item.shape}")
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Each element has a place of its own and no place is unused."""
-    expected = 1
-    for length, step in sorted(
-        ((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda pair: pair[1]
-    ):
-        if length == 0:
-            return True
-        if step != expected:
-            return False
-        expected *= length
-    return True
-
-
-def _check_structure(layout: Layout) -> None:
-    used = [False] * len(layout.items)
-    for path, index in walk(layout.structure):
-        if not 0 <= index < len(used):
-            raise ValueError(f"leaf {path} names item {index} of {len(used)}")
-        used[index] = True
-    if not all(used):
-        raise ValueError(f"item {used.index(False)} is in no place of the structure")
-
-
-def _file_name(value: Any) -> str:
-    if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
-        raise ValueError(f"not a file name: {value!r}")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"not a count: {value!r}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"not a string: {value!r}")
-    return value
+    return Manifest(header, layout, hashes, index_files)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from workers import files
 from workers.envelope import seal, unseal
 from workers.errors import CorruptCheckpointError
+from workers.layout_check import check_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +42,24 @@ def receipt_name(part: int) -> str:
     return f"receipt-{part}.json"
 
 
-def read_receipt(directory_fd: int, directory: str, part: int) -> Receipt | None:
-    """The receipt of ``part``, or None when it has none yet."""
-    name = receipt_name(part)
-    path = os.path.join(directory, name)
-    data = files.read_if_exists(directory_fd, name)
+def read_receipt(directory: str, part: int, num_parts: int, save_id: str) -> Receipt | None:
+    """The receipt of ``part``, or None when it has none yet.
+
+    Raises:
+        CorruptCheckpointError: it is damaged, or of another save.
+        StorageError
+    """
+    path = os.path.join(directory, receipt_name(part))
+    data = files.read_if_exists(path)
     if data is None:
         return None
     try:
         body = unseal(data, path)
-        return Receipt(**{**body, "hashes": tuple(body["hashes"])})
-    except (TypeError, KeyError) as error:
+        receipt = Receipt(**{**body, "hashes": tuple(map(check_text, body["hashes"]))})
+    except (TypeError, KeyError, ValueError) as error:
         raise CorruptCheckpointError(path, f"not a receipt: {error!r}") from error
+    if (receipt.part, receipt.num_parts, receipt.save_id) != (part, num_parts, save_id):
+        raise CorruptCheckpointError(
+            path, f"is of part {receipt.part} of {receipt.num_parts} of save {receipt.save_id}, not of this one"
+        )
+    return receipt

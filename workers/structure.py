@@ -5,7 +5,7 @@
           | ["odict", [key, ...], [node, ...], metadata or null]     collections.OrderedDict
           | ["list",  [node, ...]]
 
-A key is a str, int, float, bool or null and keeps its type. ``metadata`` is the ``_metadata`` attribute that
+A key is a str, int, finite float, bool or null and keeps its type; no two of a container are equal. ``metadata`` is the ``_metadata`` attribute that
 ``nn.Module.state_dict()`` hangs on its result (module versions). Two leaves that are the same bytes (tied weights) name
 the same item. No code runs to read this, whatever it says.
 """
@@ -13,6 +13,7 @@ the same item. No code runs to read this, whatever it says.
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,9 +70,23 @@ def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
     if (kind == "dict" and len(rest) == 2) or (kind == "odict" and len(rest) == 3):
         keys, children = rest[0], rest[1]
         if isinstance(keys, list) and isinstance(children, list) and len(keys) == len(children):
-            if all(k is None or isinstance(k, (str, int, float)) for k in keys):
+            if all(map(_is_key, keys)) and len(set(keys)) == len(keys) and all(map(_is_metadata, rest[2:])):
                 return keys, children
     raise ValueError(f"not a structure node: {str(node)[:60]}")
+
+
+def _is_key(key: Any) -> bool:
+    return key is None or isinstance(key, (str, int)) or (isinstance(key, float) and math.isfinite(key))
+
+
+def _is_metadata(metadata: Any) -> bool:
+    return metadata is None or (
+        isinstance(metadata, dict)
+        and all(
+            isinstance(entry, dict) and all(isinstance(value, (int, str)) for value in entry.values())
+            for entry in metadata.values()
+        )
+    )
 
 
 def fqn(path: Path) -> str:

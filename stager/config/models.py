@@ -111,7 +111,7 @@ class PersistenceConfig(Section):
     fsync: bool = Field(default=True, description="Sync before commit, so that a commit survives a power loss.")
     segment_bytes: Annotated[Bytes, Field(ge=64 << 10)] = Field(
         default=64 << 20,
-        description="Bytes of one write task: what a worker takes, and repeats if its predecessor died.",
+        description="Bytes that one hash covers at most, and that one worker writes at a time.",
     )
     check_free_space: bool = Field(default=True, description="Refuse a save that the file system has no room for.")
     lock_timeout_secs: SecondsOrZero = Field(default=60.0, description="Seconds to wait for another run to let go.")
@@ -121,7 +121,7 @@ class LoadingConfig(Section):
     """From the disk back into the state."""
 
     verify: Literal["full", "quick"] = Field(
-        default="full", description="full: hash every byte; quick: files and sizes."
+        default="full", description="Before loading. full: hash every byte; quick: names and sizes only."
     )
     threads: Count = Field(default="auto", description="Threads that read; auto: the cores the trainer may use.")
     allow_pickle: bool = Field(default=False, description="Unpickle any object: runs code from the checkpoint.")

@@ -39,8 +39,8 @@ class DemoSettings(Section):
     num_threads: Count = Field(
         default="auto", description="Threads that torch computes with; auto: all usable cores but one, 1 to 4."
     )
-    measure_saves: int = Field(default=5, ge=1, description="Measured saves of each of the three ways to save.")
-    measure_steps: int = Field(default=6, ge=1, description="Steps in each measured stretch of training, at least.")
+    measure_saves: int = Field(default=8, ge=1, description="Measured saves of each of the three ways to save.")
+    measure_steps: int = Field(default=4, ge=1, description="Steps in each measured stretch of training, at least.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

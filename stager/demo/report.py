@@ -78,21 +78,20 @@ def _lost_time_table(measurement: Measurement) -> Table:
             f"{method.blocked_secs * 1e3:.0f} ms",
             f"{method.lost_secs * 1e3:.0f} ms",
             f"{low * 1e3:.0f} to {high * 1e3:.0f} ms",
-            _ratio_text(ratio_to_first(measurement, method)),
+            _ratio_text(measurement, method),
             f"{method.done_secs * 1e3:.0f} ms",
             COMPLETE[method.method],
         )
     return table
 
 
-def ratio_to_first(measurement: Measurement, method: LostTime) -> float | None:
-    """The method's lost time as a multiple of stager's; None when stager's cannot be told from zero."""
-    reference = measurement.methods[0].lost_secs
-    return method.lost_secs / reference if reference > 0 else None
-
-
-def _ratio_text(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.1f}"
+def _ratio_text(measurement: Measurement, method: LostTime) -> str:
+    ratio = measurement.relative_loss(method)
+    if ratio is not None:
+        return f"{ratio:.1f}"
+    if method is measurement.methods[0]:
+        return "below the noise"
+    return f"> {method.lost_secs / measurement.noise_secs:.1f}"
 
 
 def _setting(measurement: Measurement, config: DemoConfig) -> str:
@@ -140,7 +139,7 @@ def _lost_time_json(measurement: Measurement) -> Iterator[tuple[str, Any]]:
                 "blocked_secs": method.blocked_secs,
                 "lost_secs": method.lost_secs,
                 "done_secs": method.done_secs,
-                "lost_relative_to_stager": ratio_to_first(measurement, method),
+                "lost_relative_to_stager": measurement.relative_loss(method),
                 "samples": [asdict(sample) for sample in method.samples],
             },
         )

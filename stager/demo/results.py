@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from stager.demo.events import MeasuredSave, Stretch
 from stager.demo.leg import Leg
@@ -72,8 +73,12 @@ class Measurement:
     def noise_secs(self) -> float:
         """By how much two neighbouring stretches without a save differ (median), in seconds: a loss below this cannot
         be told from none."""
-        pairs = zip(self.stretches, self.stretches[1:], strict=False)
-        return statistics.median(abs(one.secs - other.secs) for one, other in pairs)
+        return statistics.median(abs(one.secs - other.secs) for one, other in pairwise(self.stretches))
+
+    def relative_loss(self, method: LostTime) -> float | None:
+        """The method's lost time as a multiple of the first method's; None if that cannot be told from none."""
+        reference = self.methods[0].lost_secs
+        return method.lost_secs / reference if reference > self.noise_secs else None
 
 
 @dataclass

@@ -107,3 +107,12 @@ def test_measurement_gives_medians_and_the_noise_between_equal_stretches() -> No
     assert (second.method, second.blocked_secs) == ("b", 9.0)
     assert measurement.noise_secs == 0.5
     assert measurement.step_secs == 4.25 / 4
+
+
+@pytest.mark.parametrize(("lost_secs", "ratio"), [(0.5, 4.0), (0.1, None), (-0.1, None)])
+def test_ratio_is_given_only_where_the_first_methods_loss_exceeds_the_noise(
+    lost_secs: float, ratio: float | None
+) -> None:
+    samples = [MeasuredSave(name, 0.1, lost, 1.0, 4, 1.0, 10) for name, lost in (("a", lost_secs), ("b", 2.0))]
+    measurement = Measurement.of(samples, [Stretch(4, 4.0), Stretch(4, 4.25)])
+    assert measurement.relative_loss(measurement.methods[1]) == ratio

@@ -1,4 +1,4 @@
-"""``dcp.async_save(..., async_stager=...)``: threads and processes, many saves with one stager, read back by ``dcp.load``."""
+"""``dcp.async_save(..., async_stager=...)``: threads, processes, many saves with one stager, read back by ``dcp.load``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def saves(kind: str, names: list[str], directory: str, count: int) -> dict[str, 
 
 
 def save_many(kind: AsyncCheckpointerType, name: str, directory: str, count: int) -> dict[str, int]:
-    """With leases the next save starts while earlier ones are being written; else each is awaited, as torch demands."""
+    """With leases a save starts while earlier ones are being written. Else each is awaited: without leases buffers are
+    shared, and torch's process executor reads the answers of overlapping saves from one pipe with several threads."""
+    overlap = 3 if name == "leases" and kind is AsyncCheckpointerType.THREAD else 0
     state = new_state()
     pending, expected, census = [], [], []
     with STAGERS[name]() as stager:
@@ -79,10 +81,8 @@ def save_many(kind: AsyncCheckpointerType, name: str, directory: str, count: int
             )
             pending.append(response.upload_completion if isinstance(response, AsyncSaveResponse) else response)
             stager.synchronize_staging()  # from here on the state may change
-            if name != "leases":
-                pending[-1].result()
-            elif step >= 3:
-                pending[step - 3].result()
+            if step >= overlap:
+                pending[step - overlap].result()
             census.append(take_census())
         wait_all(pending)
     for step in range(count):

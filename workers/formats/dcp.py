@@ -14,6 +14,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import IO, Any, cast
 
@@ -22,8 +23,14 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import skip_data
 
+try:  # torch 2.7
+    from torch.utils.serialization import config as _save_config
+except ImportError:
+    _save_config = None
+
+from workers.dtypes import dtype_of, tensor_over
 from workers.errors import InternalError
-from workers.layout import Layout
+from workers.layout import BLOB_ALIGN_BYTES, Layout
 from workers.slab import Slab
 from workers.structure import Node, fqn
 
@@ -77,9 +84,9 @@ def tensor_frame(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) ->
     # Never touched, so it takes no memory, however large: not torch.empty, which deterministic mode fills.
     small = nbytes < _SPARSE_FROM_BYTES
     storage: torch.UntypedStorage = _untyped(nbytes) if small else Slab.create(nbytes).storage
-    tensor = torch.empty(0, dtype=torch_dtype).set_(storage, 0, shape, stride)
+    tensor = tensor_over(storage, torch_dtype, shape, stride)
     sink = _Sink()
-    with skip_data():
+    with skip_data(), _standard_alignment():
         torch.save(tensor, cast(IO[bytes], sink))
     start = _data_start(sink, nbytes) if nbytes else None
     head, tail = bytearray(), bytearray()
@@ -95,6 +102,13 @@ def tensor_frame(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) ->
     return bytes(head), bytes(tail)
 
 
+def _standard_alignment() -> AbstractContextManager[Any]:
+    """What the user set for his own ``torch.save`` must not matter: trainer and workers have to agree on every byte."""
+    if _save_config is None or not hasattr(_save_config.save, "storage_alignment"):
+        return nullcontext()
+    return cast(AbstractContextManager[Any], _save_config.patch("save.storage_alignment", BLOB_ALIGN_BYTES))
+
+
 def _data_start(sink: _Sink, nbytes: int) -> int:
     """Where the storage's bytes belong: the hole of ``nbytes`` that torch.save skipped."""
     end = 0
@@ -107,13 +121,6 @@ def _data_start(sink: _Sink, nbytes: int) -> int:
 
 
 _untyped: Any = torch.UntypedStorage  # its constructor has no types
-
-
-def dtype_of(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch has no dtype {name!r}")
-    return dtype
 
 
 def object_blob(value: object) -> bytes:

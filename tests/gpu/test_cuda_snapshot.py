@@ -1,0 +1,72 @@
+"""Snapshots of CUDA tensors. Not run anywhere yet: no machine of ours has a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from stager import Checkpointer
+from tests.states import same
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_kernels_queued_before_save_are_in_the_snapshot_and_later_ones_are_not(run_dir: Path) -> None:
+    tensor = torch.zeros(64 << 20, device="cuda")
+    with Checkpointer(run_dir) as ckpt:
+        for step in range(5):
+            for _ in range(50):
+                tensor.add_(1)
+            handle = ckpt.save(step, {"x": tensor})
+            for _ in range(50):
+                tensor.add_(1)
+            handle.upload_completion.result()
+            loaded = ckpt.load(step)
+            assert loaded is not None
+            assert torch.all(loaded.state["x"] == 100 * step + 50)
+
+
+def test_tied_viewed_and_strided_cuda_tensors_round_trip(run_dir: Path) -> None:
+    base = torch.randn(64, 32, device="cuda")
+    state = {"a": base, "b": base.t(), "c": base[3:9], "d": base[:, 5], "e": torch.complex(base, base).conj()}
+    with Checkpointer(run_dir, {"staging": {"verify": True}}) as ckpt:
+        ckpt.save(0, state).upload_completion.result()
+        loaded = ckpt.load()
+        assert loaded is not None and same(loaded.state, {name: tensor.cpu() for name, tensor in state.items()})
+        into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        ckpt.load(into=into)
+    assert same({k: v.cpu() for k, v in into.items()}, {k: v.cpu() for k, v in state.items()})
+
+
+def test_buffers_are_pinned_and_workers_have_no_cuda_context(run_dir: Path) -> None:
+    state = {"x": torch.randn(1 << 20, device="cuda")}
+    with Checkpointer(run_dir) as ckpt:
+        ckpt.warmup(state)
+        ckpt.save(0, state).upload_completion.result()
+        pinnings = [buffer.pinning for buffer in ckpt._arena._buffers]
+        assert pinnings and all(p is not None and p.nbytes >= state["x"].nbytes for p in pinnings)
+        for child in psutil.Process().children():
+            assert not any("nvidia" in mapping.path for mapping in child.memory_maps())
+
+
+def test_guarded_cuda_training_saves_the_values_from_before_the_step(run_dir: Path) -> None:
+    model = torch.nn.Linear(512, 512, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Checkpointer(run_dir) as ckpt:
+        ckpt.guard(optimizer)
+        for step in range(5):
+            model(torch.randn(64, 512, device="cuda")).sum().backward()
+            optimizer.step()
+            expected = {k: v.clone() for k, v in model.state_dict().items()}
+            handle = ckpt.save(step, {"model": model, "optimizer": optimizer})
+            model(torch.randn(64, 512, device="cuda")).sum().backward()
+            optimizer.step()
+            handle.upload_completion.result()
+            loaded = ckpt.load(step)
+            assert loaded is not None and same(dict(loaded.state["model"]), {k: v.cpu() for k, v in expected.items()})

@@ -1,0 +1,49 @@
+"""What the documents say is true: their examples run, their links lead somewhere, the reference is that of the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stager.config.reference import reference
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_readme_examples_run_and_leave_a_checkpoint(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    script = "\n".join(blocks)
+    for _ in range(2):  # the second run resumes from the first
+        subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, cwd=tmp_path)
+    assert [path.name for path in sorted((tmp_path / "runs/first").glob("step-*"))] == [
+        "step-00000000",
+        "step-00000100",
+        "step-00000200",
+    ]
+    for command in (["ls"], ["inspect"], ["verify"]):
+        subprocess.run(
+            [sys.executable, "-m", "stager", *command, "runs/first"], check=True, cwd=tmp_path, stdout=subprocess.PIPE
+        )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+def test_configuration_reference_is_that_of_the_code() -> None:
+    assert (ROOT / "docs/configuration.md").read_text() == reference()
+
+
+def test_make_targets_in_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for path in DOCUMENTS for name in re.findall(r"`make ([a-z]+)`", path.read_text())}
+    assert named <= targets

@@ -1,0 +1,126 @@
+"""Whether a layout that comes from a file is possible at all.
+
+Everything is checked before anything is allocated, opened or written, so that a hostile manifest or record can neither name
+a path outside its directory nor ask for more memory than its files hold.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from workers.dtypes import dtype_of
+from workers.layout import Item, Layout
+from workers.structure import walk
+
+_FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+_LARGEST = (1 << 63) - 1  # what torch and the kernel count in
+
+
+def check_layout(layout: Layout) -> None:
+    """
+    Raises:
+        ValueError, TypeError, IndexError: it cannot be the layout of a checkpoint.
+    """
+    check_count(layout.segment_bytes)
+    if layout.segment_bytes < 1:
+        raise ValueError("segment_bytes is 0")
+    for spec in layout.files:
+        check_file_name(spec.name)
+        check_count(spec.nbytes)
+    if len({spec.name for spec in layout.files}) != len(layout.files):
+        raise ValueError("two files of one name")
+    _check_items(layout)
+    _check_structure(layout)
+
+
+def check_file_name(value: Any) -> str:
+    """``value``, when it names a file inside the checkpoint's directory."""
+    if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
+        raise ValueError(f"not a file name: {value!r}")
+    return value
+
+
+def check_count(value: Any) -> int:
+    """``value``, when it is a number of bytes, elements or steps."""
+    if type(value) is not int or not 0 <= value <= _LARGEST:
+        raise ValueError(f"not a count: {str(value)[:60]}")
+    return value
+
+
+def check_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"not a string: {str(value)[:60]}")
+    return value
+
+
+def check_time(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"not a time: {str(value)[:60]}")
+    return float(value)
+
+
+def _check_items(layout: Layout) -> None:
+    """Spans tile the files, each file in one run; the raw bytes lie in the blob; shape, stride and size agree."""
+    position, file = 0, -1
+    for index, item, end in layout.spans():
+        for number in (item.file, item.offset, item.nbytes, item.data_offset, item.data_nbytes):
+            check_count(number)
+        if item.file != file:
+            # A file that came back would be read, and take memory, once more each time.
+            if item.file != file + 1 or (file >= 0 and position != layout.files[file].nbytes):
+                raise ValueError(f"item {index}: its file is not the next one")
+            position, file = 0, item.file
+        if item.offset != position or item.offset + item.nbytes > end:
+            raise ValueError(f"item {index}: its span does not follow the one before it")
+        if not item.offset <= item.data_offset <= item.data_offset + item.data_nbytes <= item.offset + item.nbytes:
+            raise ValueError(f"item {index}: its data is not inside its blob")
+        _check_kind(index, item)
+        position = end
+    if file + 1 != len(layout.files):
+        raise ValueError(f"{layout.files[file + 1].name} holds no item")
+
+
+def _check_kind(index: int, item: Item) -> None:
+    if item.kind == "object":
+        if (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
+            raise ValueError(f"item {index}: an object is all data")
+        return
+    if item.kind != "tensor":
+        raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
+    for number in (*item.shape, *item.stride):
+        check_count(number)
+    if math.prod(item.shape) * dtype_of(item.dtype).itemsize != item.data_nbytes:
+        raise ValueError(f"item {index}: {item.dtype} of shape {item.shape} is not {item.data_nbytes} bytes")
+    if math.prod(filter(None, item.shape)) > _LARGEST:  # what torch multiplies before it comes to the zero
+        raise ValueError(f"item {index}: shape {item.shape} is too large")
+    if len(item.stride) != len(item.shape) or not _is_dense(item.shape, item.stride):
+        raise ValueError(f"item {index}: stride {item.stride} does not cover shape {item.shape}")
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Each element has a place of its own and no place is unused."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for length, step in sorted(
+        ((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda pair: pair[1]
+    ):
+        if step != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _check_structure(layout: Layout) -> None:
+    structure = layout.structure
+    if not isinstance(structure, list) or not structure or structure[0] == "list":
+        raise ValueError("the state is not a mapping")
+    used = [False] * len(layout.items)
+    for path, index in walk(structure):
+        if not 0 <= index < len(used):
+            raise ValueError(f"leaf {path} names item {index} of {len(used)}")
+        used[index] = True
+    if not all(used):
+        raise ValueError(f"item {used.index(False)} is in no place of the structure")
