@@ -23,6 +23,18 @@ _HOME = {
     "stager.checkpointer": ("Checkpointer", "Loaded"),
     "stager.config": ("StagerConfig", "load_config"),
     "stager.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
+    "stager.staging": (
+        "AsyncStager",
+        "BlockingAsyncStager",
+        "CheckpointStager",
+        "CheckpointStagerConfig",
+        "DefaultStager",
+        "ReplicationStager",
+        "StagingOptions",
+        "_ReplicationStager",
+        "auto_options",
+    ),
+    "stager.state_dict_stager": ("StateDictStager",),
     "workers.directory": ("CheckpointInfo", "SkippedCheckpoint"),
     "workers.errors": (
         "ArenaFullError",
@@ -33,6 +45,7 @@ _HOME = {
         "DirectoryInUseError",
         "InternalError",
         "MemoryBudgetError",
+        "ReplicationError",
         "StagerError",
         "StateMismatchError",
         "StorageError",
@@ -73,6 +86,16 @@ if TYPE_CHECKING:
     from stager.save import SaveHandle as SaveHandle
     from stager.save import SaveReport as SaveReport
     from stager.save import SaveState as SaveState
+    from stager.staging import AsyncStager as AsyncStager
+    from stager.staging import BlockingAsyncStager as BlockingAsyncStager
+    from stager.staging import CheckpointStager as CheckpointStager
+    from stager.staging import CheckpointStagerConfig as CheckpointStagerConfig
+    from stager.staging import DefaultStager as DefaultStager
+    from stager.staging import ReplicationStager as ReplicationStager
+    from stager.staging import StagingOptions as StagingOptions
+    from stager.staging import _ReplicationStager as _ReplicationStager
+    from stager.staging import auto_options as auto_options
+    from stager.state_dict_stager import StateDictStager as StateDictStager
     from workers.directory import CheckpointInfo as CheckpointInfo
     from workers.directory import SkippedCheckpoint as SkippedCheckpoint
     from workers.errors import ArenaFullError as ArenaFullError
@@ -83,6 +106,7 @@ if TYPE_CHECKING:
     from workers.errors import DirectoryInUseError as DirectoryInUseError
     from workers.errors import InternalError as InternalError
     from workers.errors import MemoryBudgetError as MemoryBudgetError
+    from workers.errors import ReplicationError as ReplicationError
     from workers.errors import StagerError as StagerError
     from workers.errors import StateMismatchError as StateMismatchError
     from workers.errors import StorageError as StorageError

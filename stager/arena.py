@@ -17,8 +17,8 @@ import time
 from contextlib import suppress
 from enum import Enum
 
-from stager.pinning import Pinning
 from workers.errors import ArenaFullError, ClosedError, InternalError, MemoryBudgetError
+from workers.offload.pinning import pin_in_chunks
 from workers.slab import Slab
 
 logger = logging.getLogger("stager")
@@ -43,21 +43,17 @@ _TRANSITIONS = {
 
 
 class _Buffer:
-    """A slab and its state. ``pinning`` is undone before the slab is unmapped."""
+    """A slab and its state. ``pinned_nbytes`` of it are registered with CUDA, until its storage is collected."""
 
     def __init__(self, slab: Slab, pin: bool) -> None:
         self.slab = slab
         self.state = SlabState.FREE
-        self.pinning = Pinning(slab) if pin else None
+        self.pinned_nbytes = pin_in_chunks(slab.storage, slab.address, slab.nbytes) if pin else 0
 
     def move(self, to: SlabState) -> None:
         if to not in _TRANSITIONS[self.state]:
             raise InternalError(f"slab {self.slab.slab_id} cannot go from {self.state.value} to {to.value}")
         self.state = to
-
-    def close(self) -> None:
-        if self.pinning is not None:
-            self.pinning.release()
 
 
 class Lease:
@@ -218,8 +214,7 @@ class Arena:
         return len(self._buffers) < self._num_buffers and used + nbytes <= self._max_bytes
 
     def _drop(self, buffer: _Buffer) -> None:
-        self._buffers.remove(buffer)
-        buffer.close()
+        self._buffers.remove(buffer)  # nobody else holds the slab: its memory is unpinned and unmapped here
 
     def _give_back(self, buffer: _Buffer) -> None:
         with self._changed:

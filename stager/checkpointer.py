@@ -130,8 +130,13 @@ class Checkpointer:
             arena.resolve_max_host_bytes(available, _local_world_size()),
             arena.when_full,
             prefault=arena.prefault,
-            pin=torch.cuda.is_available() if arena.pin == "auto" else arena.pin,
+            pin=self._pins(),
         )
+
+    def _pins(self) -> bool:
+        if self._config.arena.pin is True and not torch.cuda.is_available():
+            logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
+        return bool(self._config.arena.pin) and torch.cuda.is_available()
 
     def _start_pool(self) -> WorkerPool:
         workers = self._config.workers

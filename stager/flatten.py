@@ -63,6 +63,8 @@ def flatten(state: Mapping[str, Any]) -> Flat:
 
 
 def _visit(flat: Flat, value: Any, path: Path) -> Node:
+    if isinstance(value, torch.Tensor):  # nearly every leaf, and the abstract base classes below are slow to ask
+        return _leaf(flat, value, path)
     if len(path) > _MAX_DEPTH:
         raise UnstageableError(describe(path[:4]), f"nested deeper than {_MAX_DEPTH}; does it contain itself?")
     if is_stateful(value):
@@ -71,6 +73,10 @@ def _visit(flat: Flat, value: Any, path: Path) -> Node:
         return _visit_mapping(flat, value, path)
     if isinstance(value, list) and not _is_terminal(value, len(path)):
         return ["list", [_visit(flat, child, (*path, i)) for i, child in enumerate(value)]]
+    return _leaf(flat, value, path)
+
+
+def _leaf(flat: Flat, value: Any, path: Path) -> int:
     flat.paths.append(path)
     flat.leaves.append(value)
     return len(flat.leaves) - 1
@@ -86,7 +92,7 @@ def _visit_mapping(flat: Flat, value: Mapping[Any, Any], path: Path) -> Node:
 
 
 def _check_key(key: Any, path: Path) -> Key:
-    if key is None or type(key) in (str, int, bool) or (type(key) is float and math.isfinite(key)):
+    if type(key) is str or key is None or type(key) in (int, bool) or (type(key) is float and math.isfinite(key)):
         return key  # type: ignore[no-any-return]
     raise UnstageableError(
         describe(path), f"has the key {key!r} of type {type(key).__name__}; use str, int, float, bool or None"

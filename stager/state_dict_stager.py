@@ -62,9 +62,10 @@ class StateDictStager(OffloadCopier):
 
     Not thread-safe: one ``stage()`` at a time.
 
-    What ``share_memory=True`` costs: the first copy goes into cold shared memory (about a tenth of the speed of later
-    ones); small storages share mappings of at least 4 MiB, each kept until its last storage is dropped. It does not cost
-    a file descriptor per tensor: about one per storage of 1 MiB and more, up to an eighth of ``ulimit -n``.
+    What ``share_memory=True`` costs: the first copy of each storage goes into cold memory and takes two to four times as
+    long as later ones (docs/staging-api.md); storages of less than 1 MiB share mappings of at least 4 MiB, each kept
+    until its last storage is dropped. It does not cost a file descriptor per tensor: one per storage of 1 MiB and more,
+    up to an eighth of ``ulimit -n``, and one per shared mapping.
 
     Args:
         pin_memory: page-lock the staged memory. Ignored with a warning when there is no CUDA device.

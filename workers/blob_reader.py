@@ -15,7 +15,7 @@ from types import TracebackType
 import xxhash
 
 from workers.errors import CorruptCheckpointError
-from workers.files import storage_errors
+from workers.files import open_regular, storage_errors
 from workers.layout import Item, num_segments
 from workers.manifest import Manifest
 from workers.structure import describe
@@ -30,6 +30,14 @@ class Wanted:
 
     index: int
     target: memoryview | None
+
+
+def _open(path: str) -> int:
+    with storage_errors("open", path):
+        try:
+            return open_regular(path)
+        except FileNotFoundError as error:
+            raise CorruptCheckpointError(path, "is missing") from error
 
 
 class BlobReader:
@@ -53,9 +61,7 @@ class BlobReader:
         self._fds: list[int] = []
         try:
             for index, spec in enumerate(manifest.layout.files):
-                with storage_errors("open", self.file_path(index)):
-                    # O_NOFOLLOW: a checkpoint is files, not links to somewhere else.
-                    self._fds.append(os.open(self.file_path(index), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+                self._fds.append(_open(self.file_path(index)))
                 self._check_size(index, spec.nbytes)
         except BaseException:
             self.close()

@@ -22,6 +22,8 @@ from typing import Any, ClassVar, cast
 import cloudpickle
 import torch.multiprocessing  # noqa: F401  (registers torch's reducers with ForkingPickler)
 
+from workers.errors import InternalError
+
 _received = threading.local()
 
 
@@ -34,9 +36,12 @@ class _SentFd:
         self.index = index
 
     def detach(self) -> int:
-        """Take the descriptor; whoever calls this closes it. Legal only while its message is being loaded."""
-        fd: int = _received.fds[self.index]
-        _received.fds[self.index] = -1
+        """Take the descriptor; whoever calls this closes it. Legal once, while its message is being loaded."""
+        fds: list[int] | None = getattr(_received, "fds", None)
+        if fds is None or fds[self.index] < 0:
+            raise InternalError("a descriptor was asked for outside of the message that it came with")
+        fd = fds[self.index]
+        fds[self.index] = -1
         return fd
 
 
@@ -80,11 +85,12 @@ def dumps(value: object) -> tuple[bytes, list[int]]:
 
 def loads(data: bytes, fds: list[int]) -> Any:
     """Unpickle; descriptors that nothing took are closed."""
+    outer = getattr(_received, "fds", None)  # a value's __setstate__ may load something itself
     _received.fds = fds
     try:
         return pickle.loads(data)
     finally:
-        _received.fds = []
+        _received.fds = outer
         close_fds(fds)
 
 

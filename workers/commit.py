@@ -14,6 +14,10 @@ it exclusively and does not wait for it. So nobody writes into a directory that 
 again after its worker died, say), and the commit is not missed: whoever is refused sees that another part or commit is
 going on, and the last one to let go of the shared lock either gets the exclusive one or is refused by somebody who got it
 after that, and who therefore sees every receipt.
+
+The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or, when an
+older checkpoint of the step was replaced, that older one until it is removed. So whoever has the lock asks next whether
+he is too late (``is_still``, ``already_committed``), and a manifest is only published if it is this save's.
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import xxhash
 
 from workers import files
-from workers.directory import CheckpointInfo, checkpoint_name, partial_name, read_checkpoint
+from workers.directory import REPLACED, CheckpointInfo, checkpoint_name, partial_name, read_checkpoint
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from workers.faults import point
 from workers.files import storage_errors
@@ -36,7 +41,7 @@ from workers.formats import get_format
 from workers.job import SaveFacts
 from workers.layout import Layout, deal
 from workers.manifest import MANIFEST_NAME, Header, IndexFile, Manifest, parse_manifest
-from workers.receipt import Receipt, read_receipt
+from workers.receipt import Receipt, read_receipt, receipt_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,28 +71,34 @@ def try_commit(facts: SaveFacts, layout: Layout) -> Committed | None:
         StorageError, CorruptCheckpointError
     """
     started = time.time()
-    partial = os.path.join(facts.directory, partial_name(facts.step, facts.save_id))
-    with storage_errors("open", partial):
+    partial = partial_path(facts)
+    with storage_errors("commit", partial):
         try:
-            directory_fd = files.open_directory(partial)
+            directory_fd = files.open_directory(partial, follow=False)
         except FileNotFoundError:
-            return already_committed(facts) or _vanished(partial)
-    try:
-        fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not is_still(partial, directory_fd):
-            return already_committed(facts) or _vanished(partial)
-        manifest = _manifest(facts, layout, directory_fd, partial)
-        if manifest is None:
+            return already_committed(facts) or vanished(partial)
+        try:
+            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_still(partial, directory_fd):
+                return already_committed(facts) or vanished(partial)
+            manifest = manifest_of(facts, layout, directory_fd)
+            if manifest is None:
+                return None
+            if manifest.header.save_id != facts.save_id:
+                return already_committed(facts) or vanished(partial)
+            path = publish(facts, manifest, directory_fd)
+        except BlockingIOError:  # see NOTE [ The lock on a partial directory ]
             return None
-        path = publish(facts, manifest, directory_fd)
-    except BlockingIOError:  # see NOTE [ The lock on a partial directory ]
-        return None
-    finally:
-        os.close(directory_fd)
+        finally:
+            os.close(directory_fd)
     return Committed(CheckpointInfo.of(path, manifest), started, time.time(), os.getpid())
 
 
-def _vanished(partial: str) -> Committed | None:
+def partial_path(facts: SaveFacts) -> str:
+    return os.path.join(facts.directory, partial_name(facts.step, facts.save_id))
+
+
+def vanished(partial: str) -> NoReturn:
     raise StorageError(errno.ENOENT, "the partial checkpoint was removed while it was being written", partial)
 
 
@@ -99,14 +110,20 @@ def is_still(path: str, directory_fd: int) -> bool:
         return False
 
 
-def _manifest(facts: SaveFacts, layout: Layout, directory_fd: int, partial: str) -> Manifest | None:
-    """The manifest that is there, or a new one if every receipt is there."""
-    data = files.read_if_exists(directory_fd, MANIFEST_NAME)
+def manifest_of(facts: SaveFacts, layout: Layout, directory_fd: int) -> Manifest | None:
+    """The manifest that is there, or a new one if every receipt is there. The caller holds the lock."""
+    partial = partial_path(facts)
+    path = os.path.join(partial, MANIFEST_NAME)
+    data = files.read_if_exists(path)
     if data is not None:
-        return parse_manifest(data, os.path.join(partial, MANIFEST_NAME))
-    receipts = [read_receipt(directory_fd, partial, part) for part in range(facts.num_parts)]
-    whole = [receipt for receipt in receipts if receipt is not None]
-    return _write_manifest(facts, layout, whole, directory_fd, partial) if len(whole) == facts.num_parts else None
+        return parse_manifest(data, path)
+    receipts = []
+    for part in range(facts.num_parts):
+        receipt = read_receipt(partial, part, facts.num_parts, facts.save_id)
+        if receipt is None:
+            return None
+        receipts.append(receipt)
+    return _write_manifest(facts, layout, receipts, directory_fd, partial)
 
 
 def _write_manifest(
@@ -122,7 +139,7 @@ def _write_manifest(
     manifest = Manifest(
         header=Header(facts.kind, facts.step, facts.save_id, facts.created, facts.torch, facts.stager),
         layout=layout,
-        hashes=_hashes_by_item(layout, receipts),
+        hashes=_hashes_by_item(layout, receipts, partial),
         index_files=tuple(index_files),
     )
     files.write_atomically(directory_fd, partial, MANIFEST_NAME, manifest.to_bytes(), facts.fsync)
@@ -130,9 +147,14 @@ def _write_manifest(
     return manifest
 
 
-def _hashes_by_item(layout: Layout, receipts: list[Receipt]) -> tuple[tuple[str, ...], ...]:
+def _hashes_by_item(layout: Layout, receipts: list[Receipt], partial: str) -> tuple[tuple[str, ...], ...]:
     hashes: list[list[str]] = [[] for _ in layout.items]
     for receipt, part in zip(receipts, deal(layout, len(receipts)), strict=True):
+        if len(receipt.hashes) != len(part):
+            raise CorruptCheckpointError(
+                os.path.join(partial, receipt_name(receipt.part)),
+                f"has {len(receipt.hashes)} hashes for {len(part)} parts",
+            )
         for segment, value in zip(part, receipt.hashes, strict=True):
             hashes[segment.index].append(value)
     return tuple(map(tuple, hashes))
@@ -140,33 +162,46 @@ def _hashes_by_item(layout: Layout, receipts: list[Receipt]) -> tuple[tuple[str,
 
 def publish(facts: SaveFacts, manifest: Manifest, directory_fd: int) -> str:
     """Steps 3 and 4: the directory has its manifest; give it its name. Returns the final path."""
-    named = {MANIFEST_NAME, *(f.name for f in manifest.layout.files), *(f.name for f in manifest.index_files)}
-    partial = os.path.join(facts.directory, partial_name(facts.step, facts.save_id))
+    partial = partial_path(facts)
     final = os.path.join(facts.directory, checkpoint_name(facts.step))
     with storage_errors("commit", final):
-        for name in set(os.listdir(directory_fd)) - named:
-            os.unlink(name, dir_fd=directory_fd)
+        for name in set(os.listdir(directory_fd)) - manifest.file_names:
+            files.remove(os.path.join(partial, name))
         if facts.fsync:
             os.fsync(directory_fd)
-        _rename_over(partial, final)
+        replaced = _rename_over(partial, final)
         if facts.fsync:
             files.sync_directory(facts.directory)
+        if replaced is not None:  # only now: until then a power failure may bring it back under its old name
+            with suppress(OSError):  # it is a partial directory by its name; the next run tries again
+                files.remove(replaced)
     point("commit.published")
     return final
 
 
-def _rename_over(partial: str, final: str) -> None:
-    """``final`` becomes what ``partial`` is. An older checkpoint of the same step is replaced in one step where the file
-    system can exchange two names; elsewhere there is a moment with neither, which ``recover`` puts right."""
+def _rename_over(partial: str, final: str) -> str | None:
+    """``final`` becomes what ``partial`` is. Returns where the older checkpoint of the step is now, if there was one.
+
+    It is replaced in one step where the file system can exchange two names; elsewhere there is a moment with neither,
+    which ``recover`` puts right. What is in the way and is no checkpoint is not ours to remove: it is moved aside.
+    """
     try:
         os.rename(partial, final)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-        if not files.exchange(partial, final):
-            aside = f"{partial}{'0' * 8}"  # still a partial name: it is cleaned up if we are killed now
-            os.rename(final, aside)
-            os.rename(partial, final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
+    else:
+        return None
+    ours = not os.path.islink(final) and os.path.lexists(os.path.join(final, MANIFEST_NAME))
+    if ours and files.exchange(partial, final):
+        point("commit.replaced")
+        return partial
+    aside = f"{partial}{REPLACED}" if ours else f"{final}.not-a-checkpoint-{partial.rpartition('-')[2]}"
+    os.rename(final, aside)
+    point("commit.replaced")
+    try:
+        os.rename(partial, final)
+    except OSError:
+        os.rename(aside, final)
+        raise
+    return aside if ours else None

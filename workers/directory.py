@@ -2,6 +2,8 @@
 
     <run>/step-00000100/                      a committed checkpoint
     <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never taken for a checkpoint
+    <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
+                                              system cannot exchange two names
     <run>/.stager.lock                        held (flock) by the trainer and its workers
 
 NOTE [ The lock ]
@@ -16,19 +18,20 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 
+from workers import files
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError
 from workers.files import storage_errors
 from workers.manifest import Manifest, read_manifest
 
 LOCK_NAME = ".stager.lock"
 
-_COMMITTED = re.compile(r"step-(\d{8,})")
-_PARTIAL = re.compile(r"step-(\d{8,})\.partial-([0-9a-f]+)")
+REPLACED = ".replaced"
+
+_COMMITTED = re.compile(r"step-([0-9]{8,})")
+_PARTIAL = re.compile(r"step-([0-9]{8,})\.partial-([0-9a-f]+)(?:\.replaced)?")
 _LOCK_POLL_SECS = 0.05
 
 
@@ -88,11 +91,13 @@ def partial_name(step: int, save_id: str) -> str:
 
 def committed_steps(directory: str) -> list[int]:
     """Steps that have a directory of their own, newest first; nothing of it is read."""
-    return sorted((int(m[1]) for n in _names(directory) if (m := _COMMITTED.fullmatch(n))), reverse=True)
+    steps = {name: int(match[1]) for name in _names(directory) if (match := _COMMITTED.fullmatch(name))}
+    return sorted((step for name, step in steps.items() if name == checkpoint_name(step)), reverse=True)
 
 
 def partial_names(directory: str) -> list[str]:
-    return sorted(name for name in _names(directory) if _PARTIAL.fullmatch(name))
+    """Partial directories, those of ``REPLACED`` checkpoints behind the ones that replace them."""
+    return sorted(name for name in _names(directory) if _PARTIAL.fullmatch(name) and _is_canonical(name))
 
 
 def parse_partial(name: str) -> tuple[int, str]:
@@ -101,6 +106,10 @@ def parse_partial(name: str) -> tuple[int, str]:
     if match is None:
         raise ValueError(f"not a partial directory: {name}")
     return int(match[1]), match[2]
+
+
+def _is_canonical(name: str) -> bool:
+    return name.removesuffix(REPLACED) == partial_name(*parse_partial(name))
 
 
 def _names(directory: str) -> list[str]:
@@ -143,8 +152,9 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[Checkpoint
 def remove_partial(directory: str, name: str) -> None:
     """Remove a partial directory. The caller knows that nobody writes to it."""
     parse_partial(name)
-    with storage_errors("remove", os.path.join(directory, name)), suppress(FileNotFoundError):
-        shutil.rmtree(os.path.join(directory, name))
+    path = os.path.join(directory, name)
+    with storage_errors("remove", path):
+        files.remove(path)
 
 
 def lock_directory(directory: str, timeout: float) -> int:
@@ -155,24 +165,30 @@ def lock_directory(directory: str, timeout: float) -> int:
         StorageError: the lock file cannot be made.
     """
     path = os.path.join(directory, LOCK_NAME)
-    with storage_errors("open", path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with storage_errors("lock", path):
+        # O_NOFOLLOW: the file is truncated below, so it had better be the one in this directory.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            _acquire(fd, timeout, directory)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def _acquire(fd: int, timeout: float, directory: str) -> None:
     deadline = time.monotonic() + timeout
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise DirectoryInUseError(errno.EWOULDBLOCK, _in_use(fd, timeout), directory) from None
-                time.sleep(_LOCK_POLL_SECS)
-            else:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                return fd
-    except BaseException:
-        os.close(fd)
-        raise
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise DirectoryInUseError(errno.EWOULDBLOCK, _in_use(fd, timeout), directory) from None
+            time.sleep(_LOCK_POLL_SECS)
+        else:
+            return
 
 
 def _in_use(fd: int, timeout: float) -> str:

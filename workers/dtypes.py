@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
+
+_untyped: Any = torch.UntypedStorage  # its constructor has no types
 
 # Only what is a dtype of torch's own: a name comes from a file, and ``getattr(torch, name)`` would import whatever it says.
 # Quantized dtypes need more than raw bytes; such tensors are saved as objects.
@@ -40,5 +43,4 @@ def tensor_over(
 
 def new_tensor(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], nbytes: int) -> torch.Tensor:
     """A dense CPU tensor over ``nbytes`` bytes of new memory, not initialised."""
-    storage: torch.UntypedStorage = torch.UntypedStorage(nbytes, device="cpu")  # type: ignore[call-arg]
-    return tensor_over(storage, dtype, shape, stride)
+    return tensor_over(_untyped(nbytes, device="cpu"), dtype, shape, stride)

@@ -14,6 +14,7 @@
     |   |-- WorkerStartError        it never became ready
     |   `-- TaskTimeoutError        it missed its deadline and was killed
     |-- TornSnapshotError           staging.verify found a tensor that changed while it was copied
+    |-- ReplicationError            a rank died or failed while replicas were exchanged; names it
     |-- StorageError                the file system's (path, errno)
     |   |-- DirectoryInUseError     another run holds the directory
     |   `-- CheckpointNotFoundError no such step, or nothing valid to load
@@ -109,6 +110,21 @@ class TaskTimeoutError(WorkerError, TimeoutError):
 
 class TornSnapshotError(StagerError):
     """The state changed while its snapshot was taken; the snapshot was discarded."""
+
+
+class ReplicationError(StagerError, RuntimeError):
+    """A replica could not be exchanged, written or read.
+
+    Attributes:
+        rank: global rank of the process that failed, if it is another one's failure; else None.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
+        return type(self), (str(self), self.rank)
 
 
 class StorageError(StagerError, OSError):

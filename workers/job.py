@@ -19,7 +19,7 @@ from workers.envelope import seal_json, unseal
 from workers.errors import CorruptCheckpointError
 from workers.formats import FORMATS
 from workers.layout import FileSpec, Item, Layout
-from workers.layout_check import check_count, check_layout, check_text, check_time
+from workers.layout_check import check_count, check_layout, check_step, check_text, check_time
 from workers.slab import Slab
 from workers.structure import Node
 
@@ -174,7 +174,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layo
 
 
 def _checked(facts: SaveFacts) -> SaveFacts:
-    check_count(facts.step)
+    check_step(facts.step)
     check_time(facts.created)
     for text in (facts.save_id, facts.kind, facts.stager, facts.torch):
         check_text(text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from workers.dtypes import dtype_of
 from workers.layout import Item, Layout
-from workers.structure import walk
+from workers.structure import Chunks, leaves
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _LARGEST = (1 << 63) - 1  # what torch and the kernel count in
@@ -43,9 +43,15 @@ def check_file_name(value: Any) -> str:
 
 
 def check_count(value: Any) -> int:
-    """``value``, when it is a number of bytes, elements or steps."""
+    """``value``, when it is a number of bytes, or elements."""
     if type(value) is not int or not 0 <= value <= _LARGEST:
         raise ValueError(f"not a count: {str(value)[:60]}")
+    return value
+
+
+def check_step(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"not a step: {str(value)[:60]}")
     return value
 
 
@@ -118,9 +124,31 @@ def _check_structure(layout: Layout) -> None:
     if not isinstance(structure, list) or not structure or structure[0] == "list":
         raise ValueError("the state is not a mapping")
     used = [False] * len(layout.items)
-    for path, index in walk(structure):
-        if not 0 <= index < len(used):
-            raise ValueError(f"leaf {path} names item {index} of {len(used)}")
-        used[index] = True
+    for path, leaf in leaves(structure):
+        for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
+            if not 0 <= index < len(used):
+                raise ValueError(f"leaf {path} names item {index} of {len(used)}")
+            used[index] = True
+        if isinstance(leaf, Chunks):
+            _check_chunks(layout, leaf)
     if not all(used):
         raise ValueError(f"item {used.index(False)} is in no place of the structure")
+
+
+def _check_chunks(layout: Layout, chunks: Chunks) -> None:
+    """The parts lie in the whole, and there are as many elements in them: memory for it is taken before they are read."""
+    for length in chunks.shape:
+        check_count(length)
+    num_elements = 0
+    for offsets, index in chunks.parts:
+        item, first = layout.items[index], layout.items[chunks.parts[0][1]]
+        if item.kind != "tensor" or item.dtype != first.dtype:
+            raise ValueError(f"item {index}: not a part of a {first.dtype} tensor")
+        if not len(chunks.shape) == len(offsets) == len(item.shape) or not all(
+            0 <= offset <= offset + length <= whole
+            for offset, length, whole in zip(offsets, item.shape, chunks.shape, strict=True)
+        ):
+            raise ValueError(f"item {index}: not inside a tensor of shape {chunks.shape}")
+        num_elements += math.prod(item.shape)
+    if num_elements != math.prod(chunks.shape) or math.prod(filter(None, chunks.shape)) > _LARGEST:
+        raise ValueError(f"{num_elements} elements are not a tensor of shape {chunks.shape}")

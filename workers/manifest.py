@@ -27,7 +27,7 @@ from workers import files
 from workers.envelope import seal, unseal
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError
 from workers.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
-from workers.layout_check import check_count, check_file_name, check_layout, check_text, check_time
+from workers.layout_check import check_count, check_file_name, check_layout, check_step, check_text, check_time
 from workers.structure import Path, walk
 
 MANIFEST_NAME = "manifest.json"
@@ -73,6 +73,11 @@ class Manifest:
     def nbytes(self) -> int:
         """Bytes of all files but the manifest itself."""
         return sum(f.nbytes for f in self.layout.files) + sum(f.nbytes for f in self.index_files)
+
+    @property
+    def file_names(self) -> set[str]:
+        """Every file of the checkpoint, the manifest among them."""
+        return {MANIFEST_NAME, *(f.name for f in self.layout.files), *(f.name for f in self.index_files)}
 
     def paths(self) -> Iterable[tuple[Path, int]]:
         """Each leaf of the state: its path and its item."""
@@ -140,7 +145,7 @@ def _build(body: dict[str, Any]) -> Manifest:
         raise ValueError("unknown columns")
     header = Header(
         kind=check_text(body["kind"]),
-        step=check_count(body["step"]),
+        step=check_step(body["step"]),
         save_id=check_text(body["save_id"]),
         created=check_time(body["created"]),
         torch=check_text(body["torch"]),

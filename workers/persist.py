@@ -9,14 +9,15 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import xxhash
 
 from workers import files, slab
-from workers.commit import Committed, already_committed, is_still, try_commit
+from workers.commit import Committed, already_committed, is_still, partial_path, try_commit, vanished
 from workers.directory import partial_name, remove_partial
+from workers.errors import InternalError
 from workers.faults import point
 from workers.files import storage_errors
 from workers.formats import Format, get_format
@@ -25,6 +26,7 @@ from workers.layout import Item, Layout, Segment, deal
 from workers.receipt import Receipt, read_receipt
 
 _WRITE_BYTES = 4 << 20  # hashed and written while it is in the cache
+_OPEN_ATTEMPTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +46,17 @@ def persist_part(job: SaveJob, part: int) -> PartResult:
 
     Raises:
         StorageError: a system call failed; nothing that looks like a checkpoint is left.
+        CorruptCheckpointError: somebody else writes into the partial directory.
     """
     slab.detach_all_but(job.live_slabs)
-    committed = already_committed(job.facts)
-    if committed is not None:  # this task was run before, and its worker died after the commit
-        return PartResult(part, os.getpid(), committed.started, committed.started, committed.started, committed)
-    point("part.begin")
-    layout = read_layout(job)
-    receipt = _write_part(job, layout, part)
-    committed = try_commit(job.facts, layout)
-    return PartResult(part, receipt.pid, receipt.started, receipt.written, receipt.synced, committed)
+    with storage_errors("save", partial_path(job.facts)):  # the last net: what is below says more precisely what failed
+        point("part.begin")
+        layout = read_layout(job)
+        done = _write_part(job, layout, part)
+        if isinstance(done, Committed):
+            return PartResult(part, os.getpid(), done.started, done.started, done.started, done)
+        committed = try_commit(job.facts, layout)
+    return PartResult(part, done.pid, done.started, done.written, done.synced, committed)
 
 
 def prepare_worker() -> int:
@@ -66,40 +69,57 @@ def discard_partial(directory: str, step: int, save_id: str) -> None:
     remove_partial(directory, partial_name(step, save_id))
 
 
-def _write_part(job: SaveJob, layout: Layout, part: int) -> Receipt:
-    partial = os.path.join(job.facts.directory, partial_name(job.facts.step, job.facts.save_id))
-    with storage_errors("create", partial):
-        os.makedirs(partial, exist_ok=True)
-        directory_fd = files.open_directory(partial)
+def _write_part(job: SaveJob, layout: Layout, part: int) -> Receipt | Committed:
+    """The part's receipt; or the commit, when this task was run before and the save needed no more than that."""
+    facts, partial = job.facts, partial_path(job.facts)
+    directory_fd = _open_partial(partial)
     try:
+        point("part.opened")
         fcntl.flock(directory_fd, fcntl.LOCK_SH)  # see NOTE [ The lock on a partial directory ] in commit.py
-        done = read_receipt(directory_fd, partial, part)
-        if done is not None:
-            return done
-        if not is_still(partial, directory_fd):  # committed while we waited for the lock
-            now = time.time()
-            return Receipt(part, job.facts.num_parts, job.facts.save_id, (), os.getpid(), now, now, now)
-        started = time.time()
-        if part == 0:
-            files.write_atomically(directory_fd, partial, RECORD_NAME, to_record(job), job.facts.fsync)
-        with ExitStack() as opened:
-            writer = _PartWriter(job, layout, directory_fd, partial, opened)
-            hashes = writer.write(deal(layout, job.facts.num_parts)[part])
-            written = time.time()
-            point("part.written")
-            if job.facts.fsync:
-                writer.sync()
-        synced = time.time()
-        receipt = Receipt(
-            part, job.facts.num_parts, job.facts.save_id, tuple(hashes), os.getpid(), started, written, synced
-        )
-        with storage_errors("sync", partial):
-            point("part.synced")
-        receipt.write(directory_fd, partial, job.facts.fsync)
-        point("part.receipt")
-        return receipt
+        committed = already_committed(facts)
+        if committed is not None:
+            files.remove(partial)  # empty, or the checkpoint that this save replaced
+            return committed
+        if not is_still(partial, directory_fd):
+            vanished(partial)
+        receipt = read_receipt(partial, part, facts.num_parts, facts.save_id)
+        return receipt or _write_and_sign(job, layout, part, directory_fd)
     finally:
         os.close(directory_fd)
+
+
+def _open_partial(partial: str) -> int:
+    """Make it if it is not there (its parent has to be: a run's directory that was removed is not made again)."""
+    with storage_errors("create", partial):
+        for _ in range(_OPEN_ATTEMPTS):
+            with suppress(FileExistsError):
+                os.mkdir(partial)
+            with suppress(FileNotFoundError):  # committed, or removed, between the two calls
+                return files.open_directory(partial, follow=False)
+    vanished(partial)
+
+
+def _write_and_sign(job: SaveJob, layout: Layout, part: int, directory_fd: int) -> Receipt:
+    facts, partial = job.facts, partial_path(job.facts)
+    started = time.time()
+    if part == 0:
+        files.write_atomically(directory_fd, partial, RECORD_NAME, to_record(job), facts.fsync)
+    with ExitStack() as opened:
+        writer = _PartWriter(job, layout, directory_fd, partial, opened)
+        hashes = writer.write(deal(layout, facts.num_parts)[part])
+        written = time.time()
+        point("part.written")
+        if facts.fsync:
+            writer.sync()
+    if facts.fsync:  # the files' names, too, before a receipt says that they are there
+        with storage_errors("sync", partial):
+            os.fsync(directory_fd)
+    synced = time.time()
+    point("part.synced")
+    receipt = Receipt(part, facts.num_parts, facts.save_id, tuple(hashes), os.getpid(), started, written, synced)
+    receipt.write(directory_fd, partial, facts.fsync)
+    point("part.receipt")
+    return receipt
 
 
 class _PartWriter:
@@ -144,6 +164,8 @@ class _PartWriter:
             head, tail = b"", b""
         else:
             head, tail = self._format.tensor_frame(item.dtype, item.shape, item.stride)
+            if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
+                raise InternalError(f"torch.save frames {item} in {len(head)} and {len(tail)} bytes here")
         start, end = segment.start, segment.end
         data_end = item.data_offset + item.data_nbytes
         if start < item.data_offset:

@@ -19,66 +19,52 @@ The caller's threads
   * pickle the call, so that a mistake in it is raised where it was made;
   * never wait for a worker, except that ``hand_over`` waits until the kernel has taken the message.
 The supervisor thread (``supervisor.py``) is the only one that
-  * reads from workers and resolves Futures;
-  * notices deaths and missed deadlines, replaces workers and moves their tasks;
+  * reads from workers and resolves Futures, so a Future's callbacks run in it (``close`` fails what it did not wait for);
+  * notices deaths and missed deadlines, replaces workers and lets their tasks wait again;
   * gives pending tasks to idle workers.
-A worker (``main.py``)
+Both meet in the roster (``roster.py``): one lock, who works, on what, and what waits.
+A worker (``main.py`` starts it, ``service.py`` is its loop)
   * runs what it was sent in order, one task at a time, and replies once to each;
-  * shares no lock, queue or semaphore with anyone: it can be killed at any instruction without stopping the others.
+  * shares no lock, queue or semaphore with anyone: it can be killed at any instruction without stopping the others;
+  * does not die of SIGINT or SIGTERM, which are the trainer's to deal with.
 
 Guarantees
   * A Future always resolves: with the result, the task's exception, or a WorkerError that names pid and cause.
-  * A task runs again on another worker when its worker died, so tasks must be idempotent. It is never run again before
-    the process that ran it is dead and reaped.
-  * A task that was handed over runs even if the trainer is killed right after.
+  * A task runs again on another worker when its worker died, so tasks must be idempotent. It is never run again, and its
+    Future never fails for that reason or because of ``close``, before the process that ran it is dead and reaped.
+  * A task that was handed over runs even if the trainer is killed right after. (The worker must live: a dead one is
+    replaced by the trainer only.)
+  * After ``close`` no process, thread or descriptor of the pool is left.
+
+Callbacks of a Future run between two turns of the supervisor: they may submit and hand over, but must not wait for another
+of the pool's Futures. ``close`` and ``drain``, which would wait for the callback itself, raise UsageError in one.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import secrets
 import threading
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from workers import codec
 from workers.errors import ClosedError
+from workers.handle import WorkerHealth
 from workers.main import WorkerSettings
-from workers.supervisor import Supervisor, WorkerHealth
+from workers.options import PoolOptions
+from workers.supervisor import Supervisor
 from workers.work import WorkItem
 
+__all__ = ["PoolOptions", "WorkerHealth", "WorkerPool"]
+
+logger = logging.getLogger("stager")
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolOptions:
-    """How a pool runs its workers.
-
-    Attributes:
-        nice: added to each worker's niceness, 0..19.
-        ionice: "none", "low" or "idle".
-        start_timeout_secs: a worker that is not ready by then is killed and replaced.
-        max_restarts: how often one task may lose its worker before its Future fails, and how often in a row a worker
-            may fail to start before what waits for it fails.
-        task_timeout_secs: a task that runs longer has its worker killed; ``None``: no limit.
-        orphan_timeout_secs: how long workers may finish what was handed over when the trainer is gone.
-        shutdown_timeout_secs: each rung of the shutdown ladder (ask, terminate, kill).
-        env: environment variables for the workers, on top of this process's.
-    """
-
-    nice: int = 0
-    ionice: str = "none"
-    start_timeout_secs: float = 120.0
-    max_restarts: int = 8
-    task_timeout_secs: float | None = None
-    orphan_timeout_secs: float = 600.0
-    shutdown_timeout_secs: float = 10.0
-    env: Mapping[str, str] | None = None
 
 
 class WorkerPool:
@@ -113,6 +99,7 @@ class WorkerPool:
         self._owner = os.getpid()
         self._options = options
         self._supervisor = Supervisor(count, settings, options, inherit_fds)
+        self._roster = self._supervisor.roster
         self._close_lock = threading.Lock()
         _live_pools.add(self)
 
@@ -123,27 +110,34 @@ class WorkerPool:
         :class:`~workers.errors.WorkerError`. Cancelling works until a worker has the task.
 
         Raises:
-            ClosedError: the pool is closed.
+            ClosedError: the pool is closed, or belongs to the process that forked this one.
             TypeError, pickle.PicklingError: the call cannot be pickled.
         """
-        item = self._make_item(fn, args, kwargs)
-        self._supervisor.enqueue(item)
+        item = self._make_item(fn, args, kwargs, handed_over=False)
+        self._roster.enqueue(item)
+        self._supervisor.wake()
         return item.future
 
     def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """As :meth:`submit`, but returns only when a worker's socket holds the task.
+        """As :meth:`submit`, but returns only when the message is in the socket of a worker, busy or not.
 
-        From then on the task runs even if this process is killed. The message must be small (descriptors, not data).
+        From then on the task runs even if this process is killed. Keep the message small (descriptors, not data): a busy
+        worker reads a larger one than fits its socket, some 200 KB, only when it is done. In a Future's callback it does
+        not wait, so that only a small message is sure to be there.
         """
-        item = self._make_item(fn, args, kwargs)
-        self._supervisor.send_now(item)
+        item = self._make_item(fn, args, kwargs, handed_over=True)
+        self._roster.place(item)
+        self._supervisor.wake()  # to watch the deadline of the task, and the socket if it is full
+        self._roster.wait_delivered(item)
         return item.future
 
-    def _make_item(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> WorkItem:
+    def _make_item(
+        self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], *, handed_over: bool
+    ) -> WorkItem:
         self._check_owner()
         payload, fds = codec.dumps((fn, args, kwargs))
         label = getattr(fn, "__qualname__", None) or type(fn).__name__
-        return WorkItem(payload, fds, label, self._options.task_timeout_secs)
+        return WorkItem(payload, fds, label, self._options.task_timeout_secs, handed_over=handed_over)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -152,26 +146,39 @@ class WorkerPool:
 
     def health(self) -> tuple[WorkerHealth, ...]:
         """One row per live worker: pid, state, tasks it holds."""
-        return self._supervisor.health()
+        self._check_owner()
+        return self._roster.health()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until no task is pending or running; False when that took longer than ``timeout`` seconds."""
+        """Wait until no task is pending or running; False when that took longer than ``timeout`` seconds.
+
+        Raises:
+            UsageError: called by a callback of one of the pool's Futures.
+        """
         self._check_owner()
-        return self._supervisor.drain(timeout)
+        return self._roster.drain(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish what was submitted, then stop the workers. Idempotent.
+        """Finish what was submitted, then stop the workers. Idempotent, from any thread; nothing in a forked child.
+
+        See NOTE [ The shutdown ladder ] in ``workers/shutdown.py``. A pool that nobody closes is closed at interpreter
+        exit, without a timeout.
 
         Args:
             timeout: seconds to wait for running and pending tasks; ``None`` waits as long as they take. The Futures of
-                tasks that are not done by then fail with :class:`~workers.errors.ClosedError`.
+                tasks that are not done by then fail with :class:`~workers.errors.ClosedError`, when their worker is dead.
+
+        Raises:
+            UsageError: called by a callback of one of the pool's Futures.
         """
         if self._owner != os.getpid():
             return
+        if self._roster.in_callback:
+            self._roster.refuse_in_callback("close()")
         with self._close_lock:
-            self._supervisor.stop_accepting()
-            self._supervisor.drain(timeout)
-            self._supervisor.shut_down(self._options.shutdown_timeout_secs)
+            self._roster.stop_accepting()
+            self._roster.drain(timeout)
+            self._supervisor.stop()
         _live_pools.discard(self)
 
     def __enter__(self) -> WorkerPool:
@@ -190,7 +197,8 @@ class WorkerPool:
         self._supervisor.abandon()
 
 
-_live_pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
+# Strong references: a pool that was dropped without close() still has work, threads and processes.
+_live_pools: set[WorkerPool] = set()
 
 
 def _abandon_all() -> None:
@@ -202,7 +210,10 @@ def _abandon_all() -> None:
 
 def _close_all() -> None:
     for pool in list(_live_pools):
-        pool.close()
+        try:
+            pool.close()
+        except Exception:
+            logger.exception("a WorkerPool could not be closed at exit")
 
 
 os.register_at_fork(after_in_child=_abandon_all)

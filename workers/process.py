@@ -6,8 +6,9 @@ again: that needs an ``if __name__ == "__main__"`` guard and does not work from 
 
 from __future__ import annotations
 
-import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -19,10 +20,9 @@ from workers.channel import Inbox, Outbox
 from workers.errors import WorkerStartError
 from workers.main import WorkerSettings
 
-_BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
-    "from workers.main import main; main(int(sys.argv[1]), sys.argv[2])"
-)
+# ``sys`` is built in. Anything else could be a file of that name in the current directory, which ``python -c`` puts first
+# on its path, so the path is set before the first real import.
+_BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from workers.main import main; main(int(sys.argv[1]), sys.argv[2])"
 
 
 class WorkerProcess:
@@ -32,69 +32,66 @@ class WorkerProcess:
         pid: process id.
         sock: this side of the socket pair, non-blocking.
         sentinel: a pidfd, readable once the process has ended.
+
+    Raises:
+        WorkerStartError: the operating system refused the process, or a descriptor for it.
     """
 
     def __init__(self, settings: WorkerSettings, env: Mapping[str, str], inherit_fds: tuple[int, ...] = ()) -> None:
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._popen = self._start(theirs, settings, env, inherit_fds)
-        except OSError as error:
-            self.sock.close()
+            self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                # The parent closes its copy of the other end, so that the worker's death is an end-of-file here.
+                with theirs:
+                    self._popen = _start(theirs, settings, env, inherit_fds)
+                self.pid = self._popen.pid
+                self.sentinel = self._open_sentinel()
+            except BaseException:
+                self.sock.close()
+                raise
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in an environment variable
             raise WorkerStartError(f"cannot start a worker process: {error}") from error
-        finally:
-            theirs.close()  # so that the worker's death is an end-of-file here
         self.sock.setblocking(False)
-        self.pid = self._popen.pid
-        self.sentinel = os.pidfd_open(self.pid)
         self.outbox = Outbox(self.sock)
         self.inbox = Inbox(self.sock)
 
-    @staticmethod
-    def _start(
-        theirs: socket.socket, settings: WorkerSettings, env: Mapping[str, str], inherit_fds: tuple[int, ...]
-    ) -> subprocess.Popen[bytes]:
-        executable = os.fsdecode(spawn.get_executable() or sys.executable)
-        path = [os.path.abspath(entry) for entry in sys.path]  # '' means the directory of today
-        # stdout goes to stderr: the trainer's stdout is often a pipe with a format of its own.
-        return subprocess.Popen(
-            [
-                executable,
-                *_interpreter_flags(),
-                "-c",
-                _BOOTSTRAP,
-                str(theirs.fileno()),
-                settings.to_json(),
-                json.dumps(path),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=_stderr_fd(),
-            pass_fds=(theirs.fileno(), *inherit_fds),
-            env={**os.environ, **env},
-            start_new_session=True,  # Ctrl-C and a launcher's killpg are for the trainer; its workers drain first
-        )
+    def _open_sentinel(self) -> int:
+        try:
+            return os.pidfd_open(self.pid)
+        except OSError:  # EMFILE: a process that nobody could watch must not be left
+            self._popen.kill()
+            self._popen.wait()
+            raise
 
     @property
     def exitcode(self) -> int | None:
         return self._popen.poll()
 
-    def terminate(self) -> None:
-        with suppress(ProcessLookupError):
-            self._popen.terminate()
+    def has_input(self) -> bool:
+        """Whether something that the worker sent has not been read yet."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return any(events & select.POLLIN for _, events in poll.poll(0))
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self._popen.kill()
+        """SIGKILL. Through the pidfd: the pid may be somebody else's if a SIGCHLD handler has reaped the process."""
+        if self.sentinel >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.sentinel, signal.SIGKILL)
 
-    def join(self, timeout: float | None) -> bool:
+    def join(self, timeout: float) -> bool:
         """Wait for the process to end; False when it has not after ``timeout`` seconds."""
-        try:
-            self._popen.wait(timeout)
-        except subprocess.TimeoutExpired:
+        if self.sentinel < 0:
+            return True
+        poll = select.poll()
+        poll.register(self.sentinel, select.POLLIN)
+        if not poll.poll(timeout * 1000):
             return False
+        self._popen.wait()  # at once: it only has to be reaped
         return True
 
     def release(self) -> None:
-        """Close this side's descriptors. The process must have ended, or belong to another process."""
+        """Close this side's descriptors. The process must have ended, or belong to another process. Idempotent."""
         self.outbox.drop()
         self.inbox.drop()
         self.sock.close()
@@ -108,6 +105,36 @@ class WorkerProcess:
         self._popen.returncode = 0  # or Popen.__del__ warns about a process it thinks is still running
 
 
+def _start(
+    theirs: socket.socket, settings: WorkerSettings, env: Mapping[str, str], inherit_fds: tuple[int, ...]
+) -> subprocess.Popen[bytes]:
+    executable = spawn.get_executable() or sys.executable
+    if not executable:
+        raise WorkerStartError(
+            "this interpreter does not know its own executable (it is embedded?): "
+            "name one with multiprocessing.set_executable()"
+        )
+    path = [os.path.abspath(os.fsdecode(entry)) for entry in sys.path]  # '' means the directory of today
+    bootstrap = _BOOTSTRAP.format(path=path)
+    output = _stderr_fd()  # stdout goes there, too: the trainer's stdout is often a pipe with a format of its own
+    return subprocess.Popen(
+        [
+            os.fsdecode(executable),
+            *_interpreter_flags(),
+            "-c",
+            bootstrap,
+            str(theirs.fileno()),
+            settings.to_json(),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=(theirs.fileno(), *inherit_fds),
+        env={**os.environ, **env},
+        start_new_session=True,  # Ctrl-C and a launcher's killpg are for the trainer; its workers drain first
+    )
+
+
 def _interpreter_flags() -> list[str]:
     """The interpreter options that change semantics (-O, -E, -I, -X utf8 ...), as multiprocessing passes them on."""
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -115,7 +142,13 @@ def _interpreter_flags() -> list[str]:
 
 
 def _stderr_fd() -> int:
+    """A descriptor for the workers' output: this process's standard error, wherever that goes."""
     try:
-        return sys.stderr.fileno()
+        fd = sys.stderr.fileno()
     except (AttributeError, OSError, ValueError):  # a notebook's stderr is no file; nor is pytest's
-        return 2
+        fd = 2
+    try:
+        os.fstat(fd)
+    except OSError:  # a daemon that has closed it
+        return subprocess.DEVNULL
+    return fd

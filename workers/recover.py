@@ -5,24 +5,38 @@ The caller holds the run's lock, so nobody writes to them.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
 from workers import files
-from workers.commit import publish, try_commit
-from workers.directory import parse_partial, partial_name, partial_names, read_checkpoint, remove_partial
-from workers.errors import CheckpointNotFoundError, CorruptCheckpointError
+from workers.commit import manifest_of, publish
+from workers.directory import (
+    REPLACED,
+    checkpoint_name,
+    parse_partial,
+    partial_name,
+    partial_names,
+    read_checkpoint,
+    remove_partial,
+)
+from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from workers.files import storage_errors
 from workers.job import RECORD_NAME, SaveFacts, from_record
-from workers.manifest import MANIFEST_NAME, Manifest, read_manifest
+from workers.layout import Layout
+from workers.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from workers.receipt import receipt_name
+from workers.verify import check_files
 
 
 class Outcome(Enum):
     COMMITTED = "committed"
     REMOVED = "removed"
+    LEFT = "left as it is"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,51 +49,102 @@ class Recovered:
 
 
 def recover(directory: str) -> list[Recovered]:
-    """Deal with every partial directory.
+    """Deal with every partial directory. What the file system does not let us deal with is left: it is in nobody's way.
 
     Raises:
-        StorageError: the file system refuses.
+        StorageError: the directory cannot be listed.
     """
     return [_recover_one(directory, name) for name in partial_names(directory)]
 
 
 def _recover_one(directory: str, name: str) -> Recovered:
     try:
-        reason = _finish(directory, name)
-    except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-        remove_partial(directory, name)
-        return Recovered(name, Outcome.REMOVED, str(error))
-    with suppress(FileNotFoundError):  # the one it replaced, where names cannot be exchanged
-        remove_partial(directory, name)
-    return Recovered(name, Outcome.COMMITTED, reason)
+        try:
+            return Recovered(name, Outcome.COMMITTED, _finish(directory, name))
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            remove_partial(directory, name)
+            return Recovered(name, Outcome.REMOVED, str(error))
+    except StorageError as error:
+        return Recovered(name, Outcome.LEFT, str(error))
 
 
 def _finish(directory: str, name: str) -> str:
-    """Commit a partial directory, or raise that it cannot be."""
+    """Commit a partial directory and say why, or raise that it cannot be."""
     partial = os.path.join(directory, name)
     step, save_id = parse_partial(name)
+    with _locked(partial) as directory_fd:
+        manifest = _read_manifest(partial)
+        if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
+            return _bring_back(directory, partial, step, manifest)
+        if manifest is not None:
+            facts, full = _facts_of(directory, manifest), True  # it does not tell whether the files were synced
+            reason = "its manifest was written, only the rename was missing"
+        else:
+            facts, layout = _read_record(directory, partial)
+            full = not facts.fsync
+            reason = "every part was written, only the commit was missing"
+        if (facts.step, facts.save_id) != (step, save_id):
+            raise CorruptCheckpointError(partial, f"holds what was to be {partial_name(facts.step, facts.save_id)}")
+        _check_place(directory, partial, facts)
+        manifest = manifest or _from_receipts(partial, facts, layout, directory_fd)
+        # Without fsync a receipt is no proof after a power failure; and what the receipts proved may be damaged since.
+        problems = check_files(partial, manifest, full=full)
+        if problems:
+            raise CorruptCheckpointError(partial, f"damaged: {problems[0]}")
+        publish(facts, manifest, directory_fd)
+    return reason
+
+
+@contextmanager
+def _locked(partial: str) -> Iterator[int]:
+    """The directory, with nobody writing to it."""
     with storage_errors("open", partial):
-        directory_fd = files.open_directory(partial)
-    try:
-        if files.read_if_exists(directory_fd, MANIFEST_NAME) is not None:
-            manifest = read_manifest(partial)
-            facts = _facts_of(directory, manifest)
-            _check_place(directory, name, facts)
-            publish(facts, manifest, directory_fd)
-            return "its manifest was written, only the rename was missing"
-        record = files.read_if_exists(directory_fd, RECORD_NAME)
-    finally:
-        os.close(directory_fd)
-    if record is None:
+        try:
+            directory_fd = files.open_directory(partial, follow=False)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise CorruptCheckpointError(partial, "is not a directory") from error
+            raise
+        try:
+            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: left as it is
+            yield directory_fd
+        finally:
+            os.close(directory_fd)
+
+
+def _read_record(directory: str, partial: str) -> tuple[SaveFacts, Layout]:
+    path = os.path.join(partial, RECORD_NAME)
+    data = files.read_if_exists(path)
+    if data is None:
         raise CorruptCheckpointError(partial, "never finished: it has no record of what was to be written")
-    facts, layout = from_record(record, os.path.join(partial, RECORD_NAME), directory)
-    if (facts.step, facts.save_id) != (step, save_id):
-        raise CorruptCheckpointError(partial, f"holds the record of {partial_name(facts.step, facts.save_id)}")
-    _check_place(directory, name, facts)
-    if try_commit(facts, layout) is None:
+    return from_record(data, path, directory)
+
+
+def _read_manifest(partial: str) -> Manifest | None:
+    path = os.path.join(partial, MANIFEST_NAME)
+    data = files.read_if_exists(path)
+    return None if data is None else parse_manifest(data, path)
+
+
+def _from_receipts(partial: str, facts: SaveFacts, layout: Layout, directory_fd: int) -> Manifest:
+    manifest = manifest_of(facts, layout, directory_fd)
+    if manifest is None:
         missing = [i for i in range(facts.num_parts) if not os.path.exists(os.path.join(partial, receipt_name(i)))]
         raise CorruptCheckpointError(partial, f"never finished: {len(missing)} of {facts.num_parts} parts are missing")
-    return "every part was written, only the commit was missing"
+    return manifest
+
+
+def _bring_back(directory: str, partial: str, step: int, manifest: Manifest | None) -> str:
+    """A checkpoint that was being replaced: it is only wanted when what should replace it did not make it."""
+    final = os.path.join(directory, checkpoint_name(step))
+    if os.path.lexists(final):
+        raise CorruptCheckpointError(partial, f"was replaced by the {final} that is there")
+    if manifest is None or manifest.header.step != step:
+        raise CorruptCheckpointError(partial, "is no whole checkpoint")
+    with storage_errors("commit", final):
+        os.rename(partial, final)
+        files.sync_directory(directory)
+    return "it was to be replaced, but what was to replace it is not there"
 
 
 def _facts_of(directory: str, manifest: Manifest) -> SaveFacts:
@@ -97,11 +162,11 @@ def _facts_of(directory: str, manifest: Manifest) -> SaveFacts:
     )
 
 
-def _check_place(directory: str, name: str, facts: SaveFacts) -> None:
+def _check_place(directory: str, partial: str, facts: SaveFacts) -> None:
     """A newer checkpoint of the same step stays."""
     try:
         info, _ = read_checkpoint(directory, facts.step)
     except (CheckpointNotFoundError, CorruptCheckpointError):
         return
     if info.created >= facts.created:
-        raise CorruptCheckpointError(os.path.join(directory, name), f"older than the {info.path} that is there")
+        raise CorruptCheckpointError(partial, f"older than the {info.path} that is there")

@@ -4,10 +4,11 @@
           | ["dict",  [key, ...], [node, ...]]
           | ["odict", [key, ...], [node, ...], metadata or null]     collections.OrderedDict
           | ["list",  [node, ...]]
+          | ["chunks", [length, ...], [[[offset, ...], index], ...]]  a tensor that several ranks wrote in parts (Chunks)
 
-A key is a str, int, finite float, bool or null and keeps its type; no two of a container are equal. ``metadata`` is the ``_metadata`` attribute that
-``nn.Module.state_dict()`` hangs on its result (module versions). Two leaves that are the same bytes (tied weights) name
-the same item. No code runs to read this, whatever it says.
+A key is a str, int, finite float, bool or null and keeps its type; no two of a container are equal. ``metadata`` is the
+``_metadata`` attribute that ``nn.Module.state_dict()`` hangs on its result (module versions). Two leaves that are the same
+bytes (tied weights) name the same item. No code runs to read this, whatever it says.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from workers.errors import UsageError
 
 Key = str | int | float | bool | None
 Path = tuple[Key, ...]
@@ -25,8 +29,54 @@ Node = Any  # recursive; see above
 _MAX_DEPTH = 200
 
 
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A tensor in parts.
+
+    Attributes:
+        shape: of the whole, in elements.
+        parts: (offsets of the part in the whole, its item).
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], int], ...]
+
+    def to_node(self) -> Node:
+        return ["chunks", list(self.shape), [[list(offsets), index] for offsets, index in self.parts]]
+
+    @staticmethod
+    def from_node(node: Node) -> Chunks:
+        """
+        Raises:
+            ValueError: ``node`` is none.
+        """
+        try:
+            _, shape, parts = node
+            chunks = Chunks(tuple(shape), tuple((tuple(offsets), index) for offsets, index in parts))
+        except TypeError as error:
+            raise ValueError(f"not a tensor in chunks: {str(node)[:60]}") from error
+        numbers = [*chunks.shape, *(n for offsets, index in chunks.parts for n in (*offsets, index))]
+        if not chunks.parts or any(type(number) is not int for number in numbers):
+            raise ValueError(f"not a tensor in chunks: {str(node)[:60]}")
+        return chunks
+
+
 def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Every leaf: its path and its item.
+    """Every item: the path of its leaf, and its index. A tensor in chunks comes once for each.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+    """
+    for at, leaf in leaves(node, path):
+        if isinstance(leaf, Chunks):
+            for _, index in leaf.parts:
+                yield at, index
+        else:
+            yield at, leaf
+
+
+def leaves(node: Node, path: Path = ()) -> Iterator[tuple[Path, int | Chunks]]:
+    """Every leaf: its path, and its item or its chunks.
 
     Raises:
         ValueError: ``node`` is not a structure.
@@ -34,18 +84,28 @@ def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
     if type(node) is int:
         yield path, node
         return
+    if _is_chunks(node):
+        yield path, Chunks.from_node(node)
+        return
     keys, children = _open(node, len(path))
     for key, child in zip(keys, children, strict=True):
         if type(child) is int:  # most are: save the generator
             yield (*path, key), child
         else:
-            yield from walk(child, (*path, key))
+            yield from leaves(child, (*path, key))
 
 
 def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
-    """The state, with ``leaf(index)`` in each place."""
+    """The state, with ``leaf(index)`` in each place.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+        UsageError: a tensor is in chunks.
+    """
     if type(node) is int:
         return leaf(node)
+    if _is_chunks(node):
+        raise UsageError("a tensor is stored in chunks, as several ranks saved it: load it by torch's dcp.load")
     keys, children = _open(node, depth)
     values = [build(child, leaf, depth + 1) for child in children]
     if node[0] == "list":
@@ -56,6 +116,10 @@ def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
     if node[3] is not None:
         result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]
     return result
+
+
+def _is_chunks(node: Node) -> bool:
+    return isinstance(node, list) and node[:1] == ["chunks"]
 
 
 def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:

@@ -15,7 +15,8 @@ import xxhash
 
 from workers.blob_reader import BlobReader, Wanted
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
-from workers.manifest import MANIFEST_NAME, IndexFile, Manifest, read_manifest
+from workers.files import read_small, storage_errors
+from workers.manifest import IndexFile, Manifest, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,35 +60,66 @@ def verify_checkpoint(
     try:
         manifest = read_manifest(path)
         nbytes, num_items = manifest.nbytes, len(manifest.layout.items)
-        problems += check_names(path, manifest)
-        problems += [p for f in manifest.index_files if (p := _check_index_file(path, f)) is not None]
-        threads = num_threads or default_threads()
-        with BlobReader(path, manifest, threads, progress) as reader:
-            if full:
-                reader.read([Wanted(i, None) for i in range(num_items)], lambda e: problems.append(str(e)))
+        problems += _extra_files(path, manifest)
+        problems += check_files(path, manifest, full=full, num_threads=num_threads, progress=progress)
     except (CorruptCheckpointError, CheckpointNotFoundError, StorageError) as error:
         problems.append(str(error))
     return VerifyResult(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started)
 
 
-def check_names(path: str, manifest: Manifest) -> list[str]:
-    """Files that are not in the manifest."""
-    expected = {MANIFEST_NAME, *(f.name for f in manifest.layout.files), *(f.name for f in manifest.index_files)}
-    extra = sorted(set(os.listdir(path)) - expected)
+def check_files(
+    path: str,
+    manifest: Manifest,
+    *,
+    full: bool,
+    num_threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """What is wrong with the files that the manifest names. For the arguments see :func:`verify_checkpoint`."""
+    problems: list[str] = []
+    for index_file in manifest.index_files:
+        try:
+            _check_index_file(os.path.join(path, index_file.name), index_file)
+        except (CorruptCheckpointError, StorageError) as error:
+            problems.append(str(error))
+        if full and progress is not None:
+            progress(index_file.nbytes)
+    try:
+        with BlobReader(path, manifest, num_threads or default_threads(), progress) as reader:
+            if full:
+                every_item = [Wanted(i, None) for i in range(len(manifest.layout.items))]
+                reader.read(every_item, lambda error: problems.append(str(error)))
+    except (CorruptCheckpointError, StorageError) as error:
+        problems.append(str(error))
+    return problems
+
+
+def fingerprint(path: str) -> tuple[tuple[str, int, int, int, int], ...]:
+    """Changes whenever a file of the checkpoint is written to or replaced: name, inode, size, mtime and ctime (ns) of each.
+
+    What was verified once and still has this fingerprint need not be verified again. (A bit that rots on the disk is no
+    write; the reader's own hashes catch it.)
+
+    Raises:
+        OSError: a file is missing.
+    """
+    stats = [(name, os.lstat(os.path.join(path, name))) for name in sorted(os.listdir(path))]
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
+
+
+def _extra_files(path: str, manifest: Manifest) -> list[str]:
+    with storage_errors("list", path):
+        extra = sorted(set(os.listdir(path)) - manifest.file_names)
     return [f"{os.path.join(path, name)}: does not belong to this checkpoint" for name in extra]
 
 
-def _check_index_file(path: str, expected: IndexFile) -> str | None:
-    name = os.path.join(path, expected.name)
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        return f"{name}: {error.strerror}"
-    with open(fd, "rb") as file:
-        if os.fstat(fd).st_size != expected.nbytes:
-            return f"{name}: is {os.fstat(fd).st_size} bytes long, should be {expected.nbytes}"
-        data = file.read(expected.nbytes)
-    return None if xxhash.xxh3_128_hexdigest(data) == expected.xxh3_128 else f"{name}: its hash does not match"
+def _check_index_file(path: str, expected: IndexFile) -> None:
+    with storage_errors("read", path):
+        data = read_small(path)
+    if len(data) != expected.nbytes:
+        raise CorruptCheckpointError(path, f"is {len(data)} bytes long, should be {expected.nbytes}")
+    if xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
+        raise CorruptCheckpointError(path, "its hash does not match")
 
 
 def default_threads() -> int:

@@ -1,14 +1,18 @@
-"""A task on the pool's side: what it carries, who has it, how often it was tried."""
+"""A task on the pool's side: what it carries, how often it was tried, how it ends."""
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import time
 from concurrent.futures import Future
 from typing import Any
 
 from workers import codec
-from workers.errors import RemoteTraceback
+from workers.channel import Frame
+from workers.errors import RemoteTraceback, WorkerError
+from workers.protocol import Done, Failed
 
 _ids = itertools.count(1)
 
@@ -37,16 +41,22 @@ class WorkItem:
         "timeout_secs",
     )
 
-    def __init__(self, payload: bytes, fds: list[int], label: str, timeout_secs: float | None) -> None:
+    def __init__(
+        self, payload: bytes, fds: list[int], label: str, timeout_secs: float | None, *, handed_over: bool
+    ) -> None:
         self.task_id = next(_ids)
         self.payload = payload
         self.fds = fds
         self.label = label
         self.timeout_secs = timeout_secs
+        self.handed_over = handed_over
         self.future: Future[Any] = Future()
-        self.handed_over = False
         self.attempts = 0
         self.started: float | None = None
+
+    def claim(self) -> bool:
+        """From now on it cannot be cancelled; False when it was. To be called again when it is sent again."""
+        return self.future.running() or self.future.set_running_or_notify_cancel()
 
     def start_clock(self) -> None:
         if self.started is None:
@@ -57,26 +67,51 @@ class WorkItem:
             return None
         return self.started + self.timeout_secs
 
-    def succeed(self, payload: bytes, fds: list[int]) -> None:
-        """Unpickle the result and resolve the Future."""
+    # -- the end: runs the callbacks of the Future, so never with a lock held -----------------------------------
+
+    def finish(self, frame: Frame) -> None:
+        """Resolve the Future with a worker's reply."""
+        if isinstance(frame.message, Failed):
+            codec.close_fds(frame.fds)
+            self.fail(_remote_error(frame.message, self.label))
+        elif isinstance(frame.message, Done):
+            self._succeed(frame.message.payload, frame.fds, frame.whole)
+
+    def _succeed(self, payload: bytes, fds: list[int], whole: bool) -> None:
+        if not whole:
+            self.fail(
+                OSError(
+                    errno.EMFILE,
+                    f"{os.strerror(errno.EMFILE)}: the result of {self.label} came with more descriptors than this "
+                    "process may open; return fewer storages, or raise `ulimit -n`",
+                )
+            )
+            return
         try:
             result = codec.loads(payload, fds)
-        except Exception as error:  # noqa: BLE001  (a user's __setstate__ can fail in any way)
-            error.add_note(f"while unpickling the result of {self.label}") if hasattr(error, "add_note") else None
-            self.fail(error)
-        else:
-            self.release()
-            self.future.set_result(result)
-
-    def fail_remotely(self, payload: bytes, traceback: str) -> None:
-        """The task raised: its exception, with the worker's traceback as cause."""
-        error = codec.loads(payload, [])
-        error.__cause__ = RemoteTraceback(traceback)
-        self.fail(error)
+        except BaseException as error:  # noqa: BLE001  (a user's __setstate__ can fail in any way)
+            unreadable = WorkerError(f"the result of {self.label} cannot be unpickled: {type(error).__name__}: {error}")
+            unreadable.__cause__ = error
+            self.fail(unreadable)
+            return
+        self.release()
+        self.future.set_result(result)
 
     def fail(self, error: BaseException) -> None:
         self.release()
-        self.future.set_exception(error)
+        if self.claim():
+            self.future.set_exception(error)
 
     def release(self) -> None:
         codec.close_fds(self.fds)
+
+
+def _remote_error(message: Failed, label: str) -> BaseException:
+    """What the task raised, with the worker's traceback as cause."""
+    try:
+        error = codec.loads(message.payload, [])
+        error.__cause__ = RemoteTraceback(message.traceback)
+    except BaseException as problem:  # noqa: BLE001  (so can an exception's)
+        error = WorkerError(f"{label} raised an exception that cannot be unpickled here: {problem!r}")
+        error.__cause__ = RemoteTraceback(message.traceback)
+    return error if isinstance(error, BaseException) else WorkerError(f"{label} raised {error!r}")

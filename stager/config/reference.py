@@ -1,6 +1,6 @@
 """The reference page of the configuration, made from the models.
 
-    python -m stager.config.reference > docs/configuration.md
+python -m stager.config.reference > docs/configuration.md
 """
 
 from __future__ import annotations

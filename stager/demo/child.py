@@ -21,7 +21,7 @@ import stager
 from stager.demo.events import Event, decode_event
 from workers.errors import StagerError
 
-SILENCE_SECS = 300.0  # a child that says nothing for so long is stuck, however slow the machine
+SILENCE_SECS = 120.0  # a child that says nothing for so long is stuck, however slow the machine
 EXIT_SECS = 60.0
 RECHECK_SECS = 0.1
 LOG_LINES_SHOWN = 20

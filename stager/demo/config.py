@@ -82,3 +82,8 @@ class DemoConfig(StagerConfig):
     """stager's configuration with the demo's section."""
 
     demo: DemoSettings = Field(default_factory=DemoSettings, description="The demo's training run.")
+
+    def with_fixed_threads(self) -> Self:
+        """With ``num_threads`` as a number: bits depend on it, so every child must get the same."""
+        fixed = self.demo.model_copy(update={"num_threads": self.demo.threads})
+        return self.model_copy(update={"demo": fixed})

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from stager.config.host import usable_cores
 from stager.demo.config import DemoConfig
+from stager.demo.leg import Kill
 from stager.demo.results import Check, LostTime, Measurement, Results
 from stager.demo.timeline import save_lines
 from stager.demo.workspace import Workspace
@@ -109,9 +110,7 @@ def _as_json(results: Results, config: DemoConfig, workspace: Workspace) -> dict
         "ok": results.ok,
         "elapsed_secs": results.elapsed_secs,
         "checks": [asdict(check) for check in results.checks],
-        "kills": [
-            asdict(leg.kill) | {"aim": leg.kill.aim.name.lower()} for leg in results.legs if leg.kill is not None
-        ],
+        "kills": [_kill_json(leg.kill) for leg in results.legs if leg.kill is not None],
         "resumed_from": [leg.resumed.step if leg.resumed else None for leg in results.legs],
         "saves": [asdict(line) for line in save_lines(results.legs)],
         "lost_time": dict(_lost_time_json(results.measurement)) if results.measurement else None,
@@ -127,6 +126,10 @@ def _as_json(results: Results, config: DemoConfig, workspace: Workspace) -> dict
             "threads": config.demo.threads,
         },
     }
+
+
+def _kill_json(kill: Kill) -> dict[str, Any]:
+    return asdict(kill) | {"aim": kill.aim.name.lower(), "hit": kill.hit.name.lower() if kill.hit else None}
 
 
 def _lost_time_json(measurement: Measurement) -> Iterator[tuple[str, Any]]:

@@ -17,21 +17,33 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 
 def blank(value: Any) -> Any:
-    """The same structure with every tensor overwritten, so that what is in it afterwards was loaded."""
+    """The same structure with every tensor and number overwritten: what is right in it afterwards was loaded."""
     if isinstance(value, torch.Tensor):
-        return torch.zeros_like(value).logical_not() if value.dtype == torch.bool else torch.full_like(value, 77)
+        return torch.full_like(value, 77)
     if isinstance(value, Mapping):
         return {key: blank(item) for key, item in value.items()}
-    return value
+    if isinstance(value, list | tuple):
+        return type(value)(blank(item) for item in value)
+    return type(value)(77) if type(value) in (int, float) else value
 
 
-def tensors(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor and where it is."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Every tensor and plain value, and where it is."""
+    if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from tensors(item, f"{path}.{key}")
+            yield from leaves(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{path}.{index}")
+    else:
+        yield path, value
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tensors are compared by their bytes, anything else with its type."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and bits(one) == bits(other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -50,13 +62,14 @@ def main(checkpoint: str, expected_path: str) -> None:
     load(loaded, checkpoint_id=checkpoint)
     secs = time.perf_counter() - started
 
-    compared = list(zip(tensors(expected, "state"), tensors(loaded, "state"), strict=True))
-    differences = [path for (path, one), (_, other) in compared if bits(one) != bits(other)]
+    pairs = list(zip(leaves(expected, "state"), leaves(loaded, "state"), strict=True))
+    differences = [path for (path, one), (_, other) in pairs if not same(one, other)]
+    tensors = [one for (_, one), _ in pairs if isinstance(one, torch.Tensor)]
     assert "stager" not in sys.modules
     assert "workers" not in sys.modules
     result = {
-        "num_tensors": len(compared),
-        "nbytes": sum(one.nbytes for (_, one), _ in compared),
+        "num_tensors": len(tensors),
+        "nbytes": sum(tensor.nbytes for tensor in tensors),
         "secs": secs,
         "differences": differences,
     }

@@ -106,8 +106,8 @@ class Story:
                 _show(bar, event)
                 if killed_in is not None:
                     continue
-                if isinstance(event, SaveCommitted):
-                    num_workers = len(child.workers_alive())  # now, because they may be gone right after the kill
+                # Counted while the trainer lives, because they may be gone right after the kill.
+                num_workers = num_workers or len(child.workers_alive())
                 if trap is not None and (killed_in := trap.sprung_by(leg, event)) is not None:
                     killed_at = time.time()
                     child.kill()
@@ -197,6 +197,7 @@ def run_demo(config: DemoConfig, out_dir: Path, console: Console, as_json: bool 
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("the demo draws its chart with matplotlib, which is not installed: pip install 'stager[demo]'")
     started = time.monotonic()
+    config = config.with_fixed_threads()
     workspace = Workspace.prepare(out_dir, config)
     with Bars(Console(stderr=True) if as_json else console) as bars:
         results = Story(config, workspace, bars).tell()

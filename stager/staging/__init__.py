@@ -3,7 +3,6 @@
 from stager.staging.blocking import BlockingAsyncStager
 from stager.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.staging.default import DefaultStager
-from stager.staging.exchange import ReplicationError
 from stager.staging.options import CheckpointStagerConfig, StagingOptions, auto_options
 from stager.staging.replication import ReplicationStager, _ReplicationStager
 
@@ -13,7 +12,6 @@ __all__ = [
     "CheckpointStager",
     "CheckpointStagerConfig",
     "DefaultStager",
-    "ReplicationError",
     "ReplicationStager",
     "StagingOptions",
     "StateDict",

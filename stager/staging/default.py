@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from stager.staging import streams
@@ -47,7 +48,9 @@ class DefaultStager(CheckpointStager, AsyncStager):
         self._staging_executor: ThreadPoolExecutor | None = None
         if self._resolved.use_async_staging:
             self._staging_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stager-staging")
-        self._staging_future: Future[StateDict] | None = None
+        self._staging_future: Future[None] | None = (
+            None  # of the last stage(); without its result, which is the caller's
+        )
         self._state = _State.OPEN
 
     def stage(self, state_dict: StateDict, **kwargs: Any) -> StateDict | Future[StateDict]:
@@ -69,8 +72,11 @@ class DefaultStager(CheckpointStager, AsyncStager):
         if self._staging_executor is None:
             return self._stage(state_dict)
         fence = self._streams.fence()  # here, on the caller's thread: NOTE [ Which stream copies what ]
-        self._staging_future = self._staging_executor.submit(self._stage_behind, state_dict, fence)
-        return self._staging_future
+        completion: Future[None] = Future()
+        self._staging_future = completion
+        staging = self._staging_executor.submit(self._stage_behind, state_dict, fence)
+        staging.add_done_callback(partial(_settle, completion))
+        return staging
 
     def _stage_behind(self, state_dict: StateDict, fence: streams.Fence | None) -> StateDict:
         if fence is None:
@@ -117,3 +123,12 @@ class DefaultStager(CheckpointStager, AsyncStager):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _settle(completion: Future[None], staging: Future[StateDict]) -> None:
+    """Pass on how staging ended, and not what it made: a reference here would keep a lease from ending."""
+    error = CancelledError() if staging.cancelled() else staging.exception()
+    if error is None:
+        completion.set_result(None)
+    else:
+        completion.set_exception(error)

@@ -20,22 +20,7 @@ import torch
 import torch.distributed as dist
 
 from stager.staging.parcel import Parcel, as_bytes, open_header, unpack
-from workers.errors import StagerError
-
-
-class ReplicationError(StagerError, RuntimeError):
-    """A replica could not be exchanged, written or read.
-
-    Attributes:
-        rank: global rank of the process that failed, if it is another one's failure; else None.
-    """
-
-    def __init__(self, message: str, rank: int | None = None) -> None:
-        super().__init__(message)
-        self.rank = rank
-
-    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
-        return type(self), (str(self), self.rank)
+from workers.errors import ReplicationError
 
 
 class _Kind(IntEnum):

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from stager.staging.contracts import AsyncStager, StateDict
-from stager.staging.exchange import Exchange, Outcome, ReplicationError
+from stager.staging.exchange import Exchange, Outcome
 from stager.staging.parcel import Parcel, pack
-from workers.errors import ClosedError, StagerError, UsageError
+from workers.errors import ClosedError, ReplicationError, StagerError, UsageError
 
 
 class ReplicationStager(AsyncStager):

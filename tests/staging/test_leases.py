@@ -135,3 +135,10 @@ def test_cached_blocking_stager_holds_one_set_of_buffers() -> None:
     with BlockingAsyncStager(cache_staged_state_dict=True) as stager:
         places = {tuple(addresses(stager.stage(state(value)))) for value in range(5)}
         assert len(places) == 1
+
+
+def test_async_stager_keeps_no_lease_of_its_own() -> None:
+    with DefaultStager(StagingOptions(False, True, True, False, use_leases=True)) as stager:
+        before = addresses(stager.stage(state(1)).result())
+        stager.synchronize_staging()
+        assert addresses(stager.stage(state(2)).result()) == before

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from stager.staging import ReplicationError, ReplicationStager, _ReplicationStager
+from stager import ReplicationError
+from stager.staging import ReplicationStager, _ReplicationStager
 from stager.staging.parcel import open_header, pack, unpack
 from tests.staging.compare import assert_private_copy
 from tests.staging.ranks import run_ranks

@@ -23,16 +23,17 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import skip_data
 
-try:  # torch 2.7
-    from torch.utils.serialization import config as _save_config
-except ImportError:
-    _save_config = None
-
 from workers.dtypes import dtype_of, tensor_over
 from workers.errors import InternalError
 from workers.layout import BLOB_ALIGN_BYTES, Layout
 from workers.slab import Slab
 from workers.structure import Node, fqn
+
+_save_config: Any
+try:
+    from torch.utils.serialization import config as _save_config
+except ImportError:  # older than torch 2.7
+    _save_config = None
 
 METADATA_NAME = ".metadata"
 _SPARSE_FROM_BYTES = 64 << 20

@@ -15,11 +15,13 @@ import ctypes
 import os
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import torch
 
+_CHUNK_BYTES = 1 << 30
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
-_warned = False
+_state = SimpleNamespace(warned=False)  # once per process: the warnings module cannot promise that across call sites
 
 
 def pin(owner: torch.UntypedStorage, address: int, nbytes: int) -> bool:
@@ -37,6 +39,14 @@ def pin(owner: torch.UntypedStorage, address: int, nbytes: int) -> bool:
     return True
 
 
+def pin_in_chunks(owner: torch.UntypedStorage, address: int, nbytes: int) -> int:
+    """As :func:`pin`, a GiB at a time: a refusal leaves what was registered before it pinned. Returns the bytes pinned."""
+    pinned = 0
+    while pinned < nbytes and pin(owner, address + pinned, min(_CHUNK_BYTES, nbytes - pinned)):
+        pinned = min(nbytes, pinned + _CHUNK_BYTES)
+    return pinned
+
+
 def _unpin(address: int) -> None:
     code = int(torch.cuda.cudart().cudaHostUnregister(address))
     if code != 0:
@@ -44,9 +54,8 @@ def _unpin(address: int) -> None:
 
 
 def _warn_once(code: int, nbytes: int) -> None:
-    global _warned  # noqa: PLW0603  # once per process, as the warnings module cannot promise across call sites
-    if not _warned:
-        _warned = True
+    if not _state.warned:
+        _state.warned = True
         warnings.warn(
             f"could not pin {nbytes} bytes of host memory (CUDA error {code}); staging goes on with unpinned memory, "
             "which is copied to more slowly. Raise `ulimit -l` or lower the amount pinned (pin_memory_min_bytes).",

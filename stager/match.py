@@ -1,0 +1,256 @@
+"""Which bytes of a checkpoint go where in values that are there already; every mismatch is found before a byte is read.
+
+The structure of the checkpoint and the target are walked together. What can only be told from an unpickled object
+(is it a tensor?) becomes a *check*, run once the objects are read and before the first tensor is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stager.difference import difference, object_difference, obstacle, shape_problem
+from stager.flatten import is_stateful
+from workers.dtypes import dtype_of
+from workers.errors import StateMismatchError
+from workers.manifest import Manifest
+from workers.structure import Key, Node, Path, build, describe, walk
+
+_SHOWN_PROBLEMS = 20
+
+Values = Mapping[int, Any]  # by item
+
+
+@dataclass(slots=True)
+class Match:
+    """What matching found out.
+
+    Attributes:
+        wanted: items that are needed at all.
+        targets: (item, tensor that is to hold it), in the order of the walk; the last one wins where memory is shared.
+        checks: what is wrong with an unpickled object, or None.
+        steps: what to do once everything is read, in order.
+        missing, unexpected, problems: for the error.
+    """
+
+    wanted: set[int] = field(default_factory=set)
+    targets: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    checks: list[Callable[[Values], str | None]] = field(default_factory=list)
+    steps: list[Callable[[Values], None]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def match(manifest: Manifest, path: str, target: MutableMapping[str, Any], strict: bool) -> Match:
+    """
+    Args:
+        manifest, path: of the checkpoint.
+        target: see :meth:`stager.restore.Restorer.load_into`.
+        strict: missing and unexpected keys are errors.
+
+    Raises:
+        StateMismatchError: keys, shapes or dtypes differ.
+    """
+    matcher = _Matcher(manifest, strict)
+    structure = manifest.layout.structure
+    nodes = dict(zip(structure[1], structure[2], strict=True))
+    for name in target:
+        if name in nodes:
+            matcher.entry(nodes[name], target, name, (name,))
+        else:
+            matcher.found.missing.append(describe((name,)))
+    found = matcher.found
+    lines = list(found.problems)
+    if strict:
+        lines += [f"{name}: missing in the checkpoint" for name in found.missing]
+        lines += [f"{name}: in the checkpoint, but not here" for name in found.unexpected]
+    refuse(path, lines, "" if found.problems else "\nload(..., strict=False) loads what fits")
+    return found
+
+
+def refuse(path: str, lines: list[str], advice: str = "") -> None:
+    """Raise StateMismatchError if there are any ``lines``."""
+    if lines:
+        shown = "\n  ".join(lines[:_SHOWN_PROBLEMS])
+        more = f"\n  ... and {len(lines) - _SHOWN_PROBLEMS} more" if len(lines) > _SHOWN_PROBLEMS else ""
+        raise StateMismatchError(f"{path} does not fit; nothing was changed:\n  {shown}{more}{advice}")
+
+
+class _Matcher:
+    def __init__(self, manifest: Manifest, strict: bool) -> None:
+        self._items = manifest.layout.items
+        self._strict = strict
+        self.found = Match()
+
+    def entry(self, node: Node, container: Any, key: Key, path: Path) -> None:
+        """Match ``container[key]`` with a node, and plan what becomes of it."""
+        value = container[key]
+        if is_stateful(value):
+            self._stateful(node, value, path)
+        elif isinstance(value, torch.Tensor):
+            self._tensor(node, value, path)
+        elif isinstance(value, Mapping) and _is_mapping(node):
+            self._mapping(node, value, path)
+        elif isinstance(value, list) and _is_list(node):
+            self._list(node, value, path)
+        elif isinstance(value, Mapping) or (isinstance(value, list) and any(map(_is_container_or_tensor, value))):
+            self._problem(path, f"is a {type(value).__name__} here and {_what(node)} in the checkpoint")
+        elif isinstance(container, (MutableMapping, list)):
+            self._replace(node, container, key)
+        else:
+            self._problem(path, f"its container {type(container).__name__} cannot be changed")
+
+    def _replace(self, node: Node, container: Any, key: Key) -> None:
+        self._want(node)
+        self.found.steps.append(lambda values: container.__setitem__(key, build(node, values.__getitem__)))
+
+    def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path) -> None:
+        nodes = dict(zip(node[1], node[2], strict=True))
+        for key in value:
+            if key in nodes:
+                self.entry(nodes[key], value, key, (*path, key))
+            else:
+                self.found.missing.append(describe((*path, key)))
+        for key, child in nodes.items():
+            if key not in value:
+                self.found.unexpected.append(describe((*path, key)))
+                if isinstance(value, MutableMapping):
+                    self._replace(child, value, key)
+
+    def _list(self, node: Node, value: list[Any], path: Path) -> None:
+        children = node[1]
+        for index in range(min(len(children), len(value))):
+            self.entry(children[index], value, index, (*path, index))
+        for index in range(len(children), len(value)):
+            self.found.missing.append(describe((*path, index)))
+        for index in range(len(value), len(children)):
+            self.found.unexpected.append(describe((*path, index)))
+            self._append(children[index], value)
+
+    def _append(self, node: Node, value: list[Any]) -> None:
+        self._want(node)
+        self.found.steps.append(lambda values: value.append(build(node, values.__getitem__)))
+
+    def _tensor(self, node: Node, value: torch.Tensor, path: Path) -> None:
+        if type(node) is not int:
+            self._problem(path, f"is a tensor here and {_what(node)} in the checkpoint")
+            return
+        self._want(node)
+        if self._items[node].kind == "object":  # a sparse or quantized tensor, perhaps
+            self.found.checks.append(lambda values: object_difference(values[node], value, path))
+            self.found.steps.append(lambda values: _copy(values[node], value))
+        elif (problem := difference(self._items[node], value) or obstacle(value)) is not None:
+            self._problem(path, problem)
+        else:
+            self.found.targets.append((node, value))
+
+    def _stateful(self, node: Node, value: Any, path: Path) -> None:
+        """The object takes its state by ``load_state_dict()``. torch's own is known to copy a tensor onto itself, so there
+        the tensors that fit are read in place; another might clear them first."""
+        self._want(node)
+        loader, arguments = type(value).load_state_dict, {}
+        if loader is torch.nn.Module.load_state_dict:
+            self._module(node, value, path)
+            arguments = {} if self._strict else {"strict": False}
+        elif loader is torch.optim.Optimizer.load_state_dict:
+            self._optimizer(node, value, path)
+        self.found.steps.append(lambda values: value.load_state_dict(build(node, values.__getitem__), **arguments))
+
+    def _module(self, node: Node, module: torch.nn.Module, path: Path) -> None:
+        """What ``load_state_dict`` would complain about, before anything is overwritten."""
+        if not _is_mapping(node):
+            self._problem(path, f"is a {type(module).__name__} here and {_what(node)} in the checkpoint")
+            return
+        nodes, here = dict(zip(node[1], node[2], strict=True)), module.state_dict()
+        self.found.missing += [describe((*path, key)) for key in here if key not in nodes]
+        self.found.unexpected += [describe((*path, key)) for key in nodes if key not in here]
+        for key, child in nodes.items():
+            tensor = here.get(key)
+            if type(child) is not int or self._items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
+                continue
+            item = self._items[child]
+            if torch.nn.parameter.is_lazy(tensor):  # it has no shape until it is loaded
+                continue
+            if item.shape != tuple(tensor.shape):
+                self._problem((*path, key), shape_problem(item, tensor))
+            elif (problem := obstacle(tensor)) is not None:
+                self._problem((*path, key), problem)
+            elif dtype_of(item.dtype) == tensor.dtype:  # else it is converted, as torch does
+                self.found.targets.append((child, tensor))
+
+    def _optimizer(self, node: Node, optimizer: torch.optim.Optimizer, path: Path) -> None:
+        """Groups of another number or size are refused by the optimizer, but by then its state is overwritten."""
+        groups = dict(zip(node[1], node[2], strict=True)).get("param_groups") if _is_mapping(node) else None
+        if groups is None or not _is_list(groups) or not all(map(_is_mapping, groups[1])):
+            self._problem(path, f"is a {type(optimizer).__name__} here, and none in the checkpoint")
+            return
+        if len(groups[1]) != len(optimizer.param_groups):
+            self._problem(path, f"has {len(optimizer.param_groups)} parameter groups, the checkpoint {len(groups[1])}")
+            return
+        for number, (there, here) in enumerate(zip(groups[1], optimizer.param_groups, strict=True)):
+            self._parameter_group(there, here, (*path, "param_groups", number))
+        existing: dict[Path, torch.Tensor] = {}
+        _collect_tensors(optimizer.state_dict(), path, existing)
+        for leaf, index in walk(node, path):
+            tensor, item = existing.get(leaf), self._items[index]
+            if tensor is not None and item.kind == "tensor" and not (difference(item, tensor) or obstacle(tensor)):
+                self.found.targets.append((index, tensor))
+
+    def _parameter_group(self, node: Node, group: dict[str, Any], path: Path) -> None:
+        params = dict(zip(node[1], node[2], strict=True)).get("params")
+        if type(params) is not int:
+            self._problem(path, "has no list of parameters in the checkpoint")
+            return
+
+        def check(values: Values) -> str | None:
+            numbers = values[params]
+            if isinstance(numbers, list) and len(numbers) == len(group["params"]):
+                return None
+            count = len(numbers) if isinstance(numbers, list) else "no"
+            return f"{describe(path)}: has {len(group['params'])} parameters, the checkpoint {count}"
+
+        self.found.checks.append(check)
+
+    def _want(self, node: Node) -> None:
+        self.found.wanted.update(index for _, index in walk(node))
+
+    def _problem(self, path: Path, text: str) -> None:
+        self.found.problems.append(f"{describe(path)}: {text}")
+
+
+def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(loaded)
+
+
+def _is_mapping(node: Node) -> bool:
+    return type(node) is not int and node[0] in ("dict", "odict")
+
+
+def _is_list(node: Node) -> bool:
+    return type(node) is not int and node[0] == "list"
+
+
+def _what(node: Node) -> str:
+    if type(node) is int:
+        return "a single value"
+    return "a list" if node[0] == "list" else "a mapping"
+
+
+def _is_container_or_tensor(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, Mapping, list)) or is_stateful(value)
+
+
+def _collect_tensors(value: Any, path: Path, found: dict[Path, torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found[path] = value
+    elif isinstance(value, Mapping):
+        for key, child in value.items():
+            _collect_tensors(child, (*path, key), found)
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            _collect_tensors(child, (*path, index), found)

@@ -1,0 +1,61 @@
+"""Objects out of a checkpoint, without running its code unless the user allows it."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from typing import Any
+
+import torch
+
+from workers.errors import CorruptCheckpointError, UnsafePickleError, UsageError
+
+
+def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool) -> Any:
+    """The object that ``torch.save`` wrote as ``blob``; its tensors on the CPU.
+
+    Args:
+        name, path: of the object and the checkpoint, for messages.
+        allow_pickle: unpickle anything; otherwise only what ``weights_only`` allows.
+
+    Raises:
+        UnsafePickleError: it is more than ``weights_only`` allows.
+        CorruptCheckpointError: it is not what ``torch.save`` writes.
+        UsageError: its class cannot be imported here.
+    """
+    _check_archive(blob, name, path)
+    try:
+        return torch.load(io.BytesIO(blob), weights_only=not allow_pickle, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        if not allow_pickle:
+            raise UnsafePickleError(_refusal(name, path, error)) from error
+        raise CorruptCheckpointError(path, f"{name} cannot be unpickled: {error}") from error
+    except (ImportError, AttributeError) as error:
+        if allow_pickle:
+            raise UsageError(f"{name} in {path} cannot be unpickled here, its class is not found: {error}") from error
+        raise CorruptCheckpointError(path, f"{name} cannot be read: {error}") from error
+    except Exception as error:  # a hostile pickle can fail in any way
+        raise CorruptCheckpointError(path, f"{name} cannot be read: {error!r}") from error
+
+
+def _refusal(name: str, path: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    return (
+        f"{name} in {path} is a pickled object that could run code when loaded ({reason}); nothing was changed. "
+        "If you trust where this checkpoint comes from: load(..., allow_pickle=True), or "
+        "torch.serialization.add_safe_globals([...]) for its class"
+    )
+
+
+def _check_archive(blob: bytes, name: str, path: str) -> None:
+    """What torch.save writes is a zip archive without compression; torch.load would also take archives that unpack to
+    any size, and formats of long ago."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError) as error:
+        raise CorruptCheckpointError(path, f"{name} is not what torch.save writes: {error}") from error
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > len(blob):
+        raise CorruptCheckpointError(path, f"{name} is packed smaller than what is in it, which torch.save never does")

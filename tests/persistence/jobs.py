@@ -1,0 +1,135 @@
+"""Saves without worker processes: the same jobs, run in this process, so that every system call can be watched."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stager import plan as planning
+from stager.copying import Copier
+from stager.flatten import flatten
+from stager.restore import Restorer
+from stager.saver import _Cursor, slab_nbytes
+from workers import persist
+from workers.commit import Committed
+from workers.directory import CheckpointInfo, read_checkpoint
+from workers.formats import get_format
+from workers.job import SaveFacts, SaveJob, objects_to_json
+from workers.layout import Item, align
+from workers.slab import Slab
+
+SMALL_STATE = {"a": torch.arange(40, dtype=torch.float32), "b": {"c": torch.arange(7), "n": 3}}
+
+
+def make_job(
+    directory: Path,
+    state: Mapping[str, Any] = SMALL_STATE,
+    *,
+    step: int = 1,
+    num_parts: int = 2,
+    segment_bytes: int = 64 << 20,
+    fsync: bool = True,
+    num_files: int | None = None,
+) -> SaveJob:
+    """What the trainer hands over. ``num_files``: split even a small state into so many files."""
+    file_format, flat = get_format("dcp"), flatten(state)
+    with pytest.MonkeyPatch.context() as patch:
+        if num_files is not None:
+            patch.setattr(planning, "_SMALLEST_FILE_BYTES", 1)
+        plan = planning.Planner(file_format, num_files or num_parts, segment_bytes).plan(flat)
+    blobs = [file_format.object_blob(flat.leaves[leaf]) for leaf in plan.objects]
+    slab = Slab.create(slab_nbytes(plan, blobs))
+    Copier(1).copy(plan.copies, flat.leaves, slab, None)
+    cursor = _Cursor(slab, plan.nbytes)
+    document = cursor.put(plan.document)
+    items, offset = [], 0
+    for blob in blobs:
+        place = cursor.put(blob)
+        items.append(Item("object", plan.num_files, offset, len(blob), offset, len(blob), "", (), (), place.offset))
+        offset = align(offset + len(blob))
+    return SaveJob(
+        facts=SaveFacts(
+            directory=str(directory),
+            step=step,
+            save_id=secrets.token_hex(8),
+            kind="dcp",
+            num_parts=num_parts,
+            fsync=fsync,
+            created=time.time(),
+            stager="0",
+            torch=torch.__version__,
+        ),
+        slab=slab,
+        plan=document,
+        plan_id=plan.plan_id,
+        objects=cursor.put(objects_to_json(items)),
+        live_slabs=frozenset({slab.slab_id}),
+    )
+
+
+def run(job: SaveJob) -> Committed:
+    """Every part, one after the other."""
+    results = [persist.persist_part(job, part).committed for part in range(job.facts.num_parts)]
+    commits = [committed for committed in results if committed is not None]
+    assert len(commits) == 1 and results[-1] is not None
+    return commits[0]
+
+
+def save(directory: Path, state: Mapping[str, Any] = SMALL_STATE, **options: Any) -> CheckpointInfo:
+    directory.mkdir(exist_ok=True)
+    return run(make_job(directory, state, **options)).info
+
+
+def restorer(info: CheckpointInfo, *, allow_pickle: bool = False, num_threads: int = 2) -> Restorer:
+    _, manifest = read_checkpoint(str(Path(info.path).parent), info.step)
+    return Restorer(info.path, manifest, num_threads, allow_pickle)
+
+
+def load(info: CheckpointInfo) -> Any:
+    return restorer(info).load()
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches this, but descriptors are closed and locks released, as the kernel does."""
+
+
+# What changes or reads the file system on the way of a save. ``renameat2`` goes by ctypes; it is between two of these.
+_CALLS = ("open", "mkdir", "rename", "unlink", "rmdir", "ftruncate", "fsync", "pwritev", "listdir", "stat", "fstat")
+
+
+@contextmanager
+def failing_call(number: int, fail: Callable[[str], BaseException]) -> Iterator[Callable[[], bool]]:
+    """The ``number``-th system call from now on raises what ``fail(name)`` makes. Yields: whether it came to that."""
+    count = 0
+
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise fail(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _CALLS:
+            patch.setattr(os, name, wrap(name, getattr(os, name)))
+        yield lambda: count >= number
+
+
+def in_turn(attempt: Callable[[int], bool]) -> int:
+    """``attempt(1)``, ``attempt(2)``, ... until one says that there was no such call; how many there were."""
+    number = 1
+    while attempt(number):
+        number += 1
+        assert number < 1000
+    return number - 1

@@ -1,0 +1,98 @@
+"""What the pool's tests run in workers; and what those tests need to look at processes from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from workers import WorkerPool
+
+_TOO_LONG_SECS = 60.0  # not a threshold: what has not happened by then will never happen
+
+
+def identity(value: Any) -> Any:
+    return value
+
+
+def raises(message: str) -> NoReturn:
+    raise KeyError(message)
+
+
+def exits() -> NoReturn:
+    os._exit(3)
+
+
+def dies_of(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def hangs() -> None:
+    signal.pause()
+
+
+def returns_unpicklable() -> Any:
+    return threading.Lock()
+
+
+def append_line(path: str, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(f"{text}\n")
+
+
+def append_line_then_hang(path: str, text: str) -> None:
+    append_line(path, text)
+    hangs()
+
+
+def block_on(fifo: str) -> int:
+    """Until somebody writes to the FIFO; who waits for the reader to come knows that this task runs."""
+    with open(fifo) as file:
+        file.read()
+    return os.getpid()
+
+
+@contextmanager
+def blocked_worker(pool: WorkerPool, directory: Path, *, call: str = "submit") -> Iterator[Any]:
+    """One worker runs a task that ends with the block. Yields the task's Future."""
+    fifo = directory / f"block-{len(list(directory.iterdir()))}"
+    os.mkfifo(fifo)
+    future = getattr(pool, call)(block_on, str(fifo))
+    with open(fifo, "w"):  # opens when the task has opened it
+        yield future
+
+
+@contextmanager
+def task_timeout(pool: WorkerPool, secs: float) -> Iterator[None]:
+    """For what is submitted inside the block only: a slow machine must not time out the innocent."""
+    before = pool._options
+    pool._options = replace(before, task_timeout_secs=secs)
+    yield
+    pool._options = before
+
+
+def wait_gone(pid: int) -> None:
+    """Until a process that need not be our child has ended."""
+    with suppress(ProcessLookupError):
+        sentinel = os.pidfd_open(pid)
+        try:
+            assert select.select([sentinel], [], [], _TOO_LONG_SECS)[0], f"process {pid} does not end"
+        finally:
+            os.close(sentinel)
+
+
+def running_pid(pool: WorkerPool) -> int:
+    """The one worker that has a task."""
+    (pid,) = [worker.pid for worker in pool.health() if worker.tasks]
+    return pid
+
+
+def environment() -> str:
+    return json.dumps(dict(os.environ))

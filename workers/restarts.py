@@ -1,0 +1,57 @@
+"""When a dead worker is replaced: at once, later, or not before somebody needs it. No I/O here.
+
+Workers that die together (a memory shortage, a killed process group) are one incident: a death counts only when its worker
+was started after the death that was counted before.
+"""
+
+from __future__ import annotations
+
+_FIRST_DELAY_SECS = 0.1
+_MAX_DELAY_SECS = 10.0
+
+
+class Restarts:
+    """Counts incidents and derives the pauses between them.
+
+    Attributes:
+        next_start: ``time.monotonic()`` before which no worker is started.
+
+    Args:
+        max_failed_starts: how many incidents in a row may be failures to start before :attr:`broken`.
+    """
+
+    def __init__(self, max_failed_starts: int) -> None:
+        self._max_failed_starts = max_failed_starts
+        self._incidents = 0  # since a task was last finished
+        self._failed_starts = 0  # since a worker last became ready
+        self._last_death = float("-inf")
+        self._last_failed_start = float("-inf")
+        self.next_start = float("-inf")
+
+    @property
+    def broken(self) -> bool:
+        """Starting workers does not work. It is only tried again, now and then, when there is work."""
+        return self._failed_starts > self._max_failed_starts
+
+    def worker_ready(self) -> None:
+        self._failed_starts = 0
+
+    def task_done(self) -> None:
+        self._incidents = 0
+
+    def worker_died(self, started: float, now: float) -> None:
+        """A worker that was started at ``started`` is dead. The first time it is replaced at once."""
+        if started <= self._last_death:
+            return
+        self._last_death = now
+        self._incidents += 1
+        if self._incidents > 1:
+            delay = _FIRST_DELAY_SECS * 2.0 ** min(self._incidents - 2, 16)
+            self.next_start = now + min(_MAX_DELAY_SECS, delay)
+
+    def start_failed(self, started: float, now: float) -> None:
+        """It had never become ready, or the operating system refused to start it."""
+        self.worker_died(started, now)
+        if started > self._last_failed_start:
+            self._last_failed_start = now
+            self._failed_starts += 1
