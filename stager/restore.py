@@ -17,10 +17,11 @@ from stager.match import Match, match, refuse
 from stager.unpickle import unpickle
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
+from workers.errors import UsageError
 from workers.layout import Item
 from workers.manifest import Manifest
 from workers.slab import bytes_at
-from workers.structure import build, describe
+from workers.structure import Chunks, build, describe, leaves
 
 _Extent = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # start, end (addresses), item, shape, stride
 
@@ -32,9 +33,13 @@ class Restorer:
         path, manifest: the checkpoint.
         num_threads: how many reads run at a time.
         allow_pickle: unpickle any object (runs code from the checkpoint).
+
+    Raises:
+        UsageError: a tensor is stored in chunks, as several ranks wrote it.
     """
 
     def __init__(self, path: str, manifest: Manifest, num_threads: int, allow_pickle: bool) -> None:
+        _refuse_chunks(path, manifest)
         self._path = path
         self._manifest = manifest
         self._items = manifest.layout.items
@@ -95,6 +100,15 @@ class Restorer:
 
     def _name(self, index: int) -> str:
         return next(describe(path) for path, leaf in self._manifest.paths() if leaf == index)
+
+
+def _refuse_chunks(path: str, manifest: Manifest) -> None:
+    for at, leaf in leaves(manifest.layout.structure):
+        if isinstance(leaf, Chunks):
+            raise UsageError(
+                f"{path}: {describe(at)} is stored in {len(leaf.parts)} chunks, as several ranks saved it; "
+                "load it with torch.distributed.checkpoint.load(state, storage_reader=StagerStorageReader(path))"
+            )
 
 
 def _settle(tensors: dict[int, torch.Tensor], targets: list[tuple[int, torch.Tensor]]) -> None:

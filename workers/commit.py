@@ -26,6 +26,7 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -162,24 +163,39 @@ def _hashes_by_item(layout: Layout, receipts: list[Receipt], partial: str) -> tu
 
 def publish(facts: SaveFacts, manifest: Manifest, directory_fd: int) -> str:
     """Steps 3 and 4: the directory has its manifest; give it its name. Returns the final path."""
-    partial = partial_path(facts)
     final = os.path.join(facts.directory, checkpoint_name(facts.step))
-    with storage_errors("commit", final):
-        for name in set(os.listdir(directory_fd)) - manifest.file_names:
-            files.remove(os.path.join(partial, name))
-        if facts.fsync:
-            os.fsync(directory_fd)
-        replaced = _rename_over(partial, final)
-        if facts.fsync:
-            files.sync_directory(facts.directory)
-        if replaced is not None:  # only now: until then a power failure may bring it back under its old name
-            with suppress(OSError):  # it is a partial directory by its name; the next run tries again
-                files.remove(replaced)
+    put_in_place(partial_path(facts), final, manifest, directory_fd, facts.fsync)
     point("commit.published")
     return final
 
 
-def _rename_over(partial: str, final: str) -> str | None:
+def has_manifest(path: str) -> bool:
+    return os.path.lexists(os.path.join(path, MANIFEST_NAME))
+
+
+def put_in_place(
+    partial: str,
+    final: str,
+    manifest: Manifest,
+    directory_fd: int,
+    fsync: bool,
+    replaceable: Callable[[str], bool] = has_manifest,
+) -> None:
+    """Steps 3 and 4, whatever the directory is called. What is at ``final`` is removed if it is ``replaceable``."""
+    with storage_errors("commit", final):
+        for name in set(os.listdir(directory_fd)) - manifest.file_names:
+            files.remove(os.path.join(partial, name))
+        if fsync:
+            os.fsync(directory_fd)
+        replaced = _rename_over(partial, final, replaceable)
+        if fsync:
+            files.sync_directory(os.path.dirname(final))
+        if replaced is not None:  # only now: until then a power failure may bring it back under its old name
+            with suppress(OSError):  # it is a partial directory by its name; the next run tries again
+                files.remove(replaced)
+
+
+def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -> str | None:
     """``final`` becomes what ``partial`` is. Returns where the older checkpoint of the step is now, if there was one.
 
     It is replaced in one step where the file system can exchange two names; elsewhere there is a moment with neither,
@@ -192,7 +208,7 @@ def _rename_over(partial: str, final: str) -> str | None:
             raise
     else:
         return None
-    ours = not os.path.islink(final) and os.path.lexists(os.path.join(final, MANIFEST_NAME))
+    ours = not os.path.islink(final) and replaceable(final)
     if ours and files.exchange(partial, final):
         point("commit.replaced")
         return partial

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from workers.errors import CorruptCheckpointError, StorageError
 
@@ -63,9 +63,11 @@ def open_regular(path: str) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise CorruptCheckpointError(path, "is not a regular file") from error
         raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise CorruptCheckpointError(path, "is not a regular file")
+    with ExitStack() as on_error:
+        on_error.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CorruptCheckpointError(path, "is not a regular file")
+        on_error.pop_all()
     return fd
 
 
@@ -131,12 +133,11 @@ def read_if_exists(path: str) -> bytes | None:
 
 def remove(path: str) -> None:
     """Remove a file, a link or a whole directory, if it is there; another process may be doing the same."""
-    if os.path.islink(path) or not os.path.isdir(path):
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        return
-    shutil.rmtree(path, ignore_errors=True)  # what vanishes under our hands is no error
     with suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+            return
+        shutil.rmtree(path, ignore_errors=True)  # what vanishes under our hands is no error
         shutil.rmtree(path)  # and what is still there says why
 
 

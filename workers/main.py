@@ -116,12 +116,22 @@ def _ignore_signals() -> None:
     for number in _IGNORED:
         signal.signal(number, lambda *_: None)
         signal.siginterrupt(number, False)
-    os.register_at_fork(after_in_child=_heed_signals)
+    # What a task forks heeds them, also when they come before the fork is over.
+    os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_heed_signals)
+
+
+def _block_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+
+
+def _unblock_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
 
 
 def _heed_signals() -> None:
     for number in _IGNORED:
         signal.signal(number, signal.SIG_DFL)
+    _unblock_signals()
 
 
 def _set_up_descriptors() -> None:

@@ -6,6 +6,7 @@ again: that needs an ``if __name__ == "__main__"`` guard and does not work from 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -39,7 +40,7 @@ class WorkerProcess:
 
     def __init__(self, settings: WorkerSettings, env: Mapping[str, str], inherit_fds: tuple[int, ...] = ()) -> None:
         try:
-            self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.sock, theirs = map(_above_stdio, socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
             try:
                 # The parent closes its copy of the other end, so that the worker's death is an end-of-file here.
                 with theirs:
@@ -142,13 +143,23 @@ def _interpreter_flags() -> list[str]:
 
 
 def _stderr_fd() -> int:
-    """A descriptor for the workers' output: this process's standard error, wherever that goes."""
-    try:
-        fd = sys.stderr.fileno()
-    except (AttributeError, OSError, ValueError):  # a notebook's stderr is no file; nor is pytest's
-        fd = 2
-    try:
-        os.fstat(fd)
-    except OSError:  # a daemon that has closed it
-        return subprocess.DEVNULL
-    return fd
+    """A descriptor for the workers' output: this process's standard error, wherever that goes.
+
+    Not simply 2: in a daemon that has closed it, that is whatever was opened next.
+    """
+    for stream in (sys.stderr, sys.__stderr__):
+        try:
+            fd = stream.fileno()  # type: ignore[union-attr]  # None in such a daemon
+            os.fstat(fd)
+        except (AttributeError, OSError, ValueError):  # a notebook's stderr is no file
+            continue
+        return fd
+    return subprocess.DEVNULL
+
+
+def _above_stdio(sock: socket.socket) -> socket.socket:
+    """The same socket, not as a standard stream, should the daemon have closed those."""
+    if sock.fileno() > 2:
+        return sock
+    with sock:
+        return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))

@@ -47,3 +47,10 @@ def test_make_targets_in_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {name for path in DOCUMENTS for name in re.findall(r"`make ([a-z]+)`", path.read_text())}
     assert named <= targets
+
+
+def test_tests_named_in_the_fault_table_exist() -> None:
+    text = (ROOT / "docs/faults.md").read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    missing = [name for name in re.findall(r"::(test_\w+)", text) if f"def {name}(" not in sources]
+    assert not missing

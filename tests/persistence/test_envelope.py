@@ -24,7 +24,7 @@ def test_every_changed_bit_of_every_byte_is_refused() -> None:
         for bit in range(8):
             changed = bytearray(data)
             changed[position] ^= 1 << bit
-            with pytest.raises(CorruptCheckpointError, match="^somewhere: "):
+            with pytest.raises(CorruptCheckpointError, match=r"^somewhere: "):
                 unseal(bytes(changed), "somewhere")
 
 

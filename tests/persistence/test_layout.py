@@ -27,7 +27,9 @@ def layout_of(files: list[list[int]], segment_bytes: int) -> Layout:
             items.append(Item("object", file, offset, nbytes, offset, nbytes, "", (), ()))
             offset = align(offset + nbytes)
         specs.append(FileSpec(f"f{file}", offset))
-    return Layout(tuple(specs), tuple(items), ["dict", [str(i) for i in range(len(items))], [*range(len(items))]], segment_bytes)
+    return Layout(
+        tuple(specs), tuple(items), ["dict", [str(i) for i in range(len(items))], [*range(len(items))]], segment_bytes
+    )
 
 
 @given(files=_SIZES, segment_bytes=st.integers(1, 6000))
@@ -75,7 +77,9 @@ def test_planned_layouts_are_what_a_reader_accepts(
 ) -> None:
     """The planner's own idea of dense, of spans and of sizes is the one that a manifest is checked by."""
     state: dict[str, object] = {f"t{i}": torch.zeros(shape, dtype=dtype) for i, (shape, dtype) in enumerate(tensors)}
-    state |= {f"v{i}": torch.zeros(shape, dtype=dtype).t() for i, (shape, dtype) in enumerate(tensors) if len(shape) == 2}
+    state |= {
+        f"v{i}": torch.zeros(shape, dtype=dtype).t() for i, (shape, dtype) in enumerate(tensors) if len(shape) == 2
+    }
     state |= {f"o{i}": nbytes for i, nbytes in enumerate(objects)}
     planned = Planner(get_format("dcp"), num_files, 1 << 16).plan(flatten(state))
     plan = Plan.from_json(planned.document)

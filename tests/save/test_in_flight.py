@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from pathlib import Path
@@ -189,3 +190,15 @@ def test_telemetry_files(run_dir: Path, tmp_path: Path) -> None:
     assert sorted(r["step"] for r in reports) == [0, 1]
     trace = json.loads((tmp_path / "trace.json").read_text().rstrip().rstrip(",") + "]")
     assert {"X"} == {event["ph"] for event in trace}
+
+
+def test_too_little_free_space_is_refused_before_writing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"x": torch.ones(1000)}
+    with Checkpointer(run_dir) as ckpt:
+        real = os.statvfs(run_dir)
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((*real[:4], 0, *real[5:])))
+        with pytest.raises(StorageError, match=r"does not fit the 0 bytes that are free; nothing was written"):
+            ckpt.save(0, state)
+        monkeypatch.undo()
+        assert ckpt.save(1, state).upload_completion.result().step == 1
+    assert [path.name for path in run_dir.glob("step-*")] == ["step-00000001"]

@@ -1,0 +1,306 @@
+"""Commit: exactly once, whoever comes last, whatever comes twice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.persistence.jobs import load, make_job, run, save
+from tests.states import same
+from workers import commit, files, persist
+from workers.commit import partial_path, try_commit
+from workers.directory import partial_names, read_checkpoint
+from workers.envelope import seal
+from workers.errors import CorruptCheckpointError, StorageError
+from workers.job import SaveJob, read_layout
+from workers.persist import PartResult, discard_partial, persist_part
+from workers.receipt import read_receipt
+from workers.verify import verify_checkpoint
+
+OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": 2}
+
+
+@pytest.fixture(params=[True, False], ids=["renameat2", "no renameat2"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With and without a file system that can exchange two names."""
+    if not request.param:
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+    return bool(request.param)
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], None]:
+    """Do something when a point is reached for the first time."""
+
+    def arm(name: str, action: Callable[[], None]) -> None:
+        armed = [action]
+
+        def point(reached: str) -> None:
+            if reached == name and armed:
+                armed.pop()()
+
+        monkeypatch.setattr(commit, "point", point)
+        monkeypatch.setattr(persist, "point", point)
+
+    return arm
+
+
+def only_checkpoint(run_dir: Path, job: SaveJob, state: dict[str, object]) -> None:
+    """The job's checkpoint is there, whole, under its name, and nothing else is."""
+    info, _ = read_checkpoint(str(run_dir), job.facts.step)
+    assert info.save_id == job.facts.save_id
+    assert verify_checkpoint(info.path).problems == ()
+    assert same(load(info), state)
+    assert os.listdir(run_dir) == [Path(info.path).name]
+
+
+def test_existing_step_is_replaced(run_dir: Path, exchange: bool) -> None:
+    save(run_dir, OLD)
+    job = make_job(run_dir, NEW)
+    run(job)
+    only_checkpoint(run_dir, job, NEW)
+
+
+def test_file_system_that_cannot_exchange_says_so_by_its_error(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(run_dir, OLD)
+    for code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_libc", type("Libc", (), {"renameat2": staticmethod(lambda *_: -1)}))
+            patch.setattr(files.ctypes, "get_errno", lambda code=code: code)
+            job = make_job(run_dir, NEW)
+            run(job)
+        only_checkpoint(run_dir, job, NEW)
+
+
+def test_failed_second_rename_puts_the_old_one_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = save(run_dir, OLD)
+    monkeypatch.setattr(files, "exchange", lambda first, second: False)
+    original = os.rename
+
+    def rename(source: str, target: str, **options: int) -> None:
+        if str(target) == old.path and ".replaced" not in str(source) and Path(source).name != "x" and moved:
+            raise OSError(errno.EIO, "")
+        if str(source) == old.path:
+            moved.append(target)
+        original(source, target, **options)
+
+    moved: list[str] = []
+    monkeypatch.setattr(os, "rename", rename)
+    job = make_job(run_dir, NEW)
+    with pytest.raises(StorageError) as raised:
+        run(job)
+    assert raised.value.errno == errno.EIO and moved
+    discard_partial(str(run_dir), 1, job.facts.save_id)
+    assert same(load(read_checkpoint(str(run_dir), 1)[0]), OLD)
+    assert os.listdir(run_dir) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "link", "dangling link"])
+def test_what_is_in_the_way_and_is_no_checkpoint_is_moved_aside_and_kept(
+    run_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    run_dir.mkdir()
+    final, mine = run_dir / "step-00000001", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").write_text("mine")
+    if kind == "directory":
+        mine.rename(final)
+    elif kind == "file":
+        final.write_text("mine")
+    else:
+        final.symlink_to(mine if kind == "link" else tmp_path / "none")
+    job = make_job(run_dir, NEW)
+    info = run(job).info
+    assert verify_checkpoint(info.path).ok and same(load(info), NEW)
+    (aside,) = [p for p in run_dir.iterdir() if p != final]
+    assert aside.name == f"step-00000001.not-a-checkpoint-{job.facts.save_id}"
+    assert kind == "dangling link" or (aside / "thesis" if aside.is_dir() else aside).read_text() == "mine"
+    assert not partial_names(str(run_dir))
+
+
+def test_damaged_checkpoint_is_replaced(run_dir: Path) -> None:
+    Path(save(run_dir, OLD).path, "manifest.json").write_text("damaged")
+    job = make_job(run_dir, NEW)
+    run(job)
+    only_checkpoint(run_dir, job, NEW)
+
+
+def test_part_that_is_run_again_during_the_commit_waits_and_learns_of_it(
+    run_dir: Path, at: Callable[[str, Callable[[], None]], None], exchange: bool
+) -> None:
+    """1. part 1 holds the exclusive lock and writes the manifest; 2. part 0, run again because its worker died before it
+    answered, opens the directory and waits for the lock; 3. part 1 renames; 4. part 0 has the lock of a directory that is
+    called otherwise now."""
+    save(run_dir, OLD)
+    job = make_job(run_dir, NEW, num_parts=2)
+    persist_part(job, 0)
+    results: list[PartResult] = []
+    again = threading.Thread(target=lambda: results.append(persist_part(job, 0)))
+    opened = threading.Event()
+    original = persist._open_partial
+
+    def open_partial(partial: str) -> int:
+        fd = original(partial)
+        opened.set()
+        return fd
+
+    def begin() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(persist, "_open_partial", open_partial)
+            again.start()
+            opened.wait()
+
+    at("commit.manifest", begin)
+    committed = persist_part(job, 1).committed
+    again.join()
+    assert committed is not None and results[0].committed is not None
+    assert results[0].committed.info == committed.info
+    only_checkpoint(run_dir, job, NEW)
+
+
+@pytest.mark.parametrize("where", ["part.begin", "part.opened"])
+@pytest.mark.parametrize("replacing", [True, False])
+def test_part_that_is_run_again_just_before_the_rename_leaves_nothing(
+    run_dir: Path, at: Callable[[str, Callable[[], None]], None], exchange: bool, where: str, replacing: bool
+) -> None:
+    """The commit happens between the look of a late part and its first step: the directory it then makes, or the older
+    checkpoint that it then finds under the partial name, is not written to and does not stay."""
+    run_dir.mkdir()
+    if replacing:
+        save(run_dir, OLD)
+    job = make_job(run_dir, NEW, num_parts=2)
+    persist_part(job, 0)
+    at(where, lambda: run_part(job, 1))
+    late = persist_part(job, 0)
+    assert late.committed is not None and late.committed.info.save_id == job.facts.save_id
+    only_checkpoint(run_dir, job, NEW)
+
+
+def run_part(job: SaveJob, part: int) -> None:
+    assert persist_part(job, part).committed is not None
+
+
+@pytest.mark.parametrize("late", ["part", "commit"])
+def test_older_checkpoint_under_the_partial_name_is_never_taken_for_this_save(
+    run_dir: Path, at: Callable[[str, Callable[[], None]], None], late: str
+) -> None:
+    """Between the exchange of names and the removal of the old one, somebody late opens the partial name: it is the old
+    checkpoint, with a manifest, and with nobody holding its lock. Publishing that would lose the new one."""
+    save(run_dir, OLD)
+    job = make_job(run_dir, NEW, num_parts=2)
+    persist_part(job, 0)
+    seen: list[object] = []
+
+    def come_late() -> None:
+        assert Path(partial_path(job.facts), "manifest.json").exists()
+        if late == "part":
+            seen.append(persist_part(job, 0).committed)
+        else:
+            seen.append(try_commit(job.facts, read_layout(job)))
+
+    at("commit.replaced", come_late)
+    run_part(job, 1)
+    assert seen[0] is not None
+    only_checkpoint(run_dir, job, NEW)
+
+
+def test_many_parts_at_once_commit_exactly_once(run_dir: Path) -> None:
+    """Threads stand for workers: each opens its own descriptors, so the locks are between them. Some of them lose their
+    answer (a worker that dies just before it replies), so their part is run again."""
+    rng = random.Random(3)
+    save(run_dir, OLD, step=0)
+    for number in range(30):
+        state = {"x": torch.full((500,), float(number))}
+        job = make_job(run_dir, state, step=number // 2, num_parts=6, fsync=False)
+        start = threading.Barrier(6)
+        results: list[PartResult] = []
+        runs = [rng.choice((1, 1, 2, 3)) for _ in range(6)]
+        arguments = [(job, part, runs[part], start, results) for part in range(6)]
+        threads = [threading.Thread(target=work, args=each) for each in arguments]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == sum(runs)
+        assert any(result.committed for result in results)
+        assert not partial_names(str(run_dir))
+        info, _ = read_checkpoint(str(run_dir), job.facts.step)
+        assert info.save_id == job.facts.save_id and same(load(info), state)
+
+
+def work(job: SaveJob, part: int, runs: int, start: threading.Barrier, results: list[PartResult]) -> None:
+    start.wait()
+    for _ in range(runs):
+        results.append(persist_part(job, part))
+
+
+def change_receipt(job: SaveJob, **changes: object) -> None:
+    partial = partial_path(job.facts)
+    receipt = read_receipt(partial, 0, job.facts.num_parts, job.facts.save_id)
+    assert receipt is not None
+    Path(partial, "receipt-0.json").write_bytes(seal({**asdict(receipt), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"save_id": "00"}, {"part": 1}, {"num_parts": 3}, {"hashes": []}, {"hashes": [1]}, {"hashes": 5}, {"extra": 1}],
+    ids=str,
+)
+def test_receipt_of_something_else_is_refused(run_dir: Path, changes: dict[str, object]) -> None:
+    run_dir.mkdir()
+    job = make_job(run_dir, num_parts=2)
+    persist_part(job, 0)
+    change_receipt(job, **changes)
+    with pytest.raises(CorruptCheckpointError, match=r"receipt-0\.json"):
+        persist_part(job, 1)
+    discard_partial(str(run_dir), 1, job.facts.save_id)
+    assert os.listdir(run_dir) == []
+
+
+def test_partial_directory_removed_while_it_is_written_is_an_error_with_its_path(
+    run_dir: Path, at: Callable[[str, Callable[[], None]], None]
+) -> None:
+    run_dir.mkdir()
+    job = make_job(run_dir, num_parts=1)
+    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.facts.save_id))
+    with pytest.raises(StorageError, match="was removed while it was being written") as raised:
+        persist_part(job, 0)
+    assert raised.value.path == partial_path(job.facts)
+    assert os.listdir(run_dir) == []
+
+
+def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir: Path) -> None:
+    run_dir.mkdir()
+    job = make_job(run_dir, NEW, num_parts=2)
+    persist_part(job, 0)
+    partial = Path(partial_path(job.facts))
+    (partial / "manifest.json.1.tmp").touch()
+    (partial / "sub" / "sub").mkdir(parents=True)
+    (partial / "link").symlink_to(run_dir)
+    persist_part(job, 1)
+    only_checkpoint(run_dir, job, NEW)
+
+
+def test_two_saves_of_one_step_leave_the_later_one(run_dir: Path) -> None:
+    run_dir.mkdir()
+    first, second = make_job(run_dir, OLD), make_job(run_dir, NEW)
+    persist_part(first, 0)
+    persist_part(second, 0)
+    persist_part(first, 1)
+    persist_part(second, 1)
+    only_checkpoint(run_dir, second, NEW)
+
+
+def test_step_of_many_digits(run_dir: Path) -> None:
+    step = 10**30
+    info = save(run_dir, NEW, step=step)
+    assert info.step == step and read_checkpoint(str(run_dir), step)[0] == info
+    assert replace(info, step=0).path.endswith(f"step-{step}")

@@ -1,0 +1,325 @@
+"""Crashes: at every system call of a save, and what the next run makes of the remains."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job, run, save
+from tests.states import same
+from workers import files
+from workers.commit import partial_path
+from workers.directory import list_checkpoints, partial_names, read_checkpoint
+from workers.envelope import seal, unseal
+from workers.job import SaveJob
+from workers.persist import persist_part
+from workers.recover import Outcome, Recovered, recover
+from workers.verify import verify_checkpoint
+
+OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": {"z": torch.arange(9)}, "o": 2}
+
+
+@pytest.fixture(params=[True, False], ids=["renameat2", "no renameat2"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+
+
+def states_of(run_dir: Path) -> dict[int, Any]:
+    """Every committed checkpoint, verified in full; nothing may be there that is not one."""
+    committed, skipped = list_checkpoints(run_dir)
+    assert not skipped
+    for info in committed:
+        assert verify_checkpoint(info.path).problems == ()
+    return {info.step: load(info) for info in committed}
+
+
+def crashes(run_dir: Path, number: int, job: SaveJob) -> bool:
+    """Whether the ``number``-th system call of the job was reached; the process dies there."""
+    with failing_call(number, Crash) as reached, suppress(Crash):
+        run(job)
+    return reached()
+
+
+def test_crash_at_each_system_call_leaves_the_whole_checkpoint_or_none(tmp_path: Path) -> None:
+    outcomes = set()
+
+    def attempt(number: int) -> bool:
+        run_dir = tmp_path / str(number)
+        save(run_dir, OLD, step=1, fsync=False)
+        reached = crashes(run_dir, number, make_job(run_dir, NEW, step=2, num_parts=2))
+        # A reader of this moment sees the old one, or the new one whole.
+        for info in list_checkpoints(run_dir)[0]:
+            assert verify_checkpoint(info.path).ok
+        found = recover(str(run_dir))
+        outcomes.update(f.outcome for f in found)
+        states = states_of(run_dir)
+        assert same(states.pop(1), OLD)
+        assert not states or same(states[2], NEW)
+        if found:  # else it crashed before the partial directory was made, or after it was renamed
+            assert bool(states) == (found[0].outcome is Outcome.COMMITTED)
+        assert recover(str(run_dir)) == []
+        shutil.rmtree(run_dir)
+        return reached
+
+    assert in_turn(attempt) > 40
+    assert outcomes == {Outcome.COMMITTED, Outcome.REMOVED}
+
+
+def test_crash_at_each_system_call_of_a_replacement_leaves_one_of_the_two(tmp_path: Path, exchange: None) -> None:
+    seen = set()
+
+    def attempt(number: int) -> bool:
+        run_dir = tmp_path / str(number)
+        save(run_dir, OLD, fsync=False)
+        reached = crashes(run_dir, number, make_job(run_dir, NEW))
+        recover(str(run_dir))
+        states = states_of(run_dir)
+        assert len(states) == 1
+        assert same(states[1], OLD) or same(states[1], NEW)
+        seen.add(len(states[1]))
+        assert os.listdir(run_dir) == ["step-00000001"]
+        shutil.rmtree(run_dir)
+        return reached
+
+    assert in_turn(attempt) > 40
+    assert seen == {1, 3}
+
+
+def test_crash_at_each_system_call_of_a_recovery_can_be_recovered_from(tmp_path: Path, exchange: None) -> None:
+    def attempt(number: int) -> bool:
+        run_dir = tmp_path / str(number)
+        save(run_dir, OLD, fsync=False)
+        stop_before_publishing(run_dir, fsync=False)
+        with failing_call(number, Crash) as reached, suppress(Crash):
+            recover(str(run_dir))
+        recover(str(run_dir))
+        assert same(states_of(run_dir)[1], NEW)
+        assert os.listdir(run_dir) == ["step-00000001"]
+        shutil.rmtree(run_dir)
+        return reached()
+
+    assert in_turn(attempt) > 15
+
+
+def stop_before_publishing(run_dir: Path, **options: Any) -> SaveJob:
+    """Every receipt is there, the commit is not."""
+    job = make_job(run_dir, NEW, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.persist.try_commit", lambda *_: None)
+        for part in range(job.facts.num_parts):
+            persist_part(job, part)
+    return job
+
+
+def stop_before_renaming(run_dir: Path, **options: Any) -> SaveJob:
+    """The manifest is there, the name is not."""
+    job = make_job(run_dir, NEW, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.commit._rename_over", _crash)
+        with pytest.raises(Crash):
+            run(job)
+    return job
+
+
+def _crash(*_: object) -> None:
+    raise Crash
+
+
+@pytest.mark.parametrize("stop", [stop_before_publishing, stop_before_renaming])
+def test_moved_run_is_recovered_where_it_is_now(run_dir: Path, tmp_path: Path, stop: Any) -> None:
+    run_dir.mkdir()
+    stop(run_dir)
+    moved = run_dir.rename(tmp_path / "moved")
+    (found,) = recover(str(moved))
+    assert found.outcome is Outcome.COMMITTED
+    assert same(states_of(moved)[1], NEW)
+
+
+def test_missing_part_is_named(run_dir: Path) -> None:
+    run_dir.mkdir()
+    persist_part(make_job(run_dir, num_parts=3), 0)
+    (found,) = recover(str(run_dir))
+    assert found.outcome is Outcome.REMOVED and found.reason.endswith("never finished: 2 of 3 parts are missing")
+    assert os.listdir(run_dir) == []
+
+
+@pytest.mark.parametrize("stop", [stop_before_publishing, stop_before_renaming])
+def test_older_save_of_a_step_does_not_replace_the_newer_one(run_dir: Path, stop: Any) -> None:
+    run_dir.mkdir()
+    stop(run_dir)
+    save(run_dir, OLD)
+    (found,) = recover(str(run_dir))
+    assert found.outcome is Outcome.REMOVED and "older than the" in found.reason
+    assert same(states_of(run_dir)[1], OLD)
+
+
+def test_what_was_being_replaced_comes_back_when_its_successor_is_damaged(run_dir: Path) -> None:
+    """No renameat2; killed between the two renames; and then a bit of the new one flips."""
+    old = Path(save(run_dir, OLD).path)
+    partial = Path(partial_path(stop_before_renaming(run_dir).facts))
+    old.rename(f"{partial}.replaced")
+    path = partial / "__0_0.distcp"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert [found.outcome for found in recover(str(run_dir))] == [Outcome.REMOVED, Outcome.COMMITTED]
+    assert same(states_of(run_dir)[1], OLD)
+
+
+def test_clock_that_was_set_back_does_not_bring_an_old_checkpoint_back(run_dir: Path) -> None:
+    """Killed after the exchange of names: the old one lies under the partial name, and its date is the later one."""
+    old = make_job(run_dir, OLD)
+    run_dir.mkdir()
+    old = replace(old, facts=replace(old.facts, created=old.facts.created + 1e6))
+    new = Path(partial_path(stop_before_renaming(run_dir).facts))
+    run(old)
+    assert files.exchange(str(new), str(run_dir / "step-00000001"))
+    (found,) = recover(str(run_dir))
+    assert found.outcome is Outcome.REMOVED and "was replaced by" in found.reason
+    assert same(states_of(run_dir)[1], NEW)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__0_objects.distcp", ".metadata"])
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+@pytest.mark.parametrize("stop", [stop_before_publishing, stop_before_renaming])
+def test_files_lost_in_a_power_failure_are_not_committed(run_dir: Path, stop: Any, name: str, harm: str) -> None:
+    old = save(run_dir, OLD)
+    path = Path(partial_path(stop(run_dir).facts), name)
+    if path.exists():
+        path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:-1])
+    found = recover(str(run_dir))
+    if name == ".metadata" and stop is stop_before_publishing:  # it is written at commit
+        assert found[0].outcome is Outcome.COMMITTED
+        return
+    assert found[0].outcome is Outcome.REMOVED and name in found[0].reason
+    assert read_checkpoint(str(run_dir), 1)[0] == old
+
+
+def test_without_fsync_the_bytes_are_checked_before_they_are_trusted(run_dir: Path) -> None:
+    run_dir.mkdir()
+    partial = Path(partial_path(stop_before_publishing(run_dir, fsync=False).facts))
+    path = partial / "__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))  # what a power failure makes of a file that was never synced
+    (found,) = recover(str(run_dir))
+    assert found.outcome is Outcome.REMOVED and "damaged" in found.reason
+
+
+def change_record(partial: Path, section: str, **changes: object) -> None:
+    body = unseal((partial / "save.json").read_bytes(), "")
+    body[section] = {**body[section], **changes}
+    (partial / "save.json").write_bytes(seal(body))
+
+
+_LAYOUTS: list[dict[str, object]] = [
+    {"files": [["../../escape", 896], ["b", 64]]},
+    {"files": []},
+    {"rows": "no"},
+    {"segment_bytes": 0},
+    {"segment_bytes": 1},
+    {"structure": 7},
+    {"object_file": "../o"},
+]
+_FACTS: list[dict[str, object]] = [
+    {"num_parts": 10**12},
+    {"num_parts": 0},
+    {"num_parts": "2"},
+    {"num_parts": 3},
+    {"kind": "other"},
+    {"step": 2},
+    {"save_id": "00"},
+    {"fsync": "yes"},
+    {"created": "now"},
+    {"unknown": 1},
+]
+
+
+@pytest.mark.parametrize(
+    "section, changes", [*(("plan", c) for c in _LAYOUTS), *(("facts", c) for c in _FACTS)], ids=str
+)
+def test_hostile_record_is_removed(run_dir: Path, tmp_path: Path, section: str, changes: dict[str, object]) -> None:
+    run_dir.mkdir()
+    change_record(Path(partial_path(stop_before_publishing(run_dir).facts)), section, **changes)
+    (found,) = recover(str(run_dir))
+    assert found.outcome is Outcome.REMOVED
+    assert os.listdir(run_dir) == [] and os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["save.json", "receipt-0.json", "receipt-1.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\0" * 100, seal({}), seal([]), seal(None)])
+def test_damaged_documents_are_removed(run_dir: Path, name: str, content: bytes) -> None:
+    run_dir.mkdir()
+    Path(partial_path(stop_before_publishing(run_dir).facts), name).write_bytes(content)
+    (found,) = recover(str(run_dir))
+    assert found.outcome is Outcome.REMOVED and name in found.reason
+    assert os.listdir(run_dir) == []
+
+
+@pytest.mark.remains
+def test_what_is_called_partial_and_is_no_directory_is_removed_and_nothing_behind_a_link(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save(elsewhere, OLD)
+    partial = Path(partial_path(stop_before_renaming(elsewhere, step=5).facts))
+    (partial / "mine").touch()
+    before = sorted(elsewhere.rglob("*"))
+    run_dir.mkdir()
+    (run_dir / partial.name).symlink_to(partial)
+    (run_dir / "step-00000006.partial-ab").touch()
+    os.mkfifo(run_dir / "step-00000007.partial-ab")
+    (run_dir / "step-00000008.partial-ab").symlink_to("/none")
+    found = recover(str(run_dir))
+    assert [(f.outcome, f.reason.rpartition(": ")[2]) for f in found] == [(Outcome.REMOVED, "is not a directory")] * 4
+    assert os.listdir(run_dir) == []
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+@pytest.mark.remains
+def test_names_that_are_not_quite_ours_are_left_alone(run_dir: Path) -> None:
+    names = [
+        "step-00000001.partial-XY",
+        "step-1.partial-ab",
+        "step-000000001.partial-ab",
+        "step-00000001.partial-ab.bak",
+    ]
+    for name in names:
+        (run_dir / name).mkdir(parents=True)
+    assert recover(str(run_dir)) == []
+    assert sorted(os.listdir(run_dir)) == sorted(names)
+
+
+def test_what_cannot_be_dealt_with_is_left_and_stands_in_nobodys_way(run_dir: Path) -> None:
+    run_dir.mkdir()
+    job = stop_before_publishing(run_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", _eio)
+        found = recover(str(run_dir))
+    assert found == [Recovered(Path(partial_path(job.facts)).name, Outcome.LEFT, found[0].reason)]
+    assert "see dmesg" in found[0].reason
+    assert partial_names(str(run_dir))
+    assert recover(str(run_dir))[0].outcome is Outcome.COMMITTED
+
+
+def _eio(*_: object, **__: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def test_every_save_in_flight_is_recovered_and_the_newest_of_a_step_wins(run_dir: Path) -> None:
+    run_dir.mkdir()
+    for step in (1, 2, 2):
+        job = stop_before_publishing(run_dir, step=step)
+    assert {f.outcome for f in recover(str(run_dir))} <= {Outcome.COMMITTED, Outcome.REMOVED}
+    assert sorted(os.listdir(run_dir)) == ["step-00000001", "step-00000002"]
+    assert read_checkpoint(str(run_dir), 2)[0].save_id == job.facts.save_id
+    assert asdict(job.facts)["step"] == 2
+
+
+def test_no_directory_is_nothing_to_recover(run_dir: Path) -> None:
+    assert recover(str(run_dir)) == []
