@@ -17,7 +17,7 @@ demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
 
 test: $(INSTALLED)  ## lint, types and the whole suite
 	$(MAKE) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

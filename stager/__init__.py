@@ -35,6 +35,7 @@ _HOME = {
         "auto_options",
     ),
     "stager.state_dict_stager": ("StateDictStager",),
+    "stager.storage": ("StagerStorageReader", "StagerStorageWriter"),
     "workers.directory": ("CheckpointInfo", "SkippedCheckpoint"),
     "workers.errors": (
         "ArenaFullError",
@@ -96,6 +97,8 @@ if TYPE_CHECKING:
     from stager.staging import _ReplicationStager as _ReplicationStager
     from stager.staging import auto_options as auto_options
     from stager.state_dict_stager import StateDictStager as StateDictStager
+    from stager.storage import StagerStorageReader as StagerStorageReader
+    from stager.storage import StagerStorageWriter as StagerStorageWriter
     from workers.directory import CheckpointInfo as CheckpointInfo
     from workers.directory import SkippedCheckpoint as SkippedCheckpoint
     from workers.errors import ArenaFullError as ArenaFullError

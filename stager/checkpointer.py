@@ -40,7 +40,7 @@ from workers.directory import (
     partial_names,
     read_checkpoint,
 )
-from workers.errors import CheckpointNotFoundError, ClosedError, CorruptCheckpointError, StagerError
+from workers.errors import CheckpointNotFoundError, ClosedError, CorruptCheckpointError, StagerError, UsageError
 from workers.files import storage_errors
 from workers.formats import get_format
 from workers.manifest import Manifest
@@ -94,7 +94,8 @@ class Checkpointer:
         self._config = load_config(config)
         self._directory = os.path.abspath(os.fspath(directory))
         self._owner = os.getpid()
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # writing: save, guard, warmup, close
+        self._reading = threading.RLock()  # latest, load; apart, so that a callback may look while a save waits
         self._closed = False
         self._skipped: list[SkippedCheckpoint] = []
         self._verified: dict[str, tuple[str, int]] = {}
@@ -192,11 +193,13 @@ class Checkpointer:
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
+            UsageError: called by a callback of a save's Future.
             ClosedError
             Exception: the error of an earlier save that nobody has looked at; this save is then not taken.
         """
         if type(step) is not int or step < 0:
             raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
+        self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
             self._raise_unread()
@@ -217,6 +220,7 @@ class Checkpointer:
 
     def warmup(self, state: Mapping[str, Any]) -> None:
         """Do ahead what the first save of such a state would have to: plan, allocate, start workers. Waits for it."""
+        self._refuse_in_callback("warmup()")
         with self._lock:
             self._writer().warm_up(state)
 
@@ -226,7 +230,15 @@ class Checkpointer:
         Raises:
             TimeoutError: after ``timeout`` seconds.
         """
+        self._refuse_in_callback("wait_for_staging()")
         self._writer().wait_for_staging(timeout)
+
+    def _refuse_in_callback(self, what: str) -> None:
+        if self._saver is not None and self._saver.in_callback():
+            raise UsageError(
+                f"{what} was called by a callback of a save's Future and would wait for that very callback; "
+                "let the callback set a flag, and call it from the training loop"
+            )
 
     def _on_done(self, handle: SaveHandle) -> None:
         """In the pool's thread, when a save is committed or failed."""
@@ -268,7 +280,7 @@ class Checkpointer:
         Each candidate is verified as ``loading.verify`` says. What was passed over is in :attr:`skipped`, with the
         reason, and logged.
         """
-        with self._lock:
+        with self._reading:
             found = self._find(None)
             return None if found is None else found[0]
 
@@ -337,9 +349,10 @@ class Checkpointer:
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
             StorageError
         """
-        with self._lock:
-            if self._saver is not None and not self._closed:
-                self._saver.wait_for_staging()  # do not overwrite what is being copied
+        if self._saver is not None and not self._closed:
+            self._refuse_in_callback("load()")
+            self._saver.wait_for_staging()  # do not overwrite what is being copied
+        with self._reading:
             found = self._find(step)
             if found is None:
                 return None
@@ -360,10 +373,12 @@ class Checkpointer:
             timeout: seconds to wait for saves in flight; those not committed by then fail with ClosedError.
 
         Raises:
+            UsageError: called by a callback of a save's Future.
             Exception: the error of a save that nobody has looked at.
         """
         if self._owner != os.getpid():
             return
+        self._refuse_in_callback("close()")
         with self._lock:
             if self._closed:
                 return

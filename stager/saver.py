@@ -97,6 +97,7 @@ class Saver:
         self._pool = pool
         self._on_done = on_done
         self._stager: ThreadPoolExecutor | None = None
+        self._staging_thread = 0
         self._staging: set[Future[None]] = set()
         self._in_flight: set[SaveHandle] = set()
         self._lock = threading.Lock()
@@ -212,6 +213,7 @@ class Saver:
             self._staging.discard(future)
 
     def _stage_guarded(self, snapshot: _Snapshot, copies: list[Copy]) -> None:
+        self._staging_thread = threading.get_ident()
         try:
             point("save.overlapped")
             self._copy(snapshot, copies)
@@ -311,6 +313,10 @@ class Saver:
             self._in_flight.discard(handle)
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
+
+    def in_callback(self) -> bool:
+        """Whether this thread runs a callback of a save's Future: what it waited for would wait for it."""
+        return self._pool.in_callback or threading.get_ident() == self._staging_thread
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         with self._lock:

@@ -27,7 +27,8 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool) -> Any:
     """
     _check_archive(blob, name, path)
     try:
-        with warnings.catch_warnings():  # torch's of its own ways to read a quantized tensor
+        # A sparse tensor is put together on the default device. The warning is torch's of its own way with quantized ones.
+        with torch.device("cpu"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")
             return torch.load(io.BytesIO(blob), weights_only=not allow_pickle, map_location="cpu")
     except Warning:  # the user made warnings errors: that is no damage

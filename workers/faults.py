@@ -11,8 +11,10 @@ of the point's name, the first process to get there takes the file away and does
 
 ``after=N`` as a further word lets N visits of this process pass first. No sleeps, no timing: see ``tests/faults.py``.
 
-Points: the trainer's ``save.planned save.overlapped save.copied save.handed-over``, the workers' ``worker.start part.begin
-part.write part.written part.synced part.receipt commit.begin commit.indexed commit.manifest commit.published task.reply``.
+Points of the trainer: ``save.planned save.overlapped save.copied save.handed-over``;
+of a worker's life: ``worker.start worker.import worker.ready task.receive task.run task.reply worker.shutdown``;
+of its work: ``part.begin part.opened part.write part.written part.synced part.receipt commit.begin commit.indexed
+commit.manifest commit.published commit.replaced``.
 """
 
 from __future__ import annotations

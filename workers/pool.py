@@ -149,6 +149,11 @@ class WorkerPool:
         self._check_owner()
         return self._roster.health()
 
+    @property
+    def in_callback(self) -> bool:
+        """Whether the caller is a callback of one of this pool's Futures, which must not wait for the pool."""
+        return self._roster.in_callback
+
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until no task is pending or running; False when that took longer than ``timeout`` seconds.
 

@@ -74,7 +74,7 @@ def test_file_system_that_cannot_exchange_says_so_by_its_error(run_dir: Path, mo
     for code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):
         with monkeypatch.context() as patch:
             patch.setattr(files, "_libc", type("Libc", (), {"renameat2": staticmethod(lambda *_: -1)}))
-            patch.setattr(files.ctypes, "get_errno", lambda code=code: code)
+            patch.setattr("ctypes.get_errno", lambda code=code: code)
             job = make_job(run_dir, NEW)
             run(job)
         only_checkpoint(run_dir, job, NEW)

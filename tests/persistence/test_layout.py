@@ -32,6 +32,7 @@ def layout_of(files: list[list[int]], segment_bytes: int) -> Layout:
     )
 
 
+@settings(deadline=None)
 @given(files=_SIZES, segment_bytes=st.integers(1, 6000))
 def test_segments_tile_every_file_exactly(files: list[list[int]], segment_bytes: int) -> None:
     layout = layout_of(files, segment_bytes)
@@ -47,6 +48,7 @@ def test_segments_tile_every_file_exactly(files: list[list[int]], segment_bytes:
     assert counts == [num_segments(end - item.offset, segment_bytes) for _, item, end in layout.spans()]
 
 
+@settings(deadline=None)
 @given(files=_SIZES, segment_bytes=st.integers(1, 6000), num_parts=st.integers(1, 9))
 def test_parts_hold_every_segment_once_in_order_and_are_balanced(
     files: list[list[int]], segment_bytes: int, num_parts: int

@@ -45,7 +45,11 @@ def set_name(name: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def both(*changes: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    return lambda body: [change(body) for change in changes] and None
+    def change_all(body: dict[str, Any]) -> None:
+        for change in changes:
+            change(body)
+
+    return change_all
 
 
 def nested(depth: int) -> Any:
@@ -58,11 +62,13 @@ def nested(depth: int) -> Any:
 def repeat_rows(body: dict[str, Any]) -> None:
     """The same file over and over: each round would take its memory again."""
     body["rows"] = body["rows"] * 50
-    body["structure"] = ["list", [*range(len(body["rows"]))]]
+    count = len(body["rows"])
+    body["structure"] = ["dict", [*range(count)], [*range(count)]]
 
 
-_BAD_NAMES = ("../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "x" * 300, "\n", None, 3)
-_BAD_NAMES += ("manifest.json", ".metadata", "__0_1.distcp")  # taken
+_TAKEN = ["manifest.json", ".metadata", "__0_1.distcp"]
+_BAD_NAMES: list[Any] = ["../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "x" * 300, "\n", None, 3, *_TAKEN]
+_BAD_NUMBERS: list[Any] = [-1, True, 1.0, "0", None, [], 1 << 70, 7777]
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     **{f"file name {name!r}"[:60]: set_name(name) for name in _BAD_NAMES},
@@ -82,7 +88,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "no columns": lambda b: b.pop("columns"),
     **{f"row 0 column {column} is {value!r}"[:60]: set_row(0, column, value)
        for column in (FILE, OFFSET, NBYTES, DATA_OFFSET, DATA_NBYTES)
-       for value in (-1, True, 1.0, "0", None, [], 1 << 70, 7777)},
+       for value in _BAD_NUMBERS},
     "kind unknown": set_row(0, KIND, "module"),
     "kind is a list": set_row(0, KIND, []),
     "tensor turned object": set_row(0, KIND, "object"),

@@ -49,7 +49,7 @@ def crashes(run_dir: Path, number: int, job: SaveJob) -> bool:
 
 
 def test_crash_at_each_system_call_leaves_the_whole_checkpoint_or_none(tmp_path: Path) -> None:
-    outcomes = set()
+    outcomes: set[Outcome] = set()
 
     def attempt(number: int) -> bool:
         run_dir = tmp_path / str(number)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stager import ArenaFullError, Checkpointer, ClosedError, DirectoryInUseError, SaveState, StorageError
+from stager import ArenaFullError, Checkpointer, ClosedError, DirectoryInUseError, SaveState, StorageError, UsageError
 from tests.faults import Faults
 from tests.states import same
 from workers.verify import verify_checkpoint
@@ -202,3 +202,30 @@ def test_too_little_free_space_is_refused_before_writing(run_dir: Path, monkeypa
         monkeypatch.undo()
         assert ckpt.save(1, state).upload_completion.result().step == 1
     assert [path.name for path in run_dir.glob("step-*")] == ["step-00000001"]
+
+
+def test_callback_may_look_and_is_refused_what_would_wait_for_itself(run_dir: Path, faults: Faults) -> None:
+    """With one buffer short, a save in a callback would wait for the thread it runs in."""
+    hold = faults.hold("part.write")  # a callback that is added to a Future that is done runs in the caller's thread
+    seen: list[object] = []
+
+    def callback(_: object) -> None:
+        seen.append(ckpt.latest())
+        for call in (lambda: ckpt.save(9, {}), ckpt.close, ckpt.wait_for_staging):
+            try:
+                call()
+            except UsageError as error:
+                seen.append(error)
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(10))])
+    with Checkpointer(run_dir) as ckpt:
+        ckpt.guard(optimizer)
+        handle = ckpt.save(0, {"optimizer": optimizer, "p": optimizer.param_groups[0]["params"][0]})
+        called = threading.Event()
+        handle.upload_completion.add_done_callback(lambda future: (callback(future), called.set()))
+        hold.wait()
+        hold.release()
+        called.wait()
+        assert handle.upload_completion.result() == seen[0]
+        assert [type(entry) for entry in seen[1:]] == [UsageError] * 3
+        assert ckpt.save(1, {"x": torch.ones(1)}).upload_completion.result().step == 1
