@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from stager._version import __version__
 
 _HOME = {
-    "stager.checkpointer": ("Checkpointer", "Loaded"),
+    "stager.checkpointer": ("Checkpointer",),
     "stager.config": ("StagerConfig", "load_config"),
+    "stager.loader": ("Loaded",),
     "stager.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
     "stager.staging": (
         "AsyncStager",
@@ -80,9 +81,9 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from stager.checkpointer import Checkpointer as Checkpointer
-    from stager.checkpointer import Loaded as Loaded
     from stager.config import StagerConfig as StagerConfig
     from stager.config import load_config as load_config
+    from stager.loader import Loaded as Loaded
     from stager.save import Event as Event
     from stager.save import SaveHandle as SaveHandle
     from stager.save import SaveReport as SaveReport

@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,45 +24,24 @@ from stager.arena import Arena
 from stager.config import StagerConfig, load_config
 from stager.config.host import Cgroup, usable_cores
 from stager.copying import Copier
+from stager.loader import Loaded, Loader
 from stager.plan import Planner
-from stager.restore import Restorer
 from stager.save import SaveHandle, SaveState
 from stager.saver import Saver, SaverOptions
 from stager.telemetry import Telemetry
 from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,
-    checkpoint_name,
-    committed_steps,
     list_checkpoints,
     lock_directory,
-    partial_names,
-    read_checkpoint,
 )
-from workers.errors import CheckpointNotFoundError, ClosedError, CorruptCheckpointError, StagerError, UsageError
+from workers.errors import ClosedError, StagerError, UsageError
 from workers.files import storage_errors
 from workers.formats import get_format
-from workers.manifest import Manifest
 from workers.pool import PoolOptions, WorkerPool
 from workers.recover import recover
-from workers.verify import verify_checkpoint
 
 logger = logging.getLogger("stager")
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What ``load()`` returns.
-
-    Attributes:
-        step: of the checkpoint.
-        state: the whole state, or the mapping given as ``into``.
-        info: where it came from.
-    """
-
-    step: int
-    state: Any
-    info: CheckpointInfo
 
 
 class Checkpointer:
@@ -94,11 +72,9 @@ class Checkpointer:
         self._config = load_config(config)
         self._directory = os.path.abspath(os.fspath(directory))
         self._owner = os.getpid()
-        self._lock = threading.RLock()  # writing: save, guard, warmup, close
-        self._reading = threading.RLock()  # latest, load; apart, so that a callback may look while a save waits
+        self._lock = threading.RLock()
         self._closed = False
-        self._skipped: list[SkippedCheckpoint] = []
-        self._verified: dict[str, tuple[str, int]] = {}
+        self._loader = Loader(self._directory, self._config.loading)
         self._unread: list[SaveHandle] = []
         self._lock_fd = -1
         self._saver: Saver | None = None
@@ -280,46 +256,12 @@ class Checkpointer:
         Each candidate is verified as ``loading.verify`` says. What was passed over is in :attr:`skipped`, with the
         reason, and logged.
         """
-        with self._reading:
-            found = self._find(None)
-            return None if found is None else found[0]
+        return self._loader.latest()
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
         """What the last ``latest()`` or ``load()`` passed over, newest first, and why."""
-        return list(self._skipped)
-
-    def _find(self, step: int | None) -> tuple[CheckpointInfo, Manifest] | None:
-        """The newest valid checkpoint, or the one of ``step``."""
-        self._skipped = [
-            SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
-            for name in reversed(partial_names(self._directory))
-        ]
-        for candidate in committed_steps(self._directory) if step is None else [step]:
-            try:
-                return self._check(candidate)
-            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                if step is not None:
-                    raise
-                self._skipped.append(SkippedCheckpoint(checkpoint_name(candidate), str(error)))
-                logger.warning("%s skipped: %s", checkpoint_name(candidate), error)
-        return None
-
-    def _check(self, step: int) -> tuple[CheckpointInfo, Manifest]:
-        info, manifest = read_checkpoint(self._directory, step)
-        identity = (info.save_id, os.stat(info.path).st_mtime_ns)
-        if self._verified.get(info.path) != identity:
-            result = verify_checkpoint(
-                info.path, full=self._config.loading.verify == "full", num_threads=self._read_threads()
-            )
-            if not result.ok:
-                raise CorruptCheckpointError(info.path, "; ".join(result.problems[:3]))
-            self._verified[info.path] = identity
-        return info, manifest
-
-    def _read_threads(self) -> int:
-        threads = self._config.loading.threads
-        return min(8, usable_cores()) if threads == "auto" else threads
+        return self._loader.skipped
 
     # -- loading ------------------------------------------------------------------------------------------------
 
@@ -352,17 +294,7 @@ class Checkpointer:
         if self._saver is not None and not self._closed:
             self._refuse_in_callback("load()")
             self._saver.wait_for_staging()  # do not overwrite what is being copied
-        with self._reading:
-            found = self._find(step)
-            if found is None:
-                return None
-            info, manifest = found
-            allowed = self._config.loading.allow_pickle if allow_pickle is None else allow_pickle
-            restorer = Restorer(info.path, manifest, self._read_threads(), allowed)
-            if into is None:
-                return Loaded(info.step, restorer.load(), info)
-            restorer.load_into(into, strict)
-            return Loaded(info.step, into, info)
+        return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

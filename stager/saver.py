@@ -291,11 +291,11 @@ class Saver:
 
     def _finish(self, handle: SaveHandle, lease: Lease, results: list[PartResult], error: BaseException | None) -> None:
         lease.release()
-        if error is None and not any(result.committed for result in results):
-            error = StorageError(None, "every part was written, but nobody committed", self._options.directory)
-        if error is None:
+        if any(result.committed for result in results):  # whatever befell another part afterwards
             self._settle(handle, lambda: handle._commit(results))
             return
+        if error is None:
+            error = StorageError(None, "every part was written, but nobody committed", self._options.directory)
         leftovers = (self._options.directory, handle.step, handle.save_id)
         try:
             cleaned = self._pool.submit(discard_partial, *leftovers)

@@ -3,6 +3,7 @@ or ``/dev/shm`` entry (:mod:`tests.leaks`)."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import pytest
 
 from tests.faults import Faults
 from tests.leaks import Snapshot
+
+
+def pytest_collection_finish() -> None:
+    """The leak check collects garbage; what the imports made need not be looked through every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
