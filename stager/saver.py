@@ -23,25 +23,24 @@ from typing import Any
 import torch
 
 from stager._version import __version__
+from stager.answers import Answers
 from stager.arena import Arena, Lease, SlabState
 from stager.copying import Copier, Ready, compare, mark_ready
 from stager.flatten import Flat, flatten
 from stager.guard import Guard
+from stager.job import slab_nbytes, write_job
 from stager.plan import Copy, Planner, SnapshotPlan
 from stager.save import SaveHandle, SaveState
 from workers.errors import ClosedError, StorageError, UnstageableError
 from workers.faults import point
 from workers.formats import Format
-from workers.job import Extent, SaveFacts, SaveJob, objects_to_json
-from workers.layout import Item, align
+from workers.job import SaveFacts, SaveJob
 from workers.persist import PartResult, discard_partial, persist_part, prepare_worker
 from workers.pool import WorkerPool
-from workers.slab import Slab
 from workers.structure import describe
 
 logger = logging.getLogger("stager")
 
-_OBJECT_SLACK = 1.25  # pickled objects grow a little from save to save; the slab should still fit
 _PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, list, tuple, set)
 
 
@@ -228,7 +227,7 @@ class Saver:
         snapshot.lease.move(SlabState.STAGED)
         handle._move(SaveState.STAGED)
         point("save.copied")
-        job = self._write_job(snapshot)
+        job = self._describe_job(snapshot)
         futures, failure = self._hand_over(job)
         snapshot.lease.move(SlabState.PERSISTING)
         handle._move(SaveState.PERSISTING)
@@ -237,7 +236,7 @@ class Saver:
         if failure is None:
             handle._staged()
             self._arena.prepare_in_background(snapshot.lease.slab.nbytes)
-        _Answers(futures, lambda results, error: self._finish(handle, snapshot.lease, results, failure or error))
+        Answers(futures, lambda results, error: self._finish(handle, snapshot.lease, results, failure or error))
 
     def _hand_over(self, job: SaveJob) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
@@ -251,36 +250,19 @@ class Saver:
             return futures, error
         return futures, None
 
-    def _write_job(self, snapshot: _Snapshot) -> SaveJob:
-        slab, plan = snapshot.lease.slab, snapshot.plan
-        cursor = _Cursor(slab, plan.nbytes)
-        document = cursor.put(plan.document)
-        items: list[Item] = []
-        offset = 0
-        # The objects' file is the one after the tensors' files, however many the plan has.
-        file = plan.num_files
-        for blob in snapshot.blobs:
-            place = cursor.put(blob)
-            items.append(Item("object", file, offset, len(blob), offset, len(blob), "", (), (), place.offset))
-            offset = align(offset + len(blob))
-        return SaveJob(
-            facts=SaveFacts(
-                directory=self._options.directory,
-                step=snapshot.handle.step,
-                save_id=snapshot.handle.save_id,
-                kind=self._options.kind,
-                num_parts=self._options.num_parts,
-                fsync=self._options.fsync,
-                created=time.time(),
-                stager=__version__,
-                torch=torch.__version__,
-            ),
-            slab=slab,
-            plan=document,
-            plan_id=plan.plan_id,
-            objects=cursor.put(objects_to_json(items)),
-            live_slabs=self._arena.live_slabs(),
+    def _describe_job(self, snapshot: _Snapshot) -> SaveJob:
+        facts = SaveFacts(
+            directory=self._options.directory,
+            step=snapshot.handle.step,
+            save_id=snapshot.handle.save_id,
+            kind=self._options.kind,
+            num_parts=self._options.num_parts,
+            fsync=self._options.fsync,
+            created=time.time(),
+            stager=__version__,
+            torch=torch.__version__,
         )
+        return write_job(facts, snapshot.plan, snapshot.blobs, snapshot.lease.slab, self._arena.live_slabs())
 
     def _fail(self, snapshot: _Snapshot, error: BaseException) -> None:
         """Before anything was handed over."""
@@ -346,49 +328,6 @@ class Saver:
             self._stager.shutdown()
         self._copier.close()
         self._planner.forget()
-
-
-class _Answers:
-    """Collects the parts' Futures; calls ``then`` once, when all are done, with the results and the first error."""
-
-    def __init__(
-        self, futures: list[Future[PartResult]], then: Callable[[list[PartResult], BaseException | None], None]
-    ) -> None:
-        self._missing = len(futures)
-        self._lock = threading.Lock()
-        self._futures = futures
-        self._then = then
-        for future in futures:
-            future.add_done_callback(self._one_done)
-
-    def _one_done(self, _: Future[PartResult]) -> None:
-        with self._lock:
-            self._missing -= 1
-            if self._missing:
-                return
-        errors = [error for future in self._futures if (error := future.exception()) is not None]
-        results = [future.result() for future in self._futures if future.exception() is None]
-        self._then(results, errors[0] if errors else None)
-
-
-class _Cursor:
-    """Appends bytes to a slab behind the tensors."""
-
-    def __init__(self, slab: Slab, offset: int) -> None:
-        self._view = slab.view
-        self._offset = align(offset)
-
-    def put(self, data: bytes) -> Extent:
-        extent = Extent(self._offset, len(data))
-        self._view[extent.offset : extent.offset + extent.nbytes] = data
-        self._offset = align(extent.offset + extent.nbytes)
-        return extent
-
-
-def slab_nbytes(plan: SnapshotPlan, blobs: list[bytes]) -> int:
-    """What a snapshot needs: tensors, plan, objects and the objects' rows, with room for the objects to grow."""
-    objects = sum(align(len(blob)) for blob in blobs) + 256 * len(blobs)
-    return align(plan.nbytes) + align(len(plan.document)) + int(objects * _OBJECT_SLACK) + 4096
 
 
 def _warn_if_unsafe(name: str, kind: type, blob: bytes) -> None:

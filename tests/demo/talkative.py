@@ -26,7 +26,10 @@ def main(order: str, *arguments: str) -> None:
         print("this is the last line", file=sys.stderr)
         sys.exit(int(arguments[0]))
     if order == "leave a worker":
-        worker = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-c", "import signal; print('up', flush=True); signal.pause()"]
+        worker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert worker.stdout is not None
+        worker.stdout.readline()  # while a process is being exec'ed, its environment reads as empty
         send(fd, kind="resumed", step=worker.pid)
     signal.pause()
 
