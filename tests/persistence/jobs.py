@@ -16,14 +16,13 @@ import torch
 from stager import plan as planning
 from stager.copying import Copier
 from stager.flatten import flatten
+from stager.job import slab_nbytes, write_job
 from stager.restore import Restorer
-from stager.saver import _Cursor, slab_nbytes
 from workers import persist
 from workers.commit import Committed
 from workers.directory import CheckpointInfo, read_checkpoint
 from workers.formats import get_format
-from workers.job import SaveFacts, SaveJob, objects_to_json
-from workers.layout import Item, align
+from workers.job import SaveFacts, SaveJob
 from workers.slab import Slab
 
 SMALL_STATE = {"a": torch.arange(40, dtype=torch.float32), "b": {"c": torch.arange(7), "n": 3}}
@@ -48,31 +47,18 @@ def make_job(
     blobs = [file_format.object_blob(flat.leaves[leaf]) for leaf in plan.objects]
     slab = Slab.create(slab_nbytes(plan, blobs))
     Copier(1).copy(plan.copies, flat.leaves, slab, None)
-    cursor = _Cursor(slab, plan.nbytes)
-    document = cursor.put(plan.document)
-    items, offset = [], 0
-    for blob in blobs:
-        place = cursor.put(blob)
-        items.append(Item("object", plan.num_files, offset, len(blob), offset, len(blob), "", (), (), place.offset))
-        offset = align(offset + len(blob))
-    return SaveJob(
-        facts=SaveFacts(
-            directory=str(directory),
-            step=step,
-            save_id=secrets.token_hex(8),
-            kind="dcp",
-            num_parts=num_parts,
-            fsync=fsync,
-            created=time.time(),
-            stager="0",
-            torch=torch.__version__,
-        ),
-        slab=slab,
-        plan=document,
-        plan_id=plan.plan_id,
-        objects=cursor.put(objects_to_json(items)),
-        live_slabs=frozenset({slab.slab_id}),
+    facts = SaveFacts(
+        directory=str(directory),
+        step=step,
+        save_id=secrets.token_hex(8),
+        kind="dcp",
+        num_parts=num_parts,
+        fsync=fsync,
+        created=time.time(),
+        stager="0",
+        torch=torch.__version__,
     )
+    return write_job(facts, plan, blobs, slab, frozenset({slab.slab_id}))
 
 
 def run(job: SaveJob) -> Committed:
