@@ -105,7 +105,7 @@ class Ready:
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._streams: list[torch.cuda.Stream] = []
         for device in devices:
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
             stream.wait_stream(torch.cuda.current_stream(device))
             self._streams.append(stream)
 
@@ -178,13 +178,13 @@ def _bytes_of(source: torch.Tensor, copy: Copy) -> torch.Tensor:
     """The stretch of device memory as uint8."""
     storage = source.untyped_storage()
     flat = torch.empty(0, dtype=torch.uint8, device=source.device)
-    return flat.set_(storage, copy.address - storage.data_ptr(), (copy.nbytes,))  # type: ignore[call-overload,no-any-return]
+    return flat.set_(storage, copy.address - storage.data_ptr(), (copy.nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
 
 
 def _view(slab: Slab, offset: int, like: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor in the slab, of the dtype and shape of ``like``."""
     flat = torch.empty(0, dtype=like.dtype)
-    return flat.set_(slab.storage, offset // like.itemsize, like.shape)  # type: ignore[call-overload,no-any-return]
+    return flat.set_(slab.storage, offset // like.itemsize, like.shape)  # type: ignore[call-overload,no-any-return]  # torch's stubs lack this form
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,7 @@ def _visit_mapping(flat: Flat, value: Mapping[Any, Any], path: Path) -> Node:
 
 def _check_key(key: Any, path: Path) -> Key:
     if type(key) is str or key is None or type(key) in (int, bool) or (type(key) is float and math.isfinite(key)):
-        return key  # type: ignore[no-any-return]
+        return key  # type: ignore[no-any-return]  # its type was just checked
     raise UnstageableError(
         describe(path), f"has the key {key!r} of type {type(key).__name__}; use str, int, float, bool or None"
     )

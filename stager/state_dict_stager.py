@@ -98,7 +98,7 @@ class StateDictStager(OffloadCopier):
 
     @property
     def _cached_storage_mapping(self) -> WeakIdKeyDictionary:
-        mapping: WeakIdKeyDictionary = self._storages.mapping  # type: ignore[attr-defined]
+        mapping: WeakIdKeyDictionary = self._storages.mapping  # type: ignore[attr-defined]  # both kinds here have one
         return mapping
 
     def stage(self, state_dict: Any, non_blocking: bool = False, *, memo: dict[int, Any] | None = None) -> Any:
@@ -124,7 +124,7 @@ class StateDictStager(OffloadCopier):
 
     def close(self) -> None:
         """Forget all buffers. Results stay valid, and the stager can be used again, with new buffers."""
-        self._storages.close()  # type: ignore[attr-defined]
+        self._storages.close()  # type: ignore[attr-defined]  # both kinds here have it
 
 
 def _storages_of(staged: Any) -> list[torch.UntypedStorage]:

@@ -24,7 +24,7 @@ class Telemetry:
     def __init__(self, events: str | os.PathLike[str] | None, trace: str | os.PathLike[str] | None) -> None:
         self._lock = threading.Lock()
         self._events = open(events, "a", encoding="utf-8") if events is not None else None  # noqa: SIM115  (kept open)
-        self._trace = open(trace, "w", encoding="utf-8") if trace is not None else None  # noqa: SIM115
+        self._trace = open(trace, "w", encoding="utf-8") if trace is not None else None  # noqa: SIM115  # kept open
         if self._trace is not None:
             self._trace.write("[\n")
 

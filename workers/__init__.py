@@ -1,6 +1,7 @@
 """The workers' side of stager: the pool, its protocol and supervision, and what workers run.
 
-Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``supervisor.py``; then what is run:
+Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``service.py``, ``roster.py``,
+``supervisor.py``, ``shutdown.py``; then what is run:
 ``layout.py``, ``slab.py``, ``persist.py``, ``commit.py``, ``verify.py``.
 
 This package never imports ``stager``. Names are imported when they are first used, so that ``workers.errors`` and

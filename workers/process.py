@@ -138,7 +138,7 @@ def _start(
 
 def _interpreter_flags() -> list[str]:
     """The interpreter options that change semantics (-O, -E, -I, -X utf8 ...), as multiprocessing passes them on."""
-    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # multiprocessing uses it too
     return flags
 
 

@@ -114,7 +114,7 @@ def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
         return dict(zip(keys, values, strict=True))
     result: OrderedDict[Key, Any] = OrderedDict(zip(keys, values, strict=True))
     if node[3] is not None:
-        result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]
+        result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]  # where nn.Module looks for it
     return result
 
 

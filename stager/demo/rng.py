@@ -18,7 +18,7 @@ class RngState:
     def state_dict(self) -> dict[str, Any]:
         """The state of every generator, now."""
         version, words, gauss = random.getstate()
-        cuda_in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda_in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch gives it no types
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if cuda_in_use else [],

@@ -78,7 +78,7 @@ class TrainingRun:
         """One optimizer step on the next batch; returns the loss, in nats per byte."""
         inputs, targets = next(self.loader)
         loss: torch.Tensor = self.model(inputs, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch gives it no types
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -197,7 +197,7 @@ def _copy_attributes(copier: Copier, x: torch.Tensor, y: torch.Tensor, memo: Mem
     """Attributes that the caller set. Those that rebuilding has set already belong to the new tensor."""
     attributes: dict[str, Any] = {}
     if type(x) is not torch.Tensor:
-        for slot in copyreg._slotnames(type(x)):  # type: ignore[attr-defined]
+        for slot in copyreg._slotnames(type(x)):  # type: ignore[attr-defined]  # what copyreg itself uses
             if hasattr(x, slot):
                 attributes[slot] = getattr(x, slot)
     attributes.update(x.__dict__)
