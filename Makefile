@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.installed-bench
 
 .PHONY: demo test lint format bench long clean
 .DEFAULT_GOAL := test
@@ -10,6 +11,10 @@ INSTALLED := $(VENV)/.installed
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(BENCH_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
 demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
@@ -31,8 +36,8 @@ format: $(INSTALLED)
 long: $(INSTALLED)  ## the long versions of the crash tests
 	$(BIN)/python -m pytest -m long -o timeout=1800
 
-bench: $(INSTALLED)  ## staging, writing and loading beside torch's own
-	$(BIN)/python -m tests.benchmarks
+bench: $(BENCH_INSTALLED)  ## stager beside the other ways to checkpoint; hours; BENCH='--rounds 1 --case big' for less
+	$(BIN)/python -m tests.benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

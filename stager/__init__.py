@@ -35,6 +35,7 @@ _HOME = {
         "_ReplicationStager",
         "auto_options",
     ),
+    "stager.preemption": ("Preemption",),
     "stager.state_dict_stager": ("StateDictStager",),
     "stager.storage": ("StagerStorageReader", "StagerStorageWriter"),
     "workers.directory": ("CheckpointInfo", "SkippedCheckpoint"),
@@ -46,6 +47,7 @@ _HOME = {
         "CorruptCheckpointError",
         "DirectoryInUseError",
         "InternalError",
+        "LeftRunningError",
         "MemoryBudgetError",
         "ReplicationError",
         "StagerError",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from stager.config import StagerConfig as StagerConfig
     from stager.config import load_config as load_config
     from stager.loader import Loaded as Loaded
+    from stager.preemption import Preemption as Preemption
     from stager.save import Event as Event
     from stager.save import SaveHandle as SaveHandle
     from stager.save import SaveReport as SaveReport
@@ -109,6 +112,7 @@ if TYPE_CHECKING:
     from workers.errors import CorruptCheckpointError as CorruptCheckpointError
     from workers.errors import DirectoryInUseError as DirectoryInUseError
     from workers.errors import InternalError as InternalError
+    from workers.errors import LeftRunningError as LeftRunningError
     from workers.errors import MemoryBudgetError as MemoryBudgetError
     from workers.errors import ReplicationError as ReplicationError
     from workers.errors import StagerError as StagerError

@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from workers.errors import LeftRunningError
 from workers.persist import PartResult
 
 
 class Answers:
-    """Collects the parts' Futures; calls ``then`` once, when all are done, with the results and the first error."""
+    """Collects the parts' Futures; calls ``then`` once, when all are done, with the results and the first error; never, when
+    the workers were left to finish by themselves (``ending.py``): their partial directory must then stay."""
 
     def __init__(
         self, futures: list[Future[PartResult]], then: Callable[[list[PartResult], BaseException | None], None]
@@ -28,5 +30,7 @@ class Answers:
             if self._missing:
                 return
         errors = [error for future in self._futures if (error := future.exception()) is not None]
+        if any(isinstance(error, LeftRunningError) for error in errors):
+            return
         results = [future.result() for future in self._futures if future.exception() is None]
         self._then(results, errors[0] if errors else None)

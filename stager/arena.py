@@ -1,255 +1,254 @@
-"""The arena: a few slabs, leased to snapshots in flight.
-
-    FREE --lease--> LEASED --snapshot whole--> STAGED --handed over--> PERSISTING --committed or failed--> FREE
+"""The arena: a few slabs, leased to snapshots in flight (``buffer.py`` has their states, ``slabs.py`` what there are).
 
 Guarantees
   * A slab in use is never written by another save: it is leased again only when every worker is done with it.
   * Never more memory than ``max_bytes``: what does not fit is refused before anything is allocated.
   * One descriptor per slab. Nothing has a name, so nothing can be left behind.
+  * Who waits for a slab gets it in the order of asking, and is woken by ``close()``.
+
+NOTE [ Which slab a lease gets ]
+The smallest free one that fits; else a new one, if the limits leave room; else a free one that is far too large; else a
+new one in place of free ones that are too small; else it is for ``when_full`` to say.
+A slab that fits none of the last 16 leases is the wrong size, and is dropped when it is free. So a state that alternates
+between two sizes (all of it, weights only) keeps its slabs, and one that has changed for good gives the old memory back.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import os
-import threading
-import time
-from contextlib import suppress
-from enum import Enum
+from collections.abc import Callable
 
-from workers.errors import ArenaFullError, ClosedError, InternalError, MemoryBudgetError
-from workers.offload.pinning import pin_in_chunks
-from workers.slab import Slab
+from stager.buffer import Buffer, Lease, SlabState
+from stager.config.host import available_memory_bytes
+from stager.prefault import Prefaulter
+from stager.slabs import Slabs
+from workers.errors import ArenaFullError, ClosedError, MemoryBudgetError
+
+__all__ = ["Arena", "Lease", "SlabState"]
 
 logger = logging.getLogger("stager")
-
-_SLACK_BYTES = 1 << 20  # a slab this much (or half) too large is used as it is
-_BACKGROUND_NICE = 10
-
-
-class SlabState(Enum):
-    FREE = "free"
-    LEASED = "leased"
-    STAGED = "staged"
-    PERSISTING = "persisting"
-
-
-_TRANSITIONS = {
-    SlabState.FREE: {SlabState.LEASED},
-    SlabState.LEASED: {SlabState.STAGED, SlabState.FREE},
-    SlabState.STAGED: {SlabState.PERSISTING, SlabState.FREE},
-    SlabState.PERSISTING: {SlabState.FREE},
-}
-
-
-class _Buffer:
-    """A slab and its state. ``pinned_nbytes`` of it are registered with CUDA, until its storage is collected."""
-
-    def __init__(self, slab: Slab, pin: bool) -> None:
-        self.slab = slab
-        self.state = SlabState.FREE
-        self.pinned_nbytes = pin_in_chunks(slab.storage, slab.address, slab.nbytes) if pin else 0
-
-    def move(self, to: SlabState) -> None:
-        if to not in _TRANSITIONS[self.state]:
-            raise InternalError(f"slab {self.slab.slab_id} cannot go from {self.state.value} to {to.value}")
-        self.state = to
-
-
-class Lease:
-    """The right to a slab until :meth:`release`, which is idempotent."""
-
-    def __init__(self, arena: Arena, buffer: _Buffer) -> None:
-        self._arena = arena
-        self._buffer: _Buffer | None = buffer
-
-    @property
-    def slab(self) -> Slab:
-        if self._buffer is None:
-            raise InternalError("a lease was used after its release")
-        return self._buffer.slab
-
-    def move(self, to: SlabState) -> None:
-        if self._buffer is not None:
-            self._buffer.move(to)
-
-    def release(self) -> None:
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            self._arena._give_back(buffer)
 
 
 class Arena:
     """Args:
-    buffers: how many slabs at most, at least 2.
+    buffers: how many slabs at most.
     max_bytes: how much memory they may take together.
     when_full: "wait", "skip" or "raise".
     prefault: allocate the pages of a slab ahead of its first use, in a background thread.
     pin: register slabs with CUDA.
+    available_bytes: memory that the system can give; asked right before a slab is created, and at no other time.
+
+    Thread safety: every method may be called from any thread. After ``fork()`` the child cannot use it.
     """
 
     def __init__(
-        self, buffers: int, max_bytes: int, when_full: str, *, prefault: bool = True, pin: bool = False
+        self,
+        buffers: int,
+        max_bytes: int,
+        when_full: str,
+        *,
+        prefault: bool = True,
+        pin: bool = False,
+        available_bytes: Callable[[], int] = available_memory_bytes,
     ) -> None:
-        self._num_buffers = buffers
-        self._max_bytes = max_bytes
         self._when_full = when_full
         self._prefault = prefault
         self._pin = pin
-        self._buffers: list[_Buffer] = []
-        self._changed = threading.Condition()
-        self._closed = False
-        self._preparing: threading.Thread | None = None
-        self._warned = False
+        self._owner = os.getpid()
+        self._slabs = Slabs(buffers, max_bytes, available_bytes)
+        self._changed = self._slabs.changed
+        self._prefaulter = Prefaulter(self._slabs, pin)
+        self._warned: set[str] = set()
 
-    def lease(self, nbytes: int) -> Lease | None:
-        """A slab of at least ``nbytes`` bytes; None when all are in use and ``when_full`` is "skip".
+    @property
+    def max_slab_nbytes(self) -> int:
+        """The largest snapshot, in bytes, that can be staged in one slab."""
+        return self._slabs.max_bytes
 
-        Raises:
-            MemoryBudgetError: it can never fit.
-            ArenaFullError: all are in use and ``when_full`` is "raise".
-            ClosedError
-        """
-        with self._changed:
-            self._check_budget(nbytes)
-            while True:
-                if self._closed:
-                    raise ClosedError("the Checkpointer is closed")
-                buffer = self._take(nbytes)
-                if buffer is not None:
-                    buffer.move(SlabState.LEASED)
-                    return Lease(self, buffer)
-                if self._when_full == "skip":
-                    return None
-                if self._when_full == "raise":
-                    raise ArenaFullError(
-                        f"all {len(self._buffers)} buffers hold snapshots that are not committed yet; "
-                        "save less often, raise arena.buffers, or set arena.when_full to wait or skip"
-                    )
-                self._changed.wait()
-
-    def prepare(self, nbytes: int) -> None:
-        """Create and prefault every slab a state of ``nbytes`` bytes will need; waits until that is done."""
-        self._check_budget(nbytes)
-        while (buffer := self._add_spare(nbytes)) is not None:
-            self._warm(buffer)
-        with self._changed:
-            warm = [b for b in self._buffers if b.state is SlabState.FREE]
-        for buffer in warm:
-            buffer.slab.prefault()
-
-    def prepare_in_background(self, nbytes: int) -> None:
-        """As :meth:`prepare`, in a low-priority thread, for slabs that are not there yet."""
-        with self._changed:
-            busy = self._preparing is not None and self._preparing.is_alive()
-            if self._closed or not self._prefault or busy or not self._has_room(nbytes):
-                return
-            self._preparing = threading.Thread(
-                target=self._prepare_quietly, args=(nbytes,), name="stager-prefault", daemon=True
-            )
-            self._preparing.start()
-
-    def live_slabs(self) -> frozenset[str]:
-        with self._changed:
-            return frozenset(buffer.slab.slab_id for buffer in self._buffers)
+    @property
+    def piece_nbytes(self) -> int:
+        """Whole pages: what a larger snapshot is staged in pieces of, so that every buffer can be in flight."""
+        share = self._slabs.max_bytes // self._slabs.limit
+        return max(mmap.PAGESIZE, share // mmap.PAGESIZE * mmap.PAGESIZE)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slabs, in use or not."""
         with self._changed:
-            return sum(buffer.slab.nbytes for buffer in self._buffers)
+            return self._slabs.nbytes
+
+    def live_slabs(self) -> frozenset[str]:
+        with self._changed:
+            return frozenset(buffer.slab.slab_id for buffer in self._slabs.buffers)
+
+    def lease(self, nbytes: int, when_full: str | None = None) -> Lease | None:
+        """A slab of at least ``nbytes`` bytes; None when all are in use and the policy is "skip".
+
+        While others wait, the arena is full for who comes after them, even if a slab too small for them is free.
+
+        Args:
+            when_full: "wait", "skip" or "raise"; None: as the arena was told.
+
+        Raises:
+            MemoryBudgetError: it can never fit; or the system has no memory for it, with no slab in flight to wait for.
+            ArenaFullError: all are in use and the policy is "raise".
+            ClosedError: closed, also while waiting; or this is a forked child.
+        """
+        self._check_process()
+        ticket = object()
+        with self._changed:
+            self._check_budget(nbytes)
+            self._slabs.waiting.append(ticket)
+            try:
+                buffer = self._await(ticket, nbytes, when_full or self._when_full)
+            finally:
+                self._slabs.waiting.remove(ticket)
+                self._changed.notify_all()
+        if buffer is None:
+            return None
+        lease = Lease(buffer, nbytes, self._give_back)
+        if self._pin:
+            self._pin_or_release(buffer, lease)
+        return lease
+
+    def prepare(self, nbytes: int) -> None:
+        """Create and prefault every slab that states of ``nbytes`` bytes will need; waits until that is done.
+
+        Raises:
+            MemoryBudgetError: not even one fits, or the system has no memory for it.
+            ClosedError
+        """
+        self._check_process()
+        with self._changed:
+            self._check_budget(nbytes)
+        self._prefaulter.run(nbytes)
+        with self._changed:
+            self._check_open()
+
+    def prepare_in_background(self, nbytes: int) -> None:
+        """As :meth:`prepare`, in a low-priority thread, and only where the limits leave room.
+
+        It stops as soon as a lease has to wait: a cold slab is better than none.
+        """
+        self._check_process()
+        with self._changed:
+            if self._prefault and not self._slabs.closed:
+                self._prefaulter.start(nbytes)
 
     def close(self) -> None:
-        """Free all slabs. Those still leased are freed by their release."""
+        """Free all slabs. Those still leased are freed by their release. Idempotent."""
+        if os.getpid() != self._owner:
+            return
         with self._changed:
-            self._closed = True
+            self._slabs.closed = True
             self._changed.notify_all()
-            preparing = self._preparing
-        if preparing is not None:
-            preparing.join()
+        self._prefaulter.join()
+        freeing = self._slabs.freeing()
+        if freeing is not None:
+            freeing.join()
         with self._changed:
-            for buffer in [b for b in self._buffers if b.state is SlabState.FREE]:
-                self._drop(buffer)
+            for buffer in self._slabs.free():
+                self._slabs.drop(buffer)
 
     # -- with the lock held -------------------------------------------------------------------------------------
 
+    def _await(self, ticket: object, nbytes: int, when_full: str) -> Buffer | None:
+        while True:
+            self._check_open()
+            is_first = self._slabs.waiting[0] is ticket
+            buffer = self._take(nbytes) if is_first else None
+            if buffer is not None:
+                buffer.move(SlabState.LEASED)
+                self._slabs.leased(nbytes)
+                return buffer
+            if not (is_first and self._is_soon_free(nbytes)):
+                if when_full == "skip":
+                    return None
+                if when_full == "raise":
+                    raise ArenaFullError(
+                        f"all {len(self._slabs.buffers)} buffers hold snapshots that are not committed yet; "
+                        "save less often, raise arena.buffers, or set arena.when_full to wait or skip"
+                    )
+            self._changed.wait()
+
+    def _take(self, nbytes: int) -> Buffer | None:
+        """See NOTE [ Which slab a lease gets ]."""
+        slabs = self._slabs
+        while True:
+            free = sorted((b for b in slabs.free() if b.nbytes >= nbytes), key=lambda buffer: buffer.nbytes)
+            if free and free[0].fits(nbytes):
+                return free[0]
+            has_room = slabs.has_room(nbytes)
+            shortage = slabs.shortage(nbytes) if has_room else None
+            if has_room and shortage is None:
+                return slabs.create(nbytes)
+            if free:
+                return free[0]
+            if not slabs.make_room(nbytes, as_much_as_possible=shortage is not None):
+                break
+        if shortage is not None and not self._is_soon_free(nbytes):
+            if not slabs.buffers:  # nothing to wait for that would give memory back
+                raise MemoryBudgetError(str(shortage))
+            self._warn_once("shortage", "%s. Until then fewer snapshots can be in flight", shortage)
+        return None
+
+    def _is_soon_free(self, nbytes: int) -> bool:
+        """Whether a slab is only being prepared, or memory being freed: that is waited for, whatever the policy."""
+        preparing = any(buffer.state is SlabState.PREPARING for buffer in self._slabs.buffers)
+        return preparing or self._slabs.soon_has_room(nbytes)
+
     def _check_budget(self, nbytes: int) -> None:
-        if nbytes > self._max_bytes:
+        num_buffers, max_bytes = self._slabs.limit, self._slabs.max_bytes
+        if nbytes > max_bytes:
             raise MemoryBudgetError(
-                f"the snapshot needs {nbytes:,} bytes of host memory, arena.max_host_bytes allows {self._max_bytes:,}; "
+                f"the snapshot needs {nbytes:,} bytes of host memory, arena.max_host_bytes allows {max_bytes:,}; "
                 "raise it, or save a smaller state"
             )
-        if nbytes * self._num_buffers > self._max_bytes and not self._warned:
-            self._warned = True
-            logger.warning(
+        if nbytes * num_buffers > max_bytes:
+            self._warn_once(
+                "buffers",
                 "arena.buffers is %d, but only %d snapshots of %d bytes fit arena.max_host_bytes (%d): "
                 "a save that finds none free follows arena.when_full (%s)",
-                self._num_buffers,
-                self._max_bytes // nbytes,
+                num_buffers,
+                max_bytes // nbytes,
                 nbytes,
-                self._max_bytes,
+                max_bytes,
                 self._when_full,
             )
 
-    def _take(self, nbytes: int) -> _Buffer | None:
-        """A free buffer that fits, or a new one if there may be one."""
-        fitting = [b for b in self._buffers if b.state is SlabState.FREE and _fits(b.slab, nbytes)]
-        if fitting:
-            return min(fitting, key=lambda buffer: buffer.slab.nbytes)
-        return self._create(nbytes)
+    def _check_open(self) -> None:
+        if self._slabs.closed:
+            raise ClosedError("the Checkpointer is closed")
 
-    def _create(self, nbytes: int) -> _Buffer | None:
-        """A new buffer, in place of free ones of the wrong size; None when the limits leave no room."""
-        while not self._has_room(nbytes):
-            spare = next((b for b in self._buffers if b.state is SlabState.FREE and not _fits(b.slab, nbytes)), None)
-            if spare is None:
-                return None
-            self._drop(spare)
-        buffer = _Buffer(Slab.create(nbytes), self._pin)
-        self._buffers.append(buffer)
-        return buffer
+    def _warn_once(self, what: str, message: str, *arguments: object) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning(message, *arguments)
 
-    def _has_room(self, nbytes: int) -> bool:
-        used = sum(buffer.slab.nbytes for buffer in self._buffers)
-        return len(self._buffers) < self._num_buffers and used + nbytes <= self._max_bytes
+    # -- without it ---------------------------------------------------------------------------------------------
 
-    def _drop(self, buffer: _Buffer) -> None:
-        self._buffers.remove(buffer)  # nobody else holds the slab: its memory is unpinned and unmapped here
+    def _pin_or_release(self, buffer: Buffer, lease: Lease) -> None:
+        try:
+            buffer.pin()
+        except BaseException:
+            lease.release()
+            raise
 
-    def _give_back(self, buffer: _Buffer) -> None:
+    def _give_back(self, buffer: Buffer) -> None:
+        if os.getpid() != self._owner:  # the parent's slab, and a lock that may be held for ever
+            return
         with self._changed:
             buffer.move(SlabState.FREE)
-            if self._closed:
-                self._drop(buffer)
+            if self._slabs.closed:
+                self._slabs.drop(buffer)
+            else:
+                self._slabs.retire_wrong_sizes()
             self._changed.notify_all()
 
-    # -- the prefault thread ------------------------------------------------------------------------------------
-
-    def _prepare_quietly(self, nbytes: int) -> None:
-        with suppress(OSError):  # niceness is per thread on Linux
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICE)
-        while (buffer := self._add_spare(nbytes)) is not None:
-            self._warm(buffer)
-
-    def _add_spare(self, nbytes: int) -> _Buffer | None:
-        """A new free buffer, marked as leased while it is being warmed."""
-        with self._changed:
-            if self._closed or not self._has_room(nbytes):
-                return None
-            buffer = self._create(nbytes)
-            if buffer is not None:
-                buffer.move(SlabState.LEASED)
-            return buffer
-
-    def _warm(self, buffer: _Buffer) -> None:
-        started = time.monotonic()
-        try:
-            buffer.slab.prefault(lambda: not self._closed)
-        except MemoryError as error:
-            logger.warning("prefaulting a buffer failed: %s", error)
-        logger.debug("prefaulted %d bytes in %.2f s", buffer.slab.nbytes, time.monotonic() - started)
-        self._give_back(buffer)
-
-
-def _fits(slab: Slab, nbytes: int) -> bool:
-    return nbytes <= slab.nbytes <= nbytes + nbytes // 2 + _SLACK_BYTES
+    def _check_process(self) -> None:
+        if os.getpid() != self._owner:
+            raise ClosedError(
+                f"this arena belongs to process {self._owner}; make a new Checkpointer in the forked child"
+            )

@@ -9,25 +9,27 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import threading
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from torch.optim import Optimizer
 
 from stager.arena import Arena
 from stager.config import StagerConfig, load_config
-from stager.config.host import Cgroup, usable_cores
+from stager.config.host import available_memory_bytes
 from stager.copying import Copier
+from stager.ending import finish_saves
 from stager.loader import Loaded, Loader
-from stager.plan import Planner
+from stager.preemption import Preemption
 from stager.save import SaveHandle, SaveState
 from stager.saver import Saver, SaverOptions
+from stager.sharing import SharingOptions
 from stager.telemetry import Telemetry
 from workers.directory import (
     CheckpointInfo,
@@ -78,6 +80,7 @@ class Checkpointer:
         self._unread: list[SaveHandle] = []
         self._lock_fd = -1
         self._saver: Saver | None = None
+        self._preemption: Preemption | None = None
         if not read_only:
             self._open_for_writing()
             _live.add(self)
@@ -100,11 +103,9 @@ class Checkpointer:
 
     def _make_arena(self) -> Arena:
         arena = self._config.arena
-        headroom = Cgroup.of_this_process().memory_headroom_bytes()
-        available = min(psutil.virtual_memory().available, headroom if headroom is not None else 1 << 62)
         return Arena(
             arena.buffers,
-            arena.resolve_max_host_bytes(available, _local_world_size()),
+            arena.resolve_max_host_bytes(available_memory_bytes(), _local_world_size()),
             arena.when_full,
             prefault=arena.prefault,
             pin=self._pins(),
@@ -122,7 +123,9 @@ class Checkpointer:
             ionice=workers.ionice,
             start_timeout_secs=workers.start_timeout_secs,
             max_restarts=workers.max_restarts,
+            max_timeouts=workers.max_timeouts,
             task_timeout_secs=workers.task_timeout_secs,
+            heartbeat_timeout_secs=workers.heartbeat_timeout_secs,
             orphan_timeout_secs=workers.orphan_timeout_secs,
             shutdown_timeout_secs=workers.shutdown_timeout_secs,
             env={"CUDA_VISIBLE_DEVICES": ""},  # workers never create a CUDA context
@@ -133,25 +136,18 @@ class Checkpointer:
     def _make_saver(self) -> Saver:
         persistence, staging = self._config.persistence, self._config.staging
         num_parts = self._config.workers.resolve_count(_local_world_size())
-        file_format = get_format(persistence.format)
         options = SaverOptions(
             directory=self._directory,
             kind=persistence.format,
             num_parts=num_parts,
             fsync=persistence.fsync,
             check_free_space=persistence.check_free_space,
+            segment_bytes=persistence.segment_bytes,
             verify=staging.verify,
         )
-        copy_threads = usable_cores() if staging.copy_threads == "auto" else staging.copy_threads
-        return Saver(
-            options,
-            file_format,
-            Planner(file_format, num_parts, persistence.segment_bytes),
-            self._arena,
-            Copier(copy_threads),
-            self._pool,
-            self._on_done,
-        )
+        sharing = SharingOptions(staging.location, staging.share_min_bytes)
+        copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
+        return Saver(options, get_format(persistence.format), self._arena, copier, self._pool, sharing, self._on_done)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -199,6 +195,30 @@ class Checkpointer:
         self._refuse_in_callback("warmup()")
         with self._lock:
             self._writer().warm_up(state)
+
+    def on_preemption(
+        self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
+    ) -> Preemption:
+        """Take these signals as the announcement that this process is about to be ended.
+
+        The result's ``requested`` turns true when one comes; read it in the training loop, save once more, and close.
+        ``close()`` then waits for commits until ``deadline_secs`` after the signal; what is only staged by then is committed
+        by the workers after this process is gone. ``close()`` puts the handlers from before back.
+
+        Args:
+            signals: their handlers from before are called as well; their default actions are not taken.
+            deadline_secs: seconds from the first signal within which this process is to be gone; None: no limit.
+
+        Raises:
+            UsageError: called twice, or not in the main thread.
+            ClosedError
+        """
+        with self._lock:
+            self._writer()
+            if self._preemption is not None:
+                raise UsageError("on_preemption() was called before; read the object that it returned")
+            self._preemption = Preemption(signals, deadline_secs)
+            return self._preemption
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Until every snapshot begun so far is taken: then the state may be changed in any way.
@@ -294,7 +314,10 @@ class Checkpointer:
         if self._saver is not None and not self._closed:
             self._refuse_in_callback("load()")
             self._saver.wait_for_staging()  # do not overwrite what is being copied
-        return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle)
+        loaded = self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle)
+        if self._saver is not None and not self._closed and into is not None and loaded is not None:
+            self._saver.expect(loaded.info.nbytes)
+        return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------
 
@@ -306,6 +329,7 @@ class Checkpointer:
 
         Raises:
             UsageError: called by a callback of a save's Future.
+            KeyboardInterrupt: while it waited; what is staged is committed by the workers after this process is gone.
             Exception: the error of a save that nobody has looked at.
         """
         if self._owner != os.getpid():
@@ -318,14 +342,19 @@ class Checkpointer:
             _live.discard(self)
             if self._saver is None:
                 return
-            with suppress(TimeoutError):
-                self._saver.wait_for_staging(timeout)
-            self._pool.close(timeout)
-            self._saver.close()
-            self._arena.close()
-            self._telemetry.close()
-            os.close(self._lock_fd)
+            try:
+                finish_saves(self._saver, self._pool, timeout, self._remaining_secs())
+            finally:
+                self._saver.close()
+                self._arena.close()
+                self._telemetry.close()
+                os.close(self._lock_fd)
+                if self._preemption is not None:
+                    self._preemption.restore()
             self._raise_unread()
+
+    def _remaining_secs(self) -> float | None:
+        return None if self._preemption is None else self._preemption.remaining_secs()
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -1,92 +1,111 @@
 """Copying a planned snapshot into its slab: by bytes, on all cores the trainer may use, without the GIL.
 
-CPU memory is copied with the C library's memmove: one core reaches about twice what ``Tensor.copy_`` does on it (10 and
-5.7 GB/s on a 2-core Xeon, torch 2.13), because it bypasses the cache for large blocks. Tensors on a device are copied on a
-side stream that first waits for the trainer's stream, with one synchronisation at the end.
+In ``save()`` the copy has the trainer's priority and all its threads: the trainer waits. What is guarded is copied in the
+background, by fewer threads of a lower priority, so that forward and backward keep their cores.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import suppress
 
 import torch
 
-from stager.plan import Copy
-from workers.errors import TornSnapshotError
+from stager.batches import Batches, Gather, Move
+from stager.device import Ready, bytes_of, copy_by_torch, enqueue
+from stager.placement import Copy
+from workers.errors import InternalError, TornSnapshotError
 from workers.slab import Slab
 
-_PIECE_BYTES = 16 << 20
-_BATCH_BYTES = 1 << 20
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-Stretch = tuple[int, int, int]  # source address, slab offset, bytes
+_BACKGROUND_NICE = 10
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_libc.pwritev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long]
+_libc.pwritev.restype = ctypes.c_ssize_t
 
 
 class Copier:
-    """Copies stretches and tensors with ``num_threads`` threads (this one included)."""
+    """Copies batches with ``num_threads`` threads (the caller's included).
 
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = max(1, num_threads)
-        self._executor: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+    Args:
+        num_threads: while the trainer waits.
+        num_background_threads: while it goes on; 1 if not given.
+    """
 
-    def copy(self, copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, ready: Ready | None) -> None:
+    def __init__(self, num_threads: int, num_background_threads: int = 1) -> None:
+        self._foreground = _Threads(max(1, num_threads), nice=0)
+        self._background = _Threads(max(1, num_background_threads), nice=_BACKGROUND_NICE)
+
+    def copy(
+        self,
+        batches: Batches,
+        leaves: Sequence[torch.Tensor],
+        slab: Slab,
+        ready: Ready | None,
+        *,
+        cold: bool = False,
+        background: bool = False,
+    ) -> None:
         """Returns when every byte is in the slab.
 
         Args:
             leaves: the tensors that ``Copy.leaf`` numbers.
-            ready: when device tensors may be read; made by :func:`mark_ready` in the trainer's thread.
+            ready: when device tensors may be read; made by :func:`stager.device.mark_ready` in the trainer's thread.
+            cold: the slab's pages are not allocated yet: each is, right before it is written.
+            background: the trainer does not wait.
         """
-        on_cpu = [c for c in copies if c.address >= 0 and leaves[c.leaf].device.type == "cpu"]
-        others = [c for c in copies if c.address < 0 or leaves[c.leaf].device.type != "cpu"]
-        finish = self._start_others(others, leaves, slab, ready)
-        self._copy_stretches([(c.address, c.slab_offset, c.nbytes) for c in on_cpu], slab)
-        finish()
+        if ready is not None:
+            enqueue([c for c in batches.others if not c.on_host], leaves, slab, ready)
+        threads = self._background if background else self._foreground
+        threads.run([lambda work=work: _do(work, slab, cold) for work in batches.on_host])  # type: ignore[misc]
+        with torch.no_grad():
+            for copy in batches.others:
+                if copy.on_host or ready is None:
+                    copy_by_torch(copy, leaves, slab)
+        if ready is not None:
+            ready.synchronize()
 
-    def _copy_stretches(self, stretches: list[Stretch], slab: Slab) -> None:
-        batches = list(_batches(stretches))
-        if self._num_threads == 1 or len(batches) <= 1:
-            for batch in batches:
-                _move(batch, slab.address)
-            return
-        iterator = iter(batches)  # shared: next() on a list iterator is atomic, so each batch is taken once
+    def close(self) -> None:
+        self._foreground.close()
+        self._background.close()
+
+
+class _Threads:
+    """Runs calls on the calling thread and some more, started when first needed."""
+
+    def __init__(self, count: int, nice: int) -> None:
+        self._count = count
+        self._nice = nice
+        self._executor: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def run(self, calls: Sequence[Callable[[], None]]) -> None:
+        iterator = iter(calls)  # shared: next() on an iterator over a list is atomic, so each call is taken once
 
         def work() -> None:
-            for batch in iterator:
-                _move(batch, slab.address)
+            for call in iterator:
+                call()
 
-        futures = [self._threads().submit(work) for _ in range(min(self._num_threads, len(batches)) - 1)]
+        helpers = min(self._count, len(calls)) - (0 if self._nice else 1)  # the caller's thread keeps its priority
+        futures = [self._threads().submit(work) for _ in range(helpers)]
         try:
-            work()
+            if not self._nice:
+                work()
         finally:
             wait(futures)
         for future in futures:
             future.result()
 
-    def _start_others(
-        self, copies: list[Copy], leaves: Sequence[torch.Tensor], slab: Slab, ready: Ready | None
-    ) -> Callable[[], None]:
-        """Enqueue copies from devices and packed copies; returns what waits for them."""
-        if not copies:
-            return lambda: None
-        with torch.no_grad(), ready.stream() if ready is not None else nullcontext():
-            for copy in copies:
-                source = leaves[copy.leaf].detach()
-                if copy.address >= 0:
-                    source = _bytes_of(source, copy)
-                target = _view(slab, copy.slab_offset, source)
-                target.copy_(source, non_blocking=source.device.type != "cpu")
-        return ready.synchronize if ready is not None else lambda: None
-
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._num_threads, thread_name_prefix="stager-copy")
+                self._executor = ThreadPoolExecutor(
+                    self._count, thread_name_prefix="stager-copy", initializer=_lower_priority, initargs=(self._nice,)
+                )
             return self._executor
 
     def close(self) -> None:
@@ -96,37 +115,29 @@ class Copier:
             executor.shutdown()
 
 
-class Ready:
-    """A side stream on each device involved, behind what the trainer's streams hold now.
-
-    Made in the trainer's thread, used by whichever thread copies. Not run on a GPU yet.
-    """
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._streams: list[torch.cuda.Stream] = []
-        for device in devices:
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
-            stream.wait_stream(torch.cuda.current_stream(device))
-            self._streams.append(stream)
-
-    def stream(self) -> AbstractContextManager[object]:
-        stack = ExitStack()
-        for stream in self._streams:
-            stack.enter_context(torch.cuda.stream(stream))  # also makes the stream's device the current one
-        return stack
-
-    def synchronize(self) -> None:
-        for stream in self._streams:
-            stream.synchronize()
+def _lower_priority(nice: int) -> None:
+    if nice:
+        with suppress(OSError):  # niceness is per thread on Linux
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
-def mark_ready(leaves: Iterable[object]) -> Ready | None:
-    """None when no tensor lives on a CUDA device."""
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda"}
-    return Ready(devices) if devices else None
+def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:
+    if work.slab_offset < 0 or work.slab_offset + work.nbytes > slab.nbytes:
+        raise InternalError(f"a copy of {work.nbytes} bytes to {work.slab_offset} is outside of slab {slab.slab_id}")
+    if isinstance(work, Move):
+        if cold:
+            slab.populate(work.slab_offset, work.nbytes)
+        ctypes.memmove(slab.address + work.slab_offset, work.address, work.nbytes)
+        return
+    written = _libc.pwritev(slab.fd, work.vectors.ctypes.data, len(work.vectors), work.slab_offset)
+    if written != work.nbytes:  # never seen; whatever the reason, memmove does the same
+        offset = work.slab_offset
+        for address, nbytes in work.vectors.tolist():
+            ctypes.memmove(slab.address + offset, address, nbytes)
+            offset += nbytes
 
 
-def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, names: Callable[[int], str]) -> None:
+def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, name: Callable[[int], str]) -> None:
     """``staging.verify``: is the snapshot what the source is now, byte for byte?
 
     Raises:
@@ -135,57 +146,16 @@ def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, 
     torn = []
     for copy in copies:
         source = leaves[copy.leaf].detach()
-        if copy.address >= 0 and source.device.type == "cpu":
-            same = _memcmp(copy.address, slab.address + copy.slab_offset, copy.nbytes) == 0
+        if copy.address >= 0 and copy.on_host:
+            same = _libc.memcmp(copy.address, slab.address + copy.slab_offset, copy.nbytes) == 0
         else:
-            source = _bytes_of(source, copy) if copy.address >= 0 else source.resolve_conj().resolve_neg().contiguous()
-            staged = _view(slab, copy.slab_offset, source)
-            same = torch.equal(_as_bytes(source.cpu()), _as_bytes(staged))
+            source = bytes_of(source, copy) if copy.address >= 0 else source.resolve_conj().resolve_neg().contiguous()
+            staged = torch.empty(0, dtype=torch.uint8).set_(slab.storage, copy.slab_offset, (copy.nbytes,))  # type: ignore[call-overload]  # torch's stubs lack this form
+            same = torch.equal(source.cpu().view(-1).view(torch.uint8), staged)
         if not same:
-            torn += [names(leaf) for leaf in copy.leaves]
+            torn += [name(leaf) for leaf in copy.leaves]
     if torn:
         raise TornSnapshotError(
             f"{', '.join(torn[:5])}{' ...' if len(torn) > 5 else ''} changed while the snapshot was taken; "
             "another thread (or a step that was not guarded) writes to the state during save()"
         )
-
-
-def _batches(stretches: list[Stretch]) -> Iterable[list[Stretch]]:
-    """Work for one thread at a time: large stretches in pieces, small ones together."""
-    batch: list[Stretch] = []
-    nbytes = 0
-    for address, offset, length in stretches:
-        if length > _PIECE_BYTES:
-            for start in range(0, length, _PIECE_BYTES):
-                yield [(address + start, offset + start, min(_PIECE_BYTES, length - start))]
-            continue
-        batch.append((address, offset, length))
-        nbytes += length
-        if nbytes >= _BATCH_BYTES:
-            yield batch
-            batch, nbytes = [], 0
-    if batch:
-        yield batch
-
-
-def _move(batch: list[Stretch], base: int) -> None:
-    move = ctypes.memmove
-    for address, offset, nbytes in batch:
-        move(base + offset, address, nbytes)
-
-
-def _bytes_of(source: torch.Tensor, copy: Copy) -> torch.Tensor:
-    """The stretch of device memory as uint8."""
-    storage = source.untyped_storage()
-    flat = torch.empty(0, dtype=torch.uint8, device=source.device)
-    return flat.set_(storage, copy.address - storage.data_ptr(), (copy.nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
-
-
-def _view(slab: Slab, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor in the slab, of the dtype and shape of ``like``."""
-    flat = torch.empty(0, dtype=like.dtype)
-    return flat.set_(slab.storage, offset // like.itemsize, like.shape)  # type: ignore[call-overload,no-any-return]  # torch's stubs lack this form
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)

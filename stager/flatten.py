@@ -12,14 +12,16 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from workers.errors import UnstageableError
-from workers.structure import Key, Node, Path, describe, fqn
+from workers.structure import Key, Node, Path, describe, fqn, walk
 
 _MAX_DEPTH = 100
+_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 @runtime_checkable
@@ -32,59 +34,95 @@ class Stateful(Protocol):
 
 
 def is_stateful(value: object) -> bool:
-    return not isinstance(value, (Mapping, list, torch.Tensor, type)) and isinstance(value, Stateful)
+    """As ``isinstance(value, Stateful)``, which is slow to ask, for what is not a container or a tensor."""
+    return (
+        hasattr(value, "state_dict")
+        and hasattr(value, "load_state_dict")
+        and not isinstance(value, (Mapping, list, torch.Tensor, type))
+    )
 
 
-@dataclass(slots=True)
+@dataclass
 class Flat:
     """Attributes:
-    paths: of each leaf.
-    leaves: the values; the structure's leaves number them.
+    leaves: the values; the structure's leaves number them, in order.
     structure: see :mod:`workers.structure`.
+    odd_keys: of each mapping with keys other than ``str``, what tells ``1``, ``True`` and ``1.0`` apart, which are equal.
     """
 
-    paths: list[Path] = field(default_factory=list)
     leaves: list[Any] = field(default_factory=list)
     structure: Node = None
+    odd_keys: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @cached_property
+    def paths(self) -> list[Path]:
+        """Of each leaf. Only a new plan and errors need them, so they are made when asked for."""
+        return [path for path, _ in walk(self.structure)]
+
+    def name(self, leaf: int) -> str:
+        """A leaf as a user would write it."""
+        return describe(self.paths[leaf])
+
+    def check_names(self) -> None:
+        """
+        Raises:
+            UnstageableError: two leaves have one name in the checkpoint.
+        """
+        names = [fqn(path) for path in self.paths]
+        if len(set(names)) == len(names):
+            return
+        seen: dict[str, Path] = {}
+        for name, path in zip(names, self.paths, strict=True):
+            if name in seen:
+                raise UnstageableError(
+                    describe(path),
+                    f"has the same name in the checkpoint as {describe(seen[name])}: {name!r}; rename one",
+                )
+            seen[name] = path
 
 
 def flatten(state: Mapping[str, Any]) -> Flat:
     """Every leaf of ``state``.
 
     Raises:
-        UnstageableError: a key that cannot be stored, two leaves of one name, or a state that contains itself.
+        UnstageableError: a key that cannot be stored, or a state that contains itself.
     """
     if not isinstance(state, Mapping):
         raise UnstageableError("state", f"must be a mapping of names to values, not {type(state).__name__}")
     flat = Flat()
     flat.structure = _visit(flat, state, ())
-    _check_names(flat)
     return flat
 
 
 def _visit(flat: Flat, value: Any, path: Path) -> Node:
+    leaves = flat.leaves
     if isinstance(value, torch.Tensor):  # nearly every leaf, and the abstract base classes below are slow to ask
-        return _leaf(flat, value, path)
+        leaves.append(value)
+        return len(leaves) - 1
     if len(path) > _MAX_DEPTH:
         raise UnstageableError(describe(path[:4]), f"nested deeper than {_MAX_DEPTH}; does it contain itself?")
-    if is_stateful(value):
+    if type(value) is not dict and is_stateful(value):
         value = value.state_dict()
     if isinstance(value, Mapping):
         return _visit_mapping(flat, value, path)
     if isinstance(value, list) and not _is_terminal(value, len(path)):
         return ["list", [_visit(flat, child, (*path, i)) for i, child in enumerate(value)]]
-    return _leaf(flat, value, path)
-
-
-def _leaf(flat: Flat, value: Any, path: Path) -> int:
-    flat.paths.append(path)
-    flat.leaves.append(value)
-    return len(flat.leaves) - 1
+    leaves.append(value)
+    return len(leaves) - 1
 
 
 def _visit_mapping(flat: Flat, value: Mapping[Any, Any], path: Path) -> Node:
-    keys = [_check_key(key, path) for key in value]
-    children = [_visit(flat, child, (*path, key)) for key, child in value.items()]
+    keys = list(value)
+    kinds = set(map(type, keys))
+    if kinds - {str}:
+        keys = [_check_key(key, path) for key in keys]
+        flat.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
+    leaves, values = flat.leaves, list(value.values())
+    if _PLAIN_TENSORS.issuperset(map(type, values)):  # what most states are made of
+        children = list(range(len(leaves), len(leaves) + len(values)))
+        leaves += values
+    else:
+        children = [_visit(flat, child, (*path, key)) for key, child in zip(keys, values, strict=True)]
     if isinstance(value, OrderedDict):
         metadata = getattr(value, "_metadata", None)
         return ["odict", keys, children, _plain(metadata)]
@@ -120,16 +158,3 @@ def _plain(metadata: Any) -> dict[str, dict[str, int]] | None:
         for name, entry in metadata.items()
         if isinstance(entry, Mapping)
     }
-
-
-def _check_names(flat: Flat) -> None:
-    names = [fqn(path) for path in flat.paths]
-    if len(set(names)) == len(names):
-        return
-    seen: dict[str, Path] = {}
-    for name, path in zip(names, flat.paths, strict=True):
-        if name in seen:
-            raise UnstageableError(
-                describe(path), f"has the same name in the checkpoint as {describe(seen[name])}: {name!r}; rename one"
-            )
-        seen[name] = path

@@ -17,6 +17,11 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from stager.plan import SnapshotPlan
+
+_HOST = torch.device("cpu")
+_Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
+
 
 class Guard:
     """The guarded optimizers of one Checkpointer. They are held weakly.
@@ -48,14 +53,29 @@ class Guard:
 
         self._hooks.append(optimizer.register_step_pre_hook(wait_for_snapshots))
 
-    def addresses(self) -> frozenset[tuple[str, int]]:
-        """(device, address) of every tensor that only a guarded step changes."""
-        return frozenset(
-            (str(tensor.device), tensor.data_ptr())
-            for optimizer in self._optimizers
-            for tensor in _tensors_of(optimizer)
-            if tensor.layout is torch.strided and tensor.numel()
-        )
+    def protects(self, plan: SnapshotPlan) -> list[bool]:
+        """For each tensor of the plan, in the order of its columns: whether only a guarded step changes its memory."""
+        reach = self._reach()
+        devices = plan.columns.devices
+        if devices is None:
+            on_host = reach.get(_HOST, {})
+            return [on_host.get(a, -1) >= n for a, n in zip(plan.columns.addresses, plan.spans, strict=True)]
+        return [
+            reach.get(device, {}).get(address, -1) >= nbytes
+            for device, address, nbytes in zip(devices, plan.columns.addresses, plan.spans, strict=True)
+        ]
+
+    def _reach(self) -> dict[torch.device, dict[int, int]]:
+        """By device and address: how many bytes from there on only a guarded step changes."""
+        tensors = [tensor for optimizer in self._optimizers for tensor in _tensors_of(optimizer)]
+        tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
+        addresses = map(_Tensor.data_ptr, tensors)
+        if all(map(_Tensor.is_cpu.__get__, tensors)):
+            return {_HOST: dict(zip(addresses, map(_Tensor.nbytes.__get__, tensors), strict=True))}
+        reach: dict[torch.device, dict[int, int]] = {}
+        for tensor, address in zip(tensors, addresses, strict=True):
+            reach.setdefault(tensor.device, {})[address] = tensor.nbytes
+        return reach
 
     def close(self) -> None:
         while self._hooks:

@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+
 from stager.plan import SnapshotPlan
 from workers.job import Extent, SaveFacts, SaveJob, objects_to_json
 from workers.layout import Item, align
 from workers.slab import Slab
 
 _OBJECT_SLACK = 1.25  # pickled objects grow a little from save to save; the slab should still fit
+_ROW_BYTES = 256  # of an object in the objects document, at most
 
 
-def slab_nbytes(plan: SnapshotPlan, blobs: list[bytes]) -> int:
+def slab_nbytes(plan: SnapshotPlan, blobs: Sequence[bytes]) -> int:
     """What a snapshot needs: tensors, plan, objects and the objects' rows, with room for the objects to grow."""
-    objects = sum(align(len(blob)) for blob in blobs) + 256 * len(blobs)
+    objects = sum(align(len(blob)) for blob in blobs) + _ROW_BYTES * len(blobs)
     return align(plan.nbytes) + align(len(plan.document)) + int(objects * _OBJECT_SLACK) + 4096
 
 
-def write_job(
-    facts: SaveFacts, plan: SnapshotPlan, blobs: list[bytes], slab: Slab, live_slabs: frozenset[str]
-) -> SaveJob:
-    """Write plan and pickled objects into the slab; returns the job that refers to them."""
-    cursor = _Cursor(slab, plan.nbytes)
-    document = cursor.put(plan.document)
+def object_items(plan: SnapshotPlan, blobs: Sequence[bytes], slab_offset: int) -> list[Item]:
+    """The objects' places: in their file, which comes after the tensors' files, and in the slab from ``slab_offset``."""
     items: list[Item] = []
     offset = 0
     for blob in blobs:
-        place = cursor.put(blob)
-        # The objects' file is the one after the tensors' files, however many the plan has.
-        items.append(Item("object", plan.num_files, offset, len(blob), offset, len(blob), "", (), (), place.offset))
-        offset = align(offset + len(blob))
-    objects = cursor.put(objects_to_json(items))
-    return SaveJob(facts, slab, document, plan.plan_id, objects, live_slabs)
+        nbytes = len(blob)
+        items.append(Item("object", plan.num_files, offset, nbytes, offset, nbytes, "", (), (), slab_offset + offset))
+        offset = align(offset + nbytes)
+    return items
 
 
-class _Cursor:
-    """Appends bytes to a slab behind the tensors."""
+class JobWriter:
+    """Writes jobs into slabs. A slab that holds a plan already, from the save before, keeps it."""
 
-    def __init__(self, slab: Slab, offset: int) -> None:
-        self._view = slab.view
-        self._offset = align(offset)
+    def __init__(self) -> None:
+        self._plans: weakref.WeakKeyDictionary[Slab, tuple[str, int]] = weakref.WeakKeyDictionary()
 
-    def put(self, data: bytes) -> Extent:
-        extent = Extent(self._offset, len(data))
-        self._view[extent.offset : extent.offset + extent.nbytes] = data
-        self._offset = align(extent.offset + extent.nbytes)
-        return extent
+    def write(
+        self,
+        facts: SaveFacts,
+        plan: SnapshotPlan,
+        blobs: Sequence[bytes],
+        slab: Slab,
+        live_slabs: frozenset[str],
+    ) -> SaveJob:
+        """A whole snapshot: plan and pickled objects behind the tensors."""
+        document = self._put_plan(plan, slab, align(plan.nbytes))
+        offset = align(document.offset + document.nbytes)
+        items = object_items(plan, blobs, offset)
+        for item, blob in zip(items, blobs, strict=True):
+            put(slab, item.slab_offset, blob)
+            offset = align(item.slab_offset + len(blob))
+        objects = put(slab, offset, objects_to_json(items))
+        return SaveJob(facts, slab, document, plan.plan_id, objects, live_slabs)
+
+    def _put_plan(self, plan: SnapshotPlan, slab: Slab, offset: int) -> Extent:
+        """Copying it is most of the work for a state of many small tensors."""
+        if self._plans.get(slab) != (plan.plan_id, offset):
+            put(slab, offset, plan.document)
+            self._plans[slab] = (plan.plan_id, offset)
+        return Extent(offset, len(plan.document))
+
+    def write_piece(
+        self,
+        facts: SaveFacts,
+        plan: SnapshotPlan,
+        items: Sequence[Item],
+        slab: Slab,
+        live_slabs: frozenset[str],
+        base: int,
+        nbytes: int,
+    ) -> SaveJob:
+        """One piece of a snapshot: ``nbytes`` bytes, which a whole snapshot would have at ``base``."""
+        self._plans.pop(slab, None)
+        document = put(slab, align(nbytes), plan.document)
+        objects = put(slab, align(document.offset + document.nbytes), objects_to_json(items))
+        return SaveJob(facts, slab, document, plan.plan_id, objects, live_slabs, base)
+
+
+def put(slab: Slab, offset: int, data: bytes) -> Extent:
+    slab.view[offset : offset + len(data)] = data
+    return Extent(offset, len(data))

@@ -4,11 +4,12 @@ save()    flatten -> plan -> pickle objects -> lease a slab -> copy what is not 
 staging   (in save(), or in the staging thread when something is guarded)
           copy what is guarded -> verify -> write plan and objects into the slab -> hand over to every worker
 answers   (in the pool's supervisor thread) all parts done -> release the slab -> resolve upload_completion
+
+A snapshot that is larger than ``arena.max_host_bytes`` goes piece by piece instead (``pieces.py``).
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import secrets
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,23 +27,23 @@ import torch
 from stager._version import __version__
 from stager.answers import Answers
 from stager.arena import Arena, Lease, SlabState
-from stager.copying import Copier, Ready, compare, mark_ready
-from stager.flatten import Flat, flatten
+from stager.copying import Copier
+from stager.flatten import Flat
 from stager.guard import Guard
-from stager.job import slab_nbytes, write_job
-from stager.plan import Copy, Planner, SnapshotPlan
+from stager.job import JobWriter, put, slab_nbytes
+from stager.pieces import Piece, Pieces, blobs_of, copies_of, cut, segment_bytes_for
+from stager.plan import Planner
 from stager.save import SaveHandle, SaveState
-from workers.errors import ClosedError, StorageError, UnstageableError
+from stager.sharing import SharingOptions, SourceSharer
+from stager.snapshot import Snapshot, SnapshotTaker, Work
+from workers.errors import ClosedError, StorageError
 from workers.faults import point
 from workers.formats import Format
 from workers.job import SaveFacts, SaveJob
 from workers.persist import PartResult, discard_partial, persist_part, prepare_worker
 from workers.pool import WorkerPool
-from workers.structure import describe
 
 logger = logging.getLogger("stager")
-
-_PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, list, tuple, set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,8 @@ class SaverOptions:
         directory: of the run, absolute.
         kind: name of the on-disk format.
         num_parts: into how many parts a save is dealt.
-        fsync, check_free_space, verify: see the configuration's sections persistence and staging.
+        fsync, check_free_space, segment_bytes: see the configuration's section persistence.
+        verify: see the section staging.
     """
 
     directory: str
@@ -60,19 +63,8 @@ class SaverOptions:
     num_parts: int
     fsync: bool
     check_free_space: bool
+    segment_bytes: int
     verify: bool
-
-
-@dataclass(slots=True)
-class _Snapshot:
-    """A save on its way to the hand-over. Holds the sources alive until they are copied."""
-
-    handle: SaveHandle
-    flat: Flat
-    plan: SnapshotPlan
-    blobs: list[bytes]
-    lease: Lease
-    ready: Ready | None
 
 
 class Saver:
@@ -82,83 +74,51 @@ class Saver:
         self,
         options: SaverOptions,
         file_format: Format,
-        planner: Planner,
         arena: Arena,
         copier: Copier,
         pool: WorkerPool,
+        sharing: SharingOptions,
         on_done: Callable[[SaveHandle], None],
     ) -> None:
         self._options = options
-        self._format = file_format
-        self._planner = planner
         self._arena = arena
         self._copier = copier
         self._pool = pool
         self._on_done = on_done
+        self._planner = Planner(file_format, options.num_parts, options.segment_bytes)
+        self._piece_nbytes = arena.piece_nbytes
+        piece_segments = segment_bytes_for(self._piece_nbytes, options.segment_bytes)
+        self._piece_planner = Planner(file_format, options.num_parts, piece_segments, in_order=True)
+        self._jobs = JobWriter()
         self._stager: ThreadPoolExecutor | None = None
         self._staging_thread = 0
         self._staging: set[Future[None]] = set()
         self._in_flight: set[SaveHandle] = set()
         self._lock = threading.Lock()
-        self._pickle_checked: set[type] = set()
         self.guard = Guard(self.wait_for_staging)
+        self._sharer = SourceSharer(pool, options.num_parts, sharing) if sharing.location != "trainer" else None
+        self._taker = SnapshotTaker(file_format, copier, self.guard, self._sharer, verify=options.verify)
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         handle = SaveHandle(step, secrets.token_hex(8))
-        snapshot = self._begin(handle, state)
-        if snapshot is None:
-            logger.info("save of step %d skipped: every buffer is in flight", step)
-            handle._skipped()
-            handle._unblocked()
-            return handle
-        point("save.planned")
-        handle._move(SaveState.STAGING)
-        with self._lock:
-            self._in_flight.add(handle)
-        try:
-            later = self._copy_unguarded(snapshot)
-            if later:
-                self._stage_later(snapshot, later)
-            else:
-                self._finish_staging(snapshot)
-        except BaseException as error:
-            self._fail(snapshot, error)
-            raise
+        started = time.time()
+        flat = self._taker.flatten(state)
+        snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
+        handle._describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.blobs))
+        if self._options.check_free_space:
+            self._check_free_space(snapshot.nbytes)
+        handle._event("plan", started)
+        nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)
+        if nbytes > self._arena.max_slab_nbytes:
+            self._save_in_pieces(handle, flat)
+        else:
+            lease = self._lease(handle, nbytes)
+            if lease is not None:
+                self._save_whole(snapshot, lease)
         handle._unblocked()
         return handle
-
-    def _begin(self, handle: SaveHandle, state: Mapping[str, Any]) -> _Snapshot | None:
-        started = time.time()
-        flat = flatten(state)
-        plan = self._planner.plan(flat)
-        blobs = [self._pickle(flat, leaf) for leaf in plan.objects]
-        nbytes = plan.nbytes + sum(map(len, blobs))
-        handle._describe(nbytes, plan.num_tensors, len(blobs))
-        if self._options.check_free_space:
-            self._check_free_space(nbytes)
-        handle._event("plan", started)
-        started = time.time()
-        lease = self._arena.lease(slab_nbytes(plan, blobs))
-        handle._event("wait for a buffer", started)
-        if lease is None:
-            return None
-        return _Snapshot(handle, flat, plan, blobs, lease, mark_ready(flat.leaves))
-
-    def _pickle(self, flat: Flat, leaf: int) -> bytes:
-        value = flat.leaves[leaf]
-        try:
-            blob = self._format.object_blob(value)
-        except Exception as error:
-            raise UnstageableError(
-                describe(flat.paths[leaf]), f"{type(value).__name__} cannot be pickled: {error}"
-            ) from error
-        kind = type(value)
-        if kind not in _PLAIN_TYPES and kind not in self._pickle_checked:
-            self._pickle_checked.add(kind)
-            _warn_if_unsafe(describe(flat.paths[leaf]), kind, blob)
-        return blob
 
     def _check_free_space(self, nbytes: int) -> None:
         stats = os.statvfs(self._options.directory)
@@ -171,38 +131,39 @@ class Saver:
                 self._options.directory,
             )
 
-    def _copy_unguarded(self, snapshot: _Snapshot) -> list[Copy]:
-        """Copy what nothing protects; returns what may wait. See NOTE [ Overlap is safe by construction ]."""
-        now, later = list(snapshot.plan.copies), []
-        if self.guard:
-            guarded = self.guard.addresses()
-            leaves = snapshot.flat.leaves
-            may_wait = [
-                all((str(leaves[i].device), leaves[i].data_ptr()) in guarded for i in copy.leaves)
-                for copy in snapshot.plan.copies
-            ]
-            now = [c for c, waits in zip(snapshot.plan.copies, may_wait, strict=True) if not waits]
-            later = [c for c, waits in zip(snapshot.plan.copies, may_wait, strict=True) if waits]
-        self._copy(snapshot, now)
-        return later
-
-    def _copy(self, snapshot: _Snapshot, copies: list[Copy]) -> None:
+    def _lease(self, handle: SaveHandle, nbytes: int) -> Lease | None:
+        """None: this save is skipped."""
         started = time.time()
-        leaves, slab = snapshot.flat.leaves, snapshot.lease.slab
-        self._copier.copy(copies, leaves, slab, snapshot.ready)
-        snapshot.handle._event("stage", started)
-        if self._options.verify:
-            started = time.time()
-            paths = snapshot.flat.paths
-            compare(copies, leaves, slab, lambda leaf: describe(paths[leaf]))
-            snapshot.handle._event("verify", started)
+        lease = self._arena.lease(nbytes)
+        handle._event("wait for a buffer", started)
+        if lease is None:
+            logger.info("save of step %d skipped: every buffer is in flight", handle.step)
+            handle._skipped()
+            return None
+        point("save.planned")
+        handle._move(SaveState.STAGING)
+        with self._lock:
+            self._in_flight.add(handle)
+        return lease
+
+    def _save_whole(self, snapshot: Snapshot, lease: Lease) -> None:
+        try:
+            now, later = self._taker.split(snapshot)
+            self._taker.copy(snapshot, now, lease.slab, cold=not lease.warm, background=False)
+            if later.copies:
+                self._stage_later(snapshot, lease, later)
+            else:
+                self._finish_staging(snapshot, lease)
+        except BaseException as error:
+            self._fail(snapshot.handle, lease, error)
+            raise
 
     # -- the staging thread, or the trainer's -------------------------------------------------------------------
 
-    def _stage_later(self, snapshot: _Snapshot, copies: list[Copy]) -> None:
+    def _stage_later(self, snapshot: Snapshot, lease: Lease, work: Work) -> None:
         if self._stager is None:
             self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager-stage")
-        future = self._stager.submit(self._stage_guarded, snapshot, copies)
+        future = self._stager.submit(self._stage_guarded, snapshot, lease, work)
         with self._lock:
             self._staging.add(future)
         future.add_done_callback(self._forget_staging)
@@ -211,32 +172,33 @@ class Saver:
         with self._lock:
             self._staging.discard(future)
 
-    def _stage_guarded(self, snapshot: _Snapshot, copies: list[Copy]) -> None:
+    def _stage_guarded(self, snapshot: Snapshot, lease: Lease, work: Work) -> None:
         self._staging_thread = threading.get_ident()
         try:
             point("save.overlapped")
-            self._copy(snapshot, copies)
-            self._finish_staging(snapshot)
+            self._taker.copy(snapshot, work, lease.slab, cold=not lease.warm, background=True)
+            self._finish_staging(snapshot, lease)
         except BaseException as error:  # noqa: BLE001  (the edge of the thread: it goes into the Future)
-            self._fail(snapshot, error)
+            self._fail(snapshot.handle, lease, error)
 
-    def _finish_staging(self, snapshot: _Snapshot) -> None:
+    def _finish_staging(self, snapshot: Snapshot, lease: Lease) -> None:
         """The tensors are in the slab: add plan and objects, hand everything over."""
         started = time.time()
         handle = snapshot.handle
-        snapshot.lease.move(SlabState.STAGED)
+        lease.move(SlabState.STAGED)
         handle._move(SaveState.STAGED)
         point("save.copied")
-        job = self._describe_job(snapshot)
+        facts = self._facts(handle, self._options.num_parts)
+        job = self._jobs.write(facts, snapshot.plan, snapshot.blobs, lease.slab, self._arena.live_slabs())
         futures, failure = self._hand_over(job)
-        snapshot.lease.move(SlabState.PERSISTING)
+        lease.move(SlabState.PERSISTING)
         handle._move(SaveState.PERSISTING)
         handle._event("hand over", started)
         point("save.handed-over")
         if failure is None:
             handle._staged()
-            self._arena.prepare_in_background(snapshot.lease.slab.nbytes)
-        Answers(futures, lambda results, error: self._finish(handle, snapshot.lease, results, failure or error))
+            self._arena.prepare_in_background(lease.nbytes)
+        Answers(futures, partial(self._finish, handle, lease, failure))
 
     def _hand_over(self, job: SaveJob) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
@@ -250,43 +212,118 @@ class Saver:
             return futures, error
         return futures, None
 
-    def _describe_job(self, snapshot: _Snapshot) -> SaveJob:
-        facts = SaveFacts(
+    def _facts(self, handle: SaveHandle, num_parts: int) -> SaveFacts:
+        return SaveFacts(
             directory=self._options.directory,
-            step=snapshot.handle.step,
-            save_id=snapshot.handle.save_id,
+            step=handle.step,
+            save_id=handle.save_id,
             kind=self._options.kind,
-            num_parts=self._options.num_parts,
+            num_parts=num_parts,
             fsync=self._options.fsync,
             created=time.time(),
             stager=__version__,
             torch=torch.__version__,
         )
-        return write_job(facts, snapshot.plan, snapshot.blobs, snapshot.lease.slab, self._arena.live_slabs())
 
-    def _fail(self, snapshot: _Snapshot, error: BaseException) -> None:
+    def _fail(self, handle: SaveHandle, lease: Lease, error: BaseException) -> None:
         """Before anything was handed over."""
-        snapshot.lease.release()
-        self._settle(snapshot.handle, lambda: snapshot.handle._fail(error))
+        lease.release()
+        self._settle(handle, lambda: handle._fail(error))
+
+    # -- in pieces ----------------------------------------------------------------------------------------------
+
+    def _save_in_pieces(self, handle: SaveHandle, flat: Flat) -> None:
+        snapshot = self._taker.begin(handle, flat, self._piece_planner)
+        pieces = cut(snapshot.plan, snapshot.blobs, self._piece_nbytes)
+        lease = self._lease(handle, pieces.slab_nbytes)
+        if lease is None:
+            return
+        handle._note(
+            f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
+            f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"
+        )
+        facts = self._facts(handle, len(pieces.pieces))
+        futures: list[Future[PartResult]] = []
+        try:
+            for piece in pieces.pieces:
+                if _has_failed(futures):  # the rest would be for nothing
+                    break
+                lease = lease or self._arena.lease(pieces.slab_nbytes, when_full="wait")
+                assert lease is not None  # it waits
+                futures.append(self._stage_piece(facts, snapshot, pieces, piece, lease))
+                lease = None
+        except BaseException as error:
+            self._finish_pieces(handle, futures, error, whole=False)
+            raise
+        finally:
+            if lease is not None:
+                lease.release()
+        self._finish_pieces(handle, futures, None, whole=len(futures) == len(pieces.pieces))
+
+    def _stage_piece(
+        self, facts: SaveFacts, snapshot: Snapshot, pieces: Pieces, piece: Piece, lease: Lease
+    ) -> Future[PartResult]:
+        slab = lease.slab
+        copies, kept = copies_of(piece, snapshot.plan, snapshot.flat.leaves)
+        self._taker.copy_all(snapshot, copies, slab, cold=not lease.warm)
+        kept.clear()
+        for offset, data in blobs_of(piece, pieces.items, snapshot.blobs):
+            put(slab, offset, data)
+        lease.move(SlabState.STAGED)
+        job = self._jobs.write_piece(
+            facts, snapshot.plan, pieces.items, slab, self._arena.live_slabs(), piece.start, piece.nbytes
+        )
+        future = self._pool.hand_over(persist_part, job, piece.part)
+        lease.move(SlabState.PERSISTING)
+        future.add_done_callback(lambda _: lease.release())
+        return future
+
+    def _finish_pieces(
+        self, handle: SaveHandle, futures: list[Future[PartResult]], failure: BaseException | None, *, whole: bool
+    ) -> None:
+        if not futures:
+            error = failure or ClosedError("no piece of the snapshot was handed over")
+            self._settle(handle, lambda: handle._fail(error))
+            return
+        handle._move(SaveState.STAGED)
+        handle._move(SaveState.PERSISTING)
+        point("save.handed-over")
+        if whole:
+            handle._staged()
+        Answers(futures, partial(self._finish, handle, None, failure))
 
     # -- the pool's supervisor thread ---------------------------------------------------------------------------
 
-    def _finish(self, handle: SaveHandle, lease: Lease, results: list[PartResult], error: BaseException | None) -> None:
-        lease.release()
+    def _finish(
+        self,
+        handle: SaveHandle,
+        lease: Lease | None,
+        failure: BaseException | None,
+        results: list[PartResult],
+        error: BaseException | None,
+    ) -> None:
+        """
+        Args:
+            lease: None when the slabs are released already.
+            failure: why not every part was handed over.
+        """
+        if lease is not None:
+            lease.release()
         if any(result.committed for result in results):  # whatever befell another part afterwards
             self._settle(handle, lambda: handle._commit(results))
             return
-        if error is None:
-            error = StorageError(None, "every part was written, but nobody committed", self._options.directory)
+        why = failure or error
+        if why is None:
+            why = StorageError(None, "every part was written, but nobody committed", self._options.directory)
         leftovers = (self._options.directory, handle.step, handle.save_id)
         try:
             cleaned = self._pool.submit(discard_partial, *leftovers)
         except ClosedError:
             with suppress(StorageError):  # the next run tries again
                 discard_partial(*leftovers)
-            self._settle(handle, lambda: handle._fail(error))
+            self._settle(handle, lambda: handle._fail(why))
         else:
-            cleaned.add_done_callback(lambda _: self._settle(handle, lambda: handle._fail(error)))
+            cleaned.add_done_callback(lambda _: self._settle(handle, lambda: handle._fail(why)))
 
     def _settle(self, handle: SaveHandle, resolve: Callable[[], None]) -> None:
         resolve()
@@ -306,20 +343,33 @@ class Saver:
         if staging and wait(staging, timeout).not_done:
             raise TimeoutError(f"a snapshot was not taken within {timeout:g} s")
 
+    def _is_staging(self) -> bool:
+        with self._lock:
+            return bool(self._staging)
+
     def in_flight(self) -> list[SaveHandle]:
         with self._lock:
             return list(self._in_flight)
 
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, slabs, workers."""
-        flat = flatten(state)
-        plan = self._planner.plan(flat)
-        blobs = [self._pickle(flat, leaf) for leaf in plan.objects]
-        nbytes = slab_nbytes(plan, blobs)
+        flat = self._taker.flatten(state)
+        snapshot = self._taker.begin(SaveHandle(0, ""), flat, self._planner, may_move=not self._is_staging())
+        self._taker.split(snapshot)
+        nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)
+        if nbytes > self._arena.max_slab_nbytes:
+            snapshot = self._taker.begin(SaveHandle(0, ""), flat, self._piece_planner)
+            nbytes = cut(snapshot.plan, snapshot.blobs, self._piece_nbytes).slab_nbytes
         self._arena.prepare(nbytes)
         ready = [self._pool.hand_over(prepare_worker) for _ in range(self._options.num_parts)]
         for future in ready:
             future.result()
+
+    def expect(self, nbytes: int) -> None:
+        """A state of about so many bytes was loaded, so it will be saved: have memory for it ready by then."""
+        nbytes += nbytes // 64 + (1 << 20)  # what describes the tensors comes on top; a slab may be larger than needed
+        if nbytes <= self._arena.max_slab_nbytes:
+            self._arena.prepare_in_background(nbytes)
 
     def close(self) -> None:
         """After the pool is closed: nothing is in flight any more."""
@@ -328,17 +378,9 @@ class Saver:
             self._stager.shutdown()
         self._copier.close()
         self._planner.forget()
+        self._piece_planner.forget()
+        self._taker.forget()
 
 
-def _warn_if_unsafe(name: str, kind: type, blob: bytes) -> None:
-    """Say at save time, not weeks later, that loading this will need permission."""
-    try:
-        torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
-    except Exception as error:  # noqa: BLE001  (torch raises several types; each means that it is refused)
-        logger.warning(
-            "%s holds a %s.%s, which is pickled; loading it will need allow_pickle=True (%s)",
-            name,
-            kind.__module__,
-            kind.__qualname__,
-            str(error).splitlines()[0],
-        )
+def _has_failed(futures: list[Future[PartResult]]) -> bool:
+    return any(future.done() and future.exception() is not None for future in futures)

@@ -29,10 +29,10 @@ class Faults:
     def fired(self, point: str) -> bool:
         return not (self.directory / point).exists()
 
-    def hold(self, point: str) -> Hold:
-        """The first process that reaches ``point`` stays there until it is released."""
+    def hold(self, point: str, after: int = 0) -> Hold:
+        """The first process that reaches ``point``, for the ``after + 1``-th time, stays there until it is released."""
         hold = Hold(self.directory / f"hold-{point}")
-        self.arm(point, f"hold {hold.path}")
+        self.arm(point, f"hold {hold.path} after={after}")
         return hold
 
 

@@ -42,8 +42,9 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], generator: torch.G
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The values of a tensor as bytes, in row-major order."""
-    dense = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-    return bytes(dense.view(-1).view(torch.uint8).numpy()) if dense.numel() else b""
+    dense = torch.empty(tensor.numel(), dtype=tensor.dtype)  # a single element may have any stride and be contiguous
+    dense.copy_(tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1))
+    return bytes(dense.view(torch.uint8).numpy()) if dense.numel() else b""
 
 
 def same(first: Any, second: Any) -> bool:

@@ -1,7 +1,7 @@
 """The workers' side of stager: the pool, its protocol and supervision, and what workers run.
 
 Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``service.py``, ``roster.py``,
-``supervisor.py``, ``shutdown.py``; then what is run:
+``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; then what is run:
 ``layout.py``, ``slab.py``, ``persist.py``, ``commit.py``, ``verify.py``.
 
 This package never imports ``stager``. Names are imported when they are first used, so that ``workers.errors`` and
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "workers.errors": (
         "ClosedError",
+        "LeftRunningError",
         "RemoteTraceback",
         "TaskTimeoutError",
         "WorkerDiedError",
@@ -44,6 +45,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from workers.errors import ClosedError as ClosedError
+    from workers.errors import LeftRunningError as LeftRunningError
     from workers.errors import RemoteTraceback as RemoteTraceback
     from workers.errors import TaskTimeoutError as TaskTimeoutError
     from workers.errors import WorkerDiedError as WorkerDiedError

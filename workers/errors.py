@@ -9,6 +9,7 @@
     |   |-- ArenaFullError          every buffer is in flight and arena.when_full is "raise"
     |   `-- UnsafePickleError       the checkpoint holds a pickled object and allow_pickle is off
     |-- ClosedError                 used after close(), or from a forked child
+    |   `-- LeftRunningError        the workers go on with it, but nobody waits for their answer any more
     |-- WorkerError                 a worker process's
     |   |-- WorkerDiedError         it died (pid, exit code or signal, task)
     |   |-- WorkerStartError        it never became ready
@@ -73,6 +74,10 @@ class UnsafePickleError(UsageError):
 
 class ClosedError(StagerError, RuntimeError):
     """The object was closed, or belongs to another process."""
+
+
+class LeftRunningError(ClosedError):
+    """The outcome will not be seen here: the workers were left to finish by themselves."""
 
 
 class WorkerError(StagerError, RuntimeError):

@@ -3,9 +3,11 @@
 A point does nothing unless the environment variable ``STAGER_FAULTS`` names a directory. If that directory then holds a file
 of the point's name, the first process to get there takes the file away and does what it says:
 
-    kill | stop | exit | segv      SIGKILL, SIGSTOP, os._exit(3), SIGSEGV to this process
+    kill | term | segv | stop      SIGKILL, SIGTERM, SIGSEGV, SIGSTOP to this process
+    exit                           os._exit(3)
     errno NAME                     raise OSError(NAME), ENOSPC for example
     raise                          raise RuntimeError
+    delay SECS                     go on after so many seconds: a slow disk
     hold PATH                      open the FIFO PATH.reached for writing, then PATH.go for reading: a test that opens the
                                    other ends knows that we are here, and decides when we go on
 
@@ -13,6 +15,7 @@ of the point's name, the first process to get there takes the file away and does
 
 Points of the trainer: ``save.planned save.overlapped save.copied save.handed-over``;
 of a worker's life: ``worker.start worker.import worker.ready task.receive task.run task.reply worker.shutdown``;
+of its copies: ``copy.begin copy.piece copy.done``;
 of its work: ``part.begin part.opened part.write part.written part.synced part.receipt commit.begin commit.indexed
 commit.manifest commit.published commit.replaced``.
 """
@@ -22,6 +25,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections import Counter
 
 _DIRECTORY = os.environ.get("STAGER_FAULTS")
@@ -52,7 +56,7 @@ def _visit(directory: str, name: str) -> None:
 
 
 def _act(action: str, words: list[str]) -> None:
-    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "segv": signal.SIGSEGV}
+    signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
     if action in signals:
         os.kill(os.getpid(), signals[action])
     elif action == "exit":
@@ -62,6 +66,8 @@ def _act(action: str, words: list[str]) -> None:
         raise OSError(code, os.strerror(code))
     elif action == "raise":
         raise RuntimeError("raised by a test")
+    elif action == "delay":
+        time.sleep(float(words[0]))
     elif action == "hold":
         with open(f"{words[0]}.reached", "w"):
             pass

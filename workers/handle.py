@@ -61,7 +61,8 @@ class WorkerHandle:
         started: ``time.monotonic()``.
         items: by task id. The first one is running, once the worker is ready.
         killed: we have sent SIGKILL; its sentinel will tell.
-        overdue: the task that it was killed for.
+        overdue: the task that it was killed for, because that missed its deadline.
+        lifeless: it was killed because it showed no sign of life.
         listening: its socket may still bring something: it is worth polling.
     """
 
@@ -73,7 +74,9 @@ class WorkerHandle:
         self.items: OrderedDict[int, WorkItem] = OrderedDict()
         self.killed = False
         self.overdue: WorkItem | None = None
+        self.lifeless = False
         self._start_timeout_secs = start_timeout_secs
+        self._start_deadline = self.started + start_timeout_secs
         self._hang_up_deadline: float | None = None
         self.listening = True
 
@@ -164,10 +167,24 @@ class WorkerHandle:
         if self._hang_up_deadline is not None:
             return self._hang_up_deadline
         if self.state is WorkerState.STARTING:
-            return self.started + self._start_timeout_secs
+            return self._start_deadline
         head = self.head()
         deadline = head.deadline() if head else None
         return math.inf if deadline is None else deadline
+
+    @property
+    def holds_task(self) -> bool:
+        """Whether it should be at work: then its signs of life count."""
+        return self.usable and self.state is WorkerState.READY and bool(self.items)
+
+    def forgive(self, secs: float, now: float) -> None:
+        """Nobody looked for so long, and it may have been stopped as well: no deadline has come nearer."""
+        self._start_deadline += secs
+        if self._hang_up_deadline is not None:
+            self._hang_up_deadline += secs
+        head = self.head()
+        if head is not None:
+            head.forgive(secs, now)
 
     def is_overdue(self, now: float) -> bool:
         """Whether to kill it: what has arrived and was not read yet may be the very answer that we wait for."""
@@ -177,6 +194,17 @@ class WorkerHandle:
         if self.state is WorkerState.READY and self._hang_up_deadline is None:
             self.overdue = self.head()
         self.kill()
+
+    def kill_if_lifeless(self, elapsed: float, limit_secs: float) -> None:
+        """See NOTE [ When a worker is stuck ] in ``heartbeat.py``."""
+        pulse = self.process.pulse
+        pulse.look(elapsed)
+        if pulse.silent_secs >= limit_secs and not (self.listening and self.process.has_input()):
+            logger.warning(
+                "worker %d shows no sign of life (it is stopped, or stuck with the GIL held); it is killed", self.pid
+            )
+            self.lifeless = True
+            self.kill()
 
     def kill(self) -> None:
         self.killed = True
@@ -194,7 +222,9 @@ class WorkerHandle:
             )
         exitcode = self.process.exitcode
         hint = f"this was attempt {item.attempts}"
-        if exitcode == -9:
+        if self.lifeless:
+            hint += "; it was killed because it showed no sign of life: it was stopped, or stuck with the GIL held"
+        elif exitcode == -9:
             hint += "; SIGKILL that nobody sent on purpose is usually the kernel's out-of-memory killer (see dmesg)"
         return WorkerDiedError(self.pid, exitcode, item.label, hint)
 

@@ -69,6 +69,7 @@ class SaveJob:
     plan, plan_id: where the plan lies, and its hash (equal plans are parsed once).
     objects: where the objects document lies.
     live_slabs: what the trainer still holds; workers unmap the others.
+    base: where a whole snapshot's slab has the first byte of this one, which may hold a piece of it only.
     """
 
     facts: SaveFacts
@@ -77,6 +78,7 @@ class SaveJob:
     plan_id: str
     objects: Extent
     live_slabs: frozenset[str]
+    base: int = 0
 
 
 @dataclass(frozen=True, slots=True)

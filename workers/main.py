@@ -10,13 +10,16 @@ It ends when
     process that the trainer forked may still hold the other end of the socket;
   * it is an orphan for longer than ``orphan_timeout_secs``: a watchdog thread ends it, whatever it is doing;
   * it is killed, by the pool or by anybody else.
-SIGINT and SIGTERM do not end it: a job manager that stops a job (SLURM, systemd) sends SIGTERM to every process of it,
-and what the trainer has staged must still be written, as must the last save that the trainer makes because of that
-very signal. The trainer drains and stops its workers; if it dies of the signal, they are orphans.
+SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 do not end it: a job manager that stops a job, or warns of it (SLURM,
+systemd), sends one of these to every process of it, and what the trainer has staged must still be written, as must the
+last save that the trainer makes because of that very signal. The trainer drains and stops its workers; if it dies of the
+signal, they are orphans. One that is stopped (SIGSTOP) when the trainer dies is continued by the kernel, or it would stay
+for ever.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -33,7 +36,8 @@ import psutil
 
 from workers.faults import point
 
-_IGNORED = (signal.SIGINT, signal.SIGTERM)
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class WorkerSettings:
         nice: added to the process's niceness, 0..19.
         ionice: "none", "low" (best effort, lowest) or "idle".
         orphan_timeout_secs: how long an orphan may go on working.
+        beat_secs: pause between two signs of life.
         torch_threads: intra-op threads.
     """
 
@@ -54,6 +59,7 @@ class WorkerSettings:
     nice: int = 0
     ionice: str = "none"
     orphan_timeout_secs: float = 600.0
+    beat_secs: float = 5.0
     torch_threads: int = 1
 
     def to_json(self) -> str:
@@ -64,11 +70,12 @@ class WorkerSettings:
         return WorkerSettings(**json.loads(text))
 
 
-def main(fd: int, settings_json: str) -> None:
+def main(fd: str, beats: str, settings_json: str) -> None:
+    """The arguments of the command line: the socket, the eventfd for signs of life, the settings."""
     exitcode = 1
     try:
         settings = WorkerSettings.from_json(settings_json)
-        parent = _watch_parent(settings)
+        parent = _watch_parent(settings, int(beats))
         _ignore_signals()
         _set_up_descriptors()
         _lower_priority(settings)
@@ -76,7 +83,7 @@ def main(fd: int, settings_json: str) -> None:
         from workers.link import Link
         from workers.service import serve
 
-        link = Link(fd, parent)
+        link = Link(int(fd), parent)
         serve(link, settings)
         exitcode = 0
     except BaseException:  # noqa: BLE001  (the edge of the process: what escapes is printed, and the exit code says so)
@@ -89,8 +96,10 @@ def main(fd: int, settings_json: str) -> None:
         os._exit(exitcode)
 
 
-def _watch_parent(settings: WorkerSettings) -> int:
-    """A pidfd of the parent (-1: it is gone), and a thread that ends this process when it is an orphan for too long."""
+def _watch_parent(settings: WorkerSettings, beats: int) -> int:
+    """A pidfd of the parent (-1: it is gone), and a thread that gives signs of life, and ends this process when it is an
+    orphan for too long."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     try:
         parent = os.pidfd_open(settings.parent_pid)
     except ProcessLookupError:
@@ -103,7 +112,8 @@ def _watch_parent(settings: WorkerSettings) -> int:
         if parent >= 0:
             poll = select.poll()
             poll.register(parent, select.POLLIN)
-            poll.poll()
+            while not poll.poll(settings.beat_secs * 1000):
+                os.eventfd_write(beats, 1)  # see NOTE [ When a worker is stuck ] in heartbeat.py
         time.sleep(min(settings.orphan_timeout_secs, threading.TIMEOUT_MAX))
         os._exit(1)
 

@@ -127,6 +127,7 @@ class _PartWriter:
 
     def __init__(self, job: SaveJob, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
         self._view = job.slab.view
+        self._base = job.base
         self._format: Format = get_format(job.facts.kind)
         self._layout = layout
         self._ends = [end for _, _, end in layout.spans()]
@@ -172,7 +173,7 @@ class _PartWriter:
             yield head[start - item.offset : end - item.offset]
         low, high = max(start, item.data_offset), min(end, data_end)
         if low < high:
-            base = item.slab_offset - item.data_offset
+            base = item.slab_offset - item.data_offset - self._base
             for position in range(low, high, _WRITE_BYTES):
                 yield self._view[base + position : base + min(high, position + _WRITE_BYTES)]
         if end > data_end:

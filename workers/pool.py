@@ -11,7 +11,8 @@
     |     (sent before it returns)                 |   pair    |     v                     |
     |  supervisor thread                           |           |   reply: Done | Failed    |
     |     <------------------------- Inbox 1..n  <=|===========|                           |
-    |     watches: sockets, pidfds, deadlines      |           |   pidfd of the trainer    |
+    |     watches: sockets, pidfds, deadlines,     |           |   pidfd of the trainer    |
+    |              heartbeats                      |           |                           |
     +----------------------------------------------+           +---------------------------+
             memory is never copied through a socket: descriptors of shared storages travel beside the message
 
@@ -20,13 +21,13 @@ The caller's threads
   * never wait for a worker, except that ``hand_over`` waits until the kernel has taken the message.
 The supervisor thread (``supervisor.py``) is the only one that
   * reads from workers and resolves Futures, so a Future's callbacks run in it (``close`` fails what it did not wait for);
-  * notices deaths and missed deadlines, replaces workers and lets their tasks wait again;
+  * notices deaths, missed deadlines and missing signs of life, replaces workers and lets their tasks wait again;
   * gives pending tasks to idle workers.
 Both meet in the roster (``roster.py``): one lock, who works, on what, and what waits.
 A worker (``main.py`` starts it, ``service.py`` is its loop)
   * runs what it was sent in order, one task at a time, and replies once to each;
   * shares no lock, queue or semaphore with anyone: it can be killed at any instruction without stopping the others;
-  * does not die of SIGINT or SIGTERM, which are the trainer's to deal with.
+  * does not die of SIGINT, SIGTERM, SIGHUP or SIGUSR1/2, which are the trainer's to deal with.
 
 Guarantees
   * A Future always resolves: with the result, the task's exception, or a WorkerError that names pid and cause.
@@ -55,6 +56,7 @@ from typing import Any, TypeVar
 from workers import codec
 from workers.errors import ClosedError
 from workers.handle import WorkerHealth
+from workers.heartbeat import look_interval
 from workers.main import WorkerSettings
 from workers.options import PoolOptions
 from workers.supervisor import Supervisor
@@ -65,6 +67,8 @@ __all__ = ["PoolOptions", "WorkerHealth", "WorkerPool"]
 logger = logging.getLogger("stager")
 
 T = TypeVar("T")
+
+_DELIVERY_SECS = 10.0  # a worker that died is replaced within that
 
 
 class WorkerPool:
@@ -95,6 +99,7 @@ class WorkerPool:
             nice=options.nice,
             ionice=options.ionice,
             orphan_timeout_secs=options.orphan_timeout_secs,
+            beat_secs=look_interval(options.heartbeat_timeout_secs),
         )
         self._owner = os.getpid()
         self._options = options
@@ -184,6 +189,27 @@ class WorkerPool:
             self._roster.stop_accepting()
             self._roster.drain(timeout)
             self._supervisor.stop()
+        _live_pools.discard(self)
+
+    def leave(self) -> None:
+        """As :meth:`close`, but wait for no task: the workers finish what they have, and end by themselves.
+
+        For a process that is about to end and has no time left. Futures of tasks that a worker has fail with
+        :class:`~workers.errors.LeftRunningError`; of submitted ones that still waited, with ClosedError: they are lost.
+        Waits, ten seconds at most, until all that was handed over has reached a worker.
+
+        Raises:
+            UsageError: called by a callback of one of the pool's Futures.
+        """
+        if self._owner != os.getpid():
+            return
+        if self._roster.in_callback:
+            self._roster.refuse_in_callback("leave()")
+        with self._close_lock:
+            self._roster.stop_accepting()
+            if not self._roster.wait_all_delivered(_DELIVERY_SECS):
+                logger.error("a task that was handed over has not reached a worker; it is lost")
+            self._supervisor.leave()
         _live_pools.discard(self)
 
     def __enter__(self) -> WorkerPool:

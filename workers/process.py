@@ -13,17 +13,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing import spawn
 
 from workers.channel import Inbox, Outbox
 from workers.errors import WorkerStartError
+from workers.heartbeat import Pulse
 from workers.main import WorkerSettings
 
 # ``sys`` is built in. Anything else could be a file of that name in the current directory, which ``python -c`` puts first
 # on its path, so the path is set before the first real import.
-_BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from workers.main import main; main(int(sys.argv[1]), sys.argv[2])"
+_BOOTSTRAP = "import sys; sys.path[:] = {path!r}; from workers.main import main; main(*sys.argv[1:])"
 
 
 class WorkerProcess:
@@ -33,6 +35,7 @@ class WorkerProcess:
         pid: process id.
         sock: this side of the socket pair, non-blocking.
         sentinel: a pidfd, readable once the process has ended.
+        pulse: its signs of life.
 
     Raises:
         WorkerStartError: the operating system refused the process, or a descriptor for it.
@@ -41,20 +44,24 @@ class WorkerProcess:
     def __init__(self, settings: WorkerSettings, env: Mapping[str, str], inherit_fds: tuple[int, ...] = ()) -> None:
         try:
             self.sock, theirs = map(_above_stdio, socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+            self._beats = -1
             try:
                 # The parent closes its copy of the other end, so that the worker's death is an end-of-file here.
                 with theirs:
-                    self._popen = _start(theirs, settings, env, inherit_fds)
+                    self._beats = _make_eventfd()
+                    self._popen = _start(theirs, self._beats, settings, env, inherit_fds)
                 self.pid = self._popen.pid
                 self.sentinel = self._open_sentinel()
             except BaseException:
                 self.sock.close()
+                self._close_beats()
                 raise
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in an environment variable
             raise WorkerStartError(f"cannot start a worker process: {error}") from error
         self.sock.setblocking(False)
         self.outbox = Outbox(self.sock)
         self.inbox = Inbox(self.sock)
+        self.pulse = Pulse(self.pid, self._beats)
 
     def _open_sentinel(self) -> int:
         try:
@@ -96,9 +103,20 @@ class WorkerProcess:
         self.outbox.drop()
         self.inbox.drop()
         self.sock.close()
+        self._close_beats()
         if self.sentinel >= 0:
             os.close(self.sentinel)
             self.sentinel = -1
+
+    def _close_beats(self) -> None:
+        if self._beats >= 0:
+            os.close(self._beats)
+            self._beats = -1
+
+    def leave(self) -> None:
+        """Let it go on without us: it reads what was sent, does it, and ends. A thread waits to reap it."""
+        self.release()
+        threading.Thread(target=self._popen.wait, name="stager-reaper", daemon=True).start()
 
     def abandon(self) -> None:
         """After fork(), in the child: give up the descriptors without touching the process, which is not ours."""
@@ -107,7 +125,7 @@ class WorkerProcess:
 
 
 def _start(
-    theirs: socket.socket, settings: WorkerSettings, env: Mapping[str, str], inherit_fds: tuple[int, ...]
+    theirs: socket.socket, beats: int, settings: WorkerSettings, env: Mapping[str, str], inherit_fds: tuple[int, ...]
 ) -> subprocess.Popen[bytes]:
     executable = spawn.get_executable() or sys.executable
     if not executable:
@@ -125,12 +143,13 @@ def _start(
             "-c",
             bootstrap,
             str(theirs.fileno()),
+            str(beats),
             settings.to_json(),
         ],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        pass_fds=(theirs.fileno(), *inherit_fds),
+        pass_fds=(theirs.fileno(), beats, *inherit_fds),
         env={**os.environ, **env},
         start_new_session=True,  # Ctrl-C and a launcher's killpg are for the trainer; its workers drain first
     )
@@ -155,6 +174,14 @@ def _stderr_fd() -> int:
             continue
         return fd
     return subprocess.DEVNULL
+
+
+def _make_eventfd() -> int:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
 
 
 def _above_stdio(sock: socket.socket) -> socket.socket:

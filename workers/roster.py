@@ -134,9 +134,10 @@ class Roster:
             item = worker.items.pop(task_id, None)
             self._ending += item is not None
             worker.start_clock()
+            worker.process.pulse.silent_secs = 0.0
             return item
 
-    def bury(self, worker: WorkerHandle, max_attempts: int) -> list[WorkItem]:
+    def bury(self, worker: WorkerHandle, max_restarts: int, max_timeouts: int) -> list[WorkItem]:
         """Take a dead and reaped worker off the list. Its first task was running, so that counts an attempt; the others
         had only been sent. All wait again, before the others, in their old order, but those that have run out of
         attempts: they are returned, ending."""
@@ -149,10 +150,11 @@ class Roster:
             worker.process.release()
             if items and was_ready:
                 items[0].attempts += 1
+                items[0].timeouts += worker.overdue is items[0]
             for item in items:
                 item.started = None
-            lost = [item for item in items if item.attempts > max_attempts]
-            kept = [item for item in reversed(items) if item.attempts <= max_attempts]
+            lost = [item for item in items if item.attempts > max_restarts or item.timeouts >= max_timeouts]
+            kept = [item for item in reversed(items) if item not in lost]
             self._unplaced.extendleft(item for item in kept if item.handed_over)
             self._pending.extendleft(item for item in kept if not item.handed_over)
             self._ending += len(lost)
@@ -184,6 +186,16 @@ class Roster:
                     self._changed.notify_all()
 
     # -- the end ------------------------------------------------------------------------------------------------
+
+    def wait_all_delivered(self, timeout: float) -> bool:
+        """Until the kernel holds all that was handed over; False when that took longer than ``timeout`` seconds."""
+        with self.lock:
+            return self._changed.wait_for(self._is_all_delivered, timeout)
+
+    def _is_all_delivered(self) -> bool:
+        if self._state is PoolState.STOPPED:  # nobody would deliver anything any more
+            return True
+        return not self._unplaced and all(w.usable and not w.process.outbox for w in self.workers if w.items)
 
     def stop_accepting(self, reason: str = "") -> None:
         with self.lock:

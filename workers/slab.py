@@ -11,8 +11,8 @@ workers read it, and only between the hand-over of a save and its commit.
 from __future__ import annotations
 
 import ctypes
-import errno
 import itertools
+import mmap
 import os
 from collections.abc import Callable
 from multiprocessing import reduction
@@ -20,12 +20,9 @@ from typing import Any
 
 import torch
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; allocates the pages now instead of one page fault at a time later
-_PREFAULT_STEP_BYTES = 64 << 20
+from workers import pages
 
 _ids = itertools.count(1)
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Slab:
@@ -35,14 +32,16 @@ class Slab:
         slab_id: ``<pid>-<n>`` of the creating process: the same in every process that maps it.
         storage: the memory, as a torch storage.
         nbytes: its size; at least 1.
+        warm_nbytes: so many bytes from the start have had their pages allocated by this process, or written.
     """
 
-    __slots__ = ("__weakref__", "_view", "nbytes", "slab_id", "storage")
+    __slots__ = ("__weakref__", "_view", "nbytes", "slab_id", "storage", "warm_nbytes")
 
     def __init__(self, slab_id: str, storage: torch.UntypedStorage) -> None:
         self.slab_id = slab_id
         self.storage = storage
         self.nbytes = storage.nbytes()
+        self.warm_nbytes = 0
         self._view: memoryview | None = None
 
     @staticmethod
@@ -70,25 +69,43 @@ class Slab:
     def address(self) -> int:
         return self.storage.data_ptr()
 
-    def prefault(self, keep_going: Callable[[], bool] = lambda: True) -> bool:
-        """Allocate every page now, in steps, without the GIL; False when this kernel cannot.
+    def prefault(self, keep_going: Callable[[], bool] = lambda: True, num_threads: int = 1) -> None:
+        """Allocate every page now, in steps, without the GIL. Only while nobody uses the slab. What is in it stays.
 
         Args:
-            keep_going: asked before each step of 64 MiB.
+            keep_going: asked before each step of 16 MiB; what was allocated by then is in ``warm_nbytes``.
+            num_threads: this one included.
 
         Raises:
             MemoryError: the kernel has no more memory to give.
         """
-        for start in range(0, self.nbytes, _PREFAULT_STEP_BYTES):
-            if not keep_going():
-                return True
-            nbytes = min(_PREFAULT_STEP_BYTES, self.nbytes - start)
-            if _libc.madvise(self.address + start, nbytes, _MADV_POPULATE_WRITE) != 0:
-                code = ctypes.get_errno()
-                if code in (errno.ENOMEM, errno.EFAULT):  # over a limit
-                    raise MemoryError(f"the kernel refused {self.nbytes} bytes of shared memory: {os.strerror(code)}")
-                return False
-        return True
+        start = self.warm_nbytes - self.warm_nbytes % mmap.PAGESIZE
+        done = pages.prefault(self.address + start, self.nbytes - start, num_threads, keep_going)
+        self.warm_nbytes = max(self.warm_nbytes, start + done)
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """What of it takes memory, in whole pages."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def give_back(self) -> None:
+        """Free the memory now, for every process that maps the slab. Whoever reads it afterwards reads zeros."""
+        self.warm_nbytes = 0
+        pages.give_back(self.address, self.nbytes)
+
+    @property
+    def fd(self) -> int:
+        """The memory's descriptor, which torch's storage owns: for reading and writing at once, never to be closed."""
+        fd, _ = self.storage._share_fd_cpu_()
+        return int(fd)
+
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Allocate the pages of a range, if this kernel can; otherwise writing to them will, one page fault at a time.
+
+        Raises:
+            MemoryError: the kernel has no more memory to give.
+        """
+        pages.populate(self.address + offset, nbytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         fd, nbytes = self.storage._share_fd_cpu_()  # torch.multiprocessing's own call

@@ -3,7 +3,7 @@
 Each turn waits until a socket, a sentinel, a deadline or a caller calls, and then
   * reads from the workers and resolves Futures;
   * buries the dead: their tasks wait again (``roster.py``), or fail after too many attempts;
-  * kills whoever missed a deadline;
+  * kills whoever missed a deadline, or shows no sign of life (``heartbeat.py``);
   * replaces who is missing (``restarts.py`` says when);
   * gives idle workers what waits.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import select
 import threading
 import time
@@ -22,21 +21,24 @@ from functools import partial
 
 from workers import codec
 from workers.channel import Frame
-from workers.errors import ClosedError, InternalError, StagerError, WorkerStartError
+from workers.errors import ClosedError, InternalError, LeftRunningError, StagerError, WorkerStartError
 from workers.handle import WorkerHandle, WorkerState
+from workers.heartbeat import Vigil
 from workers.main import WorkerSettings
 from workers.options import PoolOptions
 from workers.process import WorkerProcess
-from workers.protocol import Done, Failed, Ready
+from workers.protocol import Done, Failed, Ready, Shutdown
 from workers.restarts import Restarts
 from workers.roster import Roster
 from workers.shutdown import stop_workers
+from workers.wakeup import Wakeup
 from workers.work import WorkItem
 
 logger = logging.getLogger("stager")
 
 _MAX_WAIT_SECS = 3600.0  # poll() takes no infinite number
 _THROTTLED_SECS = 0.05
+_LOST_SECS = 0.05  # less is the ordinary work of a turn
 
 
 class Supervisor:
@@ -54,8 +56,9 @@ class Supervisor:
         self._options = options
         self._inherit_fds = inherit_fds
         self._restarts = Restarts(options.max_restarts)
+        self._vigil = Vigil(options.heartbeat_timeout_secs, time.monotonic())
         self.roster = Roster(settings.nonce)
-        self._wakeup = _Wakeup()
+        self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name="stager-pool", daemon=True)
         try:
             for _ in range(count):
@@ -81,6 +84,18 @@ class Supervisor:
         self._fail(
             self.roster.clear(), lambda item: ClosedError(f"the WorkerPool was closed before {item.label} was done")
         )
+        self._wakeup.close()
+
+    def leave(self) -> None:
+        """Stop watching, and let the workers finish what they have: they end by themselves then. Idempotent."""
+        self.roster.stop()
+        self.wake()
+        self._thread.join()
+        for worker in self.roster.workers:
+            worker.send(Shutdown(self._settings.nonce), [])
+            worker.process.leave()
+        left = {item.task_id for worker in self.roster.workers for item in worker.items.values()}
+        self._fail(self.roster.clear(), lambda item: _left_error(item, item.task_id in left))
         self._wakeup.close()
 
     def abandon(self) -> None:
@@ -111,6 +126,7 @@ class Supervisor:
                 with self.roster.lock:
                     worker.flush()
         self._kill_overdue()
+        self._kill_lifeless()
         self._replace_missing()
         self.roster.feed()
 
@@ -123,16 +139,30 @@ class Supervisor:
             for worker in workers:
                 process = worker.process
                 until = min(until, worker.deadline())
+                if worker.deadline() < math.inf or worker.holds_task:
+                    until = min(until, max(self._vigil.next_look, time.monotonic()))
                 poll.register(process.sentinel, select.POLLIN)
                 if process.outbox.throttled:
                     until = min(until, time.monotonic() + _THROTTLED_SECS)
                 wants_room = worker.usable and bool(process.outbox) and not process.outbox.throttled
                 if worker.listening:
                     poll.register(process.sock, select.POLLIN | (select.POLLOUT if wants_room else 0))
-        wait_secs = min(_MAX_WAIT_SECS, max(0.0, until - time.monotonic()))
+        now = time.monotonic()
+        wait_secs = min(_MAX_WAIT_SECS, max(0.0, until - now))
+        self._vigil.begin_wait(now)
         ready = dict(poll.poll(math.ceil(wait_secs * 1000)))
+        self._forgive(wait_secs)
         self._wakeup.clear()
         return ready
+
+    def _forgive(self, wait_secs: float) -> None:
+        """The wait is over; whatever passed beyond it is not held against anybody."""
+        now = time.monotonic()
+        lost = self._vigil.end_wait(now, wait_secs)
+        if lost > _LOST_SECS:
+            with self.roster.lock:
+                for worker in self.roster.workers:
+                    worker.forgive(lost, now)
 
     def _handle_all(self, worker: WorkerHandle, frames: list[Frame]) -> None:
         for frame in frames:
@@ -159,7 +189,7 @@ class Supervisor:
         self._handle_all(worker, worker.receive_last_words())
         worker.process.join(0)
         was_starting = worker.state is WorkerState.STARTING
-        lost = self.roster.bury(worker, self._options.max_restarts)
+        lost = self.roster.bury(worker, self._options.max_restarts, self._options.max_timeouts)
         self._fail(lost, worker.death_error)
         now = time.monotonic()
         if was_starting:
@@ -174,6 +204,15 @@ class Supervisor:
             for worker in self.roster.workers:
                 if worker.is_overdue(now):
                     worker.kill_overdue()  # its sentinel brings us to _bury
+
+    def _kill_lifeless(self) -> None:
+        elapsed, limit_secs = self._vigil.look(time.monotonic()), self._vigil.limit_secs
+        if elapsed is None or limit_secs is None:
+            return
+        with self.roster.lock:
+            for worker in self.roster.workers:
+                if worker.holds_task:
+                    worker.kill_if_lifeless(elapsed, limit_secs)
 
     # -- replacements -------------------------------------------------------------------------------------------
 
@@ -226,35 +265,15 @@ def _fail_item(item: WorkItem, error_of: Callable[[WorkItem], StagerError]) -> N
     item.fail(error_of(item))
 
 
+def _left_error(item: WorkItem, has_worker: bool) -> ClosedError:
+    if not has_worker:
+        return ClosedError(f"the WorkerPool was left before a worker had {item.label}")
+    return LeftRunningError(
+        f"the WorkerPool was left; {item.label} is done by its worker, but nobody will see its result"
+    )
+
+
 def _internal_error(item: WorkItem, cause: BaseException) -> InternalError:
     error = InternalError(f"{item.label} was given up: the thread that watches the workers failed with {cause!r}")
     error.__cause__ = cause
     return error
-
-
-class _Wakeup:
-    """A pipe to end the supervisor's wait from another thread."""
-
-    def __init__(self) -> None:
-        self.fd, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._lock = threading.Lock()  # after close() the number may be somebody else's file: never write to it then
-
-    def set(self) -> None:
-        with self._lock:
-            if self._write >= 0:
-                with suppress(BlockingIOError):  # full: it will wake up as it is
-                    os.write(self._write, b"!")
-
-    def clear(self) -> None:
-        with suppress(BlockingIOError):
-            os.read(self.fd, 4096)
-
-    def close(self) -> None:
-        with self._lock:
-            self.close_in_forked_child()
-
-    def close_in_forked_child(self) -> None:
-        """Without the lock, which a thread that does not exist here may hold."""
-        fds = [fd for fd in (self.fd, self._write) if fd >= 0]
-        self.fd = self._write = -1
-        codec.close_fds(fds)

@@ -26,6 +26,7 @@ class WorkItem:
         task_id: unique in this process.
         handed_over: sent to a worker at once, whether or not it is idle.
         attempts: how many workers died while running it.
+        timeouts: how many of them were killed because it missed its deadline.
         started: ``time.monotonic()`` when it became the first task of a ready worker; ``None`` before.
     """
 
@@ -39,6 +40,7 @@ class WorkItem:
         "started",
         "task_id",
         "timeout_secs",
+        "timeouts",
     )
 
     def __init__(
@@ -52,6 +54,7 @@ class WorkItem:
         self.handed_over = handed_over
         self.future: Future[Any] = Future()
         self.attempts = 0
+        self.timeouts = 0
         self.started: float | None = None
 
     def claim(self) -> bool:
@@ -61,6 +64,11 @@ class WorkItem:
     def start_clock(self) -> None:
         if self.started is None:
             self.started = time.monotonic()
+
+    def forgive(self, secs: float, now: float) -> None:
+        """Nobody looked for so long: it does not count."""
+        if self.started is not None:
+            self.started = min(now, self.started + secs)
 
     def deadline(self) -> float | None:
         if self.started is None or self.timeout_secs is None:

@@ -11,11 +11,14 @@ import typer
 from typer.core import TyperGroup
 
 from stager._version import __version__
+from stager.cli.bench import bench
 from stager.cli.console import print_error
 from stager.cli.demo import demo
 from stager.cli.doctor import doctor
 from stager.cli.inspect import inspect
 from stager.cli.ls import ls
+from stager.cli.plan import plan
+from stager.cli.stress import stress
 from stager.cli.verify import verify
 
 EXIT_NO = 1
@@ -46,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, ls, inspect, verify, doctor):
+for command in (demo, ls, inspect, verify, doctor, plan, bench, stress):
     app.command()(command)
 
 

@@ -6,6 +6,8 @@ import math
 import os
 from pathlib import Path
 
+import psutil
+
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 says "no limit" with a number near 2**63
 
@@ -15,6 +17,13 @@ def usable_cores(cgroup: Cgroup | None = None) -> int:
     affinity = len(os.sched_getaffinity(0))
     quota = (cgroup or Cgroup.of_this_process()).cpu_quota_cores()
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken now without swapping: of the host, or of the cgroup where that is less."""
+    headroom = Cgroup.of_this_process().memory_headroom_bytes()
+    available = int(psutil.virtual_memory().available)
+    return available if headroom is None else min(available, headroom)
 
 
 class Cgroup:

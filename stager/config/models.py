@@ -44,7 +44,13 @@ class WorkersConfig(Section):
     ionice: Literal["none", "low", "idle"] = Field(default="low", description="I/O priority; none: as the trainer's.")
     start_timeout_secs: Seconds = Field(default=120.0, description="Seconds for a worker to become ready.")
     max_restarts: int = Field(default=8, ge=0, description="Workers replaced before a save fails with WorkerDiedError.")
+    max_timeouts: int = Field(
+        default=3, ge=1, description="Tries of a task that each miss task_timeout_secs before its save fails."
+    )
     task_timeout_secs: Seconds = Field(default=1800.0, description="Seconds for one task; then its worker is killed.")
+    heartbeat_timeout_secs: Seconds = Field(
+        default=30.0, description="Seconds within which a busy worker that is stopped or stuck is killed."
+    )
     orphan_timeout_secs: Seconds = Field(
         default=600.0, description="Seconds a worker outlives a dead trainer, at most."
     )
@@ -100,8 +106,29 @@ class ArenaConfig(Section):
 class StagingConfig(Section):
     """The copy from the state to the snapshot."""
 
+    location: Literal["auto", "trainer", "workers"] = Field(
+        default="auto", description="Who copies large CPU tensors; workers: after a move into shared memory."
+    )
+    share_min_bytes: Annotated[Bytes, Field(ge=64 << 10)] = Field(
+        default=1 << 20, description="Smaller storages are never moved into shared memory: each takes a descriptor."
+    )
     verify: bool = Field(default=False, description="Compare the snapshot with the source, byte for byte.")
-    copy_threads: Count = Field(default="auto", description="Threads that copy; auto: the cores the trainer may use.")
+    copy_threads: Count = Field(
+        default="auto", description="Threads that copy while save() waits; auto: the usable cores, at most 8."
+    )
+    background_threads: Count = Field(
+        default="auto", description="Threads that copy what is guarded, niced; auto: half of copy_threads, at most 4."
+    )
+
+    def resolve_copy_threads(self) -> int:
+        """Threads that copy while the trainer waits; more than 8 gain nothing: memory is the limit."""
+        return min(8, usable_cores()) if self.copy_threads == "auto" else self.copy_threads
+
+    def resolve_background_threads(self) -> int:
+        """Threads that copy while the trainer goes on."""
+        if self.background_threads == "auto":
+            return max(1, min(4, self.resolve_copy_threads() // 2))
+        return self.background_threads
 
 
 class PersistenceConfig(Section):

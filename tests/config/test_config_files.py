@@ -45,11 +45,11 @@ def settings_of(file: Path) -> list[Setting]:
 
 
 def model_of(file: Path) -> type[StagerConfig]:
-    if "demo" not in file_layer(str(file)).values:
-        return StagerConfig
     from stager.demo.config import DemoConfig
+    from stager.stress.config import StressConfig
 
-    return DemoConfig
+    models: dict[str, type[StagerConfig]] = {"demo": DemoConfig, "stress": StressConfig}
+    return next((models[section] for section in file_layer(str(file)).values if section in models), StagerConfig)
 
 
 def name_of(file: Path) -> str:

@@ -1,110 +1,165 @@
-"""SIGKILL of the trainer: what is visible afterwards is whole, what was staged is there, nobody lives on."""
+"""SIGKILL, of the trainer and of any one process: what is visible afterwards is whole, what was staged is there, nobody
+lives on, no memory is left, nobody hangs."""
 
 from __future__ import annotations
 
+import os
 import random
+import select
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from stager import Checkpointer
-from tests.crash.trainer import value_of
-from tests.leaks import worker_processes
-from workers.verify import verify_checkpoint
+from tests.crash.aftermath import (
+    committed_steps,
+    recover_as_the_next_run,
+    shmem_bytes,
+    wait_for_shared_memory,
+    wait_for_workers_to_end,
+)
+from tests.crash.nursery import Nursery, Trainer
 
-_NBYTES = 64 << 20
-_LAST_WORKER_SECS = 10
-
-
-def start(run_dir: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.crash.trainer", str(run_dir), str(_NBYTES)], stdout=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_workers_to_end() -> None:
-    deadline = time.monotonic() + _LAST_WORKER_SECS
-    remaining = [psutil.Process(pid) for pid in worker_processes() if psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs(remaining, timeout=max(0.0, deadline - time.monotonic()))
-    assert not alive, f"workers alive {_LAST_WORKER_SECS} s after their trainer was killed: {alive}"
+_SAVE_FOREVER = "tests.crash.trainers:save_forever"
+_NBYTES = 8 << 20
+_NUM_WORKERS = 2
+_DEADLINE_SECS = 60.0  # for what the pool does within seconds: restarts after at most 10, heartbeats after 4
 
 
-def check(run_dir: Path, reported: list[str]) -> int:
-    """Whatever a new process finds newest verifies and holds its own values; returns its step, -1 for none."""
-    with Checkpointer(run_dir) as ckpt:
-        latest = ckpt.latest()
-        if latest is None:
-            assert not any(line.startswith("staged") for line in reported)
-            return -1
-        assert not ckpt.skipped
-        result = verify_checkpoint(latest.path)
-        assert result.ok, result.problems
-        loaded = ckpt.load(latest.step)
-    assert loaded is not None
-    for name, tensor in loaded.state.items():
-        assert torch.equal(tensor, torch.full_like(tensor, value_of(latest.step, name)))
-    staged = [int(line.split()[1]) for line in reported if line.startswith("staged")]
-    assert latest.step >= max(staged, default=-1), "a staged checkpoint was lost"
-    return latest.step
+# -- right after staging --------------------------------------------------------------------------------------------
 
 
-def killed_at_random(run_dir: Path, rng: random.Random) -> int:
-    with start(run_dir) as trainer:
-        assert trainer.stdout is not None
-        assert trainer.stdout.readline() == "up\n"
-        try:
-            trainer.wait(timeout=rng.uniform(0.0, 1.5))  # a random moment, not an order of events
-        except subprocess.TimeoutExpired:
-            trainer.send_signal(signal.SIGKILL)
-        reported = trainer.stdout.read().splitlines()
-    assert trainer.returncode == -signal.SIGKILL
+def killed_right_after_staging(nursery: Nursery, run_dir: Path, num_kills: int) -> None:
+    """Each in a directory of its own, two at a time. The trainer is dead long before its worker is up: it is the worker that
+    has to be waited for."""
+    for step in range(num_kills):
+        wait_for_workers_to_end(allowed=1)
+        with nursery.start("tests.crash.trainers:save_and_die", str(run_dir / str(step)), step, _NBYTES) as trainer:
+            assert trainer.wait() == -signal.SIGKILL, trainer.stderr.read_text()
     wait_for_workers_to_end()
-    return check(run_dir, reported)
+    assert [committed_steps(run_dir / str(step)) for step in range(num_kills)] == [[step] for step in range(num_kills)]
 
 
-def test_trainer_killed_at_random_moments(run_dir: Path) -> None:
-    rng = random.Random(1)
-    steps = [killed_at_random(run_dir, rng) for _ in range(4)]
-    assert steps == sorted(steps)  # each run goes on from where the one before was
+def test_trainer_killed_right_after_staging_still_commits(run_dir: Path, nursery: Nursery) -> None:
+    killed_right_after_staging(nursery, run_dir, 2)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
-def test_trainer_killed_at_50_random_moments(run_dir: Path) -> None:
-    rng = random.Random(2)
-    steps = [killed_at_random(run_dir, rng) for _ in range(50)]
-    assert steps == sorted(steps)
-    print(f"50 kills, newest step after each: {steps}")
+@pytest.mark.timeout(1800)
+def test_trainer_killed_right_after_staging_200_times(run_dir: Path, nursery: Nursery) -> None:
+    before = shmem_bytes()
+    killed_right_after_staging(nursery, run_dir, 200)
+    after = wait_for_shared_memory(before + 8 * _NBYTES)
+    print(f"200 trainers killed, 200 checkpoints; shared memory {before >> 20} MiB before, {after >> 20} MiB after")
+    assert after <= before + 8 * _NBYTES
 
 
-def test_trainer_killed_right_after_staging_still_commits(run_dir: Path) -> None:
-    with start(run_dir) as trainer:
-        assert trainer.stdout is not None
-        reported = []
-        for line in trainer.stdout:
-            reported.append(line)
-            if line == "staged 1\n":
-                trainer.send_signal(signal.SIGKILL)
-                break
-        reported += trainer.stdout.readlines()
-    wait_for_workers_to_end()
-    assert check(run_dir, reported) >= 1
+# -- at random moments ----------------------------------------------------------------------------------------------
 
 
-def test_forgotten_close_loses_nothing(run_dir: Path) -> None:
-    script = (
-        "import sys, torch\n"
-        "from stager import Checkpointer\n"
-        "ckpt = Checkpointer(sys.argv[1])\n"
-        "ckpt.save(5, {'x': torch.arange(1000)})\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(run_dir)], check=True)
-    with Checkpointer(run_dir, read_only=True) as reader:
-        latest = reader.latest()
-        assert latest is not None and latest.step == 5
+class Run:
+    """One trainer that saves for ever, and what it said.
+
+    Attributes:
+        staged, committed: the newest step of which it said so; -1: none.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.staged = self.committed = -1
+        self._tail = b""
+
+    def workers(self) -> list[int]:
+        return [child.pid for child in psutil.Process(self.trainer.pid).children()]
+
+    def read(self, timeout: float) -> bool:
+        """What it says within a moment; whether it goes on."""
+        fd = self.trainer.stdout.fileno()
+        if not select.select([fd], [], [], timeout)[0]:
+            return True
+        data = os.read(fd, 1 << 16)
+        *lines, self._tail = (self._tail + data).split(b"\n")
+        for word, *rest in (line.decode().split(maxsplit=1) for line in lines):
+            assert word != "failed", rest
+            if word in ("staged", "committed"):
+                setattr(self, word, int(rest[0]))
+        return bool(data)
+
+    def wait_for_commit_after(self, step: int) -> float:
+        """Seconds that it took. The deadline is for a hang: it is far beyond what the pool needs."""
+        began = time.monotonic()
+        while self.committed <= step:
+            assert self.read(1.0), "the trainer has ended by itself"
+            assert time.monotonic() < began + _DEADLINE_SECS, f"nothing was committed for {_DEADLINE_SECS:g} s"
+        return time.monotonic() - began
+
+    def run_for(self, secs: float) -> None:
+        """A random moment, not an order of events."""
+        until = time.monotonic() + secs
+        while time.monotonic() < until:
+            self.read(max(0.0, until - time.monotonic()))
+
+
+@contextmanager
+def run_of(nursery: Nursery, run_dir: Path) -> Iterator[Run]:
+    with nursery.start(_SAVE_FOREVER, str(run_dir), _NUM_WORKERS, _NBYTES) as trainer:
+        run = Run(trainer)
+        try:
+            yield run
+        finally:
+            trainer.send(signal.SIGKILL)  # not reaped yet: it is still ours
+            code = trainer.wait()
+        while run.read(_DEADLINE_SECS):  # until nobody has its output any more
+            pass
+        assert code == -signal.SIGKILL, trainer.stderr.read_text()
+
+
+def kill_one_at_a_time(nursery: Nursery, run_dir: Path, rng: random.Random, num_kills: int) -> dict[str, object]:
+    """Any one process, again and again; a new run in the same directory whenever it was the trainer."""
+    kills: Counter[str] = Counter()
+    longest_secs = 0.0
+    while kills.total() < num_kills:
+        with run_of(nursery, run_dir) as run:
+            while True:
+                run.run_for(rng.uniform(0.0, 0.5))
+                victim = rng.choice([run.trainer.pid, *run.workers()])
+                if victim == run.trainer.pid or kills.total() + 1 >= num_kills:
+                    break
+                with suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+                kills["worker"] += 1
+                longest_secs = max(longest_secs, run.wait_for_commit_after(run.staged))
+        kills["trainer"] += 1
+        wait_for_workers_to_end()
+        check_and_prune(run_dir, run)
+    return {**kills, "longest_secs": round(longest_secs, 2)}
+
+
+def check_and_prune(run_dir: Path, run: Run) -> None:
+    steps = committed_steps(run_dir) if run_dir.exists() else []
+    assert max(steps, default=-1) >= run.staged, "a staged checkpoint was lost"
+    if run_dir.exists():
+        recover_as_the_next_run(run_dir)
+    for step in steps[:-1]:
+        shutil.rmtree(run_dir / f"step-{step:08d}")
+
+
+def test_trainer_killed_at_random_moments(run_dir: Path, nursery: Nursery) -> None:
+    """And its workers."""
+    kill_one_at_a_time(nursery, run_dir, random.Random(1), 5)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_any_one_process_killed_at_300_random_moments(run_dir: Path, nursery: Nursery) -> None:
+    before = shmem_bytes()
+    kills = kill_one_at_a_time(nursery, run_dir, random.Random(2), 300)
+    after = wait_for_shared_memory(before + 8 * _NBYTES)
+    print(f"{kills}; shared memory {before >> 20} MiB before, {after >> 20} MiB after")
+    assert after <= before + 8 * _NBYTES

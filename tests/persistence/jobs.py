@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from stager import plan as planning
+from stager.batches import batch
 from stager.copying import Copier
 from stager.flatten import flatten
-from stager.job import slab_nbytes, write_job
+from stager.job import JobWriter, slab_nbytes
 from stager.restore import Restorer
 from workers import persist
 from workers.commit import Committed
@@ -46,7 +47,7 @@ def make_job(
         plan = planning.Planner(file_format, num_files or num_parts, segment_bytes).plan(flat)
     blobs = [file_format.object_blob(flat.leaves[leaf]) for leaf in plan.objects]
     slab = Slab.create(slab_nbytes(plan, blobs))
-    Copier(1).copy(plan.copies, flat.leaves, slab, None)
+    Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
     facts = SaveFacts(
         directory=str(directory),
         step=step,
@@ -58,7 +59,7 @@ def make_job(
         stager="0",
         torch=torch.__version__,
     )
-    return write_job(facts, plan, blobs, slab, frozenset({slab.slab_id}))
+    return JobWriter().write(facts, plan, blobs, slab, frozenset({slab.slab_id}))
 
 
 def run(job: SaveJob) -> Committed:

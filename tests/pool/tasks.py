@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +38,51 @@ def dies_of(number: int) -> None:
 
 def hangs() -> None:
     signal.pause()
+
+
+def stops() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def exits_python() -> NoReturn:
+    sys.exit(4)
+
+
+def runs_out_of_memory() -> bytes:
+    """Because of a limit on the address space. It must be lifted again: the worker lives on."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (64 << 20), before[1]))
+    try:
+        return bytes(1 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+class FailsToLoad:
+    """Only in the process that did not make it."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["pid"] != os.getpid():
+            raise ValueError("made elsewhere")
+
+
+class FailsToLoadError(Exception):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _only_in, (os.getpid(),)
+
+
+def _only_in(pid: int) -> Exception:
+    if pid != os.getpid():
+        raise ValueError("made elsewhere")
+    return FailsToLoadError()
+
+
+def raises_what_fails_to_load() -> NoReturn:
+    raise FailsToLoadError
 
 
 def returns_unpicklable() -> Any:
@@ -76,6 +123,15 @@ def task_timeout(pool: WorkerPool, secs: float) -> Iterator[None]:
     pool._options = replace(before, task_timeout_secs=secs)
     yield
     pool._options = before
+
+
+def wait_for_looks(pool: WorkerPool, count: int) -> None:
+    """Until the supervisor has looked after its busy workers so often."""
+    vigil = pool._supervisor._vigil
+    for _ in range(count):
+        before = vigil.next_look
+        while vigil.next_look == before:
+            os.sched_yield()
 
 
 def wait_gone(pid: int) -> None:

@@ -169,8 +169,8 @@ def test_more_storages_than_one_ancillary_message_takes(pool: WorkerPool) -> Non
 
 def test_huge_messages_cross_each_other(pool: WorkerPool) -> None:
     """Neither side may wait for the other to read before it reads itself."""
-    payload = os.urandom(1 << 20) * 24
-    futures = [pool.submit(tasks.identity, payload) for _ in range(4)]
+    payload = os.urandom(1 << 20) * 50
+    futures = [pool.submit(tasks.identity, payload) for _ in range(2)]
     futures += [pool.hand_over(tasks.identity, payload) for _ in range(2)]
     assert all(future.result() == payload for future in futures)
 
@@ -300,12 +300,12 @@ def test_output_of_a_task_is_not_in_the_channel_nor_on_stdout(
     assert capfd.readouterr().out == ""
 
 
-def test_sigint_and_sigterm_do_not_end_a_worker(pool: WorkerPool, tmp_path: Path) -> None:
-    """A job manager sends them to every process of the job; what was staged must still be written."""
+def test_signals_that_job_managers_send_do_not_end_a_worker(pool: WorkerPool, tmp_path: Path) -> None:
+    """They are sent to every process of the job; what was staged must still be written."""
     with tasks.blocked_worker(pool, tmp_path) as future:
         pid = tasks.running_pid(pool)
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(pid, number)
     assert future.result() == pid
     assert pid in pool.pids
 

@@ -39,6 +39,54 @@ def test_worker_dies_at_any_point_and_the_task_is_done_by_another(faults: Faults
     assert faults.fired("worker.shutdown")
 
 
+WAYS = ("kill", "term", "segv", "exit", "raise")
+STARTING = ("worker.import", "worker.start", "worker.ready")
+AT_WORK = ("task.receive", "task.run", "task.reply")
+
+
+def die_at(pool: WorkerPool, faults: Faults, point: str, way: str) -> None:
+    """SIGTERM ends nobody; an exception in a task, or in making its reply, is an answer. Anything else costs the worker."""
+    (pid,) = pool.pids
+    faults.arm(point, way)
+    if point in STARTING:  # the one that is there must go first
+        os.kill(pid, signal.SIGKILL)
+    future = pool.submit(os.getpid)
+    if point in AT_WORK and way == "raise":
+        with pytest.raises(RuntimeError, match="raised by a test"):
+            future.result()
+        assert pool.pids == (pid,)
+    else:
+        survives = point in AT_WORK and way == "term"
+        assert (future.result() == pid) == survives
+    assert faults.fired(point)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", WAYS)
+def test_worker_dies_in_every_way_at_any_point(faults: Faults, way: str) -> None:
+    with WorkerPool(count=1) as pool:
+        pool.submit(int).result()
+        for point in STARTING + AT_WORK:
+            try:
+                die_at(pool, faults, point, way)
+            except BaseException as error:
+                raise AssertionError(f"{way} at {point}") from error
+        faults.arm("worker.shutdown", way)
+    assert faults.fired("worker.shutdown")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_worker_that_dies_idle_is_replaced_before_anybody_needs_it(number: signal.Signals) -> None:
+    with WorkerPool(count=1) as pool:
+        pid = pool.submit(os.getpid).result()
+        os.kill(pid, number)
+        tasks.wait_gone(pid)
+        while pid in pool.pids or not pool.pids:
+            os.sched_yield()
+        assert pool.submit(os.getpid).result() in pool.pids
+
+
 def test_worker_killed_while_it_receives(tmp_path: Path) -> None:
     """It is stopped, so that the message cannot be through when it is killed."""
     with WorkerPool(count=1) as pool:

@@ -95,6 +95,30 @@ def _set_by_torch(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in os.environ and "TORCH" in name}
 
 
+def test_noise_of_a_worker_is_on_standard_error_whoever_makes_it(empty: Path) -> None:
+    """On descriptors 1 and 2, from Python, from C and from a process that the task starts; more than a pipe holds. The
+    channel is a socket of its own."""
+    script = (
+        "import ctypes, os\n"
+        "from workers import WorkerPool\n"
+        "def noisy():\n"
+        "    libc = ctypes.CDLL(None)\n"
+        "    for fd in (1, 2):\n"
+        "        os.write(fd, b'N' * 100_000 + b'\\n')\n"
+        "        libc.dprintf(fd, b'N%0100000d\\n', 0)\n"
+        "    libc.puts(b'N from C, buffered')\n"
+        "    libc.fflush(None)\n"
+        "    os.system('echo N from a child')\n"
+        "    return 5\n"
+        "with WorkerPool(count=1) as pool:\n"
+        "    print([pool.submit(noisy).result() for _ in range(3)])\n"
+    )
+    done = run(["-"], empty, script)
+    assert (done.returncode, done.stdout) == (0, "[5, 5, 5]\n")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 * 6 and all(line.startswith("N") for line in lines)
+
+
 _ALL_OF = (
     "import importlib, pkgutil, {package}\n"
     "for info in pkgutil.walk_packages({package}.__path__, '{package}.'):\n"

@@ -96,6 +96,22 @@ def test_no_worker_outlives_the_orphan_timeout(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "began\n"
 
 
+def test_worker_that_is_stopped_when_the_trainer_is_killed_goes_on(tmp_path: Path) -> None:
+    """Or it would stay for ever, its watch over the orphan timeout stopped as well."""
+    returncode, pids = run_trainer(
+        "pool = WorkerPool(count=1, options=PoolOptions(orphan_timeout_secs=1000))\n"
+        "pid = pool.submit(os.getpid).result()\n"
+        "print(pid, flush=True)\n"
+        "os.kill(pid, signal.SIGSTOP)\n"
+        "pool.hand_over(tasks.append_line, log, 'done')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n",
+        tmp_path,
+    )
+    assert returncode == -signal.SIGKILL
+    tasks.wait_gone(*pids)
+    assert (tmp_path / "log").read_text() == "done\n"
+
+
 def test_forked_child_cannot_use_the_pool_and_holds_nothing_of_it(tmp_path: Path) -> None:
     returncode, _ = run_trainer(
         "from workers import ClosedError\n"

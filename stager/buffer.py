@@ -1,0 +1,109 @@
+"""A buffer of the arena: a slab, what it is used for, and the lease on it.
+
+            .-> PREPARING -.
+    FREE <--'              '-> (again)
+     | ^ '---------------> RETIRED             its memory is given back to the system
+     v |
+    LEASED --snapshot whole--> STAGED --handed over--> PERSISTING --committed or failed--> FREE
+
+Invariant: who moves a buffer out of FREE owns it until it is FREE again; only the arena does, with its lock held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+from workers.errors import InternalError
+from workers.offload.pinning import pin_in_chunks
+from workers.slab import Slab
+
+
+class SlabState(Enum):
+    FREE = "free"
+    PREPARING = "preparing"
+    LEASED = "leased"
+    STAGED = "staged"
+    PERSISTING = "persisting"
+    RETIRED = "retired"
+
+
+_TRANSITIONS = {
+    SlabState.FREE: {SlabState.LEASED, SlabState.PREPARING, SlabState.RETIRED},
+    SlabState.PREPARING: {SlabState.FREE},
+    SlabState.LEASED: {SlabState.STAGED, SlabState.FREE},
+    SlabState.STAGED: {SlabState.PERSISTING, SlabState.FREE},
+    SlabState.PERSISTING: {SlabState.FREE},
+    SlabState.RETIRED: set(),
+}
+_SLACK_BYTES = 1 << 20
+
+
+class Buffer:
+    """Attributes:
+    slab: its memory.
+    state: see the diagram.
+    pinned_nbytes: so much of it is registered with CUDA, until its storage is collected; None: never tried.
+    """
+
+    def __init__(self, slab: Slab) -> None:
+        self.slab = slab
+        self.state = SlabState.FREE
+        self.pinned_nbytes: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.slab.nbytes
+
+    def move(self, to: SlabState) -> None:
+        if to not in _TRANSITIONS[self.state]:
+            raise InternalError(f"slab {self.slab.slab_id} cannot go from {self.state.value} to {to.value}")
+        self.state = to
+
+    def fits(self, nbytes: int) -> bool:
+        """Neither too small for a snapshot of ``nbytes`` bytes nor far too large."""
+        return nbytes <= self.nbytes <= nbytes + nbytes // 2 + _SLACK_BYTES
+
+    def pin(self) -> None:
+        """Register it with CUDA, once. Only its owner may: this can take as long as allocating the memory."""
+        if self.pinned_nbytes is None:
+            self.pinned_nbytes = 0  # should the warning about a failure be an error, do not try again
+            self.pinned_nbytes = pin_in_chunks(self.slab.storage, self.slab.address, self.nbytes)
+            self.slab.warm_nbytes = max(self.slab.warm_nbytes, self.pinned_nbytes)  # which took their pages
+
+
+class Lease:
+    """The right to a buffer until :meth:`release`, which is idempotent.
+
+    Attributes:
+        nbytes: what was asked for; the slab may be larger.
+    """
+
+    def __init__(self, buffer: Buffer, nbytes: int, give_back: Callable[[Buffer], None]) -> None:
+        self.nbytes = nbytes
+        self._buffer: Buffer | None = buffer
+        self._give_back = give_back
+
+    @property
+    def slab(self) -> Slab:
+        if self._buffer is None:
+            raise InternalError("a lease was used after its release")
+        return self._buffer.slab
+
+    @property
+    def warm(self) -> bool:
+        """Whether the first ``nbytes`` bytes have their pages; otherwise those from ``slab.warm_nbytes`` on do not."""
+        return self.slab.warm_nbytes >= self.nbytes
+
+    def move(self, to: SlabState) -> None:
+        if self._buffer is None:
+            return
+        self._buffer.move(to)
+        if to is SlabState.STAGED:  # written from end to end
+            slab = self._buffer.slab
+            slab.warm_nbytes = max(slab.warm_nbytes, self.nbytes)
+
+    def release(self) -> None:
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._give_back(buffer)

@@ -1,0 +1,201 @@
+"""``stager plan``: what a state needs of its hosts, before the job is started. The work is in :mod:`stager.planning`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stager.cli.console import print_json, printable, stdout
+from stager.cli.options import ConfigOption, JsonOption, SetOption
+from stager.cli.selection import select_checkpoints
+
+if TYPE_CHECKING:
+    from stager.planning import Host, Need, Source
+
+
+class OptimizerName(str, Enum):
+    """As :class:`stager.planning.optimizers.OptimizerKind`, whose module imports torch."""
+
+    ADAMW = "adamw"
+    ADAM = "adam"
+    SGD = "sgd"
+    NONE = "none"
+
+
+def plan(
+    path: Annotated[
+        str | None, typer.Argument(metavar="[PATH]", help="A checkpoint, or the run's directory: plan for its state.")
+    ] = None,
+    *,
+    module: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PKG.MOD:CALLABLE",
+            help="Call it for a state, an nn.Module, or (module, optimizer). Runs that code.",
+        ),
+    ] = None,
+    meta: Annotated[bool, typer.Option("--meta", help="Call it on the meta device: no memory for tensors.")] = False,
+    params: Annotated[
+        str | None, typer.Option(metavar="N", help="Plan for so many parameters: 124000000, 124M, 70B.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of --params: float32, bf16, ...")] = "float32",
+    tensors: Annotated[int, typer.Option(min=1, help="Into how many tensors --params are divided.")] = 300,
+    optimizer: Annotated[
+        OptimizerName | None, typer.Option(help="Whose state to assume, for a module alone and --params.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Trainers of the job; as on this host otherwise.")] = None,
+    local_world_size: Annotated[
+        int | None, typer.Option(min=1, help="Trainers on one host; LOCAL_WORLD_SIZE, else 1.")
+    ] = None,
+    shards: Annotated[int, typer.Option(min=1, help="Ranks that each tensor is sharded over, as by FSDP.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory available on a host, e.g. 512GiB; this host's otherwise.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option(min=1, help="Cores of a host; those usable here otherwise.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Which checkpoint of the run; the newest otherwise.")] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print what saving a state takes: buffers, host memory, workers, disk. Exit 1 if it does not fit as configured."""
+    from stager.config import load_config
+    from stager.planning import Job, work_out
+    from workers.errors import UsageError
+
+    if sum(given is not None for given in (path, module, params)) != 1:
+        raise UsageError("name one of: a checkpoint or run directory, --module, --params")
+    if meta and module is None:
+        raise UsageError("--meta goes with --module")
+    if path is not None and optimizer is not None:
+        raise UsageError("--optimizer goes with --module and --params; a checkpoint holds what it holds")
+    if step is not None and path is None:
+        raise UsageError("--step goes with a run's directory")
+    settings = load_config(config, overrides or ())
+    job = _job(Job, ranks, local_world_size, shards)
+    host = _host(memory, cores)
+    source = _source(path, step, module, meta, params, dtype, tensors, optimizer)
+    need = work_out(source.state, settings, job, host)
+    if as_json:
+        print_json({"source": source.name, "assumed": source.assumed, "fits": need.fits, **asdict(need)})
+    else:
+        _print(source, need, this_host=memory is None)
+    if not need.fits:
+        raise typer.Exit(1)
+
+
+def _job(make: Any, ranks: int | None, local_world_size: int | None, shards: int) -> Any:
+    from stager.doctor.probes import local_world_size as of_environment
+    from workers.errors import UsageError
+
+    local = local_world_size or min(of_environment(os.environ), ranks or 1 << 30)
+    total = ranks or max(local, shards)
+    if local > total:
+        raise UsageError(f"--local-world-size {local} is more than --ranks {total}")
+    if total % shards:
+        raise UsageError(f"--ranks {total} is not a multiple of --shards {shards}")
+    return make(num_ranks=total, local_world_size=local, num_shards=shards)
+
+
+def _host(memory: str | None, cores: int | None) -> Host:
+    import resource
+
+    from stager.config.host import available_memory_bytes, usable_cores
+    from stager.config.sizes import parse_bytes
+    from stager.doctor.probes import soft_and_hard_limit
+    from stager.planning import Host
+    from workers.errors import UsageError
+
+    try:
+        available = available_memory_bytes() if memory is None else parse_bytes(memory)
+    except ValueError as error:
+        raise UsageError(f"--memory {memory}: {error}") from error
+    return Host(available, cores or usable_cores(), soft_and_hard_limit(resource.RLIMIT_NOFILE)[0])
+
+
+def _source(
+    path: str | None,
+    step: int | None,
+    module: str | None,
+    meta: bool,
+    params: str | None,
+    dtype: str,
+    tensors: int,
+    optimizer: OptimizerName | None,
+) -> Source:
+    from stager.planning import from_callable, from_checkpoint, from_numbers
+    from stager.planning.optimizers import OptimizerKind
+
+    kind = None if optimizer is None else OptimizerKind(optimizer.value)
+    if module is not None:
+        return from_callable(module, meta, kind)
+    if params is not None:
+        return from_numbers(_count(params), dtype, kind or OptimizerKind.NONE, tensors)
+    assert path is not None
+    (checkpoint,) = select_checkpoints(path, step)
+    return from_checkpoint(checkpoint)
+
+
+def _count(text: str) -> int:
+    """``124M`` and ``70B`` are what people say."""
+    from workers.errors import UsageError
+
+    factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
+    digits = text if factor == 1 else text[:-1]
+    try:
+        count = round(float(digits) * factor)
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise UsageError(f"--params {text}: a number of parameters such as 124000000, 124M or 70B")
+    return count
+
+
+def _print(source: Source, need: Need, this_host: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = stdout()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value, note in _rows(source, need, this_host):
+        table.add_row(name, Text(printable(value)), Text(printable(note), style="dim"))
+    console.print(table)
+    for assumed in source.assumed:
+        console.print(f"assumed: {printable(assumed)}", markup=False, soft_wrap=True)
+    verdict = "it fits" if need.fits else f"it does not fit as configured: {need.verdict.value}"
+    console.print(verdict, style="green" if need.fits else "bold red")
+    for advice in need.advice:
+        console.print(f"-> {printable(advice)}", markup=False, soft_wrap=True)
+
+
+def _rows(source: Source, need: Need, this_host: bool) -> list[tuple[str, str, str]]:
+    from stager.config.sizes import format_bytes
+
+    job, rank = need.job, need.rank
+    available = f"{format_bytes(need.host.available_bytes)} are available {'here' if this_host else 'there'}"
+    ranks = f"{job.num_ranks} rank{'s' * (job.num_ranks > 1)}, {job.local_world_size} on a host"
+    rows = [
+        ("state", source.name, ""),
+        ("tensors", f"{need.state.num_tensors}", f"and {need.state.num_objects} pickled objects"),
+        (
+            "disk per checkpoint",
+            format_bytes(need.state.disk_nbytes),
+            "of the whole job; copies of a rank's count once",
+        ),
+        ("job", ranks, f"each tensor sharded over {job.num_shards}" if job.num_shards > 1 else "nothing is sharded"),
+        ("buffer", format_bytes(rank.slab_nbytes), f"one snapshot of one rank, {rank.slab_nbytes} bytes"),
+        ("buffers", f"{need.num_buffers} (arena.buffers)", f"{format_bytes(need.wanted_arena_nbytes)} for each rank"),
+        ("workers", f"{need.num_workers} for each rank", f"at most {format_bytes(need.worker_nbytes)} together"),
+        ("memory of a rank", format_bytes(need.staging.arena_nbytes + need.worker_nbytes), "buffers and workers"),
+        (
+            "memory of a host",
+            format_bytes(need.host_nbytes),
+            available,
+        ),
+        ("budget of a rank", format_bytes(need.budget_nbytes), "for buffers: arena.max_host_bytes"),
+        ("descriptors", f"about {need.num_descriptors} for each rank", "however many tensors there are"),
+    ]
+    return rows

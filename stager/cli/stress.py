@@ -1,0 +1,33 @@
+"""``stager stress``: faults in training loops, and a check of what is left. The work is in :mod:`stager.stress`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stager.cli.console import stdout
+from stager.cli.options import ConfigOption, JsonOption, SetOption
+
+
+def stress(
+    config: ConfigOption = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="How long new episodes are begun.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws everything; the same seed draws the same.")] = 0,
+    episode: Annotated[
+        list[int] | None, typer.Option(min=0, help="Play this episode of the seed, and no other; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where evidence and results go.")] = Path("runs/stress"),
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Kill, stop, fill, damage: and show that nothing hangs, nothing leaks, and what is staged is safe."""
+    from stager.config import load_config
+    from stager.stress import StressConfig, StressOptions, run_stress
+
+    settings = load_config(config, overrides or (), model=StressConfig)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end what was started, print what was seen
+    options = StressOptions(seed, minutes, out.absolute(), tuple(episode or ()))
+    raise typer.Exit(run_stress(settings, options, stdout(), as_json))

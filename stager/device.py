@@ -1,0 +1,142 @@
+"""Copies from CUDA devices into a slab: on a side stream, behind what the trainer's stream holds now.
+
+Not run on a GPU yet.
+
+Large tensors go straight into the pinned slab. Small ones are first gathered on the device, by torch's multi-tensor kernels,
+into a buffer laid out like the slab's range they belong to, which then crosses the bus in one transfer: thousands of
+transfers of a few KB each would cost several microseconds of launch apiece. There is one synchronisation, at the end.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+
+from stager.placement import SMALL_BYTES, Copy
+from workers.slab import Slab
+
+_PACK_BYTES = 32 << 20  # device memory that gathering takes at most at a time, per device
+_MAX_GAP_BYTES = 64
+
+
+class Ready:
+    """A side stream on each device involved, behind what the trainer's streams hold now.
+
+    Made in the trainer's thread, used by whichever thread copies.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._streams: list[torch.cuda.Stream] = []
+        for device in devices:
+            stream = _side_stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self._streams.append(stream)
+
+    def stream(self) -> AbstractContextManager[object]:
+        stack = ExitStack()
+        for stream in self._streams:
+            stack.enter_context(torch.cuda.stream(stream))  # also makes the stream's device the current one
+        return stack
+
+    def synchronize(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One per device and process: making a stream for every save would use up the pool that torch deals them from."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+    return _streams[device]
+
+
+def mark_ready(devices: Sequence[torch.device]) -> Ready | None:
+    """None when no tensor lives on a CUDA device."""
+    cuda = [device for device in devices if device.type == "cuda"]
+    return Ready(cuda) if cuda else None
+
+
+def enqueue(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, ready: Ready) -> None:
+    """Start copying; ``ready.synchronize()`` waits for the end.
+
+    Args:
+        copies: from devices.
+        leaves: the tensors that ``Copy.leaf`` numbers.
+    """
+    with torch.no_grad(), ready.stream():
+        for group in _groups(copies, leaves):
+            if len(group) == 1:
+                copy_by_torch(group[0], leaves, slab)
+            else:
+                _gather(group, leaves, slab)
+
+
+def copy_by_torch(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> None:
+    """One stretch of device memory, or one packed tensor, by ``Tensor.copy_``."""
+    source = leaves[copy.leaf].detach()
+    if copy.address >= 0:
+        source = bytes_of(source, copy)
+    target = torch.empty(0, dtype=source.dtype).set_(  # type: ignore[call-overload]  # torch's stubs lack this form
+        slab.storage, copy.slab_offset // source.itemsize, source.shape
+    )
+    target.copy_(source, non_blocking=source.device.type != "cpu")
+
+
+def bytes_of(source: torch.Tensor, copy: Copy) -> torch.Tensor:
+    """The stretch of memory as uint8, on its device."""
+    storage = source.untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8, device=source.device)
+    return flat.set_(storage, copy.address - storage.data_ptr(), (copy.nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
+
+
+def _groups(copies: Sequence[Copy], leaves: Sequence[torch.Tensor]) -> Iterator[list[Copy]]:
+    """Small neighbours of one device together; every other copy alone."""
+    group: list[Copy] = []
+    for copy in copies:
+        if group and not _continues(group, copy, leaves):
+            yield group
+            group = []
+        group.append(copy)
+        if copy.nbytes > SMALL_BYTES or copy.address < 0:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _continues(group: list[Copy], copy: Copy, leaves: Sequence[torch.Tensor]) -> bool:
+    first, last = group[0], group[-1]
+    return (
+        copy.address >= 0
+        and copy.nbytes <= SMALL_BYTES
+        and 0 <= copy.slab_offset - (last.slab_offset + last.nbytes) < _MAX_GAP_BYTES
+        and copy.slab_offset + copy.nbytes - first.slab_offset <= _PACK_BYTES
+        and leaves[copy.leaf].device == leaves[first.leaf].device
+    )
+
+
+def _gather(group: list[Copy], leaves: Sequence[torch.Tensor], slab: Slab) -> None:
+    start = group[0].slab_offset
+    nbytes = group[-1].slab_offset + group[-1].nbytes - start
+    buffer = torch.empty(nbytes, dtype=torch.uint8, device=leaves[group[0].leaf].device)
+    # The multi-tensor kernel wants pairs of one dtype; bytes are right for all, but wider elements are faster.
+    pairs: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+    for copy in group:
+        source = bytes_of(leaves[copy.leaf].detach(), copy)
+        offset = copy.slab_offset - start
+        target = buffer[offset : offset + copy.nbytes]
+        if (copy.address | copy.nbytes | target.data_ptr()) % 8 == 0:
+            source, target = source.view(torch.int64), target.view(torch.int64)
+        targets, sources = pairs[source.dtype]
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in pairs.values():
+        torch._foreach_copy_(targets, sources)
+    in_slab = torch.empty(0, dtype=torch.uint8).set_(slab.storage, start, (nbytes,))  # type: ignore[call-overload]  # as above
+    in_slab.copy_(buffer, non_blocking=True)

@@ -1,0 +1,68 @@
+"""What a verdict means, and which settings to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from stager.config import StagerConfig
+from stager.config.sizes import format_bytes
+from stager.doctor.resources import FDS_OF_A_TRAINER
+from stager.planning.verdict import Verdict
+
+if TYPE_CHECKING:
+    from stager.planning.need import Need
+
+
+def advise(need: Need, config: StagerConfig) -> tuple[str, ...]:
+    """Sentences, the most important one first; none when everything fits."""
+    return (*_on_memory(need, config), *_on_descriptors(need))
+
+
+def _on_memory(need: Need, config: StagerConfig) -> Iterator[str]:
+    verdict, whole = need.verdict, need.wanted_arena_nbytes
+    if verdict is Verdict.FITS:
+        return
+    if verdict is Verdict.NO_MEMORY:
+        yield (
+            f"arena.max_host_bytes ({config.arena.max_host_bytes}) allows more than the host has: its "
+            f"{need.job.local_world_size} ranks take {format_bytes(need.host_nbytes)}, and "
+            f"{format_bytes(need.host.available_bytes)} are available. Lower it, and see what `stager plan` says then"
+        )
+    elif verdict is Verdict.FEWER:
+        yield (
+            f"{need.staging.num_in_flight} of {need.num_buffers} snapshots can be in flight: a save that finds no buffer "
+            f"follows arena.when_full ({config.arena.when_full}) until one before it is committed"
+        )
+    elif verdict is Verdict.PIECES:
+        yield (
+            f"no snapshot fits as a whole: save() copies and writes {need.staging.num_pieces} pieces, through buffers of "
+            f"{format_bytes(need.staging.buffer_nbytes)}, and returns when the last one is copied. It blocks for most of "
+            "the time that writing takes, and guard() does not shorten that"
+        )
+        yield f"for one whole snapshot, set arena.max_host_bytes to {_size(need.rank.slab_nbytes)} or more"
+    else:
+        yield "save() will raise MemoryBudgetError: not even a piece of a snapshot fits"
+    yield _more_memory(need, whole)
+
+
+def _more_memory(need: Need, arena_nbytes: int) -> str:
+    """How all buffers get their memory."""
+    on_host = need.job.local_world_size * (arena_nbytes + need.worker_nbytes)
+    setting = f"for {need.num_buffers} whole snapshots, set arena.max_host_bytes to {_size(arena_nbytes)} or more"
+    if on_host <= need.host.available_bytes:
+        return f"{setting}: the host has it"
+    return (
+        f"{setting}, on a host with {format_bytes(on_host)} available ({format_bytes(need.host.available_bytes)} are here); "
+        "or save less, or shard the state over more hosts"
+    )
+
+
+def _on_descriptors(need: Need) -> Iterator[str]:
+    limit = need.host.max_open_files
+    if limit is not None and limit < need.num_descriptors + FDS_OF_A_TRAINER:
+        yield f"{limit} open files are allowed, and little would be left for the trainer: ulimit -n {limit + 1024}"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes} ({format_bytes(nbytes)})"

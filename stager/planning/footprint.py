@@ -1,0 +1,108 @@
+"""A state through stager's own planner: what one save of it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stager._version import __version__
+from stager.config import StagerConfig
+from stager.flatten import Flat, flatten
+from stager.job import object_items, slab_nbytes
+from stager.pieces import Pieces, cut, segment_bytes_for
+from stager.plan import Planner, SnapshotPlan
+from stager.planning.source import PickledObject
+from stager.planning.stand_in import with_stand_ins
+from workers.errors import UnstageableError
+from workers.formats import get_format
+from workers.layout import Layout, num_segments
+from workers.manifest import Header, IndexFile, Manifest
+
+_HASH = "0" * 32
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Attributes:
+    num_tensors, num_objects: tied tensors count once.
+    tensor_nbytes: of the tensors' values in the slab.
+    object_nbytes: of the pickled objects.
+    slab_nbytes: what a snapshot takes.
+    disk_nbytes: what a checkpoint takes, manifest included.
+    """
+
+    num_tensors: int
+    num_objects: int
+    tensor_nbytes: int
+    object_nbytes: int
+    slab_nbytes: int
+    disk_nbytes: int
+
+
+class Measured:
+    """A state as one rank has it, laid out.
+
+    Args:
+        state: as for ``save()``; tensors may be on the meta device.
+        num_workers: of the rank.
+        num_shards: over how many ranks each tensor is spread.
+
+    Raises:
+        UnstageableError: a value cannot be saved; names its key path.
+    """
+
+    def __init__(self, state: Mapping[str, Any], config: StagerConfig, num_workers: int, num_shards: int = 1) -> None:
+        self._format = get_format(config.persistence.format)
+        self._kind = config.persistence.format
+        self._num_workers = num_workers
+        self._segment_bytes = config.persistence.segment_bytes
+        self._flat = with_stand_ins(flatten(state), num_shards)
+        plan = Planner(self._format, num_workers, self._segment_bytes).plan(self._flat)
+        self._blobs = [self._blob(self._flat, leaf) for leaf in plan.objects]
+        self.footprint = Footprint(
+            num_tensors=plan.num_tensors,
+            num_objects=len(plan.objects),
+            tensor_nbytes=plan.nbytes,
+            object_nbytes=sum(map(len, self._blobs)),
+            slab_nbytes=slab_nbytes(plan, self._blobs),
+            disk_nbytes=self._on_disk(plan),
+        )
+
+    def in_pieces(self, budget_nbytes: int) -> Pieces:
+        """Staged piece by piece through slabs of at most ``budget_nbytes`` bytes.
+
+        Raises:
+            MemoryBudgetError: not even one piece fits.
+        """
+        segment_bytes = segment_bytes_for(budget_nbytes, self._segment_bytes)
+        plan = Planner(self._format, self._num_workers, segment_bytes, in_order=True).plan(self._flat)
+        return cut(plan, self._blobs, budget_nbytes)
+
+    def _blob(self, flat: Flat, leaf: int) -> bytes:
+        value = flat.leaves[leaf]
+        if isinstance(value, PickledObject):
+            return bytes(value.nbytes)
+        try:
+            return self._format.object_blob(value)
+        except Exception as error:
+            raise UnstageableError(flat.name(leaf), f"{type(value).__name__} cannot be pickled: {error}") from error
+
+    def _on_disk(self, plan: SnapshotPlan) -> int:
+        layout = plan.layout.with_objects(object_items(plan, self._blobs, 0))
+        index = self._format.index_files(layout, _HASH[:16], "")
+        manifest = self._manifest(layout, index).to_bytes()
+        return sum(file.nbytes for file in layout.files) + sum(map(len, index.values())) + len(manifest)
+
+    def _manifest(self, layout: Layout, index: Mapping[str, bytes]) -> Manifest:
+        """As it would be, but for the hashes and the time."""
+        return Manifest(
+            header=Header(self._kind, 10**8, _HASH[:16], 1e9 + 0.123456, torch.__version__, __version__),
+            layout=layout,
+            hashes=tuple(
+                (_HASH,) * num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans()
+            ),
+            index_files=tuple(IndexFile(name, len(data), _HASH) for name, data in index.items()),
+        )

@@ -1,0 +1,191 @@
+"""Where the state that is planned for comes from."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from stager.planning.optimizers import OptimizerKind, new_state, state_after_first_step
+from workers.dtypes import dtype_of
+from workers.errors import CorruptCheckpointError, UsageError
+from workers.layout import Item
+from workers.manifest import read_manifest
+from workers.structure import build, fqn
+
+_DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Attributes:
+    name: for people.
+    state: as it would be given to ``save()``; tensors may be on the meta device.
+    assumed: what is not known and was taken for granted.
+    """
+
+    name: str
+    state: Mapping[str, Any]
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PickledObject:
+    """In place of an object of which only the size is known."""
+
+    nbytes: int
+
+
+def from_checkpoint(path: str) -> Source:
+    """The state of a committed checkpoint, by its manifest; no data is read.
+
+    Raises:
+        CheckpointNotFoundError, CorruptCheckpointError
+    """
+    layout = read_manifest(path).layout
+    values = [_value(path, item) for item in layout.items]
+    try:
+        return Source(path, build(layout.structure, values.__getitem__))
+    except UsageError:  # tensors in chunks, by several ranks
+        state = {f"{index} {fqn(at)}": values[index] for at, index in read_manifest(path).paths()}
+        return Source(path, state, ("one rank saves what all ranks together have written there",))
+
+
+def _value(path: str, item: Item) -> torch.Tensor | PickledObject:
+    if item.kind != "tensor":
+        return PickledObject(item.data_nbytes)
+    try:
+        return torch.empty_strided(item.shape, item.stride, dtype=dtype_of(item.dtype), device="meta")
+    except (ValueError, RuntimeError) as error:
+        raise CorruptCheckpointError(path, f"a tensor of impossible kind: {error}") from error
+
+
+def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tensors: int) -> Source:
+    """So many parameters, in equal tensors.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    try:
+        kind = dtype_of(_DTYPE_NAMES.get(dtype, dtype))
+    except ValueError as error:
+        raise UsageError(f"--dtype {dtype}: {error}") from error
+    num_tensors = min(num_tensors, num_params)
+    each, more = divmod(num_params, num_tensors)
+    sizes = [each + (number < more) for number in range(num_tensors)]
+    floats = kind.is_floating_point or kind.is_complex
+    params = [torch.empty(size, dtype=kind, device="meta", requires_grad=floats) for size in sizes]
+    state: dict[str, Any] = {"model": {f"parameter_{i}": param for i, param in enumerate(params)}}
+    assumed = [f"the parameters are {num_tensors} tensors of equal size"]
+    if optimizer is not OptimizerKind.NONE:
+        state["optimizer"], note = new_state(optimizer, params)
+        assumed.append(note)
+    return Source(f"{num_params:,} parameters of {str(kind).removeprefix('torch.')}", state, tuple(assumed))
+
+
+def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> Source:
+    """What ``package.module:callable`` returns: a state, a module, or a module and its optimizer.
+
+    What it prints goes to stderr.
+
+    Args:
+        on_meta: call it with ``torch.device("meta")`` as the default device.
+        optimizer: assumed for a module that comes alone.
+
+    Raises:
+        UsageError: there is no such thing, it raises, or it returns something else.
+    """
+    made = _call(name, _find(name), on_meta)
+    if isinstance(made, Module):
+        state: dict[str, Any] = {"model": made}
+    elif isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Module) and isinstance(made[1], Optimizer):
+        state = {"model": made[0], "optimizer": made[1]}
+    elif isinstance(made, Mapping):
+        state = dict(made)
+    else:
+        raise UsageError(
+            f"--module {name} returned a {type(made).__name__}; it must return a state (a mapping, as for save()), "
+            "an nn.Module, or a tuple of an nn.Module and its optimizer"
+        )
+    assumed = _complete(name, state, optimizer)
+    if on_meta:
+        assumed.append("built on the meta device: nothing in the state depends on values")
+    return Source(name, state, tuple(assumed))
+
+
+def _complete(name: str, state: dict[str, Any], optimizer: OptimizerKind | None) -> list[str]:
+    """Put in what the optimizers will have; returns what is assumed."""
+    optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
+    modules = [value for value in state.values() if isinstance(value, Module)]
+    if optimizer not in (None, OptimizerKind.NONE) and (optimizers or not modules):
+        there = "an optimizer already" if optimizers else "no nn.Module whose parameters it would have"
+        raise UsageError(f"--optimizer {optimizer.value}: {name} returned {there}")
+    assumed = []
+    for key, value in optimizers.items():
+        kind = type(value).__name__
+        if value.state:
+            continue
+        after = state_after_first_step(value)
+        if after is None:
+            assumed.append(f"{key} ({kind}) has no state before its first step, and is counted without it: take a step")
+        else:
+            state[key] = after
+            assumed.append(f"{key} ({kind}) is counted with the state that it will have after its first step")
+    if optimizers or not modules:
+        return assumed
+    if optimizer is None:
+        return ["no optimizer is counted: see --optimizer"]
+    if optimizer is not OptimizerKind.NONE:
+        key = "optimizer" if "optimizer" not in state else "stager plan: optimizer"
+        state[key], note = new_state(optimizer, (p for module in modules for p in module.parameters()))
+        assumed.append(note)
+    return assumed
+
+
+def _find(name: str) -> Callable[[], Any]:
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        raise UsageError(f"--module {name}: must look like package.module:callable")
+    directory = os.getcwd()
+    if directory not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, directory)
+    found: Any = _guarded(f"--module {name}: cannot import {module_name}", lambda: importlib.import_module(module_name))
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise UsageError(f"--module {name}: {module_name} has no {attribute}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"--module {name}: {attribute} is a {type(found).__name__}, not callable")
+    return found  # type: ignore[no-any-return]  # just checked
+
+
+def _call(name: str, function: Callable[[], Any], on_meta: bool) -> Any:
+    def call() -> Any:
+        if not on_meta:
+            return function()
+        with torch.device("meta"):
+            return function()
+
+    return _guarded(f"--module {name}: it raised", call)
+
+
+def _guarded(what: str, call: Callable[[], Any]) -> Any:
+    """Run code of the user's, whose output must not get into ours."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return call()
+    except (Exception, SystemExit) as error:
+        theirs = [
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename != __file__
+        ]
+        where = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
+        raise UsageError(f"{what}: {type(error).__name__}: {error}{where}") from error

@@ -1,0 +1,91 @@
+"""Tensors that take no memory, in place of those of a state that is not there: on the meta device, or a rank's share.
+
+The planner looks at addresses, dtypes, shapes and strides, never at values. Stand-ins have all of these: they lie in one
+anonymous mapping that nobody touches, so the kernel never allocates a page for it, be it terabytes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from stager.flatten import Flat
+from workers.errors import UsageError
+from workers.layout import align
+from workers.slab import Slab
+
+Place = tuple[int, int]  # offset in the mapping, bytes
+
+
+def with_stand_ins(flat: Flat, num_shards: int = 1) -> Flat:
+    """The same structure; tensors as one of ``num_shards`` ranks holds them, where that is not what is there.
+
+    Sharded as FSDP2 does: along the first dimension, the first ranks have the larger shares, scalars are on every rank.
+    This is what the first rank has.
+    """
+    if num_shards > 1:
+        return _replaced(flat, lambda tensor: _share(tensor, num_shards))
+    if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in flat.leaves):
+        return _replaced(flat, lambda tensor: tensor)
+    return flat
+
+
+def _share(tensor: torch.Tensor, num_shards: int) -> torch.Tensor:
+    """The first rank's part, on the meta device, in memory of its own."""
+    shape = list(tensor.shape)
+    if shape:
+        shape[0] = -(-shape[0] // num_shards)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def _replaced(flat: Flat, shape: Callable[[torch.Tensor], torch.Tensor]) -> Flat:
+    models: dict[int, torch.Tensor] = {}  # by leaf; tied tensors stay one
+    same: dict[tuple[Any, ...], torch.Tensor] = {}
+    for leaf, value in enumerate(flat.leaves):
+        if isinstance(value, torch.Tensor) and _has_storage(value):
+            view = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
+            models[leaf] = same.setdefault(view, shape(value))
+    places, total = _place(list(models.values()))
+    memory = _reserve(total)
+    leaves = [_over(memory, places, models[i]) if i in models else leaf for i, leaf in enumerate(flat.leaves)]
+    return Flat(leaves=leaves, structure=flat.structure, odd_keys=flat.odd_keys)
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
+def _place(models: list[torch.Tensor]) -> tuple[dict[int, int], int]:
+    """By storage: its offset in the mapping; and the bytes of all."""
+    places: dict[int, int] = {}
+    total = 0
+    for model in models:
+        storage = model.untyped_storage()
+        if storage._cdata not in places:
+            places[storage._cdata] = total
+            total = align(total + storage.nbytes())
+    return places, total
+
+
+def _reserve(nbytes: int) -> torch.UntypedStorage:
+    try:
+        return Slab.create(nbytes).storage
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch could not map it
+        raise UsageError(
+            f"no address space for a state of {nbytes:,} bytes ({error}); see `ulimit -v`, or plan a part of it"
+        ) from error
+
+
+def _over(memory: torch.UntypedStorage, places: dict[int, int], model: torch.Tensor) -> torch.Tensor:
+    offset = places[model.untyped_storage()._cdata] // model.itemsize + model.storage_offset()
+    with warnings.catch_warnings():  # "ComplexHalf support is experimental": nothing is computed with it
+        warnings.simplefilter("ignore")
+        tensor: torch.Tensor = torch.empty(0, dtype=model.dtype, device="cpu").set_(
+            memory, offset, model.size(), model.stride()
+        )
+        if model.is_conj():
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if model.is_neg() else tensor

@@ -1,0 +1,190 @@
+"""The slabs an arena has: what there is, what may be added, and what goes. All of it with the arena's lock held.
+
+A slab that goes is *retired*: a thread gives its memory back to the system (9 GB/s measured), and until that is done
+its bytes count against the budget.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stager.buffer import Buffer, SlabState
+from workers.errors import MemoryBudgetError
+from workers.slab import Slab
+
+_RECENT_LEASES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """The system has less memory to give than a slab needs. All in bytes.
+
+    Attributes:
+        needed: by the slab.
+        available: of the host, or of its cgroup, now.
+        promised: of that, to slabs that are not filled yet.
+        budget: ``arena.max_host_bytes``.
+    """
+
+    needed: int
+    available: int
+    promised: int
+    budget: int
+
+    def __str__(self) -> str:
+        promised = f" ({self.promised:,} of them are promised to buffers not filled yet)" if self.promised else ""
+        return (
+            f"a buffer needs {self.needed:,} bytes of host memory, and {self.available:,} are available on this host or "
+            f"in its cgroup{promised}; arena.max_host_bytes allows {self.budget:,}. Free memory, save a smaller "
+            "state, or set arena.max_host_bytes to what is really there"
+        )
+
+
+class Slabs:
+    """Args:
+    limit: how many at most.
+    max_bytes: how much memory they may take together.
+    available_bytes: asked right before a slab is created, and at no other time.
+
+    Attributes:
+        changed: the lock; notified when anything changes that a lease may wait for.
+        waiting: a ticket for each lease that is being asked for, oldest first.
+        closed: no more of them.
+    """
+
+    def __init__(self, limit: int, max_bytes: int, available_bytes: Callable[[], int]) -> None:
+        self.limit = limit
+        self.max_bytes = max_bytes
+        self.buffers: list[Buffer] = []
+        self._available_bytes = available_bytes
+        self.changed = threading.Condition()
+        self.waiting: deque[object] = deque()
+        self.closed = False
+        self._recent: deque[int] = deque(maxlen=_RECENT_LEASES)
+        self._retired: deque[Buffer] = deque()
+        self._retired_nbytes = 0  # also of the one that is being freed
+        self._thread: threading.Thread | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self._used() + self._retired_nbytes
+
+    def free(self) -> list[Buffer]:
+        return [buffer for buffer in self.buffers if buffer.state is SlabState.FREE]
+
+    # -- more ---------------------------------------------------------------------------------------------------
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether the limits allow one more of ``nbytes`` bytes."""
+        return len(self.buffers) < self.limit and self.nbytes + nbytes <= self.max_bytes
+
+    def soon_has_room(self, nbytes: int) -> bool:
+        """Whether they will when what is retired has been freed."""
+        return self._retired_nbytes > 0 and len(self.buffers) < self.limit and self._used() + nbytes <= self.max_bytes
+
+    def shortage(self, nbytes: int) -> Shortage | None:
+        """Whether the system lacks memory for one more: the last moment to say so, before the out-of-memory killer does."""
+        available = self._available_bytes()
+        promised = sum(max(0, buffer.nbytes - buffer.slab.allocated_nbytes) for buffer in self.buffers)
+        if nbytes + promised <= available:
+            return None
+        return Shortage(nbytes, available, promised, self.max_bytes)
+
+    def create(self, nbytes: int) -> Buffer:
+        """
+        Raises:
+            MemoryBudgetError: the kernel refuses the address space.
+            OSError: no descriptor is left.
+        """
+        try:
+            slab = Slab.create(nbytes)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch could not map it
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE) or "duplicate" in str(error):
+                raise OSError(errno.EMFILE, "no descriptor is left for a buffer; raise `ulimit -n`") from error
+            raise MemoryBudgetError(
+                f"the kernel refused a buffer of {nbytes:,} bytes: {error}; see `ulimit -v` and `ulimit -f`"
+            ) from error
+        buffer = Buffer(slab)
+        self.buffers.append(buffer)
+        return buffer
+
+    # -- less ---------------------------------------------------------------------------------------------------
+
+    def leased(self, nbytes: int) -> None:
+        """A snapshot of this size has got a slab."""
+        self._recent.append(nbytes)
+        self.retire_wrong_sizes()
+
+    def retire_wrong_sizes(self) -> None:
+        """Let go of free slabs that none of the last 16 leases would have fitted."""
+        if len(self._recent) == _RECENT_LEASES:
+            for buffer in self.free():
+                if not any(buffer.fits(nbytes) for nbytes in self._recent):
+                    self.retire(buffer)
+
+    def make_room(self, nbytes: int, *, as_much_as_possible: bool = False) -> bool:
+        """Retire free slabs that are too small for ``nbytes``, if then the limits allow a new one.
+
+        Args:
+            as_much_as_possible: all of them, not only as many as the limits ask for.
+
+        Returns:
+            Whether any was.
+        """
+        small = [buffer for buffer in self.free() if buffer.nbytes < nbytes]
+        kept_nbytes = self._used() - sum(buffer.nbytes for buffer in small)
+        if len(self.buffers) - len(small) >= self.limit or kept_nbytes + nbytes > self.max_bytes:
+            return False
+        retired = False
+        for buffer in sorted(small, key=lambda buffer: buffer.nbytes):
+            enough = len(self.buffers) < self.limit and self._used() + nbytes <= self.max_bytes
+            if enough and not as_much_as_possible:
+                break
+            self.retire(buffer)
+            retired = True
+        return retired
+
+    def retire(self, buffer: Buffer) -> None:
+        """Give the memory of a free slab back to the system, in a thread."""
+        buffer.move(SlabState.RETIRED)
+        self.buffers.remove(buffer)
+        self._retired.append(buffer)
+        self._retired_nbytes += buffer.nbytes
+        if self._thread is not None:
+            return
+        self._thread = threading.Thread(target=self._free_retired, name="stager-free", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread can be started: a limit, or the interpreter is on its way out
+            self._free_retired()
+
+    def drop(self, buffer: Buffer) -> None:
+        """As :meth:`retire`, at once: after close."""
+        buffer.move(SlabState.RETIRED)
+        self.buffers.remove(buffer)
+        buffer.slab.give_back()
+
+    def freeing(self) -> threading.Thread | None:
+        """The thread that frees what is retired, to be joined without the lock."""
+        return self._thread
+
+    def _used(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def _free_retired(self) -> None:
+        while True:
+            with self.changed:
+                if not self._retired:
+                    self._thread = None
+                    return
+                buffer = self._retired.popleft()
+            nbytes = buffer.nbytes
+            buffer.slab.give_back()
+            del buffer  # nobody else holds the slab: it is unregistered and unmapped here
+            with self.changed:
+                self._retired_nbytes -= nbytes
+                self.changed.notify_all()

@@ -1,0 +1,158 @@
+"""The checker: looks at a run's directory from outside and says everything that is not as it must be.
+
+It knows three things: the hash of the true state after each step, the saves that must be there, and the checkpoints that
+were damaged on purpose. It trusts nothing that a trainer said about what it wrote. Runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stager import Checkpointer
+from stager.stress.digest import digest
+from workers.directory import LOCK_NAME, committed_steps, parse_partial, partial_names, read_checkpoint
+from workers.errors import StagerError
+from workers.verify import verify_checkpoint
+
+_ASIDE = ".not-a-checkpoint-"
+
+
+class UnnoticedDamageError(AssertionError):
+    """A checkpoint that is not what was committed verifies."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What must be so.
+
+    Attributes:
+        digests: of the true state, by step.
+        required: steps that should be there, whole; which of them are not is found, and for others to judge.
+        damaged: steps damaged on purpose, with the save_id of what was damaged ("": its manifest is gone). They may have
+            been replaced by a whole one; the damaged one itself must not be taken for whole.
+        partials_allowed: partial directories may be there: their processes have not ended, or nobody has cleaned up yet.
+        busy: somebody works in the directory at this moment.
+    """
+
+    digests: Sequence[str]
+    required: Sequence[int] = ()
+    damaged: Mapping[int, str] = field(default_factory=dict)
+    partials_allowed: bool = False
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """Attributes:
+    problems: one line each; none: all is as it must be.
+    valid: steps of the whole checkpoints.
+    invalid: steps of those that are not, with the first reason.
+    partials: names of partial directories.
+    missing: required steps that are not there.
+    """
+
+    problems: tuple[str, ...] = ()
+    valid: tuple[int, ...] = ()
+    invalid: dict[int, str] = field(default_factory=dict)
+    partials: tuple[str, ...] = ()
+    missing: tuple[int, ...] = ()
+
+
+def check_directory(directory: str, expected: Expectation) -> Found:
+    """Look at everything: names, every byte of every checkpoint, the values in it, what is newest."""
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    partials = partial_names(directory)
+    problems = list(_strangers(names, partials, expected))
+    valid: list[int] = []
+    invalid: dict[int, str] = {}
+    for step in committed_steps(directory):
+        wrong = _what_is_wrong(directory, step, expected)
+        if wrong is None:
+            valid.append(step)
+            problems += _untruths(directory, step, expected)
+        else:
+            invalid[step] = wrong
+            if step not in expected.damaged:
+                problems.append(f"step {step} is visible and not whole: {wrong}")
+    if not expected.busy:
+        problems += _wrong_newest(directory, valid)
+    return Found(tuple(problems), tuple(valid), invalid, tuple(partials), _missing(expected, valid, invalid))
+
+
+def _strangers(names: list[str], partials: list[str], expected: Expectation) -> Iterator[str]:
+    """Names that should not be there."""
+    for name in sorted(names):
+        if name == LOCK_NAME or (name.startswith("step-") and name[5:].isdigit()):
+            continue
+        if name in partials:
+            if not expected.partials_allowed:
+                yield f"{name} (step {parse_partial(name)[0]}) was not cleaned up"
+        elif _ASIDE not in name or "" not in expected.damaged.values():
+            yield f"{name} does not belong here"
+
+
+def _what_is_wrong(directory: str, step: int, expected: Expectation) -> str | None:
+    """Why the checkpoint of a step is not whole; None when it is."""
+    path = os.path.join(directory, f"step-{step:08d}")
+    result = verify_checkpoint(path, full=True, num_threads=1)
+    if not result.ok:
+        return result.problems[0]
+    try:
+        info, _ = read_checkpoint(directory, step)
+    except StagerError as error:
+        return str(error)
+    if info.save_id == expected.damaged.get(step):
+        raise UnnoticedDamageError(f"{path} was damaged, and full verification finds nothing wrong with it")
+    return None
+
+
+def _untruths(directory: str, step: int, expected: Expectation) -> Iterator[str]:
+    """Whether a whole checkpoint holds the true state of its step."""
+    try:
+        with Checkpointer(directory, {"loading": {"threads": 1}}, read_only=True) as ckpt:
+            loaded = ckpt.load(step, allow_pickle=True)
+    except StagerError as error:
+        yield f"step {step} verifies and cannot be loaded: {type(error).__name__}: {error}"
+        return
+    assert loaded is not None
+    if step >= len(expected.digests):
+        yield f"step {step} is there, and the run has only {len(expected.digests)} steps"
+    elif digest(loaded.state) != expected.digests[step]:
+        yield f"step {step} verifies and does not hold the state after step {step}"
+
+
+def _missing(expected: Expectation, valid: list[int], invalid: dict[int, str]) -> tuple[int, ...]:
+    absent = sorted(set(expected.required) - set(valid))
+    return tuple(step for step in absent if step not in expected.damaged or step not in invalid)
+
+
+def _wrong_newest(directory: str, valid: list[int]) -> Iterator[str]:
+    with Checkpointer(directory, {"loading": {"threads": 1}}, read_only=True) as ckpt:
+        latest = ckpt.latest()
+    found = None if latest is None else latest.step
+    if found != max(valid, default=None):
+        yield f"latest() says {found}, the newest whole checkpoint is {max(valid, default=None)}"
+
+
+def run_check(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The job ``check`` of the fork server: :class:`Found` as JSON."""
+    expected = arguments["expected"]
+    expectation = Expectation(**expected | {"damaged": {int(k): v for k, v in expected["damaged"].items()}})
+    try:
+        found = check_directory(arguments["directory"], expectation)
+    except Exception as error:  # noqa: BLE001  (the edge of the process: that it cannot be checked is a finding)
+        found = Found((f"the checker failed: {type(error).__name__}: {error}",))
+    return asdict(found)
+
+
+def found_from_json(data: dict[str, Any]) -> Found:
+    return Found(
+        tuple(data["problems"]),
+        tuple(data["valid"]),
+        {int(step): reason for step, reason in data["invalid"].items()},
+        tuple(data["partials"]),
+        tuple(data["missing"]),
+    )

@@ -1,0 +1,259 @@
+"""Plays one episode: the reference, each run with what is done to it, a check after each, a last clean-up, the verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+
+from stager.stress.checker import Expectation, Found, found_from_json
+from stager.stress.config import StressSettings
+from stager.stress.damage import Damaged, inflict_damage
+from stager.stress.diary import Begun, Committed, Diary, Skipped, Staged
+from stager.stress.disk import SmallDisk
+from stager.stress.episode import Episode, RunPlan
+from stager.stress.faults import Damage
+from stager.stress.forks import ForkServer
+from stager.stress.inflictor import Inflictor
+from stager.stress.judge import died, violations_of
+from stager.stress.outcomes import outcomes_of
+from stager.stress.processes import Patience, dump_and_kill, wait_until_gone
+from stager.stress.record import EpisodeResult, Run
+from stager.stress.system import Traces
+
+_TICK_SECS = 0.004
+_JOB_SECS = 120.0
+_DISK_SLACK_BYTES = 8 << 20
+
+
+class EpisodeError(Exception):
+    """The episode cannot be judged: a process of the checker's own side failed."""
+
+
+class Conductor:
+    """One episode.
+
+    Args:
+        server: forks every process.
+        settings: deadlines.
+        faults_dir: what the server's children have as ``STAGER_FAULTS``.
+        directory: for everything of this episode; made here, and left to the caller.
+    """
+
+    def __init__(
+        self, server: ForkServer, settings: StressSettings, faults_dir: str, directory: str, episode: Episode
+    ) -> None:
+        self._server = server
+        self._settings = settings
+        self._faults_dir = faults_dir
+        self._directory = directory
+        self._episode = episode
+        self._plan = os.path.join(directory, "plan.json")
+        self._run_dir = os.path.join(directory, "disk", "checkpoints")
+        self._digests: Sequence[str] = ()
+        self._required: set[int] = set()
+        self._damaged: dict[int, str] = {}
+        self._found = Found()
+        self._num_jobs = 0
+        self._result = EpisodeResult(episode, directory=directory)
+
+    def play(self) -> EpisodeResult:
+        """Raises: EpisodeError, ForkServerError."""
+        started = time.monotonic()
+        os.makedirs(self._directory)
+        with open(self._plan, "wb") as file:
+            file.write(self._episode.to_json())
+        traces = Traces.take(self._server.pid)
+        disk = self._make_disk()
+        try:
+            self._digests = self._job("reference", {"plan": self._plan})
+            for plan in self._episode.runs:
+                self._play_run(plan, disk)
+            if not self._result.violations:
+                self._finish(disk)
+        finally:
+            self._kill_all()
+            if disk is not None:
+                self._keep_evidence(disk)
+        self._result.violations += traces.left_behind(self._server.pid, self._settings.shmem_tolerance_bytes)
+        self._result.secs = time.monotonic() - started
+        return self._result
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+
+    def _play_run(self, plan: RunPlan, disk: SmallDisk | None) -> Run:
+        number = self._result.num_runs
+        self._result.num_runs += 1
+        run = Run(plan, Diary(os.path.join(self._directory, f"run-{number}.diary.jsonl")), self._found)
+        run.damaged = self._damage(plan)
+        if run.damaged:
+            run.before = self._check((), busy=False)
+        log = os.path.join(self._directory, f"run-{number}.log")
+        inflictor = Inflictor(self._server, plan, self._faults_dir, self._run_dir, disk, log)
+        inflictor.arm()
+        run.started = time.time()
+        arguments = {
+            "plan": self._plan,
+            "run": asdict(plan),
+            "directory": self._run_dir,
+            "diary": os.path.join(self._directory, f"run-{number}.diary.jsonl"),
+        }
+        trainer = self._server.fork("trainer", log, arguments)
+        self._watch(run, inflictor, trainer)
+        self._bury(run, inflictor)
+        run.fired = inflictor.fired
+        self._judge(run)
+        return run
+
+    def _watch(self, run: Run, inflictor: Inflictor, trainer: int) -> None:
+        """Until the trainer has ended."""
+        patience = Patience(self._settings.run_deadline_secs)
+        peeked = not run.plan.peek_at or bool(self._damaged)
+        while (code := self._server.exitcode(trainer)) is None:
+            inflictor.act(run.diary, trainer)
+            if not peeked and len(run.diary.steps(Begun)) >= run.plan.peek_at:
+                peeked = True
+                run.peeks = [
+                    f"while it ran: {p}" for p in self._check((), busy=True, inflictor=inflictor, run=run).problems
+                ]
+            if patience.is_over:
+                dump_and_kill(self._server.alive(), os.path.join(self._directory, "hang.txt"))
+                break
+            self._server.wait(trainer, _TICK_SECS)
+        run.exitcode, run.ended = code, time.time()
+
+    def _bury(self, run: Run, inflictor: Inflictor) -> None:
+        """Until the last process of the run has ended."""
+        patience = Patience(self._settings.gone_deadline_secs)
+        while (alive := self._server.alive()) and not patience.is_over:
+            inflictor.act(run.diary, None)
+            wait_until_gone(self._server, _TICK_SECS * 2)
+        run.gone_secs = time.time() - run.ended
+        run.left = [_name(process) for process in alive]
+        if alive:
+            dump_and_kill(alive, os.path.join(self._directory, "left.txt"))
+        inflictor.disarm()
+        run.diary.read()
+
+    def _judge(self, run: Run) -> None:
+        diary = run.diary
+        failed = {failure.step for failure in diary.failures}
+        self._required -= failed
+        self._required |= (diary.steps(Staged) - failed) | diary.steps(Committed)
+        run.found = self._found = self._check(sorted(self._required), busy=False)
+        self._required -= set(run.found.missing)  # said once
+        for step in run.found.valid:
+            self._damaged.pop(step, None)
+        violations = [f"run {self._result.num_runs}: {v}" for v in violations_of(run, self._episode, self._digests)]
+        result = self._result
+        result.violations += violations
+        result.outcomes += outcomes_of(run, bool(violations))
+        result.num_saves += sum(isinstance(entry, Begun) for entry in diary.entries)
+        result.num_failed += len(failed)
+        result.num_skipped += len(diary.steps(Skipped))
+        result.num_committed += len(set(run.found.valid) & diary.steps(Begun))
+
+    def _finish(self, disk: SmallDisk | None) -> None:
+        """To the last step if the last run did not get there; then a run that only cleans up."""
+        last = self._episode.runs[-1]
+        calm = RunPlan(until=self._episode.num_steps)
+        for _ in range(2):
+            if self._reached_the_end():
+                break
+            run = self._play_run(calm, disk)
+            if died(run) and not self._result.violations:
+                self._result.violations.append("a run to which nothing was done did not come to its end")
+        log = os.path.join(self._directory, "sweep.log")
+        sweep = self._server.fork("sweep", log, {"directory": self._run_dir, "config": self._episode.config})
+        patience = Patience(self._settings.run_deadline_secs)
+        while (code := self._server.wait(sweep, _TICK_SECS)) is None and not patience.is_over:
+            pass
+        if code != 0:
+            self._result.violations.append(f"opening the directory at the end failed with {code}; see sweep.log")
+        wait_until_gone(self._server, self._settings.gone_deadline_secs)
+        found = self._check(sorted(self._required), busy=False, partials_allowed=False)
+        self._result.violations += [f"at the end: {problem}" for problem in found.problems]
+        self._result.violations += [f"at the end: step {step} is gone" for step in found.missing]
+        assert last.until == self._episode.num_steps
+
+    def _reached_the_end(self) -> bool:
+        return max(self._found.valid, default=-1) == self._episode.num_steps - 1
+
+    # -- what surrounds a run -----------------------------------------------------------------------------------
+
+    def _damage(self, plan: RunPlan) -> list[Damaged]:
+        done = []
+        for fault in plan.faults:
+            if isinstance(fault, Damage):
+                damaged = inflict_damage(self._run_dir, fault, frozenset(self._damaged))
+                if damaged is not None:
+                    done.append(damaged)
+                    self._damaged[damaged.step] = damaged.save_id
+        return done
+
+    def _check(
+        self,
+        required: Sequence[int],
+        *,
+        busy: bool,
+        partials_allowed: bool = True,
+        inflictor: Inflictor | None = None,
+        run: Run | None = None,
+    ) -> Found:
+        expected = Expectation(self._digests, required, self._damaged, partials_allowed, busy)
+        arguments = {"directory": self._run_dir, "expected": asdict(expected)}
+        return found_from_json(self._job("check", arguments, inflictor, run))
+
+    def _job(
+        self, name: str, arguments: dict[str, Any], inflictor: Inflictor | None = None, run: Run | None = None
+    ) -> Any:
+        """Do a job of the checker's side; what it has written as its result."""
+        self._num_jobs += 1
+        result = os.path.join(self._directory, f"{name}-{self._num_jobs}.json")
+        log = os.path.join(self._directory, f"{name}.log")
+        pid = self._server.fork(name, log, arguments | {"result": result})
+        patience = Patience(_JOB_SECS)
+        while (code := self._server.wait(pid, _TICK_SECS)) is None and not patience.is_over:
+            if inflictor is not None and run is not None:
+                inflictor.act(run.diary, None)
+        if code != 0:
+            raise EpisodeError(f"{name} ended with {code}; see {log}")
+        with open(result, encoding="utf-8") as file:
+            data = json.load(file)
+        os.unlink(result)
+        return data
+
+    def _make_disk(self) -> SmallDisk | None:
+        path = os.path.join(self._directory, "disk")
+        os.makedirs(path)
+        if not self._episode.small_disk:
+            return None
+        num_saves = sum(map(self._episode.saves_at, range(self._episode.num_steps)))
+        nbytes = self._episode.training.max_nbytes * 2 + (128 << 10)
+        return SmallDisk(path, nbytes * (num_saves + 4) + _DISK_SLACK_BYTES)
+
+    def _keep_evidence(self, disk: SmallDisk) -> None:
+        """The small disk ends with the episode; what is on it does not, if it shows something."""
+        if self._result.violations:
+            shutil.copytree(disk.path, os.path.join(self._directory, "disk-copy"), symlinks=True)
+        disk.unmount()
+
+    def _kill_all(self) -> None:
+        for process in self._server.alive():
+            process.kill()
+        wait_until_gone(self._server, 5.0)
+        for name in os.listdir(self._faults_dir):
+            os.unlink(os.path.join(self._faults_dir, name))
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return f"process {process.pid} ({process.status()})"
+    except psutil.Error:
+        return f"process {process.pid}"

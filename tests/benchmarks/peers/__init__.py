@@ -1,0 +1,10 @@
+"""The ways to save that are compared, by name. Each file holds one library's, and imports it when it is opened."""
+
+from __future__ import annotations
+
+from tests.benchmarks.peers import dcp, ours, snapshot, tc, torch_save
+from tests.benchmarks.peers.contracts import Peer, Pending, Session
+
+PEERS: dict[str, Peer] = {peer.name: peer for module in (ours, torch_save, dcp, tc, snapshot) for peer in module.PEERS}
+
+__all__ = ["PEERS", "Peer", "Pending", "Session"]

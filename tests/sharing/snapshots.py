@@ -1,0 +1,80 @@
+"""Snapshots as a save takes them: share, plan, split, copy; and the comparison with their source."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stager.flatten import Flat, flatten
+from stager.plan import Copy, Planner
+from stager.sharing import SharingOptions, SourceSharer
+from stager.worker_copy import Copied
+from workers.formats import get_format
+from workers.pool import WorkerPool
+from workers.slab import Slab
+from workers.structure import describe
+
+MIB = 1 << 20
+
+
+@dataclass
+class Taken:
+    """A snapshot: who was to copy what, and who did.
+
+    Attributes:
+        for_workers: the tensors that the workers were asked for.
+        by_trainer: bytes that the trainer copied in the end.
+    """
+
+    slab: Slab
+    copies: tuple[Copy, ...]
+    for_workers: set[str]
+    by_trainer: int
+    copied: Copied
+    notes: tuple[str, ...]
+
+    def equals_source(self) -> bool:
+        """Only while the source lives, and is as it was."""
+        return all(
+            ctypes.string_at(c.address, c.nbytes) == bytes(self.slab.view[c.slab_offset : c.slab_offset + c.nbytes])
+            for c in self.copies
+        )
+
+
+class Snapshots:
+    """Takes snapshots of states of dense CPU tensors."""
+
+    def __init__(self, pool: WorkerPool, location: Any = "workers", **options: Any) -> None:
+        self.options = SharingOptions(location, **{"min_bytes": 64 << 10, **options})
+        self.sharer = SourceSharer(pool, 2, self.options)
+        self.by_trainer = 0
+
+    def take(self, state: Mapping[str, Any], *, guarded: bool = True, slab: Slab | None = None) -> Taken:
+        flat = flatten(state)
+        self.sharer.share(flat.leaves, self.options.may_move)
+        plan = Planner(get_format("dcp"), 1, 64 << 20).plan(flat)
+        mine, theirs = self.sharer.split(plan.copies, flat.leaves, guarded=guarded)
+        assert sorted(map(id, [*mine, *theirs])) == sorted(map(id, plan.copies))
+        slab = slab or Slab.create(plan.nbytes)
+        self.by_trainer = 0
+        copied = self.sharer.copy(theirs, slab, lambda copies: self._copy_here(copies, slab), mine)
+        names = {_name(flat, copy.leaf) for copy in theirs}
+        notes = self.sharer.notes(lambda leaf: _name(flat, leaf))
+        return Taken(slab, plan.copies, names, self.by_trainer, copied, notes)
+
+    def _copy_here(self, copies: list[Copy], slab: Slab) -> None:
+        for copy in copies:
+            ctypes.memmove(slab.address + copy.slab_offset, copy.address, copy.nbytes)
+            self.by_trainer += copy.nbytes
+
+
+def _name(flat: Flat, leaf: int) -> str:
+    return describe(flat.paths[leaf])
+
+
+def random_bytes(nbytes: int) -> torch.Tensor:
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8)

@@ -1,0 +1,129 @@
+"""Signs of life of a worker that holds a task, and the judgement that there are none.
+
+NOTE [ When a worker is stuck ]
+A deadline for a task must be generous: it may have to write many gigabytes to a slow disk. That a worker can do nothing
+at all any more is noticed sooner. A small thread of the worker (the one that watches the trainer, ``main.py``) adds to an
+eventfd every few seconds. Nobody is woken by it: the supervisor reads it when it looks after busy workers, and only if
+nothing was added since, it looks into /proc. A worker is *silent* when, since the last look,
+  * nothing was added: no Python code ran in its small thread, and
+  * no processor time was used: it is not computing with the GIL held (a large ``json.loads``), and
+  * no thread is running or ready (the machine is overloaded), in uninterruptible sleep (a slow disk), or traced (a
+    debugger).
+What remains: it is stopped (SIGSTOP, a frozen cgroup), or whoever has the GIL waits for something for ever. A long fsync, or
+a task that waits for something without the GIL, is not silent: the small thread goes on.
+
+Only time during which the supervisor looked counts. When everything was stopped (the laptop slept, the whole job got
+SIGSTOP) neither this nor any other deadline has come nearer: see :class:`Vigil`.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+_MAX_INTERVAL_SECS = 5.0
+_LOOKS_PER_TIMEOUT = 8
+# A thread in one of these states will go on by itself: Running, uninterruptible (D), traced (t), parked or waking.
+_WILL_GO_ON = frozenset("RDtPW")
+
+
+def look_interval(timeout_secs: float | None) -> float:
+    """Seconds between two beats of a worker, and between two looks of the supervisor."""
+    if timeout_secs is None:
+        return _MAX_INTERVAL_SECS
+    return min(_MAX_INTERVAL_SECS, timeout_secs / _LOOKS_PER_TIMEOUT)
+
+
+class Vigil:
+    """The supervisor's time: what it saw go by, and when to look again. No I/O.
+
+    Time that passes while the supervisor could not look (its process was stopped, a callback took long) is *lost*: it is
+    not held against the workers, who may have been stopped as well, or whose answer may be unread.
+    """
+
+    def __init__(self, timeout_secs: float | None, now: float) -> None:
+        self.interval = look_interval(timeout_secs)
+        # A worker may stop right after a beat, and we notice at the look after the next: two intervals of the timeout.
+        self.limit_secs = None if timeout_secs is None else timeout_secs - 2 * self.interval
+        self._seen_until = now
+        self._wait_began = now
+        self._last_look = now
+
+    def begin_wait(self, now: float) -> None:
+        self._wait_began = now
+
+    def end_wait(self, now: float, wait_secs: float) -> float:
+        """The wait should have taken ``wait_secs`` at most; returns the seconds lost since the last one ended."""
+        seen = min(now - self._wait_began, wait_secs)
+        lost = now - self._seen_until - seen
+        self._seen_until = now
+        return lost
+
+    def look(self, now: float) -> float | None:
+        """The seconds since the last look, never more than an interval; None: it is not time yet."""
+        elapsed = now - self._last_look
+        if elapsed < self.interval:
+            return None
+        self._last_look = now
+        return self.interval
+
+    @property
+    def next_look(self) -> float:
+        return self._last_look + self.interval
+
+
+class Pulse:
+    """The supervisor's side of one worker's signs of life.
+
+    Args:
+        pid: the worker.
+        fd: the eventfd that the worker adds to; borrowed.
+
+    Attributes:
+        silent_secs: for how long no sign was seen.
+    """
+
+    def __init__(self, pid: int, fd: int) -> None:
+        self._pid = pid
+        self._fd = fd
+        self._cpu_ticks = -1
+        self.silent_secs = 0.0
+
+    def look(self, elapsed: float) -> None:
+        """Once per interval while the worker holds a task."""
+        if self._has_beaten() or self._is_at_work():
+            self.silent_secs = 0.0
+        else:
+            self.silent_secs += elapsed
+
+    def _has_beaten(self) -> bool:
+        try:
+            return os.eventfd_read(self._fd) > 0
+        except BlockingIOError:
+            return False
+
+    def _is_at_work(self) -> bool:
+        """Whether it used the processor since the last look, or will do so without anybody's help."""
+        before, self._cpu_ticks = self._cpu_ticks, self._cpu_time()
+        return self._cpu_ticks != before or bool(_WILL_GO_ON & self._thread_states())
+
+    def _cpu_time(self) -> int:
+        """Clock ticks, of all threads, user and system; -1: it is gone."""
+        fields = _stat_fields(f"/proc/{self._pid}/stat")
+        return int(fields[11]) + int(fields[12]) if fields else -1
+
+    def _thread_states(self) -> frozenset[str]:
+        states = set()
+        with suppress(OSError):
+            for thread in os.listdir(f"/proc/{self._pid}/task"):
+                states.update(_stat_fields(f"/proc/{self._pid}/task/{thread}/stat")[:1])
+        return frozenset(states)
+
+
+def _stat_fields(path: str) -> list[str]:
+    """What follows the command's name in a ``stat`` file (its third field, the state, comes first); [] if there is none."""
+    try:
+        with open(path) as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:  # it has just ended
+        return []
