@@ -56,7 +56,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def mark_ready(devices: Sequence[torch.device]) -> Ready | None:
+def mark_ready(devices: Iterable[torch.device]) -> Ready | None:
     """None when no tensor lives on a CUDA device."""
     cuda = [device for device in devices if device.type == "cuda"]
     return Ready(cuda) if cuda else None

@@ -54,15 +54,14 @@ class Guard:
         self._hooks.append(optimizer.register_step_pre_hook(wait_for_snapshots))
 
     def protects(self, plan: SnapshotPlan) -> list[bool]:
-        """For each tensor of the plan, in the order of its columns: whether only a guarded step changes its memory."""
+        """For each tensor of the plan, in the order of its ``leaves``: whether only a guarded step changes its memory."""
         reach = self._reach()
-        devices = plan.columns.devices
-        if devices is None:
+        if plan.devices is None:
             on_host = reach.get(_HOST, {})
-            return [on_host.get(a, -1) >= n for a, n in zip(plan.columns.addresses, plan.spans, strict=True)]
+            return [on_host.get(a, -1) >= n for a, n in zip(plan.addresses, plan.spans, strict=True)]
         return [
             reach.get(device, {}).get(address, -1) >= nbytes
-            for device, address, nbytes in zip(devices, plan.columns.addresses, plan.spans, strict=True)
+            for device, address, nbytes in zip(plan.devices, plan.addresses, plan.spans, strict=True)
         ]
 
     def _reach(self) -> dict[torch.device, dict[int, int]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -63,10 +64,7 @@ class _Extent:
     start: int
     end: int
     rows: list[Row]
-
-    @property
-    def leaves(self) -> tuple[int, ...]:
-        return tuple(sorted(leaf for leaf, _ in self.rows))
+    leaves: tuple[int, ...] = ()
 
 
 def place(rows: Sequence[Row]) -> Placement:
@@ -75,6 +73,8 @@ def place(rows: Sequence[Row]) -> Placement:
     copies: list[Copy] = []
     offsets = {leaf: 0 for leaf, p in rows if not p.nbytes}
     position = 0
+    for extent in extents:
+        extent.leaves = tuple(sorted(leaf for leaf, _ in extent.rows)) if extent.rows[1:] else (extent.rows[0][0],)
     for extent in sorted(extents, key=lambda e: (e.end - e.start <= SMALL_BYTES, e.leaves[0])):
         # The slab starts on a page: keeping the address's place within 64 bytes keeps every view of it aligned.
         position = align(position) + extent.start % 64
@@ -128,19 +128,23 @@ def _merge(rows: list[Row]) -> list[_Extent]:
 
 def is_dense(p: Fingerprint) -> bool:
     """Whether the tensor's bytes are exactly one stretch of memory, and mean what they say."""
-    if p.is_lazy:
-        return False
-    if p.stride == contiguous_stride(p.shape):
+    return not p.is_lazy and _tiles(p.shape, p.stride)
+
+
+@lru_cache(maxsize=4096)  # models have many tensors and few shapes
+def _tiles(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    if stride == contiguous_stride(shape):
         return True
     expected = 1
-    for length, step in sorted(((n, s) for n, s in zip(p.shape, p.stride, strict=True) if n != 1), key=lambda e: e[1]):
+    for length, step in sorted(((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda e: e[1]):
         if length and step != expected:
             return False
         expected *= length
     return True
 
 
-def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
     strides: list[int] = []
     step = 1
     for length in reversed(shape):

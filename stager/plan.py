@@ -6,14 +6,16 @@ kept as long as those are the same, which is checked in full on every save; it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import xxhash
 
-from stager.fingerprint import Columns, Fingerprint, read_columns
+from stager.fingerprint import Fingerprint, Fingerprints, read_fingerprints
 from stager.flatten import Flat
 from stager.placement import (
     Copy,
@@ -45,9 +47,9 @@ class SnapshotPlan:
     layout: what the workers need.
     document: ``layout`` as JSON.
     plan_id: hash of the document.
-    columns: the fingerprints that it was made for.
-    spans: bytes that each tensor reaches over, in the order of ``columns``.
-    devices: other than the CPU, that tensors are on.
+    leaves: which leaves are tensors; the next three are in this order.
+    addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
+    spans: bytes that each tensor reaches over.
     """
 
     copies: tuple[Copy, ...]
@@ -56,9 +58,10 @@ class SnapshotPlan:
     layout: Plan
     document: bytes
     plan_id: str
-    columns: Columns
+    leaves: tuple[int, ...]
+    addresses: tuple[int, ...]
+    devices: tuple[torch.device, ...] | None
     spans: tuple[int, ...]
-    devices: tuple[torch.device, ...]
 
     @property
     def num_tensors(self) -> int:
@@ -101,7 +104,8 @@ class Planner:
         self._segment_bytes = segment_bytes
         self._rank = rank
         self._in_order = in_order
-        self._key: tuple[Node, list[tuple[Any, ...]], int, Columns] | None = None
+        self._prints: Fingerprints | None = None
+        self._key: tuple[Node, list[tuple[Any, ...]], int] | None = None
         self._plan: SnapshotPlan | None = None
 
     def plan(self, flat: Flat) -> SnapshotPlan:
@@ -110,18 +114,20 @@ class Planner:
         Raises:
             UnstageableError: a tensor that cannot be snapshotted, with its key path; two leaves of one name.
         """
-        key = (flat.structure, flat.odd_keys, len(flat.leaves), read_columns(flat))
-        if self._plan is None or key != self._key:
-            self._plan, self._key = self._make(flat, key[3]), key
+        key = (flat.structure, flat.odd_keys, len(flat.leaves))
+        prints = read_fingerprints(flat, self._prints)
+        if self._plan is None or prints is not self._prints or key != self._key:
+            with _no_collection():
+                self._plan = self._make(flat, prints.rows())
+            self._prints, self._key = prints, key
         return self._plan
 
     def forget(self) -> None:
-        self._plan = self._key = None
+        self._plan = self._prints = self._key = None
 
-    def _make(self, flat: Flat, columns: Columns) -> SnapshotPlan:
+    def _make(self, flat: Flat, rows: list[Row]) -> SnapshotPlan:
         flat.check_names()
-        rows = columns.rows()
-        are_tensors = set(columns.leaves)
+        are_tensors = {leaf for leaf, _ in rows}
         objects = tuple(i for i in range(len(flat.leaves)) if i not in are_tensors)
         entries, item_of = self._entries(flat, rows)
         placement = place_in_order([entry.row for entry in entries]) if self._in_order else place(rows)
@@ -143,9 +149,10 @@ class Planner:
             layout=layout,
             document=document,
             plan_id=xxhash.xxh3_128_hexdigest(document),
-            columns=columns,
+            leaves=tuple(leaf for leaf, _ in rows),
+            addresses=tuple(p.address for _, p in rows),
+            devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,
             spans=tuple(span_nbytes(p) for _, p in rows),
-            devices=tuple({p.device for _, p in rows if p.device.type != "cpu"}),
         )
 
     def _entries(self, flat: Flat, rows: Sequence[Row]) -> tuple[list[_Entry], dict[int, int]]:
@@ -203,6 +210,18 @@ class Planner:
         if len(used) < num_files:
             items = [replace(item, file=numbering[item.file]) for item in items]
         return items, tuple(map(FileSpec, names, used))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A new plan makes many small objects and no garbage: looking for some in between doubles the time it takes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _renumber(node: Node, item_of: dict[int, int]) -> Node:

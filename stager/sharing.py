@@ -212,7 +212,10 @@ class SourceSharer:
         return entry is not None and entry.is_still(storage) and entry.contains(copy)
 
     def live_sources(self) -> frozenset[int]:
-        """Ids of the sources that workers may keep mapped."""
+        """Ids of the sources that workers may keep mapped: each is, at this moment, alive and where it was.
+
+        While these and the plan are the same, what :meth:`split` said holds: its copies lie in these very mappings.
+        """
         with self._lock:
             self._forget_the_dead()
             return self._live()
@@ -221,7 +224,8 @@ class SourceSharer:
         return frozenset(entry.source_id for entry in self._entries.values())
 
     def _forget_the_dead(self) -> None:
-        dead = [key for key, entry in self._entries.items() if entry.weak.expired()]
+        """And those that somebody has moved elsewhere."""
+        dead = [key for key, entry in self._entries.items() if entry.storage() is None]
         for key in dead:
             del self._entries[key]
         if dead:

@@ -105,7 +105,7 @@ class SnapshotTaker:
             plan = planner.plan(flat)  # what was moved has another address now
             self._shared_for = plan if may_move else None
         blobs = [self._pickle(flat, leaf) for leaf in plan.objects]
-        return Snapshot(handle, flat, plan, blobs, mark_ready(plan.devices))
+        return Snapshot(handle, flat, plan, blobs, mark_ready(set(plan.devices or ())))
 
     def split(self, snapshot: Snapshot) -> tuple[Work, Work]:
         """What has to be copied now, and what may wait. See NOTE [ Overlap is safe by construction ]."""
@@ -114,7 +114,7 @@ class SnapshotTaker:
         sources = self._sharer.live_sources() if self._sharer is not None else frozenset[int]()
         if self._split is not None and self._split[0] is plan and self._split[1:3] == (protected, sources):
             return self._split[3:]
-        may_wait = {leaf for leaf, is_so in zip(plan.columns.leaves, protected, strict=False) if is_so}
+        may_wait = {leaf for leaf, is_so in zip(plan.leaves, protected, strict=False) if is_so}
         later = [copy for copy in plan.copies if may_wait.issuperset(copy.leaves)]
         now = [copy for copy in plan.copies if not may_wait.issuperset(copy.leaves)]
         leaves = snapshot.flat.leaves

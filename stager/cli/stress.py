@@ -28,6 +28,12 @@ def stress(
     from stager.stress import StressConfig, StressOptions, run_stress
 
     settings = load_config(config, overrides or (), model=StressConfig)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: end what was started, print what was seen
     options = StressOptions(seed, minutes, out.absolute(), tuple(episode or ()))
-    raise typer.Exit(run_stress(settings, options, stdout(), as_json))
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: end what was started, print what was seen
+    try:
+        code = run_stress(settings, options, stdout(), as_json)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    raise typer.Exit(code)

@@ -21,7 +21,7 @@ from stager.stress.episode import Episode, RunPlan
 from stager.stress.faults import Damage
 from stager.stress.forks import ForkServer
 from stager.stress.inflictor import Inflictor
-from stager.stress.judge import died, violations_of
+from stager.stress.judge import died, may_end_a_recovery, violations_of
 from stager.stress.outcomes import outcomes_of
 from stager.stress.processes import Patience, dump_and_kill, wait_until_gone
 from stager.stress.record import EpisodeResult, Run
@@ -106,6 +106,8 @@ class Conductor:
         }
         trainer = self._server.fork("trainer", log, arguments)
         self._watch(run, inflictor, trainer)
+        if plan.hurried and run.exitcode is not None:
+            self._hurry(run, inflictor)
         self._bury(run, inflictor)
         run.fired = inflictor.fired
         self._judge(run)
@@ -127,6 +129,21 @@ class Conductor:
                 break
             self._server.wait(trainer, _TICK_SECS)
         run.exitcode, run.ended = code, time.time()
+
+    def _hurry(self, run: Run, inflictor: Inflictor) -> None:
+        """The next run comes while the workers of this one are at work: it waits for them, and then opens the directory."""
+        patience = Patience(self._settings.run_deadline_secs)
+        sweep = self._start_sweep()
+        while (code := self._server.exitcode(sweep)) is None and not patience.is_over:
+            inflictor.act(run.diary, None)
+            self._server.wait(sweep, _TICK_SECS)
+        inflictor.act(run.diary, None)
+        if code != 0 and not any(may_end_a_recovery(fired.fault) for fired in inflictor.fired):
+            run.peeks.append(f"opening the directory right after the trainer's end failed with {code}; see sweep.log")
+
+    def _start_sweep(self) -> int:
+        arguments = {"directory": self._run_dir, "config": self._episode.config}
+        return self._server.fork("sweep", os.path.join(self._directory, "sweep.log"), arguments)
 
     def _bury(self, run: Run, inflictor: Inflictor) -> None:
         """Until the last process of the run has ended."""
@@ -169,8 +186,7 @@ class Conductor:
             run = self._play_run(calm, disk)
             if died(run) and not self._result.violations:
                 self._result.violations.append("a run to which nothing was done did not come to its end")
-        log = os.path.join(self._directory, "sweep.log")
-        sweep = self._server.fork("sweep", log, {"directory": self._run_dir, "config": self._episode.config})
+        sweep = self._start_sweep()
         patience = Patience(self._settings.run_deadline_secs)
         while (code := self._server.wait(sweep, _TICK_SECS)) is None and not patience.is_over:
             pass

@@ -66,7 +66,7 @@ class _Drawer:
             save_every=save_every,
             config=config,
             guard=guard,
-            warmup=rng.random() < 0.4,
+            warmup=rng.random() < 0.6,
             reads_futures=rng.random() < 0.6,
             step_secs=rng.choice((0.0, 0.0, 0.002, 0.01, 0.03)),
             runs=runs,
@@ -83,7 +83,7 @@ class _Drawer:
 
     def _draw_num_saves(self, small_disk: bool) -> int:
         most = self._settings.max_saves
-        few = self._rng.randint(3, 8)
+        few = self._rng.randint(4, 12)
         if not small_disk and self._rng.random() < 0.1:
             return self._rng.randint(min(20, most), most)
         return min(few, most)
@@ -163,6 +163,7 @@ class _Drawer:
                 on_term=rng.choice(_ON_TERM),
                 faults=tuple(faults[place]),
                 peek_at=rng.choice((0, 0, 1, 2, 3)),
+                hurried=rng.random() < 0.3,
             )
             for place, until in enumerate(bounds)
         )

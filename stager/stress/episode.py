@@ -25,6 +25,7 @@ class RunPlan:
         on_term: what SIGTERM does: what it does to a Python program; ``sys.exit``; one last save after the current step.
         faults: see ``faults.py``; at most one for each point.
         peek_at: the number of the save (of this run) at which the directory is checked while everybody works; 0: not.
+        hurried: another run opens the directory as soon as the trainer has ended, whatever its workers are doing then.
     """
 
     until: int
@@ -32,6 +33,7 @@ class RunPlan:
     on_term: OnTerm = "die"
     faults: tuple[Fault, ...] = ()
     peek_at: int = 0
+    hurried: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from stager.stress.diary import Begun, Closed, Committed, Failed, Finished, Resumed, Staged, Up
 from stager.stress.episode import Episode
-from stager.stress.faults import FullDisk, PointFault, RemovePartial, SignalFault
+from stager.stress.faults import Fault, FullDisk, PointFault, RemovePartial, SignalFault
 from stager.stress.inflictor import Fired
 from stager.stress.record import Run
 
@@ -53,7 +53,7 @@ def expected_exitcodes(run: Run) -> set[int]:
             codes |= {"kill": {-9}, "segv": {-11}, "exit": {3}}.get(fault.action, set())
             if fault.stops and fault.relief == "kill":
                 codes.add(-9)
-            if fault.action in ("raise", "errno") and fault.point.startswith("commit."):
+            if fault.action in ("raise", "errno") and may_end_a_recovery(fault):
                 codes.add(1)  # the trainer's own commit of what an earlier run left
         elif isinstance(fault, SignalFault) and fired.whom == "trainer":
             codes |= _codes_of(fault, run)
@@ -105,6 +105,11 @@ def _failures(run: Run) -> Iterator[str]:
             excuses.remove(excuse)
         if failure.lost:
             yield f"save of step {failure.step} failed, and close() told nobody: {failure.error}: {failure.message[:200]}"
+
+
+def may_end_a_recovery(fault: Fault) -> bool:
+    """Whether this fault may hit a new run that commits what an earlier one has left."""
+    return isinstance(fault, PointFault) and fault.point.startswith("commit.")
 
 
 def may_fail(fired: Fired) -> bool:

@@ -140,14 +140,12 @@ def test_everything_was_stopped_for_longer_than_every_deadline_and_nobody_is_kil
         assert int(trainer.stdout.readline()) == worker
 
 
-def test_task_that_always_hangs_fails_after_max_timeouts(tmp_path: Path) -> None:
+def test_task_that_always_hangs_fails_after_max_timeouts() -> None:
     """And not only after max_restarts: that many long deadlines would be hours."""
-    log = tmp_path / "log"
     with WorkerPool(count=1, options=PoolOptions(max_timeouts=2, max_restarts=8)) as pool:
         pool.submit(int).result()
         with tasks.task_timeout(pool, 0.05):
-            future = pool.submit(tasks.append_line_then_hang, str(log), "tried")
+            future = pool.submit(tasks.hangs)
         with pytest.raises(TaskTimeoutError, match=r"ran longer than 0\.05 s.*attempt 2"):
             future.result()
         assert pool.submit(tasks.identity, 1).result() == 1
-    assert len(log.read_text().split()) <= 2

@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from tests.cli.conftest import Outcome
 
+# One run of one trainer with one worker, three saves, nothing that needs mounting.
+SHORT = (
+    "stress.max_saves=3",
+    "stress.max_faults=0",
+    "stress.faults=[point]",
+    "workers.count=1",
+    "arena.when_full=wait",
+)
 
-def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The real command, which may give itself mounts of its own."""
-    command = [sys.executable, "-m", "stager", "stress", "--out", str(out), "--set", "stress.max_saves=3"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=150, check=False)
+
+def run(out: Path, *arguments: str) -> Outcome:
+    settings = [word for setting in SHORT for word in ("--set", setting)]
+    return Outcome("stress", "--out", out, "--seed", "5", "--episode", "7", *settings, *arguments)
 
 
 def test_nothing_wrong_is_0_and_leaves_the_results_only(tmp_path: Path) -> None:
-    ended = run(tmp_path, "--seed", "5", "--episode", "1", "--set", "stress.max_faults=0", "--json")
-    assert ended.returncode == 0, ended.stderr
-    printed = json.loads(ended.stdout)
-    assert printed == json.loads((tmp_path / "stress.json").read_text())
-    assert printed["ok"] and printed["counts"]["episodes"] == 1 and printed["counts"]["committed"] == 3
+    ended = run(tmp_path, "--json")
+    assert ended.code == 0, ended.out
+    assert ended.json == json.loads((tmp_path / "stress.json").read_text())
+    counts = ended.json["counts"]
+    assert ended.json["ok"] and (counts["episodes"], counts["committed"], counts["violations"]) == (1, 3, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["server.log", "stress.json"]
 
 
 def test_violation_is_1_with_seed_episode_evidence_and_the_command_that_repeats_it(tmp_path: Path) -> None:
-    arguments = (
-        "--seed",
-        "5",
-        "--episode",
-        "1",
-        "--set",
-        "stress.max_faults=0",
-        "--set",
-        "stress.run_deadline_secs=0.01",
-    )
-    ended = run(tmp_path, *arguments)
-    assert ended.returncode == 1, ended.stderr
-    assert "VIOLATION in episode 1" in ended.stdout
-    assert "the trainer hung" in ended.stdout
-    assert "stager stress --seed 5 --episode 1" in ended.stdout
-    assert (tmp_path / "episode-00001" / "plan.json").exists()
+    ended = run(tmp_path, "--set", "stress.run_deadline_secs=0.01")
+    assert ended.code == 1
+    assert "VIOLATION in episode 7" in ended.out
+    assert "the trainer hung" in ended.out
+    assert "stager stress --seed 5 --episode 7" in ended.out
+    assert (tmp_path / "episode-00007" / "plan.json").exists()
     assert not json.loads((tmp_path / "stress.json").read_text())["ok"]
 
 

@@ -27,7 +27,7 @@ def play(stage: Stage, plan: Episode) -> tuple[EpisodeResult, dict[str, Outcome]
 
 
 def test_trainer_killed_after_staging_then_its_last_checkpoint_damaged(stage: Stage) -> None:
-    killed = RunPlan(8, faults=(PointFault("save.handed-over", "kill", after=3),), peek_at=2)
+    killed = RunPlan(8, faults=(PointFault("save.handed-over", "kill", after=3),), peek_at=2, hurried=True)
     damaged = RunPlan(10, faults=(Damage("flip", newest=True, file=0.4, place=0.5),))
     result, outcomes = play(stage, episode(killed, damaged, number=1))
     assert outcomes["SIGKILL at save.*"] in (Outcome.FINISHED, Outcome.COMMITTED)  # as fast as the worker was
@@ -44,11 +44,11 @@ def test_workers_that_crash_and_stop_in_the_middle_of_a_save(stage: Stage) -> No
 
 def test_storage_errors_are_reported_and_the_next_save_works(stage: Stage) -> None:
     faults = (PointFault("part.write", "errno", 1, "ENOSPC"), PointFault("commit.begin", "errno", 2, "EIO"))
-    slow = PointFault("part.synced", "delay", detail="0.2")
-    plan = episode(RunPlan(8, faults=(*faults, slow)), number=3, step_secs=0.01)
-    result, outcomes = play(stage, plan)
+    vanishing = (RemovePartial(4), PointFault("part.opened", "delay", 4, "0.4"))
+    result, outcomes = play(stage, episode(RunPlan(9, faults=(*faults, *vanishing)), number=3, step_secs=0.01))
     assert outcomes["ENOSPC at part.*"] is outcomes["EIO at commit.*"] is Outcome.REPORTED
-    assert (result.num_failed, result.num_committed) == (2, 6)
+    assert outcomes["partial directory removed"] in (Outcome.REPORTED, Outcome.COMMITTED)  # whatever was seen first
+    assert 2 <= result.num_failed <= 3 and result.num_committed == 9 - result.num_failed
 
 
 def test_trainer_that_is_terminated_saves_once_more_and_one_that_ends_without_a_word(stage: Stage) -> None:
@@ -61,12 +61,6 @@ def test_trainer_that_is_terminated_saves_once_more_and_one_that_ends_without_a_
     assert result.num_runs == 2
 
 
-def test_partial_directory_that_vanishes_while_it_is_written(stage: Stage) -> None:
-    faults = (RemovePartial(2), PointFault("part.opened", "delay", after=1, detail="0.5"))
-    _, outcomes = play(stage, episode(RunPlan(4, faults=faults), number=5, guard=False))
-    assert outcomes["partial directory removed"] in (Outcome.REPORTED, Outcome.COMMITTED)
-
-
 def test_disk_that_is_full_for_a_while(stage: Stage, tmp_path: Path) -> None:
     try:
         SmallDisk(str(tmp_path / "probe"), 1 << 20).unmount()
@@ -74,7 +68,7 @@ def test_disk_that_is_full_for_a_while(stage: Stage, tmp_path: Path) -> None:
         pytest.skip(f"a tmpfs cannot be mounted here: {error}")
     full = FullDisk(save=2, free_bytes=8 << 10, secs=600.0)
     settings = config(persistence={"check_free_space": False})
-    plan = episode(RunPlan(12, faults=(full,)), number=6, small_disk=True, config=settings, step_secs=0.05)
+    plan = episode(RunPlan(12, faults=(full,)), number=5, small_disk=True, config=settings, step_secs=0.05)
     result, outcomes = play(stage, plan)
     assert outcomes == {"full disk": Outcome.REPORTED}
     assert result.num_failed >= 1 and result.num_committed >= 2

@@ -39,7 +39,7 @@ def test_process_that_outlives_its_trainer_is_found_and_killed(stage: Stage) -> 
 
 def test_run_that_hangs_is_ended_and_its_stacks_are_kept(stage: Stage) -> None:
     stopped = SignalFault("trainer", "SIGSTOP", save=1, delay_secs=0.0, pause_secs=600.0)
-    settings = StressConfig(stress=StressSettings(run_deadline_secs=5.0))
+    settings = StressConfig(stress=StressSettings(run_deadline_secs=3.0))
     result = stage.play(episode(RunPlan(50, faults=(stopped,)), number=2, step_secs=0.05), settings)
     assert any("the trainer hung" in line for line in result.violations)
     assert not stage.server.alive()
