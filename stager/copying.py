@@ -10,7 +10,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 import torch
@@ -91,9 +91,12 @@ class _Threads:
                 call()
 
         helpers = min(self._count, len(calls)) - (0 if self._nice else 1)  # the caller's thread keeps its priority
-        futures = [self._threads().submit(work) for _ in range(helpers)]
+        futures: list[Future[None]] = []
         try:
-            if not self._nice:
+            with suppress(RuntimeError):  # the interpreter is shutting down: no thread can be asked any more
+                for _ in range(helpers):
+                    futures.append(self._threads().submit(work))
+            if not self._nice or not futures:
                 work()
         finally:
             wait(futures)

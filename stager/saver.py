@@ -163,7 +163,11 @@ class Saver:
     def _stage_later(self, snapshot: Snapshot, lease: Lease, work: Work) -> None:
         if self._stager is None:
             self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager-stage")
-        future = self._stager.submit(self._stage_guarded, snapshot, lease, work)
+        try:
+            future = self._stager.submit(self._stage_guarded, snapshot, lease, work)
+        except RuntimeError:  # the interpreter is shutting down (an atexit handler saves): nothing is left to overlap with
+            self._stage_guarded(snapshot, lease, work)
+            return
         with self._lock:
             self._staging.add(future)
         future.add_done_callback(self._forget_staging)
@@ -180,6 +184,8 @@ class Saver:
             self._finish_staging(snapshot, lease)
         except BaseException as error:  # noqa: BLE001  (the edge of the thread: it goes into the Future)
             self._fail(snapshot.handle, lease, error)
+        finally:
+            self._staging_thread = 0
 
     def _finish_staging(self, snapshot: Snapshot, lease: Lease) -> None:
         """The tensors are in the slab: add plan and objects, hand everything over."""

@@ -91,10 +91,17 @@ class Run:
                 setattr(self, word, int(rest[0]))
         return bool(data)
 
-    def wait_for_commit_after(self, step: int) -> float:
-        """Seconds that it took. The deadline is for a hang: it is far beyond what the pool needs."""
+    def wait_until_recovered(self) -> float:
+        """After the death of a worker: until every save of that time is committed; the seconds that it took.
+
+        No more than two are in flight, for there are two buffers. The deadline is for a hang: it is far beyond what the
+        pool needs.
+        """
         began = time.monotonic()
-        while self.committed <= step:
+        while select.select([self.trainer.stdout], [], [], 0)[0]:
+            assert self.read(0.0), "the trainer has ended by itself"
+        newest = self.staged + 2
+        while self.committed <= newest:
             assert self.read(1.0), "the trainer has ended by itself"
             assert time.monotonic() < began + _DEADLINE_SECS, f"nothing was committed for {_DEADLINE_SECS:g} s"
         return time.monotonic() - began
@@ -134,7 +141,7 @@ def kill_one_at_a_time(nursery: Nursery, run_dir: Path, rng: random.Random, num_
                 with suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
                 kills["worker"] += 1
-                longest_secs = max(longest_secs, run.wait_for_commit_after(run.staged))
+                longest_secs = max(longest_secs, run.wait_until_recovered())
         kills["trainer"] += 1
         wait_for_workers_to_end()
         check_and_prune(run_dir, run)
@@ -142,10 +149,12 @@ def kill_one_at_a_time(nursery: Nursery, run_dir: Path, rng: random.Random, num_
 
 
 def check_and_prune(run_dir: Path, run: Run) -> None:
-    steps = committed_steps(run_dir) if run_dir.exists() else []
+    if not run_dir.exists():  # killed that early
+        assert run.staged < 0
+        return
+    recover_as_the_next_run(run_dir)  # killed between two parts of a hand-over, it leaves a partial directory
+    steps = committed_steps(run_dir)
     assert max(steps, default=-1) >= run.staged, "a staged checkpoint was lost"
-    if run_dir.exists():
-        recover_as_the_next_run(run_dir)
     for step in steps[:-1]:
         shutil.rmtree(run_dir / f"step-{step:08d}")
 
