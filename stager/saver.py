@@ -165,7 +165,9 @@ class Saver:
             self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager-stage")
         try:
             future = self._stager.submit(self._stage_guarded, snapshot, lease, work)
-        except RuntimeError:  # the interpreter is shutting down (an atexit handler saves): nothing is left to overlap with
+        except (
+            RuntimeError
+        ):  # the interpreter is shutting down (an atexit handler saves): nothing is left to overlap with
             self._stage_guarded(snapshot, lease, work)
             return
         with self._lock:

@@ -119,8 +119,10 @@ class SourceSharer:
 
         Args:
             leaves: of the state, in order; what is no tensor is passed over.
-            may_move: legal only while no snapshot is being taken; see NOTE [ What a move changes ].
+            may_move: no snapshot is being taken; see NOTE [ What a move changes ]. Nothing is moved all the same unless the
+                user asked for it: :attr:`SharingOptions.may_move`.
         """
+        may_move = may_move and self._options.may_move
         with self._lock:
             self._forget_the_dead()
             self._refused = {}

@@ -35,6 +35,7 @@ class Expectation:
             been replaced by a whole one; the damaged one itself must not be taken for whole.
         partials_allowed: partial directories may be there: their processes have not ended, or nobody has cleaned up yet.
         busy: somebody works in the directory at this moment.
+    asides_allowed: a directory without a manifest was in a save's way, and so was moved aside.
     """
 
     digests: Sequence[str]
@@ -42,6 +43,7 @@ class Expectation:
     damaged: Mapping[int, str] = field(default_factory=dict)
     partials_allowed: bool = False
     busy: bool = False
+    asides_allowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def _strangers(names: list[str], partials: list[str], expected: Expectation) -> 
         if name in partials:
             if not expected.partials_allowed:
                 yield f"{name} (step {parse_partial(name)[0]}) was not cleaned up"
-        elif _ASIDE not in name or "" not in expected.damaged.values():
+        elif _ASIDE not in name or not expected.asides_allowed:
             yield f"{name} does not belong here"
 
 

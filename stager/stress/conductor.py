@@ -59,6 +59,7 @@ class Conductor:
         self._digests: Sequence[str] = ()
         self._required: set[int] = set()
         self._damaged: dict[int, str] = {}
+        self._asides = False
         self._found = Found()
         self._num_jobs = 0
         self._result = EpisodeResult(episode, directory=directory)
@@ -211,6 +212,7 @@ class Conductor:
                 if damaged is not None:
                     done.append(damaged)
                     self._damaged[damaged.step] = damaged.save_id
+                    self._asides = self._asides or not damaged.save_id
         return done
 
     def _check(
@@ -222,7 +224,7 @@ class Conductor:
         inflictor: Inflictor | None = None,
         run: Run | None = None,
     ) -> Found:
-        expected = Expectation(self._digests, required, self._damaged, partials_allowed, busy)
+        expected = Expectation(self._digests, required, self._damaged, partials_allowed, busy, self._asides)
         arguments = {"directory": self._run_dir, "expected": asdict(expected)}
         return found_from_json(self._job("check", arguments, inflictor, run))
 

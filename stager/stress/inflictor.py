@@ -127,9 +127,15 @@ class Inflictor:
             self._came_about(fault, "trainer" if victim == trainer else "worker", when)
 
     def _maybe_remove(self, fault: RemovePartial) -> None:
+        """It goes in one step: removed file by file, it could become a checkpoint meanwhile, and lose the rest as one."""
         for name in partial_names(self.directory):
             when = time.time()
-            shutil.rmtree(os.path.join(self.directory, name), ignore_errors=True)
+            aside = os.path.join(os.path.dirname(self.directory), "removed")
+            try:
+                os.rename(os.path.join(self.directory, name), aside)
+            except FileNotFoundError:  # committed
+                continue
+            shutil.rmtree(aside)
             self._came_about(fault, "disk", when)
             return
 

@@ -38,9 +38,9 @@ class LimitMeter:
         self._executor = ThreadPoolExecutor(threads)
         nbytes = sum(tensor.nbytes for tensor in tensors)
         self._target = torch.ones(max(1, nbytes), dtype=torch.uint8)  # touched: warm
-        large = [t for t in tensors if t.nbytes >= _SMALL_BYTES and t.is_contiguous()]
-        self._rest = torch.ones(max(1, nbytes - sum(t.nbytes for t in large)), dtype=torch.uint8)
-        self._pieces = list(_pieces([*large, self._rest], self._target.data_ptr(), nbytes))
+        self._nbytes = nbytes
+        self._large = [t for t in tensors if t.nbytes >= _SMALL_BYTES and t.is_contiguous()]
+        self._rest = torch.ones(max(1, nbytes - sum(t.nbytes for t in self._large)), dtype=torch.uint8)
         self._many = [t.detach() for t in tensors] if len(tensors) >= _MANY else []
         self._copies = [torch.empty_like(t) for t in self._many]
 
@@ -53,14 +53,16 @@ class LimitMeter:
         return self._copy(1), self._copy(self._threads)
 
     def _copy(self, threads: int) -> float:
-        iterator = iter(self._pieces)  # shared: next() on a list's iterator is atomic
+        # Addresses are asked for every time: with ``staging.location: workers`` the state's memory is moved.
+        pieces = list(_pieces([*self._large, self._rest], self._target.data_ptr(), self._nbytes))
+        iterator = iter(pieces)  # shared: next() on a list's iterator is atomic
 
         def work() -> None:
             for source, target, nbytes in iterator:
                 ctypes.memmove(target, source, nbytes)  # releases the GIL
 
         started = time.perf_counter()
-        others = [self._executor.submit(work) for _ in range(min(threads, len(self._pieces)) - 1)]
+        others = [self._executor.submit(work) for _ in range(min(threads, len(pieces)) - 1)]
         work()
         wait(others)
         return time.perf_counter() - started

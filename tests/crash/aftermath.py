@@ -61,8 +61,12 @@ def committed_steps(run_dir: Path) -> list[int]:
 
 
 def recover_as_the_next_run(run_dir: Path) -> list[Recovered]:
-    """The directory is free, and what was left of a save is finished or removed; what that was."""
-    lock_fd = lock_directory(str(run_dir), 0.0)
+    """The directory is free, and what was left of a save is finished or removed; what that was.
+
+    It waits for the lock, as a run does: a worker that was being forked when its trainer was killed is not to be told from
+    the trainer by its command line yet, and has the lock.
+    """
+    lock_fd = lock_directory(str(run_dir), ORPHAN_TIMEOUT_SECS)
     try:
         found = list(recover(str(run_dir)))
     finally:
