@@ -149,6 +149,8 @@ class Saver:
     def _save_whole(self, snapshot: Snapshot, lease: Lease) -> None:
         try:
             now, later = self._taker.split(snapshot)
+            for note in self._sharer.notes(snapshot.flat.name) if self._sharer is not None else ():
+                snapshot.handle._note(note)
             self._taker.copy(snapshot, now, lease.slab, cold=not lease.warm, background=False)
             if later.copies:
                 self._stage_later(snapshot, lease, later)

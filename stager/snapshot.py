@@ -149,7 +149,7 @@ class SnapshotTaker:
             )
             for result in copied.results:
                 snapshot.handle._event("stage", result.started, result.ended, f"worker {result.pid}")
-            for note in (*copied.notes, *self._sharer.notes(snapshot.flat.name)):
+            for note in copied.notes:
                 snapshot.handle._note(note)
         else:
             copy_here(work.by_trainer)

@@ -155,9 +155,17 @@ def _set_up_descriptors() -> None:
                 os.set_inheritable(int(name), False)
 
 
+def _lower_autogroup(nice: int) -> None:
+    """Where the kernel groups processes by session (sched(7), "autogroup"; on most desktops and many servers), niceness
+    counts within a session only, and each worker has its own: between sessions it is the group's niceness that counts."""
+    with suppress(FileNotFoundError), open("/proc/self/autogroup", "w") as file:
+        file.write(str(nice))
+
+
 def _lower_priority(settings: WorkerSettings) -> None:
     with suppress(OSError, psutil.Error):  # a container may forbid it; work goes on at the usual priority
         os.nice(settings.nice)
+        _lower_autogroup(settings.nice)
         if settings.ionice == "low":
             psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
         elif settings.ionice == "idle":

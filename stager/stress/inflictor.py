@@ -130,12 +130,12 @@ class Inflictor:
         """It goes in one step: removed file by file, it could become a checkpoint meanwhile, and lose the rest as one."""
         for name in partial_names(self.directory):
             when = time.time()
-            aside = os.path.join(os.path.dirname(self.directory), "removed")
+            aside = os.path.join(os.path.dirname(self.directory), f"removed-{when}")
             try:
                 os.rename(os.path.join(self.directory, name), aside)
             except FileNotFoundError:  # committed
                 continue
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)  # who is writing there may go on for a moment
             self._came_about(fault, "disk", when)
             return
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from stager.stress.conductor import Conductor, EpisodeError
+from stager.stress.conductor import Conductor
 from stager.stress.config import StressConfig
 from stager.stress.disk import enter_own_namespace
 from stager.stress.drawing import draw_episode
 from stager.stress.episode import Episode
-from stager.stress.forks import ForkServer
+from stager.stress.forks import ForkServer, ForkServerError
 from stager.stress.record import EpisodeResult
 from stager.stress.report import Summary, print_report, write_json
 from workers.errors import UsageError
@@ -67,8 +68,12 @@ class Stage:
         conductor = Conductor(self.server, config.stress, self.faults_dir, str(directory), episode)
         try:
             result = conductor.play()
-        except EpisodeError as error:
-            result = EpisodeResult(episode, violations=[f"the checker failed: {error}"], directory=str(directory))
+        except ForkServerError:
+            raise
+        except Exception as error:  # noqa: BLE001  (what nobody could check is not shown, and the rest is worth its report)
+            (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            violation = f"the episode could not be judged: {type(error).__name__}: {error}"
+            result = EpisodeResult(episode, violations=[violation], directory=str(directory))
         if not result.violations:
             shutil.rmtree(directory)
             result.directory = ""

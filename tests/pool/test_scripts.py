@@ -91,6 +91,13 @@ def test_environment_priority_and_directory_of_a_worker() -> None:
     assert environment == {**os.environ, "FOR_WORKERS": "yes", "CUDA_VISIBLE_DEVICES": "", **_set_by_torch(environment)}
 
 
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no autogroups")
+def test_niceness_counts_against_the_trainer_where_the_kernel_groups_by_session() -> None:
+    with WorkerPool(count=1, options=PoolOptions(nice=7)) as pool:
+        group = pool.submit(lambda: Path("/proc/self/autogroup").read_text()).result()
+    assert group.split()[-1] == "7" and Path("/proc/self/autogroup").read_text().split()[0] != group.split()[0]
+
+
 def _set_by_torch(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in os.environ and "TORCH" in name}
 
