@@ -85,7 +85,8 @@ def print_report(summary: Summary, console: Console, as_json: bool) -> None:
     if as_json:
         console.out(Path(summary.out, "stress.json").read_text(encoding="utf-8").rstrip(), highlight=False)
         return
-    console.print(_fault_table(summary))
+    if summary.table():
+        console.print(_fault_table(summary))
     for result, outcome in summary.longest():
         where = f"episode {result.episode.number}"
         console.print(Text(f"  {outcome.recovery_secs:6.2f} s  {where}: {outcome.fault.label}; {outcome.why}"))
