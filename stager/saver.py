@@ -10,6 +10,7 @@ A snapshot that is larger than ``arena.max_host_bytes`` goes piece by piece inst
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -36,6 +37,7 @@ from stager.plan import Planner
 from stager.save import SaveHandle, SaveState
 from stager.sharing import SharingOptions, SourceSharer
 from stager.snapshot import Snapshot, SnapshotTaker, Work
+from workers.directory import partial_name
 from workers.errors import ClosedError, StorageError
 from workers.faults import point
 from workers.formats import Format
@@ -125,7 +127,7 @@ class Saver:
         free = stats.f_bavail * stats.f_frsize
         if nbytes > free:
             raise StorageError(
-                28,
+                errno.ENOSPC,
                 f"a checkpoint of {nbytes:,} bytes does not fit the {free:,} bytes that are free; nothing was written. "
                 "Free space, or set persistence.check_free_space to false if the file system reports it wrongly",
                 self._options.directory,
@@ -324,7 +326,12 @@ class Saver:
             return
         why = failure or error
         if why is None:
-            why = StorageError(None, "every part was written, but nobody committed", self._options.directory)
+            # The last part to be written sees every receipt, unless somebody took some away: see workers/commit.py.
+            why = StorageError(
+                errno.ENOENT,
+                "every part was written, but not all are there: the partial checkpoint was removed while it was written",
+                os.path.join(self._options.directory, partial_name(handle.step, handle.save_id)),
+            )
         leftovers = (self._options.directory, handle.step, handle.save_id)
         try:
             cleaned = self._pool.submit(discard_partial, *leftovers)
