@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -98,8 +99,11 @@ class _Threads:
                     futures.append(self._threads().submit(work))
             if not self._nice or not futures:
                 work()
+        except BaseException:
+            deque(iterator, maxlen=0)  # what nobody has begun is not to be done any more
+            raise
         finally:
-            wait(futures)
+            wait_uninterrupted(futures)  # they write into the slab
         for future in futures:
             future.result()
 
@@ -116,6 +120,18 @@ class _Threads:
             executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown()
+
+
+def wait_uninterrupted(futures: Sequence[Future[None]]) -> None:
+    """Until all are done, whatever the user presses: they use memory that will be used for something else then."""
+    interrupted: KeyboardInterrupt | None = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 def _lower_priority(nice: int) -> None:

@@ -1,7 +1,7 @@
 """One save from the state to the hand-over, and from the workers' answers to the Futures.
 
 save()    flatten -> plan -> pickle objects -> lease a slab -> copy what is not guarded -> return
-staging   (in save(), or in the staging thread when something is guarded)
+staging   (in the staging thread; save() waits for it unless something is guarded)
           copy what is guarded -> verify -> write plan and objects into the slab -> hand over to every worker
 answers   (in the pool's supervisor thread) all parts done -> release the slab -> resolve upload_completion
 
@@ -28,7 +28,7 @@ import torch
 from stager._version import __version__
 from stager.answers import Answers
 from stager.arena import Arena, Lease, SlabState
-from stager.copying import Copier
+from stager.copying import Copier, wait_uninterrupted
 from stager.flatten import Flat
 from stager.guard import Guard
 from stager.job import JobWriter, put, slab_nbytes
@@ -149,49 +149,66 @@ class Saver:
         return lease
 
     def _save_whole(self, snapshot: Snapshot, lease: Lease) -> None:
+        claim = threading.Lock()
         try:
             now, later = self._taker.split(snapshot)
             for note in self._sharer.notes(snapshot.flat.name) if self._sharer is not None else ():
                 snapshot.handle._note(note)
             self._taker.copy(snapshot, now, lease.slab, cold=not lease.warm, background=False)
-            if later.copies:
-                self._stage_later(snapshot, lease, later)
-            else:
-                self._finish_staging(snapshot, lease)
+            staged = self._in_staging_thread(self._stage_rest, snapshot, lease, later, claim)
         except BaseException as error:
-            self._fail(snapshot.handle, lease, error)
+            if claim.acquire(blocking=False):
+                self._fail(snapshot.handle, lease, error)
             raise
+        if not later.copies:
+            staged.result()
 
-    # -- the staging thread, or the trainer's -------------------------------------------------------------------
+    # -- the staging thread -------------------------------------------------------------------------------------
 
-    def _stage_later(self, snapshot: Snapshot, lease: Lease, work: Work) -> None:
+    # NOTE [ Ctrl-C in save() ]
+    # KeyboardInterrupt can be raised between any two instructions of the main thread, and the program may go on after it.
+    # A slab whose save was interrupted halfway through the hand-over must not be leased again while a worker has it. So all
+    # that must not stop halfway happens in the staging thread, where no signal handler runs; the trainer's thread only waits
+    # for it. Who is to deal with the lease is settled by whoever takes ``claim`` first.
+
+    def _in_staging_thread(self, stage: Callable[..., None], *args: Any) -> Future[None]:
         if self._stager is None:
             self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager-stage")
         try:
-            future = self._stager.submit(self._stage_guarded, snapshot, lease, work)
-        except (
-            RuntimeError
-        ):  # the interpreter is shutting down (an atexit handler saves): nothing is left to overlap with
-            self._stage_guarded(snapshot, lease, work)
-            return
+            future = self._stager.submit(self._mark_staging_thread, stage, *args)
+        except RuntimeError:  # the interpreter is shutting down (an atexit handler saves): no thread takes it any more
+            self._mark_staging_thread(stage, *args)
+            future = Future()
+            future.set_result(None)
+            return future
         with self._lock:
             self._staging.add(future)
         future.add_done_callback(self._forget_staging)
+        return future
+
+    def _mark_staging_thread(self, stage: Callable[..., None], *args: Any) -> None:
+        self._staging_thread = threading.get_ident()
+        try:
+            stage(*args)
+        finally:
+            self._staging_thread = 0
 
     def _forget_staging(self, future: Future[None]) -> None:
         with self._lock:
             self._staging.discard(future)
 
-    def _stage_guarded(self, snapshot: Snapshot, lease: Lease, work: Work) -> None:
-        self._staging_thread = threading.get_ident()
+    def _stage_rest(self, snapshot: Snapshot, lease: Lease, later: Work, claim: threading.Lock) -> None:
+        if not claim.acquire(blocking=False):
+            return  # the trainer's thread was interrupted and has given the save up
         try:
-            point("save.overlapped")
-            self._taker.copy(snapshot, work, lease.slab, cold=not lease.warm, background=True)
+            if later.copies:
+                point("save.overlapped")
+                self._taker.copy(snapshot, later, lease.slab, cold=not lease.warm, background=True)
             self._finish_staging(snapshot, lease)
-        except BaseException as error:  # noqa: BLE001  (the edge of the thread: it goes into the Future)
+        except BaseException as error:
             self._fail(snapshot.handle, lease, error)
-        finally:
-            self._staging_thread = 0
+            if not later.copies:  # save() is waiting for it
+                raise
 
     def _finish_staging(self, snapshot: Snapshot, lease: Lease) -> None:
         """The tensors are in the slab: add plan and objects, hand everything over."""
@@ -254,11 +271,31 @@ class Saver:
             f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
             f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"
         )
+        claim, given_up = threading.Lock(), threading.Event()
+        staged: Future[None] | None = None
+        try:
+            staged = self._in_staging_thread(self._stage_pieces, snapshot, pieces, lease, claim, given_up)
+            staged.result()
+        except BaseException as error:  # see NOTE [ Ctrl-C in save() ]
+            given_up.set()
+            if claim.acquire(blocking=False):
+                self._fail(handle, lease, error)
+            elif staged is not None:
+                wait_uninterrupted([staged])  # from here on the state may change
+            raise
+
+    def _stage_pieces(
+        self, snapshot: Snapshot, pieces: Pieces, first: Lease, claim: threading.Lock, given_up: threading.Event
+    ) -> None:
+        if not claim.acquire(blocking=False):
+            return
+        handle = snapshot.handle
         facts = self._facts(handle, len(pieces.pieces))
         futures: list[Future[PartResult]] = []
+        lease: Lease | None = first
         try:
             for piece in pieces.pieces:
-                if _has_failed(futures):  # the rest would be for nothing
+                if given_up.is_set() or _has_failed(futures):  # the rest would be for nothing
                     break
                 lease = lease or self._arena.lease(pieces.slab_nbytes, when_full="wait")
                 assert lease is not None  # it waits
@@ -270,7 +307,8 @@ class Saver:
         finally:
             if lease is not None:
                 lease.release()
-        self._finish_pieces(handle, futures, None, whole=len(futures) == len(pieces.pieces))
+        interrupted = KeyboardInterrupt("save() was interrupted") if given_up.is_set() else None
+        self._finish_pieces(handle, futures, interrupted, whole=len(futures) == len(pieces.pieces))
 
     def _stage_piece(
         self, facts: SaveFacts, snapshot: Snapshot, pieces: Pieces, piece: Piece, lease: Lease

@@ -18,7 +18,7 @@ import psutil
 from typing_extensions import Self
 
 from stager.demo.child import child_environment
-from stager.stress.server import Request
+from stager.stress.request import Request
 from workers.errors import StagerError
 
 _START_SECS = 120.0

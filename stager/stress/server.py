@@ -26,24 +26,15 @@ import signal
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
 import psutil
+
+from stager.stress.request import Request
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_MS = 10
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """From the conductor: fork a child that does ``job``, with its output in the file ``log``. Answered by its pid."""
-
-    job: str
-    log: str
-    arguments: dict[str, Any]
 
 
 def main(fd: int) -> None:
