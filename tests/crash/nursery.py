@@ -148,6 +148,7 @@ def become_trainer(request: dict[str, object]) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background has it ignored
     os.environ.clear()
     os.environ.update(request["env"])  # type: ignore[call-overload]
     faults._DIRECTORY = os.environ.get("STAGER_FAULTS")

@@ -65,7 +65,11 @@ def send_all(trainer: Trainer, signals: tuple[signal.Signals, ...]) -> None:
         trainer.send(sent)
 
 
-@pytest.mark.parametrize("name", WAYS)
+# The other ways take these paths too; each costs seconds, for the start of a worker.
+_ORDINARY = ("SIGKILL", "SIGTERM", "sys.exit", "Ctrl-C twice")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in _ORDINARY else pytest.mark.long) for n in WAYS])
 def test_trainer_ends_after_staging_and_the_save_is_committed(
     run_dir: Path, faults: Faults, nursery: Nursery, name: str
 ) -> None:
