@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -255,6 +256,22 @@ class Checkpointer:
                 handle.upload_completion.was_read = True
                 raise error
 
+    def _raise_every_unread(self) -> None:
+        """At the end there is no later call that could raise the others: they follow the oldest as its context."""
+        handles = [handle for handle in self._unread if _unread_error(handle) is not None]
+        errors = [error for handle in handles if (error := _unread_error(handle)) is not None]
+        for handle in handles:
+            handle.upload_completion.was_read = True
+        distinct = list({id(error): error for error in errors}.values())
+        for error, following in pairwise(distinct):
+            last: BaseException = error
+            while (inner := last.__cause__ or last.__context__) is not None:
+                last = inner
+            if last is not following:
+                last.__context__ = following
+        if distinct:
+            raise distinct[0]
+
     def _writer(self) -> Saver:
         if self._owner != os.getpid():
             raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
@@ -330,7 +347,7 @@ class Checkpointer:
         Raises:
             UsageError: called by a callback of a save's Future.
             KeyboardInterrupt: while it waited; what is staged is committed by the workers after this process is gone.
-            Exception: the error of a save that nobody has looked at.
+            Exception: the oldest error of a save that nobody has looked at; others follow it as its context.
         """
         if self._owner != os.getpid():
             return
@@ -351,7 +368,7 @@ class Checkpointer:
                 os.close(self._lock_fd)
                 if self._preemption is not None:
                     self._preemption.restore()
-            self._raise_unread()
+            self._raise_every_unread()
 
     def _remaining_secs(self) -> float | None:
         return None if self._preemption is None else self._preemption.remaining_secs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -135,6 +136,25 @@ def test_error_that_nobody_read_is_raised_by_close_but_masks_nothing(run_dir: Pa
     with pytest.raises(KeyError, match="primary"), Checkpointer(run_dir) as ckpt:
         ckpt.save(0, {"x": torch.ones(10)})
         raise KeyError("primary")
+
+
+def test_close_tells_every_error_that_nobody_has_looked_at(run_dir: Path, faults: Faults) -> None:
+    ckpt = Checkpointer(run_dir, {"workers": {"count": 1}, "arena": {"buffers": 3}})
+    hold = faults.hold("part.begin")
+    for step in range(3):
+        ckpt.save(step, {"x": torch.ones(3)})
+    hold.wait()
+    faults.arm("part.write", "errno ENOSPC")
+    faults.arm("commit.begin", "errno EIO")
+    hold.release()
+    with pytest.raises(StorageError) as raised:
+        ckpt.close()
+    told, error = [], raised.value
+    while error is not None:
+        told.append(getattr(error, "errno", None))
+        error = error.__cause__ or error.__context__
+    assert errno.ENOSPC in told and errno.EIO in told
+    assert [info.step for info in ckpt.checkpoints()] == [2]
 
 
 def test_close_finishes_what_is_in_flight(run_dir: Path) -> None:
