@@ -142,10 +142,14 @@ class Saver:
             logger.info("save of step %d skipped: every buffer is in flight", handle.step)
             handle._skipped()
             return None
-        point("save.planned")
-        handle._move(SaveState.STAGING)
-        with self._lock:
-            self._in_flight.add(handle)
+        try:
+            point("save.planned")
+            handle._move(SaveState.STAGING)
+            with self._lock:
+                self._in_flight.add(handle)
+        except BaseException:
+            lease.release()
+            raise
         return lease
 
     def _save_whole(self, snapshot: Snapshot, lease: Lease) -> None:
