@@ -38,6 +38,8 @@ from workers.faults import point
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_AUTOGROUP_PAUSE_SECS = 0.11
+_AUTOGROUP_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +160,23 @@ def _set_up_descriptors() -> None:
 def _lower_autogroup(nice: int) -> None:
     """Where the kernel groups processes by session (sched(7), "autogroup"; on most desktops and many servers), niceness
     counts within a session only, and each worker has its own: between sessions it is the group's niceness that counts."""
-    with suppress(FileNotFoundError), open("/proc/self/autogroup", "w") as file:
-        file.write(str(nice))
+    for _ in range(_AUTOGROUP_ATTEMPTS):
+        try:
+            with open("/proc/self/autogroup", "w") as file:
+                file.write(str(nice))
+        except BlockingIOError:  # the kernel takes one change in 100 ms from all unprivileged processes together
+            time.sleep(_AUTOGROUP_PAUSE_SECS)
+        else:
+            return
 
 
 def _lower_priority(settings: WorkerSettings) -> None:
-    with suppress(OSError, psutil.Error):  # a container may forbid it; work goes on at the usual priority
+    """A container may forbid any of it; work goes on at the usual priority."""
+    with suppress(OSError):
         os.nice(settings.nice)
+    with suppress(OSError):
         _lower_autogroup(settings.nice)
+    with suppress(OSError, psutil.Error):
         if settings.ionice == "low":
             psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
         elif settings.ionice == "idle":
