@@ -22,8 +22,8 @@ from stager._version import __version__
 _HOME = {
     "stager.checkpointer": ("Checkpointer",),
     "stager.config": ("StagerConfig", "load_config"),
-    "stager.loader": ("Loaded",),
-    "stager.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
+    "stager.loading.loader": ("Loaded",),
+    "stager.saving.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
     "stager.staging": (
         "AsyncStager",
         "BlockingAsyncStager",
@@ -35,8 +35,8 @@ _HOME = {
         "_ReplicationStager",
         "auto_options",
     ),
-    "stager.preemption": ("Preemption",),
-    "stager.state_dict_stager": ("StateDictStager",),
+    "stager.saving.preemption": ("Preemption",),
+    "stager.staging.state_dict_stager": ("StateDictStager",),
     "stager.storage": ("StagerStorageReader", "StagerStorageWriter"),
     "workers.directory": ("CheckpointInfo", "SkippedCheckpoint"),
     "workers.errors": (
@@ -85,12 +85,12 @@ if TYPE_CHECKING:
     from stager.checkpointer import Checkpointer as Checkpointer
     from stager.config import StagerConfig as StagerConfig
     from stager.config import load_config as load_config
-    from stager.loader import Loaded as Loaded
-    from stager.preemption import Preemption as Preemption
-    from stager.save import Event as Event
-    from stager.save import SaveHandle as SaveHandle
-    from stager.save import SaveReport as SaveReport
-    from stager.save import SaveState as SaveState
+    from stager.loading.loader import Loaded as Loaded
+    from stager.saving.preemption import Preemption as Preemption
+    from stager.saving.save import Event as Event
+    from stager.saving.save import SaveHandle as SaveHandle
+    from stager.saving.save import SaveReport as SaveReport
+    from stager.saving.save import SaveState as SaveState
     from stager.staging import AsyncStager as AsyncStager
     from stager.staging import BlockingAsyncStager as BlockingAsyncStager
     from stager.staging import CheckpointStager as CheckpointStager
@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     from stager.staging import StagingOptions as StagingOptions
     from stager.staging import _ReplicationStager as _ReplicationStager
     from stager.staging import auto_options as auto_options
-    from stager.state_dict_stager import StateDictStager as StateDictStager
+    from stager.staging.state_dict_stager import StateDictStager as StateDictStager
     from stager.storage import StagerStorageReader as StagerStorageReader
     from stager.storage import StagerStorageWriter as StagerStorageWriter
     from workers.directory import CheckpointInfo as CheckpointInfo

@@ -1,7 +1,7 @@
 """The public face: a run's checkpoints.
 
-Start here, then ``saver.py`` (one save end to end), ``plan.py``, ``arena.py``, ``copying.py``; ``restore.py`` for the way
-back. What happens in the worker processes is in ``workers/`` (``pool.py`` has the diagram).
+Start here, then ``saving/saver.py`` (one save end to end), ``snapshot/``, ``arena/``; ``loading/`` for the way back. What
+happens in the worker processes is in ``workers/`` (``pool.py`` has the diagram).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from stager.arena import Arena
+from stager.arena.arena import Arena
 from stager.config import StagerConfig, load_config
 from stager.config.host import available_memory_bytes
-from stager.copying import Copier
-from stager.ending import finish_saves
-from stager.loader import Loaded, Loader
-from stager.preemption import Preemption
-from stager.save import SaveHandle, SaveState
-from stager.saver import Saver, SaverOptions
-from stager.sharing import SharingOptions
-from stager.telemetry import Telemetry
+from stager.loading.loader import Loaded, Loader
+from stager.saving.ending import finish_saves
+from stager.saving.preemption import Preemption
+from stager.saving.save import SaveHandle, SaveState
+from stager.saving.saver import Saver, SaverOptions
+from stager.saving.telemetry import Telemetry
+from stager.sharing.sharer import SharingOptions
+from stager.snapshot.copying import Copier
 from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,

@@ -1,6 +1,7 @@
 """Where every byte of a checkpoint comes from and goes to: decided by the trainer before the first byte is written.
 
-Contract between ``stager.plan`` (makes it), ``workers.persist`` (writes by it) and ``workers.manifest`` (records it).
+Contract between ``stager.snapshot.plan`` (makes it), ``workers.persist`` (writes by it) and ``workers.manifest``
+(records it).
 
 An *item* is one tensor or one pickled object. In its file it is a *blob*: for a tensor a header, the raw bytes, and a
 tail (in the ``dcp`` format each blob is a complete ``torch.save`` file); for an object only bytes. Blobs start at

@@ -10,12 +10,12 @@ import torch
 
 from stager._version import __version__
 from stager.config import StagerConfig
-from stager.flatten import Flat, flatten
-from stager.job import object_items, slab_nbytes
-from stager.pieces import Pieces, cut, segment_bytes_for
-from stager.plan import Planner, SnapshotPlan
 from stager.planning.source import PickledObject
 from stager.planning.stand_in import with_stand_ins
+from stager.saving.job import object_items, slab_nbytes
+from stager.snapshot.flatten import Flat, flatten
+from stager.snapshot.pieces import Pieces, cut, segment_bytes_for
+from stager.snapshot.plan import Planner, SnapshotPlan
 from workers.errors import UnstageableError
 from workers.formats import get_format
 from workers.layout import Layout, num_segments

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stager.arena import Arena
+from stager.arena.arena import Arena
 from stager.config import StagerConfig
 from stager.doctor.resources import FDS_PER_WORKER
 from stager.planning.advice import advise

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stager.flatten import Flat
+from stager.snapshot.flatten import Flat
 from workers.errors import UsageError
 from workers.layout import align
 from workers.slab import Slab

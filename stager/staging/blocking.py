@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stager.staging.contracts import AsyncStager, StateDict
-from stager.state_dict_stager import StateDictStager
+from stager.staging.state_dict_stager import StateDictStager
 
 _CHECKED_ATOMS = (int, float, str, bytes, io.BytesIO, type(None), torch.Tensor)
 

@@ -10,7 +10,7 @@ from typing import Any
 from stager.staging import streams
 from stager.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.staging.options import CheckpointStagerConfig, StagingOptions, auto_options, resolve
-from stager.state_dict_stager import StateDictStager
+from stager.staging.state_dict_stager import StateDictStager
 from workers.errors import ClosedError
 from workers.offload import HookMemo
 

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from stager.loading.unpickle import unpickle
 from stager.storage.index import Index, read_index
 from stager.storage.plain_reader import PlainReader
 from stager.storage.stock import StockReader
-from stager.unpickle import unpickle
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
 from workers.errors import StateMismatchError, UsageError

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from stager.unpickle import unpickle
+from stager.loading.unpickle import unpickle
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafePickleError
 from workers.files import read_small, storage_errors
 

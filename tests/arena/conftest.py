@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stager.arena import Arena, Lease
+from stager.arena.arena import Arena, Lease
 from workers import pages
 
 MIB = 1 << 20

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from stager.arena import Arena
+from stager.arena.arena import Arena
 from tests.arena.conftest import MIB, take
 from workers.errors import ClosedError
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stager.arena import Arena, SlabState
+from stager.arena.arena import Arena, SlabState
 from tests.arena.conftest import MIB, num_waiting, sizes, start_waiting, take, wait_for_freeing
 from tests.leaks import _slab_mappings
 from workers.errors import ArenaFullError, ClosedError, MemoryBudgetError

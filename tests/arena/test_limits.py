@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from stager.arena import Arena
+from stager.arena.arena import Arena
 from stager.config import host
 from tests.arena.conftest import MIB, sizes, start_waiting, take
 from workers.errors import ArenaFullError, MemoryBudgetError
@@ -122,7 +122,7 @@ def test_available_memory_is_the_tighter_of_host_and_cgroup(monkeypatch: pytest.
 
 LIMITED = """
 import os, resource
-from stager.arena import Arena
+from stager.arena.arena import Arena
 arena = Arena(4, 1 << 50, "raise", available_bytes=lambda: 1 << 60)
 num_fds = len(os.listdir("/proc/self/fd"))
 for limit, value, nbytes in (

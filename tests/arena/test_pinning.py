@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stager.arena import Arena
+from stager.arena.arena import Arena
 from tests.arena.conftest import MIB, sizes, take, wait_for_freeing
 from tests.staging.test_pinning import FakeRuntime
 from workers.offload import pinning

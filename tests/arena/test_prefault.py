@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stager import prefault
-from stager.arena import Arena, SlabState
+from stager.arena import prefault
+from stager.arena.arena import Arena, SlabState
 from tests.arena.conftest import MIB, Gate, num_waiting, sizes, start_waiting, take, wait_until
 from workers import pages
 from workers.errors import MemoryBudgetError

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stager.arena import Arena, SlabState
-from stager.buffer import Buffer
+from stager.arena.arena import Arena, SlabState
+from stager.arena.buffer import Buffer
 from tests.arena.conftest import MIB, sizes, start_waiting, take, wait_for_freeing
 from tests.leaks import _slab_mappings
 from workers.slab import Slab

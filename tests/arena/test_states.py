@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from stager.buffer import Buffer, Lease, SlabState
+from stager.arena.buffer import Buffer, Lease, SlabState
 from workers.errors import InternalError
 from workers.slab import Slab
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stager import Checkpointer, UsageError
-from stager.preemption import Preemption
+from stager.saving.preemption import Preemption
 from tests.crash.aftermath import committed_steps, wait_for_workers_to_end
 from tests.crash.nursery import Nursery
 from tests.faults import Faults

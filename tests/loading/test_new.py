@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from stager import CorruptCheckpointError, StagerError, UnsafePickleError, UsageError
-from stager.unpickle import unpickle
+from stager.loading.unpickle import unpickle
 from tests.persistence.jobs import load, restorer, save
 from tests.states import everything, same
 from workers.directory import CheckpointInfo, read_checkpoint

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from stager import plan as planning
-from stager.batches import batch
-from stager.copying import Copier
-from stager.flatten import flatten
-from stager.job import JobWriter, slab_nbytes
-from stager.restore import Restorer
+from stager.loading.restore import Restorer
+from stager.saving.job import JobWriter, slab_nbytes
+from stager.snapshot import plan as planning
+from stager.snapshot.batches import batch
+from stager.snapshot.copying import Copier
+from stager.snapshot.flatten import flatten
 from workers import persist
 from workers.commit import Committed
 from workers.directory import CheckpointInfo, read_checkpoint

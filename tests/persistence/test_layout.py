@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stager.flatten import flatten
-from stager.plan import Planner
+from stager.snapshot.flatten import flatten
+from stager.snapshot.plan import Planner
 from workers.formats import get_format
 from workers.job import Plan
 from workers.layout import FileSpec, Item, Layout, align, deal, num_segments, segments

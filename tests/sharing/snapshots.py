@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from stager.flatten import Flat, flatten
-from stager.plan import Copy, Planner
-from stager.sharing import SharingOptions, SourceSharer
-from stager.worker_copy import Copied
+from stager.sharing.sharer import SharingOptions, SourceSharer
+from stager.sharing.worker_copy import Copied
+from stager.snapshot.flatten import Flat, flatten
+from stager.snapshot.plan import Copy, Planner
 from workers.formats import get_format
 from workers.pool import WorkerPool
 from workers.slab import Slab

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from stager import movable
-from stager.movable import Reason, move, sendable, why_not
+from stager.sharing import movable
+from stager.sharing.movable import Reason, move, sendable, why_not
 
 N = 1 << 18  # float32: 1 MiB
 
@@ -130,7 +130,7 @@ def test_shm_that_is_not_there_has_no_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 _SMALL_SHM = """
 import os, torch
-from stager import movable
+from stager.sharing import movable
 tensor = torch.ones(1 << 20)
 assert movable.move(tensor.untyped_storage()) is movable.Reason.NO_ROOM
 movable.free_shm_bytes = lambda: 1 << 40  # somebody else took it in between
@@ -156,7 +156,7 @@ def test_killed_process_leaves_nothing_in_dev_shm() -> None:
     before = set(os.listdir(movable.SHM_DIRECTORY))
     script = (
         "import os, signal, torch\n"
-        "from stager.movable import move\n"
+        "from stager.sharing.movable import move\n"
         "tensors = [torch.ones(1 << 18) for _ in range(5)]\n"
         "assert not any(move(t.untyped_storage()) for t in tensors)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

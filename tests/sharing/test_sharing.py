@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from stager import movable
+from stager.sharing import movable
 from tests.pool import tasks
 from tests.sharing.snapshots import MIB, Snapshots, random_bytes
 from workers import WorkerPool

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from stager import worker_copy
+from stager.sharing import worker_copy
 from tests.faults import Faults
 from tests.sharing.snapshots import MIB, Snapshots, Taken, random_bytes
 from workers import PoolOptions, WorkerPool

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from stager.copying import Copier
-from stager.flatten import flatten
-from stager.guard import Guard
-from stager.job import slab_nbytes
-from stager.plan import Planner, SnapshotPlan
-from stager.save import SaveHandle
-from stager.snapshot import Snapshot, SnapshotTaker
+from stager.saving.job import slab_nbytes
+from stager.saving.save import SaveHandle
+from stager.snapshot.copying import Copier
+from stager.snapshot.flatten import flatten
+from stager.snapshot.guard import Guard
+from stager.snapshot.plan import Planner, SnapshotPlan
+from stager.snapshot.taker import Snapshot, SnapshotTaker
 from tests.states import same
 from workers.dtypes import dtype_of, tensor_over
 from workers.formats import get_format

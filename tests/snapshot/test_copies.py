@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stager import copying
-from stager.batches import Gather, Move, batch
-from stager.copying import Copier
-from stager.placement import SMALL_BYTES, Copy
+from stager.snapshot import copying
+from stager.snapshot.batches import Gather, Move, batch
+from stager.snapshot.copying import Copier
+from stager.snapshot.placement import SMALL_BYTES, Copy
 from tests.snapshot.staged import Bench, tensors_are_staged
 from workers.errors import InternalError
 from workers.slab import Slab

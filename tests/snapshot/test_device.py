@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from stager import device
-from stager.fingerprint import Fingerprint
-from stager.placement import Copy, place
+from stager.snapshot import device
+from stager.snapshot.fingerprint import Fingerprint
+from stager.snapshot.placement import Copy, place
 from tests.states import bits
 from workers.slab import Slab
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stager import Checkpointer
-from stager.guard import Guard
+from stager.snapshot.guard import Guard
 from tests.faults import Faults
 from tests.snapshot.staged import Bench
 from tests.states import same

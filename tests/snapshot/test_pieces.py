@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from stager import Checkpointer, MemoryBudgetError, SaveState, StorageError
-from stager.pieces import blobs_of, copies_of, cut
-from stager.plan import Planner
+from stager.snapshot.pieces import blobs_of, copies_of, cut
+from stager.snapshot.plan import Planner
 from tests.faults import Faults
 from tests.snapshot.staged import Bench
 from tests.states import DTYPES, random_tensor, same

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from stager.state_dict_stager import StateDictStager
+from stager.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_private_copy, assert_same
 from workers.errors import UnstageableError
 

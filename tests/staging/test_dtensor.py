@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from stager.staging import DefaultStager, StagingOptions
-from stager.state_dict_stager import StateDictStager
+from stager.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_private_copy
 from tests.staging.ranks import run_ranks
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stager.staging import DefaultStager, StagingOptions
-from stager.state_dict_stager import StateDictStager
+from stager.staging.state_dict_stager import StateDictStager
 
 pytestmark = [
     pytest.mark.gpu,

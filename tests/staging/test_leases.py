@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stager.staging import BlockingAsyncStager, DefaultStager, StagingOptions
-from stager.state_dict_stager import StateDictStager
+from stager.staging.state_dict_stager import StateDictStager
 
 
 def state(value: float) -> dict[str, Any]:

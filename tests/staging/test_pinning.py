@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stager.state_dict_stager import StateDictStager
+from stager.staging.state_dict_stager import StateDictStager
 from workers.offload import HostBuffers, pinning
 
 

@@ -23,7 +23,7 @@ import torch.distributed.checkpoint._state_dict_stager as torch_stager
 import torch.distributed.checkpoint.staging as torch_staging
 
 import stager.staging
-import stager.state_dict_stager
+import stager.staging.state_dict_stager
 from tests.staging.compare import assert_private_copy
 
 TORCH = SimpleNamespace(
@@ -40,7 +40,7 @@ TORCH = SimpleNamespace(
 )
 STAGER = SimpleNamespace(
     is_torch=False,
-    StateDictStager=stager.state_dict_stager.StateDictStager,
+    StateDictStager=stager.staging.state_dict_stager.StateDictStager,
     AsyncStager=stager.staging.AsyncStager,
     StagingOptions=stager.staging.StagingOptions,
     DefaultStager=stager.staging.DefaultStager,

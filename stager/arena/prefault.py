@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from stager.buffer import Buffer, SlabState
+from stager.arena.buffer import Buffer, SlabState
+from stager.arena.slabs import Slabs
 from stager.config.host import usable_cores
-from stager.slabs import Slabs
 from workers.errors import MemoryBudgetError
 
 logger = logging.getLogger("stager")

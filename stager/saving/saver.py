@@ -5,7 +5,7 @@ staging   (in the staging thread; save() waits for it unless something is guarde
           copy what is guarded -> verify -> write plan and objects into the slab -> hand over to every worker
 answers   (in the pool's supervisor thread) all parts done -> release the slab -> resolve upload_completion
 
-A snapshot that is larger than ``arena.max_host_bytes`` goes piece by piece instead (``pieces.py``).
+A snapshot that is larger than ``arena.max_host_bytes`` goes piece by piece instead (``snapshot/pieces.py``).
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from typing import Any
 import torch
 
 from stager._version import __version__
-from stager.answers import Answers
-from stager.arena import Arena, Lease, SlabState
-from stager.copying import Copier, wait_uninterrupted
-from stager.flatten import Flat
-from stager.guard import Guard
-from stager.job import JobWriter, put, slab_nbytes
-from stager.pieces import Piece, Pieces, blobs_of, copies_of, cut, segment_bytes_for
-from stager.plan import Planner
-from stager.save import SaveHandle, SaveState
-from stager.sharing import SharingOptions, SourceSharer
-from stager.snapshot import Snapshot, SnapshotTaker, Work
+from stager.arena.arena import Arena, Lease, SlabState
+from stager.saving.answers import Answers
+from stager.saving.job import JobWriter, put, slab_nbytes
+from stager.saving.save import SaveHandle, SaveState
+from stager.sharing.sharer import SharingOptions, SourceSharer
+from stager.snapshot.copying import Copier, wait_uninterrupted
+from stager.snapshot.flatten import Flat
+from stager.snapshot.guard import Guard
+from stager.snapshot.pieces import Piece, Pieces, blobs_of, copies_of, cut, segment_bytes_for
+from stager.snapshot.plan import Planner
+from stager.snapshot.taker import Snapshot, SnapshotTaker, Work
 from workers.directory import partial_name
 from workers.errors import ClosedError, StorageError
 from workers.faults import point

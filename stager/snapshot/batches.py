@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from stager.placement import SMALL_BYTES, Copy
+from stager.snapshot.placement import SMALL_BYTES, Copy
 from workers.files import IOV_MAX
 
 _PIECE_BYTES = 16 << 20

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from stager.difference import difference, object_difference, obstacle, shape_problem
-from stager.flatten import is_stateful
+from stager.loading.difference import difference, object_difference, obstacle, shape_problem
+from stager.snapshot.flatten import is_stateful
 from workers.dtypes import dtype_of
 from workers.errors import StateMismatchError
 from workers.manifest import Manifest
@@ -49,7 +49,7 @@ def match(manifest: Manifest, path: str, target: MutableMapping[str, Any], stric
     """
     Args:
         manifest, path: of the checkpoint.
-        target: see :meth:`stager.restore.Restorer.load_into`.
+        target: see :meth:`stager.loading.restore.Restorer.load_into`.
         strict: missing and unexpected keys are errors.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stager.flatten import Flat
+from stager.snapshot.flatten import Flat
 from workers.errors import UnstageableError
 
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know

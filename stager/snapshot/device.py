@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 import torch
 
-from stager.placement import SMALL_BYTES, Copy
+from stager.snapshot.placement import SMALL_BYTES, Copy
 from workers.slab import Slab
 
 _PACK_BYTES = 32 << 20  # device memory that gathering takes at most at a time, per device

@@ -7,7 +7,7 @@ import os
 import threading
 from dataclasses import asdict
 
-from stager.save import SaveReport
+from stager.saving.save import SaveReport
 
 
 class Telemetry:

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from stager.fingerprint import Fingerprint
+from stager.snapshot.fingerprint import Fingerprint
 from workers.layout import align
 
 SMALL_BYTES = 64 << 10  # up to here many in one system call is faster than a memmove for each

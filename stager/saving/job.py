@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-from stager.plan import SnapshotPlan
+from stager.snapshot.plan import SnapshotPlan
 from workers.job import Extent, SaveFacts, SaveJob, objects_to_json
 from workers.layout import Item, align
 from workers.slab import Slab

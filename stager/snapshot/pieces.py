@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stager.job import object_items
-from stager.placement import Copy
-from stager.plan import SnapshotPlan
+from stager.saving.job import object_items
+from stager.snapshot.placement import Copy
+from stager.snapshot.plan import SnapshotPlan
 from workers.errors import MemoryBudgetError
 from workers.layout import Item, Layout, Segment, align, deal
 

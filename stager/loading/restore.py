@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from stager.match import Match, match, refuse
-from stager.unpickle import unpickle
+from stager.loading.match import Match, match, refuse
+from stager.loading.unpickle import unpickle
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
 from workers.errors import UsageError

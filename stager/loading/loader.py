@@ -10,7 +10,7 @@ from typing import Any
 
 from stager.config import LoadingConfig
 from stager.config.host import usable_cores
-from stager.restore import Restorer
+from stager.loading.restore import Restorer
 from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import xxhash
 
-from stager.fingerprint import Fingerprint, Fingerprints, read_fingerprints
-from stager.flatten import Flat
-from stager.placement import (
+from stager.snapshot.fingerprint import Fingerprint, Fingerprints, read_fingerprints
+from stager.snapshot.flatten import Flat
+from stager.snapshot.placement import (
     Copy,
     Placement,
     Row,

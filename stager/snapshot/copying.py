@@ -16,9 +16,9 @@ from contextlib import suppress
 
 import torch
 
-from stager.batches import Batches, Gather, Move
-from stager.device import Ready, bytes_of, copy_by_torch, enqueue
-from stager.placement import Copy
+from stager.snapshot.batches import Batches, Gather, Move
+from stager.snapshot.device import Ready, bytes_of, copy_by_torch, enqueue
+from stager.snapshot.placement import Copy
 from workers.errors import InternalError, TornSnapshotError
 from workers.slab import Slab
 
@@ -55,7 +55,7 @@ class Copier:
 
         Args:
             leaves: the tensors that ``Copy.leaf`` numbers.
-            ready: when device tensors may be read; made by :func:`stager.device.mark_ready` in the trainer's thread.
+            ready: when device tensors may be read; made by ``device.mark_ready`` in the trainer's thread.
             cold: the slab's pages are not allocated yet: each is, right before it is written.
             background: the trainer does not wait.
         """

@@ -26,9 +26,9 @@ from typing import Any, Literal
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from stager.movable import Reason, move, sendable, why_not
-from stager.plan import Copy
-from stager.worker_copy import Copied, SharedCopy, WorkerCopier
+from stager.sharing.movable import Reason, move, sendable, why_not
+from stager.sharing.worker_copy import Copied, SharedCopy, WorkerCopier
+from stager.snapshot.plan import Copy
 from workers.errors import ClosedError, InternalError, WorkerError
 from workers.offload.host_buffers import default_fd_budget
 from workers.pool import WorkerPool

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from stager.plan import Copy
+from stager.snapshot.plan import Copy
 from workers.errors import WorkerError
 from workers.handle import WorkerState
 from workers.pool import WorkerPool

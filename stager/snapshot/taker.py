@@ -4,7 +4,7 @@ Who copies what is decided here, once for as long as the plan, the guarded memor
 
                     now: before save() returns          later: while training goes on
     the trainer     its threads (``copying.py``)        fewer threads, niced
-    the workers     from sources in shared memory (``sharing.py``), as ``staging.location`` says
+    the workers     from sources in shared memory (``stager/sharing``), as ``staging.location`` says
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from stager.batches import Batches, batch
-from stager.copying import Copier, compare
-from stager.device import Ready, mark_ready
-from stager.flatten import Flat, flatten
-from stager.guard import Guard
-from stager.placement import Copy
-from stager.plan import Planner, SnapshotPlan
-from stager.save import SaveHandle
-from stager.sharing import SourceSharer
+from stager.saving.save import SaveHandle
+from stager.sharing.sharer import SourceSharer
+from stager.snapshot.batches import Batches, batch
+from stager.snapshot.copying import Copier, compare
+from stager.snapshot.device import Ready, mark_ready
+from stager.snapshot.flatten import Flat, flatten
+from stager.snapshot.guard import Guard
+from stager.snapshot.placement import Copy
+from stager.snapshot.plan import Planner, SnapshotPlan
 from workers.errors import UnstageableError
 from workers.formats import Format
 from workers.slab import Slab

@@ -20,10 +20,10 @@ import mmap
 import os
 from collections.abc import Callable
 
-from stager.buffer import Buffer, Lease, SlabState
+from stager.arena.buffer import Buffer, Lease, SlabState
+from stager.arena.prefault import Prefaulter
+from stager.arena.slabs import Slabs
 from stager.config.host import available_memory_bytes
-from stager.prefault import Prefaulter
-from stager.slabs import Slabs
 from workers.errors import ArenaFullError, ClosedError, MemoryBudgetError
 
 __all__ = ["Arena", "Lease", "SlabState"]

@@ -17,7 +17,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stager.plan import SnapshotPlan
+from stager.snapshot.plan import SnapshotPlan
 
 _HOST = torch.device("cpu")
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stager.buffer import Buffer, SlabState
+from stager.arena.buffer import Buffer, SlabState
 from workers.errors import MemoryBudgetError
 from workers.slab import Slab
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 
-from stager.save import SaveHandle
-from stager.saver import Saver
+from stager.saving.save import SaveHandle
+from stager.saving.saver import Saver
 from workers.errors import LeftRunningError
 from workers.pool import WorkerPool
 
