@@ -204,7 +204,8 @@ class Checkpointer:
 
         The result's ``requested`` turns true when one comes; read it in the training loop, save once more, and close.
         ``close()`` then waits for commits until ``deadline_secs`` after the signal; what is only staged by then is committed
-        by the workers after this process is gone. ``close()`` puts the handlers from before back.
+        by the workers after this process is gone. A ``save()`` that still waits for a buffer then raises ArenaFullError.
+        ``close()`` puts the handlers from before back.
 
         Args:
             signals: their handlers from before are called as well; their default actions are not taken.
@@ -219,6 +220,8 @@ class Checkpointer:
             if self._preemption is not None:
                 raise UsageError("on_preemption() was called before; read the object that it returned")
             self._preemption = Preemption(signals, deadline_secs)
+            if deadline_secs is not None:
+                self._arena.wait_no_longer_than(self._preemption.remaining_secs)
             return self._preemption
 
     def wait_for_staging(self, timeout: float | None = None) -> None:

@@ -30,6 +30,8 @@ __all__ = ["Arena", "Lease", "SlabState"]
 
 logger = logging.getLogger("stager")
 
+_DEADLINE_POLL_SECS = 0.2
+
 
 class Arena:
     """Args:
@@ -61,6 +63,7 @@ class Arena:
         self._changed = self._slabs.changed
         self._prefaulter = Prefaulter(self._slabs, pin)
         self._warned: set[str] = set()
+        self._remaining_secs: Callable[[], float | None] | None = None
 
     @property
     def max_slab_nbytes(self) -> int:
@@ -112,6 +115,13 @@ class Arena:
         if self._pin:
             self._pin_or_release(buffer, lease)
         return lease
+
+    def wait_no_longer_than(self, remaining_secs: Callable[[], float | None]) -> None:
+        """From now on a lease that waits asks how many seconds it may go on; None: as long as it takes.
+
+        When there are none left, it raises ArenaFullError.
+        """
+        self._remaining_secs = remaining_secs
 
     def prepare(self, nbytes: int) -> None:
         """Create and prefault every slab that states of ``nbytes`` bytes will need; waits until that is done.
@@ -171,7 +181,20 @@ class Arena:
                         f"all {len(self._slabs.buffers)} buffers hold snapshots that are not committed yet; "
                         "save less often, raise arena.buffers, or set arena.when_full to wait or skip"
                     )
+            self._wait_for_change()
+
+    def _wait_for_change(self) -> None:
+        if self._remaining_secs is None:
             self._changed.wait()
+            return
+        remaining = self._remaining_secs()
+        if remaining is not None and remaining <= 0:
+            raise ArenaFullError(
+                f"all {len(self._slabs.buffers)} buffers still held snapshots that are not committed when the deadline "
+                "given to on_preemption() had passed: this save is not taken; those before it are left to the workers"
+            )
+        # A signal can set the deadline at any moment, and its handler must not take this lock: so look again now and then.
+        self._changed.wait(_DEADLINE_POLL_SECS if remaining is None else min(remaining, _DEADLINE_POLL_SECS))
 
     def _take(self, nbytes: int) -> Buffer | None:
         """See NOTE [ Which slab a lease gets ]."""

@@ -99,6 +99,28 @@ def test_close_wakes_every_lease_that_waits(make_arena: Make, threads: ThreadPoo
     arena.close()
 
 
+def test_lease_that_waits_gives_up_at_a_deadline_that_was_set_meanwhile(
+    make_arena: Make, threads: ThreadPoolExecutor
+) -> None:
+    """The deadline comes with a signal, whose handler tells nobody."""
+    arena = make_arena(buffers=1, when_full="wait")
+    lease = take(arena, 1000)
+    asked, remaining = threading.Event(), [None, None, 0.01, 0.0]
+
+    def remaining_secs() -> float | None:
+        asked.set()
+        return remaining.pop(0) if len(remaining) > 1 else remaining[0]
+
+    arena.wait_no_longer_than(remaining_secs)
+    waiting = start_waiting(threads, arena, 1000)
+    asked.wait()
+    with pytest.raises(ArenaFullError, match="given to on_preemption"):
+        waiting.result()
+    assert num_waiting(arena) == 0
+    lease.release()
+    take(arena, 1000).release()  # what need not wait is granted
+
+
 def test_lease_that_waits_can_be_interrupted(make_arena: Make, threads: ThreadPoolExecutor) -> None:
     arena = make_arena(buffers=1, when_full="wait")
     lease = take(arena, 1000)

@@ -11,9 +11,9 @@ from types import FrameType
 import pytest
 import torch
 
-from stager import Checkpointer, UsageError
+from stager import ArenaFullError, Checkpointer, UsageError
 from stager.saving.preemption import Preemption
-from tests.crash.aftermath import committed_steps, wait_for_workers_to_end
+from tests.crash.aftermath import committed_steps, value_of, wait_for_workers_to_end
 from tests.crash.nursery import Nursery
 from tests.faults import Faults
 
@@ -51,6 +51,23 @@ def test_what_is_not_committed_at_the_deadline_is_left_to_the_workers_who_commit
         hold.release()
         wait_for_workers_to_end()
         assert "step 1 is staged and not committed yet" in trainer.stderr.read_text()
+    assert committed_steps(run_dir) == [0, 1]
+
+
+def test_save_that_finds_no_buffer_before_the_deadline_is_refused_and_those_before_are_committed(
+    run_dir: Path, faults: Faults
+) -> None:
+    hold = faults.hold("part.begin")
+    with Checkpointer(run_dir, {"workers": {"count": 1}, "arena": {"buffers": 2}}) as ckpt:
+        preemption = ckpt.on_preemption([], deadline_secs=0.0)
+        for step in range(2):
+            ckpt.save(step, {"x": torch.full((10,), value_of(step))})
+        hold.wait()
+        preemption.request()
+        with pytest.raises(ArenaFullError, match="this save is not taken"):
+            ckpt.save(2, {"x": torch.ones(10)})
+        hold.release()
+    wait_for_workers_to_end()  # close() had no time left: they finished by themselves
     assert committed_steps(run_dir) == [0, 1]
 
 
