@@ -87,7 +87,7 @@ class Plan:
 
     Attributes:
         files: the tensor files.
-        object_file: name of the objects' file.
+        object_file: name of the objects' file. If it is that of the last tensor file, objects go to the end of that one.
         tensors: items, in file order.
         structure: its leaves number the tensors first, then the objects.
         segment_bytes: see :class:`workers.layout.Layout`.
@@ -123,13 +123,21 @@ class Plan:
             segment_bytes=document["segment_bytes"],
         )
 
+    @property
+    def object_place(self) -> tuple[int, int]:
+        """Where objects begin: which file, and the offset in it."""
+        if self.files and self.files[-1].name == self.object_file:
+            return len(self.files) - 1, self.files[-1].nbytes
+        return len(self.files), 0
+
     def with_objects(self, objects: Sequence[Item]) -> Layout:
-        """The whole layout: the objects go into a file of their own, behind the tensors' files."""
+        """The whole layout: the objects, and the frame if there is one, come behind the tensors."""
         if not objects:
             return Layout(self.files, self.tensors, self.structure, self.segment_bytes)
         last = objects[-1]
+        tensor_files = self.files[: self.object_place[0]]
         object_file = FileSpec(self.object_file, last.offset + last.nbytes)
-        return Layout((*self.files, object_file), (*self.tensors, *objects), self.structure, self.segment_bytes)
+        return Layout((*tensor_files, object_file), (*self.tensors, *objects), self.structure, self.segment_bytes)
 
 
 def objects_to_json(objects: Sequence[Item]) -> bytes:

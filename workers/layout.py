@@ -3,11 +3,11 @@
 Contract between ``stager.snapshot.plan`` (makes it), ``workers.persist`` (writes by it) and ``workers.manifest``
 (records it).
 
-An *item* is one tensor or one pickled object. In its file it is a *blob*: for a tensor a header, the raw bytes, and a
-tail (in the ``dcp`` format each blob is a complete ``torch.save`` file); for an object only bytes. Blobs start at
-multiples of 64 bytes; an item's *span* runs from its blob's start to the next item's, padding included, so that the
-spans of a file tile it. Spans are cut into *segments* of at most ``segment_bytes``; each segment is written by one
-worker and has one hash. Hence every byte of every file is covered by exactly one hash.
+An *item* is one tensor, one pickled object, or a *frame*: bytes that a format needs at the end of a file and no leaf of
+the state names. In its file it is a *blob*: for a tensor a header, the raw bytes, and a tail (in the ``dcp`` format each
+blob is a complete ``torch.save`` file); for the others only bytes. An item's *span* runs from its blob's start to the next
+item's, padding included, so that the spans of a file tile it. Spans are cut into *segments* of at most ``segment_bytes``;
+each segment is written by one worker and has one hash. Hence every byte of every file is covered by exactly one hash.
 
 As JSON, items are rows (``ROW_COLUMNS``), because there can be hundreds of thousands.
 """
@@ -27,17 +27,17 @@ ROW_COLUMNS = ("kind", "file", "offset", "nbytes", "data_offset", "data_nbytes",
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor or object.
+    """One tensor, object or frame.
 
     Attributes:
-        kind: "tensor" or "object".
+        kind: "tensor", "object" or "frame".
         file: index into ``Layout.files``.
         offset: of the blob in its file, bytes.
         nbytes: length of the blob.
         data_offset: of the raw bytes in the file.
         data_nbytes: length of the raw bytes.
-        dtype: "float32", ...; "" for objects.
-        shape, stride: in elements; () for objects.
+        dtype: "float32", ...; "" for the others.
+        shape, stride: in elements; () for the others.
         slab_offset: of the raw bytes in the slab; -1 when not known (a manifest).
     """
 

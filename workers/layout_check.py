@@ -89,9 +89,9 @@ def _check_items(layout: Layout) -> None:
 
 
 def _check_kind(index: int, item: Item) -> None:
-    if item.kind == "object":
+    if item.kind in ("object", "frame"):
         if (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
-            raise ValueError(f"item {index}: an object is all data")
+            raise ValueError(f"item {index}: an {item.kind} is all data")
         return
     if item.kind != "tensor":
         raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
@@ -128,11 +128,14 @@ def _check_structure(layout: Layout) -> None:
         for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
             if not 0 <= index < len(used):
                 raise ValueError(f"leaf {path} names item {index} of {len(used)}")
+            if layout.items[index].kind == "frame":
+                raise ValueError(f"leaf {path} names item {index}, which is a frame")
             used[index] = True
         if isinstance(leaf, Chunks):
             _check_chunks(layout, leaf)
-    if not all(used):
-        raise ValueError(f"item {used.index(False)} is in no place of the structure")
+    for index, item in enumerate(layout.items):
+        if not used[index] and item.kind != "frame":
+            raise ValueError(f"item {index} is in no place of the structure")
 
 
 def _check_chunks(layout: Layout, chunks: Chunks) -> None:

@@ -20,7 +20,7 @@ from workers.directory import partial_name, remove_partial
 from workers.errors import InternalError
 from workers.faults import point
 from workers.files import storage_errors
-from workers.formats import Format, get_format
+from workers.formats import get_format
 from workers.job import RECORD_NAME, SaveJob, read_layout, to_record
 from workers.layout import Item, Layout, Segment, deal
 from workers.receipt import Receipt, read_receipt
@@ -128,8 +128,8 @@ class _PartWriter:
     def __init__(self, job: SaveJob, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
         self._view = job.slab.view
         self._base = job.base
-        self._format: Format = get_format(job.facts.kind)
         self._layout = layout
+        self._frames = get_format(job.facts.kind).frames(layout)
         self._ends = [end for _, _, end in layout.spans()]
         self._directory_fd = directory_fd
         self._directory = directory
@@ -161,12 +161,9 @@ class _PartWriter:
 
     def _pieces(self, item: Item, segment: Segment) -> Iterator[bytes | memoryview]:
         """The bytes of a segment: what of the header, the raw bytes, the tail and the padding lies in it."""
-        if item.kind == "object":
-            head, tail = b"", b""
-        else:
-            head, tail = self._format.tensor_frame(item.dtype, item.shape, item.stride)
-            if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
-                raise InternalError(f"torch.save frames {item} in {len(head)} and {len(tail)} bytes here")
+        head, tail = self._frames(segment.index)
+        if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
+            raise InternalError(f"{item} is framed in {len(head)} and {len(tail)} bytes here")
         start, end = segment.start, segment.end
         data_end = item.data_offset + item.data_nbytes
         if start < item.data_offset:

@@ -134,7 +134,9 @@ class StagingConfig(Section):
 class PersistenceConfig(Section):
     """From the snapshot to the disk."""
 
-    format: Literal["dcp"] = Field(default="dcp", description="dcp: torch.distributed.checkpoint's directory format.")
+    format: Literal["dcp", "torch", "safetensors"] = Field(
+        default="dcp", description="Files that dcp.load, torch.load or safetensors' load_file reads."
+    )
     fsync: bool = Field(default=True, description="Sync before commit, so that a commit survives a power loss.")
     segment_bytes: Annotated[Bytes, Field(ge=64 << 10)] = Field(
         default=64 << 20,

@@ -52,7 +52,7 @@ class Restorer:
         Raises:
             CorruptCheckpointError, StorageError, UnsafePickleError
         """
-        values = self._read(Match(wanted=set(range(len(self._items)))))
+        values = self._read(Match(wanted={index for _, index in self._manifest.paths()}))
         return build(self._manifest.layout.structure, values.__getitem__)
 
     def load_into(self, target: MutableMapping[str, Any], strict: bool) -> None:

@@ -61,12 +61,13 @@ class Measured:
         self._segment_bytes = config.persistence.segment_bytes
         self._flat = with_stand_ins(flatten(state), num_shards)
         plan = Planner(self._format, num_workers, self._segment_bytes).plan(self._flat)
-        self._blobs = [self._blob(self._flat, leaf) for leaf in plan.objects]
+        blobs = [self._blob(self._flat, leaf) for leaf in plan.objects]
+        self._blobs = plan.closed(blobs)
         self.footprint = Footprint(
             num_tensors=plan.num_tensors,
             num_objects=len(plan.objects),
             tensor_nbytes=plan.nbytes,
-            object_nbytes=sum(map(len, self._blobs)),
+            object_nbytes=sum(map(len, blobs)),
             slab_nbytes=slab_nbytes(plan, self._blobs),
             disk_nbytes=self._on_disk(plan),
         )
@@ -84,11 +85,16 @@ class Measured:
     def _blob(self, flat: Flat, leaf: int) -> bytes:
         value = flat.leaves[leaf]
         if isinstance(value, PickledObject):
-            return bytes(value.nbytes)
+            return self._stand_in(value.nbytes, leaf)
         try:
-            return self._format.object_blob(value)
+            return self._format.object_blob(value, leaf)
         except Exception as error:
             raise UnstageableError(flat.name(leaf), f"{type(value).__name__} cannot be pickled: {error}") from error
+
+    def _stand_in(self, nbytes: int, leaf: int) -> bytes:
+        """A blob of about this size, at least that of the smallest there is."""
+        smallest = len(self._format.object_blob("", leaf))
+        return self._format.object_blob("x" * max(0, nbytes - smallest), leaf)
 
     def _on_disk(self, plan: SnapshotPlan) -> int:
         layout = plan.layout.with_objects(object_items(plan, self._blobs, 0))

@@ -21,12 +21,15 @@ def slab_nbytes(plan: SnapshotPlan, blobs: Sequence[bytes]) -> int:
 
 
 def object_items(plan: SnapshotPlan, blobs: Sequence[bytes], slab_offset: int) -> list[Item]:
-    """The objects' places: in their file, which comes after the tensors' files, and in the slab from ``slab_offset``."""
+    """The places of the blobs, those of objects and the frame that may follow: behind the tensors in the files, and in the
+    slab from ``slab_offset``."""
     items: list[Item] = []
-    offset = 0
-    for blob in blobs:
-        nbytes = len(blob)
-        items.append(Item("object", plan.num_files, offset, nbytes, offset, nbytes, "", (), (), slab_offset + offset))
+    file, start = plan.layout.object_place
+    offset = start
+    for number, blob in enumerate(blobs):
+        kind = "object" if number < len(plan.objects) else "frame"
+        nbytes, in_slab = len(blob), slab_offset + offset - start
+        items.append(Item(kind, file, offset, nbytes, offset, nbytes, "", (), (), in_slab))
         offset = align(offset + nbytes)
     return items
 

@@ -108,7 +108,7 @@ class Saver:
         started = time.time()
         flat = self._taker.flatten(state)
         snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
-        handle._describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.blobs))
+        handle._describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.plan.objects))
         if self._options.check_free_space:
             self._check_free_space(snapshot.nbytes)
         handle._event("plan", started)

@@ -19,7 +19,6 @@ from stager.snapshot.fingerprint import Fingerprint, Fingerprints, read_fingerpr
 from stager.snapshot.flatten import Flat
 from stager.snapshot.placement import (
     Copy,
-    Placement,
     Row,
     contiguous_stride,
     is_dense,
@@ -27,15 +26,12 @@ from stager.snapshot.placement import (
     place_in_order,
     span_nbytes,
 )
-from workers.errors import UnstageableError
 from workers.formats import Format
+from workers.formats.contract import Closing, TensorSpec
 from workers.job import Plan
-from workers.layout import FileSpec, Item, align
 from workers.structure import Node
 
 __all__ = ["Copy", "Planner", "SnapshotPlan"]
-
-_SMALLEST_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +43,7 @@ class SnapshotPlan:
     layout: what the workers need.
     document: ``layout`` as JSON.
     plan_id: hash of the document.
+    closing: what ends the files, made from the pickled objects; None: nothing.
     leaves: which leaves are tensors; the next three are in this order.
     addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
     spans: bytes that each tensor reaches over.
@@ -58,6 +55,7 @@ class SnapshotPlan:
     layout: Plan
     document: bytes
     plan_id: str
+    closing: Closing | None
     leaves: tuple[int, ...]
     addresses: tuple[int, ...]
     devices: tuple[torch.device, ...] | None
@@ -68,21 +66,9 @@ class SnapshotPlan:
         """Items that are tensors; the objects come after them."""
         return len(self.layout.tensors)
 
-    @property
-    def num_files(self) -> int:
-        return len(self.layout.files)
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """An item to be: its row, and what it looks like in the file. ``head``, ``data``, ``blob`` are lengths in bytes."""
-
-    row: Row
-    dtype: str
-    stride: tuple[int, ...]
-    head: int
-    data: int
-    blob: int
+    def closed(self, blobs: list[bytes]) -> list[bytes]:
+        """The pickled objects, and what the format puts behind them, if anything."""
+        return blobs if self.closing is None else [*blobs, self.closing(blobs)]
 
 
 class Planner:
@@ -90,7 +76,7 @@ class Planner:
 
     Args:
         file_format: on-disk format.
-        num_files: at most so many tensor files.
+        num_files: at most so many tensor files, if the format has more than one.
         segment_bytes: see :class:`workers.layout.Layout`.
         rank: of this process in the job; part of the file names.
         in_order: the slab keeps to the files' order, for a snapshot that is staged in pieces.
@@ -127,15 +113,24 @@ class Planner:
 
     def _make(self, flat: Flat, rows: list[Row]) -> SnapshotPlan:
         flat.check_names()
+        rows = [(leaf, p) for leaf, p in rows if self._format.holds(_dtype_name(p))]
+        if self._format.row_major:
+            rows = [(leaf, p if _is_row_major(p) else replace(p, is_lazy=True)) for leaf, p in rows]
         are_tensors = {leaf for leaf, _ in rows}
         objects = tuple(i for i in range(len(flat.leaves)) if i not in are_tensors)
-        entries, item_of = self._entries(flat, rows)
-        placement = place_in_order([entry.row for entry in entries]) if self._in_order else place(rows)
-        items, files = self._lay_out(entries, placement)
+        groups = _group(rows)
+        laid_out = self._format.lay_out([_spec(flat, group) for group in groups], self._rank, self._num_files)
+        in_order = [groups[number] for number in laid_out.order]
+        placement = place_in_order([group[0] for group in in_order]) if self._in_order else place(rows)
+        items = [
+            replace(item, slab_offset=placement.offsets[group[0][0]])
+            for item, group in zip(laid_out.items, in_order, strict=True)
+        ]
+        item_of = {leaf: number for number, group in enumerate(in_order) for leaf, _ in group}
         for number, leaf in enumerate(objects):
             item_of[leaf] = len(items) + number
         layout = Plan(
-            files=files,
+            files=laid_out.files,
             object_file=self._format.object_file_name(self._rank),
             tensors=tuple(items),
             structure=_renumber(flat.structure, item_of),
@@ -149,67 +144,41 @@ class Planner:
             layout=layout,
             document=document,
             plan_id=xxhash.xxh3_128_hexdigest(document),
+            closing=self._format.closing(layout),
             leaves=tuple(leaf for leaf, _ in rows),
             addresses=tuple(p.address for _, p in rows),
             devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,
             spans=tuple(span_nbytes(p) for _, p in rows),
         )
 
-    def _entries(self, flat: Flat, rows: Sequence[Row]) -> tuple[list[_Entry], dict[int, int]]:
-        """The items to be, and each leaf's number among them. Leaves that are the same bytes seen the same way share one."""
-        entries: list[_Entry] = []
-        item_of: dict[int, int] = {}
-        known: dict[Fingerprint | int, int] = {}
-        for leaf, p in rows:
-            identity = p if p.nbytes else leaf
-            if identity not in known:
-                known[identity] = len(entries)
-                entries.append(self._frame(flat, leaf, p))
-            item_of[leaf] = known[identity]
-        return entries, item_of
 
-    def _frame(self, flat: Flat, leaf: int, p: Fingerprint) -> _Entry:
-        dtype = str(p.dtype).removeprefix("torch.")
-        stride = p.stride if is_dense(p) else contiguous_stride(p.shape)
-        try:
-            head, tail = self._format.tensor_frame(dtype, tuple(p.shape), stride)
-        except Exception as error:
-            raise UnstageableError(flat.name(leaf), f"torch.save cannot write {dtype}: {error}") from error
-        return _Entry((leaf, p), dtype, stride, len(head), p.nbytes, len(head) + p.nbytes + len(tail))
+def _group(rows: Sequence[Row]) -> list[list[Row]]:
+    """Leaves that are the same bytes seen the same way become one item."""
+    groups: list[list[Row]] = []
+    known: dict[Fingerprint | int, int] = {}
+    for row in rows:
+        leaf, p = row
+        identity = p if p.nbytes else leaf
+        if identity not in known:
+            known[identity] = len(groups)
+            groups.append([])
+        groups[known[identity]].append(row)
+    return groups
 
-    def _lay_out(self, entries: Sequence[_Entry], placement: Placement) -> tuple[list[Item], tuple[FileSpec, ...]]:
-        """Items in file order, dealt to files of about the same size."""
-        total = sum(entry.blob for entry in entries)
-        num_files = max(1, min(self._num_files, total // _SMALLEST_FILE_BYTES))
-        items: list[Item] = []
-        sizes = [0] * num_files
-        file, done = 0, 0
-        for entry in entries:
-            while file < num_files - 1 and done * num_files >= total * (file + 1):
-                file += 1
-            offset = sizes[file]
-            items.append(
-                Item(
-                    kind="tensor",
-                    file=file,
-                    offset=offset,
-                    nbytes=entry.blob,
-                    data_offset=offset + entry.head,
-                    data_nbytes=entry.data,
-                    dtype=entry.dtype,
-                    shape=tuple(entry.row[1].shape),
-                    stride=entry.stride,
-                    slab_offset=placement.offsets[entry.row[0]],
-                )
-            )
-            sizes[file] = align(offset + entry.blob)
-            done += entry.blob
-        used = [size for size in sizes if size]  # an empty file would have no span to hash
-        names = [self._format.tensor_file_name(self._rank, i) for i in range(len(used))]
-        numbering = {old: new for new, old in enumerate(i for i, size in enumerate(sizes) if size)}
-        if len(used) < num_files:
-            items = [replace(item, file=numbering[item.file]) for item in items]
-        return items, tuple(map(FileSpec, names, used))
+
+def _spec(flat: Flat, group: list[Row]) -> TensorSpec:
+    p = group[0][1]
+    stride = p.stride if is_dense(p) else contiguous_stride(p.shape)
+    return TensorSpec(tuple(flat.paths[leaf] for leaf, _ in group), _dtype_name(p), tuple(p.shape), stride)
+
+
+def _dtype_name(p: Fingerprint) -> str:
+    return str(p.dtype).removeprefix("torch.")
+
+
+def _is_row_major(p: Fingerprint) -> bool:
+    """Otherwise it is copied as what has no bytes of its own to copy: element by element."""
+    return p.stride == contiguous_stride(p.shape)
 
 
 @contextmanager

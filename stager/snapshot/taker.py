@@ -43,7 +43,7 @@ class Snapshot:
     """A save on its way to the hand-over. Holds the sources alive until they are copied.
 
     Attributes:
-        blobs: the pickled objects, in the order of ``plan.objects``.
+        blobs: the pickled objects, in the order of ``plan.objects``, and what the format puts behind them, if anything.
         ready: when device tensors may be read.
     """
 
@@ -104,7 +104,7 @@ class SnapshotTaker:
             self._sharer.share(flat.leaves, may_move)
             plan = planner.plan(flat)  # what was moved has another address now
             self._shared_for = plan if may_move else None
-        blobs = [self._pickle(flat, leaf) for leaf in plan.objects]
+        blobs = plan.closed([self._pickle(flat, leaf) for leaf in plan.objects])
         return Snapshot(handle, flat, plan, blobs, mark_ready(set(plan.devices or ())))
 
     def split(self, snapshot: Snapshot) -> tuple[Work, Work]:
@@ -173,7 +173,7 @@ class SnapshotTaker:
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
             return blob
         try:
-            blob = self._format.object_blob(value)
+            blob = self._format.object_blob(value, leaf)
         except Exception as error:
             raise UnstageableError(flat.name(leaf), f"{kind.__name__} cannot be pickled: {error}") from error
         if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:

@@ -15,14 +15,14 @@ import torch
 
 from stager.loading.restore import Restorer
 from stager.saving.job import JobWriter, slab_nbytes
-from stager.snapshot import plan as planning
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
 from stager.snapshot.flatten import flatten
+from stager.snapshot.plan import Planner
 from workers import persist
 from workers.commit import Committed
 from workers.directory import CheckpointInfo, read_checkpoint
-from workers.formats import get_format
+from workers.formats import contract, get_format
 from workers.job import SaveFacts, SaveJob
 from workers.slab import Slab
 
@@ -38,21 +38,22 @@ def make_job(
     segment_bytes: int = 64 << 20,
     fsync: bool = True,
     num_files: int | None = None,
+    kind: str = "dcp",
 ) -> SaveJob:
     """What the trainer hands over. ``num_files``: split even a small state into so many files."""
-    file_format, flat = get_format("dcp"), flatten(state)
+    file_format, flat = get_format(kind), flatten(state)
     with pytest.MonkeyPatch.context() as patch:
         if num_files is not None:
-            patch.setattr(planning, "_SMALLEST_FILE_BYTES", 1)
-        plan = planning.Planner(file_format, num_files or num_parts, segment_bytes).plan(flat)
-    blobs = [file_format.object_blob(flat.leaves[leaf]) for leaf in plan.objects]
+            patch.setattr(contract, "SMALLEST_FILE_BYTES", 1)
+        plan = Planner(file_format, num_files or num_parts, segment_bytes).plan(flat)
+    blobs = plan.closed([file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects])
     slab = Slab.create(slab_nbytes(plan, blobs))
     Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
     facts = SaveFacts(
         directory=str(directory),
         step=step,
         save_id=secrets.token_hex(8),
-        kind="dcp",
+        kind=kind,
         num_parts=num_parts,
         fsync=fsync,
         created=time.time(),

@@ -13,10 +13,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
@@ -24,10 +24,14 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import skip_data
 
 from workers.dtypes import dtype_of, tensor_over
-from workers.errors import InternalError
+from workers.errors import InternalError, UnstageableError
+from workers.formats.contract import Framed, Frames, LaidOut, TensorSpec, lay_out_blobs
 from workers.layout import BLOB_ALIGN_BYTES, Layout
 from workers.slab import Slab
 from workers.structure import Node, fqn
+
+if TYPE_CHECKING:
+    from workers.job import Plan
 
 _save_config: Any
 try:
@@ -39,12 +43,39 @@ METADATA_NAME = ".metadata"
 _SPARSE_FROM_BYTES = 64 << 20
 
 
-def tensor_file_name(rank: int, index: int) -> str:
-    return f"__{rank}_{index}.distcp"
+row_major = False
+
+
+def holds(dtype: str) -> bool:
+    return True
 
 
 def object_file_name(rank: int) -> str:
     return f"__{rank}_objects.distcp"
+
+
+def lay_out(tensors: Sequence[TensorSpec], rank: int, num_files: int) -> LaidOut:
+    """Each tensor an archive."""
+    framed = []
+    for spec in tensors:
+        try:
+            head, tail = tensor_frame(spec.dtype, spec.shape, spec.stride)
+        except Exception as error:
+            raise UnstageableError(spec.describe(), f"torch.save cannot write {spec.dtype}: {error}") from error
+        framed.append(Framed(spec, len(head), spec.nbytes, len(tail)))
+    return lay_out_blobs(framed, lambda file: f"__{rank}_{file}.distcp", num_files)
+
+
+def frames(layout: Layout) -> Frames:
+    def frame(index: int) -> tuple[bytes, bytes]:
+        item = layout.items[index]
+        return tensor_frame(item.dtype, item.shape, item.stride) if item.kind == "tensor" else (b"", b"")
+
+    return frame
+
+
+def closing(plan: Plan) -> None:
+    """A file of objects ends with the last of them."""
 
 
 class _Sink(io.RawIOBase):
@@ -124,7 +155,7 @@ def _data_start(sink: _Sink, nbytes: int) -> int:
 _untyped: Any = torch.UntypedStorage  # its constructor has no types
 
 
-def object_blob(value: object) -> bytes:
+def object_blob(value: object, leaf: int = 0) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
