@@ -22,6 +22,7 @@ from stager._version import __version__
 _HOME = {
     "stager.checkpointer": ("Checkpointer",),
     "stager.config": ("StagerConfig", "load_config"),
+    "stager.exporting.export": ("Exported", "export_checkpoint"),
     "stager.loading.loader": ("Loaded",),
     "stager.saving.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
     "stager.staging": (
@@ -85,6 +86,8 @@ if TYPE_CHECKING:
     from stager.checkpointer import Checkpointer as Checkpointer
     from stager.config import StagerConfig as StagerConfig
     from stager.config import load_config as load_config
+    from stager.exporting.export import Exported as Exported
+    from stager.exporting.export import export_checkpoint as export_checkpoint
     from stager.loading.loader import Loaded as Loaded
     from stager.saving.preemption import Preemption as Preemption
     from stager.saving.save import Event as Event

@@ -15,6 +15,7 @@ from stager.cli.bench import bench
 from stager.cli.console import print_error
 from stager.cli.demo import demo
 from stager.cli.doctor import doctor
+from stager.cli.export import export
 from stager.cli.inspect import inspect
 from stager.cli.ls import ls
 from stager.cli.plan import plan
@@ -49,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, ls, inspect, verify, doctor, plan, bench, stress):
+for command in (demo, ls, inspect, verify, export, doctor, plan, bench, stress):
     app.command()(command)
 
 

@@ -1,0 +1,101 @@
+"""``stager export``: a checkpoint as one file for other programs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stager.cli.console import byte_progress, print_json, printable, stdout
+from stager.cli.options import JsonOption
+from stager.cli.selection import directory_nbytes, select_checkpoints
+
+if TYPE_CHECKING:
+    from stager.exporting.export import Exported
+
+_SHOWN_NAMES = 5
+
+
+class FileFormat(str, Enum):
+    TORCH = "torch"
+    SAFETENSORS = "safetensors"
+
+
+def export(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or the run's directory.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The file to write.")],
+    *,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Which one in a run's directory; the newest otherwise.")
+    ] = None,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option("--format", help="torch: all of it. safetensors: its tensors. By OUT's ending if not given."),
+    ] = None,
+    max_memory: Annotated[
+        str, typer.Option(metavar="BYTES", help="Memory for data, e.g. 256MiB; the checkpoint may be much larger.")
+    ] = "1GiB",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Unpickle any object: runs code from the checkpoint.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a checkpoint to one file that torch.load or safetensors reads, checking every hash on the way."""
+    (checkpoint,) = select_checkpoints(path, step)
+    chosen = file_format or _by_ending(out)
+    result = run_export(checkpoint, out, chosen, _bytes(max_memory), allow_pickle, force)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        _print(result)
+
+
+def run_export(
+    checkpoint: str, out: str, file_format: FileFormat, max_memory_bytes: int, allow_pickle: bool, force: bool
+) -> Exported:
+    """Export with a progress bar."""
+    from stager.exporting.export import export_checkpoint
+
+    with byte_progress() as progress:
+        total = directory_nbytes(checkpoint) if os.path.isdir(checkpoint) else None
+        bar = progress.add_task("export", total=total)
+        return export_checkpoint(
+            checkpoint,
+            out,
+            file_format=file_format.value,
+            max_memory_bytes=max_memory_bytes,
+            allow_pickle=allow_pickle,
+            force=force,
+            progress=lambda nbytes: progress.advance(bar, nbytes),
+        )
+
+
+def _by_ending(out: str) -> FileFormat:
+    return FileFormat.SAFETENSORS if out.endswith(".safetensors") else FileFormat.TORCH
+
+
+def _bytes(text: str) -> int:
+    from stager.config.sizes import parse_bytes
+    from workers.errors import UsageError
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--max-memory {text}: {error}") from error
+
+
+def _print(result: Exported) -> None:
+    from stager.config.sizes import format_bytes
+
+    facts = f"{result.num_tensors} tensors, {result.num_objects} objects, {format_bytes(result.nbytes)}"
+    console = stdout()
+    line = f"{printable(result.path)}: step {result.step}, {result.format}, {facts}, {result.secs:.2f} s"
+    console.print(line, markup=False, soft_wrap=True)
+    if result.left_out:
+        names = ", ".join(map(printable, result.left_out[:_SHOWN_NAMES]))
+        more = f" and {len(result.left_out) - _SHOWN_NAMES} more" if len(result.left_out) > _SHOWN_NAMES else ""
+        console.print(f"left out, because safetensors holds tensors only: {names}{more}", markup=False, soft_wrap=True)
