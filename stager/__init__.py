@@ -23,6 +23,7 @@ _HOME = {
     "stager.checkpointer": ("Checkpointer",),
     "stager.config": ("StagerConfig", "load_config"),
     "stager.exporting.export": ("Exported", "export_checkpoint"),
+    "stager.loading.foreign": ("load_checkpoint",),
     "stager.loading.loader": ("Loaded",),
     "stager.saving.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
     "stager.staging": (
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from stager.config import load_config as load_config
     from stager.exporting.export import Exported as Exported
     from stager.exporting.export import export_checkpoint as export_checkpoint
+    from stager.loading.foreign import load_checkpoint as load_checkpoint
     from stager.loading.loader import Loaded as Loaded
     from stager.saving.preemption import Preemption as Preemption
     from stager.saving.save import Event as Event

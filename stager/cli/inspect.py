@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stager.cli.console import print_json, printable, stdout
+from stager.cli.entry import Entry
+from stager.cli.foreign import inspect_foreign, is_foreign
 from stager.cli.ls import format_time
 from stager.cli.options import JsonOption
 from stager.cli.selection import select_checkpoints
@@ -18,30 +20,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from workers.manifest import Manifest
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One leaf of the state.
-
-    Attributes:
-        key: its path, joined by dots: the name DCP gives it.
-        kind: "tensor" or "object".
-        dtype, shape: of a tensor; "" and () for an object.
-        nbytes: of its values (tensor) or its pickle (object).
-        file: in the checkpoint's directory.
-        offset: of those bytes in that file.
-        same_as: the key it shares its bytes with (tied), or None.
-    """
-
-    key: str
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    file: str
-    offset: int
-    same_as: str | None
 
 
 def inspect(
@@ -54,20 +32,25 @@ def inspect(
     limit: Annotated[int, typer.Option(min=0, help="Rows that a table shows at most; 0: all.")] = 200,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a checkpoint holds: where it comes from, its files, each tensor and object."""
+    """Show what a checkpoint holds: where it comes from, its files, each tensor and object. Also one of dcp.save, and a file
+    of torch.save."""
+    facts, entries = inspect_foreign(path) if is_foreign(path) else _inspect_own(path, step)
+    entries = [e for e in entries if keys is None or fnmatch.fnmatchcase(e.key, keys)]
+    if as_json:
+        parts = {kind: [asdict(e) for e in entries if e.kind == kind] for kind in ("tensor", "object")}
+        print_json({**facts, "tensors": parts["tensor"], "objects": parts["object"]})
+    else:
+        _print(facts, entries, limit)
+    if keys is not None and not entries:
+        raise typer.Exit(1)
+
+
+def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Entry]]:
     from workers.manifest import read_manifest
 
     (checkpoint,) = select_checkpoints(path, step)
     manifest = read_manifest(checkpoint)
-    entries = [e for e in entries_of(manifest) if keys is None or fnmatch.fnmatchcase(e.key, keys)]
-    if as_json:
-        parts = {kind: [asdict(e) for e in entries if e.kind == kind] for kind in ("tensor", "object")}
-        facts = facts_of(checkpoint, manifest)
-        print_json({**facts, "tensors": parts["tensor"], "objects": parts["object"]})
-    else:
-        _print(facts_of(checkpoint, manifest), entries, limit)
-    if keys is not None and not entries:
-        raise typer.Exit(1)
+    return facts_of(checkpoint, manifest), list(entries_of(manifest))
 
 
 def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
@@ -119,7 +102,7 @@ def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     shown = {
         **facts,
-        "created": format_time(facts["created"]),
+        **({"created": format_time(facts["created"])} if "created" in facts else {}),
         "nbytes": f"{format_bytes(facts['nbytes'])} ({facts['nbytes']} bytes)",
         "files": ", ".join(f"{file['name']} ({format_bytes(file['nbytes'])})" for file in facts["files"]),
     }
@@ -154,7 +137,7 @@ def _entry_table(entries: list[Entry]) -> Table:
     for entry in entries:
         shape = "x".join(map(str, entry.shape)) or "scalar"
         of_tensor = (entry.dtype, shape) if tensors else ()
-        cells = (entry.key, *of_tensor, entry.nbytes, entry.file, entry.offset, entry.same_as or "")
+        cells = (entry.key, *of_tensor, entry.nbytes, entry.file, entry.offset, entry.same_as)
         table.add_row(*map(_text, cells))
     return table
 
@@ -162,4 +145,4 @@ def _entry_table(entries: list[Entry]) -> Table:
 def _text(value: object) -> Any:
     from rich.text import Text
 
-    return Text(printable(value))
+    return Text("" if value is None else printable(value))

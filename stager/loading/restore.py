@@ -8,20 +8,20 @@ apply    load_state_dict() of objects that have it, values put into containers
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 
+from stager.loading.chunks import fill, with_wholes
 from stager.loading.match import Match, match, refuse
 from stager.loading.unpickle import unpickle
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
-from workers.errors import UsageError
 from workers.layout import Item
 from workers.manifest import Manifest
 from workers.slab import bytes_at
-from workers.structure import Chunks, build, describe, leaves
+from workers.structure import build, describe
 
 _Extent = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # start, end (addresses), item, shape, stride
 
@@ -33,16 +33,15 @@ class Restorer:
         path, manifest: the checkpoint.
         num_threads: how many reads run at a time.
         allow_pickle: unpickle any object (runs code from the checkpoint).
-
-    Raises:
-        UsageError: a tensor is stored in chunks, as several ranks wrote it.
     """
 
     def __init__(self, path: str, manifest: Manifest, num_threads: int, allow_pickle: bool) -> None:
-        _refuse_chunks(path, manifest)
         self._path = path
-        self._manifest = manifest
-        self._items = manifest.layout.items
+        self._stored = manifest
+        wholes = with_wholes(manifest)
+        self._manifest = wholes.manifest
+        self._chunks = wholes.chunks
+        self._items = self._manifest.layout.items
         self._num_threads = num_threads
         self._allow_pickle = allow_pickle
 
@@ -75,8 +74,8 @@ class Restorer:
     def _read(self, found: Match) -> dict[int, Any]:
         """The values of the wanted items: the target tensors themselves where there are any, new ones elsewhere."""
         wanted = sorted(found.wanted)
-        shared = _sharing_memory(found.targets)
-        with BlobReader(self._path, self._manifest, self._num_threads) as reader:
+        shared = sharing_memory(found.targets)
+        with BlobReader(self._path, self._stored, self._num_threads) as reader:
             values = self._read_objects(reader, [index for index in wanted if self._items[index].kind == "object"])
             refuse(self._path, [problem for check in found.checks if (problem := check(values)) is not None])
             direct = {
@@ -85,8 +84,13 @@ class Restorer:
                 if index not in shared and _takes_bytes(self._items[index], tensor)
             }
             tensors = {i: direct[i] if i in direct else _new(self._items[i]) for i in wanted if i not in values}
-            reader.read([Wanted(i, bytes_at(t.data_ptr(), self._items[i].data_nbytes)) for i, t in tensors.items()])
-        _settle(tensors, found.targets)
+            stored = {i: t for i, t in tensors.items() if i not in self._chunks}
+            reader.read([Wanted(i, bytes_at(t.data_ptr(), self._items[i].data_nbytes)) for i, t in stored.items()])
+            with torch.no_grad():
+                for index, chunks in self._chunks.items():
+                    if index in tensors:
+                        fill(tensors[index], chunks, self._items, reader)
+        settle(tensors, found.targets)
         own = {index: tensor for index, tensor in reversed(found.targets) if index not in shared}
         return {**values, **tensors, **own}
 
@@ -102,16 +106,7 @@ class Restorer:
         return next(describe(path) for path, leaf in self._manifest.paths() if leaf == index)
 
 
-def _refuse_chunks(path: str, manifest: Manifest) -> None:
-    for at, leaf in leaves(manifest.layout.structure):
-        if isinstance(leaf, Chunks):
-            raise UsageError(
-                f"{path}: {describe(at)} is stored in {len(leaf.parts)} chunks, as several ranks saved it; "
-                "load it with torch.distributed.checkpoint.load(state, storage_reader=StagerStorageReader(path))"
-            )
-
-
-def _settle(tensors: dict[int, torch.Tensor], targets: list[tuple[int, torch.Tensor]]) -> None:
+def settle(tensors: Mapping[int, torch.Tensor], targets: list[tuple[int, torch.Tensor]]) -> None:
     """Copy what was not read straight into its target."""
     with torch.no_grad():
         for index, target in targets:
@@ -136,7 +131,7 @@ def _takes_bytes(item: Item, tensor: torch.Tensor) -> bool:
     )
 
 
-def _sharing_memory(targets: list[tuple[int, torch.Tensor]]) -> set[int]:
+def sharing_memory(targets: list[tuple[int, torch.Tensor]]) -> set[int]:
     """Items whose targets overlap in memory with those of another item, or with another view of the same.
 
     Read in parallel they would tear each other, so they are copied in order instead: the last one wins, as when

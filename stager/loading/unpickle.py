@@ -6,7 +6,7 @@ import io
 import pickle
 import warnings
 import zipfile
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -25,12 +25,17 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool) -> Any:
         CorruptCheckpointError: it is not what ``torch.save`` writes.
         UsageError: its class cannot be imported here.
     """
-    _check_archive(blob, name, path)
+    check_archive(io.BytesIO(blob), len(blob), name, path)
+    return load_archive(io.BytesIO(blob), name, path, allow_pickle)
+
+
+def load_archive(source: IO[bytes] | str, name: str, path: str, allow_pickle: bool, map_location: str = "cpu") -> Any:
+    """The same for an archive that was checked: an open file, or a path. ``map_location`` as for ``torch.load``."""
     try:
         # A sparse tensor is put together on the default device. The warning is torch's of its own way with quantized ones.
         with torch.device("cpu"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-            return torch.load(io.BytesIO(blob), weights_only=not allow_pickle, map_location="cpu")
+            return torch.load(source, weights_only=not allow_pickle, map_location=map_location)
     except Warning:  # the user made warnings errors: that is no damage
         raise
     except pickle.UnpicklingError as error:
@@ -54,14 +59,14 @@ def _refusal(name: str, path: str, error: Exception) -> str:
     )
 
 
-def _check_archive(blob: bytes, name: str, path: str) -> None:
+def check_archive(source: IO[bytes], nbytes: int, name: str, path: str) -> None:
     """What torch.save writes is a zip archive without compression; torch.load would also take archives that unpack to
     any size, and formats of long ago."""
     try:
-        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+        with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError) as error:
         raise CorruptCheckpointError(path, f"{name} is not what torch.save writes: {error}") from error
     stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not stored or sum(entry.file_size for entry in entries) > len(blob):
+    if not stored or sum(entry.file_size for entry in entries) > nbytes:
         raise CorruptCheckpointError(path, f"{name} is packed smaller than what is in it, which torch.save never does")

@@ -33,6 +33,8 @@ from workers import files
 from workers.errors import MemoryBudgetError
 from workers.formats import FORMATS
 
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch.load of quantized tensors
+
 
 class Custom:
     """Not what ``weights_only`` knows."""

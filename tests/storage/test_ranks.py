@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,7 +16,6 @@ from stager import Checkpointer
 from stager.storage import StagerStorageReader, StagerStorageWriter
 from tests.staging.ranks import run_ranks
 from tests.storage.states import load
-from workers.errors import UsageError
 from workers.manifest import read_manifest
 from workers.structure import Chunks, fqn, leaves
 from workers.verify import verify_checkpoint
@@ -126,6 +124,11 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert torch.equal(model["scarce"], WHOLE[:1] + 1)
         assert loaded["rank1"]["seed"] == 2.0
     with Checkpointer(tmp_path / "run", read_only=True) as checkpointer:
-        for into in (None, {"model": torch.nn.Linear(1, 1), "plain": torch.zeros(3)}):
-            with pytest.raises(UsageError, match=r"model\['rows'\] is stored in 2 chunks"):
-                checkpointer.load(into=into)
+        loaded = checkpointer.load()
+        assert loaded is not None and torch.equal(loaded.state["plain"], torch.ones(3))
+        for name, tensor in loaded.state["model"].items():
+            assert torch.equal(tensor, WHOLE[: len(tensor)] + 1), name
+        target = {"model": {name: torch.zeros_like(tensor) for name, tensor in loaded.state["model"].items()}}
+        target["model"]["columns"] = torch.zeros(5, 7).t()
+        checkpointer.load(into=target)
+        assert all(torch.equal(target["model"][name], loaded.state["model"][name]) for name in target["model"])

@@ -1,0 +1,91 @@
+"""What ``stager inspect`` says of checkpoints that stager did not write."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from stager.cli.entry import Entry
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+
+def is_foreign(path: str) -> bool:
+    """A file, or a directory of ``dcp.save``. What a killed save of stager left is none."""
+    if os.path.isfile(path):
+        return True
+    names = (".metadata", "manifest.json")
+    return ".partial-" not in path and [os.path.lexists(os.path.join(path, name)) for name in names] == [True, False]
+
+
+def inspect_foreign(path: str) -> tuple[dict[str, Any], list[Entry]]:
+    """Facts about the whole, and its entries. No tensor's data is read.
+
+    Raises:
+        CorruptCheckpointError, UnsafePickleError, StorageError
+    """
+    from stager.loading.foreign import Origin, origin_of
+
+    path = os.path.realpath(path)
+    origin = origin_of(path)
+    entries = _of_file(path) if origin is Origin.TORCH_SAVE else _of_dcp(path)
+    names = [path] if origin is Origin.TORCH_SAVE else sorted(os.path.join(path, name) for name in os.listdir(path))
+    files = [{"name": os.path.basename(name), "nbytes": os.lstat(name).st_size} for name in names]
+    return {
+        "path": path,
+        "format": origin.value,
+        "nbytes": sum(file["nbytes"] for file in files if isinstance(file["nbytes"], int)),
+        "num_tensors": sum(entry.kind == "tensor" for entry in entries),
+        "num_objects": sum(entry.kind == "object" for entry in entries),
+        "files": files,
+    }, entries
+
+
+def _of_file(path: str) -> list[Entry]:
+    import torch
+
+    from stager.loading.foreign import load_torch_save
+    from stager.snapshot.flatten import flatten
+    from workers.structure import fqn
+
+    state = load_torch_save(path, allow_pickle=False, map_location="meta")
+    flat = flatten(state if isinstance(state, dict) else {"": state})
+    entries = []
+    for keys, leaf in zip(flat.paths, flat.leaves, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            nbytes = leaf.numel() * leaf.dtype.itemsize
+            entries.append(Entry(fqn(keys), "tensor", dtype, tuple(leaf.shape), nbytes, os.path.basename(path)))
+        else:
+            entries.append(Entry(fqn(keys), "object", "", (), None, os.path.basename(path)))
+    return entries
+
+
+def _of_dcp(path: str) -> list[Entry]:
+    from stager.loading.foreign import check_dcp
+    from stager.storage.stock import StockReader
+
+    metadata = StockReader(path, allow_pickle=False).read_metadata()
+    check_dcp(path, metadata)
+    return _entries(metadata)
+
+
+def _entries(metadata: Metadata) -> list[Entry]:
+    """A tensor in chunks is one entry, with the place of its first chunk."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    places: dict[str, Any] = {}
+    for index, info in metadata.storage_data.items():
+        places.setdefault(index.fqn, info)
+    entries = []
+    for name, described in metadata.state_dict_metadata.items():
+        info = places.get(name)
+        file, offset = (info.relative_path, info.offset) if info is not None else ("", None)
+        if isinstance(described, TensorStorageMetadata):
+            dtype, shape = described.properties.dtype, tuple(described.size)
+            nbytes = described.size.numel() * dtype.itemsize
+            entries.append(Entry(name, "tensor", str(dtype).removeprefix("torch."), shape, nbytes, file, offset))
+        else:
+            entries.append(Entry(name, "object", "", (), None if info is None else info.length, file, offset))
+    return entries

@@ -1,0 +1,74 @@
+"""Tensors that several ranks wrote in chunks, put together.
+
+To everything else such a tensor is one item more: a *whole*, numbered behind the items of the checkpoint, which has a
+dtype, a shape and C order, and no bytes of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from workers.blob_reader import BlobReader, Wanted
+from workers.dtypes import dtype_of, new_tensor
+from workers.layout import Item
+from workers.manifest import Manifest
+from workers.slab import bytes_at
+from workers.structure import Chunks, Node
+
+
+@dataclass(frozen=True, slots=True)
+class Wholes:
+    """Attributes:
+    manifest: with the wholes among its items, and no chunks in its structure.
+    chunks: of each whole, by its number.
+    """
+
+    manifest: Manifest
+    chunks: dict[int, Chunks]
+
+
+def with_wholes(manifest: Manifest) -> Wholes:
+    items = list(manifest.layout.items)
+    chunks: dict[int, Chunks] = {}
+
+    def visit(node: Node) -> Node:
+        if type(node) is int:
+            return node
+        if node[0] == "chunks":
+            one = Chunks.from_node(node)
+            chunks[len(items)] = one
+            items.append(_item(one, items[one.parts[0][1]].dtype))
+            return len(items) - 1
+        position = 1 if node[0] == "list" else 2
+        return [*node[:position], [visit(child) for child in node[position]], *node[position + 1 :]]
+
+    structure = visit(manifest.layout.structure)
+    if not chunks:
+        return Wholes(manifest, chunks)
+    layout = replace(manifest.layout, items=tuple(items), structure=structure)
+    return Wholes(replace(manifest, layout=layout), chunks)
+
+
+def _item(chunks: Chunks, dtype: str) -> Item:
+    stride = tuple(math.prod(max(1, n) for n in chunks.shape[dim + 1 :]) for dim in range(len(chunks.shape)))
+    nbytes = math.prod(chunks.shape) * dtype_of(dtype).itemsize
+    return Item("tensor", -1, 0, nbytes, 0, nbytes, dtype, chunks.shape, stride)
+
+
+def fill(whole: torch.Tensor, chunks: Chunks, items: tuple[Item, ...], reader: BlobReader) -> None:
+    """Read every chunk to its place, one at a time in memory.
+
+    Raises:
+        CorruptCheckpointError, StorageError
+    """
+    for offsets, index in chunks.parts:
+        item = items[index]
+        chunk = new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
+        reader.read([Wanted(index, bytes_at(chunk.data_ptr(), item.data_nbytes))])
+        place = whole
+        for dim, (offset, length) in enumerate(zip(offsets, item.shape, strict=True)):
+            place = place.narrow(dim, offset, length)
+        place.copy_(chunk)
