@@ -205,7 +205,7 @@ class BlobReader:
 
     def _names(self, index: int) -> str:
         names = [describe(path) for path, leaf in self._manifest.paths() if leaf == index]
-        return ", ".join(names[:3])
+        return ", ".join(names[:3]) or "what stands around the values"
 
     def close(self) -> None:
         while self._fds:
