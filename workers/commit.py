@@ -40,7 +40,7 @@ from workers.faults import point
 from workers.files import storage_errors
 from workers.formats import get_format
 from workers.job import SaveFacts
-from workers.layout import Layout, deal
+from workers.layout import Layout, deal_once
 from workers.manifest import MANIFEST_NAME, Header, IndexFile, Manifest, parse_manifest
 from workers.receipt import Receipt, read_receipt, receipt_name
 
@@ -150,7 +150,7 @@ def _write_manifest(
 
 def _hashes_by_item(layout: Layout, receipts: list[Receipt], partial: str) -> tuple[tuple[str, ...], ...]:
     hashes: list[list[str]] = [[] for _ in layout.items]
-    for receipt, part in zip(receipts, deal(layout, len(receipts)), strict=True):
+    for receipt, part in zip(receipts, deal_once(layout, len(receipts)), strict=True):
         if len(receipt.hashes) != len(part):
             raise CorruptCheckpointError(
                 os.path.join(partial, receipt_name(receipt.part)),

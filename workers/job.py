@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from workers.envelope import seal_json, unseal
@@ -20,11 +20,12 @@ from workers.errors import CorruptCheckpointError
 from workers.formats import FORMATS
 from workers.layout import FileSpec, Item, Layout
 from workers.layout_check import check_count, check_layout, check_step, check_text, check_time
+from workers.memo import Memo, no_collection
 from workers.slab import Slab
 from workers.structure import Node
 
 RECORD_NAME = "save.json"
-_CACHED_PLANS = 4
+_CACHED_PLANS = 2  # what is saved in turn; each takes about 1 KiB a tensor
 _MAX_PARTS = 1 << 16
 
 
@@ -91,6 +92,7 @@ class Plan:
         tensors: items, in file order.
         structure: its leaves number the tensors first, then the objects.
         segment_bytes: see :class:`workers.layout.Layout`.
+        memo: what was worked out for it.
     """
 
     files: tuple[FileSpec, ...]
@@ -98,6 +100,10 @@ class Plan:
     tensors: tuple[Item, ...]
     structure: Node
     segment_bytes: int
+    memo: Memo = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "memo", Memo(len(self.tensors)))
 
     def to_json(self) -> bytes:
         document = {
@@ -133,11 +139,12 @@ class Plan:
     def with_objects(self, objects: Sequence[Item]) -> Layout:
         """The whole layout: the objects, and the frame if there is one, come behind the tensors."""
         if not objects:
-            return Layout(self.files, self.tensors, self.structure, self.segment_bytes)
+            return Layout(self.files, self.tensors, self.structure, self.segment_bytes).sharing(self.memo)
         last = objects[-1]
         tensor_files = self.files[: self.object_place[0]]
         object_file = FileSpec(self.object_file, last.offset + last.nbytes)
-        return Layout((*tensor_files, object_file), (*self.tensors, *objects), self.structure, self.segment_bytes)
+        items = (*self.tensors, *objects)
+        return Layout((*tensor_files, object_file), items, self.structure, self.segment_bytes).sharing(self.memo)
 
 
 def objects_to_json(objects: Sequence[Item]) -> bytes:
@@ -151,7 +158,8 @@ def read_layout(job: SaveJob) -> Layout:
     """The layout of a job, from its slab."""
     plan = _plans.get(job.plan_id)
     if plan is None:
-        plan = _plans[job.plan_id] = Plan.from_json(_read(job, job.plan))
+        with no_collection():
+            plan = _plans[job.plan_id] = Plan.from_json(_read(job, job.plan))
         while len(_plans) > _CACHED_PLANS:
             _plans.popitem(last=False)
     rows = json.loads(_read(job, job.objects))

@@ -15,9 +15,10 @@ As JSON, items are rows (``ROW_COLUMNS``), because there can be hundreds of thou
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from workers.memo import Memo
 from workers.structure import Node
 
 BLOB_ALIGN_BYTES = 64  # what torch.save aligns a storage to within its file
@@ -91,12 +92,28 @@ class Layout:
         items: in file order, then by offset.
         structure: see :mod:`workers.structure`; its leaves are indices into ``items``.
         segment_bytes: the largest stretch that one hash covers.
+        memo: shared by the layouts of one plan.
     """
 
     files: tuple[FileSpec, ...]
     items: tuple[Item, ...]
     structure: Node
     segment_bytes: int
+    memo: Memo = field(default_factory=Memo, init=False, compare=False, repr=False)
+
+    def sharing(self, memo: Memo) -> Layout:
+        """This new layout, with what is known of its plan."""
+        object.__setattr__(self, "memo", memo)
+        return self
+
+    def ends(self) -> list[int]:
+        """Of each item: where its span ends in the file."""
+        return self.memo.of_save("ends", self.varying, lambda: [end for _, _, end in self.spans()])
+
+    @property
+    def varying(self) -> tuple[Any, ...]:
+        """What of this layout is its own, and not its plan's."""
+        return self.files, self.items[self.memo.num_fixed :]
 
     def spans(self) -> Iterator[tuple[int, Item, int]]:
         """(index, item, end of its span in the file)."""
@@ -147,6 +164,11 @@ def deal(layout: Layout, num_parts: int) -> list[list[Segment]]:
         parts[part].append(segment)
         done += segment.end - segment.start
     return parts
+
+
+def deal_once(layout: Layout, num_parts: int) -> list[list[Segment]]:
+    """As :func:`deal`, kept for the next save of the plan. Not to be changed."""
+    return layout.memo.of_save("deal", (num_parts, layout.varying), lambda: deal(layout, num_parts))
 
 
 def align(offset: int, to: int = BLOB_ALIGN_BYTES) -> int:

@@ -18,16 +18,18 @@ A row's hashes cover its span in steps of segment_bytes. Reading checks that all
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from workers import files
-from workers.envelope import seal, unseal
+from workers.envelope import seal_json, unseal
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError
 from workers.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
 from workers.layout_check import check_count, check_file_name, check_layout, check_step, check_text, check_time
+from workers.manifest_rows import rows_json, structure_json
 from workers.structure import Path, walk
 
 MANIFEST_NAME = "manifest.json"
@@ -88,7 +90,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         header, layout = self.header, self.layout
-        return seal(
+        head = json.dumps(
             {
                 "format": "stager",
                 "version": VERSION,
@@ -102,10 +104,12 @@ class Manifest:
                 "files": [[f.name, f.nbytes] for f in layout.files],
                 "index_files": [[f.name, f.nbytes, f.xxh3_128] for f in self.index_files],
                 "columns": [*ROW_COLUMNS, "xxh3_128"],
-                "rows": [[*item.to_row(), hashes] for item, hashes in zip(layout.items, self.hashes, strict=True)],
-                "structure": layout.structure,
-            }
+            },
+            separators=(",", ":"),
+            allow_nan=False,
         )
+        rows, structure = rows_json(layout, self.hashes), structure_json(layout)
+        return seal_json(f'{head[:-1]},"rows":{rows},"structure":{structure}}}'.encode())
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:

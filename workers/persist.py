@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -22,8 +22,10 @@ from workers.faults import point
 from workers.files import storage_errors
 from workers.formats import get_format
 from workers.job import RECORD_NAME, SaveJob, read_layout, to_record
-from workers.layout import Item, Layout, Segment, deal
+from workers.layout import Item, Layout, Segment, deal_once
+from workers.memo import no_collection
 from workers.receipt import Receipt, read_receipt
+from workers.small_items import SmallItems, runs
 
 _WRITE_BYTES = 4 << 20  # hashed and written while it is in the cache
 _OPEN_ATTEMPTS = 10
@@ -49,7 +51,7 @@ def persist_part(job: SaveJob, part: int) -> PartResult:
         CorruptCheckpointError: somebody else writes into the partial directory.
     """
     slab.detach_all_but(job.live_slabs)
-    with storage_errors("save", partial_path(job.facts)):  # the last net: what is below says more precisely what failed
+    with storage_errors("save", partial_path(job.facts)), no_collection():  # the last net: what is below says more precisely what failed
         point("part.begin")
         layout = read_layout(job)
         done = _write_part(job, layout, part)
@@ -106,7 +108,7 @@ def _write_and_sign(job: SaveJob, layout: Layout, part: int, directory_fd: int) 
         files.write_atomically(directory_fd, partial, RECORD_NAME, to_record(job), facts.fsync)
     with ExitStack() as opened:
         writer = _PartWriter(job, layout, directory_fd, partial, opened)
-        hashes = writer.write(deal(layout, facts.num_parts)[part])
+        hashes = writer.write(deal_once(layout, facts.num_parts)[part])
         written = time.time()
         point("part.written")
         if facts.fsync:
@@ -130,7 +132,8 @@ class _PartWriter:
         self._base = job.base
         self._layout = layout
         self._frames = get_format(job.facts.kind).frames(layout)
-        self._ends = [end for _, _, end in layout.spans()]
+        self._small = SmallItems(layout, job.slab.view, job.base, self._frame)
+        self._ends = layout.ends()
         self._directory_fd = directory_fd
         self._directory = directory
         self._opened = opened
@@ -141,18 +144,26 @@ class _PartWriter:
 
     def write(self, segments: list[Segment]) -> list[str]:
         """The segments' hashes, hex."""
-        hashes = []
-        for segment in segments:
-            item = self._layout.items[segment.index]
-            hasher = xxhash.xxh3_128()
-            offset = segment.start
-            for piece in self._pieces(item, segment):
-                hasher.update(piece)
-                self._put(item.file, offset, piece)
-                offset += len(piece)
-            hashes.append(hasher.hexdigest())
+        hashes: list[str] = []
+        for small, run in runs(self._layout, segments):
+            hashes += self._write_small(run) if small else map(self._write_one, run)
         self._flush()
         return hashes
+
+    def _write_small(self, run: Sequence[Segment]) -> list[str]:
+        data, hashes = self._small.pack(run)
+        self._put(self._layout.items[run[0].index].file, run[0].start, data)
+        return hashes
+
+    def _write_one(self, segment: Segment) -> str:
+        item = self._layout.items[segment.index]
+        hasher = xxhash.xxh3_128()
+        offset = segment.start
+        for piece in self._pieces(item, segment):
+            hasher.update(piece)
+            self._put(item.file, offset, piece)
+            offset += len(piece)
+        return hasher.hexdigest()
 
     def sync(self) -> None:
         for file, fd in self._fds.items():
@@ -161,9 +172,7 @@ class _PartWriter:
 
     def _pieces(self, item: Item, segment: Segment) -> Iterator[bytes | memoryview]:
         """The bytes of a segment: what of the header, the raw bytes, the tail and the padding lies in it."""
-        head, tail = self._frames(segment.index)
-        if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
-            raise InternalError(f"{item} is framed in {len(head)} and {len(tail)} bytes here")
+        head, tail = self._frame(segment.index)
         start, end = segment.start, segment.end
         data_end = item.data_offset + item.data_nbytes
         if start < item.data_offset:
@@ -176,6 +185,13 @@ class _PartWriter:
         if end > data_end:
             tail += b"\0" * (self._ends[segment.index] - data_end - len(tail))
             yield tail[max(0, start - data_end) : end - data_end]
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        item = self._layout.items[index]
+        head, tail = self._frames(index)
+        if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
+            raise InternalError(f"{item} is framed in {len(head)} and {len(tail)} bytes here")
+        return head, tail
 
     def _put(self, file: int, offset: int, piece: bytes | memoryview) -> None:
         batch_file, batch_offset = self._batch_start

@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import skip_data
 
 from workers.dtypes import dtype_of, tensor_over
 from workers.errors import InternalError, UnstageableError
 from workers.formats.contract import Framed, Frames, LaidOut, TensorSpec, lay_out_blobs
+from workers.formats.dcp_index import dcp_index
 from workers.layout import BLOB_ALIGN_BYTES, Layout
 from workers.slab import Slab
-from workers.structure import Node, fqn
 
 if TYPE_CHECKING:
     from workers.job import Plan
@@ -163,41 +160,4 @@ def object_blob(value: object, leaf: int = 0) -> bytes:
 
 def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
     """``.metadata``, as ``dcp.save`` writes it."""
-    state: dict[str, Any] = {}
-    storage: dict[dcp_metadata.MetadataIndex, _StorageInfo] = {}
-    paths: dict[str, tuple[str | int, ...]] = {}
-    properties: dict[str, dcp_metadata.TensorProperties] = {}
-    for path, index in _dcp_walk(layout.structure):
-        item = layout.items[index]
-        name = fqn(path)
-        paths[name] = path
-        info = _StorageInfo(layout.files[item.file].name, item.offset, item.nbytes)
-        if item.kind == "object":
-            state[name] = dcp_metadata.BytesStorageMetadata()
-            storage[dcp_metadata.MetadataIndex(name)] = info
-            continue
-        if item.dtype not in properties:
-            properties[item.dtype] = dcp_metadata.TensorProperties(dtype=dtype_of(item.dtype))
-        offsets, size = torch.Size([0] * len(item.shape)), torch.Size(item.shape)
-        chunk = dcp_metadata.ChunkStorageMetadata(offsets=offsets, sizes=size)
-        state[name] = dcp_metadata.TensorStorageMetadata(properties[item.dtype], size, [chunk])
-        storage[dcp_metadata.MetadataIndex(name, offsets)] = info
-    metadata = dcp_metadata.Metadata(
-        state_dict_metadata=state,
-        planner_data=paths,
-        storage_data=storage,
-        storage_meta=dcp_metadata.StorageMeta(checkpoint_id=directory, save_id=save_id),
-    )
-    return {METADATA_NAME: pickle.dumps(metadata)}
-
-
-def _dcp_walk(node: Node, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
-    """As ``structure.walk``, with the paths DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
-    if type(node) is int:
-        yield path, node
-    elif node[0] == "list":
-        for position, child in enumerate(node[1]):
-            yield from _dcp_walk(child, (*path, position))
-    else:
-        for key, child in zip(node[1], node[2], strict=True):
-            yield from _dcp_walk(child, (*path, str(key)))
+    return {METADATA_NAME: dcp_index(layout, save_id, directory)}
