@@ -43,6 +43,7 @@ from workers.files import storage_errors
 from workers.formats import get_format
 from workers.pool import PoolOptions, WorkerPool
 from workers.recover import recover
+from workers.writing import Writing
 
 logger = logging.getLogger("stager")
 
@@ -145,10 +146,20 @@ class Checkpointer:
             check_free_space=persistence.check_free_space,
             segment_bytes=persistence.segment_bytes,
             verify=staging.verify,
+            writing=self._writing(num_parts),
         )
         sharing = SharingOptions(staging.location, staging.share_min_bytes)
         copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
         return Saver(options, get_format(persistence.format), self._arena, copier, self._pool, sharing, self._on_done)
+
+    def _writing(self, num_workers: int) -> Writing:
+        persistence = self._config.persistence
+        if persistence.drop_page_cache and not persistence.fsync:
+            logger.warning(
+                "persistence.drop_page_cache is true, but persistence.fsync is false: nothing is synced or dropped"
+            )
+        limit = persistence.max_bytes_per_sec
+        return Writing(persistence.drop_page_cache, None if limit is None else limit / num_workers)
 
     # -- saving -------------------------------------------------------------------------------------------------
 

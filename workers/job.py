@@ -23,6 +23,7 @@ from workers.layout_check import check_count, check_layout, check_step, check_te
 from workers.memo import Memo, no_collection
 from workers.slab import Slab
 from workers.structure import Node
+from workers.writing import PLAIN, Writing
 
 RECORD_NAME = "save.json"
 _CACHED_PLANS = 2  # what is saved in turn; each takes about 1 KiB a tensor
@@ -71,6 +72,7 @@ class SaveJob:
     objects: where the objects document lies.
     live_slabs: what the trainer still holds; workers unmap the others.
     base: where a whole snapshot's slab has the first byte of this one, which may hold a piece of it only.
+    writing: how the bytes get to the disk.
     """
 
     facts: SaveFacts
@@ -80,6 +82,7 @@ class SaveJob:
     objects: Extent
     live_slabs: frozenset[str]
     base: int = 0
+    writing: Writing = PLAIN
 
 
 @dataclass(frozen=True, slots=True)

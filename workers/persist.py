@@ -26,6 +26,7 @@ from workers.layout import Item, Layout, Segment, deal_once
 from workers.memo import no_collection
 from workers.receipt import Receipt, read_receipt
 from workers.small_items import SmallItems, runs
+from workers.writing import Pace, WriteBack, drop_cached
 
 _WRITE_BYTES = 4 << 20  # hashed and written while it is in the cache
 _OPEN_ATTEMPTS = 10
@@ -51,7 +52,10 @@ def persist_part(job: SaveJob, part: int) -> PartResult:
         CorruptCheckpointError: somebody else writes into the partial directory.
     """
     slab.detach_all_but(job.live_slabs)
-    with storage_errors("save", partial_path(job.facts)), no_collection():  # the last net: what is below says more precisely what failed
+    with (
+        storage_errors("save", partial_path(job.facts)),
+        no_collection(),
+    ):  # the last net: what is below says more precisely what failed
         point("part.begin")
         layout = read_layout(job)
         done = _write_part(job, layout, part)
@@ -138,6 +142,10 @@ class _PartWriter:
         self._directory = directory
         self._opened = opened
         self._fds: dict[int, int] = {}
+        self._write_back: dict[int, WriteBack] = {}
+        self._fsync = job.facts.fsync
+        self._drop_page_cache = job.writing.drop_page_cache
+        self._pace = Pace(job.writing.max_bytes_per_sec)
         self._batch: list[bytes | memoryview] = []
         self._batch_nbytes = 0
         self._batch_start = (-1, 0)  # file, offset
@@ -169,6 +177,8 @@ class _PartWriter:
         for file, fd in self._fds.items():
             with storage_errors("sync", self._path(file)):
                 os.fsync(fd)
+                if self._drop_page_cache:
+                    drop_cached(fd)
 
     def _pieces(self, item: Item, segment: Segment) -> Iterator[bytes | memoryview]:
         """The bytes of a segment: what of the header, the raw bytes, the tail and the padding lies in it."""
@@ -208,6 +218,9 @@ class _PartWriter:
             with storage_errors("write", self._path(file)):
                 point("part.write")
                 files.write_all(self._open(file), self._batch, offset)
+            if self._fsync:
+                self._write_back[file].wrote(offset, self._batch_nbytes)
+            self._pace.wrote(self._batch_nbytes)
         self._batch, self._batch_nbytes, self._batch_start = [], 0, (-1, 0)
 
     def _open(self, file: int) -> int:
@@ -218,6 +231,7 @@ class _PartWriter:
             self._opened.callback(os.close, fd)
             os.ftruncate(fd, spec.nbytes)
             self._fds[file] = fd
+            self._write_back[file] = WriteBack(fd)
         return fd
 
     def _path(self, file: int) -> str:

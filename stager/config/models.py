@@ -142,6 +142,10 @@ class PersistenceConfig(Section):
         default=64 << 20,
         description="Bytes that one hash covers at most, and that one worker writes at a time.",
     )
+    drop_page_cache: bool = Field(default=False, description="Take what was synced out of the page cache.")
+    max_bytes_per_sec: Annotated[Bytes, Field(ge=1 << 20)] | None = Field(
+        default=None, description="Bytes per second that all workers write together, at most; null: no limit."
+    )
     check_free_space: bool = Field(default=True, description="Refuse a save that the file system has no room for.")
     lock_timeout_secs: SecondsOrZero = Field(default=60.0, description="Seconds to wait for another run to let go.")
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from workers.formats import Format
 from workers.job import SaveFacts, SaveJob
 from workers.persist import PartResult, discard_partial, persist_part, prepare_worker
 from workers.pool import WorkerPool
+from workers.writing import PLAIN, Writing
 
 logger = logging.getLogger("stager")
 
@@ -58,6 +59,7 @@ class SaverOptions:
         num_parts: into how many parts a save is dealt.
         fsync, check_free_space, segment_bytes: see the configuration's section persistence.
         verify: see the section staging.
+        writing: of one worker.
     """
 
     directory: str
@@ -67,6 +69,7 @@ class SaverOptions:
     check_free_space: bool
     segment_bytes: int
     verify: bool
+    writing: Writing = PLAIN
 
 
 class Saver:
@@ -235,6 +238,7 @@ class Saver:
 
     def _hand_over(self, job: SaveJob) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
+        job = replace(job, writing=self._options.writing)
         futures: list[Future[PartResult]] = []
         try:
             for part in range(job.facts.num_parts):
@@ -327,7 +331,7 @@ class Saver:
         job = self._jobs.write_piece(
             facts, snapshot.plan, pieces.items, slab, self._arena.live_slabs(), piece.start, piece.nbytes
         )
-        future = self._pool.hand_over(persist_part, job, piece.part)
+        future = self._pool.hand_over(persist_part, replace(job, writing=self._options.writing), piece.part)
         lease.move(SlabState.PERSISTING)
         future.add_done_callback(lambda _: lease.release())
         return future
