@@ -159,7 +159,8 @@ class Checkpointer:
                 "persistence.drop_page_cache is true, but persistence.fsync is false: nothing is synced or dropped"
             )
         limit = persistence.max_bytes_per_sec
-        return Writing(persistence.drop_page_cache, None if limit is None else limit / num_workers)
+        direct_io = None if persistence.direct_io == "auto" else persistence.direct_io
+        return Writing(persistence.drop_page_cache, None if limit is None else limit / num_workers, direct_io)
 
     # -- saving -------------------------------------------------------------------------------------------------
 

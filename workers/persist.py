@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import xxhash
 
+from workers import direct as direct_io
 from workers import files, slab
 from workers.commit import Committed, already_committed, is_still, partial_path, try_commit, vanished
+from workers.direct import DirectWriter
 from workers.directory import partial_name, remove_partial
 from workers.errors import InternalError
 from workers.faults import point
@@ -29,6 +31,7 @@ from workers.small_items import SmallItems, runs
 from workers.writing import Pace, WriteBack, drop_cached
 
 _WRITE_BYTES = 4 << 20  # hashed and written while it is in the cache
+_DIRECT_FROM_BYTES = 4 << 20  # of a part; below this there is nothing to gain
 _OPEN_ATTEMPTS = 10
 
 
@@ -146,17 +149,30 @@ class _PartWriter:
         self._fsync = job.facts.fsync
         self._drop_page_cache = job.writing.drop_page_cache
         self._pace = Pace(job.writing.max_bytes_per_sec)
+        self._direct_io = job.writing.direct_io
+        self._direct: DirectWriter | None = None
         self._batch: list[bytes | memoryview] = []
         self._batch_nbytes = 0
         self._batch_start = (-1, 0)  # file, offset
 
     def write(self, segments: list[Segment]) -> list[str]:
         """The segments' hashes, hex."""
+        if self._goes_direct(sum(segment.end - segment.start for segment in segments)):
+            self._direct = DirectWriter(self._open, self._open_direct, self._before_write)
         hashes: list[str] = []
-        for small, run in runs(self._layout, segments):
-            hashes += self._write_small(run) if small else map(self._write_one, run)
-        self._flush()
+        try:
+            for small, run in runs(self._layout, segments):
+                hashes += self._write_small(run) if small else map(self._write_one, run)
+            self._flush()
+        finally:
+            if self._direct is not None:  # nothing is written any more when the descriptors are closed
+                self._direct.close()
         return hashes
+
+    def _goes_direct(self, nbytes: int) -> bool:
+        if nbytes < _DIRECT_FROM_BYTES or self._direct_io is False:
+            return False
+        return self._direct_io or direct_io.is_worth_it(self._directory_fd)
 
     def _write_small(self, run: Sequence[Segment]) -> list[str]:
         data, hashes = self._small.pack(run)
@@ -204,6 +220,9 @@ class _PartWriter:
         return head, tail
 
     def _put(self, file: int, offset: int, piece: bytes | memoryview) -> None:
+        if self._direct is not None:
+            self._put_direct(self._direct, file, offset, piece)
+            return
         batch_file, batch_offset = self._batch_start
         full = self._batch_nbytes + len(piece) > _WRITE_BYTES or len(self._batch) >= files.IOV_MAX
         if full or file != batch_file or offset != batch_offset + self._batch_nbytes:
@@ -212,16 +231,35 @@ class _PartWriter:
         self._batch.append(piece)
         self._batch_nbytes += len(piece)
 
+    def _put_direct(self, direct: DirectWriter, file: int, offset: int, piece: bytes | memoryview) -> None:
+        if file != self._batch_start[0]:
+            self._flush()  # so that an error names the file it is about
+        self._batch_start = (file, offset)
+        with storage_errors("write", self._path(file)):
+            direct.put(file, offset, piece)
+
     def _flush(self) -> None:
-        if self._batch:
-            file, offset = self._batch_start
+        file, offset = self._batch_start
+        if self._direct is not None and file >= 0:
             with storage_errors("write", self._path(file)):
-                point("part.write")
+                self._direct.flush()
+        if self._batch:
+            with storage_errors("write", self._path(file)):
+                self._before_write(file, self._batch_nbytes)
                 files.write_all(self._open(file), self._batch, offset)
             if self._fsync:
                 self._write_back[file].wrote(offset, self._batch_nbytes)
-            self._pace.wrote(self._batch_nbytes)
         self._batch, self._batch_nbytes, self._batch_start = [], 0, (-1, 0)
+
+    def _before_write(self, file: int, nbytes: int) -> None:
+        point("part.write")
+        self._pace.wrote(nbytes)
+
+    def _open_direct(self, file: int) -> int:
+        name = self._layout.files[file].name
+        fd = os.open(name, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory_fd)
+        self._opened.callback(os.close, fd)
+        return fd
 
     def _open(self, file: int) -> int:
         fd = self._fds.get(file)

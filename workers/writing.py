@@ -26,10 +26,12 @@ class Writing:
     """Attributes:
     drop_page_cache: take what was synced out of the page cache.
     max_bytes_per_sec: of one worker; None: no limit.
+    direct_io: write past the page cache (:mod:`workers.direct`); None: where it is worth it.
     """
 
     drop_page_cache: bool = False
     max_bytes_per_sec: float | None = None
+    direct_io: bool | None = None
 
 
 PLAIN = Writing()
@@ -63,7 +65,7 @@ class WriteBack:
 
 
 class Pace:
-    """A limit of bytes per second: over any time no more than its share and the one write before it.
+    """A limit of bytes per second: over any time no more than its share and one write.
 
     Args:
         bytes_per_sec: None: no limit.

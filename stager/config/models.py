@@ -142,6 +142,9 @@ class PersistenceConfig(Section):
         default=64 << 20,
         description="Bytes that one hash covers at most, and that one worker writes at a time.",
     )
+    direct_io: Literal["auto"] | bool = Field(
+        default="auto", description="Write past the page cache (O_DIRECT); auto: large parts, on ext4 and XFS."
+    )
     drop_page_cache: bool = Field(default=False, description="Take what was synced out of the page cache.")
     max_bytes_per_sec: Annotated[Bytes, Field(ge=1 << 20)] | None = Field(
         default=None, description="Bytes per second that all workers write together, at most; null: no limit."

@@ -143,7 +143,7 @@ def test_what_was_synced_leaves_the_page_cache_if_wanted(run_dir: Path, drop: bo
     if not cache_can_be_dropped(run_dir):
         pytest.skip("this file system keeps its pages in memory")
     state = {"big": torch.arange(6.0 * MIB), "text": "x"}
-    info = run(replace(make_job(run_dir, state), writing=Writing(drop_page_cache=drop))).info
+    info = run(replace(make_job(run_dir, state), writing=Writing(drop, direct_io=False))).info
     cached = sum(map(num_cached, Path(info.path).glob("__0_[0-9].distcp")))
     assert cached == 0 if drop else cached * mmap.PAGESIZE >= 24 * MIB
     assert verify_checkpoint(info.path).ok and same(load(info), state)
