@@ -17,7 +17,7 @@ import xxhash
 from workers import direct as direct_io
 from workers import files, slab
 from workers.commit import Committed, already_committed, is_still, partial_path, try_commit, vanished
-from workers.direct import DirectWriter
+from workers.direct import BLOCK_BYTES, DirectWriter
 from workers.directory import partial_name, remove_partial
 from workers.errors import InternalError
 from workers.faults import point
@@ -183,9 +183,10 @@ class _PartWriter:
         item = self._layout.items[segment.index]
         hasher = xxhash.xxh3_128()
         offset = segment.start
+        in_place = (item.slab_offset - self._base - item.data_offset) % BLOCK_BYTES == 0  # a slab begins with a block
         for piece in self._pieces(item, segment):
             hasher.update(piece)
-            self._put(item.file, offset, piece)
+            self._put(item.file, offset, piece, in_place and item.data_offset <= offset)
             offset += len(piece)
         return hasher.hexdigest()
 
@@ -206,8 +207,9 @@ class _PartWriter:
         low, high = max(start, item.data_offset), min(end, data_end)
         if low < high:
             base = item.slab_offset - item.data_offset - self._base
-            for position in range(low, high, _WRITE_BYTES):
-                yield self._view[base + position : base + min(high, position + _WRITE_BYTES)]
+            while low < high:  # cut between blocks of the file
+                position, low = low, min(high, (low // _WRITE_BYTES + 1) * _WRITE_BYTES)
+                yield self._view[base + position : base + low]
         if end > data_end:
             tail += b"\0" * (self._ends[segment.index] - data_end - len(tail))
             yield tail[max(0, start - data_end) : end - data_end]
@@ -219,9 +221,9 @@ class _PartWriter:
             raise InternalError(f"{item} is framed in {len(head)} and {len(tail)} bytes here")
         return head, tail
 
-    def _put(self, file: int, offset: int, piece: bytes | memoryview) -> None:
+    def _put(self, file: int, offset: int, piece: bytes | memoryview, in_place: bool = False) -> None:
         if self._direct is not None:
-            self._put_direct(self._direct, file, offset, piece)
+            self._put_direct(self._direct, file, offset, piece, in_place)
             return
         batch_file, batch_offset = self._batch_start
         full = self._batch_nbytes + len(piece) > _WRITE_BYTES or len(self._batch) >= files.IOV_MAX
@@ -231,12 +233,14 @@ class _PartWriter:
         self._batch.append(piece)
         self._batch_nbytes += len(piece)
 
-    def _put_direct(self, direct: DirectWriter, file: int, offset: int, piece: bytes | memoryview) -> None:
+    def _put_direct(
+        self, direct: DirectWriter, file: int, offset: int, piece: bytes | memoryview, in_place: bool
+    ) -> None:
         if file != self._batch_start[0]:
             self._flush()  # so that an error names the file it is about
         self._batch_start = (file, offset)
         with storage_errors("write", self._path(file)):
-            direct.put(file, offset, piece)
+            direct.put(file, offset, piece, in_place=in_place)
 
     def _flush(self) -> None:
         file, offset = self._batch_start

@@ -17,6 +17,7 @@ import torch
 from stager.saving.job import object_items
 from stager.snapshot.placement import Copy
 from stager.snapshot.plan import SnapshotPlan
+from workers.direct import BLOCK_BYTES
 from workers.errors import MemoryBudgetError
 from workers.layout import Item, Layout, Segment, align, deal
 
@@ -89,7 +90,7 @@ def _pieces(layout: Layout, num_parts: int) -> Iterator[Piece]:
         ranges = [(start, end) for start, end in ranges if start < end]
         if ranges:
             start = ranges[0][0]
-            yield Piece(part, start - start % 64, ranges[-1][1])
+            yield Piece(part, start - start % BLOCK_BYTES, ranges[-1][1])
         else:
             yield Piece(part, 0, 0)
 

@@ -6,20 +6,23 @@ overlap (tied weights, views, slices) become one extent and are copied once. A t
 
 The slab's order is not the files' order: large extents come first and small ones together behind them, so that small ones
 are copied many at a time (``batches.py``). Only a snapshot that is staged in pieces keeps to the files' order, because a
-piece holds what one part of the files needs.
+piece holds what one part of the files needs. A large tensor lies within a block of memory as it does within a block of its
+file, so that the disk can take it from there (``workers.direct``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from stager.snapshot.fingerprint import Fingerprint
+from workers.direct import BLOCK_BYTES
 from workers.layout import align
 
+LARGE_BYTES = 1 << 20  # from here on the place in the file counts
 SMALL_BYTES = 64 << 10  # up to here many in one system call is faster than a memmove for each
 
 Row = tuple[int, Fingerprint]
@@ -67,8 +70,8 @@ class _Extent:
     leaves: tuple[int, ...] = ()
 
 
-def place(rows: Sequence[Row]) -> Placement:
-    """Each byte of the sources once."""
+def place(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
+    """Each byte of the sources once. ``file_offsets``: by leaf, where its bytes go in a file."""
     extents = _merge([row for row in rows if is_dense(row[1]) and row[1].nbytes])
     copies: list[Copy] = []
     offsets = {leaf: 0 for leaf, p in rows if not p.nbytes}
@@ -76,9 +79,8 @@ def place(rows: Sequence[Row]) -> Placement:
     for extent in extents:
         extent.leaves = tuple(sorted(leaf for leaf, _ in extent.rows)) if extent.rows[1:] else (extent.rows[0][0],)
     for extent in sorted(extents, key=lambda e: (e.end - e.start <= SMALL_BYTES, e.leaves[0])):
-        # The slab starts on a page: keeping the address's place within 64 bytes keeps every view of it aligned.
-        position = align(position) + extent.start % 64
         nbytes = extent.end - extent.start
+        position = _next(position, extent.start, file_offsets.get(extent.rows[0][0]), extent.rows)
         for leaf, p in extent.rows:
             offsets[leaf] = position + p.address - extent.start
         on_host = extent.rows[0][1].device.type == "cpu"
@@ -89,25 +91,35 @@ def place(rows: Sequence[Row]) -> Placement:
         if is_dense(p) or not p.nbytes:
             continue
         if p not in packed:
-            position = packed[p] = align(position)
+            position = packed[p] = _next(position, 0, file_offsets.get(leaf), [(leaf, p)])
             copies.append(Copy(leaf, -1, position, p.nbytes, (leaf,), p.device.type == "cpu"))
             position += p.nbytes
         offsets[leaf] = packed[p]
     return Placement(tuple(copies), offsets, position)
 
 
-def place_in_order(rows: Sequence[Row]) -> Placement:
+def place_in_order(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
     """Each row's bytes for itself, in this order. Memory that several rows see is copied for each of them."""
     copies: list[Copy] = []
     offsets: dict[int, int] = {}
     position = 0
     for leaf, p in rows:
-        position = offsets[leaf] = align(position)
+        position = offsets[leaf] = _next(position, 0, file_offsets.get(leaf), [(leaf, p)])
         if p.nbytes:
             address = p.address if is_dense(p) else -1
             copies.append(Copy(leaf, address, position, p.nbytes, (leaf,), p.device.type == "cpu"))
         position += p.nbytes
     return Placement(tuple(copies), offsets, position)
+
+
+def _next(position: int, address: int, file_offset: int | None, rows: Sequence[Row]) -> int:
+    """The next place that lies in a block as the file's does, if that is given and keeps every view aligned.
+
+    Else the next that lies in 64 bytes as the address does, which does so too: the slab starts on a page.
+    """
+    if file_offset is not None and (file_offset - address) % max(p.dtype.itemsize for _, p in rows) == 0:
+        return position + (file_offset - position) % BLOCK_BYTES
+    return align(position) + address % 64
 
 
 def _merge(rows: list[Row]) -> list[_Extent]:

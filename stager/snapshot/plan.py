@@ -18,6 +18,7 @@ import xxhash
 from stager.snapshot.fingerprint import Fingerprint, Fingerprints, read_fingerprints
 from stager.snapshot.flatten import Flat
 from stager.snapshot.placement import (
+    LARGE_BYTES,
     Copy,
     Row,
     contiguous_stride,
@@ -121,7 +122,16 @@ class Planner:
         groups = _group(rows)
         laid_out = self._format.lay_out([_spec(flat, group) for group in groups], self._rank, self._num_files)
         in_order = [groups[number] for number in laid_out.order]
-        placement = place_in_order([group[0] for group in in_order]) if self._in_order else place(rows)
+        file_offsets = {
+            leaf: item.data_offset
+            for item, group in zip(laid_out.items, in_order, strict=True)
+            if item.data_nbytes >= LARGE_BYTES
+            for leaf, _ in group
+        }
+        if self._in_order:
+            placement = place_in_order([group[0] for group in in_order], file_offsets)
+        else:
+            placement = place(rows, file_offsets)
         items = [
             replace(item, slab_offset=placement.offsets[group[0][0]])
             for item, group in zip(laid_out.items, in_order, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -13,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from stager.snapshot.flatten import flatten
+from stager.snapshot.plan import Planner
 from tests.persistence.jobs import load, make_job, run
 from tests.persistence.test_writing import cache_can_be_dropped, num_cached
 from tests.states import same
 from workers import direct, persist
-from workers.direct import BLOCK_BYTES, BUFFER_BYTES, DirectWriter
+from workers.direct import BLOCK_BYTES, BUFFER_BYTES, IN_PLACE_FROM_BYTES, DirectWriter
 from workers.errors import StorageError
+from workers.formats import get_format
 from workers.verify import verify_checkpoint
 from workers.writing import Writing
 
@@ -101,6 +105,36 @@ def test_whole_blocks_do_not_touch_the_page_cache(room: Path) -> None:
     assert num_cached(path) == 2  # where it begins and ends
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_whole_blocks_are_written_from_where_they_lie(tmp_path: Path, seed: int) -> None:
+    rng, nbytes = random.Random(seed), 30 * MIB
+    path = tmp_path / "file"
+    memory = mmap.mmap(-1, nbytes)  # begins with a page, as a slab does
+    memory.write(rng.randbytes(nbytes))
+    with memoryview(memory) as view, writer_of([path]) as writer:
+        for start, end in ((5000, 12 * MIB + 77), (0, 5000), (12 * MIB + 77, nbytes - 3)):
+            position = start
+            while position < end:
+                size = rng.choice([10, BLOCK_BYTES, IN_PLACE_FROM_BYTES, 3 * MIB, 4 * MIB])
+                piece = view[position : min(position + size, end)]
+                writer.put(0, position, piece, in_place=rng.random() < 0.8)
+                position += len(piece)
+        writer.put(0, nbytes - 3, view[-3:], in_place=True)
+        writer.flush()
+        assert path.read_bytes() == view
+
+
+def test_what_lies_in_place_is_not_copied(tmp_path: Path) -> None:
+    with memoryview(mmap.mmap(-1, 8 * MIB)) as view, writer_of([tmp_path / "file"]) as writer:
+        buffers = [buffer.memory for buffer in writer._buffers]
+        view[:] = b"a" * len(view)
+        writer.put(0, 0, view[: 4 * MIB], in_place=True)
+        writer.put(0, 4 * MIB, view[4 * MIB :], in_place=True)
+        writer.flush()
+        assert not any(b"a" in bytes(memory) for memory in buffers)
+    assert (tmp_path / "file").read_bytes() == b"a" * 8 * MIB
+
+
 def test_two_parts_that_meet_in_one_block(tmp_path: Path) -> None:
     data, middle = os.urandom(20 * MIB), 9 * MIB + 1234
     path = tmp_path / "file"
@@ -166,6 +200,28 @@ def test_checkpoints_are_the_same_either_way(tmp_path: Path, kind: str) -> None:
         data = [path for path in Path(info.path).rglob("*") if path.stat().st_size > MIB]
         found.append({path.name: path.read_bytes() for path in data})
     assert found[0] == found[1] and found[0]
+
+
+@pytest.mark.parametrize("kind", ["dcp", "torch", "safetensors"])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_large_tensors_lie_in_the_slab_as_in_their_file(kind: str, in_order: bool) -> None:
+    flat = flatten(
+        {
+            "odd": torch.ones(77, dtype=torch.uint8),
+            "big": [torch.ones(MIB + number) for number in range(5)],
+            "column": torch.ones(MIB, 3)[:, 1],
+            "tied": {"a": (shared := torch.ones(2 * MIB)), "b": shared},
+        }
+    )
+    plan = Planner(get_format(kind), 2, 64 << 20, in_order=in_order).plan(flat)
+    large = [item for item in plan.layout.tensors if item.data_nbytes >= MIB]
+    assert len(large) == 7
+    assert all((item.slab_offset - item.data_offset) % BLOCK_BYTES == 0 for item in large)
+    ends = [0]
+    for copy in plan.copies:
+        assert copy.slab_offset >= ends[-1]
+        ends.append(copy.slab_offset + copy.nbytes)
+    assert plan.nbytes == ends[-1] < sum(copy.nbytes for copy in plan.copies) + len(ends) * (BLOCK_BYTES + 64)
 
 
 @pytest.mark.parametrize("direct_io", [None, True, False])

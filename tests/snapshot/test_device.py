@@ -33,7 +33,7 @@ def _copies(leaves: list[torch.Tensor]) -> tuple[list[Copy], int]:
         (i, Fingerprint(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_conj()))
         for i, t in enumerate(leaves)
     ]
-    placed = place(rows)
+    placed = place(rows, {})
     return list(placed.copies), placed.nbytes
 
 
