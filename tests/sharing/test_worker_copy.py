@@ -102,7 +102,7 @@ def test_error_that_is_nobodys_absence_is_raised_when_the_other_worker_is_done(f
     hold = faults.hold("copy.piece")
     errors: list[BaseException] = []
     with started(2) as pool:
-        snapshots, state, slab = Snapshots(pool), {"w": random_bytes(2 * MIB)}, Slab.create(2 * MIB)
+        snapshots, state, slab = Snapshots(pool), {"w": random_bytes(2 * MIB)}, Slab.create(3 * MIB)
 
         def take() -> None:
             try:
@@ -114,17 +114,20 @@ def test_error_that_is_nobodys_absence_is_raised_when_the_other_worker_is_done(f
         thread = threading.Thread(target=take)
         thread.start()
         hold.wait()
-        while not faults.fired("copy.done"):
-            os.sched_yield()
-        assert thread.is_alive() and not errors
-        hold.release()
+        try:
+            while not faults.fired("copy.done"):
+                assert thread.is_alive(), errors
+                os.sched_yield()
+            assert thread.is_alive() and not errors
+        finally:
+            hold.release()  # or the pool would wait for it
         thread.join()
     assert "raised by a test" in str(errors[0])
-    assert bytes(slab.view) == bytes(state["w"].numpy())
+    assert bytes(state["w"].numpy()) in bytes(slab.view)
 
 
 def test_ctrl_c_is_raised_when_no_worker_writes_any_more(faults: Faults) -> None:
-    hold, slab = faults.hold("copy.piece"), Slab.create(MIB)
+    hold, slab = faults.hold("copy.piece"), Slab.create(2 * MIB)
     interrupted = threading.Event()
 
     def interrupt() -> None:
@@ -140,7 +143,7 @@ def test_ctrl_c_is_raised_when_no_worker_writes_any_more(faults: Faults) -> None
         with pytest.raises(KeyboardInterrupt):
             Snapshots(pool).take(state, slab=slab)
         assert interrupted.is_set()
-        assert bytes(slab.view) == bytes(state["w"].numpy())
+        assert bytes(state["w"].numpy()) in bytes(slab.view)
         thread.join()
 
 
