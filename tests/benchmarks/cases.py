@@ -33,7 +33,7 @@ _ALL = (
     "torch-checkpointing-buffered",
     "torchsnapshot",
 )
-_LOOP = tuple(name for name in _ALL if name not in {"stager-cold", "dcp-save"})
+_LOOP = (*(name for name in _ALL if name not in {"stager-cold", "dcp-save"}), "raw-write")
 _SOAK = tuple(name for name in _ALL if name.startswith("stager") and name != "stager-cold")
 _CUDA = ("stager", "stager-guarded", "torch-stager", "torch-checkpointing", "torch-checkpointing-buffered")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from tests.benchmarks.peers import dcp, ours, snapshot, tc, torch_save
+from tests.benchmarks.peers import dcp, ours, raw, snapshot, tc, torch_save
 from tests.benchmarks.peers.contracts import Peer, Pending, Session
 
-PEERS: dict[str, Peer] = {peer.name: peer for module in (ours, torch_save, dcp, tc, snapshot) for peer in module.PEERS}
+PEERS: dict[str, Peer] = {
+    peer.name: peer for module in (ours, torch_save, dcp, tc, snapshot, raw) for peer in module.PEERS
+}
 
 __all__ = ["PEERS", "Peer", "Pending", "Session"]
