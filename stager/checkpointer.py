@@ -338,7 +338,9 @@ class Checkpointer:
             None if ``step`` is None and there is no valid checkpoint.
 
         Raises:
-            CheckpointNotFoundError, CorruptCheckpointError: about the ``step`` that was asked for.
+            CheckpointNotFoundError: there is no ``step``.
+            CorruptCheckpointError: ``step`` is damaged; or, without ``step``, what is in ``into`` was partly overwritten from
+                a damaged checkpoint and there is none to overwrite it all (see ``loading.verify_first``).
             StateMismatchError: it does not fit ``into``; nothing was changed.
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
             StorageError

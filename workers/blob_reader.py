@@ -5,6 +5,7 @@ Positioned reads (``preadv``) into memory that the caller owns; nothing is unpic
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,24 +13,35 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
+import numpy as np
 import xxhash
 
 from workers.errors import CorruptCheckpointError
 from workers.files import open_regular, storage_errors
 from workers.layout import Item, num_segments
 from workers.manifest import Manifest
+from workers.slab import bytes_at
 from workers.structure import describe
 
-_GROUP_BYTES = 8 << 20
-_CHUNK_BYTES = 4 << 20
+_GROUP_BYTES = 2 << 20  # of small items: one read, and it stays in the cache until it was hashed
+_CHUNK_BYTES = 1 << 20  # of large ones, for the same reason
+_MANY_ITEMS = 128  # in one group
+
+
+@dataclass(slots=True)  # not frozen, which takes twice as long to make, and there can be 200,000
+class Wanted:
+    """An item to read, and where its raw bytes go: memory, or its address (``None``: nowhere, check them only)."""
+
+    index: int
+    target: memoryview | int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """An item to read, and where its raw bytes go (``None``: nowhere, check them only)."""
+class _Stretch:
+    """One read: whole items that follow each other in a file, or one segment of an item (``number``)."""
 
-    index: int
-    target: memoryview | None
+    wanted: Sequence[Wanted]
+    number: int | None = None
 
 
 def _open(path: str) -> int:
@@ -57,7 +69,7 @@ class BlobReader:
         self._manifest = manifest
         self._num_threads = num_threads
         self._progress = progress or (lambda nbytes: None)
-        self._ends = [end for _, _, end in manifest.layout.spans()]
+        self._ends = manifest.layout.ends()
         self._fds: list[int] = []
         try:
             for index, spec in enumerate(manifest.layout.files):
@@ -86,47 +98,84 @@ class BlobReader:
             CorruptCheckpointError: a hash does not match, or a file ends early.
             StorageError: a read failed.
         """
-        groups = self._group(wanted)
-        if self._num_threads == 1 or len(groups) == 1:
-            for group in groups:
-                self._read_group(group, on_error)
+        stretches = self._stretches(wanted)
+        # Many small items are work for Python, of which one thread at a time does any: more would only take turns.
+        shared = [stretch for stretch in stretches if len(stretch.wanted) <= _MANY_ITEMS]
+        if self._num_threads == 1 or len(shared) < 2:
+            for stretch in stretches:
+                self._read_stretch(stretch, on_error)
             return
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="stager-read") as executor:
-            futures = [executor.submit(self._read_group, group, on_error) for group in groups]
+            futures = [executor.submit(self._read_stretch, stretch, on_error) for stretch in shared]
             try:
+                for stretch in stretches:
+                    if len(stretch.wanted) > _MANY_ITEMS:
+                        self._read_stretch(stretch, on_error)
                 for future in futures:
                     future.result()
             finally:
                 for future in futures:
                     future.cancel()
 
-    def _group(self, wanted: Sequence[Wanted]) -> list[list[Wanted]]:
-        """Neighbours in one file, up to ``_GROUP_BYTES`` together: one read for many small items."""
-        groups: list[list[Wanted]] = []
-        nbytes = _GROUP_BYTES
+    def _stretches(self, wanted: Sequence[Wanted]) -> list[_Stretch]:
+        """Neighbours in one file, up to ``_GROUP_BYTES`` together; a large item by its segments, for several threads."""
+        items, ends = self._manifest.layout.items, self._ends
+        stretches: list[_Stretch] = []
+        group: list[Wanted] = []
+        nbytes = 0
         following = (-1, -1)
         for want in wanted:
-            item = self._manifest.layout.items[want.index]
-            span = self._ends[want.index] - item.offset
-            if (item.file, item.offset) != following or nbytes + span > _GROUP_BYTES:
-                groups.append([])
-                nbytes = 0
-            groups[-1].append(want)
+            item, end = items[want.index], ends[want.index]
+            span = end - item.offset
+            if group and ((item.file, item.offset) != following or nbytes + span > _GROUP_BYTES):
+                stretches.append(_Stretch(group))
+                group, nbytes = [], 0
+            if span > _GROUP_BYTES:
+                stretches += self._segments_of(want, span)
+                continue
+            group.append(want)
             nbytes += span
-            following = (item.file, self._ends[want.index])
-        return groups
+            following = (item.file, end)
+        return [*stretches, _Stretch(group)] if group else stretches
 
-    def _read_group(self, group: list[Wanted], on_error: Callable[[CorruptCheckpointError], None] | None) -> None:
-        items = self._manifest.layout.items
-        first, last = items[group[0].index], group[-1].index
-        if len(group) == 1:
-            self._guarded(partial(self._read_large, group[0]), on_error)
-            return
-        buffer = memoryview(bytearray(self._ends[last] - first.offset))
-        self._pread(first.file, [buffer], first.offset)
+    def _segments_of(self, want: Wanted, span: int) -> list[_Stretch]:
+        target = want.target
+        if isinstance(target, int):
+            target = bytes_at(target, self._manifest.layout.items[want.index].data_nbytes)
+        with_memory = [Wanted(want.index, target)]
+        numbers = range(num_segments(span, self._manifest.layout.segment_bytes))
+        return [_Stretch(with_memory, number) for number in numbers]
+
+    def _read_stretch(self, stretch: _Stretch, on_error: Callable[[CorruptCheckpointError], None] | None) -> None:
+        if stretch.number is None:
+            self._read_group(stretch.wanted, on_error)
+        else:
+            self._guarded(partial(self._read_segment, stretch.wanted[0], stretch.number), on_error)
+
+    def _read_group(self, group: Sequence[Wanted], on_error: Callable[[CorruptCheckpointError], None] | None) -> None:
+        layout, ends, hashes = self._manifest.layout, self._ends, self._manifest.hashes
+        items, step = layout.items, layout.segment_bytes
+        digest, copy = xxhash.xxh3_128_hexdigest, ctypes.memmove
+        start = items[group[0].index].offset
+        memory = np.empty(ends[group[-1].index] - start, np.uint8)  # not zeroed, as a bytearray is
+        buffer, address = memory.data, memory.ctypes.data
+        self._pread(items[group[0].index].file, [buffer], start)
         for want in group:
-            span = buffer[items[want.index].offset - first.offset : self._ends[want.index] - first.offset]
-            self._guarded(partial(self._take_small, want, span), on_error)
+            index, target = want.index, want.target
+            item = items[index]
+            span = buffer[item.offset - start : ends[index] - start]
+            if len(span) > step or digest(span) != hashes[index][0]:  # the first is rare
+                try:
+                    self._check_span(index, span)
+                except CorruptCheckpointError as error:
+                    if on_error is None:
+                        raise
+                    on_error(error)
+                    continue
+            if type(target) is int:
+                copy(target, address + item.data_offset - start, item.data_nbytes)
+            elif target is not None:
+                target[:] = buffer[item.data_offset - start : item.data_offset - start + item.data_nbytes]  # type: ignore[index]
         self._progress(len(buffer))
 
     @staticmethod
@@ -138,29 +187,26 @@ class BlobReader:
                 raise
             on_error(error)
 
-    def _take_small(self, want: Wanted, span: memoryview) -> None:
-        item = self._manifest.layout.items[want.index]
+    def _check_span(self, index: int, span: memoryview) -> None:
         step = self._manifest.layout.segment_bytes
         for number in range(num_segments(len(span), step)):
             segment = span[number * step : (number + 1) * step]
-            self._check(want.index, number, xxhash.xxh3_128_hexdigest(segment))
-        if want.target is not None:
-            start = item.data_offset - item.offset
-            want.target[:] = span[start : start + item.data_nbytes]
+            self._check(index, number, xxhash.xxh3_128_hexdigest(segment))
 
-    def _read_large(self, want: Wanted) -> None:
-        """One item, segment by segment, its raw bytes straight into the target."""
+    def _read_segment(self, want: Wanted, number: int) -> None:
+        """One segment of an item, its raw bytes straight into the target."""
+        assert not isinstance(want.target, int)
         item, end = self._manifest.layout.items[want.index], self._ends[want.index]
         step = self._manifest.layout.segment_bytes
-        scratch = memoryview(bytearray(min(_CHUNK_BYTES, end - item.offset)))
-        for number, start in enumerate(range(item.offset, end, step)):
-            hasher = xxhash.xxh3_128()
-            stop = min(start + step, end)
-            for low in range(start, stop, _CHUNK_BYTES):
-                for piece in self._pieces(item, low, min(low + _CHUNK_BYTES, stop), want.target, scratch):
-                    hasher.update(piece)
-            self._check(want.index, number, hasher.hexdigest())
-            self._progress(stop - start)
+        start = item.offset + number * step
+        stop = min(start + step, end)
+        scratch = np.empty(min(_CHUNK_BYTES, stop - start), np.uint8).data
+        hasher = xxhash.xxh3_128()
+        for low in range(start, stop, _CHUNK_BYTES):
+            for piece in self._pieces(item, low, min(low + _CHUNK_BYTES, stop), want.target, scratch):
+                hasher.update(piece)
+        self._check(want.index, number, hasher.hexdigest())
+        self._progress(stop - start)
 
     def _pieces(
         self, item: Item, low: int, high: int, target: memoryview | None, scratch: memoryview

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_SMALL_BYTES = 64 << 10
+
 _untyped: Any = torch.UntypedStorage  # its constructor has no types
 
 # Only what is a dtype of torch's own: a name comes from a file, and ``getattr(torch, name)`` would import whatever it says.
@@ -43,4 +45,6 @@ def tensor_over(
 
 def new_tensor(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], nbytes: int) -> torch.Tensor:
     """A dense CPU tensor over ``nbytes`` bytes of new memory, not initialised."""
+    if nbytes < _SMALL_BYTES and dtype is not torch.complex32:
+        return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")  # half the time, and nothing to fill
     return tensor_over(_untyped(nbytes, device="cpu"), dtype, shape, stride)

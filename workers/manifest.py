@@ -18,6 +18,7 @@ A row's hashes cover its span in steps of segment_bytes. Reading checks that all
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ from workers.errors import CheckpointNotFoundError, CorruptCheckpointError
 from workers.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
 from workers.layout_check import check_count, check_file_name, check_layout, check_step, check_text, check_time
 from workers.manifest_rows import rows_json, structure_json
+from workers.memo import no_collection
 from workers.structure import Path, walk
 
 MANIFEST_NAME = "manifest.json"
@@ -131,7 +133,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 def parse_manifest(data: bytes, path: str) -> Manifest:
     """The checked content of a manifest; ``path`` is for error messages."""
-    body = unseal(data, path)
+    with no_collection():
+        body = unseal(data, path)
     if not isinstance(body, dict) or body.get("format") != "stager":
         raise CorruptCheckpointError(path, "not a stager manifest")
     if body.get("version") != VERSION:
@@ -139,7 +142,8 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
             path, f"manifest version {body.get('version')!r}; this stager reads version {VERSION}: upgrade it"
         )
     try:
-        return _build(body)
+        with no_collection():
+            return _build(body)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"says something impossible: {error!r}") from error
 
@@ -158,7 +162,7 @@ def _build(body: dict[str, Any]) -> Manifest:
     index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
     layout = Layout(
         files=tuple(FileSpec(name, nbytes) for name, nbytes in body["files"]),
-        items=tuple(Item.from_row(row[:-1]) for row in body["rows"]),
+        items=tuple([Item.from_row(row[:-1]) for row in body["rows"]]),
         structure=body["structure"],
         segment_bytes=body["segment_bytes"],
     )
@@ -166,8 +170,12 @@ def _build(body: dict[str, Any]) -> Manifest:
     names = [MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)]
     if len(set(names)) != len(names):
         raise ValueError("two files of one name")
-    hashes = tuple(tuple(map(check_text, row[-1])) for row in body["rows"])
-    for index, item, end in layout.spans():
-        if len(hashes[index]) != num_segments(end - item.offset, layout.segment_bytes):
+    hashes = tuple([tuple(row[-1]) for row in body["rows"]])
+    if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
+        raise ValueError("a hash is not a string")
+    step = layout.segment_bytes
+    for index, (item, end) in enumerate(zip(layout.items, layout.ends(), strict=True)):
+        span = end - item.offset
+        if len(hashes[index]) != (1 if span <= step else num_segments(span, step)):
             raise ValueError(f"item {index}: wrong number of hashes")
     return Manifest(header, layout, hashes, index_files)

@@ -60,7 +60,7 @@ def verify_checkpoint(
     try:
         manifest = read_manifest(path)
         nbytes, num_items = manifest.nbytes, len(manifest.layout.items)
-        problems += _extra_files(path, manifest)
+        problems += extra_files(path, manifest)
         problems += check_files(path, manifest, full=full, num_threads=num_threads, progress=progress)
     except (CorruptCheckpointError, CheckpointNotFoundError, StorageError) as error:
         problems.append(str(error))
@@ -107,7 +107,12 @@ def fingerprint(path: str) -> tuple[tuple[str, int, int, int, int], ...]:
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
 
 
-def _extra_files(path: str, manifest: Manifest) -> list[str]:
+def extra_files(path: str, manifest: Manifest) -> list[str]:
+    """What lies in the directory and is not the checkpoint's.
+
+    Raises:
+        StorageError
+    """
     with storage_errors("list", path):
         extra = sorted(set(os.listdir(path)) - manifest.file_names)
     return [f"{os.path.join(path, name)}: does not belong to this checkpoint" for name in extra]

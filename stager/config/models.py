@@ -157,7 +157,11 @@ class LoadingConfig(Section):
     """From the disk back into the state."""
 
     verify: Literal["full", "quick"] = Field(
-        default="full", description="Before loading. full: hash every byte; quick: names and sizes only."
+        default="full", description="What latest() looks at. full: the hash of every byte; quick: names and sizes only."
+    )
+    verify_first: bool = Field(
+        default=False,
+        description="Before load(into=...) changes anything, hash all of it; false: hash while reading, which is once.",
     )
     threads: Count = Field(default="auto", description="Threads that read; auto: the cores the trainer may use.")
     allow_pickle: bool = Field(default=False, description="Unpickle any object: runs code from the checkpoint.")

@@ -11,6 +11,22 @@ from workers.layout import Item
 from workers.structure import Path, describe
 
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def fits(item: Item, tensor: torch.Tensor) -> bool:
+    """Whether there is certainly neither a difference nor an obstacle: a quick answer for most tensors."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and item.kind == "tensor"
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and tensor.shape == item.shape
+        and tensor.dtype is dtype_of(item.dtype)
+    )
+
+
 def obstacle(tensor: torch.Tensor) -> str | None:
     """Why nothing can be loaded into a tensor, whatever it is; None when it can."""
     if tensor.is_meta:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from workers.directory import (
     partial_names,
     read_checkpoint,
 )
-from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StagerError
+from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StagerError, StateMismatchError
 from workers.files import storage_errors
 from workers.manifest import Manifest
-from workers.verify import fingerprint, verify_checkpoint
+from workers.verify import check_files, extra_files, fingerprint
 
 logger = logging.getLogger("stager")
 
@@ -42,6 +43,15 @@ class Loaded:
     info: CheckpointInfo
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A checkpoint that was found: what it is, and its fingerprint from before it was read."""
+
+    info: CheckpointInfo
+    manifest: Manifest
+    identity: object
+
+
 class Loader:
     """Reads the checkpoints of one directory. Its lock is its own: a callback may look while a save waits.
 
@@ -54,7 +64,7 @@ class Loader:
         self._directory = directory
         self._config = config
         self._lock = threading.RLock()
-        self._verified: dict[str, object] = {}  # path -> fingerprint of what was verified here
+        self._verified: dict[str, object] = {}  # path -> fingerprint of what was verified in full here
         self._skipped: list[SkippedCheckpoint] = []
 
     @property
@@ -63,45 +73,61 @@ class Loader:
 
     def latest(self) -> CheckpointInfo | None:
         with self._lock:
-            found = self._find(None)
-            return None if found is None else found[0]
+            found = self._find(None, self._config.verify == "full")
+            return None if found is None else found.info
 
     def load(
         self, step: int | None, into: MutableMapping[str, Any] | None, *, strict: bool, allow_pickle: bool | None
     ) -> Loaded | None:
         allowed = self._config.allow_pickle if allow_pickle is None else allow_pickle
+        first = self._config.verify_first and into is not None
+        damaged: CorruptCheckpointError | None = None  # what left ``into`` partly overwritten
         with self._lock:
-            found = self._find(step)
-            while found is not None:
-                info, manifest = found
-                restorer = Restorer(info.path, manifest, self._threads(), allowed)
+            found = self._find(step, first)
+            while found is not None and (damaged is None or strict):
+                restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed)
                 try:
-                    if into is None:
-                        return Loaded(info.step, restorer.load(), info)
-                    restorer.load_into(into, strict)
-                    return Loaded(info.step, into, info)
-                except CorruptCheckpointError as error:  # damaged since it was verified, or verified quickly only
-                    self._verified.pop(info.path, None)
+                    state = self._restore(restorer, found, into, strict)
+                    return Loaded(found.info.step, state, found.info)
+                except CorruptCheckpointError as error:  # damaged since it was verified, or found out by reading it
+                    self._verified.pop(found.info.path, None)
                     if step is not None:
                         raise
-                    self._skip(info.step, error)
-                    found = self._find_newest(below=info.step)
+                    self._skip(found.info.step, error)
+                    damaged = error if restorer.has_overwritten else damaged
+                    found = self._find_newest(first, below=found.info.step)
+                except StateMismatchError as error:
+                    if damaged is not None:  # "nothing was changed" would not be true
+                        raise damaged from error
+                    raise
+            if damaged is not None:  # None would mean that there is nothing wrong with going on from what is there
+                raise damaged
             return None
 
-    def _find(self, step: int | None) -> tuple[CheckpointInfo, Manifest] | None:
+    def _restore(
+        self, restorer: Restorer, found: _Candidate, into: MutableMapping[str, Any] | None, strict: bool
+    ) -> Any:
+        if into is not None:
+            restorer.load_into(into, strict)
+            return into
+        state = restorer.load()
+        self._verified[found.info.path] = found.identity  # every byte was read and hashed
+        return state
+
+    def _find(self, step: int | None, full: bool) -> _Candidate | None:
         """The newest valid checkpoint, or the one of ``step``."""
         self._skipped = [
             SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
             for name in reversed(partial_names(self._directory))
         ]
-        return self._find_newest() if step is None else self._check(step)
+        return self._find_newest(full) if step is None else self._check(step, full)
 
-    def _find_newest(self, below: int | None = None) -> tuple[CheckpointInfo, Manifest] | None:
+    def _find_newest(self, full: bool, below: int | None = None) -> _Candidate | None:
         for candidate in committed_steps(self._directory):
             if below is not None and candidate >= below:
                 continue
             try:
-                return self._check(candidate)
+                return self._check(candidate, full)
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                 self._skip(candidate, error)
         return None
@@ -110,16 +136,22 @@ class Loader:
         self._skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
         logger.warning("%s skipped: %s", checkpoint_name(step), error)
 
-    def _check(self, step: int) -> tuple[CheckpointInfo, Manifest]:
+    def _check(self, step: int, full: bool) -> _Candidate:
+        path = os.path.join(self._directory, checkpoint_name(step))
+        with storage_errors("look at", path):
+            try:  # before anything is read: what changes after this is not what was verified
+                identity = fingerprint(path)
+            except (FileNotFoundError, NotADirectoryError):  # which reading it will say, too
+                identity = None
         info, manifest = read_checkpoint(self._directory, step)
-        with storage_errors("look at", info.path):
-            identity = fingerprint(info.path)
-        if self._verified.get(info.path) != identity:
-            result = verify_checkpoint(info.path, full=self._config.verify == "full", num_threads=self._threads())
-            if not result.ok:
-                raise CorruptCheckpointError(info.path, "; ".join(result.problems[:3]))
-            self._verified[info.path] = identity
-        return info, manifest
+        if identity is None or self._verified.get(path) != identity:
+            problems = extra_files(path, manifest)
+            problems += check_files(path, manifest, full=full, num_threads=self._threads())
+            if problems:
+                raise CorruptCheckpointError(path, "; ".join(problems[:3]))
+            if full:
+                self._verified[path] = identity
+        return _Candidate(info, manifest, identity)
 
     def _threads(self) -> int:
         threads = self._config.threads

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stager.loading.difference import difference, object_difference, obstacle, shape_problem
+from stager.loading.difference import difference, fits, object_difference, obstacle, shape_problem
 from stager.snapshot.flatten import is_stateful
 from workers.dtypes import dtype_of
 from workers.errors import StateMismatchError
@@ -89,10 +89,10 @@ class _Matcher:
     def entry(self, node: Node, container: Any, key: Key, path: Path) -> None:
         """Match ``container[key]`` with a node, and plan what becomes of it."""
         value = container[key]
-        if is_stateful(value):
-            self._stateful(node, value, path)
-        elif isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):  # nearly every value, and the others take longer to ask for
             self._tensor(node, value, path)
+        elif is_stateful(value):
+            self._stateful(node, value, path)
         elif isinstance(value, Mapping) and _is_mapping(node):
             self._mapping(node, value, path)
         elif isinstance(value, list) and _is_list(node):
@@ -140,7 +140,9 @@ class _Matcher:
             self._problem(path, f"is a tensor here and {_what(node)} in the checkpoint")
             return
         self._want(node)
-        if self._items[node].kind == "object":  # a sparse or quantized tensor, perhaps
+        if fits(self._items[node], value):
+            self.found.targets.append((node, value))
+        elif self._items[node].kind == "object":  # a sparse or quantized tensor, perhaps
             self.found.checks.append(lambda values: object_difference(values[node], value, path))
             self.found.steps.append(lambda values: _copy(values[node], value))
         elif (problem := difference(self._items[node], value) or obstacle(value)) is not None:
@@ -216,7 +218,10 @@ class _Matcher:
         self.found.checks.append(check)
 
     def _want(self, node: Node) -> None:
-        self.found.wanted.update(index for _, index in walk(node))
+        if type(node) is int:
+            self.found.wanted.add(node)
+        else:
+            self.found.wanted.update(index for _, index in walk(node))
 
     def _problem(self, path: Path, text: str) -> None:
         self.found.problems.append(f"{describe(path)}: {text}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from stager.loading.chunks import fill, with_wholes
@@ -18,10 +19,16 @@ from stager.loading.match import Match, match, refuse
 from stager.loading.unpickle import unpickle
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
+from workers.errors import CorruptCheckpointError, StorageError
 from workers.layout import Item
 from workers.manifest import Manifest
-from workers.slab import bytes_at
+from workers.memo import no_collection
 from workers.structure import build, describe
+
+_PARTLY = (
+    "what it was loaded into is partly overwritten: load another checkpoint into it before it is used "
+    "(loading.verify_first: true checks every hash before anything is changed)"
+)
 
 _Extent = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # start, end (addresses), item, shape, stride
 
@@ -33,6 +40,9 @@ class Restorer:
         path, manifest: the checkpoint.
         num_threads: how many reads run at a time.
         allow_pickle: unpickle any object (runs code from the checkpoint).
+
+    Attributes:
+        has_overwritten: reading into tensors that were there has begun. What is in them is good when ``load_into`` returns.
     """
 
     def __init__(self, path: str, manifest: Manifest, num_threads: int, allow_pickle: bool) -> None:
@@ -44,6 +54,7 @@ class Restorer:
         self._items = self._manifest.layout.items
         self._num_threads = num_threads
         self._allow_pickle = allow_pickle
+        self.has_overwritten = False
 
     def load(self) -> Any:
         """The whole state, in new memory.
@@ -51,7 +62,8 @@ class Restorer:
         Raises:
             CorruptCheckpointError, StorageError, UnsafePickleError
         """
-        values = self._read(Match(wanted={index for _, index in self._manifest.paths()}))
+        with no_collection():
+            values = self._read(Match(wanted={index for _, index in self._manifest.paths()}), others=True)
         return build(self._manifest.layout.structure, values.__getitem__)
 
     def load_into(self, target: MutableMapping[str, Any], strict: bool) -> None:
@@ -63,20 +75,25 @@ class Restorer:
         Raises:
             StateMismatchError: keys, shapes or dtypes differ; nothing was changed.
             UnsafePickleError: nothing was changed.
-            CorruptCheckpointError, StorageError: what was read up to there is in the tensors, unless the checkpoint was
-                verified in full before.
+            CorruptCheckpointError, StorageError: what was read up to there is in the tensors (``has_overwritten``).
         """
-        found = match(self._manifest, self._path, target, strict)
-        values = self._read(found)
+        with no_collection():
+            found = match(self._manifest, self._path, target, strict)
+            values = self._read(found)
         for step in found.steps:
             step(values)
 
-    def _read(self, found: Match) -> dict[int, Any]:
-        """The values of the wanted items: the target tensors themselves where there are any, new ones elsewhere."""
+    def _read(self, found: Match, others: bool = False) -> dict[int, Any]:
+        """The values of the wanted items: the target tensors themselves where there are any, new ones elsewhere.
+
+        Args:
+            others: check the bytes of what nobody wants, too.
+        """
         wanted = sorted(found.wanted)
         shared = sharing_memory(found.targets)
         with BlobReader(self._path, self._stored, self._num_threads) as reader:
-            values = self._read_objects(reader, [index for index in wanted if self._items[index].kind == "object"])
+            objects = [index for index in wanted if self._items[index].kind == "object"]
+            values = self._unpickle(self._read_blobs(reader, objects))
             refuse(self._path, [problem for check in found.checks if (problem := check(values)) is not None])
             direct = {
                 index: tensor
@@ -84,37 +101,60 @@ class Restorer:
                 if index not in shared and _takes_bytes(self._items[index], tensor)
             }
             tensors = {i: direct[i] if i in direct else _new(self._items[i]) for i in wanted if i not in values}
-            stored = {i: t for i, t in tensors.items() if i not in self._chunks}
-            reader.read([Wanted(i, bytes_at(t.data_ptr(), self._items[i].data_nbytes)) for i, t in stored.items()])
-            with torch.no_grad():
-                for index, chunks in self._chunks.items():
-                    if index in tensors:
-                        fill(tensors[index], chunks, self._items, reader)
+            if others:
+                unread = set(range(len(self._stored.layout.items))) - set(wanted) - self._chunk_items()
+                reader.read([Wanted(index, None) for index in sorted(unread)])
+            self.has_overwritten = bool(direct)
+            try:
+                self._fill(reader, tensors)
+            except CorruptCheckpointError as error:
+                if direct:
+                    raise CorruptCheckpointError(error.path, f"{error.problem}; {_PARTLY}") from error
+                raise
+            except StorageError as error:
+                if direct:
+                    raise StorageError(error.errno, f"{error.message}; {_PARTLY}", error.path) from error
+                raise
         settle(tensors, found.targets)
         own = {index: tensor for index, tensor in reversed(found.targets) if index not in shared}
         return {**values, **tensors, **own}
 
-    def _read_objects(self, reader: BlobReader, indices: list[int]) -> dict[int, Any]:
+    def _fill(self, reader: BlobReader, tensors: dict[int, torch.Tensor]) -> None:
+        reader.read([Wanted(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks])
+        with torch.no_grad():
+            for index, chunks in self._chunks.items():
+                if index in tensors:
+                    fill(tensors[index], chunks, self._items, reader)
+
+    def _chunk_items(self) -> set[int]:
+        return {index for chunks in self._chunks.values() for _, index in chunks.parts}
+
+    def _read_blobs(self, reader: BlobReader, indices: list[int]) -> dict[int, bytearray]:
         blobs = {index: bytearray(self._items[index].nbytes) for index in indices}
         reader.read([Wanted(index, memoryview(blob)) for index, blob in blobs.items()])
+        return blobs
+
+    def _unpickle(self, blobs: dict[int, bytearray]) -> dict[int, Any]:
+        names = {leaf: path for path, leaf in self._manifest.paths()} if blobs else {}
         return {
-            index: unpickle(bytes(blob), self._name(index), self._path, self._allow_pickle)
+            index: unpickle(bytes(blob), describe(names[index]), self._path, self._allow_pickle)
             for index, blob in blobs.items()
         }
-
-    def _name(self, index: int) -> str:
-        return next(describe(path) for path, leaf in self._manifest.paths() if leaf == index)
 
 
 def settle(tensors: Mapping[int, torch.Tensor], targets: list[tuple[int, torch.Tensor]]) -> None:
     """Copy what was not read straight into its target."""
+    written: list[torch.Tensor] = []
     with torch.no_grad():
         for index, target in targets:
             source = tensors[index]
-            if target.data_ptr() == source.data_ptr() and target.stride() == source.stride():
-                torch.autograd.graph.increment_version(target)  # it was written behind autograd's back
+            if target is source or (target.data_ptr() == source.data_ptr() and target.stride() == source.stride()):
+                if not target.is_inference():  # those have no version
+                    written.append(target)
             else:
                 target.copy_(source)
+    if written:
+        torch.autograd.graph.increment_version(written)  # they were written behind autograd's back
 
 
 def _new(item: Item) -> torch.Tensor:
@@ -124,7 +164,7 @@ def _new(item: Item) -> torch.Tensor:
 def _takes_bytes(item: Item, tensor: torch.Tensor) -> bool:
     """Whether the raw bytes can go straight into the tensor's memory."""
     return (
-        tensor.device.type == "cpu"
+        tensor.is_cpu
         and tensor.layout is torch.strided
         and not (tensor.is_conj() or tensor.is_neg())
         and (tensor.stride() == item.stride or tensor.numel() == 0)
@@ -137,7 +177,10 @@ def sharing_memory(targets: list[tuple[int, torch.Tensor]]) -> set[int]:
     Read in parallel they would tear each other, so they are copied in order instead: the last one wins, as when
     ``load_state_dict`` is given different values for weights that are tied here.
     """
-    extents = sorted({_extent(i, t) for i, t in targets if t.device.type == "cpu" and t.numel()})
+    on_host = [(index, tensor) for index, tensor in targets if tensor.is_cpu and tensor.numel()]
+    if _are_apart([tensor for _, tensor in on_host]):
+        return set()
+    extents = sorted({_extent(i, t) for i, t in on_host})
     shared: set[int] = set()
     furthest: _Extent | None = None
     for extent in extents:
@@ -148,8 +191,21 @@ def sharing_memory(targets: list[tuple[int, torch.Tensor]]) -> set[int]:
     return shared
 
 
+def _are_apart(tensors: list[torch.Tensor]) -> bool:
+    """Whether no two of many tensors lie in the same stretch of memory; nearly always, and quickly told."""
+    starts = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
+    nbytes = [t.nbytes if t.is_contiguous() else _nbytes_reached(t) for t in tensors]
+    order = np.argsort(starts)
+    ends = np.maximum.accumulate((starts + np.array(nbytes, np.uint64))[order])
+    return bool((starts[order][1:] >= ends[:-1]).all())
+
+
+def _nbytes_reached(tensor: torch.Tensor) -> int:
+    """From the first byte of a tensor to the end of its last element."""
+    last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
 def _extent(index: int, tensor: torch.Tensor) -> _Extent:
-    shape, stride = tuple(tensor.shape), tensor.stride()
-    last = sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size(), index, shape, stride
+    return start, start + _nbytes_reached(tensor), index, tuple(tensor.shape), tensor.stride()

@@ -11,6 +11,7 @@ from workers.blob_reader import Wanted
 from workers.errors import CorruptCheckpointError
 from workers.files import open_regular, storage_errors
 from workers.manifest import Manifest
+from workers.slab import bytes_at
 
 _GROUP_BYTES = 8 << 20
 
@@ -63,6 +64,8 @@ class PlainReader:
 
     def _read(self, want: Wanted) -> None:
         item, view = self._items[want.index], want.target
+        if isinstance(view, int):
+            view = bytes_at(view, item.data_nbytes)
         position = item.data_offset
         with storage_errors("read", self._paths[item.file]):
             while view:

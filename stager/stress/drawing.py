@@ -56,7 +56,7 @@ class _Drawer:
         if any(isinstance(fault, Damage) for fault in faults) and any(
             leaf.born or leaf.resized < num_steps or leaf.dies < num_steps for leaf in training.leaves
         ):
-            config["loading"]["verify"] = "full"  # falling back while reading would meet another structure
+            config["loading"]["verify_first"] = True  # falling back while reading would meet another structure
         for section, values in self._config.held().items():
             config.setdefault(section, {}).update(values)
         return Episode(

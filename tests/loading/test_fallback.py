@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from stager import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError
+from stager import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from stager.loading.restore import Restorer
 from tests.persistence.jobs import save
 from tests.states import same
+from workers.manifest import read_manifest
 from workers.verify import verify_checkpoint
 
 
@@ -99,14 +103,75 @@ def test_partial_directories_are_skipped_with_the_reason(checkpoints: Path) -> N
     shutil.rmtree(partial)
 
 
-def test_damage_is_refused_before_a_target_is_touched(checkpoints: Path) -> None:
-    """Loading verifies in full first, by default."""
+def blank() -> dict[str, object]:
+    return {"x": torch.zeros(1000), "y": {"z": torch.zeros(33, dtype=torch.int64)}, "n": None}
+
+
+def restructured(run_dir: Path) -> None:
+    """Step 20 is all there is to fall back to, and has another structure."""
+    shutil.rmtree(run_dir / "step-00000010")
+    shutil.rmtree(run_dir / "step-00000020")
+    save(run_dir, {"x": torch.ones(1000)}, step=20)
+
+
+def alone(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "step-00000010")
+    shutil.rmtree(run_dir / "step-00000020")
+
+
+def test_damage_found_while_reading_in_place_falls_back_and_overwrites_all_of_it(run_dir: Path) -> None:
+    for step in (10, 20, 30):
+        save(run_dir, {"x": torch.full((1000,), float(step)), "y": {"z": torch.arange(33) + step}, "n": step}, step=step)
+    flip_bit(run_dir / "step-00000030" / "__0_0.distcp", 900)
+    into = blank()
+    with Checkpointer(run_dir, read_only=True) as ckpt:
+        loaded = ckpt.load(into=into)
+        assert loaded is not None and loaded.step == 20
+        assert [s.name for s in ckpt.skipped] == ["step-00000030"]
+    assert same(into, {"x": torch.full((1000,), 20.0), "y": {"z": torch.arange(33) + 20}, "n": 20})
+
+
+@pytest.mark.parametrize("others", [alone, restructured], ids=["no other", "one that does not fit"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_partly_overwritten_is_never_passed_off_as_good(run_dir: Path, others: Any, strict: bool) -> None:
+    """Neither None, which is to go on from what is there, nor an error that says that nothing was changed."""
+    for step in (10, 20, 30):
+        save(run_dir, state_of(30), step=step)
+    others(run_dir)
+    flip_bit(run_dir / "step-00000030" / "__0_0.distcp", 900)
+    with Checkpointer(run_dir, read_only=True) as ckpt:
+        for step in (None, 30):
+            with pytest.raises(CorruptCheckpointError, match=r"step-00000030.*partly overwritten.*verify_first"):
+                ckpt.load(step, into=blank(), strict=strict)
+
+
+def test_device_that_fails_while_reading_in_place_is_said_to_have_left_part(run_dir: Path) -> None:
+    path = save(run_dir, state_of(30), step=30).path
+    manifest = read_manifest(path)
+    original = os.preadv
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        if "_0.distcp" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, "faulty")
+        return original(fd, buffers, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", preadv)
+        with pytest.raises(StorageError, match="partly overwritten"):
+            Restorer(path, manifest, 1, False).load_into(blank(), True)
+
+
+def test_verify_first_refuses_damage_before_a_target_is_touched(checkpoints: Path) -> None:
     newest = checkpoints / "step-00000030"
     flip_bit(newest / "__0_1.distcp", 900)
-    into = {"x": torch.zeros(1000), "y": {"z": torch.zeros(33, dtype=torch.int64)}, "n": None}
-    with Checkpointer(checkpoints, read_only=True) as ckpt, pytest.raises(CorruptCheckpointError):
-        ckpt.load(30, into=into)
-    assert same(into, {"x": torch.zeros(1000), "y": {"z": torch.zeros(33, dtype=torch.int64)}, "n": None})
+    into = blank()
+    config = {"loading": {"verify_first": True, "verify": "quick"}}
+    with Checkpointer(checkpoints, config, read_only=True) as ckpt:
+        latest = ckpt.latest()  # quick, and not taken for more
+        assert latest is not None and latest.step == 30
+        with pytest.raises(CorruptCheckpointError):
+            ckpt.load(30, into=into)
+    assert same(into, blank())
 
 
 def test_quick_verification_trusts_the_bytes_until_they_are_read(checkpoints: Path) -> None:
@@ -125,3 +190,14 @@ def test_nothing_to_load(run_dir: Path) -> None:
         with pytest.raises(CheckpointNotFoundError):
             ckpt.load(3)
     assert not run_dir.exists()
+
+
+def test_damage_where_no_value_lies_is_found_too(run_dir: Path) -> None:
+    """The directory at the end of a .pt file is nobody's value, and still a part of what is loaded."""
+    path = Path(save(run_dir, state_of(1), step=1, kind="torch").path, "state.pt")
+    flip_bit(path, path.stat().st_size - 3)
+    with (
+        Checkpointer(run_dir, read_only=True) as ckpt,
+        pytest.raises(CorruptCheckpointError, match="what stands around the values"),
+    ):
+        ckpt.load(1)
