@@ -339,8 +339,8 @@ class Checkpointer:
 
         Raises:
             CheckpointNotFoundError: there is no ``step``.
-            CorruptCheckpointError: ``step`` is damaged; or, without ``step``, what is in ``into`` was partly overwritten from
-                a damaged checkpoint and there is none to overwrite it all (see ``loading.verify_first``).
+            CorruptCheckpointError: ``step`` is damaged; or, without ``step``, ``into`` is partly overwritten from a damaged
+                checkpoint, and there is none to overwrite all of that (see ``loading.verify_first``).
             StateMismatchError: it does not fit ``into``; nothing was changed.
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
             StorageError

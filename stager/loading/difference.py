@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from stager.loading.sharded import is_sharded
 from workers.dtypes import dtype_of
 from workers.layout import Item
 from workers.structure import Path, describe
-
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -31,9 +31,9 @@ def obstacle(tensor: torch.Tensor) -> str | None:
     """Why nothing can be loaded into a tensor, whatever it is; None when it can."""
     if tensor.is_meta:
         return "is on the meta device, which has no memory to load into; materialize it first (Module.to_empty)"
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
         return f"is a {type(tensor).__name__}; load into its local or full tensor"
-    if tensor.layout is torch.strided and torch._debug_has_internal_overlap(tensor) == 1:
+    if tensor.layout is torch.strided and not is_sharded(tensor) and torch._debug_has_internal_overlap(tensor) == 1:
         return "is expanded: several of its elements are the same memory; load into what it was expanded from"
     return None
 

@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stager.loading.difference import difference, fits, object_difference, obstacle, shape_problem
+from stager.loading.sharded import Sharded, is_sharded
 from stager.snapshot.flatten import is_stateful
 from workers.dtypes import dtype_of
 from workers.errors import StateMismatchError
+from workers.layout import Item
 from workers.manifest import Manifest
-from workers.structure import Key, Node, Path, build, describe, walk
+from workers.structure import Key, Node, Path, build, describe, fqn, walk
 
 _SHOWN_PROBLEMS = 20
 
@@ -31,6 +34,7 @@ class Match:
     Attributes:
         wanted: items that are needed at all.
         targets: (item, tensor that is to hold it), in the order of the walk; the last one wins where memory is shared.
+        sharded: DTensors, of which this rank holds a part.
         checks: what is wrong with an unpickled object, or None.
         steps: what to do once everything is read, in order.
         missing, unexpected, problems: for the error.
@@ -38,6 +42,7 @@ class Match:
 
     wanted: set[int] = field(default_factory=set)
     targets: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    sharded: list[Sharded] = field(default_factory=list)
     checks: list[Callable[[Values], str | None]] = field(default_factory=list)
     steps: list[Callable[[Values], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -108,6 +113,13 @@ class _Matcher:
         self._want(node)
         self.found.steps.append(lambda values: container.__setitem__(key, build(node, values.__getitem__)))
 
+    def _whole(self, node: Node, value: Any, path: Path) -> None:
+        """As ``entry``, of a state that is in no container."""
+        if isinstance(value, Mapping) and _is_mapping(node):
+            self._mapping(node, value, path)
+        else:
+            self._problem(path, f"has a {type(value).__name__} as its state here, the checkpoint {_what(node)}")
+
     def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path) -> None:
         nodes = dict(zip(node[1], node[2], strict=True))
         for key in value:
@@ -148,11 +160,16 @@ class _Matcher:
         elif (problem := difference(self._items[node], value) or obstacle(value)) is not None:
             self._problem(path, problem)
         else:
-            self.found.targets.append((node, value))
+            self._target(node, value, path)
 
     def _stateful(self, node: Node, value: Any, path: Path) -> None:
         """The object takes its state by ``load_state_dict()``. torch's own is known to copy a tensor onto itself, so there
         the tensors that fit are read in place; another might clear them first."""
+        if _has_sharded(value):
+            here = value.state_dict()
+            self._whole(node, here, path)
+            self.found.steps.append(lambda values: value.load_state_dict(here))
+            return
         self._want(node)
         loader, arguments = type(value).load_state_dict, {}
         if loader is torch.nn.Module.load_state_dict:
@@ -181,8 +198,8 @@ class _Matcher:
                 self._problem((*path, key), shape_problem(item, tensor))
             elif (problem := obstacle(tensor)) is not None:
                 self._problem((*path, key), problem)
-            elif dtype_of(item.dtype) == tensor.dtype:  # else it is converted, as torch does
-                self.found.targets.append((child, tensor))
+            elif dtype_of(item.dtype) == tensor.dtype or is_sharded(tensor):  # else it is converted, as torch does
+                self._target(child, tensor, (*path, key))
 
     def _optimizer(self, node: Node, optimizer: torch.optim.Optimizer, path: Path) -> None:
         """Groups of another number or size are refused by the optimizer, but by then its state is overwritten."""
@@ -195,12 +212,16 @@ class _Matcher:
             return
         for number, (there, here) in enumerate(zip(groups[1], optimizer.param_groups, strict=True)):
             self._parameter_group(there, here, (*path, "param_groups", number))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         existing: dict[Path, torch.Tensor] = {}
         _collect_tensors(optimizer.state_dict(), path, existing)
         for leaf, index in walk(node, path):
-            tensor, item = existing.get(leaf), self._items[index]
+            item = self._items[index]
+            tensor = existing.get(leaf)
+            if tensor is None:
+                tensor = _new_sharded(parameters, leaf[len(path) :], item)
             if tensor is not None and item.kind == "tensor" and not (difference(item, tensor) or obstacle(tensor)):
-                self.found.targets.append((index, tensor))
+                self._target(index, tensor, leaf)
 
     def _parameter_group(self, node: Node, group: dict[str, Any], path: Path) -> None:
         params = dict(zip(node[1], node[2], strict=True)).get("params")
@@ -217,6 +238,12 @@ class _Matcher:
 
         self.found.checks.append(check)
 
+    def _target(self, index: int, tensor: torch.Tensor, path: Path) -> None:
+        if is_sharded(tensor):
+            self.found.sharded.append(Sharded(index, fqn(path), tensor))
+        else:
+            self.found.targets.append((index, tensor))
+
     def _want(self, node: Node) -> None:
         if type(node) is int:
             self.found.wanted.add(node)
@@ -225,6 +252,30 @@ class _Matcher:
 
     def _problem(self, path: Path, text: str) -> None:
         self.found.problems.append(f"{describe(path)}: {text}")
+
+
+def _new_sharded(parameters: list[torch.Tensor], path: Path, item: Item) -> torch.Tensor | None:
+    """For an optimizer that has no state yet: what belongs to a parameter that is a DTensor is spread as it is.
+
+    Args:
+        path: of a leaf in the optimizer's state: ``("state", number of the parameter, name)``.
+    """
+    if len(path) != 3 or path[0] != "state" or type(path[1]) is not int or not 0 <= path[1] < len(parameters):
+        return None
+    parameter = parameters[path[1]].detach()
+    if item.kind != "tensor" or not is_sharded(parameter) or tuple(parameter.shape) != item.shape:
+        return None
+    return torch.empty_like(parameter, dtype=dtype_of(item.dtype))
+
+
+def _has_sharded(value: Any) -> bool:
+    """Whether a stateful object, not one of torch's own, has DTensors: asked for where they can exist."""
+    own = torch.nn.Module.load_state_dict, torch.optim.Optimizer.load_state_dict
+    if type(value).load_state_dict in own or not (dist.is_available() and dist.is_initialized()):
+        return False
+    found: dict[Path, torch.Tensor] = {}
+    _collect_tensors(value.state_dict(), (), found)
+    return any(map(is_sharded, found.values()))
 
 
 def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:

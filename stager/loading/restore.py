@@ -16,6 +16,7 @@ import torch
 
 from stager.loading.chunks import fill, with_wholes
 from stager.loading.match import Match, match, refuse
+from stager.loading.sharded import fill_sharded
 from stager.loading.unpickle import unpickle
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
@@ -89,7 +90,8 @@ class Restorer:
         Args:
             others: check the bytes of what nobody wants, too.
         """
-        wanted = sorted(found.wanted)
+        spread = {one.index: one.tensor for one in found.sharded}
+        wanted = sorted((found.wanted - spread.keys()) | {index for index, _ in found.targets})
         shared = sharing_memory(found.targets)
         with BlobReader(self._path, self._stored, self._num_threads) as reader:
             objects = [index for index in wanted if self._items[index].kind == "object"]
@@ -104,20 +106,22 @@ class Restorer:
             if others:
                 unread = set(range(len(self._stored.layout.items))) - set(wanted) - self._chunk_items()
                 reader.read([Wanted(index, None) for index in sorted(unread)])
-            self.has_overwritten = bool(direct)
+            self.has_overwritten = bool(direct or spread)
             try:
                 self._fill(reader, tensors)
+                if spread:
+                    fill_sharded(self._path, self._stored, reader, found.sharded)
             except CorruptCheckpointError as error:
-                if direct:
+                if self.has_overwritten:
                     raise CorruptCheckpointError(error.path, f"{error.problem}; {_PARTLY}") from error
                 raise
             except StorageError as error:
-                if direct:
+                if self.has_overwritten:
                     raise StorageError(error.errno, f"{error.message}; {_PARTLY}", error.path) from error
                 raise
         settle(tensors, found.targets)
         own = {index: tensor for index, tensor in reversed(found.targets) if index not in shared}
-        return {**values, **tensors, **own}
+        return {**values, **tensors, **spread, **own}
 
     def _fill(self, reader: BlobReader, tensors: dict[int, torch.Tensor]) -> None:
         reader.read([Wanted(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks])

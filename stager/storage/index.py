@@ -50,8 +50,13 @@ def read_index(path: str, load_id: str) -> Index:
     manifest = read_manifest(path)
     # Planners take memory for what the metadata says before they ask for the first byte: the bytes had better be there.
     BlobReader(path, manifest, 1).close()
+    index = index_of(path, manifest)
+    index.metadata.storage_meta = StorageMeta(os.fspath(path), manifest.header.save_id, load_id)
+    return index
+
+
+def index_of(path: str, manifest: Manifest) -> Index:
     metadata, items = _metadata(manifest.layout)
-    metadata.storage_meta = StorageMeta(os.fspath(path), manifest.header.save_id, load_id)
     return Index(path, manifest, metadata, items)
 
 

@@ -120,7 +120,7 @@ class StagerStorageReader(StorageReader):
             return StockReader(self._path, self._allow_pickle).read_data(plan, planner, self._metadata)
         kind = BlobReader if self._verify else PlainReader
         with closing(kind(self._path, self._index.manifest, self._num_threads)) as reader:
-            _Load(self._index, reader, planner, self._allow_pickle).run(plan)
+            read_plan(self._index, reader, plan, planner, self._allow_pickle)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -129,6 +129,17 @@ class StagerStorageReader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it is a path of a local or mounted file system."""
         return "://" not in os.fspath(checkpoint_id)
+
+
+def read_plan(
+    index: Index, reader: BlobReader | PlainReader, plan: LoadPlan, planner: LoadPlanner, allow_pickle: bool = False
+) -> None:
+    """Do what a plan of DCP says.
+
+    Raises:
+        CorruptCheckpointError, UnsafePickleError, StorageError
+    """
+    _Load(index, reader, planner, allow_pickle).run(plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,9 @@ def alone(run_dir: Path) -> None:
 
 def test_damage_found_while_reading_in_place_falls_back_and_overwrites_all_of_it(run_dir: Path) -> None:
     for step in (10, 20, 30):
-        save(run_dir, {"x": torch.full((1000,), float(step)), "y": {"z": torch.arange(33) + step}, "n": step}, step=step)
+        save(
+            run_dir, {"x": torch.full((1000,), float(step)), "y": {"z": torch.arange(33) + step}, "n": step}, step=step
+        )
     flip_bit(run_dir / "step-00000030" / "__0_0.distcp", 900)
     into = blank()
     with Checkpointer(run_dir, read_only=True) as ckpt:
