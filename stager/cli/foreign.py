@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def is_foreign(path: str) -> bool:
-    """A file, or a directory of ``dcp.save``. What a killed save of stager left is none."""
+    """A file of ``torch.save`` or safetensors, or a directory of ``dcp.save``. What a killed save of stager left is none."""
     if os.path.isfile(path):
         return True
     names = (".metadata", "manifest.json")
@@ -29,8 +29,8 @@ def inspect_foreign(path: str) -> tuple[dict[str, Any], list[Entry]]:
 
     path = os.path.realpath(path)
     origin = origin_of(path)
-    entries = _of_file(path) if origin is Origin.TORCH_SAVE else _of_dcp(path)
-    names = [path] if origin is Origin.TORCH_SAVE else sorted(os.path.join(path, name) for name in os.listdir(path))
+    entries = {Origin.TORCH_SAVE: _of_file, Origin.SAFETENSORS: _of_safetensors}.get(origin, _of_dcp)(path)
+    names = [path] if os.path.isfile(path) else sorted(os.path.join(path, name) for name in os.listdir(path))
     files = [{"name": os.path.basename(name), "nbytes": os.lstat(name).st_size} for name in names]
     return {
         "path": path,
@@ -60,6 +60,13 @@ def _of_file(path: str) -> list[Entry]:
         else:
             entries.append(Entry(fqn(keys), "object", "", (), None, os.path.basename(path)))
     return entries
+
+
+def _of_safetensors(path: str) -> list[Entry]:
+    from stager.cli.inspect import entries_of
+    from stager.loading.safetensors_file import read_header
+
+    return list(entries_of(read_header(path)))
 
 
 def _of_dcp(path: str) -> list[Entry]:

@@ -33,7 +33,7 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds: where it comes from, its files, each tensor and object. Also one of dcp.save, and a file
-    of torch.save."""
+    of torch.save or safetensors."""
     facts, entries = inspect_foreign(path) if is_foreign(path) else _inspect_own(path, step)
     entries = [e for e in entries if keys is None or fnmatch.fnmatchcase(e.key, keys)]
     if as_json:

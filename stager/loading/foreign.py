@@ -1,4 +1,4 @@
-"""Checkpoints by their path, whoever wrote them: stager, ``torch.distributed.checkpoint.save`` or ``torch.save``."""
+"""Checkpoints by their path, whoever wrote them: stager, ``dcp.save``, ``torch.save`` or safetensors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from stager.loading.restore import Restorer
+from stager.loading.safetensors_file import is_safetensors, load_safetensors
 from stager.loading.unpickle import check_archive, load_archive
 from stager.loading.values import restore_values
 from stager.storage.stock import StockReader
@@ -34,6 +35,7 @@ class Origin(Enum):
     STAGER = "stager"
     DCP = "torch.distributed.checkpoint.save"
     TORCH_SAVE = "torch.save"
+    SAFETENSORS = "safetensors"
 
 
 def load_checkpoint(
@@ -46,7 +48,7 @@ def load_checkpoint(
     """Load one checkpoint, which need not be stager's.
 
     Args:
-        path: a directory of stager (``.../step-00000100``) or of ``dcp.save``, or a file of ``torch.save``.
+        path: a directory of stager (``.../step-00000100``) or of ``dcp.save``, or a file of ``torch.save`` or safetensors.
         into, strict: as in :meth:`stager.Checkpointer.load`. From what is not stager's, the state is read into new memory
             first and copied from there.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
@@ -69,7 +71,7 @@ def load_checkpoint(
             return restorer.load()
         restorer.load_into(into, strict)
         return into
-    state = load_dcp(path, allow_pickle) if origin is Origin.DCP else load_torch_save(path, allow_pickle)
+    state = _load_foreign(path, origin, allow_pickle)
     if into is None:
         return state
     if not isinstance(state, Mapping):
@@ -78,14 +80,22 @@ def load_checkpoint(
     return into
 
 
+def _load_foreign(path: str, origin: Origin, allow_pickle: bool) -> Any:
+    if origin is Origin.DCP:
+        return load_dcp(path, allow_pickle)
+    if origin is Origin.SAFETENSORS:
+        return load_safetensors(path, default_threads())
+    return load_torch_save(path, allow_pickle)
+
+
 def origin_of(path: str) -> Origin:
-    """By what is there; nothing is read of it but names.
+    """By what is there; nothing is read of it but names, and a file's first bytes.
 
     Raises:
         CheckpointNotFoundError: nothing that could be a checkpoint.
     """
     if os.path.isfile(path):
-        return Origin.TORCH_SAVE
+        return Origin.SAFETENSORS if is_safetensors(path) else Origin.TORCH_SAVE
     if os.path.lexists(os.path.join(path, MANIFEST_NAME)):
         return Origin.STAGER
     if os.path.lexists(os.path.join(path, ".metadata")):
