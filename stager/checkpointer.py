@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from types import TracebackType
@@ -25,6 +25,7 @@ from stager.arena.arena import Arena
 from stager.config import StagerConfig, load_config
 from stager.config.host import available_memory_bytes
 from stager.loading.loader import Loaded, Loader
+from stager.loading.selection import Selection
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
 from stager.saving.save import SaveHandle, SaveState
@@ -323,6 +324,7 @@ class Checkpointer:
         into: MutableMapping[str, Any] | None = None,
         strict: bool = True,
         *,
+        keys: str | Sequence[str] | None = None,
         allow_pickle: bool | None = None,
     ) -> Loaded | None:
         """Load a checkpoint.
@@ -332,6 +334,8 @@ class Checkpointer:
             into: restore into these values in place: tensors keep their identity, objects get ``load_state_dict()``.
                 None: return a new state.
             strict: keys must match, as in ``nn.Module.load_state_dict``.
+            keys: only what has a name like this, or like one of these: keys joined by dots, with ``*`` and ``?``
+                (``model.*.weight``). The rest of ``into`` is left alone. A list is taken whole.
             allow_pickle: unpickle any object, which runs code from the checkpoint; None: as configured.
 
         Returns:
@@ -348,7 +352,8 @@ class Checkpointer:
         if self._saver is not None and not self._closed:
             self._refuse_in_callback("load()")
             self._saver.wait_for_staging()  # do not overwrite what is being copied
-        loaded = self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle)
+        selection = None if keys is None else Selection(keys)
+        loaded = self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
         if self._saver is not None and not self._closed and into is not None and loaded is not None:
             self._saver.expect(loaded.info.nbytes)
         return loaded

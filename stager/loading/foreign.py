@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 
 from stager.loading.restore import Restorer
 from stager.loading.safetensors_file import is_safetensors, load_safetensors
+from stager.loading.selection import Selection
 from stager.loading.unpickle import check_archive, load_archive
-from stager.loading.values import restore_values
+from stager.loading.values import restore_values, selected_values
 from stager.storage.stock import StockReader
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from workers.files import open_regular, storage_errors
@@ -43,6 +44,7 @@ def load_checkpoint(
     into: MutableMapping[str, Any] | None = None,
     strict: bool = True,
     *,
+    keys: str | Sequence[str] | None = None,
     allow_pickle: bool = False,
 ) -> Any:
     """Load one checkpoint, which need not be stager's.
@@ -51,6 +53,7 @@ def load_checkpoint(
         path: a directory of stager (``.../step-00000100``) or of ``dcp.save``, or a file of ``torch.save`` or safetensors.
         into, strict: as in :meth:`stager.Checkpointer.load`. From what is not stager's, the state is read into new memory
             first and copied from there.
+        keys: as in :meth:`stager.Checkpointer.load`. Of what is not stager's, all is read first.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
 
     Returns:
@@ -65,18 +68,22 @@ def load_checkpoint(
     """
     path = os.path.realpath(os.fspath(path))
     origin = origin_of(path)
+    selection = None if keys is None else Selection(keys)
     if origin is Origin.STAGER:
-        restorer = Restorer(path, read_manifest(path), default_threads(), allow_pickle)
+        restorer = Restorer(path, read_manifest(path), default_threads(), allow_pickle, selection)
         if into is None:
             return restorer.load()
         restorer.load_into(into, strict)
         return into
     state = _load_foreign(path, origin, allow_pickle)
-    if into is None:
+    if into is None and selection is None:
         return state
     if not isinstance(state, Mapping):
-        raise UsageError(f"{path}: holds a {type(state).__name__}, not a mapping; load it without into")
-    restore_values(state, path, into, strict)
+        raise UsageError(f"{path}: holds a {type(state).__name__}, not a mapping; load it without into and keys")
+    if into is None:
+        assert selection is not None
+        return selected_values(state, path, selection)
+    restore_values(state, path, into, strict, selection)
     return into
 
 

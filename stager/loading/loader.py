@@ -12,6 +12,7 @@ from typing import Any
 from stager.config import LoadingConfig
 from stager.config.host import usable_cores
 from stager.loading.restore import Restorer
+from stager.loading.selection import Selection
 from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,
@@ -77,7 +78,13 @@ class Loader:
             return None if found is None else found.info
 
     def load(
-        self, step: int | None, into: MutableMapping[str, Any] | None, *, strict: bool, allow_pickle: bool | None
+        self,
+        step: int | None,
+        into: MutableMapping[str, Any] | None,
+        *,
+        strict: bool,
+        allow_pickle: bool | None,
+        selection: Selection | None = None,
     ) -> Loaded | None:
         allowed = self._config.allow_pickle if allow_pickle is None else allow_pickle
         first = self._config.verify_first and into is not None
@@ -85,9 +92,11 @@ class Loader:
         with self._lock:
             found = self._find(step, first)
             while found is not None and (damaged is None or strict):
-                restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed)
+                restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed, selection)
                 try:
-                    state = self._restore(restorer, found, into, strict)
+                    state = self._restore(restorer, into, strict)
+                    if into is None and selection is None:
+                        self._verified[found.info.path] = found.identity  # every byte was read and hashed
                     return Loaded(found.info.step, state, found.info)
                 except CorruptCheckpointError as error:  # damaged since it was verified, or found out by reading it
                     self._verified.pop(found.info.path, None)
@@ -104,15 +113,11 @@ class Loader:
                 raise damaged
             return None
 
-    def _restore(
-        self, restorer: Restorer, found: _Candidate, into: MutableMapping[str, Any] | None, strict: bool
-    ) -> Any:
-        if into is not None:
-            restorer.load_into(into, strict)
-            return into
-        state = restorer.load()
-        self._verified[found.info.path] = found.identity  # every byte was read and hashed
-        return state
+    def _restore(self, restorer: Restorer, into: MutableMapping[str, Any] | None, strict: bool) -> Any:
+        if into is None:
+            return restorer.load()
+        restorer.load_into(into, strict)
+        return into
 
     def _find(self, step: int | None, full: bool) -> _Candidate | None:
         """The newest valid checkpoint, or the one of ``step``."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from stager.loading.difference import difference, fits, object_difference, obstacle, shape_problem
+from stager.loading.selection import Selection
 from stager.loading.sharded import Sharded, is_sharded
 from stager.snapshot.flatten import is_stateful
 from workers.dtypes import dtype_of
@@ -50,24 +51,27 @@ class Match:
     problems: list[str] = field(default_factory=list)
 
 
-def match(manifest: Manifest, path: str, target: MutableMapping[str, Any], strict: bool) -> Match:
+def match(
+    manifest: Manifest, path: str, target: MutableMapping[str, Any], strict: bool, selection: Selection | None = None
+) -> Match:
     """
     Args:
         manifest, path: of the checkpoint.
         target: see :meth:`stager.loading.restore.Restorer.load_into`.
         strict: missing and unexpected keys are errors.
+        selection: only this part of the checkpoint, and of ``target``.
 
     Raises:
         StateMismatchError: keys, shapes or dtypes differ.
     """
-    matcher = _Matcher(manifest, strict)
-    structure = manifest.layout.structure
+    matcher = _Matcher(manifest, strict, selection)
+    structure = manifest.layout.structure if selection is None else selection.of(manifest.layout.structure, path)
     nodes = dict(zip(structure[1], structure[2], strict=True))
     for name in target:
         if name in nodes:
             matcher.entry(nodes[name], target, name, (name,))
         else:
-            matcher.found.missing.append(describe((name,)))
+            matcher.missing(target[name], (name,))
     found = matcher.found
     lines = list(found.problems)
     if strict:
@@ -86,10 +90,19 @@ def refuse(path: str, lines: list[str], advice: str = "") -> None:
 
 
 class _Matcher:
-    def __init__(self, manifest: Manifest, strict: bool) -> None:
+    def __init__(self, manifest: Manifest, strict: bool, selection: Selection | None) -> None:
         self._items = manifest.layout.items
+        self._all = manifest.layout.structure
         self._strict = strict
+        self._selection = selection
         self.found = Match()
+
+    def missing(self, value: Any, path: Path) -> None:
+        """The checkpoint does not have ``value``."""
+        if self._selection is None:
+            self.found.missing.append(describe(path))
+        else:
+            self.found.missing += map(describe, self._selection.in_value(value, path))
 
     def entry(self, node: Node, container: Any, key: Key, path: Path) -> None:
         """Match ``container[key]`` with a node, and plan what becomes of it."""
@@ -126,7 +139,7 @@ class _Matcher:
             if key in nodes:
                 self.entry(nodes[key], value, key, (*path, key))
             else:
-                self.found.missing.append(describe((*path, key)))
+                self.missing(value[key], (*path, key))
         for key, child in nodes.items():
             if key not in value:
                 self.found.unexpected.append(describe((*path, key)))
@@ -138,7 +151,7 @@ class _Matcher:
         for index in range(min(len(children), len(value))):
             self.entry(children[index], value, index, (*path, index))
         for index in range(len(children), len(value)):
-            self.found.missing.append(describe((*path, index)))
+            self.missing(value[index], (*path, index))
         for index in range(len(value), len(children)):
             self.found.unexpected.append(describe((*path, index)))
             self._append(children[index], value)
@@ -165,16 +178,19 @@ class _Matcher:
     def _stateful(self, node: Node, value: Any, path: Path) -> None:
         """The object takes its state by ``load_state_dict()``. torch's own is known to copy a tensor onto itself, so there
         the tensors that fit are read in place; another might clear them first."""
+        loader, arguments = type(value).load_state_dict, {}
+        if loader is not torch.nn.Module.load_state_dict and self._is_cut(node, path):
+            self._problem(path, f"{type(value).__name__} takes all of its state, and the keys select some of it")
+            return
         if _has_sharded(value):
             here = value.state_dict()
             self._whole(node, here, path)
             self.found.steps.append(lambda values: value.load_state_dict(here))
             return
         self._want(node)
-        loader, arguments = type(value).load_state_dict, {}
         if loader is torch.nn.Module.load_state_dict:
             self._module(node, value, path)
-            arguments = {} if self._strict else {"strict": False}
+            arguments = {} if self._strict and self._selection is None else {"strict": False}
         elif loader is torch.optim.Optimizer.load_state_dict:
             self._optimizer(node, value, path)
         self.found.steps.append(lambda values: value.load_state_dict(build(node, values.__getitem__), **arguments))
@@ -185,7 +201,9 @@ class _Matcher:
             self._problem(path, f"is a {type(module).__name__} here and {_what(node)} in the checkpoint")
             return
         nodes, here = dict(zip(node[1], node[2], strict=True)), module.state_dict()
-        self.found.missing += [describe((*path, key)) for key in here if key not in nodes]
+        for key in here:
+            if key not in nodes:
+                self.missing(here[key], (*path, key))
         self.found.unexpected += [describe((*path, key)) for key in nodes if key not in here]
         for key, child in nodes.items():
             tensor = here.get(key)
@@ -237,6 +255,15 @@ class _Matcher:
             return f"{describe(path)}: has {len(group['params'])} parameters, the checkpoint {count}"
 
         self.found.checks.append(check)
+
+    def _is_cut(self, node: Node, path: Path) -> bool:
+        """Whether the selection leaves out some of what is at ``path``."""
+        if self._selection is None:
+            return False
+        whole = self._all
+        for key in path:
+            whole = whole[1][key] if whole[0] == "list" else dict(zip(whole[1], whole[2], strict=True))[key]
+        return len(list(walk(node, path))) != len(list(walk(whole, path)))
 
     def _target(self, index: int, tensor: torch.Tensor, path: Path) -> None:
         if is_sharded(tensor):

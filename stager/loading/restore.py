@@ -16,6 +16,7 @@ import torch
 
 from stager.loading.chunks import fill, with_wholes
 from stager.loading.match import Match, match, refuse
+from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
 from stager.loading.unpickle import unpickle
 from workers.blob_reader import BlobReader, Wanted
@@ -24,7 +25,7 @@ from workers.errors import CorruptCheckpointError, StorageError
 from workers.layout import Item
 from workers.manifest import Manifest
 from workers.memo import no_collection
-from workers.structure import build, describe
+from workers.structure import build, describe, walk
 
 _PARTLY = (
     "what it was loaded into is partly overwritten: load another checkpoint into it before it is used "
@@ -41,12 +42,20 @@ class Restorer:
         path, manifest: the checkpoint.
         num_threads: how many reads run at a time.
         allow_pickle: unpickle any object (runs code from the checkpoint).
+        selection: restore only this part.
 
     Attributes:
         has_overwritten: reading into tensors that were there has begun. What is in them is good when ``load_into`` returns.
     """
 
-    def __init__(self, path: str, manifest: Manifest, num_threads: int, allow_pickle: bool) -> None:
+    def __init__(
+        self,
+        path: str,
+        manifest: Manifest,
+        num_threads: int,
+        allow_pickle: bool,
+        selection: Selection | None = None,
+    ) -> None:
         self._path = path
         self._stored = manifest
         wholes = with_wholes(manifest)
@@ -55,17 +64,22 @@ class Restorer:
         self._items = self._manifest.layout.items
         self._num_threads = num_threads
         self._allow_pickle = allow_pickle
+        self._selection = selection
         self.has_overwritten = False
 
     def load(self) -> Any:
-        """The whole state, in new memory.
+        """The whole state, or what is selected of it, in new memory.
 
         Raises:
+            StateMismatchError: nothing is selected.
             CorruptCheckpointError, StorageError, UnsafePickleError
         """
+        structure, selection = self._manifest.layout.structure, self._selection
+        if selection is not None:
+            structure = selection.of(structure, self._path)
         with no_collection():
-            values = self._read(Match(wanted={index for _, index in self._manifest.paths()}), others=True)
-        return build(self._manifest.layout.structure, values.__getitem__)
+            values = self._read(Match(wanted={index for _, index in walk(structure)}), others=selection is None)
+        return build(structure, values.__getitem__)
 
     def load_into(self, target: MutableMapping[str, Any], strict: bool) -> None:
         """Restore the values that ``target`` names, in place.
@@ -79,7 +93,7 @@ class Restorer:
             CorruptCheckpointError, StorageError: what was read up to there is in the tensors (``has_overwritten``).
         """
         with no_collection():
-            found = match(self._manifest, self._path, target, strict)
+            found = match(self._manifest, self._path, target, strict, self._selection)
             values = self._read(found)
         for step in found.steps:
             step(values)

@@ -9,16 +9,25 @@ import torch
 
 from stager.loading.match import match, refuse
 from stager.loading.restore import settle, sharing_memory
+from stager.loading.selection import Selection
 from stager.snapshot.flatten import flatten
 from workers.layout import Item, Layout
 from workers.manifest import Header, Manifest
+from workers.structure import build
 
 
-def restore_values(state: Mapping[str, Any], path: str, target: MutableMapping[str, Any], strict: bool) -> None:
+def restore_values(
+    state: Mapping[str, Any],
+    path: str,
+    target: MutableMapping[str, Any],
+    strict: bool,
+    selection: Selection | None = None,
+) -> None:
     """
     Args:
         state: what was loaded.
         path: of the file it is from, for messages.
+        selection: only this part.
         target, strict: see :meth:`stager.loading.restore.Restorer.load_into`.
 
     Raises:
@@ -28,7 +37,7 @@ def restore_values(state: Mapping[str, Any], path: str, target: MutableMapping[s
     flat = flatten(state)
     items = tuple(map(_item, flat.leaves))
     manifest = Manifest(Header("", 0, "", 0.0, "", ""), Layout((), items, flat.structure, 1), (), ())
-    found = match(manifest, path, target, strict)
+    found = match(manifest, path, target, strict, selection)
     values = dict(enumerate(flat.leaves))
     refuse(path, [problem for check in found.checks if (problem := check(values)) is not None])
     settle(values, found.targets)
@@ -36,6 +45,15 @@ def restore_values(state: Mapping[str, Any], path: str, target: MutableMapping[s
     values |= {index: tensor for index, tensor in reversed(found.targets) if index not in shared}
     for step in found.steps:
         step(values)
+
+
+def selected_values(state: Mapping[str, Any], path: str, selection: Selection) -> Any:
+    """
+    Raises:
+        StateMismatchError: nothing is selected.
+    """
+    flat = flatten(state)
+    return build(selection.of(flat.structure, path), flat.leaves.__getitem__)
 
 
 def _item(leaf: object) -> Item:

@@ -1,0 +1,122 @@
+"""Loading a part by the names of its keys: what is selected, what is left alone, what is missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stager import Checkpointer, CorruptCheckpointError, StateMismatchError, load_checkpoint
+from tests.persistence.jobs import save
+from tests.states import same
+from workers.manifest import read_manifest
+
+STATE: dict[str, Any] = {
+    "model": {"a": {"weight": torch.ones(2), "bias": torch.ones(3)}, "b": {"weight": torch.full((4,), 2.0)}},
+    "list": [torch.zeros(1), {"weight": torch.ones(1)}],
+    1: {"n": 5},
+}
+
+
+@pytest.fixture
+def run(run_dir: Path) -> Path:
+    save(run_dir, STATE, step=3)
+    return run_dir
+
+
+def load(run: Path, keys: Any, into: Any = None, strict: bool = True) -> Any:
+    with Checkpointer(run, read_only=True) as ckpt:
+        loaded = ckpt.load(into=into, strict=strict, keys=keys)
+    assert loaded is not None
+    return loaded.state
+
+
+SELECTIONS: list[tuple[Any, Any]] = [
+    ("*.weight", {"model": {"a": {"weight": torch.ones(2)}, "b": STATE["model"]["b"]}, "list": STATE["list"]}),
+    ("model.a.*", {"model": {"a": STATE["model"]["a"]}}),
+    (["1.n", "model.?.bias"], {"model": {"a": {"bias": torch.ones(3)}}, 1: {"n": 5}}),
+    ("*", STATE),
+]
+
+
+@pytest.mark.parametrize("keys, expected", SELECTIONS, ids=str)
+def test_new_state_has_what_is_selected(run: Path, tmp_path: Path, keys: Any, expected: Any) -> None:
+    assert same(load(run, keys), expected)
+    torch.save(STATE, tmp_path / "a.pt")
+    assert same(load_checkpoint(tmp_path / "a.pt", keys=keys), expected)
+
+
+@pytest.mark.parametrize("into", [None, {"model": {}}], ids=["new", "into"])
+@pytest.mark.parametrize("keys", ["weight", [], "Model.*"], ids=str)
+def test_nothing_is_selected(run: Path, keys: Any, into: Any) -> None:
+    with pytest.raises(StateMismatchError, match="no key matches"):
+        load(run, keys, into)
+
+
+def blank() -> dict[str, Any]:
+    return {"model": {"a": {"weight": torch.zeros(2), "bias": torch.zeros(3)}, "b": {"weight": torch.zeros(4)}}, "x": 1}
+
+
+@pytest.mark.parametrize("origin", ["stager", "torch.save"])
+def test_what_is_not_selected_is_left_alone(run: Path, tmp_path: Path, origin: str) -> None:
+    path = run / "step-00000003"
+    if origin == "torch.save":
+        path = tmp_path / "a.pt"
+        torch.save(STATE, path)
+    into = blank()
+    bias = into["model"]["a"]["bias"]
+    load_checkpoint(path, into, keys="model.*.weight")
+    assert into["model"]["a"]["bias"] is bias and not bias.any() and into["x"] == 1
+    assert into["model"]["a"]["weight"].all() and into["model"]["b"]["weight"].all()
+
+
+def test_only_what_is_selected_is_missing_or_unexpected(run: Path) -> None:
+    into = blank()
+    into["model"]["a"]["other"] = torch.zeros(1)
+    into["model"]["c"] = {"weight": torch.zeros(1), "bias": torch.zeros(1)}
+    del into["model"]["b"], into["model"]["a"]["bias"]
+    with pytest.raises(StateMismatchError) as raised:
+        load(run, "model.*.weight", into)
+    assert str(raised.value).splitlines()[1:-1] == [
+        "  model['c']['weight']: missing in the checkpoint",
+        "  model['b']: in the checkpoint, but not here",
+    ]
+    assert not into["model"]["a"]["weight"].any()
+    load(run, "model.*.weight", into, strict=False)
+    assert into["model"]["a"]["weight"].all()
+
+
+def test_module_in_part_and_optimizer_as_a_whole(run_dir: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save(run_dir, {"m": model, "o": optimizer}, step=1)
+    other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = other[1].weight.clone()
+    into = {"m": other, "o": torch.optim.AdamW(other.parameters())}
+    load(run_dir, "m.0.*", into)
+    assert torch.equal(other[0].weight, model[0].weight) and torch.equal(other[1].weight, before)
+    assert not into["o"].state
+    with pytest.raises(StateMismatchError, match="o: AdamW takes all of its state, and the keys select some of it"):
+        load(run_dir, "*exp_avg", into)
+    load(run_dir, ["m.0.*", "o.*"], into)
+    assert len(into["o"].state) == 4
+    with pytest.raises(StateMismatchError, match=r"m\['2.weight'\]: missing in the checkpoint"):
+        load(run_dir, "m.[12].*", {"m": nn.Sequential(*other, nn.Linear(1, 1))})
+
+
+def test_damage_is_found_where_it_is_selected(run: Path) -> None:
+    path = run / "step-00000003"
+    item = read_manifest(path).layout.items[0]  # model.a.weight
+    (file,) = path.glob("__0_0.distcp")
+    fd = os.open(file, os.O_RDWR)
+    os.pwrite(fd, b"\x55", item.data_offset)
+    os.close(fd)
+    assert load(run, "model.b.*")["model"]["b"]["weight"].all()
+    with pytest.raises(CorruptCheckpointError, match="damaged"):
+        load_checkpoint(path, keys="model.a.*")
