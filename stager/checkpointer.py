@@ -38,6 +38,7 @@ from workers.directory import (
     SkippedCheckpoint,
     list_checkpoints,
     lock_directory,
+    parse_checkpoint,
 )
 from workers.errors import ClosedError, StagerError, UsageError
 from workers.files import storage_errors
@@ -148,6 +149,8 @@ class Checkpointer:
             segment_bytes=persistence.segment_bytes,
             verify=staging.verify,
             writing=self._writing(num_parts),
+            incremental=persistence.incremental,
+            full_every=persistence.full_every,
         )
         sharing = SharingOptions(staging.location, staging.share_min_bytes)
         copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
@@ -309,7 +312,15 @@ class Checkpointer:
         Each candidate is verified as ``loading.verify`` says. What was passed over is in :attr:`skipped`, with the
         reason, and logged.
         """
-        return self._loader.latest()
+        found = self._loader.latest()
+        self._forget_damaged_base()
+        return found
+
+    def _forget_damaged_base(self) -> None:
+        """Nothing is to be linked to what is known to be damaged."""
+        if self._saver is not None:
+            steps = {step for item in self._loader.skipped if (step := parse_checkpoint(item.name)) is not None}
+            self._saver.forget_base(steps)
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
@@ -354,8 +365,12 @@ class Checkpointer:
             self._saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
         loaded = self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
-        if self._saver is not None and not self._closed and into is not None and loaded is not None:
-            self._saver.expect(loaded.info.nbytes)
+        self._forget_damaged_base()
+        if self._saver is not None and not self._closed and loaded is not None:
+            if into is not None:
+                self._saver.expect(loaded.info.nbytes)
+            if self._loader.knows_whole(loaded.info.path):
+                self._saver.set_base(loaded.step)
         return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from workers import files
 from workers.directory import REPLACED, CheckpointInfo, checkpoint_name, partial_name, read_checkpoint
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from workers.faults import point
-from workers.files import storage_errors
+from workers.files import is_still, storage_errors
 from workers.formats import get_format
 from workers.job import SaveFacts
 from workers.layout import Layout, deal_once
@@ -103,14 +103,6 @@ def vanished(partial: str) -> NoReturn:
     raise StorageError(errno.ENOENT, "the partial checkpoint was removed while it was being written", partial)
 
 
-def is_still(path: str, directory_fd: int) -> bool:
-    """Whether the opened directory has this name (still)."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(directory_fd))
-    except FileNotFoundError:
-        return False
-
-
 def manifest_of(facts: SaveFacts, layout: Layout, directory_fd: int) -> Manifest | None:
     """The manifest that is there, or a new one if every receipt is there. The caller holds the lock."""
     partial = partial_path(facts)
@@ -118,13 +110,20 @@ def manifest_of(facts: SaveFacts, layout: Layout, directory_fd: int) -> Manifest
     data = files.read_if_exists(path)
     if data is not None:
         return parse_manifest(data, path)
+    receipts = read_receipts(facts)
+    return None if receipts is None else _write_manifest(facts, layout, receipts, directory_fd, partial)
+
+
+def read_receipts(facts: SaveFacts) -> list[Receipt] | None:
+    """Every part's; None when some are missing."""
+    partial = partial_path(facts)
     receipts = []
     for part in range(facts.num_parts):
         receipt = read_receipt(partial, part, facts.num_parts, facts.save_id)
         if receipt is None:
             return None
         receipts.append(receipt)
-    return _write_manifest(facts, layout, receipts, directory_fd, partial)
+    return receipts
 
 
 def _write_manifest(
@@ -137,20 +136,38 @@ def _write_manifest(
         files.write_atomically(directory_fd, partial, name, data, facts.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
-    manifest = Manifest(
-        header=Header(facts.kind, facts.step, facts.save_id, facts.created, facts.torch, facts.stager),
-        layout=layout,
-        hashes=_hashes_by_item(layout, receipts, partial),
-        index_files=tuple(index_files),
-    )
+    manifest = build_manifest(facts, layout, receipts, partial, tuple(index_files))
     files.write_atomically(directory_fd, partial, MANIFEST_NAME, manifest.to_bytes(), facts.fsync)
     point("commit.manifest")
     return manifest
 
 
-def _hashes_by_item(layout: Layout, receipts: list[Receipt], partial: str) -> tuple[tuple[str, ...], ...]:
+def build_manifest(
+    facts: SaveFacts, layout: Layout, receipts: list[Receipt], partial: str, index_files: tuple[IndexFile, ...]
+) -> Manifest:
+    """What the receipts prove, as a manifest; ``partial`` is for error messages."""
+    return Manifest(
+        header=Header(
+            kind=facts.kind,
+            step=facts.step,
+            save_id=facts.save_id,
+            created=facts.created,
+            torch=facts.torch,
+            stager=facts.stager,
+            linked_bytes=sum(receipt.linked_bytes for receipt in receipts),
+            generation=max(receipt.generation for receipt in receipts),
+        ),
+        layout=layout,
+        hashes=_hashes_by_item(facts, layout, receipts, partial),
+        index_files=index_files,
+    )
+
+
+def _hashes_by_item(
+    facts: SaveFacts, layout: Layout, receipts: list[Receipt], partial: str
+) -> tuple[tuple[str, ...], ...]:
     hashes: list[list[str]] = [[] for _ in layout.items]
-    for receipt, part in zip(receipts, deal_once(layout, len(receipts)), strict=True):
+    for receipt, part in zip(receipts, deal_once(layout, len(receipts), facts.whole_bytes), strict=True):
         if len(receipt.hashes) != len(part):
             raise CorruptCheckpointError(
                 os.path.join(partial, receipt_name(receipt.part)),

@@ -47,6 +47,7 @@ class CheckpointInfo:
         save_id: unique.
         num_tensors, num_objects: what is in it; tied tensors count once.
         format: on-disk format.
+        linked_bytes: of ``nbytes``, what was linked to an earlier checkpoint's files and not written (incremental saves).
     """
 
     step: int
@@ -57,6 +58,7 @@ class CheckpointInfo:
     num_tensors: int
     num_objects: int
     format: str
+    linked_bytes: int = 0
 
     @staticmethod
     def of(path: str, manifest: Manifest) -> CheckpointInfo:
@@ -70,6 +72,7 @@ class CheckpointInfo:
             num_tensors=manifest.count("tensor"),
             num_objects=manifest.count("object"),
             format=header.kind,
+            linked_bytes=header.linked_bytes,
         )
 
 
@@ -91,8 +94,13 @@ def partial_name(step: int, save_id: str) -> str:
 
 def committed_steps(directory: str) -> list[int]:
     """Steps that have a directory of their own, newest first; nothing of it is read."""
-    steps = {name: int(match[1]) for name in _names(directory) if (match := _COMMITTED.fullmatch(name))}
-    return sorted((step for name, step in steps.items() if name == checkpoint_name(step)), reverse=True)
+    return sorted((step for name in _names(directory) if (step := parse_checkpoint(name)) is not None), reverse=True)
+
+
+def parse_checkpoint(name: str) -> int | None:
+    """The step of a checkpoint's directory; None: it is the name of something else."""
+    match = _COMMITTED.fullmatch(name)
+    return int(match[1]) if match is not None and name == checkpoint_name(int(match[1])) else None
 
 
 def partial_names(directory: str) -> list[str]:

@@ -50,6 +50,14 @@ def open_directory(path: str, *, follow: bool = True) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
 
 
+def is_still(path: str, directory_fd: int) -> bool:
+    """Whether the opened directory has this name (still)."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(directory_fd))
+    except FileNotFoundError:
+        return False
+
+
 def open_regular(path: str) -> int:
     """A regular file for reading. A checkpoint is files: no link that leads elsewhere, no FIFO that never answers.
 

@@ -50,6 +50,9 @@ class SaveFacts:
         fsync: sync files and directories before each rename.
         created: unix time of the snapshot.
         stager, torch: versions, for the manifest.
+        whole_bytes: files up to this size are dealt whole (:func:`workers.layout.deal`); 0: the save is not incremental.
+        base_step: the checkpoint whose files may be linked where nothing changed; None: there is none.
+        full_every: of so many saves in a row, one is written without links.
     """
 
     directory: str
@@ -61,6 +64,9 @@ class SaveFacts:
     created: float
     stager: str
     torch: str
+    whole_bytes: int = 0
+    base_step: int | None = None
+    full_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +209,10 @@ def _checked(facts: SaveFacts) -> SaveFacts:
         raise ValueError(f"unknown format {facts.kind!r}")
     if not 1 <= check_count(facts.num_parts) <= _MAX_PARTS or type(facts.fsync) is not bool:
         raise ValueError("impossible facts")
+    check_count(facts.whole_bytes)
+    check_count(facts.full_every)
+    if facts.base_step is not None:
+        check_step(facts.base_step)
     return facts
 
 

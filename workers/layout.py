@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from workers.memo import Memo
@@ -149,26 +150,43 @@ def num_segments(span_nbytes: int, segment_bytes: int) -> int:
     return max(1, -(-span_nbytes // segment_bytes))
 
 
-def deal(layout: Layout, num_parts: int) -> list[list[Segment]]:
+def deal(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list[Segment]]:
     """Cut the segments into ``num_parts`` runs of about the same number of bytes.
 
     Runs are contiguous, so a part mostly has a file of its own (two writers of one file wait for its inode's lock).
+
+    Args:
+        whole_bytes: files up to this size go to one part as a whole: only who has all of a file can link it.
     """
     total = sum(file.nbytes for file in layout.files)
     parts: list[list[Segment]] = [[] for _ in range(num_parts)]
     part, done = 0, 0
-    for segment in segments(layout):
-        middle = done + (segment.end - segment.start) / 2
+    for unit in _units(layout, whole_bytes):
+        nbytes = unit[-1].end - unit[0].start
+        middle = done + nbytes / 2
         while part < num_parts - 1 and middle * num_parts >= total * (part + 1):
             part += 1
-        parts[part].append(segment)
-        done += segment.end - segment.start
+        parts[part] += unit
+        done += nbytes
     return parts
 
 
-def deal_once(layout: Layout, num_parts: int) -> list[list[Segment]]:
+def _units(layout: Layout, whole_bytes: int) -> Iterator[list[Segment]]:
+    """What goes to one part: a segment, or all those of a file."""
+    if not whole_bytes:
+        yield from ([segment] for segment in segments(layout))
+        return
+    for file, group in groupby(segments(layout), key=lambda segment: layout.items[segment.index].file):
+        if layout.files[file].nbytes <= whole_bytes:
+            yield list(group)
+        else:
+            yield from ([segment] for segment in group)
+
+
+def deal_once(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list[Segment]]:
     """As :func:`deal`, kept for the next save of the plan. Not to be changed."""
-    return layout.memo.of_save("deal", (num_parts, layout.varying), lambda: deal(layout, num_parts))
+    key = num_parts, whole_bytes, layout.varying
+    return layout.memo.of_save("deal", key, lambda: deal(layout, num_parts, whole_bytes))
 
 
 def align(offset: int, to: int = BLOB_ALIGN_BYTES) -> int:

@@ -6,6 +6,7 @@ with its place, dtype, shape and hashes, and the structure of the state. Body of
 
     format "stager", version 1, kind "dcp" (the on-disk format of the items), step, save_id, created (unix seconds),
     torch, stager (versions that wrote it), segment_bytes,
+    linked       [bytes of files shared with an earlier checkpoint, saves since one was written without sharing]
     files        [[name, nbytes], ...]                 data files, tiled by the items' spans
     index_files  [[name, nbytes, xxh3_128], ...]       .metadata
     columns      names of the columns of a row
@@ -49,7 +50,12 @@ class IndexFile:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The facts of a checkpoint that are not about a single item."""
+    """The facts of a checkpoint that are not about a single item.
+
+    Attributes:
+        linked_bytes: of files that were hard links to an earlier checkpoint's when this one was committed.
+        generation: 0: all of it was written by its own save; else one more than the checkpoint that it was linked to.
+    """
 
     kind: str
     step: int
@@ -57,6 +63,8 @@ class Header:
     created: float
     torch: str
     stager: str
+    linked_bytes: int = 0
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,7 @@ class Manifest:
                 "torch": header.torch,
                 "stager": header.stager,
                 "segment_bytes": layout.segment_bytes,
+                "linked": [header.linked_bytes, header.generation],
                 "files": [[f.name, f.nbytes] for f in layout.files],
                 "index_files": [[f.name, f.nbytes, f.xxh3_128] for f in self.index_files],
                 "columns": [*ROW_COLUMNS, "xxh3_128"],
@@ -151,6 +160,7 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
 def _build(body: dict[str, Any]) -> Manifest:
     if body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
         raise ValueError("unknown columns")
+    linked_bytes, generation = body.get("linked", (0, 0))
     header = Header(
         kind=check_text(body["kind"]),
         step=check_step(body["step"]),
@@ -158,6 +168,8 @@ def _build(body: dict[str, Any]) -> Manifest:
         created=check_time(body["created"]),
         torch=check_text(body["torch"]),
         stager=check_text(body["stager"]),
+        linked_bytes=check_count(linked_bytes),
+        generation=check_count(generation),
     )
     index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
     layout = Layout(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from workers import files
 from workers.envelope import seal, unseal
 from workers.errors import CorruptCheckpointError
-from workers.layout_check import check_text
+from workers.layout_check import check_count, check_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class Receipt:
     hashes: xxh3_128 of each segment, hex.
     pid: the worker.
     started, written, synced: ``time.time()`` stamps.
+    linked_bytes: of the files that were linked to those of an earlier checkpoint, and not written.
+    generation: how many saves ago the oldest of these may have been written.
+    note: why less was linked than could have been; "": no such reason.
     """
 
     part: int
@@ -33,6 +36,9 @@ class Receipt:
     started: float
     written: float
     synced: float
+    linked_bytes: int = 0
+    generation: int = 0
+    note: str = ""
 
     def write(self, directory_fd: int, directory: str, fsync: bool) -> None:
         files.write_atomically(directory_fd, directory, receipt_name(self.part), seal(asdict(self)), fsync)
@@ -56,6 +62,8 @@ def read_receipt(directory: str, part: int, num_parts: int, save_id: str) -> Rec
     try:
         body = unseal(data, path)
         receipt = Receipt(**{**body, "hashes": tuple(map(check_text, body["hashes"]))})
+        check_count(receipt.linked_bytes)
+        check_count(receipt.generation)
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptCheckpointError(path, f"not a receipt: {error!r}") from error
     if (receipt.part, receipt.num_parts, receipt.save_id) != (part, num_parts, save_id):

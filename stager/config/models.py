@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from stager.config.host import usable_cores
 from stager.config.sizes import Allowed, Bytes, MemoryLimit, parse_share
@@ -151,6 +151,22 @@ class PersistenceConfig(Section):
     )
     check_free_space: bool = Field(default=True, description="Refuse a save that the file system has no room for.")
     lock_timeout_secs: SecondsOrZero = Field(default=60.0, description="Seconds to wait for another run to let go.")
+    incremental: bool = Field(
+        default=False,
+        description="Link files whose bytes did not change since the last checkpoint; not with format torch. See the guide.",
+    )
+    full_every: int = Field(
+        default=16, ge=2, description="With incremental: one of so many saves in a row is written without links."
+    )
+
+    @model_validator(mode="after")
+    def _incremental_needs_files(self) -> PersistenceConfig:
+        if self.incremental and self.format == "torch":
+            raise ValueError(
+                'incremental saves link files in which nothing changed, and format "torch" has one file only, in which '
+                "something always did; set format to dcp or safetensors, or incremental to false"
+            )
+        return self
 
 
 class LoadingConfig(Section):

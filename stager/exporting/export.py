@@ -23,7 +23,7 @@ from workers import files
 from workers.dtypes import dtype_of, new_tensor
 from workers.errors import MemoryBudgetError, UnstageableError, UsageError
 from workers.formats import Format, get_format, safetensors_file
-from workers.formats.contract import TensorSpec
+from workers.formats.contract import TensorSpec, evenly
 from workers.job import Plan
 from workers.layout import Item, Layout, align
 from workers.manifest import Manifest, read_manifest
@@ -161,7 +161,7 @@ class _Export:
         for source in sources:
             if not self._format.holds(source.dtype):
                 raise UnstageableError(source.name, f"is {source.dtype}, which this format does not have")
-        laid_out = self._format.lay_out([self._spec(source) for source in sources], 0, 1)
+        laid_out = self._format.lay_out([self._spec(source) for source in sources], 0, evenly(1))
         order = {number: place for place, number in enumerate(laid_out.order)}
         count = len(sources)
         structure = _renumbered(self.contents.structure, lambda n: order[n] if n < count else n)

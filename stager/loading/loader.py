@@ -72,6 +72,14 @@ class Loader:
     def skipped(self) -> list[SkippedCheckpoint]:
         return list(self._skipped)
 
+    def knows_whole(self, path: str) -> bool:
+        """Whether every byte of this checkpoint was hashed here, and nothing has changed since."""
+        with self._lock, storage_errors("look at", path):
+            try:
+                return path in self._verified and self._verified[path] == fingerprint(path)
+            except FileNotFoundError:
+                return False
+
     def latest(self) -> CheckpointInfo | None:
         with self._lock:
             found = self._find(None, self._config.verify == "full")
@@ -95,7 +103,7 @@ class Loader:
                 restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed, selection)
                 try:
                     state = self._restore(restorer, into, strict)
-                    if into is None and selection is None:
+                    if restorer.has_read_all:
                         self._verified[found.info.path] = found.identity  # every byte was read and hashed
                     return Loaded(found.info.step, state, found.info)
                 except CorruptCheckpointError as error:  # damaged since it was verified, or found out by reading it

@@ -46,6 +46,7 @@ class Restorer:
 
     Attributes:
         has_overwritten: reading into tensors that were there has begun. What is in them is good when ``load_into`` returns.
+        has_read_all: every byte of the checkpoint's data was read, and had its hash.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Restorer:
         self._allow_pickle = allow_pickle
         self._selection = selection
         self.has_overwritten = False
+        self.has_read_all = False
 
     def load(self) -> Any:
         """The whole state, or what is selected of it, in new memory.
@@ -133,6 +135,8 @@ class Restorer:
                 if self.has_overwritten:
                     raise StorageError(error.errno, f"{error.message}; {_PARTLY}", error.path) from error
                 raise
+        everything = range(len(self._stored.layout.items))
+        self.has_read_all = others or (not self._chunks and not spread and set(everything) <= set(wanted))
         settle(tensors, found.targets)
         own = {index: tensor for index, tensor in reversed(found.targets) if index not in shared}
         return {**values, **tensors, **spread, **own}

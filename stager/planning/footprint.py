@@ -60,7 +60,9 @@ class Measured:
         self._num_workers = num_workers
         self._segment_bytes = config.persistence.segment_bytes
         self._flat = with_stand_ins(flatten(state), num_shards)
-        plan = Planner(self._format, num_workers, self._segment_bytes).plan(self._flat)
+        self._incremental = config.persistence.incremental
+        planner = Planner(self._format, num_workers, self._segment_bytes, incremental=self._incremental)
+        plan = planner.plan(self._flat)
         blobs = [self._blob(self._flat, leaf) for leaf in plan.objects]
         self._blobs = plan.closed(blobs)
         self.footprint = Footprint(
@@ -79,8 +81,8 @@ class Measured:
             MemoryBudgetError: not even one piece fits.
         """
         segment_bytes = segment_bytes_for(budget_nbytes, self._segment_bytes)
-        plan = Planner(self._format, self._num_workers, segment_bytes, in_order=True).plan(self._flat)
-        return cut(plan, self._blobs, budget_nbytes)
+        planner = Planner(self._format, self._num_workers, segment_bytes, in_order=True, incremental=self._incremental)
+        return cut(planner.plan(self._flat), self._blobs, budget_nbytes, incremental=self._incremental)
 
     def _blob(self, flat: Flat, leaf: int) -> bytes:
         value = flat.leaves[leaf]

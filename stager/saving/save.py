@@ -63,6 +63,8 @@ class SaveReport:
         blocked_secs: how long the call of ``save()`` took, the training thread's loss.
         staged_secs: until the snapshot was whole and handed over.
         written_secs, synced_secs, committed_secs: until the last byte was written, synced, and the checkpoint visible.
+        written_bytes, linked_bytes: of the checkpoint's files, what was written, and what was linked to an earlier one's
+            because it had not changed (``persistence.incremental``). None: not committed.
         events: what happened when, in which process.
         notes: what is worth knowing about how this save was done.
     """
@@ -77,6 +79,8 @@ class SaveReport:
     written_secs: float | None
     synced_secs: float | None
     committed_secs: float | None
+    written_bytes: int | None
+    linked_bytes: int | None
     events: tuple[Event, ...]
     notes: tuple[str, ...]
 
@@ -138,6 +142,8 @@ class SaveHandle:
         self._lock = threading.Lock()
         self._times = _Times(time.time())
         self._nbytes = self._num_tensors = self._num_objects = 0
+        self._written_bytes: int | None = None
+        self._linked_bytes: int | None = None
         self._notes: list[str] = []
 
     @property
@@ -160,6 +166,8 @@ class SaveHandle:
                 written_secs=self._since(times.written),
                 synced_secs=self._since(times.synced),
                 committed_secs=self._since(times.committed),
+                written_bytes=self._written_bytes,
+                linked_bytes=self._linked_bytes,
                 events=tuple(times.events),
                 notes=tuple(self._notes),
             )
@@ -220,6 +228,9 @@ class SaveHandle:
             self._times.written = max(r.written for r in results)
             self._times.synced = max(r.synced for r in results)
             self._times.committed = committed.ended
+            self._linked_bytes = committed.info.linked_bytes
+            self._written_bytes = committed.info.nbytes - committed.info.linked_bytes
+            self._notes += dict.fromkeys(result.note for result in results if result.note)
         self._move(SaveState.COMMITTED)
         self.upload_completion.set_result(committed.info)
 

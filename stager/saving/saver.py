@@ -16,7 +16,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -48,6 +48,8 @@ from workers.writing import PLAIN, Writing
 
 logger = logging.getLogger("stager")
 
+_ANY_SIZE = (1 << 63) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class SaverOptions:
@@ -57,7 +59,7 @@ class SaverOptions:
         directory: of the run, absolute.
         kind: name of the on-disk format.
         num_parts: into how many parts a save is dealt.
-        fsync, check_free_space, segment_bytes: see the configuration's section persistence.
+        fsync, check_free_space, segment_bytes, incremental, full_every: see the configuration's section persistence.
         verify: see the section staging.
         writing: of one worker.
     """
@@ -70,6 +72,8 @@ class SaverOptions:
     segment_bytes: int
     verify: bool
     writing: Writing = PLAIN
+    incremental: bool = False
+    full_every: int = 0
 
 
 class Saver:
@@ -90,16 +94,19 @@ class Saver:
         self._copier = copier
         self._pool = pool
         self._on_done = on_done
-        self._planner = Planner(file_format, options.num_parts, options.segment_bytes)
+        self._planner = Planner(file_format, options.num_parts, options.segment_bytes, incremental=options.incremental)
         self._piece_nbytes = arena.piece_nbytes
         piece_segments = segment_bytes_for(self._piece_nbytes, options.segment_bytes)
-        self._piece_planner = Planner(file_format, options.num_parts, piece_segments, in_order=True)
+        self._piece_planner = Planner(
+            file_format, options.num_parts, piece_segments, in_order=True, incremental=options.incremental
+        )
         self._jobs = JobWriter()
         self._stager: ThreadPoolExecutor | None = None
         self._staging_thread = 0
         self._staging: set[Future[None]] = set()
         self._in_flight: set[SaveHandle] = set()
         self._lock = threading.Lock()
+        self._base_step: int | None = None
         self.guard = Guard(self.wait_for_staging)
         self._sharer = SourceSharer(pool, options.num_parts, sharing) if sharing.location != "trainer" else None
         self._taker = SnapshotTaker(file_format, copier, self.guard, self._sharer, verify=options.verify)
@@ -112,7 +119,7 @@ class Saver:
         flat = self._taker.flatten(state)
         snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
         handle._describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.plan.objects))
-        if self._options.check_free_space:
+        if self._options.check_free_space and self._base_step is None:  # else nobody knows how much will be written
             self._check_free_space(snapshot.nbytes)
         handle._event("plan", started)
         nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)
@@ -224,7 +231,7 @@ class Saver:
         lease.move(SlabState.STAGED)
         handle._move(SaveState.STAGED)
         point("save.copied")
-        facts = self._facts(handle, self._options.num_parts)
+        facts = self._facts(handle, self._options.num_parts, _ANY_SIZE if self._options.incremental else 0)
         job = self._jobs.write(facts, snapshot.plan, snapshot.blobs, lease.slab, self._arena.live_slabs())
         futures, failure = self._hand_over(job)
         lease.move(SlabState.PERSISTING)
@@ -249,7 +256,7 @@ class Saver:
             return futures, error
         return futures, None
 
-    def _facts(self, handle: SaveHandle, num_parts: int) -> SaveFacts:
+    def _facts(self, handle: SaveHandle, num_parts: int, whole_bytes: int) -> SaveFacts:
         return SaveFacts(
             directory=self._options.directory,
             step=handle.step,
@@ -260,6 +267,9 @@ class Saver:
             created=time.time(),
             stager=__version__,
             torch=torch.__version__,
+            whole_bytes=whole_bytes,
+            base_step=self._base_step,
+            full_every=self._options.full_every,
         )
 
     def _fail(self, handle: SaveHandle, lease: Lease, error: BaseException) -> None:
@@ -271,7 +281,7 @@ class Saver:
 
     def _save_in_pieces(self, handle: SaveHandle, flat: Flat) -> None:
         snapshot = self._taker.begin(handle, flat, self._piece_planner)
-        pieces = cut(snapshot.plan, snapshot.blobs, self._piece_nbytes)
+        pieces = cut(snapshot.plan, snapshot.blobs, self._piece_nbytes, incremental=self._options.incremental)
         lease = self._lease(handle, pieces.slab_nbytes)
         if lease is None:
             return
@@ -298,7 +308,7 @@ class Saver:
         if not claim.acquire(blocking=False):
             return
         handle = snapshot.handle
-        facts = self._facts(handle, len(pieces.pieces))
+        facts = self._facts(handle, len(pieces.pieces), pieces.whole_bytes)
         futures: list[Future[PartResult]] = []
         lease: Lease | None = first
         try:
@@ -368,6 +378,7 @@ class Saver:
         if lease is not None:
             lease.release()
         if any(result.committed for result in results):  # whatever befell another part afterwards
+            self.set_base(handle.step)
             self._settle(handle, lambda: handle._commit(results))
             return
         why = failure or error
@@ -393,6 +404,18 @@ class Saver:
         self._on_done(handle)
         with self._lock:
             self._in_flight.discard(handle)
+
+    # -- the base of incremental saves: see workers/base.py ------------------------------------------------------
+
+    def set_base(self, step: int) -> None:
+        """This checkpoint is whole: it was just committed, or verified."""
+        if self._options.incremental:
+            self._base_step = step
+
+    def forget_base(self, steps: Collection[int]) -> None:
+        """These checkpoints are damaged, or gone: nothing is to be linked to them."""
+        if self._base_step in steps:
+            self._base_step = None
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
 
@@ -422,7 +445,9 @@ class Saver:
         nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)
         if nbytes > self._arena.max_slab_nbytes:
             snapshot = self._taker.begin(SaveHandle(0, ""), flat, self._piece_planner)
-            nbytes = cut(snapshot.plan, snapshot.blobs, self._piece_nbytes).slab_nbytes
+            nbytes = cut(
+                snapshot.plan, snapshot.blobs, self._piece_nbytes, incremental=self._options.incremental
+            ).slab_nbytes
         self._arena.prepare(nbytes)
         ready = [self._pool.hand_over(prepare_worker) for _ in range(self._options.num_parts)]
         for future in ready:

@@ -23,6 +23,7 @@ from workers.layout import Item, Layout, Segment, align, deal
 
 _MIN_SEGMENT_BYTES = 64 << 10
 _SEGMENTS_PER_PIECE = 8  # parts are cut between segments, so these bound how unequal they are
+_FILES_PER_PIECE = 4  # the same for files that are not to be cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,13 @@ class Pieces:
     pieces: in order of their parts.
     items: the objects' places.
     slab_nbytes: what a slab for any of them needs.
+    whole_bytes: files up to this size are in one piece (:func:`workers.layout.deal`).
     """
 
     pieces: tuple[Piece, ...]
     items: tuple[Item, ...]
     slab_nbytes: int
+    whole_bytes: int
 
 
 def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
@@ -56,11 +59,12 @@ def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
     return max(_MIN_SEGMENT_BYTES, min(configured, budget_nbytes // _SEGMENTS_PER_PIECE))
 
 
-def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int) -> Pieces:
+def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incremental: bool = False) -> Pieces:
     """
     Args:
         plan: made in the files' order.
         budget_nbytes: for one slab.
+        incremental: do not cut files that are small beside a piece, so that they can be linked.
 
     Raises:
         MemoryBudgetError: not even a piece fits.
@@ -71,11 +75,12 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int) -> Piece
     room = budget_nbytes - overhead
     total = sum(file.nbytes for file in layout.files)
     num_parts = max(1, -(-total // max(1, room)))
+    whole_bytes = max(0, room // _FILES_PER_PIECE) if incremental else 0
     while room > layout.segment_bytes:
-        pieces = tuple(_pieces(layout, num_parts))
+        pieces = tuple(_pieces(layout, num_parts, whole_bytes))
         largest = max(piece.nbytes for piece in pieces)
         if largest <= room:
-            return Pieces(pieces, tuple(items), align(largest) + overhead)
+            return Pieces(pieces, tuple(items), align(largest) + overhead, whole_bytes)
         num_parts += max(1, num_parts // 8)
     raise MemoryBudgetError(
         f"the snapshot needs {total:,} bytes of host memory and would be staged in pieces, but a buffer of "
@@ -84,8 +89,8 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int) -> Piece
     )
 
 
-def _pieces(layout: Layout, num_parts: int) -> Iterator[Piece]:
-    for part, segments in enumerate(deal(layout, num_parts)):
+def _pieces(layout: Layout, num_parts: int, whole_bytes: int) -> Iterator[Piece]:
+    for part, segments in enumerate(deal(layout, num_parts, whole_bytes)):
         ranges = [_in_slab(layout.items[segment.index], segment) for segment in segments]
         ranges = [(start, end) for start, end in ranges if start < end]
         if ranges:

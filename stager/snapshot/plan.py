@@ -17,6 +17,7 @@ import xxhash
 
 from stager.snapshot.fingerprint import Fingerprint, Fingerprints, read_fingerprints
 from stager.snapshot.flatten import Flat
+from stager.snapshot.grouping import by_role
 from stager.snapshot.placement import (
     LARGE_BYTES,
     Copy,
@@ -28,7 +29,7 @@ from stager.snapshot.placement import (
     span_nbytes,
 )
 from workers.formats import Format
-from workers.formats.contract import Closing, TensorSpec
+from workers.formats.contract import Closing, Split, TensorSpec, evenly
 from workers.job import Plan
 from workers.structure import Node
 
@@ -81,13 +82,21 @@ class Planner:
         segment_bytes: see :class:`workers.layout.Layout`.
         rank: of this process in the job; part of the file names.
         in_order: the slab keeps to the files' order, for a snapshot that is staged in pieces.
+        incremental: many files, of tensors that are likely to change together (``grouping.py``), instead of ``num_files``.
     """
 
     def __init__(
-        self, file_format: Format, num_files: int, segment_bytes: int, rank: int = 0, *, in_order: bool = False
+        self,
+        file_format: Format,
+        num_files: int,
+        segment_bytes: int,
+        rank: int = 0,
+        *,
+        in_order: bool = False,
+        incremental: bool = False,
     ) -> None:
         self._format = file_format
-        self._num_files = num_files
+        self._split: Split = by_role if incremental else evenly(num_files)
         self._segment_bytes = segment_bytes
         self._rank = rank
         self._in_order = in_order
@@ -120,7 +129,7 @@ class Planner:
         are_tensors = {leaf for leaf, _ in rows}
         objects = tuple(i for i in range(len(flat.leaves)) if i not in are_tensors)
         groups = _group(rows)
-        laid_out = self._format.lay_out([_spec(flat, group) for group in groups], self._rank, self._num_files)
+        laid_out = self._format.lay_out([_spec(flat, group) for group in groups], self._rank, self._split)
         in_order = [groups[number] for number in laid_out.order]
         file_offsets = {
             leaf: item.data_offset

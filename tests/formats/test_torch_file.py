@@ -12,7 +12,7 @@ import torch
 from tests.persistence.jobs import save
 from tests.states import same
 from workers.formats import torch_file
-from workers.formats.contract import TensorSpec
+from workers.formats.contract import TensorSpec, evenly
 from workers.job import Plan
 from workers.layout import Layout
 
@@ -20,7 +20,7 @@ from workers.layout import Layout
 def write_sparse(path: Path, shapes: Sequence[tuple[int, ...]], data: Callable[[int], bytes]) -> Layout:
     """A state ``{"t": [int32 tensors]}`` of which only the first bytes of each tensor are written; the rest is a hole."""
     specs = [TensorSpec((("t", i),), "int32", shape, (1,)) for i, shape in enumerate(shapes)]
-    laid_out = torch_file.lay_out(specs, 0, 1)
+    laid_out = torch_file.lay_out(specs, 0, evenly(1))
     structure = ["dict", ["t"], [["list", list(range(len(specs)))]]]
     plan = Plan(laid_out.files, "state.pt", laid_out.items, structure, 1 << 20)
     closing = torch_file.closing(plan)([])

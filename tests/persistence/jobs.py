@@ -39,13 +39,17 @@ def make_job(
     fsync: bool = True,
     num_files: int | None = None,
     kind: str = "dcp",
+    incremental: bool = False,
+    base_step: int | None = None,
+    full_every: int = 16,
 ) -> SaveJob:
     """What the trainer hands over. ``num_files``: split even a small state into so many files."""
     file_format, flat = get_format(kind), flatten(state)
     with pytest.MonkeyPatch.context() as patch:
         if num_files is not None:
             patch.setattr(contract, "SMALLEST_FILE_BYTES", 1)
-        plan = Planner(file_format, num_files or num_parts, segment_bytes).plan(flat)
+        planner = Planner(file_format, num_files or num_parts, segment_bytes, incremental=incremental)
+        plan = planner.plan(flat)
     blobs = plan.closed([file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects])
     slab = Slab.create(slab_nbytes(plan, blobs))
     Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
@@ -59,6 +63,9 @@ def make_job(
         created=time.time(),
         stager="0",
         torch=torch.__version__,
+        whole_bytes=1 << 62 if incremental else 0,
+        base_step=base_step,
+        full_every=full_every,
     )
     return JobWriter().write(facts, plan, blobs, slab, frozenset({slab.slab_id}))
 
@@ -90,7 +97,20 @@ class Crash(BaseException):
 
 
 # What changes or reads the file system on the way of a save. ``renameat2`` goes by ctypes; it is between two of these.
-_CALLS = ("open", "mkdir", "rename", "unlink", "rmdir", "ftruncate", "fsync", "pwritev", "listdir", "stat", "fstat")
+_CALLS = (
+    "open",
+    "mkdir",
+    "link",
+    "rename",
+    "unlink",
+    "rmdir",
+    "ftruncate",
+    "fsync",
+    "pwritev",
+    "listdir",
+    "stat",
+    "fstat",
+)
 
 
 @contextmanager

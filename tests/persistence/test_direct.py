@@ -19,10 +19,11 @@ from stager.snapshot.plan import Planner
 from tests.persistence.jobs import load, make_job, run
 from tests.persistence.test_writing import cache_can_be_dropped, num_cached
 from tests.states import same
-from workers import direct, persist
+from workers import direct
 from workers.direct import BLOCK_BYTES, BUFFER_BYTES, IN_PLACE_FROM_BYTES, DirectWriter
 from workers.errors import StorageError
 from workers.formats import get_format
+from workers.part_writer import PartWriter
 from workers.verify import verify_checkpoint
 from workers.writing import Writing
 
@@ -239,7 +240,7 @@ def test_setting_decides(room: Path, monkeypatch: pytest.MonkeyPatch, direct_io:
 def test_full_disk_names_the_file(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir.mkdir()
     full = os.open("/dev/full", os.O_WRONLY)
-    monkeypatch.setattr(persist._PartWriter, "_open_direct", lambda self, file: full)
+    monkeypatch.setattr(PartWriter, "_open_direct", lambda self, file: full)
     job = replace(make_job(run_dir, {"big": torch.arange(6.0 * MIB)}), writing=Writing(direct_io=True))
     with pytest.raises(StorageError, match=r"__0_0\.distcp.*No space left"):
         run(job)

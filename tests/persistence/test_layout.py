@@ -64,6 +64,26 @@ def test_parts_hold_every_segment_once_in_order_and_are_balanced(
     assert deal(layout, num_parts) == parts
 
 
+@settings(deadline=None)
+@given(
+    files=_SIZES, segment_bytes=st.integers(1, 6000), num_parts=st.integers(1, 9), whole_bytes=st.integers(0, 20_000)
+)
+def test_files_that_are_dealt_whole_are_in_one_part(
+    files: list[list[int]], segment_bytes: int, num_parts: int, whole_bytes: int
+) -> None:
+    layout = layout_of(files, segment_bytes)
+    parts = deal(layout, num_parts, whole_bytes)
+    assert [segment for part in parts for segment in part] == list(segments(layout))
+    unit = segment_bytes
+    for number, spec in enumerate(layout.files):
+        holders = [part for part in parts if any(layout.items[s.index].file == number for s in part)]
+        if spec.nbytes <= whole_bytes:
+            assert len(holders) <= 1
+            unit = max(unit, spec.nbytes)
+    total = sum(spec.nbytes for spec in layout.files)
+    assert all(sum(s.end - s.start for s in part) <= total / num_parts + unit for part in parts)
+
+
 _SHAPES = st.lists(st.integers(0, 6), max_size=3).map(tuple)
 _DTYPES = st.sampled_from([torch.float32, torch.bool, torch.complex64, torch.bfloat16, torch.int64])
 

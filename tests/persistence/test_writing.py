@@ -16,7 +16,7 @@ import torch
 from stager import Checkpointer
 from tests.persistence.jobs import load, make_job, run
 from tests.states import same
-from workers import persist, writing
+from workers import part_writer, writing
 from workers.verify import verify_checkpoint
 from workers.writing import Pace, WriteBack, Writing, drop_cached
 
@@ -76,7 +76,7 @@ def test_every_byte_of_a_part_counts_against_the_limit(run_dir: Path, monkeypatc
         clocks.append(Clock())
         return Pace(rate, clocks[-1], clocks[-1].sleep)
 
-    monkeypatch.setattr(persist, "Pace", pace)
+    monkeypatch.setattr(part_writer, "Pace", pace)
     state = {"big": torch.ones(3 * MIB), "small": [torch.ones(9) for _ in range(50)], "text": "x"}
     job = replace(make_job(run_dir, state, num_parts=3), writing=Writing(max_bytes_per_sec=MIB))
     info = run(job).info

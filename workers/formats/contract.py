@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 SMALLEST_FILE_BYTES = 1 << 20  # below this a file of its own costs more than it brings
 
+Split = Callable[[Sequence["TensorSpec"], Sequence[int]], list[list[int]]]
+"""From tensors and what each takes in a file, bytes, to the files they go into: numbers of tensors, none without any."""
+
 Frames = Callable[[int], tuple[bytes, bytes]]
 """From an item's number to the bytes before and after its raw bytes; ``(b"", b"")`` for what is no tensor."""
 
@@ -76,17 +79,19 @@ class LaidOut:
 class Format(Protocol):
     """Attributes:
     row_major: tensors lie in C order, whatever their strides were.
+    one_file: it has no other, so that any change is a change of that one: no incremental saves.
     """
 
     row_major: bool
+    one_file: bool
 
     def holds(self, dtype: str) -> bool:
         """Whether a tensor of this dtype is stored as a tensor. Others are stored as objects."""
 
-    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, num_files: int) -> LaidOut:
+    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
         """
         Args:
-            num_files: at most so many, where the format has more than one.
+            split: which tensors share a file, where the format has more than one.
 
         Raises:
             UnstageableError: a tensor that cannot be written; names its key path.
@@ -120,8 +125,12 @@ class Framed:
         return self.head + self.data + self.tail
 
 
-def deal_to_files(nbytes: Sequence[int], num_files: int) -> list[list[int]]:
-    """Runs of about the same number of bytes, at most ``num_files``, none of them empty: numbers into ``nbytes``."""
+def evenly(num_files: int) -> Split:
+    """Runs of about the same number of bytes, at most ``num_files``."""
+    return lambda tensors, nbytes: _runs(nbytes, num_files)
+
+
+def _runs(nbytes: Sequence[int], num_files: int) -> list[list[int]]:
     total = sum(nbytes)
     num_files = max(1, min(num_files, total // SMALLEST_FILE_BYTES))
     runs: list[list[int]] = [[] for _ in range(num_files)]
@@ -149,15 +158,16 @@ def tensor_item(spec: TensorSpec, file: int, offset: int, head: int, data: int, 
     )
 
 
-def lay_out_blobs(framed: Sequence[Framed], names: Callable[[int], str], num_files: int) -> LaidOut:
-    """Blobs one after the other at multiples of 64 bytes, in the order given."""
+def lay_out_blobs(framed: Sequence[Framed], names: Callable[[int], str], split: Split) -> LaidOut:
+    """Blobs one after the other at multiples of 64 bytes."""
     items: list[Item] = []
     files: list[FileSpec] = []
-    for file, run in enumerate(deal_to_files([one.nbytes for one in framed], num_files)):
+    runs = split([one.spec for one in framed], [align(one.nbytes) for one in framed])
+    for file, run in enumerate(runs):
         offset = 0
         for number in run:
             one = framed[number]
             items.append(tensor_item(one.spec, file, offset, one.head, one.data, one.tail))
             offset = align(offset + one.nbytes, BLOB_ALIGN_BYTES)
         files.append(FileSpec(names(file), offset))
-    return LaidOut(range(len(items)), tuple(items), tuple(files))
+    return LaidOut([number for run in runs for number in run], tuple(items), tuple(files))

@@ -22,7 +22,7 @@ from torch.serialization import skip_data
 
 from workers.dtypes import dtype_of, tensor_over
 from workers.errors import InternalError, UnstageableError
-from workers.formats.contract import Framed, Frames, LaidOut, TensorSpec, lay_out_blobs
+from workers.formats.contract import Framed, Frames, LaidOut, Split, TensorSpec, lay_out_blobs
 from workers.formats.dcp_index import dcp_index
 from workers.layout import BLOB_ALIGN_BYTES, Layout
 from workers.slab import Slab
@@ -41,6 +41,7 @@ _SPARSE_FROM_BYTES = 64 << 20
 
 
 row_major = False
+one_file = False
 
 
 def holds(dtype: str) -> bool:
@@ -51,7 +52,7 @@ def object_file_name(rank: int) -> str:
     return f"__{rank}_objects.distcp"
 
 
-def lay_out(tensors: Sequence[TensorSpec], rank: int, num_files: int) -> LaidOut:
+def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
     """Each tensor an archive."""
     framed = []
     for spec in tensors:
@@ -60,7 +61,7 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, num_files: int) -> LaidOut
         except Exception as error:
             raise UnstageableError(spec.describe(), f"torch.save cannot write {spec.dtype}: {error}") from error
         framed.append(Framed(spec, len(head), spec.nbytes, len(tail)))
-    return lay_out_blobs(framed, lambda file: f"__{rank}_{file}.distcp", num_files)
+    return lay_out_blobs(framed, lambda file: f"__{rank}_{file}.distcp", split)
 
 
 def frames(layout: Layout) -> Frames:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,7 @@ import torch
 from workers.dtypes import dtype_of
 from workers.errors import UnstageableError
 from workers.formats import dcp
-from workers.formats.contract import Frames, LaidOut, TensorSpec, deal_to_files, tensor_item
+from workers.formats.contract import Frames, LaidOut, Split, TensorSpec, tensor_item
 from workers.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout
 from workers.structure import Path, fqn, walk
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from workers.job import Plan
 
 row_major = True
+one_file = False
 
 DTYPES = {
     "bool": "BOOL",
@@ -64,7 +65,7 @@ def object_file_name(rank: int) -> str:
     return "objects.bin" if rank == 0 else f"objects-rank{rank:05d}.bin"
 
 
-def lay_out(tensors: Sequence[TensorSpec], rank: int, num_files: int) -> LaidOut:
+def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
     """
     Raises:
         UnstageableError: a name that safetensors keeps for itself, or too many tensors for one file.
@@ -75,11 +76,12 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, num_files: int) -> LaidOut
         if any(not _is_text(fqn(path)) for path in spec.paths):
             raise UnstageableError(spec.describe(), "a name in a safetensors file has to be valid Unicode")
     order = sorted(range(len(tensors)), key=lambda number: -dtype_of(tensors[number].dtype).itemsize)
-    runs = deal_to_files([tensors[number].nbytes for number in order], num_files)
+    runs = split([tensors[number] for number in order], [tensors[number].nbytes for number in order])
+    order = [order[number] for run in runs for number in sorted(run)]  # within a file, too, the largest come first
     items: list[Item] = []
     files: list[FileSpec] = []
     for file, run in enumerate(runs):
-        specs = [tensors[order[number]] for number in run]
+        specs = [tensors[number] for number in order[len(items) : len(items) + len(run)]]
         head = len(header([(spec.paths, spec.dtype, spec.shape) for spec in specs]))
         if head > _LARGEST_HEADER_BYTES:
             raise UnstageableError(specs[0].describe(), f"{len(specs)} tensors are too many for one safetensors file")
@@ -123,19 +125,27 @@ def header(tensors: Iterable[tuple[Sequence[Path], str, tuple[int, ...]]]) -> by
 
 
 def frames(layout: Layout) -> Frames:
-    headers: dict[int, bytes] = {}  # by file; a worker mostly writes to one
+    headers: dict[int, bytes] = layout.memo.of_plan("safetensors headers", dict)  # by file
 
     def frame(index: int) -> tuple[bytes, bytes]:
         item = layout.items[index]
         if item.kind != "tensor" or item.offset > 0:
             return b"", b""
         if item.file not in headers:
-            paths = _paths(layout)
-            rows = [(paths[i], t.dtype, t.shape) for i, t in enumerate(layout.items) if t.file == item.file]
-            headers[item.file] = header(rows)
+            headers[item.file] = header(_rows(layout, index))
         return headers[item.file], b""
 
     return frame
+
+
+def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[Path], str, tuple[int, ...]]]:
+    """Of the tensors of a file, ``first`` being the first of them."""
+    paths = layout.memo.of_plan("paths", lambda: _paths(layout))
+    file = layout.items[first].file
+    for index, item in enumerate(layout.items[first:], first):
+        if item.file != file:
+            break
+        yield paths[index], item.dtype, item.shape
 
 
 def _paths(layout: Layout) -> dict[int, list[Path]]:

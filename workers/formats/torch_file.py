@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from workers.errors import UnstageableError
 from workers.formats import torch_pickle
-from workers.formats.contract import Closing, Frames, LaidOut, TensorSpec, tensor_item
+from workers.formats.contract import Closing, Frames, LaidOut, Split, TensorSpec, tensor_item
 from workers.formats.zip_records import (
     DIRECTORY,
     Record,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from workers.job import Plan
 
 row_major = False
+one_file = True
 
 _SMALL_RECORDS = (("byteorder", sys.byteorder.encode()), ("version", b"3\n"))  # 3: what torch.save writes since 1.6
 
@@ -54,7 +55,7 @@ def object_file_name(rank: int) -> str:
     return "state.pt" if rank == 0 else f"state-rank{rank:05d}.pt"
 
 
-def lay_out(tensors: Sequence[TensorSpec], rank: int, num_files: int) -> LaidOut:
+def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
     """Records without gaps, in one file."""
     items = []
     offset = 0
