@@ -64,6 +64,7 @@ _HOME = {
         "WorkerError",
         "WorkerStartError",
     ),
+    "workers.retention": ("PruneReport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -131,3 +132,4 @@ if TYPE_CHECKING:
     from workers.errors import WorkerDiedError as WorkerDiedError
     from workers.errors import WorkerError as WorkerError
     from workers.errors import WorkerStartError as WorkerStartError
+    from workers.retention import PruneReport as PruneReport

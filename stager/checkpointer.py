@@ -28,6 +28,7 @@ from stager.loading.loader import Loaded, Loader
 from stager.loading.selection import Selection
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
+from stager.saving.retainer import Retainer
 from stager.saving.save import SaveHandle, SaveState
 from stager.saving.saver import Saver, SaverOptions
 from stager.saving.telemetry import Telemetry
@@ -36,6 +37,7 @@ from stager.snapshot.copying import Copier
 from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,
+    checkpoint_name,
     list_checkpoints,
     lock_directory,
     parse_checkpoint,
@@ -44,7 +46,10 @@ from workers.errors import ClosedError, StagerError, UsageError
 from workers.files import storage_errors
 from workers.formats import get_format
 from workers.pool import PoolOptions, WorkerPool
+from workers.protected import read_protected, write_protected
+from workers.read_lock import reading
 from workers.recover import recover
+from workers.retention import Fate, PruneReport, RetentionRules, prune
 from workers.writing import Writing
 
 logger = logging.getLogger("stager")
@@ -104,6 +109,7 @@ class Checkpointer:
             os.close(self._lock_fd)
             raise
         self._saver = self._make_saver()
+        self._retainer = Retainer(self._pool, self._directory, self._retention_rules(), self._on_pruned)
 
     def _make_arena(self) -> Arena:
         arena = self._config.arena
@@ -119,6 +125,17 @@ class Checkpointer:
         if self._config.arena.pin is True and not torch.cuda.is_available():
             logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
         return bool(self._config.arena.pin) and torch.cuda.is_available()
+
+    def _retention_rules(self, num_threads: int | None = 1) -> RetentionRules:
+        """One thread in a worker: it competes with the trainer."""
+        retention = self._config.retention
+        return RetentionRules(
+            keep_latest=retention.keep_latest,
+            keep_every=retention.keep_every,
+            protected=frozenset(retention.protect),
+            full=retention.verify == "full",
+            num_threads=num_threads,
+        )
 
     def _start_pool(self) -> WorkerPool:
         workers = self._config.workers
@@ -261,6 +278,7 @@ class Checkpointer:
         report = handle.report
         if handle.state is SaveState.COMMITTED:
             logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
+            self._retainer.after_commit()
         else:
             logger.error("save of step %d failed", report.step)
         with suppress(OSError):
@@ -299,6 +317,58 @@ class Checkpointer:
         if self._saver is None:
             raise ClosedError(f"the Checkpointer of {self._directory} was opened with read_only=True")
         return self._saver
+
+    # -- retention ----------------------------------------------------------------------------------------------
+
+    def protect(self, step: int) -> None:
+        """Keep the checkpoint of ``step`` whatever the rules of ``retention`` say, in this run and later ones.
+
+        It may still be in flight, or to come.
+
+        Raises:
+            CheckpointNotFoundError: it is being removed right now.
+            CorruptCheckpointError: the list of protected steps is damaged.
+            StorageError, ClosedError
+        """
+        self._change_protected(step, keep=True)
+
+    def unprotect(self, step: int) -> None:
+        """Let the rules decide again. A step that was not protected is no error.
+
+        Raises:
+            CorruptCheckpointError, StorageError, ClosedError
+        """
+        self._change_protected(step, keep=False)
+
+    def _change_protected(self, step: int, *, keep: bool) -> None:
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
+        with self._lock:
+            self._writer()
+            with reading(os.path.join(self._directory, checkpoint_name(step))):  # so that it is not removed meanwhile
+                steps = read_protected(self._directory)
+                write_protected(self._directory, steps | {step} if keep else steps - {step})
+
+    def prune(self, *, dry_run: bool = False) -> PruneReport:
+        """Apply the rules of ``retention`` now, in a worker, and wait for it. A commit does so by itself.
+
+        Args:
+            dry_run: only say what would be removed; also with ``read_only=True``.
+
+        Raises:
+            CorruptCheckpointError: the list of protected steps is damaged; nothing was removed.
+            UsageError: called by a callback of a save's Future.
+            StorageError, WorkerError, ClosedError
+        """
+        self._refuse_in_callback("prune()")
+        if dry_run and self._saver is None and not self._closed:
+            return prune(self._directory, self._retention_rules(num_threads=None), dry_run=True)
+        self._writer()
+        return self._retainer.run(dry_run=dry_run)
+
+    def _on_pruned(self, report: PruneReport) -> None:
+        assert self._saver is not None
+        self._saver.forget_base({*report.damaged, *report.steps(Fate.REMOVED)})
 
     # -- looking ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``service.py``, ``roster.py``,
 ``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; then what is run: ``layout.py``, ``slab.py``, ``persist.py``,
-``part_writer.py``, ``reuse.py`` and ``base.py`` (incremental saves), ``commit.py``, ``verify.py``.
+``part_writer.py``, ``reuse.py`` and ``base.py`` (incremental saves), ``commit.py``, ``verify.py``, ``retention.py``,
+``removal.py``.
 
 This package never imports ``stager``. Names are imported when they are first used, so that ``workers.errors`` and
 ``workers.files`` are there even where torch is not.

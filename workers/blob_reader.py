@@ -80,7 +80,8 @@ class BlobReader:
             raise
 
     def _check_size(self, file: int, nbytes: int) -> None:
-        actual = os.fstat(self._fds[file]).st_size
+        with storage_errors("look at", self.file_path(file)):
+            actual = os.fstat(self._fds[file]).st_size
         if actual != nbytes:
             raise CorruptCheckpointError(self.file_path(file), f"is {actual} bytes long, should be {nbytes}")
 

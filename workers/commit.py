@@ -42,6 +42,7 @@ from workers.formats import get_format
 from workers.job import SaveFacts
 from workers.layout import Layout, deal_once
 from workers.manifest import MANIFEST_NAME, Header, IndexFile, Manifest, parse_manifest
+from workers.read_lock import holding
 from workers.receipt import Receipt, read_receipt, receipt_name
 
 
@@ -218,23 +219,31 @@ def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -
     It is replaced in one step where the file system can exchange two names; elsewhere there is a moment with neither,
     which ``recover`` puts right. What is in the way and is no checkpoint is not ours to remove: it is moved aside.
     """
-    try:
-        os.rename(partial, final)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-    else:
-        return None
-    ours = not os.path.islink(final) and replaceable(final)
-    if ours and files.exchange(partial, final):
-        point("commit.replaced")
-        return partial
-    aside = f"{partial}{REPLACED}" if ours else f"{final}.not-a-checkpoint-{partial.rpartition('-')[2]}"
-    os.rename(final, aside)
+    with holding(final):  # or retention, about to remove the old one, could take the new one in its place
+        if _rename_onto_nothing(partial, final):
+            return None
+        ours = not os.path.islink(final) and replaceable(final)
+        exchanged = ours and files.exchange(partial, final)
+        aside = f"{partial}{REPLACED}" if ours else f"{final}.not-a-checkpoint-{partial.rpartition('-')[2]}"
+        if not exchanged:
+            os.rename(final, aside)
     point("commit.replaced")
+    if exchanged:
+        return partial
     try:
         os.rename(partial, final)
     except OSError:
         os.rename(aside, final)
         raise
     return aside if ours else None
+
+
+def _rename_onto_nothing(partial: str, final: str) -> bool:
+    """False: something is in the way."""
+    try:
+        os.rename(partial, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True

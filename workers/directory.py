@@ -4,7 +4,9 @@
     <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never taken for a checkpoint
     <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
                                               system cannot exchange two names
+    <run>/step-00000100.removing-<nonce>/     being removed by retention
     <run>/.stager.lock                        held (flock) by the trainer and its workers
+    <run>/.stager.protected                   steps that retention keeps (workers/protected.py)
 
 NOTE [ The lock ]
 The lock belongs to an open file description that the trainer's workers inherit. It is released when the last of them is
@@ -19,6 +21,8 @@ import fcntl
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from workers import files
@@ -32,6 +36,7 @@ REPLACED = ".replaced"
 
 _COMMITTED = re.compile(r"step-([0-9]{8,})")
 _PARTIAL = re.compile(r"step-([0-9]{8,})\.partial-([0-9a-f]+)(?:\.replaced)?")
+_REMOVING = re.compile(r"step-([0-9]{8,})\.removing-([0-9a-f]+)")
 _LOCK_POLL_SECS = 0.05
 
 
@@ -92,6 +97,16 @@ def partial_name(step: int, save_id: str) -> str:
     return f"{checkpoint_name(step)}.partial-{save_id}"
 
 
+def removing_name(step: int, nonce: str) -> str:
+    return f"{checkpoint_name(step)}.removing-{nonce}"
+
+
+def removing_names(directory: str) -> list[str]:
+    """What retention has begun to remove."""
+    found = ((name, _REMOVING.fullmatch(name)) for name in _names(directory))
+    return sorted(name for name, match in found if match and name == removing_name(int(match[1]), match[2]))
+
+
 def committed_steps(directory: str) -> list[int]:
     """Steps that have a directory of their own, newest first; nothing of it is read."""
     return sorted((step for name in _names(directory) if (step := parse_checkpoint(name)) is not None), reverse=True)
@@ -149,6 +164,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[Checkpoint
         SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
         for name in partial_names(directory)
     ]
+    skipped += [SkippedCheckpoint(name, "being removed by retention") for name in removing_names(directory)]
     for step in committed_steps(directory):
         try:
             committed.append(read_checkpoint(directory, step)[0])
@@ -186,11 +202,35 @@ def lock_directory(directory: str, timeout: float) -> int:
     return fd
 
 
-def _acquire(fd: int, timeout: float, directory: str) -> None:
+@contextmanager
+def unused_directory(directory: str) -> Iterator[None]:
+    """Nobody writes into it meanwhile, for who only looks: nothing is made or changed.
+
+    Raises:
+        DirectoryInUseError: a run holds the lock.
+        StorageError
+    """
+    path = os.path.join(directory, LOCK_NAME)
+    with storage_errors("lock", path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:  # no run has been here
+            fd = -1
+    if fd < 0:
+        yield
+        return
+    try:
+        _acquire(fd, 0, directory, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _acquire(fd: int, timeout: float, directory: str, kind: int = fcntl.LOCK_EX) -> None:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise DirectoryInUseError(errno.EWOULDBLOCK, _in_use(fd, timeout), directory) from None

@@ -17,7 +17,8 @@ Points of the trainer: ``save.planned save.overlapped save.copied save.handed-ov
 of a worker's life: ``worker.start worker.import worker.ready task.receive task.run task.reply worker.shutdown``;
 of its copies: ``copy.begin copy.piece copy.done``;
 of its work: ``part.begin part.opened part.write part.written part.synced part.receipt commit.begin commit.indexed
-commit.manifest commit.published commit.replaced link.begin link.linked``.
+commit.manifest commit.published commit.replaced link.begin link.linked``;
+of retention: ``prune.begin prune.verified prune.renamed prune.removing prune.removed``.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from workers import files
-from workers.commit import manifest_of, publish
+from workers.commit import build_manifest, manifest_of, publish, read_receipts
 from workers.directory import (
     REPLACED,
     checkpoint_name,
@@ -23,6 +23,7 @@ from workers.directory import (
     partial_names,
     read_checkpoint,
     remove_partial,
+    removing_names,
 )
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from workers.files import storage_errors
@@ -48,34 +49,53 @@ class Recovered:
     reason: str
 
 
-def recover(directory: str) -> list[Recovered]:
+def recover(directory: str, *, dry_run: bool = False) -> list[Recovered]:
     """Deal with every partial directory. What the file system does not let us deal with is left: it is in nobody's way.
+
+    Args:
+        dry_run: change nothing; say what would be done.
 
     Raises:
         StorageError: the directory cannot be listed.
     """
-    return [_recover_one(directory, name) for name in partial_names(directory)]
+    return [
+        *(_recover_one(directory, name, dry_run) for name in partial_names(directory)),
+        *(_go_on_removing(directory, name, dry_run) for name in removing_names(directory)),
+    ]
 
 
-def _recover_one(directory: str, name: str) -> Recovered:
+def _recover_one(directory: str, name: str, dry_run: bool) -> Recovered:
     try:
         try:
-            return Recovered(name, Outcome.COMMITTED, _finish(directory, name))
+            return Recovered(name, Outcome.COMMITTED, _finish(directory, name, dry_run))
         except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-            remove_partial(directory, name)
+            if not dry_run:
+                remove_partial(directory, name)
             return Recovered(name, Outcome.REMOVED, str(error))
     except StorageError as error:
         return Recovered(name, Outcome.LEFT, str(error))
 
 
-def _finish(directory: str, name: str) -> str:
+def _go_on_removing(directory: str, name: str, dry_run: bool) -> Recovered:
+    """See NOTE [ How a checkpoint goes ] in ``removal.py``."""
+    path = os.path.join(directory, name)
+    try:
+        if not dry_run:
+            with storage_errors("remove", path):
+                files.remove(path)
+    except StorageError as error:
+        return Recovered(name, Outcome.LEFT, str(error))
+    return Recovered(name, Outcome.REMOVED, "retention had begun to remove it")
+
+
+def _finish(directory: str, name: str, dry_run: bool) -> str:
     """Commit a partial directory and say why, or raise that it cannot be."""
     partial = os.path.join(directory, name)
     step, save_id = parse_partial(name)
     with _locked(partial) as directory_fd:
         manifest = _read_manifest(partial)
         if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
-            return _bring_back(directory, partial, step, manifest)
+            return _bring_back(directory, partial, step, manifest, dry_run)
         if manifest is not None:
             facts, full = _facts_of(directory, manifest), True  # it does not tell whether the files were synced
             reason = "its manifest was written, only the rename was missing"
@@ -86,12 +106,13 @@ def _finish(directory: str, name: str) -> str:
         if (facts.step, facts.save_id) != (step, save_id):
             raise CorruptCheckpointError(partial, f"holds what was to be {partial_name(facts.step, facts.save_id)}")
         _check_place(directory, partial, facts)
-        manifest = manifest or _from_receipts(partial, facts, layout, directory_fd)
+        manifest = manifest or _from_receipts(partial, facts, layout, directory_fd, dry_run)
         # Without fsync a receipt is no proof after a power failure; and what the receipts proved may be damaged since.
         problems = check_files(partial, manifest, full=full)
         if problems:
             raise CorruptCheckpointError(partial, f"damaged: {problems[0]}")
-        publish(facts, manifest, directory_fd)
+        if not dry_run:
+            publish(facts, manifest, directory_fd)
     return reason
 
 
@@ -126,24 +147,29 @@ def _read_manifest(partial: str) -> Manifest | None:
     return None if data is None else parse_manifest(data, path)
 
 
-def _from_receipts(partial: str, facts: SaveFacts, layout: Layout, directory_fd: int) -> Manifest:
-    manifest = manifest_of(facts, layout, directory_fd)
+def _from_receipts(partial: str, facts: SaveFacts, layout: Layout, directory_fd: int, dry_run: bool) -> Manifest:
+    if dry_run:  # as it would be, without the files that would be written
+        receipts = read_receipts(facts)
+        manifest = None if receipts is None else build_manifest(facts, layout, receipts, partial, ())
+    else:
+        manifest = manifest_of(facts, layout, directory_fd)
     if manifest is None:
         missing = [i for i in range(facts.num_parts) if not os.path.exists(os.path.join(partial, receipt_name(i)))]
         raise CorruptCheckpointError(partial, f"never finished: {len(missing)} of {facts.num_parts} parts are missing")
     return manifest
 
 
-def _bring_back(directory: str, partial: str, step: int, manifest: Manifest | None) -> str:
+def _bring_back(directory: str, partial: str, step: int, manifest: Manifest | None, dry_run: bool) -> str:
     """A checkpoint that was being replaced: it is only wanted when what should replace it did not make it."""
     final = os.path.join(directory, checkpoint_name(step))
     if os.path.lexists(final):
         raise CorruptCheckpointError(partial, f"was replaced by the {final} that is there")
     if manifest is None or manifest.header.step != step:
         raise CorruptCheckpointError(partial, "is no whole checkpoint")
-    with storage_errors("commit", final):
-        os.rename(partial, final)
-        files.sync_directory(directory)
+    if not dry_run:
+        with storage_errors("commit", final):
+            os.rename(partial, final)
+            files.sync_directory(directory)
     return "it was to be replaced, but what was to replace it is not there"
 
 

@@ -17,6 +17,7 @@ from workers.blob_reader import BlobReader, Wanted
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from workers.files import read_small, storage_errors
 from workers.manifest import IndexFile, Manifest, read_manifest
+from workers.read_lock import reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class VerifyResult:
     nbytes: bytes that were looked at (hashed, when full).
     num_items: tensors and objects in it.
     secs: how long it took.
+    step: of its manifest; None: that cannot be read.
     """
 
     path: str
@@ -36,6 +38,7 @@ class VerifyResult:
     nbytes: int
     num_items: int
     secs: float
+    step: int | None = None
 
 
 def verify_checkpoint(
@@ -57,14 +60,16 @@ def verify_checkpoint(
     path = os.path.abspath(os.fspath(path))
     problems: list[str] = []
     nbytes = num_items = 0
+    step = None
     try:
-        manifest = read_manifest(path)
-        nbytes, num_items = manifest.nbytes, len(manifest.layout.items)
-        problems += extra_files(path, manifest)
-        problems += check_files(path, manifest, full=full, num_threads=num_threads, progress=progress)
+        with reading(path):
+            manifest = read_manifest(path)
+            nbytes, num_items, step = manifest.nbytes, len(manifest.layout.items), manifest.header.step
+            problems += extra_files(path, manifest)
+            problems += check_files(path, manifest, full=full, num_threads=num_threads, progress=progress)
     except (CorruptCheckpointError, CheckpointNotFoundError, StorageError) as error:
         problems.append(str(error))
-    return VerifyResult(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started)
+    return VerifyResult(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started, step)
 
 
 def check_files(

@@ -19,6 +19,8 @@ from stager.cli.export import export
 from stager.cli.inspect import inspect
 from stager.cli.ls import ls
 from stager.cli.plan import plan
+from stager.cli.prune import prune
+from stager.cli.recover import recover
 from stager.cli.stress import stress
 from stager.cli.verify import verify
 
@@ -50,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, ls, inspect, verify, export, doctor, plan, bench, stress):
+for command in (demo, ls, inspect, verify, export, recover, prune, doctor, plan, bench, stress):
     app.command()(command)
 
 

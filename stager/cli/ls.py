@@ -108,7 +108,7 @@ def _skipped_row(directory: str, skipped: SkippedCheckpoint) -> Row:
     return Row(
         name=skipped.name,
         path=path,
-        status=Status.PARTIAL if ".partial-" in skipped.name else Status.INVALID,
+        status=Status.PARTIAL if ".partial-" in skipped.name or ".removing-" in skipped.name else Status.INVALID,
         reason=skipped.reason,
         nbytes=nbytes,
         created=changed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-_CHECKPOINT_NAME = re.compile(r"step-\d{8,}(\.partial-[0-9a-f]+)?")
+_CHECKPOINT_NAME = re.compile(r"step-\d{8,}(\.(partial|removing)-[0-9a-f]+)?")
 
 
 def is_checkpoint(path: str) -> bool:

@@ -169,6 +169,23 @@ class PersistenceConfig(Section):
         return self
 
 
+class RetentionConfig(Section):
+    """Which checkpoints are removed after a commit."""
+
+    keep_latest: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="So many of the newest stay; null: no such rule. Without any rule all stay."
+    )
+    keep_every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Steps that are multiples of it stay; null: no such rule."
+    )
+    protect: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], description="Steps that stay whatever the rules say, as those given to `protect()`."
+    )
+    verify: Literal["full", "quick"] = Field(
+        default="full", description="What the newest must pass before others go. full: every hash; quick: sizes."
+    )
+
+
 class LoadingConfig(Section):
     """From the disk back into the state."""
 
@@ -197,5 +214,6 @@ class StagerConfig(Section):
     arena: ArenaConfig = Field(default=ArenaConfig(), description="Shared memory for snapshots.")
     staging: StagingConfig = Field(default=StagingConfig(), description="From the state to the snapshot.")
     persistence: PersistenceConfig = Field(default=PersistenceConfig(), description="From there to the disk.")
+    retention: RetentionConfig = Field(default=RetentionConfig(), description="Which checkpoints stay on the disk.")
     loading: LoadingConfig = Field(default=LoadingConfig(), description="From the disk to the state.")
     telemetry: TelemetryConfig = Field(default=TelemetryConfig(), description="Events and traces.")

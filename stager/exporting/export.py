@@ -27,6 +27,7 @@ from workers.formats.contract import TensorSpec, evenly
 from workers.job import Plan
 from workers.layout import Item, Layout, align
 from workers.manifest import Manifest, read_manifest
+from workers.read_lock import reading
 from workers.slab import bytes_at
 from workers.structure import Node, describe
 
@@ -93,15 +94,16 @@ def export_checkpoint(
     if max_memory_bytes < _SMALLEST_BUDGET_BYTES:
         raise UsageError(f"max_memory is {max_memory_bytes:,} bytes; it takes at least {_SMALLEST_BUDGET_BYTES:,}")
     checkpoint, out = os.path.abspath(os.fspath(checkpoint)), os.path.abspath(os.fspath(out))
-    manifest = read_manifest(checkpoint)
-    chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)
-    stream = ItemStream(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))
-    try:
-        export = _Export(checkpoint, manifest, stream, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
-        with new_file(out, force=force) as fd:
-            export.write(fd)
-    finally:
-        stream.close()
+    with reading(checkpoint):
+        manifest = read_manifest(checkpoint)
+        chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)
+        stream = ItemStream(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))
+        try:
+            export = _Export(checkpoint, manifest, stream, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
+            with new_file(out, force=force) as fd:
+                export.write(fd)
+        finally:
+            stream.close()
     return Exported(
         path=out,
         nbytes=os.stat(out).st_size,

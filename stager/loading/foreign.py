@@ -22,6 +22,7 @@ from stager.storage.stock import StockReader
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from workers.files import open_regular, storage_errors
 from workers.manifest import MANIFEST_NAME, read_manifest
+from workers.read_lock import reading
 from workers.verify import default_threads
 
 _TIED = 2  # two names may stand for the same bytes; more is no checkpoint, but an attempt to use up the memory
@@ -70,11 +71,12 @@ def load_checkpoint(
     origin = origin_of(path)
     selection = None if keys is None else Selection(keys)
     if origin is Origin.STAGER:
-        restorer = Restorer(path, read_manifest(path), default_threads(), allow_pickle, selection)
-        if into is None:
-            return restorer.load()
-        restorer.load_into(into, strict)
-        return into
+        with reading(path):
+            restorer = Restorer(path, read_manifest(path), default_threads(), allow_pickle, selection)
+            if into is None:
+                return restorer.load()
+            restorer.load_into(into, strict)
+            return into
     state = _load_foreign(path, origin, allow_pickle)
     if into is None and selection is None:
         return state

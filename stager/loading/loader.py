@@ -24,6 +24,7 @@ from workers.directory import (
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StagerError, StateMismatchError
 from workers.files import storage_errors
 from workers.manifest import Manifest
+from workers.read_lock import reading
 from workers.verify import check_files, extra_files, fingerprint
 
 logger = logging.getLogger("stager")
@@ -102,16 +103,19 @@ class Loader:
             while found is not None and (damaged is None or strict):
                 restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed, selection)
                 try:
-                    state = self._restore(restorer, into, strict)
+                    with reading(found.info.path):
+                        state = self._restore(restorer, into, strict)
                     if restorer.has_read_all:
                         self._verified[found.info.path] = found.identity  # every byte was read and hashed
                     return Loaded(found.info.step, state, found.info)
-                except CorruptCheckpointError as error:  # damaged since it was verified, or found out by reading it
+                # Damaged since it was verified, found out by reading it, or removed.
+                except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                     self._verified.pop(found.info.path, None)
                     if step is not None:
                         raise
                     self._skip(found.info.step, error)
-                    damaged = error if restorer.has_overwritten else damaged
+                    if isinstance(error, CorruptCheckpointError) and restorer.has_overwritten:
+                        damaged = error
                     found = self._find_newest(first, below=found.info.step)
                 except StateMismatchError as error:
                     if damaged is not None:  # "nothing was changed" would not be true
@@ -156,14 +160,15 @@ class Loader:
                 identity = fingerprint(path)
             except (FileNotFoundError, NotADirectoryError):  # which reading it will say, too
                 identity = None
-        info, manifest = read_checkpoint(self._directory, step)
-        if identity is None or self._verified.get(path) != identity:
-            problems = extra_files(path, manifest)
-            problems += check_files(path, manifest, full=full, num_threads=self._threads())
-            if problems:
-                raise CorruptCheckpointError(path, "; ".join(problems[:3]))
-            if full:
-                self._verified[path] = identity
+        with reading(path):
+            info, manifest = read_checkpoint(self._directory, step)
+            if identity is None or self._verified.get(path) != identity:
+                problems = extra_files(path, manifest)
+                problems += check_files(path, manifest, full=full, num_threads=self._threads())
+                if problems:
+                    raise CorruptCheckpointError(path, "; ".join(problems[:3]))
+                if full:
+                    self._verified[path] = identity
         return _Candidate(info, manifest, identity)
 
     def _threads(self) -> int:

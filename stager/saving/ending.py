@@ -36,7 +36,8 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
         if deadline_secs is None:
             with suppress(TimeoutError):
                 saver.wait_for_staging(timeout)
-            pool.close(timeout)
+            drained = pool.drain(timeout)  # what a commit leaves to be done (retention) is still accepted
+            pool.close(None if drained else 0)
             return
         secs = deadline_secs if timeout is None else min(timeout, deadline_secs)
         with suppress(TimeoutError):

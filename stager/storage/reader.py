@@ -26,6 +26,7 @@ from workers.dtypes import dtype_of, new_tensor
 from workers.errors import StateMismatchError, UsageError
 from workers.layout import Item
 from workers.manifest import MANIFEST_NAME
+from workers.read_lock import reading
 from workers.slab import bytes_at
 from workers.verify import default_threads
 
@@ -119,7 +120,7 @@ class StagerStorageReader(StorageReader):
         if self._index is None:
             return StockReader(self._path, self._allow_pickle).read_data(plan, planner, self._metadata)
         kind = BlobReader if self._verify else PlainReader
-        with closing(kind(self._path, self._index.manifest, self._num_threads)) as reader:
+        with reading(self._path), closing(kind(self._path, self._index.manifest, self._num_threads)) as reader:
             read_plan(self._index, reader, plan, planner, self._allow_pickle)
         future: Future[None] = Future()
         future.set_result(None)

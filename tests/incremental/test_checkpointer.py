@@ -118,6 +118,11 @@ def test_first_save_of_a_run_links_to_what_was_loaded(run_dir: Path) -> None:
         info = ckpt.save(4, lora(4.0)).upload_completion.result()
         assert info.linked_bytes > 0.9 * info.nbytes
         assert (Path(info.path) / "__0_0.distcp").samefile(run_dir / "step-00000002" / "__0_0.distcp")
+    with Checkpointer(run_dir, CONFIG) as ckpt:
+        assert (
+            ckpt.load(4, into={"model": lora(0.0)["model"]}) is not None
+        )  # and not the rest: what of it may be rotten
+        assert ckpt.save(5, lora(5.0)).upload_completion.result().linked_bytes == 0
 
 
 def test_damage_that_is_found_is_not_linked_to(run_dir: Path) -> None:

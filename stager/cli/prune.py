@@ -1,0 +1,97 @@
+"""``stager prune``: remove old checkpoints by rules."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stager.cli.console import print_json, printable, stdout
+from stager.cli.options import JsonOption
+from stager.cli.selection import is_checkpoint, require_directory
+
+if TYPE_CHECKING:
+    from workers.retention import PruneReport, RetentionRules
+
+
+def prune(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's directory.")],
+    *,
+    keep_latest: Annotated[
+        int | None, typer.Option("--keep-latest", min=1, metavar="N", help="Keep the N newest that are valid.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option("--keep-every", min=1, metavar="K", help="Keep steps that are multiples of K.")
+    ] = None,
+    protect: Annotated[
+        list[int] | None, typer.Option("--protect", min=0, metavar="STEP", help="Keep this step; may be repeated.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not hash the newest before others are removed; names and sizes only.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing; say what would be removed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove checkpoints that no rule keeps; the newest valid one always stays. Works beside a live run.
+
+    Exit 1 if one that no rule keeps could not be removed, or one that would count is damaged.
+    """
+    from workers.errors import UsageError
+    from workers.retention import Fate, RetentionRules
+
+    if keep_latest is None and keep_every is None:
+        raise UsageError("without --keep-latest or --keep-every all checkpoints are kept; give at least one of them")
+    rules = RetentionRules(keep_latest, keep_every, frozenset(protect or ()), full=not quick)
+    report = run_prune(os.path.abspath(run), rules, dry_run)
+    ok = not report.steps(Fate.LEFT)
+    if as_json:
+        print_json({"directory": os.path.abspath(run), "ok": ok, **_as_json(report)})
+    else:
+        _print(run, report)
+    if not ok:
+        raise typer.Exit(1)
+
+
+def run_prune(directory: str, rules: RetentionRules, dry_run: bool) -> PruneReport:
+    """
+    Raises:
+        CheckpointNotFoundError: no such directory.
+        UsageError: it is a checkpoint itself.
+        CorruptCheckpointError, StorageError: nothing was removed.
+    """
+    from workers.errors import UsageError
+    from workers.retention import prune as prune_run
+
+    require_directory(directory)
+    if is_checkpoint(directory):
+        raise UsageError(f"{directory} is one checkpoint; name the run's directory")
+    return prune_run(directory, rules, dry_run=dry_run)
+
+
+def _as_json(report: PruneReport) -> dict[str, object]:
+    return {
+        "dry_run": report.dry_run,
+        "freed_bytes": report.freed_bytes,
+        "checkpoints": [
+            {"step": verdict.step, "path": verdict.path, "fate": verdict.fate.value, "reason": verdict.reason}
+            for verdict in report.verdicts
+        ],
+    }
+
+
+def _print(run: str, report: PruneReport) -> None:
+    from stager.config.sizes import format_bytes
+    from workers.retention import Fate
+
+    console = stdout()
+    if not report.verdicts:
+        console.print(f"no checkpoints in {printable(run)}", markup=False, soft_wrap=True)
+        return
+    removed = "would remove" if report.dry_run else "removed"
+    words = {Fate.KEPT: "kept", Fate.REMOVED: removed, Fate.LEFT: "left"}
+    for verdict in report.verdicts:
+        line = f"{words[verdict.fate]:<{len(removed)}}  step {verdict.step}: {printable(verdict.reason)}"
+        console.print(line, markup=False, soft_wrap=True)
+    freed = "would be freed" if report.dry_run else "freed"
+    console.print(f"{format_bytes(report.freed_bytes)} {freed}", markup=False, soft_wrap=True)
