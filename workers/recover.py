@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from workers import files
-from workers.commit import build_manifest, manifest_of, publish, read_receipts
+from workers.commit import build_manifest, manifest_of, publish, put_in_place, read_receipts
 from workers.directory import (
     REPLACED,
     checkpoint_name,
@@ -95,7 +95,7 @@ def _finish(directory: str, name: str, dry_run: bool) -> str:
     with _locked(partial) as directory_fd:
         manifest = _read_manifest(partial)
         if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
-            return _bring_back(directory, partial, step, manifest, dry_run)
+            return _bring_back(directory, partial, step, manifest, directory_fd, dry_run)
         if manifest is not None:
             facts, full = _facts_of(directory, manifest), True  # it does not tell whether the files were synced
             reason = "its manifest was written, only the rename was missing"
@@ -159,13 +159,23 @@ def _from_receipts(partial: str, facts: SaveFacts, layout: Layout, directory_fd:
     return manifest
 
 
-def _bring_back(directory: str, partial: str, step: int, manifest: Manifest | None, dry_run: bool) -> str:
-    """A checkpoint that was being replaced: it is only wanted when what should replace it did not make it."""
+def _bring_back(
+    directory: str, partial: str, step: int, manifest: Manifest | None, directory_fd: int, dry_run: bool
+) -> str:
+    """A checkpoint that was being replaced: it is only wanted when what should replace it did not make it. Or one of
+    ``StagerStorageWriter``, whose partial directories do not have the save's name: it may be less than whole."""
     final = os.path.join(directory, checkpoint_name(step))
     if os.path.lexists(final):
         raise CorruptCheckpointError(partial, f"was replaced by the {final} that is there")
     if manifest is None or manifest.header.step != step:
         raise CorruptCheckpointError(partial, "is no whole checkpoint")
+    if not partial.endswith(REPLACED):
+        problems = check_files(partial, manifest, full=True)
+        if problems:
+            raise CorruptCheckpointError(partial, f"damaged: {problems[0]}")
+        if not dry_run:
+            put_in_place(partial, final, manifest, directory_fd, fsync=True)
+        return "its manifest was written, only the rename was missing"
     if not dry_run:
         with storage_errors("commit", final):
             os.rename(partial, final)
