@@ -40,7 +40,7 @@ from workers.faults import point
 from workers.files import is_still, storage_errors
 from workers.formats import get_format
 from workers.job import SaveFacts
-from workers.layout import Layout, deal_once
+from workers.layout import Layout, deal_once, num_segments
 from workers.manifest import MANIFEST_NAME, Header, IndexFile, Manifest, parse_manifest
 from workers.read_lock import holding
 from workers.receipt import Receipt, read_receipt, receipt_name
@@ -131,6 +131,7 @@ def _write_manifest(
     facts: SaveFacts, layout: Layout, receipts: list[Receipt], directory_fd: int, partial: str
 ) -> Manifest:
     point("commit.begin")
+    _check_number_of_hashes(layout, receipts, partial)
     final = os.path.join(facts.directory, checkpoint_name(facts.step))
     index_files = []
     for name, data in get_format(facts.kind).index_files(layout, facts.save_id, final).items():
@@ -164,9 +165,18 @@ def build_manifest(
     )
 
 
+def _check_number_of_hashes(layout: Layout, receipts: list[Receipt], partial: str) -> None:
+    """A record that lies may speak of more segments than there is memory for."""
+    expected = sum(num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans())
+    actual = sum(len(receipt.hashes) for receipt in receipts)
+    if actual != expected:
+        raise CorruptCheckpointError(partial, f"its receipts have {actual} hashes for {expected} segments")
+
+
 def _hashes_by_item(
     facts: SaveFacts, layout: Layout, receipts: list[Receipt], partial: str
 ) -> tuple[tuple[str, ...], ...]:
+    _check_number_of_hashes(layout, receipts, partial)
     hashes: list[list[str]] = [[] for _ in layout.items]
     for receipt, part in zip(receipts, deal_once(layout, len(receipts), facts.whole_bytes), strict=True):
         if len(receipt.hashes) != len(part):

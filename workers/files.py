@@ -17,6 +17,7 @@ from workers.errors import CorruptCheckpointError, StorageError
 
 IOV_MAX = 1024  # Linux
 _SMALL_BYTES = 1 << 30  # a manifest has about 200 bytes per item
+_HOLE_BYTES = 1 << 20  # below this a hole costs nothing; no file of these kinds has as many zeros in a row
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -30,6 +31,13 @@ _WHAT_TO_DO = {
     errno.ESTALE: "the network file system lost the directory; remount it",
     errno.ENOENT: "the directory was removed or renamed while it was in use",
     errno.EIO: "the device reports an I/O error; see dmesg",
+    errno.ENAMETOOLONG: "use a directory with a shorter path",
+    errno.ENOTDIR: "a file stands where a directory should be; move it away, or use another directory",
+    errno.EEXIST: "something else has this name; move it away, or use another directory",
+    errno.ELOOP: "a symbolic link stands where a directory or file should be; remove it",
+    errno.EFBIG: "the file is larger than this file system or the process's limit (ulimit -f) allows",
+    errno.EMFILE: "the process has too many files open; raise its limit (ulimit -n)",
+    errno.ENOLCK: "this file system gives no locks; mount it with them, or use another one",
 }
 
 
@@ -80,7 +88,7 @@ def open_regular(path: str) -> int:
 
 
 def read_small(path: str) -> bytes:
-    """The whole of a JSON file (manifest, record, receipt).
+    """The whole of a small file (manifest, record, receipt, index).
 
     Raises:
         CorruptCheckpointError: it is too large to be one, or no regular file.
@@ -90,6 +98,9 @@ def read_small(path: str) -> bytes:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes > _SMALL_BYTES:
             raise CorruptCheckpointError(path, f"is {nbytes} bytes long, which is too much for a file of its kind")
+        if nbytes > _HOLE_BYTES and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < nbytes:
+            raise CorruptCheckpointError(path, "has a hole: it is not as long as it seems")  # it would take memory
+        file.seek(0)
         return file.read(nbytes)
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from workers.structure import Chunks, leaves
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _LARGEST = (1 << 63) - 1  # what torch and the kernel count in
+_MAX_DIMS = 256  # multiplying more lengths than any tensor has would take longer with each
+_MAX_WHOLES = 4  # that an item is a chunk of; tied tensors have equal chunks, and are one
+_MANY_CORNERS = 1 << 20  # of the chunks of a tensor; beside 8 of each, which is what chunks along 3 dimensions have
 
 
 def check_layout(layout: Layout) -> None:
@@ -50,6 +54,14 @@ def check_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= _LARGEST:
         raise ValueError(f"not a count: {str(value)[:60]}")
     return value
+
+
+def check_shape(value: Any) -> tuple[int, ...]:
+    """``value``, when it can be the shape, stride or offsets of a tensor."""
+    numbers = tuple(map(check_count, value))
+    if len(numbers) > _MAX_DIMS:
+        raise ValueError(f"{len(numbers)} dimensions are too many")
+    return numbers
 
 
 def check_step(value: Any) -> int:
@@ -109,12 +121,14 @@ def _check_counts(items: Sequence[Item]) -> None:
 def _check_kind(index: int, item: Item) -> None:
     if item.kind in ("object", "frame"):
         if (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
-            raise ValueError(f"item {index}: an {item.kind} is all data")
+            raise ValueError(f"item {index}: an item of the kind {item.kind} is all data")
+        if (item.dtype, item.shape, item.stride) != ("", (), ()):
+            raise ValueError(f"item {index}: an item of the kind {item.kind} has neither dtype nor shape")
         return
     if item.kind != "tensor":
         raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
-    for number in (*item.shape, *item.stride):
-        check_count(number)
+    check_shape(item.shape)
+    check_shape(item.stride)
     if math.prod(item.shape) * dtype_of(item.dtype).itemsize != item.data_nbytes:
         raise ValueError(f"item {index}: {item.dtype} of shape {item.shape} is not {item.data_nbytes} bytes")
     if math.prod(filter(None, item.shape)) > _LARGEST:  # what torch multiplies before it comes to the zero
@@ -142,6 +156,7 @@ def _check_structure(layout: Layout) -> None:
     if not isinstance(structure, list) or not structure or structure[0] == "list":
         raise ValueError("the state is not a mapping")
     used = [False] * len(layout.items)
+    wholes: dict[Chunks, None] = {}
     for path, leaf in leaves(structure):
         for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
             if not 0 <= index < len(used):
@@ -149,18 +164,21 @@ def _check_structure(layout: Layout) -> None:
             if layout.items[index].kind == "frame":
                 raise ValueError(f"leaf {path} names item {index}, which is a frame")
             used[index] = True
-        if isinstance(leaf, Chunks):
+        if isinstance(leaf, Chunks) and leaf not in wholes:
+            wholes[leaf] = None
             _check_chunks(layout, leaf)
+    times = Counter(index for chunks in wholes for _, index in chunks.parts)
+    if max(times.values(), default=0) > _MAX_WHOLES:  # each whole takes memory
+        raise ValueError("an item is a chunk of too many tensors")
     for index, item in enumerate(layout.items):
         if not used[index] and item.kind != "frame":
             raise ValueError(f"item {index} is in no place of the structure")
 
 
 def _check_chunks(layout: Layout, chunks: Chunks) -> None:
-    """The parts lie in the whole, and there are as many elements in them: memory for it is taken before they are read."""
-    for length in chunks.shape:
-        check_count(length)
-    num_elements = 0
+    """The parts lie in the whole, and fill it: memory for it is taken before they are read."""
+    check_shape(chunks.shape)
+    boxes: list[Box] = []
     for offsets, index in chunks.parts:
         item, first = layout.items[index], layout.items[chunks.parts[0][1]]
         if item.kind != "tensor" or item.dtype != first.dtype:
@@ -170,6 +188,38 @@ def _check_chunks(layout: Layout, chunks: Chunks) -> None:
             for offset, length, whole in zip(offsets, item.shape, chunks.shape, strict=True)
         ):
             raise ValueError(f"item {index}: not inside a tensor of shape {chunks.shape}")
-        num_elements += math.prod(item.shape)
-    if num_elements != math.prod(chunks.shape) or math.prod(filter(None, chunks.shape)) > _LARGEST:
-        raise ValueError(f"{num_elements} elements are not a tensor of shape {chunks.shape}")
+        boxes.append((offsets, item.shape))
+    check_tiling(boxes, chunks.shape)
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths
+
+
+def check_tiling(boxes: list[Box], shape: tuple[int, ...]) -> None:
+    """That boxes which lie in a tensor of ``shape`` fill it, each element once.
+
+    Raises:
+        ValueError
+    """
+    num_elements = sum(math.prod(lengths) for _, lengths in boxes)
+    if num_elements != math.prod(shape) or math.prod(filter(None, shape)) > _LARGEST:
+        raise ValueError(f"{num_elements} elements are not a tensor of shape {shape}")
+    if num_elements and not _tile(boxes, shape):
+        raise ValueError(f"the chunks of a tensor of shape {shape} overlap")
+
+
+def _tile(boxes: list[Box], shape: tuple[int, ...]) -> bool:
+    """Whether boxes of as many elements as the whole fill it without overlap.
+
+    Counted modulo 2, what boxes cover is determined by their corners, modulo 2 as well (a box is the running sum of its
+    corners along each dimension). So if the corners that are left over are those of the whole, every element is covered an
+    odd number of times, which is once, or there would be more elements than in the whole.
+    """
+    boxes = [box for box in boxes if 0 not in box[1]]
+    split = [dim for dim, whole in enumerate(shape) if any(lengths[dim] != whole for _, lengths in boxes)]
+    if len(boxes) << len(split) > max(_MANY_CORNERS, 8 * len(boxes)):
+        raise ValueError(f"{len(boxes)} chunks along {len(split)} dimensions are too many")
+    left: set[tuple[int, ...]] = set()
+    for offsets, lengths in (*boxes, ((0,) * len(shape), shape)):
+        left ^= set(itertools.product(*((offsets[dim], offsets[dim] + lengths[dim]) for dim in split)))
+    return not left

@@ -53,6 +53,7 @@ class Slab:
         """
         fd = os.memfd_create("stager-slab", os.MFD_CLOEXEC)
         try:
+            os.fchmod(fd, 0o600)  # it is made for everybody to open who gets to /proc/<pid>/fd
             os.ftruncate(fd, max(1, nbytes))
             return Slab(f"{os.getpid()}-{next(_ids)}", _map(fd, max(1, nbytes)))
         finally:

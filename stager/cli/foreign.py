@@ -47,9 +47,15 @@ def _of_file(path: str) -> list[Entry]:
 
     from stager.loading.foreign import load_torch_save
     from stager.snapshot.flatten import flatten
+    from workers.errors import CorruptCheckpointError
     from workers.structure import fqn
 
-    state = load_torch_save(path, allow_pickle=False, map_location="meta")
+    try:
+        state = load_torch_save(path, allow_pickle=False, map_location="meta")
+    except CorruptCheckpointError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+        state = load_torch_save(path, allow_pickle=False)  # torch checks a sparse tensor's indices, so it needs them
     flat = flatten(state if isinstance(state, dict) else {"": state})
     entries = []
     for keys, leaf in zip(flat.paths, flat.leaves, strict=True):
@@ -70,12 +76,9 @@ def _of_safetensors(path: str) -> list[Entry]:
 
 
 def _of_dcp(path: str) -> list[Entry]:
-    from stager.loading.foreign import check_dcp
     from stager.storage.stock import StockReader
 
-    metadata = StockReader(path, allow_pickle=False).read_metadata()
-    check_dcp(path, metadata)
-    return _entries(metadata)
+    return _entries(StockReader(path, allow_pickle=False).read_metadata())
 
 
 def _entries(metadata: Metadata) -> list[Entry]:

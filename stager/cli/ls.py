@@ -165,8 +165,11 @@ def _print_table(directory: str, rows: list[Row]) -> None:
 
 
 def format_time(unix: float) -> str:
-    """Local time, to the second; empty for 0 (unknown)."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix)) if unix else ""
+    """Local time, to the second; empty for 0 (unknown). What is beyond the calendar stays a number."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix)) if unix else ""
+    except (OverflowError, ValueError, OSError):
+        return f"{unix:g} s"
 
 
 def _count(number: int | None) -> str:

@@ -32,20 +32,22 @@ class Wholes:
 
 def with_wholes(manifest: Manifest) -> Wholes:
     items = list(manifest.layout.items)
-    chunks: dict[int, Chunks] = {}
+    numbers: dict[Chunks, int] = {}  # tied tensors have equal chunks, and are one whole
 
     def visit(node: Node) -> Node:
         if type(node) is int:
             return node
         if node[0] == "chunks":
             one = Chunks.from_node(node)
-            chunks[len(items)] = one
-            items.append(_item(one, items[one.parts[0][1]].dtype))
-            return len(items) - 1
+            if one not in numbers:
+                numbers[one] = len(items)
+                items.append(_item(one, items[one.parts[0][1]].dtype))
+            return numbers[one]
         position = 1 if node[0] == "list" else 2
         return [*node[:position], [visit(child) for child in node[position]], *node[position + 1 :]]
 
     structure = visit(manifest.layout.structure)
+    chunks = {number: one for one, number in numbers.items()}
     if not chunks:
         return Wholes(manifest, chunks)
     layout = replace(manifest.layout, items=tuple(items), structure=structure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from enum import Enum
@@ -10,13 +9,13 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlanner
 
+from stager.loading.archive_check import check_archive
 from stager.loading.restore import Restorer
 from stager.loading.safetensors_file import is_safetensors, load_safetensors
 from stager.loading.selection import Selection
-from stager.loading.unpickle import check_archive, load_archive
+from stager.loading.unpickle import load_archive
 from stager.loading.values import restore_values, selected_values
 from stager.storage.stock import StockReader
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
@@ -24,9 +23,6 @@ from workers.files import open_regular, storage_errors
 from workers.manifest import MANIFEST_NAME, read_manifest
 from workers.read_lock import reading
 from workers.verify import default_threads
-
-_TIED = 2  # two names may stand for the same bytes; more is no checkpoint, but an attempt to use up the memory
-
 
 _empty_planner: Any = _EmptyStateDictLoadPlanner  # its constructor has no types; what dcp_to_torch_save uses
 
@@ -122,9 +118,7 @@ def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu") ->
     with storage_errors("open", path):
         file = open(open_regular(path), "rb")  # noqa: SIM115  (it is closed two lines below)
     with file, storage_errors("read", path):
-        if file.read(4) != b"PK\3\4":
-            raise CorruptCheckpointError(path, "is not what torch.save has written since torch 1.6, a zip archive")
-        check_archive(file, os.fstat(file.fileno()).st_size, name, path)
+        check_archive(file, os.fstat(file.fileno()).st_size, name, path, pickles=not allow_pickle)
         return load_archive(f"/proc/self/fd/{file.fileno()}", name, path, allow_pickle, map_location)
 
 
@@ -136,72 +130,13 @@ def load_dcp(path: str, allow_pickle: bool) -> dict[str, Any]:
     """
     reader = StockReader(path, allow_pickle)
     metadata = reader.read_metadata()
-    check_dcp(path, metadata)
     state: dict[str, Any] = {}
     planner: LoadPlanner = _empty_planner()
     with torch.device("cpu"), storage_errors("read", path):
-        planner.set_up_planner(state, metadata, is_coordinator=True)
-        plans = planner.create_global_plan([planner.create_local_plan()])
         try:
+            planner.set_up_planner(state, metadata, is_coordinator=True)
+            plans = planner.create_global_plan([planner.create_local_plan()])
             reader.read_data(planner.finish_plan(plans[0]), planner, metadata)
         except (RuntimeError, ValueError, KeyError, AssertionError, EOFError) as error:
             raise CorruptCheckpointError(path, f"cannot be read: {error}") from error
     return state
-
-
-def check_dcp(path: str, metadata: Metadata) -> None:
-    """That the metadata asks for no more memory than the files hold: before any of it is taken.
-
-    Raises:
-        CorruptCheckpointError
-        UsageError: it was written through an extension (compressed), so the files say nothing about memory.
-    """
-    try:
-        _check_sizes(path, metadata)
-        _check_places(metadata)
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        raise CorruptCheckpointError(path, f"its metadata is impossible: {error}") from error
-
-
-def _check_sizes(path: str, metadata: Metadata) -> None:
-    files: dict[str, int] = {}
-    stored: dict[str, int] = {}  # by the tensor's name
-    for index, info in metadata.storage_data.items():
-        if getattr(info, "transform_descriptors", None):
-            raise UsageError(f"{path}: was written through a storage extension; load it with dcp.load")
-        name = info.relative_path
-        if os.path.basename(name) != name:
-            raise ValueError(f"its data is outside of it: {name}")
-        if name not in files:
-            files[name] = _nbytes_of(os.path.join(path, name))
-        if not 0 <= info.offset <= info.offset + info.length <= files[name]:
-            raise ValueError(f"{index.fqn} reaches beyond the end of {name}")
-        stored[index.fqn] = stored.get(index.fqn, 0) + info.length
-    total = 0
-    for name, described in metadata.state_dict_metadata.items():
-        if isinstance(described, TensorStorageMetadata):
-            nbytes = math.prod(described.size) * described.properties.dtype.itemsize
-            if nbytes > stored.get(name, 0):
-                raise ValueError(f"{name} is {nbytes} bytes, and {stored.get(name, 0)} are stored")
-            total += nbytes
-    if total > _TIED * sum(files.values()):
-        raise ValueError(f"its tensors are {total} bytes, and its files {sum(files.values())}")
-
-
-def _nbytes_of(path: str) -> int:
-    with storage_errors("open", path):
-        try:
-            fd = open_regular(path)
-        except FileNotFoundError as error:
-            raise CorruptCheckpointError(path, "is missing") from error
-    try:
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
-
-
-def _check_places(metadata: Metadata) -> None:
-    """A place in a list makes the list as long as that."""
-    for keys in (metadata.planner_data or {}).values():
-        if any(type(key) is int and not 0 <= key < len(metadata.state_dict_metadata) for key in keys):
-            raise ValueError(f"{keys}: not a place in a list")

@@ -21,7 +21,13 @@ from workers.directory import (
     partial_names,
     read_checkpoint,
 )
-from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StagerError, StateMismatchError
+from workers.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StagerError,
+    StateMismatchError,
+    StorageError,
+)
 from workers.files import storage_errors
 from workers.manifest import Manifest
 from workers.read_lock import reading
@@ -145,7 +151,7 @@ class Loader:
                 continue
             try:
                 return self._check(candidate, full)
-            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            except (CorruptCheckpointError, StorageError) as error:  # not there any more, or the disk does not give it
                 self._skip(candidate, error)
         return None
 

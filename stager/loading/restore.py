@@ -8,7 +8,9 @@ apply    load_state_dict() of objects that have it, values put into containers
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import errno
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -118,7 +120,7 @@ class Restorer:
                 for index, tensor in reversed(found.targets)
                 if index not in shared and _takes_bytes(self._items[index], tensor)
             }
-            tensors = {i: direct[i] if i in direct else _new(self._items[i]) for i in wanted if i not in values}
+            tensors = {i: direct[i] if i in direct else self._new(i) for i in wanted if i not in values}
             if others:
                 unread = set(range(len(self._stored.layout.items))) - set(wanted) - self._chunk_items()
                 reader.read([Wanted(index, None) for index in sorted(unread)])
@@ -141,18 +143,39 @@ class Restorer:
         own = {index: tensor for index, tensor in reversed(found.targets) if index not in shared}
         return {**values, **tensors, **spread, **own}
 
+    def _new(self, index: int) -> torch.Tensor:
+        item = self._items[index]
+        with self._enough_memory(index):
+            return new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
+
+    @contextmanager
+    def _enough_memory(self, index: int) -> Iterator[None]:
+        """A file may be larger than memory, or have no more than a length."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:  # torch's for the same
+            nbytes = self._items[index].data_nbytes
+            name = next(describe(path) for path, leaf in self._manifest.paths() if leaf == index)
+            raise StorageError(
+                errno.ENOMEM, f"there is no memory for the {nbytes:,} bytes of {name}", self._path
+            ) from error
+
     def _fill(self, reader: BlobReader, tensors: dict[int, torch.Tensor]) -> None:
         reader.read([Wanted(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks])
         with torch.no_grad():
             for index, chunks in self._chunks.items():
                 if index in tensors:
-                    fill(tensors[index], chunks, self._items, reader)
+                    with self._enough_memory(index):
+                        fill(tensors[index], chunks, self._items, reader)
 
     def _chunk_items(self) -> set[int]:
         return {index for chunks in self._chunks.values() for _, index in chunks.parts}
 
     def _read_blobs(self, reader: BlobReader, indices: list[int]) -> dict[int, bytearray]:
-        blobs = {index: bytearray(self._items[index].nbytes) for index in indices}
+        blobs = {}
+        for index in indices:
+            with self._enough_memory(index):
+                blobs[index] = bytearray(self._items[index].nbytes)
         reader.read([Wanted(index, memoryview(blob)) for index, blob in blobs.items()])
         return blobs
 
@@ -177,10 +200,6 @@ def settle(tensors: Mapping[int, torch.Tensor], targets: list[tuple[int, torch.T
                 target.copy_(source)
     if written:
         torch.autograd.graph.increment_version(written)  # they were written behind autograd's back
-
-
-def _new(item: Item) -> torch.Tensor:
-    return new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
 
 
 def _takes_bytes(item: Item, tensor: torch.Tensor) -> bool:

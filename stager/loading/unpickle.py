@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-import zipfile
 from typing import IO, Any
 
 import torch
 
+from stager.loading.archive_check import check_archive
 from workers.errors import CorruptCheckpointError, UnsafePickleError, UsageError
 
 
@@ -25,7 +25,7 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool) -> Any:
         CorruptCheckpointError: it is not what ``torch.save`` writes.
         UsageError: its class cannot be imported here.
     """
-    check_archive(io.BytesIO(blob), len(blob), name, path)
+    check_archive(io.BytesIO(blob), len(blob), name, path, pickles=not allow_pickle)
     return load_archive(io.BytesIO(blob), name, path, allow_pickle)
 
 
@@ -57,16 +57,3 @@ def _refusal(name: str, path: str, error: Exception) -> str:
         "If you trust where this checkpoint comes from: load(..., allow_pickle=True), or "
         "torch.serialization.add_safe_globals([...]) for its class"
     )
-
-
-def check_archive(source: IO[bytes], nbytes: int, name: str, path: str) -> None:
-    """What torch.save writes is a zip archive without compression; torch.load would also take archives that unpack to
-    any size, and formats of long ago."""
-    try:
-        with zipfile.ZipFile(source) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError) as error:
-        raise CorruptCheckpointError(path, f"{name} is not what torch.save writes: {error}") from error
-    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not stored or sum(entry.file_size for entry in entries) > nbytes:
-        raise CorruptCheckpointError(path, f"{name} is packed smaller than what is in it, which torch.save never does")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import uuid
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from stager.loading.unpickle import unpickle
 from stager.storage.index import Index, read_index
+from stager.storage.objects import hand_over_object
 from stager.storage.plain_reader import PlainReader
 from stager.storage.stock import StockReader
 from workers.blob_reader import BlobReader, Wanted
@@ -186,9 +185,7 @@ class _Load:
         blobs = {number: bytearray(self._items[number].data_nbytes) for _, number in requests}
         self._reader.read([Wanted(number, memoryview(blobs[number])) for number in sorted(blobs)])
         for request, number in requests:
-            if not self._allow_pickle:  # the planner unpickles anything: see first that it is harmless
-                unpickle(bytes(blobs[number]), request.dest_index.fqn, self._index.path, allow_pickle=False)
-            self._planner.load_bytes(request, io.BytesIO(blobs[number]))
+            hand_over_object(self._planner, request, bytes(blobs[number]), self._index.path, self._allow_pickle)
 
     def _fill(self, reads: list[_Read]) -> None:
         """Read straight into the targets."""

@@ -1,57 +1,28 @@
 """Checkpoints that stager did not write: read by torch's own reader, within stager's rules for pickles.
 
-``.metadata`` is a pickle. It is read by an unpickler that knows the classes that DCP puts there and no others. An object of
-the state is read under ``weights_only`` rules before a planner, which unpickles anything, gets to see it.
+``.metadata`` is a pickle, read and checked by :mod:`stager.storage.stock_metadata`. An object of the state is read under
+``weights_only`` rules before a planner, which unpickles anything, gets to see it; the archive of a tensor is looked at
+before torch opens it.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import pickle
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from stager.loading.unpickle import unpickle
-from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsafePickleError
-from workers.files import read_small, storage_errors
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-_KNOWN = {
-    *(
-        (_METADATA, name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),  # Python 3.13
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
-        raise UnsafePickleError(f"{module}.{name} is not what dcp.save writes into a .metadata")
+from stager.loading.archive_check import check_archive
+from stager.storage.objects import hand_over_object
+from stager.storage.stock_metadata import parse_stock_metadata
+from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StagerError
+from workers.files import open_regular, read_small, storage_errors
 
 
 class StockReader:
@@ -84,7 +55,7 @@ class StockReader:
                 ) from error
         if self._allow_pickle:
             return self._reader.read_metadata(*args, **kwargs)
-        metadata = _unpickle_metadata(data, path)
+        metadata = parse_stock_metadata(data, path)
         metadata.storage_meta = getattr(metadata, "storage_meta", None)
         return metadata
 
@@ -92,40 +63,94 @@ class StockReader:
         """As ``FileSystemReader.read_data``.
 
         Raises:
-            CorruptCheckpointError, UnsafePickleError
+            CorruptCheckpointError, UnsafePickleError, StorageError
         """
-        for info in {id(info): info for info in (metadata.storage_data or {}).values()}.values():
-            if os.path.basename(info.relative_path) != info.relative_path:
-                raise CorruptCheckpointError(self._path, f"its data is outside of it: {info.relative_path}")
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
-        guarded = planner if self._allow_pickle else cast(LoadPlanner, _GuardedPlanner(planner, self._path))
-        return self._reader.read_data(plan, guarded)
+        if self._allow_pickle:
+            return self._reader.read_data(plan, planner)
+        self._check_tensors(plan, metadata)
+        guarded = _GuardedPlanner(planner, self._path)
+        try:
+            return self._reader.read_data(plan, cast(LoadPlanner, guarded))
+        except Exception as error:  # what torch makes of hostile bytes can be anything
+            if isinstance(error, (StagerError, OSError)) or error is guarded.error:
+                raise
+            raise CorruptCheckpointError(self._path, f"cannot be read: {error!r}") from error
+
+    def _check_tensors(self, plan: LoadPlan, metadata: Metadata) -> None:
+        """torch opens what it is told to, a FIFO too, and unpacks it to any size."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(metadata.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            path = os.path.join(self._path, name)
+            with storage_errors("read", path):
+                fd = open_regular(path)
+            try:
+                for item in items:
+                    if item.type != LoadItemType.BYTE_IO:
+                        info = metadata.storage_data[item.storage_index]
+                        window = io.BufferedReader(_Window(fd, info.offset, info.length))
+                        check_archive(window, info.length, item.storage_index.fqn, path)
+            finally:
+                os.close(fd)
 
 
-def _unpickle_metadata(data: bytes, path: str) -> Metadata:
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-    except UnsafePickleError as error:
-        raise UnsafePickleError(
-            f"{path}: could run code when loaded ({error}). If you trust where it comes from: allow_pickle=True"
-        ) from error
-    except Exception as error:
-        raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CorruptCheckpointError(path, "is not the metadata of a checkpoint")
-    return metadata
+class _Window(io.RawIOBase):
+    """``nbytes`` bytes from ``start`` on of an open file, as a file of its own."""
+
+    def __init__(self, fd: int, start: int, nbytes: int) -> None:
+        self._fd = fd
+        self._start = start
+        self._nbytes = nbytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._nbytes}[whence]
+        if base + offset < 0:
+            raise ValueError("before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, min(len(buffer), self._nbytes - self._position))
+        data = os.pread(self._fd, left, self._start + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 class _GuardedPlanner:
-    """What a reader asks of a planner; objects are let through when ``weights_only`` rules allow them."""
+    """What a reader asks of a planner; objects are let through when ``weights_only`` rules allow them.
+
+    Attributes:
+        error: what the planner raised.
+    """
 
     def __init__(self, planner: LoadPlanner, path: str) -> None:
         self._path = path
-        self._load_bytes = planner.load_bytes
-        self.resolve_tensor = planner.resolve_tensor
-        self.commit_tensor = planner.commit_tensor
+        self._planner = planner
+        self.error: Exception | None = None
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        unpickle(value.getvalue(), read_item.dest_index.fqn, self._path, allow_pickle=False)
-        value.seek(0)
-        self._load_bytes(read_item, value)
+        self._ask(hand_over_object, self._planner, read_item, value.getvalue(), self._path, False)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        tensor: torch.Tensor = self._ask(self._planner.resolve_tensor, read_item)
+        return tensor
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self._ask(self._planner.commit_tensor, read_item, tensor)
+
+    def _ask(self, method: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return method(*args)
+        except Exception as error:
+            self.error = error
+            raise

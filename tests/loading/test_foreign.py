@@ -254,6 +254,8 @@ def test_inspect_says_what_it_is(tmp_path: Path, stock: Path) -> None:
     assert (answer["format"], answer["num_tensors"], answer["num_objects"]) == ("torch.save", 1, 1)
     (tensor,) = answer["tensors"]
     assert (tensor["key"], tensor["dtype"], tensor["shape"], tensor["nbytes"]) == ("a.b", "float32", [2, 3], 24)
+    torch.save({"s": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+    assert Outcome("inspect", tmp_path / "sparse.pt", "--json").json["num_tensors"] == 1
     answer = Outcome("inspect", stock, "--json", "--keys", "nested.*").json
     assert answer["format"] == "torch.distributed.checkpoint.save"
     assert [tensor["key"] for tensor in answer["tensors"]] == ["nested.list.0", "nested.list.1.h"]

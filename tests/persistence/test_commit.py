@@ -259,7 +259,7 @@ def test_receipt_of_something_else_is_refused(run_dir: Path, changes: dict[str, 
     job = make_job(run_dir, num_parts=2)
     persist_part(job, 0)
     change_receipt(job, **changes)
-    with pytest.raises(CorruptCheckpointError, match=r"receipt-0\.json"):
+    with pytest.raises(CorruptCheckpointError, match="receipt"):
         persist_part(job, 1)
     discard_partial(str(run_dir), 1, job.facts.save_id)
     assert os.listdir(run_dir) == []

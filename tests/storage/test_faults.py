@@ -238,8 +238,8 @@ def test_stock_metadata_that_leads_outside_or_is_none(tmp_path: Path) -> None:
     for info in metadata.storage_data.values():
         info.relative_path = "../c/" + info.relative_path
     index.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(dcp.api.CheckpointException, match="outside"):
-        load(blank(small_state()), StagerStorageReader(tmp_path / "c"))
+    with pytest.raises(CorruptCheckpointError, match="outside"):
+        StagerStorageReader(tmp_path / "c").read_metadata()
     for data in (b"", b"\x80\x04]\x94.", pickle.dumps({"a": torch.Size([1])})):
         index.write_bytes(data)
         with pytest.raises(CorruptCheckpointError):
