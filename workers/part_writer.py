@@ -113,6 +113,7 @@ class PartWriter:
     def sync(self) -> None:
         for file, fd in self._fds.items():
             with storage_errors("sync", self._path(file)):
+                point("part.sync")
                 os.fsync(fd)
                 if self._drop_page_cache:
                     drop_cached(fd)

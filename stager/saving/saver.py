@@ -40,6 +40,7 @@ from stager.snapshot.taker import Snapshot, SnapshotTaker, Work
 from workers.directory import partial_name
 from workers.errors import ClosedError, StorageError
 from workers.faults import point
+from workers.files import storage_errors
 from workers.formats import Format
 from workers.job import SaveFacts, SaveJob
 from workers.persist import PartResult, discard_partial, persist_part, prepare_worker
@@ -133,7 +134,8 @@ class Saver:
         return handle
 
     def _check_free_space(self, nbytes: int) -> None:
-        stats = os.statvfs(self._options.directory)
+        with storage_errors("save", self._options.directory):
+            stats = os.statvfs(self._options.directory)
         free = stats.f_bavail * stats.f_frsize
         if nbytes > free:
             raise StorageError(

@@ -29,7 +29,7 @@ from tests.persistence.jobs import Crash, load, make_job, run, save
 from tests.safety.disk import digest, disk_after, outcomes, write_out
 from tests.safety.recording import Recorder, Turns
 from tests.states import same
-from workers import files, persist
+from workers import files, part_writer
 from workers.directory import list_checkpoints
 from workers.job import SaveJob
 from workers.persist import persist_part
@@ -137,7 +137,7 @@ def _past_the_page_cache(run_dir: Path, seed: int) -> Callable[[Recorder], objec
 
     def work(_: Recorder) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(persist, "_DIRECT_FROM_BYTES", 1)
+            patch.setattr(part_writer, "_DIRECT_FROM_BYTES", 1)
             run(replace(job, writing=Writing(direct_io=True)))
 
     return work

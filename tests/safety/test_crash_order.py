@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.safety.crash_order import CASES, replay
-from workers import files, persist
+from workers import files, part_writer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -35,6 +35,6 @@ def test_names_that_are_not_synced_would_be_found(tmp_path: Path, monkeypatch: p
 
 def test_bytes_that_are_not_synced_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that signs its receipt before its files are on the disk."""
-    monkeypatch.setattr(persist._PartWriter, "sync", lambda self: None)
+    monkeypatch.setattr(part_writer.PartWriter, "sync", lambda self: None)
     violations = replay("first save", tmp_path, seed=1, num_random=0).violations
     assert any("damaged checkpoint under the name of a whole one" in line for line in violations)
