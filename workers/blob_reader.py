@@ -229,7 +229,7 @@ class BlobReader:
         return pieces
 
     def _pread(self, file: int, buffers: list[memoryview], offset: int) -> None:
-        pending = list(buffers)
+        pending = [buffer for buffer in buffers if len(buffer)]  # a span of safetensors may have no bytes
         with storage_errors("read", self.file_path(file)):
             while pending:
                 count = os.preadv(self._fds[file], pending, offset)

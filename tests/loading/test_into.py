@@ -16,6 +16,7 @@ from torch import nn
 from stager import CorruptCheckpointError, StateMismatchError, UnsafePickleError
 from tests.persistence.jobs import restorer, save
 from tests.states import bits, same
+from workers.formats import FORMATS
 
 
 def restore(run_dir: Path, state: dict[str, Any], into: dict[str, Any], strict: bool = True, **options: Any) -> None:
@@ -450,3 +451,12 @@ def test_damaged_tensor_is_named(run_dir: Path, num_threads: int) -> None:
     into = {"a": torch.zeros(3_000_000)}
     restorer(info, num_threads=num_threads).load_into(into, True)
     assert torch.equal(into["a"], torch.ones(3_000_000))
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_tensor_without_bytes_is_read_alone(run_dir: Path, kind: str) -> None:
+    """In the format safetensors nothing of the file is its own."""
+    info = save(run_dir, {"a": torch.ones(3), "e": torch.empty(0, 2)}, kind=kind, num_parts=1)
+    target = {"e": torch.empty(0, 2)}
+    restorer(info).load_into(target, strict=True)
+    assert target["e"].shape == (0, 2)
