@@ -22,7 +22,7 @@ from workers.errors import CorruptCheckpointError, UsageError
 from workers.files import open_regular, storage_errors
 from workers.formats.safetensors_file import DTYPES
 from workers.layout import FileSpec, Item, Layout
-from workers.layout_check import check_layout
+from workers.layout_check import check_layout, check_shape, check_text
 from workers.manifest import Header, Manifest
 from workers.slab import bytes_at
 
@@ -110,10 +110,10 @@ def _layout(header: dict[str, Any], path: str, start: int, size: int) -> Layout:
 
 
 def _item(name: str, entry: dict[str, Any], path: str, offset: int, head: int, nbytes: int) -> Item:
-    dtype = _NAMES.get(entry["dtype"])
+    dtype = _NAMES.get(check_text(entry["dtype"]))
     if dtype is None:
         raise UsageError(f"{path}: {name} is {str(entry['dtype'])[:60]}, a dtype that stager does not read")
-    shape, stride = tuple(entry["shape"]), [1]
+    shape, stride = check_shape(entry["shape"]), [1]
     for length in reversed(shape[1:]):
         stride.insert(0, stride[0] * max(1, length))
     return Item("tensor", 0, offset, head + nbytes, offset + head, nbytes, dtype, shape, tuple(stride[: len(shape)]))

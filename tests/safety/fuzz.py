@@ -55,7 +55,13 @@ _POISONED = (MetadataIndex, pathlib.PosixPath, OrderedDict)
 _MEANT = {
     ValueError: ("Size mismatch between saved",),
     RuntimeError: ("Missing key in checkpoint state_dict",),
-    UsageError: ("is one checkpoint", "cannot be loaded here", "not a mapping", "storage extension"),
+    UsageError: (
+        "is one checkpoint",
+        "cannot be loaded here",
+        "not a mapping",
+        "storage extension",
+        "a dtype that stager",
+    ),
     UnstageableError: ("",),  # a state that the format of an export cannot hold
 }
 

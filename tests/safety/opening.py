@@ -144,10 +144,17 @@ def openings_of(target: str) -> list[str]:
     """All that make sense for a target."""
     if target in ("record", "receipts", "unnamed"):
         return ["recover", "latest", "load", "ls"]
-    return {"stock": _STOCK, "torch.save": _FILE, "state.pt": _FILE, "chunks": _CHUNKS}.get(target, _WHOLE)
+    return {
+        "stock": _STOCK,
+        "torch.save": _FILE,
+        "state.pt": _FILE,
+        "state.safetensors": _FILE[:1] + _FILE[2:],
+        "chunks": _CHUNKS,
+    }.get(target, _WHOLE)
 
 
 def draw_openings(rng: random.Random, target: str) -> list[str]:
     if target in ("record", "receipts", "unnamed"):
         return ["recover", rng.choice(("latest", "load", "ls", "verify"))]
-    return rng.sample(openings_of(target), 3)
+    openings = openings_of(target)
+    return rng.sample(openings, min(3, len(openings)))

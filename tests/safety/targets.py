@@ -60,6 +60,7 @@ def make_targets(directory: Path) -> dict[str, Target]:
         "stock": (_stock, _spoil_stock),
         "torch.save": (_torch_save, _spoil_file),
         "state.pt": (_state_pt, _spoil_file),
+        "state.safetensors": (_state_safetensors, _spoil_safetensors),
     }
     targets = {}
     for name, (make, spoil) in makers.items():
@@ -221,6 +222,28 @@ def _spoil_data(rng: random.Random, run_dir: Path, mark: Path) -> None:
             span = content[one[2] : end]
             one[9] = [xxhash.xxh3_128_hexdigest(span[at : at + step]) for at in range(0, max(1, len(span)), step)]
     (path / "manifest.json").write_bytes(seal(body))
+
+
+def _state_safetensors(run_dir: Path) -> None:
+    info = save(run_dir, STATE, kind="safetensors", num_parts=1, fsync=False)
+    (Path(info.path) / "state.safetensors").rename(run_dir / FILE_NAME)
+    shutil.rmtree(info.path)
+
+
+def _spoil_safetensors(rng: random.Random, run_dir: Path, mark: Path) -> None:
+    path = run_dir / FILE_NAME
+    data, kind = path.read_bytes(), rng.random()
+    if kind < 0.1:
+        mutate_file(rng, path, run_dir.parent / "canary")
+    elif kind < 0.3:
+        path.write_bytes(mutate_bytes(rng, data))
+    else:  # the header is another one, and as long as the file says
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        for _ in range(_times(rng)):
+            header = mutate_json(rng, header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
 def _spoil_file(rng: random.Random, run_dir: Path, mark: Path) -> None:
