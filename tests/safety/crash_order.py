@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from stager.config import LoadingConfig
 from stager.loading.loader import Loader
 from stager.storage import StagerStorageWriter
+from tests.incremental.states import frozen_and_adapter, save_incrementally
 from tests.persistence.jobs import Crash, load, make_job, run, save
 from tests.safety.disk import digest, disk_after, outcomes, write_out
 from tests.safety.recording import Recorder, Turns
@@ -39,6 +40,7 @@ from workers.writing import Writing
 
 OLD, NEW = {"x": torch.zeros(20)}, {"x": torch.ones(20), "y": {"z": torch.arange(9)}, "o": 2}
 BLOCKS = {"x": torch.ones(4000), "y": {"z": torch.arange(1500)}, "o": 2}  # a few blocks of 4 KiB in each file
+LINKED = {1: frozen_and_adapter(1.0), 2: frozen_and_adapter(2.0)}  # two of their files are the same
 States = dict[int, Any]
 
 
@@ -131,6 +133,17 @@ def _several(step: int, count: int, **options: Any) -> Make:
     return make
 
 
+def _base(run_dir: Path) -> None:
+    save_incrementally(run_dir, 1.0, 1, None, num_parts=1)
+
+
+def _incremental(step: int) -> Make:
+    def make(run_dir: Path, seed: int) -> Callable[[Recorder], object]:
+        return _in_threads(make_job(run_dir, LINKED[2], step=step, num_parts=2, incremental=True, base_step=1), seed)
+
+    return make
+
+
 def _past_the_page_cache(run_dir: Path, seed: int) -> Callable[[Recorder], object]:
     """``O_DIRECT`` where the file system takes it, from a thread beside the worker's; blocks, and what is less than one."""
     job = make_job(run_dir, BLOCKS, step=2, num_parts=1)
@@ -178,6 +191,8 @@ CASES: dict[str, Case] = {
     "torch format": Case(_old, _alone(2, kind="torch"), {1: OLD}, {1: OLD, 2: NEW}),
     "torch format, three workers": Case(_old, _several(2, 3, kind="torch"), {1: OLD}, {1: OLD, 2: NEW}),
     "safetensors format, three workers": Case(_old, _several(2, 3, kind="safetensors"), {1: OLD}, {1: OLD, 2: NEW}),
+    "incremental": Case(_base, _incremental(2), {1: LINKED[1]}, {1: LINKED[1], 2: LINKED[2]}),
+    "incremental, same step again": Case(_base, _incremental(1), {1: LINKED[1]}, {1: LINKED[2]}),
     "past the page cache": Case(_old, _past_the_page_cache, {1: OLD}, {1: OLD, 2: BLOCKS}),
     "dcp.save": Case(_old, _by_dcp_save, {1: OLD}, {1: OLD, 2: NEW}),
     "recovery from receipts": Case(_both(_old, _unpublished), _recovering, {1: OLD}, {1: NEW}),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tests.safety.recording import Call, Create, Exchange, Recorder, Remove, Rename, Sync, Truncate, Write
+from tests.safety.recording import Call, Create, Exchange, Link, Recorder, Remove, Rename, Sync, Truncate, Write
 
 Inodes = dict[int, dict[str, int] | bytes]
 
@@ -35,7 +35,7 @@ def _to_sync(call: Call) -> list[int]:
         return [call.inode]
     if isinstance(call, Rename):
         return [call.parent, call.new_parent]
-    return [call.parent] if isinstance(call, (Create, Exchange, Remove)) else []
+    return [call.parent] if isinstance(call, (Create, Exchange, Link, Remove)) else []
 
 
 def outcomes(calls: Sequence[Call], rng: random.Random, num_random: int) -> Iterator[list[Call]]:
@@ -69,7 +69,7 @@ def disk_after(recorder: Recorder, calls: Sequence[Call]) -> Inodes:
 
 
 def _apply(inodes: Inodes, call: Call) -> None:
-    if isinstance(call, Create):
+    if isinstance(call, (Create, Link)):
         _names(inodes, call.parent)[call.name] = call.inode
     elif isinstance(call, Remove):
         _names(inodes, call.parent).pop(call.name, None)

@@ -30,6 +30,15 @@ class Create:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A file that is there already gets one more name."""
+
+    parent: int
+    name: str
+    inode: int
+
+
+@dataclass(frozen=True)
 class Write:
     inode: int
     offset: int
@@ -69,7 +78,7 @@ class Remove:
     name: str
 
 
-Call = Create | Write | Truncate | Sync | Rename | Exchange | Remove
+Call = Create | Link | Write | Truncate | Sync | Rename | Exchange | Remove
 
 
 class Turns:
@@ -151,7 +160,18 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         real = {
             name: getattr(os, name)
-            for name in ("open", "mkdir", "rename", "unlink", "rmdir", "ftruncate", "fsync", "pwritev", "pwrite")
+            for name in (
+                "open",
+                "mkdir",
+                "rename",
+                "unlink",
+                "rmdir",
+                "ftruncate",
+                "fsync",
+                "pwritev",
+                "pwrite",
+                "link",
+            )
         }
         exchange = files.exchange
 
@@ -185,6 +205,14 @@ class Recorder:
             inode = self._id(os.stat(src, dir_fd=src_dir_fd))
             real["rename"](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
             self.calls.append(Rename(*self._parent(src, src_dir_fd), *self._parent(dst, dst_dir_fd), inode))
+
+        def link(
+            src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None, **how: Any
+        ) -> None:
+            wait()
+            real["link"](src, dst, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd, **how)
+            inode = self._id(os.stat(dst, dir_fd=dst_dir_fd))
+            self.calls.append(Link(*self._parent(dst, dst_dir_fd), inode))
 
         def remove(name: str) -> Callable[..., None]:
             def call(path: Any, *, dir_fd: int | None = None) -> None:
@@ -229,7 +257,7 @@ class Recorder:
         with pytest.MonkeyPatch.context() as patch:
             for name, replacement in {
                 "open": open_, "mkdir": mkdir, "rename": rename, "unlink": remove("unlink"), "rmdir": remove("rmdir"),
-                "ftruncate": ftruncate, "fsync": fsync, "pwritev": pwritev, "pwrite": pwrite,
+                "ftruncate": ftruncate, "fsync": fsync, "pwritev": pwritev, "pwrite": pwrite, "link": link,
             }.items():  # fmt: skip
                 patch.setattr(os, name, replacement)
             patch.setattr(files, "exchange", exchange_)
