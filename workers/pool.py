@@ -118,10 +118,17 @@ class WorkerPool:
             ClosedError: the pool is closed, or belongs to the process that forked this one.
             TypeError, pickle.PicklingError: the call cannot be pickled.
         """
-        item = self._make_item(fn, args, kwargs, handed_over=False)
-        self._roster.enqueue(item)
+        future: Future[T] = Future()
+        self.submit_to(future, fn, *args, **kwargs)
+        return future
+
+    def submit_to(self, future: Future[T], fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`submit`, with a new Future of the caller's, who so knows it before any worker has the task.
+
+        A signal's exception (Ctrl-C) may leave :meth:`submit` when the task has been sent, and its Future is lost then.
+        """
+        self._roster.enqueue(self._make_item(fn, args, kwargs, future, handed_over=False))
         self._supervisor.wake()
-        return item.future
 
     def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """As :meth:`submit`, but returns only when the message is in the socket of a worker, busy or not.
@@ -130,19 +137,25 @@ class WorkerPool:
         worker reads a larger one than fits its socket, some 200 KB, only when it is done. In a Future's callback it does
         not wait, so that only a small message is sure to be there.
         """
-        item = self._make_item(fn, args, kwargs, handed_over=True)
+        item = self._make_item(fn, args, kwargs, Future(), handed_over=True)
         self._roster.place(item)
         self._supervisor.wake()  # to watch the deadline of the task, and the socket if it is full
         self._roster.wait_delivered(item)
         return item.future
 
     def _make_item(
-        self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], *, handed_over: bool
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        future: Future[T],
+        *,
+        handed_over: bool,
     ) -> WorkItem:
         self._check_owner()
         payload, fds = codec.dumps((fn, args, kwargs))
         label = getattr(fn, "__qualname__", None) or type(fn).__name__
-        return WorkItem(payload, fds, label, self._options.task_timeout_secs, handed_over=handed_over)
+        return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over=handed_over)
 
     @property
     def pids(self) -> tuple[int, ...]:

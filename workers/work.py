@@ -44,7 +44,14 @@ class WorkItem:
     )
 
     def __init__(
-        self, payload: bytes, fds: list[int], label: str, timeout_secs: float | None, *, handed_over: bool
+        self,
+        payload: bytes,
+        fds: list[int],
+        label: str,
+        timeout_secs: float | None,
+        future: Future[Any],
+        *,
+        handed_over: bool,
     ) -> None:
         self.task_id = next(_ids)
         self.payload = payload
@@ -52,7 +59,7 @@ class WorkItem:
         self.label = label
         self.timeout_secs = timeout_secs
         self.handed_over = handed_over
-        self.future: Future[Any] = Future()
+        self.future = future
         self.attempts = 0
         self.timeouts = 0
         self.started: float | None = None

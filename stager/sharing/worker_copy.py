@@ -96,21 +96,35 @@ class WorkerCopier:
             if meanwhile:
                 copy_here(list(meanwhile))
         finally:
-            _wait([task.future for task in tasks if task.future is not None])
+            _wait(tasks)
         return _finish(tasks, failure, copy_here)
 
     def _count_idle(self) -> int:
         return sum(worker.state is WorkerState.READY and not worker.tasks for worker in self._pool.health())
 
     def _submit(self, tasks: list[_Task], slab: Slab, live_sources: frozenset[int]) -> Exception | None:
-        """Why not all tasks could be sent, or None."""
+        """Why not all tasks could be sent, or None. Whatever interrupts it, each task that a worker has has its Future."""
+        task = tasks[0]
         try:
             for task in tasks:
                 sources, stretches = _describe(task.pieces)
-                task.future = self._pool.submit(copy_shared, slab, sources, stretches, live_sources)
+                task.future = Future()
+                self._pool.submit_to(task.future, copy_shared, slab, sources, stretches, live_sources)
         except _UNAVAILABLE as error:  # out of descriptors, say
+            if task.future is not None and task.future.cancel():
+                task.future = None
             return error
+        except BaseException:
+            _cancel(tasks)
+            raise
         return None
+
+
+def _cancel(tasks: Iterable[_Task]) -> None:
+    """Those that no worker has."""
+    for task in tasks:
+        if task.future is not None:
+            task.future.cancel()
 
 
 def _deal(shared: Sequence[SharedCopy], num_workers: int) -> list[_Task]:
@@ -147,18 +161,17 @@ def _describe(pieces: Iterable[_Piece]) -> tuple[list[SharedSource], list[Stretc
     return list(sources.values()), stretches
 
 
-def _wait(futures: list[Future[CopyResult]]) -> None:
+def _wait(tasks: Sequence[_Task]) -> None:
     """Until none of them runs, whatever happens: a worker that writes into a slab that was given back would spoil the next
     snapshot. On Ctrl-C those that wait for a worker are cancelled; those that run end in a moment."""
     interrupt: BaseException | None = None
     while True:
         try:
-            wait([future for future in futures if not future.cancelled()])
+            wait([task.future for task in tasks if task.future is not None and not task.future.cancelled()])
             break
         except BaseException as error:  # noqa: BLE001  (KeyboardInterrupt; raised below)
             interrupt = error
-            for future in futures:
-                future.cancel()
+            _cancel(tasks)
     if interrupt is not None:
         raise interrupt
 

@@ -56,7 +56,8 @@ class _Drawer:
         if any(isinstance(fault, Damage) for fault in faults) and any(
             leaf.born or leaf.resized < num_steps or leaf.dies < num_steps for leaf in training.leaves
         ):
-            config["loading"]["verify_first"] = True  # falling back while reading would meet another structure
+            # The trainer builds the structure of latest(): falling back from there would meet another one.
+            config["loading"] |= {"verify": "full", "verify_first": True}
         for section, values in self._config.held().items():
             config.setdefault(section, {}).update(values)
         return Episode(

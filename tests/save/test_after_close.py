@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ CHECKPOINTER: dict[str, tuple[Callable[[Checkpointer], Any], Callable[[Any], boo
     "warmup": (lambda c: c.warmup({"x": torch.ones(1)}), None),
     "wait_for_staging": (lambda c: c.wait_for_staging(), None),
     "on_preemption": (lambda c: c.on_preemption(), None),
+    "protect": (lambda c: c.protect(0), None),
+    "unprotect": (lambda c: c.unprotect(0), None),
+    "prune": (lambda c: c.prune(), None),
     "checkpoints": (lambda c: [info.step for info in c.checkpoints()], lambda steps: steps == [0]),
     "latest": (lambda c: c.latest(), lambda info: info.step == 0),
     "load": (lambda c: c.load(0), lambda loaded: bool(torch.all(loaded.state["x"] == 1))),
@@ -27,6 +31,7 @@ CHECKPOINTER: dict[str, tuple[Callable[[Checkpointer], Any], Callable[[Any], boo
 }
 POOL: dict[str, tuple[Callable[[WorkerPool], Any], Callable[[Any], bool] | None]] = {
     "submit": (lambda p: p.submit(int), None),
+    "submit_to": (lambda p: p.submit_to(Future(), int), None),
     "hand_over": (lambda p: p.hand_over(int), None),
     "pids": (lambda p: p.pids, lambda pids: pids == ()),
     "health": (lambda p: p.health(), lambda rows: rows == ()),

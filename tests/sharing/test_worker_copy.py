@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -145,6 +147,33 @@ def test_ctrl_c_is_raised_when_no_worker_writes_any_more(faults: Faults) -> None
         assert interrupted.is_set()
         assert bytes(state["w"].numpy()) in bytes(slab.view)
         thread.join()
+
+
+def test_ctrl_c_between_two_lines_of_a_submission(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task is with a worker, and nobody has its Future yet."""
+    hold, slab = faults.hold("copy.piece"), Slab.create(2 * MIB)
+
+    def let_go_and_wait(futures: list[Any]) -> Any:
+        assert len(futures) == 1
+        hold.release()
+        return concurrent.futures.wait(futures)
+
+    with started(1) as pool:
+        state, submit_to = {"w": random_bytes(MIB)}, pool.submit_to
+
+        def interrupted(*args: Any) -> None:
+            submit_to(*args)
+            hold.wait()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(pool, "submit_to", interrupted)
+        monkeypatch.setattr(worker_copy, "wait", let_go_and_wait)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                Snapshots(pool).take(state, slab=slab)
+            assert bytes(state["w"].numpy()) in bytes(slab.view)
+        finally:
+            hold.release()
 
 
 # -- what is asked of a worker --------------------------------------------------------------------------------------

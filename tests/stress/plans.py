@@ -35,7 +35,7 @@ def config(num_workers: int = 1, **sections: dict[str, Any]) -> dict[str, dict[s
         "arena": {"buffers": 2, "max_host_bytes": 1 << 28},
         "staging": {},
         "persistence": {"segment_bytes": 64 << 10},
-        "loading": {"allow_pickle": True, "threads": 1},
+        "loading": {"allow_pickle": True, "threads": 1, "verify": "full", "verify_first": True},
     }
     for name, section in sections.items():
         values[name].update(section)
