@@ -152,9 +152,10 @@ def test_ctrl_c_is_raised_when_no_worker_writes_any_more(faults: Faults) -> None
 def test_ctrl_c_between_two_lines_of_a_submission(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
     """The task is with a worker, and nobody has its Future yet."""
     hold, slab = faults.hold("copy.piece"), Slab.create(2 * MIB)
+    waited_for: list[Any] = []
 
     def let_go_and_wait(futures: list[Any]) -> Any:
-        assert len(futures) == 1
+        waited_for.extend(futures)
         hold.release()
         return concurrent.futures.wait(futures)
 
@@ -171,9 +172,11 @@ def test_ctrl_c_between_two_lines_of_a_submission(faults: Faults, monkeypatch: p
         try:
             with pytest.raises(KeyboardInterrupt):
                 Snapshots(pool).take(state, slab=slab)
+            assert len(waited_for) == 1
             assert bytes(state["w"].numpy()) in bytes(slab.view)
         finally:
-            hold.release()
+            if not waited_for:
+                hold.release()  # or the pool would wait for it
 
 
 # -- what is asked of a worker --------------------------------------------------------------------------------------
