@@ -1,9 +1,9 @@
 """The workers' side of stager: the pool, its protocol and supervision, and what workers run.
 
 Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``service.py``, ``roster.py``,
-``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; then what is run: ``layout.py``, ``slab.py``, ``persist.py``,
-``part_writer.py``, ``reuse.py`` and ``base.py`` (incremental saves), ``commit.py``, ``verify.py``, ``retention.py``,
-``removal.py``.
+``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; then what is run: ``layout.py``, ``templates.py``,
+``slab.py``, ``attached.py``, ``persist.py``, ``part_writer.py``, ``reuse.py`` and ``base.py`` (incremental saves),
+``commit.py``, ``verify.py``, ``retention.py``, ``removal.py``.
 
 This package never imports ``stager``. Names are imported when they are first used, so that ``workers.errors`` and
 ``workers.files`` are there even where torch is not.

@@ -12,20 +12,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import numpy as np
 import xxhash
 
 from workers.errors import CorruptCheckpointError
 from workers.files import open_regular, storage_errors
 from workers.layout import Item, num_segments
 from workers.manifest import Manifest
-from workers.slab import bytes_at
+from workers.pages import bytes_at
 from workers.structure import describe
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _GROUP_BYTES = 2 << 20  # of small items: one read, and it stays in the cache until it was hashed
 _CHUNK_BYTES = 1 << 20  # of large ones, for the same reason
 _MANY_ITEMS = 128  # in one group
+
+
+def _new_memory(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Not zeroed, as a bytearray is."""
+    import numpy as np  # here: the workers, which only write, start without it
+
+    return np.empty(nbytes, np.uint8)
 
 
 @dataclass(slots=True)  # not frozen, which takes twice as long to make, and there can be 200,000
@@ -158,7 +168,7 @@ class BlobReader:
         items, step = layout.items, layout.segment_bytes
         digest, copy = xxhash.xxh3_128_hexdigest, ctypes.memmove
         start = items[group[0].index].offset
-        memory = np.empty(ends[group[-1].index] - start, np.uint8)  # not zeroed, as a bytearray is
+        memory = _new_memory(ends[group[-1].index] - start)
         buffer, address = memory.data, memory.ctypes.data
         self._pread(items[group[0].index].file, [buffer], start)
         for want in group:
@@ -201,7 +211,7 @@ class BlobReader:
         step = self._manifest.layout.segment_bytes
         start = item.offset + number * step
         stop = min(start + step, end)
-        scratch = np.empty(min(_CHUNK_BYTES, stop - start), np.uint8).data
+        scratch = _new_memory(min(_CHUNK_BYTES, stop - start)).data
         hasher = xxhash.xxh3_128()
         for low in range(start, stop, _CHUNK_BYTES):
             for piece in self._pieces(item, low, min(low + _CHUNK_BYTES, stop), want.target, scratch):

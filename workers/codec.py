@@ -5,6 +5,9 @@ By default that starts a server thread in the sender, from which the receiver fe
 sender that is killed in between takes the memory with it. Here the descriptors go *with* the message
 (``SCM_RIGHTS``): from the moment the message is sent the kernel keeps the memory alive, whoever dies. DupFd supports
 this: it asks the "spawning popen" of the current thread, which is where :class:`_FdCollector` stands in.
+
+Nothing here imports torch. Whoever has a tensor to send has imported it, and with it torch.multiprocessing, which registers
+its reducers with ForkingPickler; and a pickle that names something of torch imports it where it is loaded.
 """
 
 from __future__ import annotations
@@ -17,10 +20,9 @@ from collections import ChainMap
 from contextlib import suppress
 from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import cloudpickle
-import torch.multiprocessing  # noqa: F401  (registers torch's reducers with ForkingPickler)
 
 from workers.errors import InternalError
 
@@ -60,11 +62,12 @@ class _FdCollector:
 
 
 class _TaskPickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
-    # On the class: pickle looks it up when an instance is made. Both maps are live views of their registries.
-    dispatch_table: ClassVar[Any] = ChainMap(
-        cast("dict[type, Any]", ForkingPickler(io.BytesIO()).dispatch_table),
-        cloudpickle.Pickler.dispatch_table,
-    )
+    def __init__(self, file: io.BytesIO) -> None:
+        # Each time: torch may have been imported since the last one, and ForkingPickler hands out a copy. Before the real
+        # initialisation, which looks it up.
+        registered = cast("dict[type, Any]", ForkingPickler(io.BytesIO()).dispatch_table)
+        self.dispatch_table = ChainMap(registered, cloudpickle.Pickler.dispatch_table)
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def dumps(value: object) -> tuple[bytes, list[int]]:
@@ -74,7 +77,7 @@ def dumps(value: object) -> tuple[bytes, list[int]]:
     previous = context.get_spawning_popen()
     context.set_spawning_popen(cast(Any, collector))
     try:
-        _TaskPickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+        _TaskPickler(file).dump(value)
     except BaseException:
         close_fds(collector.fds)
         raise

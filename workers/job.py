@@ -2,9 +2,9 @@
 
 The layout is too large for a message (hundreds of thousands of items), so it lies in the slab behind the data, as two JSON
 documents: the *plan* (tensors, structure), which stays the same from save to save and is parsed once, and the *objects*,
-whose sizes change.
+whose sizes change. The format's templates (``templates.py``) come with the plan.
 
-    slab:  | tensor bytes ... | plan JSON | object bytes ... | objects JSON |
+    slab:  | tensor bytes ... | plan JSON, newline, templates | object bytes ... | objects JSON |
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from workers import templates
+from workers.attached import Memory
 from workers.envelope import seal_json, unseal
 from workers.errors import CorruptCheckpointError
 from workers.formats import FORMATS
 from workers.layout import FileSpec, Item, Layout
 from workers.layout_check import check_count, check_layout, check_step, check_text, check_time
 from workers.memo import Memo, no_collection
-from workers.slab import Slab
 from workers.structure import Node
+from workers.templates import Templates
 from workers.writing import PLAIN, Writing
 
 RECORD_NAME = "save.json"
@@ -82,7 +84,7 @@ class SaveJob:
     """
 
     facts: SaveFacts
-    slab: Slab
+    slab: Memory
     plan: Extent
     plan_id: str
     objects: Extent
@@ -101,6 +103,7 @@ class Plan:
         tensors: items, in file order.
         structure: its leaves number the tensors first, then the objects.
         segment_bytes: see :class:`workers.layout.Layout`.
+        templates: the format's; None: whoever needs them makes them.
         memo: what was worked out for it.
     """
 
@@ -109,10 +112,11 @@ class Plan:
     tensors: tuple[Item, ...]
     structure: Node
     segment_bytes: int
+    templates: Templates | None = None
     memo: Memo = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "memo", Memo(len(self.tensors)))
+        object.__setattr__(self, "memo", Memo(len(self.tensors), self.templates))
 
     def to_json(self) -> bytes:
         document = {
@@ -124,18 +128,25 @@ class Plan:
         }
         return json.dumps(document, separators=(",", ":")).encode()
 
-    @staticmethod
-    def from_json(data: bytes) -> Plan:
-        return Plan.from_document(json.loads(data))
+    def to_document(self) -> bytes:
+        """As it lies in a slab, templates included."""
+        return b"%b\n%b" % (self.to_json(), templates.to_bytes(self.templates or {}))
 
     @staticmethod
-    def from_document(document: dict[str, Any]) -> Plan:
+    def from_document(data: bytes) -> Plan:
+        """What :meth:`to_document` wrote."""
+        text, _, made = data.partition(b"\n")
+        return Plan.from_body(json.loads(text), templates.from_bytes(made))
+
+    @staticmethod
+    def from_body(document: dict[str, Any], made: Templates | None = None) -> Plan:
         return Plan(
             files=tuple(FileSpec(*entry) for entry in document["files"]),
             object_file=document["object_file"],
             tensors=tuple(Item.from_row(row[:-1], row[-1]) for row in document["rows"]),
             structure=document["structure"],
             segment_bytes=document["segment_bytes"],
+            templates=made,
         )
 
     @property
@@ -168,7 +179,7 @@ def read_layout(job: SaveJob) -> Layout:
     plan = _plans.get(job.plan_id)
     if plan is None:
         with no_collection():
-            plan = _plans[job.plan_id] = Plan.from_json(_read(job, job.plan))
+            plan = _plans[job.plan_id] = Plan.from_document(_read(job, job.plan))
         while len(_plans) > _CACHED_PLANS:
             _plans.popitem(last=False)
     rows = json.loads(_read(job, job.objects))
@@ -180,7 +191,8 @@ def to_record(job: SaveJob) -> bytes:
     facts = asdict(job.facts)
     del facts["directory"]  # it may be mounted elsewhere by then
     head = json.dumps(facts, separators=(",", ":")).encode()
-    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, _read(job, job.plan), _read(job, job.objects)))
+    plan, _, _ = _read(job, job.plan).partition(b"\n")
+    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, _read(job, job.objects)))
 
 
 def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layout]:
@@ -193,7 +205,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layo
     try:
         facts = _checked(SaveFacts(directory=directory, **body["facts"]))
         objects = [Item.from_row(row[:-1]) for row in body["objects"]]
-        layout = Plan.from_document(body["plan"]).with_objects(objects)
+        layout = Plan.from_body(body["plan"]).with_objects(objects)
         check_layout(layout)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"not the record of a save: {error!r}") from error

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from workers.dtypes import dtype_of
+from workers.dtype_sizes import itemsize_of
 from workers.layout import Item, Layout
 from workers.structure import Chunks, leaves
 
@@ -129,7 +129,7 @@ def _check_kind(index: int, item: Item) -> None:
         raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
     check_shape(item.shape)
     check_shape(item.stride)
-    if math.prod(item.shape) * dtype_of(item.dtype).itemsize != item.data_nbytes:
+    if math.prod(item.shape) * itemsize_of(item.dtype) != item.data_nbytes:
         raise ValueError(f"item {index}: {item.dtype} of shape {item.shape} is not {item.data_nbytes} bytes")
     if math.prod(filter(None, item.shape)) > _LARGEST:  # what torch multiplies before it comes to the zero
         raise ValueError(f"item {index}: shape {item.shape} is too large")

@@ -2,7 +2,8 @@
 
 NOTE [ A worker's life ]
 The worker is started by ``process.py`` with one end of a socket pair. It never imports the trainer's main module. This
-file imports nothing heavy: priority, signals and the orphan watch are in place before the seconds of ``import torch``.
+file imports next to nothing: priority, signals and the orphan watch are in place before the rest is imported, and torch only
+if a task needs it: saving does not.
 It ends when
   * it reads Shutdown: it has finished all that was sent before, and exits 0;
   * its parent is gone: what was sent before is in the socket, so it reads and runs that to the end ("staged means
@@ -31,8 +32,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-
-import psutil
 
 from workers.faults import point
 
@@ -176,8 +175,15 @@ def _lower_priority(settings: WorkerSettings) -> None:
         os.nice(settings.nice)
     with suppress(OSError):
         _lower_autogroup(settings.nice)
+    if settings.ionice != "none":
+        _lower_io_priority(idle=settings.ionice == "idle")
+
+
+def _lower_io_priority(*, idle: bool) -> None:
+    import psutil
+
     with suppress(OSError, psutil.Error):
-        if settings.ionice == "low":
-            psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
-        elif settings.ionice == "idle":
+        if idle:
             psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+        else:
+            psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)

@@ -11,18 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from workers.templates import Templates
+
 T = TypeVar("T")
 
 
 class Memo:
     """Attributes:
     num_fixed: so many items of a layout, from the first on, are the same in every layout that shares this memo.
+    templates: what the trainer worked out; None: nobody did.
     """
 
-    __slots__ = ("_of_plan", "_of_save", "num_fixed")
+    __slots__ = ("_of_plan", "_of_save", "num_fixed", "templates")
 
-    def __init__(self, num_fixed: int = 0) -> None:
+    def __init__(self, num_fixed: int = 0, templates: Templates | None = None) -> None:
         self.num_fixed = num_fixed
+        self.templates = templates
         self._of_plan: dict[str, Any] = {}
         self._of_save: dict[str, tuple[Any, Any]] = {}
 

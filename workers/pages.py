@@ -12,8 +12,6 @@ import os
 import threading
 from collections.abc import Callable
 
-import numpy as np
-
 _MADV_REMOVE = 9
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; allocates the pages now instead of one page fault at a time later
 _STEP_BYTES = 16 << 20
@@ -21,6 +19,13 @@ _OUT_OF_MEMORY = (errno.ENOMEM, errno.EFAULT)  # EFAULT: a fault would have ende
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def bytes_at(address: int, nbytes: int) -> memoryview:
+    """``nbytes`` bytes at ``address`` as a writable view. The caller keeps the owner alive."""
+    if nbytes == 0:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
 
 def populate(address: int, nbytes: int) -> bool:
@@ -84,6 +89,8 @@ def give_back(address: int, nbytes: int) -> bool:
 
 
 def _touch(address: int, nbytes: int) -> None:
+    import numpy as np  # here: the workers, which have no other use for it, start without it
+
     first_bytes = np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(address))[:: mmap.PAGESIZE]
     np.bitwise_or(first_bytes, 0, out=first_bytes)
 

@@ -11,7 +11,8 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from workers import files, slab
+from workers import files
+from workers.attached import detach_all_but
 from workers.commit import Committed, already_committed, partial_path, try_commit, vanished
 from workers.directory import partial_name, remove_partial
 from workers.faults import point
@@ -46,7 +47,7 @@ def persist_part(job: SaveJob, part: int) -> PartResult:
         StorageError: a system call failed; nothing that looks like a checkpoint is left.
         CorruptCheckpointError: somebody else writes into the partial directory.
     """
-    slab.detach_all_but(job.live_slabs)
+    detach_all_but(job.live_slabs)
     with (
         storage_errors("save", partial_path(job.facts)),
         no_collection(),

@@ -7,19 +7,18 @@ import os
 import pickle
 import traceback
 
-import torch
-
 from workers import codec
 from workers.errors import WorkerError
 from workers.faults import point
 from workers.link import Link
 from workers.main import WorkerSettings
 from workers.protocol import Done, Failed, Ready, Shutdown, Task
+from workers.torch_import import set_threads_when_imported
 
 
 def serve(link: Link, settings: WorkerSettings) -> None:
     """Serve the trainer at the other end until there is nothing more to do."""
-    torch.set_num_threads(settings.torch_threads)
+    set_threads_when_imported(settings.torch_threads)
     point("worker.start")
     link.send(Ready(settings.nonce, os.getpid()))
     point("worker.ready")

@@ -16,21 +16,20 @@ change a parameter.
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
-import torch
-
+from workers.attached import Memory, ReadOnlyMapping
 from workers.errors import InternalError
 from workers.faults import point
-from workers.slab import Slab
+
+if TYPE_CHECKING:
+    import torch
 
 _PIECE_BYTES = 16 << 20
 
@@ -49,7 +48,9 @@ class SharedSource:
 
     __slots__ = ("__weakref__", "_memory", "address", "nbytes", "source_id")
 
-    def __init__(self, source_id: int, address: int, nbytes: int, memory: torch.UntypedStorage | mmap.mmap) -> None:
+    def __init__(
+        self, source_id: int, address: int, nbytes: int, memory: torch.UntypedStorage | ReadOnlyMapping
+    ) -> None:
         self.source_id = source_id
         self.address = address
         self.nbytes = nbytes
@@ -62,7 +63,7 @@ class SharedSource:
 
     def __reduce__(self) -> tuple[Any, ...]:
         storage = self._memory
-        if not isinstance(storage, torch.UntypedStorage) or storage.data_ptr() != self.address:
+        if isinstance(storage, ReadOnlyMapping) or storage.data_ptr() != self.address:
             raise InternalError(f"source {self.source_id} is not where it was when it was shared")
         fd, nbytes = storage._share_fd_cpu_()  # torch.multiprocessing's own call; shared already, so nothing moves
         return _attach, (self.source_id, reduction.DupFd(fd), nbytes)
@@ -79,7 +80,7 @@ class CopyResult:
 
 
 def copy_shared(
-    slab: Slab, sources: Sequence[SharedSource], stretches: Sequence[Stretch], live_sources: frozenset[int]
+    slab: Memory, sources: Sequence[SharedSource], stretches: Sequence[Stretch], live_sources: frozenset[int]
 ) -> CopyResult:
     """Copy ``stretches`` from ``sources`` into ``slab``. Runs in a worker.
 
@@ -103,7 +104,7 @@ def copy_shared(
     return CopyResult(os.getpid(), started, time.time(), sum(stretch[3] for stretch in stretches))
 
 
-def _check(stretch: Stretch, sources: Sequence[SharedSource], slab: Slab) -> None:
+def _check(stretch: Stretch, sources: Sequence[SharedSource], slab: Memory) -> None:
     index, offset, slab_offset, nbytes = stretch
     inside = (
         nbytes >= 0
@@ -116,7 +117,7 @@ def _check(stretch: Stretch, sources: Sequence[SharedSource], slab: Slab) -> Non
         raise InternalError(f"stretch {stretch} is not inside sources of {sizes} and a slab of {slab.nbytes} bytes")
 
 
-def prepare_copy(slab: Slab, sources: Sequence[SharedSource], live_sources: frozenset[int]) -> int:
+def prepare_copy(slab: Memory, sources: Sequence[SharedSource], live_sources: frozenset[int]) -> int:
     """Map everything here ahead of the first copy. Changes no byte. Runs in a worker; returns its pid."""
     detach_all_but(live_sources)
     for start, _ in _pieces(0, slab.nbytes):
@@ -134,10 +135,10 @@ def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 # Which pieces of a slab this process has in its page table. Page faults one by one would take three times as long as this,
 # and asking again for pages that are there would add a sixth to the time of each copy.
-_populated: WeakKeyDictionary[Slab, set[int]] = WeakKeyDictionary()
+_populated: WeakKeyDictionary[Memory, set[int]] = WeakKeyDictionary()
 
 
-def _populate(slab: Slab, offset: int) -> None:
+def _populate(slab: Memory, offset: int) -> None:
     number = offset // _PIECE_BYTES
     done = _populated.setdefault(slab, set())
     if number not in done:
@@ -156,9 +157,8 @@ def _attach(source_id: int, sent_fd: Any, nbytes: int) -> SharedSource:
     try:
         source = _attached.get(source_id)
         if source is None:
-            memory = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
-            address = np.frombuffer(memory, np.uint8).ctypes.data  # ctypes itself takes no read-only buffer
-            source = _attached[source_id] = SharedSource(source_id, address, nbytes, memory)
+            memory = ReadOnlyMapping(fd, nbytes)
+            source = _attached[source_id] = SharedSource(source_id, memory.address, nbytes, memory)
         return source
     finally:
         os.close(fd)

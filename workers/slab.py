@@ -1,8 +1,9 @@
 """A slab: one anonymous shared mapping that holds one snapshot.
 
 Backed by a memfd: one descriptor however many tensors, no ``/dev/shm`` size limit, no name that could leak. The memory is
-freed by the kernel when the last process that maps it is gone, however it went. Seen from torch it is an ordinary shared
-``torch.UntypedStorage``; torch.multiprocessing's way of sharing one (a descriptor handed to ``DupFd``) sends it.
+freed by the kernel when the last process that maps it is gone, however it went. In the trainer it is an ordinary shared
+``torch.UntypedStorage``; torch.multiprocessing's way of sharing one (a descriptor handed to ``DupFd``) sends it. In a worker
+it is a plain mapping of that descriptor (``attached.py``).
 
 Invariant: only the process that created a slab writes to it, and only while it is leased for staging (``stager.arena``);
 workers read it, and only between the hand-over of a save and its commit.
@@ -10,7 +11,6 @@ workers read it, and only between the hand-over of a save and its commit.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import mmap
 import os
@@ -21,12 +21,14 @@ from typing import Any
 import torch
 
 from workers import pages
+from workers.attached import attach_slab
+from workers.pages import bytes_at
 
 _ids = itertools.count(1)
 
 
 class Slab:
-    """A shared mapping of ``nbytes`` bytes.
+    """A shared mapping of ``nbytes`` bytes, in the process that made it.
 
     Attributes:
         slab_id: ``<pid>-<n>`` of the creating process: the same in every process that maps it.
@@ -110,38 +112,10 @@ class Slab:
 
     def __reduce__(self) -> tuple[Any, ...]:
         fd, nbytes = self.storage._share_fd_cpu_()  # torch.multiprocessing's own call
-        return _attach, (self.slab_id, reduction.DupFd(fd), nbytes)
+        return attach_slab, (self.slab_id, reduction.DupFd(fd), nbytes)
 
 
 def _map(fd: int, nbytes: int) -> torch.UntypedStorage:
     new_shared: Any = torch.UntypedStorage
     storage: torch.UntypedStorage = new_shared._new_shared_fd_cpu(fd, nbytes)
     return storage
-
-
-def _attach(slab_id: str, sent_fd: Any, nbytes: int) -> Slab:
-    fd = sent_fd.detach()
-    try:
-        if slab_id not in _attached:
-            _attached[slab_id] = Slab(slab_id, _map(fd, nbytes))
-        return _attached[slab_id]
-    finally:
-        os.close(fd)
-
-
-# Mapping a slab again for every save would fault its pages in again. ``detach_all_but`` lets go of what the trainer
-# no longer has.
-_attached: dict[str, Slab] = {}
-
-
-def detach_all_but(live: frozenset[str]) -> None:
-    """In a worker: unmap the attached slabs that the trainer has freed."""
-    for slab_id in [s for s in _attached if s not in live]:
-        del _attached[slab_id]
-
-
-def bytes_at(address: int, nbytes: int) -> memoryview:
-    """``nbytes`` bytes at ``address`` as a writable view. The caller keeps the owner alive."""
-    if nbytes == 0:
-        return memoryview(bytearray())
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")

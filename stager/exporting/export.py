@@ -27,8 +27,8 @@ from workers.formats.contract import TensorSpec, evenly
 from workers.job import Plan
 from workers.layout import Item, Layout, align
 from workers.manifest import Manifest, read_manifest
+from workers.pages import bytes_at
 from workers.read_lock import reading
-from workers.slab import bytes_at
 from workers.structure import Node, describe
 
 FORMATS = ("torch", "safetensors")

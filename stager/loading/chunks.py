@@ -15,7 +15,7 @@ from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
 from workers.layout import Item
 from workers.manifest import Manifest
-from workers.slab import bytes_at
+from workers.pages import bytes_at
 from workers.structure import Chunks, Node
 
 

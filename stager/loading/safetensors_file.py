@@ -24,7 +24,7 @@ from workers.formats.safetensors_file import DTYPES
 from workers.layout import FileSpec, Item, Layout
 from workers.layout_check import check_layout, check_shape, check_text
 from workers.manifest import Header, Manifest
-from workers.slab import bytes_at
+from workers.pages import bytes_at
 
 _LARGEST_HEADER_BYTES = 100_000_000  # what safetensors' own reader takes
 _METADATA = "__metadata__"

@@ -268,7 +268,7 @@ class Saver:
             fsync=self._options.fsync,
             created=time.time(),
             stager=__version__,
-            torch=torch.__version__,
+            torch=str(torch.__version__),  # it is of a class of torch's, which a worker would have to import
             whole_bytes=whole_bytes,
             base_step=self._base_step,
             full_every=self._options.full_every,

@@ -43,7 +43,7 @@ class SnapshotPlan:
     objects: leaves that are pickled.
     nbytes: of the tensors in the slab.
     layout: what the workers need.
-    document: ``layout`` as JSON.
+    document: ``layout`` as it lies in a slab.
     plan_id: hash of the document.
     closing: what ends the files, made from the pickled objects; None: nothing.
     leaves: which leaves are tensors; the next three are in this order.
@@ -154,8 +154,9 @@ class Planner:
             tensors=tuple(items),
             structure=_renumber(flat.structure, item_of),
             segment_bytes=self._segment_bytes,
+            templates=self._format.templates(items),
         )
-        document = layout.to_json()
+        document = layout.to_document()
         return SnapshotPlan(
             copies=placement.copies,
             objects=objects,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from workers.dtypes import dtype_of
-from workers.formats.dcp import object_blob, tensor_frame
-from workers.slab import bytes_at
+from workers.formats.torch_save import object_blob, tensor_frame
+from workers.pages import bytes_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from workers.blob_reader import Wanted
 from workers.errors import CorruptCheckpointError
 from workers.files import open_regular, storage_errors
 from workers.manifest import Manifest
-from workers.slab import bytes_at
+from workers.pages import bytes_at
 
 _GROUP_BYTES = 8 << 20
 

@@ -25,8 +25,8 @@ from workers.dtypes import dtype_of, new_tensor
 from workers.errors import StateMismatchError, UsageError
 from workers.layout import Item
 from workers.manifest import MANIFEST_NAME
+from workers.pages import bytes_at
 from workers.read_lock import reading
-from workers.slab import bytes_at
 from workers.verify import default_threads
 
 _BATCH_BYTES = 256 << 20  # how much is held beside the targets, at least one item

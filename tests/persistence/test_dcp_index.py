@@ -19,7 +19,7 @@ from tests.persistence.jobs import make_job
 from tests.states import everything
 from workers.dtypes import dtype_of
 from workers.formats.dcp import index_files
-from workers.formats.pickle_template import PickleWriter, integer, mark, plain_string, tuple_of
+from workers.formats.pickle_template import END, Strings, TemplateMaker, integer, mark, plain_string, tuple_of
 from workers.job import read_layout
 from workers.layout import Layout
 from workers.structure import fqn, walk
@@ -96,7 +96,7 @@ def test_objects_of_other_sizes_move_and_the_rest_is_kept(run_dir: Path) -> None
 
 
 def test_tensors_without_a_plan(run_dir: Path) -> None:
-    """A layout that comes from a file has nothing to share."""
+    """A layout that comes from a file has nothing to share, and no templates."""
     kept = read_layout(make_job(run_dir, everything()))
     alone = Layout(kept.files, kept.items, kept.structure, kept.segment_bytes)
     assert alone.memo is not kept.memo
@@ -112,19 +112,20 @@ def test_integers(value: int) -> None:
 
 @pytest.mark.parametrize("length", range(6))
 def test_tuples_and_strings_that_come_again(length: int) -> None:
-    writer = PickleWriter([])
+    maker = TemplateMaker([])
+    strings = Strings(maker.first_string)
     texts = (["x", "", "x", "ä\udc80", "y" * 300, "x"])[:length]
-    data = b"%b%b%b" % (writer.start, tuple_of([writer.string(text) for text in texts]), writer.end)
+    data = b"%b%b%b" % (maker.start, tuple_of([strings.piece(text) for text in texts]), END)
     assert pickle.loads(data) == tuple(texts)
 
 
 def test_templates_used_in_any_order_and_more_than_once() -> None:
     specimen = dcp_metadata.MetadataIndex("", torch.Size((0,)))
-    writer = PickleWriter([specimen])
-    before, after = writer.template(dcp_metadata.MetadataIndex(mark(0), torch.Size((0, 0))), 1)
-    other = writer.constant(dcp_metadata.MetadataIndex("other", torch.Size((7, 7, 7))))
+    maker = TemplateMaker([specimen])
+    before, after = maker.template(dcp_metadata.MetadataIndex(mark(0), torch.Size((0, 0))), [mark(0)])
+    other = maker.constant(dcp_metadata.MetadataIndex("other", torch.Size((7, 7, 7))))
     named = [b"%b%b%b" % (before, plain_string(name), after) for name in ("a", "b")]
-    data = b"%b%b%b" % (writer.start, tuple_of([other, *named, other, named[0]]), writer.end)
+    data = b"%b%b%b" % (maker.start, tuple_of([other, *named, other, named[0]]), END)
     a, b, o = (
         dcp_metadata.MetadataIndex("a", torch.Size((0, 0))),
         dcp_metadata.MetadataIndex("b", torch.Size((0, 0))),

@@ -104,7 +104,7 @@ def test_planned_layouts_are_what_a_reader_accepts(
     }
     state |= {f"o{i}": nbytes for i, nbytes in enumerate(objects)}
     planned = Planner(get_format("dcp"), num_files, 1 << 16).plan(flatten(state))
-    plan = Plan.from_json(planned.document)
+    plan = Plan.from_document(planned.document)
     rows, offset = [], 0
     for nbytes in objects:
         rows.append(Item("object", len(plan.files), offset, nbytes, offset, nbytes, "", (), ()))

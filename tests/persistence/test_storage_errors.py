@@ -24,7 +24,7 @@ from workers.directory import (
     read_checkpoint,
 )
 from workers.errors import DirectoryInUseError, StorageError
-from workers.formats.dcp import tensor_frame
+from workers.formats.torch_save import tensor_frame
 from workers.layout import align
 from workers.persist import discard_partial
 from workers.recover import Outcome, recover

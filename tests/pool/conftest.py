@@ -9,6 +9,6 @@ from workers import WorkerPool
 
 @pytest.fixture(scope="package")
 def pool() -> Iterator[WorkerPool]:
-    """For tests that harm nobody: starting a worker costs seconds. It is there before and after each of them."""
+    """For tests that harm nobody: starting a worker costs time. It is there before and after each of them."""
     with WorkerPool(count=2) as shared:
         yield shared

@@ -24,6 +24,11 @@ def identity(value: Any) -> Any:
     return value
 
 
+def imported() -> set[str]:
+    """Here, and not beside the test: a worker that is sent a function imports its module."""
+    return set(sys.modules)
+
+
 def raises(message: str) -> NoReturn:
     raise KeyError(message)
 

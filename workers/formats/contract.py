@@ -1,12 +1,15 @@
 """What an on-disk format has to say. Ranges, hashes, receipts, commit and reading are the same for all of them.
 
     trainer   lay_out     tensors -> items and files, before the first byte is written; kept as long as the plan
+              templates   the tensors' items -> what workers would need torch for, made once and sent along
               object_blob a value -> the bytes of its item
               closing     the objects' blobs -> the blob that ends the file, for a format that needs one
     worker    frames      an item -> the bytes before and after its raw bytes
     commit    index_files small files that readers of the format start from
 
-Whoever computes bytes has the layout only, so trainer and workers come to the same ones.
+Whoever computes bytes has the layout and the templates only, so trainer and workers come to the same ones. Workers do
+without torch: importing it takes more than a second and more memory than everything else they need. So what needs it (the
+trainer's part, and making templates for a layout that came without) imports it when it is called.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from workers.dtypes import dtype_of
+from workers.dtype_sizes import itemsize_of
 from workers.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout, align
 from workers.structure import Path, describe, fqn
+from workers.templates import Templates
 
 if TYPE_CHECKING:
     from workers.job import Plan
@@ -56,7 +60,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * dtype_of(self.dtype).itemsize
+        return math.prod(self.shape) * itemsize_of(self.dtype)
 
     def describe(self) -> str:
         """As a user would write it."""
@@ -96,6 +100,8 @@ class Format(Protocol):
         Raises:
             UnstageableError: a tensor that cannot be written; names its key path.
         """
+
+    def templates(self, tensors: Sequence[Item]) -> Templates: ...
 
     def frames(self, layout: Layout) -> Frames: ...
 

@@ -1,44 +1,25 @@
 """The ``dcp`` format: a stock ``torch.distributed.checkpoint`` directory.
 
-Each item is what ``torch.save`` writes for it: a zip archive whose one big record is the raw storage. ``FileSystemReader``
-finds it through ``.metadata`` (a pickled ``Metadata``) and reads it with ``torch.load``. The archive around the raw bytes
-depends on dtype, shape and stride only, so it is taken once from ``torch.save`` itself, with
-``torch.serialization.skip_data`` in place of the bytes. The checksum field of the storage's record is then that of
-nothing: torch's reader does not check it (torch/csrc/.../inline_container: MZ_ZIP_FLAG_DO_NOT_COMPUTE_CRC32 and its
-reader built without CRC checks), and stager's own hashes cover every byte.
+Each item is what ``torch.save`` writes for it (``torch_save.py``): a zip archive whose one big record is the raw storage.
+``FileSystemReader`` finds it through ``.metadata``, a pickled ``Metadata`` (``dcp_index.py``), and reads it with
+``torch.load``.
 """
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-import torch
-from torch.serialization import skip_data
-
-from workers.dtypes import dtype_of, tensor_over
-from workers.errors import InternalError, UnstageableError
+from workers.errors import UnstageableError
 from workers.formats.contract import Framed, Frames, LaidOut, Split, TensorSpec, lay_out_blobs
 from workers.formats.dcp_index import dcp_index
-from workers.layout import BLOB_ALIGN_BYTES, Layout
-from workers.slab import Slab
+from workers.layout import Item, Layout
+from workers.templates import Templates
 
 if TYPE_CHECKING:
     from workers.job import Plan
 
-_save_config: Any
-try:
-    from torch.utils.serialization import config as _save_config
-except ImportError:  # older than torch 2.7
-    _save_config = None
-
 METADATA_NAME = ".metadata"
-_SPARSE_FROM_BYTES = 64 << 20
-
 
 row_major = False
 one_file = False
@@ -54,6 +35,8 @@ def object_file_name(rank: int) -> str:
 
 def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
     """Each tensor an archive."""
+    from workers.formats.torch_save import tensor_frame
+
     framed = []
     for spec in tensors:
         try:
@@ -64,101 +47,51 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
     return lay_out_blobs(framed, lambda file: f"__{rank}_{file}.distcp", split)
 
 
+def templates(tensors: Sequence[Item]) -> Templates:
+    """The frames of the tensors, one for each kind, and what ``.metadata`` is put together from."""
+    from workers.formats.dcp_templates import index_templates
+    from workers.formats.torch_save import tensor_frame
+
+    frames = {_frame_name(item): tensor_frame(item.dtype, item.shape, item.stride) for item in tensors}
+    return {**frames, **index_templates(tensors)}
+
+
+def _frame_name(item: Item) -> str:
+    return f"frame {item.dtype} {item.shape} {item.stride}"
+
+
+def _templates(layout: Layout) -> Templates:
+    """Those that came with the plan; made here, with torch, for a layout from elsewhere."""
+    memo = layout.memo
+    if memo.templates is not None:
+        return memo.templates
+    tensors = [item for item in layout.items if item.kind == "tensor"]
+    return memo.of_plan("templates", lambda: templates(tensors))
+
+
 def frames(layout: Layout) -> Frames:
+    made = _templates(layout)
+
     def frame(index: int) -> tuple[bytes, bytes]:
         item = layout.items[index]
-        return tensor_frame(item.dtype, item.shape, item.stride) if item.kind == "tensor" else (b"", b"")
+        if item.kind != "tensor":
+            return b"", b""
+        head, tail = made[_frame_name(item)]
+        return head, tail
 
     return frame
+
+
+def object_blob(value: object, leaf: int = 0) -> bytes:
+    from workers.formats import torch_save
+
+    return torch_save.object_blob(value)
 
 
 def closing(plan: Plan) -> None:
     """A file of objects ends with the last of them."""
 
 
-class _Sink(io.RawIOBase):
-    """Keeps what is written; what is skipped over leaves a hole that takes no memory."""
-
-    def __init__(self) -> None:
-        self.pieces: list[tuple[int, bytes]] = []
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END:
-            raise OSError("the size of this stream is not known")
-        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
-        return self._position
-
-    def write(self, data: Any) -> int:
-        self.pieces.append((self._position, bytes(data)))
-        self._position += len(data)
-        return len(data)
-
-
-@lru_cache(maxsize=65536)
-def tensor_frame(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """The bytes before and after the raw bytes of a dense tensor."""
-    torch_dtype = dtype_of(dtype)
-    nbytes = torch_dtype.itemsize
-    for length in shape:
-        nbytes *= length
-    # Never touched, so it takes no memory, however large: not torch.empty, which deterministic mode fills.
-    small = nbytes < _SPARSE_FROM_BYTES
-    storage: torch.UntypedStorage = _untyped(nbytes) if small else Slab.create(nbytes).storage
-    tensor = tensor_over(storage, torch_dtype, shape, stride)
-    sink = _Sink()
-    with skip_data(), _standard_alignment():
-        torch.save(tensor, cast(IO[bytes], sink))
-    start = _data_start(sink, nbytes) if nbytes else None
-    head, tail = bytearray(), bytearray()
-    for position, data in sink.pieces:
-        target, base = (head, 0) if start is None or position < start else (tail, start + nbytes)
-        at = position - base
-        target.extend(b"\0" * (at + len(data) - len(target)))
-        target[at : at + len(data)] = data
-    if start is not None:
-        if len(head) > start:
-            raise InternalError("torch.save wrote where skip_data promised a hole")
-        head.extend(b"\0" * (start - len(head)))
-    return bytes(head), bytes(tail)
-
-
-def _standard_alignment() -> AbstractContextManager[Any]:
-    """What the user set for his own ``torch.save`` must not matter: trainer and workers have to agree on every byte."""
-    if _save_config is None or not hasattr(_save_config.save, "storage_alignment"):
-        return nullcontext()
-    return cast(AbstractContextManager[Any], _save_config.patch("save.storage_alignment", BLOB_ALIGN_BYTES))
-
-
-def _data_start(sink: _Sink, nbytes: int) -> int:
-    """Where the storage's bytes belong: the hole of ``nbytes`` that torch.save skipped."""
-    end = 0
-    for position, data in sink.pieces:
-        if position - end >= nbytes and position > end:
-            # Padding before the storage (it is aligned to 64 bytes) is written, so the hole is exactly the storage.
-            return position - nbytes
-        end = max(end, position + len(data))
-    raise InternalError(f"torch.save left no hole for {nbytes} bytes")
-
-
-_untyped: Any = torch.UntypedStorage  # its constructor has no types
-
-
-def object_blob(value: object, leaf: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
 def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
     """``.metadata``, as ``dcp.save`` writes it."""
-    return {METADATA_NAME: dcp_index(layout, save_id, directory)}
+    return {METADATA_NAME: dcp_index(layout, _templates(layout), save_id, directory)}

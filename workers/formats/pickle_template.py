@@ -9,6 +9,8 @@ The stream is of protocol 2, whose memo has explicit numbers:
     prelude      classes, field names, whatever is used often: put into the memo once, then dropped from the stack
     templates    refer to the prelude, and put nothing into the memo that they do not need themselves
     strings      numbered from behind both on: each in full where it comes first, by its number afterwards
+
+The first two take the classes, and what they are from; filling in takes bytes only, and may happen in another process.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -23,22 +26,31 @@ from workers.errors import InternalError
 
 _PROTOCOL = 2
 _HEADER = b"\x80\x02"
-_STOP = b"."
+END = b"."
 _POP = b"0"
 _RESERVED = 16  # memo entries that a template may need for itself
 _TUPLES = (b")", b"\x85", b"\x86", b"\x87")
 
 
 def mark(number: int) -> str:
-    """What stands in a specimen for what is filled in ``number``-th."""
+    """What stands in a specimen for the ``number``-th of the strings that are filled in, or anything in a string's place."""
     return f"\0mark {number}\0"
 
 
-class PickleWriter:
-    """Makes the pieces of one pickle. Those with strings have to be used in the order in which they were made.
+def number_mark(number: int) -> int:
+    """The same for a number, in a place where only a number may stand."""
+    return 0x5EA1C000 + number
+
+
+class TemplateMaker:
+    """Makes the templates of one pickle.
 
     Args:
         prelude: objects whose parts templates refer to.
+
+    Attributes:
+        start: what the pickle begins with.
+        first_string: for :class:`Strings`.
     """
 
     def __init__(self, prelude: list[Any]) -> None:
@@ -47,38 +59,44 @@ class PickleWriter:
         pickler = pickle.Pickler(buffer, _PROTOCOL)
         pickler.dump(prelude)
         self._memo = pickler.memo.copy()
-        self.start = buffer.getvalue()[: -len(_STOP)] + _POP
-        self.end = _STOP
-        self._first_string = len(self._memo) + _RESERVED
-        self._strings: dict[str, bytes] = {}
+        self.start = buffer.getvalue()[: -len(END)] + _POP
+        self.first_string = len(self._memo) + _RESERVED
 
     def constant(self, value: Any) -> bytes:
         """``value``, to be used any number of times."""
-        return self.template(value, 0)[0]
+        return self.template(value, ())[0]
 
-    def template(self, specimen: Any, num_marks: int) -> tuple[bytes, ...]:
-        """The pieces of ``specimen`` before, between and after its marks."""
+    def template(self, specimen: Any, marks: Sequence[str | int]) -> tuple[bytes, ...]:
+        """The pieces of ``specimen`` before, between and after its ``marks``, which are in it once each, in this order."""
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, _PROTOCOL)
         pickler.memo = self._memo.copy()
         pickler.dump(specimen)
         data, largest = _without_unused_puts(buffer.getvalue())
-        if largest >= self._first_string:
+        if largest >= self.first_string:
             raise InternalError(f"{type(specimen).__name__} has too many parts in common for a template")
-        rest = data[len(_HEADER) : -len(_STOP)]
+        rest = data[len(_HEADER) : -len(END)]
         pieces = []
-        for number in range(num_marks):
-            piece, found, rest = rest.partition(plain_string(mark(number)))
+        for number, text in enumerate(marks):
+            piece, found, rest = rest.partition(plain_string(text) if isinstance(text, str) else integer(text))
             if not found:
                 raise InternalError(f"mark {number} is not in the pickle of {type(specimen).__name__}")
             pieces.append(piece)
         return (*pieces, rest)
 
-    def string(self, text: str) -> bytes:
+
+class Strings:
+    """Strings of one pickle, to be used in the order in which they were made."""
+
+    def __init__(self, first_string: int) -> None:
+        self._first = first_string
+        self._strings: dict[str, bytes] = {}
+
+    def piece(self, text: str) -> bytes:
         known = self._strings.get(text)
         if known is not None:
             return known
-        number = (self._first_string + len(self._strings)).to_bytes(4, "little")
+        number = (self._first + len(self._strings)).to_bytes(4, "little")
         self._strings[text] = b"j" + number
         return b"%br%b" % (plain_string(text), number)
 

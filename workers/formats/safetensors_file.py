@@ -16,18 +16,17 @@ Containers and the types of keys are in the manifest only.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-from workers.dtypes import dtype_of
+from workers.dtype_sizes import itemsize_of
 from workers.errors import UnstageableError
-from workers.formats import dcp
 from workers.formats.contract import Frames, LaidOut, Split, TensorSpec, tensor_item
 from workers.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout
 from workers.structure import Path, fqn, walk
+from workers.templates import Templates
 
 if TYPE_CHECKING:
     from workers.job import Plan
@@ -75,7 +74,7 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
             raise UnstageableError(spec.describe(), f"{_METADATA} is no name for a tensor in a safetensors file")
         if any(not _is_text(fqn(path)) for path in spec.paths):
             raise UnstageableError(spec.describe(), "a name in a safetensors file has to be valid Unicode")
-    order = sorted(range(len(tensors)), key=lambda number: -dtype_of(tensors[number].dtype).itemsize)
+    order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(tensors[number].dtype))
     runs = split([tensors[number] for number in order], [tensors[number].nbytes for number in order])
     order = [order[number] for run in runs for number in sorted(run)]  # within a file, too, the largest come first
     items: list[Item] = []
@@ -114,7 +113,7 @@ def header(tensors: Iterable[tuple[Sequence[Path], str, tuple[int, ...]]]) -> by
     offset = 0
     for paths, dtype, shape in tensors:
         name, *others = map(fqn, paths)
-        nbytes = torch.Size(shape).numel() * dtype_of(dtype).itemsize
+        nbytes = math.prod(shape) * itemsize_of(dtype)
         entries[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": (offset, offset + nbytes)}
         tied.update(dict.fromkeys(others, name))
         offset += nbytes
@@ -122,6 +121,10 @@ def header(tensors: Iterable[tuple[Sequence[Path], str, tuple[int, ...]]]) -> by
     data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     data += b" " * (-(8 + len(data)) % BLOB_ALIGN_BYTES)
     return struct.pack("<Q", len(data)) + data
+
+
+def templates(tensors: Sequence[Item]) -> Templates:
+    return {}
 
 
 def frames(layout: Layout) -> Frames:
@@ -158,9 +161,13 @@ def _paths(layout: Layout) -> dict[int, list[Path]]:
 
 def object_blob(value: object, leaf: int) -> bytes:
     """As ``torch.save`` writes it. A tensor, which is here for its dtype, takes only its own values along."""
+    import torch
+
+    from workers.formats import torch_save
+
     if isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta):
         value = value.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
-    return dcp.object_blob(value)
+    return torch_save.object_blob(value)
 
 
 def closing(plan: Plan) -> None:

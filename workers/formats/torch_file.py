@@ -25,7 +25,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from workers.errors import UnstageableError
-from workers.formats import torch_pickle
 from workers.formats.contract import Closing, Frames, LaidOut, Split, TensorSpec, tensor_item
 from workers.formats.zip_records import (
     DIRECTORY,
@@ -36,9 +35,11 @@ from workers.formats.zip_records import (
     local_header,
     put_records,
 )
-from workers.layout import FileSpec, Layout, align
+from workers.layout import FileSpec, Item, Layout, align
+from workers.templates import Templates
 
 if TYPE_CHECKING:
+    from workers.formats.torch_pickle import Piece
     from workers.job import Plan
 
 row_major = False
@@ -57,6 +58,8 @@ def object_file_name(rank: int) -> str:
 
 def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
     """Records without gaps, in one file."""
+    from workers.formats import torch_pickle
+
     items = []
     offset = 0
     for number, spec in enumerate(tensors):
@@ -69,6 +72,10 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
         offset = items[-1].offset + items[-1].nbytes
     files = (FileSpec(object_file_name(rank), align(offset)),) if items else ()
     return LaidOut(range(len(items)), tuple(items), files)
+
+
+def templates(tensors: Sequence[Item]) -> Templates:
+    return {}
 
 
 def frames(layout: Layout) -> Frames:
@@ -87,6 +94,8 @@ def _record(number: int, nbytes: int, offset: int) -> Record:
 
 def object_blob(value: object, leaf: int) -> bytes:
     """An archive of its own, that ``torch.load`` reads. Its storages are ``data/o<leaf>.0`` and so on."""
+    from workers.formats import torch_pickle
+
     return archive([*torch_pickle.pickle_object(value, f"o{leaf}"), *_SMALL_RECORDS])
 
 
@@ -96,10 +105,12 @@ def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes
 
 def closing(plan: Plan) -> Closing:
     """What stays the same from save to save is made here, once."""
+    from workers.formats import torch_pickle
+
     tensors = plan.tensors
     count = len(tensors)
 
-    def leaf(index: int) -> torch_pickle.Piece:
+    def leaf(index: int) -> Piece:
         if index >= count:
             return index - count
         item = tensors[index]
@@ -115,9 +126,7 @@ def closing(plan: Plan) -> Closing:
     return close
 
 
-def _close(
-    pieces: list[torch_pickle.Piece], tensor_entries: bytes, count: int, offset: int, blobs: Sequence[bytes]
-) -> bytes:
+def _close(pieces: list[Piece], tensor_entries: bytes, count: int, offset: int, blobs: Sequence[bytes]) -> bytes:
     records: list[Record] = []
     fragments: list[bytes] = []
     for blob in blobs:
@@ -135,6 +144,8 @@ def _close(
 
 @lru_cache(maxsize=4096)  # most objects are small numbers, and the same in every save
 def _open_small(blob: bytes) -> tuple[bytes, tuple[Record, ...]]:
+    from workers.formats import torch_pickle
+
     with zipfile.ZipFile(io.BytesIO(blob)) as opened:
         data = opened.read(f"{DIRECTORY}data.pkl")
         storages = tuple(

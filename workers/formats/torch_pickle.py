@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 
 from workers.errors import InternalError
-from workers.formats import dcp
-from workers.slab import bytes_at
+from workers.formats.torch_save import tensor_frame
+from workers.pages import bytes_at
 from workers.structure import Node
 
 _PROTOCOL = 2  # torch.save's
@@ -45,7 +45,7 @@ def tensor_fragment(key: str, dtype: str, shape: tuple[int, ...], stride: tuple[
 
 @lru_cache(maxsize=65536)
 def _around_key(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
-    head, _ = dcp.tensor_frame(dtype, shape, stride)
+    head, _ = tensor_frame(dtype, shape, stride)
     name_nbytes, extra_nbytes = struct.unpack_from("<2H", head, 26)  # of the first record, which is data.pkl
     data = head[30 + name_nbytes + extra_nbytes :]
     ops = [(op.name, arg, position or 0) for op, arg, position in pickletools.genops(data)]

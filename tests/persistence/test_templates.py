@@ -1,0 +1,44 @@
+"""Templates: what the trainer makes is what a process with torch would make, and one for each kind is enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.persistence.jobs import make_job
+from tests.states import everything
+from workers.formats import FORMATS, dcp
+from workers.job import RECORD_NAME, from_record, read_layout, to_record
+from workers.templates import from_bytes, to_bytes
+
+
+@pytest.mark.parametrize(
+    "made", [{}, {"none": ()}, {'a\n"ä': (b"", b"\n{}", bytes(range(256))), "b": (b"x",)}], ids=len
+)
+def test_pieces_come_back(made: dict[str, tuple[bytes, ...]]) -> None:
+    assert from_bytes(to_bytes(made)) == made
+
+
+def test_plan_brings_what_would_be_made_here(run_dir: Path) -> None:
+    layout = read_layout(make_job(run_dir, everything()))
+    assert layout.memo.templates == dcp.templates([item for item in layout.items if item.kind == "tensor"])
+
+
+def test_equal_kinds_have_one_template(run_dir: Path) -> None:
+    few, many = (
+        read_layout(make_job(run_dir, {str(i): torch.ones(3, 4) for i in range(count)})).memo.templates
+        for count in (1, 500)
+    )
+    assert few == many
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_record_has_none(run_dir: Path, kind: str) -> None:
+    """Nothing that is read from a disk gets into ``.metadata``; what a commit needs is made anew."""
+    job = make_job(run_dir, everything(), kind=kind)
+    _, layout = from_record(to_record(job), RECORD_NAME, str(run_dir))
+    assert layout.memo.templates is None
+    file_format = FORMATS[kind]
+    assert file_format.index_files(layout, "0a", "/d") == file_format.index_files(read_layout(job), "0a", "/d")
