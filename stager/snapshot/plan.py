@@ -123,11 +123,13 @@ class Planner:
 
     def _make(self, flat: Flat, rows: list[Row]) -> SnapshotPlan:
         flat.check_names()
-        rows = [(leaf, p) for leaf, p in rows if self._format.holds(_dtype_name(p))]
+        foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(_dtype_name(p))]
+        rows = [(leaf, p) for leaf, p in rows if self._format.holds(_dtype_name(p))] if foreign else rows
         if self._format.row_major:
             rows = [(leaf, p if _is_row_major(p) else replace(p, is_lazy=True)) for leaf, p in rows]
-        are_tensors = {leaf for leaf, _ in rows}
-        objects = tuple(i for i in range(len(flat.leaves)) if i not in are_tensors)
+        same_as = {leaf: group[0][0] for group in _group(foreign) for leaf, _ in group[1:]}  # tied: one object
+        no_objects = {leaf for leaf, _ in rows} | same_as.keys()
+        objects = tuple(i for i in range(len(flat.leaves)) if i not in no_objects)
         groups = _group(rows)
         laid_out = self._format.lay_out([_spec(flat, group) for group in groups], self._rank, self._split)
         in_order = [groups[number] for number in laid_out.order]
@@ -148,6 +150,8 @@ class Planner:
         item_of = {leaf: number for number, group in enumerate(in_order) for leaf, _ in group}
         for number, leaf in enumerate(objects):
             item_of[leaf] = len(items) + number
+        for leaf, first in same_as.items():
+            item_of[leaf] = item_of[first]
         layout = Plan(
             files=laid_out.files,
             object_file=self._format.object_file_name(self._rank),

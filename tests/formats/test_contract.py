@@ -289,3 +289,20 @@ def test_formats_are_those_of_the_configuration() -> None:
     from stager.config.models import PersistenceConfig
 
     assert set(FORMATS) == set(PersistenceConfig.model_fields["format"].annotation.__args__)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.complex128])
+def test_tied_tensors_are_tied_again_whatever_their_dtype(run_dir: Path, kind: str, dtype: torch.dtype) -> None:
+    """safetensors has no complex numbers: those are objects there."""
+    shared = torch.randn(30, dtype=dtype)
+    state = {"a": shared, "n": 1, "b": [shared], "view": shared[:7], "other": shared.clone()}
+    info = save(run_dir, state, kind=kind)
+    loaded = load(info)
+    assert same(loaded, state) and loaded["a"].data_ptr() == loaded["b"][0].data_ptr()
+    assert len({loaded[name].data_ptr() for name in ("a", "view", "other")}) == 3
+    fresh = functools.partial(torch.zeros, dtype=dtype)
+    into = {"a": fresh(30), "n": 0, "b": [fresh(30)], "view": fresh(7), "other": fresh(30)}
+    with Checkpointer(run_dir, read_only=True) as ckpt:
+        ckpt.load(into=into)
+    assert same(into, state)
