@@ -120,7 +120,12 @@ def parse_checkpoint(name: str) -> int | None:
 
 def partial_names(directory: str) -> list[str]:
     """Partial directories, those of ``REPLACED`` checkpoints behind the ones that replace them."""
-    return sorted(name for name in _names(directory) if _PARTIAL.fullmatch(name) and _is_canonical(name))
+    return sorted(filter(is_partial, _names(directory)))
+
+
+def is_partial(name: str) -> bool:
+    """Whether it is the name of such a directory."""
+    return _PARTIAL.fullmatch(name) is not None and _is_canonical(name)
 
 
 def parse_partial(name: str) -> tuple[int, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from stager import Checkpointer
 from stager.stress.digest import digest
-from workers.directory import LOCK_NAME, committed_steps, parse_partial, partial_names, read_checkpoint
+from workers.directory import LOCK_NAME, committed_steps, is_partial, parse_partial, read_checkpoint
 from workers.errors import StagerError
 from workers.verify import verify_checkpoint
 
@@ -66,7 +66,7 @@ class Found:
 def check_directory(directory: str, expected: Expectation) -> Found:
     """Look at everything: names, every byte of every checkpoint, the values in it, what is newest."""
     names = os.listdir(directory) if os.path.isdir(directory) else []
-    partials = partial_names(directory)
+    partials = sorted(filter(is_partial, names))  # of the same look: one may be committed meanwhile
     problems = list(_strangers(names, partials, expected))
     valid: list[int] = []
     invalid: dict[int, str] = {}
