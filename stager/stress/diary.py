@@ -87,6 +87,15 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Left:
+    """The trainer was told to go in the midst of waiting: the staged save is left to the workers, who must commit it."""
+
+    time: float
+    step: int
+    kind: Literal["left"] = "left"
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run has reached its last step, with this state."""
 
@@ -106,7 +115,8 @@ class Closed:
 
 
 Entry = Annotated[
-    Up | Resumed | Begun | Staged | Committed | Skipped | Failed | Finished | Closed, Field(discriminator="kind")
+    Up | Resumed | Begun | Staged | Committed | Skipped | Failed | Left | Finished | Closed,
+    Field(discriminator="kind"),
 ]
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
 
@@ -147,7 +157,9 @@ class Diary:
         self.entries += new
         return new
 
-    def steps(self, kind: type[Begun] | type[Staged] | type[Committed] | type[Skipped] | type[Failed]) -> set[int]:
+    def steps(
+        self, kind: type[Begun] | type[Staged] | type[Committed] | type[Skipped] | type[Failed] | type[Left]
+    ) -> set[int]:
         """The steps whose saves got that far."""
         return {entry.step for entry in self.entries if isinstance(entry, kind)}
 

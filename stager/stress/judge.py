@@ -6,7 +6,7 @@ import errno
 import signal
 from collections.abc import Iterator, Sequence
 
-from stager.stress.diary import Begun, Closed, Committed, Failed, Finished, Resumed, Staged, Up
+from stager.stress.diary import Begun, Closed, Committed, Failed, Finished, Left, Resumed, Staged, Up
 from stager.stress.episode import Episode
 from stager.stress.faults import Fault, FullDisk, PointFault, RemovePartial, SignalFault
 from stager.stress.inflictor import Fired
@@ -106,6 +106,15 @@ def _failures(run: Run) -> Iterator[str]:
         if failure.lost:
             yield f"save of step {failure.step} failed, and close() told nobody: {failure.error}: {failure.message[:200]}"
 
+    if run.diary.steps(Left) and not any(map(_tells_trainer_to_go, run.fired)):
+        yield f"saves of steps {sorted(run.diary.steps(Left))} were left to the workers, and nobody told the trainer to go"
+
+
+def _tells_trainer_to_go(fired: Fired) -> bool:
+    return (
+        isinstance(fired.fault, SignalFault) and fired.fault.signal in ("SIGINT", "SIGTERM") and fired.whom == "trainer"
+    )
+
 
 def may_end_a_recovery(fault: Fault) -> bool:
     """Whether this fault may hit a new run that commits what an earlier one has left."""
@@ -135,11 +144,11 @@ def _excuses(fired: Fired, failure: Failed, begun: float) -> bool:
 def _settled(run: Run) -> Iterator[str]:
     """Staged and committed saves are there; in a run that was closed every save has an answer."""
     diary = run.diary
-    answered = diary.steps(Committed) | {f.step for f in diary.failures}
+    answered = diary.steps(Committed) | diary.steps(Left) | {f.step for f in diary.failures}
     missing = set(run.found.missing) if run.found is not None else set()
     for step in sorted(missing & diary.steps(Committed)):
         yield f"step {step} was reported as committed and is not there"
-    for step in sorted((missing & diary.steps(Staged)) - answered):
+    for step in sorted((missing & diary.steps(Staged)) - (answered - diary.steps(Left))):
         if not is_excused_loss(run, step):
             yield f"step {step} was staged, did not fail, and is not there"
     for step in sorted(missing - diary.steps(Staged) - diary.steps(Committed)):

@@ -22,6 +22,7 @@ from stager.stress.diary import (
     DiaryWriter,
     Failed,
     Finished,
+    Left,
     Resumed,
     Skipped,
     Staged,
@@ -31,6 +32,7 @@ from stager.stress.diary import (
 from stager.stress.digest import digest
 from stager.stress.episode import Episode, RunPlan
 from stager.stress.training import Training
+from workers.errors import LeftRunningError
 
 _ATTEMPTS = 4  # a call raises the error of each earlier save that nobody has looked at, one at a time
 
@@ -175,6 +177,9 @@ class Trainer:
         error = _error_of(handle)
         if error is not None and handle.step not in self._noted:
             self._noted.add(handle.step)
+            if isinstance(error, LeftRunningError):
+                self._diary.write(Left(now(), handle.step))
+                return
             was_staged = handle.staging_completion.exception() is None
             self._diary.write(_failed(handle.step, error, was_staged=was_staged, lost=lost))
 

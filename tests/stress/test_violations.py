@@ -13,7 +13,7 @@ import pytest
 from stager.stress import system
 from stager.stress.checker import Found
 from stager.stress.config import StressConfig, StressSettings
-from stager.stress.diary import Begun, Closed, Committed, Diary, Entry, Failed, Finished, Resumed, Staged, Up
+from stager.stress.diary import Begun, Closed, Committed, Diary, Entry, Failed, Finished, Left, Resumed, Staged, Up
 from stager.stress.episode import RunPlan
 from stager.stress.faults import FullDisk, PointFault, Pressure, SignalFault
 from stager.stress.inflictor import Fired
@@ -112,6 +112,17 @@ def failed(step: int, error: str = "StorageError", errno: int | None = 5) -> Fai
     return Failed(3.0, step, error, "message", errno, True)
 
 
+def told() -> Run:
+    """To go, while it waited for its saves."""
+    run = replace(good_run(), diary=diary_of(*without(Committed), Left(3.5, 1), Left(3.5, 2)))
+    run.fired.append(Fired(SignalFault("trainer", "SIGTERM", save=1, delay_secs=0.0), 3.4, "trainer"))
+    return run
+
+
+def test_saves_that_are_left_to_the_workers_by_a_trainer_told_to_go_are_good() -> None:
+    assert said(told()) == []
+
+
 LIES: list[tuple[str, Run]] = [
     ("the trainer hung", replace(good_run(), exitcode=None)),
     ("the trainer ended with 1", replace(good_run(), exitcode=1)),
@@ -127,6 +138,11 @@ LIES: list[tuple[str, Run]] = [
         replace(good_run(), diary=diary_of(*without(Committed)), found=Found(valid=(0, 1), missing=(2,))),
     ),
     ("neither committed nor failed", replace(good_run(), diary=diary_of(*without(Committed)))),
+    ("nobody told the trainer to go", replace(good_run(), diary=diary_of(*without(Committed, Closed), Left(3.5, 1)))),
+    (
+        "step 2 was staged, did not fail",
+        replace(told(), diary=diary_of(*without(Committed), Left(3.5, 2)), found=Found(valid=(0, 1), missing=(2,))),
+    ),
     ("which an earlier run had left", replace(good_run(), found=Found(valid=(1, 2), missing=(0,)))),
     ("descriptors open before", replace(good_run(), diary=diary_of(*without(Closed), Closed(4.0, 6)))),
     (
