@@ -25,6 +25,7 @@ _HOME = {
     "stager.exporting.export": ("Exported", "export_checkpoint"),
     "stager.loading.foreign": ("load_checkpoint",),
     "stager.loading.loader": ("Loaded",),
+    "stager.ranks.per_rank": ("PerRank",),
     "stager.saving.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
     "stager.staging": (
         "AsyncStager",
@@ -48,9 +49,11 @@ _HOME = {
         "ConfigError",
         "CorruptCheckpointError",
         "DirectoryInUseError",
+        "InconsistentRanksError",
         "InternalError",
         "LeftRunningError",
         "MemoryBudgetError",
+        "RankFailedError",
         "ReplicationError",
         "StagerError",
         "StateMismatchError",
@@ -92,6 +95,7 @@ if TYPE_CHECKING:
     from stager.exporting.export import export_checkpoint as export_checkpoint
     from stager.loading.foreign import load_checkpoint as load_checkpoint
     from stager.loading.loader import Loaded as Loaded
+    from stager.ranks.per_rank import PerRank as PerRank
     from stager.saving.preemption import Preemption as Preemption
     from stager.saving.save import Event as Event
     from stager.saving.save import SaveHandle as SaveHandle
@@ -117,9 +121,11 @@ if TYPE_CHECKING:
     from workers.errors import ConfigError as ConfigError
     from workers.errors import CorruptCheckpointError as CorruptCheckpointError
     from workers.errors import DirectoryInUseError as DirectoryInUseError
+    from workers.errors import InconsistentRanksError as InconsistentRanksError
     from workers.errors import InternalError as InternalError
     from workers.errors import LeftRunningError as LeftRunningError
     from workers.errors import MemoryBudgetError as MemoryBudgetError
+    from workers.errors import RankFailedError as RankFailedError
     from workers.errors import ReplicationError as ReplicationError
     from workers.errors import StagerError as StagerError
     from workers.errors import StateMismatchError as StateMismatchError

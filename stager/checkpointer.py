@@ -26,6 +26,9 @@ from stager.config import StagerConfig, load_config
 from stager.config.host import available_memory_bytes
 from stager.loading.loader import Loaded, Loader
 from stager.loading.selection import Selection
+from stager.ranks.job import find_job
+from stager.ranks.loading import LoadTogether
+from stager.ranks.opening import take_directory
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer
@@ -39,16 +42,13 @@ from workers.directory import (
     SkippedCheckpoint,
     checkpoint_name,
     list_checkpoints,
-    lock_directory,
     parse_checkpoint,
 )
-from workers.errors import ClosedError, StagerError, UsageError
-from workers.files import storage_errors
+from workers.errors import ClosedError, ConfigError, StagerError, UsageError
 from workers.formats import get_format
 from workers.pool import PoolOptions, WorkerPool
 from workers.protected import read_protected, write_protected
 from workers.read_lock import reading
-from workers.recover import recover
 from workers.retention import Fate, PruneReport, RetentionRules, prune
 from workers.writing import Writing
 
@@ -85,24 +85,23 @@ class Checkpointer:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
-        self._loader = Loader(self._directory, self._config.loading)
         self._unread: list[SaveHandle] = []
         self._lock_fd = -1
         self._saver: Saver | None = None
         self._preemption: Preemption | None = None
+        self._job = find_job(False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs)
+        self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
+        self._together = None if self._job.board is None else LoadTogether(self._job, self._directory, self._loader)
         if not read_only:
             self._open_for_writing()
             _live.add(self)
 
     def _open_for_writing(self) -> None:
         config = self._config
-        with storage_errors("create", self._directory):
-            os.makedirs(self._directory, exist_ok=True)
-        self._lock_fd = lock_directory(self._directory, config.persistence.lock_timeout_secs)
+        self._check_for_ranks()
+        self._lock_fd = take_directory(self._directory, self._job, config.persistence.lock_timeout_secs)
         try:
-            for found in recover(self._directory):
-                logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
-            self._telemetry = Telemetry(config.telemetry.events, config.telemetry.trace)
+            self._telemetry = Telemetry(self._own(config.telemetry.events), self._own(config.telemetry.trace))
             self._arena = self._make_arena()
             self._pool = self._start_pool()
         except BaseException:
@@ -111,11 +110,38 @@ class Checkpointer:
         self._saver = self._make_saver()
         self._retainer = Retainer(self._pool, self._directory, self._retention_rules(), self._on_pruned)
 
+    def _own(self, path: str | os.PathLike[str] | None) -> str | None:
+        """The name of this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
+        if path is None or self._job.board is None:
+            return None if path is None else os.fspath(path)
+        stem, suffix = os.path.splitext(os.fspath(path))
+        return f"{stem}.rank-{self._job.rank}{suffix}"
+
+    def _check_for_ranks(self) -> None:
+        """What ranks that save together cannot have.
+
+        Raises:
+            ConfigError
+        """
+        if self._job.board is None:
+            return
+        advice = "or ranks.together to false, with a directory of its own for each rank"
+        if self._config.persistence.format != "dcp":
+            raise ConfigError(
+                f"persistence.format is {self._config.persistence.format}, and {self._job.num_ranks} ranks save together: "
+                f"set it to dcp, {advice}"
+            )
+        if self._config.arena.when_full == "skip":
+            raise ConfigError(
+                "arena.when_full is skip, and a save that one rank skips fails on all of them: set it to wait or raise, "
+                + advice
+            )
+
     def _make_arena(self) -> Arena:
         arena = self._config.arena
         return Arena(
             arena.buffers,
-            arena.resolve_max_host_bytes(available_memory_bytes(), _local_world_size()),
+            arena.resolve_max_host_bytes(available_memory_bytes(), self._job.local_size),
             arena.when_full,
             prefault=arena.prefault,
             pin=self._pins(),
@@ -152,11 +178,11 @@ class Checkpointer:
             env={"CUDA_VISIBLE_DEVICES": ""},  # workers never create a CUDA context
         )
         # Workers keep the lock's descriptor: see NOTE [ The lock ] in workers/directory.py.
-        return WorkerPool(workers.resolve_count(_local_world_size()), options, inherit_fds=(self._lock_fd,))
+        return WorkerPool(workers.resolve_count(self._job.local_size), options, inherit_fds=(self._lock_fd,))
 
     def _make_saver(self) -> Saver:
         persistence, staging = self._config.persistence, self._config.staging
-        num_parts = self._config.workers.resolve_count(_local_world_size())
+        num_parts = self._config.workers.resolve_count(self._job.local_size)
         options = SaverOptions(
             directory=self._directory,
             kind=persistence.format,
@@ -171,7 +197,8 @@ class Checkpointer:
         )
         sharing = SharingOptions(staging.location, staging.share_min_bytes)
         copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
-        return Saver(options, get_format(persistence.format), self._arena, copier, self._pool, sharing, self._on_done)
+        file_format = get_format(persistence.format)
+        return Saver(options, file_format, self._arena, copier, self._pool, sharing, self._on_done, self._job)
 
     def _writing(self, num_workers: int) -> Writing:
         persistence = self._config.persistence
@@ -208,7 +235,11 @@ class Checkpointer:
         self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
-            self._raise_unread()
+            try:
+                self._raise_unread()
+            except BaseException as error:
+                saver.decline(step, error)
+                raise
             handle = saver.save(step, state)
             self._unread.append(handle)
             return handle
@@ -278,7 +309,8 @@ class Checkpointer:
         report = handle.report
         if handle.state is SaveState.COMMITTED:
             logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
-            self._retainer.after_commit()
+            if self._job.leads:
+                self._retainer.after_commit()
         else:
             logger.error("save of step %d failed", report.step)
         with suppress(OSError):
@@ -382,7 +414,7 @@ class Checkpointer:
         Each candidate is verified as ``loading.verify`` says. What was passed over is in :attr:`skipped`, with the
         reason, and logged.
         """
-        found = self._loader.latest()
+        found = self._loader.latest() if self._together is None else self._together.latest(self._loader.latest)
         self._forget_damaged_base()
         return found
 
@@ -419,6 +451,9 @@ class Checkpointer:
                 (``model.*.weight``). The rest of ``into`` is left alone. A list is taken whole.
             allow_pickle: unpickle any object, which runs code from the checkpoint; None: as configured.
 
+        Where several ranks save together, every rank has to call it to load ``into`` something: all of them load the
+        same checkpoint, each what it holds. Without ``into``, or with ``read_only=True``, a rank loads for itself.
+
         Returns:
             None if ``step`` is None and there is no valid checkpoint.
 
@@ -427,6 +462,7 @@ class Checkpointer:
             CorruptCheckpointError: ``step`` is damaged; or, without ``step``, ``into`` is partly overwritten from a damaged
                 checkpoint, and there is none to overwrite all of that (see ``loading.verify_first``).
             StateMismatchError: it does not fit ``into``; nothing was changed.
+            RankFailedError: it failed on another rank; what it was loaded into may be overwritten.
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
             StorageError
         """
@@ -434,7 +470,11 @@ class Checkpointer:
             self._refuse_in_callback("load()")
             self._saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
-        loaded = self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
+
+        def load(step: int | None) -> Loaded | None:
+            return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
+
+        loaded = load(step) if self._together is None or into is None else self._together.load(step, load)
         self._forget_damaged_base()
         if self._saver is not None and not self._closed and loaded is not None:
             if into is not None:
@@ -491,7 +531,7 @@ class Checkpointer:
             return
         try:
             self.close()
-        except StagerError:  # the exception that is on its way up comes first
+        except Exception:  # the exception that is on its way up comes first, whatever a worker's was
             logger.exception("a save failed as well")
 
     def _abandon(self) -> None:
@@ -503,11 +543,6 @@ class Checkpointer:
 
 def _unread_error(handle: SaveHandle) -> BaseException | None:
     return handle.upload_completion.unread_error()
-
-
-def _local_world_size() -> int:
-    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(text)) if text.isdigit() else 1
 
 
 _live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

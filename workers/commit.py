@@ -1,6 +1,6 @@
 """Commit: from a full set of receipts to a checkpoint, in the order that survives a crash at any point.
 
-    1. each part: data written, fsync, receipt (workers.persist)
+    1. each part of each rank: data written, fsync, receipt (workers.persist)
     2. index files (.metadata) and manifest.json, each synced
     3. everything that the manifest does not name (receipts, save.json, leftovers) removed, directory synced
     4. rename step-N.partial-<id> -> step-N, parent directory synced
@@ -39,11 +39,12 @@ from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, Stor
 from workers.faults import point
 from workers.files import is_still, storage_errors
 from workers.formats import get_format
-from workers.job import SaveFacts
-from workers.layout import Layout, deal_once, num_segments
+from workers.job import SaveFacts, from_record, record_name
+from workers.layout import Layout
 from workers.manifest import MANIFEST_NAME, Header, IndexFile, Manifest, parse_manifest
 from workers.read_lock import holding
-from workers.receipt import Receipt, read_receipt, receipt_name
+from workers.receipt import finished_ranks, read_receipt
+from workers.share import Share, merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,13 @@ def already_committed(facts: SaveFacts) -> Committed | None:
 
 
 def try_commit(facts: SaveFacts, layout: Layout) -> Committed | None:
-    """Commit if every part's receipt is there; None when some are missing.
+    """Commit if every part's receipt, of every rank, is there; None when some are missing.
+
+    Args:
+        facts, layout: of one rank's share.
 
     Raises:
+        InconsistentRanksError: the ranks did not save the same state.
         StorageError, CorruptCheckpointError
     """
     started = time.time()
@@ -96,6 +101,20 @@ def try_commit(facts: SaveFacts, layout: Layout) -> Committed | None:
     return Committed(CheckpointInfo.of(path, manifest), started, time.time(), os.getpid())
 
 
+def commit_recorded(facts: SaveFacts) -> Committed | None:
+    """As :func:`try_commit`, for who has no layout: what is needed is in the partial directory.
+
+    Raises:
+        StorageError, CorruptCheckpointError, InconsistentRanksError
+    """
+    with storage_errors("commit", partial_path(facts)):
+        try:
+            own, layout = _read_record(facts, facts.rank)
+        except FileNotFoundError:  # gone, as it is when the manifest is there and only the rename is missing
+            own, layout = facts, Layout((), (), None, 1)
+    return try_commit(own, layout)
+
+
 def partial_path(facts: SaveFacts) -> str:
     return os.path.join(facts.directory, partial_name(facts.step, facts.save_id))
 
@@ -111,43 +130,77 @@ def manifest_of(facts: SaveFacts, layout: Layout, directory_fd: int) -> Manifest
     data = files.read_if_exists(path)
     if data is not None:
         return parse_manifest(data, path)
-    receipts = read_receipts(facts)
-    return None if receipts is None else _write_manifest(facts, layout, receipts, directory_fd, partial)
+    shares = read_shares(facts, layout, os.listdir(directory_fd))
+    return None if shares is None else _write_manifest(shares, directory_fd, partial)
 
 
-def read_receipts(facts: SaveFacts) -> list[Receipt] | None:
-    """Every part's; None when some are missing."""
+def read_shares(facts: SaveFacts, layout: Layout, names: list[str]) -> list[Share] | None:
+    """Every rank's; None when some are not written yet.
+
+    Args:
+        facts, layout: of the share that is known without being read.
+        names: of what is in the partial directory.
+    """
+    if sum(rank < facts.num_ranks for rank in finished_ranks(names)) < facts.num_ranks:
+        return None
+    shares = []
+    for rank in range(facts.num_ranks):
+        share = _read_share(facts, layout) if rank == facts.rank else _read_share(*_read_record(facts, rank))
+        if share is None:  # taken away meanwhile
+            return None
+        shares.append(share)
+    return shares
+
+
+def _read_record(facts: SaveFacts, rank: int) -> tuple[SaveFacts, Layout]:
+    """What another rank of this save contributes."""
+    partial = partial_path(facts)
+    path = os.path.join(partial, record_name(rank))
+    theirs, layout = from_record(files.read_small(path), path, facts.directory)
+    expected = facts.step, facts.save_id, facts.kind, facts.num_ranks, rank
+    found = theirs.step, theirs.save_id, theirs.kind, theirs.num_ranks, theirs.rank
+    if found != expected:
+        raise CorruptCheckpointError(path, f"is a record of {found}, not of {expected}")
+    return theirs, layout
+
+
+def _read_share(facts: SaveFacts, layout: Layout) -> Share | None:
     partial = partial_path(facts)
     receipts = []
     for part in range(facts.num_parts):
-        receipt = read_receipt(partial, part, facts.num_parts, facts.save_id)
+        receipt = read_receipt(partial, facts.rank, part, facts.num_parts, facts.save_id)
         if receipt is None:
             return None
         receipts.append(receipt)
-    return receipts
+    return Share(facts, layout, tuple(receipts))
 
 
-def _write_manifest(
-    facts: SaveFacts, layout: Layout, receipts: list[Receipt], directory_fd: int, partial: str
-) -> Manifest:
+def _write_manifest(shares: list[Share], directory_fd: int, partial: str) -> Manifest:
     point("commit.begin")
-    _check_number_of_hashes(layout, receipts, partial)
+    facts = shares[0].facts
+    layout, hashes = merge(shares, partial)
     final = os.path.join(facts.directory, checkpoint_name(facts.step))
     index_files = []
     for name, data in get_format(facts.kind).index_files(layout, facts.save_id, final).items():
         files.write_atomically(directory_fd, partial, name, data, facts.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
-    manifest = build_manifest(facts, layout, receipts, partial, tuple(index_files))
+    manifest = build_manifest(shares, layout, hashes, tuple(index_files))
     files.write_atomically(directory_fd, partial, MANIFEST_NAME, manifest.to_bytes(), facts.fsync)
     point("commit.manifest")
     return manifest
 
 
 def build_manifest(
-    facts: SaveFacts, layout: Layout, receipts: list[Receipt], partial: str, index_files: tuple[IndexFile, ...]
+    shares: list[Share], layout: Layout, hashes: tuple[tuple[str, ...], ...], index_files: tuple[IndexFile, ...]
 ) -> Manifest:
-    """What the receipts prove, as a manifest; ``partial`` is for error messages."""
+    """What the receipts prove, as a manifest.
+
+    Args:
+        layout, hashes: of all shares together.
+    """
+    facts = shares[0].facts
+    receipts = [receipt for share in shares for receipt in share.receipts]
     return Manifest(
         header=Header(
             kind=facts.kind,
@@ -160,33 +213,9 @@ def build_manifest(
             generation=max(receipt.generation for receipt in receipts),
         ),
         layout=layout,
-        hashes=_hashes_by_item(facts, layout, receipts, partial),
+        hashes=hashes,
         index_files=index_files,
     )
-
-
-def _check_number_of_hashes(layout: Layout, receipts: list[Receipt], partial: str) -> None:
-    """A record that lies may speak of more segments than there is memory for."""
-    expected = sum(num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans())
-    actual = sum(len(receipt.hashes) for receipt in receipts)
-    if actual != expected:
-        raise CorruptCheckpointError(partial, f"its receipts have {actual} hashes for {expected} segments")
-
-
-def _hashes_by_item(
-    facts: SaveFacts, layout: Layout, receipts: list[Receipt], partial: str
-) -> tuple[tuple[str, ...], ...]:
-    _check_number_of_hashes(layout, receipts, partial)
-    hashes: list[list[str]] = [[] for _ in layout.items]
-    for receipt, part in zip(receipts, deal_once(layout, len(receipts), facts.whole_bytes), strict=True):
-        if len(receipt.hashes) != len(part):
-            raise CorruptCheckpointError(
-                os.path.join(partial, receipt_name(receipt.part)),
-                f"has {len(receipt.hashes)} hashes for {len(part)} parts",
-            )
-        for segment, value in zip(part, receipt.hashes, strict=True):
-            hashes[segment.index].append(value)
-    return tuple(map(tuple, hashes))
 
 
 def publish(facts: SaveFacts, manifest: Manifest, directory_fd: int) -> str:

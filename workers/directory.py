@@ -11,7 +11,7 @@
 NOTE [ The lock ]
 The lock belongs to an open file description that the trainer's workers inherit. It is released when the last of them is
 gone, so a run that starts while the workers of a killed trainer still finish its last checkpoint waits for them, and then
-sees that checkpoint.
+sees that checkpoint. Several ranks of one run share it (``stager/ranks/opening.py``).
 """
 
 from __future__ import annotations
@@ -186,8 +186,13 @@ def remove_partial(directory: str, name: str) -> None:
         files.remove(path)
 
 
-def lock_directory(directory: str, timeout: float) -> int:
+def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: bool = False) -> int:
     """Take the run's lock; returns its descriptor. See NOTE [ The lock ].
+
+    Args:
+        timeout: seconds.
+        nonce: of the run, to be found in the file by its other ranks.
+        shared: as one of several ranks.
 
     Raises:
         DirectoryInUseError: another run still holds it after ``timeout`` seconds.
@@ -198,13 +203,24 @@ def lock_directory(directory: str, timeout: float) -> int:
         # O_NOFOLLOW: the file is truncated below, so it had better be the one in this directory.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            _acquire(fd, timeout, directory)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            _acquire(fd, timeout, directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if not shared:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()} {nonce}".rstrip().encode() + b"\n", 0)
         except BaseException:
             os.close(fd)
             raise
     return fd
+
+
+def share_lock(fd: int, directory: str) -> None:
+    """From holding the run's lock alone to sharing it with the run's other ranks.
+
+    Raises:
+        DirectoryInUseError: another run took it in between (the kernel lets go of the one before it takes the other).
+    """
+    with storage_errors("lock", os.path.join(directory, LOCK_NAME)):
+        _acquire(fd, 0, directory, fcntl.LOCK_SH)
 
 
 @contextmanager
@@ -245,7 +261,7 @@ def _acquire(fd: int, timeout: float, directory: str, kind: int = fcntl.LOCK_EX)
 
 
 def _in_use(fd: int, timeout: float) -> str:
-    owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+    owner = os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"
     return (
         f"another run (trainer process {owner}, or the workers it left) still writes checkpoints here after "
         f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True"

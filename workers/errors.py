@@ -168,6 +168,25 @@ class CorruptCheckpointError(StagerError):
         return type(self), (self.path, self.problem)
 
 
+class InconsistentRanksError(UsageError):
+    """The ranks of a job did not save the same state, so that it cannot be put together."""
+
+
+class RankFailedError(StagerError, RuntimeError):
+    """A save failed, or was not finished in time, on some rank, and so on all of them.
+
+    Attributes:
+        ranks: on which.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
 class InternalError(StagerError, AssertionError):
     """A bug in stager."""
 

@@ -10,8 +10,9 @@ whose sizes change. The format's templates (``templates.py``) come with the plan
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,9 +28,10 @@ from workers.structure import Node
 from workers.templates import Templates
 from workers.writing import PLAIN, Writing
 
-RECORD_NAME = "save.json"
+_RECORD = re.compile(r"save-([0-9]{1,9})\.json")
 _CACHED_PLANS = 2  # what is saved in turn; each takes about 1 KiB a tensor
 _MAX_PARTS = 1 << 16
+_MAX_RANKS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,14 @@ class SaveFacts:
         directory: of the run; absolute.
         step, save_id: which save; ``save_id`` is unique, a nonce.
         kind: the on-disk format.
-        num_parts: how many parts the save is dealt into.
+        num_parts: how many parts this rank's share of the save is dealt into.
         fsync: sync files and directories before each rename.
         created: unix time of the snapshot.
         stager, torch: versions, for the manifest.
         whole_bytes: files up to this size are dealt whole (:func:`workers.layout.deal`); 0: the save is not incremental.
         base_step: the checkpoint whose files may be linked where nothing changed; None: there is none.
         full_every: of so many saves in a row, one is written without links.
+        rank, num_ranks: whose share this is, of how many that make up the checkpoint.
     """
 
     directory: str
@@ -69,6 +72,22 @@ class SaveFacts:
     whole_bytes: int = 0
     base_step: int | None = None
     full_every: int = 0
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def record_name(self) -> str:
+        return record_name(self.rank)
+
+
+def record_name(rank: int) -> str:
+    """Of the file in the partial directory that says what a rank contributes."""
+    return f"save-{rank}.json"
+
+
+def recorded_ranks(names: Iterable[str]) -> list[int]:
+    """The ranks whose record is among the names of a partial directory's files."""
+    return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +225,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layo
         facts = _checked(SaveFacts(directory=directory, **body["facts"]))
         objects = [Item.from_row(row[:-1]) for row in body["objects"]]
         layout = Plan.from_body(body["plan"]).with_objects(objects)
-        check_layout(layout)
+        check_layout(layout, is_share=facts.num_ranks > 1)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"not the record of a save: {error!r}") from error
     return facts, layout
@@ -223,6 +242,8 @@ def _checked(facts: SaveFacts) -> SaveFacts:
         raise ValueError("impossible facts")
     check_count(facts.whole_bytes)
     check_count(facts.full_every)
+    if not 1 <= check_count(facts.num_ranks) <= _MAX_RANKS or check_count(facts.rank) >= facts.num_ranks:
+        raise ValueError("impossible ranks")
     if facts.base_step is not None:
         check_step(facts.base_step)
     return facts

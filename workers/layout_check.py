@@ -16,7 +16,7 @@ from typing import Any
 
 from workers.dtype_sizes import itemsize_of
 from workers.layout import Item, Layout
-from workers.structure import Chunks, leaves
+from workers.structure import Chunks, absent, leaves
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _LARGEST = (1 << 63) - 1  # what torch and the kernel count in
@@ -25,8 +25,11 @@ _MAX_WHOLES = 4  # that an item is a chunk of; tied tensors have equal chunks, a
 _MANY_CORNERS = 1 << 20  # of the chunks of a tensor; beside 8 of each, which is what chunks along 3 dimensions have
 
 
-def check_layout(layout: Layout) -> None:
+def check_layout(layout: Layout, *, is_share: bool = False) -> None:
     """
+    Args:
+        is_share: it is what one rank of several contributes: the other ranks have the rest.
+
     Raises:
         ValueError, TypeError, IndexError: it cannot be the layout of a checkpoint.
     """
@@ -39,7 +42,7 @@ def check_layout(layout: Layout) -> None:
     if len({spec.name for spec in layout.files}) != len(layout.files):
         raise ValueError("two files of one name")
     _check_items(layout)
-    _check_structure(layout)
+    _check_structure(layout, is_share)
 
 
 def check_file_name(value: Any) -> str:
@@ -151,10 +154,12 @@ def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _check_structure(layout: Layout) -> None:
+def _check_structure(layout: Layout, is_share: bool) -> None:
     structure = layout.structure
     if not isinstance(structure, list) or not structure or structure[0] == "list":
         raise ValueError("the state is not a mapping")
+    if not is_share and (path := next(absent(structure), None)) is not None:
+        raise ValueError(f"leaf {path} is nowhere")
     used = [False] * len(layout.items)
     wholes: dict[Chunks, None] = {}
     for path, leaf in leaves(structure):
@@ -166,7 +171,9 @@ def _check_structure(layout: Layout) -> None:
             used[index] = True
         if isinstance(leaf, Chunks) and leaf not in wholes:
             wholes[leaf] = None
-            _check_chunks(layout, leaf)
+            boxes = _check_chunks(layout, leaf)
+            if not is_share:
+                check_tiling(boxes, leaf.shape)
     times = Counter(index for chunks in wholes for _, index in chunks.parts)
     if max(times.values(), default=0) > _MAX_WHOLES:  # each whole takes memory
         raise ValueError("an item is a chunk of too many tensors")
@@ -175,8 +182,8 @@ def _check_structure(layout: Layout) -> None:
             raise ValueError(f"item {index} is in no place of the structure")
 
 
-def _check_chunks(layout: Layout, chunks: Chunks) -> None:
-    """The parts lie in the whole, and fill it: memory for it is taken before they are read."""
+def _check_chunks(layout: Layout, chunks: Chunks) -> list[Box]:
+    """The parts lie in the whole. Whether they fill it has to be checked, too, before memory for it is taken."""
     check_shape(chunks.shape)
     boxes: list[Box] = []
     for offsets, index in chunks.parts:
@@ -189,7 +196,7 @@ def _check_chunks(layout: Layout, chunks: Chunks) -> None:
         ):
             raise ValueError(f"item {index}: not inside a tensor of shape {chunks.shape}")
         boxes.append((offsets, item.shape))
-    check_tiling(boxes, chunks.shape)
+    return boxes
 
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths

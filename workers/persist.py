@@ -17,7 +17,7 @@ from workers.commit import Committed, already_committed, partial_path, try_commi
 from workers.directory import partial_name, remove_partial
 from workers.faults import point
 from workers.files import is_still, storage_errors
-from workers.job import RECORD_NAME, SaveJob, read_layout, to_record
+from workers.job import SaveJob, read_layout, to_record
 from workers.layout import Layout, deal_once
 from workers.memo import no_collection
 from workers.part_writer import PartWriter
@@ -25,6 +25,8 @@ from workers.receipt import Receipt, read_receipt
 from workers.reuse import reuse, sync_linked, whole_files
 
 _OPEN_ATTEMPTS = 10
+_DISCARD_SECS = 10.0
+_POLL_SECS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,36 @@ def prepare_worker() -> int:
 
 
 def discard_partial(directory: str, step: int, save_id: str) -> None:
-    """Remove what a failed save left. Runs in a worker, when no part of the save runs any more."""
-    remove_partial(directory, partial_name(step, save_id))
+    """Remove what a failed save left. Runs in a worker, when no part of this rank's runs any more.
+
+    Another rank may still write its part, or commit: see NOTE [ The lock on a partial directory ] in commit.py. It is waited
+    for; if that takes too long, the directory is left to the next run.
+    """
+    name = partial_name(step, save_id)
+    partial = os.path.join(directory, name)
+    with storage_errors("remove", partial):
+        try:
+            directory_fd = files.open_directory(partial, follow=False)
+        except FileNotFoundError:
+            return
+        except OSError:  # no directory: whatever it is, it goes
+            remove_partial(directory, name)
+            return
+        try:
+            if _lock_alone(directory_fd) and is_still(partial, directory_fd):
+                remove_partial(directory, name)
+        finally:
+            os.close(directory_fd)
+
+
+def _lock_alone(directory_fd: int) -> bool:
+    deadline = time.monotonic() + _DISCARD_SECS
+    while time.monotonic() < deadline:
+        with suppress(BlockingIOError):
+            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(_POLL_SECS)
+    return False
 
 
 def _write_part(job: SaveJob, layout: Layout, part: int) -> Receipt | Committed:
@@ -84,7 +114,7 @@ def _write_part(job: SaveJob, layout: Layout, part: int) -> Receipt | Committed:
             return committed
         if not is_still(partial, directory_fd):
             vanished(partial)
-        receipt = read_receipt(partial, part, facts.num_parts, facts.save_id)
+        receipt = read_receipt(partial, facts.rank, part, facts.num_parts, facts.save_id)
         return receipt or _write_and_sign(job, layout, part, directory_fd)
     finally:
         os.close(directory_fd)
@@ -105,7 +135,7 @@ def _write_and_sign(job: SaveJob, layout: Layout, part: int, directory_fd: int) 
     facts, partial = job.facts, partial_path(job.facts)
     started = time.time()
     if part == 0:
-        files.write_atomically(directory_fd, partial, RECORD_NAME, to_record(job), facts.fsync)
+        files.write_atomically(directory_fd, partial, facts.record_name, to_record(job), facts.fsync)
     with ExitStack() as opened:
         writer = PartWriter(job, layout, directory_fd, partial, opened)
         segments = deal_once(layout, facts.num_parts, facts.whole_bytes)[part]
@@ -136,6 +166,7 @@ def _write_and_sign(job: SaveJob, layout: Layout, part: int, directory_fd: int) 
         linked_bytes=reused.nbytes,
         generation=reused.generation,
         note=reused.note,
+        rank=facts.rank,
     )
     receipt.write(directory_fd, partial, facts.fsync)
     point("part.receipt")

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 from workers import files
-from workers.commit import build_manifest, manifest_of, publish, put_in_place, read_receipts
+from workers.commit import build_manifest, manifest_of, publish, put_in_place, read_shares
 from workers.directory import (
     REPLACED,
     checkpoint_name,
@@ -25,12 +26,13 @@ from workers.directory import (
     remove_partial,
     removing_names,
 )
-from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, InconsistentRanksError, StorageError
 from workers.files import storage_errors
-from workers.job import RECORD_NAME, SaveFacts, from_record
+from workers.job import SaveFacts, from_record, record_name, recorded_ranks
 from workers.layout import Layout
 from workers.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from workers.receipt import receipt_name
+from workers.receipt import finished_ranks, receipt_name
+from workers.share import merge
 from workers.verify import check_files
 
 
@@ -68,7 +70,7 @@ def _recover_one(directory: str, name: str, dry_run: bool) -> Recovered:
     try:
         try:
             return Recovered(name, Outcome.COMMITTED, _finish(directory, name, dry_run))
-        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+        except (CorruptCheckpointError, CheckpointNotFoundError, InconsistentRanksError) as error:
             if not dry_run:
                 remove_partial(directory, name)
             return Recovered(name, Outcome.REMOVED, str(error))
@@ -134,7 +136,9 @@ def _locked(partial: str) -> Iterator[int]:
 
 
 def _read_record(directory: str, partial: str) -> tuple[SaveFacts, Layout]:
-    path = os.path.join(partial, RECORD_NAME)
+    """Of any rank's share: it says what makes up the save."""
+    ranks = recorded_ranks(os.listdir(partial))
+    path = os.path.join(partial, record_name(ranks[0] if ranks else 0))
     data = files.read_if_exists(path)
     if data is None:
         raise CorruptCheckpointError(partial, "never finished: it has no record of what was to be written")
@@ -149,13 +153,19 @@ def _read_manifest(partial: str) -> Manifest | None:
 
 def _from_receipts(partial: str, facts: SaveFacts, layout: Layout, directory_fd: int, dry_run: bool) -> Manifest:
     if dry_run:  # as it would be, without the files that would be written
-        receipts = read_receipts(facts)
-        manifest = None if receipts is None else build_manifest(facts, layout, receipts, partial, ())
+        shares = read_shares(facts, layout, os.listdir(directory_fd))
+        manifest = None if shares is None else build_manifest(shares, *merge(shares, partial), ())
     else:
         manifest = manifest_of(facts, layout, directory_fd)
     if manifest is None:
-        missing = [i for i in range(facts.num_parts) if not os.path.exists(os.path.join(partial, receipt_name(i)))]
-        raise CorruptCheckpointError(partial, f"never finished: {len(missing)} of {facts.num_parts} parts are missing")
+        names = os.listdir(directory_fd)
+        if facts.num_ranks > 1:
+            there = finished_ranks(names)
+            missing = list(islice((rank for rank in range(facts.num_ranks) if rank not in there), 9))
+            whose = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            raise CorruptCheckpointError(partial, f"never finished: parts of rank {whose} are missing")
+        parts = [i for i in range(facts.num_parts) if receipt_name(0, i, facts.num_parts) not in names]
+        raise CorruptCheckpointError(partial, f"never finished: {len(parts)} of {facts.num_parts} parts are missing")
     return manifest
 
 

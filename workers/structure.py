@@ -5,6 +5,7 @@
           | ["odict", [key, ...], [node, ...], metadata or null]     collections.OrderedDict
           | ["list",  [node, ...]]
           | ["chunks", [length, ...], [[[offset, ...], index], ...]]  a tensor that several ranks wrote in parts (Chunks)
+          | null                     another rank writes it; only in what one rank says of its share, never in a checkpoint
 
 A key is a str, int, finite float, bool or null and keeps its type; no two of a container are equal. ``metadata`` is the
 ``_metadata`` attribute that ``nn.Module.state_dict()`` hangs on its result (module versions). Two leaves that are the same
@@ -25,6 +26,9 @@ from workers.errors import UsageError
 Key = str | int | float | bool | None
 Path = tuple[Key, ...]
 Node = Any  # recursive; see above
+
+ABSENT: Node = None
+"""The node of what another rank writes."""
 
 _MAX_DEPTH = 200
 
@@ -76,13 +80,15 @@ def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
 
 
 def leaves(node: Node, path: Path = ()) -> Iterator[tuple[Path, int | Chunks]]:
-    """Every leaf: its path, and its item or its chunks.
+    """Every leaf: its path, and its item or its chunks. What another rank writes is passed over.
 
     Raises:
         ValueError: ``node`` is not a structure.
     """
     if type(node) is int:
         yield path, node
+        return
+    if node is ABSENT:
         return
     if _is_chunks(node):
         yield path, Chunks.from_node(node)
@@ -93,6 +99,20 @@ def leaves(node: Node, path: Path = ()) -> Iterator[tuple[Path, int | Chunks]]:
             yield (*path, key), child
         else:
             yield from leaves(child, (*path, key))
+
+
+def absent(node: Node, path: Path = ()) -> Iterator[Path]:
+    """What another rank writes.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+    """
+    if node is ABSENT:
+        yield path
+    elif type(node) is not int and not _is_chunks(node):
+        for key, child in zip(*_open(node, len(path)), strict=True):
+            if type(child) is not int:
+                yield from absent(child, (*path, key))
 
 
 def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:

@@ -88,7 +88,7 @@ def plan(
 
 
 def _job(make: Any, ranks: int | None, local_world_size: int | None, shards: int) -> Any:
-    from stager.doctor.probes import local_world_size as of_environment
+    from stager.ranks.launch import local_world_size as of_environment
     from workers.errors import UsageError
 
     local = local_world_size or min(of_environment(os.environ), ranks or 1 << 30)

@@ -200,6 +200,17 @@ class LoadingConfig(Section):
     allow_pickle: bool = Field(default=False, description="Unpickle any object: runs code from the checkpoint.")
 
 
+class RanksConfig(Section):
+    """Several ranks of a job that make one checkpoint."""
+
+    together: Literal["auto"] | bool = Field(
+        default="auto", description="One checkpoint of all ranks; auto: if torch.distributed is initialized."
+    )
+    timeout_secs: Seconds = Field(
+        default=600.0, description="Seconds that a rank waits for the others before a save fails."
+    )
+
+
 class TelemetryConfig(Section):
     """What each save leaves for people and tools to look at."""
 
@@ -216,4 +227,5 @@ class StagerConfig(Section):
     persistence: PersistenceConfig = Field(default=PersistenceConfig(), description="From there to the disk.")
     retention: RetentionConfig = Field(default=RetentionConfig(), description="Which checkpoints stay on the disk.")
     loading: LoadingConfig = Field(default=LoadingConfig(), description="From the disk to the state.")
+    ranks: RanksConfig = Field(default=RanksConfig(), description="Ranks that save together.")
     telemetry: TelemetryConfig = Field(default=TelemetryConfig(), description="Events and traces.")

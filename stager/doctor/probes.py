@@ -11,7 +11,7 @@ import resource
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,12 +23,6 @@ from stager.doctor.target import Mount, find_mount, parse_mountinfo
 
 _MADV_POPULATE_WRITE = 23  # linux/mman.h; not in the mmap module
 _PROBE_BYTES = 1 << 20
-
-
-def local_world_size(environ: Mapping[str, str]) -> int:
-    """Trainers on this host: what torchrun puts into the environment, else 1."""
-    text = environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(text)) if text.isdigit() else 1
 
 
 def torch_version() -> tuple[str | None, str]:

@@ -28,6 +28,7 @@ from stager.doctor.resources import (
 from stager.doctor.software import check_cuda, check_python, check_torch
 from stager.doctor.target import check_filesystem, check_free_space, check_lock, check_write
 from stager.doctor.target_probe import existing_directory, probe_target
+from stager.ranks.launch import local_world_size
 
 
 def run_checks(directory: str, config: StagerConfig, environ: Mapping[str, str] | None = None) -> list[Finding]:
@@ -35,7 +36,7 @@ def run_checks(directory: str, config: StagerConfig, environ: Mapping[str, str] 
 
     Writes at most 64 MiB into ``directory``, or the nearest one above it that exists, and removes it again.
     """
-    world_size = probes.local_world_size(os.environ if environ is None else environ)
+    world_size = local_world_size(os.environ if environ is None else environ)
     cuda = probes.cuda_facts()
     return [
         check_python(probes.python_version(), sys.platform),

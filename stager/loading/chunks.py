@@ -7,10 +7,12 @@ dtype, a shape and C order, and no bytes of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
+from stager.storage.payload import contiguous_stride
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
 from workers.layout import Item
@@ -60,17 +62,36 @@ def _item(chunks: Chunks, dtype: str) -> Item:
     return Item("tensor", -1, 0, nbytes, 0, nbytes, dtype, chunks.shape, stride)
 
 
-def fill(whole: torch.Tensor, chunks: Chunks, items: tuple[Item, ...], reader: BlobReader) -> None:
-    """Read every chunk to its place, one at a time in memory.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk goes.
 
-    Raises:
-        CorruptCheckpointError, StorageError
+    Attributes:
+        index: of the chunk's item.
+        tensor: the view of the whole that it fills.
+        takes_bytes: its memory is one stretch, in the order in which the chunk is stored.
     """
-    for offsets, index in chunks.parts:
-        item = items[index]
+
+    index: int
+    tensor: torch.Tensor
+    takes_bytes: bool
+
+    def fill(self, item: Item, reader: BlobReader) -> None:
+        """By way of memory for the chunk.
+
+        Raises:
+            CorruptCheckpointError, StorageError
+        """
         chunk = new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
-        reader.read([Wanted(index, bytes_at(chunk.data_ptr(), item.data_nbytes))])
-        place = whole
+        reader.read([Wanted(self.index, bytes_at(chunk.data_ptr(), item.data_nbytes))])
+        self.tensor.copy_(chunk)
+
+
+def places(whole: torch.Tensor, chunks: Chunks, items: tuple[Item, ...]) -> Iterator[Place]:
+    """Of every chunk. ``whole`` is on the host and has the items' dtype."""
+    for offsets, index in chunks.parts:
+        item, view = items[index], whole.detach()
         for dim, (offset, length) in enumerate(zip(offsets, item.shape, strict=True)):
-            place = place.narrow(dim, offset, length)
-        place.copy_(chunk)
+            view = view.narrow(dim, offset, length)
+        in_order = view.is_contiguous() and item.stride == contiguous_stride(item.shape)
+        yield Place(index, view, in_order or not item.data_nbytes)

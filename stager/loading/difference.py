@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stager.loading.sharded import is_sharded
+from stager.ranks.shards import is_sharded
 from workers.dtypes import dtype_of
 from workers.layout import Item
 from workers.structure import Path, describe

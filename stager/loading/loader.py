@@ -66,11 +66,13 @@ class Loader:
     Args:
         directory: of the run, absolute.
         config: section ``loading``.
+        rank: whose values those of ``PerRank`` are.
     """
 
-    def __init__(self, directory: str, config: LoadingConfig) -> None:
+    def __init__(self, directory: str, config: LoadingConfig, rank: int = 0) -> None:
         self._directory = directory
         self._config = config
+        self._rank = rank
         self._lock = threading.RLock()
         self._verified: dict[str, object] = {}  # path -> fingerprint of what was verified in full here
         self._skipped: list[SkippedCheckpoint] = []
@@ -92,6 +94,14 @@ class Loader:
             found = self._find(None, self._config.verify == "full")
             return None if found is None else found.info
 
+    def newest(self, below: int | None = None) -> CheckpointInfo | None:
+        """As :meth:`latest`, of those before step ``below``, and verified as far as ``load()`` does before it reads."""
+        with self._lock:
+            if below is None:
+                self._skipped = []
+            found = self._find_newest(self._config.verify_first, below)
+            return None if found is None else found.info
+
     def load(
         self,
         step: int | None,
@@ -107,7 +117,7 @@ class Loader:
         with self._lock:
             found = self._find(step, first)
             while found is not None and (damaged is None or strict):
-                restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed, selection)
+                restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed, selection, self._rank)
                 try:
                     with reading(found.info.path):
                         state = self._restore(restorer, into, strict)

@@ -6,6 +6,8 @@ The structure of the checkpoint and the target are walked together. What can onl
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,9 @@ import torch.distributed as dist
 
 from stager.loading.difference import difference, fits, object_difference, obstacle, shape_problem
 from stager.loading.selection import Selection
-from stager.loading.sharded import Sharded, is_sharded
+from stager.loading.sharded import Sharded
+from stager.ranks.per_rank import PerRank, rank_key
+from stager.ranks.shards import is_sharded
 from stager.snapshot.flatten import is_stateful
 from workers.dtypes import dtype_of
 from workers.errors import StateMismatchError
@@ -23,7 +27,10 @@ from workers.layout import Item
 from workers.manifest import Manifest
 from workers.structure import Key, Node, Path, build, describe, fqn, walk
 
+logger = logging.getLogger("stager")
+
 _SHOWN_PROBLEMS = 20
+_RANK_KEY = re.compile(r"rank-[0-9]+")
 
 Values = Mapping[int, Any]  # by item
 
@@ -52,7 +59,12 @@ class Match:
 
 
 def match(
-    manifest: Manifest, path: str, target: MutableMapping[str, Any], strict: bool, selection: Selection | None = None
+    manifest: Manifest,
+    path: str,
+    target: MutableMapping[str, Any],
+    strict: bool,
+    selection: Selection | None = None,
+    rank: int = 0,
 ) -> Match:
     """
     Args:
@@ -60,11 +72,12 @@ def match(
         target: see :meth:`stager.loading.restore.Restorer.load_into`.
         strict: missing and unexpected keys are errors.
         selection: only this part of the checkpoint, and of ``target``.
+        rank: whose values those of ``PerRank`` are.
 
     Raises:
         StateMismatchError: keys, shapes or dtypes differ.
     """
-    matcher = _Matcher(manifest, strict, selection)
+    matcher = _Matcher(manifest, strict, selection, rank)
     structure = manifest.layout.structure if selection is None else selection.of(manifest.layout.structure, path)
     nodes = dict(zip(structure[1], structure[2], strict=True))
     for name in target:
@@ -90,7 +103,8 @@ def refuse(path: str, lines: list[str], advice: str = "") -> None:
 
 
 class _Matcher:
-    def __init__(self, manifest: Manifest, strict: bool, selection: Selection | None) -> None:
+    def __init__(self, manifest: Manifest, strict: bool, selection: Selection | None, rank: int) -> None:
+        self._rank = rank
         self._items = manifest.layout.items
         self._all = manifest.layout.structure
         self._strict = strict
@@ -109,6 +123,8 @@ class _Matcher:
         value = container[key]
         if isinstance(value, torch.Tensor):  # nearly every value, and the others take longer to ask for
             self._tensor(node, value, path)
+        elif type(value) is PerRank:
+            self._per_rank(node, value, path)
         elif is_stateful(value):
             self._stateful(node, value, path)
         elif isinstance(value, Mapping) and _is_mapping(node):
@@ -121,6 +137,18 @@ class _Matcher:
             self._replace(node, container, key)
         else:
             self._problem(path, f"its container {type(container).__name__} cannot be changed")
+
+    def _per_rank(self, node: Node, value: PerRank, path: Path) -> None:
+        key = rank_key(self._rank)
+        nodes = dict(zip(node[1], node[2], strict=True)) if _is_mapping(node) else {}
+        if key in nodes:
+            own = {key: value.value}
+            self.entry(nodes[key], own, key, (*path, key))
+            self.found.steps.append(lambda values: setattr(value, "value", own[key]))
+        elif any(isinstance(other, str) and _RANK_KEY.fullmatch(other) for other in nodes):
+            logger.warning("%s: the checkpoint has none of rank %d, which keeps its own", describe(path), self._rank)
+        else:
+            self._problem(path, f"is PerRank here, and was not when it was saved: {_what(node)} in the checkpoint")
 
     def _replace(self, node: Node, container: Any, key: Key) -> None:
         self._want(node)

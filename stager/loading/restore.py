@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stager.loading.chunks import fill, with_wholes
+from stager.loading.chunks import Place, places, with_wholes
 from stager.loading.match import Match, match, refuse
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
@@ -45,6 +45,7 @@ class Restorer:
         num_threads: how many reads run at a time.
         allow_pickle: unpickle any object (runs code from the checkpoint).
         selection: restore only this part.
+        rank: whose values those of ``PerRank`` are.
 
     Attributes:
         has_overwritten: reading into tensors that were there has begun. What is in them is good when ``load_into`` returns.
@@ -58,7 +59,9 @@ class Restorer:
         num_threads: int,
         allow_pickle: bool,
         selection: Selection | None = None,
+        rank: int = 0,
     ) -> None:
+        self._rank = rank
         self._path = path
         self._stored = manifest
         wholes = with_wholes(manifest)
@@ -97,7 +100,7 @@ class Restorer:
             CorruptCheckpointError, StorageError: what was read up to there is in the tensors (``has_overwritten``).
         """
         with no_collection():
-            found = match(self._manifest, self._path, target, strict, self._selection)
+            found = match(self._manifest, self._path, target, strict, self._selection, self._rank)
             values = self._read(found)
         for step in found.steps:
             step(values)
@@ -161,12 +164,20 @@ class Restorer:
             ) from error
 
     def _fill(self, reader: BlobReader, tensors: dict[int, torch.Tensor]) -> None:
-        reader.read([Wanted(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks])
+        wanted = [Wanted(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks]
+        others: list[tuple[int, Place]] = []
+        for index, chunks in self._chunks.items():
+            if index in tensors:
+                for place in places(tensors[index], chunks, self._items):
+                    if place.takes_bytes:
+                        wanted.append(Wanted(place.index, place.tensor.data_ptr()))
+                    else:
+                        others.append((index, place))
+        reader.read(sorted(wanted, key=lambda one: one.index))
         with torch.no_grad():
-            for index, chunks in self._chunks.items():
-                if index in tensors:
-                    with self._enough_memory(index):
-                        fill(tensors[index], chunks, self._items, reader)
+            for index, place in others:
+                with self._enough_memory(index):
+                    place.fill(self._items[place.index], reader)
 
     def _chunk_items(self) -> set[int]:
         return {index for chunks in self._chunks.values() for _, index in chunks.parts}

@@ -27,15 +27,6 @@ class Sharded:
     tensor: torch.Tensor
 
 
-def is_sharded(value: object) -> bool:
-    """Whether it is a DTensor. Without torch.distributed there are none."""
-    if not hasattr(value, "__tensor_flatten__") or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # late: it takes long to import, and most programs have none
-
-    return isinstance(value, DTensor)
-
-
 def fill_sharded(path: str, manifest: Manifest, reader: BlobReader, sharded: Sequence[Sharded]) -> None:
     """Read what this rank holds of each.
 

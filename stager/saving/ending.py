@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from contextlib import suppress
 
 from stager.saving.save import SaveHandle
@@ -36,19 +37,29 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
         if deadline_secs is None:
             with suppress(TimeoutError):
                 saver.wait_for_staging(timeout)
-            drained = pool.drain(timeout)  # what a commit leaves to be done (retention) is still accepted
+            drained = _drain(saver, pool, timeout)
             pool.close(None if drained else 0)
             return
         secs = deadline_secs if timeout is None else min(timeout, deadline_secs)
         with suppress(TimeoutError):
             saver.wait_for_staging(secs)
-        if pool.drain(secs):
+        if _drain(saver, pool, secs):
             pool.close()
         else:
             leave_to_workers(saver, pool)
     except (KeyboardInterrupt, SystemExit):
         leave_to_workers(saver, pool)
         raise
+
+
+def _drain(saver: Saver, pool: WorkerPool, timeout: float | None) -> bool:
+    """Own parts, then the other ranks', then what a commit leaves to be done (retention), which is still accepted."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+
+    def rest() -> float | None:
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    return pool.drain(rest()) and saver.wait_for_ranks(rest()) and pool.drain(rest())
 
 
 def leave_to_workers(saver: Saver, pool: WorkerPool) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
 
+from workers.commit import Committed
 from workers.directory import CheckpointInfo
 from workers.errors import InternalError
 from workers.persist import PartResult
@@ -217,8 +218,11 @@ class SaveHandle:
             self.staging_completion.was_read = True  # the same error is in upload_completion: raise it once
         self.upload_completion.set_exception(error)
 
-    def _commit(self, results: list[PartResult]) -> None:
-        committed = next(r.committed for r in results if r.committed is not None)
+    def _commit(self, results: list[PartResult], committed: Committed) -> None:
+        """
+        Args:
+            results: of this rank's parts.
+        """
         for result in results:
             process = f"worker {result.pid}"
             self._event("write", result.started, result.written, process)
@@ -229,7 +233,7 @@ class SaveHandle:
             self._times.synced = max(r.synced for r in results)
             self._times.committed = committed.ended
             self._linked_bytes = committed.info.linked_bytes
-            self._written_bytes = committed.info.nbytes - committed.info.linked_bytes
+            self._written_bytes = committed.info.nbytes - committed.info.linked_bytes  # of all ranks
             self._notes += dict.fromkeys(result.note for result in results if result.note)
         self._move(SaveState.COMMITTED)
         self.upload_completion.set_result(committed.info)

@@ -3,7 +3,8 @@
 save()    flatten -> plan -> pickle objects -> lease a slab -> copy what is not guarded -> return
 staging   (in the staging thread; save() waits for it unless something is guarded)
           copy what is guarded -> verify -> write plan and objects into the slab -> hand over to every worker
-answers   (in the pool's supervisor thread) all parts done -> release the slab -> resolve upload_completion
+answers   (in the pool's supervisor thread) all parts done -> release the slab -> resolve upload_completion, or, where
+          other ranks have parts, wait for their end (``stager/ranks/outcome.py``)
 
 A snapshot that is larger than ``arena.max_host_bytes`` goes piece by piece instead (``snapshot/pieces.py``).
 """
@@ -13,10 +14,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,6 +27,8 @@ import torch
 
 from stager._version import __version__
 from stager.arena.arena import Arena, Lease, SlabState
+from stager.ranks.job import Job as RankJob
+from stager.ranks.outcome import Outcomes
 from stager.saving.answers import Answers
 from stager.saving.job import JobWriter, put, slab_nbytes
 from stager.saving.save import SaveHandle, SaveState
@@ -37,6 +39,7 @@ from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Piece, Pieces, blobs_of, copies_of, cut, segment_bytes_for
 from stager.snapshot.plan import Planner
 from stager.snapshot.taker import Snapshot, SnapshotTaker, Work
+from workers.commit import Committed
 from workers.directory import partial_name
 from workers.errors import ClosedError, StorageError
 from workers.faults import point
@@ -89,17 +92,23 @@ class Saver:
         pool: WorkerPool,
         sharing: SharingOptions,
         on_done: Callable[[SaveHandle], None],
+        ranks: RankJob | None = None,
     ) -> None:
         self._options = options
         self._arena = arena
         self._copier = copier
         self._pool = pool
         self._on_done = on_done
-        self._planner = Planner(file_format, options.num_parts, options.segment_bytes, incremental=options.incremental)
+        self._ranks = ranks or RankJob()
+        self._outcomes = Outcomes(self._ranks, pool) if self._ranks.board is not None else None
+        rank = self._ranks.rank
+        self._planner = Planner(
+            file_format, options.num_parts, options.segment_bytes, rank, incremental=options.incremental
+        )
         self._piece_nbytes = arena.piece_nbytes
         piece_segments = segment_bytes_for(self._piece_nbytes, options.segment_bytes)
         self._piece_planner = Planner(
-            file_format, options.num_parts, piece_segments, in_order=True, incremental=options.incremental
+            file_format, options.num_parts, piece_segments, rank, in_order=True, incremental=options.incremental
         )
         self._jobs = JobWriter()
         self._stager: ThreadPoolExecutor | None = None
@@ -110,12 +119,22 @@ class Saver:
         self._base_step: int | None = None
         self.guard = Guard(self.wait_for_staging)
         self._sharer = SourceSharer(pool, options.num_parts, sharing) if sharing.location != "trainer" else None
-        self._taker = SnapshotTaker(file_format, copier, self.guard, self._sharer, verify=options.verify)
+        self._taker = SnapshotTaker(
+            file_format, copier, self.guard, self._sharer, verify=options.verify, job=self._ranks
+        )
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
-        handle = SaveHandle(step, secrets.token_hex(8))
+        handle = SaveHandle(step, self._ranks.save_id(step))
+        try:
+            self._save(handle, state)
+        except BaseException as error:
+            self._tell(handle, error)
+            raise
+        return handle
+
+    def _save(self, handle: SaveHandle, state: Mapping[str, Any]) -> None:
         started = time.time()
         flat = self._taker.flatten(state)
         snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
@@ -131,7 +150,16 @@ class Saver:
             if lease is not None:
                 self._save_whole(snapshot, lease)
         handle._unblocked()
-        return handle
+
+    def decline(self, step: int, error: BaseException) -> None:
+        """This rank does not take part in its next save, because of ``error``."""
+        if self._outcomes is not None:
+            self._outcomes.post_failed(self._ranks.save_id(step), error)
+
+    def _tell(self, handle: SaveHandle, error: BaseException) -> None:
+        """The other ranks, that this one's part will not come."""
+        if self._outcomes is not None:
+            self._outcomes.post_failed(handle.save_id, error)
 
     def _check_free_space(self, nbytes: int) -> None:
         with storage_errors("save", self._options.directory):
@@ -243,7 +271,7 @@ class Saver:
         if failure is None:
             handle._staged()
             self._arena.prepare_in_background(lease.nbytes)
-        Answers(futures, partial(self._finish, handle, lease, failure))
+        Answers(futures, partial(self._finish, facts, handle, lease, failure))
 
     def _hand_over(self, job: SaveJob) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
@@ -272,11 +300,14 @@ class Saver:
             whole_bytes=whole_bytes,
             base_step=self._base_step,
             full_every=self._options.full_every,
+            rank=self._ranks.rank,
+            num_ranks=self._ranks.num_ranks,
         )
 
     def _fail(self, handle: SaveHandle, lease: Lease, error: BaseException) -> None:
         """Before anything was handed over."""
         lease.release()
+        self._tell(handle, error)
         self._settle(handle, lambda: handle._fail(error))
 
     # -- in pieces ----------------------------------------------------------------------------------------------
@@ -322,13 +353,13 @@ class Saver:
                 futures.append(self._stage_piece(facts, snapshot, pieces, piece, lease))
                 lease = None
         except BaseException as error:
-            self._finish_pieces(handle, futures, error, whole=False)
+            self._finish_pieces(facts, handle, futures, error, whole=False)
             raise
         finally:
             if lease is not None:
                 lease.release()
         interrupted = KeyboardInterrupt("save() was interrupted") if given_up.is_set() else None
-        self._finish_pieces(handle, futures, interrupted, whole=len(futures) == len(pieces.pieces))
+        self._finish_pieces(facts, handle, futures, interrupted, whole=len(futures) == len(pieces.pieces))
 
     def _stage_piece(
         self, facts: SaveFacts, snapshot: Snapshot, pieces: Pieces, piece: Piece, lease: Lease
@@ -349,10 +380,17 @@ class Saver:
         return future
 
     def _finish_pieces(
-        self, handle: SaveHandle, futures: list[Future[PartResult]], failure: BaseException | None, *, whole: bool
+        self,
+        facts: SaveFacts,
+        handle: SaveHandle,
+        futures: list[Future[PartResult]],
+        failure: BaseException | None,
+        *,
+        whole: bool,
     ) -> None:
         if not futures:
             error = failure or ClosedError("no piece of the snapshot was handed over")
+            self._tell(handle, error)
             self._settle(handle, lambda: handle._fail(error))
             return
         handle._move(SaveState.STAGED)
@@ -360,12 +398,13 @@ class Saver:
         point("save.handed-over")
         if whole:
             handle._staged()
-        Answers(futures, partial(self._finish, handle, None, failure))
+        Answers(futures, partial(self._finish, facts, handle, None, failure))
 
     # -- the pool's supervisor thread ---------------------------------------------------------------------------
 
     def _finish(
         self,
+        facts: SaveFacts,
         handle: SaveHandle,
         lease: Lease | None,
         failure: BaseException | None,
@@ -379,11 +418,20 @@ class Saver:
         """
         if lease is not None:
             lease.release()
-        if any(result.committed for result in results):  # whatever befell another part afterwards
-            self.set_base(handle.step)
-            self._settle(handle, lambda: handle._commit(results))
+        committed = next((result.committed for result in results if result.committed), None)
+        if committed is not None:  # whatever befell another part afterwards
+            if self._outcomes is not None:
+                self._outcomes.post_committed(handle.save_id, handle.step)
+            self._settle_committed(handle, results, committed)
             return
         why = failure or error
+        if why is None and self._outcomes is not None:
+            self._outcomes.expect(
+                facts,
+                partial(self._settle_committed, handle, results),
+                partial(self._settle_failed, handle),
+            )
+            return
         if why is None:
             # The last part to be written sees every receipt, unless somebody took some away: see workers/commit.py.
             why = StorageError(
@@ -391,6 +439,7 @@ class Saver:
                 "every part was written, but not all are there: the partial checkpoint was removed while it was written",
                 os.path.join(self._options.directory, partial_name(handle.step, handle.save_id)),
             )
+        self._tell(handle, why)
         leftovers = (self._options.directory, handle.step, handle.save_id)
         try:
             cleaned = self._pool.submit(discard_partial, *leftovers)
@@ -400,6 +449,15 @@ class Saver:
             self._settle(handle, lambda: handle._fail(why))
         else:
             cleaned.add_done_callback(lambda _: self._settle(handle, lambda: handle._fail(why)))
+
+    def _settle_committed(self, handle: SaveHandle, results: list[PartResult], committed: Committed) -> None:
+        self.set_base(handle.step)
+        if not handle.upload_completion.done():  # it may have been left to the workers while it waited for other ranks
+            self._settle(handle, lambda: handle._commit(results, committed))
+
+    def _settle_failed(self, handle: SaveHandle, error: BaseException) -> None:
+        if not handle.upload_completion.done():
+            self._settle(handle, lambda: handle._fail(error))
 
     def _settle(self, handle: SaveHandle, resolve: Callable[[], None]) -> None:
         resolve()
@@ -431,6 +489,15 @@ class Saver:
         if staging and wait(staging, timeout).not_done:
             raise TimeoutError(f"a snapshot was not taken within {timeout:g} s")
 
+    def wait_for_ranks(self, timeout: float | None = None) -> bool:
+        """Until the saves that this rank has written have ended on all ranks; False: after ``timeout`` seconds some have
+        not."""
+        return self._outcomes is None or self._outcomes.drain(timeout)
+
+    def _end_waiting(self) -> None:
+        if self._outcomes is not None:
+            self._outcomes.close(ClosedError("closed before the other ranks had finished their parts of the save"))
+
     def _is_staging(self) -> bool:
         with self._lock:
             return bool(self._staging)
@@ -443,9 +510,10 @@ class Saver:
         """Do now what the first save would have to do: plan, slabs, workers."""
         flat = self._taker.flatten(state)
         snapshot = self._taker.begin(SaveHandle(0, ""), flat, self._planner, may_move=not self._is_staging())
-        self._taker.split(snapshot)
+        works = self._taker.split(snapshot)
         nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)
-        if nbytes > self._arena.max_slab_nbytes:
+        in_pieces = nbytes > self._arena.max_slab_nbytes
+        if in_pieces:
             snapshot = self._taker.begin(SaveHandle(0, ""), flat, self._piece_planner)
             nbytes = cut(
                 snapshot.plan, snapshot.blobs, self._piece_nbytes, incremental=self._options.incremental
@@ -454,6 +522,20 @@ class Saver:
         ready = [self._pool.hand_over(prepare_worker) for _ in range(self._options.num_parts)]
         for future in ready:
             future.result()
+        if not in_pieces and any(work.by_workers for work in works):
+            self._rehearse(snapshot, works, nbytes)
+
+    def _rehearse(self, snapshot: Snapshot, works: Iterable[Work], nbytes: int) -> None:
+        """Workers map sources and buffers when they first touch them, which takes several times as long as the copy."""
+        leases: list[Lease] = []
+        try:
+            while (lease := self._arena.lease(nbytes, when_full="skip")) is not None:
+                leases.append(lease)
+                for work in works:
+                    self._taker.copy(snapshot, work, lease.slab, cold=not lease.warm, background=False)
+        finally:
+            for lease in leases:
+                lease.release()
 
     def expect(self, nbytes: int) -> None:
         """A state of about so many bytes was loaded, so it will be saved: have memory for it ready by then."""
@@ -463,6 +545,7 @@ class Saver:
 
     def close(self) -> None:
         """After the pool is closed: nothing is in flight any more."""
+        self._end_waiting()
         self.guard.close()
         if self._stager is not None:
             self._stager.shutdown()

@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from stager.ranks.per_rank import PerRank, rank_key
 from workers.errors import UnstageableError
 from workers.structure import Key, Node, Path, describe, fqn, walk
 
@@ -48,11 +49,16 @@ class Flat:
     leaves: the values; the structure's leaves number them, in order.
     structure: see :mod:`workers.structure`.
     odd_keys: of each mapping with keys other than ``str``, what tells ``1``, ``True`` and ``1.0`` apart, which are equal.
+    private: leaves of which each rank has its own (``PerRank``).
+    kinds: dtype and number of dimensions of the tensors that this rank leaves to others.
     """
 
     leaves: list[Any] = field(default_factory=list)
     structure: Node = None
     odd_keys: list[tuple[Any, ...]] = field(default_factory=list)
+    private: set[int] = field(default_factory=set)
+    kinds: frozenset[tuple[str, int]] = frozenset()
+    rank: int = 0
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -81,15 +87,18 @@ class Flat:
             seen[name] = path
 
 
-def flatten(state: Mapping[str, Any]) -> Flat:
+def flatten(state: Mapping[str, Any], rank: int = 0) -> Flat:
     """Every leaf of ``state``.
+
+    Args:
+        rank: whose values those of ``PerRank`` are.
 
     Raises:
         UnstageableError: a key that cannot be stored, or a state that contains itself.
     """
     if not isinstance(state, Mapping):
         raise UnstageableError("state", f"must be a mapping of names to values, not {type(state).__name__}")
-    flat = Flat()
+    flat = Flat(rank=rank)
     flat.structure = _visit(flat, state, ())
     return flat
 
@@ -101,6 +110,8 @@ def _visit(flat: Flat, value: Any, path: Path) -> Node:
         return len(leaves) - 1
     if len(path) > _MAX_DEPTH:
         raise UnstageableError(describe(path[:4]), f"nested deeper than {_MAX_DEPTH}; does it contain itself?")
+    if type(value) is PerRank:
+        return _visit_private(flat, value, path)
     if type(value) is not dict and is_stateful(value):
         value = value.state_dict()
     if isinstance(value, Mapping):
@@ -109,6 +120,13 @@ def _visit(flat: Flat, value: Any, path: Path) -> Node:
         return ["list", [_visit(flat, child, (*path, i)) for i, child in enumerate(value)]]
     leaves.append(value)
     return len(leaves) - 1
+
+
+def _visit_private(flat: Flat, value: PerRank, path: Path) -> Node:
+    key, first = rank_key(flat.rank), len(flat.leaves)
+    node = ["dict", [key], [_visit(flat, value.value, (*path, key))]]
+    flat.private.update(range(first, len(flat.leaves)))
+    return node
 
 
 def _visit_mapping(flat: Flat, value: Mapping[Any, Any], path: Path) -> Node:
@@ -142,7 +160,7 @@ def _is_terminal(values: list[Any], depth: int) -> bool:
     if depth > _MAX_DEPTH:
         return True
     for entry in values:
-        if isinstance(entry, (Mapping, torch.Tensor)) or is_stateful(entry):
+        if isinstance(entry, (Mapping, torch.Tensor, PerRank)) or is_stateful(entry):
             return False
         if isinstance(entry, list) and not _is_terminal(entry, depth + 1):
             return False

@@ -9,6 +9,7 @@ other tensors (buffers that a forward pass changes, counters, averaged weights) 
 
 from __future__ import annotations
 
+import bisect
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from stager.ranks.shards import is_sharded, local_of
 from stager.snapshot.plan import SnapshotPlan
 
 _HOST = torch.device("cpu")
@@ -58,11 +60,19 @@ class Guard:
         reach = self._reach()
         if plan.devices is None:
             on_host = reach.get(_HOST, {})
-            return [on_host.get(a, -1) >= n for a, n in zip(plan.addresses, plan.spans, strict=True)]
-        return [
-            reach.get(device, {}).get(address, -1) >= nbytes
-            for device, address, nbytes in zip(plan.devices, plan.addresses, plan.spans, strict=True)
-        ]
+            protected = [on_host.get(a, -1) >= n for a, n in zip(plan.addresses, plan.spans, strict=True)]
+        else:
+            protected = [
+                reach.get(device, {}).get(address, -1) >= nbytes
+                for device, address, nbytes in zip(plan.devices, plan.addresses, plan.spans, strict=True)
+            ]
+        if plan.has_slices:
+            inside = {device: _Ranges(reached) for device, reached in reach.items()}
+            devices = plan.devices or [_HOST] * len(plan.addresses)
+            for i, (device, address, nbytes) in enumerate(zip(devices, plan.addresses, plan.spans, strict=True)):
+                if not protected[i] and device in inside:
+                    protected[i] = inside[device].cover(address, nbytes)
+        return protected
 
     def _reach(self) -> dict[torch.device, dict[int, int]]:
         """By device and address: how many bytes from there on only a guarded step changes."""
@@ -85,9 +95,29 @@ class Guard:
         return bool(self._hooks) and len(self._optimizers) > 0
 
 
+class _Ranges:
+    """Stretches of memory that do not overlap."""
+
+    def __init__(self, reached: dict[int, int]) -> None:
+        self._starts = sorted(reached)
+        self._reached = reached
+
+    def cover(self, address: int, nbytes: int) -> bool:
+        found = bisect.bisect_right(self._starts, address) - 1
+        if found < 0:
+            return False
+        start = self._starts[found]
+        return address + nbytes <= start + self._reached[start]
+
+
 def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
-        yield from group["params"]
+        yield from map(_here, group["params"])
     for state in optimizer.state.values():
         if isinstance(state, dict):
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+            yield from (_here(value) for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it."""
+    return local_of(tensor) if is_sharded(tensor) else tensor

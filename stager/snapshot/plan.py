@@ -31,7 +31,8 @@ from stager.snapshot.placement import (
 from workers.formats import Format
 from workers.formats.contract import Closing, Split, TensorSpec, evenly
 from workers.job import Plan
-from workers.structure import Node
+from workers.layout import Item
+from workers.structure import ABSENT, Node
 
 __all__ = ["Copy", "Planner", "SnapshotPlan"]
 
@@ -49,6 +50,7 @@ class SnapshotPlan:
     leaves: which leaves are tensors; the next three are in this order.
     addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
     spans: bytes that each tensor reaches over.
+    has_slices: some are rows of a tensor, of which other ranks write the rest.
     """
 
     copies: tuple[Copy, ...]
@@ -62,6 +64,7 @@ class SnapshotPlan:
     addresses: tuple[int, ...]
     devices: tuple[torch.device, ...] | None
     spans: tuple[int, ...]
+    has_slices: bool = False
 
     @property
     def num_tensors(self) -> int:
@@ -158,7 +161,7 @@ class Planner:
             tensors=tuple(items),
             structure=_renumber(flat.structure, item_of),
             segment_bytes=self._segment_bytes,
-            templates=self._format.templates(items),
+            templates=self._format.templates([*items, *_of_others(flat)]),
         )
         document = layout.to_document()
         return SnapshotPlan(
@@ -173,6 +176,7 @@ class Planner:
             addresses=tuple(p.address for _, p in rows),
             devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,
             spans=tuple(span_nbytes(p) for _, p in rows),
+            has_slices=bool(flat.kinds),
         )
 
 
@@ -217,9 +221,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _of_others(flat: Flat) -> list[Item]:
+    """Whoever commits describes what other ranks wrote, too: a stand-in for each kind of it."""
+    return [Item("tensor", 0, 0, 0, 0, 0, dtype, (0,) * dims, (1,) * dims) for dtype, dims in sorted(flat.kinds)]
+
+
 def _renumber(node: Node, item_of: dict[int, int]) -> Node:
     if type(node) is int:
         return item_of[node]
+    if node is ABSENT:
+        return ABSENT
+    if node[0] == "chunks":
+        return [*node[:2], [[offsets, item_of[leaf]] for offsets, leaf in node[2]]]
     position = 1 if node[0] == "list" else 2
     children = [_renumber(child, item_of) for child in node[position]]
     return [*node[:position], children, *node[position + 1 :]]

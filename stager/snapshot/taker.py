@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from stager.ranks.job import Job
+from stager.ranks.share import ShareTaker
 from stager.saving.save import SaveHandle
 from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import Batches, batch
@@ -71,23 +73,39 @@ class SnapshotTaker:
     """Args:
     sharer: None when everything is copied by the trainer.
     verify: compare each copy with its source.
+    job: whose ranks make one checkpoint together; None: this process alone.
     """
 
     def __init__(
-        self, file_format: Format, copier: Copier, guard: Guard, sharer: SourceSharer | None = None, *, verify: bool
+        self,
+        file_format: Format,
+        copier: Copier,
+        guard: Guard,
+        sharer: SourceSharer | None = None,
+        *,
+        verify: bool,
+        job: Job | None = None,
     ) -> None:
         self._format = file_format
         self._copier = copier
         self._guard = guard
         self._sharer = sharer
         self._verify = verify
+        self._job = job or Job()
+        self._share = ShareTaker(self._job)
         self._shared_for: SnapshotPlan | None = None
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Work, Work] | None = None
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
 
     def flatten(self, state: Mapping[str, Any]) -> Flat:
-        return flatten(state)
+        """This rank's share of the leaves.
+
+        Raises:
+            UnstageableError: a state that cannot be saved.
+            RankFailedError, InconsistentRanksError: see :class:`stager.ranks.share.ShareTaker`.
+        """
+        return self._share.take(flatten(state, self._job.own_rank))
 
     def begin(self, handle: SaveHandle, flat: Flat, planner: Planner, *, may_move: bool | None = None) -> Snapshot:
         """Plan and pickle; nothing is copied yet.
@@ -165,6 +183,7 @@ class SnapshotTaker:
 
     def forget(self) -> None:
         self._split = self._shared_for = None
+        self._share.forget()
         self._blobs.clear()
 
     def _pickle(self, flat: Flat, leaf: int) -> bytes:

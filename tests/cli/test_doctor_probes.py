@@ -108,15 +108,6 @@ def test_mount_of_the_root_is_the_root() -> None:
     assert mount.point == "/"
 
 
-@pytest.mark.parametrize(("text", "expected"), [("4", 4), ("0", 1), ("", 1), ("four", 1), ("-2", 1)])
-def test_local_world_size(text: str, expected: int) -> None:
-    assert probes.local_world_size({"LOCAL_WORLD_SIZE": text}) == expected
-
-
-def test_local_world_size_alone() -> None:
-    assert probes.local_world_size({}) == 1
-
-
 def test_unlimited_limit_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (512, resource.RLIM_INFINITY))
     assert probes.soft_and_hard_limit(resource.RLIMIT_NOFILE) == (512, None)

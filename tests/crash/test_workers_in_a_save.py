@@ -101,8 +101,9 @@ def test_exception_at_any_point_of_a_part_is_in_the_future_with_the_worker_s_tra
             committed(ckpt, ckpt.save(2 * step + 1, state_of(step)), step)
 
 
+@pytest.mark.parametrize("last", ["errno EIO", "raise"])
 def test_error_of_a_worker_reaches_the_next_save_with_its_traceback_and_masks_nothing(
-    run_dir: Path, faults: Faults, caplog: pytest.LogCaptureFixture
+    last: str, run_dir: Path, faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody looks at the Future: the next ``save()`` raises it. What leaves the ``with`` block comes first, though."""
     with pytest.raises(KeyError, match="primary"), Checkpointer(run_dir, CONFIG) as ckpt:
@@ -113,7 +114,7 @@ def test_error_of_a_worker_reaches_the_next_save_with_its_traceback_and_masks_no
             ckpt.save(1, state_of(1))
         assert isinstance(caught.value.__cause__, RemoteTraceback)
         committed(ckpt, ckpt.save(2, state_of(2)), 2)
-        faults.arm("part.begin", "errno EIO")
+        faults.arm("part.begin", last)
         ckpt.save(3, state_of(3))
         raise KeyError("primary")
     assert "a save failed as well" in caplog.text

@@ -17,12 +17,12 @@ from tests.persistence.jobs import load, make_job, run, save
 from tests.states import same
 from workers import commit, files, persist
 from workers.commit import partial_path, try_commit
-from workers.directory import partial_names, read_checkpoint
+from workers.directory import partial_names, read_checkpoint, remove_partial
 from workers.envelope import seal
 from workers.errors import CorruptCheckpointError, StorageError
 from workers.job import SaveJob, read_layout
 from workers.persist import PartResult, discard_partial, persist_part
-from workers.receipt import read_receipt
+from workers.receipt import read_receipt, receipt_name
 from workers.verify import verify_checkpoint
 
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": 2}
@@ -244,14 +244,23 @@ def work(job: SaveJob, part: int, runs: int, start: threading.Barrier, results: 
 
 def change_receipt(job: SaveJob, **changes: object) -> None:
     partial = partial_path(job.facts)
-    receipt = read_receipt(partial, 0, job.facts.num_parts, job.facts.save_id)
+    receipt = read_receipt(partial, 0, 0, job.facts.num_parts, job.facts.save_id)
     assert receipt is not None
-    Path(partial, "receipt-0.json").write_bytes(seal({**asdict(receipt), **changes}))
+    Path(partial, receipt_name(0, 0, job.facts.num_parts)).write_bytes(seal({**asdict(receipt), **changes}))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"save_id": "00"}, {"part": 1}, {"num_parts": 3}, {"hashes": []}, {"hashes": [1]}, {"hashes": 5}, {"extra": 1}],
+    [
+        {"save_id": "00"},
+        {"rank": 1},
+        {"part": 1},
+        {"num_parts": 3},
+        {"hashes": []},
+        {"hashes": [1]},
+        {"hashes": 5},
+        {"extra": 1},
+    ],
     ids=str,
 )
 def test_receipt_of_something_else_is_refused(run_dir: Path, changes: dict[str, object]) -> None:
@@ -270,11 +279,23 @@ def test_partial_directory_removed_while_it_is_written_is_an_error_with_its_path
 ) -> None:
     run_dir.mkdir()
     job = make_job(run_dir, num_parts=1)
-    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.facts.save_id))
+    at("part.receipt", lambda: remove_partial(str(run_dir), Path(partial_path(job.facts)).name))
     with pytest.raises(StorageError, match="was removed while it was being written") as raised:
         persist_part(job, 0)
     assert raised.value.path == partial_path(job.facts)
     assert os.listdir(run_dir) == []
+
+
+def test_discarding_waits_for_whoever_still_writes(
+    run_dir: Path, at: Callable[[str, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank, which may yet commit: what it commits must be whole."""
+    monkeypatch.setattr(persist, "_DISCARD_SECS", 0.05)
+    run_dir.mkdir()
+    job = make_job(run_dir, NEW, num_parts=1)
+    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.facts.save_id))
+    persist_part(job, 0)
+    only_checkpoint(run_dir, job, NEW)
 
 
 def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir: Path) -> None:

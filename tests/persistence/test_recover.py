@@ -211,9 +211,9 @@ def test_without_fsync_the_bytes_are_checked_before_they_are_trusted(run_dir: Pa
 
 
 def change_record(partial: Path, section: str, **changes: object) -> None:
-    body = unseal((partial / "save.json").read_bytes(), "")
+    body = unseal((partial / "save-0.json").read_bytes(), "")
     body[section] = {**body[section], **changes}
-    (partial / "save.json").write_bytes(seal(body))
+    (partial / "save-0.json").write_bytes(seal(body))
 
 
 _LAYOUTS: list[dict[str, object]] = [
@@ -235,6 +235,11 @@ _FACTS: list[dict[str, object]] = [
     {"save_id": "00"},
     {"fsync": "yes"},
     {"created": "now"},
+    {"num_ranks": 1 << 23},
+    {"num_ranks": 10**12},
+    {"num_ranks": 0},
+    {"rank": 1},
+    {"rank": -1, "num_ranks": 2},
     {"unknown": 1},
 ]
 
@@ -250,7 +255,7 @@ def test_hostile_record_is_removed(run_dir: Path, tmp_path: Path, section: str, 
     assert os.listdir(run_dir) == [] and os.listdir(tmp_path) == ["run"]
 
 
-@pytest.mark.parametrize("name", ["save.json", "receipt-0.json", "receipt-1.json"])
+@pytest.mark.parametrize("name", ["save-0.json", "receipt-0-0-of-2.json", "receipt-0-1-of-2.json"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\0" * 100, seal({}), seal([]), seal(None)])
 def test_damaged_documents_are_removed(run_dir: Path, name: str, content: bytes) -> None:
     run_dir.mkdir()

@@ -140,9 +140,12 @@ def test_full_disk(small_disk: Path, where: str) -> None:
     job = make_job(small_disk, {"x": torch.ones(num_bytes, dtype=torch.uint8)}, step=2, num_parts=1)
     with pytest.raises(StorageError, match="free space on this file system") as raised:
         run(job)
-    name = {"data": "__0_0.distcp", "receipt": "receipt-0.json", "index": ".metadata", "manifest": "manifest.json"}[
-        where
-    ]
+    name = {
+        "data": "__0_0.distcp",
+        "receipt": "receipt-0-0-of-1.json",
+        "index": ".metadata",
+        "manifest": "manifest.json",
+    }[where]
     assert raised.value.errno == errno.ENOSPC and Path(raised.value.path).name == name
     discard_partial(str(small_disk), 2, job.facts.save_id)
     assert committed_steps(str(small_disk)) == [1] and verify_checkpoint(old.path).ok

@@ -10,7 +10,7 @@ import torch
 from tests.persistence.jobs import make_job
 from tests.states import everything
 from workers.formats import FORMATS, dcp
-from workers.job import RECORD_NAME, from_record, read_layout, to_record
+from workers.job import from_record, read_layout, to_record
 from workers.templates import from_bytes, to_bytes
 
 
@@ -38,7 +38,7 @@ def test_equal_kinds_have_one_template(run_dir: Path) -> None:
 def test_record_has_none(run_dir: Path, kind: str) -> None:
     """Nothing that is read from a disk gets into ``.metadata``; what a commit needs is made anew."""
     job = make_job(run_dir, everything(), kind=kind)
-    _, layout = from_record(to_record(job), RECORD_NAME, str(run_dir))
+    _, layout = from_record(to_record(job), job.facts.record_name, str(run_dir))
     assert layout.memo.templates is None
     file_format = FORMATS[kind]
     assert file_format.index_files(layout, "0a", "/d") == file_format.index_files(read_layout(job), "0a", "/d")

@@ -188,5 +188,5 @@ def test_fingerprint_sees_every_write(checkpoint: Path) -> None:
 
 def test_check_files_overlooks_what_does_not_belong(checkpoint: Path) -> None:
     """Recovery looks into directories in which receipts still lie."""
-    (checkpoint / "receipt-0.json").touch()
+    (checkpoint / "receipt-0-0-of-2.json").touch()
     assert check_files(str(checkpoint), read_manifest(checkpoint), full=True) == []

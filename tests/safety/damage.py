@@ -160,8 +160,8 @@ def _extra(path: Path, tally: Tally) -> None:
         for name in (
             "extra",
             ".hidden",
-            "receipt-0.json",
-            "save.json",
+            "receipt-0-0-of-2.json",
+            "save-0.json",
             "__9_0.distcp",
             "manifest.json.1.tmp",
             "\udcff",

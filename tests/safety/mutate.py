@@ -22,8 +22,8 @@ from workers.envelope import seal_json
 _NUMBERS: list[Any] = [-1, 0, 1, 2, 7, 63, 64, 255, 1 << 31, 1 << 32, 1 << 40, (1 << 62) + 1, (1 << 63) - 1, 1 << 63,
     1 << 64, 10**300, -(1 << 63), 0.0, -0.0, 0.5, 1e18, 1e300, 1.0, True, False]  # fmt: skip
 _TEXTS: list[Any] = ["", ".", "..", "../x", "../../canary", "/etc/passwd", "/dev/zero", "a/b", "a\0b", "x" * 300, "\n",
-    "\x1b[2J", "\ud800", "manifest.json", ".metadata", "save.json", "receipt-0.json", "__0_0.distcp", "tensor", "object",
-    "float32", "float64", "qint8", "bool", "os", "dict", "list", "odict", "chunks", "fifo", "link"]  # fmt: skip
+    "\x1b[2J", "\ud800", "manifest.json", ".metadata", "save-0.json", "receipt-0-0-of-2.json", "__0_0.distcp", "tensor",
+    "object", "float32", "float64", "qint8", "bool", "os", "dict", "list", "odict", "chunks", "fifo", "link"]  # fmt: skip
 _OTHERS: list[Any] = [None, [], {}, [[]], [0], [0, 0], {"": 0}, {"version": "x"}, ["list", []], ["dict", [], []]]
 
 

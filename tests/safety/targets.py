@@ -172,7 +172,7 @@ def _spoil_partial_manifest(rng: random.Random, run_dir: Path, mark: Path) -> No
 
 
 def _spoil_record(rng: random.Random, run_dir: Path, mark: Path) -> None:
-    _rewrite(rng, _partial(run_dir) / "save.json", _times(rng))
+    _rewrite(rng, _partial(run_dir) / "save-0.json", _times(rng))
 
 
 def _spoil_receipts(rng: random.Random, run_dir: Path, mark: Path) -> None:
@@ -180,7 +180,7 @@ def _spoil_receipts(rng: random.Random, run_dir: Path, mark: Path) -> None:
     if rng.random() < 0.3:
         mutate_file(rng, rng.choice(sorted(partial.iterdir())), run_dir.parent / "canary")
     else:
-        _rewrite(rng, partial / f"receipt-{rng.randrange(2)}.json", _times(rng))
+        _rewrite(rng, partial / f"receipt-0-{rng.randrange(2)}-of-2.json", _times(rng))
 
 
 def _spoil_files(rng: random.Random, run_dir: Path, mark: Path) -> None:

@@ -127,12 +127,12 @@ def test_record_of_a_million_billion_segments_is_removed_without_counting_them(r
     job = make_job(run_dir, {"a": torch.zeros(100)}, num_parts=2)
     persist_part(job, 0)
     partial = Path(partial_path(job.facts))
-    body = unseal((partial / "save.json").read_bytes(), "")
+    body = unseal((partial / "save-0.json").read_bytes(), "")
     body["plan"]["files"][0][1] = 1 << 50  # padding behind the only item
     body["plan"]["segment_bytes"] = 1
-    (partial / "save.json").write_bytes(seal(body))
-    receipt = unseal((partial / "receipt-0.json").read_bytes(), "")
-    (partial / "receipt-1.json").write_bytes(seal({**receipt, "part": 1}))
+    (partial / "save-0.json").write_bytes(seal(body))
+    receipt = unseal((partial / "receipt-0-0-of-2.json").read_bytes(), "")
+    (partial / "receipt-0-1-of-2.json").write_bytes(seal({**receipt, "part": 1}))
     (found,) = recover(str(run_dir))
     assert found.outcome is Outcome.REMOVED and f"for {1 << 50} segments" in found.reason
 

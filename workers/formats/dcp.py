@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from workers.errors import UnstageableError
 from workers.formats.contract import Framed, Frames, LaidOut, Split, TensorSpec, lay_out_blobs
-from workers.formats.dcp_index import dcp_index
+from workers.formats.dcp_index import dcp_index, tensor_name
 from workers.layout import Item, Layout
 from workers.templates import Templates
 
@@ -94,4 +94,13 @@ def closing(plan: Plan) -> None:
 
 def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
     """``.metadata``, as ``dcp.save`` writes it."""
-    return {METADATA_NAME: dcp_index(layout, _templates(layout), save_id, directory)}
+    return {METADATA_NAME: dcp_index(layout, _index_templates(layout), save_id, directory)}
+
+
+def _index_templates(layout: Layout) -> Templates:
+    """Those of one rank do for the others, unless they have kinds of tensors that it has none of."""
+    made, memo = _templates(layout), layout.memo
+    tensors = [item for item in layout.items[: memo.num_fixed or None] if item.kind == "tensor"]
+    if memo.of_plan("has templates", lambda: {tensor_name(item) for item in tensors} <= made.keys()):
+        return made
+    return memo.of_plan("index templates", lambda: templates(tensors))

@@ -9,22 +9,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from workers.formats.pickle_template import DICT_END, DICT_START, END, Strings, integer, plain_string, tuple_of
+from workers.formats.pickle_template import (
+    DICT_END,
+    DICT_START,
+    END,
+    Strings,
+    fill,
+    integer,
+    list_of,
+    plain_string,
+    tuple_of,
+)
 from workers.layout import Item, Layout
 from workers.memo import no_collection
-from workers.structure import Node, fqn
+from workers.structure import Chunks, Node, fqn
 from workers.templates import Templates
 
 _DcpPath = tuple[str | int, ...]
 
 
 def tensor_name(item: Item) -> str:
-    """Of the template of a tensor's ``TensorStorageMetadata``, into which its shape is filled twice."""
+    """Of the template of a tensor's ``TensorStorageMetadata``: the lengths of its shape, then its list of chunks."""
     return f"tensor {item.dtype} {len(item.shape)}"
 
 
+def chunk_name(dims: int) -> str:
+    """Of that of a ``ChunkStorageMetadata``: offsets, then lengths."""
+    return f"chunk {dims}"
+
+
 def index_name(dims: int | None) -> str:
-    """Of that of the ``MetadataIndex`` of a tensor of so many dimensions; None: of an object."""
+    """Of that of the ``MetadataIndex`` of a tensor of so many dimensions: name, then offsets; None: of an object."""
     return "index of an object" if dims is None else f"index {dims}"
 
 
@@ -83,52 +98,74 @@ class _StemWriter:
         self._start, first_string = templates["start"]
         self._strings = Strings(int.from_bytes(first_string, "little"))
         self._states: dict[tuple[str, tuple[int, ...]], bytes] = {}
+        self._in_one: dict[int, tuple[bytes, bytes]] = {}  # by dimensions: around the name of what has no offsets
 
     def write(self) -> _Stem:
         layout, strings = self._layout, self._strings
         state, paths, storage, *ids = self._templates["metadata"]
         info = _Info(self._templates["storage info"])
-        leaves = [(path, fqn(path), index) for path, index in _dcp_walk(layout.structure)]
+        leaves = [(path, fqn(path), leaf) for path, leaf in _dcp_walk(layout.structure)]
         pieces = [self._start, state, DICT_START]
-        for _, name, index in leaves:
-            pieces += (strings.piece(name), self._state(layout.items[index]))
+        for _, name, leaf in leaves:
+            pieces += (strings.piece(name), self._state(leaf))
         pieces += (DICT_END, paths, DICT_START)
         for path, name, _ in leaves:
             pieces += (strings.piece(name), self._path(path))
         pieces += (DICT_END, storage, DICT_START)
         rest = []
         names = [plain_string(file.name) for file in layout.files]
-        for _, name, index in leaves:
-            item, key = layout.items[index], self._index(name, layout.items[index])
-            if index >= layout.memo.num_fixed:
-                rest.append((index, key))
-            else:
-                pieces += (key, *info.of(names[item.file], item))
+        for _, name, leaf in leaves:
+            parts = leaf.parts if isinstance(leaf, Chunks) else ((None, leaf),)
+            for offsets, index in parts:
+                item, key = layout.items[index], self._index(name, layout.items[index], offsets)
+                if index >= layout.memo.num_fixed:
+                    rest.append((index, key))
+                else:
+                    pieces += (key, *info.of(names[item.file], item))
         middle, between, after = ids
         return _Stem(b"".join(pieces), tuple(rest), info, (DICT_END + middle, between, after + END))
 
-    def _state(self, item: Item) -> bytes:
+    def _state(self, leaf: int | Chunks) -> bytes:
+        items = self._layout.items
+        if isinstance(leaf, Chunks):
+            chunks = [self._chunk(offsets, items[index].shape) for offsets, index in leaf.parts]
+            return self._tensor(items[leaf.parts[0][1]], leaf.shape, chunks)
+        item = items[leaf]
         if item.kind != "tensor":
             return self._templates["object"][0]
         kind = item.dtype, item.shape
         if kind not in self._states:
-            first, *others = self._templates[tensor_name(item)]
-            lengths = map(integer, (*item.shape, *item.shape))
-            self._states[kind] = first + b"".join(a + b for a, b in zip(lengths, others, strict=True))
+            chunk = self._chunk((0,) * len(item.shape), item.shape)
+            self._states[kind] = self._tensor(item, item.shape, [chunk])
         return self._states[kind]
+
+    def _tensor(self, item: Item, shape: tuple[int, ...], chunks: list[bytes]) -> bytes:
+        return fill(self._templates[tensor_name(item)], [*map(integer, shape), list_of(chunks)])
+
+    def _chunk(self, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> bytes:
+        return fill(self._templates[chunk_name(len(lengths))], map(integer, (*offsets, *lengths)))
 
     def _path(self, path: _DcpPath) -> bytes:
         return tuple_of([self._strings.piece(key) if isinstance(key, str) else integer(key) for key in path])
 
-    def _index(self, name: str, item: Item) -> bytes:
-        before, after = self._templates[index_name(len(item.shape) if item.kind == "tensor" else None)]
-        return b"%b%b%b" % (before, self._strings.piece(name), after)
+    def _index(self, name: str, item: Item, offsets: tuple[int, ...] | None) -> bytes:
+        if offsets is not None:
+            pieces = self._templates[index_name(len(offsets))]
+            return fill(pieces, [self._strings.piece(name), *map(integer, offsets)])
+        dims = len(item.shape) if item.kind == "tensor" else -1
+        if dims not in self._in_one:
+            before, *after = self._templates[index_name(None if dims < 0 else dims)]
+            self._in_one[dims] = before, fill(after, [integer(0)] * dims)
+        before, end = self._in_one[dims]
+        return b"%b%b%b" % (before, self._strings.piece(name), end)
 
 
-def _dcp_walk(node: Node, path: _DcpPath = ()) -> Iterator[tuple[_DcpPath, int]]:
-    """As ``structure.walk``, with the paths DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
+def _dcp_walk(node: Node, path: _DcpPath = ()) -> Iterator[tuple[_DcpPath, int | Chunks]]:
+    """As ``structure.leaves``, with the paths DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
     if type(node) is int:
         yield path, node
+    elif node[0] == "chunks":
+        yield path, Chunks.from_node(node)
     elif node[0] == "list":
         for position, child in enumerate(node[1]):
             yield from _dcp_walk(child, (*path, position))

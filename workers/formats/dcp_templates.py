@@ -9,7 +9,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from workers.dtypes import dtype_of
-from workers.formats.dcp_index import index_name, tensor_name
+from workers.formats.dcp_index import chunk_name, index_name, tensor_name
 from workers.formats.pickle_template import TemplateMaker, mark, number_mark
 from workers.layout import Item
 from workers.templates import Templates
@@ -31,11 +31,15 @@ def index_templates(tensors: Sequence[Item]) -> Templates:
     )
     templates = {"start": (maker.start, maker.first_string.to_bytes(4, "little")), **_of_the_whole(maker)}
     for name, (dtype, dims) in kinds.items():
-        marks = [number_mark(number) for number in range(2 * dims)]
-        templates[name] = maker.template(_tensor_metadata(properties[dtype], marks[:dims], marks[dims:]), marks)
+        marks = [number_mark(number) for number in range(dims)]
+        tensor = dcp_metadata.TensorStorageMetadata(properties[dtype], torch.Size(marks), mark(0))  # type: ignore[arg-type]
+        templates[name] = maker.template(tensor, [*marks, mark(0)])
     for dims in {dims for _, dims in kinds.values()}:
-        specimen = dcp_metadata.MetadataIndex(mark(0), torch.Size([0] * dims))
-        templates[index_name(dims)] = maker.template(specimen, [mark(0)])
+        marks = [number_mark(number) for number in range(2 * dims)]
+        chunk = dcp_metadata.ChunkStorageMetadata(torch.Size(marks[:dims]), torch.Size(marks[dims:]))
+        templates[chunk_name(dims)] = maker.template(chunk, marks)
+        index = dcp_metadata.MetadataIndex(mark(0), torch.Size(marks[:dims]))
+        templates[index_name(dims)] = maker.template(index, [mark(0), *marks[:dims]])
     return templates
 
 

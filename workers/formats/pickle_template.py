@@ -18,7 +18,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -136,6 +136,18 @@ def tuple_of(elements: list[bytes]) -> bytes:
     if len(elements) < len(_TUPLES):
         return b"".join(elements) + _TUPLES[len(elements)]
     return b"(%bt" % b"".join(elements)
+
+
+def list_of(elements: list[bytes]) -> bytes:
+    if len(elements) == 1:
+        return b"]%ba" % elements[0]
+    return b"](%be" % b"".join(elements)
+
+
+def fill(pieces: Sequence[bytes], values: Iterable[bytes]) -> bytes:
+    """A template's pieces, with values between them."""
+    first, *others = pieces
+    return first + b"".join(value + piece for value, piece in zip(values, others, strict=True))
 
 
 DICT_START, DICT_END = b"}(", b"u"  # keys and values in turn go in between

@@ -1,0 +1,146 @@
+"""Loading on all ranks: one checkpoint for all of them, whatever each sees of the file system at that moment.
+
+rank 0 says which checkpoint -> every rank loads it -> all meet and see how the others fared
+damaged on any rank: rank 0 says the one before it, and so on; failed for another reason: every rank raises
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from stager.loading.loader import Loaded, Loader
+from stager.ranks.board import Board
+from stager.ranks.job import Job
+from workers.directory import CheckpointInfo, read_checkpoint
+from workers.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    RankFailedError,
+    StagerError,
+)
+
+_POLL_SECS = 0.02
+
+Load = Callable[[int], Loaded | None]
+
+
+class LoadTogether:
+    """
+    Args:
+        job: with a board.
+        directory: of the run, absolute.
+        loader: of this rank.
+    """
+
+    def __init__(self, job: Job, directory: str, loader: Loader) -> None:
+        assert job.board is not None
+        self._job = job
+        self._board: Board = job.board
+        self._directory = directory
+        self._loader = loader
+        self._rounds = 0
+
+    def load(self, step: int | None, load: Load) -> Loaded | None:
+        """Every rank calls it.
+
+        Args:
+            step: which checkpoint; None: the newest that is valid on every rank.
+            load: loads the checkpoint of a step on this rank.
+
+        Raises:
+            RankFailedError: it failed on another rank, or a rank did not come.
+            CorruptCheckpointError, CheckpointNotFoundError: ``step`` was given, and is damaged or not there.
+            StagerError: whatever ``load`` raised here.
+        """
+        below: int | None = None
+        damaged: StagerError | None = None
+        while True:
+            self._rounds += 1
+            head = f"load/{self._rounds}"
+            chosen = self._choose(head, below) if step is None else step
+            if chosen is None:
+                if damaged is not None:
+                    raise damaged  # nothing is left, and what it was loaded into may be partly overwritten
+                return None
+            loaded: Loaded | None = None
+            error: BaseException | None = None
+            try:
+                self._await_visible(chosen)
+                loaded = load(chosen)
+            except BaseException as problem:
+                error = problem
+                is_damaged = isinstance(problem, (CorruptCheckpointError, CheckpointNotFoundError))
+                self._post(head, "damaged" if is_damaged else "failed", problem)
+                if not isinstance(problem, Exception):
+                    raise
+            self._job.meet(head, f"loading the checkpoint of step {chosen}")
+            failed, hurt = self._read(f"{head}/failed"), self._read(f"{head}/damaged")
+            if failed is None and hurt is None:
+                return loaded
+            if error is None:
+                note = failed or hurt
+                assert note is not None
+                error = RankFailedError(
+                    f"the checkpoint of step {chosen} was not loaded on rank {note['rank']}: {note['error']}",
+                    (int(str(note["rank"])),),
+                )
+            if failed is not None or step is not None:
+                raise error
+            assert isinstance(error, StagerError)
+            damaged, below = error, chosen
+
+    def latest(self, find: Callable[[], CheckpointInfo | None]) -> CheckpointInfo | None:
+        """What ``find`` finds, once it sees every commit that any rank knew of when this was called."""
+        with suppress(RankFailedError):  # without the board: what this rank sees
+            note = self._board.read("newest")
+            if note is not None:
+                self._await_visible(int(note))
+        return find()
+
+    def _choose(self, head: str, below: int | None) -> int | None:
+        if self._job.leads:
+            try:
+                found = self._loader.newest(below)
+            except BaseException as error:
+                self._board.post(f"{head}/step", json.dumps(f"{type(error).__name__}: {error}").encode())
+                raise
+            self._board.post(f"{head}/step", json.dumps(None if found is None else found.step).encode())
+            return None if found is None else found.step
+        note = self._board.wait(f"{head}/step", self._job.timeout_secs)
+        if note is None:
+            raise RankFailedError(
+                f"rank 0 did not say which checkpoint to load within {self._job.timeout_secs:g} s; every rank has to call "
+                "load()",
+                (0,),
+            )
+        step = json.loads(note)
+        if isinstance(step, str):
+            raise RankFailedError(f"rank 0 found no checkpoint to load: {step}", (0,))
+        return int(step) if step is not None else None
+
+    def _await_visible(self, step: int) -> None:
+        """A network file system may show it to this host a little later; then it is not missing yet."""
+        deadline = time.monotonic() + min(60.0, self._job.timeout_secs)
+        while time.monotonic() < deadline:
+            try:
+                read_checkpoint(self._directory, step)
+            except CheckpointNotFoundError:
+                time.sleep(_POLL_SECS)
+            except StagerError:
+                return
+            else:
+                return
+
+    def _post(self, head: str, how: str, error: BaseException) -> None:
+        note = {"rank": self._job.rank, "error": f"{type(error).__name__}: {error}"}
+        if self._board.add(f"{head}/{how}/count") == 1:
+            self._board.post(f"{head}/{how}", json.dumps(note).encode())
+
+    def _read(self, key: str) -> dict[str, object] | None:
+        if self._board.add(f"{key}/count", 0) == 0:
+            return None
+        note = self._board.wait(key, self._job.timeout_secs)
+        return None if note is None else dict(json.loads(note))

@@ -1,0 +1,31 @@
+"""The smaller benchmarks run, tiny."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.launch import ROOT
+
+
+def _run(module: str, out: Path, *arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-W", "ignore", "-m", module, "--out", str(out), *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=120)
+    results: list[dict[str, Any]] = json.loads(out.read_text())
+    return results
+
+
+def test_loading(tmp_path: Path) -> None:
+    results = _run("tests.benchmarks.loading", tmp_path / "out.json", "--scale", "0.001", "--rounds", "1")
+    assert [one["case"] for one in results] == ["big", "small"]
+    assert all(one["dcp.load / stager"] > 0 for one in results)
+
+
+def test_ranks(tmp_path: Path) -> None:
+    arguments = ("--ranks", "2", "--mib", "2", "--pairs", "1", "--stretch", "2")
+    results = _run("tests.benchmarks.ranks", tmp_path / "out.json", *arguments)
+    assert [(one["ranks"], one["peer"]) for one in results] == [(2, "stager"), (2, "dcp-thread")]
+    assert all(one["stored_ms"] > 0 for one in results)

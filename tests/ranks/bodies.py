@@ -1,0 +1,323 @@
+"""What the ranks of the tests do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from stager import Checkpointer, InconsistentRanksError, PerRank, RankFailedError, UsageError
+from tests.faults import Hold
+from tests.ranks.layouts import Trained, build, differences, whole_state
+from workers import faults
+
+CONFIG = {"workers": {"count": 1}, "ranks": {"timeout_secs": 20}}
+
+
+def state_of(trained: Trained, rank: int) -> dict[str, Any]:
+    model, optimizer = trained
+    own = {"rank": rank, "noise": torch.full((5,), float(rank))}
+    return {"model": model, "optimizer": optimizer, "step": 7, "own": PerRank(own)}
+
+
+def save(rank: int, directory: str, layout: str) -> None:
+    trained = build(layout, seed=3)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        info = ckpt.save(7, state_of(trained, rank)).upload_completion.result(60)
+    assert info.step == 7
+    expected = whole_state(trained)
+    if rank == 0:
+        torch.save(expected, Path(directory, "expected.pt"))
+
+
+def save_and_load(rank: int, directory: str, layout: str) -> list[str]:
+    save(rank, directory, layout)
+    dist.barrier()
+    return load(rank, directory, layout)
+
+
+def load_resharded(rank: int, directory: str, layout: str) -> list[str]:
+    """By stager and by stock ``dcp.load``."""
+    return load(rank, directory, layout) + load_stock(rank, directory, layout)
+
+
+def load(rank: int, directory: str, layout: str) -> list[str]:
+    """Where what was loaded differs from what was saved."""
+    trained = build(layout, seed=11)
+    state = state_of(trained, rank)
+    own = state["own"]
+    own.value = {"rank": -1, "noise": torch.zeros(5)}
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        loaded = ckpt.load(into=state)
+    assert loaded is not None
+    expected = torch.load(Path(directory, "expected.pt"))
+    problems = differences(expected, whole_state(trained))
+    problems += [] if state["step"] == 7 else ["step"]
+    if rank < saved_by(directory):
+        problems += [] if own.value["rank"] == rank and own.value["noise"][0] == rank else ["own"]
+    else:
+        problems += [] if own.value["rank"] == -1 else ["own, of a rank that was not there"]
+    return problems
+
+
+def saved_by(directory: str) -> int:
+    return int(Path(directory, "ranks").read_text())
+
+
+def load_stock(rank: int, directory: str, layout: str) -> list[str]:
+    """By ``dcp.load``, into a state spread in another way."""
+    model, optimizer = build(layout, seed=11)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    dcp.load(state, checkpoint_id=str(Path(directory, "run", "step-00000007")))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return differences(torch.load(Path(directory, "expected.pt")), whole_state((model, optimizer)))
+
+
+@contextmanager
+def no_collectives() -> Iterator[None]:
+    """Everything in torch.distributed that waits for another rank raises."""
+    names = [
+        *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),
+        *("barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter"),
+        *("reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "recv", "isend", "irecv", "new_group"),
+        *("batch_isend_irecv", "monitored_barrier"),
+    ]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a collective was called")
+
+    patches = [mock.patch.object(dist, name, refuse) for name in names]
+    patches += [mock.patch.object(dist.distributed_c10d, name, refuse) for name in names]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def save_without_collectives(rank: int, directory: str, layout: str) -> int:
+    """No save calls a collective in the training thread; those after the first do not ask the store either."""
+    trained = build(layout, seed=3)
+    state = state_of(trained, rank)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        with no_collectives():
+            ckpt.save(1, state).upload_completion.result(60)
+        board = ckpt._job.board
+        assert board is not None
+        here: list[str] = []
+        asked = mock.patch.multiple(
+            board, read=_noting(board.read, here), add=_noting(board.add, here), post=_noting(board.post, here)
+        )
+        with no_collectives(), asked:
+            for step in range(2, 6):
+                ckpt.save(step, state).upload_completion.result(60)
+        assert not here, here
+        return len(ckpt.checkpoints())
+
+
+def _noting(method: Callable[..., Any], here: list[str]) -> Callable[..., Any]:
+    """Notes calls in the main thread."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            here.append(str(args))
+        return method(*args, **kwargs)
+
+    return call
+
+
+TRAINER_POINTS = ("save.planned", "save.copied", "save.handed-over")
+WORKER_POINTS = ("part.begin", "part.write", "part.synced", "part.receipt")
+
+
+def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str, Any]:
+    """One rank is killed in its second save: its trainer at one of its points, or all of its processes while a worker is at
+    one of a worker's. What the others say, and how long it took."""
+    faults_dir = Path(directory, "faults")
+    if rank == victim:
+        faults_dir.mkdir()
+        os.environ["STAGER_FAULTS"] = str(faults_dir)
+        faults._DIRECTORY = str(faults_dir)
+    trained = build("fsdp", seed=3)
+    state = state_of(trained, rank)
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 5}}) as ckpt:
+        ckpt.save(1, state).upload_completion.result(60)
+        dist.barrier()
+        if rank == victim:
+            _die(ckpt, state, faults_dir, point)
+        started = time.monotonic()
+        handle = ckpt.save(2, state)
+        error = handle.upload_completion.exception(60)
+        secs = time.monotonic() - started
+    assert error is None or isinstance(error, RankFailedError), error
+    return {"error": str(error or ""), "ranks": [] if error is None else list(error.ranks), "secs": secs}
+
+
+def _die(ckpt: Checkpointer, state: dict[str, Any], faults_dir: Path, point: str) -> None:
+    if point in TRAINER_POINTS:
+        Path(faults_dir, point).write_text("kill")
+        ckpt.save(2, state).upload_completion.result(60)
+    hold = Hold(faults_dir / "hold")
+    Path(faults_dir, point).write_text(f"hold {hold.path}")
+    ckpt.save(2, state)
+    hold.wait()
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_in_save(rank: int, directory: str, victim: int) -> dict[str, Any]:
+    """One rank's disk fails in its second save; the next one works."""
+    faults_dir = Path(directory, "faults")
+    if rank == victim:
+        faults_dir.mkdir()
+        os.environ["STAGER_FAULTS"] = str(faults_dir)
+        faults._DIRECTORY = str(faults_dir)
+    trained = build("fsdp", seed=3)
+    state = state_of(trained, rank)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.save(1, state).upload_completion.result(60)
+        if rank == victim:
+            Path(faults_dir, "part.write").write_text("errno ENOSPC")
+        started = time.monotonic()
+        error = ckpt.save(2, state).upload_completion.exception(60)
+        secs = time.monotonic() - started
+        ckpt.save(3, state).upload_completion.result(60)
+        steps = [info.step for info in ckpt.checkpoints()]
+    return {"kind": type(error).__name__, "error": str(error), "secs": secs, "steps": steps}
+
+
+def save_unequal(rank: int, directory: str) -> str:
+    """A plain tensor that is not the same on all ranks."""
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        try:
+            ckpt.save(1, {"x": torch.zeros(3 + rank)})
+        except InconsistentRanksError as error:
+            return str(error)
+    return "saved"
+
+
+def save_stages(rank: int, directory: str) -> dict[str, Any]:
+    """As the stages of a pipeline: some names on all ranks, some on two of them, some on one."""
+    state: dict[str, Any] = {"shared": torch.arange(1000), "note": {"of all": 1}}
+    state[f"stage {rank // 2}"] = {"weight": torch.full((700_000,), float(rank // 2)), "name": f"stage {rank // 2}"}
+    state[f"only {rank}"] = torch.full((4,), rank)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        handle = ckpt.save(1, state)
+        handle.upload_completion.result(60)
+    return {"nbytes": handle.report.nbytes, "tensors": handle.report.num_tensors}
+
+
+def save_replicated(rank: int, directory: str, mib: int) -> int:
+    """Bytes of tensors that this rank writes of a state that is the same on all."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [0.31, 0.002, 0.25, 0.0001, 0.2, 0.1, 0.05, 0.08]
+    state = {
+        f"w{i}": torch.rand(max(1, int(share * mib * 1024)), 256, generator=generator) for i, share in enumerate(sizes)
+    }
+    state["tied"] = state["w0"]
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        handle = ckpt.save(1, state)
+        handle.upload_completion.result(120)
+        target = {name: torch.zeros_like(value) for name, value in state.items()}
+        target["tied"] = target["w0"]
+        ckpt.load(into=target)
+        assert all(torch.equal(target[name], state[name]) for name in state)
+    return handle.report.nbytes
+
+
+def save_after_change(rank: int, directory: str) -> list[int]:
+    """The structure changes on all ranks: it is settled again."""
+    state: dict[str, Any] = {"a": torch.ones(10)}
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.save(1, state).upload_completion.result(60)
+        state["b"] = torch.full((5,), 2.0)
+        ckpt.save(2, state).upload_completion.result(60)
+        found = ckpt.load(2)
+    assert found is not None
+    return [int(found.state["a"].sum()), int(found.state["b"].sum())]
+
+
+def change_alone(rank: int, directory: str) -> dict[str, Any]:
+    """The structure changes on rank 1 only."""
+    state: dict[str, Any] = {"a": torch.ones(10)}
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 2}}) as ckpt:
+        ckpt.save(1, state).upload_completion.result(60)
+        if rank == 1:
+            state["b"] = torch.ones(5)
+        try:
+            error = ckpt.save(2, state).upload_completion.exception(60)
+        except RankFailedError as raised:
+            error = raised
+        steps = [info.step for info in ckpt.checkpoints()]
+    return {"error": str(error), "steps": steps}
+
+
+def load_damaged(rank: int, directory: str, damage: bool) -> dict[str, Any]:
+    """The newest checkpoint is damaged in what only one rank reads: all fall back to the one before."""
+    trained = build("fsdp", seed=3)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state_of(trained, rank)).upload_completion.result(60)
+        dist.barrier()
+        if rank == 0 and damage:
+            flip(Path(directory, "run", "step-00000002", "__1_0.distcp"))
+        dist.barrier()
+        other = build("fsdp", seed=5)
+        loaded = ckpt.load(into=state_of(other, rank))
+    assert loaded is not None
+    problems = differences(whole_state(trained), whole_state(other))
+    return {"step": loaded.step, "problems": problems}
+
+
+def flip(path: Path) -> None:
+    """Every byte of a file's second half."""
+    data = bytearray(path.read_bytes())
+    half = len(data) // 2
+    data[half:] = bytes(byte ^ 255 for byte in data[half:])
+    path.write_bytes(data)
+
+
+def not_one_directory(rank: int, directory: str) -> str:
+    try:
+        Checkpointer(Path(directory, f"run-{rank}"), {**CONFIG, "ranks": {"timeout_secs": 2}}).close()
+    except (UsageError, RankFailedError) as error:
+        return str(error)
+    return "opened"
+
+
+def guarded(rank: int, directory: str, layout: str) -> list[int]:
+    """With the optimizer guarded, training goes on while the snapshot is taken; each checkpoint is that of its step."""
+    trained = build(layout, seed=3)
+    model, optimizer = trained
+    expected = []
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "staging": {"verify": True}}) as ckpt:
+        ckpt.guard(optimizer)
+        for step in range(1, 4):
+            ckpt.save(step, state_of(trained, rank))
+            expected.append(whole_state(trained))
+            sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+    bad = []
+    for step, state in enumerate(expected, 1):
+        other = build(layout, seed=9)
+        with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+            ckpt.load(step, into=state_of(other, rank))
+        if differences(state, whole_state(other)):
+            bad.append(step)
+    return bad

@@ -1,0 +1,110 @@
+"""Who holds the same, settled by ranks that are threads here, over torch's in-memory store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import pytest
+import torch.distributed as dist
+
+from stager.ranks.agreement import Agreement, Entry, Holding
+from stager.ranks.board import Board
+from stager.ranks.job import Job
+from workers.errors import InconsistentRanksError, RankFailedError
+
+T = TypeVar("T")
+Held = tuple[list[Holding], list[Holding]]
+
+
+def on_ranks(num_ranks: int, body: Callable[[Job], T], timeout_secs: float = 20.0) -> list[T]:
+    store = dist.HashStore()
+    jobs = [Job(rank, num_ranks, Board(store, "test"), timeout_secs) for rank in range(num_ranks)]
+    with ThreadPoolExecutor(num_ranks) as executor:
+        return [future.result() for future in [executor.submit(body, job) for job in jobs]]
+
+
+def plain(*names: str) -> list[Entry]:
+    return [Entry(name, "float32", (4,)) for name in names]
+
+
+def shard(name: str, offset: int) -> Entry:
+    return Entry(name, "float32", (8,), (offset,), (4,))
+
+
+def test_what_is_the_same_everywhere_is_held_by_all_in_the_order_of_the_ranks() -> None:
+    results = on_ranks(4, lambda job: Agreement(job).settle(plain("a", "b"), []))
+    assert results == [([Holding(rank, 4)] * 2, []) for rank in range(4)]
+
+
+def test_shards_of_two_halves_of_the_ranks() -> None:
+    results = on_ranks(4, lambda job: Agreement(job).settle([], [[shard("w", 4 * (job.rank % 2))]]))
+    held = [groups[0] for _, groups in results]
+    assert all(one.total == 2 for one in held)
+    assert {held[0].position, held[2].position} == {0, 1}
+    assert {held[1].position, held[3].position} == {0, 1}
+
+
+def test_groups_are_settled_apart() -> None:
+    def body(job: Job) -> Held:
+        return Agreement(job).settle([], [[shard("own", 4 * job.rank)], [shard("same", 0)]])
+
+    results = on_ranks(2, body)
+    assert [groups[0] for _, groups in results] == [Holding(0, 1)] * 2
+    assert {groups[1].position for _, groups in results} == {0, 1}
+
+
+def test_names_that_only_some_ranks_have() -> None:
+    names: list[Sequence[str]] = [("all", "s0"), ("all", "s0"), ("all", "s1"), ("all", "mine", "s1")]
+    results = on_ranks(4, lambda job: Agreement(job).settle(plain(*names[job.rank]), []))
+    assert [held[0] for held, _ in results] == [Holding(rank, 4) for rank in range(4)]
+    assert results[3][0][1] == Holding(0, 1)
+    assert {results[0][0][1], results[1][0][1]} == {Holding(0, 2), Holding(1, 2)}
+    assert {results[2][0][1], results[3][0][2]} == {Holding(0, 2), Holding(1, 2)}
+
+
+def test_one_name_for_two_tensors_is_an_error_on_every_rank() -> None:
+    def body(job: Job) -> str:
+        with pytest.raises(InconsistentRanksError) as caught:
+            Agreement(job).settle([Entry("a", "float32", (job.rank,))], [])
+        return str(caught.value)
+
+    assert all("a is float32 of shape" in text for text in on_ranks(2, body))
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    def body(job: Job) -> tuple[int, ...]:
+        if job.rank == 1:
+            return ()
+        with pytest.raises(RankFailedError, match="rank 1 did not come") as caught:
+            Agreement(job).settle(plain("a"), [])
+        return caught.value.ranks
+
+    assert on_ranks(3, body, timeout_secs=0.3) == [(1,), (), (1,)]
+
+
+def test_rounds_do_not_mix() -> None:
+    def body(job: Job) -> list[Held]:
+        agreement = Agreement(job)
+        return [agreement.settle(plain("a"), []), agreement.settle(plain("a", "b"), [])]
+
+    for rank, (first, second) in enumerate(on_ranks(2, body)):
+        assert first == ([Holding(rank, 2)], [])
+        assert second == ([Holding(rank, 2)] * 2, [])
+
+
+def test_values_that_differ_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    def body(job: Job) -> None:
+        values = {"same": "0", "rng": str(job.rank), "loader": str(job.rank // 2)}
+        Agreement(job).settle(plain("loader", "rng", "same"), [], values)
+
+    on_ranks(3, body)
+    (record,) = [record for record in caplog.records if "not the same" in record.message]
+    assert "loader, rng." in record.message
+    assert "same:" not in record.message.partition("stored once")[2]
+
+
+def test_values_that_are_the_same_are_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    on_ranks(3, lambda job: Agreement(job).settle(plain("a"), [], {"a": "0"}))
+    assert not caplog.records

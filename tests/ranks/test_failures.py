@@ -1,0 +1,66 @@
+"""A rank that fails, or dies, in each state of a save: no rank hangs, and nothing partial is seen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from stager import Checkpointer
+from tests.ranks.bodies import TRAINER_POINTS, WORKER_POINTS
+from tests.staging.ranks import run_ranks
+
+FINISHED_BY_ITS_WORKERS = ("save.handed-over",)
+
+
+@pytest.mark.parametrize("point", [*TRAINER_POINTS, *WORKER_POINTS])
+def test_a_rank_is_killed(point: str, tmp_path: Path) -> None:
+    results = run_ranks("tests.ranks.bodies:die_in_save", 3, tmp_path, point, 1)
+    assert results[1] is None
+    steps = _steps(tmp_path / "run")
+    for survivor in (results[0], results[2]):
+        assert survivor["secs"] < 5 + 10
+        if point in FINISHED_BY_ITS_WORKERS:
+            assert survivor["error"] == ""
+        elif survivor["error"]:
+            assert survivor["ranks"] == [1]
+            assert "rank 1 did not finish its part" in survivor["error"] or "failed on rank" in survivor["error"]
+        else:
+            assert point == "part.receipt"
+    committed = [result["error"] == "" for result in (results[0], results[2])]
+    assert committed[0] == committed[1]
+    assert steps == ([1, 2] if committed[0] else [1])
+    (tmp_path / "store").unlink()
+    assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
+
+
+def _steps(run: Path) -> list[int]:
+    with Checkpointer(run) as ckpt:  # waits for the workers of the rank that was killed, and tidies up
+        steps = [info.step for info in ckpt.checkpoints()]
+        newest = ckpt.latest()
+    assert newest is not None
+    assert newest.step == steps[-1]
+    return steps
+
+
+def test_a_rank_whose_disk_fails_fails_the_save_everywhere_and_the_next_one_works(tmp_path: Path) -> None:
+    results = run_ranks("tests.ranks.bodies:fail_in_save", 3, tmp_path, 2)
+    assert results[2]["kind"] == "StorageError"
+    for other in results[:2]:
+        assert other["kind"] == "RankFailedError"
+        assert "failed on rank 2" in other["error"]
+        assert "No space left" in other["error"]
+    assert all(result["secs"] < 15 and result["steps"] == [1, 3] for result in results)
+    assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
+
+
+@pytest.mark.parametrize(("damage", "step"), [(False, 2), (True, 1)])
+def test_all_ranks_load_the_same_checkpoint(damage: bool, step: int, tmp_path: Path) -> None:
+    results = run_ranks("tests.ranks.bodies:load_damaged", 2, tmp_path, damage)
+    assert results == [{"step": step, "problems": []}] * 2
+
+
+def test_ranks_that_do_not_see_one_directory_are_told(tmp_path: Path) -> None:
+    results = run_ranks("tests.ranks.bodies:not_one_directory", 2, tmp_path)
+    assert "shared file system" in results[1]
