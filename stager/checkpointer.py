@@ -37,6 +37,7 @@ from stager.saving.saver import Saver, SaverOptions
 from stager.saving.telemetry import Telemetry
 from stager.sharing.sharer import SharingOptions
 from stager.snapshot.copying import Copier
+from stager.snapshot.pieces import segment_bytes_for
 from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,
@@ -44,7 +45,7 @@ from workers.directory import (
     list_checkpoints,
     parse_checkpoint,
 )
-from workers.errors import ClosedError, ConfigError, StagerError, UsageError
+from workers.errors import ClosedError, ConfigError, UsageError
 from workers.formats import get_format
 from workers.pool import PoolOptions, WorkerPool
 from workers.protected import read_protected, write_protected
@@ -103,6 +104,7 @@ class Checkpointer:
         try:
             self._telemetry = Telemetry(self._own(config.telemetry.events), self._own(config.telemetry.trace))
             self._arena = self._make_arena()
+            self._segment_bytes = self._agree_on_segment_bytes()
             self._pool = self._start_pool()
         except BaseException:
             os.close(self._lock_fd)
@@ -147,6 +149,13 @@ class Checkpointer:
             pin=self._pins(),
         )
 
+    def _agree_on_segment_bytes(self) -> int:
+        """The same on all ranks: a rank that has to save in pieces, as others may not, needs small ones."""
+        own = self._config.persistence.segment_bytes
+        if self._job.board is None:
+            return own
+        return self._job.smallest("persistence.segment_bytes", segment_bytes_for(self._arena.piece_nbytes, own))
+
     def _pins(self) -> bool:
         if self._config.arena.pin is True and not torch.cuda.is_available():
             logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
@@ -189,7 +198,7 @@ class Checkpointer:
             num_parts=num_parts,
             fsync=persistence.fsync,
             check_free_space=persistence.check_free_space,
-            segment_bytes=persistence.segment_bytes,
+            segment_bytes=self._segment_bytes,
             verify=staging.verify,
             writing=self._writing(num_parts),
             incremental=persistence.incremental,
@@ -228,20 +237,22 @@ class Checkpointer:
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
             UsageError: called by a callback of a save's Future.
             ClosedError
-            Exception: the error of an earlier save that nobody has looked at; this save is then not taken.
+            Exception: the error of an earlier save that nobody has looked at; this save is then not taken. Where several
+                ranks save together it is: the others take part in it.
         """
         if type(step) is not int or step < 0:
             raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
         self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
-            try:
+            if self._job.board is None:
                 self._raise_unread()
-            except BaseException as error:
-                saver.decline(step, error)
-                raise
             handle = saver.save(step, state)
             self._unread.append(handle)
+            # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
+            # because of that, which would then fail here, and so on.
+            if self._job.board is not None:
+                self._raise_unread()
             return handle
 
     def guard(self, *optimizers: Optimizer) -> None:
@@ -478,7 +489,7 @@ class Checkpointer:
         self._forget_damaged_base()
         if self._saver is not None and not self._closed and loaded is not None:
             if into is not None:
-                self._saver.expect(loaded.info.nbytes)
+                self._saver.expect(loaded.info.nbytes // self._job.num_ranks)  # about its share
             if self._loader.knows_whole(loaded.info.path):
                 self._saver.set_base(loaded.step)
         return loaded

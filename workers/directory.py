@@ -4,7 +4,7 @@
     <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never taken for a checkpoint
     <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
                                               system cannot exchange two names
-    <run>/step-00000100.removing-<nonce>/     being removed by retention
+    <run>/step-00000100.removing-<nonce>/     being removed, by retention or because its save failed
     <run>/.stager.lock                        held (flock) by the trainer and its workers
     <run>/.stager.protected                   steps that retention keeps (workers/protected.py)
 
@@ -169,7 +169,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[Checkpoint
         SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
         for name in partial_names(directory)
     ]
-    skipped += [SkippedCheckpoint(name, "being removed by retention") for name in removing_names(directory)]
+    skipped += [SkippedCheckpoint(name, "being removed") for name in removing_names(directory)]
     for step in committed_steps(directory):
         try:
             committed.append(read_checkpoint(directory, step)[0])
@@ -228,7 +228,7 @@ def unused_directory(directory: str) -> Iterator[None]:
     """Nobody writes into it meanwhile, for who only looks: nothing is made or changed.
 
     Raises:
-        DirectoryInUseError: a run holds the lock.
+        DirectoryInUseError: a run holds the lock, alone or shared by its ranks.
         StorageError
     """
     path = os.path.join(directory, LOCK_NAME)
@@ -241,7 +241,7 @@ def unused_directory(directory: str) -> Iterator[None]:
         yield
         return
     try:
-        _acquire(fd, 0, directory, fcntl.LOCK_SH)
+        _acquire(fd, 0, directory, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

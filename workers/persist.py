@@ -5,8 +5,10 @@ Every step can be done again by another worker after a crash: the same bytes go 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import secrets
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from workers import files
 from workers.attached import detach_all_but
 from workers.commit import Committed, already_committed, partial_path, try_commit, vanished
-from workers.directory import partial_name, remove_partial
+from workers.directory import partial_name, removing_name
 from workers.faults import point
 from workers.files import is_still, storage_errors
 from workers.job import SaveJob, read_layout, to_record
@@ -69,26 +71,45 @@ def prepare_worker() -> int:
 
 
 def discard_partial(directory: str, step: int, save_id: str) -> None:
-    """Remove what a failed save left. Runs in a worker, when no part of this rank's runs any more.
+    """Remove what a failed save left, unless it is committed after all. Runs in a worker, when no part of this rank's runs
+    any more.
 
-    Another rank may still write its part, or commit: see NOTE [ The lock on a partial directory ] in commit.py. It is waited
-    for; if that takes too long, the directory is left to the next run.
+    Another rank may still write its part, or be about to commit. So the directory loses its name first, in one step: from
+    then on it cannot be committed (or it was just before, and there is nothing to remove). Who still writes to it is waited
+    for. If that takes too long, it is left to that rank, whose part then fails, or to the next run.
     """
-    name = partial_name(step, save_id)
-    partial = os.path.join(directory, name)
+    partial = os.path.join(directory, partial_name(step, save_id))
+    removed = os.path.join(directory, removing_name(step, save_id))
     with storage_errors("remove", partial):
-        try:
-            directory_fd = files.open_directory(partial, follow=False)
-        except FileNotFoundError:
-            return
-        except OSError:  # no directory: whatever it is, it goes
-            remove_partial(directory, name)
-            return
-        try:
-            if _lock_alone(directory_fd) and is_still(partial, directory_fd):
-                remove_partial(directory, name)
-        finally:
-            os.close(directory_fd)
+        with suppress(FileNotFoundError):  # committed, or another rank was first
+            removed = _rename_away(partial, removed)
+        _remove_when_alone(removed)
+
+
+def _rename_away(partial: str, removed: str) -> str:
+    try:
+        os.rename(partial, removed)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+            raise
+        removed += secrets.token_hex(4)  # a rank that began late has made a new one
+        os.rename(partial, removed)
+    return removed
+
+
+def _remove_when_alone(path: str) -> None:
+    try:
+        directory_fd = files.open_directory(path, follow=False)
+    except FileNotFoundError:
+        return
+    except OSError:  # no directory: whatever it is, it goes
+        files.remove(path)
+        return
+    try:
+        if _lock_alone(directory_fd):
+            files.remove(path)
+    finally:
+        os.close(directory_fd)
 
 
 def _lock_alone(directory_fd: int) -> bool:

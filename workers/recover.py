@@ -87,7 +87,7 @@ def _go_on_removing(directory: str, name: str, dry_run: bool) -> Recovered:
                 files.remove(path)
     except StorageError as error:
         return Recovered(name, Outcome.LEFT, str(error))
-    return Recovered(name, Outcome.REMOVED, "retention had begun to remove it")
+    return Recovered(name, Outcome.REMOVED, "it was being removed, by retention or because its save had failed")
 
 
 def _finish(directory: str, name: str, dry_run: bool) -> str:

@@ -19,6 +19,8 @@ from workers.memo import Memo
 from workers.receipt import Receipt, receipt_name
 from workers.structure import ABSENT, Chunks, Key, Node, Path, absent, describe, leaves
 
+_OfRank = tuple[int, Node]
+
 Hashes = tuple[tuple[str, ...], ...]
 """Of each item, those of its segments."""
 
@@ -137,7 +139,11 @@ def lay_over(nodes: Sequence[Node], path: Path = ()) -> Node:
     Raises:
         InconsistentRanksError: two ranks have different things in one place.
     """
-    there = [(rank, node) for rank, node in enumerate(nodes) if node is not ABSENT]
+    return _lay_over(list(enumerate(nodes)), path)
+
+
+def _lay_over(nodes: Sequence[_OfRank], path: Path) -> Node:
+    there = [(rank, node) for rank, node in nodes if node is not ABSENT]
     if not there:
         return ABSENT
     if len(there) == 1 and not _is_container(there[0][1]):
@@ -151,12 +157,12 @@ def lay_over(nodes: Sequence[Node], path: Path = ()) -> Node:
         return _chunks([(rank, Chunks.from_node(node)) for rank, node in there], path).to_node()
     if first[0] == "list":
         length = max(len(node[1]) for _, node in there)
-        columns = [[node[1][i] if i < len(node[1]) else ABSENT for _, node in there] for i in range(length)]
-        return ["list", [lay_over(column, (*path, i)) for i, column in enumerate(columns)]]
-    by_key: dict[Key, list[Node]] = {}
-    for _, node in there:
+        columns = [[(rank, node[1][i]) for rank, node in there if i < len(node[1])] for i in range(length)]
+        return ["list", [_lay_over_column(column, (*path, i)) for i, column in enumerate(columns)]]
+    by_key: dict[Key, list[_OfRank]] = {}
+    for rank, node in there:
         for key, child in zip(node[1], node[2], strict=True):
-            by_key.setdefault(key, []).append(child)
+            by_key.setdefault(key, []).append((rank, child))
     children = [_lay_over_column(column, (*path, key)) for key, column in by_key.items()]
     if first[0] == "dict":
         return ["dict", list(by_key), children]
@@ -164,8 +170,8 @@ def lay_over(nodes: Sequence[Node], path: Path = ()) -> Node:
     return ["odict", list(by_key), children, metadata]
 
 
-def _lay_over_column(column: list[Node], path: Path) -> Node:
-    return column[0] if len(column) == 1 else lay_over(column, path)
+def _lay_over_column(column: list[_OfRank], path: Path) -> Node:
+    return column[0][1] if len(column) == 1 else _lay_over(column, path)
 
 
 def _chunks(parts: list[tuple[int, Chunks]], path: Path) -> Chunks:

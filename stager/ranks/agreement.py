@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from stager.ranks.board import Board
@@ -52,10 +52,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """This rank is number ``position`` of the ``total`` that hold the same."""
+    """This rank is number ``position`` of the ``total`` that hold the same.
+
+    Attributes:
+        holders: which ranks these are; a number, the same on all of them.
+    """
 
     position: int
     total: int
+    holders: int = field(default=0, compare=False)
 
 
 ALONE = Holding(0, 1)
@@ -72,16 +77,17 @@ class Agreement:
         assert job.board is not None
         self._job = job
         self._board: Board = job.board
-        self._rounds = 0
 
     def settle(
         self,
+        occasion: str,
         plain: Sequence[Entry],
         groups: Sequence[Sequence[Entry]],
         values: Mapping[str, str] = _NONE,
     ) -> tuple[list[Holding], list[Holding]]:
         """
         Args:
+            occasion: at which the ranks meet; see :func:`meeting`.
             plain: what is no DTensor; sorted by name.
             groups: DTensors, by their spread; each sorted by name.
             values: digests of some of what should be the same on all ranks, by name. Where they are not, rank 0 says so.
@@ -90,11 +96,11 @@ class Agreement:
             For each entry of ``plain``, and for each group, who holds it.
 
         Raises:
-            RankFailedError: a rank did not come within ``ranks.timeout_secs``; it is named.
+            RankFailedError: a rank did not come within ``ranks.timeout_secs``, and is named, or failed before it could. Then
+                all fail.
             InconsistentRanksError: a name stands for different tensors on different ranks.
         """
-        self._rounds += 1
-        head = f"agreement/{self._rounds}"
+        head = meeting(occasion)
         positions = [self._board.add(f"{head}/group/{_digest(group)}") - 1 for group in groups]
         kind = _digest(plain)
         position = self._board.add(f"{head}/plain/{kind}") - 1
@@ -149,6 +155,7 @@ class Agreement:
         known: dict[str, Entry] = {}
         totals: dict[str, int] = {}
         begins: dict[str, list[int]] = {kind: [] for kind in lists}
+        kinds_of: dict[str, list[str]] = {}
         problem = ""
         for kind, entries in lists.items():
             for entry in entries:
@@ -160,8 +167,14 @@ class Agreement:
                     )
                 begins[kind].append(totals.get(entry.name, 0))
                 totals[entry.name] = totals.get(entry.name, 0) + sizes[kind]
+                kinds_of.setdefault(entry.name, []).append(kind)
+        numbers: dict[tuple[str, ...], int] = {}
+        number_of = {name: numbers.setdefault(tuple(held), len(numbers)) for name, held in kinds_of.items()}
         for kind, entries in lists.items():
-            holders = [[begin, totals[entry.name]] for begin, entry in zip(begins[kind], entries, strict=True)]
+            holders = [
+                [begin, totals[entry.name], number_of[entry.name]]
+                for begin, entry in zip(begins[kind], entries, strict=True)
+            ]
             board.post(f"{head}/answer/{kind}", json.dumps({"problem": problem, "holders": holders}).encode())
 
     def _read_answer(self, head: str, kind: str, position: int, plain: Sequence[Entry]) -> list[Holding]:
@@ -172,8 +185,8 @@ class Agreement:
         assert isinstance(holders, list) and len(holders) == len(plain)
         return [
             # What rank 0 has, too, counts from it: it writes the objects.
-            Holding(self._job.rank if total == self._job.num_ranks else begin + position, total)
-            for begin, total in holders
+            Holding(self._job.rank if total == self._job.num_ranks else begin + position, total, number)
+            for begin, total, number in holders
         ]
 
     def _read(self, key: str) -> bytes:
@@ -181,6 +194,11 @@ class Agreement:
         if note is None:
             raise RankFailedError(f"rank 0 did not say who writes what within {self._job.timeout_secs:g} s", (0,))
         return note
+
+
+def meeting(occasion: str) -> str:
+    """Where the ranks meet. Named for the save that needs it, and not counted: of two ranks, one may have tried before."""
+    return f"agreement/{occasion}"
 
 
 def _to_json(entries: Sequence[Entry]) -> bytes:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 
 from stager.ranks.board import Board
 from stager.ranks.launch import local_world_size
 from workers.errors import ConfigError, RankFailedError
+
+WARM_UP = -1
+"""In place of a step, see :meth:`Job.save_id`."""
 
 _SHOWN_RANKS = 8
 _instances = itertools.count()
@@ -53,23 +58,57 @@ class Job:
         return hashlib.blake2b(f"{self.nonce} {step} {self._saves[step]}".encode(), digest_size=8).hexdigest()
 
     def meet(self, key: str, why: str) -> None:
-        """Until every rank has come here.
+        """Until every rank has come here. It ends the same way for all that come, however late: the first to see that all
+        are here, or to give up, decides.
 
         Raises:
-            RankFailedError: some did not within ``timeout_secs``; they are named, and ``why`` they were waited for.
+            RankFailedError: some did not come within ``timeout_secs`` of another; they are named, and ``why`` they were
+                waited for. Or the meeting was called off.
         """
         board = self.board
         if board is None:
             return
         board.post(f"{key}/here/{self.rank}", b"")
         if board.add(f"{key}/arrived") == self.num_ranks:
-            board.post(f"{key}/all", b"")
-        if board.wait(f"{key}/all", self.timeout_secs) is None:
+            self._decide(key, None)
+        end = board.wait(f"{key}/end", self.timeout_secs)
+        if end is None:
             missing = tuple(rank for rank in range(self.num_ranks) if board.read(f"{key}/here/{rank}") is None)
-            raise RankFailedError(
-                f"{why}: rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)",
-                missing,
+            error = (
+                f"{why}: rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)"
             )
+            self._decide(key, {"ranks": missing, "error": error})
+            end = board.wait(f"{key}/end", self.timeout_secs)
+        note: dict[str, Any] | None = (
+            {"ranks": (), "error": f"{why}: a rank died there"} if end is None else json.loads(end)
+        )
+        if note is not None:
+            raise RankFailedError(str(note["error"]), tuple(note["ranks"]))
+
+    def smallest(self, name: str, own: int) -> int:
+        """Of what the ranks have under a name. Every rank calls it, once.
+
+        Raises:
+            RankFailedError: see :meth:`meet`.
+        """
+        board = self.board
+        if board is None:
+            return own
+        if board.add(f"{name}/of/{own}") == 1:  # most often all have the same
+            board.post(f"{name}/{board.add(f'{name}/different')}", str(own).encode())
+        self.meet(name, f"agreeing on {name}")
+        notes = [board.wait(f"{name}/{n}", self.timeout_secs) for n in range(1, board.add(f"{name}/different", 0) + 1)]
+        return min(int(note) for note in notes if note is not None)
+
+    def call_off(self, key: str, error: str, ranks: Sequence[int]) -> None:
+        """This rank does not come, and nobody is to wait for it; nothing if the meeting has ended."""
+        if self.board is not None:
+            self._decide(key, {"ranks": ranks, "error": error})
+
+    def _decide(self, key: str, note: dict[str, Any] | None) -> None:
+        assert self.board is not None
+        if self.board.add(f"{key}/decided") == 1:
+            self.board.post(f"{key}/end", json.dumps(note).encode())
 
 
 def some_ranks(ranks: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ damaged on any rank: rank 0 says the one before it, and so on; failed for anothe
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,15 +15,17 @@ from contextlib import suppress
 from stager.loading.loader import Loaded, Loader
 from stager.ranks.board import Board
 from stager.ranks.job import Job
-from workers.directory import CheckpointInfo, read_checkpoint
+from workers.directory import CheckpointInfo, checkpoint_name
 from workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     RankFailedError,
     StagerError,
 )
+from workers.manifest import MANIFEST_NAME
 
 _POLL_SECS = 0.02
+_VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
 
 Load = Callable[[int], Loaded | None]
 
@@ -42,6 +45,7 @@ class LoadTogether:
         self._directory = directory
         self._loader = loader
         self._rounds = 0
+        self._awaited: set[int] = set()
 
     def load(self, step: int | None, load: Load) -> Loaded | None:
         """Every rank calls it.
@@ -61,6 +65,7 @@ class LoadTogether:
             self._rounds += 1
             head = f"load/{self._rounds}"
             chosen = self._choose(head, below) if step is None else step
+            is_there = step is None or self._is_there(head, step)
             if chosen is None:
                 if damaged is not None:
                     raise damaged  # nothing is left, and what it was loaded into may be partly overwritten
@@ -68,13 +73,15 @@ class LoadTogether:
             loaded: Loaded | None = None
             error: BaseException | None = None
             try:
-                self._await_visible(chosen)
+                if is_there:
+                    self._await_visible(chosen)
                 loaded = load(chosen)
             except BaseException as problem:
                 error = problem
                 is_damaged = isinstance(problem, (CorruptCheckpointError, CheckpointNotFoundError))
                 self._post(head, "damaged" if is_damaged else "failed", problem)
                 if not isinstance(problem, Exception):
+                    self._job.call_off(head, f"interrupted on rank {self._job.rank}: {problem!r}", [self._job.rank])
                     raise
             self._job.meet(head, f"loading the checkpoint of step {chosen}")
             failed, hurt = self._read(f"{head}/failed"), self._read(f"{head}/damaged")
@@ -121,18 +128,25 @@ class LoadTogether:
             raise RankFailedError(f"rank 0 found no checkpoint to load: {step}", (0,))
         return int(step) if step is not None else None
 
+    def _is_there(self, head: str, step: int) -> bool:
+        """Whether rank 0 sees the checkpoint of a step; or it is the newest of this run, which rank 0 may not see yet."""
+        if self._job.leads:
+            is_there = self._board.read("newest") == str(step).encode() or self._sees(step)
+            self._board.post(f"{head}/is-there", json.dumps(is_there).encode())
+            return is_there
+        note = self._board.wait(f"{head}/is-there", self._job.timeout_secs)
+        return note is not None and bool(json.loads(note))
+
     def _await_visible(self, step: int) -> None:
-        """A network file system may show it to this host a little later; then it is not missing yet."""
-        deadline = time.monotonic() + min(60.0, self._job.timeout_secs)
-        while time.monotonic() < deadline:
-            try:
-                read_checkpoint(self._directory, step)
-            except CheckpointNotFoundError:
-                time.sleep(_POLL_SECS)
-            except StagerError:
-                return
-            else:
-                return
+        """A network file system may show it to this host a little later; then it is not missing yet. But what does not come,
+        or was there before, has been removed."""
+        deadline = time.monotonic() + min(_VISIBLE_SECS, self._job.timeout_secs)
+        while not self._sees(step) and step not in self._awaited and time.monotonic() < deadline:
+            time.sleep(_POLL_SECS)
+        self._awaited.add(step)
+
+    def _sees(self, step: int) -> bool:
+        return os.path.lexists(os.path.join(self._directory, checkpoint_name(step), MANIFEST_NAME))
 
     def _post(self, head: str, how: str, error: BaseException) -> None:
         note = {"rank": self._job.rank, "error": f"{type(error).__name__}: {error}"}

@@ -10,6 +10,7 @@ What is in the directory decides: a save that is committed has not failed, whate
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -18,12 +19,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from stager.ranks.agreement import meeting
 from stager.ranks.board import Board
 from stager.ranks.job import Job, some_ranks
 from workers.commit import Committed, already_committed, commit_recorded, partial_path
+from workers.directory import CheckpointInfo, checkpoint_name
 from workers.errors import ClosedError, RankFailedError, StagerError, StorageError
 from workers.job import SaveFacts
 from workers.manifest import MANIFEST_NAME
@@ -71,21 +74,36 @@ class Outcomes:
 
     # -- what this rank knows -----------------------------------------------------------------------------------
 
-    def post_committed(self, save_id: str, step: int) -> None:
+    def post_committed(self, committed: Committed) -> None:
+        """With all that there is to know: the checkpoint may be replaced or removed before another rank has looked."""
+        info = committed.info
         with suppress(RankFailedError):  # the others see the checkpoint
-            self._board.post(f"saves/{save_id}", b"{}")
-            self._board.post("newest", str(step).encode())
+            self._board.post(f"saves/{info.save_id}", json.dumps(asdict(committed)).encode())
+            self._board.post("newest", str(info.step).encode())
 
     def post_failed(self, save_id: str, error: BaseException) -> None:
+        why = f"failed on rank {self._job.rank}: {type(error).__name__}: {error}"
+        self._post_failure(save_id, {"ranks": [self._job.rank], "error": why})
+
+    def _post_failure(self, save_id: str, note: dict[str, Any]) -> None:
         """Unless another rank was first: its reason is the reason."""
-        if isinstance(error, RankFailedError):  # it says which ranks, and why
-            note = {"ranks": list(error.ranks), "error": str(error)}
-        else:
-            why = f"failed on rank {self._job.rank}: {type(error).__name__}: {error}"
-            note = {"ranks": [self._job.rank], "error": why}
         with suppress(RankFailedError):  # the others miss this rank's receipts
+            self._job.call_off(meeting(save_id), f"the save {note['error']}", note["ranks"])
             if self._board.add(f"saves/{save_id}/failures") == 1:
                 self._board.post(f"saves/{save_id}", json.dumps(note).encode())
+
+    def reason(self, facts: SaveFacts, error: BaseException) -> BaseException:
+        """Why this rank's part failed: because another rank had given the save up, and has removed it, perhaps."""
+        if isinstance(error, StorageError) and error.errno == errno.ENOENT:
+            note = self._read(facts.save_id)
+            if note is not None and "error" in note:
+                return _error_of(facts, note)
+        return error
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether the caller is a callback, which must not wait for the thread that runs it."""
+        return threading.current_thread() is self._thread
 
     def expect(
         self,
@@ -155,8 +173,10 @@ class Outcomes:
                 return
         try:
             end()
-        except Exception:
-            logger.exception("a callback of the save of step %d raised", one.facts.step)
+        except Exception as error:
+            logger.exception("the end of the save of step %d", one.facts.step)
+            with suppress(Exception):  # it has ended
+                one.failed(error)
         with self._changed:
             if one in self._pending:
                 self._pending.remove(one)
@@ -171,14 +191,11 @@ class Outcomes:
         now = time.monotonic()
         if note is None and now < one.looks_at and now < one.deadline:
             return None
-        found = already_committed(one.facts)
+        found = found_committed(one.facts) if note is None or "info" not in note else _committed_of(one.facts, note)
         if found is not None:
             return lambda: one.committed(found)
         if note is not None and "error" in note:
-            text = str(note["error"])
-            if text.startswith("failed"):
-                text = f"the save of step {one.facts.step} {text}"
-            return self._failing(one, RankFailedError(text, tuple(note["ranks"])))
+            return self._failing(one, _error_of(one.facts, note))
         one.looks_at = now + _LOOK_SECS
         if now >= one.deadline:
             return self._too_late(one)
@@ -192,7 +209,7 @@ class Outcomes:
         commit, one.commit = one.commit, None
         error = commit.exception()
         if error is None and (done := commit.result()) is not None:
-            self.post_committed(one.facts.save_id, one.facts.step)
+            self.post_committed(done)
             return lambda: one.committed(done)
         if isinstance(error, StagerError) and not isinstance(error, (StorageError, ClosedError)):
             self.post_failed(one.facts.save_id, error)
@@ -221,13 +238,9 @@ class Outcomes:
             names = os.listdir(partial_path(one.facts))
         missing = sorted(set(range(one.facts.num_ranks)) - finished_ranks(names))
         what = f"rank {some_ranks(missing)} did not finish its part" if missing else "nobody committed it"
-        error = RankFailedError(
-            f"the save of step {one.facts.step} was not complete within {self._job.timeout_secs:g} s "
-            f"(ranks.timeout_secs): {what}",
-            tuple(missing),
-        )
-        self.post_failed(one.facts.save_id, error)
-        return self._failing(one, error)
+        why = f"was not complete within {self._job.timeout_secs:g} s (ranks.timeout_secs): {what}"
+        self._post_failure(one.facts.save_id, {"ranks": missing, "error": why})
+        return self._failing(one, RankFailedError(f"the save of step {one.facts.step} {why}", tuple(missing)))
 
     def _failing(self, one: _Pending, error: BaseException) -> Callable[[], None]:
         """Remove what is there of it, and fail; unless it was committed just now."""
@@ -239,12 +252,31 @@ class Outcomes:
             except ClosedError:
                 with suppress(StorageError):
                     discard_partial(*leftovers)
-            except StagerError as failure:  # the next run tries again
+            except Exception as failure:  # noqa: BLE001  # the next run tries again
                 logger.warning("what is left of the save of step %d was not removed: %s", one.facts.step, failure)
-            found = already_committed(one.facts)
+            found = found_committed(one.facts)
             if found is None:
                 one.failed(error)
             else:
                 one.committed(found)
 
         return fail
+
+
+def found_committed(facts: SaveFacts) -> Committed | None:
+    """The commit of this save, when it is to be seen in the directory."""
+    try:
+        return already_committed(facts)
+    except StorageError:  # not now, that is
+        return None
+
+
+def _committed_of(facts: SaveFacts, note: dict[str, Any]) -> Committed:
+    path = os.path.join(facts.directory, checkpoint_name(facts.step))  # as this host sees it
+    info = CheckpointInfo(**{**note["info"], "path": path})
+    return Committed(info, note["started"], note["ended"], note["pid"])
+
+
+def _error_of(facts: SaveFacts, note: dict[str, Any]) -> RankFailedError:
+    text = f"the save of step {facts.step} {note['error']}"
+    return RankFailedError(text, tuple(note["ranks"]))

@@ -5,7 +5,7 @@ The place comes from DCP's save planner, so that what is written is what ``dcp.l
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -23,14 +23,12 @@ class Shard:
     shape: of the whole.
     offsets, lengths: of what this rank has, in elements.
     spread: how the tensor lies on its mesh; tensors of one spread are held by the same ranks.
-    is_first: whether this rank is the first of the mesh.
     """
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     lengths: tuple[int, ...]
     spread: Hashable
-    is_first: bool
 
 
 def is_sharded(value: object) -> TypeGuard[DTensor]:
@@ -49,9 +47,13 @@ def spread_of(tensor: DTensor) -> Hashable:
 
 def local_of(tensor: DTensor) -> torch.Tensor:
     """This rank's part: its memory, not a copy."""
+    return locals_of([tensor])[0]
+
+
+def locals_of(tensors: Sequence[DTensor]) -> list[torch.Tensor]:
+    """As :func:`local_of`, of many."""
     with torch.no_grad():
-        local: torch.Tensor = tensor.to_local()
-    return local
+        return [tensor.to_local() for tensor in tensors]
 
 
 def shard_of(tensor: DTensor, name: str) -> Shard | None:
@@ -60,8 +62,7 @@ def shard_of(tensor: DTensor, name: str) -> Shard | None:
     Raises:
         UnstageableError: it is not made up of shards: its ranks hold terms of a sum, say.
     """
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
+    if tensor.device_mesh.get_coordinate() is None:
         return None
     if any(placement.is_partial() for placement in tensor.placements):
         raise UnstageableError(
@@ -77,4 +78,4 @@ def shard_of(tensor: DTensor, name: str) -> Shard | None:
     if len(items) != 1 or tuple(items[0].tensor_data.chunk.sizes) != lengths:
         raise UnstageableError(name, f"is a DTensor whose local tensor of shape {lengths} is no single chunk of it")
     chunk = items[0].tensor_data.chunk
-    return Shard(tuple(tensor.shape), tuple(chunk.offsets), lengths, spread_of(tensor), not any(coordinate))
+    return Shard(tuple(tensor.shape), tuple(chunk.offsets), lengths, spread_of(tensor))

@@ -11,7 +11,6 @@ between rows, and is then stored in chunks, which every reader of the format kno
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +19,20 @@ import torch
 
 from stager.ranks.agreement import ALONE, Agreement, Entry, Holding
 from stager.ranks.job import Job
-from stager.ranks.shards import Shard, is_sharded, local_of, shard_of, spread_of
+from stager.ranks.shards import Shard, is_sharded, local_of, locals_of, shard_of, spread_of
 from stager.snapshot.flatten import Flat
 from workers.errors import UnstageableError
 from workers.structure import ABSENT, Node, fqn
 
 _CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of their own
 _COMPARED_BYTES = 64 << 10
+_STRETCHES = 16  # that are compared of a larger tensor
 _COMPARED_DEPTH = 4
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 _Tensor: Any = torch.Tensor
+
+_Question = tuple[list[Entry], list[list[Entry]]]
+_Answer = tuple[list[Holding], list[Holding]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,10 @@ class _Part:
     Attributes:
         leaf: number in the whole state.
         rows: first and last but one, of what this rank has; None: all of it.
-        sharded: it is a DTensor.
     """
 
     leaf: int
     rows: tuple[int, int] | None
-    sharded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,13 @@ class ShareTaker:
         self._job = job
         self._agreement = None if job.board is None else Agreement(job)
         self._known: _Known | None = None
+        self._settled: tuple[_Question, _Answer] | None = None
 
-    def take(self, flat: Flat) -> Flat:
+    def take(self, flat: Flat, occasion: str) -> Flat:
         """The leaves that this rank writes. Called by every rank: where the structure is new, it waits for all.
+
+        Args:
+            occasion: the save's id.
 
         Raises:
             UnstageableError: a DTensor that cannot be stored; two leaves of one name.
@@ -96,17 +101,28 @@ class ShareTaker:
         sharded = _sharded_leaves(flat)
         if self._agreement is None and not sharded:
             return flat
-        signature = _signature(flat, sharded)
+        here = flat.leaves
+        if sharded:
+            here = list(here)
+            for leaf, local in zip(sharded, locals_of([here[leaf] for leaf in sharded]), strict=True):
+                # One without elements has its shape here, too.
+                here[leaf] = local if here[leaf].numel() else torch.empty(tuple(here[leaf].shape), dtype=local.dtype)
+        signature = _signature(flat, sharded, here)
         if self._known is None or self._known.signature != signature:
-            self._known = self._divide(flat, sharded, signature)
+            self._known = self._divide(flat, sharded, signature, occasion)
         known = self._known
-        leaves = [_tensor(flat.leaves[part.leaf], part) for part in known.parts]
+        leaves = [
+            here[part.leaf]
+            if part.rows is None
+            else here[part.leaf].detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
+            for part in known.parts
+        ]
         return Flat(leaves, known.structure, flat.odd_keys, kinds=known.kinds)
 
     def forget(self) -> None:
-        self._known = None
+        self._known = self._settled = None
 
-    def _divide(self, flat: Flat, sharded: Sequence[int], signature: tuple[Any, ...]) -> _Known:
+    def _divide(self, flat: Flat, sharded: Sequence[int], signature: tuple[Any, ...], occasion: str) -> _Known:
         flat.check_names()
         for leaf in sharded:
             if leaf in flat.private:
@@ -120,17 +136,17 @@ class ShareTaker:
         plain: list[int] = []
         for leaf in sorted(range(len(names)), key=names.__getitem__):
             shard = shards.get(leaf)
-            if shard is not None:
+            if shard is not None and 0 not in shard.shape:
                 groups.setdefault(shard.spread, []).append(leaf)
-            elif leaf not in shards and leaf not in flat.private:
-                plain.append(leaf)
-        holdings = self._settle(flat, names, plain, list(groups.values()), shards)
-        parts: dict[int, _Part] = {leaf: _Part(leaf, None, False) for leaf in flat.private}
+            elif (shard is not None or leaf not in shards) and leaf not in flat.private:
+                plain.append(leaf)  # or a DTensor without elements, which are the same everywhere
+        holdings = self._settle(flat, names, plain, list(groups.values()), shards, occasion)
+        parts: dict[int, _Part] = {leaf: _Part(leaf, None) for leaf in flat.private}
         for leaves, holding in [*_by_holding(plain, holdings[0]), *zip(groups.values(), holdings[1], strict=True)]:
             for part in _deal(flat, leaves, holding, shards):
                 parts[part.leaf] = part
         for leaf, shard in shards.items():
-            if shard is not None and not math.prod(shard.lengths) and not (shard.is_first and leaf in parts):
+            if shard is not None and 0 in shard.lengths and 0 not in shard.shape:
                 parts.pop(leaf, None)  # nothing of it is here
         written = tuple(parts[leaf] for leaf in sorted(parts))
         numbers = {part.leaf: number for number, part in enumerate(written)}
@@ -144,59 +160,84 @@ class ShareTaker:
         plain: Sequence[int],
         groups: Sequence[Sequence[int]],
         shards: dict[int, Shard | None],
-    ) -> tuple[list[Holding], list[Holding]]:
+        occasion: str,
+    ) -> _Answer:
         if self._agreement is None:
+            for leaf, shard in shards.items():
+                if shard is None or (shard.lengths != shard.shape and 0 not in shard.shape):
+                    raise UnstageableError(
+                        names[leaf],
+                        "is a DTensor of which other ranks have the rest, and this one saves for itself: let them save "
+                        "together (ranks.together, and init_process_group() before the Checkpointer is made), or save its "
+                        "full or local tensor",
+                    )
             return [ALONE] * len(plain), [ALONE] * len(groups)
-        return self._agreement.settle(
-            [_plain_entry(names[leaf], flat.leaves[leaf]) for leaf in plain],
-            [[_shard_entry(names[leaf], flat.leaves[leaf], shards[leaf]) for leaf in group] for group in groups],
-            {names[leaf]: value for leaf in plain if (value := _digest_of(flat.leaves[leaf])) is not None},
-        )
+        entries = [_plain_entry(names[leaf], flat.leaves[leaf]) for leaf in plain]
+        of_groups = [[_shard_entry(names[leaf], flat.leaves[leaf], shards[leaf]) for leaf in group] for group in groups]
+        question = entries, of_groups
+        # What a rank has for itself (``PerRank``), and what its objects are, may change there alone: no other would come.
+        if self._settled is None or self._settled[0] != question:
+            values = {names[leaf]: value for leaf in plain if (value := _digest_of(flat.leaves[leaf])) is not None}
+            self._settled = question, self._agreement.settle(occasion, entries, of_groups, values)
+        return self._settled[1]
+
+
+def _is_bytes(tensor: torch.Tensor) -> bool:
+    """Whether it is stored as such, and not as a pickled object."""
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
 
 
 def _sharded_leaves(flat: Flat) -> list[int]:
     leaves = flat.leaves
     kinds = set(map(type, leaves))
-    if not any(hasattr(kind, "__tensor_flatten__") for kind in kinds - _PLAIN_TYPES):
+    kinds = {kind for kind in kinds - _PLAIN_TYPES if hasattr(kind, "__tensor_flatten__")}
+    if not kinds:
         return []
-    return [number for number, leaf in enumerate(leaves) if is_sharded(leaf)]
+    return [number for number, leaf in enumerate(leaves) if type(leaf) in kinds and is_sharded(leaf)]
 
 
-def _signature(flat: Flat, sharded: Sequence[int]) -> tuple[Any, ...]:
-    """What the division depends on: everything but where the tensors are, and what is in them."""
+def _signature(flat: Flat, sharded: Sequence[int], here: Sequence[Any]) -> tuple[Any, ...]:
+    """What the division depends on: everything but where the tensors are, and what is in them.
+
+    Args:
+        here: the leaves, with local tensors in the place of DTensors.
+    """
     leaves = flat.leaves
     kinds = list(map(type, leaves))
-    numbers = [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    tensors = [leaves[number] for number in numbers]
-    spreads = [spread_of(leaves[number]) for number in sharded]
-    locals_ = {number: local_of(leaves[number]) for number in sharded}
-    held = [locals_.get(number, tensor) for number, tensor in zip(numbers, tensors, strict=True)]
-    strides = [tensor.stride() if tensor.layout is torch.strided else None for tensor in held]
+    tensors = leaves if _PLAIN_TYPES.issuperset(kinds) else [x for x in leaves if isinstance(x, torch.Tensor)]
+    held = tensors if not sharded and tensors is leaves else [x for x in here if isinstance(x, torch.Tensor)]
+    try:
+        sizes: list[Any] = list(map(_Tensor.size, tensors))
+        strides: list[Any] = list(map(_Tensor.stride, held))
+        addresses: list[int] = list(map(_Tensor.data_ptr, held))
+    except (RuntimeError, NotImplementedError):  # sparse, nested and the like have none
+        sizes = [None if x.is_nested else x.size() for x in tensors]
+        strides = [x.stride() if _is_bytes(x) else None for x in held]
+        addresses = [x.data_ptr() if _is_bytes(x) else 0 for x in held]
     return (
         flat.structure,
         flat.odd_keys,
         flat.private,
         kinds,
-        list(map(_Tensor.size, tensors)),
+        sizes,
         [tensor.dtype for tensor in tensors],
         strides,
         sharded,
-        spreads,
-        _ties(held),
+        [spread_of(leaves[number]) for number in sharded],
+        _ties(addresses),
     )
 
 
-def _ties(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """For each tensor the first one that is at the same address: what is tied to what."""
-    first: dict[Any, int] = {}
-    return [
-        first.setdefault(tensor.data_ptr() or -number - 1, number) if tensor.layout is torch.strided else number
-        for number, tensor in enumerate(tensors)
-    ]
+def _ties(addresses: Sequence[int]) -> list[int]:
+    """For each tensor the first one that is at the same address: what is tied to what. Empty: nothing is."""
+    if len(set(addresses)) == len(addresses):
+        return []
+    first: dict[int, int] = {}
+    return [first.setdefault(address or -number - 1, number) for number, address in enumerate(addresses)]
 
 
 def _plain_entry(name: str, value: Any) -> Entry:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_nested:
         return Entry(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
     return Entry(name, "object")
 
@@ -208,13 +249,19 @@ def _shard_entry(name: str, value: torch.Tensor, shard: Shard | None) -> Entry:
 
 
 def _digest_of(value: Any) -> str | None:
-    """Of what is small and can be compared: small host tensors, and values of Python's own types."""
+    """Of what can be compared: host tensors (of large ones, some stretches), and values of Python's own types."""
     if isinstance(value, torch.Tensor):
-        if not value.is_cpu or type(value) not in _PLAIN_TYPES or value.layout is not torch.strided:
+        if not value.is_cpu or type(value) not in _PLAIN_TYPES or not _is_bytes(value) or not value.nbytes:
             return None
-        if value.is_quantized or not 0 < value.nbytes <= _COMPARED_BYTES:
-            return None
-        data = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        flat = value.detach().resolve_conj().resolve_neg()
+        if value.nbytes > _COMPARED_BYTES:
+            if not flat.is_contiguous():
+                return None
+            whole, length = flat.view(-1).view(torch.uint8), _COMPARED_BYTES // _STRETCHES
+            starts = [(len(whole) - length) * number // (_STRETCHES - 1) for number in range(_STRETCHES)]
+            data = torch.cat([whole.narrow(0, start, length) for start in starts])
+        else:
+            data = flat.contiguous().view(-1).view(torch.uint8)
         return hashlib.blake2b(data.numpy().tobytes(), digest_size=16).hexdigest()
     if not _is_simple(value):
         return None
@@ -230,10 +277,11 @@ def _is_simple(value: Any, depth: int = 0) -> bool:
 
 
 def _by_holding(leaves: Sequence[int], holdings: Sequence[Holding]) -> list[tuple[list[int], Holding]]:
-    groups: dict[Holding, list[int]] = {}
+    """What the same ranks hold: all of them deal with the same leaves, in the same order."""
+    groups: dict[int, tuple[list[int], Holding]] = {}
     for leaf, holding in zip(leaves, holdings, strict=True):
-        groups.setdefault(holding, []).append(leaf)
-    return [(group, holding) for holding, group in groups.items()]
+        groups.setdefault(holding.holders, ([], holding))[0].append(leaf)
+    return list(groups.values())
 
 
 def _deal(flat: Flat, leaves: Sequence[int], holding: Holding, shards: dict[int, Shard | None]) -> list[_Part]:
@@ -247,7 +295,6 @@ def _deal(flat: Flat, leaves: Sequence[int], holding: Holding, shards: dict[int,
     for unit in units:
         start, end = done, done + unit.nbytes
         done = end
-        sharded = unit.leaves[0] in shards
         if not unit.nbytes:  # an object, or an empty tensor
             rows = (0, 1) if holding.position == 0 else (0, 0)
         elif unit.cuttable and holding.total > 1:
@@ -257,13 +304,13 @@ def _deal(flat: Flat, leaves: Sequence[int], holding: Holding, shards: dict[int,
             rows = (first, last)
             if (first, last) != (0, unit.shape[0]):
                 if first < last:
-                    parts += [_Part(leaf, rows, sharded) for leaf in unit.leaves]
+                    parts += [_Part(leaf, rows) for leaf in unit.leaves]
                 continue
         else:
             middle = (start + end) // 2
             rows = (0, 1) if low <= middle < high or (is_last and middle >= high) else (0, 0)
         if rows[0] < rows[1]:
-            parts += [_Part(leaf, None, sharded) for leaf in unit.leaves]
+            parts += [_Part(leaf, None) for leaf in unit.leaves]
     return parts
 
 
@@ -284,7 +331,7 @@ def _units(flat: Flat, leaves: Sequence[int], shards: dict[int, Shard | None]) -
     units: dict[Hashable, _Unit] = {}
     for leaf in leaves:
         value = flat.leaves[leaf]
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_quantized:
+        if not isinstance(value, torch.Tensor) or not _is_bytes(value):
             units[leaf] = _Unit([leaf], (), 0, cuttable=False)
             continue
         tensor = local_of(value) if leaf in shards else value  # type: ignore[arg-type]
@@ -321,7 +368,7 @@ def _leaf_node(part: _Part, number: int, flat: Flat, shard: Shard | None) -> Nod
             return number
         shape = list(flat.leaves[part.leaf].shape)
         return ["chunks", shape, [[[first] + [0] * (len(shape) - 1), number]]]
-    if part.rows is None and shard.shape == shard.lengths:
+    if part.rows is None and (shard.shape == shard.lengths or 0 in shard.shape):
         return number
     offsets = list(shard.offsets)
     if offsets:
@@ -329,17 +376,9 @@ def _leaf_node(part: _Part, number: int, flat: Flat, shard: Shard | None) -> Nod
     return ["chunks", list(shard.shape), [[offsets, number]]]
 
 
-def _tensor(value: Any, part: _Part) -> Any:
-    tensor = local_of(value) if part.sharded else value
-    if part.rows is not None:
-        first, last = part.rows
-        return tensor.detach().narrow(0, first, last - first)
-    return tensor
-
-
 def _kinds(flat: Flat) -> frozenset[tuple[str, int]]:
     return frozenset(
         (str(leaf.dtype).removeprefix("torch."), leaf.dim())
         for leaf in flat.leaves
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_quantized
+        if isinstance(leaf, torch.Tensor) and _is_bytes(leaf)
     )

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from stager.saving.save import SaveHandle
 from stager.saving.saver import Saver
-from workers.errors import LeftRunningError
+from workers.errors import InternalError, LeftRunningError
 from workers.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -76,9 +76,10 @@ def leave_to_workers(saver: Saver, pool: WorkerPool) -> None:
 def _let_go(handle: SaveHandle) -> None:
     logger.warning("step %d is staged and not committed yet: the workers finish it on their own", handle.step)
     handle.upload_completion.was_read = True
-    handle._fail(
-        LeftRunningError(
-            f"the save of step {handle.step} was staged, but not committed before this process had to go on; the workers "
-            "commit it, unless they are killed"
+    with suppress(InternalError):  # the other ranks' parts came just now
+        handle._fail(
+            LeftRunningError(
+                f"the save of step {handle.step} was staged, but not committed before this process had to go on; the "
+                "workers commit it, unless they are killed"
+            )
         )
-    )

@@ -229,8 +229,8 @@ class SaveHandle:
             self._event("sync", result.written, result.synced, process)
         self._event("commit", committed.started, committed.ended, f"worker {committed.pid}")
         with self._lock:
-            self._times.written = max(r.written for r in results)
-            self._times.synced = max(r.synced for r in results)
+            self._times.written = max((r.written for r in results), default=committed.ended)
+            self._times.synced = max((r.synced for r in results), default=committed.ended)
             self._times.committed = committed.ended
             self._linked_bytes = committed.info.linked_bytes
             self._written_bytes = committed.info.nbytes - committed.info.linked_bytes  # of all ranks

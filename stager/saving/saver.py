@@ -27,8 +27,9 @@ import torch
 
 from stager._version import __version__
 from stager.arena.arena import Arena, Lease, SlabState
+from stager.ranks.job import WARM_UP
 from stager.ranks.job import Job as RankJob
-from stager.ranks.outcome import Outcomes
+from stager.ranks.outcome import Outcomes, found_committed
 from stager.saving.answers import Answers
 from stager.saving.job import JobWriter, put, slab_nbytes
 from stager.saving.save import SaveHandle, SaveState
@@ -136,7 +137,7 @@ class Saver:
 
     def _save(self, handle: SaveHandle, state: Mapping[str, Any]) -> None:
         started = time.time()
-        flat = self._taker.flatten(state)
+        flat = self._taker.flatten(state, handle.save_id)
         snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
         handle._describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.plan.objects))
         if self._options.check_free_space and self._base_step is None:  # else nobody knows how much will be written
@@ -150,11 +151,6 @@ class Saver:
             if lease is not None:
                 self._save_whole(snapshot, lease)
         handle._unblocked()
-
-    def decline(self, step: int, error: BaseException) -> None:
-        """This rank does not take part in its next save, because of ``error``."""
-        if self._outcomes is not None:
-            self._outcomes.post_failed(self._ranks.save_id(step), error)
 
     def _tell(self, handle: SaveHandle, error: BaseException) -> None:
         """The other ranks, that this one's part will not come."""
@@ -421,7 +417,7 @@ class Saver:
         committed = next((result.committed for result in results if result.committed), None)
         if committed is not None:  # whatever befell another part afterwards
             if self._outcomes is not None:
-                self._outcomes.post_committed(handle.save_id, handle.step)
+                self._outcomes.post_committed(committed)
             self._settle_committed(handle, results, committed)
             return
         why = failure or error
@@ -439,6 +435,8 @@ class Saver:
                 "every part was written, but not all are there: the partial checkpoint was removed while it was written",
                 os.path.join(self._options.directory, partial_name(handle.step, handle.save_id)),
             )
+        if self._outcomes is not None:
+            why = self._outcomes.reason(facts, why)
         self._tell(handle, why)
         leftovers = (self._options.directory, handle.step, handle.save_id)
         try:
@@ -446,9 +444,19 @@ class Saver:
         except ClosedError:
             with suppress(StorageError):  # the next run tries again
                 discard_partial(*leftovers)
-            self._settle(handle, lambda: handle._fail(why))
+            self._end_failed(facts, handle, results, why)
         else:
-            cleaned.add_done_callback(lambda _: self._settle(handle, lambda: handle._fail(why)))
+            cleaned.add_done_callback(lambda _: self._end_failed(facts, handle, results, why))
+
+    def _end_failed(
+        self, facts: SaveFacts, handle: SaveHandle, results: list[PartResult], error: BaseException
+    ) -> None:
+        """Nothing is left of it, unless another rank has committed it: what failed here came after this rank's receipts."""
+        committed = found_committed(facts) if self._outcomes is not None else None
+        if committed is None:
+            self._settle(handle, lambda: handle._fail(error))
+        else:
+            self._settle_committed(handle, results, committed)
 
     def _settle_committed(self, handle: SaveHandle, results: list[PartResult], committed: Committed) -> None:
         self.set_base(handle.step)
@@ -481,7 +489,8 @@ class Saver:
 
     def in_callback(self) -> bool:
         """Whether this thread runs a callback of a save's Future: what it waited for would wait for it."""
-        return self._pool.in_callback or threading.get_ident() == self._staging_thread
+        in_ranks_callback = self._outcomes is not None and self._outcomes.in_callback
+        return self._pool.in_callback or in_ranks_callback or threading.get_ident() == self._staging_thread
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         with self._lock:
@@ -508,13 +517,18 @@ class Saver:
 
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, slabs, workers."""
-        flat = self._taker.flatten(state)
-        snapshot = self._taker.begin(SaveHandle(0, ""), flat, self._planner, may_move=not self._is_staging())
+        handle = SaveHandle(0, self._ranks.save_id(WARM_UP))
+        try:
+            flat = self._taker.flatten(state, handle.save_id)
+        except BaseException as error:
+            self._tell(handle, error)
+            raise
+        snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
         works = self._taker.split(snapshot)
         nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)
         in_pieces = nbytes > self._arena.max_slab_nbytes
         if in_pieces:
-            snapshot = self._taker.begin(SaveHandle(0, ""), flat, self._piece_planner)
+            snapshot = self._taker.begin(handle, flat, self._piece_planner)
             nbytes = cut(
                 snapshot.plan, snapshot.blobs, self._piece_nbytes, incremental=self._options.incremental
             ).slab_nbytes

@@ -98,14 +98,17 @@ class SnapshotTaker:
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
 
-    def flatten(self, state: Mapping[str, Any]) -> Flat:
+    def flatten(self, state: Mapping[str, Any], occasion: str) -> Flat:
         """This rank's share of the leaves.
+
+        Args:
+            occasion: the save's id.
 
         Raises:
             UnstageableError: a state that cannot be saved.
             RankFailedError, InconsistentRanksError: see :class:`stager.ranks.share.ShareTaker`.
         """
-        return self._share.take(flatten(state, self._job.own_rank))
+        return self._share.take(flatten(state, self._job.own_rank), occasion)
 
     def begin(self, handle: SaveHandle, flat: Flat, planner: Planner, *, may_move: bool | None = None) -> Snapshot:
         """Plan and pickle; nothing is copied yet.

@@ -147,7 +147,9 @@ def _rank(rank: int, num_ranks: int, peer: str, mib: int, pairs: int, stretch: i
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # the groups that meshes hold are destroyed at interpreter exit, and now and then abort there (torch 2.13)
+    os._exit(
+        0
+    )  # the groups that meshes hold are destroyed at interpreter exit, and now and then abort there (torch 2.13)
 
 
 def _error(values: list[float]) -> float:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from stager.cli.recover import run_recover
 from tests.cli.conftest import Outcome
 from tests.persistence.jobs import make_job
 from tests.persistence.test_recover import stop_before_publishing, stop_before_renaming
 from tests.retention.runs import everything_in, make_run, steps_of
 from workers.commit import partial_path
 from workers.directory import lock_directory
+from workers.errors import DirectoryInUseError
 from workers.persist import persist_part
 
 
@@ -74,3 +76,12 @@ def test_wrong_usage(saved_run: Path) -> None:
     assert Outcome("recover", saved_run / "step-00000001").code == 2
     outcome = Outcome("recover", saved_run / "none")
     assert outcome.code == 1 and "no such directory" in outcome.err
+
+
+def test_dry_run_beside_ranks_that_share_the_lock_is_refused(tmp_path: Path) -> None:
+    lock_fd = lock_directory(str(tmp_path), 0, shared=True)
+    try:
+        with pytest.raises(DirectoryInUseError):
+            run_recover(str(tmp_path), dry_run=True)
+    finally:
+        os.close(lock_fd)

@@ -286,16 +286,19 @@ def test_partial_directory_removed_while_it_is_written_is_an_error_with_its_path
     assert os.listdir(run_dir) == []
 
 
-def test_discarding_waits_for_whoever_still_writes(
+def test_what_was_discarded_is_not_committed_by_whoever_still_writes(
     run_dir: Path, at: Callable[[str, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another rank, which may yet commit: what it commits must be whole."""
+    """Another rank, which has told that the save failed. Who wrote until then removes what is left."""
     monkeypatch.setattr(persist, "_DISCARD_SECS", 0.05)
     run_dir.mkdir()
     job = make_job(run_dir, NEW, num_parts=1)
     at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.facts.save_id))
-    persist_part(job, 0)
-    only_checkpoint(run_dir, job, NEW)
+    with pytest.raises(StorageError, match="was removed while it was being written"):
+        persist_part(job, 0)
+    assert os.listdir(run_dir) == [f"step-00000001.removing-{job.facts.save_id}"]
+    discard_partial(str(run_dir), 1, job.facts.save_id)
+    assert os.listdir(run_dir) == []
 
 
 def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir: Path) -> None:

@@ -154,7 +154,7 @@ def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str,
         faults._DIRECTORY = str(faults_dir)
     trained = build("fsdp", seed=3)
     state = state_of(trained, rank)
-    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 5}}) as ckpt:
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 3}}) as ckpt:
         ckpt.save(1, state).upload_completion.result(60)
         dist.barrier()
         if rank == victim:

@@ -34,12 +34,12 @@ def shard(name: str, offset: int) -> Entry:
 
 
 def test_what_is_the_same_everywhere_is_held_by_all_in_the_order_of_the_ranks() -> None:
-    results = on_ranks(4, lambda job: Agreement(job).settle(plain("a", "b"), []))
+    results = on_ranks(4, lambda job: Agreement(job).settle("a save", plain("a", "b"), []))
     assert results == [([Holding(rank, 4)] * 2, []) for rank in range(4)]
 
 
 def test_shards_of_two_halves_of_the_ranks() -> None:
-    results = on_ranks(4, lambda job: Agreement(job).settle([], [[shard("w", 4 * (job.rank % 2))]]))
+    results = on_ranks(4, lambda job: Agreement(job).settle("a save", [], [[shard("w", 4 * (job.rank % 2))]]))
     held = [groups[0] for _, groups in results]
     assert all(one.total == 2 for one in held)
     assert {held[0].position, held[2].position} == {0, 1}
@@ -48,7 +48,7 @@ def test_shards_of_two_halves_of_the_ranks() -> None:
 
 def test_groups_are_settled_apart() -> None:
     def body(job: Job) -> Held:
-        return Agreement(job).settle([], [[shard("own", 4 * job.rank)], [shard("same", 0)]])
+        return Agreement(job).settle("a save", [], [[shard("own", 4 * job.rank)], [shard("same", 0)]])
 
     results = on_ranks(2, body)
     assert [groups[0] for _, groups in results] == [Holding(0, 1)] * 2
@@ -57,7 +57,7 @@ def test_groups_are_settled_apart() -> None:
 
 def test_names_that_only_some_ranks_have() -> None:
     names: list[Sequence[str]] = [("all", "s0"), ("all", "s0"), ("all", "s1"), ("all", "mine", "s1")]
-    results = on_ranks(4, lambda job: Agreement(job).settle(plain(*names[job.rank]), []))
+    results = on_ranks(4, lambda job: Agreement(job).settle("a save", plain(*names[job.rank]), []))
     assert [held[0] for held, _ in results] == [Holding(rank, 4) for rank in range(4)]
     assert results[3][0][1] == Holding(0, 1)
     assert {results[0][0][1], results[1][0][1]} == {Holding(0, 2), Holding(1, 2)}
@@ -67,7 +67,7 @@ def test_names_that_only_some_ranks_have() -> None:
 def test_one_name_for_two_tensors_is_an_error_on_every_rank() -> None:
     def body(job: Job) -> str:
         with pytest.raises(InconsistentRanksError) as caught:
-            Agreement(job).settle([Entry("a", "float32", (job.rank,))], [])
+            Agreement(job).settle("a save", [Entry("a", "float32", (job.rank,))], [])
         return str(caught.value)
 
     assert all("a is float32 of shape" in text for text in on_ranks(2, body))
@@ -78,7 +78,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         if job.rank == 1:
             return ()
         with pytest.raises(RankFailedError, match="rank 1 did not come") as caught:
-            Agreement(job).settle(plain("a"), [])
+            Agreement(job).settle("a save", plain("a"), [])
         return caught.value.ranks
 
     assert on_ranks(3, body, timeout_secs=0.3) == [(1,), (), (1,)]
@@ -87,7 +87,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 def test_rounds_do_not_mix() -> None:
     def body(job: Job) -> list[Held]:
         agreement = Agreement(job)
-        return [agreement.settle(plain("a"), []), agreement.settle(plain("a", "b"), [])]
+        return [agreement.settle("1", plain("a"), []), agreement.settle("2", plain("a", "b"), [])]
 
     for rank, (first, second) in enumerate(on_ranks(2, body)):
         assert first == ([Holding(rank, 2)], [])
@@ -97,7 +97,7 @@ def test_rounds_do_not_mix() -> None:
 def test_values_that_differ_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     def body(job: Job) -> None:
         values = {"same": "0", "rng": str(job.rank), "loader": str(job.rank // 2)}
-        Agreement(job).settle(plain("loader", "rng", "same"), [], values)
+        Agreement(job).settle("a save", plain("loader", "rng", "same"), [], values)
 
     on_ranks(3, body)
     (record,) = [record for record in caplog.records if "not the same" in record.message]
@@ -106,5 +106,5 @@ def test_values_that_differ_are_named_once(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_values_that_are_the_same_are_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:
-    on_ranks(3, lambda job: Agreement(job).settle(plain("a"), [], {"a": "0"}))
+    on_ranks(3, lambda job: Agreement(job).settle("a save", plain("a"), [], {"a": "0"}))
     assert not caplog.records

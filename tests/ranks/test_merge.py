@@ -48,3 +48,9 @@ def test_two_things_in_one_place(first: Node, second: Node, message: str) -> Non
     with pytest.raises(InconsistentRanksError, match=message) as caught:
         lay_over([["dict", ["x"], [first]], ["dict", ["x"], [second]]])
     assert str(caught.value).startswith("state['x']" if "state[" in str(caught.value) else "x")
+
+
+def test_the_ranks_that_do_not_agree_are_named() -> None:
+    nodes: list[Node] = [["dict", [], []], ["dict", ["l"], [["list", [0]]]], ["dict", ["l"], [["list", [1]]]]]
+    with pytest.raises(InconsistentRanksError, match="value on rank 1; value on rank 2"):
+        lay_over(nodes)

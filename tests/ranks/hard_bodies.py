@@ -1,0 +1,258 @@
+"""What the ranks of the tests do when not all goes well, or not all are alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from stager import Checkpointer, PerRank, RankFailedError, StagerError
+from stager.ranks.job import Job
+from tests.faults import Hold
+from tests.ranks.bodies import CONFIG
+from workers import faults
+
+
+def own_structure_changes(rank: int, directory: str) -> list[str]:
+    """What is in ``PerRank`` changes its shape and number on one rank; another value becomes a float there."""
+    errors = []
+    state: dict[str, Any] = {"a": torch.ones(10), "best": None, "own": PerRank({"queue": [torch.ones(3)]})}
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 3}}) as ckpt:
+        for step in range(1, 4):
+            try:
+                ckpt.save(step, state).upload_completion.result(60)
+            except RankFailedError as error:
+                errors.append(f"{step}: {error}")
+            if rank == 1:
+                state["own"].value["queue"].append(torch.ones(3 + step))
+                state["best"] = 0.5
+        dist.barrier()
+        if not errors:
+            target = {"own": PerRank({"queue": [torch.zeros(3)]})}
+            ckpt.load(3, into=target, strict=False)
+            errors += [] if len(target["own"].value["queue"]) == (3 if rank == 1 else 1) else ["queue"]
+    return errors
+
+
+def save_after_a_change_alone(rank: int, directory: str) -> list[str]:
+    """The structure changes on rank 1, and on rank 0 only after the next save, which fails; then they are alike again."""
+    state: dict[str, Any] = {"a": torch.ones(10)}
+    outcomes = []
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 2}}) as ckpt:
+        for step in range(1, 5):
+            if step == (2 if rank == 1 else 3):
+                state["b"] = torch.ones(5)
+            try:
+                ckpt.save(step, state).upload_completion.result(60)
+            except RankFailedError:
+                outcomes.append("failed")
+            else:
+                outcomes.append("saved")
+            dist.barrier()
+    return outcomes
+
+
+def fail_once_and_go_on(rank: int, directory: str) -> list[int]:
+    """Rank 0 cannot save step 2; nobody looks at a Future, and errors of ``save()`` are only logged."""
+    state: dict[str, Any] = {"a": torch.ones(10)}
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        for step in range(1, 6):
+            state["own"] = PerRank({"value": threading.Lock() if step == 2 and rank == 0 else 1})
+            with suppress(StagerError):
+                ckpt.save(step, state)
+            assert ckpt._saver is not None
+            while ckpt._saver.in_flight():
+                time.sleep(0.01)
+        steps = [info.step for info in ckpt.checkpoints()]
+        with suppress(StagerError):
+            ckpt.close()
+    return steps
+
+
+def subsets_that_overlap(rank: int, directory: str) -> int:
+    """Rank 0 shares one name with rank 1 and another with rank 2."""
+    state: dict[str, Any] = {"all": torch.ones(4)}
+    big = torch.arange(3_000_000, dtype=torch.float32).reshape(3000, 1000)
+    if rank in (0, 1):
+        state |= {"first": torch.full((100,), 1.0), "big": big, "note": "of 0 and 1"}
+    if rank in (0, 2):
+        state |= {"second": torch.full((100,), 2.0), "large": big + 1, "word": "of 0 and 2"}
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.save(1, state).upload_completion.result(60)
+        loaded = ckpt.load()
+    assert loaded is not None
+    assert torch.equal(loaded.state["big"], big)
+    assert torch.equal(loaded.state["large"], big + 1)
+    return len(loaded.state)
+
+
+def call_back(rank: int, directory: str) -> list[str]:
+    """A callback of a Future calls what would wait for it."""
+    said: list[str] = []
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+
+        def callback(_: Any) -> None:
+            for call in (ckpt.close, lambda: ckpt.save(9, {"a": 1}), ckpt.wait_for_staging):
+                try:
+                    call()
+                except Exception as error:  # noqa: BLE001  # it goes to the test
+                    said.append(type(error).__name__)
+
+        handle = ckpt.save(1, {"a": torch.ones(10)})
+        handle.upload_completion.add_done_callback(callback)
+        handle.upload_completion.result(60)
+        while len(said) < 3:
+            time.sleep(0.01)
+    return said
+
+
+def pieces(rank: int, directory: str) -> int:
+    """Rank 0 has more than its buffers hold, the other ranks less."""
+    config = {**CONFIG, "arena": {"max_host_bytes": "24MiB", "buffers": 2}}
+    state = {"own": PerRank(torch.full(((40 if rank == 0 else 1) << 18,), float(rank)))}
+    with Checkpointer(Path(directory, "run"), config) as ckpt:
+        ckpt.save(1, state).upload_completion.result(60)
+        target = {"own": PerRank(torch.zeros_like(state["own"].value))}
+        ckpt.load(into=target)
+    return int(target["own"].value.eq(rank).all())
+
+
+def apart_with_shards(rank: int, directory: str) -> str:
+    """Each rank saves for itself, a tensor of which it has a part."""
+    mesh = init_device_mesh("cpu", (2,))
+    tensor = distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])
+    with Checkpointer(Path(directory, f"run-{rank}"), {"workers": {"count": 1}, "ranks": {"together": False}}) as ckpt:
+        try:
+            ckpt.save(1, {"x": tensor}).upload_completion.result(60)
+        except StagerError as error:
+            return f"{type(error).__name__}: {error}"
+        return "saved" if ckpt.latest() else "saved, and lost"
+
+
+def empty_everywhere(rank: int, directory: str) -> dict[str, list[int]]:
+    """DTensors without elements, replicated and sharded; rank 1 comes first."""
+    mesh = init_device_mesh("cpu", (2,))
+    state: dict[str, Any] = {
+        "r": DTensor.from_local(torch.zeros(0), mesh, [Replicate()]),
+        "s": distribute_tensor(torch.zeros(0, 4), mesh, [Shard(1)]),
+        "t": distribute_tensor(torch.zeros(0, 4), mesh, [Shard(0)]),
+        "one": distribute_tensor(torch.ones(1, 3), mesh, [Shard(0)]),
+        "scalar": distribute_tensor(torch.tensor(7.0), mesh, [Replicate()]),
+    }
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        job = ckpt._job
+        assert job.board is not None
+        counted = Job(1, 2, job.board, nonce=job.nonce).save_id(1)  # of the save to come
+        while rank == 0 and job.board.read(f"agreement/{counted}/here/1") is None:
+            time.sleep(0.01)  # the second of the mesh is the first to be counted
+        ckpt.save(1, state).upload_completion.result(60)
+        loaded = ckpt.load()
+        fresh: dict[str, Any] = {name: torch.zeros_like(value) for name, value in state.items()}
+        ckpt.load(into=fresh)
+    assert loaded is not None
+    assert fresh["scalar"].full_tensor() == 7
+    assert fresh["one"].full_tensor().eq(1).all()
+    return {name: list(value.shape) for name, value in loaded.state.items()}
+
+
+def slow_rank(rank: int, directory: str) -> dict[str, Any]:
+    """Rank 1's worker is held in the middle of its part until rank 0 has given the save up."""
+    faults_dir = Path(directory, "faults")
+    if rank == 1:
+        faults_dir.mkdir()
+        os.environ["STAGER_FAULTS"] = str(faults_dir)
+        faults._DIRECTORY = str(faults_dir)
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 2}}) as ckpt:
+        state = {"own": PerRank(torch.ones(1000))}
+        ckpt.save(1, state).upload_completion.result(60)
+        hold = Hold(faults_dir / "hold") if rank == 1 else None
+        if hold is not None:
+            Path(faults_dir, "part.write").write_text(f"hold {hold.path}")
+        dist.barrier()
+        handle = ckpt.save(2, state)
+        if hold is not None:
+            hold.wait()
+            while not Path(directory, "given-up").exists():
+                time.sleep(0.01)
+            hold.release()
+        error = handle.upload_completion.exception(60)
+        if rank == 0:
+            Path(directory, "given-up").touch()
+        dist.barrier()
+        steps = [info.step for info in ckpt.checkpoints()]
+    return {"error": type(error).__name__, "text": str(error), "steps": steps}
+
+
+def load_what_is_not_there(rank: int, directory: str) -> float:
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.save(1, {"a": torch.ones(3)}).upload_completion.result(60)
+        started = time.monotonic()
+        try:
+            ckpt.load(99, into={"a": torch.ones(3)})
+        except StagerError as error:
+            assert "99" in str(error)
+        return time.monotonic() - started
+
+
+def unstageable_at_first(rank: int, directory: str) -> dict[str, Any]:
+    """One rank's first save fails before it settles anything."""
+    state: dict[str, Any] = {"a": torch.ones(3)}
+    bad = {"b.c": torch.ones(1), "b": {"c": torch.ones(1)}} if rank == 1 else {}
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        started = time.monotonic()
+        try:
+            ckpt.save(1, {**state, **bad}).upload_completion.result(60)
+            text = ""
+        except StagerError as error:
+            text = f"{type(error).__name__}: {error}"
+        secs = time.monotonic() - started
+        dist.barrier()
+        ckpt.save(2, state).upload_completion.result(60)
+        steps = [info.step for info in ckpt.checkpoints()]
+    return {"text": text, "secs": secs, "steps": steps}
+
+
+def ask_for_what_was_removed(rank: int, directory: str) -> list[float]:
+    """The newest checkpoint is removed by hand; ``latest()`` waits for it no more than once."""
+    secs = []
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, {"a": torch.ones(3)}).upload_completion.result(60)
+        newest = ckpt.latest()
+        assert newest is not None
+        assert newest.step == 2
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(newest.path)
+        dist.barrier()
+        for _ in range(2):
+            started = time.monotonic()
+            found = ckpt.latest()
+            assert found is not None
+            assert found.step == 1
+            secs.append(time.monotonic() - started)
+    return secs
+
+
+def save_unequal_values(rank: int, directory: str) -> list[str]:
+    """Large tensors that differ between ranks, in a few rows; and nested ones."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("stager").addHandler(handler)
+    experts = torch.zeros(500_000)
+    experts[250_000:] = rank
+    state = {"experts": experts, "same": torch.ones(500_000), "nested": torch.nested.nested_tensor([torch.ones(2)])}
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.save(1, state).upload_completion.result(60)
+    return [text for text in said if text.startswith("not the same")]
