@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 
-.PHONY: demo test lint format bench long clean
+.PHONY: demo demo-ranks test lint format bench long clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -19,6 +19,9 @@ $(BENCH_INSTALLED): $(INSTALLED)
 
 demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
 	$(BIN)/stager demo --config configs/demo.yaml --out runs/demo
+
+demo-ranks: $(INSTALLED)  ## the same on two ranks; resume on one and on four
+	$(BIN)/torchrun --nproc-per-node 2 -m stager demo --config configs/torchrun.yaml --out runs/demo-ranks
 
 test: $(INSTALLED)  ## lint, types and the whole suite
 	$(MAKE) lint

@@ -100,7 +100,11 @@ class Checkpointer:
     def _open_for_writing(self) -> None:
         config = self._config
         self._check_for_ranks()
-        self._lock_fd = take_directory(self._directory, self._job, config.persistence.lock_timeout_secs)
+        try:
+            self._lock_fd = take_directory(self._directory, self._job, config.persistence.lock_timeout_secs)
+        except BaseException:
+            self._job.close()
+            raise
         try:
             self._telemetry = Telemetry(self._own(config.telemetry.events), self._own(config.telemetry.trace))
             self._arena = self._make_arena()
@@ -108,6 +112,7 @@ class Checkpointer:
             self._pool = self._start_pool()
         except BaseException:
             os.close(self._lock_fd)
+            self._job.close()
             raise
         self._saver = self._make_saver()
         self._retainer = Retainer(self._pool, self._directory, self._retention_rules(), self._on_pruned)
@@ -524,6 +529,7 @@ class Checkpointer:
                 self._arena.close()
                 self._telemetry.close()
                 os.close(self._lock_fd)
+                self._job.close()
                 if self._preemption is not None:
                     self._preemption.restore()
             self._raise_every_unread()

@@ -33,13 +33,14 @@ def draw_chart(results: Results, path: Path) -> None:
     """Write the PNG.  Without a measurement, or without saves, that half stays empty."""
     figure = Figure(figsize=(13, 6.2), dpi=120, layout="constrained")
     timeline, lost = figure.subplots(1, 2, width_ratios=[2.1, 1])
-    _draw_timeline(timeline, save_lines(results.legs)[-ROWS_SHOWN:])
+    draw_timeline(timeline, save_lines(results.legs)[-ROWS_SHOWN:])
     if results.measurement is not None:
         _draw_lost_time(lost, results.measurement)
     figure.savefig(path)
 
 
-def _draw_timeline(axes: Axes, lines: list[SaveLine]) -> None:
+def draw_timeline(axes: Axes, lines: list[SaveLine]) -> None:
+    """The saves, one under the other, from the call to the commit."""
     _draw_legs(axes, [line.leg for line in lines])
     for row, line in enumerate(lines):
         _draw_save(axes, row, line)

@@ -41,19 +41,26 @@ class Child:
     """
 
     def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
+        read_fd, write_fd = os.pipe()
+        command = [sys.executable, "-m", module, *arguments, "--events-fd", str(write_fd)]
+        self._start(command, child_environment(os.environ), read_fd, write_fd, log)
+
+    def _start(
+        self, command: Sequence[str], environment: Mapping[str, str], read_fd: int, write_fd: int, log: Path
+    ) -> None:
+        """Start the process, which inherits ``write_fd``; ``read_fd`` is kept until ``__exit__``."""
         self._log = log
         self._nonce = secrets.token_hex(8)
-        read_fd, write_fd = os.pipe()
         self._pipe = read_fd
         try:
             with open(log, "wb") as output:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", module, *arguments, "--events-fd", str(write_fd)],
+                    command,
                     pass_fds=[write_fd],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=child_environment(os.environ) | {_NONCE_VARIABLE: self._nonce},
+                    env={**environment, _NONCE_VARIABLE: self._nonce},
                 )
         except BaseException:
             os.close(read_fd)
@@ -81,6 +88,10 @@ class Child:
         Raises:
             ChildError: the child said nothing for ``SILENCE_SECS``.
         """
+        return map(decode_event, self.lines())
+
+    def lines(self) -> Iterator[bytes]:
+        """What :meth:`events` decodes."""
         pending = b""
         with selectors.DefaultSelector() as selector:
             selector.register(self._pipe, selectors.EVENT_READ)
@@ -91,7 +102,7 @@ class Child:
                 if not chunk:
                     return  # what is pending then is a line that the child's death cut short
                 *lines, pending = (pending + chunk).split(b"\n")
-                yield from map(decode_event, lines)
+                yield from lines
 
     def kill(self) -> None:
         """SIGKILL the child, and only it, and wait until it is dead.  Nothing happens if it is dead already."""
@@ -105,12 +116,20 @@ class Child:
         Raises:
             ChildError: it failed, or did not exit within ``EXIT_SECS``.
         """
-        try:
-            code = self._process.wait(EXIT_SECS)
-        except subprocess.TimeoutExpired:
-            raise ChildError(f"a child did not exit within {EXIT_SECS:.0f} s{self._log_tail()}") from None
+        code = self.exit_code()
         if code != 0:
             raise ChildError(f"a child failed with exit code {code}{self._log_tail()}")
+
+    def exit_code(self) -> int:
+        """As :meth:`wait`, of a child that may have failed; negative: the signal that killed it.
+
+        Raises:
+            ChildError: it did not exit within ``EXIT_SECS``.
+        """
+        try:
+            return self._process.wait(EXIT_SECS)
+        except subprocess.TimeoutExpired:
+            raise ChildError(f"a child did not exit within {EXIT_SECS:.0f} s{self._log_tail()}") from None
 
     def workers_alive(self) -> list[psutil.Process]:
         """The processes started by the child, or by those, that are alive now."""
@@ -119,9 +138,13 @@ class Child:
     def _is_mine(self, process: psutil.Process) -> bool:
         try:
             mine = process.environ().get(_NONCE_VARIABLE) == self._nonce
-            return mine and process.pid != self._process.pid and process.status() != psutil.STATUS_ZOMBIE
+            return mine and process.pid not in self._trainers() and process.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, OSError):
             return False  # it ended meanwhile, or belongs to another user
+
+    def _trainers(self) -> set[int]:
+        """The pids that are not workers'."""
+        return {self._process.pid}
 
     def _log_tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from typing import IO, Annotated, Literal
+from typing import IO, Annotated, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -122,13 +122,38 @@ Event = Annotated[
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
-class EventWriter:
-    """The child's end of the pipe.  Any thread may send: a save's events come from its callbacks' thread."""
+class EventSink(Protocol):
+    """Where a training run says how it goes."""
+
+    def send(self, event: Event) -> None:
+        """Take note of an event.  Any thread may send."""
+
+
+class LineWriter:
+    """The child's end of a pipe.  Any thread may write: a save's events come from its callbacks' thread."""
 
     def __init__(self, fd: int) -> None:
         os.set_inheritable(fd, False)
         self._fd = fd
         self._lock = threading.Lock()
+
+    def write(self, line: bytes) -> None:
+        """Write one line, whose end is added.
+
+        Raises:
+            BrokenPipeError: the parent is gone.
+        """
+        left = memoryview(line + b"\n")
+        with self._lock:
+            while left:
+                left = left[os.write(self._fd, left) :]
+
+
+class EventWriter:
+    """Sends events through a pipe of the child's own."""
+
+    def __init__(self, fd: int) -> None:
+        self._lines = LineWriter(fd)
 
     def send(self, event: Event) -> None:
         """Write one line.
@@ -136,10 +161,7 @@ class EventWriter:
         Raises:
             BrokenPipeError: the parent is gone.
         """
-        line = memoryview(_EVENT.dump_json(event) + b"\n")
-        with self._lock:
-            while line:
-                line = line[os.write(self._fd, line) :]
+        self._lines.write(_EVENT.dump_json(event))
 
 
 def decode_event(line: bytes) -> Event:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stager.config.host import usable_cores
-from stager.demo.config import DemoConfig
+from stager.demo.config import TrainingConfig
 from stager.demo.leg import Kill
 from stager.demo.results import Check, LostTime, Measurement, Results
 from stager.demo.timeline import save_lines
@@ -29,7 +29,9 @@ COMPLETE = {
 }
 
 
-def print_report(results: Results, config: DemoConfig, workspace: Workspace, console: Console, as_json: bool) -> None:
+def print_report(
+    results: Results, config: TrainingConfig, workspace: Workspace, console: Console, as_json: bool
+) -> None:
     """Tables and the path of the chart; or, as JSON, what ``results.json`` holds."""
     if as_json:
         console.out(workspace.results.read_text(encoding="utf-8").rstrip(), highlight=False)
@@ -47,7 +49,7 @@ def print_report(results: Results, config: DemoConfig, workspace: Workspace, con
         console.print(Text(f"{label}: {path}"), soft_wrap=True)
 
 
-def write_results(results: Results, config: DemoConfig, workspace: Workspace) -> None:
+def write_results(results: Results, config: TrainingConfig, workspace: Workspace) -> None:
     """Write ``results.json``: checks, kills, saves, every measured sample, versions."""
     workspace.results.write_text(json.dumps(_as_json(results, config, workspace), indent=2), encoding="utf-8")
 
@@ -95,17 +97,17 @@ def _ratio_text(measurement: Measurement, method: LostTime) -> str:
     return f"> {method.lost_secs / measurement.noise_secs:.1f}"
 
 
-def _setting(measurement: Measurement, config: DemoConfig) -> str:
+def _setting(measurement: Measurement, config: TrainingConfig) -> str:
     sample = measurement.methods[0].samples[0]
     return (
         f"saves with each: {len(measurement.methods[0].samples)}, of {sample.nbytes / 1e6:.0f} MB, taking turns; "
-        f"training threads: {config.demo.threads} on {usable_cores()} cores; "
+        f"training threads: {config.training.threads} on {usable_cores()} cores; "
         f"a step takes {measurement.step_secs * 1e3:.0f} ms; "
         f"equal stretches without a save differ by {measurement.noise_secs * 1e3:.0f} ms"
     )
 
 
-def _as_json(results: Results, config: DemoConfig, workspace: Workspace) -> dict[str, Any]:
+def _as_json(results: Results, config: TrainingConfig, workspace: Workspace) -> dict[str, Any]:
     return {
         "ok": results.ok,
         "elapsed_secs": results.elapsed_secs,
@@ -123,7 +125,7 @@ def _as_json(results: Results, config: DemoConfig, workspace: Workspace) -> dict
             "platform": platform.platform(),
             "cores": usable_cores(),
             "cpu_count": os.cpu_count(),
-            "threads": config.demo.threads,
+            "threads": config.training.threads,
         },
     }
 

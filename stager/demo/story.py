@@ -38,7 +38,6 @@ from stager.demo.workspace import Workspace
 from workers.errors import UsageError
 
 KILL_ATTEMPTS = 3  # a save may get further before the signal arrives; then another one is aimed at
-CHECKPOINTS_KEPT = 3
 NUM_METHODS = 3
 
 
@@ -220,6 +219,5 @@ def conclude(results: Results, config: DemoConfig, workspace: Workspace, console
 def _tidy(workspace: Workspace, legs: Sequence[Leg]) -> None:
     for directory in [workspace.run("uninterrupted"), *(leg.directory for leg in legs)]:
         (directory / "final.pt").unlink(missing_ok=True)
-    for checkpoint in sorted(workspace.checkpoints.glob("step-????????"))[:-CHECKPOINTS_KEPT]:
-        shutil.rmtree(checkpoint)
+    workspace.remove_old_checkpoints()
     shutil.rmtree(workspace.measured, ignore_errors=True)

@@ -13,13 +13,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
 from stager import Checkpointer, CheckpointInfo, SaveHandle
-from stager.demo.config import DemoConfig, DemoSettings
+from stager.demo.config import DemoConfig, DemoSettings, TrainingConfig, TrainingSettings
 from stager.demo.events import (
+    EventSink,
     EventWriter,
     Resumed,
     SaveBegun,
@@ -35,6 +36,21 @@ from stager.demo.rng import RngState
 from stager.demo.text import VOCABULARY_SIZE, TextBatches, read_corpus
 
 
+class Run(Protocol):
+    """What the training loops need of a run."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Whose ``step()`` alone changes the weights."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for a resumed run to go on as if nothing had happened."""
+
+    def train_step(self) -> float:
+        """One optimizer step on the next batch; returns the loss, in nats per byte."""
+
+
 class TrainingRun:
     """Everything a training run is made of, and one step of it.
 
@@ -46,20 +62,9 @@ class TrainingRun:
         torch.set_num_threads(settings.threads)
         random.seed(settings.seed)
         torch.manual_seed(settings.seed)
-        self.model = GPT(
-            vocabulary_size=VOCABULARY_SIZE,
-            block_size=settings.block_size,
-            num_layers=settings.n_layer,
-            num_heads=settings.n_head,
-            width=settings.n_embd,
-            dropout=settings.dropout,
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, settings.warmup_steps, settings.steps)
-        )
+        self.model = make_model(settings)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.scheduler = make_scheduler(self.optimizer, settings)
         self.loader = TextBatches(read_corpus(), settings.batch_size, settings.block_size, settings.seed)
         self.rng = RngState()
 
@@ -90,6 +95,28 @@ class TrainingRun:
         torch.save({name: value.state_dict() for name, value in self.state.items()}, path)
 
 
+def make_model(settings: TrainingSettings) -> GPT:
+    """The GPT; its weights are drawn from torch's generator."""
+    return GPT(
+        vocabulary_size=VOCABULARY_SIZE,
+        block_size=settings.block_size,
+        num_layers=settings.n_layer,
+        num_heads=settings.n_head,
+        width=settings.n_embd,
+        dropout=settings.dropout,
+    )
+
+
+def make_optimizer(model: torch.nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, settings: TrainingSettings) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, settings.warmup_steps, settings.steps)
+    )
+
+
 def lr_factor(step: int, warmup_steps: int, steps: int) -> float:
     """The learning rate at ``step``, as a share of the highest: a linear rise, then half a cosine down to a tenth."""
     if step < warmup_steps:
@@ -101,7 +128,7 @@ def lr_factor(step: int, warmup_steps: int, steps: int) -> float:
 class Progress:
     """Tells the parent how the run goes, and keeps each step's exact loss in a file."""
 
-    def __init__(self, events: EventWriter, losses: IO[str]) -> None:
+    def __init__(self, events: EventSink, losses: IO[str]) -> None:
         self._events = events
         self._losses = losses
 
@@ -144,15 +171,18 @@ def _describe(save: SaveHandle) -> SaveCommitted:
     )
 
 
-def train_without_checkpoints(settings: DemoSettings, run: TrainingRun, progress: Progress) -> None:
+def train_without_checkpoints(settings: TrainingSettings, run: Run, progress: Progress) -> None:
     """The run that everything else is compared with."""
     for step in range(1, settings.steps + 1):
         progress.step_done(step, run.train_step())
 
 
-def train_with_checkpoints(config: DemoConfig, directory: Path, run: TrainingRun, progress: Progress) -> None:
-    """Train from the newest valid checkpoint, if there is one, and save every few steps while training goes on."""
-    settings = config.demo
+def train_with_checkpoints(config: TrainingConfig, directory: Path, run: Run, progress: Progress) -> None:
+    """Train from the newest valid checkpoint, if there is one, and save every few steps while training goes on.
+
+    Of several ranks each calls it: they save and load together.
+    """
+    settings = config.training
     with Checkpointer(directory, config=config) as ckpt:
         resumed = ckpt.load(into=run.state)  # None: nothing to resume from
         first_step = resumed.step + 1 if resumed else 1

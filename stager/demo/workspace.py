@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stager.config import format_bytes
-from stager.demo.config import DemoConfig
+from stager.demo.config import TrainingConfig
 from workers.errors import StorageError, UsageError
 
+CHECKPOINTS_KEPT = 3
 FREE_SPACE_FACTOR = 1.1  # metadata, logs, and what a file system needs beside the bytes
 
 
@@ -49,8 +50,13 @@ class Workspace:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
+    def remove_old_checkpoints(self) -> None:
+        """All but the last few, which are left to look at."""
+        for checkpoint in sorted(self.checkpoints.glob("step-????????"))[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(checkpoint)
+
     @staticmethod
-    def prepare(root: Path, config: DemoConfig) -> Workspace:
+    def prepare(root: Path, config: TrainingConfig) -> Workspace:
         """An empty workspace; what an earlier demo left in ``root`` is removed.
 
         Raises:
@@ -74,9 +80,9 @@ class Workspace:
         for file in (self.chart, self.results, self.config):
             file.unlink(missing_ok=True)
 
-    def _check_free_space(self, config: DemoConfig) -> None:
-        copies = config.demo.num_saves + 2 + 2  # checkpoints, final states, and a measured save beside its successor
-        needed = int(copies * config.demo.checkpoint_nbytes * FREE_SPACE_FACTOR)
+    def _check_free_space(self, config: TrainingConfig) -> None:
+        training = config.training
+        needed = int(training.num_copies * training.checkpoint_nbytes * FREE_SPACE_FACTOR)
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise StorageError(

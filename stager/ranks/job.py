@@ -50,6 +50,10 @@ class Job:
         """Whether it does what one rank does for all."""
         return self.rank == 0
 
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
     def save_id(self, step: int) -> str:
         """Of the next save of a step: the same on all ranks."""
         if self.board is None:

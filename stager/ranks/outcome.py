@@ -52,6 +52,7 @@ class _Pending:
     deadline: float
     looks_at: float
     commit: Future[Committed | None] | None = field(default=None)
+    has_every_part: bool = False
 
 
 class Outcomes:
@@ -237,6 +238,11 @@ class Outcomes:
         with suppress(OSError):
             names = os.listdir(partial_path(one.facts))
         missing = sorted(set(range(one.facts.num_ranks)) - finished_ranks(names))
+        if not missing and not one.has_every_part:  # it only has to be committed, which is worth some patience
+            one.has_every_part = True
+            one.deadline += self._job.timeout_secs
+            self._help(one)
+            return None
         what = f"rank {some_ranks(missing)} did not finish its part" if missing else "nobody committed it"
         why = f"was not complete within {self._job.timeout_secs:g} s (ranks.timeout_secs): {what}"
         self._post_failure(one.facts.save_id, {"ranks": missing, "error": why})

@@ -31,10 +31,12 @@ class _NoPool:
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[list[Outcomes]]:
     store = dist.HashStore()  # type: ignore[attr-defined]
-    both = [Outcomes(Job(rank, 2, Board(store, "test"), 5.0, "nonce"), _NoPool()) for rank in range(2)]  # type: ignore[arg-type]
+    jobs = [Job(rank, 2, Board(store, "test"), 5.0, "nonce") for rank in range(2)]
+    both = [Outcomes(job, _NoPool()) for job in jobs]  # type: ignore[arg-type]
     yield both
-    for one in both:
+    for job, one in zip(jobs, both, strict=True):
         one.close(ClosedError("the test is over"))
+        job.close()
 
 
 def _facts(directory: Path, save_id: str = "ab") -> SaveFacts:

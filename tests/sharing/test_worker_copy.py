@@ -6,7 +6,7 @@ import concurrent.futures
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -128,6 +128,15 @@ def test_error_that_is_nobodys_absence_is_raised_when_the_other_worker_is_done(f
     assert bytes(state["w"].numpy()) in bytes(slab.view)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Raises KeyboardInterrupt, also where a shell has started the tests in the background, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_raised_when_no_worker_writes_any_more(faults: Faults) -> None:
     hold, slab = faults.hold("copy.piece"), Slab.create(2 * MIB)
     interrupted = threading.Event()

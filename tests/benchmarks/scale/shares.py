@@ -1,0 +1,120 @@
+"""Records and receipts of many ranks, as their workers leave them, without the data files that no commit reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from tests.benchmarks.scale.size import Size
+from workers import files
+from workers.commit import partial_path
+from workers.formats import dcp
+from workers.formats.contract import TensorSpec, evenly
+from workers.job import Extent, Plan, SaveFacts, SaveJob, objects_to_json, to_record
+from workers.layout import FileSpec, Item, Layout, align, deal_once
+from workers.receipt import Receipt
+from workers.structure import ABSENT, Node
+from workers.templates import Templates
+
+_SHARD = (4, 8192)  # lengths of each tensor's shard, float32
+_OBJECT_BYTES = 3000
+_SEGMENT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Where a job's documents lie."""
+
+    view: memoryview
+
+
+def write_shares(directory: str, size: Size) -> tuple[SaveFacts, Layout]:
+    """Fill a partial directory in ``directory``.
+
+    Returns:
+        Facts and layout of rank 0, which are all that a committing worker of it has.
+    """
+    assert size.ranks % size.shards == 0
+    for rank in range(size.ranks):
+        job, layout = _job(directory, size, rank)
+        if rank == 0:
+            own = job.facts, layout
+            os.mkdir(partial_path(job.facts))
+        _write(job, layout)
+    return own
+
+
+def _job(directory: str, size: Size, rank: int) -> tuple[SaveJob, Layout]:
+    plan, objects = _plan(size, rank), _objects(size)
+    facts = SaveFacts(directory, 1, f"{1:016x}", "dcp", 1, False, 1e9, "0", "2", rank=rank, num_ranks=size.ranks)
+    text, of_objects = plan.to_json(), objects_to_json(objects)
+    memory: Any = _Memory(memoryview(text + of_objects))
+    extents = Extent(0, len(text)), Extent(len(text), len(of_objects))
+    job = SaveJob(facts, memory, extents[0], "", extents[1], frozenset())
+    return job, plan.with_objects([_in_file(item, len(plan.files)) for item in objects])
+
+
+def _plan(size: Size, rank: int) -> Plan:
+    """Ranks that share a shard divide its tensors evenly."""
+    num_replicas, replica = size.ranks // size.shards, rank // size.shards
+    first, end = (size.tensors * (replica + side) // num_replicas for side in (0, 1))
+    tensors, named = _laid_out(end - first)
+    return Plan(
+        files=tuple(FileSpec(file.name.replace("__0_", f"__{rank}_"), file.nbytes) for file in named),
+        object_file=dcp.object_file_name(rank),
+        tensors=tensors,
+        structure=_structure(size, rank, range(first, end)),
+        segment_bytes=_SEGMENT_BYTES,
+        templates=_templates() if rank == 0 else None,
+    )
+
+
+@lru_cache
+def _laid_out(num_tensors: int) -> tuple[tuple[Item, ...], tuple[FileSpec, ...]]:
+    spec = TensorSpec((("w",),), "float32", _SHARD, (_SHARD[1], 1))
+    laid_out = dcp.lay_out([spec] * num_tensors, 0, evenly(1))
+    return laid_out.items, laid_out.files
+
+
+@lru_cache
+def _templates() -> Templates:
+    return dcp.templates(_laid_out(1)[0])
+
+
+def _structure(size: Size, rank: int, held: Sequence[int]) -> Node:
+    shard = rank % size.shards
+    names = [f"layers.{number // 9}.feed_forward.w{number % 9}.weight" for number in range(size.tensors)]
+    children: list[Node] = [ABSENT] * size.tensors
+    for index, number in enumerate(held):
+        children[number] = ["chunks", [size.shards * _SHARD[0], _SHARD[1]], [[[shard * _SHARD[0], 0], index]]]
+    own = [f"object_{number}" for number in range(size.objects)]
+    indices = list(range(len(held), len(held) + size.objects))
+    private = ["dict", [f"rank-{rank}"], [["dict", own, indices]]]
+    return ["dict", ["model", "own"], [["dict", names, children], private]]
+
+
+def _objects(size: Size) -> list[Item]:
+    step = align(_OBJECT_BYTES)
+    return [
+        Item("object", 1, at, _OBJECT_BYTES, at, _OBJECT_BYTES, "", (), (), at)
+        for at in range(0, step * size.objects, step)
+    ]
+
+
+def _in_file(item: Item, file: int) -> Item:
+    return Item.from_row([item.kind, file, *item.to_row()[2:]], item.slab_offset)
+
+
+def _write(job: SaveJob, layout: Layout) -> None:
+    facts, partial = job.facts, partial_path(job.facts)
+    directory_fd = files.open_directory(partial)
+    try:
+        files.write_atomically(directory_fd, partial, facts.record_name, to_record(job), facts.fsync)
+        hashes = tuple(f"{number:032x}" for number in range(len(deal_once(layout, 1)[0])))
+        receipt = Receipt(0, 1, facts.save_id, hashes, os.getpid(), 1e9, 1e9, 1e9, rank=facts.rank)
+        receipt.write(directory_fd, partial, facts.fsync)
+    finally:
+        os.close(directory_fd)

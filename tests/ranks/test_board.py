@@ -1,0 +1,69 @@
+"""A store whose server does not answer is given up, and used again when it does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from stager.ranks.board import Board
+from workers.errors import RankFailedError
+
+
+class Frozen(dist.Store):
+    """Answers when it is told to. (PrefixStore calls the C++ store behind it, so this one takes its place.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = dist.HashStore()
+        self.answers = threading.Event()
+
+    def add(self, key: str, amount: int) -> int:
+        self.answers.wait()
+        return int(self.inner.add(key, amount))
+
+
+def frozen_board() -> tuple[Board, Frozen]:
+    board: Any = Board(dist.HashStore(), "x", answer_secs=0.1)
+    board._store = Frozen()
+    return board, board._store
+
+
+def test_a_server_that_does_not_answer_is_given_up() -> None:
+    board, store = frozen_board()
+    with pytest.raises(RankFailedError, match=r"has not answered for 0\.1 s"):
+        board.add("a")
+    started = time.monotonic()
+    with pytest.raises(RankFailedError, match="has not answered"):  # at once, while nobody knows better
+        board.add("a")
+    assert time.monotonic() - started < 0.1
+    store.answers.set()
+    while not board._stuck.done():  # type: ignore[union-attr]
+        pass
+    assert board.add("a") == 2  # the request that was given up was answered, too
+    board.close()
+
+
+def test_the_thread_ends_with_close() -> None:
+    board = Board(dist.HashStore(), "x")
+    assert board.add("a") == 1
+    (thread,) = [t for t in threading.enumerate() if t.name == "stager-board"]
+    board.close()
+    assert not thread.is_alive()
+    assert board.add("a") == 2  # and comes back
+    board.close()
+
+
+def test_errors_of_the_store_arrive() -> None:
+    board: Any = Board(dist.HashStore(), "x")
+
+    def gone(key: str, amount: int) -> int:
+        raise RuntimeError("Connection reset by peer")
+
+    board._store = type("Gone", (), {"add": staticmethod(gone)})()
+    with pytest.raises(RankFailedError, match="Connection reset"):
+        board.add("a")
+    board.close()
