@@ -186,7 +186,15 @@ def _write_manifest(shares: list[Share], directory_fd: int, partial: str) -> Man
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
     manifest = build_manifest(shares, layout, hashes, tuple(index_files))
-    files.write_atomically(directory_fd, partial, MANIFEST_NAME, manifest.to_bytes(), facts.fsync)
+    document = manifest.to_bytes()
+    if len(document) > files.DOCUMENT_BYTES:  # it would be committed, and never be read
+        raise StorageError(
+            errno.EFBIG,
+            f"the manifest of {len(layout.items):,} items takes {len(document):,} bytes, and {files.DOCUMENT_BYTES:,} "
+            "are read; save fewer tensors, or shard within groups of ranks and replicate between them (docs/scale.md)",
+            partial,
+        )
+    files.write_atomically(directory_fd, partial, MANIFEST_NAME, document, facts.fsync)
     point("commit.manifest")
     return manifest
 

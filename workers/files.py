@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from workers.errors import CorruptCheckpointError, StorageError
 
 IOV_MAX = 1024  # Linux
-_SMALL_BYTES = 1 << 30  # a manifest has about 200 bytes per item
+DOCUMENT_BYTES = 1 << 30  # that are read at once, at most; a manifest has about 130 bytes per item
 _HOLE_BYTES = 1 << 20  # below this a hole costs nothing; no file of these kinds has as many zeros in a row
 
 _AT_FDCWD = -100
@@ -96,7 +96,7 @@ def read_small(path: str) -> bytes:
     """
     with open(open_regular(path), "rb") as file:
         nbytes = os.fstat(file.fileno()).st_size
-        if nbytes > _SMALL_BYTES:
+        if nbytes > DOCUMENT_BYTES:
             raise CorruptCheckpointError(path, f"is {nbytes} bytes long, which is too much for a file of its kind")
         if nbytes > _HOLE_BYTES and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < nbytes:
             raise CorruptCheckpointError(path, "has a hole: it is not as long as it seems")  # it would take memory

@@ -301,6 +301,18 @@ def test_what_was_discarded_is_not_committed_by_whoever_still_writes(
     assert os.listdir(run_dir) == []
 
 
+def test_manifest_that_nobody_would_read_is_not_committed(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state: dict[str, object] = {str(i): torch.ones(3) for i in range(50)}
+    nbytes = Path(save(run_dir, state).path, "manifest.json").stat().st_size
+    monkeypatch.setattr(files, "DOCUMENT_BYTES", nbytes - 1)
+    job = make_job(run_dir, state, step=2)
+    with pytest.raises(StorageError, match=r"docs/scale\.md") as raised:
+        run(job)
+    assert raised.value.errno == errno.EFBIG
+    discard_partial(str(run_dir), 2, job.facts.save_id)
+    assert os.listdir(run_dir) == ["step-00000001"]
+
+
 def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir: Path) -> None:
     run_dir.mkdir()
     job = make_job(run_dir, NEW, num_parts=2)

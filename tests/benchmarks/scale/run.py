@@ -19,7 +19,7 @@ from tests.benchmarks.scale.size import Size
 from tests.benchmarks.scale.stock import StockSave, stock_save
 from tests.benchmarks.scale.store import Board
 from tests.benchmarks.scale.world import World
-from workers.files import _SMALL_BYTES
+from workers.files import DOCUMENT_BYTES
 from workers.memo import no_collection
 
 
@@ -100,7 +100,7 @@ def simulate(parameters: Parameters, model: CostModel, num_ranks: int) -> Row:
         measured=model.reaches(size),
         commit=commit,
         parse=model.parse_at(size),
-        readable=commit.manifest_bytes <= _SMALL_BYTES,
+        readable=commit.manifest_bytes <= DOCUMENT_BYTES,
         as_it_is=_variant(lambda rules: World(parameters, num_ranks, costs, rules), as_it_is(num_ranks)),
         proposed=_variant(lambda rules: World(parameters, num_ranks, costs, rules), proposed(num_ranks)),
         stock=stock_save(parameters, num_ranks, model.stock_at(size)),
