@@ -61,8 +61,8 @@ class Ending:
                     return
                 looks_at = now + rules.look_secs
                 if now >= deadline:
-                    yield from self._world.files.list(actor, self._world.directory)
-                    if has_every_part or not self._world.directory.has_every_receipt():
+                    is_written = not looks or (yield from self._is_written(actor))
+                    if has_every_part or not is_written:
                         self.ended_at[rank] = None
                         return
                     has_every_part = True
@@ -80,6 +80,11 @@ class Ending:
         yield from self._world.files.read(actor, self._world.costs.manifest_bytes)
         actor.now += self._world.costs.parse_secs
         return True
+
+    def _is_written(self, actor: Actor) -> Steps[bool]:
+        """Whether the save only has to be committed, which is worth as long again. Who does not look takes it to be so."""
+        yield from self._world.files.list(actor, self._world.directory)
+        return self._world.directory.has_every_receipt()
 
     def _help(self, actor: Actor) -> Steps[None]:
         """Rank 0: were there all receipts and no commit, it would commit. (That somebody else does, its worker sees by the

@@ -15,7 +15,7 @@ class Rules:
     wait_poll_secs: between two looks for a note that is waited for, in the end (``Board.wait``).
     end_poll_secs: between two looks for the end of a save, in the end (``Outcomes``).
     look_secs: between two looks of a rank at the directory, while it waits for the end of a save.
-    everybody_looks: not rank 0 only.
+    everybody_looks: not rank 0 only; and at the deadline every rank lists it, to see whether all parts are written.
     commit_threads: that read records and receipts, and remove them.
     """
 
