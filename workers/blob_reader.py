@@ -185,8 +185,8 @@ class BlobReader:
                     continue
             if type(target) is int:
                 copy(target, address + item.data_offset - start, item.data_nbytes)
-            elif target is not None:
-                target[:] = buffer[item.data_offset - start : item.data_offset - start + item.data_nbytes]  # type: ignore[index]
+            elif isinstance(target, memoryview):
+                target[:] = buffer[item.data_offset - start : item.data_offset - start + item.data_nbytes]
         self._progress(len(buffer))
 
     @staticmethod

@@ -33,7 +33,7 @@ class _TorchFinder(MetaPathFinder):
             execute(module)
             module.set_num_threads(self._num_threads)
 
-        loader.exec_module = exec_module  # type: ignore[method-assign]
+        loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
 
 
 def set_threads_when_imported(num_threads: int) -> None:

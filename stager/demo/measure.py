@@ -91,7 +91,7 @@ class AsyncSaver:
         self._directory = directory
 
     def save(self, step: int, run: TrainingRun) -> Future[Any]:
-        future: Future[Any] = async_save(run.state, checkpoint_id=str(self._directory))  # type: ignore[assignment]
+        future: Future[Any] = async_save(run.state, checkpoint_id=str(self._directory))  # type: ignore[assignment]  # without a stager of ours it is a Future
         return future
 
     def discard(self) -> int:

@@ -334,11 +334,12 @@ def _units(flat: Flat, leaves: Sequence[int], shards: dict[int, Shard | None]) -
         if not isinstance(value, torch.Tensor) or not _is_bytes(value):
             units[leaf] = _Unit([leaf], (), 0, cuttable=False)
             continue
-        tensor = local_of(value) if leaf in shards else value  # type: ignore[arg-type]
+        tensor = local_of(value) if is_sharded(value) else value
         nbytes = tensor.numel() * tensor.dtype.itemsize
         key: Hashable = leaf
         if nbytes and not tensor.is_meta:
-            offsets = shards[leaf].offsets if leaf in shards else ()  # type: ignore[union-attr]
+            shard = shards.get(leaf)
+            offsets = shard.offsets if shard is not None else ()
             key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, offsets, tuple(value.shape)
         if key in units:
             units[key].leaves.append(leaf)

@@ -62,7 +62,7 @@ class Copier:
         if ready is not None:
             enqueue([c for c in batches.others if not c.on_host], leaves, slab, ready)
         threads = self._background if background else self._foreground
-        threads.run([lambda work=work: _do(work, slab, cold) for work in batches.on_host])  # type: ignore[misc]
+        threads.run([lambda work=work: _do(work, slab, cold) for work in batches.on_host])  # type: ignore[misc]  # mypy infers no lambda with a default
         with torch.no_grad():
             for copy in batches.others:
                 if copy.on_host or ready is None:

@@ -29,7 +29,7 @@ class CachedStorages:
         self.mapping = WeakIdKeyDictionary()
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
-        cached: torch.UntypedStorage | None = self.mapping.get(storage)  # type: ignore[no-untyped-call]
+        cached: torch.UntypedStorage | None = self.mapping.get(storage)  # type: ignore[no-untyped-call]  # torch does not annotate it
         if cached is None or cached.nbytes() != storage.nbytes():  # the second: the source was resized in place
             cached = self._buffers.new(storage.nbytes())
             self.mapping[storage] = cached

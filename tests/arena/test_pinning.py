@@ -97,7 +97,7 @@ def test_prepared_slabs_are_registered_after_their_pages_are_there(runtime: Watc
         allocated.append(max(buffer.slab.allocated_nbytes for buffer in arena._slabs.buffers))
         return real(address, nbytes, flags)
 
-    runtime.cudaHostRegister = register  # type: ignore[method-assign]
+    runtime.cudaHostRegister = register
     arena = make_arena(buffers=2, pin=True)
     arena.prepare(MIB)
     assert allocated == [MIB, MIB]

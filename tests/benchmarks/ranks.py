@@ -158,7 +158,7 @@ def _error(values: list[float]) -> float:
 def measure(num_ranks: int, peer: str, mib: int, pairs: int, stretch: int) -> dict[str, Any]:
     directory = tempfile.mkdtemp(prefix="stager-ranks-")
     try:
-        mp.spawn(_rank, (num_ranks, peer, mib, pairs, stretch, directory), nprocs=num_ranks)  # type: ignore[no-untyped-call]
+        mp.spawn(_rank, (num_ranks, peer, mib, pairs, stretch, directory), nprocs=num_ranks)
         result: dict[str, Any] = json.loads(Path(directory, "result.json").read_text())
         return result
     finally:

@@ -144,7 +144,7 @@ def _job(tmp_path: Path, **changes: object) -> Job:
         directory=str(directory),
         records=str(tmp_path / "records"),
     )
-    return replace(job, **changes)  # type: ignore[arg-type]
+    return replace(job, **changes)
 
 
 @pytest.mark.remains

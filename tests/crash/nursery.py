@@ -140,7 +140,7 @@ def serve() -> dict[str, object] | None:
 
 
 def become_trainer(request: dict[str, object]) -> None:
-    stdout, stderr = request["output"]  # type: ignore[misc]
+    stdout, stderr = request["output"]
     for path, number in ((stdout, 1), (stderr, 2)):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(fd, number)
@@ -150,10 +150,10 @@ def become_trainer(request: dict[str, object]) -> None:
     os.close(null)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background has it ignored
     os.environ.clear()
-    os.environ.update(request["env"])  # type: ignore[call-overload]
+    os.environ.update(request["env"])
     faults._DIRECTORY = os.environ.get("STAGER_FAULTS")
     module, _, name = str(request["function"]).partition(":")
-    getattr(importlib.import_module(module), name)(*request["arguments"])  # type: ignore[misc]
+    getattr(importlib.import_module(module), name)(*request["arguments"])
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def say_when_draining() -> None:
         say("draining")
         return original(self, timeout)
 
-    Roster.drain = drain  # type: ignore[method-assign]
+    Roster.drain = drain
 
 
 def end_while_staging(directory: str) -> None:
@@ -107,7 +107,7 @@ def save_forever(directory: str, num_workers: int, nbytes: int) -> None:
 
 
 def say_outcome(step: int, future: object) -> None:
-    error = future.exception()  # type: ignore[attr-defined]
+    error = future.exception()
     say(f"committed {step}" if error is None else f"failed {step} {error!r}")
 
 

@@ -73,7 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_lost_time_is_the_blocked_time_and_the_slower_steps(clock: Clock) -> None:
     blocking = FakeSaver(clock, "blocking", blocked_secs=5.0, done_secs=5.0)
     background = FakeSaver(clock, "background", blocked_secs=0.5, done_secs=10.0)
-    results = list(measure(Meter(Run(clock), 4), [blocking, background], num_saves=2))  # type: ignore[arg-type]
+    results = list(measure(Meter(Run(clock), 4), [blocking, background], num_saves=2))
 
     samples = [result for result in results if isinstance(result, MeasuredSave)]
     assert [sample.method for sample in samples] == ["blocking", "background", "background", "blocking"]
@@ -86,7 +86,7 @@ def test_lost_time_is_the_blocked_time_and_the_slower_steps(clock: Clock) -> Non
 
 def test_stretches_without_a_save_stand_before_and_after_each_save(clock: Clock) -> None:
     saver = FakeSaver(clock, "blocking", 1.0, 1.0)
-    results = list(measure(Meter(Run(clock), 4), [saver], num_saves=2))  # type: ignore[arg-type]
+    results = list(measure(Meter(Run(clock), 4), [saver], num_saves=2))
     assert [type(result) for result in results] == [Stretch, Stretch, MeasuredSave, Stretch, MeasuredSave]
     assert {result.secs for result in results if isinstance(result, Stretch)} == {4.0}
 
@@ -95,7 +95,7 @@ def test_a_save_that_never_completes_is_an_error(clock: Clock, monkeypatch: pyte
     monkeypatch.setattr(measure_module, "MAX_STEPS_WAITED", 20)
     stuck = FakeSaver(clock, "stuck", 1.0, float("inf"))
     with pytest.raises(TimeoutError, match="stuck: a save is not complete after 20 training steps"):
-        Meter(Run(clock), 4).train_and_save(stuck)  # type: ignore[arg-type]
+        Meter(Run(clock), 4).train_and_save(stuck)
 
 
 def test_measurement_gives_medians_and_the_noise_between_equal_stretches() -> None:

@@ -69,8 +69,8 @@ def test_any_checkpoint_becomes_one_safetensors_file(run_dir: Path, tmp_path: Pa
     out = tmp_path / "out.safetensors"
     result = export_checkpoint(info.path, out, file_format="safetensors", max_memory_bytes=1 << 20)
     loaded = load_file(out)
-    expected = {f"m.{name}": value for name, value in state["m"].items() if name != "tied"}  # type: ignore[union-attr]
-    expected |= {f"list.{number}": value for number, value in enumerate(state["list"])}  # type: ignore[arg-type]
+    expected = {f"m.{name}": value for name, value in state["m"].items() if name != "tied"}
+    expected |= {f"list.{number}": value for number, value in enumerate(state["list"])}
     assert set(loaded) == set(expected) and all(same(loaded[name], expected[name]) for name in expected)
     with safe_open(out, "pt") as opened:
         assert opened.metadata() == {"m.tied": "m.w", "format": "pt"}

@@ -91,7 +91,7 @@ def test_parts_in_any_order_give_the_same_files(tmp_path: Path, kind: str) -> No
         job = make_job(directory, everything(), kind=kind, num_parts=3, num_files=2, segment_bytes=256)
         committed = [persist_part(job, part).committed for part in order]
         assert [c is not None for c in committed] == [False, False, True]
-        path = Path(committed[-1].info.path)  # type: ignore[union-attr]
+        path = Path(committed[-1].info.path)
         names = sorted(p for p in path.iterdir() if p.name not in ("manifest.json", ".metadata"))
         contents.add(tuple((p.name, p.read_bytes()) for p in names))
     assert len(contents) == 1
@@ -131,7 +131,7 @@ def test_torch_file_keeps_containers_keys_and_ties(run_dir: Path, elsewhere: Pat
     assert read["tied"]["a"].data_ptr() == read["tied"]["b"].data_ptr()
     first, _, view = read["in objects"][0]
     assert view.data_ptr() == first.data_ptr() + 4
-    assert read["module"]._metadata == state["module"]._metadata  # type: ignore[attr-defined]
+    assert read["module"]._metadata == state["module"]._metadata
 
 
 def test_records_of_a_torch_file_lie_where_mmap_needs_them(run_dir: Path) -> None:
@@ -288,7 +288,7 @@ def test_dtypes_that_safetensors_lacks_take_only_their_own_values_along(run_dir:
 def test_formats_are_those_of_the_configuration() -> None:
     from stager.config.models import PersistenceConfig
 
-    assert set(FORMATS) == set(PersistenceConfig.model_fields["format"].annotation.__args__)  # type: ignore[union-attr]
+    assert set(FORMATS) == set(PersistenceConfig.model_fields["format"].annotation.__args__)
 
 
 @pytest.mark.parametrize("kind", sorted(FORMATS))

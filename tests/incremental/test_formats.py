@@ -78,4 +78,4 @@ def test_what_workers_copied_is_linked(run_dir: Path, kind: str) -> None:
         assert 1_200_000 <= info.linked_bytes < 1_300_000
         loaded = ckpt.load(2)
         assert loaded is not None and same(loaded.state, state)
-        assert not same(loaded.state, ckpt.load(1).state)  # type: ignore[union-attr]
+        assert not same(loaded.state, ckpt.load(1).state)

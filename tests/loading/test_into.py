@@ -393,7 +393,7 @@ def test_object_that_clears_itself_before_it_takes_its_state(run_dir: Path) -> N
 class ModuleOfItsOwn(nn.Linear):
     """Renames a key and takes no ``strict``."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(OrderedDict(weight=state["w"], bias=state["bias"]))
 
 
@@ -408,9 +408,7 @@ def test_module_metadata_reaches_the_module(run_dir: Path) -> None:
     """The versions that nn.Module hangs on its state: without them BatchNorm would invent num_batches_tracked."""
     seen: list[Any] = []
     target = nn.BatchNorm1d(2)
-    target._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-        lambda state, prefix, metadata, *_: seen.append(metadata)
-    )
+    target._register_load_state_dict_pre_hook(lambda state, prefix, metadata, *_: seen.append(metadata))
     restore(run_dir, {"m": nn.BatchNorm1d(2)}, {"m": target})
     assert seen[0]["version"] == 2
 

@@ -96,10 +96,10 @@ def load_module(run: str, placement: Any) -> bool:
     good = optimizer.param_groups[0]["lr"] == 0.25
     for here, there in zip(model.parameters(), expected.parameters(), strict=True):
         moments, its_moments = optimizer.state[here], its_optimizer.state[there]
-        good = good and torch.equal(here.full_tensor(), there) and moments["step"] == its_moments["step"]  # type: ignore[attr-defined]
+        good = good and torch.equal(here.full_tensor(), there) and moments["step"] == its_moments["step"]
         for name in ("exp_avg", "exp_avg_sq"):
             good = good and torch.equal(moments[name].full_tensor(), its_moments[name])
-            good = good and moments[name].placements == here.placements  # type: ignore[attr-defined]
+            good = good and moments[name].placements == here.placements
     return good
 
 

@@ -102,4 +102,4 @@ def test_what_the_user_set_for_torch_does_not_change_them() -> None:
 @pytest.mark.parametrize("name", ["float33", "nn", "_C", "onnx", "__path__", "", "qint8", "float", None, 3, []])
 def test_only_names_of_dtypes_are_looked_up(name: object) -> None:
     with pytest.raises(ValueError, match="has no dtype"):
-        dtype_of(name)  # type: ignore[arg-type]
+        dtype_of(name)

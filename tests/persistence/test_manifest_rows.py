@@ -37,7 +37,7 @@ def test_rows_are_what_json_gives(run_dir: Path, value: str, segment_bytes: int)
         data = manifest.to_bytes()
         body = json.loads(data)["body"]
         expected = plain(manifest)
-        assert {key: body[key] for key in expected} == expected  # type: ignore[attr-defined]
+        assert {key: body[key] for key in expected} == expected
         assert body["stager"] == HEADER.stager
         assert parse_manifest(data, "x") == replace(manifest, layout=parse_manifest(data, "x").layout)
 
@@ -49,4 +49,4 @@ def test_objects_of_other_sizes_are_in_the_next_manifest(run_dir: Path) -> None:
     assert second.memo is first.memo and second.items != first.items
     for layout in (first, second, first):
         manifest = manifest_of(layout, "0" * 32)
-        assert json.loads(manifest.to_bytes())["body"]["rows"] == plain(manifest)["rows"]  # type: ignore[index]
+        assert json.loads(manifest.to_bytes())["body"]["rows"] == plain(manifest)["rows"]

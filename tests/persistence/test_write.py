@@ -77,7 +77,7 @@ def test_parts_in_any_order_give_the_same_files(run_dir: Path, tmp_path: Path) -
         job = make_job(directory, state, num_parts=3, num_files=2, segment_bytes=256)
         committed = [persist_part(job, part).committed for part in order]
         assert [c is not None for c in committed] == [False, False, True]
-        path = Path(committed[-1].info.path)  # type: ignore[union-attr]
+        path = Path(committed[-1].info.path)
         contents.add(tuple(p.read_bytes() for p in sorted(path.glob("*.distcp"))))
     assert len(contents) == 1
 

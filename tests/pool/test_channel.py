@@ -155,11 +155,11 @@ class ShortOfSomething(socket.socket):
 
     refusals = 2
 
-    def sendmsg(self, *args: object) -> int:  # type: ignore[override]
+    def sendmsg(self, *args: object) -> int:
         if self.refusals:
             self.refusals -= 1
             raise OSError(errno.ETOOMANYREFS, "Too many references")
-        return super().sendmsg(*args)  # type: ignore[arg-type]
+        return super().sendmsg(*args)
 
 
 def test_too_many_descriptors_in_flight_is_tried_again_later() -> None:

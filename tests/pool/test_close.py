@@ -114,6 +114,6 @@ def test_broken_supervisor_fails_every_future_and_closes_the_pool(
 def test_options_out_of_range_are_refused() -> None:
     for options in ({"nice": 20}, {"ionice": "best"}, {"max_restarts": -1}, {"task_timeout_secs": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            PoolOptions(**options)  # type: ignore[arg-type]
+            PoolOptions(**options)
     with pytest.raises(ValueError, match="count"):
         WorkerPool(count=0)

@@ -211,7 +211,7 @@ def test_refused_process_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) 
         starts.append(args)
         if len(starts) == 2:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        return start(*args)  # type: ignore[arg-type]
+        return start(*args)
 
     start = process_module._start
     monkeypatch.setattr(process_module, "_start", refuse_second)

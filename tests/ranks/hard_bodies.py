@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ def fail_once_and_go_on(rank: int, directory: str) -> list[int]:
             with suppress(StagerError):
                 ckpt.save(step, state)
             assert ckpt._saver is not None
-            while ckpt._saver.in_flight():
-                time.sleep(0.01)
+            wait([handle.upload_completion for handle in ckpt._saver.in_flight()])  # which is not looking at its error
         steps = [info.step for info in ckpt.checkpoints()]
         with suppress(StagerError):
             ckpt.close()
@@ -99,6 +99,7 @@ def subsets_that_overlap(rank: int, directory: str) -> int:
 def call_back(rank: int, directory: str) -> list[str]:
     """A callback of a Future calls what would wait for it."""
     said: list[str] = []
+    has_said = threading.Event()
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
 
         def callback(_: Any) -> None:
@@ -107,12 +108,12 @@ def call_back(rank: int, directory: str) -> list[str]:
                     call()
                 except Exception as error:  # noqa: BLE001  # it goes to the test
                     said.append(type(error).__name__)
+            has_said.set()
 
         handle = ckpt.save(1, {"a": torch.ones(10)})
         handle.upload_completion.add_done_callback(callback)
         handle.upload_completion.result(60)
-        while len(said) < 3:
-            time.sleep(0.01)
+        assert has_said.wait(60)
     return said
 
 
@@ -153,8 +154,8 @@ def empty_everywhere(rank: int, directory: str) -> dict[str, list[int]]:
         job = ckpt._job
         assert job.board is not None
         counted = Job(1, 2, job.board, nonce=job.nonce).save_id(1)  # of the save to come
-        while rank == 0 and job.board.read(f"agreement/{counted}/here/1") is None:
-            time.sleep(0.01)  # the second of the mesh is the first to be counted
+        if rank == 0:  # the second of the mesh is the first to be counted
+            assert job.board.wait(f"agreement/{counted}/here/1", 60) is not None
         ckpt.save(1, state).upload_completion.result(60)
         loaded = ckpt.load()
         fresh: dict[str, Any] = {name: torch.zeros_like(value) for name, value in state.items()}
@@ -175,6 +176,8 @@ def slow_rank(rank: int, directory: str) -> dict[str, Any]:
     with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 2}}) as ckpt:
         state = {"own": PerRank(torch.ones(1000))}
         ckpt.save(1, state).upload_completion.result(60)
+        board = ckpt._job.board
+        assert board is not None
         hold = Hold(faults_dir / "hold") if rank == 1 else None
         if hold is not None:
             Path(faults_dir, "part.write").write_text(f"hold {hold.path}")
@@ -182,12 +185,11 @@ def slow_rank(rank: int, directory: str) -> dict[str, Any]:
         handle = ckpt.save(2, state)
         if hold is not None:
             hold.wait()
-            while not Path(directory, "given-up").exists():
-                time.sleep(0.01)
+            assert board.wait("given-up", 60) is not None
             hold.release()
         error = handle.upload_completion.exception(60)
         if rank == 0:
-            Path(directory, "given-up").touch()
+            board.post("given-up", b"")
         dist.barrier()
         steps = [info.step for info in ckpt.checkpoints()]
     return {"error": type(error).__name__, "text": str(error), "steps": steps}
@@ -248,7 +250,7 @@ def save_unequal_values(rank: int, directory: str) -> list[str]:
     """Large tensors that differ between ranks, in a few rows; and nested ones."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("stager").addHandler(handler)
     experts = torch.zeros(500_000)
     experts[250_000:] = rank

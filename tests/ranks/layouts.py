@@ -35,7 +35,7 @@ def build(layout: str, seed: int) -> Trained:
     """The model of a seed, and AdamW after one step, so that it has a state."""
     torch.manual_seed(seed)
     model = Model()
-    model.seen += seed  # type: ignore[operator]
+    model.seen += seed
     model, wrapped = _SPREAD[layout](model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01 * (1 + seed))
     torch.manual_seed(seed + 1)

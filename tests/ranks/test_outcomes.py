@@ -30,9 +30,9 @@ class _NoPool:
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[list[Outcomes]]:
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    store = dist.HashStore()
     jobs = [Job(rank, 2, Board(store, "test"), 5.0, "nonce") for rank in range(2)]
-    both = [Outcomes(job, _NoPool()) for job in jobs]  # type: ignore[arg-type]
+    both = [Outcomes(job, _NoPool()) for job in jobs]
     yield both
     for job, one in zip(jobs, both, strict=True):
         one.close(ClosedError("the test is over"))

@@ -143,7 +143,7 @@ def test_one_that_is_removed_before_it_is_read_is_passed_over(run_dir: Path, mon
 
     class Late(Restorer):
         def __init__(self, path: str, *args: object) -> None:
-            super().__init__(path, *args)  # type: ignore[arg-type]
+            super().__init__(path, *args)
             if path.endswith("2"):
                 shutil.rmtree(path)
 

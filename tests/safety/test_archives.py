@@ -65,8 +65,8 @@ def test_archive_of_more_than_4_gib_has_its_directory_where_the_long_end_says(tm
     with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
         archive.writestr("archive/data.pkl", HARMLESS)
         archive.writestr("archive/data/0", b"")
-        archive.fp.seek((4 << 30) + 17, os.SEEK_CUR)  # type: ignore[union-attr]
-        archive.start_dir = archive.fp.tell()  # type: ignore[union-attr,attr-defined]
+        archive.fp.seek((4 << 30) + 17, os.SEEK_CUR)
+        archive.start_dir = archive.fp.tell()
         archive.writestr("archive/version", b"3\n")
     nbytes = path.stat().st_size
     assert nbytes > 4 << 30

@@ -195,7 +195,7 @@ def test_report_tells_what_the_save_cost(run_dir: Path) -> None:
     assert (report.step, report.state, report.num_tensors, report.num_objects) == (1, "committed", 1, 1)
     assert report.nbytes > 4000
     stamps = [report.staged_secs, report.written_secs, report.synced_secs, report.committed_secs]
-    assert all(s is not None for s in stamps) and stamps == sorted(stamps)  # type: ignore[type-var]
+    assert all(s is not None for s in stamps) and stamps == sorted(stamps)
     assert {"plan", "stage", "hand over", "write", "sync", "commit"} <= {event.name for event in report.events}
 
 

@@ -25,7 +25,7 @@ def ctrl_c() -> Iterator[None]:
 
 def _press_when_held(hold: object) -> threading.Thread:
     def press() -> None:
-        hold.wait()  # type: ignore[attr-defined]
+        hold.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=press)

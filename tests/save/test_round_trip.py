@@ -109,7 +109,7 @@ def test_model_and_optimizer_restore_in_place_and_keep_identity(run_dir: Path) -
         ckpt.load(into={"model": fresh_model, "optimizer": fresh_optimizer})
     assert same(fresh_model.state_dict(), model.state_dict())
     assert same(fresh_optimizer.state_dict(), optimizer.state_dict())
-    assert fresh_model[2].weight is fresh_model[0].weight  # type: ignore[index]
+    assert fresh_model[2].weight is fresh_model[0].weight
 
 
 def test_shape_mismatch_is_named_and_nothing_is_changed(run_dir: Path) -> None:

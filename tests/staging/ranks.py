@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import sys
 import time
 import traceback
@@ -34,9 +35,10 @@ def launch(target: str, world_size: int, directory: str, args: list[Any]) -> lis
     pids = [_fork(function, rank, world_size, directory, args) for rank in range(world_size)]
     deadline = time.monotonic() + _DEADLINE_SECS
     for pid in pids:
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
-            assert time.monotonic() < deadline, "a rank did not end in time"
-            time.sleep(0.02)
+        ended = os.pidfd_open(pid)
+        assert select.select([ended], [], [], max(0.0, deadline - time.monotonic()))[0], "a rank did not end in time"
+        os.close(ended)
+        os.waitpid(pid, 0)
     paths = [Path(directory, f"result-{rank}.json") for rank in range(world_size)]
     return [json.loads(path.read_text()) if path.exists() else None for path in paths]
 

@@ -121,8 +121,7 @@ def test_partner_killed_in_the_middle_is_named_and_the_replica_survives(tmp_path
 def hang(rank: int, directory: str) -> dict[str, Any]:
     stager = ReplicationStager(None, timeout=timedelta(seconds=1), storage_dir=directory)
     if rank == 1:
-        while not os.path.exists(f"{directory}/given-up"):
-            time.sleep(0.01)
+        dist.distributed_c10d._get_default_store().wait(["given-up"])
         dist.destroy_process_group = lambda: None
         return {}
     try:
@@ -130,7 +129,7 @@ def hang(rank: int, directory: str) -> dict[str, Any]:
     except ReplicationError as error:
         return {"error_rank": error.rank, "text": str(error)}
     finally:
-        Path(f"{directory}/given-up").touch()
+        dist.distributed_c10d._get_default_store().set("given-up", "")
         dist.destroy_process_group = lambda: None
     return {"error_rank": None}
 

@@ -68,7 +68,7 @@ def test_resumed_training_has_the_same_digests(directory: str, truth: list[str])
 def test_damage_is_found(directory: str, expected: Expectation, how: str) -> None:
     for step, file in zip(reversed(range(STEPS)), (0.0, 0.5, 0.99), strict=False):
         expected = replace(expected, required=range(step + 1))
-        damaged = inflict_damage(directory, Damage(how, True, file, 0.3))  # type: ignore[arg-type]
+        damaged = inflict_damage(directory, Damage(how, True, file, 0.3))
         assert damaged is not None and damaged.step == step
         found = check_directory(directory, expected)
         assert damaged.step in found.invalid and damaged.step in found.missing

@@ -32,7 +32,7 @@ def index_templates(tensors: Sequence[Item]) -> Templates:
     templates = {"start": (maker.start, maker.first_string.to_bytes(4, "little")), **_of_the_whole(maker)}
     for name, (dtype, dims) in kinds.items():
         marks = [number_mark(number) for number in range(dims)]
-        tensor = dcp_metadata.TensorStorageMetadata(properties[dtype], torch.Size(marks), mark(0))  # type: ignore[arg-type]
+        tensor = dcp_metadata.TensorStorageMetadata(properties[dtype], torch.Size(marks), mark(0))  # type: ignore[arg-type]  # for the list
         templates[name] = maker.template(tensor, [*marks, mark(0)])
     for dims in {dims for _, dims in kinds.values()}:
         marks = [number_mark(number) for number in range(2 * dims)]
@@ -48,7 +48,7 @@ def _of_the_whole(maker: TemplateMaker) -> dict[str, tuple[bytes, ...]]:
     state, paths, storage, checkpoint_id, save_id = marks
     meta = dcp_metadata.StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id)
     whole = dcp_metadata.Metadata(state, paths, storage, meta)  # type: ignore[arg-type]  # marks for dictionaries
-    info = _StorageInfo(*marks[:3])  # type: ignore[arg-type]
+    info = _StorageInfo(*marks[:3])  # type: ignore[arg-type]  # marks for numbers
     return {
         "metadata": maker.template(whole, marks),
         "storage info": maker.template(info, marks[:3]),

@@ -109,7 +109,7 @@ def new_shared_mapping(nbytes: int) -> torch.UntypedStorage:
     fd = os.memfd_create("stager", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, nbytes)
-        return torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[no-any-return, attr-defined]
+        return torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[no-any-return, attr-defined]  # not in its stubs
     finally:
         os.close(fd)  # torch maps and keeps a duplicate
 

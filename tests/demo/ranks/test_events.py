@@ -46,7 +46,7 @@ def test_each_rank_says_first_who_it_is(fifo: Path, reader: int) -> None:
 def test_long_texts_are_cut_so_that_lines_of_ranks_do_not_mix(event: Event, fifo: Path, reader: int) -> None:
     _, line = sent(fifo, reader, 0, event)
     assert isinstance(line, RankEvent)
-    assert (type(line.event), line.event.step) == (type(event), 4)  # type: ignore[union-attr]
+    assert (type(line.event), line.event.step) == (type(event), 4)
 
 
 def test_nobody_who_reads_is_an_error_and_no_hang(fifo: Path) -> None:
