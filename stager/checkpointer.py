@@ -13,17 +13,13 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from contextlib import suppress
-from itertools import pairwise
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-from stager.arena.arena import Arena
 from stager.config import StagerConfig, load_config
-from stager.config.host import available_memory_bytes
 from stager.loading.loader import Loaded, Loader
 from stager.loading.selection import Selection
 from stager.ranks.job import find_job
@@ -33,11 +29,18 @@ from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer
 from stager.saving.save import SaveHandle, SaveState
-from stager.saving.saver import Saver, SaverOptions
-from stager.saving.telemetry import Telemetry
-from stager.sharing.sharer import SharingOptions
-from stager.snapshot.copying import Copier
-from stager.snapshot.pieces import segment_bytes_for
+from stager.saving.saver import Saver
+from stager.saving.setup import (
+    agree_on_segment_bytes,
+    check_for_ranks,
+    make_arena,
+    make_saver,
+    make_telemetry,
+    retention_rules,
+    saver_options,
+    start_pool,
+)
+from stager.saving.unread import Unread
 from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,
@@ -45,13 +48,10 @@ from workers.directory import (
     list_checkpoints,
     parse_checkpoint,
 )
-from workers.errors import ClosedError, ConfigError, UsageError
-from workers.formats import get_format
-from workers.pool import PoolOptions, WorkerPool
+from workers.errors import ClosedError, UsageError
 from workers.protected import read_protected, write_protected
 from workers.read_lock import reading
-from workers.retention import Fate, PruneReport, RetentionRules, prune
-from workers.writing import Writing
+from workers.retention import Fate, PruneReport, prune
 
 logger = logging.getLogger("stager")
 
@@ -86,7 +86,7 @@ class Checkpointer:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
-        self._unread: list[SaveHandle] = []
+        self._unread = Unread()
         self._lock_fd = -1
         self._saver: Saver | None = None
         self._preemption: Preemption | None = None
@@ -98,131 +98,22 @@ class Checkpointer:
             _live.add(self)
 
     def _open_for_writing(self) -> None:
-        config = self._config
-        self._check_for_ranks()
-        try:
-            self._lock_fd = take_directory(self._directory, self._job, config.persistence.lock_timeout_secs)
-        except BaseException:
-            self._job.close()
-            raise
-        try:
-            self._telemetry = Telemetry(self._own(config.telemetry.events), self._own(config.telemetry.trace))
-            self._arena = self._make_arena()
-            self._segment_bytes = self._agree_on_segment_bytes()
-            self._pool = self._start_pool()
-        except BaseException:
-            os.close(self._lock_fd)
-            self._job.close()
-            raise
-        self._saver = self._make_saver()
-        self._retainer = Retainer(self._pool, self._directory, self._retention_rules(), self._on_pruned)
-
-    def _own(self, path: str | os.PathLike[str] | None) -> str | None:
-        """The name of this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
-        if path is None or self._job.board is None:
-            return None if path is None else os.fspath(path)
-        stem, suffix = os.path.splitext(os.fspath(path))
-        return f"{stem}.rank-{self._job.rank}{suffix}"
-
-    def _check_for_ranks(self) -> None:
-        """What ranks that save together cannot have.
-
-        Raises:
-            ConfigError
-        """
-        if self._job.board is None:
-            return
-        advice = "or ranks.together to false, with a directory of its own for each rank"
-        if self._config.persistence.format != "dcp":
-            raise ConfigError(
-                f"persistence.format is {self._config.persistence.format}, and {self._job.num_ranks} ranks save together: "
-                f"set it to dcp, {advice}"
-            )
-        if self._config.arena.when_full == "skip":
-            raise ConfigError(
-                "arena.when_full is skip, and a save that one rank skips fails on all of them: set it to wait or raise, "
-                + advice
-            )
-
-    def _make_arena(self) -> Arena:
-        arena = self._config.arena
-        return Arena(
-            arena.buffers,
-            arena.resolve_max_host_bytes(available_memory_bytes(), self._job.local_size),
-            arena.when_full,
-            prefault=arena.prefault,
-            pin=self._pins(),
-        )
-
-    def _agree_on_segment_bytes(self) -> int:
-        """The same on all ranks: a rank that has to save in pieces, as others may not, needs small ones."""
-        own = self._config.persistence.segment_bytes
-        if self._job.board is None:
-            return own
-        return self._job.smallest("persistence.segment_bytes", segment_bytes_for(self._arena.piece_nbytes, own))
-
-    def _pins(self) -> bool:
-        if self._config.arena.pin is True and not torch.cuda.is_available():
-            logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
-        return bool(self._config.arena.pin) and torch.cuda.is_available()
-
-    def _retention_rules(self, num_threads: int | None = 1) -> RetentionRules:
-        """One thread in a worker: it competes with the trainer."""
-        retention = self._config.retention
-        return RetentionRules(
-            keep_latest=retention.keep_latest,
-            keep_every=retention.keep_every,
-            protected=frozenset(retention.protect),
-            full=retention.verify == "full",
-            num_threads=num_threads,
-        )
-
-    def _start_pool(self) -> WorkerPool:
-        workers = self._config.workers
-        options = PoolOptions(
-            nice=workers.nice,
-            ionice=workers.ionice,
-            start_timeout_secs=workers.start_timeout_secs,
-            max_restarts=workers.max_restarts,
-            max_timeouts=workers.max_timeouts,
-            task_timeout_secs=workers.task_timeout_secs,
-            heartbeat_timeout_secs=workers.heartbeat_timeout_secs,
-            orphan_timeout_secs=workers.orphan_timeout_secs,
-            shutdown_timeout_secs=workers.shutdown_timeout_secs,
-            env={"CUDA_VISIBLE_DEVICES": ""},  # workers never create a CUDA context
-        )
-        # Workers keep the lock's descriptor: see NOTE [ The lock ] in workers/directory.py.
-        return WorkerPool(workers.resolve_count(self._job.local_size), options, inherit_fds=(self._lock_fd,))
-
-    def _make_saver(self) -> Saver:
-        persistence, staging = self._config.persistence, self._config.staging
-        num_parts = self._config.workers.resolve_count(self._job.local_size)
-        options = SaverOptions(
-            directory=self._directory,
-            kind=persistence.format,
-            num_parts=num_parts,
-            fsync=persistence.fsync,
-            check_free_space=persistence.check_free_space,
-            segment_bytes=self._segment_bytes,
-            verify=staging.verify,
-            writing=self._writing(num_parts),
-            incremental=persistence.incremental,
-            full_every=persistence.full_every,
-        )
-        sharing = SharingOptions(staging.location, staging.share_min_bytes)
-        copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
-        file_format = get_format(persistence.format)
-        return Saver(options, file_format, self._arena, copier, self._pool, sharing, self._on_done, self._job)
-
-    def _writing(self, num_workers: int) -> Writing:
-        persistence = self._config.persistence
-        if persistence.drop_page_cache and not persistence.fsync:
-            logger.warning(
-                "persistence.drop_page_cache is true, but persistence.fsync is false: nothing is synced or dropped"
-            )
-        limit = persistence.max_bytes_per_sec
-        direct_io = None if persistence.direct_io == "auto" else persistence.direct_io
-        return Writing(persistence.drop_page_cache, None if limit is None else limit / num_workers, direct_io)
+        config, job = self._config, self._job
+        check_for_ranks(config, job)
+        with ExitStack() as opened:  # undone where a later step fails
+            opened.callback(job.close)
+            self._lock_fd = take_directory(self._directory, job, config.persistence.lock_timeout_secs)
+            opened.callback(os.close, self._lock_fd)
+            self._telemetry = make_telemetry(config.telemetry, job)
+            opened.callback(self._telemetry.close)
+            self._arena = make_arena(config.arena, job)
+            opened.callback(self._arena.close)
+            segment_bytes = agree_on_segment_bytes(config.persistence, job, self._arena)
+            self._pool = start_pool(config.workers, job, self._lock_fd)
+            opened.pop_all()
+        options = saver_options(config, job, self._directory, segment_bytes)
+        self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done)
+        self._retainer = Retainer(self._pool, self._directory, retention_rules(config.retention), self._on_pruned)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -251,13 +142,13 @@ class Checkpointer:
         with self._lock:
             saver = self._writer()
             if self._job.board is None:
-                self._raise_unread()
+                self._unread.raise_oldest()
             handle = saver.save(step, state)
-            self._unread.append(handle)
+            self._unread.add(handle)
             # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
             # because of that, which would then fail here, and so on.
             if self._job.board is not None:
-                self._raise_unread()
+                self._unread.raise_oldest()
             return handle
 
     def guard(self, *optimizers: Optimizer) -> None:
@@ -332,31 +223,6 @@ class Checkpointer:
         with suppress(OSError):
             self._telemetry.record(report)
 
-    def _raise_unread(self) -> None:
-        """Raise the oldest error that nobody has seen."""
-        self._unread = [h for h in self._unread if not h.upload_completion.done() or _unread_error(h)]
-        for handle in self._unread:
-            error = _unread_error(handle)
-            if error is not None:
-                handle.upload_completion.was_read = True
-                raise error
-
-    def _raise_every_unread(self) -> None:
-        """At the end there is no later call that could raise the others: they follow the oldest as its context."""
-        handles = [handle for handle in self._unread if _unread_error(handle) is not None]
-        errors = [error for handle in handles if (error := _unread_error(handle)) is not None]
-        for handle in handles:
-            handle.upload_completion.was_read = True
-        distinct = list({id(error): error for error in errors}.values())
-        for error, following in pairwise(distinct):
-            last: BaseException = error
-            while (inner := last.__cause__ or last.__context__) is not None:
-                last = inner
-            if last is not following:
-                last.__context__ = following
-        if distinct:
-            raise distinct[0]
-
     def _writer(self) -> Saver:
         if self._owner != os.getpid():
             raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
@@ -410,13 +276,13 @@ class Checkpointer:
         """
         self._refuse_in_callback("prune()")
         if dry_run and self._saver is None and not self._closed:
-            return prune(self._directory, self._retention_rules(num_threads=None), dry_run=True)
+            return prune(self._directory, retention_rules(self._config.retention, num_threads=None), dry_run=True)
         self._writer()
         return self._retainer.run(dry_run=dry_run)
 
     def _on_pruned(self, report: PruneReport) -> None:
         assert self._saver is not None
-        self._saver.forget_base({*report.damaged, *report.steps(Fate.REMOVED)})
+        self._saver.settler.forget_base({*report.damaged, *report.steps(Fate.REMOVED)})
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -438,7 +304,7 @@ class Checkpointer:
         """Nothing is to be linked to what is known to be damaged."""
         if self._saver is not None:
             steps = {step for item in self._loader.skipped if (step := parse_checkpoint(item.name)) is not None}
-            self._saver.forget_base(steps)
+            self._saver.settler.forget_base(steps)
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
@@ -496,7 +362,7 @@ class Checkpointer:
             if into is not None:
                 self._saver.expect(loaded.info.nbytes // self._job.num_ranks)  # about its share
             if self._loader.knows_whole(loaded.info.path):
-                self._saver.set_base(loaded.step)
+                self._saver.settler.set_base(loaded.step)
         return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------
@@ -532,7 +398,7 @@ class Checkpointer:
                 self._job.close()
                 if self._preemption is not None:
                     self._preemption.restore()
-            self._raise_every_unread()
+            self._unread.raise_all()
 
     def _remaining_secs(self) -> float | None:
         return None if self._preemption is None else self._preemption.remaining_secs()
@@ -556,10 +422,6 @@ class Checkpointer:
         if self._lock_fd >= 0 and not self._closed:
             with suppress(OSError):
                 os.close(self._lock_fd)
-
-
-def _unread_error(handle: SaveHandle) -> BaseException | None:
-    return handle.upload_completion.unread_error()
 
 
 _live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

@@ -59,7 +59,7 @@ def _drain(saver: Saver, pool: WorkerPool, timeout: float | None) -> bool:
     def rest() -> float | None:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-    return pool.drain(rest()) and saver.wait_for_ranks(rest()) and pool.drain(rest())
+    return pool.drain(rest()) and saver.settler.wait_for_ranks(rest()) and pool.drain(rest())
 
 
 def leave_to_workers(saver: Saver, pool: WorkerPool) -> None:
@@ -68,7 +68,7 @@ def leave_to_workers(saver: Saver, pool: WorkerPool) -> None:
     with suppress(TimeoutError):
         saver.wait_for_staging(_STAGING_SECS)
     pool.leave()
-    for handle in saver.in_flight():
+    for handle in saver.settler.in_flight():
         if handle.staging_completion.done():
             _let_go(handle)
 

@@ -3,8 +3,7 @@
 save()    flatten -> plan -> pickle objects -> lease a slab -> copy what is not guarded -> return
 staging   (in the staging thread; save() waits for it unless something is guarded)
           copy what is guarded -> verify -> write plan and objects into the slab -> hand over to every worker
-answers   (in the pool's supervisor thread) all parts done -> release the slab -> resolve upload_completion, or, where
-          other ranks have parts, wait for their end (``stager/ranks/outcome.py``)
+answers   all parts done -> release the slab -> resolve upload_completion (``settler.py``)
 
 A snapshot that is larger than ``arena.max_host_bytes`` goes piece by piece instead (``snapshot/pieces.py``).
 """
@@ -16,11 +15,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +26,10 @@ from stager._version import __version__
 from stager.arena.arena import Arena, Lease, SlabState
 from stager.ranks.job import WARM_UP
 from stager.ranks.job import Job as RankJob
-from stager.ranks.outcome import Outcomes, found_committed
-from stager.saving.answers import Answers
 from stager.saving.job import JobWriter, put, slab_nbytes
+from stager.saving.options import SaverOptions
 from stager.saving.save import SaveHandle, SaveState
+from stager.saving.settler import Settler
 from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.snapshot.copying import Copier, wait_uninterrupted
 from stager.snapshot.flatten import Flat
@@ -40,49 +37,26 @@ from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Piece, Pieces, blobs_of, copies_of, cut, segment_bytes_for
 from stager.snapshot.plan import Planner
 from stager.snapshot.taker import Snapshot, SnapshotTaker, Work
-from workers.commit import Committed
-from workers.directory import partial_name
 from workers.errors import ClosedError, StorageError
 from workers.faults import point
 from workers.files import storage_errors
 from workers.formats import Format
 from workers.job import SaveFacts, SaveJob
-from workers.persist import PartResult, discard_partial, persist_part, prepare_worker
+from workers.persist import PartResult, persist_part, prepare_worker
 from workers.pool import WorkerPool
-from workers.writing import PLAIN, Writing
 
 logger = logging.getLogger("stager")
 
 _ANY_SIZE = (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class SaverOptions:
-    """What a Saver is told.
+class Saver:
+    """Takes snapshots and hands them over to the workers.
 
     Attributes:
-        directory: of the run, absolute.
-        kind: name of the on-disk format.
-        num_parts: into how many parts a save is dealt.
-        fsync, check_free_space, segment_bytes, incremental, full_every: see the configuration's section persistence.
-        verify: see the section staging.
-        writing: of one worker.
+        guard: which optimizers' memory may be copied while training goes on.
+        settler: sees what was handed over through to its end.
     """
-
-    directory: str
-    kind: str
-    num_parts: int
-    fsync: bool
-    check_free_space: bool
-    segment_bytes: int
-    verify: bool
-    writing: Writing = PLAIN
-    incremental: bool = False
-    full_every: int = 0
-
-
-class Saver:
-    """Takes snapshots and sees them through to their commit."""
 
     def __init__(
         self,
@@ -99,9 +73,8 @@ class Saver:
         self._arena = arena
         self._copier = copier
         self._pool = pool
-        self._on_done = on_done
         self._ranks = ranks or RankJob()
-        self._outcomes = Outcomes(self._ranks, pool) if self._ranks.board is not None else None
+        self.settler = Settler(pool, self._ranks, on_done, incremental=options.incremental)
         rank = self._ranks.rank
         self._planner = Planner(
             file_format, options.num_parts, options.segment_bytes, rank, incremental=options.incremental
@@ -115,9 +88,7 @@ class Saver:
         self._stager: ThreadPoolExecutor | None = None
         self._staging_thread = 0
         self._staging: set[Future[None]] = set()
-        self._in_flight: set[SaveHandle] = set()
         self._lock = threading.Lock()
-        self._base_step: int | None = None
         self.guard = Guard(self.wait_for_staging)
         self._sharer = SourceSharer(pool, options.num_parts, sharing) if sharing.location != "trainer" else None
         self._taker = SnapshotTaker(
@@ -131,7 +102,7 @@ class Saver:
         try:
             self._save(handle, state)
         except BaseException as error:
-            self._tell(handle, error)
+            self.settler.tell(handle, error)
             raise
         return handle
 
@@ -140,7 +111,9 @@ class Saver:
         flat = self._taker.flatten(state, handle.save_id)
         snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
         handle._describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.plan.objects))
-        if self._options.check_free_space and self._base_step is None:  # else nobody knows how much will be written
+        if (
+            self._options.check_free_space and self.settler.base_step is None
+        ):  # else nobody knows how much will be written
             self._check_free_space(snapshot.nbytes)
         handle._event("plan", started)
         nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)
@@ -151,11 +124,6 @@ class Saver:
             if lease is not None:
                 self._save_whole(snapshot, lease)
         handle._unblocked()
-
-    def _tell(self, handle: SaveHandle, error: BaseException) -> None:
-        """The other ranks, that this one's part will not come."""
-        if self._outcomes is not None:
-            self._outcomes.post_failed(handle.save_id, error)
 
     def _check_free_space(self, nbytes: int) -> None:
         with storage_errors("save", self._options.directory):
@@ -181,8 +149,7 @@ class Saver:
         try:
             point("save.planned")
             handle._move(SaveState.STAGING)
-            with self._lock:
-                self._in_flight.add(handle)
+            self.settler.begin(handle)
         except BaseException:
             lease.release()
             raise
@@ -267,7 +234,7 @@ class Saver:
         if failure is None:
             handle._staged()
             self._arena.prepare_in_background(lease.nbytes)
-        Answers(futures, partial(self._finish, facts, handle, lease, failure))
+        self.settler.await_parts(futures, facts, handle, lease, failure)
 
     def _hand_over(self, job: SaveJob) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
@@ -294,7 +261,7 @@ class Saver:
             stager=__version__,
             torch=str(torch.__version__),  # it is of a class of torch's, which a worker would have to import
             whole_bytes=whole_bytes,
-            base_step=self._base_step,
+            base_step=self.settler.base_step,
             full_every=self._options.full_every,
             rank=self._ranks.rank,
             num_ranks=self._ranks.num_ranks,
@@ -303,8 +270,7 @@ class Saver:
     def _fail(self, handle: SaveHandle, lease: Lease, error: BaseException) -> None:
         """Before anything was handed over."""
         lease.release()
-        self._tell(handle, error)
-        self._settle(handle, lambda: handle._fail(error))
+        self.settler.fail(handle, error)
 
     # -- in pieces ----------------------------------------------------------------------------------------------
 
@@ -386,111 +352,20 @@ class Saver:
     ) -> None:
         if not futures:
             error = failure or ClosedError("no piece of the snapshot was handed over")
-            self._tell(handle, error)
-            self._settle(handle, lambda: handle._fail(error))
+            self.settler.fail(handle, error)
             return
         handle._move(SaveState.STAGED)
         handle._move(SaveState.PERSISTING)
         point("save.handed-over")
         if whole:
             handle._staged()
-        Answers(futures, partial(self._finish, facts, handle, None, failure))
-
-    # -- the pool's supervisor thread ---------------------------------------------------------------------------
-
-    def _finish(
-        self,
-        facts: SaveFacts,
-        handle: SaveHandle,
-        lease: Lease | None,
-        failure: BaseException | None,
-        results: list[PartResult],
-        error: BaseException | None,
-    ) -> None:
-        """
-        Args:
-            lease: None when the slabs are released already.
-            failure: why not every part was handed over.
-        """
-        if lease is not None:
-            lease.release()
-        committed = next((result.committed for result in results if result.committed), None)
-        if committed is not None:  # whatever befell another part afterwards
-            if self._outcomes is not None:
-                self._outcomes.post_committed(committed)
-            self._settle_committed(handle, results, committed)
-            return
-        why = failure or error
-        if why is None and self._outcomes is not None:
-            self._outcomes.expect(
-                facts,
-                partial(self._settle_committed, handle, results),
-                partial(self._settle_failed, handle),
-            )
-            return
-        if why is None:
-            # The last part to be written sees every receipt, unless somebody took some away: see workers/commit.py.
-            why = StorageError(
-                errno.ENOENT,
-                "every part was written, but not all are there: the partial checkpoint was removed while it was written",
-                os.path.join(self._options.directory, partial_name(handle.step, handle.save_id)),
-            )
-        if self._outcomes is not None:
-            why = self._outcomes.reason(facts, why)
-        self._tell(handle, why)
-        leftovers = (self._options.directory, handle.step, handle.save_id)
-        try:
-            cleaned = self._pool.submit(discard_partial, *leftovers)
-        except ClosedError:
-            with suppress(StorageError):  # the next run tries again
-                discard_partial(*leftovers)
-            self._end_failed(facts, handle, results, why)
-        else:
-            cleaned.add_done_callback(lambda _: self._end_failed(facts, handle, results, why))
-
-    def _end_failed(
-        self, facts: SaveFacts, handle: SaveHandle, results: list[PartResult], error: BaseException
-    ) -> None:
-        """Nothing is left of it, unless another rank has committed it: what failed here came after this rank's receipts."""
-        committed = found_committed(facts) if self._outcomes is not None else None
-        if committed is None:
-            self._settle(handle, lambda: handle._fail(error))
-        else:
-            self._settle_committed(handle, results, committed)
-
-    def _settle_committed(self, handle: SaveHandle, results: list[PartResult], committed: Committed) -> None:
-        self.set_base(handle.step)
-        if not handle.upload_completion.done():  # it may have been left to the workers while it waited for other ranks
-            self._settle(handle, lambda: handle._commit(results, committed))
-
-    def _settle_failed(self, handle: SaveHandle, error: BaseException) -> None:
-        if not handle.upload_completion.done():
-            self._settle(handle, lambda: handle._fail(error))
-
-    def _settle(self, handle: SaveHandle, resolve: Callable[[], None]) -> None:
-        resolve()
-        self._on_done(handle)
-        with self._lock:
-            self._in_flight.discard(handle)
-
-    # -- the base of incremental saves: see workers/base.py ------------------------------------------------------
-
-    def set_base(self, step: int) -> None:
-        """This checkpoint is whole: it was just committed, or verified."""
-        if self._options.incremental:
-            self._base_step = step
-
-    def forget_base(self, steps: Collection[int]) -> None:
-        """These checkpoints are damaged, or gone: nothing is to be linked to them."""
-        if self._base_step in steps:
-            self._base_step = None
+        self.settler.await_parts(futures, facts, handle, None, failure)
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
 
     def in_callback(self) -> bool:
         """Whether this thread runs a callback of a save's Future: what it waited for would wait for it."""
-        in_ranks_callback = self._outcomes is not None and self._outcomes.in_callback
-        return self._pool.in_callback or in_ranks_callback or threading.get_ident() == self._staging_thread
+        return self.settler.in_callback or threading.get_ident() == self._staging_thread
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         with self._lock:
@@ -498,22 +373,9 @@ class Saver:
         if staging and wait(staging, timeout).not_done:
             raise TimeoutError(f"a snapshot was not taken within {timeout:g} s")
 
-    def wait_for_ranks(self, timeout: float | None = None) -> bool:
-        """Until the saves that this rank has written have ended on all ranks; False: after ``timeout`` seconds some have
-        not."""
-        return self._outcomes is None or self._outcomes.drain(timeout)
-
-    def _end_waiting(self) -> None:
-        if self._outcomes is not None:
-            self._outcomes.close(ClosedError("closed before the other ranks had finished their parts of the save"))
-
     def _is_staging(self) -> bool:
         with self._lock:
             return bool(self._staging)
-
-    def in_flight(self) -> list[SaveHandle]:
-        with self._lock:
-            return list(self._in_flight)
 
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, slabs, workers."""
@@ -521,7 +383,7 @@ class Saver:
         try:
             flat = self._taker.flatten(state, handle.save_id)
         except BaseException as error:
-            self._tell(handle, error)
+            self.settler.tell(handle, error)
             raise
         snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
         works = self._taker.split(snapshot)
@@ -559,7 +421,7 @@ class Saver:
 
     def close(self) -> None:
         """After the pool is closed: nothing is in flight any more."""
-        self._end_waiting()
+        self.settler.close()
         self.guard.close()
         if self._stager is not None:
             self._stager.shutdown()

@@ -1,0 +1,30 @@
+"""What a Saver is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.writing import PLAIN, Writing
+
+
+@dataclass(frozen=True, slots=True)
+class SaverOptions:
+    """Attributes:
+    directory: of the run, absolute.
+    kind: name of the on-disk format.
+    num_parts: into how many parts a save is dealt.
+    fsync, check_free_space, segment_bytes, incremental, full_every: see the configuration's section persistence.
+    verify: see the section staging.
+    writing: of one worker.
+    """
+
+    directory: str
+    kind: str
+    num_parts: int
+    fsync: bool
+    check_free_space: bool
+    segment_bytes: int
+    verify: bool
+    writing: Writing = PLAIN
+    incremental: bool = False
+    full_every: int = 0

@@ -1,0 +1,172 @@
+"""What a Checkpointer that saves is made of, from its configuration and the ranks it saves with."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+
+from stager.arena.arena import Arena
+from stager.config import (
+    ArenaConfig,
+    PersistenceConfig,
+    RetentionConfig,
+    StagerConfig,
+    StagingConfig,
+    TelemetryConfig,
+    WorkersConfig,
+)
+from stager.config.host import available_memory_bytes
+from stager.ranks.job import Job
+from stager.saving.options import SaverOptions
+from stager.saving.save import SaveHandle
+from stager.saving.saver import Saver
+from stager.saving.telemetry import Telemetry
+from stager.sharing.sharer import SharingOptions
+from stager.snapshot.copying import Copier
+from stager.snapshot.pieces import segment_bytes_for
+from workers.errors import ConfigError
+from workers.formats import get_format
+from workers.pool import PoolOptions, WorkerPool
+from workers.retention import RetentionRules
+from workers.writing import Writing
+
+logger = logging.getLogger("stager")
+
+
+def check_for_ranks(config: StagerConfig, job: Job) -> None:
+    """What ranks that save together cannot have.
+
+    Raises:
+        ConfigError
+    """
+    if job.board is None:
+        return
+    advice = "or ranks.together to false, with a directory of its own for each rank"
+    if config.persistence.format != "dcp":
+        raise ConfigError(
+            f"persistence.format is {config.persistence.format}, and {job.num_ranks} ranks save together: set it to dcp, "
+            + advice
+        )
+    if config.arena.when_full == "skip":
+        raise ConfigError(
+            "arena.when_full is skip, and a save that one rank skips fails on all of them: set it to wait or raise, "
+            + advice
+        )
+
+
+def make_telemetry(telemetry: TelemetryConfig, job: Job) -> Telemetry:
+    """
+    Raises:
+        OSError: a file cannot be opened.
+    """
+    return Telemetry(_of_rank(telemetry.events, job), _of_rank(telemetry.trace, job))
+
+
+def _of_rank(path: str | os.PathLike[str] | None, job: Job) -> str | None:
+    """The name of this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
+    if path is None or job.board is None:
+        return None if path is None else os.fspath(path)
+    stem, suffix = os.path.splitext(os.fspath(path))
+    return f"{stem}.rank-{job.rank}{suffix}"
+
+
+def make_arena(arena: ArenaConfig, job: Job) -> Arena:
+    has_device = torch.cuda.is_available()
+    if arena.pin is True and not has_device:
+        logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
+    return Arena(
+        arena.buffers,
+        arena.resolve_max_host_bytes(available_memory_bytes(), job.local_size),
+        arena.when_full,
+        prefault=arena.prefault,
+        pin=bool(arena.pin) and has_device,
+    )
+
+
+def agree_on_segment_bytes(persistence: PersistenceConfig, job: Job, arena: Arena) -> int:
+    """The same on all ranks: a rank that has to save in pieces, as others may not, needs small ones.
+
+    Raises:
+        RankFailedError: a rank did not come.
+    """
+    own = persistence.segment_bytes
+    if job.board is None:
+        return own
+    return job.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
+
+
+def start_pool(workers: WorkersConfig, job: Job, lock_fd: int) -> WorkerPool:
+    """
+    Args:
+        lock_fd: workers keep it, see NOTE [ The lock ] in ``workers/directory.py``.
+
+    Raises:
+        WorkerStartError
+    """
+    options = PoolOptions(
+        nice=workers.nice,
+        ionice=workers.ionice,
+        start_timeout_secs=workers.start_timeout_secs,
+        max_restarts=workers.max_restarts,
+        max_timeouts=workers.max_timeouts,
+        task_timeout_secs=workers.task_timeout_secs,
+        heartbeat_timeout_secs=workers.heartbeat_timeout_secs,
+        orphan_timeout_secs=workers.orphan_timeout_secs,
+        shutdown_timeout_secs=workers.shutdown_timeout_secs,
+        env={"CUDA_VISIBLE_DEVICES": ""},  # workers never create a CUDA context
+    )
+    return WorkerPool(workers.resolve_count(job.local_size), options, inherit_fds=(lock_fd,))
+
+
+def saver_options(config: StagerConfig, job: Job, directory: str, segment_bytes: int) -> SaverOptions:
+    persistence = config.persistence
+    num_parts = config.workers.resolve_count(job.local_size)
+    return SaverOptions(
+        directory=directory,
+        kind=persistence.format,
+        num_parts=num_parts,
+        fsync=persistence.fsync,
+        check_free_space=persistence.check_free_space,
+        segment_bytes=segment_bytes,
+        verify=config.staging.verify,
+        writing=_writing(persistence, num_parts),
+        incremental=persistence.incremental,
+        full_every=persistence.full_every,
+    )
+
+
+def _writing(persistence: PersistenceConfig, num_workers: int) -> Writing:
+    if persistence.drop_page_cache and not persistence.fsync:
+        logger.warning(
+            "persistence.drop_page_cache is true, but persistence.fsync is false: nothing is synced or dropped"
+        )
+    limit = persistence.max_bytes_per_sec
+    direct_io = None if persistence.direct_io == "auto" else persistence.direct_io
+    return Writing(persistence.drop_page_cache, None if limit is None else limit / num_workers, direct_io)
+
+
+def make_saver(
+    options: SaverOptions,
+    staging: StagingConfig,
+    arena: Arena,
+    pool: WorkerPool,
+    job: Job,
+    on_done: Callable[[SaveHandle], None],
+) -> Saver:
+    sharing = SharingOptions(staging.location, staging.share_min_bytes)
+    copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
+    return Saver(options, get_format(options.kind), arena, copier, pool, sharing, on_done, job)
+
+
+def retention_rules(retention: RetentionConfig, num_threads: int | None = 1) -> RetentionRules:
+    """One thread in a worker: it competes with the trainer."""
+    return RetentionRules(
+        keep_latest=retention.keep_latest,
+        keep_every=retention.keep_every,
+        protected=frozenset(retention.protect),
+        full=retention.verify == "full",
+        num_threads=num_threads,
+    )
