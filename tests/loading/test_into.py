@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,36 +11,10 @@ import torch
 from torch import nn
 
 from stager import CorruptCheckpointError, StateMismatchError, UnsafePickleError
+from tests.loading.restoring import contents, refused, restore
 from tests.persistence.jobs import restorer, save
 from tests.states import bits, same
 from workers.formats import FORMATS
-
-
-def restore(run_dir: Path, state: dict[str, Any], into: dict[str, Any], strict: bool = True, **options: Any) -> None:
-    restorer(save(run_dir, state, **options)).load_into(into, strict)
-
-
-def refused(run_dir: Path, state: dict[str, Any], into: dict[str, Any], message: str, strict: bool = True) -> None:
-    """It is refused with this message, and nothing of ``into`` is changed."""
-    before = _contents(into)
-    with pytest.raises(StateMismatchError, match=message) as raised:
-        restore(run_dir, state, into, strict)
-    assert "nothing was changed" in str(raised.value)
-    assert _contents(into) == before
-
-
-def _contents(value: Any) -> Any:
-    """Values, identities and versions of everything in it."""
-    if isinstance(value, torch.Tensor):
-        plain = value.layout is torch.strided and not value.is_meta
-        return id(value), value._version, bits(value) if plain else None
-    if isinstance(value, nn.Module):
-        return id(value), _contents(value.state_dict(keep_vars=True))
-    if isinstance(value, torch.optim.Optimizer):
-        return id(value), _contents(list(value.state.values())), repr(value)
-    if hasattr(value, "items"):
-        return {k: _contents(v) for k, v in value.items()}
-    return [_contents(v) for v in value] if isinstance(value, (list, tuple)) else (id(value), repr(value))
 
 
 def test_tensors_keep_identity_memory_and_gradients(run_dir: Path) -> None:
@@ -193,235 +164,15 @@ def test_long_lists_of_problems_are_cut(run_dir: Path) -> None:
     refused(run_dir, state, {name: torch.zeros(3) for name in state}, r"\.\.\. and 10 more")
 
 
-# -- tied weights, shared memory ---------------------------------------------------------------------------------
-
-
-def test_tied_there_and_not_here(run_dir: Path) -> None:
-    weight = torch.randn(4, 4)
-    into = {"a": torch.zeros(4, 4), "b": torch.zeros(4, 4), "c": torch.zeros(4, 4).t(), "d": None}
-    a, b = into["a"], into["b"]
-    restore(run_dir, {"a": weight, "b": weight, "c": weight, "d": weight}, into)
-    assert into["a"] is a and into["b"] is b and a.data_ptr() != b.data_ptr()
-    assert all(bits(into[name]) == bits(weight) for name in "abcd")
-
-
-def test_tied_here_and_not_there_the_last_one_wins(run_dir: Path) -> None:
-    """As when load_state_dict() is given different values for one tensor; never a mixture of the two."""
-    state = {f"t{i}": torch.full((300_000,), float(i)) for i in range(8)}
-    shared = torch.zeros(300_000)
-    restore(run_dir, state, dict.fromkeys(state, shared))
-    assert torch.equal(shared, state["t7"])
-    reverse = dict.fromkeys(reversed(state), shared)
-    restore(run_dir, state, reverse)
-    assert torch.equal(shared, state["t0"])
-
-
-def test_overlapping_views_of_one_base(run_dir: Path) -> None:
-    source, target = torch.randn(10, 10), torch.zeros(10, 10)
-
-    def views(base: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"a": base[1:5], "b": base[3:8], "t": base.t(), "c": base[:, 2], "row": base[9]}
-
-    restore(run_dir, views(source), views(target))
-    assert torch.equal(source, target)
-
-
-def test_value_that_is_tied_there_is_not_taken_from_memory_that_something_else_overwrote(run_dir: Path) -> None:
-    first, second = torch.full((50,), 1.0), torch.full((50,), 2.0)
-    shared = torch.zeros(50)
-    into = {"a": shared, "copy": None, "b": shared}
-    restore(run_dir, {"a": first, "copy": first, "b": second}, into)
-    assert torch.equal(into["copy"], first) and torch.equal(shared, second)
-
-
-def test_tied_module_weights(run_dir: Path) -> None:
-    def model(tied: bool) -> nn.Module:
-        result = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-        if tied:
-            result[1].weight = result[0].weight
-        return result
-
-    for there, here in [(True, True), (True, False), (False, True)]:
-        source, target = model(there), model(here)
-        parameters = [id(p) for p in target.parameters()]
-        restore(run_dir, {"m": source}, {"m": target})
-        assert [id(p) for p in target.parameters()] == parameters
-        assert torch.equal(target[1].weight, source[1].weight)
-        assert here or torch.equal(target[0].weight, source[0].weight)
-
-
-# -- modules and optimizers ---------------------------------------------------------------------------------------
-
-
-def trained(seed: int, steps: int = 2, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(5, 4)).sum().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-@pytest.mark.parametrize("steps", [0, 3], ids=["fresh", "used"])
-def test_module_and_optimizer(run_dir: Path, steps: int) -> None:
-    model, optimizer = trained(1)
-    target, target_optimizer = trained(2, steps, lr=0.5)
-    tensors = [*target.parameters(), *target.buffers()]
-    moments = [state["exp_avg"] for state in target_optimizer.state.values()]
-    restore(run_dir, {"m": model, "o": optimizer}, {"m": target, "o": target_optimizer})
-    assert same(dict(target.state_dict()), dict(model.state_dict()))
-    assert same(target_optimizer.state_dict(), optimizer.state_dict())
-    assert all(a is b for a, b in zip(tensors, [*target.parameters(), *target.buffers()], strict=True))
-    if steps:
-        assert all(a is b["exp_avg"] for a, b in zip(moments, target_optimizer.state.values(), strict=True))
-    data = torch.randn(5, 4)
-    for each, its_optimizer in ((model, optimizer), (target, target_optimizer)):  # and goes on the same
-        its_optimizer.zero_grad()
-        each(data).sum().backward()
-        its_optimizer.step()
-    assert same(dict(target.state_dict()), dict(model.state_dict()))
-
-
-def modules_that_do_not_fit() -> Iterator[Any]:
-    model, _ = trained(1)
-    yield pytest.param(
-        nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), r"m\['2.weight'\]: has shape", id="shape"
-    )
-    yield pytest.param(
-        nn.Sequential(*model, nn.Linear(2, 2)), r"m\['3.bias'\]: missing in the checkpoint", id="missing"
-    )
-    yield pytest.param(copy.deepcopy(model[:2]), r"m\['2.bias'\]: in the checkpoint, but not here", id="unexpected")
-    yield pytest.param(copy.deepcopy(model).to("meta"), r"m\['0.weight'\]: is on the meta device", id="meta")
-
-
-@pytest.mark.parametrize("target, message", [*modules_that_do_not_fit()])
-def test_module_that_does_not_fit(run_dir: Path, target: nn.Module, message: str) -> None:
-    refused(run_dir, {"a": torch.ones(1), "m": trained(1)[0]}, {"a": torch.zeros(1), "m": target}, message)
-
-
-def test_module_for_something_else(run_dir: Path) -> None:
-    refused(run_dir, {"m": 5}, {"m": nn.Linear(1, 1)}, "m: is a Linear here and a single value in the checkpoint")
-    refused(run_dir, {"m": [torch.ones(1)]}, {"m": nn.Linear(1, 1)}, "m: is a Linear here and a list in the checkpoint")
-
-
-def test_not_strict_module(run_dir: Path) -> None:
-    source, target = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    restore(run_dir, {"m": source}, {"m": target}, strict=False)
-    assert same(dict(target[0].state_dict()), dict(source[0].state_dict()))
-    refused(run_dir, {"m": nn.Linear(2, 2)}, {"m": nn.Linear(2, 3)}, "has shape", strict=False)
-
-
-def test_module_of_another_dtype_is_converted_as_torch_does(run_dir: Path) -> None:
-    source, target = nn.Linear(3, 3), nn.Linear(3, 3).to(torch.bfloat16)
-    restore(run_dir, {"m": source}, {"m": target})
-    assert torch.equal(target.weight, source.weight.to(torch.bfloat16))
-
-
-class WithExtraState(nn.Module):
-    def __init__(self, extra: Any) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 2)
-        self.extra = extra
-
-    def get_extra_state(self) -> Any:
-        return self.extra
-
-    def set_extra_state(self, state: Any) -> None:
-        self.extra = state
-
-
-@pytest.mark.parametrize(
-    "extra", [None, {}, 3, {"a": {"b": torch.arange(3)}, "c": 1}, [torch.ones(1)], "text"], ids=str
-)
-def test_module_with_extra_state(run_dir: Path, extra: Any) -> None:
-    target = WithExtraState({"a": {"b": torch.zeros(3, dtype=torch.int64)}, "c": 0})
-    restore(run_dir, {"m": WithExtraState(extra)}, {"m": target})
-    assert same(target.extra, extra)
-
-
-def test_lazy_module(run_dir: Path) -> None:
-    source, target = nn.Linear(3, 2), nn.LazyLinear(2)
-    restore(run_dir, {"m": source}, {"m": target})
-    assert torch.equal(target.weight, source.weight)
-
-
-def optimizers_that_do_not_fit() -> Iterator[Any]:
-    model, _ = trained(1)
-    halves = [{"params": list(model[0].parameters())}, {"params": [*model[1].parameters(), *model[2].parameters()]}]
-    yield pytest.param(torch.optim.AdamW(halves), "o: has 2 parameter groups, the checkpoint 1", id="groups")
-    few = torch.optim.AdamW(model[0].parameters())
-    yield pytest.param(few, r"o\['param_groups'\]\[0\]: has 2 parameters, the checkpoint 6", id="parameters")
-
-
-@pytest.mark.parametrize("target, message", [*optimizers_that_do_not_fit()])
-def test_optimizer_that_does_not_fit(run_dir: Path, target: torch.optim.Optimizer, message: str) -> None:
-    model, optimizer = trained(1)
-    into = {"m": copy.deepcopy(model), "x": torch.zeros(1), "o": target}
-    refused(run_dir, {"m": model, "o": optimizer, "x": torch.ones(1)}, into, message)
-
-
-def test_optimizer_for_something_else(run_dir: Path) -> None:
-    _, optimizer = trained(1)
-    others: list[Any] = [5, {"state": {}}, {"state": {}, "param_groups": 3}, {"param_groups": [torch.ones(1)]}]
-    for other in others:
-        refused(run_dir, {"o": other}, {"o": optimizer}, "o: is a AdamW here, and none in the checkpoint")
-
-
-class Clearing:
-    """Takes its state by clearing first, as some objects do: it must not be handed its own tensors."""
-
-    def __init__(self, value: float) -> None:
-        self.buffer = torch.full((4,), value)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"buffer": self.buffer}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.buffer.zero_()
-        self.buffer += state["buffer"]
-
-
-def test_object_that_clears_itself_before_it_takes_its_state(run_dir: Path) -> None:
-    target = Clearing(2.0)
-    buffer = target.buffer
-    restore(run_dir, {"c": Clearing(7.0)}, {"c": target})
-    assert target.buffer is buffer and torch.equal(buffer, torch.full((4,), 7.0))
-
-
-class ModuleOfItsOwn(nn.Linear):
-    """Renames a key and takes no ``strict``."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(OrderedDict(weight=state["w"], bias=state["bias"]))
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_module_that_loads_in_its_own_way_is_left_to_it(run_dir: Path, strict: bool) -> None:
-    target = ModuleOfItsOwn(2, 2)
-    restore(run_dir, {"m": {"w": torch.ones(2, 2), "bias": torch.zeros(2)}}, {"m": target}, strict=strict)
-    assert torch.equal(target.weight, torch.ones(2, 2))
-
-
-def test_module_metadata_reaches_the_module(run_dir: Path) -> None:
-    """The versions that nn.Module hangs on its state: without them BatchNorm would invent num_batches_tracked."""
-    seen: list[Any] = []
-    target = nn.BatchNorm1d(2)
-    target._register_load_state_dict_pre_hook(lambda state, prefix, metadata, *_: seen.append(metadata))
-    restore(run_dir, {"m": nn.BatchNorm1d(2)}, {"m": target})
-    assert seen[0]["version"] == 2
-
-
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 
 def test_pickle_that_is_not_allowed_is_refused_before_a_tensor_is_touched(run_dir: Path) -> None:
     into = {"x": torch.zeros(3), "u": None}
-    before = _contents(into)
+    before = contents(into)
     with pytest.raises(UnsafePickleError, match=r"^u in .* could run code when loaded.*allow_pickle=True"):
         restore(run_dir, {"x": torch.ones(3), "u": Unsafe()}, into)
-    assert _contents(into) == before
+    assert contents(into) == before
     restorer(save(run_dir, {"x": torch.ones(3), "u": Unsafe()}), allow_pickle=True).load_into(into, True)
     assert isinstance(into["u"], Unsafe)
 
@@ -431,10 +182,10 @@ def test_damaged_object_is_refused_before_a_tensor_is_touched(run_dir: Path) -> 
     path = Path(info.path, "__0_objects.distcp")
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     into = {"x": torch.zeros(3), "n": None}
-    before = _contents(into)
+    before = contents(into)
     with pytest.raises(CorruptCheckpointError, match=r"damaged \(n\)"):
         restorer(info).load_into(into, True)
-    assert _contents(into) == before
+    assert contents(into) == before
 
 
 @pytest.mark.parametrize("num_threads", [1, 4])

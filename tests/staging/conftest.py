@@ -1,0 +1,44 @@
+"""The classes that the tests of compatibility are run against."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed.checkpoint._experimental.staging as torch_experimental
+import torch.distributed.checkpoint._state_dict_stager as torch_stager
+import torch.distributed.checkpoint.staging as torch_staging
+
+import stager.staging
+import stager.staging.state_dict_stager
+
+TORCH = SimpleNamespace(
+    is_torch=True,
+    StateDictStager=torch_stager.StateDictStager,
+    AsyncStager=torch_staging.AsyncStager,
+    StagingOptions=torch_staging.StagingOptions,
+    DefaultStager=torch_staging.DefaultStager,
+    BlockingAsyncStager=torch_staging.BlockingAsyncStager,
+    ReplicationStager=torch_staging._ReplicationStager,
+    CheckpointStager=torch_experimental.CheckpointStager,
+    CheckpointStagerConfig=torch_experimental.CheckpointStagerConfig,
+    ExperimentalStager=torch_experimental.DefaultStager,
+)
+STAGER = SimpleNamespace(
+    is_torch=False,
+    StateDictStager=stager.staging.state_dict_stager.StateDictStager,
+    AsyncStager=stager.staging.AsyncStager,
+    StagingOptions=stager.staging.StagingOptions,
+    DefaultStager=stager.staging.DefaultStager,
+    BlockingAsyncStager=stager.staging.BlockingAsyncStager,
+    ReplicationStager=stager.staging._ReplicationStager,
+    CheckpointStager=stager.staging.CheckpointStager,
+    CheckpointStagerConfig=stager.staging.CheckpointStagerConfig,
+    ExperimentalStager=stager.staging.DefaultStager,
+)
+
+
+@pytest.fixture(params=[TORCH, STAGER], ids=["torch", "stager"])
+def api(request: pytest.FixtureRequest) -> Any:
+    return request.param
