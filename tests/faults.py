@@ -36,6 +36,11 @@ class Faults:
         return hold
 
 
+def faults_of_this_process(directory: Path) -> Faults:
+    """In a child of a test, which ends with it: nothing is put back."""
+    return Faults(directory, pytest.MonkeyPatch())
+
+
 class Hold:
     """One process, held at a point."""
 

@@ -20,6 +20,11 @@ _BY_NAME = {
 }
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """``float32``, as it stands in manifests."""
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_of(name: str) -> torch.dtype:
     """The dtype called ``name`` ("float32").
 

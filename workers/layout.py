@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -187,6 +188,17 @@ def deal_once(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list
     """As :func:`deal`, kept for the next save of the plan. Not to be changed."""
     key = num_parts, whole_bytes, layout.varying
     return layout.memo.of_save("deal", key, lambda: deal(layout, num_parts, whole_bytes))
+
+
+@lru_cache(maxsize=4096)  # models have many tensors and few shapes
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """In elements, last dimension fastest."""
+    strides: list[int] = []
+    step = 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(1, length)
+    return tuple(reversed(strides))
 
 
 def align(offset: int, to: int = BLOB_ALIGN_BYTES) -> int:

@@ -47,6 +47,7 @@ def _of_file(path: str) -> list[Entry]:
 
     from stager.loading.foreign import load_torch_save
     from stager.snapshot.flatten import flatten
+    from workers.dtypes import name_of
     from workers.errors import CorruptCheckpointError
     from workers.structure import fqn
 
@@ -60,7 +61,7 @@ def _of_file(path: str) -> list[Entry]:
     entries = []
     for keys, leaf in zip(flat.paths, flat.leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
-            dtype = str(leaf.dtype).removeprefix("torch.")
+            dtype = name_of(leaf.dtype)
             nbytes = leaf.numel() * leaf.dtype.itemsize
             entries.append(Entry(fqn(keys), "tensor", dtype, tuple(leaf.shape), nbytes, os.path.basename(path)))
         else:
@@ -85,6 +86,8 @@ def _entries(metadata: Metadata) -> list[Entry]:
     """A tensor in chunks is one entry, with the place of its first chunk."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+    from workers.dtypes import name_of
+
     places: dict[str, Any] = {}
     for index, info in metadata.storage_data.items():
         places.setdefault(index.fqn, info)
@@ -95,7 +98,7 @@ def _entries(metadata: Metadata) -> list[Entry]:
         if isinstance(described, TensorStorageMetadata):
             dtype, shape = described.properties.dtype, tuple(described.size)
             nbytes = described.size.numel() * dtype.itemsize
-            entries.append(Entry(name, "tensor", str(dtype).removeprefix("torch."), shape, nbytes, file, offset))
+            entries.append(Entry(name, "tensor", name_of(dtype), shape, nbytes, file, offset))
         else:
             entries.append(Entry(name, "object", "", (), None if info is None else info.length, file, offset))
     return entries

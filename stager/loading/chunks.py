@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stager.storage.payload import contiguous_stride
 from workers.blob_reader import BlobReader, Wanted
 from workers.dtypes import dtype_of, new_tensor
-from workers.layout import Item
+from workers.layout import Item, contiguous_stride
 from workers.manifest import Manifest
 from workers.pages import bytes_at
 from workers.structure import Chunks, Node
@@ -57,9 +56,8 @@ def with_wholes(manifest: Manifest) -> Wholes:
 
 
 def _item(chunks: Chunks, dtype: str) -> Item:
-    stride = tuple(math.prod(max(1, n) for n in chunks.shape[dim + 1 :]) for dim in range(len(chunks.shape)))
     nbytes = math.prod(chunks.shape) * dtype_of(dtype).itemsize
-    return Item("tensor", -1, 0, nbytes, 0, nbytes, dtype, chunks.shape, stride)
+    return Item("tensor", -1, 0, nbytes, 0, nbytes, dtype, chunks.shape, contiguous_stride(chunks.shape))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stager.ranks.shards import is_sharded
-from workers.dtypes import dtype_of
+from workers.dtypes import dtype_of, name_of
 from workers.layout import Item
 from workers.structure import Path, describe
 
@@ -57,7 +57,7 @@ def object_difference(loaded: Any, tensor: torch.Tensor, path: Path) -> str | No
     elif loaded.shape != tensor.shape:
         problem = f"has shape {list(tensor.shape)} here and {list(loaded.shape)} in the checkpoint"
     elif loaded.dtype != tensor.dtype:
-        problem = _dtype_problem(str(loaded.dtype).removeprefix("torch."), tensor)
+        problem = _dtype_problem(name_of(loaded.dtype), tensor)
     elif loaded.layout != tensor.layout or loaded.is_quantized != tensor.is_quantized:
         problem = f"is {tensor.layout} here and {loaded.layout} in the checkpoint"
     elif not loaded.is_meta:

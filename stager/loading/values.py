@@ -11,6 +11,7 @@ from stager.loading.match import match, refuse
 from stager.loading.restore import settle, sharing_memory
 from stager.loading.selection import Selection
 from stager.snapshot.flatten import flatten
+from workers.dtypes import name_of
 from workers.layout import Item, Layout
 from workers.manifest import Header, Manifest
 from workers.structure import build
@@ -59,5 +60,5 @@ def selected_values(state: Mapping[str, Any], path: str, selection: Selection) -
 def _item(leaf: object) -> Item:
     if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or leaf.is_quantized or leaf.is_nested:
         return Item("object", 0, 0, 0, 0, 0, "", (), ())
-    dtype = str(leaf.dtype).removeprefix("torch.")
+    dtype = name_of(leaf.dtype)
     return Item("tensor", 0, 0, 0, 0, 0, dtype, tuple(leaf.shape), leaf.stride())

@@ -20,7 +20,8 @@ import torch
 from stager.ranks.agreement import ALONE, Agreement, Entry, Holding
 from stager.ranks.job import Job
 from stager.ranks.shards import Shard, is_sharded, local_of, locals_of, shard_of, spread_of
-from stager.snapshot.flatten import Flat
+from stager.snapshot.flatten import PLAIN_TENSORS, Flat
+from workers.dtypes import name_of
 from workers.errors import UnstageableError
 from workers.structure import ABSENT, Node, fqn
 
@@ -28,7 +29,6 @@ _CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of thei
 _COMPARED_BYTES = 64 << 10
 _STRETCHES = 16  # that are compared of a larger tensor
 _COMPARED_DEPTH = 4
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 _Tensor: Any = torch.Tensor
 
 _Question = tuple[list[Entry], list[list[Entry]]]
@@ -190,7 +190,7 @@ def _is_bytes(tensor: torch.Tensor) -> bool:
 def _sharded_leaves(flat: Flat) -> list[int]:
     leaves = flat.leaves
     kinds = set(map(type, leaves))
-    kinds = {kind for kind in kinds - _PLAIN_TYPES if hasattr(kind, "__tensor_flatten__")}
+    kinds = {kind for kind in kinds - PLAIN_TENSORS if hasattr(kind, "__tensor_flatten__")}
     if not kinds:
         return []
     return [number for number, leaf in enumerate(leaves) if type(leaf) in kinds and is_sharded(leaf)]
@@ -204,7 +204,7 @@ def _signature(flat: Flat, sharded: Sequence[int], here: Sequence[Any]) -> tuple
     """
     leaves = flat.leaves
     kinds = list(map(type, leaves))
-    tensors = leaves if _PLAIN_TYPES.issuperset(kinds) else [x for x in leaves if isinstance(x, torch.Tensor)]
+    tensors = leaves if PLAIN_TENSORS.issuperset(kinds) else [x for x in leaves if isinstance(x, torch.Tensor)]
     held = tensors if not sharded and tensors is leaves else [x for x in here if isinstance(x, torch.Tensor)]
     try:
         sizes: list[Any] = list(map(_Tensor.size, tensors))
@@ -238,20 +238,20 @@ def _ties(addresses: Sequence[int]) -> list[int]:
 
 def _plain_entry(name: str, value: Any) -> Entry:
     if isinstance(value, torch.Tensor) and not value.is_nested:
-        return Entry(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+        return Entry(name, name_of(value.dtype), tuple(value.shape))
     return Entry(name, "object")
 
 
 def _shard_entry(name: str, value: torch.Tensor, shard: Shard | None) -> Entry:
     assert shard is not None
-    dtype = str(value.dtype).removeprefix("torch.")
+    dtype = name_of(value.dtype)
     return Entry(name, dtype, shard.shape, shard.offsets, shard.lengths)
 
 
 def _digest_of(value: Any) -> str | None:
     """Of what can be compared: host tensors (of large ones, some stretches), and values of Python's own types."""
     if isinstance(value, torch.Tensor):
-        if not value.is_cpu or type(value) not in _PLAIN_TYPES or not _is_bytes(value) or not value.nbytes:
+        if not value.is_cpu or type(value) not in PLAIN_TENSORS or not _is_bytes(value) or not value.nbytes:
             return None
         flat = value.detach().resolve_conj().resolve_neg()
         if value.nbytes > _COMPARED_BYTES:
@@ -379,7 +379,5 @@ def _leaf_node(part: _Part, number: int, flat: Flat, shard: Shard | None) -> Nod
 
 def _kinds(flat: Flat) -> frozenset[tuple[str, int]]:
     return frozenset(
-        (str(leaf.dtype).removeprefix("torch."), leaf.dim())
-        for leaf in flat.leaves
-        if isinstance(leaf, torch.Tensor) and _is_bytes(leaf)
+        (name_of(leaf.dtype), leaf.dim()) for leaf in flat.leaves if isinstance(leaf, torch.Tensor) and _is_bytes(leaf)
     )

@@ -32,10 +32,11 @@ from typing import Any
 
 import torch
 
+from stager.snapshot.flatten import PLAIN_TENSORS
+
 logger = logging.getLogger("stager")
 
 SHM_DIRECTORY = "/dev/shm"
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _NAME = re.compile(r"</?(torch_\d+_\d+_\d+)>")
 
 
@@ -55,7 +56,7 @@ class Reason(Enum):
 def why_not(tensor: torch.Tensor) -> Reason | None:
     """Why the storage of a CPU tensor that is not shared may not be moved; None: it may."""
     storage = tensor.untyped_storage()
-    if type(tensor) not in _PLAIN_TYPES or type(storage) is not torch.UntypedStorage:
+    if type(tensor) not in PLAIN_TENSORS or type(storage) is not torch.UntypedStorage:
         return Reason.SUBCLASS
     if not storage.resizable():
         return Reason.UNMOVABLE

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from stager.snapshot.flatten import Flat
+from stager.snapshot.flatten import PLAIN_TENSORS, Flat
 from workers.errors import UnstageableError
 
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
 
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 _QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
 _HOST = torch.device("cpu")
 _BLOCK = 1024
@@ -99,13 +98,13 @@ def read_fingerprints(flat: Flat, known: Fingerprints | None = None) -> Fingerpr
         UnstageableError: a tensor that cannot be snapshotted, with its key path.
     """
     leaves = flat.leaves
-    if _PLAIN_TYPES.issuperset(map(type, leaves)):
+    if PLAIN_TENSORS.issuperset(map(type, leaves)):
         numbers: Sequence[int] = range(len(leaves))
         tensors = leaves
     else:
         numbers = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in numbers]
-        if not _PLAIN_TYPES.issuperset(map(type, tensors)):
+        if not PLAIN_TENSORS.issuperset(map(type, tensors)):
             _refuse_wrappers(flat, numbers)
     try:
         return _read(numbers, tensors, known)
@@ -155,7 +154,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _refuse_wrappers(flat: Flat, numbers: Sequence[int]) -> None:
     for leaf in numbers:
         tensor = flat.leaves[leaf]
-        if type(tensor) not in _PLAIN_TYPES and _is_wrapper(tensor):
+        if type(tensor) not in PLAIN_TENSORS and _is_wrapper(tensor):
             raise UnstageableError(
                 flat.name(leaf),
                 f"is a {type(tensor).__name__}; sharded and wrapper tensors cannot be saved yet: "

@@ -22,7 +22,8 @@ from workers.errors import UnstageableError
 from workers.structure import Key, Node, Path, describe, fqn, walk
 
 _MAX_DEPTH = 100
-_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+"""What is nothing but its bytes, unless its layout says otherwise."""
 
 
 @runtime_checkable
@@ -136,7 +137,7 @@ def _visit_mapping(flat: Flat, value: Mapping[Any, Any], path: Path) -> Node:
         keys = [_check_key(key, path) for key in keys]
         flat.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
     leaves, values = flat.leaves, list(value.values())
-    if _PLAIN_TENSORS.issuperset(map(type, values)):  # what most states are made of
+    if PLAIN_TENSORS.issuperset(map(type, values)):  # what most states are made of
         children = list(range(len(leaves), len(leaves) + len(values)))
         leaves += values
     else:

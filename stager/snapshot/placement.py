@@ -20,7 +20,7 @@ import torch
 
 from stager.snapshot.fingerprint import Fingerprint
 from workers.direct import BLOCK_BYTES
-from workers.layout import align
+from workers.layout import align, contiguous_stride
 
 LARGE_BYTES = 1 << 20  # from here on the place in the file counts
 SMALL_BYTES = 64 << 10  # up to here many in one system call is faster than a memmove for each
@@ -153,16 +153,6 @@ def _tiles(shape: torch.Size, stride: tuple[int, ...]) -> bool:
             return False
         expected *= length
     return True
-
-
-@lru_cache(maxsize=4096)
-def contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= max(1, length)
-    return tuple(reversed(strides))
 
 
 def span_nbytes(p: Fingerprint) -> int:

@@ -22,16 +22,16 @@ from stager.snapshot.placement import (
     LARGE_BYTES,
     Copy,
     Row,
-    contiguous_stride,
     is_dense,
     place,
     place_in_order,
     span_nbytes,
 )
+from workers.dtypes import name_of
 from workers.formats import Format
 from workers.formats.contract import Closing, Split, TensorSpec, evenly
 from workers.job import Plan
-from workers.layout import Item
+from workers.layout import Item, contiguous_stride
 from workers.structure import ABSENT, Node
 
 __all__ = ["Copy", "Planner", "SnapshotPlan"]
@@ -126,8 +126,8 @@ class Planner:
 
     def _make(self, flat: Flat, rows: list[Row]) -> SnapshotPlan:
         flat.check_names()
-        foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(_dtype_name(p))]
-        rows = [(leaf, p) for leaf, p in rows if self._format.holds(_dtype_name(p))] if foreign else rows
+        foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(name_of(p.dtype))]
+        rows = [(leaf, p) for leaf, p in rows if self._format.holds(name_of(p.dtype))] if foreign else rows
         if self._format.row_major:
             rows = [(leaf, p if _is_row_major(p) else replace(p, is_lazy=True)) for leaf, p in rows]
         same_as = {leaf: group[0][0] for group in _group(foreign) for leaf, _ in group[1:]}  # tied: one object
@@ -197,11 +197,7 @@ def _group(rows: Sequence[Row]) -> list[list[Row]]:
 def _spec(flat: Flat, group: list[Row]) -> TensorSpec:
     p = group[0][1]
     stride = p.stride if is_dense(p) else contiguous_stride(p.shape)
-    return TensorSpec(tuple(flat.paths[leaf] for leaf, _ in group), _dtype_name(p), tuple(p.shape), stride)
-
-
-def _dtype_name(p: Fingerprint) -> str:
-    return str(p.dtype).removeprefix("torch.")
+    return TensorSpec(tuple(flat.paths[leaf] for leaf, _ in group), name_of(p.dtype), tuple(p.shape), stride)
 
 
 def _is_row_major(p: Fingerprint) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass
 
 import torch
 
-from workers.dtypes import dtype_of
+from workers.dtypes import dtype_of, name_of
 from workers.formats.torch_save import object_blob, tensor_frame
+from workers.layout import contiguous_stride
 from workers.pages import bytes_at
 
 
@@ -41,7 +41,7 @@ def payload_of(value: torch.Tensor | io.BytesIO) -> Payload:
     if isinstance(value, io.BytesIO):
         return _object(value.getbuffer(), value)
     tensor = value.detach()
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = name_of(tensor.dtype)
     if not _is_raw(tensor, dtype):
         blob = object_blob(tensor if tensor.is_meta else tensor.cpu())
         return _object(memoryview(blob), blob)
@@ -56,11 +56,6 @@ def payload_of(value: torch.Tensor | io.BytesIO) -> Payload:
     head, tail = tensor_frame(dtype, shape, stride)
     data = bytes_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     return Payload("tensor", dtype, shape, stride, head, data, tail, tensor)
-
-
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In elements, last dimension fastest."""
-    return tuple(math.prod(max(1, length) for length in shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _object(data: memoryview, owner: object) -> Payload:

@@ -6,20 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stager.demo.events import Event, Resumed, SaveBegun, SaveCommitted, SaveReturned, SaveStaged, StepDone
+from stager.demo.events import Event, Resumed, SaveReturned, StepDone
 from stager.demo.leg import Aim, Kill, Leg, Trap, has_partial
-
-
-def begun(step: int) -> SaveBegun:
-    return SaveBegun(step, float(step))
-
-
-def staged(step: int) -> SaveStaged:
-    return SaveStaged(step, float(step))
-
-
-def committed(step: int) -> SaveCommitted:
-    return SaveCommitted(step, 1, 0.1, 0.2, 0.3, 0.4, 0.5)
+from tests.demo.saves import begun, committed, staged
 
 
 def whole_save(step: int, quick: bool = False) -> list[Event]:

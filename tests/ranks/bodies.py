@@ -18,9 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from stager import Checkpointer, InconsistentRanksError, PerRank, RankFailedError, UsageError
-from tests.faults import Hold
+from tests.faults import Faults, faults_of_this_process
 from tests.ranks.layouts import Trained, build, differences, whole_state
-from workers import faults
 
 CONFIG = {"workers": {"count": 1}, "ranks": {"timeout_secs": 20}}
 
@@ -147,18 +146,14 @@ WORKER_POINTS = ("part.begin", "part.write", "part.synced", "part.receipt")
 def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str, Any]:
     """One rank is killed in its second save: its trainer at one of its points, or all of its processes while a worker is at
     one of a worker's. What the others say, and how long it took."""
-    faults_dir = Path(directory, "faults")
-    if rank == victim:
-        faults_dir.mkdir()
-        os.environ["STAGER_FAULTS"] = str(faults_dir)
-        faults._DIRECTORY = str(faults_dir)
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
     trained = build("fsdp", seed=3)
     state = state_of(trained, rank)
     with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 3}}) as ckpt:
         ckpt.save(1, state).upload_completion.result(60)
         dist.barrier()
-        if rank == victim:
-            _die(ckpt, state, faults_dir, point)
+        if faults is not None:
+            _die(ckpt, state, faults, point)
         started = time.monotonic()
         handle = ckpt.save(2, state)
         error = handle.upload_completion.exception(60)
@@ -167,12 +162,11 @@ def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str,
     return {"error": str(error or ""), "ranks": [] if error is None else list(error.ranks), "secs": secs}
 
 
-def _die(ckpt: Checkpointer, state: dict[str, Any], faults_dir: Path, point: str) -> None:
+def _die(ckpt: Checkpointer, state: dict[str, Any], faults: Faults, point: str) -> None:
     if point in TRAINER_POINTS:
-        Path(faults_dir, point).write_text("kill")
+        faults.arm(point, "kill")
         ckpt.save(2, state).upload_completion.result(60)
-    hold = Hold(faults_dir / "hold")
-    Path(faults_dir, point).write_text(f"hold {hold.path}")
+    hold = faults.hold(point)
     ckpt.save(2, state)
     hold.wait()
     for child in psutil.Process().children(recursive=True):
@@ -182,17 +176,13 @@ def _die(ckpt: Checkpointer, state: dict[str, Any], faults_dir: Path, point: str
 
 def fail_in_save(rank: int, directory: str, victim: int) -> dict[str, Any]:
     """One rank's disk fails in its second save; the next one works."""
-    faults_dir = Path(directory, "faults")
-    if rank == victim:
-        faults_dir.mkdir()
-        os.environ["STAGER_FAULTS"] = str(faults_dir)
-        faults._DIRECTORY = str(faults_dir)
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
     trained = build("fsdp", seed=3)
     state = state_of(trained, rank)
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
         ckpt.save(1, state).upload_completion.result(60)
-        if rank == victim:
-            Path(faults_dir, "part.write").write_text("errno ENOSPC")
+        if faults is not None:
+            faults.arm("part.write", "errno ENOSPC")
         started = time.monotonic()
         error = ckpt.save(2, state).upload_completion.exception(60)
         secs = time.monotonic() - started

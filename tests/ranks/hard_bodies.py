@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 import time
@@ -19,9 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from stager import Checkpointer, PerRank, RankFailedError, StagerError
 from stager.ranks.job import Job
-from tests.faults import Hold
+from tests.faults import faults_of_this_process
 from tests.ranks.bodies import CONFIG
-from workers import faults
 
 
 def own_structure_changes(rank: int, directory: str) -> list[str]:
@@ -170,19 +168,13 @@ def empty_everywhere(rank: int, directory: str) -> dict[str, list[int]]:
 
 def slow_rank(rank: int, directory: str) -> dict[str, Any]:
     """Rank 1's worker is held in the middle of its part until rank 0 has given the save up."""
-    faults_dir = Path(directory, "faults")
-    if rank == 1:
-        faults_dir.mkdir()
-        os.environ["STAGER_FAULTS"] = str(faults_dir)
-        faults._DIRECTORY = str(faults_dir)
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == 1 else None
     with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 2}}) as ckpt:
         state = {"own": PerRank(torch.ones(1000))}
         ckpt.save(1, state).upload_completion.result(60)
         board = ckpt._job.board
         assert board is not None
-        hold = Hold(faults_dir / "hold") if rank == 1 else None
-        if hold is not None:
-            Path(faults_dir, "part.write").write_text(f"hold {hold.path}")
+        hold = faults.hold("part.write") if faults is not None else None
         dist.barrier()
         handle = ckpt.save(2, state)
         if hold is not None:

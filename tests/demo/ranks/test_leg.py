@@ -6,25 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from stager.demo.events import Event, SaveBegun, SaveCommitted, SaveReturned, SaveStaged
+from stager.demo.events import Event, SaveReturned
 from stager.demo.ranks.events import RankEvent
 from stager.demo.ranks.leg import JobLeg, JobTrap, RankTrap
+from tests.demo.saves import begun, committed, staged
 
 
 def said(rank: int, *events: Event) -> list[RankEvent]:
     return [RankEvent(rank, event) for event in events]
-
-
-def begun(step: int) -> SaveBegun:
-    return SaveBegun(step, float(step))
-
-
-def staged(step: int) -> SaveStaged:
-    return SaveStaged(step, float(step))
-
-
-def committed(step: int) -> SaveCommitted:
-    return SaveCommitted(step, 1, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def first_spring(trap: JobTrap | RankTrap, events: list[RankEvent]) -> tuple[int, RankEvent] | None:
