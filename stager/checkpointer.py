@@ -1,7 +1,8 @@
 """The public face: a run's checkpoints.
 
-Start here, then ``saving/saver.py`` (one save end to end), ``snapshot/``, ``arena/``; ``loading/`` for the way back. What
-happens in the worker processes is in ``workers/`` (``pool.py`` has the diagram).
+Start here, then ``saving/saver.py`` (one save end to end), ``snapshot/``, ``arena/``; ``loading/`` for the way back;
+``ranks/`` where several processes make one checkpoint. What happens in the worker processes is in ``workers/``
+(``pool.py`` has the diagram).
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ class Flat:
     odd_keys: of each mapping with keys other than ``str``, what tells ``1``, ``True`` and ``1.0`` apart, which are equal.
     private: leaves of which each rank has its own (``PerRank``).
     kinds: dtype and number of dimensions of the tensors that this rank leaves to others.
+    rank: whose values those of ``PerRank`` are.
+    owners: objects whose state is being visited.
     """
 
     leaves: list[Any] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Flat:
     private: set[int] = field(default_factory=set)
     kinds: frozenset[tuple[str, int]] = frozenset()
     rank: int = 0
+    owners: list[Any] = field(default_factory=list)
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -111,12 +114,21 @@ def _visit(flat: Flat, value: Any, path: Path) -> Node:
         return len(leaves) - 1
     if len(path) > _MAX_DEPTH:
         raise UnstageableError(describe(path[:4]), f"nested deeper than {_MAX_DEPTH}; does it contain itself?")
+    if type(value) is dict or not is_stateful(value):
+        return _visit_plain(flat, value, path)
+    flat.owners.append(value)
+    node = _visit_plain(flat, value.state_dict(), path)
+    flat.owners.pop()
+    return node
+
+
+def _visit_plain(flat: Flat, value: Any, path: Path) -> Node:
+    """What is taken as it stands, a state dict among others."""
     if type(value) is PerRank:
         return _visit_private(flat, value, path)
-    if type(value) is not dict and is_stateful(value):
-        value = value.state_dict()
     if isinstance(value, Mapping):
         return _visit_mapping(flat, value, path)
+    leaves = flat.leaves
     if isinstance(value, list) and not _is_terminal(value, len(path)):
         return ["list", [_visit(flat, child, (*path, i)) for i, child in enumerate(value)]]
     leaves.append(value)
@@ -124,6 +136,11 @@ def _visit(flat: Flat, value: Any, path: Path) -> Node:
 
 
 def _visit_private(flat: Flat, value: PerRank, path: Path) -> Node:
+    if flat.owners:  # load_state_dict() would be given what all ranks have
+        raise UnstageableError(
+            describe(path),
+            f"is PerRank inside the state of a {type(flat.owners[-1]).__name__}; make the whole of it PerRank",
+        )
     key, first = rank_key(flat.rank), len(flat.leaves)
     node = ["dict", [key], [_visit(flat, value.value, (*path, key))]]
     flat.private.update(range(first, len(flat.leaves)))
