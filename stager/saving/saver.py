@@ -111,9 +111,8 @@ class Saver:
         flat = self._taker.flatten(state, handle.save_id)
         snapshot = self._taker.begin(handle, flat, self._planner, may_move=not self._is_staging())
         handle._describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.plan.objects))
-        if (
-            self._options.check_free_space and self.settler.base_step is None
-        ):  # else nobody knows how much will be written
+        is_full = self.settler.base_step is None  # else nobody knows how much will be written
+        if self._options.check_free_space and is_full:
             self._check_free_space(snapshot.nbytes)
         handle._event("plan", started)
         nbytes = slab_nbytes(snapshot.plan, snapshot.blobs)

@@ -50,7 +50,7 @@ class SnapshotPlan:
     leaves: which leaves are tensors; the next three are in this order.
     addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
     spans: bytes that each tensor reaches over.
-    has_slices: some are rows of a tensor, of which other ranks write the rest.
+    has_slices: some may be rows of a tensor, of which other ranks write the rest.
     """
 
     copies: tuple[Copy, ...]

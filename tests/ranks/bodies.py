@@ -141,15 +141,18 @@ def _noting(method: Callable[..., Any], here: list[str]) -> Callable[..., Any]:
 
 TRAINER_POINTS = ("save.planned", "save.copied", "save.handed-over")
 WORKER_POINTS = ("part.begin", "part.write", "part.synced", "part.receipt")
+COMMITTED_ALL_THE_SAME = ("save.handed-over", "part.receipt")
+"""By the workers of the rank that was killed; by the others, who find its receipt."""
 
 
 def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str, Any]:
     """One rank is killed in its second save: its trainer at one of its points, or all of its processes while a worker is at
     one of a worker's. What the others say, and how long it took."""
     faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
+    timeout_secs = 50 if point in COMMITTED_ALL_THE_SAME else 3
     trained = build("fsdp", seed=3)
     state = state_of(trained, rank)
-    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 3}}) as ckpt:
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": timeout_secs}}) as ckpt:
         ckpt.save(1, state).upload_completion.result(60)
         dist.barrier()
         if faults is not None:

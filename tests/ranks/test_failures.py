@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from stager import Checkpointer
-from tests.ranks.bodies import TRAINER_POINTS, WORKER_POINTS
+from tests.ranks.bodies import COMMITTED_ALL_THE_SAME, TRAINER_POINTS, WORKER_POINTS
 from tests.staging.ranks import run_ranks
-
-FINISHED_BY_ITS_WORKERS = ("save.handed-over",)
 
 
 @pytest.mark.parametrize("point", [*TRAINER_POINTS, *WORKER_POINTS])
@@ -19,18 +17,15 @@ def test_a_rank_is_killed(point: str, tmp_path: Path) -> None:
     results = run_ranks("tests.ranks.bodies:die_in_save", 3, tmp_path, point, 1)
     assert results[1] is None
     steps = _steps(tmp_path / "run")
+    is_committed = point in COMMITTED_ALL_THE_SAME
     for survivor in (results[0], results[2]):
-        assert survivor["secs"] < 3 + 40
-        if point in FINISHED_BY_ITS_WORKERS:
+        if is_committed:
             assert survivor["error"] == ""
-        elif survivor["error"]:
-            assert survivor["ranks"] == [1]
-            assert "rank 1 did not finish its part" in survivor["error"] or "failed on rank" in survivor["error"]
         else:
-            assert point == "part.receipt"
-    committed = [result["error"] == "" for result in (results[0], results[2])]
-    assert committed[0] == committed[1]
-    assert steps == ([1, 2] if committed[0] else [1])
+            assert survivor["secs"] < 3 + 40  # the deadline, and patience for a machine that is busy
+            assert survivor["ranks"] == [1]
+            assert "rank 1 did not finish its part" in survivor["error"]
+    assert steps == ([1, 2] if is_committed else [1])
     (tmp_path / "store").unlink()
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
 
