@@ -78,16 +78,12 @@ class Job:
         end = board.wait(f"{key}/end", self.timeout_secs)
         if end is None:
             missing = tuple(rank for rank in range(self.num_ranks) if board.read(f"{key}/here/{rank}") is None)
-            error = (
-                f"{why}: rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)"
-            )
+            error = f"rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)"
             self._decide(key, {"ranks": missing, "error": error})
             end = board.wait(f"{key}/end", self.timeout_secs)
-        note: dict[str, Any] | None = (
-            {"ranks": (), "error": f"{why}: a rank died there"} if end is None else json.loads(end)
-        )
+        note: dict[str, Any] | None = {"ranks": (), "error": "a rank died there"} if end is None else json.loads(end)
         if note is not None:
-            raise RankFailedError(str(note["error"]), tuple(note["ranks"]))
+            raise RankFailedError(f"{why}: {note['error']}", tuple(note["ranks"]))
 
     def smallest(self, name: str, own: int) -> int:
         """Of what the ranks have under a name. Every rank calls it, once.
