@@ -20,8 +20,8 @@ $(BENCH_INSTALLED): $(INSTALLED)
 demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
 	$(BIN)/stager demo --config configs/demo.yaml --out runs/demo
 
-demo-ranks: $(INSTALLED)  ## the same on two ranks; resume on one and on four
-	$(BIN)/torchrun --nproc-per-node 2 -m stager demo --config configs/torchrun.yaml --out runs/demo-ranks
+demo-ranks: $(INSTALLED)  ## the same on two ranks; resume on one and on four; without a log directory in /tmp
+	$(BIN)/torchrun --nproc-per-node 2 --log-dir /dev/null -m stager demo --config configs/torchrun.yaml --out runs/demo-ranks
 
 test: $(INSTALLED)  ## lint, types and the whole suite
 	$(MAKE) lint

@@ -1,5 +1,5 @@
-"""Every test proves that it left nothing behind: no child process, thread, descriptor, shared mapping, partial directory
-or ``/dev/shm`` entry (:mod:`tests.leaks`)."""
+"""Every test proves that it left nothing behind: no child process, thread, descriptor, shared mapping, partial directory,
+``/dev/shm`` entry or temporary file (:mod:`tests.leaks`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,29 @@ from pathlib import Path
 
 import pytest
 
+from tests import temporary  # before all that may make a temporary file
 from tests.faults import Faults
-from tests.leaks import Snapshot
+from tests.leaks import Snapshot, temporary_leaks
 
 
 def pytest_collection_finish() -> None:
     """The leak check collects garbage; what the imports made need not be looked through every time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    temporary.remove()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_temporary_file_is_left() -> Iterator[None]:
+    """Around every file of tests, for what its imports and its fixtures for several tests leave: :func:`nothing_is_left`
+    finds it there already when it looks for the first time."""
+    yield
+    problems = temporary_leaks()
+    temporary.clear()  # the next file is not to answer for it
+    assert not problems, "left behind by this file: " + "; ".join(problems)
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,14 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tests import temporary
 
 _PATIENCE_SECS = 10.0
 _MARK = "STAGER_TEST_SESSION"  # inherited by everything this session starts
@@ -31,29 +34,41 @@ class Snapshot:
     fds: frozenset[tuple[str, str]]
     mappings: int
     shm: frozenset[str]
+    temporary: frozenset[str]
 
     @staticmethod
     def take() -> Snapshot:
-        return Snapshot(_children(), _threads(), _fds(), _slab_mappings(), _shm())
+        return Snapshot(_children(), _threads(), _fds(), _slab_mappings(), _shm(), temporary.entries())
 
     def leaks(self, roots: list[Path]) -> list[str]:
         """What is there now and was not before; partial directories and lock holders under ``roots``."""
-        deadline = time.monotonic() + _PATIENCE_SECS
-        while True:
-            problems = [*self._compare(Snapshot.take()), *_partials(roots)]
-            if not problems or time.monotonic() > deadline:
-                return problems
-            gc.collect()
-            threading.Event().wait(0.02)
+        return _in_the_end(lambda: [*self._compare(Snapshot.take()), *_partials(roots)])
 
     def _compare(self, now: Snapshot) -> list[str]:
         problems = [f"process {pid} {_command(pid)}" for pid in now.children - self.children]
         problems += [f"thread {name}" for name in now.threads - self.threads]
         problems += [f"descriptor {fd} -> {target}" for fd, target in now.fds - self.fds]
         problems += [f"/dev/shm/{name}" for name in now.shm - self.shm]
+        problems += [f"temporary file {name}" for name in now.temporary - self.temporary]
         if now.mappings > self.mappings:
             problems.append(f"{now.mappings - self.mappings} slab mappings")
         return problems
+
+
+def temporary_leaks() -> list[str]:
+    """What is in the temporary directory, which was empty when the session began."""
+    return _in_the_end(lambda: [f"temporary file {name}" for name in temporary.entries()])
+
+
+def _in_the_end(find: Callable[[], list[str]]) -> list[str]:
+    """The problems that ``find`` still finds when the deadline has passed."""
+    deadline = time.monotonic() + _PATIENCE_SECS
+    while True:
+        problems = find()
+        if not problems or time.monotonic() > deadline:
+            return problems
+        gc.collect()
+        threading.Event().wait(0.02)
 
 
 def _children() -> frozenset[int]:

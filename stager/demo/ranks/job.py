@@ -55,6 +55,7 @@ class Job(Child):
             write_fd = os.open(fifo, os.O_WRONLY)  # for torchrun, which does not pass it on
             launcher = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nnodes", "1"]
             command = [sys.executable, "-m", *launcher, "--nproc-per-node", str(num_ranks)]
+            command += ["--log-dir", os.devnull]  # else it makes a temporary directory that nothing removes, nor needs
             command += ["-m", module, *arguments, "--events", fifo]
             self._start(command, job_environment(os.environ), read_fd, write_fd, log)
         except BaseException:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -31,15 +29,6 @@ def hear_all(job: Job) -> set[RankEvent]:
 
 def ranks_of(job: Job) -> list[psutil.Process]:
     return psutil.Process(job.pid).children()
-
-
-@pytest.fixture(autouse=True)
-def no_file_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A job's FIFO is gone after it."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    yield
-    assert list((tmp_path / "temporary").glob("stager-demo-*")) == []
 
 
 def test_job_that_ends_well_is_heard_to_the_end(log: Path) -> None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(400)  # seven jobs, each of which imports torch
 
 
 def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--log-dir", os.devnull]
     command = [sys.executable, "-m", *launcher, "--nproc-per-node", str(num_ranks), "-m", "stager", "demo"]
     return subprocess.run(
         [*command, *map(str, arguments)],
