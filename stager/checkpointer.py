@@ -1,7 +1,7 @@
 """The public face: a run's checkpoints.
 
 Start here, then ``saving/saver.py`` (one save end to end), ``snapshot/``, ``arena/``; ``loading/`` for the way back;
-``ranks/`` where several processes make one checkpoint. What happens in the worker processes is in ``workers/``
+``ranks/`` where several processes make one checkpoint, ``replication/`` where they keep each other's snapshots. What happens in the worker processes is in ``workers/``
 (``pool.py`` has the diagram).
 """
 
@@ -11,6 +11,7 @@ import atexit
 import logging
 import os
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -26,6 +27,8 @@ from stager.loading.selection import Selection
 from stager.ranks.job import find_job
 from stager.ranks.loading import LoadTogether
 from stager.ranks.opening import take_directory
+from stager.replication.replicas import Replicas
+from stager.replication.replicator import Replicator
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer
@@ -35,8 +38,10 @@ from stager.saving.setup import (
     agree_on_segment_bytes,
     check_for_ranks,
     make_arena,
+    make_replicas,
     make_saver,
     make_telemetry,
+    restore_from_memory,
     retention_rules,
     saver_options,
     start_pool,
@@ -46,10 +51,11 @@ from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,
     checkpoint_name,
+    committed_steps,
     list_checkpoints,
     parse_checkpoint,
 )
-from workers.errors import ClosedError, UsageError
+from workers.errors import ClosedError, StorageError, UsageError
 from workers.protected import read_protected, write_protected
 from workers.read_lock import reading
 from workers.retention import Fate, PruneReport, prune
@@ -91,6 +97,7 @@ class Checkpointer:
         self._lock_fd = -1
         self._saver: Saver | None = None
         self._preemption: Preemption | None = None
+        self._replicator: Replicator | None = None
         self._job = find_job(False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs)
         self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
         self._together = None if self._job.board is None else LoadTogether(self._job, self._directory, self._loader)
@@ -103,7 +110,10 @@ class Checkpointer:
         check_for_ranks(config, job)
         with ExitStack() as opened:  # undone where a later step fails
             opened.callback(job.close)
-            self._lock_fd = take_directory(self._directory, job, config.persistence.lock_timeout_secs)
+            replicas = make_replicas(config.replication, self._directory, job)
+            self._lock_fd = take_directory(
+                self._directory, job, config.persistence.lock_timeout_secs, leave_unfinished=replicas is not None
+            )
             opened.callback(os.close, self._lock_fd)
             self._telemetry = make_telemetry(config.telemetry, job)
             opened.callback(self._telemetry.close)
@@ -111,10 +121,19 @@ class Checkpointer:
             opened.callback(self._arena.close)
             segment_bytes = agree_on_segment_bytes(config.persistence, job, self._arena)
             self._pool = start_pool(config.workers, job, self._lock_fd)
+            opened.callback(self._pool.close, 0)
+            if replicas is not None:
+                self._open_replicas(replicas)
             opened.pop_all()
         options = saver_options(config, job, self._directory, segment_bytes)
-        self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done)
+        self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done, self._replicator)
         self._retainer = Retainer(self._pool, self._directory, retention_rules(config.retention), self._on_pruned)
+
+    def _open_replicas(self, replicas: Replicas) -> None:
+        restorer, whole_id = restore_from_memory(self._job, self._directory, replicas, self._pool)
+        if self._together is not None:
+            self._replicator = Replicator(self._job, replicas, whole_id)
+            self._together.restore = restorer.restore
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -379,6 +398,9 @@ class Checkpointer:
             KeyboardInterrupt: while it waited; what is staged is committed by the workers after this process is gone.
             Exception: the oldest error of a save that nobody has looked at; others follow it as its context.
         """
+        self._close(timeout, has_failed=False)
+
+    def _close(self, timeout: float | None, *, has_failed: bool) -> None:
         if self._owner != os.getpid():
             return
         self._refuse_in_callback("close()")
@@ -392,6 +414,7 @@ class Checkpointer:
             try:
                 finish_saves(self._saver, self._pool, timeout, self._remaining_secs())
             finally:
+                self._close_replicas(0.0 if has_failed else timeout, keep=has_failed)
                 self._saver.close()
                 self._arena.close()
                 self._telemetry.close()
@@ -400,6 +423,17 @@ class Checkpointer:
                 if self._preemption is not None:
                     self._preemption.restore()
             self._unread.raise_all()
+
+    def _close_replicas(self, timeout: float | None, *, keep: bool) -> None:
+        """What is committed need not stay in memory, unless this run has failed and is begun again."""
+        if self._replicator is None:
+            return
+        limits = (timeout, self._remaining_secs(), self._job.timeout_secs)
+        self._replicator.close(min(limit for limit in limits if limit is not None))
+        newest = max(committed_steps(self._directory), default=None)
+        if not keep and newest is not None:
+            with suppress(StorageError):
+                self._replicator.remove(newest)
 
     def _remaining_secs(self) -> float | None:
         return None if self._preemption is None else self._preemption.remaining_secs()
@@ -414,7 +448,7 @@ class Checkpointer:
             self.close()
             return
         try:
-            self.close()
+            self._close(None, has_failed=True)
         except Exception:  # the exception that is on its way up comes first, whatever a worker's was
             logger.exception("a save failed as well")
 
@@ -431,7 +465,7 @@ _live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 def _close_all() -> None:
     for checkpointer in list(_live):
         try:
-            checkpointer.close()
+            checkpointer._close(None, has_failed=getattr(sys, "last_value", None) is not None)
         except Exception:
             logger.exception("a save failed, and the program ended without looking at it")
 

@@ -66,15 +66,15 @@ def is_still(path: str, directory_fd: int) -> bool:
         return False
 
 
-def open_regular(path: str) -> int:
-    """A regular file for reading. A checkpoint is files: no link that leads elsewhere, no FIFO that never answers.
+def open_regular(path: str, access: int = os.O_RDONLY) -> int:
+    """A regular file. A checkpoint is files: no link that leads elsewhere, no FIFO that never answers.
 
     Raises:
         CorruptCheckpointError: it is something else.
         OSError: from ``open``.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise CorruptCheckpointError(path, "is not a regular file") from error

@@ -222,7 +222,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layo
     """
     body = unseal(data, path)
     try:
-        facts = _checked(SaveFacts(directory=directory, **body["facts"]))
+        facts = check_facts(SaveFacts(directory=directory, **body["facts"]))
         objects = [Item.from_row(row[:-1]) for row in body["objects"]]
         layout = Plan.from_body(body["plan"]).with_objects(objects)
         check_layout(layout, is_share=facts.num_ranks > 1)
@@ -231,7 +231,12 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveFacts, Layo
     return facts, layout
 
 
-def _checked(facts: SaveFacts) -> SaveFacts:
+def check_facts(facts: SaveFacts) -> SaveFacts:
+    """``facts``, when they can be those of a save.
+
+    Raises:
+        ValueError, TypeError
+    """
     check_step(facts.step)
     check_time(facts.created)
     for text in (facts.save_id, facts.kind, facts.stager, facts.torch):

@@ -51,26 +51,33 @@ class Recovered:
     reason: str
 
 
-def recover(directory: str, *, dry_run: bool = False) -> list[Recovered]:
+class _UnfinishedError(CorruptCheckpointError):
+    """Parts of it are missing, and nothing is wrong with the others, as far as can be seen."""
+
+
+def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = False) -> list[Recovered]:
     """Deal with every partial directory. What the file system does not let us deal with is left: it is in nobody's way.
 
     Args:
         dry_run: change nothing; say what would be done.
+        leave_unfinished: do not remove what may still be completed (by replicas, see ``replica.py``).
 
     Raises:
         StorageError: the directory cannot be listed.
     """
     return [
-        *(_recover_one(directory, name, dry_run) for name in partial_names(directory)),
+        *(_recover_one(directory, name, dry_run, leave_unfinished) for name in partial_names(directory)),
         *(_go_on_removing(directory, name, dry_run) for name in removing_names(directory)),
     ]
 
 
-def _recover_one(directory: str, name: str, dry_run: bool) -> Recovered:
+def _recover_one(directory: str, name: str, dry_run: bool, leave_unfinished: bool) -> Recovered:
     try:
         try:
             return Recovered(name, Outcome.COMMITTED, _finish(directory, name, dry_run))
         except (CorruptCheckpointError, CheckpointNotFoundError, InconsistentRanksError) as error:
+            if leave_unfinished and isinstance(error, _UnfinishedError):
+                return Recovered(name, Outcome.LEFT, str(error))
             if not dry_run:
                 remove_partial(directory, name)
             return Recovered(name, Outcome.REMOVED, str(error))
@@ -141,7 +148,7 @@ def _read_record(directory: str, partial: str) -> tuple[SaveFacts, Layout]:
     path = os.path.join(partial, record_name(ranks[0] if ranks else 0))
     data = files.read_if_exists(path)
     if data is None:
-        raise CorruptCheckpointError(partial, "never finished: it has no record of what was to be written")
+        raise _UnfinishedError(partial, "never finished: it has no record of what was to be written")
     return from_record(data, path, directory)
 
 
@@ -163,9 +170,9 @@ def _from_receipts(partial: str, facts: SaveFacts, layout: Layout, directory_fd:
             there = finished_ranks(names)
             missing = list(islice((rank for rank in range(facts.num_ranks) if rank not in there), 9))
             whose = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            raise CorruptCheckpointError(partial, f"never finished: parts of rank {whose} are missing")
+            raise _UnfinishedError(partial, f"never finished: parts of rank {whose} are missing")
         parts = [i for i in range(facts.num_parts) if receipt_name(0, i, facts.num_parts) not in names]
-        raise CorruptCheckpointError(partial, f"never finished: {len(parts)} of {facts.num_parts} parts are missing")
+        raise _UnfinishedError(partial, f"never finished: {len(parts)} of {facts.num_parts} parts are missing")
     return manifest
 
 

@@ -11,8 +11,10 @@ Invariant: who moves a buffer out of FREE owns it until it is FREE again; only t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 from workers.errors import InternalError
 from workers.offload.pinning import pin_in_chunks
@@ -73,7 +75,7 @@ class Buffer:
 
 
 class Lease:
-    """The right to a buffer until :meth:`release`, which is idempotent.
+    """The right to a buffer until :meth:`release`, which is idempotent, and until nobody else holds it (:meth:`hold`).
 
     Attributes:
         nbytes: what was asked for; the slab may be larger.
@@ -83,6 +85,9 @@ class Lease:
         self.nbytes = nbytes
         self._buffer: Buffer | None = buffer
         self._give_back = give_back
+        self._own = object()
+        self._holders = {self._own}
+        self._lock = threading.Lock()
 
     @property
     def slab(self) -> Slab:
@@ -103,7 +108,23 @@ class Lease:
             slab = self._buffer.slab
             slab.warm_nbytes = max(slab.warm_nbytes, self.nbytes)
 
+    def hold(self) -> Callable[[], None]:
+        """For somebody else who reads the slab: it stays leased until what is returned was called, too."""
+        holder = object()
+        with self._lock:
+            if self._buffer is None:
+                raise InternalError("a lease was held after its release")
+            self._holders.add(holder)
+        return partial(self._let_go, holder)
+
     def release(self) -> None:
-        buffer, self._buffer = self._buffer, None
+        self._let_go(self._own)
+
+    def _let_go(self, holder: object) -> None:
+        with self._lock:
+            self._holders.discard(holder)
+            if self._holders:
+                return
+            buffer, self._buffer = self._buffer, None
         if buffer is not None:
             self._give_back(buffer)

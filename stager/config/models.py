@@ -211,6 +211,18 @@ class RanksConfig(Section):
     )
 
 
+class ReplicationConfig(Section):
+    """Snapshots that another rank keeps in memory, too, for when the disk does not have them."""
+
+    partners: int = Field(
+        default=0, ge=0, le=1, description="Ranks that keep each rank's newest snapshots in memory: 0 or 1."
+    )
+    directory: FilePath = Field(
+        default="/dev/shm",
+        description="Where they keep them: files in memory, twice the size of a rank's share of a checkpoint.",
+    )
+
+
 class TelemetryConfig(Section):
     """What each save leaves for people and tools to look at."""
 
@@ -228,4 +240,5 @@ class StagerConfig(Section):
     retention: RetentionConfig = Field(default=RetentionConfig(), description="Which checkpoints stay on the disk.")
     loading: LoadingConfig = Field(default=LoadingConfig(), description="From the disk to the state.")
     ranks: RanksConfig = Field(default=RanksConfig(), description="Ranks that save together.")
+    replication: ReplicationConfig = Field(default=ReplicationConfig(), description="A second copy, in memory.")
     telemetry: TelemetryConfig = Field(default=TelemetryConfig(), description="Events and traces.")

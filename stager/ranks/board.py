@@ -48,6 +48,12 @@ class Board:
         self._process = -1  # that the thread is in
         self._stuck: Future[Any] | None = None
 
+    @property
+    def store(self) -> Store:
+        """The job's, with the prefix: for a process group of one's own."""
+        store: Store = self._store
+        return store
+
     def post(self, key: str, note: bytes) -> None:
         self._ask(lambda: self._store.set(key, note))
 

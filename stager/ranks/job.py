@@ -61,9 +61,14 @@ class Job:
         self._saves[step] += 1
         return hashlib.blake2b(f"{self.nonce} {step} {self._saves[step]}".encode(), digest_size=8).hexdigest()
 
-    def meet(self, key: str, why: str) -> None:
+    def meet(self, key: str, why: str, ranks: Sequence[int] | None = None, note: bytes = b"") -> None:
         """Until every rank has come here. It ends the same way for all that come, however late: the first to see that all
         are here, or to give up, decides.
+
+        Args:
+            key: of the meeting; each is held once.
+            ranks: those that come; None: all.
+            note: left for the others, at ``<key>/here/<rank>``.
 
         Raises:
             RankFailedError: some did not come within ``timeout_secs`` of another; they are named, and ``why`` they were
@@ -72,18 +77,19 @@ class Job:
         board = self.board
         if board is None:
             return
-        board.post(f"{key}/here/{self.rank}", b"")
-        if board.add(f"{key}/arrived") == self.num_ranks:
+        expected = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
+        board.post(f"{key}/here/{self.rank}", note)
+        if board.add(f"{key}/arrived") == len(expected):
             self._decide(key, None)
         end = board.wait(f"{key}/end", self.timeout_secs)
         if end is None:
-            missing = tuple(rank for rank in range(self.num_ranks) if board.read(f"{key}/here/{rank}") is None)
+            missing = tuple(rank for rank in expected if board.read(f"{key}/here/{rank}") is None)
             error = f"rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)"
             self._decide(key, {"ranks": missing, "error": error})
             end = board.wait(f"{key}/end", self.timeout_secs)
-        note: dict[str, Any] | None = {"ranks": (), "error": "a rank died there"} if end is None else json.loads(end)
-        if note is not None:
-            raise RankFailedError(f"{why}: {note['error']}", tuple(note["ranks"]))
+        failure: dict[str, Any] | None = {"ranks": (), "error": "a rank died there"} if end is None else json.loads(end)
+        if failure is not None:
+            raise RankFailedError(f"{why}: {failure['error']}", tuple(failure["ranks"]))
 
     def smallest(self, name: str, own: int) -> int:
         """Of what the ranks have under a name. Every rank calls it, once.

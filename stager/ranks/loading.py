@@ -1,7 +1,8 @@
 """Loading on all ranks: one checkpoint for all of them, whatever each sees of the file system at that moment.
 
 rank 0 says which checkpoint -> every rank loads it -> all meet and see how the others fared
-damaged on any rank: rank 0 says the one before it, and so on; failed for another reason: every rank raises
+damaged on any rank: it is restored from replicas, if there are any, or rank 0 says the one before it, and so on; failed for
+another reason: every rank raises
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class LoadTogether:
         job: with a board.
         directory: of the run, absolute.
         loader: of this rank.
+
+    Attributes:
+        restore: writes the checkpoint of a step that is damaged, or a newer one, from replicas; whether it did. Every rank
+            calls it. None: there are none.
     """
 
     def __init__(self, job: Job, directory: str, loader: Loader) -> None:
@@ -46,6 +51,8 @@ class LoadTogether:
         self._loader = loader
         self._rounds = 0
         self._awaited: set[int] = set()
+        self._restored: set[int] = set()
+        self.restore: Callable[[int], bool] | None = None
 
     def load(self, step: int | None, load: Load) -> Loaded | None:
         """Every rank calls it.
@@ -97,7 +104,14 @@ class LoadTogether:
             if failed is not None or step is not None:
                 raise error
             assert isinstance(error, StagerError)
-            damaged, below = error, chosen
+            damaged, below = error, None if self._restores(chosen) else chosen
+
+    def _restores(self, step: int) -> bool:
+        """Once for each step: what is damaged again then is no replica's to mend."""
+        if self.restore is None or step in self._restored:
+            return False
+        self._restored.add(step)
+        return self.restore(step)
 
     def latest(self, find: Callable[[], CheckpointInfo | None]) -> CheckpointInfo | None:
         """What ``find`` finds, once it sees every commit that any rank knew of when this was called."""

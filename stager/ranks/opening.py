@@ -27,8 +27,11 @@ logger = logging.getLogger("stager")
 _POLL_SECS = 0.02
 
 
-def take_directory(directory: str, job: Job, lock_timeout_secs: float) -> int:
+def take_directory(directory: str, job: Job, lock_timeout_secs: float, *, leave_unfinished: bool = False) -> int:
     """Lock the directory for this rank; returns the lock's descriptor.
+
+    Args:
+        leave_unfinished: of what an earlier run left, only finish what can be finished: replicas may complete the rest.
 
     Raises:
         DirectoryInUseError: another run holds it.
@@ -37,10 +40,13 @@ def take_directory(directory: str, job: Job, lock_timeout_secs: float) -> int:
         StorageError
     """
     if job.board is None:
-        return _lock(directory, lock_timeout_secs)
+        return _lock(directory, lock_timeout_secs, leave_unfinished=False)
     host = f"host/{socket.gethostname()}"
     job.board.add(host)
-    lock_fd = (_lead if job.leads else _follow)(directory, job, lock_timeout_secs)
+    if job.leads:
+        lock_fd = _lead(directory, job, lock_timeout_secs, leave_unfinished)
+    else:
+        lock_fd = _follow(directory, job, lock_timeout_secs)
     try:
         job.meet("opening", f"opening {directory}")
         job.local_size = job.board.add(host, 0)
@@ -50,12 +56,12 @@ def take_directory(directory: str, job: Job, lock_timeout_secs: float) -> int:
     return lock_fd
 
 
-def _lock(directory: str, lock_timeout_secs: float, nonce: str = "") -> int:
+def _lock(directory: str, lock_timeout_secs: float, nonce: str = "", *, leave_unfinished: bool) -> int:
     with storage_errors("create", directory):
         os.makedirs(directory, exist_ok=True)
     lock_fd = lock_directory(directory, lock_timeout_secs, nonce)
     try:
-        for found in recover(directory):
+        for found in recover(directory, leave_unfinished=leave_unfinished):
             logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
     except BaseException:
         os.close(lock_fd)
@@ -63,11 +69,11 @@ def _lock(directory: str, lock_timeout_secs: float, nonce: str = "") -> int:
     return lock_fd
 
 
-def _lead(directory: str, job: Job, lock_timeout_secs: float) -> int:
+def _lead(directory: str, job: Job, lock_timeout_secs: float, leave_unfinished: bool) -> int:
     assert job.board is not None
     job.nonce = secrets.token_hex(8)
     try:
-        lock_fd = _lock(directory, lock_timeout_secs, job.nonce)
+        lock_fd = _lock(directory, lock_timeout_secs, job.nonce, leave_unfinished=leave_unfinished)
         try:
             share_lock(lock_fd, directory)
         except BaseException:

@@ -26,6 +26,7 @@ from stager._version import __version__
 from stager.arena.arena import Arena, Lease, SlabState
 from stager.ranks.job import WARM_UP
 from stager.ranks.job import Job as RankJob
+from stager.replication.replicator import Replicator
 from stager.saving.job import JobWriter, put, slab_nbytes
 from stager.saving.options import SaverOptions
 from stager.saving.save import SaveHandle, SaveState
@@ -37,7 +38,7 @@ from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Piece, Pieces, blobs_of, copies_of, cut, segment_bytes_for
 from stager.snapshot.plan import Planner
 from stager.snapshot.taker import Snapshot, SnapshotTaker, Work
-from workers.errors import ClosedError, StorageError
+from workers.errors import ClosedError, StorageError, UsageError
 from workers.faults import point
 from workers.files import storage_errors
 from workers.formats import Format
@@ -68,12 +69,14 @@ class Saver:
         sharing: SharingOptions,
         on_done: Callable[[SaveHandle], None],
         ranks: RankJob | None = None,
+        replicator: Replicator | None = None,
     ) -> None:
         self._options = options
         self._arena = arena
         self._copier = copier
         self._pool = pool
         self._ranks = ranks or RankJob()
+        self._replicator = replicator
         self.settler = Settler(pool, self._ranks, on_done, incremental=options.incremental)
         rank = self._ranks.rank
         self._planner = Planner(
@@ -103,6 +106,7 @@ class Saver:
             self._save(handle, state)
         except BaseException as error:
             self.settler.tell(handle, error)
+            self._not_replicated(handle, error)
             raise
         return handle
 
@@ -233,7 +237,13 @@ class Saver:
         if failure is None:
             handle._staged()
             self._arena.prepare_in_background(lease.nbytes)
+        if self._replicator is not None:
+            self._replicator.offer(handle, job, lease.hold())
         self.settler.await_parts(futures, facts, handle, lease, failure)
+
+    def _not_replicated(self, handle: SaveHandle, why: BaseException) -> None:
+        if self._replicator is not None:
+            self._replicator.skip(handle, why)
 
     def _hand_over(self, job: SaveJob) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
@@ -270,10 +280,13 @@ class Saver:
         """Before anything was handed over."""
         lease.release()
         self.settler.fail(handle, error)
+        self._not_replicated(handle, error)
 
     # -- in pieces ----------------------------------------------------------------------------------------------
 
     def _save_in_pieces(self, handle: SaveHandle, flat: Flat) -> None:
+        in_pieces = UsageError("the snapshot is larger than arena.max_host_bytes, and is staged in pieces")
+        self._not_replicated(handle, in_pieces)
         snapshot = self._taker.begin(handle, flat, self._piece_planner)
         pieces = cut(snapshot.plan, snapshot.blobs, self._piece_nbytes, incremental=self._options.incremental)
         lease = self._lease(handle, pieces.slab_nbytes)

@@ -1,9 +1,12 @@
 """``ReplicationStager``: each rank's state is also kept by another rank, in memory and on that rank's disk.
 
 NOTE [ Who keeps whose replica ]
-In a group of n ranks, rank r sends to (r + n//2) mod n and receives from (r - n//2) mod n. For even n these are the same
-rank and the ranks form pairs, as in torch; for odd n they form a ring. Ranks in file names and messages are global, so
-that several groups may share a directory.
+In a group of n ranks, rank r sends to (r + n//2) mod n and receives from (r - n//2) mod n (:func:`partners`). For even n
+these are the same rank and the ranks form pairs, as in torch; for odd n they form a ring. Ranks in file names and messages
+are global, so that several groups may share a directory.
+
+A ``Checkpointer`` with ``replication.partners`` set keeps its snapshots with the same partners, by the same exchange, in the
+background (``stager/replication/``).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from stager.staging.contracts import AsyncStager, StateDict
-from stager.staging.exchange import Exchange, Outcome
+from stager.staging.exchange import Exchange, Outcome, Peer, Unpacking
 from stager.staging.parcel import Parcel, pack
 from workers.errors import ClosedError, ReplicationError, StagerError, UsageError
 
@@ -120,13 +123,14 @@ class ReplicationStager(AsyncStager):
         self.close()
 
     def _exchange(self, make_parcel: Callable[[], Parcel], destination: int, source: int) -> Outcome:
-        exchange = Exchange(self._group(), self._device, self._timeout)
+        exchange = Exchange(self._device, self._timeout)
+        to, of = self._peer(destination), self._peer(source)
         try:
             parcel = make_parcel()
         except StagerError as error:
-            exchange.run(error, destination, source)  # ours is the error that matters; its outcome follows from it
+            exchange.run(error, to, of, Unpacking())  # ours is the error that matters; its outcome follows from it
             raise
-        return exchange.run(parcel, destination, source)
+        return exchange.run(parcel, to, of, Unpacking())
 
     def _group(self) -> dist.ProcessGroup:
         group: Any = dist.group.WORLD if self._pg is None else self._pg
@@ -140,7 +144,10 @@ class ReplicationStager(AsyncStager):
         rank, size = group.rank(), group.size()
         if size < 2:
             raise UsageError("replication needs a process group of at least 2 ranks; this one has 1")
-        return rank, (rank + size // 2) % size, (rank - size // 2) % size
+        return rank, *partners(rank, size)
+
+    def _peer(self, group_rank: int) -> Peer:
+        return Peer(self._group(), group_rank, self._global(group_rank))
 
     def _global(self, group_rank: int) -> int:
         return dist.get_global_rank(self._group(), group_rank)
@@ -178,9 +185,15 @@ class ReplicationStager(AsyncStager):
 _ReplicationStager = ReplicationStager
 
 
+def partners(rank: int, size: int) -> tuple[int, int]:
+    """Of a rank among ``size``: which one keeps its replica, and whose replica it keeps."""
+    return (rank + size // 2) % size, (rank - size // 2) % size
+
+
 def _received(outcome: Outcome) -> Any:
-    if outcome.failures:
-        raise outcome.failures[0]
+    failure = outcome.not_received or outcome.not_sent
+    if failure is not None:
+        raise failure
     return outcome.received
 
 

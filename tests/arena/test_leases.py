@@ -13,7 +13,7 @@ import pytest
 from stager.arena.arena import Arena, SlabState
 from tests.arena.conftest import MIB, num_waiting, sizes, start_waiting, take, wait_for_freeing
 from tests.leaks import _slab_mappings
-from workers.errors import ArenaFullError, ClosedError, MemoryBudgetError
+from workers.errors import ArenaFullError, ClosedError, InternalError, MemoryBudgetError
 
 Make = Callable[..., Arena]
 
@@ -40,6 +40,26 @@ def test_slab_in_use_is_never_leased_again(make_arena: Make) -> None:
     second = leases[1].slab.slab_id
     leases[1].release()
     assert take(arena, 1000).slab.slab_id == second
+
+
+def test_slab_that_somebody_else_still_reads_is_not_leased_again(make_arena: Make) -> None:
+    arena = make_arena(buffers=1, when_full="raise")
+    for release_first in (True, False):
+        lease = arena.lease(4096)
+        assert lease is not None
+        let_go = [lease.hold(), lease.hold()]
+        order = [lease.release, *let_go] if release_first else [*let_go, lease.release]
+        for step in order:
+            with pytest.raises(ArenaFullError):
+                arena.lease(4096)
+            step()
+            if step is not order[-1]:
+                step()  # once more is no other holder's
+        with pytest.raises(InternalError):
+            lease.hold()
+    again = arena.lease(4096)
+    assert again is not None
+    again.release()
 
 
 def test_full_arena_follows_the_policy_or_the_calls_own(make_arena: Make, threads: ThreadPoolExecutor) -> None:

@@ -5,7 +5,8 @@ is held up holds up all. Stretches of steps with one save at their beginning and
 the cost of a save is the median of the differences, in milliseconds, with its standard error. Beside it: the time that the
 training thread spent in ``save()``, the most of any rank.
 
-The peer is ``dcp.async_save`` with its thread, which is called in the same way.
+``stager-replicated`` keeps each snapshot with a partner, too, on the same host here. The peer is ``dcp.async_save`` with its
+thread, which is called in the same way.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def _model(mib: int) -> nn.Module:
 
 
 def _stager(
-    state: dict[str, Any], optimizer: torch.optim.Optimizer, directory: Path
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, directory: Path, **sections: Any
 ) -> tuple[Save, Callable[[], None]]:
-    ckpt = Checkpointer(directory / "run", {"workers": {"count": 1}, "retention": {"keep_latest": 1}})
+    ckpt = Checkpointer(directory / "run", {"workers": {"count": 1}, "retention": {"keep_latest": 1}, **sections})
     ckpt.guard(optimizer)
     ckpt.warmup(state)
 
@@ -58,6 +59,12 @@ def _stager(
         return lambda: _wait(handle.upload_completion.result)
 
     return save, ckpt.close
+
+
+def _replicated(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, directory: Path
+) -> tuple[Save, Callable[[], None]]:
+    return _stager(state, optimizer, directory, replication={"partners": 1})
 
 
 def _wait(result: Callable[[], object]) -> None:
@@ -82,7 +89,7 @@ def _dcp(state: dict[str, Any], optimizer: torch.optim.Optimizer, directory: Pat
     return save, lambda: None
 
 
-PEERS = {"stager": _stager, "dcp-thread": _dcp}
+PEERS = {"stager": _stager, "stager-replicated": _replicated, "dcp-thread": _dcp}
 
 
 def _rank(rank: int, num_ranks: int, peer: str, mib: int, pairs: int, stretch: int, directory: str) -> None:
@@ -178,6 +185,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         measure(num_ranks, peer, options.mib, options.pairs, options.stretch)
         for num_ranks in map(int, options.ranks.split(","))
         for peer in options.peer or PEERS
+        if num_ranks > 1 or peer != "stager-replicated"
     ]
     print("| ranks | peer | step ms | cost of a save ms | blocked ms |\n| --- | --- | --- | --- | --- |")
     for one in results:

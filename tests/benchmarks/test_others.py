@@ -27,5 +27,15 @@ def test_loading(tmp_path: Path) -> None:
 def test_ranks(tmp_path: Path) -> None:
     arguments = ("--ranks", "2", "--mib", "2", "--pairs", "1", "--stretch", "2")
     results = _run("tests.benchmarks.ranks", tmp_path / "out.json", *arguments)
-    assert [(one["ranks"], one["peer"]) for one in results] == [(2, "stager"), (2, "dcp-thread")]
+    assert [(one["ranks"], one["peer"]) for one in results] == [
+        (2, peer) for peer in ("stager", "stager-replicated", "dcp-thread")
+    ]
     assert all(one["blocked_ms"] > 0 for one in results)
+
+
+def test_replication(tmp_path: Path) -> None:
+    arguments = ("--mib", "1", "--rounds", "1", "--memory", str(tmp_path))
+    (result,) = _run("tests.benchmarks.replication", tmp_path / "out.json", *arguments)
+    assert list(result["resume"]) == ["disk, cold", "disk, warm", "memory"]
+    assert all(row["both_secs"] > 0 for row in result["resume"].values())
+    assert result["to_partner_secs"] > 0

@@ -116,10 +116,11 @@ def test_each_number_made_negative_is_named_with_what_is_allowed(file: Path, tmp
     numeric = [s for s in settings_of(file) if type(s.value) in (int, float) or s.key.endswith("_bytes")]
     assert numeric
     for setting in numeric:
-        copy = mutated(setting, tmp_path, f": {setting.written}", f": -{setting.written}")
+        negative = f"-{setting.written if setting.value != 0 else 1}"
+        copy = mutated(setting, tmp_path, f": {setting.written}", f": {negative}")
         message = error_of(copy, model_of(file))
         assert message.startswith(f"{copy}:{setting.line}: {setting.path}: ")
-        assert f"-{yaml.safe_load(setting.written)}" in message
+        assert f"{yaml.safe_load(negative)}" in message
         assert "allowed: " in message
 
 

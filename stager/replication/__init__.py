@@ -1,0 +1,8 @@
+"""Each rank's newest snapshots, in a partner's memory too: ``replication.partners: 1``.
+
+replicas    what this host keeps: files in memory, which outlive the trainer
+keeper      receives one rank's snapshots into two of them in turn
+link        the connection to one other rank
+replicator  after each save: this rank's snapshot to its partner, another's from there; in a thread
+restorer    when a run begins: what is in the partners' memory, and not on the disk, becomes a checkpoint
+"""

@@ -1,0 +1,141 @@
+"""Receives one rank's snapshots into two files in turn.
+
+Of the two, the one that holds the newest snapshot that *every* rank's partner has is not touched: whatever happens while the
+next one arrives, here or anywhere else in the job, a whole state stays in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from stager.config.host import available_memory_bytes
+from stager.replication.replicas import Replicas
+from workers import files
+from workers.errors import CorruptCheckpointError, ReplicationError, StorageError
+from workers.files import storage_errors
+from workers.replica import HEADER_SUFFIX, ReplicaHeader
+
+MESSAGE_BYTES = 64 << 20
+"""A snapshot travels in messages of this size."""
+
+_SPARE_BYTES = 1 << 20
+
+
+def messages(nbytes: int) -> Iterator[tuple[int, int]]:
+    """Where the messages that ``nbytes`` bytes travel in begin and end."""
+    for start in range(0, nbytes, MESSAGE_BYTES):
+        yield start, min(nbytes, start + MESSAGE_BYTES)
+
+
+class Keeper:
+    """A :class:`~stager.staging.exchange.Receiver`, used again for each snapshot.
+
+    Args:
+        replicas: of this host.
+        owner: whose snapshots these are.
+        whole_id: the id of the newest save of which every rank's replica is there, as far as is known.
+    """
+
+    def __init__(self, replicas: Replicas, owner: int, whole_id: Callable[[], str]) -> None:
+        self._replicas = replicas
+        self._owner = owner
+        self._whole_id = whole_id
+        self._maps: dict[str, mmap.mmap] = {}  # kept: mapping them again would fault every page in again
+        self._data = b""
+        self._path = ""
+        self._problem: Exception | None = None
+
+    def begin(self, header: bytes) -> Iterator[torch.Tensor]:
+        """What there is no memory for is received all the same, and thrown away: the connection stays whole."""
+        self._data, self._problem = header, None
+        try:
+            nbytes = ReplicaHeader.from_bytes(header, f"what rank {self._owner} has sent").nbytes
+        except CorruptCheckpointError as error:
+            raise ReplicationError(str(error), self._owner) from error
+        try:
+            self._path = self._choose()
+            memory = self._map(self._path, nbytes)
+        except OSError as error:
+            self._problem = error
+            scratch = torch.empty(min(nbytes, MESSAGE_BYTES), dtype=torch.uint8)
+            for start, end in messages(nbytes):
+                yield scratch[: end - start]
+            return
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        for start, end in messages(nbytes):
+            yield whole[start:end]
+
+    def finish(self) -> ReplicaHeader:
+        """
+        Raises:
+            ReplicationError: there was no memory for it.
+        """
+        if self._problem is not None:
+            raise ReplicationError(
+                f"this host has no memory for the replica of rank {self._owner}: {self._problem}"
+            ) from self._problem
+        try:
+            with storage_errors("write", self._path + HEADER_SUFFIX):
+                directory_fd = files.open_directory(self._replicas.path)
+                try:
+                    name = os.path.basename(self._path) + HEADER_SUFFIX
+                    files.write_atomically(directory_fd, self._replicas.path, name, self._data, fsync=False)
+                finally:
+                    os.close(directory_fd)
+        except StorageError as error:
+            raise ReplicationError(f"the replica of rank {self._owner} cannot be kept: {error}") from error
+        return ReplicaHeader.from_bytes(self._data, self._path)
+
+    def forget(self) -> None:
+        """Unmap everything."""
+        self._maps.clear()
+
+    def _choose(self) -> str:
+        """The file that may be overwritten."""
+        headers = {path: self._replicas.read(path) for path in self._replicas.slots(self._owner)}
+        whole = self._whole_id()
+
+        def rank(path: str) -> tuple[bool, float]:
+            header = headers[path]
+            return (False, 0.0) if header is None else (header.facts.save_id == whole, header.facts.created)
+
+        return min(headers, key=rank)
+
+    def _map(self, path: str, nbytes: int) -> mmap.mmap:
+        with storage_errors("write", path):
+            self._replicas.remove_header(path)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                known = self._maps.get(path)
+                if (
+                    known is not None
+                    and nbytes <= len(known) <= _capacity(nbytes)
+                    and len(known) == os.fstat(fd).st_size
+                ):
+                    return known
+                self._maps.pop(path, None)
+                capacity = _capacity(nbytes)
+                os.ftruncate(fd, capacity)
+                _allocate(path, fd, capacity)
+                self._maps[path] = mmap.mmap(fd, capacity)
+                return self._maps[path]
+            finally:
+                os.close(fd)
+
+
+def _capacity(nbytes: int) -> int:
+    """Snapshots of a run differ by a little: pickled objects grow."""
+    return nbytes + nbytes // 64 + _SPARE_BYTES
+
+
+def _allocate(path: str, fd: int, nbytes: int) -> None:
+    """All of a file's memory now: a write to what the file system cannot hold would end the process (SIGBUS)."""
+    missing, available = nbytes - os.fstat(fd).st_blocks * 512, available_memory_bytes()
+    if missing > available:
+        raise StorageError(errno.ENOMEM, f"it needs {missing:,} bytes of memory, and this host has {available:,}", path)
+    os.posix_fallocate(fd, 0, nbytes)

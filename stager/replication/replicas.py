@@ -1,0 +1,137 @@
+"""The replicas that this host keeps of a run's ranks: files in memory (``/dev/shm``), which outlive the trainers.
+
+    <replication.directory>/stager-<user>/<run>-<hash of its directory>/rank-<r>.<0 or 1>[.json]
+
+They are there until a newer one takes their place, or the run ends with everything committed. After a reboot they are
+gone. Nothing is synced: it is memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from workers.errors import ConfigError, CorruptCheckpointError, StorageError
+from workers.files import storage_errors
+from workers.replica import HEADER_SUFFIX, ReplicaHeader, read_header
+
+logger = logging.getLogger("stager")
+
+NUM_SLOTS = 2
+_NAME = re.compile(r"rank-([0-9]{1,9})\.[0-9]")
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One that is whole: where it is, whose, and what it says of itself."""
+
+    path: str
+    owner: int
+    header: ReplicaHeader
+
+
+class Replicas:
+    """
+    Args:
+        root: ``replication.directory``.
+        run_directory: absolute.
+
+    Attributes:
+        path: of the directory that the files are in.
+    """
+
+    def __init__(self, root: str, run_directory: str) -> None:
+        digest = hashlib.blake2b(os.fsencode(run_directory), digest_size=8).hexdigest()
+        self._root = root
+        self._of_user = os.path.join(root, f"stager-{os.geteuid()}")
+        self.path = os.path.join(self._of_user, f"{os.path.basename(run_directory)}-{digest}")
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            ConfigError: ``root`` is not there, or somebody else has taken the name.
+            StorageError
+        """
+        if not os.path.isdir(self._root):
+            raise ConfigError(
+                f"replication.directory is {self._root}, which is no directory; name one whose files are in memory"
+            )
+        for path in (self._of_user, self.path):
+            with storage_errors("create", path):
+                with suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+                found = os.lstat(path)
+            # /dev/shm is everybody's: what is read from here is written to the run's directory.
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+                raise ConfigError(
+                    f"{path} is not a directory of this user's alone, and replicas are kept there: remove it, or set "
+                    "replication.directory to another place"
+                )
+
+    def slot(self, owner: int, number: int) -> str:
+        """The path of one of an owner's files."""
+        return os.path.join(self.path, f"rank-{owner}.{number}")
+
+    def slots(self, owner: int) -> list[str]:
+        return [self.slot(owner, number) for number in range(NUM_SLOTS)]
+
+    def read(self, path: str) -> ReplicaHeader | None:
+        """Of the replica at ``path``; None: there is none that is whole. What is damaged is none."""
+        try:
+            return read_header(path)
+        except (CorruptCheckpointError, StorageError) as error:
+            logger.warning("a replica is passed over: %s", error)
+            return None
+
+    def whole(self) -> Iterator[Replica]:
+        """Those that are whole, by their headers."""
+        for name in self._names():
+            match = _NAME.fullmatch(name)
+            path = os.path.join(self.path, name)
+            if match and (header := self.read(path)) is not None:
+                yield Replica(path, int(match[1]), header)
+
+    def remove(self, path: str) -> None:
+        self.remove_header(path)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def remove_header(self, path: str) -> None:
+        """It is no replica from now on."""
+        with suppress(FileNotFoundError):
+            os.unlink(path + HEADER_SUFFIX)
+
+    def remove_runs_but(self, run: str) -> None:
+        """What earlier runs left."""
+        for replica in list(self.whole()):
+            if replica.header.run != run:
+                with storage_errors("remove", replica.path):
+                    self.remove(replica.path)
+
+    def remove_owner(self, owner: int, up_to_step: int) -> None:
+        """An owner's replicas up to a step, and what never became one."""
+        for path in self.slots(owner):
+            header = self.read(path)
+            if header is None or header.facts.step <= up_to_step:
+                with storage_errors("remove", path):
+                    self.remove(path)
+
+    def tidy(self) -> None:
+        """Remove the directories if nothing is in them any more."""
+        for path in (self.path, self._of_user):
+            with suppress(OSError):
+                os.rmdir(path)
+
+    def _names(self) -> list[str]:
+        with storage_errors("list", self.path):
+            try:
+                return sorted(os.listdir(self.path))
+            except FileNotFoundError:
+                return []

@@ -1,0 +1,212 @@
+"""What the ranks of the tests do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from stager import Checkpointer, RankFailedError, SaveHandle
+from tests.faults import Faults, faults_of_this_process
+from tests.ranks.bodies import CONFIG, no_collectives, state_of
+from tests.ranks.layouts import Trained, build, differences, whole_state
+
+_PATIENCE_SECS = 60.0
+
+
+def open_run(directory: str, **ranks: Any) -> Checkpointer:
+    return Checkpointer(Path(directory, "run"), config(directory, **ranks))
+
+
+def config(directory: str, **ranks: Any) -> dict[str, Any]:
+    memory = Path(directory, "memory")
+    memory.mkdir(exist_ok=True)
+    return {
+        **CONFIG,
+        "ranks": {**CONFIG["ranks"], **ranks},
+        "replication": {"partners": 1, "directory": str(memory)},
+    }
+
+
+def trained_at(step: int) -> Trained:
+    """Another one for each step, the same on all ranks."""
+    return build("fsdp", seed=step)
+
+
+def save(ckpt: Checkpointer, rank: int, step: int) -> SaveHandle:
+    return ckpt.save(step, state_of(trained_at(step), rank))
+
+
+def expect(rank: int, directory: str, steps: int) -> None:
+    """Keep what the states of these steps are: another number of ranks would not make the same. Every rank calls it."""
+    for step in range(1, steps + 1):
+        whole = whole_state(trained_at(step))
+        if rank == 0:
+            torch.save(whole, Path(directory, f"expected-{step}.pt"))
+
+
+def expected_at(directory: str, step: int) -> Any:
+    return torch.load(Path(directory, f"expected-{step}.pt"))
+
+
+def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
+    """Until every rank's partner has this save's snapshot."""
+    board = ckpt._job.board
+    assert board is not None
+    deadline = time.monotonic() + _PATIENCE_SECS
+    while board.add(f"replicas/whole/{handle.save_id}", 0) < ckpt._job.num_ranks:
+        assert time.monotonic() < deadline, "the snapshot was not replicated"
+        time.sleep(0.01)
+
+
+def save_and_die(rank: int, directory: str, steps: int) -> None:
+    """The whole job is killed when everything is committed and replicated."""
+    expect(rank, directory, steps)
+    ckpt = open_run(directory)
+    for step in range(1, steps + 1):
+        handle = save(ckpt, rank, step)
+        handle.upload_completion.result(60)
+        await_replicas(ckpt, handle)
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_before_the_parts_are_written(rank: int, directory: str, victim: int) -> None:
+    """Step 1 is committed. Step 2 is staged and replicated, when one rank is killed with its workers, and the others'
+    trainers."""
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
+    expect(rank, directory, 2)
+    ckpt = open_run(directory)
+    save(ckpt, rank, 1).upload_completion.result(60)
+    dist.barrier()
+    hold = None if faults is None else faults.hold("part.begin")
+    handle = save(ckpt, rank, 2)
+    handle.staging_completion.result(60)
+    await_replicas(ckpt, handle)
+    if hold is not None:
+        hold.wait()
+    dist.barrier()
+    if rank == victim:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resume(rank: int, directory: str, expected_step: int) -> dict[str, Any]:
+    """What the next job finds: the step, where its state differs from the one saved then, and what was logged."""
+    said = _listen()
+    other = build("fsdp", seed=99)
+    state = state_of(other, rank)
+    with open_run(directory) as ckpt:
+        loaded = ckpt.load(into=state)
+        steps = [info.step for info in ckpt.checkpoints()]
+    step = 0 if loaded is None else loaded.step
+    problems = differences(expected_at(directory, expected_step), whole_state(other))
+    return {"step": step, "steps": steps, "problems": problems, "said": said, "own": int(state["own"].value["rank"])}
+
+
+def resume_alone(directory: str, expected_step: int) -> dict[str, Any]:
+    """As :func:`resume`, in a process without a process group."""
+    said = _listen()
+    with open_run(directory) as ckpt:
+        loaded = ckpt.load()
+    assert loaded is not None
+    problems = differences(expected_at(directory, expected_step)["model"], loaded.state["model"])
+    return {"step": loaded.step, "problems": problems, "said": said}
+
+
+def _listen() -> list[str]:
+    """Everything that is logged from here on."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("stager").addHandler(handler)
+    return said
+
+
+def run_to_the_end(rank: int, directory: str, *, how: str) -> dict[str, Any]:
+    """Three saves; then the run is closed, or an exception leaves its block. What is in memory then."""
+    expect(rank, directory, 3)
+    said = _listen()
+    states = [state_of(trained_at(step), rank) for step in (1, 2, 3)]
+    with suppress(ZeroDivisionError), open_run(directory) as ckpt, no_collectives():
+        for step, state in enumerate(states, 1):
+            handle = ckpt.save(step, state)
+        handle.upload_completion.result(60)
+        await_replicas(ckpt, handle)
+        1 / (how != "exception")
+    return {"said": said, "events": [event.name for event in handle.report.events]}
+
+
+def close_run(rank: int, directory: str) -> dict[str, Any]:
+    return run_to_the_end(rank, directory, how="close")
+
+
+def fail_run(rank: int, directory: str) -> dict[str, Any]:
+    return run_to_the_end(rank, directory, how="exception")
+
+
+def one_cannot_save(rank: int, directory: str, victim: int) -> dict[str, Any]:
+    """One rank's second save fails before its snapshot is taken; the third is replicated again."""
+    said = _listen()
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
+    with open_run(directory) as ckpt:
+        save(ckpt, rank, 1).upload_completion.result(60)
+        if faults is not None:
+            faults.arm("save.planned", "errno ENOSPC")
+            with pytest.raises(OSError, match="No space left"):
+                save(ckpt, rank, 2)
+        else:
+            error = save(ckpt, rank, 2).upload_completion.exception(60)
+            assert isinstance(error, RankFailedError)
+        handle = save(ckpt, rank, 3)
+        handle.upload_completion.result(60)
+        await_replicas(ckpt, handle)
+    return {"said": said}
+
+
+def no_memory(rank: int, directory: str) -> dict[str, Any]:
+    """The place for replicas is full: everything is committed, and it is said that it was not replicated."""
+    said = _listen()
+    with open_run(directory) as ckpt:
+        steps = [save(ckpt, rank, step).upload_completion.result(60).step for step in (1, 2)]
+        _await_said(said, 2)
+    return {"said": said, "steps": steps}
+
+
+def _await_said(said: list[str], number: int) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECS
+    while len(said) < number:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.01)
+
+
+def partner_dies(rank: int, directory: str, point: str) -> dict[str, Any]:
+    """Rank 1 is killed at its ``point``; what the others say of the save that follows, and how long closing takes."""
+    said = _listen()
+    faults: Faults | None = faults_of_this_process(Path(directory, "faults")) if rank == 1 else None
+    states = [state_of(trained_at(step), rank) for step in (2, 3)]  # with the other rank's help
+    ckpt = open_run(directory, timeout_secs=3)
+    handle = save(ckpt, rank, 1)
+    handle.upload_completion.result(60)
+    await_replicas(ckpt, handle)
+    dist.barrier()
+    if faults is not None:
+        faults.arm(point, "kill")
+    errors = []
+    for step, state in enumerate(states, 2):
+        error = ckpt.save(step, state).upload_completion.exception(60)
+        errors.append(type(error).__name__)
+    started = time.monotonic()
+    with suppress(RankFailedError):
+        ckpt.close()
+    return {"said": said, "errors": errors, "secs": time.monotonic() - started}

@@ -1,0 +1,97 @@
+"""The connection to one other rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stager import ReplicationError
+from stager.ranks.board import Board
+from stager.ranks.job import Job
+from stager.replication.link import Link
+from stager.staging.exchange import Exchange, Outcome, Unpacking
+from stager.staging.parcel import pack
+
+_dist: Any = dist  # not all of it is annotated
+
+
+class Two:
+    """Two ranks, as threads of this process."""
+
+    def __init__(self, timeout_secs: float = 20.0) -> None:
+        store = _dist.HashStore()
+        self.jobs = [Job(rank, 2, Board(store, "test"), timeout_secs) for rank in range(2)]
+        self.links = [Link(job, 1 - job.rank) for job in self.jobs]
+
+    def both(self, do: Callable[[int], Any]) -> list[Any]:
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(do, range(2)))
+
+    def exchange(self, number: int) -> list[Outcome]:
+        def one(rank: int) -> Outcome:
+            peer = self.links[rank].meet(number)
+            return Exchange(torch.device("cpu"), timedelta(seconds=20)).run(
+                pack({"of": rank, "x": torch.full((5,), rank)}), peer, peer, Unpacking()
+            )
+
+        return self.both(one)
+
+    def close(self) -> None:
+        for link in self.links:
+            link.drop()
+        for job in self.jobs:
+            job.close()
+
+
+@pytest.fixture
+def two() -> Any:
+    made = Two()
+    yield made
+    made.close()
+
+
+def received(outcomes: list[Outcome]) -> list[int]:
+    assert all(outcome.not_sent is outcome.not_received is None for outcome in outcomes)
+    return [outcome.received["of"] for outcome in outcomes]
+
+
+def test_the_connection_is_made_once_and_used_again(two: Two) -> None:
+    assert received(two.exchange(0)) == [1, 0]
+    groups = [link._group for link in two.links]
+    assert received(two.exchange(1)) == [1, 0]
+    assert [link._group for link in two.links] == groups
+
+
+@pytest.mark.parametrize("who", [[0], [1], [0, 1]])
+def test_after_a_failure_that_one_side_may_not_know_of_both_connect_anew(two: Two, who: list[int]) -> None:
+    two.exchange(0)
+    groups = [link._group for link in two.links]
+    for rank in who:
+        two.links[rank].drop()
+    assert received(two.exchange(1)) == [1, 0]
+    assert all(link._group is not group for link, group in zip(two.links, groups, strict=True))
+
+
+def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> None:
+    two = Two(timeout_secs=0.2)
+    with pytest.raises(ReplicationError, match=r"replicas with rank 1: rank 1 did not come within 0\.2 s") as one:
+        two.links[0].meet(0)
+    assert one.value.rank == 1
+    with pytest.raises(ReplicationError, match="rank 1 did not come"):  # it comes late, and is told the same
+        two.links[1].meet(0)
+    assert received(two.exchange(1)) == [1, 0]
+    two.close()
+
+
+def test_a_rank_that_closes_lets_nobody_wait(two: Two) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(two.links[0].meet, 0)
+        two.links[1].call_off(0, "closing")
+        with pytest.raises(ReplicationError, match="closing"):
+            waiting.result(10)

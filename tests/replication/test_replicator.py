@@ -1,0 +1,67 @@
+"""What a run does with replicas while it goes on, and when it ends."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.replication.test_restoring import memory_of, ranks
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_a_run_that_is_closed_leaves_nothing_in_memory(num_ranks: int, tmp_path: Path) -> None:
+    """Pairs, and a ring. No collective is called in the training thread, and nothing is warned about."""
+    for result in ranks("close_run", num_ranks, tmp_path):
+        assert result["said"] == []
+        assert "replicate" in result["events"]
+    assert memory_of(tmp_path) == []
+
+
+def test_a_run_that_fails_leaves_its_replicas(tmp_path: Path) -> None:
+    assert [result["said"] for result in ranks("fail_run", 2, tmp_path)] == [[], []]
+    assert len(memory_of(tmp_path)) == 8
+    shutil.rmtree(tmp_path / "run")
+    assert [result["step"] for result in ranks("resume", 2, tmp_path, 3)] == [3, 3]
+
+
+def test_a_rank_whose_save_fails_holds_up_nobody(tmp_path: Path) -> None:
+    results = ranks("one_cannot_save", 3, tmp_path, 1)
+    # Rank 2 keeps what rank 1 has, and hears that it has nothing; nobody's connection is lost.
+    said = [[text for text in result["said"] if "replica" in text] for result in results]
+    assert [len(texts) for texts in said] == [0, 0, 1]
+    assert said[2][0].startswith("no new replica of rank 1: rank 1 has nothing to send: OSError: ")
+
+
+@pytest.fixture
+def small_memory(tmp_path: Path) -> Iterator[Path]:
+    """64 KiB."""
+    mount = tmp_path / "memory"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "stager-test", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root can mount a small file system")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_there_is_no_memory_for_replicas(small_memory: Path, tmp_path: Path) -> None:
+    for rank, result in enumerate(ranks("no_memory", 2, tmp_path)):
+        assert result["steps"] == [1, 2]
+        for text in result["said"]:
+            assert text.startswith(f"no new replica of rank {1 - rank}: this host has no memory for ")
+            assert "No space left" in text
+
+
+@pytest.mark.parametrize("point", ["save.planned", "save.copied", "save.handed-over"])
+def test_a_partner_that_dies_holds_up_nobody(point: str, tmp_path: Path) -> None:
+    survivor, dead = ranks("partner_dies", 2, tmp_path, point)
+    assert dead is None
+    assert survivor["errors"][1] == "RankFailedError"
+    assert survivor["secs"] < 3 + 40  # the deadline, and patience for a machine that is busy
+    assert any("is not replicated" in text and "rank 1" in text for text in survivor["said"])

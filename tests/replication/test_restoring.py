@@ -1,0 +1,144 @@
+"""What the partners' memory holds, and the disk does not, is there again when the job is begun anew."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stager import Checkpointer
+from tests.ranks.bodies import flip
+from tests.replication import bodies
+from tests.staging.child import run
+from tests.staging.ranks import run_ranks
+from workers.replica import read_header
+
+
+def ranks(target: str, num_ranks: int, directory: Path, *args: Any) -> list[Any]:
+    for path in [directory / "store", *directory.glob("result-*.json")]:
+        path.unlink(missing_ok=True)
+    return run_ranks(f"tests.replication.bodies:{target}", num_ranks, directory, *args)
+
+
+def memory_of(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "memory").rglob("*") if path.is_file())
+
+
+def checkpoint(directory: Path, step: int) -> Path:
+    return directory / "run" / f"step-{step:08d}"
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 4)])
+def test_a_job_whose_disk_is_gone_goes_on_from_its_partners_memory(before: int, after: int, tmp_path: Path) -> None:
+    assert ranks("save_and_die", before, tmp_path, 2) == [None] * before
+    shutil.rmtree(tmp_path / "run")
+    results = ranks("resume", after, tmp_path, 2)
+    for rank, result in enumerate(results):
+        assert (result["step"], result["steps"], result["problems"]) == (2, [2], [])
+        assert result["own"] == rank  # the second job's own where the first had fewer ranks
+    assert any(f"shares of {before} ranks were written from their partners' memory" in s for s in results[0]["said"])
+    with Checkpointer(tmp_path / "run", read_only=True) as ckpt:
+        found = ckpt.latest()
+    assert found is not None and found.step == 2
+    assert memory_of(tmp_path) == []  # the second job has closed with everything on the disk
+
+
+def test_one_process_alone_restores_what_several_ranks_left(tmp_path: Path) -> None:
+    ranks("save_and_die", 2, tmp_path, 2)
+    shutil.rmtree(tmp_path / "run")
+    result = run("tests.replication.bodies:resume_alone", str(tmp_path), 2)
+    assert (result["step"], result["problems"]) == (2, [])
+    assert any("it has no partner" in text for text in result["said"])
+
+
+def test_what_is_on_the_disk_is_older(tmp_path: Path) -> None:
+    ranks("save_and_die", 2, tmp_path, 3)
+    shutil.rmtree(checkpoint(tmp_path, 3))
+    for result in ranks("resume", 2, tmp_path, 3):
+        assert (result["step"], result["steps"], result["problems"]) == (3, [1, 2, 3], [])
+
+
+def test_what_is_on_the_disk_is_not_touched_when_it_is_whole(tmp_path: Path) -> None:
+    ranks("save_and_die", 2, tmp_path, 2)
+    before = os.stat(checkpoint(tmp_path, 2)).st_ino
+    for result in ranks("resume", 2, tmp_path, 2):
+        assert (result["step"], result["problems"], result["said"]) == (2, [], [])
+    assert os.stat(checkpoint(tmp_path, 2)).st_ino == before
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_what_is_on_the_disk_is_damaged(how: str, tmp_path: Path) -> None:
+    """A truncated file is seen when the run is opened, flipped bytes when they are read."""
+    ranks("save_and_die", 2, tmp_path, 2)
+    path = checkpoint(tmp_path, 2) / "__1_0.distcp"
+    if how == "truncated":
+        os.truncate(path, 100)
+    else:
+        flip(path)
+    for result in ranks("resume", 2, tmp_path, 2):
+        assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
+    with Checkpointer(tmp_path / "run", {"loading": {"verify": "full"}}, read_only=True) as ckpt:
+        found = ckpt.latest()
+    assert found is not None and found.step == 2
+
+
+def test_a_host_dies_before_its_part_is_written(tmp_path: Path) -> None:
+    """Its partner writes it; what the others had written is used as it is."""
+    ranks("die_before_the_parts_are_written", 3, tmp_path, 1)
+    results = ranks("resume", 2, tmp_path, 2)
+    for result in results:
+        assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
+    assert any("shares of 1 ranks were written" in text for text in results[0]["said"])
+
+
+@pytest.mark.parametrize("what", ["bytes", "header", "missing"])
+def test_a_replica_that_is_damaged_is_not_used(what: str, tmp_path: Path) -> None:
+    ranks("save_and_die", 2, tmp_path, 3)
+    shutil.rmtree(checkpoint(tmp_path, 3))
+    newest = max((tmp_path / "memory").rglob("rank-1.?"), key=_step_of)
+    header = newest.with_name(newest.name + ".json")
+    if what == "bytes":
+        with open(newest, "r+b") as file:
+            file.seek(100)
+            byte = file.read(1)[0]
+            file.seek(100)
+            file.write(bytes([byte ^ 1]))
+    elif what == "header":
+        flip(header)
+    else:
+        header.unlink()
+    results = ranks("resume", 2, tmp_path, 2)
+    for result in results:
+        assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
+    expected = "its bytes are not those that were sent" if what == "bytes" else "is in memory in part only"
+    said = results[0]["said"] + results[1]["said"]  # one of them speaks for the host
+    assert any(expected in text for text in said), said
+    assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name or "removing" in name]
+
+
+def _step_of(path: Path) -> int:
+    header = read_header(str(path))
+    assert header is not None
+    return header.facts.step
+
+
+def test_a_newer_whole_save_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    """After two runs, of which the second has fewer ranks, nothing of the first is in memory."""
+    ranks("save_and_die", 3, tmp_path, 2)
+    assert len(memory_of(tmp_path)) == 12
+    ranks("save_and_die", 2, tmp_path, 2)
+    assert memory_of(tmp_path) == [
+        name for rank in (0, 1) for slot in (0, 1) for name in (f"rank-{rank}.{slot}", f"rank-{rank}.{slot}.json")
+    ]
+    shutil.rmtree(tmp_path / "run")
+    assert [result["step"] for result in ranks("resume", 2, tmp_path, 2)] == [2, 2]
+
+
+def test_bodies_are_of_another_step() -> None:
+    """Else the comparisons above would prove nothing."""
+    assert bodies.differences(
+        bodies.whole_state(bodies.build("plain", 1)), bodies.whole_state(bodies.build("plain", 2))
+    )
