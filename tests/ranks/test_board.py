@@ -26,7 +26,7 @@ class Frozen(dist.Store):
 
 
 def frozen_board() -> tuple[Board, Frozen]:
-    board: Any = Board(dist.HashStore(), "x", answer_secs=0.1)
+    board: Any = Board(dist.HashStore(), "x", 2, answer_secs=0.1)
     board._store = Frozen()
     return board, board._store
 
@@ -46,7 +46,7 @@ def test_a_server_that_does_not_answer_is_given_up() -> None:
 
 
 def test_the_thread_ends_with_close() -> None:
-    board = Board(dist.HashStore(), "x")
+    board = Board(dist.HashStore(), "x", 2)
     assert board.add("a") == 1
     (thread,) = [t for t in threading.enumerate() if t.name == "stager-board"]
     board.close()
@@ -56,7 +56,7 @@ def test_the_thread_ends_with_close() -> None:
 
 
 def test_errors_of_the_store_arrive() -> None:
-    board: Any = Board(dist.HashStore(), "x")
+    board: Any = Board(dist.HashStore(), "x", 2)
 
     def gone(key: str, amount: int) -> int:
         raise RuntimeError("Connection reset by peer")

@@ -31,7 +31,7 @@ class _NoPool:
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[list[Outcomes]]:
     store = dist.HashStore()
-    jobs = [Job(rank, 2, Board(store, "test"), 5.0, "nonce") for rank in range(2)]
+    jobs = [Job(rank, 2, Board(store, "test", 2), 5.0, "nonce") for rank in range(2)]
     both = [Outcomes(job, _NoPool()) for job in jobs]
     yield both
     for job, one in zip(jobs, both, strict=True):
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_was_removed_before_this_rank_looked_was_committed(
     ranks: list[Outcomes], tmp_path: Path
 ) -> None:
     info = CheckpointInfo(3, "/elsewhere/step-00000003", 10, 1.0, "ab", 1, 0, "dcp")
-    ranks[1].post_committed(Committed(info, 1.0, 2.0, 77))
+    ranks[1].notes.post_committed(Committed(info, 1.0, 2.0, 77))
     end = _end(ranks[0], _facts(tmp_path))
     assert end.info.path == str(tmp_path / "step-00000003")
     assert (end.info.nbytes, end.pid) == (10, 77)
@@ -66,6 +66,6 @@ def test_a_directory_that_cannot_be_read_now_fails_no_save(
         raise StorageError(errno.EIO, "cannot read", str(tmp_path))
 
     monkeypatch.setattr(outcome, "already_committed", refuse)
-    ranks[1].post_failed("ab", ValueError("mine"))
+    ranks[1].notes.post_failed("ab", ValueError("mine"))
     with pytest.raises(RankFailedError, match="the save of step 3 failed on rank 1: ValueError: mine"):
         _end(ranks[0], _facts(tmp_path))
