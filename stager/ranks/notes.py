@@ -2,7 +2,8 @@
 
 saves/<save_id>               how it ended: what was committed, or why it failed, and which ranks are to blame
 saves/<save_id>/failures      how many had a reason; the first one's is posted
-saves/<save_id>/every-part    was to be seen at somebody's deadline: it only has to be committed
+saves/<save_id>/helpers       how many ranks but rank 0 have looked and found every part, and no commit
+saves/<save_id>/every-part    was there at somebody's deadline: it only has to be committed
 newest                        the step of the last checkpoint that a rank knows of
 """
 
@@ -23,6 +24,8 @@ from workers.commit import Committed
 from workers.directory import CheckpointInfo, checkpoint_name
 from workers.errors import RankFailedError, StorageError
 from workers.job import SaveFacts
+
+_MAX_HELPERS = 3  # where locks do not reach from host to host, each commits anew
 
 Note = Mapping[str, Any]
 
@@ -73,6 +76,12 @@ class Notes:
         """Whether another rank has said so."""
         with suppress(RankFailedError):
             return self._board.read(_every_part(save_id)) is not None
+        return False
+
+    def claims_commit(self, save_id: str) -> bool:
+        """Whether this rank may help to commit: a few do, so that some live."""
+        with suppress(RankFailedError):
+            return self._board.add(f"{_end(save_id)}/helpers") <= _MAX_HELPERS
         return False
 
     def read(self, save_id: str) -> Note | None:

@@ -13,6 +13,8 @@ Asking the store costs nearly nothing, looking at the directory costs the file s
     rank 0             looks once a second, and posts the commit that it finds
     the others         take turns: each looks once in as many seconds as there are ranks, and posts what it finds. So if the
                        rank that committed dies before it says so, and rank 0, too, the end comes seconds later
+    who looks          commits, if every part is written and nobody does: always, if it is rank 0; of the others a few, and
+                       whoever is first at the deadline
     at the deadline    rank 0 looks, and posts who is missing, or that every part is written: then all wait as long again,
                        once. Where it does not, it is dead, or late itself: rank 1 does so 5 s after its own deadline,
                        ranks 2 and 3 after 10 s, 4 to 7 after 15 s, and so on, each unless one before it has
@@ -208,8 +210,9 @@ class Outcomes:
             return lambda: one.committed(found)
         one.looks_at = now + (1 if self._job.leads else self._job.num_ranks) * _LOOK_SECS
         if is_late:
-            return self._too_late(one)
-        self._help(one)
+            return self._too_late(one, is_told)
+        if self._job.leads or is_told:
+            self._help(one)
         return None
 
     def _helped(self, one: _Pending) -> Callable[[], None] | None:
@@ -228,14 +231,19 @@ class Outcomes:
 
     def _help(self, one: _Pending) -> None:
         """Every receipt is there, and no commit: its worker was killed, or locks do not reach from host to host."""
-        if not self._job.leads or one.commit is not None:
+        if one.commit is not None:
             return
-        with suppress(OSError, ClosedError):
+        with suppress(OSError):
             names = os.listdir(partial_path(one.facts))
-            if MANIFEST_NAME in names or len(finished_ranks(names)) >= one.facts.num_ranks:
-                one.commit = self._pool.submit(commit_recorded, one.facts)
+            is_written = MANIFEST_NAME in names or len(finished_ranks(names)) >= one.facts.num_ranks
+            if is_written and (self._job.leads or self.notes.claims_commit(one.facts.save_id)):
+                self._commit(one)
 
-    def _too_late(self, one: _Pending) -> Callable[[], None] | None:
+    def _commit(self, one: _Pending) -> None:
+        with suppress(ClosedError):
+            one.commit = one.commit or self._pool.submit(commit_recorded, one.facts)
+
+    def _too_late(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
         missing: list[int] = []
         try:
             names = os.listdir(partial_path(one.facts))
@@ -250,7 +258,8 @@ class Outcomes:
             if not missing and not one.has_every_part:
                 one.wait_for_commit(self._job.timeout_secs)
                 self.notes.post_every_part(one.facts.save_id)
-                self._help(one)
+                if self._job.leads or is_told:
+                    self._commit(one)
                 return None
         why = f"was not complete within {self._job.timeout_secs:g} s (ranks.timeout_secs): {what}"
         self.notes.post_failure(one.facts.save_id, why, missing)

@@ -71,8 +71,8 @@ class Ending:
                     has_every_part = True
                     deadline += timeout_secs
                     yield from board.post(_EVERY_PART, b"")
-                if rank == 0:
-                    yield from self._help(actor)
+                else:
+                    yield from self._help(rank, actor, board)
             actor.now += poll
             poll = min(self._world.end_poll_secs, poll * 1.5)
 
@@ -98,11 +98,12 @@ class Ending:
         yield from self._world.files.list(actor, self._world.directory)
         return self._world.directory.has_every_receipt()
 
-    def _help(self, actor: Actor) -> Steps[None]:
-        """Rank 0: were there all receipts and no commit, it would commit. (That somebody else does, its worker sees by the
-        lock; these calls are left out.)"""
+    def _help(self, rank: int, actor: Actor, board: Board) -> Steps[None]:
+        """Were there all receipts and no commit, it would commit. (That somebody else does, its worker sees by the lock:
+        these calls are left out.)"""
         if not self._world.directory.is_committed():
-            yield from self._world.files.list(actor, self._world.directory)
+            if (yield from self._is_written(actor)) and rank:
+                yield from board.add(f"{_END}/helpers")
 
     def _board(self, actor: Actor) -> Board:
         return Board(self._world.store, actor, self._world.wait_poll_secs)
