@@ -3,7 +3,7 @@
 Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``service.py``, ``roster.py``,
 ``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; then what is run: ``layout.py``, ``templates.py``,
 ``slab.py``, ``attached.py``, ``persist.py``, ``part_writer.py``, ``reuse.py`` and ``base.py`` (incremental saves),
-``commit.py``, ``verify.py``, ``retention.py``, ``removal.py``.
+``commit.py`` and ``in_threads.py``, ``verify.py``, ``retention.py``, ``removal.py``.
 
 This package never imports ``stager``. Names are imported when they are first used, so that ``workers.errors`` and
 ``workers.files`` are there even where torch is not.

@@ -11,7 +11,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from workers.dtype_sizes import itemsize_of
@@ -39,8 +39,7 @@ def check_layout(layout: Layout, *, is_share: bool = False) -> None:
     for spec in layout.files:
         check_file_name(spec.name)
         check_count(spec.nbytes)
-    if len({spec.name for spec in layout.files}) != len(layout.files):
-        raise ValueError("two files of one name")
+    check_distinct([spec.name for spec in layout.files])
     _check_items(layout)
     _check_structure(layout, is_share)
 
@@ -50,6 +49,13 @@ def check_file_name(value: Any) -> str:
     if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
         raise ValueError(f"not a file name: {value!r}")
     return value
+
+
+def check_distinct(names: Sequence[str]) -> None:
+    """That no two files of a checkpoint have one name."""
+    if len(set(names)) != len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise ValueError(f"two files are called {twice}")
 
 
 def check_count(value: Any) -> int:
@@ -174,12 +180,21 @@ def _check_structure(layout: Layout, is_share: bool) -> None:
             boxes = _check_chunks(layout, leaf)
             if not is_share:
                 check_tiling(boxes, leaf.shape)
-    times = Counter(index for chunks in wholes for _, index in chunks.parts)
-    if max(times.values(), default=0) > _MAX_WHOLES:  # each whole takes memory
-        raise ValueError("an item is a chunk of too many tensors")
+    if (shared := shared_too_often(wholes)) is not None:
+        raise ValueError(f"item {shared} is a chunk of too many tensors")
     for index, item in enumerate(layout.items):
         if not used[index] and item.kind != "frame":
             raise ValueError(f"item {index} is in no place of the structure")
+
+
+def shared_too_often(wholes: Iterable[Chunks]) -> int | None:
+    """An item that is a chunk of more tensors than there may be; each whole takes memory.
+
+    Args:
+        wholes: tensors, of which no two are equal.
+    """
+    times = Counter([index for chunks in wholes for _, index in chunks.parts])
+    return next((index for index, number in times.items() if number > _MAX_WHOLES), None)
 
 
 def _check_chunks(layout: Layout, chunks: Chunks) -> list[Box]:

@@ -30,7 +30,15 @@ from workers import files
 from workers.envelope import seal_json, unseal
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError
 from workers.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
-from workers.layout_check import check_count, check_file_name, check_layout, check_step, check_text, check_time
+from workers.layout_check import (
+    check_count,
+    check_distinct,
+    check_file_name,
+    check_layout,
+    check_step,
+    check_text,
+    check_time,
+)
 from workers.manifest_rows import rows_json, structure_json
 from workers.memo import no_collection
 from workers.structure import Path, walk
@@ -179,9 +187,7 @@ def _build(body: dict[str, Any]) -> Manifest:
         segment_bytes=body["segment_bytes"],
     )
     check_layout(layout)
-    names = [MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)]
-    if len(set(names)) != len(names):
-        raise ValueError("two files of one name")
+    check_distinct([MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)])
     hashes = tuple([tuple(row[-1]) for row in body["rows"]])
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")

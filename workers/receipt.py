@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 from workers import files
@@ -66,8 +67,18 @@ def finished_ranks(names: Iterable[str]) -> set[int]:
     return {rank for (rank, num_parts), found in parts.items() if found.issuperset(range(num_parts))}
 
 
-def read_receipt(directory: str, rank: int, part: int, num_parts: int, save_id: str) -> Receipt | None:
+def read_receipt(
+    directory: str,
+    rank: int,
+    part: int,
+    num_parts: int,
+    save_id: str,
+    parsing: AbstractContextManager[object] | None = None,
+) -> Receipt | None:
     """The receipt of ``part``, or None when it has none yet.
+
+    Args:
+        parsing: held when it is read and not yet parsed.
 
     Raises:
         CorruptCheckpointError: it is damaged, or of another save.
@@ -78,8 +89,9 @@ def read_receipt(directory: str, rank: int, part: int, num_parts: int, save_id: 
     if data is None:
         return None
     try:
-        body = unseal(data, path)
-        receipt = Receipt(**{**body, "hashes": tuple(map(check_text, body["hashes"]))})
+        with parsing or nullcontext():
+            body = unseal(data, path)
+            receipt = Receipt(**{**body, "hashes": tuple(map(check_text, body["hashes"]))})
         check_count(receipt.linked_bytes)
         check_count(receipt.generation)
     except (TypeError, KeyError, ValueError) as error:

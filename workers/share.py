@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from workers.errors import CorruptCheckpointError, InconsistentRanksError
 from workers.job import SaveFacts
 from workers.layout import FileSpec, Item, Layout, deal_once, num_segments
-from workers.layout_check import check_tiling
+from workers.layout_check import check_tiling, shared_too_often
 from workers.memo import Memo
 from workers.receipt import Receipt, receipt_name
 from workers.structure import ABSENT, Chunks, Key, Node, Path, absent, describe, leaves
@@ -193,13 +193,18 @@ def _is_container(node: Node) -> bool:
 
 
 def _check_whole(layout: Layout) -> None:
-    """Nothing that a rank left to others is missing, and chunks fill their tensors."""
+    """Of what its readers check (``layout_check.check_layout``), all that need not be so although it is so of each share:
+    nothing that a rank left to others is missing, chunks fill their tensors, and no chunk is one of too many tensors."""
     lost = [describe(path) for path in absent(layout.structure)]
     if lost:
         raise InconsistentRanksError(
             f"{_some(lost)}: each rank took another one to write it; the ranks' states have not the same names"
         )
+    wholes: dict[Chunks, Path] = {}
     for path, chunks in _all_chunks(layout.structure):
+        if chunks in wholes:  # tied on every rank
+            continue
+        wholes[chunks] = path
         items = [layout.items[index] for _, index in chunks.parts]
         if len({item.dtype for item in items}) > 1:
             raise InconsistentRanksError(f"{describe(path)} has not the same dtype on all ranks")
@@ -207,6 +212,11 @@ def _check_whole(layout: Layout) -> None:
             check_tiling([(at, item.shape) for (at, _), item in zip(chunks.parts, items, strict=True)], chunks.shape)
         except ValueError as error:
             raise InconsistentRanksError(f"{describe(path)}: {error}") from error
+    if (shared := shared_too_often(wholes)) is not None:
+        of = [describe(path) for chunks, path in wholes.items() if any(index == shared for _, index in chunks.parts)]
+        raise InconsistentRanksError(
+            f"{_some(of)} are one tensor on one rank, and not on the others; what is tied has to be tied on all ranks"
+        )
 
 
 def _all_chunks(structure: Node) -> Iterable[tuple[Path, Chunks]]:

@@ -25,8 +25,14 @@ T = TypeVar("T")
 
 _FIRST_POLL_SECS = 0.001
 _LAST_POLL_SECS = 0.05
+_POLL_SECS_PER_RANK = 2e-5  # all ranks together ask 50,000 times a second at most, which is what a server can answer
 
 _Request = tuple[Callable[[], Any], "Future[Any]"]
+
+
+def poll_secs(num_ranks: int, at_least: float) -> float:
+    """Between two questions of a rank to the store, when all ranks may be asking."""
+    return max(at_least, num_ranks * _POLL_SECS_PER_RANK)
 
 
 class Board:
@@ -34,13 +40,15 @@ class Board:
     Args:
         store: of the job; shared with others, who use other keys.
         prefix: of the keys.
+        num_ranks: that ask the store's server.
         answer_secs: how long the store's server may take to answer.
 
     Every method raises RankFailedError when the store cannot be reached: the process that serves it is gone, or silent.
     """
 
-    def __init__(self, store: Store, prefix: str, answer_secs: float = 30.0) -> None:
+    def __init__(self, store: Store, prefix: str, num_ranks: int, answer_secs: float = 30.0) -> None:
         self._store: Any = PrefixStore(prefix, store)
+        self._num_ranks = num_ranks
         self._answer_secs = answer_secs
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -67,12 +75,16 @@ class Board:
 
     def wait(self, key: str, timeout_secs: float) -> bytes | None:
         """The note; None if nobody has posted one within ``timeout_secs``. Ctrl-C gets through."""
-        deadline, poll = time.monotonic() + timeout_secs, _FIRST_POLL_SECS
+        deadline, poll, longest = (
+            time.monotonic() + timeout_secs,
+            _FIRST_POLL_SECS,
+            poll_secs(self._num_ranks, _LAST_POLL_SECS),
+        )
         while (note := self.read(key)) is None:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(poll)
-            poll = min(_LAST_POLL_SECS, poll * 2)
+            poll = min(longest, poll * 2)
         return note
 
     def _ask(self, request: Callable[[], T]) -> T:

@@ -141,6 +141,6 @@ def find_job(together: bool | str, timeout_secs: float) -> Job:
         own = dist.get_rank() if initialized else 0
         return Job(timeout_secs=timeout_secs, local_size=local_world_size(os.environ), own_rank=own)
     store = dist.distributed_c10d._get_default_store()
-    board = Board(store, f"stager/{next(_instances)}")
-    rank = dist.get_rank()
-    return Job(rank, dist.get_world_size(), board, timeout_secs, own_rank=rank)
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    board = Board(store, f"stager/{next(_instances)}", num_ranks)
+    return Job(rank, num_ranks, board, timeout_secs, own_rank=rank)

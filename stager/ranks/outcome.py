@@ -6,12 +6,26 @@
     neither     within ``ranks.timeout_secs``: failed, and the ranks whose receipts are missing are named
 
 What is in the directory decides: a save that is committed has not failed, whatever was posted.
+
+NOTE [ Who looks at the directory ]
+Asking the store costs nearly nothing, looking at the directory costs the file system. So while the store answers,
+
+    rank 0             looks once a second, and posts the commit that it finds
+    the others         take turns: each looks once in as many seconds as there are ranks, and posts what it finds. So if the
+                       rank that committed dies before it says so, and rank 0, too, the end comes seconds later
+    who looks          commits, if every part is written and nobody does: always, if it is rank 0; of the others a few, and
+                       whoever is first at the deadline
+    at the deadline    rank 0 looks, and posts who is missing, or that every part is written: then all wait as long again,
+                       once. Where it does not, it is dead, or late itself: rank 1 does so 5 s after its own deadline,
+                       ranks 2 and 3 after 10 s, 4 to 7 after 15 s, and so on, each unless one before it has
+
+A rank that the store does not answer (a silent server is given up after 30 s) looks once a second and at its deadline, as
+rank 0 does. So every rank knows the end within ``ranks.timeout_secs`` and 5 s for each binary digit of its number; within
+twice that, if only the commit is missing.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import threading
@@ -19,14 +33,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from stager.ranks.agreement import meeting
-from stager.ranks.board import Board
+from stager.ranks.board import poll_secs
 from stager.ranks.job import Job, some_ranks
+from stager.ranks.notes import Notes, end_by
 from workers.commit import Committed, already_committed, commit_recorded, partial_path
-from workers.directory import CheckpointInfo, checkpoint_name
 from workers.errors import ClosedError, RankFailedError, StagerError, StorageError
 from workers.job import SaveFacts
 from workers.manifest import MANIFEST_NAME
@@ -38,8 +50,8 @@ logger = logging.getLogger("stager")
 
 _FIRST_POLL_SECS = 0.005
 _LAST_POLL_SECS = 0.25
-_POLL_SECS_PER_RANK = 2e-5  # so that the store's server is not asked more often than it can answer
-_LOOK_SECS = 1.0  # between looks at the directory, which costs more than asking the store
+_LOOK_SECS = 1.0  # between two looks at the directory
+_TURN_SECS = 5.0  # for a rank to look, and to post what it found, before the next ones do
 
 
 @dataclass(slots=True)
@@ -54,6 +66,11 @@ class _Pending:
     commit: Future[Committed | None] | None = field(default=None)
     has_every_part: bool = False
 
+    def wait_for_commit(self, timeout_secs: float) -> None:
+        """Every part is written: it only has to be committed, which is worth as long again, once."""
+        self.has_every_part = True
+        self.deadline += timeout_secs
+
 
 class Outcomes:
     """The saves of this rank that wait for the others'. One thread looks after them, while there are any.
@@ -61,45 +78,19 @@ class Outcomes:
     Args:
         job: with a board.
         pool: whose workers tidy up and finish commits.
+
+    Attributes:
+        notes: what this rank posts of a save.
     """
 
     def __init__(self, job: Job, pool: WorkerPool) -> None:
-        assert job.board is not None
+        self.notes = Notes(job)
         self._job = job
-        self._board: Board = job.board
         self._pool = pool
         self._pending: list[_Pending] = []
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed: BaseException | None = None
-
-    # -- what this rank knows -----------------------------------------------------------------------------------
-
-    def post_committed(self, committed: Committed) -> None:
-        """With all that there is to know: the checkpoint may be replaced or removed before another rank has looked."""
-        info = committed.info
-        with suppress(RankFailedError):  # the others see the checkpoint
-            self._board.post(f"saves/{info.save_id}", json.dumps(asdict(committed)).encode())
-            self._board.post("newest", str(info.step).encode())
-
-    def post_failed(self, save_id: str, error: BaseException) -> None:
-        why = f"failed on rank {self._job.rank}: {type(error).__name__}: {error}"
-        self._post_failure(save_id, {"ranks": [self._job.rank], "error": why})
-
-    def _post_failure(self, save_id: str, note: dict[str, Any]) -> None:
-        """Unless another rank was first: its reason is the reason."""
-        with suppress(RankFailedError):  # the others miss this rank's receipts
-            self._job.call_off(meeting(save_id), f"the save {note['error']}", note["ranks"])
-            if self._board.add(f"saves/{save_id}/failures") == 1:
-                self._board.post(f"saves/{save_id}", json.dumps(note).encode())
-
-    def reason(self, facts: SaveFacts, error: BaseException) -> BaseException:
-        """Why this rank's part failed: because another rank had given the save up, and has removed it, perhaps."""
-        if isinstance(error, StorageError) and error.errno == errno.ENOENT:
-            note = self._read(facts.save_id)
-            if note is not None and "error" in note:
-                return _error_of(facts, note)
-        return error
 
     @property
     def in_callback(self) -> bool:
@@ -114,7 +105,8 @@ class Outcomes:
     ) -> None:
         """This rank's parts are written; call one of the two when the save has ended."""
         now = time.monotonic()
-        pending = _Pending(facts, committed, failed, now + self._job.timeout_secs, now + _LOOK_SECS)
+        first_look_secs = (1 + self._job.rank) * _LOOK_SECS
+        pending = _Pending(facts, committed, failed, now + self._job.timeout_secs, now + first_look_secs)
         with self._changed:
             if self._closed is None:
                 self._pending.append(pending)
@@ -145,7 +137,7 @@ class Outcomes:
 
     def _watch(self) -> None:
         poll = _FIRST_POLL_SECS
-        longest = max(_LAST_POLL_SECS, self._job.num_ranks * _POLL_SECS_PER_RANK)
+        longest = poll_secs(self._job.num_ranks, _LAST_POLL_SECS)
         while True:
             with self._changed:
                 while not self._pending:
@@ -188,19 +180,39 @@ class Outcomes:
         helped = self._helped(one)
         if helped is not None:
             return helped
-        note = self._read(one.facts.save_id)
-        now = time.monotonic()
-        if note is None and now < one.looks_at and now < one.deadline:
+        try:
+            note, is_told = self.notes.read(one.facts.save_id), True
+        except RankFailedError:  # the directory is still there
+            note, is_told = None, False
+        if note is None:
+            return self._look(one, is_told)
+        end = end_by(note, one.facts)
+        return self._failing(one, end) if isinstance(end, RankFailedError) else lambda: one.committed(end)
+
+    def _look(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
+        """At the directory, if it is this rank's turn: see NOTE [ Who looks at the directory ].
+
+        Args:
+            is_told: the store answers.
+        """
+        now, rank = time.monotonic(), self._job.rank
+        if not is_told:
+            one.looks_at = min(one.looks_at, now + _LOOK_SECS)
+        is_late = now >= one.deadline + (rank.bit_length() * _TURN_SECS if is_told else 0.0)
+        if not is_late and now < one.looks_at:
             return None
-        found = found_committed(one.facts) if note is None or "info" not in note else _committed_of(one.facts, note)
+        if is_late and is_told and not one.has_every_part and self.notes.every_part_is_written(one.facts.save_id):
+            one.wait_for_commit(self._job.timeout_secs)
+            return None
+        found = found_committed(one.facts)
         if found is not None:
+            self.notes.post_found(found)
             return lambda: one.committed(found)
-        if note is not None and "error" in note:
-            return self._failing(one, _error_of(one.facts, note))
-        one.looks_at = now + _LOOK_SECS
-        if now >= one.deadline:
-            return self._too_late(one)
-        self._help(one)
+        one.looks_at = now + (1 if self._job.leads else self._job.num_ranks) * _LOOK_SECS
+        if is_late:
+            return self._too_late(one, is_told)
+        if self._job.leads or is_told:
+            self._help(one)
         return None
 
     def _helped(self, one: _Pending) -> Callable[[], None] | None:
@@ -210,56 +222,56 @@ class Outcomes:
         commit, one.commit = one.commit, None
         error = commit.exception()
         if error is None and (done := commit.result()) is not None:
-            self.post_committed(done)
+            self.notes.post_committed(done)
             return lambda: one.committed(done)
         if isinstance(error, StagerError) and not isinstance(error, (StorageError, ClosedError)):
-            self.post_failed(one.facts.save_id, error)
+            self.notes.post_failed(one.facts.save_id, error)
             return self._failing(one, error)
         return None
 
-    def _read(self, save_id: str) -> dict[str, Any] | None:
-        try:
-            note = self._board.read(f"saves/{save_id}")
-        except RankFailedError:  # the directory is still there
-            return None
-        return None if note is None else dict(json.loads(note))
-
     def _help(self, one: _Pending) -> None:
         """Every receipt is there, and no commit: its worker was killed, or locks do not reach from host to host."""
-        if not self._job.leads or one.commit is not None:
+        if one.commit is not None:
             return
-        with suppress(OSError, ClosedError):
-            names = os.listdir(partial_path(one.facts))
-            if MANIFEST_NAME in names or len(finished_ranks(names)) >= one.facts.num_ranks:
-                one.commit = self._pool.submit(commit_recorded, one.facts)
-
-    def _too_late(self, one: _Pending) -> Callable[[], None] | None:
-        names: list[str] = []
         with suppress(OSError):
             names = os.listdir(partial_path(one.facts))
-        missing = sorted(set(range(one.facts.num_ranks)) - finished_ranks(names))
-        if not missing and not one.has_every_part:  # it only has to be committed, which is worth some patience
-            one.has_every_part = True
-            one.deadline += self._job.timeout_secs
-            self._help(one)
-            return None
-        what = f"rank {some_ranks(missing)} did not finish its part" if missing else "nobody committed it"
+            is_written = MANIFEST_NAME in names or len(finished_ranks(names)) >= one.facts.num_ranks
+            if is_written and (self._job.leads or self.notes.claims_commit(one.facts.save_id)):
+                self._commit(one)
+
+    def _commit(self, one: _Pending) -> None:
+        with suppress(ClosedError):
+            one.commit = one.commit or self._pool.submit(commit_recorded, one.facts)
+
+    def _too_late(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
+        missing: list[int] = []
+        try:
+            names = os.listdir(partial_path(one.facts))
+            if MANIFEST_NAME not in names:  # or every receipt was there, and they may be gone by now
+                missing = sorted(set(range(one.facts.num_ranks)) - finished_ranks(names))
+            what = f"rank {some_ranks(missing)} did not finish its part" if missing else "nobody committed it"
+        except FileNotFoundError:
+            what = "another rank has given it up, and removed it"
+        except OSError as error:
+            what = f"not committed, and its directory cannot be read ({error.strerror})"
+        else:
+            if not missing and not one.has_every_part:
+                one.wait_for_commit(self._job.timeout_secs)
+                self.notes.post_every_part(one.facts.save_id)
+                if self._job.leads or is_told:
+                    self._commit(one)
+                return None
         why = f"was not complete within {self._job.timeout_secs:g} s (ranks.timeout_secs): {what}"
-        self._post_failure(one.facts.save_id, {"ranks": missing, "error": why})
+        self.notes.post_failure(one.facts.save_id, why, missing)
         return self._failing(one, RankFailedError(f"the save of step {one.facts.step} {why}", tuple(missing)))
 
     def _failing(self, one: _Pending, error: BaseException) -> Callable[[], None]:
-        """Remove what is there of it, and fail; unless it was committed just now."""
+        """Fail, when what is there of the save is removed; unless it was committed just now."""
 
         def fail() -> None:
-            leftovers = one.facts.directory, one.facts.step, one.facts.save_id
-            try:
-                self._pool.submit(discard_partial, *leftovers).result()
-            except ClosedError:
-                with suppress(StorageError):
-                    discard_partial(*leftovers)
-            except Exception as failure:  # noqa: BLE001  # the next run tries again
-                logger.warning("what is left of the save of step %d was not removed: %s", one.facts.step, failure)
+            # Once it has lost its name, nobody can commit it. Most often another rank has taken care of that already.
+            if not _is_gone(partial_path(one.facts)):
+                self._remove(one.facts)
             found = found_committed(one.facts)
             if found is None:
                 one.failed(error)
@@ -268,6 +280,26 @@ class Outcomes:
 
         return fail
 
+    def _remove(self, facts: SaveFacts) -> None:
+        leftovers = facts.directory, facts.step, facts.save_id
+        try:
+            self._pool.submit(discard_partial, *leftovers).result()
+        except ClosedError:
+            with suppress(StorageError):
+                discard_partial(*leftovers)
+        except Exception as failure:  # noqa: BLE001  # the next run tries again
+            logger.warning("what is left of the save of step %d was not removed: %s", facts.step, failure)
+
+
+def _is_gone(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:  # who knows
+        pass
+    return False
+
 
 def found_committed(facts: SaveFacts) -> Committed | None:
     """The commit of this save, when it is to be seen in the directory."""
@@ -275,14 +307,3 @@ def found_committed(facts: SaveFacts) -> Committed | None:
         return already_committed(facts)
     except StorageError:  # not now, that is
         return None
-
-
-def _committed_of(facts: SaveFacts, note: dict[str, Any]) -> Committed:
-    path = os.path.join(facts.directory, checkpoint_name(facts.step))  # as this host sees it
-    info = CheckpointInfo(**{**note["info"], "path": path})
-    return Committed(info, note["started"], note["ended"], note["pid"])
-
-
-def _error_of(facts: SaveFacts, note: dict[str, Any]) -> RankFailedError:
-    text = f"the save of step {facts.step} {note['error']}"
-    return RankFailedError(text, tuple(note["ranks"]))

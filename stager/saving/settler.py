@@ -75,7 +75,7 @@ class Settler:
     def tell(self, handle: SaveHandle, error: BaseException) -> None:
         """The other ranks, that this one's part will not come."""
         if self._outcomes is not None:
-            self._outcomes.post_failed(handle.save_id, error)
+            self._outcomes.notes.post_failed(handle.save_id, error)
 
     def fail(self, handle: SaveHandle, error: BaseException) -> None:
         """Before anything was handed over."""
@@ -96,7 +96,7 @@ class Settler:
         committed = next((result.committed for result in results if result.committed), None)
         if committed is not None:  # whatever befell another part afterwards
             if self._outcomes is not None:
-                self._outcomes.post_committed(committed)
+                self._outcomes.notes.post_committed(committed)
             self._commit(handle, results, committed)
             return
         why = failure or error
@@ -111,7 +111,7 @@ class Settler:
                 partial_path(facts),
             )
         if self._outcomes is not None:
-            why = self._outcomes.reason(facts, why)
+            why = self._outcomes.notes.reason(facts, why)
         self.tell(handle, why)
         self._discard(facts, partial(self._end_failed, facts, handle, results, why))
 

@@ -20,7 +20,7 @@ Held = tuple[list[Holding], list[Holding]]
 
 def on_ranks(num_ranks: int, body: Callable[[Job], T], timeout_secs: float = 20.0) -> list[T]:
     store = dist.HashStore()
-    jobs = [Job(rank, num_ranks, Board(store, "test"), timeout_secs) for rank in range(num_ranks)]
+    jobs = [Job(rank, num_ranks, Board(store, "test", num_ranks), timeout_secs) for rank in range(num_ranks)]
     try:
         with ThreadPoolExecutor(num_ranks) as executor:
             return [future.result() for future in [executor.submit(body, job) for job in jobs]]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from stager.ranks import board as board_module
 from stager.ranks.board import Board
 from workers.errors import RankFailedError
 
@@ -26,7 +27,7 @@ class Frozen(dist.Store):
 
 
 def frozen_board() -> tuple[Board, Frozen]:
-    board: Any = Board(dist.HashStore(), "x", answer_secs=0.1)
+    board: Any = Board(dist.HashStore(), "x", 2, answer_secs=0.1)
     board._store = Frozen()
     return board, board._store
 
@@ -46,7 +47,7 @@ def test_a_server_that_does_not_answer_is_given_up() -> None:
 
 
 def test_the_thread_ends_with_close() -> None:
-    board = Board(dist.HashStore(), "x")
+    board = Board(dist.HashStore(), "x", 2)
     assert board.add("a") == 1
     (thread,) = [t for t in threading.enumerate() if t.name == "stager-board"]
     board.close()
@@ -56,7 +57,7 @@ def test_the_thread_ends_with_close() -> None:
 
 
 def test_errors_of_the_store_arrive() -> None:
-    board: Any = Board(dist.HashStore(), "x")
+    board: Any = Board(dist.HashStore(), "x", 2)
 
     def gone(key: str, amount: int) -> int:
         raise RuntimeError("Connection reset by peer")
@@ -65,3 +66,31 @@ def test_errors_of_the_store_arrive() -> None:
     with pytest.raises(RankFailedError, match="Connection reset"):
         board.add("a")
     board.close()
+
+
+@pytest.mark.parametrize(("num_ranks", "longest"), [(2, 0.05), (2500, 0.05), (10_000, 0.2)])
+def test_who_waits_asks_the_less_often_the_more_ranks_may_be_waiting(
+    num_ranks: int, longest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(board_module, "time", clock)
+    board = Board(dist.HashStore(), "x", num_ranks)
+    assert board.wait("a", 10.0) is None
+    board.close()
+    assert (min(clock.slept), max(clock.slept)) == (0.001, longest)
+    assert 10.0 <= clock.now < 10.0 + longest
+
+
+class Clock:
+    """In place of the module ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, secs: float) -> None:
+        self.now += secs
+        self.slept.append(secs)

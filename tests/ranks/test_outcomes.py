@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +21,11 @@ from stager.ranks import outcome
 from stager.ranks.board import Board
 from stager.ranks.job import Job
 from stager.ranks.outcome import Outcomes
-from workers.commit import Committed
+from workers.commit import Committed, commit_recorded, partial_path
 from workers.directory import CheckpointInfo
 from workers.errors import ClosedError, RankFailedError, StorageError
 from workers.job import SaveFacts
+from workers.receipt import receipt_name
 
 
 class _NoPool:
@@ -28,19 +35,92 @@ class _NoPool:
         raise ClosedError("no pool")
 
 
+class _Committer:
+    """Whose workers are asked to commit, and do."""
+
+    def __init__(self, committed: Committed) -> None:
+        self.committed = committed
+        self.num_asked = 0
+
+    def submit(self, task: object, facts: SaveFacts) -> Future[Any]:
+        assert task is commit_recorded
+        self.num_asked += 1
+        with suppress(FileNotFoundError):  # another one was first
+            os.rename(partial_path(facts), self.committed.info.path)
+        done: Future[Any] = Future()
+        done.set_result(self.committed)
+        return done
+
+
+class _Gone(dist.Store):
+    """The process that serves it is gone."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise RuntimeError("Connection reset by peer")
+
+    set = get = add = check = _refuse
+
+
+class Ranks:
+    """Of a job, in this process: those that are alive."""
+
+    def __init__(self, num_ranks: int, timeout_secs: float, store: dist.Store | None = None) -> None:
+        store = store or dist.HashStore()
+        self.num_ranks = num_ranks
+        self.boards: list[Any] = [Board(store, "test", num_ranks) for _ in range(num_ranks)]
+        self._jobs = [Job(rank, num_ranks, board, timeout_secs, "nonce") for rank, board in enumerate(self.boards)]
+        self.all = [Outcomes(job, _NoPool()) for job in self._jobs]
+
+    def expect(self, facts: SaveFacts, ranks: Iterable[int]) -> list[Future[Committed]]:
+        """The parts of these ranks are written. How the save ends on each."""
+        ends: list[Future[Committed]] = []
+        for rank in ranks:
+            ends.append(Future())
+            own = replace(facts, rank=rank, num_ranks=self.num_ranks)
+            self.all[rank].expect(own, ends[-1].set_result, ends[-1].set_exception)
+        return ends
+
+    def close(self) -> None:
+        for job, one in zip(self._jobs, self.all, strict=True):
+            one.close(ClosedError("the test is over"))
+            job.close()
+
+
 @pytest.fixture
-def ranks(tmp_path: Path) -> Iterator[list[Outcomes]]:
-    store = dist.HashStore()
-    jobs = [Job(rank, 2, Board(store, "test"), 5.0, "nonce") for rank in range(2)]
-    both = [Outcomes(job, _NoPool()) for job in jobs]
-    yield both
-    for job, one in zip(jobs, both, strict=True):
-        one.close(ClosedError("the test is over"))
-        job.close()
+def make_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ranks]]:
+    """Ranks whose turns are short."""
+    made: list[Ranks] = []
+
+    def make(*args: Any) -> Ranks:
+        made.append(Ranks(*args))
+        return made[-1]
+
+    monkeypatch.setattr(outcome, "_LOOK_SECS", 0.05)
+    monkeypatch.setattr(outcome, "_TURN_SECS", 0.4)
+    yield make
+    for ranks in made:
+        ranks.close()
+
+
+@pytest.fixture
+def ranks() -> Iterator[list[Outcomes]]:
+    both = Ranks(2, 5.0)
+    yield both.all
+    both.close()
 
 
 def _facts(directory: Path, save_id: str = "ab") -> SaveFacts:
     return SaveFacts(str(directory), 3, save_id, "dcp", 1, True, 1.0, "0", "0", rank=0, num_ranks=2)
+
+
+def _written(directory: Path, ranks: Iterable[int]) -> SaveFacts:
+    """Their receipts are there."""
+    facts = _facts(directory)
+    partial = Path(partial_path(facts))
+    partial.mkdir()
+    for rank in ranks:
+        (partial / receipt_name(rank, 0, 1)).touch()
+    return facts
 
 
 def _end(one: Outcomes, facts: SaveFacts) -> Committed:
@@ -49,11 +129,16 @@ def _end(one: Outcomes, facts: SaveFacts) -> Committed:
     return ended.result(20)
 
 
+def _committed(directory: Path) -> Committed:
+    info = CheckpointInfo(3, str(directory / "step-00000003"), 10, 1.0, "ab", 1, 0, "dcp")
+    return Committed(info, 1.0, 2.0, 77)
+
+
 def test_a_checkpoint_that_was_removed_before_this_rank_looked_was_committed(
     ranks: list[Outcomes], tmp_path: Path
 ) -> None:
     info = CheckpointInfo(3, "/elsewhere/step-00000003", 10, 1.0, "ab", 1, 0, "dcp")
-    ranks[1].post_committed(Committed(info, 1.0, 2.0, 77))
+    ranks[1].notes.post_committed(Committed(info, 1.0, 2.0, 77))
     end = _end(ranks[0], _facts(tmp_path))
     assert end.info.path == str(tmp_path / "step-00000003")
     assert (end.info.nbytes, end.pid) == (10, 77)
@@ -66,6 +151,150 @@ def test_a_directory_that_cannot_be_read_now_fails_no_save(
         raise StorageError(errno.EIO, "cannot read", str(tmp_path))
 
     monkeypatch.setattr(outcome, "already_committed", refuse)
-    ranks[1].post_failed("ab", ValueError("mine"))
+    ranks[1].notes.post_failed("ab", ValueError("mine"))
     with pytest.raises(RankFailedError, match="the save of step 3 failed on rank 1: ValueError: mine"):
         _end(ranks[0], _facts(tmp_path))
+
+
+# -- who looks: see NOTE [ Who looks at the directory ] ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dead", [0, 1, 3])
+def test_a_rank_that_does_not_come_is_named_on_all_others(
+    dead: int, make_ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    """Rank 0 says it; rank 1 does, when it is rank 0 that is dead. The store lives on elsewhere."""
+    ranks, alive = make_ranks(4, 0.3), [rank for rank in range(4) if rank != dead]
+    facts = _written(tmp_path, alive)
+    for end in ranks.expect(facts, alive):
+        error = end.exception(60)
+        assert isinstance(error, RankFailedError) and error.ranks == (dead,)
+        assert f"within 0.3 s (ranks.timeout_secs): rank {dead} did not finish its part" in str(error)
+    assert not Path(partial_path(facts)).exists()
+
+
+def test_ranks_that_would_speak_for_rank_0_may_be_dead_too(make_ranks: Callable[..., Ranks], tmp_path: Path) -> None:
+    ranks = make_ranks(6, 0.3)
+    for end in ranks.expect(_written(tmp_path, [4, 5]), [4, 5]):
+        error = end.exception(60)
+        assert isinstance(error, RankFailedError) and error.ranks == (0, 1, 2, 3)
+
+
+def test_one_rank_lists_the_directory_for_all_at_the_deadline(
+    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None has a turn to look before, and rank 0 is the first whose deadline it is."""
+    listed: list[str] = []
+
+    def listdir(path: str) -> list[str]:
+        listed.append(threading.current_thread().name)
+        return os.listdir(path)
+
+    ranks = make_ranks(8, 0.3)
+    monkeypatch.setattr(outcome, "_LOOK_SECS", 60.0)
+    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)
+    monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+    ends = ranks.expect(_written(tmp_path, range(7)), range(7))
+    assert {str(end.exception(60)) for end in ends} == {str(ends[0].exception(0))}
+    assert len(listed) == 1
+
+
+def test_a_commit_that_nobody_posts_is_found_posted_and_known_to_all(
+    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 committed, and died before it said so."""
+    monkeypatch.setattr(outcome, "already_committed", lambda _: _committed(tmp_path))
+    ranks = make_ranks(3, 60.0)
+    ends = ranks.expect(_facts(tmp_path), [1, 2])
+    assert [end.result(20).info.save_id for end in ends] == ["ab", "ab"]
+    board = ranks.boards[2]
+    assert board.read("newest") == b"3" and json.loads(board.read("saves/ab"))["info"]["step"] == 3
+
+
+@pytest.mark.parametrize("has_manifest", [False, True])
+@pytest.mark.parametrize("alive", [[0, 1], [1, 2]], ids=["rank 0 lives", "rank 0 is dead"])
+def test_a_save_that_only_has_to_be_committed_is_committed_by_who_looks(
+    alive: list[int], has_manifest: bool, make_ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    """Its worker was killed when it had every receipt, or while it removed them."""
+    ranks = make_ranks(3, 60.0)
+    facts = _written(tmp_path, range(1 if has_manifest else 0, 3))
+    if has_manifest:
+        Path(partial_path(facts), "manifest.json").touch()
+    committers = [_Committer(_committed(tmp_path)) for _ in range(3)]
+    for one, committer in zip(ranks.all, committers, strict=True):
+        one._pool = committer
+    assert [end.result(20).pid for end in ranks.expect(facts, alive)] == [77, 77]
+    assert sum(committer.num_asked for committer in committers) >= 1
+
+
+def test_few_ranks_help_to_commit(make_ranks: Callable[..., Ranks]) -> None:
+    notes = [one.notes for one in make_ranks(8, 60.0).all]
+    assert [one.claims_commit("ab") for one in notes] == [True] * 3 + [False] * 5
+
+
+@pytest.mark.parametrize("alive", [[0, 1], [1, 2]], ids=["rank 0 lives", "rank 0 is dead"])
+def test_what_nobody_can_commit_fails_after_twice_the_time(
+    alive: list[int], make_ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    """Every part is there: whoever sees it says so, and all wait once more."""
+    ranks = make_ranks(3, 0.3)
+    facts = _written(tmp_path, range(3))
+    for end in ranks.expect(facts, alive):
+        error = end.exception(60)
+        assert isinstance(error, RankFailedError) and error.ranks == ()
+        assert "nobody committed it" in str(error)
+    assert ranks.boards[2].read("saves/ab/every-part") is not None
+    assert not Path(partial_path(facts)).exists()
+
+
+def test_the_removal_of_receipts_is_not_taken_for_missing_parts_at_the_deadline(
+    make_ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    """1. The committer removes receipts; 2. the deadline passes; 3. it renames."""
+    ranks = make_ranks(2, 0.2)
+    facts = _written(tmp_path, [1])
+    Path(partial_path(facts), "manifest.json").touch()
+    (end,) = ranks.expect(facts, [0])
+    assert ranks.boards[1].wait("saves/ab/every-part", 20) is not None
+    done = _committed(tmp_path)
+    os.rename(partial_path(facts), done.info.path)
+    ranks.all[1].notes.post_committed(done)
+    assert end.result(20).pid == 77
+
+
+def test_without_the_store_each_rank_looks_for_itself(
+    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)  # nobody is waited for
+    committed = threading.Event()
+    monkeypatch.setattr(outcome, "already_committed", lambda _: _committed(tmp_path) if committed.is_set() else None)
+    ranks = make_ranks(500, 60.0, _Gone())
+    ends = ranks.expect(_facts(tmp_path), [200, 499])
+    committed.set()
+    assert [end.result(20).pid for end in ends] == [77, 77]
+
+
+def test_without_the_store_a_rank_that_is_missing_is_named_by_who_sees_it_first(
+    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)
+    ranks = make_ranks(3, 0.3, _Gone())
+    facts = _written(tmp_path, [0, 2])
+    (first,) = ranks.expect(facts, [2])
+    error = first.exception(60)
+    assert isinstance(error, RankFailedError) and error.ranks == (1,)
+    (second,) = ranks.expect(facts, [0])
+    assert "another rank has given it up, and removed it" in str(second.exception(60))
+
+
+def test_who_reads_that_a_save_failed_sees_to_it_that_it_cannot_be_committed(
+    make_ranks: Callable[..., Ranks], tmp_path: Path
+) -> None:
+    """The rank that posted it died before it had removed what was there."""
+    ranks = make_ranks(2, 60.0)
+    facts = _written(tmp_path, [0])
+    ranks.all[1].notes.post_failed("ab", ValueError("mine"))
+    (end,) = ranks.expect(facts, [0])
+    assert "failed on rank 1: ValueError: mine" in str(end.exception(20))
+    assert not Path(partial_path(facts)).exists()

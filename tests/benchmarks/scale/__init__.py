@@ -7,7 +7,7 @@
     stock_child.py of their own                   saving.py      a later save: parts and commit
     fit.py,        what that says of other        ending.py      how all ranks come to know of the commit
     costs.py       sizes                          stock.py       the messages of dcp.async_save
-    rules.py       as it is, as is proposed       run.py, report.py  figures, tables
+    run.py, report.py  figures, tables
 
 Keys, notes, waits and calls are those of the code: ``test_scale.py`` runs both on few ranks, and compares. For that,
 ``turns.py`` gives the real code the simulation's clock.

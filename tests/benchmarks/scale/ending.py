@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from stager.ranks.outcome import _FIRST_POLL_SECS
+from stager.ranks.outcome import _FIRST_POLL_SECS, _LOOK_SECS, _TURN_SECS
 from tests.benchmarks.scale.filesystem import Call
 from tests.benchmarks.scale.simulation import Actor, Steps
 from tests.benchmarks.scale.store import Board
@@ -18,6 +18,9 @@ _INFO = CheckpointInfo(
 )
 COMMITTED = Committed(_INFO, 1764300000.25, 1764300000.75, 12345)
 NOTE = json.dumps(asdict(COMMITTED)).encode()
+_FAILED = b"failed"  # how it fails is not simulated
+_END = f"saves/{_INFO.save_id}"
+_EVERY_PART = f"{_END}/every-part"
 
 
 class Ending:
@@ -34,43 +37,52 @@ class Ending:
     def tell(self, rank: int, actor: Actor) -> Steps[None]:
         """By the rank whose worker committed."""
         self.trainers[rank] = actor
-        board = self._board(actor)
-        yield from board.post(f"saves/{_INFO.save_id}", NOTE)
-        yield from board.post("newest", str(_INFO.step).encode())
+        yield from self._post(self._board(actor))
         self.ended_at[rank] = actor.now
 
     def watch(self, rank: int, actor: Actor) -> Steps[None]:
-        """By a rank whose parts are written."""
-        rules, parameters = self._world.rules, self._world.parameters
+        """By a rank whose parts are written. See NOTE [ Who looks at the directory ] in ``outcome.py``."""
         self.trainers[rank] = actor
-        board = self._board(actor)
-        deadline = actor.now + parameters.timeout_secs
-        looks_at = actor.now + rules.look_secs
+        self.ended_at[rank] = None
+        board, timeout_secs = self._board(actor), self._world.parameters.timeout_secs
+        deadline = actor.now + timeout_secs
+        looks_at = actor.now + (1 + rank) * _LOOK_SECS
         has_every_part = False
-        looks = rules.everybody_looks or rank == 0
         poll = _FIRST_POLL_SECS
         while True:
-            note = yield from board.read(f"saves/{_INFO.save_id}")
-            now = actor.now
-            if note is not None:
-                self.ended_at[rank] = now
+            if (note := (yield from board.read(_END))) is not None:
+                self.ended_at[rank] = None if note == _FAILED else actor.now
                 return
-            if now >= deadline or (looks and now >= looks_at):
+            now = actor.now
+            is_late = now >= deadline + rank.bit_length() * _TURN_SECS
+            if is_late and not has_every_part and (yield from board.read(_EVERY_PART)) is not None:
+                has_every_part = True
+                deadline += timeout_secs
+            elif is_late or now >= looks_at:
                 if (yield from self.look(actor)):
+                    yield from self._post_found(board)
                     self.ended_at[rank] = actor.now
                     return
-                looks_at = now + rules.look_secs
-                if now >= deadline:
-                    is_written = not looks or (yield from self._is_written(actor))
-                    if has_every_part or not is_written:
-                        self.ended_at[rank] = None
+                looks_at = now + (self._world.num_ranks if rank else 1) * _LOOK_SECS
+                if is_late:
+                    if has_every_part or not (yield from self._is_written(actor)):
+                        yield from board.post(_END, _FAILED)
                         return
                     has_every_part = True
-                    deadline += parameters.timeout_secs
-                if rank == 0:
-                    yield from self._help(actor)
+                    deadline += timeout_secs
+                    yield from board.post(_EVERY_PART, b"")
+                else:
+                    yield from self._help(rank, actor, board)
             actor.now += poll
-            poll = min(rules.end_poll_secs, poll * 1.5)
+            poll = min(self._world.end_poll_secs, poll * 1.5)
+
+    def _post(self, board: Board) -> Steps[None]:
+        yield from board.post(_END, NOTE)
+        yield from board.post("newest", str(_INFO.step).encode())
+
+    def _post_found(self, board: Board) -> Steps[None]:
+        if (yield from board.read(_END)) is None:
+            yield from self._post(board)
 
     def look(self, actor: Actor) -> Steps[bool]:
         """Whether the checkpoint is there: ``workers.commit.already_committed``."""
@@ -82,15 +94,16 @@ class Ending:
         return True
 
     def _is_written(self, actor: Actor) -> Steps[bool]:
-        """Whether the save only has to be committed, which is worth as long again. Who does not look takes it to be so."""
+        """Whether the save only has to be committed, which is worth as long again."""
         yield from self._world.files.list(actor, self._world.directory)
         return self._world.directory.has_every_receipt()
 
-    def _help(self, actor: Actor) -> Steps[None]:
-        """Rank 0: were there all receipts and no commit, it would commit. (That somebody else does, its worker sees by the
-        lock; these calls are left out.)"""
+    def _help(self, rank: int, actor: Actor, board: Board) -> Steps[None]:
+        """Were there all receipts and no commit, it would commit. (That somebody else does, its worker sees by the lock:
+        these calls are left out.)"""
         if not self._world.directory.is_committed():
-            yield from self._world.files.list(actor, self._world.directory)
+            if (yield from self._is_written(actor)) and rank:
+                yield from board.add(f"{_END}/helpers")
 
     def _board(self, actor: Actor) -> Board:
-        return Board(self._world.store, actor, self._world.rules.wait_poll_secs)
+        return Board(self._world.store, actor, self._world.wait_poll_secs)

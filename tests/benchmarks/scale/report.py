@@ -33,20 +33,16 @@ def share(value: float) -> str:
     return f"{value:.0%}" if value >= 0.01 else "< 1%"
 
 
-def _tail(row: Row, proposed: bool) -> str:
-    save = (row.proposed if proposed else row.as_it_is).save
-    return "not in time" if save.failed_ranks else secs(save.tail_secs)
+def _tail(row: Row) -> str:
+    return "not in time" if row.save.failed_ranks else secs(row.save.tail_secs)
 
 
 _AGREEMENT = (
-    Column("requests", lambda row: count(row.as_it_is.agreement.requests)),
-    Column("of one rank, at most", lambda row: count(row.as_it_is.agreement.busiest_requests)),
-    Column("keys and notes", lambda row: size(row.as_it_is.agreement.store_bytes)),
-    Column("store's load", lambda row: share(row.as_it_is.agreement.store_load)),
-    Column("after the last rank came", lambda row: secs(row.as_it_is.agreement.secs)),
-    Column("proposed: requests", lambda row: count(row.proposed.agreement.requests)),
-    Column("load", lambda row: share(row.proposed.agreement.store_load)),
-    Column("after the last rank came", lambda row: secs(row.proposed.agreement.secs)),
+    Column("requests", lambda row: count(row.agreement.requests)),
+    Column("of one rank, at most", lambda row: count(row.agreement.busiest_requests)),
+    Column("keys and notes", lambda row: size(row.agreement.store_bytes)),
+    Column("store's load", lambda row: share(row.agreement.store_load)),
+    Column("after the last rank came", lambda row: secs(row.agreement.secs)),
 )
 _SIZE = (
     Column("items", lambda row: count(row.rows)),
@@ -61,24 +57,16 @@ _SIZE = (
     Column("", lambda row: "" if row.measured else "extrapolated"),
 )
 _SAVE = (
-    Column("store requests", lambda row: count(row.as_it_is.save.requests)),
-    Column("of one rank, at most", lambda row: count(row.as_it_is.save.busiest_requests)),
-    Column("keys and notes", lambda row: size(row.as_it_is.save.store_bytes)),
-    Column("store's load", lambda row: share(row.as_it_is.save.store_load)),
-    Column("metadata calls", lambda row: count(row.as_it_is.save.calls)),
-    Column("by the committer", lambda row: count(row.as_it_is.save.committer_calls)),
-    Column("listings", lambda row: count(row.as_it_is.save.listings)),
-    Column("names listed", lambda row: count(row.as_it_is.save.listed)),
-    Column("commit", lambda row: secs(row.as_it_is.save.commit_secs)),
-    Column("last byte to last rank", lambda row: _tail(row, proposed=False)),
-)
-_PROPOSED = (
-    Column("store requests", lambda row: count(row.proposed.save.requests)),
-    Column("store's load", lambda row: share(row.proposed.save.store_load)),
-    Column("metadata calls", lambda row: count(row.proposed.save.calls)),
-    Column("by the committer", lambda row: count(row.proposed.save.committer_calls)),
-    Column("commit", lambda row: secs(row.proposed.save.commit_secs)),
-    Column("last byte to last rank", lambda row: _tail(row, proposed=True)),
+    Column("store requests", lambda row: count(row.save.requests)),
+    Column("of one rank, at most", lambda row: count(row.save.busiest_requests)),
+    Column("keys and notes", lambda row: size(row.save.store_bytes)),
+    Column("store's load", lambda row: share(row.save.store_load)),
+    Column("metadata calls", lambda row: count(row.save.calls)),
+    Column("by the committer", lambda row: count(row.save.committer_calls)),
+    Column("listings", lambda row: count(row.save.listings)),
+    Column("names listed", lambda row: count(row.save.listed)),
+    Column("commit", lambda row: secs(row.save.commit_secs)),
+    Column("last byte to last rank", _tail),
 )
 _STOCK = (
     Column("messages", lambda row: count(row.stock.both.messages)),
@@ -94,8 +82,7 @@ _STOCK = (
 TABLES = {
     "The first save of a structure: agreement": _AGREEMENT,
     "What is committed": _SIZE,
-    "A later save, as it is": _SAVE,
-    "A later save, as proposed": _PROPOSED,
+    "A later save": _SAVE,
     "The same save by stock dcp.async_save": _STOCK,
 }
 

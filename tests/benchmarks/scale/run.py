@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from stager.ranks.agreement import Entry
@@ -12,7 +11,6 @@ from tests.benchmarks.scale.costs import CostModel
 from tests.benchmarks.scale.filesystem import Call
 from tests.benchmarks.scale.measured import Commit, Parse
 from tests.benchmarks.scale.parameters import Parameters
-from tests.benchmarks.scale.rules import Rules, as_it_is, proposed
 from tests.benchmarks.scale.saving import Save
 from tests.benchmarks.scale.simulation import Actor, Steps
 from tests.benchmarks.scale.size import Size
@@ -67,12 +65,6 @@ class SaveFigures:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    agreement: AgreementFigures
-    save: SaveFigures
-
-
-@dataclass(frozen=True, slots=True)
 class Row:
     """Attributes:
     measured: commits were measured with as many rows and names; else the costs are extrapolated.
@@ -86,14 +78,17 @@ class Row:
     commit: Commit
     parse: Parse
     readable: bool
-    as_it_is: Variant
-    proposed: Variant
+    agreement: AgreementFigures
+    save: SaveFigures
     stock: StockSave
 
 
 def simulate(parameters: Parameters, model: CostModel, num_ranks: int) -> Row:
     size = Size.of(parameters, num_ranks)
     costs, commit = model.at(size, parameters.parts), model.commit_at(size)
+    with no_collection():
+        agreement = _agreement(World(parameters, num_ranks, costs))
+        save = _save(World(parameters, num_ranks, costs))
     return Row(
         ranks=num_ranks,
         rows=size.rows,
@@ -101,15 +96,10 @@ def simulate(parameters: Parameters, model: CostModel, num_ranks: int) -> Row:
         commit=commit,
         parse=model.parse_at(size),
         readable=commit.manifest_bytes <= DOCUMENT_BYTES,
-        as_it_is=_variant(lambda rules: World(parameters, num_ranks, costs, rules), as_it_is(num_ranks)),
-        proposed=_variant(lambda rules: World(parameters, num_ranks, costs, rules), proposed(num_ranks)),
+        agreement=agreement,
+        save=save,
         stock=stock_save(parameters, num_ranks, model.stock_at(size)),
     )
-
-
-def _variant(make: Callable[[Rules], World], rules: Rules) -> Variant:
-    with no_collection():
-        return Variant(_agreement(make(rules)), _save(make(rules)))
 
 
 def _starts(parameters: Parameters, num_ranks: int) -> list[float]:
@@ -133,7 +123,7 @@ def _agreement(world: World) -> AgreementFigures:
     num_shards = parameters.num_shards(num_ranks)
 
     def one(rank: int) -> Steps[None]:
-        board = Board(world.store, actors[rank], world.rules.wait_poll_secs)
+        board = Board(world.store, actors[rank], world.wait_poll_secs)
         groups = [f"{rank % num_shards:032x}"]
         yield from settle(board, rank, num_ranks, kinds, kinds[rank * len(kinds) // num_ranks], groups)
 

@@ -7,13 +7,14 @@ bytes, which is ``write_secs``, and no other rank's business.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from tests.benchmarks.scale.ending import Ending
 from tests.benchmarks.scale.filesystem import Call
-from tests.benchmarks.scale.simulation import Actor, Steps, in_turns
+from tests.benchmarks.scale.simulation import Actor, Steps, in_threads
 from tests.benchmarks.scale.world import World
+from workers.commit import num_threads
 
 
 class Save:
@@ -108,18 +109,15 @@ class Save:
 
     def _commit(self, actor: Actor) -> Steps[None]:
         files, directory, costs = self._world.files, self._world.directory, self._world.costs
-        readers: list[Callable[[Actor], Steps[None]]] = []
-        for rank in range(self._world.num_ranks):
-            if rank:  # its own record is in memory
-                readers.append(partial(self._read, costs.record_bytes))
-            readers += [partial(self._read, costs.receipt_bytes)] * self._num_parts
-        yield from in_turns(self._world.simulation, actor, readers, self._world.rules.commit_threads)
+        threads = num_threads(self._world.num_ranks)
+        readers = [partial(self._read_share, is_own=not rank) for rank in range(self._world.num_ranks)]
+        yield from in_threads(self._world.simulation, actor, readers, threads)
         actor.now += costs.commit_secs
         yield from files.write_atomically(actor, directory, costs.metadata_bytes)
         yield from files.write_atomically(actor, directory, costs.manifest_bytes)
         yield from files.list(actor, directory)
         removers = [self._remove] * self._num_files
-        yield from in_turns(self._world.simulation, actor, removers, self._world.rules.commit_threads)
+        yield from in_threads(self._world.simulation, actor, removers, threads)
         files.sync(actor)
         yield from files.call(actor, Call.OPEN)  # is there an older checkpoint of this step?
         yield from files.call(actor, Call.RENAME)
@@ -127,7 +125,14 @@ class Save:
         yield from files.call(actor, Call.OPEN)  # the run's directory
         files.sync(actor)
 
-    def _read(self, nbytes: float, actor: Actor) -> Steps[None]:
+    def _read_share(self, actor: Actor, *, is_own: bool) -> Steps[None]:
+        costs = self._world.costs
+        if not is_own:  # its own record is in memory
+            yield from self._read(actor, costs.record_bytes)
+        for _ in range(self._num_parts):
+            yield from self._read(actor, costs.receipt_bytes)
+
+    def _read(self, actor: Actor, nbytes: float) -> Steps[None]:
         yield from self._world.files.call(actor, Call.OPEN)
         yield from self._world.files.read(actor, nbytes)
 

@@ -83,25 +83,26 @@ class Server:
         return self._free_at
 
 
-def in_turns(
+def in_threads(
     simulation: Simulation, actor: Actor, jobs: Sequence[Callable[[Actor], Steps[None]]], num_threads: int
 ) -> Steps[None]:
-    """All of ``jobs``, by so many threads of one process."""
+    """All of ``jobs``, by so many threads of one process: ``workers.in_threads``."""
     workers = [Actor(actor.now) for _ in range(min(num_threads, len(jobs)))]
-    left = len(workers)
+    num_working = len(workers)
+    left = iter(jobs)
     waiting = simulation.current()
 
-    def work(number: int) -> Steps[None]:
-        nonlocal left
-        for job in jobs[number::num_threads]:
-            yield from job(workers[number])
-        yield workers[number].now
-        left -= 1
-        if not left:
+    def work(worker: Actor) -> Steps[None]:
+        nonlocal num_working
+        for job in left:
+            yield from job(worker)
+            yield worker.now  # who is done first takes the next
+        num_working -= 1
+        if not num_working:
             simulation.start(waiting, simulation.now)
 
-    for number, worker in enumerate(workers):
-        simulation.start(work(number), worker.now)
+    for worker in workers:
+        simulation.start(work(worker), worker.now)
     if workers:
         yield PARKED
     actor.now = max([actor.now, *(worker.now for worker in workers)])

@@ -15,7 +15,6 @@ from tests.benchmarks.scale.costs import Costs
 from tests.benchmarks.scale.parameters import Parameters
 from tests.benchmarks.scale.simulation import Server
 from workers.commit import Committed
-from workers.directory import CheckpointInfo
 from workers.job import SaveFacts
 
 
@@ -143,12 +142,20 @@ class TurnStore(Store):
 class TurnDirectory:
     """What ``Outcomes`` sees of the directory of a save.
 
+    Args:
+        commit: what is read of it when it is committed.
+        names: of the files in the partial directory.
+
     Attributes:
         committed: it is there under its final name.
         num_calls: to the metadata server.
     """
 
-    def __init__(self, turns: Turns, parameters: Parameters, costs: Costs) -> None:
+    def __init__(
+        self, turns: Turns, parameters: Parameters, costs: Costs, commit: Committed, names: Sequence[str]
+    ) -> None:
+        self._commit = commit
+        self._names = list(names)
         self.committed = False
         self.num_calls = 0
         self._turns = turns
@@ -157,7 +164,7 @@ class TurnDirectory:
         self._half_trip_secs = parameters.metadata_round_trip_secs / 2
         self._metadata, self._data = Server(), Server()
 
-    def already_committed(self, facts: SaveFacts) -> Committed | None:
+    def already_committed(self, _: SaveFacts) -> Committed | None:
         """Stands in for ``workers.commit.already_committed``."""
         there = self._call(self._parameters.open_secs)
         if not there:
@@ -168,12 +175,12 @@ class TurnDirectory:
         own = self._turns.now + nbytes / parameters.client_bytes_per_sec
         self._turns.until(max(done, own) + self._half_trip_secs)
         self._turns.sleep(self._costs.parse_secs)
-        return Committed(CheckpointInfo(facts.step, "", 0, 0.0, facts.save_id, 0, 0, facts.kind), 0.0, 0.0, 0)
+        return self._commit
 
     def listdir(self, _: str) -> list[str]:
         """Stands in for ``os.listdir``."""
         self._call(0.0)
-        return []
+        return self._names
 
     def _call(self, secs: float) -> bool:
         self._turns.sleep(self._half_trip_secs)

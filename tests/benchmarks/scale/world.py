@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from stager.ranks import board, outcome
+from stager.ranks.board import poll_secs
 from tests.benchmarks.scale.costs import Costs
 from tests.benchmarks.scale.filesystem import Directory, FileSystem
 from tests.benchmarks.scale.parameters import Parameters
-from tests.benchmarks.scale.rules import Rules
 from tests.benchmarks.scale.simulation import Simulation
 from tests.benchmarks.scale.store import Store
 
@@ -14,13 +15,18 @@ class World:
     """
     Args:
         costs: of a commit of this size.
+
+    Attributes:
+        wait_poll_secs: between two looks for a note that is waited for, in the end (``Board.wait``).
+        end_poll_secs: between two looks for the end of a save, in the end (``Outcomes``).
     """
 
-    def __init__(self, parameters: Parameters, num_ranks: int, costs: Costs, rules: Rules) -> None:
+    def __init__(self, parameters: Parameters, num_ranks: int, costs: Costs) -> None:
         self.parameters = parameters
         self.num_ranks = num_ranks
         self.costs = costs
-        self.rules = rules
+        self.wait_poll_secs = poll_secs(num_ranks, board._LAST_POLL_SECS)
+        self.end_poll_secs = poll_secs(num_ranks, outcome._LAST_POLL_SECS)
         self.simulation = Simulation()
         self.store = Store(self.simulation, parameters)
         self.files = FileSystem(self.simulation, parameters)
