@@ -1,8 +1,8 @@
 """The public face: a run's checkpoints.
 
 Start here, then ``saving/saver.py`` (one save end to end), ``snapshot/``, ``arena/``; ``loading/`` for the way back;
-``ranks/`` where several processes make one checkpoint, ``replication/`` where they keep each other's snapshots. What happens in the worker processes is in ``workers/``
-(``pool.py`` has the diagram).
+``ranks/`` where several processes make one checkpoint, ``replication/`` where they keep each other's snapshots. What
+happens in the worker processes is in ``workers/`` (``pool.py`` has the diagram).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
     <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
                                               system cannot exchange two names
     <run>/step-00000100.removing-<nonce>/     being removed, by retention or because its save failed
+    <run>/step-00000100.unfinished-<save_id>/   given up, because parts did not come in time, and kept: partners may have
+                                              replicas of what is missing (``stager/replication``)
     <run>/.stager.lock                        held (flock) by the trainer and its workers
     <run>/.stager.protected                   steps that retention keeps (workers/protected.py)
 
@@ -37,6 +39,7 @@ REPLACED = ".replaced"
 _COMMITTED = re.compile(r"step-([0-9]{8,})")
 _PARTIAL = re.compile(r"step-([0-9]{8,})\.partial-([0-9a-f]+)(?:\.replaced)?")
 _REMOVING = re.compile(r"step-([0-9]{8,})\.removing-([0-9a-f]+)")
+_UNFINISHED = re.compile(r"step-([0-9]{8,})\.unfinished-([0-9a-f]+)")
 _LOCK_POLL_SECS = 0.05
 
 
@@ -105,6 +108,17 @@ def removing_names(directory: str) -> list[str]:
     """What retention has begun to remove."""
     found = ((name, _REMOVING.fullmatch(name)) for name in _names(directory))
     return sorted(name for name, match in found if match and name == removing_name(int(match[1]), match[2]))
+
+
+def unfinished_name(step: int, save_id: str) -> str:
+    return f"{checkpoint_name(step)}.unfinished-{save_id}"
+
+
+def unfinished_saves(directory: str) -> list[tuple[int, str]]:
+    """(step, save_id) of what was given up and kept, oldest step first."""
+    found = ((name, _UNFINISHED.fullmatch(name)) for name in _names(directory))
+    saves = [(name, int(match[1]), match[2]) for name, match in found if match]
+    return sorted((step, save_id) for name, step, save_id in saves if name == unfinished_name(step, save_id))
 
 
 def committed_steps(directory: str) -> list[int]:

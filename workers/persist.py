@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from workers import files
 from workers.attached import detach_all_but
 from workers.commit import Committed, already_committed, partial_path, try_commit, vanished
-from workers.directory import partial_name, removing_name
+from workers.directory import partial_name, removing_name, unfinished_name
 from workers.faults import point
 from workers.files import is_still, storage_errors
 from workers.job import SaveJob, read_layout, to_record
@@ -84,6 +84,29 @@ def discard_partial(directory: str, step: int, save_id: str) -> None:
         with suppress(FileNotFoundError):  # committed, or another rank was first
             removed = _rename_away(partial, removed)
         _remove_when_alone(removed)
+
+
+def set_aside(directory: str, step: int, save_id: str) -> None:
+    """Keep what there is of a save that is given up, under a name from which nobody commits it. Nothing, if it was committed
+    after all."""
+    partial = os.path.join(directory, partial_name(step, save_id))
+    kept = os.path.join(directory, unfinished_name(step, save_id))
+    with storage_errors("rename", partial):
+        try:
+            os.rename(partial, kept)
+        except FileNotFoundError:  # committed, or another rank was first
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            discard_partial(directory, step, save_id)  # a rank that began late has made a new one
+
+
+def discard_unfinished(directory: str, step: int, save_id: str) -> None:
+    """What :func:`set_aside` kept is not needed any more."""
+    path = os.path.join(directory, unfinished_name(step, save_id))
+    with storage_errors("remove", path):
+        _remove_when_alone(path)
 
 
 def _rename_away(partial: str, removed: str) -> str:

@@ -25,12 +25,15 @@ from workers.directory import (
     read_checkpoint,
     remove_partial,
     removing_names,
+    unfinished_name,
+    unfinished_saves,
 )
 from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, InconsistentRanksError, StorageError
 from workers.files import storage_errors
 from workers.job import SaveFacts, from_record, record_name, recorded_ranks
 from workers.layout import Layout
 from workers.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from workers.persist import discard_unfinished
 from workers.receipt import finished_ranks, receipt_name
 from workers.share import merge
 from workers.verify import check_files
@@ -60,12 +63,15 @@ def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = F
 
     Args:
         dry_run: change nothing; say what would be done.
-        leave_unfinished: do not remove what may still be completed (by replicas, see ``replica.py``).
+        leave_unfinished: do not remove what may still be completed (by replicas, see ``replica.py``), and take up again what
+            was given up for want of a part.
 
     Raises:
         StorageError: the directory cannot be listed.
     """
+    unfinished = unfinished_saves(directory)
     return [
+        *(_take_up(directory, save, dry_run, leave_unfinished) for save in unfinished),
         *(_recover_one(directory, name, dry_run, leave_unfinished) for name in partial_names(directory)),
         *(_go_on_removing(directory, name, dry_run) for name in removing_names(directory)),
     ]
@@ -83,6 +89,22 @@ def _recover_one(directory: str, name: str, dry_run: bool, leave_unfinished: boo
             return Recovered(name, Outcome.REMOVED, str(error))
     except StorageError as error:
         return Recovered(name, Outcome.LEFT, str(error))
+
+
+def _take_up(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinished: bool) -> Recovered:
+    """What was set aside (``persist.set_aside``)."""
+    name, path = unfinished_name(*save), os.path.join(directory, unfinished_name(*save))
+    try:
+        if not leave_unfinished:
+            if not dry_run:
+                discard_unfinished(directory, *save)
+            return Recovered(name, Outcome.REMOVED, "parts of it did not come in time, and it was given up")
+        if not dry_run:
+            with storage_errors("rename", path):
+                os.rename(path, os.path.join(directory, partial_name(*save)))
+    except StorageError as error:
+        return Recovered(name, Outcome.LEFT, str(error))
+    return Recovered(name, Outcome.LEFT, "replicas may have what is missing of it")
 
 
 def _go_on_removing(directory: str, name: str, dry_run: bool) -> Recovered:

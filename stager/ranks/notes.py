@@ -61,12 +61,17 @@ class Notes:
             save_id, f"failed on rank {self._job.rank}: {type(error).__name__}: {error}", [self._job.rank]
         )
 
-    def post_failure(self, save_id: str, why: str, ranks: Sequence[int]) -> None:
-        """Unless another rank was first: its reason is the reason."""
+    def post_failure(self, save_id: str, why: str, ranks: Sequence[int], *, is_unfinished: bool = False) -> None:
+        """Unless another rank was first: its reason is the reason.
+
+        Args:
+            is_unfinished: nothing went wrong, but that these ranks' parts are missing.
+        """
         with suppress(RankFailedError):
             self._job.call_off(meeting(save_id), f"the save {why}", ranks)
             if self._board.add(f"{_end(save_id)}/failures") == 1:
-                self._board.post(_end(save_id), json.dumps({"ranks": list(ranks), "error": why}).encode())
+                note = {"ranks": list(ranks), "error": why, **({"unfinished": True} if is_unfinished else {})}
+                self._board.post(_end(save_id), json.dumps(note).encode())
 
     def post_every_part(self, save_id: str) -> None:
         with suppress(RankFailedError):

@@ -22,6 +22,11 @@ Asking the store costs nearly nothing, looking at the directory costs the file s
 A rank that the store does not answer (a silent server is given up after 30 s) looks once a second and at its deadline, as
 rank 0 does. So every rank knows the end within ``ranks.timeout_secs`` and 5 s for each binary digit of its number; within
 twice that, if only the commit is missing.
+
+NOTE [ Unfinished saves ]
+Of a save whose ranks did not all finish, what is there is removed. Where partners keep replicas it is set aside, under
+another name: the next run writes what is missing from those, and needs the rest. It is removed when a later save is
+committed, or then.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ from workers.commit import Committed, already_committed, commit_recorded, partia
 from workers.errors import ClosedError, RankFailedError, StagerError, StorageError
 from workers.job import SaveFacts
 from workers.manifest import MANIFEST_NAME
-from workers.persist import discard_partial
+from workers.persist import discard_partial, discard_unfinished, set_aside
 from workers.pool import WorkerPool
 from workers.receipt import finished_ranks
 
@@ -78,13 +83,16 @@ class Outcomes:
     Args:
         job: with a board.
         pool: whose workers tidy up and finish commits.
+        keep_unfinished: see NOTE [ Unfinished saves ].
 
     Attributes:
         notes: what this rank posts of a save.
     """
 
-    def __init__(self, job: Job, pool: WorkerPool) -> None:
+    def __init__(self, job: Job, pool: WorkerPool, *, keep_unfinished: bool = False) -> None:
         self.notes = Notes(job)
+        self._keep_unfinished = keep_unfinished
+        self._unfinished: list[SaveFacts] = []
         self._job = job
         self._pool = pool
         self._pending: list[_Pending] = []
@@ -116,6 +124,16 @@ class Outcomes:
                 self._changed.notify_all()
                 return
         failed(self._closed)
+
+    def remove_unfinished(self, before: float) -> None:
+        """Of saves before this time (unix): a later one is committed. Does not wait."""
+        with self._changed:
+            left = [facts for facts in self._unfinished if facts.created < before]
+            self._unfinished = [facts for facts in self._unfinished if facts.created >= before]
+        if self._job.leads:
+            for facts in left:
+                with suppress(ClosedError):
+                    self._pool.submit(discard_unfinished, facts.directory, facts.step, facts.save_id)
 
     def drain(self, timeout: float | None) -> bool:
         """Wait until no save is pending; False: after ``timeout`` seconds some are."""
@@ -187,7 +205,9 @@ class Outcomes:
         if note is None:
             return self._look(one, is_told)
         end = end_by(note, one.facts)
-        return self._failing(one, end) if isinstance(end, RankFailedError) else lambda: one.committed(end)
+        if isinstance(end, RankFailedError):
+            return self._failing(one, end, is_unfinished=bool(note.get("unfinished")))
+        return lambda: one.committed(end)
 
     def _look(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
         """At the directory, if it is this rank's turn: see NOTE [ Who looks at the directory ].
@@ -262,16 +282,21 @@ class Outcomes:
                     self._commit(one)
                 return None
         why = f"was not complete within {self._job.timeout_secs:g} s (ranks.timeout_secs): {what}"
-        self.notes.post_failure(one.facts.save_id, why, missing)
-        return self._failing(one, RankFailedError(f"the save of step {one.facts.step} {why}", tuple(missing)))
+        self.notes.post_failure(one.facts.save_id, why, missing, is_unfinished=bool(missing))
+        failure = RankFailedError(f"the save of step {one.facts.step} {why}", tuple(missing))
+        return self._failing(one, failure, is_unfinished=bool(missing))
 
-    def _failing(self, one: _Pending, error: BaseException) -> Callable[[], None]:
+    def _failing(self, one: _Pending, error: BaseException, *, is_unfinished: bool = False) -> Callable[[], None]:
         """Fail, when what is there of the save is removed; unless it was committed just now."""
 
         def fail() -> None:
             # Once it has lost its name, nobody can commit it. Most often another rank has taken care of that already.
+            keeps = is_unfinished and self._keep_unfinished
             if not _is_gone(partial_path(one.facts)):
-                self._remove(one.facts)
+                self._take_away(one.facts, set_aside if keeps else discard_partial)
+            if keeps:
+                with self._changed:
+                    self._unfinished.append(one.facts)
             found = found_committed(one.facts)
             if found is None:
                 one.failed(error)
@@ -280,13 +305,13 @@ class Outcomes:
 
         return fail
 
-    def _remove(self, facts: SaveFacts) -> None:
+    def _take_away(self, facts: SaveFacts, how: Callable[[str, int, str], None]) -> None:
         leftovers = facts.directory, facts.step, facts.save_id
         try:
-            self._pool.submit(discard_partial, *leftovers).result()
+            self._pool.submit(how, *leftovers).result()
         except ClosedError:
             with suppress(StorageError):
-                discard_partial(*leftovers)
+                how(*leftovers)
         except Exception as failure:  # noqa: BLE001  # the next run tries again
             logger.warning("what is left of the save of step %d was not removed: %s", facts.step, failure)
 

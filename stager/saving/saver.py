@@ -77,7 +77,13 @@ class Saver:
         self._pool = pool
         self._ranks = ranks or RankJob()
         self._replicator = replicator
-        self.settler = Settler(pool, self._ranks, on_done, incremental=options.incremental)
+        self.settler = Settler(
+            pool,
+            self._ranks,
+            on_done,
+            incremental=options.incremental,
+            keep_unfinished=replicator is not None,
+        )
         rank = self._ranks.rank
         self._planner = Planner(
             file_format, options.num_parts, options.segment_bytes, rank, incremental=options.incremental

@@ -34,16 +34,25 @@ class Settler:
         job: whose ranks make one checkpoint together.
         on_done: called with every save that has ended.
         incremental: keep the step of the last whole checkpoint.
+        keep_unfinished: see :class:`Outcomes`.
 
     Attributes:
         base_step: the checkpoint whose files the next save may link (``workers/base.py``); None: there is none.
     """
 
-    def __init__(self, pool: WorkerPool, job: Job, on_done: Callable[[SaveHandle], None], *, incremental: bool) -> None:
+    def __init__(
+        self,
+        pool: WorkerPool,
+        job: Job,
+        on_done: Callable[[SaveHandle], None],
+        *,
+        incremental: bool,
+        keep_unfinished: bool = False,
+    ) -> None:
         self._pool = pool
         self._on_done = on_done
         self._incremental = incremental
-        self._outcomes = Outcomes(job, pool) if job.board is not None else None
+        self._outcomes = Outcomes(job, pool, keep_unfinished=keep_unfinished) if job.board is not None else None
         self._in_flight: set[SaveHandle] = set()
         self._lock = threading.Lock()
         self.base_step: int | None = None
@@ -138,6 +147,8 @@ class Settler:
 
     def _commit(self, handle: SaveHandle, results: list[PartResult], committed: Committed) -> None:
         self.set_base(handle.step)
+        if self._outcomes is not None:
+            self._outcomes.remove_unfinished(committed.info.created)
         if not handle.upload_completion.done():  # it may have been left to the workers while it waited for other ranks
             self._settle(handle, lambda: handle._commit(results, committed))
 

@@ -16,10 +16,10 @@ from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job,
 from tests.states import same
 from workers import files
 from workers.commit import partial_path
-from workers.directory import list_checkpoints, partial_names, read_checkpoint
+from workers.directory import list_checkpoints, partial_names, read_checkpoint, unfinished_name
 from workers.envelope import seal, unseal
 from workers.job import SaveJob
-from workers.persist import persist_part
+from workers.persist import discard_unfinished, persist_part, set_aside
 from workers.recover import Outcome, Recovered, recover
 from workers.verify import verify_checkpoint
 
@@ -328,3 +328,58 @@ def test_every_save_in_flight_is_recovered_and_the_newest_of_a_step_wins(run_dir
 
 def test_no_directory_is_nothing_to_recover(run_dir: Path) -> None:
     assert recover(str(run_dir)) == []
+
+
+def give_up(run_dir: Path) -> SaveJob:
+    """One of three parts was written, and what is there was set aside."""
+    run_dir.mkdir()
+    job = make_job(run_dir, NEW, num_parts=3)
+    persist_part(job, 0)
+    set_aside(str(run_dir), job.facts.step, job.facts.save_id)
+    return job
+
+
+def test_what_was_given_up_is_not_committed_by_a_part_that_comes_late(run_dir: Path) -> None:
+    given_up = give_up(run_dir)
+    for part in (1, 2):
+        assert persist_part(given_up, part).committed is None
+    assert list_checkpoints(run_dir)[0] == []
+    set_aside(str(run_dir), given_up.facts.step, given_up.facts.save_id)  # of the rank that was late
+    assert os.listdir(run_dir) == [unfinished_name(given_up.facts.step, given_up.facts.save_id)]
+
+
+def test_what_was_given_up_can_be_taken_up_again(run_dir: Path) -> None:
+    given_up = give_up(run_dir)
+    before = os.listdir(run_dir)
+    assert {found.outcome for found in recover(str(run_dir), dry_run=True, leave_unfinished=True)} == {Outcome.LEFT}
+    assert os.listdir(run_dir) == before
+    assert {found.outcome for found in recover(str(run_dir), leave_unfinished=True)} == {Outcome.LEFT}
+    assert partial_names(str(run_dir)) == os.listdir(run_dir)
+    for part in (1, 2):
+        done = persist_part(given_up, part)
+    assert done.committed is not None
+    assert same(states_of(run_dir)[1], NEW)
+
+
+def test_what_was_given_up_goes_where_there_are_no_replicas(run_dir: Path) -> None:
+    give_up(run_dir)
+    before = os.listdir(run_dir)
+    (found,) = recover(str(run_dir), dry_run=True)
+    assert (found.name, found.outcome, os.listdir(run_dir)) == (before[0], Outcome.REMOVED, before)
+    assert recover(str(run_dir)) == [found]
+    assert os.listdir(run_dir) == []
+
+
+def test_what_was_given_up_is_removed_when_it_is_not_needed_any_more(run_dir: Path) -> None:
+    given_up = give_up(run_dir)
+    for _ in range(2):  # the second time it is gone
+        discard_unfinished(str(run_dir), given_up.facts.step, given_up.facts.save_id)
+        assert os.listdir(run_dir) == []
+    set_aside(str(run_dir), given_up.facts.step, given_up.facts.save_id)
+
+
+def test_what_is_committed_cannot_be_set_aside(run_dir: Path) -> None:
+    save(run_dir, NEW)
+    (info,) = list_checkpoints(run_dir)[0]
+    set_aside(str(run_dir), info.step, info.save_id)
+    assert same(states_of(run_dir)[1], NEW)

@@ -101,6 +101,51 @@ def die_before_the_parts_are_written(rank: int, directory: str, victim: int) -> 
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def outlive_a_host(rank: int, directory: str, victim: int) -> None:
+    """As :func:`die_before_the_parts_are_written`, but the others live until the save has failed, and end then."""
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
+    expect(rank, directory, 2)
+    with suppress(RankFailedError), open_run(directory, timeout_secs=3) as ckpt:
+        save(ckpt, rank, 1).upload_completion.result(60)
+        dist.barrier()
+        hold = None if faults is None else faults.hold("part.begin")
+        handle = save(ckpt, rank, 2)
+        await_replicas(ckpt, handle)
+        if hold is not None:
+            hold.wait()
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+            os.kill(os.getpid(), signal.SIGKILL)
+        handle.upload_completion.result(60)
+    os._exit(0)  # as a process that an exception ends
+
+
+def slow_rank(rank: int, directory: str) -> list[list[str]]:
+    """Rank 1's part of step 2 comes too late; step 3 is committed. What is left of failed saves before and after."""
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == 1 else None
+    with open_run(directory, timeout_secs=3) as ckpt:
+        save(ckpt, rank, 1).upload_completion.result(60)
+        dist.barrier()
+        hold = None if faults is None else faults.hold("part.begin")
+        handle = save(ckpt, rank, 2)
+        if hold is None:
+            assert isinstance(handle.upload_completion.exception(60), RankFailedError)
+        dist.barrier()
+        if hold is not None:
+            hold.wait()
+            hold.release()
+            assert isinstance(handle.upload_completion.exception(60), RankFailedError)
+        dist.barrier()
+        before = leftovers(directory)
+        save(ckpt, rank, 3).upload_completion.result(60)
+    dist.barrier()
+    return [before, leftovers(directory)]
+
+
+def leftovers(directory: str) -> list[str]:
+    return [path.name.rpartition("-")[0] for path in Path(directory, "run").glob("step-*.*")]
+
+
 def resume(rank: int, directory: str, expected_step: int) -> dict[str, Any]:
     """What the next job finds: the step, where its state differs from the one saved then, and what was logged."""
     said = _listen()

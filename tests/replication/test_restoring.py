@@ -94,6 +94,21 @@ def test_a_host_dies_before_its_part_is_written(tmp_path: Path) -> None:
     assert any("shares of 1 ranks were written" in text for text in results[0]["said"])
 
 
+def test_a_host_dies_and_the_others_live_until_the_save_has_failed(tmp_path: Path) -> None:
+    """What they had written stays: of the ranks whose partner was on that host, there is no other copy."""
+    assert ranks("outlive_a_host", 3, tmp_path, 1) == [None] * 3
+    for replica in [*(tmp_path / "memory").rglob("rank-0.*")]:  # rank 1 kept them
+        replica.unlink()
+    results = ranks("resume", 2, tmp_path, 2)
+    for result in results:
+        assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
+    assert any("shares of 1 ranks were written" in text for text in results[0]["said"])
+
+
+def test_what_is_there_of_a_save_that_failed_is_removed_when_the_next_is_committed(tmp_path: Path) -> None:
+    assert ranks("slow_rank", 2, tmp_path) == [[["step-00000002.unfinished"], []]] * 2
+
+
 @pytest.mark.parametrize("what", ["bytes", "header", "missing"])
 def test_a_replica_that_is_damaged_is_not_used(what: str, tmp_path: Path) -> None:
     ranks("save_and_die", 2, tmp_path, 3)
