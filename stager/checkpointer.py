@@ -27,8 +27,7 @@ from stager.loading.selection import Selection
 from stager.ranks.job import find_job
 from stager.ranks.loading import LoadTogether
 from stager.ranks.opening import take_directory
-from stager.replication.replicas import Replicas
-from stager.replication.replicator import Replicator
+from stager.replication.replication import Replication
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer
@@ -38,10 +37,8 @@ from stager.saving.setup import (
     agree_on_segment_bytes,
     check_for_ranks,
     make_arena,
-    make_replicas,
     make_saver,
     make_telemetry,
-    restore_from_memory,
     retention_rules,
     saver_options,
     start_pool,
@@ -51,11 +48,10 @@ from workers.directory import (
     CheckpointInfo,
     SkippedCheckpoint,
     checkpoint_name,
-    committed_steps,
     list_checkpoints,
     parse_checkpoint,
 )
-from workers.errors import ClosedError, StorageError, UsageError
+from workers.errors import ClosedError, UsageError
 from workers.protected import read_protected, write_protected
 from workers.read_lock import reading
 from workers.retention import Fate, PruneReport, prune
@@ -97,7 +93,6 @@ class Checkpointer:
         self._lock_fd = -1
         self._saver: Saver | None = None
         self._preemption: Preemption | None = None
-        self._replicator: Replicator | None = None
         self._job = find_job(False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs)
         self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
         self._together = None if self._job.board is None else LoadTogether(self._job, self._directory, self._loader)
@@ -110,9 +105,11 @@ class Checkpointer:
         check_for_ranks(config, job)
         with ExitStack() as opened:  # undone where a later step fails
             opened.callback(job.close)
-            replicas = make_replicas(config.replication, self._directory, job)
             self._lock_fd = take_directory(
-                self._directory, job, config.persistence.lock_timeout_secs, leave_unfinished=replicas is not None
+                self._directory,
+                job,
+                config.persistence.lock_timeout_secs,
+                leave_unfinished=config.replication.partners > 0,
             )
             opened.callback(os.close, self._lock_fd)
             self._telemetry = make_telemetry(config.telemetry, job)
@@ -122,18 +119,14 @@ class Checkpointer:
             segment_bytes = agree_on_segment_bytes(config.persistence, job, self._arena)
             self._pool = start_pool(config.workers, job, self._lock_fd)
             opened.callback(self._pool.close, 0)
-            if replicas is not None:
-                self._open_replicas(replicas)
+            self._replication = Replication.open(config.replication, self._directory, job, self._pool)
             opened.pop_all()
         options = saver_options(config, job, self._directory, segment_bytes)
-        self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done, self._replicator)
-        self._retainer = Retainer(self._pool, self._directory, retention_rules(config.retention), self._on_pruned)
-
-    def _open_replicas(self, replicas: Replicas) -> None:
-        restorer, whole_id = restore_from_memory(self._job, self._directory, replicas, self._pool)
+        replicator = self._replication.replicator
+        self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done, replicator)
         if self._together is not None:
-            self._replicator = Replicator(self._job, replicas, whole_id)
-            self._together.restore = restorer.restore
+            self._together.restore = self._replication.restore
+        self._retainer = Retainer(self._pool, self._directory, retention_rules(config.retention), self._on_pruned)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -411,29 +404,18 @@ class Checkpointer:
             _live.discard(self)
             if self._saver is None:
                 return
-            try:
-                finish_saves(self._saver, self._pool, timeout, self._remaining_secs())
-            finally:
-                self._close_replicas(0.0 if has_failed else timeout, keep=has_failed)
-                self._saver.close()
-                self._arena.close()
-                self._telemetry.close()
-                os.close(self._lock_fd)
-                self._job.close()
+            with ExitStack() as left:  # done from the last to the first, whatever is raised
                 if self._preemption is not None:
-                    self._preemption.restore()
+                    left.callback(self._preemption.restore)
+                left.callback(self._job.close)
+                left.callback(os.close, self._lock_fd)
+                left.callback(self._telemetry.close)
+                left.callback(self._arena.close)
+                left.callback(self._saver.close)
+                limits = (timeout, self._remaining_secs(), self._job.timeout_secs)
+                with self._replication.closing(limits, has_failed=has_failed):
+                    finish_saves(self._saver, self._pool, timeout, self._remaining_secs())
             self._unread.raise_all()
-
-    def _close_replicas(self, timeout: float | None, *, keep: bool) -> None:
-        """What is committed need not stay in memory, unless this run has failed and is begun again."""
-        if self._replicator is None:
-            return
-        limits = (timeout, self._remaining_secs(), self._job.timeout_secs)
-        self._replicator.close(min(limit for limit in limits if limit is not None))
-        newest = max(committed_steps(self._directory), default=None)
-        if not keep and newest is not None:
-            with suppress(StorageError):
-                self._replicator.remove(newest)
 
     def _remaining_secs(self) -> float | None:
         return None if self._preemption is None else self._preemption.remaining_secs()

@@ -177,6 +177,8 @@ def _rows(source: Source, need: Need, this_host: bool) -> list[tuple[str, str, s
     job, rank = need.job, need.rank
     available = f"{format_bytes(need.host.available_bytes)} are available {'here' if this_host else 'there'}"
     ranks = f"{job.num_ranks} rank{'s' * (job.num_ranks > 1)}, {job.local_world_size} on a host"
+    replicas = [("replicas", format_bytes(need.replica_nbytes), "for each rank: two snapshots of its partner's")]
+    replicas = replicas if need.replica_nbytes else []
     rows = [
         ("state", source.name, ""),
         ("tensors", f"{need.state.num_tensors}", f"and {need.state.num_objects} pickled objects"),
@@ -189,7 +191,12 @@ def _rows(source: Source, need: Need, this_host: bool) -> list[tuple[str, str, s
         ("buffer", format_bytes(rank.slab_nbytes), f"one snapshot of one rank, {rank.slab_nbytes} bytes"),
         ("buffers", f"{need.num_buffers} (arena.buffers)", f"{format_bytes(need.wanted_arena_nbytes)} for each rank"),
         ("workers", f"{need.num_workers} for each rank", f"at most {format_bytes(need.worker_nbytes)} together"),
-        ("memory of a rank", format_bytes(need.staging.arena_nbytes + need.worker_nbytes), "buffers and workers"),
+        *replicas,
+        (
+            "memory of a rank",
+            format_bytes(need.staging.arena_nbytes + need.worker_nbytes + need.replica_nbytes),
+            "all of these" if replicas else "buffers and workers",
+        ),
         (
             "memory of a host",
             format_bytes(need.host_nbytes),

@@ -98,7 +98,7 @@ def check_dev_shm(total_bytes: int | None, free_bytes: int = 0) -> Finding:
         free_bytes: what is free of it.
     """
     value = "not mounted" if total_bytes is None else f"{format_bytes(free_bytes)} free of {format_bytes(total_bytes)}"
-    meaning = "stager does not use it: buffers are memfd mappings, which its size does not limit"
+    meaning = "used for replicas only (replication.partners): buffers are memfd mappings, which its size does not limit"
     if total_bytes is not None and total_bytes < 1 << 30:
         meaning += "; torch's DataLoader workers do use it, and this is small for them"
     return Finding("/dev/shm", value, Status.OK, meaning)

@@ -48,7 +48,7 @@ def _on_memory(need: Need, config: StagerConfig) -> Iterator[str]:
 
 def _more_memory(need: Need, arena_nbytes: int) -> str:
     """How all buffers get their memory."""
-    on_host = need.job.local_world_size * (arena_nbytes + need.worker_nbytes)
+    on_host = need.job.local_world_size * (arena_nbytes + need.worker_nbytes + need.replica_nbytes)
     setting = f"for {need.num_buffers} whole snapshots, set arena.max_host_bytes to {_size(arena_nbytes)} or more"
     if on_host <= need.host.available_bytes:
         return f"{setting}: the host has it"

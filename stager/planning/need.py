@@ -12,6 +12,8 @@ from stager.doctor.resources import FDS_PER_WORKER
 from stager.planning.advice import advise
 from stager.planning.footprint import Footprint, Measured
 from stager.planning.verdict import Verdict
+from stager.replication.keeper import capacity
+from stager.replication.replicas import NUM_SLOTS
 from workers.errors import MemoryBudgetError
 
 WORKER_BYTES = 48 << 20  # of its own: 13 MiB measured, buffers of 16 for direct_io, and 1 KiB for each tensor of a plan
@@ -22,7 +24,8 @@ class Job:
     """Attributes:
     num_ranks: trainer processes of the whole job.
     local_world_size: of them on one host.
-    num_shards: over how many of them each tensor is spread; the others have copies.
+    num_shards: over how many of them each tensor is spread; the others have copies, of which each writes a part
+        (``ranks.together``).
     """
 
     num_ranks: int = 1
@@ -73,7 +76,8 @@ class Need:
         staging: what comes of it within that budget.
         num_workers: processes of a rank.
         worker_nbytes: of them together, at most.
-        host_nbytes: of all ranks on one host: buffers and workers.
+        replica_nbytes: what a rank keeps of its partner's snapshots, in ``replication.directory``.
+        host_nbytes: of all ranks on one host: buffers, workers, replicas.
         num_descriptors: of one rank, about.
         advice: what to change, if anything.
     """
@@ -89,6 +93,7 @@ class Need:
     staging: Staging
     num_workers: int
     worker_nbytes: int
+    replica_nbytes: int
     host_nbytes: int
     num_descriptors: int
     advice: tuple[str, ...] = ()
@@ -105,11 +110,14 @@ def work_out(state: Mapping[str, Any], config: StagerConfig, job: Job, host: Hos
     """
     num_workers = config.workers.resolve_count(job.local_world_size, host.num_cores)
     whole = Measured(state, config, num_workers)
-    mine = whole if job.num_shards == 1 else Measured(state, config, num_workers, job.num_shards)
+    num_writers = job.num_shards if config.ranks.together is False else job.num_ranks
+    mine = whole if num_writers == 1 else Measured(state, config, num_workers, num_writers)
     budget = config.arena.resolve_max_host_bytes(host.available_bytes, job.local_world_size)
     staging = _stage(mine, budget, config)
     worker_nbytes = num_workers * WORKER_BYTES
-    host_nbytes = job.local_world_size * (staging.arena_nbytes + worker_nbytes)
+    has_partner = config.replication.partners > 0 and num_writers > 1 and staging.num_in_flight > 0
+    replica_nbytes = NUM_SLOTS * capacity(mine.footprint.slab_nbytes) if has_partner else 0
+    host_nbytes = job.local_world_size * (staging.arena_nbytes + worker_nbytes + replica_nbytes)
     need = Need(
         job=job,
         host=host,
@@ -122,6 +130,7 @@ def work_out(state: Mapping[str, Any], config: StagerConfig, job: Job, host: Hos
         staging=staging,
         num_workers=num_workers,
         worker_nbytes=worker_nbytes,
+        replica_nbytes=replica_nbytes,
         host_nbytes=host_nbytes,
         num_descriptors=FDS_PER_WORKER * num_workers + 4 * config.arena.buffers,
     )

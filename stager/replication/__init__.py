@@ -1,5 +1,6 @@
 """Each rank's newest snapshots, in a partner's memory too: ``replication.partners: 1``.
 
+replication what a Checkpointer has of all this
 replicas    what this host keeps: files in memory, which outlive the trainer
 keeper      receives one rank's snapshots into two of them in turn
 link        the connection to one other rank

@@ -114,22 +114,22 @@ class Keeper:
                 known = self._maps.get(path)
                 if (
                     known is not None
-                    and nbytes <= len(known) <= _capacity(nbytes)
+                    and nbytes <= len(known) <= capacity(nbytes)
                     and len(known) == os.fstat(fd).st_size
                 ):
                     return known
                 self._maps.pop(path, None)
-                capacity = _capacity(nbytes)
-                os.ftruncate(fd, capacity)
-                _allocate(path, fd, capacity)
-                self._maps[path] = mmap.mmap(fd, capacity)
+                size = capacity(nbytes)
+                os.ftruncate(fd, size)
+                _allocate(path, fd, size)
+                self._maps[path] = mmap.mmap(fd, size)
                 return self._maps[path]
             finally:
                 os.close(fd)
 
 
-def _capacity(nbytes: int) -> int:
-    """Snapshots of a run differ by a little: pickled objects grow."""
+def capacity(nbytes: int) -> int:
+    """Of the file for a snapshot of so many bytes. Those of a run differ by a little: pickled objects grow."""
     return nbytes + nbytes // 64 + _SPARE_BYTES
 
 

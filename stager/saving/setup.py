@@ -5,17 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from stager.arena.arena import Arena
 from stager.config import (
     ArenaConfig,
     PersistenceConfig,
-    ReplicationConfig,
     RetentionConfig,
     StagerConfig,
     StagingConfig,
@@ -23,11 +19,8 @@ from stager.config import (
     WorkersConfig,
 )
 from stager.config.host import available_memory_bytes
-from stager.ranks.board import Board
 from stager.ranks.job import Job
-from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
-from stager.replication.restorer import Restorer
 from stager.saving.options import SaverOptions
 from stager.saving.save import SaveHandle
 from stager.saving.saver import Saver
@@ -42,8 +35,6 @@ from workers.retention import RetentionRules
 from workers.writing import Writing
 
 logger = logging.getLogger("stager")
-
-_dist: Any = dist  # not all of it is annotated
 
 
 def check_for_ranks(config: StagerConfig, job: Job) -> None:
@@ -106,37 +97,6 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, job: Job, arena: Aren
     if job.board is None:
         return own
     return job.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
-
-
-def make_replicas(replication: ReplicationConfig, directory: str, job: Job) -> Replicas | None:
-    """
-    Raises:
-        ConfigError, StorageError
-    """
-    if not replication.partners:
-        return None
-    if job.board is None:
-        logger.warning(
-            "replication.partners is %d, but this process saves for itself: it has no partner that could keep a copy",
-            replication.partners,
-        )
-    elif not dist.is_gloo_available():
-        raise ConfigError("replication.partners is 1, and this torch has no gloo, which takes snapshots to partners")
-    replicas = Replicas(replication.directory, directory)
-    replicas.create()
-    return replicas
-
-
-def restore_from_memory(job: Job, directory: str, replicas: Replicas, pool: WorkerPool) -> tuple[Restorer, str]:
-    """What an earlier run left in memory: see :meth:`Restorer.open`.
-
-    Raises:
-        RankFailedError: a rank did not come.
-    """
-    if job.board is None:  # what several ranks left is one rank's to restore, too
-        job = replace(job, board=Board(_dist.HashStore(), "replicas", num_ranks=1))
-    restorer = Restorer(job, directory, replicas, pool)
-    return restorer, restorer.open()
 
 
 def start_pool(workers: WorkersConfig, job: Job, lock_fd: int) -> WorkerPool:

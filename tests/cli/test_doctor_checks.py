@@ -138,7 +138,7 @@ def test_memory(facts: MemoryFacts, limit: str, status: Status, words: list[str]
 
 
 def test_dev_shm_is_never_a_reason_to_stop() -> None:
-    assert_is(check_dev_shm(None), Status.OK, "not mounted", "does not use it")
+    assert_is(check_dev_shm(None), Status.OK, "not mounted", "used for replicas only")
     assert_is(check_dev_shm(64 << 20, 60 << 20), Status.OK, "60.0 MiB free of 64.0 MiB", "DataLoader")
     assert "DataLoader" not in check_dev_shm(8 * GIB, 8 * GIB).meaning
 

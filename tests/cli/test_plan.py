@@ -234,6 +234,25 @@ def test_shards_divide_what_a_rank_stages_and_not_what_is_on_disk(module: str) -
     assert need["num_workers"] >= 1
 
 
+def test_ranks_that_have_copies_stage_a_part_each_unless_they_save_for_themselves() -> None:
+    options = ("--params", "8M", "--tensors", "8", "--ranks", "4", "--local-world-size", "2")
+    together = plan(*options)
+    assert 8_000_000 <= together["rank"]["tensor_nbytes"] <= 8_000_000 + 4096
+    assert together["state"]["tensor_nbytes"] >= 32_000_000
+    apart = plan(*options, "--set", "ranks.together=false")
+    assert apart["rank"] == apart["state"]
+
+
+def test_replicas_take_two_buffers_of_each_rank() -> None:
+    options = ("--params", "8M", "--tensors", "8", "--local-world-size", "2", "--ranks", "4")
+    without, need = plan(*options), plan(*options, "--set", "replication.partners=1")
+    assert without["replica_nbytes"] == 0
+    share = need["rank"]["slab_nbytes"]
+    assert 2 * share <= need["replica_nbytes"] <= 2 * (share + share // 64 + (1 << 20))
+    assert need["host_nbytes"] == without["host_nbytes"] + 2 * need["replica_nbytes"]
+    assert plan("--params", "8M", "--set", "replication.partners=1")["replica_nbytes"] == 0  # no partner
+
+
 def test_ranks_of_a_host_share_its_memory_and_cores(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--module", f"{module}:scalars", "--memory", "64GiB", "--cores", 16)
     alone = plan(*options)

@@ -1,0 +1,95 @@
+"""What a Checkpointer has of replication: it opens it after its pool, and closes it after its saves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from stager.config import ReplicationConfig
+from stager.ranks.board import Board
+from stager.ranks.job import Job
+from stager.replication.replicas import Replicas
+from stager.replication.replicator import Replicator
+from stager.replication.restorer import Restorer
+from workers.directory import committed_steps
+from workers.errors import ConfigError, StorageError
+from workers.pool import WorkerPool
+
+logger = logging.getLogger("stager")
+
+_dist: Any = dist  # not all of it is annotated
+_LAST_SECS = 5.0  # for snapshots on their way to partners, in a run that has failed
+
+
+class Replication:
+    """
+    Args:
+        directory: of the run, absolute.
+        replicator: None: there is no partner.
+        restore: see :class:`~stager.ranks.loading.LoadTogether`.
+    """
+
+    def __init__(
+        self, directory: str, replicator: Replicator | None = None, restore: Callable[[int], bool] | None = None
+    ) -> None:
+        self._directory = directory
+        self.replicator = replicator
+        self.restore = restore
+
+    @staticmethod
+    def open(config: ReplicationConfig, directory: str, job: Job, pool: WorkerPool) -> Replication:
+        """Restore what an earlier run left in memory, and begin. Every rank calls it, before anything is saved.
+
+        Raises:
+            ConfigError, StorageError: replicas cannot be kept.
+            RankFailedError: a rank did not come.
+        """
+        if not config.partners:
+            return Replication(directory)
+        replicas = Replicas(config.directory, directory)
+        replicas.create()
+        if job.board is None:
+            logger.warning(
+                "replication.partners is %d, but this process saves for itself: it has no partner that could keep a copy",
+                config.partners,
+            )
+            # What several ranks left is one rank's to restore, too.
+            alone = replace(job, board=Board(_dist.HashStore(), "replicas", num_ranks=1))
+            try:
+                Restorer(alone, directory, replicas, pool).open()
+            finally:
+                alone.close()
+            return Replication(directory)
+        if not dist.is_gloo_available():
+            raise ConfigError(
+                "replication.partners is 1, and this torch has no gloo, which takes snapshots to partners"
+            )
+        restorer = Restorer(job, directory, replicas, pool)
+        return Replication(directory, Replicator(job, replicas, restorer.open()), restorer.restore)
+
+    @contextmanager
+    def closing(self, limits: Sequence[float | None], *, has_failed: bool) -> Iterator[None]:
+        """Around the end of the saves. What is committed then need not stay in memory, unless the run has failed, or is
+        interrupted, and is begun again.
+
+        Args:
+            limits: seconds for snapshots on their way to partners.
+        """
+        try:
+            yield
+        except BaseException:
+            has_failed = True
+            raise
+        finally:
+            if self.replicator is not None:
+                limits = [*limits, _LAST_SECS if has_failed else None]
+                self.replicator.close(min(limit for limit in limits if limit is not None))
+        newest = max(committed_steps(self._directory), default=None)
+        if self.replicator is not None and not has_failed and newest is not None:
+            with suppress(StorageError):
+                self.replicator.remove(newest)
