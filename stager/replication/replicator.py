@@ -34,6 +34,8 @@ from workers.replica import ReplicaHeader
 logger = logging.getLogger("stager")
 
 _LEAVE_SECS = 5.0
+_DECISION_SECS = 10.0  # another rank has made it, and posts it next
+_WHOLE, _BROKEN = b"whole", b"broken"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Replicator:
     Args:
         job: with a board. Every rank has one, and offers or skips as often.
         replicas: of this host.
-        whole_id: the id of the save whose replicas are all there already.
+        whole_id: the id of the save that is whole already: see NOTE [ What is whole ].
     """
 
     def __init__(self, job: Job, replicas: Replicas, whole_id: str) -> None:
@@ -191,23 +193,42 @@ class Replicator:
                 met[link] = error
         return met[self._destination], met[self._source]
 
+    # NOTE [ What is whole ]
+    # A save is whole in memory when every rank's partner has it; from then on the one before it may be overwritten. The
+    # partners do not go at the same pace: one may be about to overwrite its part of a save while another is still receiving
+    # its part. So whether a save is whole is decided once, by the first who knows: the last partner to receive it ("whole"),
+    # or one who has to make room before that ("broken"). All of them overwrite what the decision lets them.
+
     def _count(self, save_id: str) -> None:
         self._latest_id = save_id
         with suppress(RankFailedError):
-            if self._board.add(f"replicas/whole/{save_id}") == self._job.num_ranks:
-                self._whole_id = save_id
+            if self._board.add(f"{_key(save_id)}/arrived") == self._job.num_ranks:
+                self._decide(save_id, _WHOLE)
 
     def _look_whether_whole(self) -> None:
-        if self._latest_id != self._whole_id:
+        """Before the next one is received: of the two that are kept, one has to make room."""
+        if self._latest_id not in ("", self._whole_id):
             with suppress(RankFailedError):
-                if self._board.add(f"replicas/whole/{self._latest_id}", 0) == self._job.num_ranks:
-                    self._whole_id = self._latest_id
+                self._decide(self._latest_id, _BROKEN)
+
+    def _decide(self, save_id: str, what: bytes) -> None:
+        if self._board.add(f"{_key(save_id)}/decided") == 1:
+            self._board.post(f"{_key(save_id)}/end", what)
+        if self._board.wait(f"{_key(save_id)}/end", _DECISION_SECS) == _WHOLE:
+            self._whole_id = save_id
+
+
+def _key(save_id: str) -> str:
+    return f"replicas/save/{save_id}"
 
 
 def _parcel_of(offer: _Offer, run: str) -> Parcel | Exception:
     """The snapshot as it lies in its slab, not copied; or the news that there is none."""
     if offer.snapshot is None:
         return offer.why if isinstance(offer.why, Exception) else ReplicationError(repr(offer.why))
-    header = ReplicaHeader.of(offer.snapshot, run)
+    try:
+        header = ReplicaHeader.of(offer.snapshot, run)
+    except Exception as error:  # noqa: BLE001  # the partner is not to wait for it
+        return error
     data = torch.frombuffer(offer.snapshot.slab.view, dtype=torch.uint8)
     return Parcel(header.to_bytes(), tuple(data[start:end] for start, end in messages(header.nbytes)))

@@ -63,7 +63,7 @@ def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
     board = ckpt._job.board
     assert board is not None
     deadline = time.monotonic() + _PATIENCE_SECS
-    while board.add(f"replicas/whole/{handle.save_id}", 0) < ckpt._job.num_ranks:
+    while board.read(f"replicas/save/{handle.save_id}/end") != b"whole":
         assert time.monotonic() < deadline, "the snapshot was not replicated"
         time.sleep(0.01)
 
