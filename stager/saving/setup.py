@@ -134,7 +134,7 @@ def restore_from_memory(job: Job, directory: str, replicas: Replicas, pool: Work
         RankFailedError: a rank did not come.
     """
     if job.board is None:  # what several ranks left is one rank's to restore, too
-        job = replace(job, board=Board(_dist.HashStore(), "replicas"))
+        job = replace(job, board=Board(_dist.HashStore(), "replicas", num_ranks=1))
     restorer = Restorer(job, directory, replicas, pool)
     return restorer, restorer.open()
 

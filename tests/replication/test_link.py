@@ -26,7 +26,7 @@ class Two:
 
     def __init__(self, timeout_secs: float = 20.0) -> None:
         store = _dist.HashStore()
-        self.jobs = [Job(rank, 2, Board(store, "test"), timeout_secs) for rank in range(2)]
+        self.jobs = [Job(rank, 2, Board(store, "test", 2), timeout_secs) for rank in range(2)]
         self.links = [Link(job, 1 - job.rank) for job in self.jobs]
 
     def both(self, do: Callable[[int], Any]) -> list[Any]:
