@@ -1,8 +1,8 @@
 """The public face: a run's checkpoints.
 
 Start here, then ``saving/saver.py`` (one save end to end), ``snapshot/``, ``arena/``; ``loading/`` for the way back;
-``ranks/`` where several processes make one checkpoint, ``replication/`` where they keep each other's snapshots. What happens in the worker processes is in ``workers/``
-(``pool.py`` has the diagram).
+``ranks/`` where several processes make one checkpoint, ``replication/`` where they keep each other's snapshots. What
+happens in the worker processes is in ``workers/`` (``pool.py`` has the diagram).
 """
 
 from __future__ import annotations
@@ -110,11 +110,15 @@ class Checkpointer:
         check_for_ranks(config, job)
         with ExitStack() as opened:  # undone where a later step fails
             opened.callback(job.close)
-            replicas = make_replicas(config.replication, self._directory, job)
             self._lock_fd = take_directory(
-                self._directory, job, config.persistence.lock_timeout_secs, leave_unfinished=replicas is not None
+                self._directory,
+                job,
+                config.persistence.lock_timeout_secs,
+                leave_unfinished=config.replication.partners > 0,
             )
             opened.callback(os.close, self._lock_fd)
+            # Only now: a run that ends removes the directory of its replicas before it lets go of the lock.
+            replicas = make_replicas(config.replication, self._directory, job)
             self._telemetry = make_telemetry(config.telemetry, job)
             opened.callback(self._telemetry.close)
             self._arena = make_arena(config.arena, job)
@@ -132,8 +136,13 @@ class Checkpointer:
     def _open_replicas(self, replicas: Replicas) -> None:
         restorer, whole_id = restore_from_memory(self._job, self._directory, replicas, self._pool)
         if self._together is not None:
-            self._replicator = Replicator(self._job, replicas, whole_id)
-            self._together.restore = restorer.restore
+            replicator = self._replicator = Replicator(self._job, replicas, whole_id)
+
+            def restore(step: int) -> bool:
+                with replicator.holding_still():
+                    return restorer.restore(step)
+
+            self._together.restore = restore
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -411,10 +420,12 @@ class Checkpointer:
             _live.discard(self)
             if self._saver is None:
                 return
+            replicas_timeout: float | None = 0.0  # an interrupt is not to be followed by another wait
             try:
                 finish_saves(self._saver, self._pool, timeout, self._remaining_secs())
+                replicas_timeout = 0.0 if has_failed else timeout
             finally:
-                self._close_replicas(0.0 if has_failed else timeout, keep=has_failed)
+                self._close_replicas(replicas_timeout, keep=has_failed)
                 self._saver.close()
                 self._arena.close()
                 self._telemetry.close()
@@ -428,11 +439,13 @@ class Checkpointer:
         """What is committed need not stay in memory, unless this run has failed and is begun again."""
         if self._replicator is None:
             return
+        if self._together is not None:
+            self._together.restore = None  # load() still works; but nothing is written any more
         limits = (timeout, self._remaining_secs(), self._job.timeout_secs)
         self._replicator.close(min(limit for limit in limits if limit is not None))
-        newest = max(committed_steps(self._directory), default=None)
-        if not keep and newest is not None:
-            with suppress(StorageError):
+        with suppress(StorageError):
+            newest = max(committed_steps(self._directory), default=None)
+            if not keep and newest is not None:
                 self._replicator.remove(newest)
 
     def _remaining_secs(self) -> float | None:

@@ -40,7 +40,7 @@ def take_directory(directory: str, job: Job, lock_timeout_secs: float, *, leave_
         StorageError
     """
     if job.board is None:
-        return _lock(directory, lock_timeout_secs, leave_unfinished=False)
+        return _lock(directory, lock_timeout_secs, leave_unfinished=leave_unfinished)
     host = f"host/{socket.gethostname()}"
     job.board.add(host)
     if job.leads:

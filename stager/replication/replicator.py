@@ -4,6 +4,11 @@
     this thread       meets the partner -> sends, receives -> lets go of the buffer
 
 It is no part of the save: a snapshot whose replica did not arrive is committed all the same, and says so in the log.
+
+NOTE [ Which save is whole in memory ]
+Each rank counts what arrives, and the last one says that the save is whole, after which no rank overwrites it before a newer
+one is. But a rank that is ahead may overwrite a save that others have not received yet, and which must not become whole
+then. So each save's end is decided once, by whoever is first: the last to receive it, or the first to overwrite it.
 """
 
 from __future__ import annotations
@@ -12,8 +17,9 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -34,6 +40,7 @@ from workers.replica import ReplicaHeader
 logger = logging.getLogger("stager")
 
 _LEAVE_SECS = 5.0
+_WHOLE, _GIVEN_UP = b"whole", b"given up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +76,9 @@ class Replicator:
         self._owner = source
         self._destination = Link(job, destination)
         self._source = self._destination if source == destination else Link(job, source)
-        self._keeper = Keeper(replicas, source, lambda: self._whole_id)
+        self._keeper = Keeper(replicas, source, lambda: self._whole_id, self._give_up)
         self._offers: queue.SimpleQueue[_Offer | None] = queue.SimpleQueue()
-        self._said: set[SaveHandle] = set()
+        self._said: weakref.WeakSet[SaveHandle] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._number = 0  # of the exchange that is next, or going on
         self._stopping = False
@@ -95,13 +102,25 @@ class Replicator:
     def _put(self, offer: _Offer) -> None:
         with self._lock:
             if offer.handle not in self._said and not self._stopping:
-                self._said = {handle for handle in self._said if not handle.upload_completion.done()} | {offer.handle}
+                self._said.add(offer.handle)
                 self._offers.put(offer)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="stager-replicate", daemon=True)
-                    self._thread.start()
+                    self._start()
                 return
         offer.release()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="stager-replicate", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the interpreter is shutting down, or there are too many; the save goes on
+            logger.warning("snapshots are not replicated: %s", error)
+        else:
+            self._thread = thread
+
+    def holding_still(self) -> AbstractContextManager[None]:
+        """While a checkpoint is restored: see :meth:`Keeper.holding_still`."""
+        return self._keeper.holding_still()
 
     def close(self, timeout: float) -> None:
         """Finish what was offered; after ``timeout`` seconds the rest is dropped, and the partners are told."""
@@ -117,9 +136,16 @@ class Replicator:
                     with suppress(RankFailedError):
                         link.call_off(self._number, "this rank closes its Checkpointer")
                 thread.join(_LEAVE_SECS)
+        else:
+            self._drop_offers()
         self._keeper.forget()
         self._destination.drop()
         self._source.drop()
+
+    def _drop_offers(self) -> None:
+        with suppress(queue.Empty):
+            while (offer := self._offers.get_nowait()) is not None:
+                offer.release()
 
     def remove(self, up_to_step: int) -> None:
         """What this rank keeps of saves up to this one: they are committed.
@@ -195,13 +221,30 @@ class Replicator:
         self._latest_id = save_id
         with suppress(RankFailedError):
             if self._board.add(f"replicas/whole/{save_id}") == self._job.num_ranks:
-                self._whole_id = save_id
+                self._decide(save_id, _WHOLE)
 
     def _look_whether_whole(self) -> None:
         if self._latest_id != self._whole_id:
             with suppress(RankFailedError):
-                if self._board.add(f"replicas/whole/{self._latest_id}", 0) == self._job.num_ranks:
+                if self._board.read(f"replicas/whole/{self._latest_id}/end") == _WHOLE:
                     self._whole_id = self._latest_id
+
+    def _give_up(self, save_id: str) -> bool:
+        """This rank's replica of a save is in the way; False: it has to stay, as the save is whole."""
+        with suppress(RankFailedError):
+            return self._decide(save_id, _GIVEN_UP) != _WHOLE
+        return True  # without the store nobody says any more that it is whole
+
+    def _decide(self, save_id: str, end: bytes) -> bytes:
+        """See NOTE [ Which save is whole in memory ]. Returns what was decided."""
+        key = f"replicas/whole/{save_id}"
+        if self._board.add(f"{key}/decided") == 1:
+            self._board.post(f"{key}/end", end)
+        else:
+            end = self._board.wait(f"{key}/end", self._job.timeout_secs) or b""
+        if end == _WHOLE:
+            self._whole_id = save_id
+        return end
 
 
 def _parcel_of(offer: _Offer, run: str) -> Parcel | Exception:

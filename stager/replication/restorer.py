@@ -20,12 +20,11 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from stager.ranks.job import Job, some_ranks
 from stager.replication.replicas import Replica, Replicas
 from stager.staging.replication import partners
-from workers.directory import checkpoint_name, committed_steps, partial_name, read_checkpoint
+from workers.directory import CheckpointInfo, checkpoint_name, committed_steps, partial_name, read_checkpoint
 from workers.errors import CorruptCheckpointError, RankFailedError, ReplicationError, StagerError, StorageError
 from workers.persist import PartResult, discard_partial
 from workers.pool import WorkerPool
@@ -102,8 +101,10 @@ class Restorer:
         if self._job.leads:
             for found in recover(self._directory):
                 logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
+            newest = newest_whole(self._directory, ())
+            self._board.post("replicas/newest", str(-1 if newest is None else newest.step).encode())
         self._job.meet("replicas/opened", f"tidying up {self._directory}")
-        self._remove_strangers()
+        self._remove_strangers(whole_id, int(self._read("replicas/newest")))
         return whole_id
 
     def restore(self, damaged: int) -> bool:
@@ -120,7 +121,7 @@ class Restorer:
         place, number = self._offer(head)
         self._job.meet(head, "looking for replicas")
         offered = self._read_offers(head) if self._job.leads else []
-        tried: set[str] = set()
+        tried: list[_Plan] = []
         while True:
             at = f"{head}/{len(tried)}"
             plan = self._agree_on(at, offered, damaged, tried)
@@ -133,14 +134,15 @@ class Restorer:
             self._job.meet(f"{at}/written", f"restoring step {plan.step} from memory")
             if self._is_done(at, plan):
                 return self._whole_id(head, offered), True
-            tried.add(plan.save_id)
+            tried.append(plan)
 
     def _is_done(self, at: str, plan: _Plan) -> bool:
         """Every rank is told the same."""
         if self._job.leads:
-            found = newest_whole(self._directory, ())
-            self._board.post(f"{at}/result", b"done" if found == plan.step else b"failed")
-            if found == plan.step:
+            found = _if_whole(self._directory, plan.step)
+            is_done = found is not None and found.save_id == plan.written_as
+            self._board.post(f"{at}/result", b"done" if is_done else b"failed")
+            if is_done:
                 logger.warning(
                     "%s was not whole on the disk; shares of %d ranks were written from their partners' memory",
                     checkpoint_name(plan.step),
@@ -202,7 +204,7 @@ class Restorer:
     # -- what to do ---------------------------------------------------------------------------------------------
 
     def _agree_on(
-        self, at: str, offered: list[_Offered], damaged: Collection[int], tried: Collection[str]
+        self, at: str, offered: list[_Offered], damaged: Collection[int], tried: Collection[_Plan]
     ) -> _Plan | None:
         if self._job.leads:
             try:
@@ -216,14 +218,21 @@ class Restorer:
         note = json.loads(self._read(f"{at}/plan"))
         return None if note is None else _Plan(note[0], note[1], note[2], dict(note[3]))
 
-    def _pick(self, offered: list[_Offered], damaged: Collection[int], tried: Collection[str]) -> _Plan | None:
+    def _pick(self, offered: list[_Offered], damaged: Collection[int], tried: Collection[_Plan]) -> _Plan | None:
         newest = newest_whole(self._directory, damaged)
+        completed = {plan.save_id for plan in tried if plan.written_as == plan.save_id}
+        written = {plan.save_id for plan in tried} - completed
         saves = sorted(_by_save(offered).values(), key=lambda save: _first(save).created, reverse=True)
         for save in saves:
             one = _first(save)
-            if one.save_id in tried or one.step <= newest:
+            if one.save_id in written:
                 continue
-            there = self._written(one) if one.step not in damaged else None
+            # One that is older than a checkpoint of an earlier step is what the run has turned back from.
+            if newest is not None and (one.step <= newest.step or one.created <= newest.created):
+                continue
+            # What was written of it may be damaged: then everything is written from memory.
+            is_usable = one.step not in damaged and one.save_id not in completed
+            there = self._written(one) if is_usable else None
             missing = [rank for rank in range(one.num_ranks) if rank not in (there or ())]
             lost = [rank for rank in missing if rank not in save]
             if lost:
@@ -263,14 +272,21 @@ class Restorer:
         if errors:
             raise errors[0]
 
-    def _remove_strangers(self) -> None:
-        """Replicas of ranks that nobody on this host keeps any more: there are fewer ranks, or they sit elsewhere."""
+    def _remove_strangers(self, whole_id: str, newest: int) -> None:
+        """Replicas of ranks that nobody on this host keeps any more: there are fewer ranks, or they sit elsewhere.
+
+        Args:
+            whole_id: of the newest save that is in memory entirely, which stays if the disk does not have it.
+            newest: step of the newest checkpoint on the disk.
+        """
         head = f"replicas/restore/{self._times}"
         here = self._board.read(f"{head}/place/{self._job.rank}")
-        for replica in list(self._replicas.whole()):
-            keeper = partners(replica.owner, self._job.num_ranks)[0] if replica.owner < self._job.num_ranks else None
+        for path, owner in self._replicas.files():
+            keeper = partners(owner, self._job.num_ranks)[0] if owner < self._job.num_ranks else None
             if keeper is None or self._board.read(f"{head}/place/{keeper}") != here:
-                self._replicas.remove(replica.path)
+                header = self._replicas.read(path)
+                if header is None or header.facts.save_id != whole_id or header.facts.step <= newest:
+                    self._replicas.remove(path)
 
     def _read(self, key: str) -> bytes:
         note = self._board.wait(key, self._job.timeout_secs)
@@ -279,20 +295,23 @@ class Restorer:
         return note
 
 
-def newest_whole(directory: str, damaged: Collection[int]) -> int:
-    """The step of the newest checkpoint whose files are there, with their sizes; -1: there is none.
+def newest_whole(directory: str, damaged: Collection[int]) -> CheckpointInfo | None:
+    """The newest checkpoint whose files are there, with their sizes; None: there is none.
 
     Args:
         damaged: steps known to be.
     """
-    for step in committed_steps(directory):
-        with suppress(CorruptCheckpointError, StorageError):
-            if step not in damaged:
-                path = os.path.join(directory, checkpoint_name(step))
-                _, manifest = read_checkpoint(directory, step)
-                if not extra_files(path, manifest) and not check_files(path, manifest, full=False):
-                    return step
-    return -1
+    steps = (step for step in committed_steps(directory) if step not in damaged)
+    return next((info for step in steps if (info := _if_whole(directory, step)) is not None), None)
+
+
+def _if_whole(directory: str, step: int) -> CheckpointInfo | None:
+    path = os.path.join(directory, checkpoint_name(step))
+    with suppress(CorruptCheckpointError, StorageError):
+        info, manifest = read_checkpoint(directory, step)
+        if not extra_files(path, manifest) and not check_files(path, manifest, full=False):
+            return info
+    return None
 
 
 def _by_save(offered: Iterable[_Offered]) -> dict[str, dict[int, _Offered]]:
@@ -303,5 +322,6 @@ def _by_save(offered: Iterable[_Offered]) -> dict[str, dict[int, _Offered]]:
     return saves
 
 
-def _first(save: dict[int, _Offered]) -> Any:
-    return next(iter(save.values()))
+def _first(save: dict[int, _Offered]) -> _Offered:
+    """Of the first rank: its clock is the one that checkpoints are dated by."""
+    return save[min(save)]
