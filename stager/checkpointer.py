@@ -404,6 +404,8 @@ class Checkpointer:
             _live.discard(self)
             if self._saver is None:
                 return
+            if self._together is not None:
+                self._together.restore = None  # load() still works, but nothing is written any more
             with ExitStack() as left:  # done from the last to the first, whatever is raised
                 if self._preemption is not None:
                     left.callback(self._preemption.restore)

@@ -15,10 +15,11 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 
 from stager.ranks.job import Job
 from workers.directory import LOCK_NAME, lock_directory, share_lock
-from workers.errors import RankFailedError, UsageError
+from workers.errors import ConfigError, RankFailedError, UsageError
 from workers.files import storage_errors
 from workers.recover import recover
 
@@ -34,19 +35,25 @@ def take_directory(directory: str, job: Job, lock_timeout_secs: float, *, leave_
         leave_unfinished: of what an earlier run left, only finish what can be finished: replicas may complete the rest.
 
     Raises:
+        ConfigError: the ranks' configurations do not go together.
         DirectoryInUseError: another run holds it.
         RankFailedError: another rank could not take it, or did not say in time that it has.
         UsageError: the ranks do not see one directory.
         StorageError
     """
     if job.board is None:
-        return _lock(directory, lock_timeout_secs, leave_unfinished=False)
+        return _lock(directory, lock_timeout_secs, leave_unfinished=leave_unfinished)
     host = f"host/{socket.gethostname()}"
     job.board.add(host)
-    if job.leads:
-        lock_fd = _lead(directory, job, lock_timeout_secs, leave_unfinished)
-    else:
-        lock_fd = _follow(directory, job, lock_timeout_secs)
+    try:
+        if job.leads:
+            lock_fd = _lead(directory, job, lock_timeout_secs, leave_unfinished)
+        else:
+            lock_fd = _follow(directory, job, lock_timeout_secs, leave_unfinished)
+    except BaseException as error:
+        with suppress(RankFailedError):
+            job.call_off("opening", f"failed on rank {job.rank}: {type(error).__name__}: {error}", [job.rank])
+        raise
     try:
         job.meet("opening", f"opening {directory}")
         job.local_size = job.board.add(host, 0)
@@ -82,11 +89,12 @@ def _lead(directory: str, job: Job, lock_timeout_secs: float, leave_unfinished: 
     except BaseException as error:
         job.board.post("opened", json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         raise
-    job.board.post("opened", json.dumps({"nonce": job.nonce, "directory": directory}).encode())
+    note = {"nonce": job.nonce, "directory": directory, "replicas": leave_unfinished}
+    job.board.post("opened", json.dumps(note).encode())
     return lock_fd
 
 
-def _follow(directory: str, job: Job, lock_timeout_secs: float) -> int:
+def _follow(directory: str, job: Job, lock_timeout_secs: float, leave_unfinished: bool) -> int:
     assert job.board is not None
     note = job.board.wait("opened", lock_timeout_secs + job.timeout_secs)
     if note is None:
@@ -98,6 +106,11 @@ def _follow(directory: str, job: Job, lock_timeout_secs: float) -> int:
     body = json.loads(note)
     if "error" in body:
         raise RankFailedError(f"rank 0 could not open {directory}: {body['error']}", (0,))
+    if body["replicas"] != leave_unfinished:
+        raise ConfigError(
+            f"replication.partners is {int(leave_unfinished)} on rank {job.rank}, and not on rank 0: it has to be the same "
+            "on all"
+        )
     job.nonce = body["nonce"]
     path = os.path.join(directory, LOCK_NAME)
     deadline = time.monotonic() + job.timeout_secs

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -39,16 +41,32 @@ class Keeper:
         replicas: of this host.
         owner: whose snapshots these are.
         whole_id: the id of the newest save of which every rank's replica is there, as far as is known.
+        give_up: asked before the replica of another save is overwritten; no: by now every rank's is there.
     """
 
-    def __init__(self, replicas: Replicas, owner: int, whole_id: Callable[[], str]) -> None:
+    def __init__(
+        self, replicas: Replicas, owner: int, whole_id: Callable[[], str], give_up: Callable[[str], bool]
+    ) -> None:
         self._replicas = replicas
         self._owner = owner
         self._whole_id = whole_id
+        self._give_up = give_up
+        self._choosing = threading.Lock()
+        self._is_still = False
         self._maps: dict[str, mmap.mmap] = {}  # kept: mapping them again would fault every page in again
         self._data = b""
         self._path = ""
-        self._problem: Exception | None = None
+        self._problem: ReplicationError | None = None
+
+    @contextmanager
+    def holding_still(self) -> Iterator[None]:
+        """Meanwhile no replica is overwritten: they are being read. What arrives is thrown away."""
+        with self._choosing:
+            self._is_still = True
+        try:
+            yield
+        finally:
+            self._is_still = False
 
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
         """What there is no memory for is received all the same, and thrown away: the connection stays whole."""
@@ -58,10 +76,10 @@ class Keeper:
         except CorruptCheckpointError as error:
             raise ReplicationError(str(error), self._owner) from error
         try:
-            self._path = self._choose()
+            self._path = self._free_one()
             memory = self._map(self._path, nbytes)
-        except OSError as error:
-            self._problem = error
+        except (OSError, ReplicationError) as error:
+            self._problem = self._not_kept(error)
             scratch = torch.empty(min(nbytes, MESSAGE_BYTES), dtype=torch.uint8)
             for start, end in messages(nbytes):
                 yield scratch[: end - start]
@@ -73,12 +91,10 @@ class Keeper:
     def finish(self) -> ReplicaHeader:
         """
         Raises:
-            ReplicationError: there was no memory for it.
+            ReplicationError: it was thrown away.
         """
         if self._problem is not None:
-            raise ReplicationError(
-                f"this host has no memory for the replica of rank {self._owner}: {self._problem}"
-            ) from self._problem
+            raise self._problem
         try:
             with storage_errors("write", self._path + HEADER_SUFFIX):
                 directory_fd = files.open_directory(self._replicas.path)
@@ -95,20 +111,41 @@ class Keeper:
         """Unmap everything."""
         self._maps.clear()
 
+    def _not_kept(self, error: Exception) -> ReplicationError:
+        if isinstance(error, ReplicationError):
+            return error
+        problem = ReplicationError(f"this host has no memory for the replica of rank {self._owner}: {error}")
+        problem.__cause__ = error
+        return problem
+
+    def _free_one(self) -> str:
+        """The file that is overwritten next; it is no replica from now on."""
+        with self._choosing:
+            if self._is_still:
+                raise ReplicationError(
+                    f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from those before it"
+                )
+            path = self._choose()
+            with storage_errors("write", path):
+                self._replicas.remove_header(path)
+            return path
+
     def _choose(self) -> str:
         """The file that may be overwritten."""
         headers = {path: self._replicas.read(path) for path in self._replicas.slots(self._owner)}
+        found = {path: header.facts for path, header in headers.items() if header is not None}
+        if len(found) < len(headers):
+            return next(path for path in headers if path not in found)
+        older, newer = sorted(found, key=lambda path: found[path].created)
         whole = self._whole_id()
-
-        def rank(path: str) -> tuple[bool, float]:
-            header = headers[path]
-            return (False, 0.0) if header is None else (header.facts.save_id == whole, header.facts.created)
-
-        return min(headers, key=rank)
+        if found[newer].save_id == whole:
+            return older
+        if found[older].save_id != whole and self._give_up(found[older].save_id):
+            return older
+        return newer if self._give_up(found[newer].save_id) else older
 
     def _map(self, path: str, nbytes: int) -> mmap.mmap:
         with storage_errors("write", path):
-            self._replicas.remove_header(path)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 known = self._maps.get(path)

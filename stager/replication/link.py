@@ -27,15 +27,15 @@ class Link:
         self._other = other
         self._group: dist.ProcessGroupGloo | None = None
 
-    def meet(self, number: int) -> Peer:
-        """Wait for the other rank's exchange of this number.
+    def meet(self, save_id: str) -> Peer:
+        """Wait for the other rank's exchange of this save.
 
         Raises:
             ReplicationError: it does not come, in time or at all, or cannot be reached.
         """
         board = self._job.board
         assert board is not None
-        key = self._key(number)
+        key = self._key(save_id)
         try:
             self._job.meet(
                 key,
@@ -54,13 +54,13 @@ class Link:
         except RuntimeError as error:
             raise ReplicationError(f"rank {self._other} cannot be reached: {error}", self._other) from error
 
-    def call_off(self, number: int, why: str) -> None:
+    def call_off(self, save_id: str, why: str) -> None:
         """This rank does not come; nothing if both have."""
-        self._job.call_off(self._key(number), why, [self._job.rank])
+        self._job.call_off(self._key(save_id), why, [self._job.rank])
 
     def drop(self) -> None:
         """Close the connection, after a failure or at the end."""
         self._group = None
 
-    def _key(self, number: int) -> str:
-        return f"replicas/{self.ranks[0]}-{self.ranks[1]}/{number}"
+    def _key(self, save_id: str) -> str:
+        return f"replicas/{self.ranks[0]}-{self.ranks[1]}/{save_id}"

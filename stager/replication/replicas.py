@@ -92,11 +92,15 @@ class Replicas:
 
     def whole(self) -> Iterator[Replica]:
         """Those that are whole, by their headers."""
+        for path, owner in self.files():
+            if (header := self.read(path)) is not None:
+                yield Replica(path, owner, header)
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Path and owner of everything that is, or was to be, a replica."""
         for name in self._names():
-            match = _NAME.fullmatch(name)
-            path = os.path.join(self.path, name)
-            if match and (header := self.read(path)) is not None:
-                yield Replica(path, int(match[1]), header)
+            if match := _NAME.fullmatch(name):
+                yield os.path.join(self.path, name), int(match[1])
 
     def remove(self, path: str) -> None:
         self.remove_header(path)
@@ -107,13 +111,6 @@ class Replicas:
         """It is no replica from now on."""
         with suppress(FileNotFoundError):
             os.unlink(path + HEADER_SUFFIX)
-
-    def remove_runs_but(self, run: str) -> None:
-        """What earlier runs left."""
-        for replica in list(self.whole()):
-            if replica.header.run != run:
-                with storage_errors("remove", replica.path):
-                    self.remove(replica.path)
 
     def remove_owner(self, owner: int, up_to_step: int) -> None:
         """An owner's replicas up to a step, and what never became one."""

@@ -15,9 +15,9 @@ from stager.ranks.board import Board
 from stager.ranks.job import Job
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
-from stager.replication.restorer import Restorer
+from stager.replication.restorer import Restorer, meeting
 from workers.directory import committed_steps
-from workers.errors import ConfigError, StorageError
+from workers.errors import ConfigError, RankFailedError, StorageError
 from workers.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -52,25 +52,24 @@ class Replication:
         if not config.partners:
             return Replication(directory)
         replicas = Replicas(config.directory, directory)
-        replicas.create()
+        try:
+            _check_gloo()
+            replicas.create()
+        except BaseException as error:
+            with suppress(RankFailedError):
+                job.call_off(meeting(1), f"failed on rank {job.rank}: {type(error).__name__}: {error}", [job.rank])
+            raise
         if job.board is None:
-            logger.warning(
-                "replication.partners is %d, but this process saves for itself: it has no partner that could keep a copy",
-                config.partners,
-            )
-            # What several ranks left is one rank's to restore, too.
-            alone = replace(job, board=Board(_dist.HashStore(), "replicas", num_ranks=1))
-            try:
-                Restorer(alone, directory, replicas, pool).open()
-            finally:
-                alone.close()
+            _restore_alone(config, directory, job, replicas, pool)
             return Replication(directory)
-        if not dist.is_gloo_available():
-            raise ConfigError(
-                "replication.partners is 1, and this torch has no gloo, which takes snapshots to partners"
-            )
         restorer = Restorer(job, directory, replicas, pool)
-        return Replication(directory, Replicator(job, replicas, restorer.open()), restorer.restore)
+        replicator = Replicator(job, replicas, restorer.open())
+
+        def restore(damaged: int) -> bool:
+            with replicator.holding_still():
+                return restorer.restore(damaged)
+
+        return Replication(directory, replicator, restore)
 
     @contextmanager
     def closing(self, limits: Sequence[float | None], *, has_failed: bool) -> Iterator[None]:
@@ -80,16 +79,40 @@ class Replication:
         Args:
             limits: seconds for snapshots on their way to partners.
         """
+        last_secs = _LAST_SECS
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             has_failed = True
+            if not isinstance(error, Exception):  # an interrupt is not to be followed by another wait
+                last_secs = 0.0
             raise
         finally:
             if self.replicator is not None:
-                limits = [*limits, _LAST_SECS if has_failed else None]
+                limits = [*limits, last_secs if has_failed else None]
                 self.replicator.close(min(limit for limit in limits if limit is not None))
-        newest = max(committed_steps(self._directory), default=None)
-        if self.replicator is not None and not has_failed and newest is not None:
-            with suppress(StorageError):
+        if self.replicator is None or has_failed:
+            return
+        with suppress(StorageError):
+            newest = max(committed_steps(self._directory), default=None)
+            if newest is not None:
                 self.replicator.remove(newest)
+
+
+def _check_gloo() -> None:
+    if not dist.is_gloo_available():
+        raise ConfigError("replication.partners is 1, and this torch has no gloo, which takes snapshots to partners")
+
+
+def _restore_alone(config: ReplicationConfig, directory: str, job: Job, replicas: Replicas, pool: WorkerPool) -> None:
+    """What several ranks left is one process's to restore, too."""
+    logger.warning(
+        "replication.partners is %d, but this process saves for itself: it has no partner that could keep a copy",
+        config.partners,
+    )
+    alone = replace(job, board=Board(_dist.HashStore(), "replicas", num_ranks=1))
+    try:
+        Restorer(alone, directory, replicas, pool).open()
+    finally:
+        alone.close()
+    replicas.tidy()

@@ -1,9 +1,15 @@
 """After each save this rank's snapshot goes to its partner, and another rank's comes from there. One thread does that.
 
-    staging thread    offer(snapshot) or skip(why), once for each save, and goes on
+    save()            begin(): a place in the queue
+    staging thread    offer(snapshot), or whoever knows skip(why), and goes on
     this thread       meets the partner -> sends, receives -> lets go of the buffer
 
 It is no part of the save: a snapshot whose replica did not arrive is committed all the same, and says so in the log.
+
+NOTE [ Which save is whole in memory ]
+Each rank counts what arrives, and the last one says that the save is whole, after which no rank overwrites it before a newer
+one is. But a rank that is ahead may overwrite a save that others have not received yet, and which must not become whole
+then. So each save's end is decided once, by whoever is first: the last to receive it, or the first to overwrite it.
 """
 
 from __future__ import annotations
@@ -13,7 +19,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -27,15 +34,14 @@ from stager.saving.save import SaveHandle
 from stager.staging.exchange import Exchange, NothingSentError, Outcome, Peer
 from stager.staging.parcel import Parcel
 from stager.staging.replication import partners
-from workers.errors import RankFailedError, ReplicationError
+from workers.errors import ClosedError, RankFailedError, ReplicationError
 from workers.job import SaveJob
 from workers.replica import ReplicaHeader
 
 logger = logging.getLogger("stager")
 
-_LEAVE_SECS = 5.0
-_DECISION_SECS = 10.0  # another rank has made it, and posts it next
-_WHOLE, _BROKEN = b"whole", b"broken"
+_LEAVE_SECS = 0.5
+_WHOLE, _GIVEN_UP = b"whole", b"given up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,6 @@ class _Offer:
         release: lets go of its slab.
     """
 
-    handle: SaveHandle
     snapshot: SaveJob | None
     why: BaseException | None
     release: Callable[[], None]
@@ -55,9 +60,9 @@ class _Offer:
 class Replicator:
     """
     Args:
-        job: with a board. Every rank has one, and offers or skips as often.
+        job: with a board.
         replicas: of this host.
-        whole_id: the id of the save that is whole already: see NOTE [ What is whole ].
+        whole_id: the id of the save whose replicas are all there already.
     """
 
     def __init__(self, job: Job, replicas: Replicas, whole_id: str) -> None:
@@ -71,39 +76,58 @@ class Replicator:
         self._owner = source
         self._destination = Link(job, destination)
         self._source = self._destination if source == destination else Link(job, source)
-        self._keeper = Keeper(replicas, source, lambda: self._whole_id)
-        self._offers: queue.SimpleQueue[_Offer | None] = queue.SimpleQueue()
-        self._said: set[SaveHandle] = set()
+        self._keeper = Keeper(replicas, source, lambda: self._whole_id, self._give_up)
+        self._saves: queue.SimpleQueue[SaveHandle | None] = queue.SimpleQueue()
+        self._offers: dict[SaveHandle, Future[_Offer]] = {}  # of the saves that are in the queue, or in the exchange
         self._lock = threading.Lock()
-        self._number = 0  # of the exchange that is next, or going on
+        self._current: SaveHandle | None = None
         self._stopping = False
         self._given_up = False
         self._thread: threading.Thread | None = None
 
     # -- the trainer's threads ----------------------------------------------------------------------------------
 
+    def begin(self, handle: SaveHandle) -> None:
+        """A save begins. Exchanges are held in this order, which is the same on all ranks, whatever becomes of the saves."""
+        with self._lock:
+            if self._stopping or (self._thread is None and not self._start()):
+                return
+            self._offers[handle] = Future()
+            self._saves.put(handle)
+
     def offer(self, handle: SaveHandle, snapshot: SaveJob, release: Callable[[], None]) -> None:
-        """A whole snapshot, staged.
+        """Its snapshot, staged.
 
         Args:
             release: called when its memory is not needed any more.
         """
-        self._put(_Offer(handle, snapshot, None, release))
+        self._resolve(handle, _Offer(snapshot, None, release))
 
     def skip(self, handle: SaveHandle, why: BaseException) -> None:
-        """There is none for this save, and the partner is not to wait for it; nothing if it was said before."""
-        self._put(_Offer(handle, None, why, lambda: None))
+        """There will be none, and the partner is not to wait for it; nothing if there was one."""
+        self._resolve(handle, _Offer(None, why, lambda: None))
 
-    def _put(self, offer: _Offer) -> None:
+    def _resolve(self, handle: SaveHandle, offer: _Offer) -> None:
         with self._lock:
-            if offer.handle not in self._said and not self._stopping:
-                self._said = {handle for handle in self._said if not handle.upload_completion.done()} | {offer.handle}
-                self._offers.put(offer)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="stager-replicate", daemon=True)
-                    self._thread.start()
+            future = self._offers.get(handle)
+            if future is not None and not future.done():
+                future.set_result(offer)
                 return
         offer.release()
+
+    def _start(self) -> bool:
+        thread = threading.Thread(target=self._run, name="stager-replicate", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the interpreter is shutting down, or there are too many; the save goes on
+            logger.warning("snapshots are not replicated: %s", error)
+            return False
+        self._thread = thread
+        return True
+
+    def holding_still(self) -> AbstractContextManager[None]:
+        """While a checkpoint is restored: see :meth:`Keeper.holding_still`."""
+        return self._keeper.holding_still()
 
     def close(self, timeout: float) -> None:
         """Finish what was offered; after ``timeout`` seconds the rest is dropped, and the partners are told."""
@@ -111,17 +135,25 @@ class Replicator:
             self._stopping = True
             thread = self._thread
         if thread is not None:
-            self._offers.put(None)
+            self._saves.put(None)
             thread.join(timeout)
             if thread.is_alive():
-                self._given_up = True
-                for link in (self._destination, self._source):
-                    with suppress(RankFailedError):
-                        link.call_off(self._number, "this rank closes its Checkpointer")
+                self._give_the_rest_up()
                 thread.join(_LEAVE_SECS)
         self._keeper.forget()
         self._destination.drop()
         self._source.drop()
+
+    def _give_the_rest_up(self) -> None:
+        self._given_up = True
+        with self._lock:
+            left, current = list(self._offers), self._current
+        for handle in left:  # none of them is waited for any more
+            self.skip(handle, ClosedError("this rank closes its Checkpointer"))
+        if current is not None:
+            for link in {self._destination, self._source}:
+                with suppress(RankFailedError):
+                    link.call_off(current.save_id, "this rank closes its Checkpointer")
 
     def remove(self, up_to_step: int) -> None:
         """What this rank keeps of saves up to this one: they are committed.
@@ -135,36 +167,38 @@ class Replicator:
     # -- the thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (offer := self._offers.get()) is not None:
+        while (handle := self._saves.get()) is not None:
+            offer = self._offers[handle].result()
             try:
                 if not self._given_up:
-                    self._replicate(offer)
+                    self._current = handle
+                    self._replicate(handle, offer)
             except Exception:  # it must not end: the next save has another try
-                logger.exception("the snapshot of step %d was not replicated", offer.handle.step)
+                logger.exception("the snapshot of step %d was not replicated", handle.step)
             finally:
+                self._current = None
+                with self._lock:
+                    del self._offers[handle]
                 offer.release()
                 del offer  # nobody else holds the slab, perhaps
 
-    def _replicate(self, offer: _Offer) -> None:
+    def _replicate(self, handle: SaveHandle, offer: _Offer) -> None:
         started = time.time()
         self._look_whether_whole()
-        try:
-            outcome = self._exchange(_parcel_of(offer, self._job.nonce))
-        finally:
-            self._number += 1
+        outcome = self._exchange(handle.save_id, _parcel_of(offer, self._job.nonce))
         if offer.snapshot is None:
             outcome.not_sent = None  # nothing was to be
         elif outcome.not_sent is None:
-            offer.handle._event("replicate", started)
+            handle._event("replicate", started)
         if outcome.not_sent is not None and not self._given_up:
-            logger.warning("step %d is not replicated: %s", offer.handle.step, outcome.not_sent)
+            logger.warning("step %d is not replicated: %s", handle.step, outcome.not_sent)
         if outcome.not_received is not None and not self._given_up:
             logger.warning("no new replica of rank %d: %s", self._owner, outcome.not_received)
         if outcome.arrived:
             self._count(outcome.received.facts.save_id)
 
-    def _exchange(self, parcel: Parcel | Exception) -> Outcome:
-        destination, source = self._meet()
+    def _exchange(self, save_id: str, parcel: Parcel | Exception) -> Outcome:
+        destination, source = self._meet(save_id)
         exchange = Exchange(torch.device("cpu"), timedelta(seconds=self._job.timeout_secs))
         outcome = exchange.run(
             parcel,
@@ -183,43 +217,44 @@ class Replicator:
             outcome.not_received = source
         return outcome
 
-    def _meet(self) -> tuple[Peer | ReplicationError, Peer | ReplicationError]:
+    def _meet(self, save_id: str) -> tuple[Peer | ReplicationError, Peer | ReplicationError]:
         """In the order of the links, which is the same for all: else each rank of a ring could wait for the next."""
         met: dict[Link, Peer | ReplicationError] = {}
         for link in sorted({self._destination, self._source}, key=lambda link: link.ranks):
             try:
-                met[link] = link.meet(self._number)
+                met[link] = link.meet(save_id)
             except ReplicationError as error:
                 met[link] = error
         return met[self._destination], met[self._source]
 
-    # NOTE [ What is whole ]
-    # A save is whole in memory when every rank's partner has it; from then on the one before it may be overwritten. The
-    # partners do not go at the same pace: one may be about to overwrite its part of a save while another is still receiving
-    # its part. So whether a save is whole is decided once, by the first who knows: the last partner to receive it ("whole"),
-    # or one who has to make room before that ("broken"). All of them overwrite what the decision lets them.
-
     def _count(self, save_id: str) -> None:
         self._latest_id = save_id
         with suppress(RankFailedError):
-            if self._board.add(f"{_key(save_id)}/arrived") == self._job.num_ranks:
+            if self._board.add(f"replicas/whole/{save_id}") == self._job.num_ranks:
                 self._decide(save_id, _WHOLE)
 
     def _look_whether_whole(self) -> None:
-        """Before the next one is received: of the two that are kept, one has to make room."""
         if self._latest_id not in ("", self._whole_id):
             with suppress(RankFailedError):
-                self._decide(self._latest_id, _BROKEN)
+                if self._board.read(f"replicas/whole/{self._latest_id}/end") == _WHOLE:
+                    self._whole_id = self._latest_id
 
-    def _decide(self, save_id: str, what: bytes) -> None:
-        if self._board.add(f"{_key(save_id)}/decided") == 1:
-            self._board.post(f"{_key(save_id)}/end", what)
-        if self._board.wait(f"{_key(save_id)}/end", _DECISION_SECS) == _WHOLE:
+    def _give_up(self, save_id: str) -> bool:
+        """This rank's replica of a save is in the way; False: it has to stay, as the save is whole."""
+        with suppress(RankFailedError):
+            return self._decide(save_id, _GIVEN_UP) != _WHOLE
+        return True  # without the store nobody says any more that it is whole
+
+    def _decide(self, save_id: str, end: bytes) -> bytes:
+        """See NOTE [ Which save is whole in memory ]. Returns what was decided."""
+        key = f"replicas/whole/{save_id}"
+        if self._board.add(f"{key}/decided") == 1:
+            self._board.post(f"{key}/end", end)
+        else:
+            end = self._board.wait(f"{key}/end", self._job.timeout_secs) or b""
+        if end == _WHOLE:
             self._whole_id = save_id
-
-
-def _key(save_id: str) -> str:
-    return f"replicas/save/{save_id}"
+        return end
 
 
 def _parcel_of(offer: _Offer, run: str) -> Parcel | Exception:

@@ -14,60 +14,28 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import socket
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
 from stager.ranks.job import Job, some_ranks
+from stager.replication.candidates import Candidates, Offered, Plan, if_whole, newest_whole
 from stager.replication.replicas import Replica, Replicas
 from stager.staging.replication import partners
-from workers.directory import checkpoint_name, committed_steps, partial_name, read_checkpoint
-from workers.errors import CorruptCheckpointError, RankFailedError, ReplicationError, StagerError, StorageError
+from workers.directory import checkpoint_name
+from workers.errors import RankFailedError, ReplicationError, StagerError, StorageError
+from workers.manifest import MANIFEST_NAME
 from workers.persist import PartResult, discard_partial
 from workers.pool import WorkerPool
-from workers.receipt import finished_ranks
 from workers.recover import recover
 from workers.replica import check_replica, persist_replica
-from workers.verify import check_files, extra_files
 
 logger = logging.getLogger("stager")
 
-
-@dataclass(frozen=True, slots=True)
-class _Offered:
-    """A replica that some host keeps.
-
-    Attributes:
-        offer: which host's offer it is in.
-        owner, step, save_id, num_ranks, created: whose, and of which save.
-    """
-
-    offer: int
-    owner: int
-    step: int
-    save_id: str
-    num_ranks: int
-    created: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is to be written, and by whom.
-
-    Attributes:
-        step, save_id: of the save.
-        written_as: the id under which it is written.
-        owners: for each offer, those whose shares its host writes.
-    """
-
-    step: int
-    save_id: str
-    written_as: str
-    owners: dict[int, list[int]]
+_POLL_SECS = 0.02
+_VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
 
 
 class Restorer:
@@ -97,50 +65,64 @@ class Restorer:
 
         Raises:
             RankFailedError: a rank did not come.
+            StorageError: the newest save is whole in memory, and the file system does not take it.
         """
         whole_id, _ = self._restore(frozenset())
         if self._job.leads:
             for found in recover(self._directory):
                 logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
+            newest = newest_whole(self._directory, ())
+            self._board.post("replicas/newest", str(-1 if newest is None else newest.step).encode())
         self._job.meet("replicas/opened", f"tidying up {self._directory}")
-        self._remove_strangers()
+        self._remove_strangers(whole_id, int(self._read("replicas/newest")))
         return whole_id
 
     def restore(self, damaged: int) -> bool:
         """The checkpoint of this step is damaged: restore it, or a newer one. Every rank calls it. Whether that was done.
 
         Raises:
-            RankFailedError: a rank did not come.
+            RankFailedError, StorageError: see :meth:`open`.
         """
         return self._restore(frozenset((damaged,)))[1]
 
     def _restore(self, damaged: Collection[int]) -> tuple[str, bool]:
         self._times += 1
-        head = f"replicas/restore/{self._times}"
+        head = meeting(self._times)
         place, number = self._offer(head)
         self._job.meet(head, "looking for replicas")
-        offered = self._read_offers(head) if self._job.leads else []
-        tried: set[str] = set()
+        candidates = Candidates(self._directory, self._read_offers(head) if self._job.leads else [], damaged)
+        tried: list[Plan] = []
         while True:
             at = f"{head}/{len(tried)}"
-            plan = self._agree_on(at, offered, damaged, tried)
+            plan = self._agree_on(at, candidates, tried)
             if plan is None:
-                return self._whole_id(head, offered), False
+                return self._whole_id(head, candidates), False
             try:
                 self._write(plan, self._mine(head, place, number, plan))
             except StagerError as error:
-                logger.warning("step %d is not restored from memory: %s", plan.step, error)
+                self._post_failure(at, plan, error)
             self._job.meet(f"{at}/written", f"restoring step {plan.step} from memory")
             if self._is_done(at, plan):
-                return self._whole_id(head, offered), True
-            tried.add(plan.save_id)
+                return self._whole_id(head, candidates), True
+            tried.append(plan)
 
-    def _is_done(self, at: str, plan: _Plan) -> bool:
-        """Every rank is told the same."""
+    def _post_failure(self, at: str, plan: Plan, error: StagerError) -> None:
+        logger.warning("step %d is not restored from memory: %s", plan.step, error)
+        if self._board.add(f"{at}/failures") == 1:
+            of_disk = [error.errno, error.message, error.path] if isinstance(error, StorageError) else None
+            self._board.post(f"{at}/failure", json.dumps(of_disk).encode())
+
+    def _is_done(self, at: str, plan: Plan) -> bool:
+        """Every rank is told the same.
+
+        Raises:
+            StorageError: a file system did not take it.
+        """
+        has_failed = self._board.add(f"{at}/failures", 0) > 0
         if self._job.leads:
-            found = newest_whole(self._directory, ())
-            self._board.post(f"{at}/result", b"done" if found == plan.step else b"failed")
-            if found == plan.step:
+            is_done = self._await(plan, 0.0 if has_failed else min(_VISIBLE_SECS, self._job.timeout_secs / 2))
+            self._board.post(f"{at}/result", b"done" if is_done else b"failed")
+            if is_done:
                 logger.warning(
                     "%s was not whole on the disk; shares of %d ranks were written from their partners' memory",
                     checkpoint_name(plan.step),
@@ -149,14 +131,34 @@ class Restorer:
             elif plan.written_as != plan.save_id:  # nobody else knows of it
                 with suppress(StorageError):
                     discard_partial(self._directory, plan.step, plan.written_as)
-        return self._read(f"{at}/result") == b"done"
+        if self._read(f"{at}/result") == b"done":
+            return True
+        of_disk = json.loads(self._read(f"{at}/failure")) if has_failed else None
+        if of_disk is not None:  # to go on from an older step would lose what is there
+            code, message, path = of_disk
+            raise StorageError(
+                code,
+                f"step {plan.step} is in the partners' memory, and could not be written: {message}. Mend that and start "
+                f"again; or remove {self._replicas.path} on every host to go on from an older step",
+                path,
+            )
+        return False
+
+    def _await(self, plan: Plan, secs: float) -> bool:
+        """Whether the checkpoint is there, and whole. A network file system may show it to this host a little later."""
+        manifest = os.path.join(self._directory, checkpoint_name(plan.step), MANIFEST_NAME)
+        deadline = time.monotonic() + secs
+        while not os.path.lexists(manifest) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECS)
+        found = if_whole(self._directory, plan.step)
+        return found is not None and found.save_id == plan.written_as
 
     # -- what there is ------------------------------------------------------------------------------------------
 
     def _offer(self, head: str) -> tuple[str, int]:
         """Which memory this is, and this rank's number among those that see the same; number 0 offers what is in it."""
         found = os.stat(self._replicas.path)
-        place = f"{socket.gethostname()}/{found.st_dev}/{found.st_ino}"
+        place = f"{_boot_id()}/{found.st_dev}/{found.st_ino}"
         self._board.post(f"{head}/place/{self._job.rank}", place.encode())
         number = self._board.add(f"{head}/places/{place}") - 1
         if number == 0:
@@ -170,7 +172,7 @@ class Restorer:
             self._board.post(f"{head}/offer-of/{place}", str(offer).encode())
         return place, number
 
-    def _mine(self, head: str, place: str, number: int, plan: _Plan) -> list[Replica]:
+    def _mine(self, head: str, place: str, number: int, plan: Plan) -> list[Replica]:
         """What this rank writes of what the plan wants of its host: the ranks there share the work."""
         owners = plan.owners.get(int(self._read(f"{head}/offer-of/{place}")), [])
         mine = owners[number :: self._board.add(f"{head}/places/{place}", 0)]
@@ -182,31 +184,25 @@ class Restorer:
             raise ReplicationError(f"the replicas of rank {some_ranks(lost)} are not there any more")
         return [found[owner] for owner in mine]
 
-    def _read_offers(self, head: str) -> list[_Offered]:
+    def _read_offers(self, head: str) -> list[Offered]:
         return [
-            _Offered(number, *row)
+            Offered(number, *row)
             for number in range(1, self._board.add(f"{head}/offers", 0) + 1)
             for row in json.loads(self._read(f"{head}/offer/{number}"))
         ]
 
-    def _whole_id(self, head: str, offered: Iterable[_Offered]) -> str:
+    def _whole_id(self, head: str, candidates: Candidates) -> str:
         """Of the newest save that is in memory entirely, so that it is not overwritten before another one is."""
-        key = f"{head}/whole"
         if self._job.leads:
-            shares = _by_save(offered)
-            whole = [save for save in shares.values() if set(save) >= set(range(_first(save).num_ranks))]
-            newest = max(whole, key=lambda save: _first(save).created, default=None)
-            self._board.post(key, b"" if newest is None else _first(newest).save_id.encode())
-        return self._read(key).decode()
+            self._board.post(f"{head}/whole", candidates.newest_in_memory().encode())
+        return self._read(f"{head}/whole").decode()
 
     # -- what to do ---------------------------------------------------------------------------------------------
 
-    def _agree_on(
-        self, at: str, offered: list[_Offered], damaged: Collection[int], tried: Collection[str]
-    ) -> _Plan | None:
+    def _agree_on(self, at: str, candidates: Candidates, tried: Collection[Plan]) -> Plan | None:
         if self._job.leads:
             try:
-                plan = self._pick(offered, damaged, tried)
+                plan = candidates.pick(tried)
             except StagerError as error:
                 logger.warning("nothing is restored from memory: %s", error)
                 plan = None
@@ -214,39 +210,9 @@ class Restorer:
             self._board.post(f"{at}/plan", json.dumps(note).encode())
             return plan
         note = json.loads(self._read(f"{at}/plan"))
-        return None if note is None else _Plan(note[0], note[1], note[2], dict(note[3]))
+        return None if note is None else Plan(note[0], note[1], note[2], dict(note[3]))
 
-    def _pick(self, offered: list[_Offered], damaged: Collection[int], tried: Collection[str]) -> _Plan | None:
-        newest = newest_whole(self._directory, damaged)
-        saves = sorted(_by_save(offered).values(), key=lambda save: _first(save).created, reverse=True)
-        for save in saves:
-            one = _first(save)
-            if one.save_id in tried or one.step <= newest:
-                continue
-            there = self._written(one) if one.step not in damaged else None
-            missing = [rank for rank in range(one.num_ranks) if rank not in (there or ())]
-            lost = [rank for rank in missing if rank not in save]
-            if lost:
-                logger.warning(
-                    "step %d is newer than the newest checkpoint, and is in memory in part only: what is missing is that "
-                    "of rank %s",
-                    one.step,
-                    some_ranks(lost),
-                )
-                continue
-            owners: dict[int, list[int]] = {}
-            for rank in missing:
-                owners.setdefault(save[rank].offer, []).append(rank)
-            return _Plan(one.step, one.save_id, one.save_id if there is not None else secrets.token_hex(8), owners)
-        return None
-
-    def _written(self, save: _Offered) -> set[int] | None:
-        """The ranks whose share is in the save's partial directory; None: there is no such directory."""
-        with suppress(OSError):
-            return finished_ranks(os.listdir(os.path.join(self._directory, partial_name(save.step, save.save_id))))
-        return None
-
-    def _write(self, plan: _Plan, replicas: Collection[Replica]) -> None:
+    def _write(self, plan: Plan, replicas: Collection[Replica]) -> None:
         """The shares that this host has.
 
         Raises:
@@ -263,14 +229,22 @@ class Restorer:
         if errors:
             raise errors[0]
 
-    def _remove_strangers(self) -> None:
-        """Replicas of ranks that nobody on this host keeps any more: there are fewer ranks, or they sit elsewhere."""
-        head = f"replicas/restore/{self._times}"
+    def _remove_strangers(self, whole_id: str, newest: int) -> None:
+        """Replicas of ranks that nobody on this host keeps any more: there are fewer ranks, or they sit elsewhere.
+
+        Args:
+            whole_id: of the newest save that is in memory entirely, which stays if the disk does not have it.
+            newest: step of the newest checkpoint on the disk.
+        """
+        head = meeting(self._times)
         here = self._board.read(f"{head}/place/{self._job.rank}")
-        for replica in list(self._replicas.whole()):
-            keeper = partners(replica.owner, self._job.num_ranks)[0] if replica.owner < self._job.num_ranks else None
+        for path, owner in self._replicas.files():
+            num_ranks = self._job.num_ranks
+            keeper = partners(owner, num_ranks)[0] if owner < num_ranks > 1 else None
             if keeper is None or self._board.read(f"{head}/place/{keeper}") != here:
-                self._replicas.remove(replica.path)
+                header = self._replicas.read(path)
+                if header is None or header.facts.save_id != whole_id or header.facts.step <= newest:
+                    self._replicas.remove(path)
 
     def _read(self, key: str) -> bytes:
         note = self._board.wait(key, self._job.timeout_secs)
@@ -279,29 +253,15 @@ class Restorer:
         return note
 
 
-def newest_whole(directory: str, damaged: Collection[int]) -> int:
-    """The step of the newest checkpoint whose files are there, with their sizes; -1: there is none.
-
-    Args:
-        damaged: steps known to be.
-    """
-    for step in committed_steps(directory):
-        with suppress(CorruptCheckpointError, StorageError):
-            if step not in damaged:
-                path = os.path.join(directory, checkpoint_name(step))
-                _, manifest = read_checkpoint(directory, step)
-                if not extra_files(path, manifest) and not check_files(path, manifest, full=False):
-                    return step
-    return -1
+def meeting(number: int) -> str:
+    """Where the ranks meet for the first time of a restoration; the first one is numbered 1."""
+    return f"replicas/restore/{number}"
 
 
-def _by_save(offered: Iterable[_Offered]) -> dict[str, dict[int, _Offered]]:
-    """Of each save, the shares by owner."""
-    saves: dict[str, dict[int, _Offered]] = {}
-    for one in offered:
-        saves.setdefault(one.save_id, {})[one.owner] = one
-    return saves
-
-
-def _first(save: dict[int, _Offered]) -> Any:
-    return next(iter(save.values()))
+def _boot_id() -> str:
+    """Of this host, since it was started: names need not be unique."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return socket.gethostname()

@@ -109,6 +109,8 @@ class Saver:
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         handle = SaveHandle(step, self._ranks.save_id(step))
         try:
+            if self._replicator is not None:
+                self._replicator.begin(handle)
             self._save(handle, state)
         except BaseException as error:
             self.settler.tell(handle, error)
@@ -301,6 +303,7 @@ class Saver:
         handle._note(
             f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
             f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"
+            + (", and it is not replicated" if self._replicator is not None else "")
         )
         claim, given_up = threading.Lock(), threading.Event()
         staged: Future[None] | None = None

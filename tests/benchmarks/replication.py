@@ -72,7 +72,7 @@ def _save(rank: int, num_ranks: int, directory: str, memory: str, mib: int) -> N
             dist.barrier()
             handle = ckpt.save(step, _state(mib, float(step)))
             handle.upload_completion.result()
-            while board.read(f"replicas/save/{handle.save_id}/end") != b"whole":
+            while board.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
                 time.sleep(0.005)
             sent = [event for event in handle.report.events if event.name == "replicate"]
             secs += [event.end - event.start for event in sent]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from stager import Checkpointer, RankFailedError, SaveHandle
+from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, checkpointer
 from tests.faults import Faults, faults_of_this_process
-from tests.ranks.bodies import CONFIG, no_collectives, state_of
+from tests.ranks.bodies import CONFIG, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
 
 _PATIENCE_SECS = 60.0
@@ -63,7 +66,7 @@ def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
     board = ckpt._job.board
     assert board is not None
     deadline = time.monotonic() + _PATIENCE_SECS
-    while board.read(f"replicas/save/{handle.save_id}/end") != b"whole":
+    while board.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
         assert time.monotonic() < deadline, "the snapshot was not replicated"
         time.sleep(0.01)
 
@@ -157,6 +160,15 @@ def resume(rank: int, directory: str, expected_step: int) -> dict[str, Any]:
     step = 0 if loaded is None else loaded.step
     problems = differences(expected_at(directory, expected_step), whole_state(other))
     return {"step": step, "steps": steps, "problems": problems, "said": said, "own": int(state["own"].value["rank"])}
+
+
+def cannot_resume(rank: int, directory: str) -> str:
+    """What is raised on this rank."""
+    try:
+        open_run(directory).close()
+    except StorageError as error:
+        return str(error)
+    return "opened"
 
 
 def resume_alone(directory: str, expected_step: int) -> dict[str, Any]:
@@ -255,3 +267,120 @@ def partner_dies(rank: int, directory: str, point: str) -> dict[str, Any]:
     with suppress(RankFailedError):
         ckpt.close()
     return {"said": said, "errors": errors, "secs": time.monotonic() - started}
+
+
+def saved(ckpt: Checkpointer, rank: int, step: int) -> None:
+    handle = save(ckpt, rank, step)
+    handle.upload_completion.result(60)
+    await_replicas(ckpt, handle)
+
+
+def turn_back_and_die(rank: int, directory: str) -> None:
+    """Three steps; then two of them are removed, the first is loaded on purpose, and step 2 is another one."""
+    expect(rank, directory, 1)
+    ckpt = open_run(directory)
+    for step in (1, 2, 3):
+        saved(ckpt, rank, step)
+    dist.barrier()
+    if rank == 0:
+        for step in (2, 3):
+            shutil.rmtree(Path(directory, "run", f"step-{step:08d}"))
+    dist.barrier()
+    state = state_of(build("fsdp", seed=99), rank)
+    ckpt.load(step=1, into=state)
+    handle = ckpt.save(2, state)
+    handle.upload_completion.result(60)
+    await_replicas(ckpt, handle)
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def load_after_close(rank: int, directory: str) -> Any:
+    """The newest checkpoint is damaged when the run is closed already."""
+    ckpt = open_run(directory)
+    for step in (1, 2):
+        saved(ckpt, rank, step)
+    ckpt.close()
+    dist.barrier()
+    if rank == 0:
+        flip(Path(directory, "run", "step-00000002", "__1_0.distcp"))
+    dist.barrier()
+    loaded = ckpt.load(into=state_of(build("fsdp", seed=99), rank))
+    return None if loaded is None else loaded.step
+
+
+def interrupt_closing(rank: int, directory: str) -> bool:
+    """Rank 1 does not save again, and rank 0's close() waits for it until somebody presses Ctrl-C. Whether it then waits for
+    an exchange of replicas, too."""
+    states = [state_of(trained_at(step), rank) for step in (1, 2)]  # with the other rank's help
+    ckpt = open_run(directory)
+    handle = ckpt.save(1, states[0])
+    handle.upload_completion.result(60)
+    await_replicas(ckpt, handle)
+    waited = False
+    if rank == 0:
+        handle = ckpt.save(2, states[1])
+        handle.staging_completion.result(60)
+        said = _listen()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.close()
+        waited = any("is not replicated" in text for text in said)
+    dist.barrier()
+    if rank == 1:
+        ckpt.close()
+    return waited
+
+
+def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
+    """The next run is begun while this one still has the directory, and then closes: what it sees."""
+    ckpt = open_run(directory)
+    saved(ckpt, rank, 1)
+    dist.barrier()
+    steps: list[int] = []
+    is_waiting = threading.Event()
+    take = checkpointer.take_directory
+
+    def take_directory(*args: Any, **options: Any) -> int:
+        is_waiting.set()
+        return take(*args, **options)
+
+    def run() -> None:
+        with mock.patch.object(checkpointer, "take_directory", take_directory), open_run(directory) as following:
+            steps.extend(info.step for info in following.checkpoints())
+
+    waiting = threading.Thread(target=run)
+    waiting.start()
+    is_waiting.wait()
+    dist.barrier()
+    ckpt.close()
+    waiting.join()
+    return steps
+
+
+def whole_when_opened(rank: int, directory: str) -> str:
+    with open_run(directory) as ckpt:
+        assert ckpt._replication.replicator is not None
+        return ckpt._replication.replicator._whole_id
+
+
+def refuse_once(rank: int, directory: str) -> dict[str, Any]:
+    """Rank 1 calls save() wrongly, and goes on."""
+    error: BaseException | None = None
+    with open_run(directory, timeout_secs=3) as ckpt:
+        save(ckpt, rank, 1).upload_completion.result(60)
+        dist.barrier()
+        state = state_of(trained_at(2), rank)
+        if rank == 1:
+            with pytest.raises(ValueError, match="step must be"):
+                ckpt.save(cast(Any, "2"), state)
+        else:
+            error = ckpt.save(2, state).upload_completion.exception(60)
+        dist.barrier()
+        whole = []
+        for step in (3, 4):
+            handle = save(ckpt, rank, step)
+            handle.upload_completion.result(60)
+            await_replicas(ckpt, handle)
+            whole.append(True)
+    return {"error": type(error).__name__, "whole": whole}

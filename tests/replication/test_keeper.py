@@ -38,7 +38,11 @@ class Source:
 
     def __init__(self, replicas: Replicas) -> None:
         self.whole = ""
-        self.keeper = Keeper(replicas, 3, lambda: self.whole)
+        self.whole_by_now = ""
+        self.keeper = Keeper(replicas, 3, lambda: self.whole, self.give_up)
+
+    def give_up(self, save_id: str) -> bool:
+        return save_id != self.whole_by_now
 
     def send(self, data: bytes, step: int) -> ReplicaHeader:
         return self.send_some(data, step, None)
@@ -83,6 +87,27 @@ def test_the_newest_snapshot_that_all_ranks_have_is_not_overwritten(replicas: Re
     source.whole = "never heard of"
     source.send(b"5" * 1100, 5)
     assert kept(replicas) == [4, 5]
+
+
+def test_a_snapshot_that_all_ranks_have_by_now_is_not_overwritten(replicas: Replicas) -> None:
+    source = Source(replicas)
+    source.send(b"1" * 1000, 1)
+    source.whole = "save 1"
+    source.send(b"2" * 1000, 2)
+    source.whole_by_now = "save 2"  # which is not known here yet
+    source.send(b"3" * 1000, 3)
+    assert kept(replicas) == [2, 3]
+
+
+def test_while_replicas_are_read_none_is_overwritten(replicas: Replicas) -> None:
+    source = Source(replicas)
+    for step in (1, 2):
+        source.send(b"1" * 1000, step)
+    with source.keeper.holding_still(), pytest.raises(ReplicationError, match="a checkpoint is being restored"):
+        source.send(b"3" * 1000, 3)
+    assert kept(replicas) == [1, 2]
+    source.send(b"4" * 1000, 4)
+    assert kept(replicas) == [2, 4]
 
 
 def test_a_sender_that_dies_halfway_costs_no_whole_replica(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:

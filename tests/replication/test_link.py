@@ -33,9 +33,9 @@ class Two:
         with ThreadPoolExecutor(2) as threads:
             return list(threads.map(do, range(2)))
 
-    def exchange(self, number: int) -> list[Outcome]:
+    def exchange(self, save_id: str) -> list[Outcome]:
         def one(rank: int) -> Outcome:
-            peer = self.links[rank].meet(number)
+            peer = self.links[rank].meet(save_id)
             return Exchange(torch.device("cpu"), timedelta(seconds=20)).run(
                 pack({"of": rank, "x": torch.full((5,), rank)}), peer, peer, Unpacking()
             )
@@ -62,36 +62,36 @@ def received(outcomes: list[Outcome]) -> list[int]:
 
 
 def test_the_connection_is_made_once_and_used_again(two: Two) -> None:
-    assert received(two.exchange(0)) == [1, 0]
+    assert received(two.exchange("a")) == [1, 0]
     groups = [link._group for link in two.links]
-    assert received(two.exchange(1)) == [1, 0]
+    assert received(two.exchange("b")) == [1, 0]
     assert [link._group for link in two.links] == groups
 
 
 @pytest.mark.parametrize("who", [[0], [1], [0, 1]])
 def test_after_a_failure_that_one_side_may_not_know_of_both_connect_anew(two: Two, who: list[int]) -> None:
-    two.exchange(0)
+    two.exchange("a")
     groups = [link._group for link in two.links]
     for rank in who:
         two.links[rank].drop()
-    assert received(two.exchange(1)) == [1, 0]
+    assert received(two.exchange("b")) == [1, 0]
     assert all(link._group is not group for link, group in zip(two.links, groups, strict=True))
 
 
 def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> None:
     two = Two(timeout_secs=0.2)
     with pytest.raises(ReplicationError, match=r"replicas with rank 1: rank 1 did not come within 0\.2 s") as one:
-        two.links[0].meet(0)
+        two.links[0].meet("a")
     assert one.value.rank == 1
     with pytest.raises(ReplicationError, match="rank 1 did not come"):  # it comes late, and is told the same
-        two.links[1].meet(0)
-    assert received(two.exchange(1)) == [1, 0]
+        two.links[1].meet("a")
+    assert received(two.exchange("b")) == [1, 0]
     two.close()
 
 
 def test_a_rank_that_closes_lets_nobody_wait(two: Two) -> None:
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(two.links[0].meet, 0)
-        two.links[1].call_off(0, "closing")
+        waiting = thread.submit(two.links[0].meet, "a")
+        two.links[1].call_off("a", "closing")
         with pytest.raises(ReplicationError, match="closing"):
             waiting.result(10)

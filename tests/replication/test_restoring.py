@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,20 @@ from tests.replication import bodies
 from tests.staging.child import run
 from tests.staging.ranks import run_ranks
 from workers.replica import read_header
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """16 KiB."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "stager-test", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("only root can mount a small file system")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def ranks(target: str, num_ranks: int, directory: Path, *args: Any) -> list[Any]:
@@ -109,6 +125,43 @@ def test_what_is_there_of_a_save_that_failed_is_removed_when_the_next_is_committ
     assert ranks("slow_rank", 2, tmp_path) == [[["step-00000002.unfinished"], []]] * 2
 
 
+def test_what_the_others_had_written_is_damaged(tmp_path: Path) -> None:
+    """All of it is in memory."""
+    ranks("die_before_the_parts_are_written", 2, tmp_path, 1)
+    (partial,) = (tmp_path / "run").glob("*.partial-*")
+    os.truncate(partial / "__0_0.distcp", 10)
+    for result in ranks("resume", 2, tmp_path, 2):
+        assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
+
+
+def test_one_process_alone_completes_what_the_others_had_written(tmp_path: Path) -> None:
+    ranks("die_before_the_parts_are_written", 2, tmp_path, 1)
+    for path in (tmp_path / "memory").rglob("rank-0.*"):  # on the host that died
+        path.unlink()
+    result = run("tests.replication.bodies:resume_alone", str(tmp_path), 2)
+    assert (result["step"], result["problems"]) == (2, [])
+
+
+def test_what_the_run_has_turned_back_from_does_not_return(tmp_path: Path) -> None:
+    ranks("turn_back_and_die", 2, tmp_path)
+    assert {_step_of(path) for path in (tmp_path / "memory").rglob("rank-1.?")} == {2, 3}
+    for result in ranks("resume", 2, tmp_path, 1):
+        assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
+
+
+def test_the_newest_is_damaged_on_the_disk_and_in_memory(tmp_path: Path) -> None:
+    """The one before it, which only memory has, is next."""
+    ranks("save_and_die", 2, tmp_path, 3)
+    shutil.rmtree(checkpoint(tmp_path, 2))
+    flip(checkpoint(tmp_path, 3) / "__1_0.distcp")
+    damage(max((tmp_path / "memory").rglob("rank-1.?"), key=_step_of))
+    results = ranks("resume", 2, tmp_path, 2)
+    for result in results:
+        assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2, 3], [])
+    said = results[0]["said"] + results[1]["said"]
+    assert not any("step-00000003 was not whole" in text for text in said), said
+
+
 @pytest.mark.parametrize("what", ["bytes", "header", "missing"])
 def test_a_replica_that_is_damaged_is_not_used(what: str, tmp_path: Path) -> None:
     ranks("save_and_die", 2, tmp_path, 3)
@@ -116,11 +169,7 @@ def test_a_replica_that_is_damaged_is_not_used(what: str, tmp_path: Path) -> Non
     newest = max((tmp_path / "memory").rglob("rank-1.?"), key=_step_of)
     header = newest.with_name(newest.name + ".json")
     if what == "bytes":
-        with open(newest, "r+b") as file:
-            file.seek(100)
-            byte = file.read(1)[0]
-            file.seek(100)
-            file.write(bytes([byte ^ 1]))
+        damage(newest)
     elif what == "header":
         flip(header)
     else:
@@ -134,6 +183,15 @@ def test_a_replica_that_is_damaged_is_not_used(what: str, tmp_path: Path) -> Non
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name or "removing" in name]
 
 
+def damage(replica: Path) -> None:
+    """Among its first bytes: the file is longer than what is used of it."""
+    with open(replica, "r+b") as file:
+        file.seek(100)
+        byte = file.read(1)[0]
+        file.seek(100)
+        file.write(bytes([byte ^ 1]))
+
+
 def _step_of(path: Path) -> int:
     header = read_header(str(path))
     assert header is not None
@@ -144,12 +202,35 @@ def test_a_newer_whole_save_takes_the_place_of_an_older_one(tmp_path: Path) -> N
     """After two runs, of which the second has fewer ranks, nothing of the first is in memory."""
     ranks("save_and_die", 3, tmp_path, 2)
     assert len(memory_of(tmp_path)) == 12
+    next((tmp_path / "memory").rglob("rank-2.0.json")).unlink()  # as if the rank had been killed while it arrived
     ranks("save_and_die", 2, tmp_path, 2)
     assert memory_of(tmp_path) == [
         name for rank in (0, 1) for slot in (0, 1) for name in (f"rank-{rank}.{slot}", f"rank-{rank}.{slot}.json")
     ]
     shutil.rmtree(tmp_path / "run")
     assert [result["step"] for result in ranks("resume", 2, tmp_path, 2)] == [2, 2]
+
+
+def test_what_cannot_be_restored_now_stays_in_memory(small_disk: Path, tmp_path: Path) -> None:
+    """A job of fewer ranks has nobody who keeps rank 2's replica. It does not begin from an older step, or from nothing."""
+    ranks("save_and_die", 3, tmp_path, 2)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").symlink_to(small_disk)
+    before = memory_of(tmp_path)
+    for error in ranks("cannot_resume", 2, tmp_path):
+        assert "step 2 is in the partners' memory, and could not be written" in error
+        assert "No space left" in error
+    assert memory_of(tmp_path) == before
+    (tmp_path / "run").unlink()
+    for result in ranks("resume", 2, tmp_path, 2):
+        assert (result["step"], result["problems"]) == (2, [])
+
+
+def test_the_next_run_keeps_what_is_whole_in_memory_until_it_has_a_newer_one(tmp_path: Path) -> None:
+    ranks("save_and_die", 2, tmp_path, 2)
+    headers = [read_header(str(path)) for path in (tmp_path / "memory").rglob("rank-0.?")]
+    newest = max((header.facts for header in headers if header is not None), key=lambda facts: facts.step)
+    assert ranks("whole_when_opened", 2, tmp_path) == [newest.save_id] * 2
 
 
 def test_bodies_are_of_another_step() -> None:

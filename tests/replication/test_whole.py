@@ -38,6 +38,7 @@ def test_a_save_is_whole_when_the_last_partner_has_it(three: list[Replicator]) -
         for rank in three:
             rank._count(save_id)
         assert whole(three) == {save_id}
+        assert not any(rank._give_up(save_id) for rank in three)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -47,7 +48,7 @@ def test_who_makes_room_before_the_last_has_come_breaks_it_for_all(
     first, second, last = (three[number] for number in order)
     first._count("save")
     second._count("save")
-    first._look_whether_whole()  # about to receive the next one
+    assert first._give_up("save")  # about to receive the next one
     last._count("save")
     assert whole(three) == {"old"}
     for rank in three:
