@@ -191,9 +191,9 @@ class Replicator:
         elif outcome.not_sent is None:
             handle._event("replicate", started)
         if outcome.not_sent is not None and not self._given_up:
-            logger.warning("step %d is not replicated: %s", handle.step, outcome.not_sent)
+            logger.warning("step %d is not replicated: %s", handle.step, str(outcome.not_sent))
         if outcome.not_received is not None and not self._given_up:
-            logger.warning("no new replica of rank %d: %s", self._owner, outcome.not_received)
+            logger.warning("no new replica of rank %d: %s", self._owner, str(outcome.not_received))
         if outcome.arrived:
             self._count(outcome.received.facts.save_id)
 

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from stager import SaveHandle
-from stager.ranks.board import Board
-from stager.ranks.job import Job
-from stager.replication.replicas import Replicas
-from stager.replication.replicator import Replicator
-from tests.replication.test_keeper import header_of
 from tests.replication.test_restoring import memory_of, ranks
-
-_dist: Any = dist  # not all of it is annotated
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -90,86 +78,6 @@ def test_an_interrupted_close_waits_for_no_replica(tmp_path: Path) -> None:
 
 def test_a_run_that_waits_for_the_lock_finds_its_place_in_memory(tmp_path: Path) -> None:
     assert ranks("next_run_waits_for_the_lock", 2, tmp_path) == [[1], [1]]
-
-
-class Four:
-    """Ranks whose snapshots come without a network."""
-
-    def __init__(self, directory: Path) -> None:
-        store = _dist.HashStore()
-        self.jobs = [Job(rank, 4, Board(store, "test", 4)) for rank in range(4)]
-        self.replicators = []
-        for job in self.jobs:
-            replicas = Replicas(str(directory), f"/host-{job.rank}/run")
-            replicas.create()
-            self.replicators.append(Replicator(job, replicas, ""))
-
-    def receive(self, ranks: list[int], step: int) -> None:
-        for rank in ranks:
-            one, data = self.replicators[rank], bytes([step]) * 1000
-            one._look_whether_whole()
-            for target in one._keeper.begin(header_of(data, step, owner=one._owner).to_bytes()):
-                target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            one._count(one._keeper.finish().facts.save_id)
-
-    def steps(self) -> list[set[int]]:
-        return [{replica.header.facts.step for replica in one._replicas.whole()} for one in self.replicators]
-
-    def close(self) -> None:
-        for one in self.replicators:
-            one.close(0)
-        for job in self.jobs:
-            job.close()
-
-
-@pytest.fixture
-def four(tmp_path: Path) -> Iterator[Four]:
-    made = Four(tmp_path)
-    yield made
-    made.close()
-
-
-def test_a_save_that_one_rank_has_overwritten_does_not_become_whole_later(four: Four) -> None:
-    four.receive([0, 1, 2, 3], 1)
-    four.receive([0, 2], 2)
-    four.receive([0, 2], 3)  # ahead: of 1, which all have, and 2, which goes
-    four.receive([1, 3], 2)  # now each has received 2
-    four.receive([1, 3], 3)
-    assert four.steps() == [{1, 3}] * 4
-    four.receive([0, 1, 2, 3], 4)
-    assert four.steps() == [{3, 4}] * 4
-
-
-def test_a_save_has_one_place_in_the_queue_whatever_is_said_of_it(four: Four, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, why, released = four.replicators[0], RuntimeError("a failure"), threading.Event()
-    monkeypatch.setattr(one, "_start", lambda: True)
-    first, second, unknown = (SaveHandle(step, f"save {step}") for step in range(3))
-    one.begin(first)
-    one.begin(second)
-    for handle in (second, first, second, unknown):
-        one.skip(handle, why)
-    one.offer(second, cast(Any, None), released.set)  # too late
-    assert released.is_set()
-    assert [one._saves.get_nowait() for _ in range(2)] == [first, second]
-    assert one._saves.empty()
-    assert all(offer.result().why is why for offer in one._offers.values())
-
-
-def test_no_thread_can_be_started(
-    four: Four, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    one, released = four.replicators[0], threading.Event()
-    handle = SaveHandle(1, "one")
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", start)
-        one.begin(handle)
-    assert "snapshots are not replicated: can't start new thread" in caplog.text
-    one.offer(handle, cast(Any, None), released.set)
-    assert released.is_set()
-    one.close(0)
 
 
 def test_a_call_that_one_rank_refuses_shifts_nothing(tmp_path: Path) -> None:
