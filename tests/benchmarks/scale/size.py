@@ -26,8 +26,8 @@ class Size:
 
     @property
     def names(self) -> int:
-        """Tensors, or shards of them, that the ranks hold, all together: so many has stock DCP to plan. In records are those that
-        their ranks write, and rank 0's."""
+        """Tensors, or shards of them, that the ranks hold, all together: so many has stock DCP to plan. In the records
+        are those that their ranks write, and all of rank 0's."""
         return self.ranks * self.tensors
 
     @property
