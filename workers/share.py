@@ -1,8 +1,8 @@
 """What one rank contributes to a checkpoint, and how the contributions of all ranks become one layout.
 
 Each rank lays out its own files, and says in its structure which leaves it has: whole, in chunks, or not at all
-(``structure.ABSENT``). Put together, files and items are numbered through, tensors of every rank before the objects of
-any, and the structures are laid over each other.
+(``structure.ABSENT``; what rank 0 names, other ranks may leave out). Put together, files and items are numbered through,
+tensors of every rank before the objects of any, and the structures are laid over each other.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ reads a handful of short notes, however many ranks there are:
     and shapes hold the same bytes. Each counts itself at the group's digest, which tells it its position, and, when all
     have come, how many there are.
 
-    what is no DTensor is one group. Where it is the same on all ranks, as it should be, no rank learns more than that.
-    Where not (stages of a pipeline), one rank of each kind posts its list, and rank 0 answers each kind.
+    what is no DTensor is one group. Where it is the same on all ranks, as it should be, and the names of the DTensors are,
+    too, no rank learns more than that. Where not (stages of a pipeline), one rank of each kind posts its list, and rank 0
+    answers each kind.
 """
 
 from __future__ import annotations
@@ -66,6 +67,18 @@ class Holding:
 ALONE = Holding(0, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Attributes:
+    plain, groups: for each entry that is no DTensor, and for each group, who holds it.
+    alike: all ranks have the same names, in the same containers.
+    """
+
+    plain: list[Holding]
+    groups: list[Holding]
+    alike: bool
+
+
 class Agreement:
     """Settles who holds what. Every rank has to call :meth:`settle` when its structure is new.
 
@@ -84,16 +97,15 @@ class Agreement:
         plain: Sequence[Entry],
         groups: Sequence[Sequence[Entry]],
         values: Mapping[str, str] = _NONE,
-    ) -> tuple[list[Holding], list[Holding]]:
+        outline: str = "",
+    ) -> Settled:
         """
         Args:
             occasion: at which the ranks meet; see :func:`meeting`.
             plain: what is no DTensor; sorted by name.
             groups: DTensors, by their spread; each sorted by name.
             values: digests of some of what should be the same on all ranks, by name. Where they are not, rank 0 says so.
-
-        Returns:
-            For each entry of ``plain``, and for each group, who holds it.
+            outline: see :func:`stager.ranks.naming.outline`.
 
         Raises:
             RankFailedError: a rank did not come within ``ranks.timeout_secs``, and is named, or failed before it could. Then
@@ -102,7 +114,7 @@ class Agreement:
         """
         head = meeting(occasion)
         positions = [self._board.add(f"{head}/group/{_digest(group)}") - 1 for group in groups]
-        kind = _digest(plain)
+        kind = kind_of(plain, outline)
         position = self._board.add(f"{head}/plain/{kind}") - 1
         if position == 0:
             self._board.post(f"{head}/list/{kind}", _to_json(plain))
@@ -117,10 +129,10 @@ class Agreement:
         ]
         num_kinds = self._board.add(f"{head}/kinds", 0)
         if num_kinds == 1:
-            return [Holding(self._job.rank, self._job.num_ranks)] * len(plain), held
+            return Settled([Holding(self._job.rank, self._job.num_ranks)] * len(plain), held, alike=True)
         if self._job.leads:
             self._answer(head, num_kinds)
-        return self._read_answer(head, kind, position, plain), held
+        return Settled(self._read_answer(head, kind, position, plain), held, alike=False)
 
     def _post_values(self, head: str, values: Mapping[str, str]) -> str:
         text = json.dumps(dict(values), separators=(",", ":")).encode()
@@ -199,6 +211,11 @@ class Agreement:
 def meeting(occasion: str) -> str:
     """Where the ranks meet. Named for the save that needs it, and not counted: of two ranks, one may have tried before."""
     return f"agreement/{occasion}"
+
+
+def kind_of(plain: Sequence[Entry], outline: str) -> str:
+    """The same on two ranks that have the same, but for what their shards are."""
+    return hashlib.blake2b(_to_json(plain) + outline.encode(), digest_size=16).hexdigest()
 
 
 def _to_json(entries: Sequence[Entry]) -> bytes:

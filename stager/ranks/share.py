@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from stager.ranks.agreement import ALONE, Agreement, Entry, Holding
+from stager.ranks.agreement import ALONE, Agreement, Entry, Holding, Settled
 from stager.ranks.job import Job
+from stager.ranks.naming import name_all, name_written, outline
 from stager.ranks.shards import Shard, is_sharded, local_of, locals_of, shard_of, spread_of
 from stager.snapshot.flatten import PLAIN_TENSORS, Flat
 from workers.dtypes import name_of
@@ -32,7 +33,6 @@ _COMPARED_DEPTH = 4
 _Tensor: Any = torch.Tensor
 
 _Question = tuple[list[Entry], list[list[Entry]]]
-_Answer = tuple[list[Holding], list[Holding]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class ShareTaker:
         self._job = job
         self._agreement = None if job.board is None else Agreement(job)
         self._known: _Known | None = None
-        self._settled: tuple[_Question, _Answer] | None = None
+        self._settled: tuple[_Question, str, Settled] | None = None
 
     def take(self, flat: Flat, occasion: str) -> Flat:
         """The leaves that this rank writes. Called by every rank: where the structure is new, it waits for all.
@@ -140,9 +140,9 @@ class ShareTaker:
                 groups.setdefault(shard.spread, []).append(leaf)
             elif (shard is not None or leaf not in shards) and leaf not in flat.private:
                 plain.append(leaf)  # or a DTensor without elements, which are the same everywhere
-        holdings = self._settle(flat, names, plain, list(groups.values()), shards, occasion)
+        settled = self._settle(flat, names, plain, list(groups.values()), shards, occasion)
         parts: dict[int, _Part] = {leaf: _Part(leaf, None) for leaf in flat.private}
-        for leaves, holding in [*_by_holding(plain, holdings[0]), *zip(groups.values(), holdings[1], strict=True)]:
+        for leaves, holding in [*_by_holding(plain, settled.plain), *zip(groups.values(), settled.groups, strict=True)]:
             for part in _deal(flat, leaves, holding, shards):
                 parts[part.leaf] = part
         for leaf, shard in shards.items():
@@ -150,8 +150,12 @@ class ShareTaker:
                 parts.pop(leaf, None)  # nothing of it is here
         written = tuple(parts[leaf] for leaf in sorted(parts))
         numbers = {part.leaf: number for number, part in enumerate(written)}
-        structure = _structure(flat.structure, parts, numbers, flat, shards)
-        return _Known(signature, written, structure, _kinds(flat))
+
+        def node_of(leaf: int) -> Node:
+            return _leaf_node(parts[leaf], numbers[leaf], flat, shards.get(leaf)) if leaf in parts else ABSENT
+
+        name = name_written if settled.alike and not self._job.leads else name_all
+        return _Known(signature, written, name(flat.structure, node_of), _kinds(flat))
 
     def _settle(
         self,
@@ -161,7 +165,7 @@ class ShareTaker:
         groups: Sequence[Sequence[int]],
         shards: dict[int, Shard | None],
         occasion: str,
-    ) -> _Answer:
+    ) -> Settled:
         if self._agreement is None:
             for leaf, shard in shards.items():
                 if shard is None or (shard.lengths != shard.shape and 0 not in shard.shape):
@@ -171,15 +175,18 @@ class ShareTaker:
                         "together (ranks.together, and init_process_group() before the Checkpointer is made), or save its "
                         "full or local tensor",
                     )
-            return [ALONE] * len(plain), [ALONE] * len(groups)
+            return Settled([ALONE] * len(plain), [ALONE] * len(groups), alike=False)
         entries = [_plain_entry(names[leaf], flat.leaves[leaf]) for leaf in plain]
         of_groups = [[_shard_entry(names[leaf], flat.leaves[leaf], shards[leaf]) for leaf in group] for group in groups]
-        question = entries, of_groups
+        question, own_outline = (entries, of_groups), outline(flat.structure, flat.private)
         # What a rank has for itself (``PerRank``), and what its objects are, may change there alone: no other would come.
         if self._settled is None or self._settled[0] != question:
             values = {names[leaf]: value for leaf in plain if (value := _digest_of(flat.leaves[leaf])) is not None}
-            self._settled = question, self._agreement.settle(occasion, entries, of_groups, values)
-        return self._settled[1]
+            answer = self._agreement.settle(occasion, entries, of_groups, values, own_outline)
+            self._settled = question, own_outline, answer
+        _, known_outline, settled = self._settled
+        # Other containers of the same names: nobody was asked, so nobody else is relied on to name what is in them.
+        return settled if own_outline == known_outline else replace(settled, alike=False)
 
 
 def _is_bytes(tensor: torch.Tensor) -> bool:
@@ -347,19 +354,6 @@ def _units(flat: Flat, leaves: Sequence[int], shards: dict[int, Shard | None]) -
         cuttable = nbytes >= 2 * _CUT_BYTES and tensor.dim() > 0 and tensor.is_contiguous() and not tensor.is_meta
         units[key] = _Unit([leaf], tuple(tensor.shape), nbytes, cuttable)
     return list(units.values())
-
-
-def _structure(
-    node: Node, parts: dict[int, _Part], numbers: dict[int, int], flat: Flat, shards: dict[int, Shard | None]
-) -> Node:
-    if type(node) is int:
-        part = parts.get(node)
-        if part is None:
-            return ABSENT
-        return _leaf_node(part, numbers[node], flat, shards.get(node))
-    position = 1 if node[0] == "list" else 2
-    children = [_structure(child, parts, numbers, flat, shards) for child in node[position]]
-    return [*node[:position], children, *node[position + 1 :]]
 
 
 def _leaf_node(part: _Part, number: int, flat: Flat, shard: Shard | None) -> Node:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from stager import Checkpointer, InconsistentRanksError, PerRank, RankFailedError, UsageError
+from stager.ranks.share import ShareTaker
+from stager.snapshot.flatten import flatten
 from tests.faults import Faults, faults_of_this_process
 from tests.ranks.layouts import Trained, build, differences, whole_state
 
@@ -213,6 +215,15 @@ def save_stages(rank: int, directory: str) -> dict[str, Any]:
         handle = ckpt.save(1, state)
         handle.upload_completion.result(60)
     return {"nbytes": handle.report.nbytes, "tensors": handle.report.num_tensors}
+
+
+def structure_of_share(rank: int, directory: str, layout: str) -> dict[str, Any]:
+    """Of what the rank writes, as it is in its record; and the paths of all that it has."""
+    state = state_of(build(layout, seed=3), rank)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        share = ShareTaker(ckpt._job).take(flatten(state, rank), "a save")
+        dist.barrier()
+    return {"structure": share.structure, "paths": flatten(state, rank).paths}
 
 
 def save_replicated(rank: int, directory: str, mib: int) -> int:

@@ -151,11 +151,8 @@ def empty_everywhere(rank: int, directory: str) -> dict[str, list[int]]:
         "scalar": distribute_tensor(torch.tensor(7.0), mesh, [Replicate()]),
     }
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
-        job = ckpt._job
-        assert job.board is not None
-        counted = Job(1, 2, job.board, nonce=job.nonce).save_id(1)  # of the save to come
         if rank == 0:  # the second of the mesh is the first to be counted
-            assert job.board.wait(f"agreement/{counted}/here/1", 60) is not None
+            _wait_for(1, ckpt)
         ckpt.save(1, state).upload_completion.result(60)
         loaded = ckpt.load()
         fresh: dict[str, Any] = {name: torch.zeros_like(value) for name, value in state.items()}
@@ -164,6 +161,32 @@ def empty_everywhere(rank: int, directory: str) -> dict[str, list[int]]:
     assert fresh["scalar"].full_tensor() == 7
     assert fresh["one"].full_tensor().eq(1).all()
     return {name: list(value.shape) for name, value in loaded.state.items()}
+
+
+def tied_on_one_rank(rank: int, directory: str, sharded: bool) -> str:
+    """Rank 0 has one tensor where rank 1 has two, deals otherwise, and leaves to rank 1 what that leaves to rank 0."""
+    state: dict[str, Any] = {name: torch.full((4,), 1.0) for name in "abcd"}
+    if rank == 0:
+        state["d"] = state["c"]
+    if sharded:
+        mesh = init_device_mesh("cpu", (2,))
+        state = {name: DTensor.from_local(value, mesh, [Replicate()]) for name, value in state.items()}
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        if rank == 1:  # the second to be counted
+            _wait_for(0, ckpt)
+        try:
+            ckpt.save(1, state).upload_completion.result(60)
+        except StagerError as error:
+            return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+def _wait_for(rank: int, ckpt: Checkpointer) -> None:
+    """Until it has come to settle the first save of step 1."""
+    job = ckpt._job
+    assert job.board is not None
+    counted = Job(job.rank, job.num_ranks, job.board, nonce=job.nonce).save_id(1)  # of the save to come
+    assert job.board.wait(f"agreement/{counted}/here/{rank}", 60) is not None
 
 
 def slow_rank(rank: int, directory: str) -> dict[str, Any]:

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
 
 import pytest
-import torch.distributed as dist
 
-from stager.ranks.agreement import Agreement, Entry, Holding
-from stager.ranks.board import Board
+from stager.ranks.agreement import Agreement, Entry, Holding, Settled
 from stager.ranks.job import Job
+from tests.ranks.threads import on_ranks
 from workers.errors import InconsistentRanksError, RankFailedError
-
-T = TypeVar("T")
-Held = tuple[list[Holding], list[Holding]]
-
-
-def on_ranks(num_ranks: int, body: Callable[[Job], T], timeout_secs: float = 20.0) -> list[T]:
-    store = dist.HashStore()
-    jobs = [Job(rank, num_ranks, Board(store, "test", num_ranks), timeout_secs) for rank in range(num_ranks)]
-    try:
-        with ThreadPoolExecutor(num_ranks) as executor:
-            return [future.result() for future in [executor.submit(body, job) for job in jobs]]
-    finally:
-        for job in jobs:
-            job.close()
 
 
 def plain(*names: str) -> list[Entry]:
@@ -39,33 +22,45 @@ def shard(name: str, offset: int) -> Entry:
 
 def test_what_is_the_same_everywhere_is_held_by_all_in_the_order_of_the_ranks() -> None:
     results = on_ranks(4, lambda job: Agreement(job).settle("a save", plain("a", "b"), []))
-    assert results == [([Holding(rank, 4)] * 2, []) for rank in range(4)]
+    assert results == [Settled([Holding(rank, 4)] * 2, [], alike=True) for rank in range(4)]
 
 
 def test_shards_of_two_halves_of_the_ranks() -> None:
     results = on_ranks(4, lambda job: Agreement(job).settle("a save", [], [[shard("w", 4 * (job.rank % 2))]]))
-    held = [groups[0] for _, groups in results]
+    held = [settled.groups[0] for settled in results]
     assert all(one.total == 2 for one in held)
     assert {held[0].position, held[2].position} == {0, 1}
     assert {held[1].position, held[3].position} == {0, 1}
 
 
 def test_groups_are_settled_apart() -> None:
-    def body(job: Job) -> Held:
+    def body(job: Job) -> Settled:
         return Agreement(job).settle("a save", [], [[shard("own", 4 * job.rank)], [shard("same", 0)]])
 
     results = on_ranks(2, body)
-    assert [groups[0] for _, groups in results] == [Holding(0, 1)] * 2
-    assert {groups[1].position for _, groups in results} == {0, 1}
+    assert [settled.groups[0] for settled in results] == [Holding(0, 1)] * 2
+    assert {settled.groups[1].position for settled in results} == {0, 1}
 
 
 def test_names_that_only_some_ranks_have() -> None:
     names: list[Sequence[str]] = [("all", "s0"), ("all", "s0"), ("all", "s1"), ("all", "mine", "s1")]
     results = on_ranks(4, lambda job: Agreement(job).settle("a save", plain(*names[job.rank]), []))
-    assert [held[0] for held, _ in results] == [Holding(rank, 4) for rank in range(4)]
-    assert results[3][0][1] == Holding(0, 1)
-    assert {results[0][0][1], results[1][0][1]} == {Holding(0, 2), Holding(1, 2)}
-    assert {results[2][0][1], results[3][0][2]} == {Holding(0, 2), Holding(1, 2)}
+    assert [settled.plain[0] for settled in results] == [Holding(rank, 4) for rank in range(4)]
+    assert results[3].plain[1] == Holding(0, 1)
+    assert {results[0].plain[1], results[1].plain[1]} == {Holding(0, 2), Holding(1, 2)}
+    assert {results[2].plain[1], results[3].plain[2]} == {Holding(0, 2), Holding(1, 2)}
+    assert not any(settled.alike for settled in results)
+
+
+def test_names_of_shards_that_only_some_ranks_have() -> None:
+    """What they have beside these is the same, and held by all."""
+
+    def body(job: Job) -> Settled:
+        names = ["all", "w"] if job.rank else ["all"]
+        return Agreement(job).settle("a save", plain("all"), [[shard("w", 0)]] * job.rank, outline=str(names))
+
+    results = on_ranks(2, body)
+    assert results == [Settled([Holding(rank, 2)], [Holding(0, 1)] * rank, alike=False) for rank in range(2)]
 
 
 def test_one_name_for_two_tensors_is_an_error_on_every_rank() -> None:
@@ -89,13 +84,13 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 
 def test_rounds_do_not_mix() -> None:
-    def body(job: Job) -> list[Held]:
+    def body(job: Job) -> list[Settled]:
         agreement = Agreement(job)
         return [agreement.settle("1", plain("a"), []), agreement.settle("2", plain("a", "b"), [])]
 
     for rank, (first, second) in enumerate(on_ranks(2, body)):
-        assert first == ([Holding(rank, 2)], [])
-        assert second == ([Holding(rank, 2)] * 2, [])
+        assert first == Settled([Holding(rank, 2)], [], alike=True)
+        assert second == Settled([Holding(rank, 2)] * 2, [], alike=True)
 
 
 def test_values_that_differ_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from tests.benchmarks.scale.run import Row, simulate
 from tests.benchmarks.scale.size import Size
 
 RANKS = (8, 64, 512, 2048, 4096, 16384)
-SIZES = ((64, 64), (256, 256), (1024, 1024), (64, 8), (512, 8), (2048, 8))  # ranks, shards
+SIZES = ((64, 64), (256, 256), (1024, 1024), (64, 8), (512, 8), (2048, 8), (16384, 64))  # ranks, shards
 _STORE_REQUESTS = 40_000
 
 

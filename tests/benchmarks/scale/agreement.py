@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stager.ranks.agreement import _COMPARED_KINDS, Entry, _digest, _to_json, meeting
+from stager.ranks.agreement import _COMPARED_KINDS, Entry, _to_json, kind_of, meeting
 from tests.benchmarks.scale.simulation import Steps
 from tests.benchmarks.scale.store import Board
 
@@ -36,7 +36,7 @@ class Kind:
     def of(entries: Sequence[Entry], values: Mapping[str, str]) -> Kind:
         note = json.dumps(values, separators=(",", ":")).encode()
         values_digest = hashlib.blake2b(note, digest_size=16).hexdigest()
-        return Kind(tuple(entries), _digest(entries), _to_json(entries), values, values_digest, note)
+        return Kind(tuple(entries), kind_of(entries, ""), _to_json(entries), values, values_digest, note)
 
 
 def settle(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from stager.ranks.naming import name_all, name_written
 from tests.benchmarks.scale.size import Size
 from workers import files
 from workers.commit import partial_path
@@ -84,16 +84,27 @@ def _templates() -> Templates:
     return dcp.templates(_laid_out(1)[0])
 
 
-def _structure(size: Size, rank: int, held: Sequence[int]) -> Node:
-    shard = rank % size.shards
-    names = [f"layers.{number // 9}.feed_forward.w{number % 9}.weight" for number in range(size.tensors)]
-    children: list[Node] = [ABSENT] * size.tensors
-    for index, number in enumerate(held):
-        children[number] = ["chunks", [size.shards * _SHARD[0], _SHARD[1]], [[[shard * _SHARD[0], 0], index]]]
+def _structure(size: Size, rank: int, held: range) -> Node:
+    """Of the leaves of the whole state, the tensors come first."""
+    shard, num_leaves = rank % size.shards, size.tensors + size.objects
     own = [f"object_{number}" for number in range(size.objects)]
-    indices = list(range(len(held), len(held) + size.objects))
-    private = ["dict", [f"rank-{rank}"], [["dict", own, indices]]]
-    return ["dict", ["model", "own"], [["dict", names, children], private]]
+    private = ["dict", [f"rank-{rank}"], [["dict", own, list(range(size.tensors, num_leaves))]]]
+    model = ["dict", _names(size.tensors), list(range(size.tensors))]
+
+    def node_of(leaf: int) -> Node:
+        if leaf >= size.tensors:
+            return leaf - size.tensors + len(held)
+        if leaf not in held:
+            return ABSENT
+        return ["chunks", [size.shards * _SHARD[0], _SHARD[1]], [[[shard * _SHARD[0], 0], leaf - held[0]]]]
+
+    name = name_written if rank else name_all  # as stager/ranks/share.py
+    return name(["dict", ["model", "own"], [model, private]], node_of)
+
+
+@lru_cache
+def _names(num_tensors: int) -> list[str]:
+    return [f"layers.{number // 9}.feed_forward.w{number % 9}.weight" for number in range(num_tensors)]
 
 
 def _objects(size: Size) -> list[Item]:

@@ -26,7 +26,8 @@ class Size:
 
     @property
     def names(self) -> int:
-        """Leaves in the records of all ranks: each names every tensor of the state, there or left to others."""
+        """Tensors, or shards of them, that the ranks hold, all together: so many has stock DCP to plan. In the records
+        are those that their ranks write, and all of rank 0's."""
         return self.ranks * self.tensors
 
     @property
