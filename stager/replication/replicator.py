@@ -151,9 +151,12 @@ class Replicator:
         for handle in left:  # none of them is waited for any more
             self.skip(handle, ClosedError("this rank closes its Checkpointer"))
         if current is not None:
-            for link in {self._destination, self._source}:
-                with suppress(RankFailedError):
-                    link.call_off(current.save_id, "this rank closes its Checkpointer")
+            self._call_off(current)
+
+    def _call_off(self, handle: SaveHandle) -> None:
+        for link in {self._destination, self._source}:
+            with suppress(RankFailedError):
+                link.call_off(handle.save_id, f"rank {self._job.rank} closes its Checkpointer")
 
     def remove(self, up_to_step: int) -> None:
         """What this rank keeps of saves up to this one: they are committed.
@@ -170,8 +173,10 @@ class Replicator:
         while (handle := self._saves.get()) is not None:
             offer = self._offers[handle].result()
             try:
-                if not self._given_up:
-                    self._current = handle
+                self._current = handle
+                if self._given_up:
+                    self._call_off(handle)
+                else:
                     self._replicate(handle, offer)
             except Exception:  # it must not end: the next save has another try
                 logger.exception("the snapshot of step %d was not replicated", handle.step)

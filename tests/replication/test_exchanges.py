@@ -197,3 +197,20 @@ def test_a_slab_is_held_until_its_snapshot_is_sent(pair: Pair, monkeypatch: pyte
     assert sorted(sent) == ["released", "released", "sent", "sent"]
     assert sent[0] == "sent"
     assert sent[-1] == "released"
+
+
+def test_a_rank_that_closes_is_not_waited_for(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """The other one saves once more."""
+    pair.save(1)
+    header = header_of(b"2" * 1000, 2, owner=0)
+    snapshot = SaveJob(header.facts, cast(Any, Memory(b"2" * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset())
+    for one, secs in zip(pair.ranks, (0.0, 60.0), strict=True):  # the first closes while it waits for the second
+        handle, released = SaveHandle(2, header.facts.save_id), threading.Event()
+        one.begin(handle)
+        one.offer(handle, snapshot, released.set)
+        one.close(secs)
+        assert released.wait(60)
+    assert (
+        "step 2 is not replicated: the exchange of replicas with rank 0: rank 0 closes its Checkpointer" in caplog.text
+    )
+    assert pair.steps() == [{1}, {1}]
