@@ -231,7 +231,10 @@ def test_keys_in_another_order_are_in_that_of_rank_0() -> None:
 # -- ranks that are processes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [name if name in ("hsdp", "fsdp+tp") else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS],
+)
 def test_records_of_every_layout_make_the_whole_state_in_the_order_of_rank_0(layout: str, tmp_path: Path) -> None:
     results = run_ranks("tests.ranks.bodies:structure_of_share", NUM_RANKS[layout], tmp_path, layout)
     merged = lay_over([result["structure"] for result in results])

@@ -12,7 +12,7 @@ import pytest
 from tests.replication.test_restoring import memory_of, ranks
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.long)])
 def test_a_run_that_is_closed_leaves_nothing_in_memory(num_ranks: int, tmp_path: Path) -> None:
     """Pairs, and a ring. No collective is called in the training thread, and nothing is warned about."""
     for result in ranks("close_run", num_ranks, tmp_path):
@@ -58,7 +58,14 @@ def test_there_is_no_memory_for_replicas(small_memory: Path, tmp_path: Path) -> 
             assert "No space left" in text
 
 
-@pytest.mark.parametrize("point", ["save.planned", "save.copied", "save.handed-over"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("save.planned", marks=pytest.mark.long),
+        "save.copied",
+        pytest.param("save.handed-over", marks=pytest.mark.long),
+    ],
+)
 def test_a_partner_that_dies_holds_up_nobody(point: str, tmp_path: Path) -> None:
     survivor, dead = ranks("partner_dies", 2, tmp_path, point)
     assert dead is None

@@ -47,7 +47,7 @@ def checkpoint(directory: Path, step: int) -> Path:
     return directory / "run" / f"step-{step:08d}"
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 2, marks=pytest.mark.long), (3, 2), (2, 4)])
 def test_a_job_whose_disk_is_gone_goes_on_from_its_partners_memory(before: int, after: int, tmp_path: Path) -> None:
     assert ranks("save_and_die", before, tmp_path, 2) == [None] * before
     shutil.rmtree(tmp_path / "run")
@@ -162,7 +162,9 @@ def test_the_newest_is_damaged_on_the_disk_and_in_memory(tmp_path: Path) -> None
     assert not any("step-00000003 was not whole" in text for text in said), said
 
 
-@pytest.mark.parametrize("what", ["bytes", "header", "missing"])
+@pytest.mark.parametrize(
+    "what", ["bytes", *(pytest.param(what, marks=pytest.mark.long) for what in ("header", "missing"))]
+)
 def test_a_replica_that_is_damaged_is_not_used(what: str, tmp_path: Path) -> None:
     ranks("save_and_die", 2, tmp_path, 3)
     shutil.rmtree(checkpoint(tmp_path, 3))
