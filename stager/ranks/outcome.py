@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 
 from stager.ranks.board import poll_secs
 from stager.ranks.job import Job, some_ranks
-from stager.ranks.notes import Notes, end_by
+from stager.ranks.notes import Note, Notes, end_by
 from workers.commit import Committed, already_committed, commit_recorded, partial_path
 from workers.errors import ClosedError, RankFailedError, StagerError, StorageError
 from workers.job import SaveFacts
@@ -202,8 +202,10 @@ class Outcomes:
             note, is_told = self.notes.read(one.facts.save_id), True
         except RankFailedError:  # the directory is still there
             note, is_told = None, False
-        if note is None:
-            return self._look(one, is_told)
+        return self._look(one, is_told) if note is None else self._ending(one, note)
+
+    def _ending(self, one: _Pending, note: Note) -> Callable[[], None]:
+        """As the note says."""
         end = end_by(note, one.facts)
         if isinstance(end, RankFailedError):
             return self._failing(one, end, is_unfinished=bool(note.get("unfinished")))
@@ -271,6 +273,9 @@ class Outcomes:
                 missing = sorted(set(range(one.facts.num_ranks)) - finished_ranks(names))
             what = f"rank {some_ranks(missing)} did not finish its part" if missing else "nobody committed it"
         except FileNotFoundError:
+            with suppress(RankFailedError):  # who removed it has said why, first
+                if (note := self.notes.read(one.facts.save_id)) is not None:
+                    return self._ending(one, note)
             what = "another rank has given it up, and removed it"
         except OSError as error:
             what = f"not committed, and its directory cannot be read ({error.strerror})"

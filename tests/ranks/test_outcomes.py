@@ -180,6 +180,26 @@ def test_ranks_that_would_speak_for_rank_0_may_be_dead_too(make_ranks: Callable[
         assert isinstance(error, RankFailedError) and error.ranks == (0, 1, 2, 3)
 
 
+def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_said(
+    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. Rank 1 sees no note. 2. Rank 0 posts one, and removes the directory. 3. Rank 1 looks for the directory."""
+    ranks = make_ranks(3, 0.3)
+    facts = _written(tmp_path, [0, 1])
+
+    def listdir(path: str) -> list[str]:
+        ranks.all[0].notes.post_failure(facts.save_id, "was given up", [2])
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(outcome, "_LOOK_SECS", 60.0)  # only at the deadline
+    monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+    (end,) = ranks.expect(facts, [1])
+    error = end.exception(60)
+    assert isinstance(error, RankFailedError)
+    assert error.ranks == (2,)
+    assert "was given up" in str(error)
+
+
 def test_one_rank_lists_the_directory_for_all_at_the_deadline(
     make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
