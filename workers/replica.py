@@ -36,7 +36,6 @@ class ReplicaHeader:
     plan, plan_id, objects: see :class:`workers.job.SaveJob`.
     nbytes: of the slab that are used.
     digest: xxh3_128 of these, hex.
-    run: the nonce of the run.
     """
 
     facts: SaveFacts
@@ -45,16 +44,15 @@ class ReplicaHeader:
     objects: Extent
     nbytes: int
     digest: str
-    run: str
 
     @staticmethod
-    def of(job: SaveJob, run: str) -> ReplicaHeader:
+    def of(job: SaveJob) -> ReplicaHeader:
         """Of a whole snapshot. Hashes it."""
         nbytes = job.objects.offset + job.objects.nbytes
         digest = digest_of(job.slab.view, nbytes)
         # No links into checkpoints that may be gone when it is needed.
         facts = replace(job.facts, directory="", base_step=None)
-        return ReplicaHeader(facts, job.plan, job.plan_id, job.objects, nbytes, digest, run)
+        return ReplicaHeader(facts, job.plan, job.plan_id, job.objects, nbytes, digest)
 
     def to_bytes(self) -> bytes:
         return seal(asdict(self))
@@ -75,7 +73,6 @@ class ReplicaHeader:
                 objects=_extent(body["objects"]),
                 nbytes=check_count(body["nbytes"]),
                 digest=check_text(body["digest"]),
-                run=check_text(body["run"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpointError(path, f"not the header of a replica: {error!r}") from error

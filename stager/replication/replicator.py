@@ -190,7 +190,7 @@ class Replicator:
     def _replicate(self, handle: SaveHandle, offer: _Offer) -> None:
         started = time.time()
         self._look_whether_whole()
-        outcome = self._exchange(handle.save_id, _parcel_of(offer, self._job.nonce))
+        outcome = self._exchange(handle.save_id, _parcel_of(offer))
         if offer.snapshot is None:
             outcome.not_sent = None  # nothing was to be
         elif outcome.not_sent is None:
@@ -262,12 +262,12 @@ class Replicator:
         return end
 
 
-def _parcel_of(offer: _Offer, run: str) -> Parcel | Exception:
+def _parcel_of(offer: _Offer) -> Parcel | Exception:
     """The snapshot as it lies in its slab, not copied; or the news that there is none."""
     if offer.snapshot is None:
         return offer.why if isinstance(offer.why, Exception) else ReplicationError(repr(offer.why))
     try:
-        header = ReplicaHeader.of(offer.snapshot, run)
+        header = ReplicaHeader.of(offer.snapshot)
     except Exception as error:  # noqa: BLE001  # the partner is not to wait for it
         return error
     data = torch.frombuffer(offer.snapshot.slab.view, dtype=torch.uint8)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.persistence.jobs import failing_call, in_turn, load, make_job, run, save
+from tests.small_disk import small_disk_at
 from tests.states import same
 from workers import files
 from workers.directory import (
@@ -115,18 +116,8 @@ def test_short_reads_are_continued(run_dir: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "stager-test", str(mount)]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this container may not mount a file system")
-    try:
+    with small_disk_at(tmp_path / "disk", 1 << 20) as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 @pytest.mark.parametrize("where", ["data", "receipt", "index", "manifest"])

@@ -185,7 +185,7 @@ def _listen() -> list[str]:
     """Everything that is logged from here on."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # a handler of one line
     logging.getLogger("stager").addHandler(handler)
     return said
 

@@ -19,11 +19,9 @@ from workers.job import Extent, SaveFacts
 from workers.replica import ReplicaHeader, check_replica, digest_of, read_header
 
 
-def header_of(data: bytes, step: int, *, owner: int = 3, run: str = "run") -> ReplicaHeader:
+def header_of(data: bytes, step: int, *, owner: int = 3) -> ReplicaHeader:
     facts = SaveFacts("", step, f"save {step}", "dcp", 1, True, float(step), "1", "2", rank=owner, num_ranks=8)
-    return ReplicaHeader(
-        facts, Extent(0, 1), "plan", Extent(1, 1), len(data), digest_of(memoryview(data), len(data)), run
-    )
+    return ReplicaHeader(facts, Extent(0, 1), "plan", Extent(1, 1), len(data), digest_of(memoryview(data), len(data)))
 
 
 @pytest.fixture
@@ -160,7 +158,7 @@ def test_what_is_no_header_is_refused(replicas: Replicas) -> None:
 
 def test_a_header_that_promises_too_much_is_refused(replicas: Replicas) -> None:
     header = header_of(b"1" * 10, 1)
-    lie = ReplicaHeader(header.facts, Extent(5, 6), "plan", Extent(0, 1), 10, header.digest, "run").to_bytes()
+    lie = ReplicaHeader(header.facts, Extent(5, 6), "plan", Extent(0, 1), 10, header.digest).to_bytes()
     with pytest.raises(CorruptCheckpointError, match="more bytes than the replica has"):
         ReplicaHeader.from_bytes(lie, "somewhere")
     Source(replicas).send(b"1" * 10, 1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.replication.test_restoring import memory_of, ranks
+from tests.small_disk import small_disk_at
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.long)])
@@ -38,16 +38,8 @@ def test_a_rank_whose_save_fails_holds_up_nobody(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_memory(tmp_path: Path) -> Iterator[Path]:
-    """64 KiB."""
-    mount = tmp_path / "memory"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "stager-test", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("only root can mount a small file system")
-    try:
+    with small_disk_at(tmp_path / "memory", 64 << 10) as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_there_is_no_memory_for_replicas(small_memory: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from stager import Checkpointer
 from tests.ranks.bodies import flip
 from tests.replication import bodies
+from tests.small_disk import small_disk_at
 from tests.staging.child import run
 from tests.staging.ranks import run_ranks
 from workers.replica import read_header
@@ -21,16 +21,8 @@ from workers.replica import read_header
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """16 KiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=16k", "stager-test", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("only root can mount a small file system")
-    try:
+    with small_disk_at(tmp_path / "small", 16 << 10) as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 def ranks(target: str, num_ranks: int, directory: Path, *args: Any) -> list[Any]:

@@ -211,7 +211,7 @@ def _parent(count: int, seed: int, start: int, num_processes: int, block: int) -
                 progress = Path(directory) / f"{first}"
                 command = [sys.executable, "-m", "tests.safety.fuzz", "--child", str(progress), "--seed", str(seed)]
                 command += ["--start", str(first), "--count", str(length)]
-                output, errors = open(f"{progress}.out", "w"), open(f"{progress}.err", "w")  # noqa: SIM115
+                output, errors = open(f"{progress}.out", "w"), open(f"{progress}.err", "w")  # noqa: SIM115  # closed below
                 process = subprocess.Popen(command, stdout=output, stderr=errors, text=True)
                 output.close(), errors.close()
                 running.append((first, length, progress, process))

@@ -20,6 +20,7 @@ import torch
 
 from stager import Checkpointer, DirectoryInUseError, StorageError
 from tests.faults import Faults
+from tests.small_disk import small_disk_at
 from tests.states import same
 from workers.directory import list_checkpoints
 from workers.verify import verify_checkpoint
@@ -82,18 +83,8 @@ def test_each_error_at_each_place(run_dir: Path, faults: Faults) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "stager-test", str(mount)]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("this container may not mount a file system")
-    try:
+    with small_disk_at(tmp_path / "disk", 4 << 20) as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_disk_that_is_full_from_the_start(small_disk: Path) -> None:

@@ -91,7 +91,7 @@ def test_gradients_are_not_part_of_the_state() -> None:
 
 def test_subclass_with_data_keeps_class_attributes_and_slots() -> None:
     class Weight(torch.Tensor):
-        __slots__ = "note"  # noqa: PLC0205
+        __slots__ = "note"  # noqa: PLC0205  # one string is a slot, too
 
     source = torch.arange(3.0).as_subclass(Weight)
     source.note, source.scale = "n", torch.ones(1)
