@@ -213,3 +213,13 @@ def describe_exit(exitcode: int | None) -> str:
     except ValueError:
         name = f"signal {-exitcode}"
     return f"was killed by {name}"
+
+
+def _show_as_public_names() -> None:
+    """Tracebacks name the place that users import from, not this file."""
+    for value in list(globals().values()):
+        if isinstance(value, type) and issubclass(value, StagerError):
+            value.__module__ = "stager"
+
+
+_show_as_public_names()

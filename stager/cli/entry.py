@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stager.workers.checkpoint.directory.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -27,3 +32,23 @@ class Entry:
     file: str
     offset: int | None = None
     same_as: str | None = None
+
+
+def entries_of(manifest: Manifest) -> Iterator[Entry]:
+    """Every leaf of the state, in its order."""
+    from stager.workers.checkpoint.layout.structure import fqn
+
+    first_keys: dict[int, str] = {}
+    for path, index in manifest.paths():
+        item, key = manifest.layout.items[index], fqn(path)
+        first = first_keys.setdefault(index, key)
+        yield Entry(
+            key=key,
+            kind=item.kind,
+            dtype=item.dtype,
+            shape=item.shape,
+            nbytes=item.data_nbytes,
+            file=manifest.layout.files[item.file].name,
+            offset=item.data_offset,
+            same_as=None if first == key else first,
+        )

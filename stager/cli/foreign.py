@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from stager.cli.entry import Entry
+from stager.cli.entry import Entry, entries_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -46,10 +46,10 @@ def _of_file(path: str) -> list[Entry]:
     import torch
 
     from stager.loading.foreign import load_torch_save
-    from stager.snapshot.flatten import flatten
-    from workers.dtypes import name_of
-    from workers.errors import CorruptCheckpointError
-    from workers.structure import fqn
+    from stager.state.flatten import flatten
+    from stager.workers.checkpoint.layout.dtypes import name_of
+    from stager.workers.checkpoint.layout.structure import fqn
+    from stager.workers.errors import CorruptCheckpointError
 
     try:
         state = load_torch_save(path, allow_pickle=False, map_location="meta")
@@ -70,14 +70,13 @@ def _of_file(path: str) -> list[Entry]:
 
 
 def _of_safetensors(path: str) -> list[Entry]:
-    from stager.cli.inspect import entries_of
     from stager.loading.safetensors_file import read_header
 
     return list(entries_of(read_header(path)))
 
 
 def _of_dcp(path: str) -> list[Entry]:
-    from stager.storage.stock import StockReader
+    from stager.loading.dcp.stock import StockReader
 
     return _entries(StockReader(path, allow_pickle=False).read_metadata())
 
@@ -86,7 +85,7 @@ def _entries(metadata: Metadata) -> list[Entry]:
     """A tensor in chunks is one entry, with the place of its first chunk."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from workers.dtypes import name_of
+    from stager.workers.checkpoint.layout.dtypes import name_of
 
     places: dict[str, Any] = {}
     for index, info in metadata.storage_data.items():

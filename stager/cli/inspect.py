@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stager.cli.console import print_json, printable, stdout
-from stager.cli.entry import Entry
+from stager.cli.entry import Entry, entries_of
 from stager.cli.foreign import inspect_foreign, is_foreign
 from stager.cli.ls import format_time
 from stager.cli.options import JsonOption
@@ -19,7 +18,7 @@ from stager.cli.selection import select_checkpoints
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from workers.manifest import Manifest
+    from stager.workers.checkpoint.directory.manifest import Manifest
 
 
 def inspect(
@@ -46,7 +45,7 @@ def inspect(
 
 
 def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Entry]]:
-    from workers.manifest import read_manifest
+    from stager.workers.checkpoint.directory.manifest import read_manifest
 
     (checkpoint,) = select_checkpoints(path, step)
     manifest = read_manifest(checkpoint)
@@ -71,26 +70,6 @@ def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
         "stager": header.stager,
         "files": files,
     }
-
-
-def entries_of(manifest: Manifest) -> Iterator[Entry]:
-    """Every leaf of the state, in its order."""
-    from workers.structure import fqn
-
-    first_keys: dict[int, str] = {}
-    for path, index in manifest.paths():
-        item, key = manifest.layout.items[index], fqn(path)
-        first = first_keys.setdefault(index, key)
-        yield Entry(
-            key=key,
-            kind=item.kind,
-            dtype=item.dtype,
-            shape=item.shape,
-            nbytes=item.data_nbytes,
-            file=manifest.layout.files[item.file].name,
-            offset=item.data_offset,
-            same_as=None if first == key else first,
-        )
 
 
 def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:

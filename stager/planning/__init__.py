@@ -4,14 +4,15 @@ source.py     where the state comes from: a checkpoint, a callable, plain number
 optimizers.py the state an optimizer will have after its first step
 stand_in.py   tensors that take no memory, in place of those that are not there
 footprint.py  the state through stager's own planner: bytes of a slab, of a checkpoint
-need.py       that, times ranks and buffers, against a host
+work_out.py   that, times ranks and buffers, against a host (need.py: the result)
 advice.py     which settings to change
 """
 
 from stager.planning.footprint import Footprint, Measured
-from stager.planning.need import Host, Job, Need, Staging, work_out
+from stager.planning.need import Host, Job, Need, Staging
 from stager.planning.source import Source, from_callable, from_checkpoint, from_numbers
 from stager.planning.verdict import Verdict
+from stager.planning.work_out import work_out
 
 __all__ = [
     "Footprint",

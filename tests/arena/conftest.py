@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stager.arena.arena import Arena, Lease
-from workers import pages
+from stager.workers.memory import pages
 
 MIB = 1 << 20
 PLENTY = 1 << 40

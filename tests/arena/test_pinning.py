@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from stager.arena.arena import Arena
+from stager.workers.memory import pinning
 from tests.arena.conftest import MIB, sizes, take, wait_for_freeing
 from tests.staging.test_pinning import FakeRuntime
-from workers.offload import pinning
 
 Make = Callable[..., Arena]
 

@@ -12,10 +12,10 @@ import pytest
 
 from stager.arena import prefault
 from stager.arena.arena import Arena, SlabState
+from stager.workers.errors import MemoryBudgetError
+from stager.workers.memory import pages
+from stager.workers.memory.slab import Slab
 from tests.arena.conftest import MIB, Gate, num_waiting, sizes, start_waiting, take, wait_until
-from workers import pages
-from workers.errors import MemoryBudgetError
-from workers.slab import Slab
 
 Make = Callable[..., Arena]
 

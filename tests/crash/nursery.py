@@ -160,7 +160,7 @@ if __name__ == "__main__":
     import threading
 
     import tests.crash.trainers  # noqa: F401  (with it comes torch, before anything is forked)
-    from workers import faults
+    from stager.workers import faults
 
     assert threading.active_count() == 1
     if (request := serve()) is not None:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerPool
+from stager.workers.pool.heartbeat import Pulse, Vigil
 from tests.faults import Faults
 from tests.pool import tasks
-from workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerPool
-from workers.heartbeat import Pulse, Vigil
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def test_everything_was_stopped_for_longer_than_every_deadline_and_nobody_is_kil
     script = (
         "import sys\n"
         "from tests.pool import tasks\n"
-        "from workers import PoolOptions, WorkerPool\n"
+        "from stager.workers import PoolOptions, WorkerPool\n"
         "with WorkerPool(1, PoolOptions(heartbeat_timeout_secs=4, task_timeout_secs=4)) as pool:\n"
         "    future = pool.submit(tasks.block_on, sys.argv[1])\n"
         "    while not pool.health()[0].tasks: pass\n"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers import PoolOptions, WorkerPool
 from tests.pool import tasks
-from workers import PoolOptions, WorkerPool
 
 # Run as it stands, with whatever comes after it; prints what must be its whole output.
 _SCRIPT = """
 import os
-from workers import WorkerPool
+from stager.workers import WorkerPool
 def in_main(x):
     return x * factor
 factor = 2
@@ -116,7 +116,7 @@ def test_noise_of_a_worker_is_on_standard_error_whoever_makes_it(empty: Path) ->
     channel is a socket of its own."""
     script = (
         "import ctypes, os\n"
-        "from workers import WorkerPool\n"
+        "from stager.workers import WorkerPool\n"
         "def noisy():\n"
         "    libc = ctypes.CDLL(None)\n"
         "    for fd in (1, 2):\n"
@@ -150,26 +150,31 @@ def test_workers_never_imports_stager_and_touches_no_cuda(empty: Path) -> None:
         "def touched(*args): raise AssertionError('CUDA was touched')\n"
         "torch.cuda._lazy_init = touched\n"
         "torch._C._cuda_getDeviceCount = touched\n"
-        + _ALL_OF.format(package="workers")
-        + "assert not [name for name in sys.modules if name.split('.')[0] == 'stager']\n"
+        + _ALL_OF.format(package="stager.workers")
+        + "rest = {name for name in sys.modules if name.startswith('stager.')}\n"
+        "assert not [name for name in rest if name.split('.')[1] != 'workers'], rest\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     assert run(["-"], empty, script).stderr == ""
 
 
-@pytest.mark.parametrize("order", ["workers, stager", "stager, workers"])
+@pytest.mark.parametrize("order", ["stager.workers, stager", "stager, stager.workers"])
 def test_both_import_orders_work_and_no_worker_has_stager(empty: Path, order: str) -> None:
     script = (
         f"import {order}\n"
-        "from workers import WorkerPool\n"
+        "from stager.workers import WorkerPool\n"
         "with WorkerPool(count=1) as pool:\n"
         "    loaded = pool.submit(lambda: sorted(__import__('sys').modules)).result()\n"
-        "assert 'workers.service' in loaded and 'stager' not in loaded, loaded\n"
+        "assert 'stager.workers.pool.worker_loop' in loaded, loaded\n"
+        "rest = {name for name in loaded if name.startswith('stager.')}\n"
+        "assert not [name for name in rest if name.split('.')[1] != 'workers'], rest\n"
     )
     assert run(["-"], empty, script).stderr == ""
 
 
 def test_starting_a_worker_imports_nothing_heavy_before_it_looks_after_itself(empty: Path) -> None:
     """Priority, signals and the orphan watch must not have to wait for the seconds of torch."""
-    script = "import sys, workers.main\nassert not {'torch', 'numpy', 'cloudpickle'} & set(sys.modules)\n"
+    script = (
+        "import sys, stager.workers.pool.worker_main\nassert not {'torch', 'numpy', 'cloudpickle'} & set(sys.modules)\n"
+    )
     assert run(["-"], empty, script).stderr == ""

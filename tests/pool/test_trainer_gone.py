@@ -13,7 +13,8 @@ from tests.pool import tasks
 _TRAINER = """
 import os, signal, sys, torch
 from tests.pool import tasks
-from workers import PoolOptions, WorkerPool, pool as pool_module
+from stager.workers import PoolOptions, WorkerPool
+from stager.workers.pool import pool as pool_module
 log, fifo = sys.argv[1:]
 """
 
@@ -114,7 +115,7 @@ def test_worker_that_is_stopped_when_the_trainer_is_killed_goes_on(tmp_path: Pat
 
 def test_forked_child_cannot_use_the_pool_and_holds_nothing_of_it(tmp_path: Path) -> None:
     returncode, _ = run_trainer(
-        "from workers import ClosedError\n"
+        "from stager.workers import ClosedError\n"
         "from concurrent.futures import Future\n"
         "def held():\n"
         "    links = [f'/proc/self/fd/{name}' for name in os.listdir('/proc/self/fd')]\n"

@@ -1,0 +1,122 @@
+"""``StagerStorageReader``: ``dcp.load`` of stager's checkpoints, into place, each hash checked; and of stock ones."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import closing
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from stager.loading.dcp.index import Index, read_index
+from stager.loading.dcp.plain_reader import PlainReader
+from stager.loading.dcp.read_plan import read_plan
+from stager.loading.dcp.stock import StockReader
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.read.blob_reader import BlobReader
+from stager.workers.checkpoint.read.verify import default_threads
+from stager.workers.errors import UsageError
+
+
+class StagerStorageReader(StorageReader):
+    """Reads a checkpoint: ``dcp.load(state, storage_reader=StagerStorageReader(path))``.
+
+    A checkpoint with a manifest is read by it: nothing is unpickled but the state's own objects, and those only as far as
+    ``weights_only`` allows. Whole tensors go straight into CPU targets of the same dtype and strides; everything else
+    (another device, dtype or stride, a slice for another sharding) is read into memory of its own, at most 256 MiB or one
+    tensor at a time, and copied. One without a manifest is read by torch's own reader.
+
+    Args:
+        path: the checkpoint's directory; ``checkpoint_id`` of ``dcp.load`` goes before it.
+        num_threads: how many reads run at a time; default: the cores this process may use, at most 8.
+        verify: compare the hash of every byte that is read; ``False`` takes what is there.
+        allow_pickle: unpickle any object, which may run code from the checkpoint.
+
+    Errors reach the caller as DCP wraps them: ``CheckpointException`` with ``failures`` by rank, in which there is a
+    ``CorruptCheckpointError`` for damaged data; torch 2.13 turns what ``read_metadata`` raises into an ``AssertionError``
+    with its text. Targets that were read before the damage was found are changed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        num_threads: int | None = None,
+        verify: bool = True,
+        allow_pickle: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_threads is not None and num_threads < 1:
+            raise UsageError(f"num_threads is {num_threads}; it must be at least 1")
+        self._num_threads = num_threads or default_threads()
+        self._verify = verify
+        self._allow_pickle = allow_pickle
+        self._path = os.path.abspath(os.fspath(path))
+        self._load_id = str(uuid.uuid4())
+        self._index: Index | None = None
+        self._metadata: Metadata | None = None
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The checkpoint's directory."""
+        return self._path
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """A new load begins, from ``checkpoint_id`` if there is one."""
+        if checkpoint_id:
+            self._path = os.path.abspath(os.fspath(checkpoint_id))
+        self._load_id = str(uuid.uuid4())
+        self._index = self._metadata = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """
+        Raises:
+            CheckpointNotFoundError: there is no checkpoint.
+            CorruptCheckpointError: its manifest is damaged, or a file is missing or has another size.
+            UnsafePickleError: it is not stager's, and its ``.metadata`` holds more than metadata.
+        """
+        self._index = None
+        if os.path.lexists(os.path.join(self._path, MANIFEST_NAME)):
+            self._index = read_index(self._path, self._load_id)
+            return self._index.metadata
+        metadata = StockReader(self._path, self._allow_pickle).read_metadata(*args, **kwargs)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self._load_id
+        return metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._metadata = metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """
+        Raises:
+            CorruptCheckpointError: a hash does not match; names file and value.
+            UnsafePickleError: an object is more than ``weights_only`` allows.
+            StorageError: a read failed.
+        """
+        if self._metadata is None:
+            raise UsageError("read_data() comes after read_metadata() and set_up_storage_reader()")
+        if self._index is None:
+            return StockReader(self._path, self._allow_pickle).read_data(plan, planner, self._metadata)
+        kind = BlobReader if self._verify else PlainReader
+        with reading(self._path), closing(kind(self._path, self._index.manifest, self._num_threads)) as reader:
+            read_plan(self._index, reader, plan, planner, self._allow_pickle)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it is a path of a local or mounted file system."""
+        return "://" not in os.fspath(checkpoint_id)

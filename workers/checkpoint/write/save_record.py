@@ -1,0 +1,57 @@
+"""A rank's record in the partial directory: what it contributes to the checkpoint.
+
+With the receipts, the records are all that a commit after a crash needs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from stager.workers.checkpoint.directory.envelope import seal_json, unseal
+from stager.workers.checkpoint.layout.layout import Item, Layout
+from stager.workers.checkpoint.layout.layout_check import check_layout
+from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
+from stager.workers.checkpoint.write.save_spec import SaveSpec, check_spec
+from stager.workers.checkpoint.write.write_task import WriteTask, read_extent
+from stager.workers.errors import CorruptCheckpointError
+
+_RECORD = re.compile(r"save-([0-9]{1,9})\.json")
+
+
+def record_name(rank: int) -> str:
+    """Of the file in the partial directory that says what a rank contributes."""
+    return f"save-{rank}.json"
+
+
+def recorded_ranks(names: Iterable[str]) -> list[int]:
+    """The ranks whose record is among the names of a partial directory's files."""
+    return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
+
+
+def to_record(job: WriteTask) -> bytes:
+    """The job without its memory, sealed: with the receipts, all that a commit after a crash needs."""
+    spec = asdict(job.spec)
+    del spec["directory"]  # it may be mounted elsewhere by then
+    head = json.dumps(spec, separators=(",", ":")).encode()
+    plan, _, _ = read_extent(job, job.plan).partition(b"\n")
+    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(job, job.objects)))
+
+
+def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layout]:
+    """What :func:`to_record` wrote.
+
+    Raises:
+        CorruptCheckpointError: ``path`` is not such a record.
+    """
+    body = unseal(data, path)
+    try:
+        spec = check_spec(SaveSpec(directory=directory, **body["facts"]))
+        objects = [Item.from_row(row[:-1]) for row in body["objects"]]
+        layout = LayoutPlan.from_body(body["plan"]).with_objects(objects)
+        check_layout(layout, is_share=spec.num_ranks > 1)
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"not the record of a save: {error!r}") from error
+    return spec, layout
