@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -54,3 +55,29 @@ def test_tests_named_in_the_fault_table_exist() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     missing = [name for name in re.findall(r"::(test_\w+)", text) if f"def {name}(" not in sources]
     assert not missing
+
+
+def test_folders_in_contributing_are_those_of_the_sources() -> None:
+    table = re.findall(r"^\| `((?:stager|workers)/[\w/]*)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    folders = {
+        f"{path.parent.relative_to(ROOT)}/"
+        for top in ("stager", "workers")
+        for path in (ROOT / top).rglob("__init__.py")
+    }
+    assert len(table) == len(set(table))
+    assert set(table) == {folder for folder in folders if not folder.startswith("stager/workers")}
+
+
+def test_each_folder_says_what_is_in_it() -> None:
+    for top in ("stager", "workers"):
+        for path in (ROOT / top).rglob("__init__.py"):
+            docstring = ast.get_docstring(ast.parse(path.read_text()))
+            assert docstring and docstring.split("\n")[0].endswith((".", ":")), path
+
+
+def test_terms_of_the_glossary_stand_there_once() -> None:
+    text = (ROOT / "docs/glossary.md").read_text()
+    rows = re.findall(r"^\| (\*\*.*?) \|", text, re.MULTILINE)
+    terms = [term for row in rows for term in re.findall(r"\*\*(.*?)\*\*", row)]
+    assert len(terms) > 50
+    assert len(terms) == len(set(terms))
