@@ -72,7 +72,7 @@ def test_each_folder_says_what_is_in_it() -> None:
     for top in ("stager", "workers"):
         for path in (ROOT / top).rglob("__init__.py"):
             docstring = ast.get_docstring(ast.parse(path.read_text()))
-            assert docstring and docstring.split("\n")[0].endswith((".", ":")), path
+            assert docstring and docstring.split("\n")[0].endswith((".", ":", "?")), path
 
 
 def test_terms_of_the_glossary_stand_there_once() -> None:
