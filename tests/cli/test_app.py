@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,15 @@ def test_process_help_imports_neither_torch_nor_pydantic(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
     assert all(command in done.stdout for command in ("demo", "ls", "inspect", "verify", "doctor"))
     assert done.stdout.endswith("[]\n")
+
+
+def test_installed_packages_import_nothing_of_the_tests() -> None:
+    """The wheel has no tests: whatever imports them works from the source tree alone."""
+    root = Path(__file__).parents[2]
+    files = [file for package in ("stager", "workers") for file in (root / package).rglob("*.py")]
+    assert len(files) > 100
+    pattern = re.compile(r"^\s*(from|import) tests\b|[\"']tests\.\w", re.MULTILINE)
+    assert [str(file.relative_to(root)) for file in files if pattern.search(file.read_text())] == []
 
 
 def test_process_exit_codes(saved_run: Path, tmp_path: Path) -> None:
