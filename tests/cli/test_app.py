@@ -13,7 +13,7 @@ import pytest
 import stager
 import stager.demo
 import stager.doctor
-from stager.demo import DemoConfig
+from stager.demo import DemoConfig, RanksConfig
 from stager.doctor import Finding, Status
 from tests.cli.conftest import Outcome
 from workers.errors import (
@@ -124,6 +124,31 @@ def test_demo_passes_its_options_on_and_its_exit_code_back(
     ((config, out, _, as_json),) = asked
     assert isinstance(config, DemoConfig)
     assert (config.demo.seed, out, as_json) == (77, tmp_path / "here", True)
+
+
+@pytest.mark.parametrize(
+    ("file", "world_size", "defaults", "out"),
+    [
+        (None, None, DemoConfig(), "runs/demo"),
+        (None, "1", DemoConfig(), "runs/demo"),
+        (None, "2", RanksConfig(), "runs/demo-ranks"),
+        ("torchrun.yaml", "2", RanksConfig(), "runs/demo-ranks"),
+        ("default.yaml", "2", RanksConfig(), "runs/demo-ranks"),
+        ("demo.yaml", "1", DemoConfig(), "runs/demo"),
+    ],
+)
+def test_number_of_ranks_decides_the_demos_defaults_and_directory(
+    file: str | None, world_size: str | None, defaults: DemoConfig, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(stager.demo, "run_demo", lambda *arguments: asked.append(arguments) or 0)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        monkeypatch.setenv("RANK", "0")
+    arguments = ["--config", CONFIGS[0].parent / file] if file else []
+    assert Outcome("demo", *arguments).code == 0
+    ((config, directory, *_),) = asked
+    assert (config.demo.model_dump(), directory) == (defaults.demo.model_dump(), Path(out))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
