@@ -82,7 +82,10 @@ def worker_processes() -> list[int]:
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = process.info["cmdline"] or []
-        if any("from workers.main import main" in part for part in command) and process.info["status"] != "zombie":
+        if (
+            any("from stager.workers.pool.worker_main import main" in part for part in command)
+            and process.info["status"] != "zombie"
+        ):
             with suppress(psutil.Error):
                 if process.environ().get(_MARK) == os.environ[_MARK]:
                     found.append(process.pid)

@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 import stager
 from stager.demo.events import RankEvent, Started, decode_line
-from workers.errors import StagerError
+from stager.workers.errors import StagerError
 
 SILENCE_SECS = 120.0  # a job that says nothing for so long is stuck, however slow the machine
 EXIT_SECS = 60.0

@@ -18,7 +18,7 @@ from stager.demo.results import Results
 from stager.demo.sharded import leave, train_rank
 from stager.demo.story import Story
 from stager.demo.workspace import Workspace
-from workers.errors import UsageError
+from stager.workers.errors import UsageError
 
 TORCHRUN = "torchrun --nproc-per-node 2 -m stager demo --config configs/torchrun.yaml"
 

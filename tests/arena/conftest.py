@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from stager.workers.memory import pages
 
 from stager.arena.arena import Arena, Lease
-from workers import pages
 
 MIB = 1 << 20
 PLENTY = 1 << 40

@@ -7,9 +7,10 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from stager.workers.errors import ClosedError
+
 from stager.arena.arena import Arena
 from tests.arena.conftest import MIB, take
-from workers.errors import ClosedError
 
 Make = Callable[..., Arena]
 

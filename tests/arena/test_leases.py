@@ -9,11 +9,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from stager.workers.errors import ArenaFullError, ClosedError, InternalError, MemoryBudgetError
 
 from stager.arena.arena import Arena, SlabState
 from tests.arena.conftest import MIB, num_waiting, sizes, start_waiting, take, wait_for_freeing
 from tests.leaks import _slab_mappings
-from workers.errors import ArenaFullError, ClosedError, InternalError, MemoryBudgetError
 
 Make = Callable[..., Arena]
 

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from stager.workers.errors import ArenaFullError, MemoryBudgetError
 
 from stager.arena.arena import Arena
 from stager.config import host
 from tests.arena.conftest import MIB, sizes, start_waiting, take
-from workers.errors import ArenaFullError, MemoryBudgetError
 
 Make = Callable[..., Arena]
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stager.workers.memory import pinning
 
 from stager.arena.arena import Arena
 from tests.arena.conftest import MIB, sizes, take, wait_for_freeing
 from tests.staging.test_pinning import FakeRuntime
-from workers.offload import pinning
 
 Make = Callable[..., Arena]
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from stager.workers.errors import MemoryBudgetError
+from stager.workers.memory import pages
+from stager.workers.memory.slab import Slab
 
 from stager.arena import prefault
 from stager.arena.arena import Arena, SlabState
 from tests.arena.conftest import MIB, Gate, num_waiting, sizes, start_waiting, take, wait_until
-from workers import pages
-from workers.errors import MemoryBudgetError
-from workers.slab import Slab
 
 Make = Callable[..., Arena]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from stager.workers.memory.slab import Slab
 
 from stager.arena.arena import Arena, SlabState
 from stager.arena.buffer import Buffer
 from tests.arena.conftest import MIB, sizes, start_waiting, take, wait_for_freeing
 from tests.leaks import _slab_mappings
-from workers.slab import Slab
 
 Make = Callable[..., Arena]
 SMALL, LARGE = MIB, 10 * MIB

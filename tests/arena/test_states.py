@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import pairwise, product
 
 import pytest
+from stager.workers.errors import InternalError
+from stager.workers.memory.slab import Slab
 
 from stager.arena.buffer import Buffer, Lease, SlabState
-from workers.errors import InternalError
-from workers.slab import Slab
 
 FREE, PREPARING, LEASED = SlabState.FREE, SlabState.PREPARING, SlabState.LEASED
 STAGED, PERSISTING, RETIRED = SlabState.STAGED, SlabState.PERSISTING, SlabState.RETIRED

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-import stager
-import stager.demo
-import stager.doctor
-from stager.demo import DemoConfig, RanksConfig
-from stager.doctor import Finding, Status
-from tests.cli.conftest import Outcome
-from workers.errors import (
+from stager.workers.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
@@ -24,6 +17,13 @@ from workers.errors import (
     UsageError,
     WorkerDiedError,
 )
+
+import stager
+import stager.demo
+import stager.doctor
+from stager.demo import DemoConfig, RanksConfig
+from stager.doctor import Finding, Status
+from tests.cli.conftest import Outcome
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

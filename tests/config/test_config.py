@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError, model_validator
+from stager.workers.errors import ConfigError, UsageError
 from typing_extensions import Self
 
 from stager.config import ArenaConfig, Section, StagerConfig, WorkersConfig, load_config
-from workers.errors import ConfigError, UsageError
 
 
 class ShopSettings(Section):

@@ -159,8 +159,9 @@ def become_trainer(request: dict[str, object]) -> None:
 if __name__ == "__main__":
     import threading
 
+    from stager.workers import faults
+
     import tests.crash.trainers  # noqa: F401  (with it comes torch, before anything is forked)
-    from workers import faults
 
     assert threading.active_count() == 1
     if (request := serve()) is not None:

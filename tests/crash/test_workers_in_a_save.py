@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers import RemoteTraceback
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 
 from stager import Checkpointer, SaveHandle
 from tests.faults import Faults
 from tests.states import same
-from workers import RemoteTraceback
-from workers.verify import verify_checkpoint
 
 # In order. "after=1": the second visit of the process that gets there, which is in the middle.
 POINTS = {

@@ -15,6 +15,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.formats import FORMATS
+from stager.workers.errors import MemoryBudgetError
 
 from stager import (
     CorruptCheckpointError,
@@ -29,9 +32,6 @@ from tests.cli.conftest import Outcome, flip_bit
 from tests.exporting.sharded import chunked_checkpoint
 from tests.persistence.jobs import save
 from tests.states import everything, same
-from workers import files
-from workers.errors import MemoryBudgetError
-from workers.formats import FORMATS
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch.load of quantized tensors
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from workers.formats import FORMATS
+from stager.workers.checkpoint.formats import FORMATS
 
 
 @pytest.fixture(params=FORMATS)

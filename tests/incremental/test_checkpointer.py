@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 
 from stager import Checkpointer
 from tests.faults import Faults
 from tests.states import same
-from workers.verify import verify_checkpoint
 
 CONFIG: dict[str, Any] = {"workers": {"count": 1}, "persistence": {"incremental": True, "fsync": False}}
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
-from workers import WorkerPool
+from stager.workers import WorkerPool
 
 
 @pytest.fixture(scope="package")

@@ -63,10 +63,10 @@ def expected_at(directory: str, step: int) -> Any:
 
 def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
     """Until every rank's partner has this save's snapshot."""
-    board = ckpt._job.board
-    assert board is not None
+    rendezvous = ckpt._job.rendezvous
+    assert rendezvous is not None
     deadline = time.monotonic() + _PATIENCE_SECS
-    while board.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
+    while rendezvous.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
         assert time.monotonic() < deadline, "the snapshot was not replicated"
         time.sleep(0.01)
 

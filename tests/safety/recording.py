@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from workers import files
+from stager.workers.checkpoint.directory import files
 
 
 @dataclass(frozen=True)

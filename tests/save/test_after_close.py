@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers import WorkerPool
 
 from stager import Checkpointer, ClosedError
-from workers import WorkerPool
 
 # None: raises ClosedError.
 CHECKPOINTER: dict[str, tuple[Callable[[Checkpointer], Any], Callable[[Any], bool] | None]] = {

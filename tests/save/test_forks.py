@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from stager import Checkpointer, ClosedError, DirectoryInUseError
 from tests.faults import Faults
-from workers.verify import verify_checkpoint
 
 
 class SavesInTheChild(Dataset[int]):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 
 from stager import ArenaFullError, Checkpointer, ClosedError, DirectoryInUseError, SaveState, StorageError, UsageError
 from tests.faults import Faults
 from tests.states import same
-from workers.verify import verify_checkpoint
 
 
 def test_two_saves_in_a_row_each_hold_exactly_their_own_values(run_dir: Path, faults: Faults) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 
 from stager import Checkpointer
 from tests.faults import Faults
-from workers.verify import verify_checkpoint
 
 
 @pytest.fixture(autouse=True)

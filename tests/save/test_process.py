@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 
 from stager import Checkpointer, ClosedError
-from workers.verify import verify_checkpoint
 
 
 def in_fork(work: Callable[[], bool]) -> bool:

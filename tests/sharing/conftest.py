@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-
-from workers import WorkerPool
+from stager.workers import WorkerPool
 
 
 @pytest.fixture(scope="package")

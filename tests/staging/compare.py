@@ -8,8 +8,7 @@ import types
 from typing import Any
 
 import torch
-
-from workers.offload import reachable_leaves
+from stager.workers.offload import reachable_leaves
 
 ATOMS = (
     type(None),

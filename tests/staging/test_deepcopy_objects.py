@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from stager.workers.errors import UnstageableError
 
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_private_copy, assert_same
-from workers.errors import UnstageableError
 
 
 class Pair(NamedTuple):

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.memory import pinning
+from stager.workers.offload import HostBuffers
 
-from stager.staging.state_dict_stager import StateDictStager
-from workers.offload import HostBuffers, pinning
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 
 
 class FakeRuntime:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.errors import UnstageableError
 from torch.testing._internal.two_tensor import TwoTensor
 
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_private_copy
-from workers.errors import UnstageableError
 
 DTYPES = {
     value

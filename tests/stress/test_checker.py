@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stager.workers.checkpoint.read.verify import VerifyResult
 
 from stager import Checkpointer
 from stager.stress import checker
@@ -16,7 +17,6 @@ from stager.stress.digest import digest
 from stager.stress.faults import Damage
 from stager.stress.training import Training, digests_of
 from tests.stress.plans import config, training
-from workers.verify import VerifyResult
 
 STEPS = 7  # leaves come, grow and go in these
 
