@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stager.cli.bench import bench
 from stager.cli.console import print_error
 from stager.cli.demo import demo
 from stager.cli.doctor import doctor
@@ -55,7 +54,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, ls, inspect, verify, export, recover, prune, doctor, plan, bench, stress):
+for command in (demo, ls, inspect, verify, export, recover, prune, doctor, plan, stress):
     app.command()(command)
 
 

@@ -18,7 +18,7 @@ from stager.workers.errors import ConfigError
 
 ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None
 
-COMMAND_SECTIONS = frozenset({"demo", "demo_ranks", "stress"})
+COMMAND_SECTIONS = frozenset({"demo", "stress"})
 """Sections that belong to one command. A file may be written for a command and read by a ``Checkpointer`` as well, so
 whoever does not know these sections passes over them; the command's own model checks them."""
 

@@ -27,9 +27,9 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def begin(self, title: str, total: int, completed: int = 0) -> Bar:
-        """A new bar; ``total`` is the number of units of work in the act."""
-        task = self._progress.add_task(title, total=total, completed=completed, status="")
+    def begin(self, title: str, total: int) -> Bar:
+        """Add a bar; ``total`` is the number of units of work in the act."""
+        task = self._progress.add_task(title, total=total, status="")
         return Bar(self._progress, task)
 
 
@@ -41,18 +41,17 @@ class Bar:
         self._task = task
 
     def advance(self, units: int = 1) -> None:
-        """More of the work is done."""
+        """Show that more of the work is done."""
         self._progress.advance(self._task, units)
 
     def reach(self, completed: int) -> None:
-        """So much of the work is done in all."""
+        """Show how much of the work is done in all."""
         self._progress.update(self._task, completed=completed)
 
     def say(self, status: str) -> None:
-        """What is going on, beside the bar."""
+        """Show a status beside the bar."""
         self._progress.update(self._task, status=status)
 
-    def end(self, status: str) -> None:
-        """The act is over: its clock stops, full or not."""
-        self.say(status)
+    def end(self) -> None:
+        """Stop the clock of an act that is over, whether its bar is full or not."""
         self._progress.stop_task(self._task)

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from stager.demo.child import ChildError
 from stager.demo.compare import count_tensors, loss_differences, state_differences
 from stager.demo.events import read_losses
-from stager.demo.leg import Aim, Leg
+from stager.demo.job import JobError
+from stager.demo.leg import Aim, Leg, ranks_text
 from stager.demo.results import Check
+from stager.demo.runner import GONE_WITHIN_SECS
 
-GONE_WITHIN_SECS = 10.0
 STOCK_LOAD_TIMEOUT_SECS = 300.0
 PROBLEMS_SHOWN = 20
 
 
-def check_kills(legs: Sequence[Leg], num_wanted: int) -> Check:
-    """The trainer was killed in the middle of a save, as often as it should be."""
-    kills = [leg.kill for leg in legs if leg.kill is not None]
-    found = [f"step {kill.step} {kill.hit.value}" for kill in kills if kill.hit is not None]
-    problems = (f"{len(found)} of {len(kills)} kills came in the middle of a save; {num_wanted} should have",)
-    ok = len(found) >= num_wanted
-    return Check("SIGKILL in the middle of a save", ok, "; ".join(found), () if ok else problems)
+def check_kills(legs: Sequence[Leg]) -> Check:
+    """Check that something was killed in the middle of a save for each aim, and that no job survived it."""
+    killed = [leg for leg in legs if leg.kill is not None]
+    found = [_what_was_hit(leg) for leg in killed]
+    problems = [
+        f"no kill that should come in a save {aim.value} came in the middle of a save"
+        for aim in Aim
+        if not any(leg.kill.aim is aim and leg.kill.hit for leg in killed if leg.kill)
+    ]
+    problems += [
+        f"{leg.name}: the exit code is 0 after a kill" for leg in killed if leg.kill and not leg.kill.exit_code
+    ]
+    return Check("SIGKILL in the middle of a save", not problems, "; ".join(found), tuple(problems))
+
+
+def _what_was_hit(leg: Leg) -> str:
+    assert leg.kill is not None  # of a leg that was killed
+    place = f"step {leg.kill.step} {leg.kill.hit.value if leg.kill.hit else 'after its commit'}"
+    if leg.num_ranks == 1:
+        return place
+    if leg.kill.aim is Aim.WRITING:
+        return f"all ranks, {place}"
+    return f"one rank, {place} (the job ended {leg.kill.ended_secs:.1f} s later)"
 
 
 def check_workers_gone(legs: Sequence[Leg]) -> Check:
-    """No worker outlived a killed trainer for long."""
+    """Check that no worker outlived a killed job for long."""
     kills = [leg.kill for leg in legs if leg.kill is not None]
     problems = tuple(
         f"pid {pid} is alive {GONE_WITHIN_SECS:.0f} s after the kill at step {kill.step}"
@@ -48,47 +62,83 @@ def check_workers_gone(legs: Sequence[Leg]) -> Check:
 
 
 def check_resumes(legs: Sequence[Leg]) -> Check:
-    """Each leg went on from the newest checkpoint that must be valid.
+    """Check that each leg went on from the newest checkpoint that must be valid.
 
-    A save that was staged is finished by the workers of the dead trainer.  One that was not is discarded, unless it
-    was staged after all and the trainer died before it could say so.
+    A save that was staged is finished by the workers of the dead job.  One that was not is discarded, unless it was
+    staged after all and a rank died before it could say so.
     """
     found, problems = [], []
     for killed, resumed in pairwise(legs):
-        if killed.kill is None or resumed.resumed is None:
-            problems.append(f"{resumed.name} did not resume from {killed.name}")
+        if killed.kill is None:
+            problems.append(f"{killed.name} was not killed")
             continue
-        safe = {*killed.staged, *killed.committed} - {killed.kill.step}
-        before = max(safe, default=killed.resumed.step if killed.resumed else 0)
+        safe = {step for step in killed.first.begun if killed.is_staged(step) or killed.is_committed(step)}
+        before = max(safe - {killed.kill.step}, default=killed.first.resumed.step)
         allowed = {killed.kill.step} if killed.kill.hit is not Aim.STAGING else {before, killed.kill.step}
-        step = resumed.resumed.step
+        step = resumed.first.resumed.step
         outcome = "finished by the workers" if step == killed.kill.step else f"save {killed.kill.step} discarded"
         found.append(f"from step {step} ({outcome})")
         if step not in allowed:
             problems.append(f"resumed from step {step}, expected {' or '.join(map(str, sorted(allowed)))}")
-    problems += [f"save at step {failed.step}: {failed.error}" for leg in legs for failed in leg.failed]
+    problems += [problem for leg in legs for problem in _failed_saves(leg)]
     return Check("Resumed from the newest valid checkpoint", not problems, "; ".join(found), tuple(problems))
 
 
-def check_losses(expected: Path, legs: Sequence[Leg], steps: int) -> Check:
-    """Every loss of every leg is, bit for bit, the uninterrupted run's; and the last leg reached the end."""
-    truth = read_losses(expected)
+def _failed_saves(leg: Leg) -> Iterator[str]:
+    """The saves that rank 0 saw fail, but the one that had to, because another rank was killed in it."""
+    for failed in leg.first.failed:
+        if leg.num_ranks == 1 or leg.kill is None or failed.step != leg.kill.step:
+            yield f"{leg.name}: save at step {failed.step}: {failed.error}"
+
+
+def check_losses(truth: Leg, legs: Sequence[Leg], steps: int) -> Check:
+    """Check that every loss of every leg is the uninterrupted run's, bit for bit, and that the last leg reached the end."""
+    expected = read_losses(truth.losses)
     problems: list[str] = []
     num_compared = 0
     for leg in legs:
         losses = read_losses(leg.losses)
         num_compared += len(losses)
-        problems += loss_differences(truth, losses, leg.name)
+        problems += loss_differences(expected, losses, leg.name)
     last = read_losses(legs[-1].losses)
-    for name, run in (("the uninterrupted run", truth), (legs[-1].name, last)):
+    for name, run in (("the uninterrupted run", expected), (legs[-1].name, last)):
         if max(run, default=0) != steps:
             problems.append(f"{name} ended at step {max(run, default=0)} of {steps}")
     detail = f"{num_compared} losses, of which {len(last)} after the last resume"
     return Check("Losses equal, bit for bit", not problems, detail, tuple(problems[:PROBLEMS_SHOWN]))
 
 
+def check_close(truth: Leg, leg: Leg, steps: range, tolerance: float) -> Check:
+    """Check that a run resumed on another number of ranks has nearly the losses of the uninterrupted run.
+
+    Args:
+        steps: those that it must have trained.
+        tolerance: largest difference allowed, in nats per byte.
+    """
+    expected, losses = read_losses(truth.losses), read_losses(leg.losses)
+    problems = []
+    if list(losses) != list(steps):
+        problems.append(f"{leg.name}: steps {list(losses)} instead of {steps[0]} to {steps[-1]}")
+    apart = {
+        step: abs(float.fromhex(bits) - float.fromhex(expected[step]))
+        for step, bits in losses.items()
+        if step in expected
+    }
+    problems += [
+        f"{leg.name}: loss of step {step} differs by {difference:.2e}"
+        for step, difference in apart.items()
+        if not difference <= tolerance  # so that a NaN is a problem
+    ]
+    problems += _failed_saves(leg)
+    ranks = f"{truth.num_ranks} to {ranks_text(leg.num_ranks)}"
+    detail = f"{len(apart)} losses, at most {max(apart.values(), default=0.0):.1e} apart"
+    name = f"Resumed from {ranks}: losses within {tolerance:g}"
+    return Check(name, not problems, detail, tuple(problems[:PROBLEMS_SHOWN]))
+
+
 def check_final_state(expected: Path, actual: Path) -> Check:
-    """Weights, optimizer, scheduler, data order and RNG state at the end are, bit for bit, the uninterrupted run's."""
+    """Check weights, optimizer, scheduler, data order and random state at the end against the uninterrupted run's, bit
+    for bit."""
     truth = torch.load(expected, weights_only=True, mmap=True)
     problems = list(state_differences(truth, torch.load(actual, weights_only=True, mmap=True), "state"))
     num_tensors, nbytes = count_tensors(truth)
@@ -97,36 +147,47 @@ def check_final_state(expected: Path, actual: Path) -> Check:
 
 
 def check_stock_load(expected: Path, checkpoint: Path) -> Check:
-    """Stock ``dcp.load``, in a process that never imports stager, reads the uninterrupted run's final weights."""
+    """Check that stock ``dcp.load``, in a process that never imports stager, reads the uninterrupted run's final state."""
     name = "Stock dcp.load, no stager imported, equal"
-    try:
-        found = run_stock_load(expected, checkpoint)
-    except ChildError as error:
-        return Check(name, False, f"{checkpoint.name} was not loaded", (str(error),))
-    detail = f"{checkpoint.name}: {found['num_tensors']} tensors, {found['nbytes'] / 1e6:.1f} MB, {found['secs']:.2f} s"
-    problems = tuple(f"{path} differs" for path in found["differences"][:PROBLEMS_SHOWN])
-    return Check(name, not problems, detail, problems)
+    with tempfile.TemporaryDirectory() as directory:
+        loaded = Path(directory) / "loaded.pt"
+        try:
+            secs = load_with_stock(checkpoint, expected, loaded)
+        except JobError as error:
+            return Check(name, False, f"{checkpoint.name} was not loaded", (str(error),))
+        found, truth = (torch.load(path, weights_only=True) for path in (loaded, expected))
+    expected_parts = {
+        name: dict(truth[name]) for name in found
+    }  # a state dict may be an OrderedDict, what is loaded is not
+    problems = list(state_differences(expected_parts, found, "state"))
+    num_tensors, nbytes = count_tensors(found)
+    detail = f"{checkpoint.name}: {num_tensors} tensors, {nbytes / 1e6:.1f} MB, {secs:.2f} s"
+    return Check(name, not problems, detail, tuple(problems[:PROBLEMS_SHOWN]))
 
 
-def run_stock_load(expected: Path, checkpoint: Path) -> dict[str, Any]:
+def load_with_stock(checkpoint: Path, structure: Path, loaded: Path) -> float:
     """Run the script of ``stock_load.py`` in a process of its own, in an empty directory.
 
+    Args:
+        structure: a file of ``torch.save`` with a state of the same structure.
+        loaded: the file for what is loaded, in an empty directory.
+
+    Returns:
+        The seconds that loading took.
+
     Raises:
-        ChildError: the script failed, or imported stager; the message holds what it wrote.
+        JobError: the script failed, or imported stager; the message holds what it wrote.
     """
     source = resources.files("stager.demo").joinpath("stock_load.py").read_text(encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with tempfile.TemporaryDirectory() as empty:
-        ended = subprocess.run(
-            [sys.executable, "-c", source, str(checkpoint), str(expected)],
-            cwd=empty,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=STOCK_LOAD_TIMEOUT_SECS,
-        )
+    ended = subprocess.run(
+        [sys.executable, "-c", source, str(checkpoint), str(structure), str(loaded)],
+        cwd=loaded.parent,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=STOCK_LOAD_TIMEOUT_SECS,
+    )
     if ended.returncode != 0:
-        raise ChildError(f"the script that loads with stock PyTorch failed:\n{ended.stderr.strip()}")
-    result: dict[str, Any] = json.loads(ended.stdout)
-    return result
+        raise JobError(f"the script that loads with stock PyTorch failed:\n{ended.stderr.strip()}")
+    return float(ended.stdout)

@@ -1,8 +1,9 @@
-"""What a child of the demo tells its parent: one JSON line per event, over a pipe of its own.
+"""What the processes of a job tell the demo: one JSON line per event, each with the rank that sent it.
 
-The pipe is not inherited by the child's workers, so the parent reads end-of-file at the moment the child is dead, and
-what it has read by then is all that the child lived to see.  That is how the demo knows, without a clock, whether
-a kill came in the middle of a save.
+All ranks of a job write into one FIFO, each line at once and shorter than PIPE_BUF, so lines never mix.  Workers do not
+inherit it, so the demo reads end-of-file when the last rank, and torchrun if there is one, is dead; what it has read by
+then is all that the ranks lived to see.  That is how the demo knows, without a clock, whether a kill came in the middle
+of a save.
 """
 
 from __future__ import annotations
@@ -10,15 +11,28 @@ from __future__ import annotations
 import json
 import os
 import threading
-from typing import IO, Annotated, Literal, Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from typing import IO, Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+MAX_TEXT_CHARS = 300  # of an error: a line stays below PIPE_BUF; the log has all of it
+MAX_TEXTS = 3
+
+
+@dataclass(frozen=True)
+class Started:
+    """First event of each rank: the process to kill."""
+
+    pid: int
+    kind: Literal["started"] = "started"
+
 
 @dataclass(frozen=True)
 class Resumed:
-    """From a training child with checkpoints, before its first step: where it goes on (step 0: from the start)."""
+    """Sent before the first step of a rank with checkpoints: the step it resumed from (0: from the start)."""
 
     step: int
     skipped: tuple[str, ...] = ()
@@ -27,7 +41,7 @@ class Resumed:
 
 @dataclass(frozen=True)
 class StepDone:
-    """From a training child, after each optimizer step."""
+    """Sent after each optimizer step."""
 
     step: int
     loss: float
@@ -37,7 +51,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class SaveBegun:
-    """From a training child, right before it calls ``save``."""
+    """Sent right before a rank calls ``save``."""
 
     step: int
     time: float
@@ -46,7 +60,7 @@ class SaveBegun:
 
 @dataclass(frozen=True)
 class SaveReturned:
-    """From a training child, when ``save`` has returned; ``staged``: its snapshot was complete by then."""
+    """Sent when ``save`` has returned; ``staged``: the snapshot was complete by then."""
 
     step: int
     staged: bool
@@ -55,7 +69,7 @@ class SaveReturned:
 
 @dataclass(frozen=True)
 class SaveStaged:
-    """From a training child, when ``staging_completion`` is done: the snapshot no longer needs the trainer."""
+    """Sent when ``staging_completion`` is done: the snapshot no longer needs the trainer."""
 
     step: int
     time: float
@@ -64,7 +78,7 @@ class SaveStaged:
 
 @dataclass(frozen=True)
 class SaveCommitted:
-    """From a training child, when ``upload_completion`` is done: the checkpoint is durable.
+    """Sent when ``upload_completion`` is done: the checkpoint is durable.
 
     Times as in :class:`stager.SaveReport`: seconds since ``save()`` was called; None: not known yet.
     """
@@ -81,7 +95,7 @@ class SaveCommitted:
 
 @dataclass(frozen=True)
 class SaveFailed:
-    """From a training child, when a save's Future holds an exception."""
+    """Sent when a save's Future holds an exception."""
 
     step: int
     error: str
@@ -90,7 +104,7 @@ class SaveFailed:
 
 @dataclass(frozen=True)
 class Stretch:
-    """From the measuring child: one measured stretch of training steps without a save."""
+    """From the measuring process: one measured stretch of training steps without a save."""
 
     num_steps: int
     secs: float
@@ -99,7 +113,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class MeasuredSave:
-    """From the measuring child: a stretch of training steps with one save at its start.
+    """From the measuring process: a stretch of training steps with one save at its start.
 
     ``lost_secs`` is what the stretch took beyond ``num_steps`` steps of the stretches before and after it.
     ``done_secs`` is the time from the call until its API said the save was complete.
@@ -115,72 +129,87 @@ class MeasuredSave:
     kind: Literal["measured"] = "measured"
 
 
+SaveEvent = SaveBegun | SaveReturned | SaveStaged | SaveCommitted | SaveFailed
 Event = Annotated[
-    Resumed | StepDone | SaveBegun | SaveReturned | SaveStaged | SaveCommitted | SaveFailed | Stretch | MeasuredSave,
+    Started | Resumed | StepDone | SaveEvent | Stretch | MeasuredSave,
     Field(discriminator="kind"),
 ]
-_EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+SendEvent = Callable[[Event], None]
+"""Where a training run reports its progress. Any thread may call it."""
 
 
-class EventSink(Protocol):
-    """Where a training run says how it goes."""
+@dataclass(frozen=True)
+class RankEvent:
+    """One line of the FIFO: an event and the rank that sent it."""
 
-    def send(self, event: Event) -> None:
-        """Take note of an event.  Any thread may send."""
+    rank: int
+    event: Event
 
 
-class LineWriter:
-    """The child's end of a pipe.  Any thread may write: a save's events come from its callbacks' thread."""
-
-    def __init__(self, fd: int) -> None:
-        os.set_inheritable(fd, False)
-        self._fd = fd
-        self._lock = threading.Lock()
-
-    def write(self, line: bytes) -> None:
-        """Write one line, whose end is added.
-
-        Raises:
-            BrokenPipeError: the parent is gone.
-        """
-        left = memoryview(line + b"\n")
-        with self._lock:
-            while left:
-                left = left[os.write(self._fd, left) :]
+_LINE: TypeAdapter[RankEvent] = TypeAdapter(RankEvent)
 
 
 class EventWriter:
-    """Sends events through a pipe of the child's own."""
+    """One rank's end of the FIFO.  Any thread may send: the events of a save come from the thread of its callbacks.
 
-    def __init__(self, fd: int) -> None:
-        self._lines = LineWriter(fd)
+    Args:
+        path: of the FIFO, which the demo reads.
+        rank: of this process.
+
+    Raises:
+        OSError: nobody reads.
+    """
+
+    def __init__(self, path: str, rank: int = 0) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # without a reader a blocking open never returns
+        os.set_blocking(self._fd, True)
+        self._lock = threading.Lock()
+        self._rank = rank
+        self.send(Started(os.getpid()))
 
     def send(self, event: Event) -> None:
         """Write one line.
 
         Raises:
-            BrokenPipeError: the parent is gone.
+            BrokenPipeError: the reader is gone.
         """
-        self._lines.write(_EVENT.dump_json(event))
+        left = memoryview(_LINE.dump_json(RankEvent(self._rank, _shortened(event))) + b"\n")
+        with self._lock:
+            while left:
+                left = left[os.write(self._fd, left) :]
+
+    def close(self) -> None:
+        """Close this end: the rank sends nothing more."""
+        os.close(self._fd)
 
 
-def decode_event(line: bytes) -> Event:
-    """One line of the pipe.
+def _shortened(event: Event) -> Event:
+    match event:
+        case SaveFailed():
+            return replace(event, error=event.error[:MAX_TEXT_CHARS])
+        case Resumed():
+            return replace(event, skipped=tuple(text[:MAX_TEXT_CHARS] for text in event.skipped[:MAX_TEXTS]))
+        case _:
+            return event
+
+
+def decode_line(line: bytes) -> RankEvent:
+    """Decode one line of the FIFO.
 
     Raises:
         pydantic.ValidationError: it is not an event.
     """
-    return _EVENT.validate_json(line)
+    return _LINE.validate_json(line)
 
 
 def write_loss(file: IO[str], step: int, loss: float) -> None:
-    """One JSON line: the loss as a number to read and, in ``bits``, as its exact value."""
+    """Write one JSON line: the loss as a number to read and, in ``bits``, as its exact value."""
     file.write(json.dumps({"step": step, "loss": loss, "bits": loss.hex()}) + "\n")
     file.flush()
 
 
 def read_losses(path: str | os.PathLike[str]) -> dict[int, str]:
-    """The exact losses of a run, by step.  A last line cut short by a kill is dropped."""
+    """Read the exact losses of a run, by step.  A last line cut short by a kill is dropped."""
     with open(path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file if line.endswith("\n")]
     return {record["step"]: record["bits"] for record in records}

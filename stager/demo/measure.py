@@ -1,10 +1,10 @@
-"""The measuring child: what a save costs the training loop, with stager, torch.save and dcp.async_save.
+"""The measuring process: what a save costs the training loop, with stager, torch.save and dcp.async_save.
 
 One process, one model.  Stretches of training without a save and stretches with one at their start take turns, and
 so do the three ways to save, so that whatever else the machine does falls on all of them alike.  What a save cost is
 what its stretch took beyond the same number of steps of the stretches before and after it.
 
-Run as ``python -m stager.demo.measure --config FILE --directory DIR --events-fd FD``.
+Run as ``python -m stager.demo.measure --config FILE --directory DIR --events FIFO``.
 """
 
 from __future__ import annotations
@@ -13,100 +13,72 @@ import argparse
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from stager import Checkpointer, CheckpointInfo
+from stager import Checkpointer
 from stager.demo.config import DemoConfig
 from stager.demo.events import EventWriter, MeasuredSave, Stretch
 from stager.demo.train import TrainingRun
 
-STAGER, TORCH_SAVE, DCP_ASYNC_SAVE = "stager", "torch.save", "dcp.async_save"
-METHODS = (STAGER, TORCH_SAVE, DCP_ASYNC_SAVE)
-
 MAX_STEPS_WAITED = 10_000  # a save that is not done after as many steps will not be
 
 
-class Saver(Protocol):
-    """One way to save the state of a training run."""
+@dataclass(frozen=True)
+class Saver:
+    """One way to save the state of a training run.
+
+    Attributes:
+        save: begins to save as a given step; its Future is done when the method calls the save complete.
+        directory, pattern: where what was saved is.
+    """
 
     method: str
-
-    def save(self, step: int, run: TrainingRun) -> Future[Any]:
-        """Save; the Future is done when the method calls the save complete."""
+    save: Callable[[int], Future[Any]]
+    directory: Path
+    pattern: str
 
     def discard(self) -> int:
         """Remove what was saved, so that no write-back of it falls on the next stretch; returns its bytes."""
+        nbytes = 0
+        for path in list(self.directory.glob(self.pattern)):
+            nbytes += sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        return nbytes
 
 
-class StagerSaver:
-    """``Checkpointer.save``: complete when written, synced and committed."""
+def make_savers(run: TrainingRun, checkpointer: Checkpointer, directory: Path) -> list[Saver]:
+    """Return the three ways to save.
 
-    method = STAGER
+    ``Checkpointer.save`` is complete when the checkpoint is written, synced and committed.  ``torch.save`` is complete
+    when the call returns: the bytes are in the page cache.  ``dcp.async_save`` is complete when its Future says so.
+    """
 
-    def __init__(self, checkpointer: Checkpointer, run: TrainingRun) -> None:
-        self._checkpointer = checkpointer
-        self._checkpointer.guard(run.optimizer)
-        self._saved: Future[CheckpointInfo] | None = None
-
-    def save(self, step: int, run: TrainingRun) -> Future[CheckpointInfo]:
-        self._saved = self._checkpointer.save(step, run.state).upload_completion
-        return self._saved
-
-    def discard(self) -> int:
-        assert self._saved is not None  # nothing to discard before the first save
-        return _remove(Path(self._saved.result().path))
-
-
-class TorchSaver:
-    """``torch.save``: complete when the call returns, handed to the page cache and not synced."""
-
-    method = TORCH_SAVE
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def save(self, step: int, run: TrainingRun) -> Future[None]:
-        torch.save({name: value.state_dict() for name, value in run.state.items()}, self._path)
+    def save_with_torch(step: int) -> Future[None]:
+        torch.save({name: value.state_dict() for name, value in run.state.items()}, directory / "torch.pt")
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def discard(self) -> int:
-        return _remove(self._path)
-
-
-class AsyncSaver:
-    """``dcp.async_save`` as it comes, in its thread: complete when its Future says so."""
-
-    method = DCP_ASYNC_SAVE
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def save(self, step: int, run: TrainingRun) -> Future[Any]:
-        future: Future[Any] = async_save(run.state, checkpoint_id=str(self._directory))  # type: ignore[assignment]  # without a stager of ours it is a Future
+    def save_with_dcp(step: int) -> Future[Any]:
+        future: Future[Any] = async_save(run.state, checkpoint_id=str(directory / "dcp"))  # type: ignore[assignment]  # without a stager of ours it is a Future
         return future
 
-    def discard(self) -> int:
-        return _remove(self._directory)
-
-
-def _remove(path: Path) -> int:
-    """Remove a file or a directory of files; returns the bytes that were in it."""
-    if path.is_file():
-        nbytes = path.stat().st_size
-        path.unlink()
-        return nbytes
-    nbytes = sum(file.stat().st_size for file in path.iterdir())
-    shutil.rmtree(path)
-    return nbytes
+    checkpointer.guard(run.optimizer)
+    return [
+        Saver("stager", lambda step: checkpointer.save(step, run.state).upload_completion, directory, "stager/step-*"),
+        Saver("torch.save", save_with_torch, directory, "torch.pt"),
+        Saver("dcp.async_save", save_with_dcp, directory, "dcp"),
+    ]
 
 
 class _Watched(NamedTuple):
@@ -138,7 +110,7 @@ class Meter:
         self._step += 1
         done_at: list[float] = []
         started = time.perf_counter()
-        future = saver.save(self._step, self._run)
+        future = saver.save(self._step)
         blocked_secs = time.perf_counter() - started
         future.add_done_callback(lambda _: done_at.append(time.perf_counter()))
         num_steps = 0
@@ -181,29 +153,25 @@ def measure(meter: Meter, savers: Sequence[Saver], num_saves: int) -> Iterator[S
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the child process."""
+    """Measure in this process, and report to the demo."""
     parser = argparse.ArgumentParser(prog="python -m stager.demo.measure", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a DemoConfig as JSON")
     parser.add_argument("--directory", type=Path, required=True, help="where checkpoints are written and removed")
-    parser.add_argument("--events-fd", type=int, required=True, help="the write end of the parent's pipe")
+    parser.add_argument("--events", required=True, help="the FIFO that the demo reads")
     arguments = parser.parse_args(argv)
 
     # dcp.async_save says on every save that there is no process group; here that is meant.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     config = DemoConfig.model_validate_json(arguments.config.read_bytes())
-    events = EventWriter(arguments.events_fd)
+    events = EventWriter(arguments.events)
     run = TrainingRun(config.demo)
     run.train_step()  # AdamW creates its state in its first step
-    with ExitStack() as stack:
-        checkpointer = stack.enter_context(Checkpointer(arguments.directory / "stager", config=config))
+    with Checkpointer(arguments.directory / "stager", config=config) as checkpointer:
         checkpointer.warmup(run.state)
-        savers: list[Saver] = [
-            StagerSaver(checkpointer, run),
-            TorchSaver(arguments.directory / "torch.pt"),
-            AsyncSaver(arguments.directory / "dcp"),
-        ]
+        savers = make_savers(run, checkpointer, arguments.directory)
         for result in measure(Meter(run, config.demo.measure_steps), savers, config.demo.measure_saves):
             events.send(result)
+    events.close()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stager.config.host import usable_cores
-from stager.demo.config import TrainingConfig
+from stager.demo.config import DemoConfig
 from stager.demo.leg import Kill
 from stager.demo.results import Check, LostTime, Measurement, Results
 from stager.demo.timeline import save_lines
@@ -29,10 +29,8 @@ COMPLETE = {
 }
 
 
-def print_report(
-    results: Results, config: TrainingConfig, workspace: Workspace, console: Console, as_json: bool
-) -> None:
-    """Tables and the path of the chart; or, as JSON, what ``results.json`` holds."""
+def print_report(results: Results, config: DemoConfig, workspace: Workspace, console: Console, as_json: bool) -> None:
+    """Print tables and the path of the chart; or, as JSON, what ``results.json`` holds."""
     if as_json:
         console.out(workspace.results.read_text(encoding="utf-8").rstrip(), highlight=False)
         return
@@ -49,7 +47,7 @@ def print_report(
         console.print(Text(f"{label}: {path}"), soft_wrap=True)
 
 
-def write_results(results: Results, config: TrainingConfig, workspace: Workspace) -> None:
+def write_results(results: Results, config: DemoConfig, workspace: Workspace) -> None:
     """Write ``results.json``: checks, kills, saves, every measured sample, versions."""
     workspace.results.write_text(json.dumps(_as_json(results, config, workspace), indent=2), encoding="utf-8")
 
@@ -97,23 +95,23 @@ def _ratio_text(measurement: Measurement, method: LostTime) -> str:
     return f"> {method.lost_secs / measurement.noise_secs:.1f}"
 
 
-def _setting(measurement: Measurement, config: TrainingConfig) -> str:
+def _setting(measurement: Measurement, config: DemoConfig) -> str:
     sample = measurement.methods[0].samples[0]
     return (
         f"saves with each: {len(measurement.methods[0].samples)}, of {sample.nbytes / 1e6:.0f} MB, taking turns; "
-        f"training threads: {config.training.threads} on {usable_cores()} cores; "
+        f"training threads: {config.demo.threads_for(1)} on {usable_cores()} cores; "
         f"a step takes {measurement.step_secs * 1e3:.0f} ms; "
         f"equal stretches without a save differ by {measurement.noise_secs * 1e3:.0f} ms"
     )
 
 
-def _as_json(results: Results, config: TrainingConfig, workspace: Workspace) -> dict[str, Any]:
+def _as_json(results: Results, config: DemoConfig, workspace: Workspace) -> dict[str, Any]:
     return {
         "ok": results.ok,
         "elapsed_secs": results.elapsed_secs,
         "checks": [asdict(check) for check in results.checks],
         "kills": [_kill_json(leg.kill) for leg in results.legs if leg.kill is not None],
-        "resumed_from": [leg.resumed.step if leg.resumed else None for leg in results.legs],
+        "resumed_from": [leg.first.resumed.step for leg in results.legs],
         "saves": [asdict(line) for line in save_lines(results.legs)],
         "lost_time": dict(_lost_time_json(results.measurement)) if results.measurement else None,
         "chart": str(workspace.chart),
@@ -125,7 +123,7 @@ def _as_json(results: Results, config: TrainingConfig, workspace: Workspace) -> 
             "platform": platform.platform(),
             "cores": usable_cores(),
             "cpu_count": os.cpu_count(),
-            "threads": config.training.threads,
+            "threads": config.demo.threads_for(1),
         },
     }
 

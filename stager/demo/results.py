@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 from stager.demo.events import MeasuredSave, Stretch
 from stager.demo.leg import Leg
@@ -30,7 +31,7 @@ class LostTime:
 
     @property
     def blocked_secs(self) -> float:
-        """The time of the call."""
+        """How long the call took."""
         return statistics.median(sample.blocked_secs for sample in self.samples)
 
     @property
@@ -52,14 +53,14 @@ class LostTime:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measuring child's results."""
+    """What the measuring process found."""
 
     methods: tuple[LostTime, ...]
     stretches: tuple[Stretch, ...]
 
     @staticmethod
     def of(samples: Sequence[MeasuredSave], stretches: Sequence[Stretch]) -> Measurement:
-        """Samples in the order they were measured, grouped by method."""
+        """Group samples, which are in the order in which they were measured, by method."""
         names = dict.fromkeys(sample.method for sample in samples)
         methods = (LostTime(name, tuple(s for s in samples if s.method == name)) for name in names)
         return Measurement(tuple(methods), tuple(stretches))
@@ -71,31 +72,42 @@ class Measurement:
 
     @property
     def noise_secs(self) -> float:
-        """By how much two neighbouring stretches without a save differ (median), in seconds: a loss below this cannot
-        be told from none."""
+        """By how much two neighbouring stretches without a save differ (median), in seconds.
+
+        A loss below this cannot be told from no loss.
+        """
         return statistics.median(abs(one.secs - other.secs) for one, other in pairwise(self.stretches))
 
     def relative_loss(self, method: LostTime) -> float | None:
-        """The method's lost time as a multiple of the first method's; None if that cannot be told from none."""
+        """Return the method's lost time as a multiple of the first method's; None if that is below the noise."""
         reference = self.methods[0].lost_secs
         return method.lost_secs / reference if reference > self.noise_secs else None
 
 
 @dataclass
 class Results:
-    """Everything the demo reports."""
+    """Everything the demo reports.
 
+    Attributes:
+        truth: the uninterrupted run.
+        legs: of the killed run, in order.
+        others: resumed from one checkpoint of that run on other numbers of ranks.
+        measurement: None: no lost time was measured.
+    """
+
+    truth: Leg = field(default_factory=lambda: Leg("uninterrupted", Path()))
     checks: list[Check] = field(default_factory=list)
     legs: list[Leg] = field(default_factory=list)
+    others: list[Leg] = field(default_factory=list)
     measurement: Measurement | None = None
     elapsed_secs: float = 0.0
 
     @property
-    def ok(self) -> bool:
-        """All was shown."""
-        return all(check.ok for check in self.checks)
+    def runs(self) -> list[Leg]:
+        """Every leg of every run."""
+        return [self.truth, *self.legs, *self.others]
 
     @property
-    def exit_code(self) -> int:
-        """0: all was shown; 1: something was not."""
-        return 0 if self.ok else 1
+    def ok(self) -> bool:
+        """Whether all was shown."""
+        return all(check.ok for check in self.checks)

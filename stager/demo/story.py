@@ -1,26 +1,26 @@
-"""The demo: six acts, each a child process of its own, and what they show.
+"""The demo: a list of acts, and what they show.  One rank is a job of one.
 
-1  train without interruption                     the truth that everything is compared with
-2  train again, saving; be killed during a save   once while the snapshot is taken, once while it is written
-3  resume from the newest valid checkpoint        after each kill; the last time to the end
-4  compare losses and final state                 bit for bit
-5  load the last checkpoint with stock dcp.load   in a process that never imports stager
-6  measure the time the loop loses per save       stager, torch.save, dcp.async_save in turns
+train without interruption    by the ranks that the user has started: the truth that everything is compared with
+train, save, be killed        in a job of as many ranks: once the last rank while the snapshot is taken, once all of them
+                              while it is written; each time from the newest valid checkpoint on
+resume to the end             after the last kill
+resume on other numbers       from a copy of one of these checkpoints, to the end
+compare                       losses and final state, bit for bit; on other numbers of ranks within a tolerance
+load with stock dcp.load      the last checkpoint, in a process that never imports stager
+measure the time lost         per save: stager, torch.save, dcp.async_save in turns
 """
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from stager.demo.bars import Bar, Bars
 from stager.demo.checks import (
-    GONE_WITHIN_SECS,
+    check_close,
     check_final_state,
     check_kills,
     check_losses,
@@ -28,196 +28,146 @@ from stager.demo.checks import (
     check_stock_load,
     check_workers_gone,
 )
-from stager.demo.child import Child, wait_until_gone
 from stager.demo.config import DemoConfig
-from stager.demo.events import MeasuredSave, Resumed, SaveCommitted, StepDone, Stretch
-from stager.demo.leg import Aim, Kill, Leg, Trap, has_partial
-from stager.demo.report import print_report, write_results
+from stager.demo.events import Event, MeasuredSave, RankEvent, Stretch
+from stager.demo.job import Job
+from stager.demo.leg import Aim, Leg, Trap, ranks_text
 from stager.demo.results import Measurement, Results
+from stager.demo.runner import LegRunner, show
+from stager.demo.sharded import train_rank
 from stager.demo.workspace import Workspace
-from stager.workers.errors import UsageError
 
-KILL_ATTEMPTS = 3  # a save may get further before the signal arrives; then another one is aimed at
+KILL_ATTEMPTS = 3  # a save may get further before the signal arrives; then another save is aimed at
 NUM_METHODS = 3
+KILLED = {Aim.STAGING: "while a snapshot is taken", Aim.WRITING: "while a save is written"}
+
+
+@dataclass(frozen=True)
+class Act:
+    """One act: its title, its units of work, and what plays it."""
+
+    title: str
+    num_units: int
+    play: Callable[[Bar], None]
 
 
 class Story:
-    """Plays the acts in order and keeps what was seen."""
+    """Plays the acts in order and keeps what was seen.
 
-    def __init__(self, config: DemoConfig, workspace: Workspace, bars: Bars) -> None:
+    Args:
+        num_ranks: ranks that the user has started, of which this process is rank 0, and of the jobs that are killed.
+    """
+
+    def __init__(self, config: DemoConfig, num_ranks: int, workspace: Workspace, bars: Bars) -> None:
+        self._config = config
         self._settings = config.demo
+        self._num_ranks = num_ranks
         self._workspace = workspace
         self._bars = bars
-        self.results = Results()
+        self.results = Results(Leg("uninterrupted", workspace.run("uninterrupted"), num_ranks))
 
     def tell(self) -> Results:
         """Play all acts.
 
         Raises:
-            ChildError: a child failed where nothing should have killed it.
+            JobError: a job failed where nothing should have killed it.
         """
-        self._train_uninterrupted()
-        self._train_until_killed()
-        self._resume_to_the_end()
-        self.compare()
-        self._measure()
+        for number, act in enumerate(self.acts(), start=1):
+            bar = self._bars.begin(f"{number} {act.title}", act.num_units)
+            act.play(bar)
+            bar.end()
         return self.results
 
-    def _train_uninterrupted(self) -> None:
-        bar = self._bars.begin("1 train without interruption", self._settings.steps)
-        directory = self._workspace.run("uninterrupted")
-        arguments = ["--config", str(self._workspace.config), "--run-dir", str(directory)]
-        with Child("stager.demo.train", arguments, directory / "log.txt") as child:
-            for event in child.events():
-                if isinstance(event, StepDone):
-                    bar.advance()
-                    bar.say(f"loss {event.loss:.3f}")
-            child.wait()
+    def acts(self) -> list[Act]:
+        """Return the acts that this configuration asks for."""
+        settings, on_ranks = self._settings, f" on {self._num_ranks} ranks" if self._num_ranks > 1 else ""
+        acts = [Act(f"train{on_ranks} without interruption", settings.steps, self._train_here)]
+        verb = "train and save"
+        for aim, save in settings.kills:
+            victim = "one rank" if aim is Aim.STAGING else "all ranks"
+            title = f"{verb}; SIGKILL{f' of {victim}' * (self._num_ranks > 1)} {KILLED[aim]}"
+            acts.append(Act(title, settings.steps, partial(self._be_killed, aim, save * settings.save_every)))
+            verb = "resume"
+        acts.append(Act(f"resume{on_ranks} to the end", settings.steps, self._resume))
+        for num_ranks in settings.other_ranks:
+            title = f"resume on {ranks_text(num_ranks)} to the end"
+            acts.append(Act(title, settings.steps, partial(self._resume_on, num_ranks)))
+        acts.append(Act("compare", 2 + len(settings.other_ranks), self.compare))
+        acts.append(Act("load with stock dcp.load", 1, self.load_with_stock))
+        if settings.measure_saves:
+            acts.append(Act("measure the time lost", settings.measure_saves * NUM_METHODS, self._measure))
+        return acts
 
-    def _train_until_killed(self) -> None:
-        bar = self._bars.begin("2 train, save, be killed", self._settings.steps)
-        targets = {
-            Aim.STAGING: self._settings.kill_staging_at_save,
-            Aim.WRITING: self._settings.kill_writing_at_save,
-        }
-        for aim, save in targets.items():
-            for _ in range(KILL_ATTEMPTS):
-                trap = Trap(aim, save * self._settings.save_every, has_checkpoint=bool(self.results.legs))
-                leg = self._run_leg(f"killed-{len(self.results.legs) + 1}", bar, trap)
-                if leg.kill is None or leg.kill.hit is aim:
-                    break
-        bar.end(f"killed {len(self.results.legs)} times")
+    def _train_here(self, bar: Bar) -> None:
+        def note(event: Event) -> None:
+            self.results.truth.note(RankEvent(0, event))
+            show(bar, event)
 
-    def _resume_to_the_end(self) -> None:
-        bar = self._bars.begin("3 resume to the end", self._settings.steps)
-        self._run_leg("resumed", bar, trap=None)
+        # The other ranks that the user has started train along: see run.py.
+        train_rank(self._config, self._num_ranks > 1, self.results.truth.directory, None, note)
 
-    def _run_leg(self, name: str, bar: Bar, trap: Trap | None) -> Leg:
-        leg = Leg(name, self._workspace.run(name))
-        self.results.legs.append(leg)
+    def _be_killed(self, aim: Aim, first_step: int, bar: Bar) -> None:
+        for _ in range(KILL_ATTEMPTS):
+            trap = Trap(aim, first_step, has_checkpoint=bool(self.results.legs))
+            leg = self._new_leg(f"killed-{len(self.results.legs) + 1}", self._num_ranks, self.results.legs)
+            with self._job(leg, self._workspace.checkpoints) as job:
+                LegRunner(leg, self._workspace.checkpoints, bar).run_to_kill(job, trap)
+            if leg.kill is None or leg.kill.hit is aim:
+                return
+
+    def _resume(self, bar: Bar) -> None:
+        leg = self._new_leg("resumed", self._num_ranks, self.results.legs)
+        with self._job(leg, self._workspace.checkpoints) as job:
+            LegRunner(leg, self._workspace.checkpoints, bar).run_to_end(job)
+
+    def _resume_on(self, num_ranks: int, bar: Bar) -> None:
+        leg = self._new_leg(f"on-{num_ranks}", num_ranks, self.results.others)
+        copied = leg.directory / "checkpoints"
+        name = f"step-{self._settings.last_dropout_step:08d}"  # a directory that can be copied like any other
+        shutil.copytree(self._workspace.checkpoints / name, copied / name)
+        with self._job(leg, copied) as job:
+            LegRunner(leg, copied, bar).run_to_end(job)
+
+    def _new_leg(self, name: str, num_ranks: int, legs: list[Leg]) -> Leg:
+        legs.append(Leg(name, self._workspace.run(name), num_ranks))
+        return legs[-1]
+
+    def _job(self, leg: Leg, checkpoints: Path) -> Job:
         arguments = ["--config", str(self._workspace.config), "--run-dir", str(leg.directory)]
-        arguments += ["--checkpoints", str(self._workspace.checkpoints)]
-        with Child("stager.demo.train", arguments, leg.directory / "log.txt") as child:
-            killed_in: int | None = None
-            num_workers = 0
-            for event in child.events():  # after a kill: what the trainer had still said before it died
-                leg.note(event)
-                _show(bar, event)
-                if killed_in is not None:
-                    continue
-                # Counted while the trainer lives, because they may be gone right after the kill.
-                num_workers = num_workers or len(child.workers_alive())
-                if trap is not None and (killed_in := trap.sprung_by(leg, event)) is not None:
-                    killed_at = time.time()
-                    child.kill()
-                    partial = has_partial(self._workspace.checkpoints, killed_in)
-            if killed_in is None or trap is None:
-                child.wait()
-            else:
-                gone_secs, left = wait_until_gone(child, GONE_WITHIN_SECS)
-                leg.kill = Kill(
-                    trap.aim,
-                    killed_in,
-                    killed_at,
-                    staged=killed_in in leg.staged,
-                    committed=killed_in in leg.committed,
-                    partial=partial,
-                    num_workers=num_workers,
-                    gone_secs=gone_secs,
-                    left=tuple(left),
-                )
-                bar.say(f"killed in the save at step {killed_in}")
-        return leg
+        arguments += ["--checkpoints", str(checkpoints)]
+        log = leg.directory / "log.txt"
+        return Job("stager.demo.rank", arguments, log, leg.num_ranks, torchrun=self._num_ranks > 1)
 
-    def compare(self) -> None:
-        """Acts 4 and 5: check everything that the children have left behind."""
-        bar = self._bars.begin("4 compare bit for bit", 2)
-        legs = self.results.legs
-        truth = self._workspace.run("uninterrupted")
-        self.results.checks += [check_kills(legs, len(Aim)), check_workers_gone(legs), check_resumes(legs)]
-        self.results.checks.append(check_losses(truth / "losses.jsonl", legs, self._settings.steps))
+    def compare(self, bar: Bar) -> None:
+        """Check everything that the jobs have left behind."""
+        settings, results, truth = self._settings, self.results, self.results.truth
+        results.checks += [check_kills(results.legs), check_workers_gone(results.legs), check_resumes(results.legs)]
+        results.checks.append(check_losses(truth, results.legs, settings.steps))
         bar.advance()
-        self.results.checks.append(check_final_state(truth / "final.pt", legs[-1].directory / "final.pt"))
+        results.checks.append(check_final_state(truth.final, results.legs[-1].final))
         bar.advance()
+        for leg in results.others:
+            steps = range(settings.last_dropout_step + 1, settings.steps + 1)
+            results.checks.append(check_close(truth, leg, steps, settings.tolerance))
+            bar.advance()
 
-        bar = self._bars.begin("5 load with stock dcp.load", 1)
+    def load_with_stock(self, bar: Bar) -> None:
+        """Check that stock PyTorch reads the last checkpoint."""
         last = self._workspace.checkpoints / f"step-{self._settings.steps:08d}"
-        self.results.checks.append(check_stock_load(truth / "final.pt", last))
+        self.results.checks.append(check_stock_load(self.results.truth.final, last))
         bar.advance()
 
-    def _measure(self) -> None:
-        total = self._settings.measure_saves * NUM_METHODS
-        bar = self._bars.begin("6 measure the time lost", total)
+    def _measure(self, bar: Bar) -> None:
         samples: list[MeasuredSave] = []
         stretches: list[Stretch] = []
         arguments = ["--config", str(self._workspace.config), "--directory", str(self._workspace.measured)]
-        with Child("stager.demo.measure", arguments, self._workspace.run("measured") / "log.txt") as child:
-            for event in child.events():
-                if isinstance(event, Stretch):
-                    stretches.append(event)
-                elif isinstance(event, MeasuredSave):
-                    samples.append(event)
+        with Job("stager.demo.measure", arguments, self._workspace.run("measured") / "log.txt") as job:
+            for said in job.events():
+                if isinstance(said.event, Stretch):
+                    stretches.append(said.event)
+                elif isinstance(said.event, MeasuredSave):
+                    samples.append(said.event)
                     bar.advance()
-                    bar.say(event.method)
-            child.wait()
-        bar.end("")
+                    bar.say(said.event.method)
+            job.wait()
         self.results.measurement = Measurement.of(samples, stretches)
-
-
-def _show(bar: Bar, event: object) -> None:
-    match event:
-        case Resumed():
-            bar.reach(event.step)
-            bar.say(f"from step {event.step}")
-        case StepDone():
-            bar.reach(event.step)
-        case SaveCommitted():
-            bar.say(f"step {event.step} committed")
-
-
-def run_demo(config: DemoConfig, out_dir: Path, console: Console, as_json: bool = False) -> int:
-    """Run the demo and print what it showed.
-
-    Args:
-        config: what to train and how to save; see :class:`DemoConfig`.
-        out_dir: where checkpoints, the chart ``demo.png`` and ``results.json`` go: an empty directory, a new one, or
-            that of an earlier demo, which is cleared.
-        console: where progress and the tables go.
-        as_json: print ``results.json`` on ``console`` and nothing else; progress goes to stderr.
-
-    Returns:
-        0: everything was shown; 1: something was not, and the table says what.
-
-    Raises:
-        UsageError: matplotlib is not installed, or ``out_dir`` holds something else.
-        StorageError: ``out_dir`` has too little free space.
-        ChildError: a child process failed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the demo draws its chart with matplotlib, which is not installed: pip install 'stager[demo]'")
-    started = time.monotonic()
-    config = config.with_fixed_threads()
-    workspace = Workspace.prepare(out_dir, config)
-    with Bars(Console(stderr=True) if as_json else console) as bars:
-        results = Story(config, workspace, bars).tell()
-    results.elapsed_secs = time.monotonic() - started
-    return conclude(results, config, workspace, console, as_json)
-
-
-def conclude(results: Results, config: DemoConfig, workspace: Workspace, console: Console, as_json: bool) -> int:
-    """Draw, write and print the results; the exit code.  Large files go, unless they are evidence of a failure."""
-    from stager.demo.chart import draw_chart  # late: matplotlib takes a second to import
-
-    draw_chart(results, workspace.chart)
-    write_results(results, config, workspace)
-    print_report(results, config, workspace, console, as_json)
-    if results.ok:
-        _tidy(workspace, results.legs)
-    return results.exit_code
-
-
-def _tidy(workspace: Workspace, legs: Sequence[Leg]) -> None:
-    for directory in [workspace.run("uninterrupted"), *(leg.directory for leg in legs)]:
-        (directory / "final.pt").unlink(missing_ok=True)
-    workspace.remove_old_checkpoints()
-    shutil.rmtree(workspace.measured, ignore_errors=True)

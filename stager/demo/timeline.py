@@ -11,7 +11,7 @@ from stager.demo.leg import Leg
 
 @dataclass(frozen=True)
 class SaveLine:
-    """One save on the time axis; 0 is the call of ``save()``.
+    """One save on the time axis, as rank 0 saw it; 0 is the call of ``save()``.
 
     Attributes:
         leg: where its training process had gone on from.
@@ -33,13 +33,13 @@ class SaveLine:
 
 
 def save_lines(legs: Sequence[Leg]) -> list[SaveLine]:
-    """Every save that was begun, in the order of time."""
+    """Return every save that was begun, in the order of time."""
     lines = []
     for index, leg in enumerate(legs):
         follower = legs[index + 1] if index + 1 < len(legs) else None
-        for step, begun in leg.begun.items():
-            if step in leg.committed:
-                lines.append(_committed_line(leg, begun, leg.committed[step]))
+        for step, begun in leg.first.begun.items():
+            if step in leg.first.committed:
+                lines.append(_committed_line(leg, begun, leg.first.committed[step]))
             else:
                 lines.append(_cut_line(leg, begun, follower))
     return lines
@@ -54,25 +54,20 @@ def _committed_line(leg: Leg, begun: SaveBegun, committed: SaveCommitted) -> Sav
     }
     milestones = {part: secs for part, secs in reached.items() if secs is not None}
     steps = tuple(_steps_after(leg, begun.time, max(milestones.values(), default=0.0)))
-    return SaveLine(_origin(leg), f"step {begun.step}", milestones, committed.blocked_secs, steps)
+    return SaveLine(leg.origin, f"step {begun.step}", milestones, committed.blocked_secs, steps)
 
 
 def _cut_line(leg: Leg, begun: SaveBegun, follower: Leg | None) -> SaveLine:
-    staged = leg.staged.get(begun.step)
+    staged = leg.first.staged.get(begun.step)
     milestones = {"staged": staged.time - begun.time} if staged else {}
     killed_secs = leg.kill.time - begun.time if leg.kill else None
-    finished = follower is not None and follower.resumed is not None and follower.resumed.step >= begun.step
+    finished = follower is not None and follower.first.resumed.step >= begun.step
     steps = tuple(_steps_after(leg, begun.time, killed_secs or 0.0))
     ending = "finished by its workers" if finished else "discarded"
-    return SaveLine(_origin(leg), f"step {begun.step}", milestones, None, steps, killed_secs, ending)
-
-
-def _origin(leg: Leg) -> str:
-    step = leg.resumed.step if leg.resumed else 0
-    return f"resumed\nfrom step {step}" if step else "from\nthe start"
+    return SaveLine(leg.origin, f"step {begun.step}", milestones, None, steps, killed_secs, ending)
 
 
 def _steps_after(leg: Leg, start: float, secs: float) -> Iterator[float]:
-    for step in leg.steps:
+    for step in leg.first.steps:
         if start < step.time <= start + secs:
             yield step.time - start

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stager.config import format_bytes
-from stager.demo.config import TrainingConfig
+from stager.demo.config import DemoConfig
 from stager.workers.errors import StorageError, UsageError
 
 CHECKPOINTS_KEPT = 3
@@ -23,7 +23,7 @@ class Workspace:
 
     @property
     def config(self) -> Path:
-        """The configuration, for the children; its presence marks a directory as a demo's."""
+        """The configuration, for the jobs; its presence marks a directory as a demo's."""
         return self.root / "demo-config.json"
 
     @property
@@ -45,19 +45,19 @@ class Workspace:
         return self.root / "results.json"
 
     def run(self, name: str) -> Path:
-        """The directory of one training child, made if need be: losses, final state, log."""
+        """Return the directory of one leg, made if need be: losses, final state, log."""
         directory = self.root / "runs" / name
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
     def remove_old_checkpoints(self) -> None:
-        """All but the last few, which are left to look at."""
+        """Remove all checkpoints but the last few, which are left to look at."""
         for checkpoint in sorted(self.checkpoints.glob("step-????????"))[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(checkpoint)
 
     @staticmethod
-    def prepare(root: Path, config: TrainingConfig) -> Workspace:
-        """An empty workspace; what an earlier demo left in ``root`` is removed.
+    def prepare(root: Path, config: DemoConfig) -> Workspace:
+        """Return an empty workspace; what an earlier demo left in ``root`` is removed.
 
         Raises:
             UsageError: ``root`` holds something else.
@@ -80,9 +80,8 @@ class Workspace:
         for file in (self.chart, self.results, self.config):
             file.unlink(missing_ok=True)
 
-    def _check_free_space(self, config: TrainingConfig) -> None:
-        training = config.training
-        needed = int(training.num_copies * training.checkpoint_nbytes * FREE_SPACE_FACTOR)
+    def _check_free_space(self, config: DemoConfig) -> None:
+        needed = int(config.demo.max_copies * config.demo.checkpoint_nbytes * FREE_SPACE_FACTOR)
         free = shutil.disk_usage(self.root).free
         if free < needed:
             raise StorageError(

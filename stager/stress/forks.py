@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from typing_extensions import Self
 
-from stager.demo.child import child_environment
+from stager.demo.job import child_environment
 from stager.stress.request import Request
 from stager.workers.errors import StagerError
 

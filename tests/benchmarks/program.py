@@ -1,4 +1,4 @@
-"""The program behind ``stager bench``: run, print each case as it is done, write the files."""
+"""The program behind ``python -m tests.benchmarks``: run, print each case as it is done, write the files."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-import stager.cli.bench as command
+from tests.benchmarks.__main__ import bench
 from tests.benchmarks.cases import CASES, Kind
 from tests.benchmarks.child import failure_of
 from tests.benchmarks.job import Job
@@ -194,19 +194,9 @@ def test_every_peer_of_a_case_is_known_and_every_kind_has_a_case() -> None:
 @pytest.mark.parametrize("what", ["case", "peer"])
 def test_unknown_case_or_peer_is_wrong_usage(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as exit_info:
-        command.bench(**{what: ["nonsense"]})
+        bench(**{what: ["nonsense"]})
     assert exit_info.value.exit_code == 2
     assert "nonsense" in capsys.readouterr().err
-
-
-def test_benchmark_without_the_source_says_where_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "_ROOT", tmp_path)
-    with pytest.raises(typer.Exit) as exit_info:
-        command.bench()
-    assert exit_info.value.exit_code == 2
-    assert "source" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import stager
 import stager.demo
 import stager.doctor
-from stager.demo import DemoConfig
+from stager.demo import DemoConfig, RanksConfig
 from stager.doctor import Finding, Status
 from stager.workers.errors import (
     CheckpointNotFoundError,
@@ -125,6 +126,31 @@ def test_demo_passes_its_options_on_and_its_exit_code_back(
     assert (config.demo.seed, out, as_json) == (77, tmp_path / "here", True)
 
 
+@pytest.mark.parametrize(
+    ("file", "world_size", "defaults", "out"),
+    [
+        (None, None, DemoConfig(), "runs/demo"),
+        (None, "1", DemoConfig(), "runs/demo"),
+        (None, "2", RanksConfig(), "runs/demo-ranks"),
+        ("torchrun.yaml", "2", RanksConfig(), "runs/demo-ranks"),
+        ("default.yaml", "2", RanksConfig(), "runs/demo-ranks"),
+        ("demo.yaml", "1", DemoConfig(), "runs/demo"),
+    ],
+)
+def test_number_of_ranks_decides_the_demos_defaults_and_directory(
+    file: str | None, world_size: str | None, defaults: DemoConfig, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(stager.demo, "run_demo", lambda *arguments: asked.append(arguments) or 0)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        monkeypatch.setenv("RANK", "0")
+    arguments = ["--config", CONFIGS[0].parent / file] if file else []
+    assert Outcome("demo", *arguments).code == 0
+    ((config, directory, *_),) = asked
+    assert (config.demo.model_dump(), directory) == (defaults.demo.model_dump(), Path(out))
+
+
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_doctor_accepts_every_file_in_configs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stager.doctor, "run_checks", lambda *_: [])
@@ -186,6 +212,15 @@ def test_process_help_imports_neither_torch_nor_pydantic(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
     assert all(command in done.stdout for command in ("demo", "ls", "inspect", "verify", "doctor"))
     assert done.stdout.endswith("[]\n")
+
+
+def test_installed_packages_import_nothing_of_the_tests() -> None:
+    """The wheel has no tests: whatever imports them works from the source tree alone."""
+    root = Path(__file__).parents[2]
+    files = [file for package in ("stager", "workers") for file in (root / package).rglob("*.py")]
+    assert len(files) > 100
+    pattern = re.compile(r"^\s*(from|import) tests\b|[\"']tests\.\w", re.MULTILINE)
+    assert [str(file.relative_to(root)) for file in files if pattern.search(file.read_text())] == []
 
 
 def test_process_exit_codes(saved_run: Path, tmp_path: Path) -> None:

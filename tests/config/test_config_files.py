@@ -45,11 +45,12 @@ def settings_of(file: Path) -> list[Setting]:
 
 
 def model_of(file: Path) -> type[StagerConfig]:
-    from stager.demo.config import DemoConfig
-    from stager.demo.ranks.config import RanksConfig
+    from stager.demo.config import DemoConfig, RanksConfig
     from stager.stress.config import StressConfig
 
-    models: dict[str, type[StagerConfig]] = {"demo": DemoConfig, "demo_ranks": RanksConfig, "stress": StressConfig}
+    if file.name == "torchrun.yaml":
+        return RanksConfig
+    models: dict[str, type[StagerConfig]] = {"demo": DemoConfig, "stress": StressConfig}
     return next((models[section] for section in file_layer(str(file)).values if section in models), StagerConfig)
 
 

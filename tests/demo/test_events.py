@@ -1,9 +1,11 @@
-"""Events cross the pipe unchanged, and losses keep their bits."""
+"""Events arrive with their sender, unchanged and one line at a time; losses keep their bits."""
 
 from __future__ import annotations
 
 import math
 import os
+import select
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,17 @@ from stager.demo.events import (
     Event,
     EventWriter,
     MeasuredSave,
+    RankEvent,
     Resumed,
     SaveBegun,
     SaveCommitted,
     SaveFailed,
     SaveReturned,
     SaveStaged,
+    Started,
     StepDone,
     Stretch,
-    decode_event,
+    decode_line,
     read_losses,
     write_loss,
 )
@@ -38,19 +42,49 @@ EVENTS: list[Event] = [
 ]
 
 
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "events")
+    return tmp_path / "events"
+
+
+@pytest.fixture
+def reader(fifo: Path) -> Iterator[int]:
+    fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+def sent(fifo: Path, reader: int, rank: int, event: Event) -> list[RankEvent]:
+    """Send, and read what comes."""
+    writer = EventWriter(str(fifo), rank)
+    writer.send(event)
+    writer.close()
+    text = os.read(reader, 1 << 16)
+    assert max(map(len, text.splitlines())) < select.PIPE_BUF
+    return [decode_line(line) for line in text.splitlines()]
+
+
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.kind)
-def test_event_is_read_as_it_was_sent(event: Event) -> None:
-    read_fd, write_fd = os.pipe()
-    with open(read_fd, "rb") as reader:
-        EventWriter(write_fd).send(event)
-        os.close(write_fd)
-        (line,) = reader.readlines()
-    assert decode_event(line) == event
+def test_event_is_read_as_it_was_sent_after_who_sent_it(event: Event, fifo: Path, reader: int) -> None:
+    assert sent(fifo, reader, 1, event) == [RankEvent(1, Started(os.getpid())), RankEvent(1, event)]
+
+
+@pytest.mark.parametrize("event", [SaveFailed(4, "ä" * 100_000), Resumed(4, ("ä" * 100_000,) * 1000)])
+def test_long_texts_are_cut_so_that_lines_of_ranks_do_not_mix(event: Event, fifo: Path, reader: int) -> None:
+    _, said = sent(fifo, reader, 0, event)
+    assert isinstance(said.event, (SaveFailed, Resumed))
+    assert (type(said.event), said.event.step) == (type(event), 4)
+
+
+def test_fifo_that_nobody_reads_is_an_error_and_no_hang(fifo: Path) -> None:
+    with pytest.raises(OSError, match="No such device"):
+        EventWriter(str(fifo), 0)
 
 
 def test_a_line_that_is_no_event_is_an_error() -> None:
     with pytest.raises(ValueError, match="kind"):
-        decode_event(b'{"kind": "surprise"}')
+        decode_line(b'{"rank": 0, "event": {"kind": "surprise"}}')
 
 
 def test_losses_keep_every_bit_and_a_torn_last_line_is_dropped(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import Any
 
 import pytest
 
@@ -52,7 +51,7 @@ class FakeSaver:
         self.blocked_secs, self.done_secs = blocked_secs, done_secs
         self.discarded = 0
 
-    def save(self, step: int, run: Any) -> Future[None]:
+    def save(self, step: int) -> Future[None]:
         future: Future[None] = Future()
         self.clock.planned.append((self.clock.now + self.done_secs, future))
         self.clock.advance(self.blocked_secs)

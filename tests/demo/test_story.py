@@ -1,4 +1,4 @@
-"""The whole demo, once, small; and that it fails when what it compares differs."""
+"""The whole demo on one rank, once, small; and that it fails when what it compares differs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from stager import Checkpointer, UsageError
 from stager.demo import DemoConfig, run_demo
 from stager.demo.bars import Bars
 from stager.demo.checks import check_final_state, check_losses, check_resumes, check_stock_load, check_workers_gone
+from stager.demo.events import Resumed
 from stager.demo.leg import Aim
 from stager.demo.results import Results
-from stager.demo.story import Story, conclude
+from stager.demo.run import conclude
+from stager.demo.story import Story
 from stager.demo.workspace import Workspace
+from tests.demo.conftest import global_state_put_back
 
 
 def quiet() -> Console:
@@ -38,8 +41,8 @@ def text_of(console: Console) -> str:
 def told(tiny_config: DemoConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Results]:
     """All acts of a tiny demo, with everything they left behind."""
     workspace = Workspace.prepare(tmp_path_factory.mktemp("demo"), tiny_config)
-    with Bars(quiet()) as bars:
-        return workspace, Story(tiny_config, workspace, bars).tell()
+    with Bars(quiet()) as bars, global_state_put_back():
+        return workspace, Story(tiny_config, 1, workspace, bars).tell()
 
 
 @pytest.fixture
@@ -48,8 +51,8 @@ def evidence(told: tuple[Workspace, Results], tmp_path: Path) -> tuple[Workspace
     workspace, results = told
     shutil.copytree(workspace.root, tmp_path / "copy")
     copied = Workspace(tmp_path / "copy")
-    legs = [replace(leg, directory=copied.run(leg.name)) for leg in results.legs]
-    return copied, replace(results, legs=legs, checks=[])
+    truth, *legs = [replace(leg, directory=copied.run(leg.name)) for leg in results.runs]
+    return copied, replace(results, truth=truth, legs=legs, checks=[])
 
 
 def flip_a_bit(path: Path, *keys: Any) -> None:
@@ -67,9 +70,10 @@ def judge(evidence: tuple[Workspace, Results], config: DemoConfig) -> tuple[int,
     workspace, results = evidence
     console = quiet()
     with Bars(quiet()) as bars:
-        story = Story(config, workspace, bars)
+        story = Story(config, 1, workspace, bars)
         story.results = results
-        story.compare()
+        story.compare(bars.begin("compare", 2))
+        story.load_with_stock(bars.begin("load", 1))
     return conclude(results, config, workspace, console, as_json=False), text_of(console)
 
 
@@ -105,10 +109,10 @@ def test_children_wrote_nothing_to_their_logs_but_what_recovery_did(told: tuple[
     """Nothing warns on the happy path, dcp.async_save included."""
     workspace, results = told
     logs = {log.parent.name: log.read_text().splitlines() for log in workspace.root.glob("runs/*/log.txt")}
-    assert set(logs) == {"uninterrupted", "measured", *(leg.name for leg in results.legs)}
+    assert set(logs) == {"measured", *(leg.name for leg in results.legs)}  # this process trained the uninterrupted run
     unexpected = [line for log in logs.values() for line in log if "left by an earlier run" not in line]
     assert unexpected == []
-    assert logs["uninterrupted"] == logs["measured"] == logs["killed-1"] == []
+    assert logs["measured"] == logs["killed-1"] == []
 
 
 def test_report_names_its_files_and_large_ones_are_removed(
@@ -139,22 +143,22 @@ def test_flipped_bit_in_the_final_weights_is_a_failure(
 
 
 def test_loss_that_differs_in_its_last_bit_is_a_failure(evidence: tuple[Workspace, Results]) -> None:
-    workspace, results = evidence
+    _, results = evidence
     losses = results.legs[-1].losses
     *lines, last = losses.read_text().splitlines()
     record = json.loads(last)
     record["bits"] = (float.fromhex(record["bits"]) * (1 + 2**-52)).hex()
     losses.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
-    check = check_losses(workspace.run("uninterrupted") / "losses.jsonl", results.legs, record["step"])
+    check = check_losses(results.truth, results.legs, record["step"])
     assert not check.ok
     assert check.problems[0].startswith(f"resumed: loss of step {record['step']} is {record['bits']} instead of 0x")
 
 
 def test_run_that_did_not_reach_the_end_is_a_failure(evidence: tuple[Workspace, Results]) -> None:
-    workspace, results = evidence
+    _, results = evidence
     losses = results.legs[-1].losses
     losses.write_text("".join(losses.read_text().splitlines(keepends=True)[:-1]))
-    check = check_losses(workspace.run("uninterrupted") / "losses.jsonl", results.legs, 24)
+    check = check_losses(results.truth, results.legs, 24)
     assert (check.ok, check.problems) == (False, ("resumed ended at step 23 of 24",))
 
 
@@ -163,7 +167,8 @@ def test_stock_load_finds_weights_that_differ(evidence: tuple[Workspace, Results
     truth = workspace.run("uninterrupted") / "final.pt"
     flip_a_bit(truth, "model", "norm.bias")
     check = check_stock_load(truth, workspace.checkpoints / "step-00000024")
-    assert (check.ok, check.problems) == (False, ("state.model.norm.bias differs",))
+    assert (check.ok, len(check.problems)) == (False, 1)
+    assert check.problems[0].startswith("state['model']['norm.bias']: 1 of 64 elements differ")
 
 
 def test_stock_load_of_a_missing_checkpoint_is_a_failure(evidence: tuple[Workspace, Results]) -> None:
@@ -173,12 +178,13 @@ def test_stock_load_of_a_missing_checkpoint_is_a_failure(evidence: tuple[Workspa
     assert "script that loads with stock PyTorch failed" in check.problems[0]
 
 
-def test_stock_load_fails_where_stager_is_imported(told: tuple[Workspace, Results]) -> None:
+def test_stock_load_fails_where_stager_is_imported(told: tuple[Workspace, Results], tmp_path: Path) -> None:
     workspace, _ = told
     import stager.demo.stock_load as script
 
     source = Path(script.__file__).read_text()
     arguments = [str(workspace.checkpoints / "step-00000024"), str(workspace.run("uninterrupted") / "final.pt")]
+    arguments.append(str(tmp_path / "loaded.pt"))
     spoilt = "import sys; sys.modules['workers'] = sys\n"
     ended = subprocess.run(
         [sys.executable, "-c", spoilt + source, *arguments], capture_output=True, text=True, check=False
@@ -202,9 +208,9 @@ def test_resume_from_another_step_than_the_staged_save_is_a_failure(evidence: tu
     index = next(i for i, leg in enumerate(results.legs) if leg.kill is not None and leg.kill.hit is Aim.WRITING)
     killed, follower = results.legs[index : index + 2]
     assert check_resumes(results.legs).ok
-    assert follower.resumed is not None
     assert killed.kill is not None
-    follower.resumed = replace(follower.resumed, step=follower.resumed.step - 3)
+    earlier = Resumed(follower.first.resumed.step - 3)
+    follower.ranks = [replace(follower.first, resumed=earlier)]  # the logs of the ranks are not copies
     check = check_resumes(results.legs)
     assert not check.ok
     assert f"expected {killed.kill.step}" in check.problems[0]
