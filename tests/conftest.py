@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import temporary  # before all that may make a temporary file
+from tests import temporary  # isort: skip  # before all that may make a temporary file
+from tests import fork_server
 from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
 
@@ -21,6 +22,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
+    fork_server.stop()
     temporary.remove()
 
 

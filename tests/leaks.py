@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tests import temporary
+from tests import fork_server, temporary
 
 _PATIENCE_SECS = 10.0
 _MARK = "STAGER_TEST_SESSION"  # inherited by everything this session starts
@@ -74,7 +74,7 @@ def _in_the_end(find: Callable[[], list[str]]) -> list[str]:
 def _children() -> frozenset[int]:
     """Descendants, and workers of trainers that are gone (they belong to init then, but carry our mark)."""
     mine = {child.pid for child in psutil.Process().children(recursive=True)}
-    return frozenset(mine | set(worker_processes()))
+    return frozenset(mine | set(worker_processes())) - fork_server.server_pids()
 
 
 def worker_processes() -> list[int]:
@@ -102,7 +102,8 @@ def _threads() -> frozenset[str]:
 
 def _fds() -> frozenset[tuple[str, str]]:
     result = set()
-    for name in os.listdir("/proc/self/fd"):
+    kept = {str(fd) for fd in fork_server.server_descriptors()}
+    for name in set(os.listdir("/proc/self/fd")) - kept:
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the descriptor of the listing itself
