@@ -4,7 +4,7 @@ A fresh interpreter that imports torch, its distributed packages and stager need
 them once per pytest process.
 
 1. The first test that asks (:func:`shared`) starts the server. It imports what most processes need.
-2. Each request names a function. The server imports its module, so that the next process of that module has it, and forks.
+2. Each request names a function and modules. The server imports them, so that later processes have them, too, and forks.
 3. The child gets the environment of the test, a session of its own, and files for what it prints. It calls the function.
    When the function returns or raises, the child's interpreter ends as that of any program would.
 4. The server reaps its children as told. It ends when its standard input is closed (:func:`stop`, or the end of pytest).
@@ -37,6 +37,7 @@ _PRELOADED = (
     "torch.distributed.tensor.parallel",
     "torch.testing",
     "stager",
+    "workers.formats.dcp_templates",  # imported late by the first save
     "pytest",
     "psutil",
 )
@@ -75,6 +76,7 @@ class ForkServer:
         stdout: Path,
         stderr: Path,
         environment: dict[str, str] | None = None,
+        modules: Iterable[str] = (),
     ) -> int:
         """Fork a process that calls ``module:function``.
 
@@ -82,6 +84,7 @@ class ForkServer:
             arguments: of the function; JSON has to hold them.
             stdout, stderr: what the process prints goes to the end of these files, or into these FIFOs.
             environment: its whole environment; by default that of the calling process at this moment.
+            modules: further modules that the process needs.
 
         Returns:
             Its process id. It stays valid until :meth:`wait`.
@@ -91,6 +94,7 @@ class ForkServer:
             "arguments": list(arguments),
             "environment": dict(os.environ) if environment is None else environment,
             "output": [str(stdout), str(stderr)],
+            "modules": list(modules),
         }
         pid = int(self._ask(request))
         self._running.add(pid)
@@ -199,6 +203,8 @@ def _handle(request: dict[str, Any]) -> tuple[Callable[[], object] | None, dict[
         return None, {"ok": str(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]))}
     module, _, name = request["function"].partition(":")
     try:
+        for needed in request["modules"]:
+            importlib.import_module(needed)
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # noqa: BLE001  # it goes to the test
         return None, {"error": f"{request['function']}: {error!r}"}

@@ -20,10 +20,18 @@ _TIMEOUT_SECS = 150
 def run(target: str, *args: Any, nofile: int | None = None) -> Any:
     """``target`` is ``module:function``; its result comes back as JSON. Raises with the child's output if it fails."""
     server = fork_server.shared()
+    module = target.partition(":")[0]
     with tempfile.TemporaryDirectory() as directory:
         output, result = Path(directory, "output"), Path(directory, "result.json")
         arguments = [target, json.dumps(args), nofile, str(result)]
-        pid = server.start(f"{__name__}:answer", arguments, stdout=output, stderr=output, environment=environment())
+        pid = server.start(
+            f"{__name__}:answer",
+            arguments,
+            stdout=output,
+            stderr=output,
+            environment=environment(),
+            modules=[module],
+        )
         try:
             code = server.wait(pid, _TIMEOUT_SECS)
         finally:

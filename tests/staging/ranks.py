@@ -23,12 +23,17 @@ def run_ranks(target: str, world_size: int, directory: Path, *args: Any) -> list
     """What ``target(rank, directory, *args)`` returned on each rank; None for a rank that was killed."""
     server = fork_server.shared()
     output = directory / "ranks.log"
+    module = target.partition(":")[0]
     pids: list[int] = []
     try:
         for rank in range(world_size):
             arguments = [target, rank, world_size, str(directory), list(args)]
             function = f"{__name__}:become_rank"
-            pids.append(server.start(function, arguments, stdout=output, stderr=output, environment=environment()))
+            pids.append(
+                server.start(
+                    function, arguments, stdout=output, stderr=output, environment=environment(), modules=[module]
+                )
+            )
         deadline = time.monotonic() + _DEADLINE_SECS
         for pid in pids:
             server.wait(pid, max(0.0, deadline - time.monotonic()))
