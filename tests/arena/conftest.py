@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from stager.arena.arena import Arena, Lease
+from tests.waiting import wait_until
 from workers import pages
 
 MIB = 1 << 20
@@ -60,14 +60,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(monkeypatch)
     yield gate
     gate.open()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what another thread is about to do, and that nothing announces."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.001)
 
 
 def num_waiting(arena: Arena) -> int:

@@ -12,7 +12,8 @@ import pytest
 
 from stager.arena import prefault
 from stager.arena.arena import Arena, SlabState
-from tests.arena.conftest import MIB, Gate, num_waiting, sizes, start_waiting, take, wait_until
+from tests.arena.conftest import MIB, Gate, num_waiting, sizes, start_waiting, take
+from tests.waiting import wait_until
 from workers import pages
 from workers.errors import MemoryBudgetError
 from workers.slab import Slab

