@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +10,7 @@ import pytest
 
 from stager.arena.arena import Arena
 from stager.config import host
+from tests import scripts
 from tests.arena.conftest import MIB, sizes, start_waiting, take
 from workers.errors import ArenaFullError, MemoryBudgetError
 
@@ -142,7 +141,8 @@ print(arena.nbytes, arena.lease(1000).slab.nbytes)
 
 
 def test_limits_of_the_process_are_named() -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120, check=True)
+    done = scripts.run(LIMITED)
+    assert done.returncode == 0
     file_size, descriptors, address_space, last = done.stdout.splitlines()
     assert file_size.startswith("MemoryBudgetError the kernel refused a buffer of 1,073,741,824 bytes")
     assert descriptors == "OSError [Errno 24] no descriptor is left for a buffer; raise `ulimit -n`"
