@@ -35,6 +35,25 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
+def populate_by(monkeypatch: pytest.MonkeyPatch, by: Callable[[Callable[[], int]], int]) -> None:
+    """Have ``by`` decide what allocating pages does: it is given the real call, and returns an errno or 0."""
+    real = pages._madvise
+
+    def madvise(address: int, nbytes: int, advice: int) -> int:
+        if advice == pages._MADV_POPULATE_WRITE:
+            return by(lambda: real(address, nbytes, advice))
+        return real(address, nbytes, advice)
+
+    monkeypatch.setattr(pages, "_madvise", madvise)
+
+
+def wait_for_prefault() -> None:
+    """Until the arena's background thread has ended, if there is one."""
+    for thread in threading.enumerate():
+        if thread.name == "stager-prefault":
+            thread.join()
+
+
 class Gate:
     """Holds the first thread that allocates pages until it is opened."""
 
@@ -42,14 +61,13 @@ class Gate:
         self.reached = threading.Event()
         self._open = threading.Event()
         self._first = threading.Lock()
-        self._real = pages._madvise
-        monkeypatch.setattr(pages, "_madvise", self._call)
+        populate_by(monkeypatch, self._call)
 
-    def _call(self, address: int, nbytes: int, advice: int) -> int:
-        if advice == pages._MADV_POPULATE_WRITE and self._first.acquire(blocking=False):
+    def _call(self, populate: Callable[[], int]) -> int:
+        if self._first.acquire(blocking=False):
             self.reached.set()
             assert self._open.wait(60)
-        return self._real(address, nbytes, advice)
+        return populate()
 
     def open(self) -> None:
         self._open.set()

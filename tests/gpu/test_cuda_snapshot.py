@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stager import Checkpointer
+from tests.observed import slab_ranges
 from tests.states import same
 
 pytestmark = [
@@ -26,10 +27,8 @@ def device() -> str:
 
 def slabs() -> Iterator[torch.Tensor]:
     """The bytes of each slab that this process has mapped."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "stager-slab" in line:
-            start, end = (int(word, 16) for word in line.split()[0].split("-"))
-            yield torch.frombuffer((ctypes.c_char * (end - start)).from_address(start), dtype=torch.uint8)
+    for begin, end in slab_ranges():
+        yield torch.frombuffer((ctypes.c_char * (end - begin)).from_address(begin), dtype=torch.uint8)
 
 
 def test_kernels_queued_before_save_are_in_the_snapshot_and_later_ones_are_not(run_dir: Path, device: str) -> None:

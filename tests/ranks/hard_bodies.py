@@ -65,15 +65,13 @@ def save_after_a_change_alone(rank: int, directory: str) -> list[str]:
 def fail_once_and_go_on(rank: int, directory: str) -> list[int]:
     """Rank 0 cannot save step 2; nobody looks at a Future, and errors of ``save()`` are only logged."""
     state: dict[str, Any] = {"a": torch.ones(10)}
+    completions: list[Any] = []
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
         for step in range(1, 6):
             state["own"] = PerRank({"value": threading.Lock() if step == 2 and rank == 0 else 1})
             with suppress(StagerError):
-                ckpt.save(step, state)
-            assert ckpt._saver is not None
-            wait(
-                [handle.upload_completion for handle in ckpt._saver.settler.in_flight()]
-            )  # which is not looking at its error
+                completions.append(ckpt.save(step, state).upload_completion)
+            wait(completions)  # which is not looking at their errors
         steps = [info.step for info in ckpt.checkpoints()]
         with suppress(StagerError):
             ckpt.close()
@@ -184,10 +182,9 @@ def tied_on_one_rank(rank: int, directory: str, sharded: bool) -> str:
 
 def _wait_for(rank: int, ckpt: Checkpointer) -> None:
     """Until it has come to settle the first save of step 1."""
-    job = ckpt._job
-    assert job.board is not None
-    counted = Job(job.rank, job.num_ranks, job.board, nonce=job.nonce).save_id(1)  # of the save to come
-    assert job.board.wait(f"agreement/{counted}/here/{rank}", 60) is not None
+    board, job = board_of(ckpt), ckpt._job
+    counted = Job(job.rank, job.num_ranks, board, nonce=job.nonce).save_id(1)  # of the save to come
+    assert board.wait(f"agreement/{counted}/here/{rank}", 60) is not None
 
 
 def slow_rank(rank: int, directory: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, chec
 from tests.faults import Faults, faults_of_this_process
 from tests.ranks.bodies import CONFIG, board_of, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
+from tests.replication.opinion import whole_id
 from tests.waiting import wait_until, wait_until_blocked
 
 _PATIENCE_SECS = 60.0
@@ -356,8 +357,9 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
 
 def whole_when_opened(rank: int, directory: str) -> str:
     with open_run(directory) as ckpt:
-        assert ckpt._replication.replicator is not None
-        return ckpt._replication.replicator._whole_id
+        replicator = ckpt._replication.replicator
+        assert replicator is not None
+        return whole_id(replicator)
 
 
 def refuse_once(rank: int, directory: str) -> dict[str, Any]:

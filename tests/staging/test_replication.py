@@ -60,7 +60,7 @@ def on_rank(rank: int, directory: str, groups: list[list[int]]) -> dict[str, Any
             expect(stager.load_replica(), source)
             expect(stager.load_replica(source), source)
             expect(stager.recover(), rank)
-            assert os.path.exists(stager._get_persisted_path(rank, source))
+            assert os.listdir(storage).count(f"rank_{rank}_replica_partner_{source}.pt") == 1
         sources[str(index)] = source
     return {"sources": sources}
 
