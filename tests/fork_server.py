@@ -21,6 +21,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ _PRELOADED = (
 
 
 class ForkServer:
-    """The prepared process, and the processes that it has forked and nobody has reaped.
+    """The prepared process, and the processes that it has forked and nobody has reaped. Any thread may use it.
 
     Attributes:
         pid: process id of the server itself.
@@ -67,6 +68,7 @@ class ForkServer:
         assert self._answers.readline().strip() == _READY, "the fork server did not start"
         self.pid = self._process.pid
         self._running: set[int] = set()
+        self._lock = threading.Lock()  # held from a request to its answer
 
     def start(
         self,
@@ -137,9 +139,10 @@ class ForkServer:
         self._answers.close()
 
     def _ask(self, request: object) -> str:
-        self._requests.write(json.dumps(request) + "\n")
-        self._requests.flush()
-        answer: dict[str, str] = json.loads(self._answers.readline())
+        with self._lock:
+            self._requests.write(json.dumps(request) + "\n")
+            self._requests.flush()
+            answer: dict[str, str] = json.loads(self._answers.readline())
         assert "error" not in answer, answer["error"]
         return answer["ok"]
 
@@ -147,13 +150,15 @@ class ForkServer:
 # -- this process's server ------------------------------------------------------------------------------------------
 
 _servers: list[ForkServer] = []  # none, or one: the pytest process's
+_starting = threading.Lock()
 
 
 def shared() -> ForkServer:
     """The server of this pytest process. The first call starts it."""
-    if not _servers:
-        _servers.append(ForkServer())
-    return _servers[0]
+    with _starting:
+        if not _servers:
+            _servers.append(ForkServer())
+        return _servers[0]
 
 
 def stop() -> None:
@@ -178,7 +183,6 @@ def server_descriptors() -> frozenset[int]:
 def serve() -> None:
     """Fork and reap as told. Returns in every child, when its function has returned, and in the server at the end."""
     import gc
-    import threading
 
     for name in _PRELOADED:
         importlib.import_module(name)

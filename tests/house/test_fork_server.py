@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests import fork_server
+from tests.pool import tasks
 
 _HERE = "tests.house.test_fork_server"
 
@@ -50,7 +51,7 @@ def test_a_process_that_does_not_end_is_killed_with_what_it_started(tmp_path: Pa
             server.wait(pid, 0)
         server.kill(pid)
         assert stdout.read() == ""  # the child has ended, too
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    tasks.wait_gone(child.pid)
     server.kill(pid)  # reaped already
 
 

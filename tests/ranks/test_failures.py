@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,13 +14,25 @@ from tests.ranks.bodies import COMMITTED_ALL_THE_SAME, TRAINER_POINTS, WORKER_PO
 from tests.staging.ranks import run_ranks
 
 
-@pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("point", [*TRAINER_POINTS, *WORKER_POINTS])
-def test_a_rank_is_killed(point: str, victim: int, tmp_path: Path) -> None:
-    """Rank 0, which looks for all, or another one. The store is nobody's: it goes on answering."""
-    results = run_ranks("tests.ranks.bodies:die_in_save", 3, tmp_path, point, victim)
+def test_a_rank_is_killed(point: str, tmp_path: Path) -> None:
+    """Rank 0, which looks for all, or another one: two jobs at the same time, for both wait for deadlines. The store is
+    nobody's: it goes on answering."""
+    victims = (0, 1)
+    for victim in victims:
+        (tmp_path / str(victim)).mkdir()
+
+    def kill(victim: int) -> list[Any]:
+        return run_ranks("tests.ranks.bodies:die_in_save", 3, tmp_path / str(victim), point, victim)
+
+    with ThreadPoolExecutor(len(victims)) as threads:
+        for victim, results in zip(victims, threads.map(kill, victims), strict=True):
+            _check_that_the_others_know(results, point, victim, tmp_path / str(victim))
+
+
+def _check_that_the_others_know(results: list[Any], point: str, victim: int, directory: Path) -> None:
     assert results[victim] is None
-    steps = _steps(tmp_path / "run")
+    steps = _steps(directory / "run")
     is_committed = point in COMMITTED_ALL_THE_SAME
     for survivor in (results[1 - victim], results[2]):
         if is_committed:
@@ -27,8 +41,7 @@ def test_a_rank_is_killed(point: str, victim: int, tmp_path: Path) -> None:
             assert survivor["ranks"] == [victim]
             assert f"rank {victim} did not finish its part" in survivor["error"]
     assert steps == ([1, 2] if is_committed else [1])
-    (tmp_path / "store").unlink()
-    assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
+    assert not [name for name in os.listdir(directory / "run") if "partial" in name]
 
 
 def _steps(run: Path) -> list[int]:
