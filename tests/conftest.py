@@ -13,6 +13,7 @@ from tests import temporary  # isort: skip  # before all that may make a tempora
 from tests import fork_server
 from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
+from workers import files
 
 
 def pytest_collection_finish() -> None:
@@ -52,6 +53,12 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 def run_dir(tmp_path: Path) -> Path:
     """A run's directory that does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot exchange two names: an old kernel, NFS."""
+    monkeypatch.setattr(files, "exchange", lambda first, second: False)
 
 
 @pytest.fixture

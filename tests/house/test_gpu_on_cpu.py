@@ -14,9 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from workers.offload import pinning
+from tests import cuda_runtime
 
 _TESTS = Path(__file__).resolve().parents[1]
 _MARK = "pytest.mark." + "gpu"  # in two parts: this file is none of those that are looked for
@@ -45,10 +44,7 @@ def _arguments(function: Callable[..., None]) -> Iterator[dict[str, object]]:
 @pytest.fixture
 def refusing_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA runtime that pins nothing."""
-    runtime = SimpleNamespace(cudaHostRegister=lambda *_: 1)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(pinning, "_clear_error", lambda: None)
-    monkeypatch.setattr(pinning, "_state", SimpleNamespace(warned=False))
+    cuda_runtime.install(monkeypatch, SimpleNamespace(cudaHostRegister=lambda *_: 1))
 
 
 @pytest.mark.usefixtures("refusing_cuda")
