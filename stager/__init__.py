@@ -17,7 +17,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from stager._version import __version__
+from stager.workers._version import __version__
 
 _HOME = {
     "stager.checkpointer": ("Checkpointer",),
@@ -25,9 +25,9 @@ _HOME = {
     "stager.exporting.export": ("Exported", "export_checkpoint"),
     "stager.loading.foreign": ("load_checkpoint",),
     "stager.loading.loader": ("Loaded",),
-    "stager.ranks.per_rank": ("PerRank",),
+    "stager.state.per_rank": ("PerRank",),
     "stager.saving.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
-    "stager.staging": (
+    "stager.torch_api.staging": (
         "AsyncStager",
         "BlockingAsyncStager",
         "CheckpointStager",
@@ -39,10 +39,10 @@ _HOME = {
         "auto_options",
     ),
     "stager.saving.preemption": ("Preemption",),
-    "stager.staging.state_dict_stager": ("StateDictStager",),
-    "stager.storage": ("StagerStorageReader", "StagerStorageWriter"),
-    "workers.directory": ("CheckpointInfo", "SkippedCheckpoint"),
-    "workers.errors": (
+    "stager.torch_api.staging.state_dict_stager": ("StateDictStager",),
+    "stager.torch_api.storage": ("StagerStorageReader", "StagerStorageWriter"),
+    "stager.workers.checkpoint.directory.run_directory": ("CheckpointInfo", "SkippedCheckpoint"),
+    "stager.workers.errors": (
         "ArenaFullError",
         "CheckpointNotFoundError",
         "ClosedError",
@@ -67,7 +67,7 @@ _HOME = {
         "WorkerError",
         "WorkerStartError",
     ),
-    "workers.retention": ("PruneReport",),
+    "stager.workers.checkpoint.maintenance.retention": ("PruneReport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -95,47 +95,47 @@ if TYPE_CHECKING:
     from stager.exporting.export import export_checkpoint as export_checkpoint
     from stager.loading.foreign import load_checkpoint as load_checkpoint
     from stager.loading.loader import Loaded as Loaded
-    from stager.ranks.per_rank import PerRank as PerRank
     from stager.saving.preemption import Preemption as Preemption
     from stager.saving.save import Event as Event
     from stager.saving.save import SaveHandle as SaveHandle
     from stager.saving.save import SaveReport as SaveReport
     from stager.saving.save import SaveState as SaveState
-    from stager.staging import AsyncStager as AsyncStager
-    from stager.staging import BlockingAsyncStager as BlockingAsyncStager
-    from stager.staging import CheckpointStager as CheckpointStager
-    from stager.staging import CheckpointStagerConfig as CheckpointStagerConfig
-    from stager.staging import DefaultStager as DefaultStager
-    from stager.staging import ReplicationStager as ReplicationStager
-    from stager.staging import StagingOptions as StagingOptions
-    from stager.staging import _ReplicationStager as _ReplicationStager
-    from stager.staging import auto_options as auto_options
-    from stager.staging.state_dict_stager import StateDictStager as StateDictStager
-    from stager.storage import StagerStorageReader as StagerStorageReader
-    from stager.storage import StagerStorageWriter as StagerStorageWriter
-    from workers.directory import CheckpointInfo as CheckpointInfo
-    from workers.directory import SkippedCheckpoint as SkippedCheckpoint
-    from workers.errors import ArenaFullError as ArenaFullError
-    from workers.errors import CheckpointNotFoundError as CheckpointNotFoundError
-    from workers.errors import ClosedError as ClosedError
-    from workers.errors import ConfigError as ConfigError
-    from workers.errors import CorruptCheckpointError as CorruptCheckpointError
-    from workers.errors import DirectoryInUseError as DirectoryInUseError
-    from workers.errors import InconsistentRanksError as InconsistentRanksError
-    from workers.errors import InternalError as InternalError
-    from workers.errors import LeftRunningError as LeftRunningError
-    from workers.errors import MemoryBudgetError as MemoryBudgetError
-    from workers.errors import RankFailedError as RankFailedError
-    from workers.errors import ReplicationError as ReplicationError
-    from workers.errors import StagerError as StagerError
-    from workers.errors import StateMismatchError as StateMismatchError
-    from workers.errors import StorageError as StorageError
-    from workers.errors import TaskTimeoutError as TaskTimeoutError
-    from workers.errors import TornSnapshotError as TornSnapshotError
-    from workers.errors import UnsafePickleError as UnsafePickleError
-    from workers.errors import UnstageableError as UnstageableError
-    from workers.errors import UsageError as UsageError
-    from workers.errors import WorkerDiedError as WorkerDiedError
-    from workers.errors import WorkerError as WorkerError
-    from workers.errors import WorkerStartError as WorkerStartError
-    from workers.retention import PruneReport as PruneReport
+    from stager.state.per_rank import PerRank as PerRank
+    from stager.torch_api.staging import AsyncStager as AsyncStager
+    from stager.torch_api.staging import BlockingAsyncStager as BlockingAsyncStager
+    from stager.torch_api.staging import CheckpointStager as CheckpointStager
+    from stager.torch_api.staging import CheckpointStagerConfig as CheckpointStagerConfig
+    from stager.torch_api.staging import DefaultStager as DefaultStager
+    from stager.torch_api.staging import ReplicationStager as ReplicationStager
+    from stager.torch_api.staging import StagingOptions as StagingOptions
+    from stager.torch_api.staging import _ReplicationStager as _ReplicationStager
+    from stager.torch_api.staging import auto_options as auto_options
+    from stager.torch_api.staging.state_dict_stager import StateDictStager as StateDictStager
+    from stager.torch_api.storage import StagerStorageReader as StagerStorageReader
+    from stager.torch_api.storage import StagerStorageWriter as StagerStorageWriter
+    from stager.workers.checkpoint.directory.run_directory import CheckpointInfo as CheckpointInfo
+    from stager.workers.checkpoint.directory.run_directory import SkippedCheckpoint as SkippedCheckpoint
+    from stager.workers.checkpoint.maintenance.retention import PruneReport as PruneReport
+    from stager.workers.errors import ArenaFullError as ArenaFullError
+    from stager.workers.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from stager.workers.errors import ClosedError as ClosedError
+    from stager.workers.errors import ConfigError as ConfigError
+    from stager.workers.errors import CorruptCheckpointError as CorruptCheckpointError
+    from stager.workers.errors import DirectoryInUseError as DirectoryInUseError
+    from stager.workers.errors import InconsistentRanksError as InconsistentRanksError
+    from stager.workers.errors import InternalError as InternalError
+    from stager.workers.errors import LeftRunningError as LeftRunningError
+    from stager.workers.errors import MemoryBudgetError as MemoryBudgetError
+    from stager.workers.errors import RankFailedError as RankFailedError
+    from stager.workers.errors import ReplicationError as ReplicationError
+    from stager.workers.errors import StagerError as StagerError
+    from stager.workers.errors import StateMismatchError as StateMismatchError
+    from stager.workers.errors import StorageError as StorageError
+    from stager.workers.errors import TaskTimeoutError as TaskTimeoutError
+    from stager.workers.errors import TornSnapshotError as TornSnapshotError
+    from stager.workers.errors import UnsafePickleError as UnsafePickleError
+    from stager.workers.errors import UnstageableError as UnstageableError
+    from stager.workers.errors import UsageError as UsageError
+    from stager.workers.errors import WorkerDiedError as WorkerDiedError
+    from stager.workers.errors import WorkerError as WorkerError
+    from stager.workers.errors import WorkerStartError as WorkerStartError

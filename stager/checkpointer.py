@@ -22,11 +22,11 @@ from typing import Any
 from torch.optim import Optimizer
 
 from stager.config import StagerConfig, load_config
+from stager.loading.joint_loader import LoadTogether
 from stager.loading.loader import Loaded, Loader
 from stager.loading.selection import Selection
-from stager.ranks.job import find_job
-from stager.ranks.loading import LoadTogether
 from stager.ranks.opening import take_directory
+from stager.ranks.rank_group import find_rank_group
 from stager.replication.replication import Replication
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
@@ -44,17 +44,17 @@ from stager.saving.setup import (
     start_pool,
 )
 from stager.saving.unread import Unread
-from workers.directory import (
+from stager.workers.checkpoint.directory.protected import read_protected, write_protected
+from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
     checkpoint_name,
     list_checkpoints,
     parse_checkpoint,
 )
-from workers.errors import ClosedError, UsageError
-from workers.protected import read_protected, write_protected
-from workers.read_lock import reading
-from workers.retention import Fate, PruneReport, prune
+from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, prune
+from stager.workers.errors import ClosedError, UsageError
 
 logger = logging.getLogger("stager")
 
@@ -93,9 +93,13 @@ class Checkpointer:
         self._lock_fd = -1
         self._saver: Saver | None = None
         self._preemption: Preemption | None = None
-        self._job = find_job(False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs)
+        self._job = find_rank_group(
+            False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs
+        )
         self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
-        self._together = None if self._job.board is None else LoadTogether(self._job, self._directory, self._loader)
+        self._together = (
+            None if self._job.rendezvous is None else LoadTogether(self._job, self._directory, self._loader)
+        )
         if not read_only:
             self._open_for_writing()
             _live.add(self)
@@ -154,13 +158,13 @@ class Checkpointer:
         self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
-            if self._job.board is None:
+            if self._job.rendezvous is None:
                 self._unread.raise_oldest()
             handle = saver.save(step, state)
             self._unread.add(handle)
             # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
             # because of that, which would then fail here, and so on.
-            if self._job.board is not None:
+            if self._job.rendezvous is not None:
                 self._unread.raise_oldest()
             return handle
 
@@ -229,7 +233,7 @@ class Checkpointer:
         report = handle.report
         if handle.state is SaveState.COMMITTED:
             logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
-            if self._job.leads:
+            if self._job.is_coordinator:
                 self._retainer.after_commit()
         else:
             logger.error("save of step %d failed", report.step)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests import temporary  # isort: skip  # before all that may make a temporary file
+from stager.workers.checkpoint.directory import files
 from tests import fork_server
 from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
-from workers import files
 
 
 def pytest_collection_finish() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from workers.offload import pinning
+from stager.workers.memory import pinning
 
 
 def install(monkeypatch: pytest.MonkeyPatch, runtime: Any, on_clear: Callable[[], None] = lambda: None) -> None:

@@ -1,4 +1,4 @@
-"""Arming the fault points of :mod:`workers.faults` from a test."""
+"""Arming the fault points of :mod:`stager.workers.faults` from a test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from workers import faults
+from stager.workers import faults
 
 
 class Faults:

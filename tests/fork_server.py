@@ -38,7 +38,7 @@ _PRELOADED = (
     "torch.distributed.tensor.parallel",
     "torch.testing",
     "stager",
-    "workers.formats.dcp_templates",  # imported late by the first save
+    "stager.workers.checkpoint.formats.dcp_templates",  # imported late by the first save
     "pytest",
     "psutil",
 )
@@ -222,7 +222,7 @@ def _handle(request: dict[str, Any]) -> tuple[Callable[[], object] | None, dict[
 
 def _become_process(request: dict[str, Any]) -> None:
     """In the child: what an interpreter that the test had started itself would have."""
-    from workers import faults
+    from stager.workers import faults
 
     os.setsid()
     for path, number in zip(request["output"], (1, 2), strict=True):

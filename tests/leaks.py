@@ -101,7 +101,7 @@ def _workers_among(pids: Iterable[int]) -> list[int]:
     found = []
     for pid in pids:
         with suppress(OSError):  # it has ended meanwhile, or is another user's
-            if b"workers.main import main" in _read(f"/proc/{pid}/cmdline"):
+            if b"stager.workers.pool.worker_main import main" in _read(f"/proc/{pid}/cmdline"):
                 if mark in _read(f"/proc/{pid}/environ").split(b"\0"):
                     found.append(pid)
     return found

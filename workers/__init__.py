@@ -5,8 +5,8 @@ Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py
 ``slab.py``, ``attached.py``, ``persist.py``, ``part_writer.py``, ``reuse.py`` and ``base.py`` (incremental saves),
 ``commit.py`` and ``in_threads.py``, ``verify.py``, ``retention.py``, ``removal.py``.
 
-This package never imports ``stager``. Names are imported when they are first used, so that ``workers.errors`` and
-``workers.files`` are there even where torch is not.
+This package never imports ``stager``. Names are imported when they are first used, so that ``stager.workers.errors`` and
+``stager.workers.checkpoint.directory.files`` are there even where torch is not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "workers.errors": (
+    "stager.workers.errors": (
         "ClosedError",
         "LeftRunningError",
         "RemoteTraceback",
@@ -24,7 +24,7 @@ _HOME = {
         "WorkerError",
         "WorkerStartError",
     ),
-    "workers.pool": ("PoolOptions", "WorkerPool"),
+    "stager.workers.pool.pool": ("PoolOptions", "WorkerPool"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -45,12 +45,12 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from workers.errors import ClosedError as ClosedError
-    from workers.errors import LeftRunningError as LeftRunningError
-    from workers.errors import RemoteTraceback as RemoteTraceback
-    from workers.errors import TaskTimeoutError as TaskTimeoutError
-    from workers.errors import WorkerDiedError as WorkerDiedError
-    from workers.errors import WorkerError as WorkerError
-    from workers.errors import WorkerStartError as WorkerStartError
-    from workers.pool import PoolOptions as PoolOptions
-    from workers.pool import WorkerPool as WorkerPool
+    from stager.workers.errors import ClosedError as ClosedError
+    from stager.workers.errors import LeftRunningError as LeftRunningError
+    from stager.workers.errors import RemoteTraceback as RemoteTraceback
+    from stager.workers.errors import TaskTimeoutError as TaskTimeoutError
+    from stager.workers.errors import WorkerDiedError as WorkerDiedError
+    from stager.workers.errors import WorkerError as WorkerError
+    from stager.workers.errors import WorkerStartError as WorkerStartError
+    from stager.workers.pool.pool import PoolOptions as PoolOptions
+    from stager.workers.pool.pool import WorkerPool as WorkerPool

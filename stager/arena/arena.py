@@ -24,7 +24,7 @@ from stager.arena.buffer import Buffer, Lease, SlabState
 from stager.arena.prefault import Prefaulter
 from stager.arena.slabs import Slabs
 from stager.config.host import available_memory_bytes
-from workers.errors import ArenaFullError, ClosedError, MemoryBudgetError
+from stager.workers.errors import ArenaFullError, ClosedError, MemoryBudgetError
 
 __all__ = ["Arena", "Lease", "SlabState"]
 

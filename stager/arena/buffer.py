@@ -16,9 +16,9 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
-from workers.errors import InternalError
-from workers.offload.pinning import pin_in_chunks
-from workers.slab import Slab
+from stager.workers.errors import InternalError
+from stager.workers.memory.pinning import pin_in_chunks
+from stager.workers.memory.slab import Slab
 
 
 class SlabState(Enum):

@@ -16,7 +16,7 @@ from contextlib import suppress
 from stager.arena.buffer import Buffer, SlabState
 from stager.arena.slabs import Slabs
 from stager.config.host import usable_cores
-from workers.errors import MemoryBudgetError
+from stager.workers.errors import MemoryBudgetError
 
 logger = logging.getLogger("stager")
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stager.arena.buffer import Buffer, SlabState
-from workers.errors import MemoryBudgetError
-from workers.slab import Slab
+from stager.workers.errors import MemoryBudgetError
+from stager.workers.memory.slab import Slab
 
 _RECENT_LEASES = 16
 

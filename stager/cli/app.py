@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stager._version import __version__
 from stager.cli.bench import bench
 from stager.cli.console import print_error
 from stager.cli.demo import demo
@@ -23,6 +22,7 @@ from stager.cli.prune import prune
 from stager.cli.recover import recover
 from stager.cli.stress import stress
 from stager.cli.verify import verify
+from stager.workers._version import __version__
 
 EXIT_NO = 1
 EXIT_USAGE = 2
@@ -35,7 +35,10 @@ class _ErrorsAsExitCodes(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            from workers.errors import StagerError, UsageError  # late: a command that succeeds may not need torch
+            from stager.workers.errors import (  # late: a command that succeeds may not need torch
+                StagerError,
+                UsageError,
+            )
 
             if not isinstance(error, StagerError):
                 raise

@@ -48,7 +48,7 @@ def is_for_ranks(config: Path | None, environment: Mapping[str, str]) -> bool:
         ConfigError: the file cannot be read, or is for the demo of one process, and torchrun started several.
     """
     from stager.config.layers import file_layer
-    from workers.errors import ConfigError
+    from stager.workers.errors import ConfigError
 
     sections = file_layer(str(config)).values if config is not None else {}
     several = environment.get("WORLD_SIZE", "1") != "1"

@@ -80,7 +80,7 @@ def _by_ending(out: str) -> FileFormat:
 
 def _bytes(text: str) -> int:
     from stager.config.sizes import parse_bytes
-    from workers.errors import UsageError
+    from stager.workers.errors import UsageError
 
     try:
         return parse_bytes(text)

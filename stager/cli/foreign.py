@@ -46,10 +46,10 @@ def _of_file(path: str) -> list[Entry]:
     import torch
 
     from stager.loading.foreign import load_torch_save
-    from stager.snapshot.flatten import flatten
-    from workers.dtypes import name_of
-    from workers.errors import CorruptCheckpointError
-    from workers.structure import fqn
+    from stager.state.flatten import flatten
+    from stager.workers.checkpoint.layout.dtypes import name_of
+    from stager.workers.checkpoint.layout.structure import fqn
+    from stager.workers.errors import CorruptCheckpointError
 
     try:
         state = load_torch_save(path, allow_pickle=False, map_location="meta")
@@ -77,7 +77,7 @@ def _of_safetensors(path: str) -> list[Entry]:
 
 
 def _of_dcp(path: str) -> list[Entry]:
-    from stager.storage.stock import StockReader
+    from stager.loading.dcp.stock import StockReader
 
     return _entries(StockReader(path, allow_pickle=False).read_metadata())
 
@@ -86,7 +86,7 @@ def _entries(metadata: Metadata) -> list[Entry]:
     """A tensor in chunks is one entry, with the place of its first chunk."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from workers.dtypes import name_of
+    from stager.workers.checkpoint.layout.dtypes import name_of
 
     places: dict[str, Any] = {}
     for index, info in metadata.storage_data.items():

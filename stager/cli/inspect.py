@@ -19,7 +19,7 @@ from stager.cli.selection import select_checkpoints
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from workers.manifest import Manifest
+    from stager.workers.checkpoint.directory.manifest import Manifest
 
 
 def inspect(
@@ -46,7 +46,7 @@ def inspect(
 
 
 def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Entry]]:
-    from workers.manifest import read_manifest
+    from stager.workers.checkpoint.directory.manifest import read_manifest
 
     (checkpoint,) = select_checkpoints(path, step)
     manifest = read_manifest(checkpoint)
@@ -75,7 +75,7 @@ def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
 
 def entries_of(manifest: Manifest) -> Iterator[Entry]:
     """Every leaf of the state, in its order."""
-    from workers.structure import fqn
+    from stager.workers.checkpoint.layout.structure import fqn
 
     first_keys: dict[int, str] = {}
     for path, index in manifest.paths():

@@ -15,7 +15,7 @@ from stager.cli.options import JsonOption
 from stager.cli.selection import directory_nbytes, is_checkpoint, require_directory
 
 if TYPE_CHECKING:
-    from workers.directory import CheckpointInfo, SkippedCheckpoint
+    from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
 
 
 class Status(str, Enum):
@@ -73,8 +73,8 @@ def list_rows(directory: str) -> list[Row]:
         CheckpointNotFoundError: no such directory.
         UsageError: it is a checkpoint itself.
     """
-    from workers.directory import list_checkpoints
-    from workers.errors import UsageError
+    from stager.workers.checkpoint.directory.run_directory import list_checkpoints
+    from stager.workers.errors import UsageError
 
     require_directory(directory)
     if is_checkpoint(directory):
@@ -119,7 +119,7 @@ def _skipped_row(directory: str, skipped: SkippedCheckpoint) -> Row:
 
 
 def _verified(rows: list[Row]) -> list[Row]:
-    from workers.verify import verify_checkpoint
+    from stager.workers.checkpoint.read.verify import verify_checkpoint
 
     checked = list(rows)
     with byte_progress() as progress:

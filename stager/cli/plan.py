@@ -64,7 +64,7 @@ def plan(
     """Print what saving a state takes: buffers, host memory, workers, disk. Exit 1 if it does not fit as configured."""
     from stager.config import load_config
     from stager.planning import Job, work_out
-    from workers.errors import UsageError
+    from stager.workers.errors import UsageError
 
     if sum(given is not None for given in (path, module, params)) != 1:
         raise UsageError("name one of: a checkpoint or run directory, --module, --params")
@@ -89,7 +89,7 @@ def plan(
 
 def _job(make: Any, ranks: int | None, local_world_size: int | None, shards: int) -> Any:
     from stager.ranks.launch import local_world_size as of_environment
-    from workers.errors import UsageError
+    from stager.workers.errors import UsageError
 
     local = local_world_size or min(of_environment(os.environ), ranks or 1 << 30)
     total = ranks or max(local, shards)
@@ -107,7 +107,7 @@ def _host(memory: str | None, cores: int | None) -> Host:
     from stager.config.sizes import parse_bytes
     from stager.doctor.probes import soft_and_hard_limit
     from stager.planning import Host
-    from workers.errors import UsageError
+    from stager.workers.errors import UsageError
 
     try:
         available = available_memory_bytes() if memory is None else parse_bytes(memory)
@@ -141,7 +141,7 @@ def _source(
 
 def _count(text: str) -> int:
     """``124M`` and ``70B`` are what people say."""
-    from workers.errors import UsageError
+    from stager.workers.errors import UsageError
 
     factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
     digits = text if factor == 1 else text[:-1]

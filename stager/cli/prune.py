@@ -12,7 +12,7 @@ from stager.cli.options import JsonOption
 from stager.cli.selection import is_checkpoint, require_directory
 
 if TYPE_CHECKING:
-    from workers.retention import PruneReport, RetentionRules
+    from stager.workers.checkpoint.maintenance.retention import PruneReport, RetentionRules
 
 
 def prune(
@@ -37,8 +37,8 @@ def prune(
 
     Exit 1 if one that no rule keeps could not be removed, or one that would count is damaged.
     """
-    from workers.errors import UsageError
-    from workers.retention import Fate, RetentionRules
+    from stager.workers.checkpoint.maintenance.retention import Fate, RetentionRules
+    from stager.workers.errors import UsageError
 
     if keep_latest is None and keep_every is None:
         raise UsageError("without --keep-latest or --keep-every all checkpoints are kept; give at least one of them")
@@ -60,8 +60,8 @@ def run_prune(directory: str, rules: RetentionRules, dry_run: bool) -> PruneRepo
         UsageError: it is a checkpoint itself.
         CorruptCheckpointError, StorageError: nothing was removed.
     """
-    from workers.errors import UsageError
-    from workers.retention import prune as prune_run
+    from stager.workers.checkpoint.maintenance.retention import prune as prune_run
+    from stager.workers.errors import UsageError
 
     require_directory(directory)
     if is_checkpoint(directory):
@@ -82,7 +82,7 @@ def _as_json(report: PruneReport) -> dict[str, object]:
 
 def _print(run: str, report: PruneReport) -> None:
     from stager.config.sizes import format_bytes
-    from workers.retention import Fate
+    from stager.workers.checkpoint.maintenance.retention import Fate
 
     console = stdout()
     if not report.verdicts:

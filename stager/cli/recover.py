@@ -12,7 +12,7 @@ from stager.cli.options import JsonOption
 from stager.cli.selection import is_checkpoint, require_directory
 
 if TYPE_CHECKING:
-    from workers.recover import Recovered
+    from stager.workers.checkpoint.maintenance.recover import Recovered
 
 
 def recover(
@@ -43,9 +43,9 @@ def run_recover(directory: str, dry_run: bool) -> list[Recovered]:
         UsageError: it is a checkpoint itself.
         DirectoryInUseError: a run writes there, or workers that it left.
     """
-    from workers.directory import lock_directory, unused_directory
-    from workers.errors import UsageError
-    from workers.recover import recover as recover_all
+    from stager.workers.checkpoint.directory.run_directory import lock_directory, unused_directory
+    from stager.workers.checkpoint.maintenance.recover import recover as recover_all
+    from stager.workers.errors import UsageError
 
     require_directory(directory)
     if is_checkpoint(directory):

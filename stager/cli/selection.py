@@ -22,7 +22,7 @@ def select_checkpoints(path: str, step: int | None, every: bool = False) -> list
         CheckpointNotFoundError: there is none.
         UsageError: options that contradict each other.
     """
-    from workers.errors import UsageError
+    from stager.workers.errors import UsageError
 
     path = os.path.abspath(path)
     if every and step is not None:
@@ -35,8 +35,8 @@ def select_checkpoints(path: str, step: int | None, every: bool = False) -> list
 
 
 def _in_run(path: str, step: int | None, every: bool) -> list[str]:
-    from workers.directory import checkpoint_name, committed_steps
-    from workers.errors import CheckpointNotFoundError
+    from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps
+    from stager.workers.errors import CheckpointNotFoundError
 
     require_directory(path)
     steps = committed_steps(path)
@@ -54,7 +54,7 @@ def require_directory(path: str) -> None:
     Raises:
         CheckpointNotFoundError: ``path`` is no directory.
     """
-    from workers.errors import CheckpointNotFoundError
+    from stager.workers.errors import CheckpointNotFoundError
 
     if not os.path.isdir(path):
         reason = "is not a directory" if os.path.exists(path) else "no such directory"

@@ -13,7 +13,7 @@ from stager.cli.options import JsonOption
 from stager.cli.selection import directory_nbytes, select_checkpoints
 
 if TYPE_CHECKING:
-    from workers.verify import VerifyResult
+    from stager.workers.checkpoint.read.verify import VerifyResult
 
 
 def verify(
@@ -41,7 +41,7 @@ def verify(
 
 def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[VerifyResult]:
     """Verify each directory, with one progress bar over the bytes of all."""
-    from workers.verify import verify_checkpoint
+    from stager.workers.checkpoint.read.verify import verify_checkpoint
 
     results = []
     with byte_progress() as progress:
@@ -58,8 +58,8 @@ def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[Verif
 
 def _with_place(result: VerifyResult) -> VerifyResult:
     """A whole checkpoint under the name of another step is not what was committed there."""
-    from workers.directory import committed_steps, read_checkpoint
-    from workers.errors import CorruptCheckpointError
+    from stager.workers.checkpoint.directory.run_directory import committed_steps, read_checkpoint
+    from stager.workers.errors import CorruptCheckpointError
 
     directory, name = os.path.split(result.path)
     step = name.removeprefix("step-")

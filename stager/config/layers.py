@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from workers.errors import ConfigError
+from stager.workers.errors import ConfigError
 
 ENV_PREFIX = "STAGER_"
 KeyPath = tuple[str, ...]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from stager.config import layers, problems
 from stager.config.layers import KeyPath, Layer
 from stager.config.models import StagerConfig
-from workers.errors import ConfigError
+from stager.workers.errors import ConfigError
 
 ConfigSource = str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None
 

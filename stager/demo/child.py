@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 import stager
 from stager.demo.events import Event, decode_event
-from workers.errors import StagerError
+from stager.workers.errors import StagerError
 
 SILENCE_SECS = 120.0  # a child that says nothing for so long is stuck, however slow the machine
 EXIT_SECS = 60.0

@@ -35,7 +35,7 @@ from stager.demo.leg import Aim, Kill, Leg, Trap, has_partial
 from stager.demo.report import print_report, write_results
 from stager.demo.results import Measurement, Results
 from stager.demo.workspace import Workspace
-from workers.errors import UsageError
+from stager.workers.errors import UsageError
 
 KILL_ATTEMPTS = 3  # a save may get further before the signal arrives; then another one is aimed at
 NUM_METHODS = 3

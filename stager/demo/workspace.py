@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stager.config import format_bytes
 from stager.demo.config import TrainingConfig
-from workers.errors import StorageError, UsageError
+from stager.workers.errors import StorageError, UsageError
 
 CHECKPOINTS_KEPT = 3
 FREE_SPACE_FACTOR = 1.1  # metadata, logs, and what a file system needs beside the bytes

@@ -1,7 +1,7 @@
 """From a committed checkpoint, whatever its format and however many files it has, to one ``.pt`` or ``.safetensors`` file.
 
 objects   read, unpickled under weights_only, pickled again for the file
-plan      the layout of the file, by the format that the workers write (workers/formats)
+plan      the layout of the file, by the format that the workers write (workers/checkpoint/formats)
 stream    tensors one after the other, each hash checked on the way, a chunk in memory at a time
 commit    synced, and only then given its name
 """
@@ -18,18 +18,18 @@ import torch
 from stager.exporting.output import new_file
 from stager.exporting.source import Contents, Part, Runs, Source, c_stride, contents_of, is_c_order, runs_of
 from stager.exporting.stream import ItemStream
-from stager.loading.unpickle import unpickle
-from workers import files
-from workers.dtypes import dtype_of, new_tensor
-from workers.errors import MemoryBudgetError, UnstageableError, UsageError
-from workers.formats import Format, get_format, safetensors_file
-from workers.formats.contract import TensorSpec, evenly
-from workers.job import Plan
-from workers.layout import Item, Layout, align
-from workers.manifest import Manifest, read_manifest
-from workers.pages import bytes_at
-from workers.read_lock import reading
-from workers.structure import Node, describe
+from stager.loading.pickles.unpickle import unpickle
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
+from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.formats import Format, get_format, safetensors_file
+from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
+from stager.workers.checkpoint.layout.layout import Item, Layout, align
+from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
+from stager.workers.checkpoint.layout.structure import Node, describe
+from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
+from stager.workers.memory.pages import bytes_at
 
 FORMATS = ("torch", "safetensors")
 
@@ -167,7 +167,9 @@ class _Export:
         order = {number: place for place, number in enumerate(laid_out.order)}
         count = len(sources)
         structure = _renumbered(self.contents.structure, lambda n: order[n] if n < count else n)
-        plan = Plan(laid_out.files, self._format.object_file_name(0), laid_out.items, structure, self._segment_bytes)
+        plan = LayoutPlan(
+            laid_out.files, self._format.object_file_name(0), laid_out.items, structure, self._segment_bytes
+        )
         closing = self._format.closing(plan)
         if closing is not None:
             self._blobs.append(closing(self._blobs))

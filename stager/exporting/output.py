@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from workers import files
-from workers.errors import UsageError
-from workers.files import storage_errors
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.errors import UsageError
 
 
 @contextmanager

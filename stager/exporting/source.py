@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from workers.dtypes import dtype_of
-from workers.layout import Item
-from workers.manifest import Manifest
-from workers.structure import Chunks, Node, Path, describe, leaves
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.structure import Chunks, Node, Path, describe, leaves
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 
 import xxhash
 
-from workers.errors import CorruptCheckpointError
-from workers.files import open_regular, storage_errors
-from workers.layout import num_segments
-from workers.manifest import Manifest
+from stager.workers.checkpoint.directory.files import open_regular, storage_errors
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.layout.layout import num_segments
+from stager.workers.errors import CorruptCheckpointError
 
 
 class ItemStream:

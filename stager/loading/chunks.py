@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from workers.blob_reader import BlobReader, Wanted
-from workers.dtypes import dtype_of, new_tensor
-from workers.layout import Item, contiguous_stride
-from workers.manifest import Manifest
-from workers.pages import bytes_at
-from workers.structure import Chunks, Node
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
+from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
+from stager.workers.checkpoint.layout.structure import Chunks, Node
+from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
+from stager.workers.memory.pages import bytes_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from stager.ranks.shards import is_sharded
-from workers.dtypes import dtype_of, name_of
-from workers.layout import Item
-from workers.structure import Path, describe
+from stager.state.shards import is_sharded
+from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
+from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.structure import Path, describe
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 

@@ -11,18 +11,18 @@ import torch
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner
 
-from stager.loading.archive_check import check_archive
+from stager.loading.dcp.stock import StockReader
+from stager.loading.pickles.archive_check import check_archive
+from stager.loading.pickles.unpickle import load_archive
 from stager.loading.restore import Restorer
 from stager.loading.safetensors_file import is_safetensors, load_safetensors
 from stager.loading.selection import Selection
-from stager.loading.unpickle import load_archive
 from stager.loading.values import restore_values, selected_values
-from stager.storage.stock import StockReader
-from workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
-from workers.files import open_regular, storage_errors
-from workers.manifest import MANIFEST_NAME, read_manifest
-from workers.read_lock import reading
-from workers.verify import default_threads
+from stager.workers.checkpoint.directory.files import open_regular, storage_errors
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, read_manifest
+from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.read.verify import default_threads
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 
 _empty_planner: Any = _EmptyStateDictLoadPlanner  # its constructor has no types; what dcp_to_torch_save uses
 

@@ -13,7 +13,10 @@ from stager.config import LoadingConfig
 from stager.config.host import usable_cores
 from stager.loading.restore import Restorer
 from stager.loading.selection import Selection
-from workers.directory import (
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
     checkpoint_name,
@@ -21,17 +24,14 @@ from workers.directory import (
     partial_names,
     read_checkpoint,
 )
-from workers.errors import (
+from stager.workers.checkpoint.read.verify import check_files, extra_files, fingerprint
+from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     StagerError,
     StateMismatchError,
     StorageError,
 )
-from workers.files import storage_errors
-from workers.manifest import Manifest
-from workers.read_lock import reading
-from workers.verify import check_files, extra_files, fingerprint
 
 logger = logging.getLogger("stager")
 

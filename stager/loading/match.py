@@ -18,14 +18,14 @@ import torch.distributed as dist
 from stager.loading.difference import difference, fits, object_difference, obstacle, shape_problem
 from stager.loading.selection import Selection
 from stager.loading.sharded import Sharded
-from stager.ranks.per_rank import PerRank, rank_key
-from stager.ranks.shards import is_sharded
-from stager.snapshot.flatten import is_stateful
-from workers.dtypes import dtype_of
-from workers.errors import StateMismatchError
-from workers.layout import Item
-from workers.manifest import Manifest
-from workers.structure import Key, Node, Path, build, describe, fqn, walk
+from stager.state.flatten import is_stateful
+from stager.state.per_rank import PerRank, rank_key
+from stager.state.shards import is_sharded
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.structure import Key, Node, Path, build, describe, fqn, walk
+from stager.workers.errors import StateMismatchError
 
 logger = logging.getLogger("stager")
 

@@ -18,16 +18,16 @@ import torch
 
 from stager.loading.chunks import Place, places, with_wholes
 from stager.loading.match import Match, match, refuse
+from stager.loading.pickles.unpickle import unpickle
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
-from stager.loading.unpickle import unpickle
-from workers.blob_reader import BlobReader, Wanted
-from workers.dtypes import dtype_of, new_tensor
-from workers.errors import CorruptCheckpointError, StorageError
-from workers.layout import Item
-from workers.manifest import Manifest
-from workers.memo import no_collection
-from workers.structure import build, describe, walk
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
+from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.plan_cache import no_collection
+from stager.workers.checkpoint.layout.structure import build, describe, walk
+from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
+from stager.workers.errors import CorruptCheckpointError, StorageError
 
 _PARTLY = (
     "what it was loaded into is partly overwritten: load another checkpoint into it before it is used "

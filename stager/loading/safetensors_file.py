@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from stager.storage.plain_reader import PlainReader
-from workers.blob_reader import Wanted
-from workers.dtypes import dtype_of, new_tensor
-from workers.errors import CorruptCheckpointError, UsageError
-from workers.files import open_regular, storage_errors
-from workers.formats.safetensors_file import DTYPES
-from workers.layout import FileSpec, Item, Layout
-from workers.layout_check import check_layout, check_shape, check_text
-from workers.manifest import Header, Manifest
-from workers.pages import bytes_at
+from stager.loading.dcp.plain_reader import PlainReader
+from stager.workers.checkpoint.directory.files import open_regular, storage_errors
+from stager.workers.checkpoint.directory.manifest import Header, Manifest
+from stager.workers.checkpoint.formats.safetensors_file import DTYPES
+from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout
+from stager.workers.checkpoint.layout.layout_check import check_layout, check_shape, check_text
+from stager.workers.checkpoint.read.blob_reader import Wanted
+from stager.workers.errors import CorruptCheckpointError, UsageError
+from stager.workers.memory.pages import bytes_at
 
 _LARGEST_HEADER_BYTES = 100_000_000  # what safetensors' own reader takes
 _METADATA = "__metadata__"

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stager.snapshot.flatten import is_stateful
-from workers.errors import StateMismatchError
-from workers.structure import Node, Path, fqn, walk
+from stager.state.flatten import is_stateful
+from stager.workers.checkpoint.layout.structure import Node, Path, fqn, walk
+from stager.workers.errors import StateMismatchError
 
 
 class Selection:

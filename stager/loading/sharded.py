@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from stager.storage.index import index_of
-from stager.storage.reader import read_plan
-from workers.blob_reader import BlobReader
-from workers.manifest import Manifest
+from stager.loading.dcp.index import index_of
+from stager.loading.dcp.read_plan import read_plan
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ import torch
 from stager.loading.match import match, refuse
 from stager.loading.restore import settle, sharing_memory
 from stager.loading.selection import Selection
-from stager.snapshot.flatten import flatten
-from workers.dtypes import name_of
-from workers.layout import Item, Layout
-from workers.manifest import Header, Manifest
-from workers.structure import build
+from stager.state.flatten import flatten
+from stager.workers.checkpoint.directory.manifest import Header, Manifest
+from stager.workers.checkpoint.layout.dtypes import name_of
+from stager.workers.checkpoint.layout.layout import Item, Layout
+from stager.workers.checkpoint.layout.structure import build
 
 
 def restore_values(

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from stager._version import __version__
 from stager.config import StagerConfig
 from stager.planning.source import PickledObject
 from stager.planning.stand_in import with_stand_ins
-from stager.saving.job import object_items, slab_nbytes
-from stager.snapshot.flatten import Flat, flatten
 from stager.snapshot.pieces import Pieces, cut, segment_bytes_for
-from stager.snapshot.plan import Planner, SnapshotPlan
-from workers.errors import UnstageableError
-from workers.formats import get_format
-from workers.layout import Layout, num_segments
-from workers.manifest import Header, IndexFile, Manifest
+from stager.snapshot.slab_writer import object_items, slab_nbytes
+from stager.state.flatten import StateTree, flatten
+from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.workers._version import __version__
+from stager.workers.checkpoint.directory.manifest import Header, IndexFile, Manifest
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.layout.layout import Layout, num_segments
+from stager.workers.errors import UnstageableError
 
 _HASH = "0" * 32
 
@@ -84,7 +84,7 @@ class Measured:
         planner = Planner(self._format, self._num_workers, segment_bytes, in_order=True, incremental=self._incremental)
         return cut(planner.plan(self._flat), self._blobs, budget_nbytes, incremental=self._incremental)
 
-    def _blob(self, flat: Flat, leaf: int) -> bytes:
+    def _blob(self, flat: StateTree, leaf: int) -> bytes:
         value = flat.leaves[leaf]
         if isinstance(value, PickledObject):
             return self._stand_in(value.nbytes, leaf)

@@ -14,7 +14,7 @@ from stager.planning.footprint import Footprint, Measured
 from stager.planning.verdict import Verdict
 from stager.replication.keeper import capacity
 from stager.replication.replicas import NUM_SLOTS
-from workers.errors import MemoryBudgetError
+from stager.workers.errors import MemoryBudgetError
 
 WORKER_BYTES = 48 << 20  # of its own: 13 MiB measured, buffers of 16 for direct_io, and 1 KiB for each tensor of a plan
 

@@ -16,11 +16,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from stager.planning.optimizers import OptimizerKind, new_state, state_after_first_step
-from workers.dtypes import dtype_of
-from workers.errors import CorruptCheckpointError, UsageError
-from workers.layout import Item
-from workers.manifest import read_manifest
-from workers.structure import build, fqn
+from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.structure import build, fqn
+from stager.workers.errors import CorruptCheckpointError, UsageError
 
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 

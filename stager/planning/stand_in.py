@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from stager.snapshot.flatten import Flat
-from workers.errors import UsageError
-from workers.layout import align
-from workers.slab import Slab
+from stager.state.flatten import StateTree
+from stager.workers.checkpoint.layout.layout import align
+from stager.workers.errors import UsageError
+from stager.workers.memory.slab import Slab
 
 Place = tuple[int, int]  # offset in the mapping, bytes
 
 
-def with_stand_ins(flat: Flat, num_shards: int = 1) -> Flat:
+def with_stand_ins(flat: StateTree, num_shards: int = 1) -> StateTree:
     """The same structure; tensors as one of ``num_shards`` ranks holds them, where that is not what is there.
 
     Sharded as FSDP2 does: along the first dimension, the first ranks have the larger shares, scalars are on every rank.
@@ -41,7 +41,7 @@ def _share(tensor: torch.Tensor, num_shards: int) -> torch.Tensor:
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _replaced(flat: Flat, shape: Callable[[torch.Tensor], torch.Tensor]) -> Flat:
+def _replaced(flat: StateTree, shape: Callable[[torch.Tensor], torch.Tensor]) -> StateTree:
     models: dict[int, torch.Tensor] = {}  # by leaf; tied tensors stay one
     same: dict[tuple[Any, ...], torch.Tensor] = {}
     for leaf, value in enumerate(flat.leaves):
@@ -51,7 +51,7 @@ def _replaced(flat: Flat, shape: Callable[[torch.Tensor], torch.Tensor]) -> Flat
     places, total = _place(list(models.values()))
     memory = _reserve(total)
     leaves = [_over(memory, places, models[i]) if i in models else leaf for i, leaf in enumerate(flat.leaves)]
-    return Flat(leaves=leaves, structure=flat.structure, odd_keys=flat.odd_keys)
+    return StateTree(leaves=leaves, structure=flat.structure, odd_keys=flat.odd_keys)
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Several ranks that make one checkpoint.
 
-job        who takes part: rank, number of ranks, their notice board
-board      short notes in the job's key-value store; nobody waits for another but where it says so
+job        who takes part: rank, number of ranks, their notice rendezvous
+rendezvous      short notes in the job's key-value store; nobody waits for another but where it says so
 opening    rank 0 takes the run's lock and tidies up, then the others join
 per_rank   ``PerRank``: a value of which each rank has its own
 shards     a DTensor: what this rank holds of it, and who holds the same

@@ -1,6 +1,6 @@
 """Which ranks hold the same bytes, so that each byte is written once.
 
-Settled through the notice board, when the structure of the state is new, and kept until it changes again. A rank sends and
+Settled through the notice rendezvous, when the structure of the state is new, and kept until it changes again. A rank sends and
 reads a handful of short notes, however many ranks there are:
 
     entries of one spread (a DTensor's mesh and placements) are a *group*. Ranks whose groups have the same names, places
@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from stager.ranks.board import Board
-from stager.ranks.job import Job
-from workers.errors import InconsistentRanksError, RankFailedError
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
+from stager.workers.errors import InconsistentRanksError, RankFailedError
 
 logger = logging.getLogger("stager")
 
@@ -83,13 +83,13 @@ class Agreement:
     """Settles who holds what. Every rank has to call :meth:`settle` when its structure is new.
 
     Args:
-        job: with a board.
+        group: with a rendezvous.
     """
 
-    def __init__(self, job: Job) -> None:
-        assert job.board is not None
-        self._job = job
-        self._board: Board = job.board
+    def __init__(self, group: RankGroup) -> None:
+        assert group.rendezvous is not None
+        self._group = group
+        self._rendezvous: Rendezvous = group.rendezvous
 
     def settle(
         self,
@@ -113,41 +113,41 @@ class Agreement:
             InconsistentRanksError: a name stands for different tensors on different ranks.
         """
         head = meeting(occasion)
-        positions = [self._board.add(f"{head}/group/{_digest(group)}") - 1 for group in groups]
+        positions = [self._rendezvous.add(f"{head}/group/{_digest(group)}") - 1 for group in groups]
         kind = kind_of(plain, outline)
-        position = self._board.add(f"{head}/plain/{kind}") - 1
+        position = self._rendezvous.add(f"{head}/plain/{kind}") - 1
         if position == 0:
-            self._board.post(f"{head}/list/{kind}", _to_json(plain))
-            self._board.post(f"{head}/kind/{self._board.add(f'{head}/kinds')}", kind.encode())
+            self._rendezvous.post(f"{head}/list/{kind}", _to_json(plain))
+            self._rendezvous.post(f"{head}/kind/{self._rendezvous.add(f'{head}/kinds')}", kind.encode())
         kind_of_values = self._post_values(head, values)
-        self._job.meet(head, _WHY)
-        if self._job.leads:
+        self._group.barrier(head, _WHY)
+        if self._group.is_coordinator:
             self._compare_values(head, values, kind_of_values)
         held = [
-            Holding(one, self._board.add(f"{head}/group/{_digest(group)}", 0))
+            Holding(one, self._rendezvous.add(f"{head}/group/{_digest(group)}", 0))
             for one, group in zip(positions, groups, strict=True)
         ]
-        num_kinds = self._board.add(f"{head}/kinds", 0)
+        num_kinds = self._rendezvous.add(f"{head}/kinds", 0)
         if num_kinds == 1:
-            return Settled([Holding(self._job.rank, self._job.num_ranks)] * len(plain), held, alike=True)
-        if self._job.leads:
+            return Settled([Holding(self._group.rank, self._group.num_ranks)] * len(plain), held, alike=True)
+        if self._group.is_coordinator:
             self._answer(head, num_kinds)
         return Settled(self._read_answer(head, kind, position, plain), held, alike=False)
 
     def _post_values(self, head: str, values: Mapping[str, str]) -> str:
         text = json.dumps(dict(values), separators=(",", ":")).encode()
         kind = hashlib.blake2b(text, digest_size=16).hexdigest()
-        if self._board.add(f"{head}/values/{kind}") == 1:
-            number = self._board.add(f"{head}/values")
-            if number <= _COMPARED_KINDS or self._job.leads:
-                self._board.post(f"{head}/values/list/{number}", text)
+        if self._rendezvous.add(f"{head}/values/{kind}") == 1:
+            number = self._rendezvous.add(f"{head}/values")
+            if number <= _COMPARED_KINDS or self._group.is_coordinator:
+                self._rendezvous.post(f"{head}/values/list/{number}", text)
         return kind
 
     def _compare_values(self, head: str, values: Mapping[str, str], kind: str) -> None:
-        if self._board.add(f"{head}/values/{kind}", 0) == self._job.num_ranks:
+        if self._rendezvous.add(f"{head}/values/{kind}", 0) == self._group.num_ranks:
             return
         differing: set[str] = set()
-        for number in range(1, min(_COMPARED_KINDS, self._board.add(f"{head}/values", 0)) + 1):
+        for number in range(1, min(_COMPARED_KINDS, self._rendezvous.add(f"{head}/values", 0)) + 1):
             theirs = json.loads(self._read(f"{head}/values/list/{number}"))
             differing |= {name for name in values.keys() & theirs.keys() if values[name] != theirs[name]}
         if differing:
@@ -160,10 +160,10 @@ class Agreement:
 
     def _answer(self, head: str, num_kinds: int) -> None:
         """Rank 0: for each kind of rank, where the holders of each of its names begin, and how many there are."""
-        board = self._board
+        rendezvous = self._rendezvous
         kinds = [self._read(f"{head}/kind/{number}").decode() for number in range(1, num_kinds + 1)]
         lists = {kind: _from_json(self._read(f"{head}/list/{kind}")) for kind in sorted(kinds)}
-        sizes = {kind: board.add(f"{head}/plain/{kind}", 0) for kind in lists}
+        sizes = {kind: rendezvous.add(f"{head}/plain/{kind}", 0) for kind in lists}
         known: dict[str, Entry] = {}
         totals: dict[str, int] = {}
         begins: dict[str, list[int]] = {kind: [] for kind in lists}
@@ -187,7 +187,7 @@ class Agreement:
                 [begin, totals[entry.name], number_of[entry.name]]
                 for begin, entry in zip(begins[kind], entries, strict=True)
             ]
-            board.post(f"{head}/answer/{kind}", json.dumps({"problem": problem, "holders": holders}).encode())
+            rendezvous.post(f"{head}/answer/{kind}", json.dumps({"problem": problem, "holders": holders}).encode())
 
     def _read_answer(self, head: str, kind: str, position: int, plain: Sequence[Entry]) -> list[Holding]:
         answer: Mapping[str, object] = json.loads(self._read(f"{head}/answer/{kind}"))
@@ -197,14 +197,14 @@ class Agreement:
         assert isinstance(holders, list) and len(holders) == len(plain)
         return [
             # What rank 0 has, too, counts from it: it writes the objects.
-            Holding(self._job.rank if total == self._job.num_ranks else begin + position, total, number)
+            Holding(self._group.rank if total == self._group.num_ranks else begin + position, total, number)
             for begin, total, number in holders
         ]
 
     def _read(self, key: str) -> bytes:
-        note = self._board.wait(key, self._job.timeout_secs)
+        note = self._rendezvous.wait(key, self._group.timeout_secs)
         if note is None:
-            raise RankFailedError(f"rank 0 did not say who writes what within {self._job.timeout_secs:g} s", (0,))
+            raise RankFailedError(f"rank 0 did not say who writes what within {self._group.timeout_secs:g} s", (0,))
         return note
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Set
 from operator import itemgetter
 from typing import Any
 
-from workers.structure import ABSENT, Node
+from stager.workers.checkpoint.layout.structure import ABSENT, Node
 
 
 def outline(structure: Node, private: Set[int]) -> str:

@@ -1,4 +1,4 @@
-"""How the ranks of a job take the run's directory: one makes sure that nobody else has it, then they hold it together.
+"""How the ranks of a group take the run's directory: one makes sure that nobody else has it, then they hold it together.
 
     rank 0    lock, alone -> finish or remove what an earlier run left -> share the lock -> post the nonce
     others    wait for the nonce -> see it in the lock file -> share the lock
@@ -17,18 +17,20 @@ import socket
 import time
 from contextlib import suppress
 
-from stager.ranks.job import Job
-from workers.directory import LOCK_NAME, lock_directory, share_lock
-from workers.errors import ConfigError, RankFailedError, UsageError
-from workers.files import storage_errors
-from workers.recover import recover
+from stager.ranks.rank_group import RankGroup
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.run_directory import LOCK_NAME, lock_directory, share_lock
+from stager.workers.checkpoint.maintenance.recover import recover
+from stager.workers.errors import ConfigError, RankFailedError, UsageError
 
 logger = logging.getLogger("stager")
 
 _POLL_SECS = 0.02
 
 
-def take_directory(directory: str, job: Job, lock_timeout_secs: float, *, leave_unfinished: bool = False) -> int:
+def take_directory(
+    directory: str, group: RankGroup, lock_timeout_secs: float, *, leave_unfinished: bool = False
+) -> int:
     """Lock the directory for this rank; returns the lock's descriptor.
 
     Args:
@@ -41,22 +43,24 @@ def take_directory(directory: str, job: Job, lock_timeout_secs: float, *, leave_
         UsageError: the ranks do not see one directory.
         StorageError
     """
-    if job.board is None:
+    if group.rendezvous is None:
         return _lock(directory, lock_timeout_secs, leave_unfinished=leave_unfinished)
     host = f"host/{socket.gethostname()}"
-    job.board.add(host)
+    group.rendezvous.add(host)
     try:
-        if job.leads:
-            lock_fd = _lead(directory, job, lock_timeout_secs, leave_unfinished)
+        if group.is_coordinator:
+            lock_fd = _lead(directory, group, lock_timeout_secs, leave_unfinished)
         else:
-            lock_fd = _follow(directory, job, lock_timeout_secs, leave_unfinished)
+            lock_fd = _follow(directory, group, lock_timeout_secs, leave_unfinished)
     except BaseException as error:
         with suppress(RankFailedError):
-            job.call_off("opening", f"failed on rank {job.rank}: {type(error).__name__}: {error}", [job.rank])
+            group.cancel_barrier(
+                "opening", f"failed on rank {group.rank}: {type(error).__name__}: {error}", [group.rank]
+            )
         raise
     try:
-        job.meet("opening", f"opening {directory}")
-        job.local_size = job.board.add(host, 0)
+        group.barrier("opening", f"opening {directory}")
+        group.local_size = group.rendezvous.add(host, 0)
     except BaseException:
         os.close(lock_fd)
         raise
@@ -76,30 +80,30 @@ def _lock(directory: str, lock_timeout_secs: float, nonce: str = "", *, leave_un
     return lock_fd
 
 
-def _lead(directory: str, job: Job, lock_timeout_secs: float, leave_unfinished: bool) -> int:
-    assert job.board is not None
-    job.nonce = secrets.token_hex(8)
+def _lead(directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool) -> int:
+    assert group.rendezvous is not None
+    group.nonce = secrets.token_hex(8)
     try:
-        lock_fd = _lock(directory, lock_timeout_secs, job.nonce, leave_unfinished=leave_unfinished)
+        lock_fd = _lock(directory, lock_timeout_secs, group.nonce, leave_unfinished=leave_unfinished)
         try:
             share_lock(lock_fd, directory)
         except BaseException:
             os.close(lock_fd)
             raise
     except BaseException as error:
-        job.board.post("opened", json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        group.rendezvous.post("opened", json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         raise
-    note = {"nonce": job.nonce, "directory": directory, "replicas": leave_unfinished}
-    job.board.post("opened", json.dumps(note).encode())
+    note = {"nonce": group.nonce, "directory": directory, "replicas": leave_unfinished}
+    group.rendezvous.post("opened", json.dumps(note).encode())
     return lock_fd
 
 
-def _follow(directory: str, job: Job, lock_timeout_secs: float, leave_unfinished: bool) -> int:
-    assert job.board is not None
-    note = job.board.wait("opened", lock_timeout_secs + job.timeout_secs)
+def _follow(directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool) -> int:
+    assert group.rendezvous is not None
+    note = group.rendezvous.wait("opened", lock_timeout_secs + group.timeout_secs)
     if note is None:
         raise RankFailedError(
-            f"rank 0 did not open {directory} within {lock_timeout_secs + job.timeout_secs:g} s; every rank has to make "
+            f"rank 0 did not open {directory} within {lock_timeout_secs + group.timeout_secs:g} s; every rank has to make "
             "its Checkpointer",
             (0,),
         )
@@ -108,16 +112,16 @@ def _follow(directory: str, job: Job, lock_timeout_secs: float, leave_unfinished
         raise RankFailedError(f"rank 0 could not open {directory}: {body['error']}", (0,))
     if body["replicas"] != leave_unfinished:
         raise ConfigError(
-            f"replication.partners is {int(leave_unfinished)} on rank {job.rank}, and not on rank 0: it has to be the same "
+            f"replication.partners is {int(leave_unfinished)} on rank {group.rank}, and not on rank 0: it has to be the same "
             "on all"
         )
-    job.nonce = body["nonce"]
+    group.nonce = body["nonce"]
     path = os.path.join(directory, LOCK_NAME)
-    deadline = time.monotonic() + job.timeout_secs
-    while job.nonce not in _content(path):
+    deadline = time.monotonic() + group.timeout_secs
+    while group.nonce not in _content(path):
         if time.monotonic() >= deadline:
             raise UsageError(
-                f"rank {job.rank} does not see in {directory} what rank 0 wrote in {body['directory']}; all ranks must use "
+                f"rank {group.rank} does not see in {directory} what rank 0 wrote in {body['directory']}; all ranks must use "
                 "one directory of one shared file system, or set ranks.together to false"
             )
         time.sleep(_POLL_SECS)

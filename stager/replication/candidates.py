@@ -9,11 +9,17 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from stager.ranks.job import some_ranks
-from workers.directory import CheckpointInfo, checkpoint_name, committed_steps, partial_name, read_checkpoint
-from workers.errors import CorruptCheckpointError, StorageError
-from workers.receipt import finished_ranks
-from workers.verify import check_files, extra_files
+from stager.ranks.rank_group import some_ranks
+from stager.workers.checkpoint.directory.receipt import finished_ranks
+from stager.workers.checkpoint.directory.run_directory import (
+    CheckpointInfo,
+    checkpoint_name,
+    committed_steps,
+    partial_name,
+    read_checkpoint,
+)
+from stager.workers.checkpoint.read.verify import check_files, extra_files
+from stager.workers.errors import CorruptCheckpointError, StorageError
 
 logger = logging.getLogger("stager")
 

@@ -17,10 +17,10 @@ import torch
 
 from stager.config.host import available_memory_bytes
 from stager.replication.replicas import Replicas
-from workers import files
-from workers.errors import CorruptCheckpointError, ReplicationError, StorageError
-from workers.files import storage_errors
-from workers.replica import HEADER_SUFFIX, ReplicaHeader
+from stager.workers.checkpoint.commit.replica import HEADER_SUFFIX, ReplicaHeader
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.errors import CorruptCheckpointError, ReplicationError, StorageError
 
 MESSAGE_BYTES = 64 << 20
 """A snapshot travels in messages of this size."""
@@ -35,7 +35,7 @@ def messages(nbytes: int) -> Iterator[tuple[int, int]]:
 
 
 class Keeper:
-    """A :class:`~stager.staging.exchange.Receiver`, used again for each snapshot.
+    """A :class:`~stager.replication.exchange.Receiver`, used again for each snapshot.
 
     Args:
         replicas: of this host.

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from workers.errors import ConfigError, CorruptCheckpointError, StorageError
-from workers.files import storage_errors
-from workers.replica import HEADER_SUFFIX, ReplicaHeader, read_header
+from stager.workers.checkpoint.commit.replica import HEADER_SUFFIX, ReplicaHeader, read_header
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.errors import ConfigError, CorruptCheckpointError, StorageError
 
 logger = logging.getLogger("stager")
 
@@ -116,7 +116,7 @@ class Replicas:
         """An owner's replicas up to a step, and what never became one."""
         for path in self.slots(owner):
             header = self.read(path)
-            if header is None or header.facts.step <= up_to_step:
+            if header is None or header.spec.step <= up_to_step:
                 with storage_errors("remove", path):
                     self.remove(path)
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch.distributed as dist
 
 from stager.config import ReplicationConfig
-from stager.ranks.board import Board
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
 from stager.replication.restorer import Restorer, meeting
-from workers.directory import committed_steps
-from workers.errors import ConfigError, RankFailedError, StorageError
-from workers.pool import WorkerPool
+from stager.workers.checkpoint.directory.run_directory import committed_steps
+from stager.workers.errors import ConfigError, RankFailedError, StorageError
+from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
 
@@ -31,7 +31,7 @@ class Replication:
     Args:
         directory: of the run, absolute.
         replicator: None: there is no partner.
-        restore: see :class:`~stager.ranks.loading.LoadTogether`.
+        restore: see :class:`~stager.loading.joint_loader.LoadTogether`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Replication:
         self.restore = restore
 
     @staticmethod
-    def open(config: ReplicationConfig, directory: str, job: Job, pool: WorkerPool) -> Replication:
+    def open(config: ReplicationConfig, directory: str, group: RankGroup, pool: WorkerPool) -> Replication:
         """Restore what an earlier run left in memory, and begin. Every rank calls it, before anything is saved.
 
         Raises:
@@ -57,13 +57,15 @@ class Replication:
             replicas.create()
         except BaseException as error:
             with suppress(RankFailedError):
-                job.call_off(meeting(1), f"failed on rank {job.rank}: {type(error).__name__}: {error}", [job.rank])
+                group.cancel_barrier(
+                    meeting(1), f"failed on rank {group.rank}: {type(error).__name__}: {error}", [group.rank]
+                )
             raise
-        if job.board is None:
-            _restore_alone(config, directory, job, replicas, pool)
+        if group.rendezvous is None:
+            _restore_alone(config, directory, group, replicas, pool)
             return Replication(directory)
-        restorer = Restorer(job, directory, replicas, pool)
-        replicator = Replicator(job, replicas, restorer.open())
+        restorer = Restorer(group, directory, replicas, pool)
+        replicator = Replicator(group, replicas, restorer.open())
 
         def restore(damaged: int) -> bool:
             with replicator.holding_still():
@@ -104,13 +106,15 @@ def _check_gloo() -> None:
         raise ConfigError("replication.partners is 1, and this torch has no gloo, which takes snapshots to partners")
 
 
-def _restore_alone(config: ReplicationConfig, directory: str, job: Job, replicas: Replicas, pool: WorkerPool) -> None:
+def _restore_alone(
+    config: ReplicationConfig, directory: str, group: RankGroup, replicas: Replicas, pool: WorkerPool
+) -> None:
     """What several ranks left is one process's to restore, too."""
     logger.warning(
         "replication.partners is %d, but this process saves for itself: it has no partner that could keep a copy",
         config.partners,
     )
-    alone = replace(job, board=Board(_dist.HashStore(), "replicas", num_ranks=1))
+    alone = replace(group, rendezvous=Rendezvous(_dist.HashStore(), "replicas", num_ranks=1))
     try:
         Restorer(alone, directory, replicas, pool).open()
     finally:

@@ -26,17 +26,17 @@ from datetime import timedelta
 
 import torch
 
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
+from stager.replication.exchange import Exchange, NothingSentError, Outcome, Peer
 from stager.replication.keeper import Keeper, messages
 from stager.replication.link import Link
+from stager.replication.parcel import Parcel
+from stager.replication.partners import partners
 from stager.replication.replicas import Replicas
 from stager.saving.save import SaveHandle
-from stager.staging.exchange import Exchange, NothingSentError, Outcome, Peer
-from stager.staging.parcel import Parcel
-from stager.staging.replication import partners
-from workers.errors import ClosedError, RankFailedError, ReplicationError
-from workers.job import SaveJob
-from workers.replica import ReplicaHeader
+from stager.workers.checkpoint.commit.replica import ReplicaHeader
+from stager.workers.checkpoint.write.write_task import WriteTask
+from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
 
 logger = logging.getLogger("stager")
 
@@ -52,7 +52,7 @@ class _Offer:
         release: lets go of its slab.
     """
 
-    snapshot: SaveJob | None
+    snapshot: WriteTask | None
     why: BaseException | None
     release: Callable[[], None]
 
@@ -60,15 +60,15 @@ class _Offer:
 class Replicator:
     """
     Args:
-        job: with a board.
+        job: with a rendezvous.
         replicas: of this host.
         whole_id: the id of the save whose replicas are all there already.
     """
 
-    def __init__(self, job: Job, replicas: Replicas, whole_id: str) -> None:
-        assert job.board is not None
+    def __init__(self, job: RankGroup, replicas: Replicas, whole_id: str) -> None:
+        assert job.rendezvous is not None
         self._job = job
-        self._board = job.board
+        self._rendezvous = job.rendezvous
         self._replicas = replicas
         self._whole_id = whole_id
         self._latest_id = ""
@@ -95,7 +95,7 @@ class Replicator:
             self._offers[handle] = Future()
             self._saves.put(handle)
 
-    def offer(self, handle: SaveHandle, snapshot: SaveJob, release: Callable[[], None]) -> None:
+    def offer(self, handle: SaveHandle, snapshot: WriteTask, release: Callable[[], None]) -> None:
         """Its snapshot, staged.
 
         Args:
@@ -156,7 +156,7 @@ class Replicator:
     def _call_off(self, handle: SaveHandle) -> None:
         for link in {self._destination, self._source}:
             with suppress(RankFailedError):
-                link.call_off(handle.save_id, f"rank {self._job.rank} closes its Checkpointer")
+                link.cancel_barrier(handle.save_id, f"rank {self._job.rank} closes its Checkpointer")
 
     def remove(self, up_to_step: int) -> None:
         """What this rank keeps of saves up to this one: they are committed.
@@ -200,7 +200,7 @@ class Replicator:
         if outcome.not_received is not None and not self._given_up:
             logger.warning("no new replica of rank %d: %s", self._owner, str(outcome.not_received))
         if outcome.arrived:
-            self._count(outcome.received.facts.save_id)
+            self._count(outcome.received.spec.save_id)
 
     def _exchange(self, save_id: str, parcel: Parcel | Exception) -> Outcome:
         destination, source = self._meet(save_id)
@@ -227,7 +227,7 @@ class Replicator:
         met: dict[Link, Peer | ReplicationError] = {}
         for link in sorted({self._destination, self._source}, key=lambda link: link.ranks):
             try:
-                met[link] = link.meet(save_id)
+                met[link] = link.barrier(save_id)
             except ReplicationError as error:
                 met[link] = error
         return met[self._destination], met[self._source]
@@ -235,13 +235,13 @@ class Replicator:
     def _count(self, save_id: str) -> None:
         self._latest_id = save_id
         with suppress(RankFailedError):
-            if self._board.add(f"replicas/whole/{save_id}") == self._job.num_ranks:
+            if self._rendezvous.add(f"replicas/whole/{save_id}") == self._job.num_ranks:
                 self._decide(save_id, _WHOLE)
 
     def _look_whether_whole(self) -> None:
         if self._latest_id not in ("", self._whole_id):
             with suppress(RankFailedError):
-                if self._board.read(f"replicas/whole/{self._latest_id}/end") == _WHOLE:
+                if self._rendezvous.read(f"replicas/whole/{self._latest_id}/end") == _WHOLE:
                     self._whole_id = self._latest_id
 
     def _give_up(self, save_id: str) -> bool:
@@ -253,10 +253,10 @@ class Replicator:
     def _decide(self, save_id: str, end: bytes) -> bytes:
         """See NOTE [ Which save is whole in memory ]. Returns what was decided."""
         key = f"replicas/whole/{save_id}"
-        if self._board.add(f"{key}/decided") == 1:
-            self._board.post(f"{key}/end", end)
+        if self._rendezvous.add(f"{key}/decided") == 1:
+            self._rendezvous.post(f"{key}/end", end)
         else:
-            end = self._board.wait(f"{key}/end", self._job.timeout_secs) or b""
+            end = self._rendezvous.wait(f"{key}/end", self._job.timeout_secs) or b""
         if end == _WHOLE:
             self._whole_id = save_id
         return end

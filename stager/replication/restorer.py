@@ -20,17 +20,17 @@ from collections.abc import Collection
 from concurrent.futures import Future
 from contextlib import suppress
 
-from stager.ranks.job import Job, some_ranks
+from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.replication.candidates import Candidates, Offered, Plan, if_whole, newest_whole
+from stager.replication.partners import partners
 from stager.replication.replicas import Replica, Replicas
-from stager.staging.replication import partners
-from workers.directory import checkpoint_name
-from workers.errors import RankFailedError, ReplicationError, StagerError, StorageError
-from workers.manifest import MANIFEST_NAME
-from workers.persist import PartResult, discard_partial
-from workers.pool import WorkerPool
-from workers.recover import recover
-from workers.replica import check_replica, persist_replica
+from stager.workers.checkpoint.commit.persist import PartResult, discard_partial
+from stager.workers.checkpoint.commit.replica import check_replica, persist_replica
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name
+from stager.workers.checkpoint.maintenance.recover import recover
+from stager.workers.errors import RankFailedError, ReplicationError, StagerError, StorageError
+from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
 
@@ -41,16 +41,16 @@ _VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
 class Restorer:
     """
     Args:
-        job: with a board.
+        group: with a rendezvous.
         directory: of the run, absolute.
         replicas: of this host.
         pool: whose workers write.
     """
 
-    def __init__(self, job: Job, directory: str, replicas: Replicas, pool: WorkerPool) -> None:
-        assert job.board is not None
-        self._job = job
-        self._board = job.board
+    def __init__(self, group: RankGroup, directory: str, replicas: Replicas, pool: WorkerPool) -> None:
+        assert group.rendezvous is not None
+        self._group = group
+        self._rendezvous = group.rendezvous
         self._directory = directory
         self._replicas = replicas
         self._pool = pool
@@ -68,12 +68,12 @@ class Restorer:
             StorageError: the newest save is whole in memory, and the file system does not take it.
         """
         whole_id, _ = self._restore(frozenset())
-        if self._job.leads:
+        if self._group.is_coordinator:
             for found in recover(self._directory):
                 logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
             newest = newest_whole(self._directory, ())
-            self._board.post("replicas/newest", str(-1 if newest is None else newest.step).encode())
-        self._job.meet("replicas/opened", f"tidying up {self._directory}")
+            self._rendezvous.post("replicas/newest", str(-1 if newest is None else newest.step).encode())
+        self._group.barrier("replicas/opened", f"tidying up {self._directory}")
         self._remove_strangers(whole_id, int(self._read("replicas/newest")))
         return whole_id
 
@@ -89,8 +89,8 @@ class Restorer:
         self._times += 1
         head = meeting(self._times)
         place, number = self._offer(head)
-        self._job.meet(head, "looking for replicas")
-        candidates = Candidates(self._directory, self._read_offers(head) if self._job.leads else [], damaged)
+        self._group.barrier(head, "looking for replicas")
+        candidates = Candidates(self._directory, self._read_offers(head) if self._group.is_coordinator else [], damaged)
         tried: list[Plan] = []
         while True:
             at = f"{head}/{len(tried)}"
@@ -101,16 +101,16 @@ class Restorer:
                 self._write(plan, self._mine(head, place, number, plan))
             except StagerError as error:
                 self._post_failure(at, plan, error)
-            self._job.meet(f"{at}/written", f"restoring step {plan.step} from memory")
+            self._group.barrier(f"{at}/written", f"restoring step {plan.step} from memory")
             if self._is_done(at, plan):
                 return self._whole_id(head, candidates), True
             tried.append(plan)
 
     def _post_failure(self, at: str, plan: Plan, error: StagerError) -> None:
         logger.warning("step %d is not restored from memory: %s", plan.step, error)
-        if self._board.add(f"{at}/failures") == 1:
+        if self._rendezvous.add(f"{at}/failures") == 1:
             of_disk = [error.errno, error.message, error.path] if isinstance(error, StorageError) else None
-            self._board.post(f"{at}/failure", json.dumps(of_disk).encode())
+            self._rendezvous.post(f"{at}/failure", json.dumps(of_disk).encode())
 
     def _is_done(self, at: str, plan: Plan) -> bool:
         """Every rank is told the same.
@@ -118,10 +118,10 @@ class Restorer:
         Raises:
             StorageError: a file system did not take it.
         """
-        has_failed = self._board.add(f"{at}/failures", 0) > 0
-        if self._job.leads:
-            is_done = self._await(plan, 0.0 if has_failed else min(_VISIBLE_SECS, self._job.timeout_secs / 2))
-            self._board.post(f"{at}/result", b"done" if is_done else b"failed")
+        has_failed = self._rendezvous.add(f"{at}/failures", 0) > 0
+        if self._group.is_coordinator:
+            is_done = self._await(plan, 0.0 if has_failed else min(_VISIBLE_SECS, self._group.timeout_secs / 2))
+            self._rendezvous.post(f"{at}/result", b"done" if is_done else b"failed")
             if is_done:
                 logger.warning(
                     "%s was not whole on the disk; shares of %d ranks were written from their partners' memory",
@@ -159,26 +159,26 @@ class Restorer:
         """Which memory this is, and this rank's number among those that see the same; number 0 offers what is in it."""
         found = os.stat(self._replicas.path)
         place = f"{_boot_id()}/{found.st_dev}/{found.st_ino}"
-        self._board.post(f"{head}/place/{self._job.rank}", place.encode())
-        number = self._board.add(f"{head}/places/{place}") - 1
+        self._rendezvous.post(f"{head}/place/{self._group.rank}", place.encode())
+        number = self._rendezvous.add(f"{head}/places/{place}") - 1
         if number == 0:
-            offer = self._board.add(f"{head}/offers")
+            offer = self._rendezvous.add(f"{head}/offers")
             rows = [
-                [replica.owner, facts.step, facts.save_id, facts.num_ranks, facts.created]
+                [replica.owner, spec.step, spec.save_id, spec.num_ranks, spec.created]
                 for replica in self._replicas.whole()
-                for facts in (replica.header.facts,)
+                for spec in (replica.header.spec,)
             ]
-            self._board.post(f"{head}/offer/{offer}", json.dumps(rows).encode())
-            self._board.post(f"{head}/offer-of/{place}", str(offer).encode())
+            self._rendezvous.post(f"{head}/offer/{offer}", json.dumps(rows).encode())
+            self._rendezvous.post(f"{head}/offer-of/{place}", str(offer).encode())
         return place, number
 
     def _mine(self, head: str, place: str, number: int, plan: Plan) -> list[Replica]:
         """What this rank writes of what the plan wants of its host: the ranks there share the work."""
         owners = plan.owners.get(int(self._read(f"{head}/offer-of/{place}")), [])
-        mine = owners[number :: self._board.add(f"{head}/places/{place}", 0)]
+        mine = owners[number :: self._rendezvous.add(f"{head}/places/{place}", 0)]
         if not mine:
             return []
-        found = {r.owner: r for r in self._replicas.whole() if r.header.facts.save_id == plan.save_id}
+        found = {r.owner: r for r in self._replicas.whole() if r.header.spec.save_id == plan.save_id}
         lost = [owner for owner in mine if owner not in found]
         if lost:
             raise ReplicationError(f"the replicas of rank {some_ranks(lost)} are not there any more")
@@ -187,27 +187,27 @@ class Restorer:
     def _read_offers(self, head: str) -> list[Offered]:
         return [
             Offered(number, *row)
-            for number in range(1, self._board.add(f"{head}/offers", 0) + 1)
+            for number in range(1, self._rendezvous.add(f"{head}/offers", 0) + 1)
             for row in json.loads(self._read(f"{head}/offer/{number}"))
         ]
 
     def _whole_id(self, head: str, candidates: Candidates) -> str:
         """Of the newest save that is in memory entirely, so that it is not overwritten before another one is."""
-        if self._job.leads:
-            self._board.post(f"{head}/whole", candidates.newest_in_memory().encode())
+        if self._group.is_coordinator:
+            self._rendezvous.post(f"{head}/whole", candidates.newest_in_memory().encode())
         return self._read(f"{head}/whole").decode()
 
     # -- what to do ---------------------------------------------------------------------------------------------
 
     def _agree_on(self, at: str, candidates: Candidates, tried: Collection[Plan]) -> Plan | None:
-        if self._job.leads:
+        if self._group.is_coordinator:
             try:
                 plan = candidates.pick(tried)
             except StagerError as error:
                 logger.warning("nothing is restored from memory: %s", error)
                 plan = None
             note = None if plan is None else [plan.step, plan.save_id, plan.written_as, list(plan.owners.items())]
-            self._board.post(f"{at}/plan", json.dumps(note).encode())
+            self._rendezvous.post(f"{at}/plan", json.dumps(note).encode())
             return plan
         note = json.loads(self._read(f"{at}/plan"))
         return None if note is None else Plan(note[0], note[1], note[2], dict(note[3]))
@@ -223,7 +223,7 @@ class Restorer:
         parts: list[Future[PartResult]] = [
             self._pool.submit(persist_replica, replica.path, part, self._directory, plan.written_as)
             for replica in replicas
-            for part in range(replica.header.facts.num_parts)
+            for part in range(replica.header.spec.num_parts)
         ]
         errors = [error for part in parts if (error := part.exception()) is not None]
         if errors:
@@ -237,19 +237,19 @@ class Restorer:
             newest: step of the newest checkpoint on the disk.
         """
         head = meeting(self._times)
-        here = self._board.read(f"{head}/place/{self._job.rank}")
+        here = self._rendezvous.read(f"{head}/place/{self._group.rank}")
         for path, owner in self._replicas.files():
-            num_ranks = self._job.num_ranks
+            num_ranks = self._group.num_ranks
             keeper = partners(owner, num_ranks)[0] if owner < num_ranks > 1 else None
-            if keeper is None or self._board.read(f"{head}/place/{keeper}") != here:
+            if keeper is None or self._rendezvous.read(f"{head}/place/{keeper}") != here:
                 header = self._replicas.read(path)
-                if header is None or header.facts.save_id != whole_id or header.facts.step <= newest:
+                if header is None or header.spec.save_id != whole_id or header.spec.step <= newest:
                     self._replicas.remove(path)
 
     def _read(self, key: str) -> bytes:
-        note = self._board.wait(key, self._job.timeout_secs)
+        note = self._rendezvous.wait(key, self._group.timeout_secs)
         if note is None:
-            raise RankFailedError(f"a rank did not post {key} within {self._job.timeout_secs:g} s", ())
+            raise RankFailedError(f"a rank did not post {key} within {self._group.timeout_secs:g} s", ())
         return note
 
 

@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from workers.errors import LeftRunningError
-from workers.persist import PartResult
+from stager.workers.checkpoint.commit.persist import PartResult
+from stager.workers.errors import LeftRunningError
 
 
-class Answers:
+class PartResults:
     """Collects the parts' Futures; calls ``then`` once, when all are done, with the results and the first error; never, when
     the workers were left to finish by themselves (``ending.py``): their partial directory must then stay."""
 

@@ -4,7 +4,7 @@
     preempted, with a deadline      finish what can be finished until then; leave the rest to the workers
     interrupted (a second Ctrl-C)   leave everything to the workers, now
 
-"Left to the workers" means: they have the snapshot, and commit it after this process is gone (``workers/pool.py``).
+"Left to the workers" means: they have the snapshot, and commit it after this process is gone (``workers/pool/pool.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from contextlib import suppress
 
 from stager.saving.save import SaveHandle
 from stager.saving.saver import Saver
-from workers.errors import InternalError, LeftRunningError
-from workers.pool import WorkerPool
+from stager.workers.errors import InternalError, LeftRunningError
+from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
 

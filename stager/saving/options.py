@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.writing import PLAIN, Writing
+from stager.workers.checkpoint.write.write_back import PLAIN, Writing
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-from workers.errors import UsageError
+from stager.workers.errors import UsageError
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 

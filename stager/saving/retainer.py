@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from workers.errors import ClosedError
-from workers.pool import WorkerPool
-from workers.retention import Fate, PruneReport, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, RetentionRules, prune
+from stager.workers.errors import ClosedError
+from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
 

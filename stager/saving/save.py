@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeVar
 
-from workers.commit import Committed
-from workers.directory import CheckpointInfo
-from workers.errors import InternalError
-from workers.persist import PartResult
+from stager.workers.checkpoint.commit.commit import Committed
+from stager.workers.checkpoint.commit.persist import PartResult
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.errors import InternalError
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class SaveHandle:
         step: the training step.
         staging_completion: resolves when the snapshot is whole and the workers have it: the state may be mutated, and
             the checkpoint will be committed even if this process is killed.
-        upload_completion: resolves to the :class:`~workers.directory.CheckpointInfo` when the checkpoint is durable and
+        upload_completion: resolves to the :class:`~stager.workers.checkpoint.directory.run_directory.CheckpointInfo` when the checkpoint is durable and
             committed; its exception says why it is not. Cancelled when the save was skipped.
     """
 

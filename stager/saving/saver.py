@@ -22,29 +22,30 @@ from typing import Any
 
 import torch
 
-from stager._version import __version__
 from stager.arena.arena import Arena, Lease, SlabState
-from stager.ranks.job import WARM_UP
-from stager.ranks.job import Job as RankJob
+from stager.ranks.rank_group import WARM_UP
+from stager.ranks.rank_group import RankGroup as RankJob
 from stager.replication.replicator import Replicator
-from stager.saving.job import JobWriter, put, slab_nbytes
+from stager.saving.completion import SaveCompletion
 from stager.saving.options import SaverOptions
 from stager.saving.save import SaveHandle, SaveState
-from stager.saving.settler import Settler
 from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.snapshot.copying import Copier, wait_uninterrupted
-from stager.snapshot.flatten import Flat
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Piece, Pieces, blobs_of, copies_of, cut, segment_bytes_for
-from stager.snapshot.plan import Planner
+from stager.snapshot.slab_writer import SlabWriter, put, slab_nbytes
 from stager.snapshot.taker import Snapshot, SnapshotTaker, Work
-from workers.errors import ClosedError, StorageError, UsageError
-from workers.faults import point
-from workers.files import storage_errors
-from workers.formats import Format
-from workers.job import SaveFacts, SaveJob
-from workers.persist import PartResult, persist_part, prepare_worker
-from workers.pool import WorkerPool
+from stager.state.flatten import StateTree
+from stager.state.snapshot_plan import Planner
+from stager.workers._version import __version__
+from stager.workers.checkpoint.commit.persist import PartResult, persist_part, prepare_worker
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.formats import Format
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import WriteTask
+from stager.workers.errors import ClosedError, StorageError, UsageError
+from stager.workers.faults import point
+from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
 
@@ -77,7 +78,7 @@ class Saver:
         self._pool = pool
         self._ranks = ranks or RankJob()
         self._replicator = replicator
-        self.settler = Settler(
+        self.settler = SaveCompletion(
             pool,
             self._ranks,
             on_done,
@@ -93,7 +94,7 @@ class Saver:
         self._piece_planner = Planner(
             file_format, options.num_parts, piece_segments, rank, in_order=True, incremental=options.incremental
         )
-        self._jobs = JobWriter()
+        self._jobs = SlabWriter()
         self._stager: ThreadPoolExecutor | None = None
         self._staging_thread = 0
         self._staging: set[Future[None]] = set()
@@ -235,8 +236,8 @@ class Saver:
         lease.move(SlabState.STAGED)
         handle._move(SaveState.STAGED)
         point("save.copied")
-        facts = self._facts(handle, self._options.num_parts, _ANY_SIZE if self._options.incremental else 0)
-        job = self._jobs.write(facts, snapshot.plan, snapshot.blobs, lease.slab, self._arena.live_slabs())
+        spec = self._spec(handle, self._options.num_parts, _ANY_SIZE if self._options.incremental else 0)
+        job = self._jobs.write(spec, snapshot.plan, snapshot.blobs, lease.slab, self._arena.live_slabs())
         futures, failure = self._hand_over(job)
         lease.move(SlabState.PERSISTING)
         handle._move(SaveState.PERSISTING)
@@ -247,18 +248,18 @@ class Saver:
             self._arena.prepare_in_background(lease.nbytes)
         if self._replicator is not None:
             self._replicator.offer(handle, job, lease.hold())
-        self.settler.await_parts(futures, facts, handle, lease, failure)
+        self.settler.await_parts(futures, spec, handle, lease, failure)
 
     def _not_replicated(self, handle: SaveHandle, why: BaseException) -> None:
         if self._replicator is not None:
             self._replicator.skip(handle, why)
 
-    def _hand_over(self, job: SaveJob) -> tuple[list[Future[PartResult]], BaseException | None]:
+    def _hand_over(self, job: WriteTask) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
         job = replace(job, writing=self._options.writing)
         futures: list[Future[PartResult]] = []
         try:
-            for part in range(job.facts.num_parts):
+            for part in range(job.spec.num_parts):
                 futures.append(self._pool.hand_over(persist_part, job, part))
         except Exception as error:
             if not futures:
@@ -266,8 +267,8 @@ class Saver:
             return futures, error
         return futures, None
 
-    def _facts(self, handle: SaveHandle, num_parts: int, whole_bytes: int) -> SaveFacts:
-        return SaveFacts(
+    def _spec(self, handle: SaveHandle, num_parts: int, whole_bytes: int) -> SaveSpec:
+        return SaveSpec(
             directory=self._options.directory,
             step=handle.step,
             save_id=handle.save_id,
@@ -292,7 +293,7 @@ class Saver:
 
     # -- in pieces ----------------------------------------------------------------------------------------------
 
-    def _save_in_pieces(self, handle: SaveHandle, flat: Flat) -> None:
+    def _save_in_pieces(self, handle: SaveHandle, flat: StateTree) -> None:
         in_pieces = UsageError("the snapshot is larger than arena.max_host_bytes, and is staged in pieces")
         self._not_replicated(handle, in_pieces)
         snapshot = self._taker.begin(handle, flat, self._piece_planner)
@@ -324,7 +325,7 @@ class Saver:
         if not claim.acquire(blocking=False):
             return
         handle = snapshot.handle
-        facts = self._facts(handle, len(pieces.pieces), pieces.whole_bytes)
+        spec = self._spec(handle, len(pieces.pieces), pieces.whole_bytes)
         futures: list[Future[PartResult]] = []
         lease: Lease | None = first
         try:
@@ -333,19 +334,19 @@ class Saver:
                     break
                 lease = lease or self._arena.lease(pieces.slab_nbytes, when_full="wait")
                 assert lease is not None  # it waits
-                futures.append(self._stage_piece(facts, snapshot, pieces, piece, lease))
+                futures.append(self._stage_piece(spec, snapshot, pieces, piece, lease))
                 lease = None
         except BaseException as error:
-            self._finish_pieces(facts, handle, futures, error, whole=False)
+            self._finish_pieces(spec, handle, futures, error, whole=False)
             raise
         finally:
             if lease is not None:
                 lease.release()
         interrupted = KeyboardInterrupt("save() was interrupted") if given_up.is_set() else None
-        self._finish_pieces(facts, handle, futures, interrupted, whole=len(futures) == len(pieces.pieces))
+        self._finish_pieces(spec, handle, futures, interrupted, whole=len(futures) == len(pieces.pieces))
 
     def _stage_piece(
-        self, facts: SaveFacts, snapshot: Snapshot, pieces: Pieces, piece: Piece, lease: Lease
+        self, spec: SaveSpec, snapshot: Snapshot, pieces: Pieces, piece: Piece, lease: Lease
     ) -> Future[PartResult]:
         slab = lease.slab
         copies, kept = copies_of(piece, snapshot.plan, snapshot.flat.leaves)
@@ -355,7 +356,7 @@ class Saver:
             put(slab, offset, data)
         lease.move(SlabState.STAGED)
         job = self._jobs.write_piece(
-            facts, snapshot.plan, pieces.items, slab, self._arena.live_slabs(), piece.start, piece.nbytes
+            spec, snapshot.plan, pieces.items, slab, self._arena.live_slabs(), piece.start, piece.nbytes
         )
         future = self._pool.hand_over(persist_part, replace(job, writing=self._options.writing), piece.part)
         lease.move(SlabState.PERSISTING)
@@ -364,7 +365,7 @@ class Saver:
 
     def _finish_pieces(
         self,
-        facts: SaveFacts,
+        spec: SaveSpec,
         handle: SaveHandle,
         futures: list[Future[PartResult]],
         failure: BaseException | None,
@@ -380,7 +381,7 @@ class Saver:
         point("save.handed-over")
         if whole:
             handle._staged()
-        self.settler.await_parts(futures, facts, handle, None, failure)
+        self.settler.await_parts(futures, spec, handle, None, failure)
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
 

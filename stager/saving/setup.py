@@ -19,36 +19,36 @@ from stager.config import (
     WorkersConfig,
 )
 from stager.config.host import available_memory_bytes
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
 from stager.replication.replicator import Replicator
 from stager.saving.options import SaverOptions
 from stager.saving.save import SaveHandle
 from stager.saving.saver import Saver
-from stager.saving.telemetry import Telemetry
 from stager.sharing.sharer import SharingOptions
 from stager.snapshot.copying import Copier
 from stager.snapshot.pieces import segment_bytes_for
-from workers.errors import ConfigError
-from workers.formats import get_format
-from workers.pool import PoolOptions, WorkerPool
-from workers.retention import RetentionRules
-from workers.writing import Writing
+from stager.telemetry.sinks import Telemetry
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.maintenance.retention import RetentionRules
+from stager.workers.checkpoint.write.write_back import Writing
+from stager.workers.errors import ConfigError
+from stager.workers.pool.pool import PoolOptions, WorkerPool
 
 logger = logging.getLogger("stager")
 
 
-def check_for_ranks(config: StagerConfig, job: Job) -> None:
+def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
     """What ranks that save together cannot have.
 
     Raises:
         ConfigError
     """
-    if job.board is None:
+    if group.rendezvous is None:
         return
     advice = "or ranks.together to false, with a directory of its own for each rank"
     if config.persistence.format != "dcp":
         raise ConfigError(
-            f"persistence.format is {config.persistence.format}, and {job.num_ranks} ranks save together: set it to dcp, "
+            f"persistence.format is {config.persistence.format}, and {group.num_ranks} ranks save together: set it to dcp, "
             + advice
         )
     if config.arena.when_full == "skip":
@@ -58,51 +58,51 @@ def check_for_ranks(config: StagerConfig, job: Job) -> None:
         )
 
 
-def make_telemetry(telemetry: TelemetryConfig, job: Job) -> Telemetry:
+def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
     """
     Raises:
         OSError: a file cannot be opened.
     """
-    return Telemetry(_of_rank(telemetry.events, job), _of_rank(telemetry.trace, job))
+    return Telemetry(_of_rank(telemetry.events, group), _of_rank(telemetry.trace, group))
 
 
-def _of_rank(path: str | os.PathLike[str] | None, job: Job) -> str | None:
+def _of_rank(path: str | os.PathLike[str] | None, group: RankGroup) -> str | None:
     """The name of this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
-    if path is None or job.board is None:
+    if path is None or group.rendezvous is None:
         return None if path is None else os.fspath(path)
     stem, suffix = os.path.splitext(os.fspath(path))
-    return f"{stem}.rank-{job.rank}{suffix}"
+    return f"{stem}.rank-{group.rank}{suffix}"
 
 
-def make_arena(arena: ArenaConfig, job: Job) -> Arena:
+def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
     has_device = torch.cuda.is_available()
     if arena.pin is True and not has_device:
         logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
     return Arena(
         arena.buffers,
-        arena.resolve_max_host_bytes(available_memory_bytes(), job.local_size),
+        arena.resolve_max_host_bytes(available_memory_bytes(), group.local_size),
         arena.when_full,
         prefault=arena.prefault,
         pin=bool(arena.pin) and has_device,
     )
 
 
-def agree_on_segment_bytes(persistence: PersistenceConfig, job: Job, arena: Arena) -> int:
+def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, arena: Arena) -> int:
     """The same on all ranks: a rank that has to save in pieces, as others may not, needs small ones.
 
     Raises:
         RankFailedError: a rank did not come.
     """
     own = persistence.segment_bytes
-    if job.board is None:
+    if group.rendezvous is None:
         return own
-    return job.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
+    return group.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
 
 
-def start_pool(workers: WorkersConfig, job: Job, lock_fd: int) -> WorkerPool:
+def start_pool(workers: WorkersConfig, group: RankGroup, lock_fd: int) -> WorkerPool:
     """
     Args:
-        lock_fd: workers keep it, see NOTE [ The lock ] in ``workers/directory.py``.
+        lock_fd: workers keep it, see NOTE [ The lock ] in ``workers/checkpoint/directory/run_directory.py``.
 
     Raises:
         WorkerStartError
@@ -119,12 +119,12 @@ def start_pool(workers: WorkersConfig, job: Job, lock_fd: int) -> WorkerPool:
         shutdown_timeout_secs=workers.shutdown_timeout_secs,
         env={"CUDA_VISIBLE_DEVICES": ""},  # workers never create a CUDA context
     )
-    return WorkerPool(workers.resolve_count(job.local_size), options, inherit_fds=(lock_fd,))
+    return WorkerPool(workers.resolve_count(group.local_size), options, inherit_fds=(lock_fd,))
 
 
-def saver_options(config: StagerConfig, job: Job, directory: str, segment_bytes: int) -> SaverOptions:
+def saver_options(config: StagerConfig, group: RankGroup, directory: str, segment_bytes: int) -> SaverOptions:
     persistence = config.persistence
-    num_parts = config.workers.resolve_count(job.local_size)
+    num_parts = config.workers.resolve_count(group.local_size)
     return SaverOptions(
         directory=directory,
         kind=persistence.format,
@@ -154,13 +154,13 @@ def make_saver(
     staging: StagingConfig,
     arena: Arena,
     pool: WorkerPool,
-    job: Job,
+    group: RankGroup,
     on_done: Callable[[SaveHandle], None],
     replicator: Replicator | None,
 ) -> Saver:
     sharing = SharingOptions(staging.location, staging.share_min_bytes)
     copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
-    return Saver(options, get_format(options.kind), arena, copier, pool, sharing, on_done, job, replicator)
+    return Saver(options, get_format(options.kind), arena, copier, pool, sharing, on_done, group, replicator)
 
 
 def retention_rules(retention: RetentionConfig, num_threads: int | None = 1) -> RetentionRules:

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from stager.snapshot.flatten import PLAIN_TENSORS
+from stager.state.flatten import PLAIN_TENSORS
 
 logger = logging.getLogger("stager")
 

@@ -2,7 +2,7 @@
 
     share()   before planning: large CPU storages into shared memory (``movable.py``), or those that are there noticed
     split()   which copies of a plan the workers can do
-    copy()    deal them by bytes -> idle workers copy (``workers/sharing.py``) -> all done, or the trainer does the rest
+    copy()    deal them by bytes -> idle workers copy (``workers/memory/shared_source.py``) -> all done, or the trainer does the rest
 
 Invariants
   * A user's memory is held weakly; a storage that is gone is forgotten, and the workers are told to unmap it.
@@ -28,12 +28,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from stager.sharing.movable import Reason, move, sendable, why_not
 from stager.sharing.worker_copy import Copied, SharedCopy, WorkerCopier
-from stager.snapshot.plan import Copy
-from workers.errors import ClosedError, InternalError, WorkerError
-from workers.offload.host_buffers import default_fd_budget
-from workers.pool import WorkerPool
-from workers.sharing import SharedSource, detach_all_but, prepare_copy
-from workers.slab import Slab
+from stager.state.snapshot_plan import Copy
+from stager.workers.errors import ClosedError, InternalError, WorkerError
+from stager.workers.memory.host_buffers import default_fd_budget
+from stager.workers.memory.shared_source import SharedSource, detach_all_but, prepare_copy
+from stager.workers.memory.slab import Slab
+from stager.workers.pool.pool import WorkerPool
 
 Location = Literal["auto", "trainer", "workers"]
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-from stager.snapshot.plan import Copy
-from workers.errors import WorkerError
-from workers.handle import WorkerState
-from workers.pool import WorkerPool
-from workers.sharing import CopyResult, SharedSource, Stretch, copy_shared
-from workers.slab import Slab
+from stager.state.snapshot_plan import Copy
+from stager.workers.errors import WorkerError
+from stager.workers.memory.shared_source import CopyResult, SharedSource, Stretch, copy_shared
+from stager.workers.memory.slab import Slab
+from stager.workers.pool.handle import WorkerState
+from stager.workers.pool.pool import WorkerPool
 
 _TASK_BYTES = 1 << 30  # beyond, an idle worker can do a part of what a slow one has not begun
 # Of a worker, or of the way to it; the bytes that were asked for are still right, and the trainer can copy them.
@@ -83,7 +83,7 @@ class WorkerCopier:
         """Returns when every byte is in the slab. Raises, and returns, only when no worker writes into it any more.
 
         Args:
-            live_sources: see :func:`workers.sharing.copy_shared`.
+            live_sources: see :func:`stager.workers.memory.shared_source.copy_shared`.
             copy_here, meanwhile: see :meth:`stager.sharing.SourceSharer.copy`.
         """
         num_workers = min(self._num_workers, self._count_idle()) if shared else 0

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stager.snapshot.placement import SMALL_BYTES, Copy
-from workers.files import IOV_MAX
+from stager.state.placement import SMALL_BYTES, Copy
+from stager.workers.checkpoint.directory.files import IOV_MAX
 
 _PIECE_BYTES = 16 << 20
 _MAX_GAP_BYTES = 64  # alignment leaves less than that between small copies

@@ -18,9 +18,9 @@ import torch
 
 from stager.snapshot.batches import Batches, Gather, Move
 from stager.snapshot.device import Ready, bytes_of, copy_by_torch, enqueue
-from stager.snapshot.placement import Copy
-from workers.errors import InternalError, TornSnapshotError
-from workers.slab import Slab
+from stager.state.placement import Copy
+from stager.workers.errors import InternalError, TornSnapshotError
+from stager.workers.memory.slab import Slab
 
 _BACKGROUND_NICE = 10
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, ExitStack
 
 import torch
 
-from stager.snapshot.placement import SMALL_BYTES, Copy
-from workers.slab import Slab
+from stager.state.placement import SMALL_BYTES, Copy
+from stager.workers.memory.slab import Slab
 
 _PACK_BYTES = 32 << 20  # device memory that gathering takes at most at a time, per device
 _MAX_GAP_BYTES = 64

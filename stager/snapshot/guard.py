@@ -18,8 +18,8 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stager.ranks.shards import is_sharded, local_of
-from stager.snapshot.plan import SnapshotPlan
+from stager.state.shards import is_sharded, local_of
+from stager.state.snapshot_plan import SnapshotPlan
 
 _HOST = torch.device("cpu")
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know

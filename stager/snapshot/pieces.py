@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stager.saving.job import object_items
-from stager.snapshot.placement import Copy
-from stager.snapshot.plan import SnapshotPlan
-from workers.direct import BLOCK_BYTES
-from workers.errors import MemoryBudgetError
-from workers.layout import Item, Layout, Segment, align, deal
+from stager.snapshot.slab_writer import object_items
+from stager.state.placement import Copy
+from stager.state.snapshot_plan import SnapshotPlan
+from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, deal
+from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
+from stager.workers.errors import MemoryBudgetError
 
 _MIN_SEGMENT_BYTES = 64 << 10
 _SEGMENTS_PER_PIECE = 8  # parts are cut between segments, so these bound how unequal they are
@@ -45,7 +45,7 @@ class Pieces:
     pieces: in order of their parts.
     items: the objects' places.
     slab_nbytes: what a slab for any of them needs.
-    whole_bytes: files up to this size are in one piece (:func:`workers.layout.deal`).
+    whole_bytes: files up to this size are in one piece (:func:`stager.workers.checkpoint.layout.layout.deal`).
     """
 
     pieces: tuple[Piece, ...]

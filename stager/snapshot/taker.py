@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
-from stager.ranks.job import Job
-from stager.ranks.share import ShareTaker
+from stager.ranks.partition import Partitioner
+from stager.ranks.rank_group import RankGroup
 from stager.saving.save import SaveHandle
 from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import Batches, batch
 from stager.snapshot.copying import Copier, compare
 from stager.snapshot.device import Ready, mark_ready
-from stager.snapshot.flatten import Flat, flatten
 from stager.snapshot.guard import Guard
-from stager.snapshot.placement import Copy
-from stager.snapshot.plan import Planner, SnapshotPlan
-from workers.errors import UnstageableError
-from workers.formats import Format
-from workers.slab import Slab
+from stager.state.flatten import StateTree, flatten
+from stager.state.placement import Copy
+from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.workers.checkpoint.formats import Format
+from stager.workers.errors import UnstageableError
+from stager.workers.memory.slab import Slab
 
 logger = logging.getLogger("stager")
 
@@ -50,7 +50,7 @@ class Snapshot:
     """
 
     handle: SaveHandle
-    flat: Flat
+    flat: StateTree
     plan: SnapshotPlan
     blobs: list[bytes]
     ready: Ready | None
@@ -73,7 +73,7 @@ class SnapshotTaker:
     """Args:
     sharer: None when everything is copied by the trainer.
     verify: compare each copy with its source.
-    job: whose ranks make one checkpoint together; None: this process alone.
+    group: whose ranks make one checkpoint together; None: this process alone.
     """
 
     def __init__(
@@ -84,21 +84,21 @@ class SnapshotTaker:
         sharer: SourceSharer | None = None,
         *,
         verify: bool,
-        job: Job | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         self._format = file_format
         self._copier = copier
         self._guard = guard
         self._sharer = sharer
         self._verify = verify
-        self._job = job or Job()
-        self._share = ShareTaker(self._job)
+        self._group = group or RankGroup()
+        self._share = Partitioner(self._group)
         self._shared_for: SnapshotPlan | None = None
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Work, Work] | None = None
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
 
-    def flatten(self, state: Mapping[str, Any], occasion: str) -> Flat:
+    def flatten(self, state: Mapping[str, Any], occasion: str) -> StateTree:
         """This rank's share of the leaves.
 
         Args:
@@ -106,11 +106,11 @@ class SnapshotTaker:
 
         Raises:
             UnstageableError: a state that cannot be saved.
-            RankFailedError, InconsistentRanksError: see :class:`stager.ranks.share.ShareTaker`.
+            RankFailedError, InconsistentRanksError: see :class:`stager.ranks.partition.Partitioner`.
         """
-        return self._share.take(flatten(state, self._job.own_rank), occasion)
+        return self._share.take(flatten(state, self._group.own_rank), occasion)
 
-    def begin(self, handle: SaveHandle, flat: Flat, planner: Planner, *, may_move: bool | None = None) -> Snapshot:
+    def begin(self, handle: SaveHandle, flat: StateTree, planner: Planner, *, may_move: bool | None = None) -> Snapshot:
         """Plan and pickle; nothing is copied yet.
 
         Args:
@@ -189,7 +189,7 @@ class SnapshotTaker:
         self._share.forget()
         self._blobs.clear()
 
-    def _pickle(self, flat: Flat, leaf: int) -> bytes:
+    def _pickle(self, flat: StateTree, leaf: int) -> bytes:
         value = flat.leaves[leaf]
         kind = type(value)
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:

@@ -13,9 +13,15 @@ from typing import Any
 
 from stager import Checkpointer
 from stager.stress.digest import digest
-from workers.directory import LOCK_NAME, committed_steps, is_partial, parse_partial, read_checkpoint
-from workers.errors import StagerError
-from workers.verify import verify_checkpoint
+from stager.workers.checkpoint.directory.run_directory import (
+    LOCK_NAME,
+    committed_steps,
+    is_partial,
+    parse_partial,
+    read_checkpoint,
+)
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.errors import StagerError
 
 _ASIDE = ".not-a-checkpoint-"
 

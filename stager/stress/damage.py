@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 
 from stager.stress.faults import Damage
-from workers.directory import committed_steps, read_checkpoint
-from workers.errors import StagerError
+from stager.workers.checkpoint.directory.run_directory import committed_steps, read_checkpoint
+from stager.workers.errors import StagerError
 
 
 @dataclass(frozen=True, slots=True)

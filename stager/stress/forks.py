@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from stager.demo.child import child_environment
 from stager.stress.request import Request
-from workers.errors import StagerError
+from stager.workers.errors import StagerError
 
 _START_SECS = 120.0
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")

@@ -16,7 +16,7 @@ from stager.stress.episode import RunPlan
 from stager.stress.faults import Fault, FullDisk, PointFault, Pressure, RemovePartial, SignalFault
 from stager.stress.forks import ForkServer
 from stager.stress.processes import send, state_of
-from workers.directory import partial_names
+from stager.workers.checkpoint.directory.run_directory import partial_names
 
 
 @dataclass
@@ -188,6 +188,6 @@ def _stops(fault: Fault) -> bool:
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return any("workers.main" in part for part in process.cmdline())
+        return any("stager.workers.pool.worker_main" in part for part in process.cmdline())
     except psutil.Error:
         return False

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stager._version import __version__
 from stager.stress.config import Kind, StressConfig
 from stager.stress.record import EpisodeResult, FaultOutcome, Outcome
+from stager.workers._version import __version__
 
 _RECOVERIES_SHOWN = 3
 _VIOLATIONS_SHOWN = 10

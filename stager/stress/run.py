@@ -22,7 +22,7 @@ from stager.stress.episode import Episode
 from stager.stress.forks import ForkServer, ForkServerError
 from stager.stress.record import EpisodeResult
 from stager.stress.report import Summary, print_report, write_json
-from workers.errors import UsageError
+from stager.workers.errors import UsageError
 
 _QUIET_SECS = 60.0  # from one line to the next where there is no terminal for a bar
 

@@ -32,7 +32,7 @@ from stager.stress.diary import (
 from stager.stress.digest import digest
 from stager.stress.episode import Episode, RunPlan
 from stager.stress.training import Training
-from workers.errors import LeftRunningError
+from stager.workers.errors import LeftRunningError
 
 _ATTEMPTS = 4  # a call raises the error of each earlier save that nobody has looked at, one at a time
 

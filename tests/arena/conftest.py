@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stager.arena.arena import Arena, Lease
+from stager.workers.memory import pages
 from tests.waiting import wait_until
-from workers import pages
 
 MIB = 1 << 20
 PLENTY = 1 << 40

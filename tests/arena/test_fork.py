@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Callable
 
 from stager.arena.arena import Arena
+from stager.workers.errors import ClosedError
 from tests.arena.conftest import MIB, take
-from workers.errors import ClosedError
 
 Make = Callable[..., Arena]
 

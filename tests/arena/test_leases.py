@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stager.arena.arena import Arena, SlabState
+from stager.workers.errors import ArenaFullError, ClosedError, InternalError, MemoryBudgetError
 from tests.arena.conftest import MIB, num_waiting, sizes, start_waiting, take, wait_for_freeing
 from tests.leaks import _slab_mappings
-from workers.errors import ArenaFullError, ClosedError, InternalError, MemoryBudgetError
 
 Make = Callable[..., Arena]
 

@@ -10,9 +10,9 @@ import pytest
 
 from stager.arena.arena import Arena
 from stager.config import host
+from stager.workers.errors import ArenaFullError, MemoryBudgetError
 from tests import scripts
 from tests.arena.conftest import MIB, sizes, start_waiting, take
-from workers.errors import ArenaFullError, MemoryBudgetError
 
 Make = Callable[..., Arena]
 

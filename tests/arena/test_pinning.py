@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 
 from stager.arena.arena import Arena
+from stager.workers.memory import pinning
 from tests import cuda_runtime
 from tests.arena.conftest import MIB, sizes, take, wait_for_freeing
 from tests.staging.test_pinning import FakeRuntime
-from workers.offload import pinning
 
 Make = Callable[..., Arena]
 

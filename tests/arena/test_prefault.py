@@ -12,6 +12,8 @@ import pytest
 
 from stager.arena import prefault
 from stager.arena.arena import Arena, SlabState
+from stager.workers.errors import MemoryBudgetError
+from stager.workers.memory.slab import Slab
 from tests.arena.conftest import (
     MIB,
     Gate,
@@ -23,8 +25,6 @@ from tests.arena.conftest import (
     wait_for_prefault,
 )
 from tests.waiting import wait_until
-from workers.errors import MemoryBudgetError
-from workers.slab import Slab
 
 Make = Callable[..., Arena]
 

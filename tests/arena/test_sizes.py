@@ -10,9 +10,9 @@ import pytest
 
 from stager.arena.arena import Arena, SlabState
 from stager.arena.buffer import Buffer
+from stager.workers.memory.slab import Slab
 from tests.arena.conftest import MIB, sizes, start_waiting, take, wait_for_freeing
 from tests.leaks import _slab_mappings
-from workers.slab import Slab
 
 Make = Callable[..., Arena]
 SMALL, LARGE = MIB, 10 * MIB

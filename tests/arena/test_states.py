@@ -7,8 +7,8 @@ from itertools import pairwise, product
 import pytest
 
 from stager.arena.buffer import Buffer, Lease, SlabState
-from workers.errors import InternalError
-from workers.slab import Slab
+from stager.workers.errors import InternalError
+from stager.workers.memory.slab import Slab
 
 FREE, PREPARING, LEASED = SlabState.FREE, SlabState.PREPARING, SlabState.LEASED
 STAGED, PERSISTING, RETIRED = SlabState.STAGED, SlabState.PERSISTING, SlabState.RETIRED

@@ -66,13 +66,13 @@ def _save(rank: int, num_ranks: int, directory: str, memory: str, mib: int) -> N
     _begin(rank, num_ranks, directory)
     secs = []
     with suppress(_FailError), _open(directory, memory) as ckpt:
-        board = ckpt._job.board
-        assert board is not None
+        rendezvous = ckpt._job.rendezvous
+        assert rendezvous is not None
         for step in range(1, _SAVES + 1):
             dist.barrier()
             handle = ckpt.save(step, _state(mib, float(step)))
             handle.upload_completion.result()
-            while board.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
+            while rendezvous.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
                 time.sleep(0.005)
             sent = [event for event in handle.report.events if event.name == "replicate"]
             secs += [event.end - event.start for event in sent]

@@ -14,8 +14,7 @@ import stager.demo
 import stager.doctor
 from stager.demo import DemoConfig
 from stager.doctor import Finding, Status
-from tests.cli.conftest import Outcome
-from workers.errors import (
+from stager.workers.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
@@ -23,6 +22,7 @@ from workers.errors import (
     UsageError,
     WorkerDiedError,
 )
+from tests.cli.conftest import Outcome
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

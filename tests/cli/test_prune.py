@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers.checkpoint.directory.protected import write_protected
 from tests.cli.conftest import Outcome, flip_bit
 from tests.retention.runs import everything_in
-from workers.protected import write_protected
 
 
 def names(run: Path) -> list[str]:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from stager.cli.recover import run_recover
+from stager.workers.checkpoint.commit.commit import partial_path
+from stager.workers.checkpoint.commit.persist import persist_part
+from stager.workers.checkpoint.directory.run_directory import lock_directory
+from stager.workers.errors import DirectoryInUseError
 from tests.cli.conftest import Outcome
 from tests.persistence.jobs import make_job
 from tests.persistence.test_recover import stop_before_publishing, stop_before_renaming
 from tests.retention.runs import everything_in, make_run, steps_of
-from workers.commit import partial_path
-from workers.directory import lock_directory
-from workers.errors import DirectoryInUseError
-from workers.persist import persist_part
 
 
 def test_finishes_and_removes(run_dir: Path) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError, model_validator
 from typing_extensions import Self
 
 from stager.config import ArenaConfig, Section, StagerConfig, WorkersConfig, load_config
-from workers.errors import ConfigError, UsageError
+from stager.workers.errors import ConfigError, UsageError
 
 
 class ShopSettings(Section):

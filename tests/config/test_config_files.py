@@ -10,7 +10,7 @@ import yaml
 
 from stager.config import StagerConfig, load_config
 from stager.config.layers import file_layer
-from workers.errors import ConfigError
+from stager.workers.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

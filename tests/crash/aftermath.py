@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from stager import Checkpointer
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints, lock_directory
+from stager.workers.checkpoint.maintenance.recover import Recovered, recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.crash.trainers import ORPHAN_TIMEOUT_SECS, value_of
 from tests.leaks import worker_processes
-from workers.directory import list_checkpoints, lock_directory
-from workers.recover import Recovered, recover
-from workers.verify import verify_checkpoint
 
 
 def wait_for_workers_to_end(allowed: int = 0) -> None:

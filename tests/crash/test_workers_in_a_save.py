@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from stager import Checkpointer, SaveHandle
+from stager.workers import RemoteTraceback
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.observed import child_pids
 from tests.states import same
-from workers import RemoteTraceback
-from workers.verify import verify_checkpoint
 
 # In order. "after=1": the second visit of the process that gets there, which is in the middle.
 POINTS = {

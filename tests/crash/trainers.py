@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stager import Checkpointer
-from workers.roster import Roster
+from stager.workers.pool.roster import Roster
 
 ORPHAN_TIMEOUT_SECS = 300.0
 CONFIG = {"workers": {"count": 1, "orphan_timeout_secs": ORPHAN_TIMEOUT_SECS}, "persistence": {"fsync": False}}

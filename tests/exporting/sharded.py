@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from stager.storage.payload import payload_of
-from stager.storage.spans import SEGMENT_BYTES, SpanWriter
-from workers.layout import FileSpec, Layout
-from workers.manifest import Header, Manifest
-from workers.structure import Chunks
+from stager.torch_api.storage.payload import payload_of
+from stager.torch_api.storage.spans import SEGMENT_BYTES, SpanWriter
+from stager.workers.checkpoint.directory.manifest import Header, Manifest
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout
+from stager.workers.checkpoint.layout.structure import Chunks
 
 _ROW_CUTS = {"rows": [(0, 2), (2, 7)], "empty rank": [(0, 7), (7, 7)]}
 

@@ -25,13 +25,13 @@ from stager import (
     export_checkpoint,
 )
 from stager.exporting.source import runs_of
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.formats import FORMATS
+from stager.workers.errors import MemoryBudgetError
 from tests.cli.conftest import Outcome, flip_bit
 from tests.exporting.sharded import chunked_checkpoint
 from tests.persistence.jobs import save
 from tests.states import everything, same
-from workers import files
-from workers.errors import MemoryBudgetError
-from workers.formats import FORMATS
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch.load of quantized tensors
 

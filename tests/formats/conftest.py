@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.formats import FORMATS
+from stager.workers.checkpoint.formats import FORMATS
 
 
 @pytest.fixture(params=FORMATS)

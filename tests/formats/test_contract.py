@@ -20,17 +20,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stager import Checkpointer, UnstageableError
+from stager.workers.checkpoint.commit.persist import persist_part
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints, partial_names, read_checkpoint
+from stager.workers.checkpoint.formats import FORMATS
+from stager.workers.checkpoint.layout.structure import fqn
+from stager.workers.checkpoint.maintenance.recover import recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.formats.stock import read_stock
 from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job, run, save
 from tests.persistence.test_write import _STATES, with_tensors
 from tests.states import everything, same
-from workers.directory import list_checkpoints, partial_names, read_checkpoint
-from workers.formats import FORMATS
-from workers.persist import persist_part
-from workers.recover import recover
-from workers.structure import fqn
-from workers.verify import verify_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
+from stager.workers.checkpoint.formats import torch_file
+from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.layout.layout import Layout
 from tests.persistence.jobs import save
 from tests.states import same
-from workers.formats import torch_file
-from workers.formats.contract import TensorSpec, evenly
-from workers.job import Plan
-from workers.layout import Layout
 
 
 def write_sparse(path: Path, shapes: Sequence[tuple[int, ...]], data: Callable[[int], bytes]) -> Layout:
@@ -22,7 +22,7 @@ def write_sparse(path: Path, shapes: Sequence[tuple[int, ...]], data: Callable[[
     specs = [TensorSpec((("t", i),), "int32", shape, (1,)) for i, shape in enumerate(shapes)]
     laid_out = torch_file.lay_out(specs, 0, evenly(1))
     structure = ["dict", ["t"], [["list", list(range(len(specs)))]]]
-    plan = Plan(laid_out.files, "state.pt", laid_out.items, structure, 1 << 20)
+    plan = LayoutPlan(laid_out.files, "state.pt", laid_out.items, structure, 1 << 20)
     closing = torch_file.closing(plan)([])
     layout = plan.with_objects([])
     frame = torch_file.frames(layout)

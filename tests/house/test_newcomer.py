@@ -94,7 +94,7 @@ def test_workers_never_imports_stager() -> None:
             f"import sys, {first}\n"
             f"assert {first!r} != 'workers' or not any(m.split('.')[0] == 'stager' for m in sys.modules)\n"
             f"import {second}\n"
-            "import workers.main, workers.persist, workers.recover\n"
+            "import stager.workers.pool.worker_main, stager.workers.checkpoint.commit.persist, stager.workers.checkpoint.maintenance.recover\n"
             "import torch; assert not torch.cuda.is_initialized()\n"
         )
         subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from tests.persistence.jobs import make_job, run
-from workers.directory import CheckpointInfo
 
 FROZEN_FILES = ("__0_0.distcp", "__0_1.distcp")
 ADAPTER_FILE = "__0_2.distcp"

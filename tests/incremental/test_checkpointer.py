@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from stager import Checkpointer
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.states import same
-from workers.verify import verify_checkpoint
 
 CONFIG: dict[str, Any] = {"workers": {"count": 1}, "persistence": {"incremental": True, "fsync": False}}
 

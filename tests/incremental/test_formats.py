@@ -10,12 +10,12 @@ import torch
 
 from stager import Checkpointer, ConfigError
 from stager.config import load_config
+from stager.workers.checkpoint.formats import FORMATS
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.formats.stock import read_stock
 from tests.incremental.states import frozen_and_adapter, save_incrementally, shared_files
 from tests.persistence.jobs import load, make_job, run
 from tests.states import same
-from workers.formats import FORMATS
-from workers.verify import verify_checkpoint
 
 
 def test_safetensors_links_what_is_frozen_and_stock_reads_it_after_the_first_is_deleted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stager.snapshot.grouping import group, role
+from stager.state.grouping import group, role
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers.checkpoint.commit import persist
+from stager.workers.checkpoint.directory.receipt import Receipt
+from stager.workers.checkpoint.directory.run_directory import read_checkpoint
+from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.write import part_writer
+from stager.workers.checkpoint.write.write_back import Writing
+from stager.workers.errors import StorageError
 from tests.incremental.states import ADAPTER_FILE, FROZEN_FILES, frozen_and_adapter, save_incrementally, shared_files
 from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job, run
 from tests.states import same
-from workers import part_writer, persist
-from workers.directory import read_checkpoint
-from workers.errors import StorageError
-from workers.receipt import Receipt
-from workers.recover import Outcome, recover
-from workers.verify import verify_checkpoint
-from workers.writing import Writing
 
 
 def test_unchanged_files_are_linked_and_changed_ones_written(run_dir: Path) -> None:
@@ -158,7 +159,7 @@ def test_full_disk_while_linking_is_an_error_like_any_other(run_dir: Path, monke
     with pytest.raises(StorageError, match="cannot link; free space") as caught:
         persist.persist_part(job, 0)
     assert caught.value.errno == errno.ENOSPC
-    persist.discard_partial(str(run_dir), 2, job.facts.save_id)
+    persist.discard_partial(str(run_dir), 2, job.spec.save_id)
     assert verify_checkpoint(run_dir / "step-00000001").ok
 
 
@@ -180,7 +181,7 @@ def test_crash_at_each_system_call_harms_neither_base_nor_successor(tmp_path: Pa
         with failing_call(number, Crash) as reached, suppress(Crash):
             run(job)
         if then == "another worker":  # does every part that has no answer again
-            for part in range(job.facts.num_parts):
+            for part in range(job.spec.num_parts):
                 persist.persist_part(job, part)
         found = recover(str(run_dir))
         outcomes.update(item.outcome for item in found)

@@ -13,10 +13,10 @@ import torch
 
 from stager import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from stager.loading.restore import Restorer
+from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.persistence.jobs import save
 from tests.states import same
-from workers.manifest import read_manifest
-from workers.verify import verify_checkpoint
 
 
 def state_of(step: int) -> dict[str, object]:

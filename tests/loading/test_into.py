@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from stager import CorruptCheckpointError, StateMismatchError, UnsafePickleError
+from stager.workers.checkpoint.formats import FORMATS
 from tests.loading.restoring import contents, refused, restore
 from tests.persistence.jobs import restorer, save
 from tests.states import bits, same
-from workers.formats import FORMATS
 
 
 def test_tensors_keep_identity_memory_and_gradients(run_dir: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from stager import Checkpointer, CorruptCheckpointError, StateMismatchError, load_checkpoint
+from stager.workers.checkpoint.directory.manifest import read_manifest
 from tests.persistence.jobs import save
 from tests.states import same
-from workers.manifest import read_manifest
 
 STATE: dict[str, Any] = {
     "model": {"a": {"weight": torch.ones(2), "bias": torch.ones(3)}, "b": {"weight": torch.full((4,), 2.0)}},

@@ -15,12 +15,12 @@ import torch
 import xxhash
 
 from stager import CorruptCheckpointError, StagerError, UnsafePickleError, UsageError
-from stager.loading.unpickle import unpickle
+from stager.loading.pickles.unpickle import unpickle
+from stager.workers.checkpoint.directory.envelope import seal, unseal
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
+from stager.workers.checkpoint.formats.dcp import object_blob
 from tests.persistence.jobs import load, restorer, save
 from tests.states import everything, same
-from workers.directory import CheckpointInfo, read_checkpoint
-from workers.envelope import seal, unseal
-from workers.formats.dcp import object_blob
 
 
 def test_default_device_dtype_and_determinism_do_not_matter(run_dir: Path) -> None:

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from stager import Checkpointer, CorruptCheckpointError, StateMismatchError
-from stager.storage import StagerStorageWriter
+from stager.torch_api.storage import StagerStorageWriter
+from stager.workers.checkpoint.directory.manifest import read_manifest
 from tests.persistence.jobs import save
 from tests.staging.ranks import run_ranks
-from workers.manifest import read_manifest
 
 WHOLE = torch.arange(35.0).view(7, 5)
 LAYOUTS = {"rows": Shard(0), "columns": Shard(1), "everywhere": Replicate()}

@@ -12,19 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.write_task import WriteTask
 
 from stager.loading.restore import Restorer
-from stager.saving.job import JobWriter, slab_nbytes
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
-from stager.snapshot.flatten import flatten
-from stager.snapshot.plan import Planner
-from workers import persist
-from workers.commit import Committed
-from workers.directory import CheckpointInfo, read_checkpoint
-from workers.formats import contract, get_format
-from workers.job import SaveFacts, SaveJob
-from workers.slab import Slab
+from stager.snapshot.slab_writer import SlabWriter, slab_nbytes
+from stager.state.flatten import flatten
+from stager.state.snapshot_plan import Planner
+from stager.workers.checkpoint.commit import persist
+from stager.workers.checkpoint.commit.commit import Committed
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
+from stager.workers.checkpoint.formats import contract, get_format
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.memory.slab import Slab
 
 SMALL_STATE = {"a": torch.arange(40, dtype=torch.float32), "b": {"c": torch.arange(7), "n": 3}}
 
@@ -42,7 +43,7 @@ def make_job(
     incremental: bool = False,
     base_step: int | None = None,
     full_every: int = 16,
-) -> SaveJob:
+) -> WriteTask:
     """What the trainer hands over. ``num_files``: split even a small state into so many files."""
     file_format, flat = get_format(kind), flatten(state)
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +54,7 @@ def make_job(
     blobs = plan.closed([file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects])
     slab = Slab.create(slab_nbytes(plan, blobs))
     Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
-    facts = SaveFacts(
+    spec = SaveSpec(
         directory=str(directory),
         step=step,
         save_id=secrets.token_hex(8),
@@ -67,12 +68,12 @@ def make_job(
         base_step=base_step,
         full_every=full_every,
     )
-    return JobWriter().write(facts, plan, blobs, slab, frozenset({slab.slab_id}))
+    return SlabWriter().write(spec, plan, blobs, slab, frozenset({slab.slab_id}))
 
 
-def run(job: SaveJob) -> Committed:
+def run(job: WriteTask) -> Committed:
     """Every part, one after the other."""
-    results = [persist.persist_part(job, part).committed for part in range(job.facts.num_parts)]
+    results = [persist.persist_part(job, part).committed for part in range(job.spec.num_parts)]
     commits = [committed for committed in results if committed is not None]
     assert len(commits) == 1 and results[-1] is not None
     return commits[0]

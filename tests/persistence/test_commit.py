@@ -12,18 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 
+from stager.workers.checkpoint.commit import commit, persist
+from stager.workers.checkpoint.commit.commit import partial_path, try_commit
+from stager.workers.checkpoint.commit.persist import PartResult, discard_partial, persist_part
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.envelope import seal
+from stager.workers.checkpoint.directory.receipt import read_receipt, receipt_name
+from stager.workers.checkpoint.directory.run_directory import partial_names, read_checkpoint, remove_partial
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.errors import CorruptCheckpointError, StorageError
 from tests.persistence.jobs import load, make_job, run, save
 from tests.states import same
-from workers import commit, files, persist
-from workers.commit import partial_path, try_commit
-from workers.directory import partial_names, read_checkpoint, remove_partial
-from workers.envelope import seal
-from workers.errors import CorruptCheckpointError, StorageError
-from workers.job import SaveJob, read_layout
-from workers.persist import PartResult, discard_partial, persist_part
-from workers.receipt import read_receipt, receipt_name
-from workers.verify import verify_checkpoint
 
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": 2}
 
@@ -53,10 +54,10 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], N
     return arm
 
 
-def only_checkpoint(run_dir: Path, job: SaveJob, state: dict[str, object]) -> None:
+def only_checkpoint(run_dir: Path, job: WriteTask, state: dict[str, object]) -> None:
     """The job's checkpoint is there, whole, under its name, and nothing else is."""
-    info, _ = read_checkpoint(str(run_dir), job.facts.step)
-    assert info.save_id == job.facts.save_id
+    info, _ = read_checkpoint(str(run_dir), job.spec.step)
+    assert info.save_id == job.spec.save_id
     assert verify_checkpoint(info.path).problems == ()
     assert same(load(info), state)
     assert os.listdir(run_dir) == [Path(info.path).name]
@@ -98,7 +99,7 @@ def test_failed_second_rename_puts_the_old_one_back(run_dir: Path, monkeypatch: 
     with pytest.raises(StorageError) as raised:
         run(job)
     assert raised.value.errno == errno.EIO and moved
-    discard_partial(str(run_dir), 1, job.facts.save_id)
+    discard_partial(str(run_dir), 1, job.spec.save_id)
     assert same(load(read_checkpoint(str(run_dir), 1)[0]), OLD)
     assert os.listdir(run_dir) == ["step-00000001"]
 
@@ -121,7 +122,7 @@ def test_what_is_in_the_way_and_is_no_checkpoint_is_moved_aside_and_kept(
     info = run(job).info
     assert verify_checkpoint(info.path).ok and same(load(info), NEW)
     (aside,) = [p for p in run_dir.iterdir() if p != final]
-    assert aside.name == f"step-00000001.not-a-checkpoint-{job.facts.save_id}"
+    assert aside.name == f"step-00000001.not-a-checkpoint-{job.spec.save_id}"
     assert kind == "dangling link" or (aside / "thesis" if aside.is_dir() else aside).read_text() == "mine"
     assert not partial_names(str(run_dir))
 
@@ -180,11 +181,11 @@ def test_part_that_is_run_again_just_before_the_rename_leaves_nothing(
     persist_part(job, 0)
     at(where, lambda: run_part(job, 1))
     late = persist_part(job, 0)
-    assert late.committed is not None and late.committed.info.save_id == job.facts.save_id
+    assert late.committed is not None and late.committed.info.save_id == job.spec.save_id
     only_checkpoint(run_dir, job, NEW)
 
 
-def run_part(job: SaveJob, part: int) -> None:
+def run_part(job: WriteTask, part: int) -> None:
     assert persist_part(job, part).committed is not None
 
 
@@ -200,11 +201,11 @@ def test_older_checkpoint_under_the_partial_name_is_never_taken_for_this_save(
     seen: list[object] = []
 
     def come_late() -> None:
-        assert Path(partial_path(job.facts), "manifest.json").exists()
+        assert Path(partial_path(job.spec), "manifest.json").exists()
         if late == "part":
             seen.append(persist_part(job, 0).committed)
         else:
-            seen.append(try_commit(job.facts, read_layout(job)))
+            seen.append(try_commit(job.spec, read_layout(job)))
 
     at("commit.replaced", come_late)
     run_part(job, 1)
@@ -232,21 +233,21 @@ def test_many_parts_at_once_commit_exactly_once(run_dir: Path) -> None:
         assert len(results) == sum(runs)
         assert any(result.committed for result in results)
         assert not partial_names(str(run_dir))
-        info, _ = read_checkpoint(str(run_dir), job.facts.step)
-        assert info.save_id == job.facts.save_id and same(load(info), state)
+        info, _ = read_checkpoint(str(run_dir), job.spec.step)
+        assert info.save_id == job.spec.save_id and same(load(info), state)
 
 
-def work(job: SaveJob, part: int, runs: int, start: threading.Barrier, results: list[PartResult]) -> None:
+def work(job: WriteTask, part: int, runs: int, start: threading.Barrier, results: list[PartResult]) -> None:
     start.wait()
     for _ in range(runs):
         results.append(persist_part(job, part))
 
 
-def change_receipt(job: SaveJob, **changes: object) -> None:
-    partial = partial_path(job.facts)
-    receipt = read_receipt(partial, 0, 0, job.facts.num_parts, job.facts.save_id)
+def change_receipt(job: WriteTask, **changes: object) -> None:
+    partial = partial_path(job.spec)
+    receipt = read_receipt(partial, 0, 0, job.spec.num_parts, job.spec.save_id)
     assert receipt is not None
-    Path(partial, receipt_name(0, 0, job.facts.num_parts)).write_bytes(seal({**asdict(receipt), **changes}))
+    Path(partial, receipt_name(0, 0, job.spec.num_parts)).write_bytes(seal({**asdict(receipt), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_receipt_of_something_else_is_refused(run_dir: Path, changes: dict[str, 
     change_receipt(job, **changes)
     with pytest.raises(CorruptCheckpointError, match="receipt"):
         persist_part(job, 1)
-    discard_partial(str(run_dir), 1, job.facts.save_id)
+    discard_partial(str(run_dir), 1, job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 
@@ -279,10 +280,10 @@ def test_partial_directory_removed_while_it_is_written_is_an_error_with_its_path
 ) -> None:
     run_dir.mkdir()
     job = make_job(run_dir, num_parts=1)
-    at("part.receipt", lambda: remove_partial(str(run_dir), Path(partial_path(job.facts)).name))
+    at("part.receipt", lambda: remove_partial(str(run_dir), Path(partial_path(job.spec)).name))
     with pytest.raises(StorageError, match="was removed while it was being written") as raised:
         persist_part(job, 0)
-    assert raised.value.path == partial_path(job.facts)
+    assert raised.value.path == partial_path(job.spec)
     assert os.listdir(run_dir) == []
 
 
@@ -293,11 +294,11 @@ def test_what_was_discarded_is_not_committed_by_whoever_still_writes(
     monkeypatch.setattr(persist, "_DISCARD_SECS", 0.05)
     run_dir.mkdir()
     job = make_job(run_dir, NEW, num_parts=1)
-    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.facts.save_id))
+    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.spec.save_id))
     with pytest.raises(StorageError, match="was removed while it was being written"):
         persist_part(job, 0)
-    assert os.listdir(run_dir) == [f"step-00000001.removing-{job.facts.save_id}"]
-    discard_partial(str(run_dir), 1, job.facts.save_id)
+    assert os.listdir(run_dir) == [f"step-00000001.removing-{job.spec.save_id}"]
+    discard_partial(str(run_dir), 1, job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 
@@ -309,7 +310,7 @@ def test_manifest_that_nobody_would_read_is_not_committed(run_dir: Path, monkeyp
     with pytest.raises(StorageError, match=r"docs/scale\.md") as raised:
         run(job)
     assert raised.value.errno == errno.EFBIG
-    discard_partial(str(run_dir), 2, job.facts.save_id)
+    discard_partial(str(run_dir), 2, job.spec.save_id)
     assert os.listdir(run_dir) == ["step-00000001"]
 
 
@@ -317,7 +318,7 @@ def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir:
     run_dir.mkdir()
     job = make_job(run_dir, NEW, num_parts=2)
     persist_part(job, 0)
-    partial = Path(partial_path(job.facts))
+    partial = Path(partial_path(job.spec))
     (partial / "manifest.json.1.tmp").touch()
     (partial / "sub" / "sub").mkdir(parents=True)
     (partial / "link").symlink_to(run_dir)

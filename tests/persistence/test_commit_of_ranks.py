@@ -12,35 +12,39 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.save_record import record_name
+from stager.workers.checkpoint.write.write_task import WriteTask
 
-from stager.saving.job import JobWriter, slab_nbytes
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
-from stager.snapshot.flatten import flatten
-from stager.snapshot.plan import Planner
+from stager.snapshot.slab_writer import SlabWriter, slab_nbytes
+from stager.state.flatten import flatten
+from stager.state.snapshot_plan import Planner
+from stager.workers.checkpoint.commit import commit, persist
+from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, num_threads, partial_path
+from stager.workers.checkpoint.commit.persist import discard_partial
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.files import open_regular
+from stager.workers.checkpoint.directory.receipt import receipt_name
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.maintenance import recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.errors import CorruptCheckpointError, StorageError
+from stager.workers.memory.slab import Slab
 from tests.persistence.jobs import load, save
-from workers import commit, files, persist, recover
-from workers.commit import Committed, commit_recorded, num_threads, partial_path
-from workers.errors import CorruptCheckpointError, StorageError
-from workers.files import open_regular
-from workers.formats import get_format
-from workers.job import SaveFacts, SaveJob, record_name
-from workers.persist import discard_partial
-from workers.receipt import receipt_name
-from workers.slab import Slab
-from workers.verify import verify_checkpoint
 
 NUM_RANKS = 23
 
 
-def _job(directory: Path, rank: int) -> SaveJob:
+def _job(directory: Path, rank: int) -> WriteTask:
     file_format = get_format("dcp")
     flat = flatten({"own": {f"rank-{rank}": {"weight": torch.full((50,), float(rank)), "number": rank}}})
     plan = Planner(file_format, 1, 64 << 20, rank).plan(flat)
     blobs = [file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects]
     slab = Slab.create(slab_nbytes(plan, blobs))
     Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
-    facts = SaveFacts(
+    spec = SaveSpec(
         directory=str(directory),
         step=1,
         save_id="0123456789abcdef",
@@ -53,24 +57,24 @@ def _job(directory: Path, rank: int) -> SaveJob:
         rank=rank,
         num_ranks=NUM_RANKS,
     )
-    return JobWriter().write(facts, plan, blobs, slab, frozenset({slab.slab_id}))
+    return SlabWriter().write(spec, plan, blobs, slab, frozenset({slab.slab_id}))
 
 
 @pytest.fixture
-def written(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SaveFacts]:
-    """Every part, and no commit: rank 0's facts."""
+def written(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SaveSpec]:
+    """Every part, and no commit: rank 0's spec."""
     run_dir.mkdir()
     jobs = [_job(run_dir, rank) for rank in range(NUM_RANKS)]
     with monkeypatch.context() as patch:
         patch.setattr(persist, "try_commit", lambda *_: None)
         for job in jobs:
             persist.persist_part(job, 0)
-    yield jobs[0].facts
-    discard_partial(str(run_dir), 1, jobs[0].facts.save_id)
+    yield jobs[0].spec
+    discard_partial(str(run_dir), 1, jobs[0].spec.save_id)
 
 
 def test_many_ranks_have_threads_and_one_rank_has_none(
-    run_dir: Path, written: SaveFacts, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, written: SaveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
     start = threading.Thread.start
@@ -101,7 +105,7 @@ def test_threads_grow_with_the_ranks(num_ranks: int, expected: int) -> None:
 
 @pytest.mark.parametrize("name", [receipt_name(9, 0, 1), record_name(9)])
 def test_a_file_that_cannot_be_read_is_named(
-    name: str, run_dir: Path, written: SaveFacts, monkeypatch: pytest.MonkeyPatch
+    name: str, run_dir: Path, written: SaveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of several, the first: as if they were read one after the other."""
 
@@ -121,7 +125,7 @@ def test_a_file_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize("name", [receipt_name(9, 0, 1), record_name(9)])
-def test_a_file_that_is_damaged_is_named(name: str, run_dir: Path, written: SaveFacts) -> None:
+def test_a_file_that_is_damaged_is_named(name: str, run_dir: Path, written: SaveSpec) -> None:
     for damaged in (name, record_name(21)):
         Path(partial_path(written), damaged).write_text("damaged")
     with pytest.raises(CorruptCheckpointError, match=name):
@@ -129,7 +133,7 @@ def test_a_file_that_is_damaged_is_named(name: str, run_dir: Path, written: Save
 
 
 def test_a_receipt_that_was_taken_away_meanwhile_is_missing(
-    run_dir: Path, written: SaveFacts, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, written: SaveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = commit.read_receipt
 
@@ -141,7 +145,7 @@ def test_a_receipt_that_was_taken_away_meanwhile_is_missing(
 
 
 def test_all_that_is_removed_is_removed_before_the_sync_and_that_before_the_rename(
-    run_dir: Path, written: SaveFacts, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, written: SaveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The removals of one thread are held up until all others have nothing left to do."""
     order: list[str] = []
@@ -170,7 +174,7 @@ def test_all_that_is_removed_is_removed_before_the_sync_and_that_before_the_rena
 
 
 def test_what_cannot_be_removed_stops_the_commit_before_the_rename(
-    run_dir: Path, written: SaveFacts, monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, written: SaveSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remove = files.remove
 

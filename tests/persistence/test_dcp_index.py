@@ -11,18 +11,26 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.write_task import read_layout
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from stager.workers.checkpoint.formats.dcp import index_files
+from stager.workers.checkpoint.formats.pickle_template import (
+    END,
+    Strings,
+    TemplateMaker,
+    integer,
+    mark,
+    plain_string,
+    tuple_of,
+)
+from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.layout.layout import Layout
+from stager.workers.checkpoint.layout.structure import fqn, walk
 from tests.persistence.jobs import make_job
 from tests.states import everything
-from workers.dtypes import dtype_of
-from workers.formats.dcp import index_files
-from workers.formats.pickle_template import END, Strings, TemplateMaker, integer, mark, plain_string, tuple_of
-from workers.job import read_layout
-from workers.layout import Layout
-from workers.structure import fqn, walk
 
 SHARED = torch.arange(6.0)
 ODD: list[dict[str, Any]] = [

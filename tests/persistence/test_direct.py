@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from stager.snapshot.flatten import flatten
-from stager.snapshot.plan import Planner
+from stager.state.flatten import flatten
+from stager.state.snapshot_plan import Planner
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.write import direct_io as direct
+from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES, BUFFER_BYTES, IN_PLACE_FROM_BYTES, DirectWriter
+from stager.workers.checkpoint.write.part_writer import PartWriter
+from stager.workers.checkpoint.write.write_back import Writing
+from stager.workers.errors import StorageError
 from tests.persistence.jobs import load, make_job, run
 from tests.persistence.test_writing import cache_can_be_dropped, num_cached
 from tests.states import same
-from workers import direct
-from workers.direct import BLOCK_BYTES, BUFFER_BYTES, IN_PLACE_FROM_BYTES, DirectWriter
-from workers.errors import StorageError
-from workers.formats import get_format
-from workers.part_writer import PartWriter
-from workers.verify import verify_checkpoint
-from workers.writing import Writing
 
 MIB = 1 << 20
 Open = Callable[[int], int]

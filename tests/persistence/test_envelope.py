@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from workers.envelope import seal, seal_json, unseal
-from workers.errors import CorruptCheckpointError
+from stager.workers.checkpoint.directory.envelope import seal, seal_json, unseal
+from stager.workers.errors import CorruptCheckpointError
 
 BODY = {"step": 3, "files": [["a", 1]], "text": "grüße", "number": 0.1, "none": None}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.dtypes import dtype_of
-from workers.formats.torch_save import tensor_frame
+from stager.workers.checkpoint.formats.torch_save import tensor_frame
+from stager.workers.checkpoint.layout.dtypes import dtype_of
 
 # Those that torch.save can write; int1 to uint7 it cannot, quantized tensors are saved as objects.
 _DTYPES = [

@@ -7,13 +7,13 @@ import math
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
-from stager.snapshot.flatten import flatten
-from stager.snapshot.plan import Planner
-from workers.formats import get_format
-from workers.job import Plan
-from workers.layout import FileSpec, Item, Layout, align, deal, num_segments, segments
-from workers.layout_check import check_layout
+from stager.state.flatten import flatten
+from stager.state.snapshot_plan import Planner
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, deal, num_segments, segments
+from stager.workers.checkpoint.layout.layout_check import check_layout
 
 _SIZES = st.lists(st.lists(st.integers(1, 5000), min_size=1, max_size=12), max_size=5)
 
@@ -104,7 +104,7 @@ def test_planned_layouts_are_what_a_reader_accepts(
     }
     state |= {f"o{i}": nbytes for i, nbytes in enumerate(objects)}
     planned = Planner(get_format("dcp"), num_files, 1 << 16).plan(flatten(state))
-    plan = Plan.from_document(planned.document)
+    plan = LayoutPlan.from_document(planned.document)
     rows, offset = [], 0
     for nbytes in objects:
         rows.append(Item("object", len(plan.files), offset, nbytes, offset, nbytes, "", (), ()))

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stager.workers.checkpoint.write.write_task import read_layout
 
+from stager.workers.checkpoint.directory.manifest import Header, IndexFile, Manifest, parse_manifest
+from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, Layout, num_segments
 from tests.persistence.jobs import make_job
 from tests.states import everything
-from workers.job import read_layout
-from workers.layout import ROW_COLUMNS, Layout, num_segments
-from workers.manifest import Header, IndexFile, Manifest, parse_manifest
 
 HEADER = Header("dcp", 7, "0a", 1.5, "2.6", 'odd "version" ä')
 

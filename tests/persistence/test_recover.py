@@ -11,17 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.write_task import WriteTask
 
+from stager.workers.checkpoint.commit.commit import partial_path
+from stager.workers.checkpoint.commit.persist import discard_unfinished, persist_part, set_aside
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.envelope import seal, unseal
+from stager.workers.checkpoint.directory.run_directory import (
+    list_checkpoints,
+    partial_names,
+    read_checkpoint,
+    unfinished_name,
+)
+from stager.workers.checkpoint.maintenance.recover import Outcome, Recovered, recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job, run, save
 from tests.states import same
-from workers import files
-from workers.commit import partial_path
-from workers.directory import list_checkpoints, partial_names, read_checkpoint, unfinished_name
-from workers.envelope import seal, unseal
-from workers.job import SaveJob
-from workers.persist import discard_unfinished, persist_part, set_aside
-from workers.recover import Outcome, Recovered, recover
-from workers.verify import verify_checkpoint
 
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": {"z": torch.arange(9)}, "o": 2}
 
@@ -41,7 +46,7 @@ def states_of(run_dir: Path) -> dict[int, Any]:
     return {info.step: load(info) for info in committed}
 
 
-def crashes(run_dir: Path, number: int, job: SaveJob) -> bool:
+def crashes(run_dir: Path, number: int, job: WriteTask) -> bool:
     """Whether the ``number``-th system call of the job was reached; the process dies there."""
     with failing_call(number, Crash) as reached, suppress(Crash):
         run(job)
@@ -109,21 +114,21 @@ def test_crash_at_each_system_call_of_a_recovery_can_be_recovered_from(tmp_path:
     assert in_turn(attempt) > 15
 
 
-def stop_before_publishing(run_dir: Path, **options: Any) -> SaveJob:
+def stop_before_publishing(run_dir: Path, **options: Any) -> WriteTask:
     """Every receipt is there, the commit is not."""
     job = make_job(run_dir, NEW, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.persist.try_commit", lambda *_: None)
-        for part in range(job.facts.num_parts):
+        patch.setattr("stager.workers.checkpoint.commit.persist.try_commit", lambda *_: None)
+        for part in range(job.spec.num_parts):
             persist_part(job, part)
     return job
 
 
-def stop_before_renaming(run_dir: Path, **options: Any) -> SaveJob:
+def stop_before_renaming(run_dir: Path, **options: Any) -> WriteTask:
     """The manifest is there, the name is not."""
     job = make_job(run_dir, NEW, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.commit._rename_over", _crash)
+        patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", _crash)
         with pytest.raises(Crash):
             run(job)
     return job
@@ -164,7 +169,7 @@ def test_older_save_of_a_step_does_not_replace_the_newer_one(run_dir: Path, stop
 def test_what_was_being_replaced_comes_back_when_its_successor_is_damaged(run_dir: Path) -> None:
     """No renameat2; killed between the two renames; and then a bit of the new one flips."""
     old = Path(save(run_dir, OLD).path)
-    partial = Path(partial_path(stop_before_renaming(run_dir).facts))
+    partial = Path(partial_path(stop_before_renaming(run_dir).spec))
     old.rename(f"{partial}.replaced")
     path = partial / "__0_0.distcp"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
@@ -176,8 +181,8 @@ def test_clock_that_was_set_back_does_not_bring_an_old_checkpoint_back(run_dir: 
     """Killed after the exchange of names: the old one lies under the partial name, and its date is the later one."""
     old = make_job(run_dir, OLD)
     run_dir.mkdir()
-    old = replace(old, facts=replace(old.facts, created=old.facts.created + 1e6))
-    new = Path(partial_path(stop_before_renaming(run_dir).facts))
+    old = replace(old, spec=replace(old.spec, created=old.spec.created + 1e6))
+    new = Path(partial_path(stop_before_renaming(run_dir).spec))
     run(old)
     assert files.exchange(str(new), str(run_dir / "step-00000001"))
     (found,) = recover(str(run_dir))
@@ -190,7 +195,7 @@ def test_clock_that_was_set_back_does_not_bring_an_old_checkpoint_back(run_dir: 
 @pytest.mark.parametrize("stop", [stop_before_publishing, stop_before_renaming])
 def test_files_lost_in_a_power_failure_are_not_committed(run_dir: Path, stop: Any, name: str, harm: str) -> None:
     old = save(run_dir, OLD)
-    path = Path(partial_path(stop(run_dir).facts), name)
+    path = Path(partial_path(stop(run_dir).spec), name)
     if path.exists():
         path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:-1])
     found = recover(str(run_dir))
@@ -203,7 +208,7 @@ def test_files_lost_in_a_power_failure_are_not_committed(run_dir: Path, stop: An
 
 def test_without_fsync_the_bytes_are_checked_before_they_are_trusted(run_dir: Path) -> None:
     run_dir.mkdir()
-    partial = Path(partial_path(stop_before_publishing(run_dir, fsync=False).facts))
+    partial = Path(partial_path(stop_before_publishing(run_dir, fsync=False).spec))
     path = partial / "__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))  # what a power failure makes of a file that was never synced
     (found,) = recover(str(run_dir))
@@ -249,7 +254,7 @@ _FACTS: list[dict[str, object]] = [
 )
 def test_hostile_record_is_removed(run_dir: Path, tmp_path: Path, section: str, changes: dict[str, object]) -> None:
     run_dir.mkdir()
-    change_record(Path(partial_path(stop_before_publishing(run_dir).facts)), section, **changes)
+    change_record(Path(partial_path(stop_before_publishing(run_dir).spec)), section, **changes)
     (found,) = recover(str(run_dir))
     assert found.outcome is Outcome.REMOVED
     assert os.listdir(run_dir) == [] and os.listdir(tmp_path) == ["run"]
@@ -259,7 +264,7 @@ def test_hostile_record_is_removed(run_dir: Path, tmp_path: Path, section: str, 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\0" * 100, seal({}), seal([]), seal(None)])
 def test_damaged_documents_are_removed(run_dir: Path, name: str, content: bytes) -> None:
     run_dir.mkdir()
-    Path(partial_path(stop_before_publishing(run_dir).facts), name).write_bytes(content)
+    Path(partial_path(stop_before_publishing(run_dir).spec), name).write_bytes(content)
     (found,) = recover(str(run_dir))
     assert found.outcome is Outcome.REMOVED and name in found.reason
     assert os.listdir(run_dir) == []
@@ -272,7 +277,7 @@ def test_what_is_called_partial_and_is_no_directory_is_removed_and_nothing_behin
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     save(elsewhere, OLD)
-    partial = Path(partial_path(stop_before_renaming(elsewhere, step=5).facts))
+    partial = Path(partial_path(stop_before_renaming(elsewhere, step=5).spec))
     (partial / "mine").touch()
     before = sorted(elsewhere.rglob("*"))
     run_dir.mkdir()
@@ -306,7 +311,7 @@ def test_what_cannot_be_dealt_with_is_left_and_stands_in_nobodys_way(run_dir: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", _eio)
         found = recover(str(run_dir))
-    assert found == [Recovered(Path(partial_path(job.facts)).name, Outcome.LEFT, found[0].reason)]
+    assert found == [Recovered(Path(partial_path(job.spec)).name, Outcome.LEFT, found[0].reason)]
     assert "see dmesg" in found[0].reason
     assert partial_names(str(run_dir))
     assert recover(str(run_dir))[0].outcome is Outcome.COMMITTED
@@ -322,20 +327,20 @@ def test_every_save_in_flight_is_recovered_and_the_newest_of_a_step_wins(run_dir
         job = stop_before_publishing(run_dir, step=step)
     assert {f.outcome for f in recover(str(run_dir))} <= {Outcome.COMMITTED, Outcome.REMOVED}
     assert sorted(os.listdir(run_dir)) == ["step-00000001", "step-00000002"]
-    assert read_checkpoint(str(run_dir), 2)[0].save_id == job.facts.save_id
-    assert asdict(job.facts)["step"] == 2
+    assert read_checkpoint(str(run_dir), 2)[0].save_id == job.spec.save_id
+    assert asdict(job.spec)["step"] == 2
 
 
 def test_no_directory_is_nothing_to_recover(run_dir: Path) -> None:
     assert recover(str(run_dir)) == []
 
 
-def give_up(run_dir: Path) -> SaveJob:
+def give_up(run_dir: Path) -> WriteTask:
     """One of three parts was written, and what is there was set aside."""
     run_dir.mkdir()
     job = make_job(run_dir, NEW, num_parts=3)
     persist_part(job, 0)
-    set_aside(str(run_dir), job.facts.step, job.facts.save_id)
+    set_aside(str(run_dir), job.spec.step, job.spec.save_id)
     return job
 
 
@@ -344,8 +349,8 @@ def test_what_was_given_up_is_not_committed_by_a_part_that_comes_late(run_dir: P
     for part in (1, 2):
         assert persist_part(given_up, part).committed is None
     assert list_checkpoints(run_dir)[0] == []
-    set_aside(str(run_dir), given_up.facts.step, given_up.facts.save_id)  # of the rank that was late
-    assert os.listdir(run_dir) == [unfinished_name(given_up.facts.step, given_up.facts.save_id)]
+    set_aside(str(run_dir), given_up.spec.step, given_up.spec.save_id)  # of the rank that was late
+    assert os.listdir(run_dir) == [unfinished_name(given_up.spec.step, given_up.spec.save_id)]
 
 
 def test_what_was_given_up_can_be_taken_up_again(run_dir: Path) -> None:
@@ -373,9 +378,9 @@ def test_what_was_given_up_goes_where_there_are_no_replicas(run_dir: Path) -> No
 def test_what_was_given_up_is_removed_when_it_is_not_needed_any_more(run_dir: Path) -> None:
     given_up = give_up(run_dir)
     for _ in range(2):  # the second time it is gone
-        discard_unfinished(str(run_dir), given_up.facts.step, given_up.facts.save_id)
+        discard_unfinished(str(run_dir), given_up.spec.step, given_up.spec.save_id)
         assert os.listdir(run_dir) == []
-    set_aside(str(run_dir), given_up.facts.step, given_up.facts.save_id)
+    set_aside(str(run_dir), given_up.spec.step, given_up.spec.save_id)
 
 
 def test_what_is_committed_cannot_be_set_aside(run_dir: Path) -> None:

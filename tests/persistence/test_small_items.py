@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.write_task import read_layout
 
+from stager.workers.checkpoint.directory.run_directory import read_checkpoint
+from stager.workers.checkpoint.layout.layout import Segment, deal, deal_once, segments
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.write import small_items
+from stager.workers.checkpoint.write.small_items import runs
 from tests.persistence.jobs import load, make_job, run
 from tests.states import same
-from workers import small_items
-from workers.directory import read_checkpoint
-from workers.job import read_layout
-from workers.layout import Segment, deal, deal_once, segments
-from workers.small_items import runs
-from workers.verify import verify_checkpoint
 
 
 def mixture(seed: int) -> dict[str, object]:

@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.persistence.jobs import failing_call, in_turn, load, make_job, run, save
-from tests.small_disk import small_disk_at
-from tests.states import same
-from workers import files
-from workers.directory import (
+from stager.workers.checkpoint.commit.persist import discard_partial
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.run_directory import (
     LOCK_NAME,
     committed_steps,
     list_checkpoints,
@@ -24,12 +22,14 @@ from workers.directory import (
     partial_names,
     read_checkpoint,
 )
-from workers.errors import DirectoryInUseError, StorageError
-from workers.formats.torch_save import tensor_frame
-from workers.layout import align
-from workers.persist import discard_partial
-from workers.recover import Outcome, recover
-from workers.verify import verify_checkpoint
+from stager.workers.checkpoint.formats.torch_save import tensor_frame
+from stager.workers.checkpoint.layout.layout import align
+from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.errors import DirectoryInUseError, StorageError
+from tests.persistence.jobs import failing_call, in_turn, load, make_job, run, save
+from tests.small_disk import small_disk_at
+from tests.states import same
 
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": {"z": torch.arange(9)}, "o": 2}
 CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.ESTALE]
@@ -53,14 +53,14 @@ def test_error_at_each_system_call(tmp_path: Path, step: int, code: int) -> None
                 failures += 1
                 assert error.errno == code and os.path.commonpath([error.path, run_dir]) == str(run_dir)
                 assert os.strerror(code) in str(error)
-                discard_partial(str(run_dir), step, job.facts.save_id)  # as the trainer has it done
+                discard_partial(str(run_dir), step, job.spec.save_id)  # as the trainer has it done
         if partial_names(str(run_dir)):  # only the replaced one, when what failed was its removal
-            assert read_checkpoint(str(run_dir), step)[0].save_id == job.facts.save_id
+            assert read_checkpoint(str(run_dir), step)[0].save_id == job.spec.save_id
             assert [found.outcome for found in recover(str(run_dir))] == [Outcome.REMOVED]
         committed, skipped = list_checkpoints(run_dir)
         assert not skipped and all(verify_checkpoint(info.path).ok for info in committed)
         for info in committed:
-            assert same(load(info), NEW if info.save_id == job.facts.save_id else OLD)
+            assert same(load(info), NEW if info.save_id == job.spec.save_id else OLD)
         run(make_job(run_dir, NEW, step=step, fsync=False))
         assert same(load(read_checkpoint(str(run_dir), step)[0]), NEW)
         shutil.rmtree(run_dir)
@@ -83,7 +83,7 @@ def test_message_says_what_to_do(run_dir: Path, monkeypatch: pytest.MonkeyPatch,
         with pytest.raises(StorageError, match=r"cannot write; .* \[") as raised:
             run(job)
     assert raised.value.errno == code
-    discard_partial(str(run_dir), 1, job.facts.save_id)
+    discard_partial(str(run_dir), 1, job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 
@@ -104,7 +104,7 @@ def test_write_that_gets_nowhere_is_an_error_and_no_endless_loop(
         patch.setattr(os, "pwritev", lambda *_: 0)
         with pytest.raises(StorageError, match="dmesg"):
             run(job)
-    discard_partial(str(run_dir), 1, job.facts.save_id)
+    discard_partial(str(run_dir), 1, job.spec.save_id)
 
 
 def test_short_reads_are_continued(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_full_disk(small_disk: Path, where: str) -> None:
         "manifest": "manifest.json",
     }[where]
     assert raised.value.errno == errno.ENOSPC and Path(raised.value.path).name == name
-    discard_partial(str(small_disk), 2, job.facts.save_id)
+    discard_partial(str(small_disk), 2, job.spec.save_id)
     assert committed_steps(str(small_disk)) == [1] and verify_checkpoint(old.path).ok
     assert not partial_names(str(small_disk))
     assert verify_checkpoint(save(small_disk, NEW, step=2).path).ok
@@ -163,7 +163,7 @@ def test_run_directory_that_was_removed_is_not_made_again(run_dir: Path) -> None
         run(job)
     assert raised.value.errno == errno.ENOENT
     assert not run_dir.exists()
-    discard_partial(str(run_dir), 1, job.facts.save_id)
+    discard_partial(str(run_dir), 1, job.spec.save_id)
 
 
 def test_file_where_the_run_directory_should_be(run_dir: Path) -> None:
@@ -181,12 +181,12 @@ def test_file_where_the_run_directory_should_be(run_dir: Path) -> None:
 def test_something_else_where_the_partial_directory_should_be(run_dir: Path, tmp_path: Path, kind: str) -> None:
     run_dir.mkdir()
     job = make_job(run_dir)
-    partial = run_dir / f"step-00000001.partial-{job.facts.save_id}"
+    partial = run_dir / f"step-00000001.partial-{job.spec.save_id}"
     partial.touch() if kind == "file" else partial.symlink_to(tmp_path)
     with pytest.raises(StorageError) as raised:
         run(job)
     assert raised.value.errno in (errno.ENOTDIR, errno.ELOOP)
-    discard_partial(str(run_dir), 1, job.facts.save_id)
+    discard_partial(str(run_dir), 1, job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.save_record import from_record, to_record
+from stager.workers.checkpoint.write.write_task import read_layout
 
+from stager.workers.checkpoint.formats import FORMATS, dcp
+from stager.workers.checkpoint.layout.templates import from_bytes, to_bytes
 from tests.persistence.jobs import make_job
 from tests.states import everything
-from workers.formats import FORMATS, dcp
-from workers.job import from_record, read_layout, to_record
-from workers.templates import from_bytes, to_bytes
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_equal_kinds_have_one_template(run_dir: Path) -> None:
 def test_record_has_none(run_dir: Path, kind: str) -> None:
     """Nothing that is read from a disk gets into ``.metadata``; what a commit needs is made anew."""
     job = make_job(run_dir, everything(), kind=kind)
-    _, layout = from_record(to_record(job), job.facts.record_name, str(run_dir))
+    _, layout = from_record(to_record(job), job.record_name(spec.rank), str(run_dir))
     assert layout.memo.templates is None
     file_format = FORMATS[kind]
     assert file_format.index_files(layout, "0a", "/d") == file_format.index_files(read_layout(job), "0a", "/d")

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from stager import Checkpointer, SaveHandle, StorageError
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints
+from stager.workers.checkpoint.maintenance.recover import recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests import scripts
 from tests.faults import Faults
 from tests.persistence.jobs import load, save
 from tests.states import same
-from workers.directory import list_checkpoints
-from workers.recover import recover
-from workers.verify import verify_checkpoint
 
 # Every point of a part and of a commit, in order; "after=1" is the second visit of the process that gets there.
 POINTS = {

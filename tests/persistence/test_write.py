@@ -14,11 +14,11 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stager.workers.checkpoint.commit.persist import persist_part
+from stager.workers.checkpoint.directory.run_directory import partial_names, read_checkpoint
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.persistence.jobs import load, make_job, run, save
 from tests.states import bits, everything, same
-from workers.directory import partial_names, read_checkpoint
-from workers.persist import persist_part
-from workers.verify import verify_checkpoint
 
 
 def check(run_dir: Path, state: dict[str, Any], **options: Any) -> None:

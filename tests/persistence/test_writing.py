@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from stager import Checkpointer
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.write import part_writer
+from stager.workers.checkpoint.write import write_back as writing
+from stager.workers.checkpoint.write.write_back import Pace, WriteBack, Writing, drop_cached
 from tests.persistence.jobs import load, make_job, run
 from tests.states import same
-from workers import part_writer, writing
-from workers.verify import verify_checkpoint
-from workers.writing import Pace, WriteBack, Writing, drop_cached
 
 MIB = 1 << 20
 

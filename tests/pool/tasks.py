@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from workers import WorkerPool
+from stager.workers import WorkerPool
 
 _TOO_LONG_SECS = 60.0  # not a threshold: what has not happened by then will never happen
 

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+from stager.workers import RemoteTraceback, WorkerError, WorkerPool
+from stager.workers.errors import UsageError
+from stager.workers.pool.handle import WorkerState
 from tests.pool import tasks
-from workers import RemoteTraceback, WorkerError, WorkerPool
-from workers.errors import UsageError
-from workers.handle import WorkerState
 
 
 def test_function_method_lambda_and_closure(pool: WorkerPool) -> None:

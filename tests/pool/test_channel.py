@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.channel import Frame, Inbox, Outbox
-from workers.codec import close_fds
-from workers.protocol import Done
+from stager.workers.pool.channel import Frame, Inbox, Outbox
+from stager.workers.pool.codec import close_fds
+from stager.workers.pool.messages import Done
 
 messages = st.lists(
     st.tuples(st.integers(0, 400_000), st.one_of(st.integers(0, 3), st.integers(250, 260), st.integers(500, 520))),

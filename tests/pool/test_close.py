@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from stager.workers import ClosedError, PoolOptions, WorkerPool
 from tests.pool import tasks
 from tests.waiting import wait_until_blocked
-from workers import ClosedError, PoolOptions, WorkerPool
 
 
 def test_close_finishes_what_was_submitted_and_refuses_what_comes_later(tmp_path: Path) -> None:
@@ -81,7 +81,11 @@ def test_close_does_not_wait_for_workers_to_start() -> None:
 
 def test_interrupted_close_can_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = WorkerPool(count=1)
-    for place in ("workers.roster.Roster.drain", "workers.supervisor.stop_workers", "workers.roster.Roster.clear"):
+    for place in (
+        "stager.workers.pool.roster.Roster.drain",
+        "stager.workers.pool.supervisor.stop_workers",
+        "stager.workers.pool.roster.Roster.clear",
+    ):
         with monkeypatch.context() as interrupted:
 
             def interrupt(*_: object) -> None:
@@ -97,7 +101,7 @@ def test_broken_supervisor_fails_every_future_and_closes_the_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bug of ours must not become a hang of the user's."""
-    from workers.errors import InternalError
+    from stager.workers.errors import InternalError
 
     with WorkerPool(count=1) as pool:
         with tasks.blocked_worker(pool, tmp_path) as running:

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from stager.workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerError, WorkerPool
 from tests.pool import tasks
-from workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerError, WorkerPool
 
 NUM_TASKS = 5
 POSITIONS = {"first": 0, "middle": NUM_TASKS // 2, "last": NUM_TASKS - 1}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerPool, WorkerStartError
+from stager.workers.pool import process as process_module
 from tests.faults import Faults
 from tests.pool import tasks
-from workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerPool, WorkerStartError
-from workers import process as process_module
 
 
 def test_worker_dies_at_any_point_and_the_task_is_done_by_another(faults: Faults) -> None:
@@ -153,7 +153,7 @@ def test_task_is_not_tried_again_before_the_worker_that_had_it_is_reaped(tmp_pat
 
 def test_worker_that_closes_its_socket_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is alive, but nothing can be asked of it, nor heard from it, any more."""
-    monkeypatch.setattr("workers.handle._HANG_UP_SECS", 0.0)
+    monkeypatch.setattr("stager.workers.pool.handle._HANG_UP_SECS", 0.0)
 
     def close_and_hang() -> None:
         if not os.environ.get("SECOND"):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerPool
+from stager.workers.pool.heartbeat import Pulse, Vigil
 from tests.faults import Faults
 from tests.pool import tasks
-from workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerPool
-from workers.heartbeat import Pulse, Vigil
 
 
 @contextmanager

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from workers.restarts import Restarts
+from stager.workers.pool.restart_budget import Restarts
 
 
 def test_first_death_is_replaced_at_once_and_the_next_ones_later_and_later() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers import PoolOptions, WorkerPool
 from tests.pool import tasks
-from workers import PoolOptions, WorkerPool
 
 # Run as it stands, with whatever comes after it; prints what must be its whole output.
 _SCRIPT = """
 import os
-from workers import WorkerPool
+from stager.workers import WorkerPool
 def in_main(x):
     return x * factor
 factor = 2
@@ -164,12 +164,14 @@ def test_both_import_orders_work_and_no_worker_has_stager(empty: Path, order: st
         "from workers import WorkerPool\n"
         "with WorkerPool(count=1) as pool:\n"
         "    loaded = pool.submit(lambda: sorted(__import__('sys').modules)).result()\n"
-        "assert 'workers.service' in loaded and 'stager' not in loaded, loaded\n"
+        "assert 'stager.workers.pool.worker_loop' in loaded and 'stager' not in loaded, loaded\n"
     )
     assert run(["-"], empty, script).stderr == ""
 
 
 def test_starting_a_worker_imports_nothing_heavy_before_it_looks_after_itself(empty: Path) -> None:
     """Priority, signals and the orphan watch must not have to wait for the seconds of torch."""
-    script = "import sys, workers.main\nassert not {'torch', 'numpy', 'cloudpickle'} & set(sys.modules)\n"
+    script = (
+        "import sys, stager.workers.pool.worker_main\nassert not {'torch', 'numpy', 'cloudpickle'} & set(sys.modules)\n"
+    )
     assert run(["-"], empty, script).stderr == ""

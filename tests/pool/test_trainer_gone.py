@@ -12,7 +12,8 @@ from tests.pool import tasks
 _TRAINER = """
 import os, signal, sys, torch
 from tests.pool import tasks
-from workers import PoolOptions, WorkerPool, pool as pool_module
+from stager.workers import PoolOptions, WorkerPool
+from stager.workers.pool import pool as pool_module
 log, fifo = sys.argv[1:]
 """
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from stager import Checkpointer
+from stager.workers import WorkerPool
+from stager.workers.checkpoint.formats import FORMATS
+from stager.workers.checkpoint.layout.dtype_sizes import SIZES
+from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.observed import child_pids
 from tests.pool import tasks
 from tests.states import everything, same
-from workers import WorkerPool
-from workers.dtype_sizes import SIZES
-from workers.dtypes import dtype_of
-from workers.formats import FORMATS
-from workers.verify import verify_checkpoint
 
 HEAVY = {"torch", "numpy", "pydantic", "yaml", "rich", "typer"}
 MOST_PRIVATE_BYTES = 40 << 20  # with torch it is 150 MiB
@@ -56,7 +56,7 @@ def test_workers_save_every_kind_of_state_without_torch(run_dir: Path, kind: str
             optimizer.step()
             info = ckpt.save(step, state).upload_completion.result()
         names = ckpt._pool.submit(tasks.imported).result()
-        assert not names & HEAVY and "workers.persist" in names
+        assert not names & HEAVY and "stager.workers.checkpoint.commit.persist" in names
         assert child_pids() == pids
         for pid in pids:
             assert not [name for name in libraries(pid) if name.startswith(("libtorch", "_C", "_multiarray"))]
@@ -68,7 +68,7 @@ def test_workers_save_every_kind_of_state_without_torch(run_dir: Path, kind: str
 
 def test_what_workers_import_does_not_import_torch() -> None:
     program = (
-        "import sys, workers.persist, workers.recover, workers.sharing, workers.service, workers.verify\n"
+        "import sys, stager.workers.checkpoint.commit.persist, stager.workers.checkpoint.maintenance.recover, stager.workers.memory.shared_source, stager.workers.pool.worker_loop, stager.workers.checkpoint.read.verify\n"
         f"print(sorted(set(sys.modules) & {HEAVY!r}))"
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

@@ -17,9 +17,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from stager import Checkpointer, InconsistentRanksError, PerRank, RankFailedError, UsageError
-from stager.ranks.board import Board
-from stager.ranks.share import ShareTaker
-from stager.snapshot.flatten import flatten
+from stager.ranks.partition import Partitioner
+from stager.ranks.rendezvous import Rendezvous
+from stager.state.flatten import flatten
 from tests.faults import Faults, faults_of_this_process
 from tests.ranks.layouts import Trained, build, differences, whole_state
 
@@ -34,11 +34,11 @@ def state_of(trained: Trained, rank: int) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "step": 7, "own": PerRank(own)}
 
 
-def board_of(ckpt: Checkpointer) -> Board:
+def board_of(ckpt: Checkpointer) -> Rendezvous:
     """Where the ranks leave word for each other: tests ask it how far the others are."""
-    board = ckpt._job.board
-    assert board is not None
-    return board
+    rendezvous = ckpt._job.rendezvous
+    assert rendezvous is not None
+    return rendezvous
 
 
 def save(rank: int, directory: str, layout: str) -> None:
@@ -126,10 +126,13 @@ def save_without_collectives(rank: int, directory: str, layout: str) -> int:
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
         with no_collectives():
             ckpt.save(1, state).upload_completion.result(60)
-        board = board_of(ckpt)
+        rendezvous = board_of(ckpt)
         here: list[str] = []
         asked = mock.patch.multiple(
-            board, read=_noting(board.read, here), add=_noting(board.add, here), post=_noting(board.post, here)
+            rendezvous,
+            read=_noting(rendezvous.read, here),
+            add=_noting(rendezvous.add, here),
+            post=_noting(rendezvous.post, here),
         )
         with no_collectives(), asked:
             for step in range(2, 6):
@@ -224,7 +227,7 @@ def structure_of_share(rank: int, directory: str, layout: str) -> dict[str, Any]
     """Of what the rank writes, as it is in its record; and the paths of all that it has."""
     state = state_of(build(layout, seed=3), rank)
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
-        share = ShareTaker(ckpt._job).take(flatten(state, rank), "a save")
+        share = Partitioner(ckpt._job).take(flatten(state, rank), "a save")
         dist.barrier()
     return {"structure": share.structure, "paths": flatten(state, rank).paths}
 

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from stager import Checkpointer, PerRank, RankFailedError, StagerError
-from stager.ranks import loading
-from stager.ranks.job import Job
+from stager.loading import joint_loader as loading
+from stager.ranks.rank_group import RankGroup
 from tests.faults import faults_of_this_process
 from tests.ranks.bodies import CONFIG, FOR_EVER_SECS, board_of
 
@@ -182,9 +182,9 @@ def tied_on_one_rank(rank: int, directory: str, sharded: bool) -> str:
 
 def _wait_for(rank: int, ckpt: Checkpointer) -> None:
     """Until it has come to settle the first save of step 1."""
-    board, job = board_of(ckpt), ckpt._job
-    counted = Job(job.rank, job.num_ranks, board, nonce=job.nonce).save_id(1)  # of the save to come
-    assert board.wait(f"agreement/{counted}/here/{rank}", 60) is not None
+    rendezvous, group = board_of(ckpt), ckpt._group
+    counted = RankGroup(group.rank, group.num_ranks, rendezvous, nonce=group.nonce).save_id(1)  # of the save to come
+    assert rendezvous.wait(f"agreement/{counted}/here/{rank}", 60) is not None
 
 
 def slow_rank(rank: int, directory: str) -> dict[str, Any]:
@@ -193,17 +193,17 @@ def slow_rank(rank: int, directory: str) -> dict[str, Any]:
     with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 2}}) as ckpt:
         state = {"own": PerRank(torch.ones(1000))}
         ckpt.save(1, state).upload_completion.result(60)
-        board = board_of(ckpt)
+        rendezvous = board_of(ckpt)
         hold = faults.hold("part.write") if faults is not None else None
         dist.barrier()
         handle = ckpt.save(2, state)
         if hold is not None:
             hold.wait()
-            assert board.wait("given-up", 60) is not None
+            assert rendezvous.wait("given-up", 60) is not None
             hold.release()
         error = handle.upload_completion.exception(60)
         if rank == 0:
-            board.post("given-up", b"")
+            rendezvous.post("given-up", b"")
         dist.barrier()
         steps = [info.step for info in ckpt.checkpoints()]
     return {"error": type(error).__name__, "text": str(error), "steps": steps}

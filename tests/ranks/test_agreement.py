@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from stager.ranks.agreement import Agreement, Entry, Holding, Settled
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
+from stager.workers.errors import InconsistentRanksError, RankFailedError
 from tests.ranks.threads import on_ranks
-from workers.errors import InconsistentRanksError, RankFailedError
 
 
 def plain(*names: str) -> list[Entry]:
@@ -21,12 +21,12 @@ def shard(name: str, offset: int) -> Entry:
 
 
 def test_what_is_the_same_everywhere_is_held_by_all_in_the_order_of_the_ranks() -> None:
-    results = on_ranks(4, lambda job: Agreement(job).settle("a save", plain("a", "b"), []))
+    results = on_ranks(4, lambda group: Agreement(group).settle("a save", plain("a", "b"), []))
     assert results == [Settled([Holding(rank, 4)] * 2, [], alike=True) for rank in range(4)]
 
 
 def test_shards_of_two_halves_of_the_ranks() -> None:
-    results = on_ranks(4, lambda job: Agreement(job).settle("a save", [], [[shard("w", 4 * (job.rank % 2))]]))
+    results = on_ranks(4, lambda group: Agreement(group).settle("a save", [], [[shard("w", 4 * (group.rank % 2))]]))
     held = [settled.groups[0] for settled in results]
     assert all(one.total == 2 for one in held)
     assert {held[0].position, held[2].position} == {0, 1}
@@ -34,8 +34,8 @@ def test_shards_of_two_halves_of_the_ranks() -> None:
 
 
 def test_groups_are_settled_apart() -> None:
-    def body(job: Job) -> Settled:
-        return Agreement(job).settle("a save", [], [[shard("own", 4 * job.rank)], [shard("same", 0)]])
+    def body(group: RankGroup) -> Settled:
+        return Agreement(group).settle("a save", [], [[shard("own", 4 * group.rank)], [shard("same", 0)]])
 
     results = on_ranks(2, body)
     assert [settled.groups[0] for settled in results] == [Holding(0, 1)] * 2
@@ -44,7 +44,7 @@ def test_groups_are_settled_apart() -> None:
 
 def test_names_that_only_some_ranks_have() -> None:
     names: list[Sequence[str]] = [("all", "s0"), ("all", "s0"), ("all", "s1"), ("all", "mine", "s1")]
-    results = on_ranks(4, lambda job: Agreement(job).settle("a save", plain(*names[job.rank]), []))
+    results = on_ranks(4, lambda group: Agreement(group).settle("a save", plain(*names[group.rank]), []))
     assert [settled.plain[0] for settled in results] == [Holding(rank, 4) for rank in range(4)]
     assert results[3].plain[1] == Holding(0, 1)
     assert {results[0].plain[1], results[1].plain[1]} == {Holding(0, 2), Holding(1, 2)}
@@ -55,37 +55,37 @@ def test_names_that_only_some_ranks_have() -> None:
 def test_names_of_shards_that_only_some_ranks_have() -> None:
     """What they have beside these is the same, and held by all."""
 
-    def body(job: Job) -> Settled:
-        names = ["all", "w"] if job.rank else ["all"]
-        return Agreement(job).settle("a save", plain("all"), [[shard("w", 0)]] * job.rank, outline=str(names))
+    def body(group: RankGroup) -> Settled:
+        names = ["all", "w"] if group.rank else ["all"]
+        return Agreement(group).settle("a save", plain("all"), [[shard("w", 0)]] * group.rank, outline=str(names))
 
     results = on_ranks(2, body)
     assert results == [Settled([Holding(rank, 2)], [Holding(0, 1)] * rank, alike=False) for rank in range(2)]
 
 
 def test_one_name_for_two_tensors_is_an_error_on_every_rank() -> None:
-    def body(job: Job) -> str:
+    def body(group: RankGroup) -> str:
         with pytest.raises(InconsistentRanksError) as caught:
-            Agreement(job).settle("a save", [Entry("a", "float32", (job.rank,))], [])
+            Agreement(group).settle("a save", [Entry("a", "float32", (group.rank,))], [])
         return str(caught.value)
 
     assert all("a is float32 of shape" in text for text in on_ranks(2, body))
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    def body(job: Job) -> tuple[int, ...]:
-        if job.rank == 1:
+    def body(group: RankGroup) -> tuple[int, ...]:
+        if group.rank == 1:
             return ()
         with pytest.raises(RankFailedError, match="rank 1 did not come") as caught:
-            Agreement(job).settle("a save", plain("a"), [])
+            Agreement(group).settle("a save", plain("a"), [])
         return caught.value.ranks
 
     assert on_ranks(3, body, timeout_secs=0.3) == [(1,), (), (1,)]
 
 
 def test_rounds_do_not_mix() -> None:
-    def body(job: Job) -> list[Settled]:
-        agreement = Agreement(job)
+    def body(group: RankGroup) -> list[Settled]:
+        agreement = Agreement(group)
         return [agreement.settle("1", plain("a"), []), agreement.settle("2", plain("a", "b"), [])]
 
     for rank, (first, second) in enumerate(on_ranks(2, body)):
@@ -94,9 +94,9 @@ def test_rounds_do_not_mix() -> None:
 
 
 def test_values_that_differ_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    def body(job: Job) -> None:
-        values = {"same": "0", "rng": str(job.rank), "loader": str(job.rank // 2)}
-        Agreement(job).settle("a save", plain("loader", "rng", "same"), [], values)
+    def body(group: RankGroup) -> None:
+        values = {"same": "0", "rng": str(group.rank), "loader": str(group.rank // 2)}
+        Agreement(group).settle("a save", plain("loader", "rng", "same"), [], values)
 
     on_ranks(3, body)
     (record,) = [record for record in caplog.records if "not the same" in record.message]
@@ -105,5 +105,5 @@ def test_values_that_differ_are_named_once(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_values_that_are_the_same_are_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:
-    on_ranks(3, lambda job: Agreement(job).settle("a save", plain("a"), [], {"a": "0"}))
+    on_ranks(3, lambda group: Agreement(group).settle("a save", plain("a"), [], {"a": "0"}))
     assert not caplog.records

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from stager.ranks import board as board_module
-from stager.ranks.board import Board
+from stager.ranks import rendezvous as board_module
+from stager.ranks.rendezvous import Rendezvous
+from stager.workers.errors import RankFailedError
 from tests.waiting import wait_until
-from workers.errors import RankFailedError
 
 
 class Frozen(dist.Store):
-    """Answers when it is told to. (PrefixStore calls the C++ store behind it, so this one takes its place.)"""
+    """PartResults when it is told to. (PrefixStore calls the C++ store behind it, so this one takes its place.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,52 +30,52 @@ class Frozen(dist.Store):
         return int(self.inner.add(key, amount))
 
 
-def frozen_board() -> tuple[Board, Frozen]:
-    board: Any = Board(dist.HashStore(), "x", 2, answer_secs=0.1)
-    board._store = Frozen()
-    return board, board._store
+def frozen_board() -> tuple[Rendezvous, Frozen]:
+    rendezvous: Any = Rendezvous(dist.HashStore(), "x", 2, answer_secs=0.1)
+    rendezvous._store = Frozen()
+    return rendezvous, rendezvous._store
 
 
 def test_a_server_that_does_not_answer_is_given_up() -> None:
-    board, store = frozen_board()
+    rendezvous, store = frozen_board()
     with pytest.raises(RankFailedError, match=r"has not answered for 0\.1 s"):
-        board.add("a")
+        rendezvous.add("a")
     with pytest.raises(RankFailedError, match="has not answered"):
-        board.add("a")
+        rendezvous.add("a")
     assert store.num_asked == 1  # while nobody knows better, it is not asked again
     store.answers.set()
     counts: list[int] = []
 
     def is_answered() -> bool:
         with suppress(RankFailedError):
-            counts.append(board.add("a"))
+            counts.append(rendezvous.add("a"))
         return bool(counts)
 
     wait_until(is_answered)
     assert counts == [2]  # the request that was given up was answered, too
-    board.close()
+    rendezvous.close()
 
 
 def test_the_thread_ends_with_close() -> None:
-    board = Board(dist.HashStore(), "x", 2)
-    assert board.add("a") == 1
+    rendezvous = Rendezvous(dist.HashStore(), "x", 2)
+    assert rendezvous.add("a") == 1
     (thread,) = [t for t in threading.enumerate() if t.name == "stager-board"]
-    board.close()
+    rendezvous.close()
     assert not thread.is_alive()
-    assert board.add("a") == 2  # and comes back
-    board.close()
+    assert rendezvous.add("a") == 2  # and comes back
+    rendezvous.close()
 
 
 def test_errors_of_the_store_arrive() -> None:
-    board: Any = Board(dist.HashStore(), "x", 2)
+    rendezvous: Any = Rendezvous(dist.HashStore(), "x", 2)
 
     def gone(key: str, amount: int) -> int:
         raise RuntimeError("Connection reset by peer")
 
-    board._store = type("Gone", (), {"add": staticmethod(gone)})()
+    rendezvous._store = type("Gone", (), {"add": staticmethod(gone)})()
     with pytest.raises(RankFailedError, match="Connection reset"):
-        board.add("a")
-    board.close()
+        rendezvous.add("a")
+    rendezvous.close()
 
 
 @pytest.mark.parametrize(("num_ranks", "longest"), [(2, 0.05), (2500, 0.05), (10_000, 0.2)])
@@ -84,9 +84,9 @@ def test_who_waits_asks_the_less_often_the_more_ranks_may_be_waiting(
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(board_module, "time", clock)
-    board = Board(dist.HashStore(), "x", num_ranks)
-    assert board.wait("a", 10.0) is None
-    board.close()
+    rendezvous = Rendezvous(dist.HashStore(), "x", num_ranks)
+    assert rendezvous.wait("a", 10.0) is None
+    rendezvous.close()
     assert (min(clock.slept), max(clock.slept)) == (0.001, longest)
     assert 10.0 <= clock.now < 10.0 + longest
 

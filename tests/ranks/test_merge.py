@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from workers.errors import InconsistentRanksError
-from workers.share import lay_over
-from workers.structure import ABSENT, Node, absent
+from stager.workers.checkpoint.commit.merge import lay_over
+from stager.workers.checkpoint.layout.structure import ABSENT, Node, absent
+from stager.workers.errors import InconsistentRanksError
 
 
 def test_what_one_rank_has() -> None:

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import pytest
 
-from workers.commit import build_manifest
-from workers.errors import CorruptCheckpointError, InconsistentRanksError, StagerError
-from workers.formats import dcp
-from workers.formats.contract import TensorSpec, evenly
-from workers.job import SaveFacts
-from workers.layout import FileSpec, Layout, deal_once
-from workers.layout_check import check_layout
-from workers.manifest import parse_manifest
-from workers.receipt import Receipt
-from workers.share import Share, merge
-from workers.structure import ABSENT, Node
+from stager.workers.checkpoint.commit.commit import build_manifest
+from stager.workers.checkpoint.commit.merge import Share, merge
+from stager.workers.checkpoint.directory.manifest import parse_manifest
+from stager.workers.checkpoint.directory.receipt import Receipt
+from stager.workers.checkpoint.formats import dcp
+from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, deal_once
+from stager.workers.checkpoint.layout.layout_check import check_layout
+from stager.workers.checkpoint.layout.structure import ABSENT, Node
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.errors import CorruptCheckpointError, InconsistentRanksError, StagerError
 
 SAVE_ID = "0123456789abcdef"
 NAMES = ["a", "b", "c", "d", "e"]
@@ -36,9 +36,9 @@ def _share(rank: int, num_ranks: int, items_of: Sequence[int | None], linked_byt
     ]
     layout = Layout(laid_out.files, laid_out.items, ["dict", NAMES[: len(nodes)], nodes], 64 << 20)
     check_layout(layout, is_share=True)
-    facts = SaveFacts("/run", 1, SAVE_ID, "dcp", 1, False, 1e9, "0", "2", rank=rank, num_ranks=num_ranks)
+    spec = SaveSpec("/run", 1, SAVE_ID, "dcp", 1, False, 1e9, "0", "2", rank=rank, num_ranks=num_ranks)
     hashes = tuple(f"{number:032x}" for number in range(len(deal_once(layout, 1)[0])))
-    return Share(facts, layout, (Receipt(0, 1, SAVE_ID, hashes, 1, 1e9, 1e9, 1e9, linked_bytes, rank=rank),))
+    return Share(spec, layout, (Receipt(0, 1, SAVE_ID, hashes, 1, 1e9, 1e9, 1e9, linked_bytes, rank=rank),))
 
 
 def _read(shares: list[Share]) -> None:

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from stager import PerRank
-from stager.ranks.job import Job
 from stager.ranks.naming import name_all, name_written, outline
-from stager.ranks.share import ShareTaker
-from stager.snapshot.flatten import Flat, flatten
+from stager.ranks.partition import Partitioner
+from stager.ranks.rank_group import RankGroup
+from stager.state.flatten import StateTree, flatten
+from stager.workers.checkpoint.commit.merge import lay_over
+from stager.workers.checkpoint.layout.structure import ABSENT, Node, absent, walk
+from stager.workers.errors import InconsistentRanksError
 from tests.ranks.layouts import LAYOUTS
 from tests.ranks.test_matrix import NUM_RANKS
 from tests.ranks.threads import on_ranks
 from tests.staging.ranks import run_ranks
-from workers.errors import InconsistentRanksError
-from workers.share import lay_over
-from workers.structure import ABSENT, Node, absent, walk
 
 # -- structures ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ def test_what_is_left_out_makes_no_difference_to_what_is_laid_over(loses: bool) 
     assert (num_lost > 100) is loses
 
 
-def _nodes(flat: Flat, rank: int, dealt: dict[Any, int]) -> list[Node]:
+def _nodes(flat: StateTree, rank: int, dealt: dict[Any, int]) -> list[Node]:
     """Of each leaf, that of what the rank writes."""
     return [
         100 * rank + leaf if leaf in flat.private or dealt[path] == rank else ABSENT
@@ -161,11 +161,11 @@ def _nodes(flat: Flat, rank: int, dealt: dict[Any, int]) -> list[Node]:
 def _structures(states: Sequence[Sequence[dict[str, Any]]]) -> list[list[Node]]:
     """Of each rank's shares of one state after the other, as it is in its records."""
 
-    def body(job: Job) -> list[Node]:
-        taker = ShareTaker(job)
+    def body(group: RankGroup) -> list[Node]:
+        taker = Partitioner(group)
         return [
-            taker.take(flatten(state, job.rank), f"save {number}").structure
-            for number, state in enumerate(states[job.rank])
+            taker.take(flatten(state, group.rank), f"save {number}").structure
+            for number, state in enumerate(states[group.rank])
         ]
 
     return on_ranks(len(states), body)

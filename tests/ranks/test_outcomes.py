@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from stager.ranks import outcome
-from stager.ranks.board import Board
-from stager.ranks.job import Job
-from stager.ranks.outcome import Outcomes
-from workers.commit import Committed, commit_recorded, partial_path
-from workers.directory import CheckpointInfo
-from workers.errors import ClosedError, RankFailedError, StorageError
-from workers.job import SaveFacts
-from workers.receipt import receipt_name
+from stager.ranks import commit_watch as outcome
+from stager.ranks.commit_watch import CommitWatch
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
+from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, partial_path
+from stager.workers.checkpoint.directory.receipt import receipt_name
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.errors import ClosedError, RankFailedError, StorageError
 
 
 class _NoPool:
@@ -42,11 +42,11 @@ class _Committer:
         self.committed = committed
         self.num_asked = 0
 
-    def submit(self, task: object, facts: SaveFacts) -> Future[Any]:
+    def submit(self, task: object, spec: SaveSpec) -> Future[Any]:
         assert task is commit_recorded
         self.num_asked += 1
         with suppress(FileNotFoundError):  # another one was first
-            os.rename(partial_path(facts), self.committed.info.path)
+            os.rename(partial_path(spec), self.committed.info.path)
         done: Future[Any] = Future()
         done.set_result(self.committed)
         return done
@@ -62,28 +62,30 @@ class _Gone(dist.Store):
 
 
 class Ranks:
-    """Of a job, in this process: those that are alive."""
+    """Of a group, in this process: those that are alive."""
 
     def __init__(self, num_ranks: int, timeout_secs: float, store: dist.Store | None = None) -> None:
         store = store or dist.HashStore()
         self.num_ranks = num_ranks
-        self.boards: list[Any] = [Board(store, "test", num_ranks) for _ in range(num_ranks)]
-        self._jobs = [Job(rank, num_ranks, board, timeout_secs, "nonce") for rank, board in enumerate(self.boards)]
-        self.all = [Outcomes(job, _NoPool()) for job in self._jobs]
+        self.boards: list[Any] = [Rendezvous(store, "test", num_ranks) for _ in range(num_ranks)]
+        self._jobs = [
+            RankGroup(rank, num_ranks, rendezvous, timeout_secs, "nonce") for rank, rendezvous in enumerate(self.boards)
+        ]
+        self.all = [CommitWatch(group, _NoPool()) for group in self._jobs]
 
-    def expect(self, facts: SaveFacts, ranks: Iterable[int]) -> list[Future[Committed]]:
+    def expect(self, spec: SaveSpec, ranks: Iterable[int]) -> list[Future[Committed]]:
         """The parts of these ranks are written. How the save ends on each."""
         ends: list[Future[Committed]] = []
         for rank in ranks:
             ends.append(Future())
-            own = replace(facts, rank=rank, num_ranks=self.num_ranks)
+            own = replace(spec, rank=rank, num_ranks=self.num_ranks)
             self.all[rank].expect(own, ends[-1].set_result, ends[-1].set_exception)
         return ends
 
     def close(self) -> None:
-        for job, one in zip(self._jobs, self.all, strict=True):
+        for group, one in zip(self._jobs, self.all, strict=True):
             one.close(ClosedError("the test is over"))
-            job.close()
+            group.close()
 
 
 class Directory:
@@ -100,7 +102,7 @@ class Directory:
     def list_by(self, listdir: Callable[[str], list[str]]) -> None:
         self._monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
 
-    def commit_by(self, already_committed: Callable[[SaveFacts], Committed | None]) -> None:
+    def commit_by(self, already_committed: Callable[[SaveSpec], Committed | None]) -> None:
         self._monkeypatch.setattr(outcome, "already_committed", already_committed)
 
 
@@ -125,29 +127,29 @@ def make_ranks(directory: Directory) -> Iterator[Callable[..., Ranks]]:
 
 
 @pytest.fixture
-def ranks() -> Iterator[list[Outcomes]]:
+def ranks() -> Iterator[list[CommitWatch]]:
     both = Ranks(2, 5.0)
     yield both.all
     both.close()
 
 
-def _facts(directory: Path, save_id: str = "ab") -> SaveFacts:
-    return SaveFacts(str(directory), 3, save_id, "dcp", 1, True, 1.0, "0", "0", rank=0, num_ranks=2)
+def _spec(directory: Path, save_id: str = "ab") -> SaveSpec:
+    return SaveSpec(str(directory), 3, save_id, "dcp", 1, True, 1.0, "0", "0", rank=0, num_ranks=2)
 
 
-def _written(directory: Path, ranks: Iterable[int]) -> SaveFacts:
+def _written(directory: Path, ranks: Iterable[int]) -> SaveSpec:
     """Their receipts are there."""
-    facts = _facts(directory)
-    partial = Path(partial_path(facts))
+    spec = _spec(directory)
+    partial = Path(partial_path(spec))
     partial.mkdir()
     for rank in ranks:
         (partial / receipt_name(rank, 0, 1)).touch()
-    return facts
+    return spec
 
 
-def _end(one: Outcomes, facts: SaveFacts) -> Committed:
+def _end(one: CommitWatch, spec: SaveSpec) -> Committed:
     ended: Future[Committed] = Future()
-    one.expect(facts, ended.set_result, ended.set_exception)
+    one.expect(spec, ended.set_result, ended.set_exception)
     return ended.result(20)
 
 
@@ -157,25 +159,25 @@ def _committed(directory: Path) -> Committed:
 
 
 def test_a_checkpoint_that_was_removed_before_this_rank_looked_was_committed(
-    ranks: list[Outcomes], tmp_path: Path
+    ranks: list[CommitWatch], tmp_path: Path
 ) -> None:
     info = CheckpointInfo(3, "/elsewhere/step-00000003", 10, 1.0, "ab", 1, 0, "dcp")
     ranks[1].notes.post_committed(Committed(info, 1.0, 2.0, 77))
-    end = _end(ranks[0], _facts(tmp_path))
+    end = _end(ranks[0], _spec(tmp_path))
     assert end.info.path == str(tmp_path / "step-00000003")
     assert (end.info.nbytes, end.pid) == (10, 77)
 
 
 def test_a_directory_that_cannot_be_read_now_fails_no_save(
-    ranks: list[Outcomes], tmp_path: Path, directory: Directory
+    ranks: list[CommitWatch], tmp_path: Path, directory: Directory
 ) -> None:
-    def refuse(_: SaveFacts) -> None:
+    def refuse(_: SaveSpec) -> None:
         raise StorageError(errno.EIO, "cannot read", str(tmp_path))
 
     directory.commit_by(refuse)
     ranks[1].notes.post_failed("ab", ValueError("mine"))
     with pytest.raises(RankFailedError, match="the save of step 3 failed on rank 1: ValueError: mine"):
-        _end(ranks[0], _facts(tmp_path))
+        _end(ranks[0], _spec(tmp_path))
 
 
 # -- who looks: see NOTE [ Who looks at the directory ] ------------------------------------------------------------
@@ -187,12 +189,12 @@ def test_a_rank_that_does_not_come_is_named_on_all_others(
 ) -> None:
     """Rank 0 says it; rank 1 does, when it is rank 0 that is dead. The store lives on elsewhere."""
     ranks, alive = make_ranks(4, 0.3), [rank for rank in range(4) if rank != dead]
-    facts = _written(tmp_path, alive)
-    for end in ranks.expect(facts, alive):
+    spec = _written(tmp_path, alive)
+    for end in ranks.expect(spec, alive):
         error = end.exception(60)
         assert isinstance(error, RankFailedError) and error.ranks == (dead,)
         assert f"within 0.3 s (ranks.timeout_secs): rank {dead} did not finish its part" in str(error)
-    assert not Path(partial_path(facts)).exists()
+    assert not Path(partial_path(spec)).exists()
 
 
 def test_ranks_that_would_speak_for_rank_0_may_be_dead_too(make_ranks: Callable[..., Ranks], tmp_path: Path) -> None:
@@ -207,15 +209,15 @@ def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_sa
 ) -> None:
     """1. Rank 1 sees no note. 2. Rank 0 posts one, and removes the directory. 3. Rank 1 looks for the directory."""
     ranks = make_ranks(3, 0.3)
-    facts = _written(tmp_path, [0, 1])
+    spec = _written(tmp_path, [0, 1])
 
     def listdir(path: str) -> list[str]:
-        ranks.all[0].notes.post_failure(facts.save_id, "was given up", [2])
+        ranks.all[0].notes.post_failure(spec.save_id, "was given up", [2])
         raise FileNotFoundError(path)
 
     directory.every(look_secs=60.0)  # only at the deadline
     directory.list_by(listdir)
-    (end,) = ranks.expect(facts, [1])
+    (end,) = ranks.expect(spec, [1])
     error = end.exception(60)
     assert isinstance(error, RankFailedError)
     assert error.ranks == (2,)
@@ -246,10 +248,10 @@ def test_a_commit_that_nobody_posts_is_found_posted_and_known_to_all(
     """Rank 0 committed, and died before it said so."""
     directory.commit_by(lambda _: _committed(tmp_path))
     ranks = make_ranks(3, 60.0)
-    ends = ranks.expect(_facts(tmp_path), [1, 2])
+    ends = ranks.expect(_spec(tmp_path), [1, 2])
     assert [end.result(20).info.save_id for end in ends] == ["ab", "ab"]
-    board = ranks.boards[2]
-    assert board.read("newest") == b"3" and json.loads(board.read("saves/ab"))["info"]["step"] == 3
+    rendezvous = ranks.boards[2]
+    assert rendezvous.read("newest") == b"3" and json.loads(rendezvous.read("saves/ab"))["info"]["step"] == 3
 
 
 @pytest.mark.parametrize("has_manifest", [False, True])
@@ -259,13 +261,13 @@ def test_a_save_that_only_has_to_be_committed_is_committed_by_who_looks(
 ) -> None:
     """Its worker was killed when it had every receipt, or while it removed them."""
     ranks = make_ranks(3, 60.0)
-    facts = _written(tmp_path, range(1 if has_manifest else 0, 3))
+    spec = _written(tmp_path, range(1 if has_manifest else 0, 3))
     if has_manifest:
-        Path(partial_path(facts), "manifest.json").touch()
+        Path(partial_path(spec), "manifest.json").touch()
     committers = [_Committer(_committed(tmp_path)) for _ in range(3)]
     for one, committer in zip(ranks.all, committers, strict=True):
         one._pool = committer
-    assert [end.result(20).pid for end in ranks.expect(facts, alive)] == [77, 77]
+    assert [end.result(20).pid for end in ranks.expect(spec, alive)] == [77, 77]
     assert sum(committer.num_asked for committer in committers) >= 1
 
 
@@ -280,13 +282,13 @@ def test_what_nobody_can_commit_fails_after_twice_the_time(
 ) -> None:
     """Every part is there: whoever sees it says so, and all wait once more."""
     ranks = make_ranks(3, 0.3)
-    facts = _written(tmp_path, range(3))
-    for end in ranks.expect(facts, alive):
+    spec = _written(tmp_path, range(3))
+    for end in ranks.expect(spec, alive):
         error = end.exception(60)
         assert isinstance(error, RankFailedError) and error.ranks == ()
         assert "nobody committed it" in str(error)
     assert ranks.boards[2].read("saves/ab/every-part") is not None
-    assert not Path(partial_path(facts)).exists()
+    assert not Path(partial_path(spec)).exists()
 
 
 def test_the_removal_of_receipts_is_not_taken_for_missing_parts_at_the_deadline(
@@ -294,12 +296,12 @@ def test_the_removal_of_receipts_is_not_taken_for_missing_parts_at_the_deadline(
 ) -> None:
     """1. The committer removes receipts; 2. the deadline passes; 3. it renames."""
     ranks = make_ranks(2, 0.2)
-    facts = _written(tmp_path, [1])
-    Path(partial_path(facts), "manifest.json").touch()
-    (end,) = ranks.expect(facts, [0])
+    spec = _written(tmp_path, [1])
+    Path(partial_path(spec), "manifest.json").touch()
+    (end,) = ranks.expect(spec, [0])
     assert ranks.boards[1].wait("saves/ab/every-part", 20) is not None
     done = _committed(tmp_path)
-    os.rename(partial_path(facts), done.info.path)
+    os.rename(partial_path(spec), done.info.path)
     ranks.all[1].notes.post_committed(done)
     assert end.result(20).pid == 77
 
@@ -311,7 +313,7 @@ def test_without_the_store_each_rank_looks_for_itself(
     committed = threading.Event()
     directory.commit_by(lambda _: _committed(tmp_path) if committed.is_set() else None)
     ranks = make_ranks(500, 60.0, _Gone())
-    ends = ranks.expect(_facts(tmp_path), [200, 499])
+    ends = ranks.expect(_spec(tmp_path), [200, 499])
     committed.set()
     assert [end.result(20).pid for end in ends] == [77, 77]
 
@@ -321,11 +323,11 @@ def test_without_the_store_a_rank_that_is_missing_is_named_by_who_sees_it_first(
 ) -> None:
     directory.every(turn_secs=60.0)
     ranks = make_ranks(3, 0.3, _Gone())
-    facts = _written(tmp_path, [0, 2])
-    (first,) = ranks.expect(facts, [2])
+    spec = _written(tmp_path, [0, 2])
+    (first,) = ranks.expect(spec, [2])
     error = first.exception(60)
     assert isinstance(error, RankFailedError) and error.ranks == (1,)
-    (second,) = ranks.expect(facts, [0])
+    (second,) = ranks.expect(spec, [0])
     assert "another rank has given it up, and removed it" in str(second.exception(60))
 
 
@@ -334,8 +336,8 @@ def test_who_reads_that_a_save_failed_sees_to_it_that_it_cannot_be_committed(
 ) -> None:
     """The rank that posted it died before it had removed what was there."""
     ranks = make_ranks(2, 60.0)
-    facts = _written(tmp_path, [0])
+    spec = _written(tmp_path, [0])
     ranks.all[1].notes.post_failed("ab", ValueError("mine"))
-    (end,) = ranks.expect(facts, [0])
+    (end,) = ranks.expect(spec, [0])
     assert "failed on rank 1: ValueError: mine" in str(end.exception(20))
-    assert not Path(partial_path(facts)).exists()
+    assert not Path(partial_path(spec)).exists()

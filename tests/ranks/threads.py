@@ -8,18 +8,18 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from stager.ranks.board import Board
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
 
 T = TypeVar("T")
 
 
 def on_ranks(num_ranks: int, body: Callable[[Job], T], timeout_secs: float = 20.0) -> list[T]:
     store = dist.HashStore()
-    jobs = [Job(rank, num_ranks, Board(store, "test", num_ranks), timeout_secs) for rank in range(num_ranks)]
+    jobs = [RankGroup(rank, num_ranks, Rendezvous(store, "test", num_ranks), timeout_secs) for rank in range(num_ranks)]
     try:
         with ThreadPoolExecutor(num_ranks) as executor:
-            return [future.result() for future in [executor.submit(body, job) for job in jobs]]
+            return [future.result() for future in [executor.submit(body, group) for group in jobs]]
     finally:
-        for job in jobs:
-            job.close()
+        for group in jobs:
+            group.close()

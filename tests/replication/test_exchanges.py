@@ -10,16 +10,16 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from stager.workers.checkpoint.write.write_task import Extent, WriteTask
 
 from stager import ReplicationError, SaveHandle
-from stager.ranks.board import Board
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
+from stager.replication.exchange import Exchange
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
-from stager.staging.exchange import Exchange
 from tests.replication.opinion import receive, whole_id
 from tests.replication.test_keeper import header_of
-from workers.job import Extent, SaveJob
 
 _dist: Any = dist  # not all of it is annotated
 
@@ -29,7 +29,7 @@ class Four:
 
     def __init__(self, directory: Path) -> None:
         store = _dist.HashStore()
-        self.jobs = [Job(rank, 4, Board(store, "test", 4)) for rank in range(4)]
+        self.jobs = [RankGroup(rank, 4, Rendezvous(store, "test", 4)) for rank in range(4)]
         self.replicators = []
         for job in self.jobs:
             replicas = Replicas(str(directory), f"/host-{job.rank}/run")
@@ -42,10 +42,10 @@ class Four:
             whole_id(one)
             for target in one._keeper.begin(header_of(data, step, owner=one._owner).to_bytes()):
                 target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            receive(one, one._keeper.finish().facts.save_id)
+            receive(one, one._keeper.finish().spec.save_id)
 
     def steps(self) -> list[set[int]]:
-        return [{replica.header.facts.step for replica in one._replicas.whole()} for one in self.replicators]
+        return [{replica.header.spec.step for replica in one._replicas.whole()} for one in self.replicators]
 
     def close(self) -> None:
         for one in self.replicators:
@@ -116,7 +116,7 @@ class Pair:
 
     def __init__(self, directory: Path) -> None:
         store = _dist.HashStore()
-        self.jobs = [Job(rank, 2, Board(store, "test", 2), timeout_secs=5.0) for rank in range(2)]
+        self.jobs = [RankGroup(rank, 2, Rendezvous(store, "test", 2), timeout_secs=5.0) for rank in range(2)]
         self.replicas = [Replicas(str(directory), f"/host-{rank}/run") for rank in range(2)]
         for replicas in self.replicas:
             replicas.create()
@@ -127,16 +127,16 @@ class Pair:
         released = [threading.Event() for _ in self.ranks]
         for one, job, event in zip(self.ranks, self.jobs, released, strict=True):
             header = header_of(bytes([step]) * 1000, step, owner=job.rank)
-            snapshot = SaveJob(
-                header.facts, cast(Any, Memory(bytes([step]) * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset()
+            snapshot = WriteTask(
+                header.spec, cast(Any, Memory(bytes([step]) * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset()
             )
-            handle = SaveHandle(step, header.facts.save_id)
+            handle = SaveHandle(step, header.spec.save_id)
             one.begin(handle)
             one.offer(handle, snapshot, event.set)
         assert all(event.wait(60) for event in released)
 
     def steps(self) -> list[set[int]]:
-        return [{replica.header.facts.step for replica in replicas.whole()} for replicas in self.replicas]
+        return [{replica.header.spec.step for replica in replicas.whole()} for replicas in self.replicas]
 
     def close(self) -> None:
         for one in self.ranks:
@@ -186,10 +186,10 @@ def test_a_slab_is_held_until_its_snapshot_is_sent(pair: Pair, monkeypatch: pyte
     one, other = pair.ranks
     header = header_of(b"1" * 1000, 1, owner=0)
     for replicator in (one, other):
-        handle = SaveHandle(1, header.facts.save_id)
+        handle = SaveHandle(1, header.spec.save_id)
         replicator.begin(handle)
-        snapshot = SaveJob(
-            header.facts, cast(Any, Memory(b"1" * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset()
+        snapshot = WriteTask(
+            header.spec, cast(Any, Memory(b"1" * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset()
         )
         replicator.offer(handle, snapshot, lambda: sent.append("released"))
     one.close(30)
@@ -203,9 +203,9 @@ def test_a_rank_that_closes_is_not_waited_for(pair: Pair, caplog: pytest.LogCapt
     """The other one saves once more."""
     pair.save(1)
     header = header_of(b"2" * 1000, 2, owner=0)
-    snapshot = SaveJob(header.facts, cast(Any, Memory(b"2" * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset())
+    snapshot = WriteTask(header.spec, cast(Any, Memory(b"2" * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset())
     for one, secs in zip(pair.ranks, (0.0, 60.0), strict=True):  # the first closes while it waits for the second
-        handle, released = SaveHandle(2, header.facts.save_id), threading.Event()
+        handle, released = SaveHandle(2, header.spec.save_id), threading.Event()
         one.begin(handle)
         one.offer(handle, snapshot, released.set)
         one.close(secs)

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.write_task import Extent
 
 from stager import ConfigError, ReplicationError
 from stager.replication import keeper as keeper_module
 from stager.replication.keeper import MESSAGE_BYTES, Keeper, messages
 from stager.replication.replicas import Replicas
-from workers.errors import CorruptCheckpointError
-from workers.job import Extent, SaveFacts
-from workers.replica import ReplicaHeader, check_replica, digest_of, read_header
+from stager.workers.checkpoint.commit.replica import ReplicaHeader, check_replica, digest_of, read_header
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.errors import CorruptCheckpointError
 
 
 def header_of(data: bytes, step: int, *, owner: int = 3) -> ReplicaHeader:
-    facts = SaveFacts("", step, f"save {step}", "dcp", 1, True, float(step), "1", "2", rank=owner, num_ranks=8)
-    return ReplicaHeader(facts, Extent(0, 1), "plan", Extent(1, 1), len(data), digest_of(memoryview(data), len(data)))
+    spec = SaveSpec("", step, f"save {step}", "dcp", 1, True, float(step), "1", "2", rank=owner, num_ranks=8)
+    return ReplicaHeader(spec, Extent(0, 1), "plan", Extent(1, 1), len(data), digest_of(memoryview(data), len(data)))
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ class Source:
 def kept(replicas: Replicas) -> list[int]:
     for replica in replicas.whole():
         check_replica(replica.path)
-    return sorted(replica.header.facts.step for replica in replicas.whole())
+    return sorted(replica.header.spec.step for replica in replicas.whole())
 
 
 def test_messages_cover_everything_once() -> None:
@@ -158,7 +159,7 @@ def test_what_is_no_header_is_refused(replicas: Replicas) -> None:
 
 def test_a_header_that_promises_too_much_is_refused(replicas: Replicas) -> None:
     header = header_of(b"1" * 10, 1)
-    lie = ReplicaHeader(header.facts, Extent(5, 6), "plan", Extent(0, 1), 10, header.digest).to_bytes()
+    lie = ReplicaHeader(header.spec, Extent(5, 6), "plan", Extent(0, 1), 10, header.digest).to_bytes()
     with pytest.raises(CorruptCheckpointError, match="more bytes than the replica has"):
         ReplicaHeader.from_bytes(lie, "somewhere")
     Source(replicas).send(b"1" * 10, 1)

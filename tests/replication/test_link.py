@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from stager import ReplicationError
-from stager.ranks.board import Board
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
+from stager.replication.exchange import Exchange, Outcome, Unpacking
 from stager.replication.link import Link
-from stager.staging.exchange import Exchange, Outcome, Unpacking
-from stager.staging.parcel import pack
+from stager.replication.parcel import pack
 
 _dist: Any = dist  # not all of it is annotated
 
@@ -26,8 +26,8 @@ class Two:
 
     def __init__(self, timeout_secs: float = 20.0) -> None:
         store = _dist.HashStore()
-        self.jobs = [Job(rank, 2, Board(store, "test", 2), timeout_secs) for rank in range(2)]
-        self.links = [Link(job, 1 - job.rank) for job in self.jobs]
+        self.jobs = [RankGroup(rank, 2, Rendezvous(store, "test", 2), timeout_secs) for rank in range(2)]
+        self.links = [Link(group, 1 - group.rank) for group in self.jobs]
         self.groups: list[Any] = [None, None]
         """The connection that each of the two used last."""
 
@@ -37,7 +37,7 @@ class Two:
 
     def exchange(self, save_id: str) -> list[Outcome]:
         def one(rank: int) -> Outcome:
-            peer = self.links[rank].meet(save_id)
+            peer = self.links[rank].barrier(save_id)
             self.groups[rank] = peer.group
             return Exchange(torch.device("cpu"), timedelta(seconds=20)).run(
                 pack({"of": rank, "x": torch.full((5,), rank)}), peer, peer, Unpacking()
@@ -49,8 +49,8 @@ class Two:
         self.groups.clear()
         for link in self.links:
             link.drop()
-        for job in self.jobs:
-            job.close()
+        for group in self.jobs:
+            group.close()
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ def test_after_a_failure_that_one_side_may_not_know_of_both_connect_anew(two: Tw
 def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> None:
     two = Two(timeout_secs=0.2)
     with pytest.raises(ReplicationError, match=r"replicas with rank 1: rank 1 did not come within 0\.2 s") as one:
-        two.links[0].meet("a")
+        two.links[0].barrier("a")
     assert one.value.rank == 1
     with pytest.raises(ReplicationError, match="rank 1 did not come"):  # it comes late, and is told the same
-        two.links[1].meet("a")
+        two.links[1].barrier("a")
     assert received(two.exchange("b")) == [1, 0]
     two.close()
 
@@ -96,6 +96,6 @@ def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> Non
 def test_a_rank_that_closes_lets_nobody_wait(two: Two) -> None:
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(two.links[0].meet, "a")
-        two.links[1].call_off("a", "closing")
+        two.links[1].cancel_barrier("a", "closing")
         with pytest.raises(ReplicationError, match="closing"):
             waiting.result(10)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from stager import Checkpointer
+from stager.workers.checkpoint.commit.replica import read_header
 from tests.ranks.bodies import flip
 from tests.replication import bodies
 from tests.small_disk import small_disk_at
 from tests.staging.child import run
 from tests.staging.ranks import run_ranks
-from workers.replica import read_header
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def damage(replica: Path) -> None:
 def _step_of(path: Path) -> int:
     header = read_header(str(path))
     assert header is not None
-    return header.facts.step
+    return header.spec.step
 
 
 def test_a_newer_whole_save_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_what_cannot_be_restored_now_stays_in_memory(small_disk: Path, tmp_path:
 def test_the_next_run_keeps_what_is_whole_in_memory_until_it_has_a_newer_one(tmp_path: Path) -> None:
     ranks("save_and_die", 2, tmp_path, 2)
     headers = [read_header(str(path)) for path in (tmp_path / "memory").rglob("rank-0.?")]
-    newest = max((header.facts for header in headers if header is not None), key=lambda facts: facts.step)
+    newest = max((header.spec for header in headers if header is not None), key=lambda spec: spec.step)
     assert ranks("whole_when_opened", 2, tmp_path) == [newest.save_id] * 2
 
 

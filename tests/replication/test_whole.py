@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from stager.ranks.board import Board
-from stager.ranks.job import Job
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
 from tests.replication.opinion import make_room, receive, whole_id
@@ -22,10 +22,10 @@ _dist: Any = dist  # not all of it is annotated
 @pytest.fixture
 def three(tmp_path: Path) -> Iterator[list[Replicator]]:
     store = _dist.HashStore()
-    jobs = [Job(rank, 3, Board(store, "test", 3)) for rank in range(3)]
-    yield [Replicator(job, Replicas(str(tmp_path), "/run"), "old") for job in jobs]
-    for job in jobs:
-        job.close()
+    jobs = [RankGroup(rank, 3, Rendezvous(store, "test", 3)) for rank in range(3)]
+    yield [Replicator(group, Replicas(str(tmp_path), "/run"), "old") for group in jobs]
+    for group in jobs:
+        group.close()
 
 
 def whole(ranks: list[Replicator]) -> set[str]:

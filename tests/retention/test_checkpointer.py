@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stager import Checkpointer, ClosedError, UsageError
+from stager.workers.checkpoint.maintenance.retention import Fate
 from tests.faults import Faults
 from tests.retention.runs import damage, everything_in, make_run, steps_of
-from workers.retention import Fate
 
 
 def config(**retention: Any) -> dict[str, Any]:

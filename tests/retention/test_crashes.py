@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from stager import Checkpointer
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints, removing_names
+from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.checkpoint.maintenance.retention import Fate, RetentionRules, prune
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.errors import StorageError
 from tests import scripts
 from tests.faults import Faults
 from tests.persistence.jobs import Crash, failing_call, in_turn
 from tests.retention.runs import make_run, steps_of
-from workers.directory import list_checkpoints, removing_names
-from workers.errors import StorageError
-from workers.recover import Outcome, recover
-from workers.retention import Fate, RetentionRules, prune
-from workers.verify import verify_checkpoint
 
 RULES = RetentionRules(keep_latest=1)
 CONFIG = {"workers": {"count": 1}, "persistence": {"fsync": False}, "retention": {"keep_latest": 2}}

@@ -13,17 +13,17 @@ from stager.exporting.export import export_checkpoint
 from stager.loading import loader
 from stager.loading.loader import Loader
 from stager.loading.restore import Restorer
+from stager.workers.checkpoint.commit.persist import persist_part
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.protected import PROTECTED_NAME, read_protected, write_protected
+from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.run_directory import committed_steps, partial_names, removing_names
+from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, RetentionRules, prune
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.errors import CorruptCheckpointError
 from tests.incremental.states import save_incrementally
 from tests.persistence.jobs import make_job, save
 from tests.retention.runs import damage, everything_in, make_run, steps_of
-from workers import files
-from workers.directory import committed_steps, partial_names, removing_names
-from workers.errors import CorruptCheckpointError
-from workers.persist import persist_part
-from workers.protected import PROTECTED_NAME, read_protected, write_protected
-from workers.read_lock import reading
-from workers.retention import Fate, PruneReport, RetentionRules, prune
-from workers.verify import verify_checkpoint
 
 STEPS = (10, 20, 30, 35, 40, 45)
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from stager.workers.checkpoint.directory.envelope import seal
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.formats import FORMATS
 from tests.persistence.jobs import save
 from tests.states import DTYPES, random_tensor
-from workers.directory import CheckpointInfo
-from workers.envelope import seal
-from workers.formats import FORMATS
-from workers.manifest import MANIFEST_NAME
 
 _OBJECTS: list[Any] = [None, True, 7, -1.5, "text", "grüße", b"\0\xff", (1, "two"), {}, [], {"a": [1, 2]}, 2**70]
 _LENGTHS = (0, 1, 2, 3, 5)

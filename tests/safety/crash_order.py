@@ -21,22 +21,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from stager.workers.checkpoint.write.write_task import WriteTask
 
 from stager.config import LoadingConfig
 from stager.loading.loader import Loader
-from stager.storage import StagerStorageWriter
+from stager.torch_api.storage import StagerStorageWriter
+from stager.workers.checkpoint.commit.persist import persist_part
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints
+from stager.workers.checkpoint.maintenance.recover import recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.write import part_writer
+from stager.workers.checkpoint.write.write_back import Writing
 from tests.incremental.states import frozen_and_adapter, save_incrementally
 from tests.persistence.jobs import Crash, load, make_job, run, save
 from tests.safety.disk import digest, disk_after, outcomes, write_out
 from tests.safety.recording import Recorder, Turns
 from tests.states import same
-from workers import files, part_writer
-from workers.directory import list_checkpoints
-from workers.job import SaveJob
-from workers.persist import persist_part
-from workers.recover import recover
-from workers.verify import verify_checkpoint
-from workers.writing import Writing
 
 OLD, NEW = {"x": torch.zeros(20)}, {"x": torch.ones(20), "y": {"z": torch.arange(9)}, "o": 2}
 BLOCKS = {"x": torch.ones(4000), "y": {"z": torch.arange(1500)}, "o": 2}  # a few blocks of 4 KiB in each file
@@ -68,7 +69,7 @@ class Replay:
         )
 
 
-def _in_threads(job: SaveJob, seed: int) -> Callable[[Recorder], None]:
+def _in_threads(job: WriteTask, seed: int) -> Callable[[Recorder], None]:
     """Every part in a thread of its own."""
 
     def work(recorder: Recorder) -> None:
@@ -84,7 +85,7 @@ def _unpublished(run_dir: Path, **options: Any) -> None:
     """A save whose workers ended between the last receipt and the commit."""
     job = make_job(run_dir, NEW, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.persist.try_commit", lambda *_: None)
+        patch.setattr("stager.workers.checkpoint.commit.persist.try_commit", lambda *_: None)
         for part in range(job.facts.num_parts):
             persist_part(job, part)
 
@@ -94,7 +95,7 @@ def _unnamed(run_dir: Path, **options: Any) -> None:
         raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.commit._rename_over", crash)
+        patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", crash)
         with suppress(Crash):
             run(make_job(run_dir, NEW, **options))
 

@@ -33,9 +33,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from tests.safety.opening import OPENINGS, draw_openings, openings_of
-from tests.safety.targets import Target, make_targets
-from workers.errors import (
+from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     StateMismatchError,
@@ -44,6 +42,8 @@ from workers.errors import (
     UnstageableError,
     UsageError,
 )
+from tests.safety.opening import OPENINGS, draw_openings, openings_of
+from tests.safety.targets import Target, make_targets
 
 _ALLOWED = (CorruptCheckpointError, CheckpointNotFoundError, StorageError, UnsafePickleError, StateMismatchError)
 _MEMORY_BYTES = 1 << 30  # beside what the process has anyway

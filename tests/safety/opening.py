@@ -23,12 +23,12 @@ from stager.cli.verify import run_verify
 from stager.config import LoadingConfig
 from stager.exporting.export import export_checkpoint
 from stager.loading.loader import Loader
-from stager.storage import StagerStorageReader
+from stager.torch_api.storage import StagerStorageReader
+from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints
+from stager.workers.checkpoint.maintenance.recover import recover
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.safety.targets import FILE_NAME, STATE, STEP, checkpoint
-from workers.directory import list_checkpoints
-from workers.manifest import read_manifest
-from workers.recover import recover
-from workers.verify import verify_checkpoint
 
 
 def _loader(run_dir: Path, verify: str = "full") -> Loader:

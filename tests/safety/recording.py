@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from workers import files
+from stager.workers.checkpoint.directory import files
 
 
 @dataclass(frozen=True)

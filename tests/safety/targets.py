@@ -16,12 +16,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 
+from stager.workers.checkpoint.commit.commit import partial_path
+from stager.workers.checkpoint.commit.persist import persist_part
+from stager.workers.checkpoint.directory.envelope import seal
+from stager.workers.checkpoint.directory.manifest import read_manifest
 from tests.persistence.jobs import Crash, make_job, run, save
 from tests.safety.mutate import mutate_archive, mutate_bytes, mutate_file, mutate_json, mutate_pickle, sealed
-from workers.commit import partial_path
-from workers.envelope import seal
-from workers.manifest import read_manifest
-from workers.persist import persist_part
 
 STATE: dict[str, Any] = {
     "model": torch.nn.Linear(3, 2).state_dict(),
@@ -110,7 +110,7 @@ def _receipts(run_dir: Path) -> None:
     """Every part written, nothing committed."""
     job = make_job(run_dir, STATE, step=STEP, segment_bytes=1000, fsync=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.persist.try_commit", lambda *_: None)
+        patch.setattr("stager.workers.checkpoint.commit.persist.try_commit", lambda *_: None)
         for part in range(job.facts.num_parts):
             persist_part(job, part)
 
@@ -124,7 +124,7 @@ def _unnamed(run_dir: Path) -> None:
     save(run_dir, {"a": torch.zeros(2)}, step=STEP, fsync=False)
     job = make_job(run_dir, STATE, step=STEP, fsync=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.commit._rename_over", crash)
+        patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", crash)
         with pytest.raises(Crash):
             run(job)
     assert Path(partial_path(job.facts)).is_dir()

@@ -18,16 +18,16 @@ from stager.cli.ls import format_time
 from stager.config import LoadingConfig
 from stager.loading.loader import Loader
 from stager.loading.restore import Restorer
+from stager.workers.checkpoint.commit.commit import partial_path
+from stager.workers.checkpoint.commit.persist import persist_part
+from stager.workers.checkpoint.directory.envelope import seal, unseal
+from stager.workers.checkpoint.directory.files import read_small
+from stager.workers.checkpoint.directory.manifest import parse_manifest, read_manifest
+from stager.workers.checkpoint.directory.run_directory import read_checkpoint
+from stager.workers.checkpoint.layout.layout_check import _tile
+from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.memory.slab import Slab
 from tests.persistence.jobs import make_job, restorer, save
-from workers.commit import partial_path
-from workers.directory import read_checkpoint
-from workers.envelope import seal, unseal
-from workers.files import read_small
-from workers.layout_check import _tile
-from workers.manifest import parse_manifest, read_manifest
-from workers.persist import persist_part
-from workers.recover import Outcome, recover
-from workers.slab import Slab
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(6.0).reshape(2, 3), "e": torch.empty(0), "o": "object"}
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.write import part_writer
 from tests.safety.crash_order import CASES, replay
-from workers import files, part_writer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

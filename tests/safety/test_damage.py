@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from stager.workers.checkpoint.formats import FORMATS
 from tests.persistence.jobs import save
 from tests.safety.damage import Tally, attack, every_value, run
-from workers.formats import FORMATS
 
 
 @pytest.mark.parametrize("seed", [42, 45, 67], ids=["dcp", "torch", "safetensors, in chunks"])

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from stager.loading.archive_check import check_archive
-from stager.loading.pickle_check import check_pickle
-from stager.loading.unpickle import unpickle
-from stager.storage.stock_metadata import parse_stock_metadata
+from stager.loading.dcp.stock_metadata import parse_stock_metadata
+from stager.loading.pickles.archive_check import check_archive
+from stager.loading.pickles.pickle_check import check_pickle
+from stager.loading.pickles.unpickle import unpickle
+from stager.workers.errors import CorruptCheckpointError, UnsafePickleError
 from tests.safety.fuzz import Findings, Fuzzer, quiet
 from tests.safety.mutate import HOSTILE_PICKLES
 from tests.states import everything
-from workers.errors import CorruptCheckpointError, UnsafePickleError
 
 
 @pytest.fixture(scope="module")

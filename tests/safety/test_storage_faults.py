@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from stager import Checkpointer, DirectoryInUseError, StorageError
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.small_disk import small_disk_at
 from tests.states import same
-from workers.directory import list_checkpoints
-from workers.verify import verify_checkpoint
 
 CONFIG = {"workers": {"count": 1}}
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "o": {"a": 1}}

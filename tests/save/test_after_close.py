@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stager import Checkpointer, ClosedError
-from workers import WorkerPool
+from stager.workers import WorkerPool
 
 # None: raises ClosedError.
 CHECKPOINTER: dict[str, tuple[Callable[[Checkpointer], Any], Callable[[Any], bool] | None]] = {

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from stager import Checkpointer, ClosedError, DirectoryInUseError
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
-from workers.verify import verify_checkpoint
 
 
 class SavesInTheChild(Dataset[int]):

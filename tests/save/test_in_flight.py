@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from stager import ArenaFullError, Checkpointer, ClosedError, DirectoryInUseError, SaveState, StorageError, UsageError
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.states import same
 from tests.waiting import wait_until_blocked
-from workers.verify import verify_checkpoint
 
 
 def test_two_saves_in_a_row_each_hold_exactly_their_own_values(run_dir: Path, faults: Faults) -> None:

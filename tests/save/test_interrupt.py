@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from stager import Checkpointer
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
-from workers.verify import verify_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stager import Checkpointer, CheckpointInfo, ClosedError
-from workers.verify import verify_checkpoint
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 
 
 def in_fork(work: Callable[[], bool]) -> bool:

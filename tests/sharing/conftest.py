@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from workers import WorkerPool
+from stager.workers import WorkerPool
 
 
 @pytest.fixture(scope="package")

@@ -11,12 +11,12 @@ import torch
 
 from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.sharing.worker_copy import Copied
-from stager.snapshot.flatten import Flat, flatten
-from stager.snapshot.plan import Copy, Planner
-from workers.formats import get_format
-from workers.pool import WorkerPool
-from workers.slab import Slab
-from workers.structure import describe
+from stager.state.flatten import StateTree, flatten
+from stager.state.snapshot_plan import Copy, Planner
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.layout.structure import describe
+from stager.workers.memory.slab import Slab
+from stager.workers.pool.pool import WorkerPool
 
 MIB = 1 << 20
 
@@ -72,7 +72,7 @@ class Snapshots:
             self.by_trainer += copy.nbytes
 
 
-def _name(flat: Flat, leaf: int) -> str:
+def _name(flat: StateTree, leaf: int) -> str:
     return describe(flat.paths[leaf])
 
 

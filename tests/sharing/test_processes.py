@@ -12,7 +12,7 @@ from tests.pool import tasks
 _SETUP = """
 import os, signal, sys, threading, torch
 from tests.sharing.snapshots import MIB, Snapshots, random_bytes
-from workers import ClosedError, WorkerPool
+from stager.workers import ClosedError, WorkerPool
 torch.set_num_threads(1)  # a forked child has none of OpenMP's threads
 def started():
     pool = WorkerPool(count=1)

@@ -13,11 +13,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from stager.sharing import movable
+from stager.workers import WorkerPool
+from stager.workers.memory.shared_source import attached_sources
+from stager.workers.memory.slab import Slab
 from tests.pool import tasks
 from tests.sharing.snapshots import MIB, Snapshots, random_bytes
-from workers import WorkerPool
-from workers.sharing import attached_sources
-from workers.slab import Slab
 
 
 def test_snapshot_by_workers_equals_the_source(pool: WorkerPool) -> None:

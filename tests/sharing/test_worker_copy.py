@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from stager.sharing import worker_copy
+from stager.workers import PoolOptions, WorkerPool
+from stager.workers.errors import InternalError
+from stager.workers.memory.shared_source import SharedSource, Stretch, copy_shared
+from stager.workers.memory.slab import Slab
 from tests.faults import Faults
 from tests.sharing.snapshots import MIB, Snapshots, Taken, random_bytes
-from workers import PoolOptions, WorkerPool
-from workers.errors import InternalError
-from workers.sharing import SharedSource, Stretch, copy_shared
-from workers.slab import Slab
 
 
 def started(count: int, **options: int) -> WorkerPool:

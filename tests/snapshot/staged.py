@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from stager.saving.job import slab_nbytes
 from stager.saving.save import SaveHandle
 from stager.snapshot.copying import Copier
-from stager.snapshot.flatten import flatten
 from stager.snapshot.guard import Guard
-from stager.snapshot.plan import Planner, SnapshotPlan
+from stager.snapshot.slab_writer import slab_nbytes
 from stager.snapshot.taker import Snapshot, SnapshotTaker
+from stager.state.flatten import flatten
+from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.layout.dtypes import dtype_of, tensor_over
+from stager.workers.checkpoint.layout.structure import build
+from stager.workers.memory.slab import Slab
 from tests.states import same
-from workers.dtypes import dtype_of, tensor_over
-from workers.formats import get_format
-from workers.slab import Slab
-from workers.structure import build
 
 
 class Bench:

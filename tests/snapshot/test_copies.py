@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from stager.snapshot import copying
 from stager.snapshot.batches import Gather, Move, batch
 from stager.snapshot.copying import Copier
-from stager.snapshot.placement import SMALL_BYTES, Copy
+from stager.state.placement import SMALL_BYTES, Copy
+from stager.workers.errors import InternalError
+from stager.workers.memory.slab import Slab
 from tests.snapshot.staged import Bench, tensors_are_staged
-from workers.errors import InternalError
-from workers.slab import Slab
 
 SIZES = st.lists(
     st.one_of(st.integers(1, 70), st.integers(1000, 1100), st.integers(SMALL_BYTES - 2, SMALL_BYTES + 2)), max_size=40

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from stager.snapshot import device
-from stager.snapshot.fingerprint import Fingerprint
-from stager.snapshot.placement import Copy, place
+from stager.state.fingerprint import Fingerprint
+from stager.state.placement import Copy, place
+from stager.workers.memory.slab import Slab
 from tests.states import bits
-from workers.slab import Slab
 
 
 class _Ready:

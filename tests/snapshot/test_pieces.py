@@ -12,14 +12,14 @@ import torch.distributed.checkpoint as dcp
 
 from stager import Checkpointer, MemoryBudgetError, SaveState, StorageError
 from stager.snapshot.pieces import blobs_of, copies_of, cut
-from stager.snapshot.plan import Planner
+from stager.state.snapshot_plan import Planner
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.observed import slab_nbytes
 from tests.snapshot.staged import Bench
 from tests.states import DTYPES, random_tensor, same
-from workers.directory import list_checkpoints
-from workers.formats import get_format
-from workers.verify import verify_checkpoint
 
 MIB = 1 << 20
 SMALL_BUDGET = {"arena": {"max_host_bytes": 4 * MIB}, "staging": {"verify": True}}

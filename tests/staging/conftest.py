@@ -11,8 +11,8 @@ import torch.distributed.checkpoint._experimental.staging as torch_experimental
 import torch.distributed.checkpoint._state_dict_stager as torch_stager
 import torch.distributed.checkpoint.staging as torch_staging
 
-import stager.staging
-import stager.staging.state_dict_stager
+import stager.torch_api.staging
+import stager.torch_api.staging.state_dict_stager
 
 TORCH = SimpleNamespace(
     is_torch=True,
@@ -28,15 +28,15 @@ TORCH = SimpleNamespace(
 )
 STAGER = SimpleNamespace(
     is_torch=False,
-    StateDictStager=stager.staging.state_dict_stager.StateDictStager,
-    AsyncStager=stager.staging.AsyncStager,
-    StagingOptions=stager.staging.StagingOptions,
-    DefaultStager=stager.staging.DefaultStager,
-    BlockingAsyncStager=stager.staging.BlockingAsyncStager,
-    ReplicationStager=stager.staging._ReplicationStager,
-    CheckpointStager=stager.staging.CheckpointStager,
-    CheckpointStagerConfig=stager.staging.CheckpointStagerConfig,
-    ExperimentalStager=stager.staging.DefaultStager,
+    StateDictStager=stager.torch_api.staging.state_dict_stager.StateDictStager,
+    AsyncStager=stager.torch_api.staging.AsyncStager,
+    StagingOptions=stager.torch_api.staging.StagingOptions,
+    DefaultStager=stager.torch_api.staging.DefaultStager,
+    BlockingAsyncStager=stager.torch_api.staging.BlockingAsyncStager,
+    ReplicationStager=stager.torch_api.staging._ReplicationStager,
+    CheckpointStager=stager.torch_api.staging.CheckpointStager,
+    CheckpointStagerConfig=stager.torch_api.staging.CheckpointStagerConfig,
+    ExperimentalStager=stager.torch_api.staging.DefaultStager,
 )
 
 

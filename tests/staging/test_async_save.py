@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
-from stager.staging import BlockingAsyncStager, DefaultStager, StagingOptions
+from stager.torch_api.staging import BlockingAsyncStager, DefaultStager, StagingOptions
 from tests.staging.child import run
 
 HERE = "tests.staging.test_async_save"

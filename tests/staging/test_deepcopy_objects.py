@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
+from stager.workers.errors import UnstageableError
 from tests.staging.compare import assert_private_copy, assert_same
-from workers.errors import UnstageableError
 
 
 class Pair(NamedTuple):

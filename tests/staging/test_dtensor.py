@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from stager.staging import DefaultStager, StagingOptions
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging import DefaultStager, StagingOptions
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_private_copy
 from tests.staging.ranks import run_ranks
 

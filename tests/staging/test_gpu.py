@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stager.staging import DefaultStager, StagingOptions
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging import DefaultStager, StagingOptions
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,7 +69,7 @@ def test_async_staging_waits_for_the_trainers_kernels(device: str) -> None:
 
 
 def test_a_failed_registration_leaves_no_error_behind(device: str) -> None:
-    from workers.offload import pinning
+    from stager.workers.memory import pinning
 
     storage = torch.UntypedStorage(4096)
     with pytest.warns(RuntimeWarning):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_no_shared_memory, assert_same
 
 DTYPES = [

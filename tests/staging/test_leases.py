@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stager.staging import BlockingAsyncStager, DefaultStager, StagingOptions
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging import BlockingAsyncStager, DefaultStager, StagingOptions
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 
 
 def state(value: float) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
+from stager.workers.offload import HostBuffers
 from tests import cuda_runtime
-from workers.offload import HostBuffers
 
 
 class FakeRuntime:

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from stager import ReplicationError
-from stager.staging import ReplicationStager, _ReplicationStager
-from stager.staging.parcel import open_header, pack, unpack
+from stager.replication.parcel import open_header, pack, unpack
+from stager.torch_api.staging import ReplicationStager, _ReplicationStager
+from stager.workers.errors import UnstageableError, UsageError
 from tests.staging.compare import assert_private_copy
 from tests.staging.ranks import run_ranks
-from workers.errors import UnstageableError, UsageError
 
 HERE = "tests.staging.test_replication"
 
@@ -84,7 +84,7 @@ def die_in_the_middle(rank: int, directory: str, victim: int) -> dict[str, Any]:
     stager = ReplicationStager(None, timeout=timedelta(hours=1), storage_dir=directory)
     stager.stage(state_of(rank))
     if rank == victim:
-        from stager.staging import exchange
+        from stager.replication import exchange
 
         real = exchange._messages
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
+from stager.workers.offload import HostBuffers, SharedSlice
 from tests import scripts
 from tests.staging.child import run
-from workers.offload import HostBuffers, SharedSlice
 
 
 def open_fds() -> int:
@@ -110,7 +110,7 @@ def test_slice_stays_a_slice_while_only_a_tensor_holds_it() -> None:
 
 KILLED = """
 import os, torch
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
 source = [torch.ones(256) for _ in range(2000)] + [torch.ones(1 << 19) for _ in range(4)]
 staged = StateDictStager(share_memory=True).stage(source)
 print("staged", flush=True)

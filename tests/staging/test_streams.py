@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stager.staging import DefaultStager, StagingOptions, streams
+from stager.torch_api.staging import DefaultStager, StagingOptions, streams
 
 
 class FakeAccelerator:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from stager.staging.state_dict_stager import StateDictStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
+from stager.workers.errors import UnstageableError
 from tests.staging.compare import assert_private_copy
-from workers.errors import UnstageableError
 
 DTYPES = {
     value

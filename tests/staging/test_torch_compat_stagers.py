@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint.staging as torch_staging
 
-import stager.staging
-import stager.staging.state_dict_stager
+import stager.torch_api.staging
+import stager.torch_api.staging.state_dict_stager
 from tests.staging.aliases import views
 from tests.staging.compare import assert_private_copy
 
@@ -88,7 +88,7 @@ class TestDefaultStager:
 
     def test_is_torchs_async_stager(self, api: Any) -> None:
         stager_ = api.DefaultStager(api.StagingOptions(False, False, False, False))
-        for protocol in (torch_staging.AsyncStager, stager.staging.AsyncStager):
+        for protocol in (torch_staging.AsyncStager, stager.torch_api.staging.AsyncStager):
             assert isinstance(stager_, protocol)
             assert isinstance(api.BlockingAsyncStager(), protocol)
             assert not isinstance(object(), protocol)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from stager.storage import StagerStorageReader, StagerStorageWriter
+from stager.torch_api.storage import StagerStorageReader, StagerStorageWriter
 from tests.states import everything
 
 WRITERS: dict[str, Any] = {"stock": dcp.FileSystemWriter, "ours": StagerStorageWriter}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
-from stager.storage.assembly import assemble, nest
-from stager.storage.spans import Written
-from workers.errors import UnstageableError, UsageError
-from workers.layout import FileSpec, Item, Layout
-from workers.layout_check import check_layout
-from workers.structure import Chunks, build, leaves, walk
+from stager.torch_api.storage.assembly import assemble, nest
+from stager.torch_api.storage.spans import Written
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout
+from stager.workers.checkpoint.layout.layout_check import check_layout
+from stager.workers.checkpoint.layout.structure import Chunks, build, leaves, walk
+from stager.workers.errors import UnstageableError, UsageError
 
 
 def layout_of(structure: Any, shapes: tuple[tuple[int, ...], ...] = ((2, 3), (3, 3))) -> Layout:

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from stager.storage import StagerStorageReader, StagerStorageWriter
-from tests.states import same
-from tests.storage.states import blank, failure, load, save
-from workers import files
-from workers.errors import (
+from stager.torch_api.storage import StagerStorageReader, StagerStorageWriter
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     StorageError,
@@ -24,8 +24,8 @@ from workers.errors import (
     UnstageableError,
     UsageError,
 )
-from workers.manifest import read_manifest
-from workers.verify import verify_checkpoint
+from tests.states import same
+from tests.storage.states import blank, failure, load, save
 
 
 def small_state(value: float = 1.0) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_value_that_cannot_be_pickled_is_named(tmp_path: Path, monkeypatch: pyte
     def unknown(*args: Any) -> None:
         raise RuntimeError("no such dtype")
 
-    monkeypatch.setattr("stager.storage.payload.tensor_frame", unknown)
+    monkeypatch.setattr("stager.torch_api.storage.payload.tensor_frame", unknown)
     with pytest.raises(dcp.api.CheckpointException) as caught:
         save({"m": {"x": torch.ones(2)}}, StagerStorageWriter(tmp_path / "c"))
     error = failure(caught.value)

@@ -13,12 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from stager import Checkpointer
-from stager.storage import StagerStorageReader, StagerStorageWriter
+from stager.torch_api.storage import StagerStorageReader, StagerStorageWriter
+from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.layout.structure import Chunks, fqn, leaves
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.staging.ranks import run_ranks
 from tests.storage.states import load
-from workers.manifest import read_manifest
-from workers.structure import Chunks, fqn, leaves
-from workers.verify import verify_checkpoint
 
 WHOLE = torch.arange(35.0).view(7, 5)
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "everywhere": Replicate(), "scarce": Shard(0)}

@@ -12,11 +12,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from stager import Checkpointer, DefaultStager, StagingOptions
-from stager.storage import StagerStorageReader, StagerStorageWriter, assembly, spans, writer
+from stager.torch_api.storage import StagerStorageReader, StagerStorageWriter, assembly, spans, writer
+from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.states import same
 from tests.storage.states import NOT_STOCKS, READERS, WRITERS, blank, load, save, state_for_dcp
-from workers.manifest import read_manifest
-from workers.verify import verify_checkpoint
 
 
 @pytest.mark.parametrize("written_by", ["stock", "ours"])
@@ -72,7 +72,7 @@ def test_targets_of_another_dtype_stride_or_sharing_memory(tmp_path: Path, verif
 
 
 def test_more_than_a_batch_beside_the_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stager.storage.reader._BATCH_BYTES", 100)
+    monkeypatch.setattr("stager.torch_api.storage.reader._BATCH_BYTES", 100)
     state = {str(n): torch.full((n,), float(n)) for n in range(1, 40)}
     save(state, StagerStorageWriter(tmp_path / "c"))
     target = {key: torch.zeros(len(value), dtype=torch.float64) for key, value in state.items()}

@@ -15,8 +15,8 @@ from stager.stress.damage import inflict_damage
 from stager.stress.digest import digest
 from stager.stress.faults import Damage
 from stager.stress.training import Training, digests_of
+from stager.workers.checkpoint.read.verify import VerifyResult
 from tests.stress.plans import config, training
-from workers.verify import VerifyResult
 
 STEPS = 7  # leaves come, grow and go in these
 

@@ -8,7 +8,7 @@ from stager.stress.drawing import draw_episode
 from stager.stress.episode import Episode
 from stager.stress.faults import STORAGE_POINTS, TRAINER_POINTS, WORKER_POINTS, Damage, PointFault
 from stager.stress.training import digests_of
-from workers import faults
+from stager.workers import faults
 
 CONFIG = StressConfig()
 NUMBERS = range(400)

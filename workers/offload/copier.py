@@ -25,10 +25,10 @@ from typing import Any, Protocol
 
 import torch
 
-from workers.errors import StagerError, UnstageableError
-from workers.offload.hook_memo import HookMemo, Leaf
-from workers.offload.key_path import Argument, Attribute, Item, LocatedError
-from workers.offload.tensors import Memo, offload_tensor
+from stager.workers.errors import StagerError, UnstageableError
+from stager.workers.offload.hook_memo import HookMemo, Leaf
+from stager.workers.offload.key_path import Argument, Attribute, Item, LocatedError
+from stager.workers.offload.tensors import Memo, offload_tensor
 
 _MISSING = object()
 _memo_get = dict.get  # the engine's own look-ups must not make HookMemo stage anything

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.errors import UnstageableError
+from stager.workers.errors import UnstageableError
 
 ROOT = "state_dict"
 _PLAIN_KEYS = (str, bytes, int, float, bool, complex, type(None))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from workers.offload.key_path import Attribute, LocatedError
+from stager.workers.offload.key_path import Attribute, LocatedError
 
 Memo = dict[int, Any]
 _HAS_NAMES = getattr(torch.Tensor, "has_names", None)  # named dimensions: gone from newer torch

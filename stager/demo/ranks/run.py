@@ -18,7 +18,7 @@ from stager.demo.ranks.story import RanksStory, train_along
 from stager.demo.ranks.training import leave
 from stager.demo.report import print_report, write_results
 from stager.demo.workspace import Workspace
-from workers.errors import UsageError
+from stager.workers.errors import UsageError
 
 COMMAND = "torchrun --nproc-per-node 2 -m stager demo --config configs/torchrun.yaml"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from stager.ranks.agreement import _COMPARED_KINDS, Entry, _to_json, kind_of, meeting
 from tests.benchmarks.scale.simulation import Steps
-from tests.benchmarks.scale.store import Board
+from tests.benchmarks.scale.store import Rendezvous
 
 OCCASION = "0123456789abcdef"  # as long as a save's id
 HEAD = meeting(OCCASION)
@@ -40,7 +40,7 @@ class Kind:
 
 
 def settle(
-    board: Board, rank: int, num_ranks: int, kinds: Sequence[Kind], kind: Kind, groups: Sequence[str]
+    rendezvous: Rendezvous, rank: int, num_ranks: int, kinds: Sequence[Kind], kind: Kind, groups: Sequence[str]
 ) -> Steps[None]:
     """One rank's part in it.
 
@@ -49,38 +49,38 @@ def settle(
         groups: digests of its groups of shards.
     """
     for group in groups:
-        yield from board.add(f"{HEAD}/group/{group}")
-    if (yield from board.add(f"{HEAD}/plain/{kind.digest}")) == 1:
-        yield from board.post(f"{HEAD}/list/{kind.digest}", kind.note)
-        number = yield from board.add(f"{HEAD}/kinds")
-        yield from board.post(f"{HEAD}/kind/{number}", kind.digest.encode())
-    if (yield from board.add(f"{HEAD}/values/{kind.values_digest}")) == 1:
-        number = yield from board.add(f"{HEAD}/values")
+        yield from rendezvous.add(f"{HEAD}/group/{group}")
+    if (yield from rendezvous.add(f"{HEAD}/plain/{kind.digest}")) == 1:
+        yield from rendezvous.post(f"{HEAD}/list/{kind.digest}", kind.note)
+        number = yield from rendezvous.add(f"{HEAD}/kinds")
+        yield from rendezvous.post(f"{HEAD}/kind/{number}", kind.digest.encode())
+    if (yield from rendezvous.add(f"{HEAD}/values/{kind.values_digest}")) == 1:
+        number = yield from rendezvous.add(f"{HEAD}/values")
         if number <= _COMPARED_KINDS or rank == 0:
-            yield from board.post(f"{HEAD}/values/list/{number}", kind.values_note)
-    yield from board.meet(HEAD, rank, num_ranks)
-    if rank == 0 and (yield from board.add(f"{HEAD}/values/{kind.values_digest}", 0)) < num_ranks:
-        num_lists = yield from board.add(f"{HEAD}/values", 0)
+            yield from rendezvous.post(f"{HEAD}/values/list/{number}", kind.values_note)
+    yield from rendezvous.barrier(HEAD, rank, num_ranks)
+    if rank == 0 and (yield from rendezvous.add(f"{HEAD}/values/{kind.values_digest}", 0)) < num_ranks:
+        num_lists = yield from rendezvous.add(f"{HEAD}/values", 0)
         for number in range(1, min(_COMPARED_KINDS, num_lists) + 1):
-            yield from board.wait(f"{HEAD}/values/list/{number}")
+            yield from rendezvous.wait(f"{HEAD}/values/list/{number}")
     for group in groups:
-        yield from board.add(f"{HEAD}/group/{group}", 0)
-    if (yield from board.add(f"{HEAD}/kinds", 0)) == 1:
+        yield from rendezvous.add(f"{HEAD}/group/{group}", 0)
+    if (yield from rendezvous.add(f"{HEAD}/kinds", 0)) == 1:
         return
     if rank == 0:
-        yield from _answer(board, {kind.digest: kind for kind in kinds})
-    yield from board.wait(f"{HEAD}/answer/{kind.digest}")
+        yield from _answer(rendezvous, {kind.digest: kind for kind in kinds})
+    yield from rendezvous.wait(f"{HEAD}/answer/{kind.digest}")
 
 
-def _answer(board: Board, kinds: dict[str, Kind]) -> Steps[None]:
+def _answer(rendezvous: Rendezvous, kinds: dict[str, Kind]) -> Steps[None]:
     """Rank 0: to each kind of rank, where the holders of each of its names begin, and how many there are."""
     for number in range(1, len(kinds) + 1):
-        yield from board.wait(f"{HEAD}/kind/{number}")
+        yield from rendezvous.wait(f"{HEAD}/kind/{number}")
     sizes: dict[str, int] = {}
     for digest in sorted(kinds):
-        yield from board.wait(f"{HEAD}/list/{digest}")
+        yield from rendezvous.wait(f"{HEAD}/list/{digest}")
     for digest in sorted(kinds):
-        sizes[digest] = yield from board.add(f"{HEAD}/plain/{digest}", 0)
+        sizes[digest] = yield from rendezvous.add(f"{HEAD}/plain/{digest}", 0)
     totals: dict[str, int] = {}
     held_by: dict[str, list[str]] = {}
     begins: dict[str, list[int]] = {}
@@ -94,4 +94,4 @@ def _answer(board: Board, kinds: dict[str, Kind]) -> Steps[None]:
     for digest in sizes:
         names = [entry.name for entry in kinds[digest].entries]
         holders = [[begin, totals[name], number_of[name]] for begin, name in zip(begins[digest], names, strict=True)]
-        yield from board.post(f"{HEAD}/answer/{digest}", json.dumps({"problem": "", "holders": holders}).encode())
+        yield from rendezvous.post(f"{HEAD}/answer/{digest}", json.dumps({"problem": "", "holders": holders}).encode())

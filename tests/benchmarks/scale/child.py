@@ -1,6 +1,6 @@
 """A process of its own that measures what a commit of many ranks takes: CPU time, bytes, memory.
 
-``commit`` does what ``workers.commit._write_manifest`` does, with the same functions, on the records of ``shares.py``;
+``commit`` does what ``stager.workers.checkpoint.commit.commit._write_manifest`` does, with the same functions, on the records of ``shares.py``;
 ``parse`` what a rank that loads it does first; ``stock`` what ``dcp.async_save`` does on its coordinator.
 """
 
@@ -14,34 +14,34 @@ from pathlib import Path
 
 import xxhash
 
+from stager.workers.checkpoint.commit.commit import build_manifest, partial_path, read_shares
+from stager.workers.checkpoint.commit.merge import merge
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, read_manifest
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, partial_names
+from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.layout.plan_cache import no_collection
 from tests.benchmarks.scale.measured import Commit, Parse, Stock
 from tests.benchmarks.scale.size import Size
 from tests.benchmarks.scale.stages import Stages
-from workers.commit import build_manifest, partial_path, read_shares
-from workers.directory import CheckpointInfo, partial_names
-from workers.formats import get_format
-from workers.manifest import MANIFEST_NAME, IndexFile, read_manifest
-from workers.memo import no_collection
-from workers.share import merge
 
 
 def measure_commit(directory: str, size: Size) -> Commit:
     from tests.benchmarks.scale.shares import write_shares
 
-    facts, layout = write_shares(directory, size)
-    partial, names = partial_path(facts), os.listdir(partial_path(facts))
+    spec, layout = write_shares(directory, size)
+    partial, names = partial_path(spec), os.listdir(partial_path(spec))
     record_bytes, receipt_bytes = (
         sum(os.path.getsize(os.path.join(partial, name)) for name in names if name.startswith(prefix))
         for prefix in ("save-", "receipt-")
     )
     with no_collection():
         stages = Stages()
-        shares = read_shares(facts, layout, names)
+        shares = read_shares(spec, layout, names)
         assert shares is not None
         read_secs = stages.lap()
         whole, hashes = merge(shares, partial)
         merge_secs = stages.lap()
-        index_files = get_format("dcp").index_files(whole, facts.save_id, directory)
+        index_files = get_format("dcp").index_files(whole, spec.save_id, directory)
         index = [IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in index_files.items()]
         index_secs = stages.lap()
         text = build_manifest(shares, whole, hashes, tuple(index)).to_bytes()

@@ -1,17 +1,17 @@
-"""How a save ends on every rank: ``stager/ranks/outcome.py`` in simulated time, for a save that nothing goes wrong with."""
+"""How a save ends on every rank: ``stager/ranks/commit_watch.py`` in simulated time, for a save that nothing goes wrong with."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 
-from stager.ranks.outcome import _FIRST_POLL_SECS, _LOOK_SECS, _TURN_SECS
+from stager.ranks.commit_watch import _FIRST_POLL_SECS, _LOOK_SECS, _TURN_SECS
+from stager.workers.checkpoint.commit.commit import Committed
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from tests.benchmarks.scale.filesystem import Call
 from tests.benchmarks.scale.simulation import Actor, Steps
-from tests.benchmarks.scale.store import Board
+from tests.benchmarks.scale.store import Rendezvous
 from tests.benchmarks.scale.world import World
-from workers.commit import Committed
-from workers.directory import CheckpointInfo
 
 _INFO = CheckpointInfo(
     1000, "/checkpoints/run/step-00001000", 1 << 40, 1764300000.25, "0123456789abcdef", 99999, 999, "dcp"
@@ -37,55 +37,55 @@ class Ending:
     def tell(self, rank: int, actor: Actor) -> Steps[None]:
         """By the rank whose worker committed."""
         self.trainers[rank] = actor
-        yield from self._post(self._board(actor))
+        yield from self._post(self._rendezvous(actor))
         self.ended_at[rank] = actor.now
 
     def watch(self, rank: int, actor: Actor) -> Steps[None]:
         """By a rank whose parts are written. See NOTE [ Who looks at the directory ] in ``outcome.py``."""
         self.trainers[rank] = actor
         self.ended_at[rank] = None
-        board, timeout_secs = self._board(actor), self._world.parameters.timeout_secs
+        rendezvous, timeout_secs = self._rendezvous(actor), self._world.parameters.timeout_secs
         deadline = actor.now + timeout_secs
         looks_at = actor.now + (1 + rank) * _LOOK_SECS
         has_every_part = False
         poll = _FIRST_POLL_SECS
         while True:
-            if (note := (yield from board.read(_END))) is not None:
+            if (note := (yield from rendezvous.read(_END))) is not None:
                 self.ended_at[rank] = None if note == _FAILED else actor.now
                 return
             now = actor.now
             is_late = now >= deadline + rank.bit_length() * _TURN_SECS
-            if is_late and not has_every_part and (yield from board.read(_EVERY_PART)) is not None:
+            if is_late and not has_every_part and (yield from rendezvous.read(_EVERY_PART)) is not None:
                 has_every_part = True
                 deadline += timeout_secs
             elif is_late or now >= looks_at:
                 if (yield from self.look(actor)):
-                    yield from self._post_found(board)
+                    yield from self._post_found(rendezvous)
                     self.ended_at[rank] = actor.now
                     return
                 looks_at = now + (self._world.num_ranks if rank else 1) * _LOOK_SECS
                 if is_late:
                     if has_every_part or not (yield from self._is_written(actor)):
-                        yield from board.post(_END, _FAILED)
+                        yield from rendezvous.post(_END, _FAILED)
                         return
                     has_every_part = True
                     deadline += timeout_secs
-                    yield from board.post(_EVERY_PART, b"")
+                    yield from rendezvous.post(_EVERY_PART, b"")
                 else:
-                    yield from self._help(rank, actor, board)
+                    yield from self._help(rank, actor, rendezvous)
             actor.now += poll
             poll = min(self._world.end_poll_secs, poll * 1.5)
 
-    def _post(self, board: Board) -> Steps[None]:
-        yield from board.post(_END, NOTE)
-        yield from board.post("newest", str(_INFO.step).encode())
+    def _post(self, rendezvous: Rendezvous) -> Steps[None]:
+        yield from rendezvous.post(_END, NOTE)
+        yield from rendezvous.post("newest", str(_INFO.step).encode())
 
-    def _post_found(self, board: Board) -> Steps[None]:
-        if (yield from board.read(_END)) is None:
-            yield from self._post(board)
+    def _post_found(self, rendezvous: Rendezvous) -> Steps[None]:
+        if (yield from rendezvous.read(_END)) is None:
+            yield from self._post(rendezvous)
 
     def look(self, actor: Actor) -> Steps[bool]:
-        """Whether the checkpoint is there: ``workers.commit.already_committed``."""
+        """Whether the checkpoint is there: ``stager.workers.checkpoint.commit.commit.already_committed``."""
         yield from self._world.files.call(actor, Call.OPEN)
         if not self._world.directory.is_committed():
             return False
@@ -98,12 +98,12 @@ class Ending:
         yield from self._world.files.list(actor, self._world.directory)
         return self._world.directory.has_every_receipt()
 
-    def _help(self, rank: int, actor: Actor, board: Board) -> Steps[None]:
+    def _help(self, rank: int, actor: Actor, rendezvous: Rendezvous) -> Steps[None]:
         """Were there all receipts and no commit, it would commit. (That somebody else does, its worker sees by the lock:
         these calls are left out.)"""
         if not self._world.directory.is_committed():
             if (yield from self._is_written(actor)) and rank:
-                yield from board.add(f"{_END}/helpers")
+                yield from rendezvous.add(f"{_END}/helpers")
 
-    def _board(self, actor: Actor) -> Board:
-        return Board(self._world.store, actor, self._world.wait_poll_secs)
+    def _rendezvous(self, actor: Actor) -> Rendezvous:
+        return Rendezvous(self._world.store, actor, self._world.wait_poll_secs)

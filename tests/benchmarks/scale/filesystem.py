@@ -78,7 +78,7 @@ class FileSystem:
         self.num_syncs += 1
 
     def write_atomically(self, actor: Actor, directory: Directory, nbytes: float = 0.0) -> Steps[None]:
-        """``workers.files.write_atomically``: create, write, sync, rename."""
+        """``stager.workers.checkpoint.directory.files.write_atomically``: create, write, sync, rename."""
         yield from self.call(actor, Call.CREATE)
         directory.num_names += 1
         actor.now += nbytes / self._parameters.client_bytes_per_sec
@@ -87,7 +87,7 @@ class FileSystem:
 
 
 class Directory:
-    """The partial directory of a save, and its lock: see NOTE [ The lock on a partial directory ] in ``workers/commit.py``.
+    """The partial directory of a save, and its lock: see NOTE [ The lock on a partial directory ] in ``workers/checkpoint/commit/commit.py``.
 
     Args:
         num_parts: of all ranks.

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 
 from stager.ranks.agreement import Entry
+from stager.workers.checkpoint.directory.files import DOCUMENT_BYTES
+from stager.workers.checkpoint.layout.plan_cache import no_collection
 from tests.benchmarks.scale.agreement import Kind, settle
 from tests.benchmarks.scale.costs import CostModel
 from tests.benchmarks.scale.filesystem import Call
@@ -15,10 +17,8 @@ from tests.benchmarks.scale.saving import Save
 from tests.benchmarks.scale.simulation import Actor, Steps
 from tests.benchmarks.scale.size import Size
 from tests.benchmarks.scale.stock import StockSave, stock_save
-from tests.benchmarks.scale.store import Board
+from tests.benchmarks.scale.store import Rendezvous
 from tests.benchmarks.scale.world import World
-from workers.files import DOCUMENT_BYTES
-from workers.memo import no_collection
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +123,9 @@ def _agreement(world: World) -> AgreementFigures:
     num_shards = parameters.num_shards(num_ranks)
 
     def one(rank: int) -> Steps[None]:
-        board = Board(world.store, actors[rank], world.wait_poll_secs)
+        rendezvous = Rendezvous(world.store, actors[rank], world.wait_poll_secs)
         groups = [f"{rank % num_shards:032x}"]
-        yield from settle(board, rank, num_ranks, kinds, kinds[rank * len(kinds) // num_ranks], groups)
+        yield from settle(rendezvous, rank, num_ranks, kinds, kinds[rank * len(kinds) // num_ranks], groups)
 
     for rank, start in enumerate(starts):
         world.simulation.start(one(rank), start)

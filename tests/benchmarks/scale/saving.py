@@ -1,4 +1,4 @@
-"""One later save of all ranks: ``workers/persist.py`` and ``workers/commit.py`` in simulated time.
+"""One later save of all ranks: ``workers/checkpoint/commit/persist.py`` and ``workers/checkpoint/commit/commit.py`` in simulated time.
 
 The training threads are not here: they send no request and make no call. Nor is staging, nor what the workers do with the
 bytes, which is ``write_secs``, and no other rank's business.
@@ -10,11 +10,11 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from stager.workers.checkpoint.commit.commit import num_threads
 from tests.benchmarks.scale.ending import Ending
 from tests.benchmarks.scale.filesystem import Call
 from tests.benchmarks.scale.simulation import Actor, Steps, in_threads
 from tests.benchmarks.scale.world import World
-from workers.commit import num_threads
 
 
 class Save:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from stager.workers.checkpoint.layout.layout_plan import LayoutPlan, objects_to_json
+from stager.workers.checkpoint.write.save_record import to_record
+from stager.workers.checkpoint.write.write_task import Extent, WriteTask
+
 from stager.ranks.naming import name_all, name_written
+from stager.workers.checkpoint.commit.commit import partial_path
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.receipt import Receipt
+from stager.workers.checkpoint.formats import dcp
+from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, deal_once
+from stager.workers.checkpoint.layout.structure import ABSENT, Node
+from stager.workers.checkpoint.layout.templates import Templates
+from stager.workers.checkpoint.write.save_spec import SaveSpec
 from tests.benchmarks.scale.size import Size
-from workers import files
-from workers.commit import partial_path
-from workers.formats import dcp
-from workers.formats.contract import TensorSpec, evenly
-from workers.job import Extent, Plan, SaveFacts, SaveJob, objects_to_json, to_record
-from workers.layout import FileSpec, Item, Layout, align, deal_once
-from workers.receipt import Receipt
-from workers.structure import ABSENT, Node
-from workers.templates import Templates
 
 _SHARD = (4, 8192)  # lengths of each tensor's shard, float32
 _OBJECT_BYTES = 3000
@@ -31,7 +35,7 @@ class _Memory:
     view: memoryview
 
 
-def write_shares(directory: str, size: Size) -> tuple[SaveFacts, Layout]:
+def write_shares(directory: str, size: Size) -> tuple[SaveSpec, Layout]:
     """Fill a partial directory in ``directory``.
 
     Returns:
@@ -41,28 +45,28 @@ def write_shares(directory: str, size: Size) -> tuple[SaveFacts, Layout]:
     for rank in range(size.ranks):
         job, layout = _job(directory, size, rank)
         if rank == 0:
-            own = job.facts, layout
-            os.mkdir(partial_path(job.facts))
+            own = job.spec, layout
+            os.mkdir(partial_path(job.spec))
         _write(job, layout)
     return own
 
 
-def _job(directory: str, size: Size, rank: int) -> tuple[SaveJob, Layout]:
+def _job(directory: str, size: Size, rank: int) -> tuple[WriteTask, Layout]:
     plan, objects = _plan(size, rank), _objects(size)
-    facts = SaveFacts(directory, 1, f"{1:016x}", "dcp", 1, False, 1e9, "0", "2", rank=rank, num_ranks=size.ranks)
+    spec = SaveSpec(directory, 1, f"{1:016x}", "dcp", 1, False, 1e9, "0", "2", rank=rank, num_ranks=size.ranks)
     text, of_objects = plan.to_json(), objects_to_json(objects)
     memory: Any = _Memory(memoryview(text + of_objects))
     extents = Extent(0, len(text)), Extent(len(text), len(of_objects))
-    job = SaveJob(facts, memory, extents[0], "", extents[1], frozenset())
+    job = WriteTask(spec, memory, extents[0], "", extents[1], frozenset())
     return job, plan.with_objects([_in_file(item, len(plan.files)) for item in objects])
 
 
-def _plan(size: Size, rank: int) -> Plan:
+def _plan(size: Size, rank: int) -> LayoutPlan:
     """Ranks that share a shard divide its tensors evenly."""
     num_replicas, replica = size.ranks // size.shards, rank // size.shards
     first, end = (size.tensors * (replica + side) // num_replicas for side in (0, 1))
     tensors, named = _laid_out(end - first)
-    return Plan(
+    return LayoutPlan(
         files=tuple(FileSpec(file.name.replace("__0_", f"__{rank}_"), file.nbytes) for file in named),
         object_file=dcp.object_file_name(rank),
         tensors=tensors,
@@ -98,7 +102,7 @@ def _structure(size: Size, rank: int, held: range) -> Node:
             return ABSENT
         return ["chunks", [size.shards * _SHARD[0], _SHARD[1]], [[[shard * _SHARD[0], 0], leaf - held[0]]]]
 
-    name = name_written if rank else name_all  # as stager/ranks/share.py
+    name = name_written if rank else name_all  # as stager/ranks/partition.py
     return name(["dict", ["model", "own"], [model, private]], node_of)
 
 
@@ -119,13 +123,13 @@ def _in_file(item: Item, file: int) -> Item:
     return Item.from_row([item.kind, file, *item.to_row()[2:]], item.slab_offset)
 
 
-def _write(job: SaveJob, layout: Layout) -> None:
-    facts, partial = job.facts, partial_path(job.facts)
+def _write(job: WriteTask, layout: Layout) -> None:
+    spec, partial = job.spec, partial_path(job.spec)
     directory_fd = files.open_directory(partial)
     try:
-        files.write_atomically(directory_fd, partial, facts.record_name, to_record(job), facts.fsync)
+        files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(job), spec.fsync)
         hashes = tuple(f"{number:032x}" for number in range(len(deal_once(layout, 1)[0])))
-        receipt = Receipt(0, 1, facts.save_id, hashes, os.getpid(), 1e9, 1e9, 1e9, rank=facts.rank)
-        receipt.write(directory_fd, partial, facts.fsync)
+        receipt = Receipt(0, 1, spec.save_id, hashes, os.getpid(), 1e9, 1e9, 1e9, rank=spec.rank)
+        receipt.write(directory_fd, partial, spec.fsync)
     finally:
         os.close(directory_fd)

@@ -1,4 +1,4 @@
-"""The job's key-value store, and a rank's notice board on it: ``stager/ranks/board.py`` and ``Job.meet`` in simulated time.
+"""The job's key-value store, and a rank's notice board on it: ``stager/ranks/rendezvous.py`` and ``Job.meet`` in simulated time.
 
 Bytes are those of keys and notes, either way; not counted: the protocol's own, and counters.
 """
@@ -39,7 +39,7 @@ class Store:
         self.nbytes += nbytes
 
 
-class Board:
+class Rendezvous:
     """A rank's.
 
     Args:

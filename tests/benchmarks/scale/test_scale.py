@@ -22,17 +22,23 @@ from typing import Any
 
 import pytest
 import torch
+from stager.workers.checkpoint.write.write_task import WriteTask
 
-from stager.ranks import board as board_module
-from stager.ranks import outcome
+from stager.ranks import commit_watch as outcome
+from stager.ranks import rendezvous as board_module
 from stager.ranks.agreement import Agreement, Entry
-from stager.ranks.board import Board
-from stager.ranks.job import Job
-from stager.saving.job import JobWriter, slab_nbytes
+from stager.ranks.rank_group import RankGroup
+from stager.ranks.rendezvous import Rendezvous
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
-from stager.snapshot.flatten import flatten
-from stager.snapshot.plan import Planner
+from stager.snapshot.slab_writer import SlabWriter, slab_nbytes
+from stager.state.flatten import flatten
+from stager.state.snapshot_plan import Planner
+from stager.workers.checkpoint.commit import persist
+from stager.workers.checkpoint.directory.receipt import receipt_name
+from stager.workers.checkpoint.formats import contract, get_format
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.memory.slab import Slab
 from tests.benchmarks.scale.__main__ import main
 from tests.benchmarks.scale.agreement import OCCASION, Kind, settle
 from tests.benchmarks.scale.costs import Costs
@@ -44,14 +50,9 @@ from tests.benchmarks.scale.run import kinds_of
 from tests.benchmarks.scale.saving import Save
 from tests.benchmarks.scale.simulation import Actor, Steps
 from tests.benchmarks.scale.size import Size
-from tests.benchmarks.scale.store import Board as SimulatedBoard
+from tests.benchmarks.scale.store import Rendezvous as SimulatedBoard
 from tests.benchmarks.scale.turns import NothingPendingError, TurnCondition, TurnDirectory, Turns, TurnStore
 from tests.benchmarks.scale.world import World
-from workers import persist
-from workers.formats import contract, get_format
-from workers.job import SaveFacts, SaveJob
-from workers.receipt import receipt_name
-from workers.slab import Slab
 
 PARAMETERS = Parameters(store_service_secs=3e-4)  # slow, so that ranks wait for each other's requests
 COSTS = Costs(0.0, 0.0, 0.0, 5e6, 0.0, 0.3)
@@ -86,7 +87,7 @@ def test_agreement_sends_what_the_code_sends_and_takes_as_long(
 
     def real(rank: int) -> None:
         shard = Entry("w", "float32", (num_shards,), (rank % num_shards,), (1,))
-        with closing(Job(rank, num_ranks, Board(store, "stager/0", num_ranks))) as job:
+        with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks))) as job:
             Agreement(job).settle(OCCASION, kind_of[rank].entries, [[shard]], kind_of[rank].values)
         ended[rank] = turns.now
 
@@ -102,8 +103,8 @@ def test_agreement_sends_what_the_code_sends_and_takes_as_long(
 
 
 def _settle(world: World, actor: Actor, rank: int, kinds: list[Kind], kind: Kind, num_shards: int) -> Steps[None]:
-    board = SimulatedBoard(world.store, actor, world.wait_poll_secs)
-    return settle(board, rank, world.num_ranks, kinds, kind, [f"{rank % num_shards:032x}"])
+    rendezvous = SimulatedBoard(world.store, actor, world.wait_poll_secs)
+    return settle(rendezvous, rank, world.num_ranks, kinds, kind, [f"{rank % num_shards:032x}"])
 
 
 # -- how a save ends ---------------------------------------------------------------------------------------------
@@ -130,12 +131,12 @@ def test_ranks_ask_as_often_as_the_code_does_and_hear_of_the_commit_when_it_does
     monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=directory.listdir, path=os.path))
 
     def real(rank: int) -> None:
-        with closing(Job(rank, num_ranks, Board(store, "stager/0", num_ranks), timeout_secs)) as job:
+        with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks), timeout_secs)) as job:
             end_on(job)
 
-    def end_on(job: Job) -> None:
+    def end_on(job: RankGroup) -> None:
         pool: Any = _IdlePool()
-        rank, outcomes = job.rank, outcome.Outcomes(job, pool)
+        rank, outcomes = job.rank, outcome.CommitWatch(job, pool)
         outcomes._changed = TurnCondition(turns)
         outcomes._thread = threading.current_thread()  # this one watches
 
@@ -148,7 +149,7 @@ def test_ranks_ask_as_often_as_the_code_does_and_hear_of_the_commit_when_it_does
                 outcomes.notes.post_committed(COMMITTED)
             end(None)
         else:
-            outcomes.expect(_facts(rank, num_ranks), end, lambda error: pytest.fail(str(error)))
+            outcomes.expect(_spec(rank, num_ranks), end, lambda error: pytest.fail(str(error)))
             with suppress(NothingPendingError):
                 outcomes._watch()
 
@@ -182,8 +183,8 @@ class _IdlePool:
         return done
 
 
-def _facts(rank: int, num_ranks: int, directory: Path = Path("/nowhere"), num_parts: int = 1) -> SaveFacts:
-    return SaveFacts(
+def _spec(rank: int, num_ranks: int, directory: Path = Path("/nowhere"), num_parts: int = 1) -> SaveSpec:
+    return SaveSpec(
         directory=str(directory),
         step=COMMITTED.info.step,
         save_id=COMMITTED.info.save_id,
@@ -236,15 +237,15 @@ class _Unwatched(Ending):
     watch = tell
 
 
-def _job(directory: Path, rank: int, num_ranks: int, num_parts: int) -> SaveJob:
+def _job(directory: Path, rank: int, num_ranks: int, num_parts: int) -> WriteTask:
     tensors = {str(number): torch.full((1000,), float(rank)) for number in range(num_parts)}
     file_format, flat = get_format("dcp"), flatten({"own": {f"rank-{rank}": {**tensors, "object": "text"}}})
     plan = Planner(file_format, num_parts, 64 << 20, rank).plan(flat)
     blobs = [file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects]
     slab = Slab.create(slab_nbytes(plan, blobs))
     Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
-    facts = _facts(rank, num_ranks, directory, num_parts)
-    return JobWriter().write(facts, plan, blobs, slab, frozenset({slab.slab_id}))
+    spec = _spec(rank, num_ranks, directory, num_parts)
+    return SlabWriter().write(spec, plan, blobs, slab, frozenset({slab.slab_id}))
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
+from stager.workers.checkpoint.commit.commit import Committed
+from stager.workers.checkpoint.write.save_spec import SaveSpec
 from tests.benchmarks.scale.costs import Costs
 from tests.benchmarks.scale.parameters import Parameters
 from tests.benchmarks.scale.simulation import Server
-from workers.commit import Committed
-from workers.job import SaveFacts
 
 
 class Turns:
@@ -140,7 +140,7 @@ class TurnStore(Store):
 
 
 class TurnDirectory:
-    """What ``Outcomes`` sees of the directory of a save.
+    """What ``CommitWatch`` sees of the directory of a save.
 
     Args:
         commit: what is read of it when it is committed.
@@ -164,8 +164,8 @@ class TurnDirectory:
         self._half_trip_secs = parameters.metadata_round_trip_secs / 2
         self._metadata, self._data = Server(), Server()
 
-    def already_committed(self, _: SaveFacts) -> Committed | None:
-        """Stands in for ``workers.commit.already_committed``."""
+    def already_committed(self, _: SaveSpec) -> Committed | None:
+        """Stands in for ``stager.workers.checkpoint.commit.commit.already_committed``."""
         there = self._call(self._parameters.open_secs)
         if not there:
             return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from stager.ranks import board, outcome
-from stager.ranks.board import poll_secs
+from stager.ranks import commit_watch as outcome
+from stager.ranks import rendezvous as rendezvous
+from stager.ranks.rendezvous import poll_secs
 from tests.benchmarks.scale.costs import Costs
 from tests.benchmarks.scale.filesystem import Directory, FileSystem
 from tests.benchmarks.scale.parameters import Parameters
@@ -17,15 +18,15 @@ class World:
         costs: of a commit of this size.
 
     Attributes:
-        wait_poll_secs: between two looks for a note that is waited for, in the end (``Board.wait``).
-        end_poll_secs: between two looks for the end of a save, in the end (``Outcomes``).
+        wait_poll_secs: between two looks for a note that is waited for, in the end (``Rendezvous.wait``).
+        end_poll_secs: between two looks for the end of a save, in the end (``CommitWatch``).
     """
 
     def __init__(self, parameters: Parameters, num_ranks: int, costs: Costs) -> None:
         self.parameters = parameters
         self.num_ranks = num_ranks
         self.costs = costs
-        self.wait_poll_secs = poll_secs(num_ranks, board._LAST_POLL_SECS)
+        self.wait_poll_secs = poll_secs(num_ranks, rendezvous._LAST_POLL_SECS)
         self.end_poll_secs = poll_secs(num_ranks, outcome._LAST_POLL_SECS)
         self.simulation = Simulation()
         self.store = Store(self.simulation, parameters)

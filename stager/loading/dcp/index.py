@@ -1,0 +1,110 @@
+"""DCP's ``Metadata`` of a checkpoint, made from its manifest: nothing is unpickled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
+from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.layout.layout import Layout
+from stager.workers.checkpoint.layout.structure import Chunks, fqn, leaves
+from stager.workers.checkpoint.read.blob_reader import BlobReader
+
+DcpPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Attributes:
+    path, manifest: the checkpoint.
+    metadata: what DCP's planners ask for.
+    items: what stands at each of ``metadata.storage_data``'s keys.
+    """
+
+    path: str
+    manifest: Manifest
+    metadata: Metadata
+    items: dict[MetadataIndex, int]
+
+
+def read_index(path: str, load_id: str) -> Index:
+    """
+    Raises:
+        CheckpointNotFoundError: there is no manifest.
+        CorruptCheckpointError: it is damaged, or a file is missing or has another size.
+    """
+    manifest = read_manifest(path)
+    # Planners take memory for what the metadata says before they ask for the first byte: the bytes had better be there.
+    BlobReader(path, manifest, 1).close()
+    index = index_of(path, manifest)
+    index.metadata.storage_meta = StorageMeta(os.fspath(path), manifest.header.save_id, load_id)
+    return index
+
+
+def index_of(path: str, manifest: Manifest) -> Index:
+    metadata, items = _metadata(manifest.layout)
+    return Index(path, manifest, metadata, items)
+
+
+def _metadata(layout: Layout) -> tuple[Metadata, dict[MetadataIndex, int]]:
+    metadata = Metadata({}, planner_data={}, storage_data={})
+    items: dict[MetadataIndex, int] = {}
+    for path, leaf in _dcp_leaves(layout):
+        name = fqn(path)
+        metadata.planner_data[name] = path
+        if isinstance(leaf, int) and layout.items[leaf].kind == "object":
+            metadata.state_dict_metadata[name] = BytesStorageMetadata()
+            items[MetadataIndex(name)] = leaf
+            continue
+        whole = leaf if isinstance(leaf, Chunks) else _in_one(leaf, layout)
+        dtype = dtype_of(layout.items[whole.parts[0][1]].dtype)
+        chunks = []
+        for offsets, number in whole.parts:
+            at = torch.Size(offsets)
+            chunks.append(ChunkStorageMetadata(at, torch.Size(layout.items[number].shape)))
+            items[MetadataIndex(name, at)] = number
+        tensor = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(whole.shape), chunks)
+        metadata.state_dict_metadata[name] = tensor
+    metadata.storage_data = {index: _storage_info(layout, number) for index, number in items.items()}
+    return metadata, items
+
+
+def _in_one(number: int, layout: Layout) -> Chunks:
+    shape = layout.items[number].shape
+    return Chunks(shape, (((0,) * len(shape), number),))
+
+
+def _storage_info(layout: Layout, number: int) -> _StorageInfo:
+    item = layout.items[number]
+    return _StorageInfo(layout.files[item.file].name, item.offset, item.nbytes)
+
+
+def _dcp_leaves(layout: Layout) -> Iterator[tuple[DcpPath, int | Chunks]]:
+    """As ``structure.leaves``, with the paths that DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
+    yield from _visit(layout.structure, ())
+
+
+def _visit(node: object, path: DcpPath) -> Iterator[tuple[DcpPath, int | Chunks]]:
+    if not isinstance(node, list) or node[0] == "chunks":
+        for _, leaf in leaves(node):
+            yield path, leaf
+    elif node[0] == "list":
+        for position, child in enumerate(node[1]):
+            yield from _visit(child, (*path, position))
+    else:
+        for key, child in zip(node[1], node[2], strict=True):
+            yield from _visit(child, (*path, str(key)))

@@ -1,0 +1,79 @@
+"""Raw bytes of a checkpoint without checking them: to save what can be saved of a damaged one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+from stager.workers.checkpoint.directory.files import open_regular, storage_errors
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.read.blob_reader import Wanted
+from stager.workers.errors import CorruptCheckpointError
+from stager.workers.memory.pages import bytes_at
+
+_GROUP_BYTES = 8 << 20
+
+
+class PlainReader:
+    """Reads as :class:`stager.workers.checkpoint.read.blob_reader.BlobReader` does, and leaves headers and hashes alone."""
+
+    def __init__(self, path: str, manifest: Manifest, num_threads: int) -> None:
+        self._items = manifest.layout.items
+        self._num_threads = num_threads
+        self._paths = [os.path.join(path, file.name) for file in manifest.layout.files]
+        self._fds: list[int] = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for name in self._paths:
+                with storage_errors("open", name):
+                    self._fds.append(open_regular(name))
+            undo.pop_all()
+
+    def read(self, wanted: Sequence[Wanted]) -> None:
+        """
+        Raises:
+            CorruptCheckpointError: a file ends early.
+            StorageError: a read failed.
+        """
+        groups = self._group(wanted)
+        if len(groups) < 2 or self._num_threads == 1:
+            for group in groups:
+                self._read_all(group)
+            return
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="stager-read") as executor:
+            list(executor.map(self._read_all, groups))
+
+    def _group(self, wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+        """Up to ``_GROUP_BYTES`` for one thread at a time."""
+        groups: list[list[Wanted]] = []
+        nbytes = _GROUP_BYTES
+        for want in wanted:
+            size = self._items[want.index].nbytes
+            if nbytes + size > _GROUP_BYTES:
+                groups.append([])
+                nbytes = 0
+            groups[-1].append(want)
+            nbytes += size
+        return groups
+
+    def _read_all(self, group: list[Wanted]) -> None:
+        for want in group:
+            self._read(want)
+
+    def _read(self, want: Wanted) -> None:
+        item, view = self._items[want.index], want.target
+        if isinstance(view, int):
+            view = bytes_at(view, item.data_nbytes)
+        position = item.data_offset
+        with storage_errors("read", self._paths[item.file]):
+            while view:
+                count = os.preadv(self._fds[item.file], [view], position)
+                if count == 0:
+                    raise CorruptCheckpointError(self._paths[item.file], f"ends at byte {position}")
+                view, position = view[count:], position + count
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())

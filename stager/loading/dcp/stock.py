@@ -1,0 +1,156 @@
+"""Checkpoints that stager did not write: read by torch's own reader, within stager's rules for pickles.
+
+``.metadata`` is a pickle, read and checked by :mod:`stager.loading.dcp.stock_metadata`. An object of the state is read under
+``weights_only`` rules before a planner, which unpickles anything, gets to see it; the archive of a tensor is looked at
+before torch opens it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from stager.loading.dcp.objects import hand_over_object
+from stager.loading.dcp.stock_metadata import parse_stock_metadata
+from stager.loading.pickles.archive_check import check_archive
+from stager.workers.checkpoint.directory.files import open_regular, read_small, storage_errors
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StagerError
+
+
+class StockReader:
+    """One checkpoint.
+
+    Args:
+        path: its directory.
+        allow_pickle: unpickle anything (runs code from the checkpoint).
+    """
+
+    def __init__(self, path: str, allow_pickle: bool) -> None:
+        self._path = path
+        self._allow_pickle = allow_pickle
+        self._reader = FileSystemReader(path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As ``FileSystemReader.read_metadata``.
+
+        Raises:
+            CheckpointNotFoundError, CorruptCheckpointError, UnsafePickleError
+        """
+        rank = kwargs.get("rank")
+        path = os.path.join(self._path, ".metadata" if rank is None else f"__{rank}.metadata")
+        with storage_errors("read", path):
+            try:
+                data = read_small(path)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise CheckpointNotFoundError(
+                    error.errno, "not a checkpoint: no manifest, no .metadata", path
+                ) from error
+        if self._allow_pickle:
+            return self._reader.read_metadata(*args, **kwargs)
+        metadata = parse_stock_metadata(data, path)
+        metadata.storage_meta = getattr(metadata, "storage_meta", None)
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner, metadata: Metadata) -> Future[None]:
+        """As ``FileSystemReader.read_data``.
+
+        Raises:
+            CorruptCheckpointError, UnsafePickleError, StorageError
+        """
+        self._reader.set_up_storage_reader(metadata, is_coordinator=False)
+        if self._allow_pickle:
+            return self._reader.read_data(plan, planner)
+        self._check_tensors(plan, metadata)
+        guarded = _GuardedPlanner(planner, self._path)
+        try:
+            return self._reader.read_data(plan, cast(LoadPlanner, guarded))
+        except Exception as error:  # what torch makes of hostile bytes can be anything
+            if isinstance(error, (StagerError, OSError)) or error is guarded.error:
+                raise
+            raise CorruptCheckpointError(self._path, f"cannot be read: {error!r}") from error
+
+    def _check_tensors(self, plan: LoadPlan, metadata: Metadata) -> None:
+        """torch opens what it is told to, a FIFO too, and unpacks it to any size."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(metadata.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            path = os.path.join(self._path, name)
+            with storage_errors("read", path):
+                fd = open_regular(path)
+            try:
+                for item in items:
+                    if item.type != LoadItemType.BYTE_IO:
+                        info = metadata.storage_data[item.storage_index]
+                        window = io.BufferedReader(_Window(fd, info.offset, info.length))
+                        check_archive(window, info.length, item.storage_index.fqn, path)
+            finally:
+                os.close(fd)
+
+
+class _Window(io.RawIOBase):
+    """``nbytes`` bytes from ``start`` on of an open file, as a file of its own."""
+
+    def __init__(self, fd: int, start: int, nbytes: int) -> None:
+        self._fd = fd
+        self._start = start
+        self._nbytes = nbytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._nbytes}[whence]
+        if base + offset < 0:
+            raise ValueError("before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, min(len(buffer), self._nbytes - self._position))
+        data = os.pread(self._fd, left, self._start + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+class _GuardedPlanner:
+    """What a reader asks of a planner; objects are let through when ``weights_only`` rules allow them.
+
+    Attributes:
+        error: what the planner raised.
+    """
+
+    def __init__(self, planner: LoadPlanner, path: str) -> None:
+        self._path = path
+        self._planner = planner
+        self.error: Exception | None = None
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self._ask(hand_over_object, self._planner, read_item, value.getvalue(), self._path, False)
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        tensor: torch.Tensor = self._ask(self._planner.resolve_tensor, read_item)
+        return tensor
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self._ask(self._planner.commit_tensor, read_item, tensor)
+
+    def _ask(self, method: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return method(*args)
+        except Exception as error:
+            self.error = error
+            raise

@@ -1,0 +1,271 @@
+"""What a pickle would do to whoever loads it, found out without loading it.
+
+An unpickler that only lets harmless classes through can still be led astray by what is between them: a tuple that holds
+itself twice, and that twice, has no end when it is hashed (it stands as a key), and one nested a million deep ends the
+process; a memo index of two billion is an array of so many entries; ``bytearray(1 << 40)`` is a terabyte; BUILD on a
+class changes it for the whole process; a storage can be said to be longer than its bytes (torch 2.13 looks at that itself;
+nothing here relies on it). So the opcodes are walked first, with a size and a depth in the place of each value. No code of
+the pickle runs.
+
+Opcodes: pickletools, in Python's standard library.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from stager.workers.checkpoint.layout.plan_cache import no_collection
+
+_MAX_DEPTH = 1000  # pickle itself recurses, so it writes no more
+_MAX_HASHED = 10_000_000  # elements that are hashed in all; beside what the length of the pickle allows
+_HASHED_PER_OPCODE = 10
+_HUGE = 1 << 40
+_MAX_ASKED = 1 << 20  # bytes or elements that a call may ask for; beside the length of the pickle
+
+_CACHED_NBYTES = 4096  # tensors of one dtype and shape have equal pickles
+_CACHED_STORAGES = 16
+
+_PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
+_GET = {"GET", "BINGET", "LONG_BINGET"}
+_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ", "FROZENSET"}
+_STORAGES = {"PERSID", "BINPERSID"}
+_GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_GLOBALS = {"GLOBAL", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
+_CONTAINERS = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "EMPTY_TUPLE"}
+_ATOMS = {code.name for code in pickletools.opcodes if not code.stack_before and len(code.stack_after) == 1} - (
+    _GET | _GLOBALS | _CONTAINERS | {"MARK", "INST"}
+)
+# What takes memory for a number that it is called with; "" is a name that came from the stack.
+_ALLOCATE = {"", "builtins bytearray", "__builtin__ bytearray", "torch Tensor", "torch.nn.parameter Parameter"}
+_TAKES = {  # from the stack: a number of values, and below them everything above a mark
+    code.name: (
+        code.stack_before.index(pickletools.markobject)
+        if pickletools.stackslice in code.stack_before
+        else len(code.stack_before),
+        pickletools.stackslice in code.stack_before,
+    )
+    for code in pickletools.opcodes
+}
+_STORAGE_FIELDS = 5
+_ELEMENT_NBYTES = {
+    "torch.storage UntypedStorage": 1,
+    **{
+        f"torch {kind}Storage": nbytes
+        for nbytes, kinds in {
+            1: "Untyped Byte Char Bool QInt8 QUInt8 QUInt4x2 QUInt2x4",
+            2: "Half BFloat16 Short",
+            4: "Float Int QInt32",
+            8: "Double Long ComplexFloat",
+            16: "ComplexDouble",
+        }.items()
+        for kind in kinds.split()
+    },
+}
+_ARGUMENT_DEPTH = 3  # arguments, the list in them, a pair in that, the key: OrderedDict([[key, value]])
+
+
+class _Value:
+    """Stands for a value.
+
+    Attributes:
+        made_by, argument: the opcode that made it, and its argument.
+        size: how many elements it has, when everything in it is counted as often as it occurs. What is put into a list
+            that is in it already is not seen, but such a value cannot be hashed.
+        depth: how deep they lie.
+        largest: the largest number among them.
+        children: of what it consists, but for plain numbers and texts.
+    """
+
+    __slots__ = ("argument", "children", "depth", "largest", "made_by", "size")
+
+    def __init__(self, made_by: str, parts: list[_Value], argument: Any = None) -> None:
+        self.made_by = made_by
+        self.argument = argument
+        self.size, self.depth = 1, 1
+        self.largest = argument if type(argument) is int else 0
+        self.children: list[_Value] = []
+        self.add(parts)
+
+    def add(self, parts: list[_Value]) -> None:
+        size, depth, largest = self.size, self.depth, self.largest
+        for part in parts:
+            size += part.size
+            if part is not _ATOM:
+                self.children.append(part)
+                if part.depth >= depth:
+                    depth = part.depth + 1
+                largest = max(largest, part.largest)
+        self.size, self.depth, self.largest = min(_HUGE, size), depth, largest
+
+    def hashed(self, depth: int) -> int:
+        """How many elements a function may hash that is called with this; it may have grown since it was made."""
+        if depth == 0 or not self.children:
+            return self.size
+        return min(_HUGE, max(self.size, 1 + sum(child.hashed(depth - 1) for child in self.children)))
+
+
+_ATOM = _Value("NONE", [])
+_MARK = _Value("MARK", [])
+
+
+def check_pickle(data: bytes, storages: Mapping[str, int] | None = None) -> None:
+    """
+    Args:
+        storages: the length of each storage beside it, by its key: what is in it may take no more.
+
+    Raises:
+        ValueError: it is no pickle, or one that is made to do harm.
+    """
+    known = tuple((storages or {}).items())
+    if len(data) <= _CACHED_NBYTES and len(known) <= _CACHED_STORAGES:
+        _check_small(data, known)
+    else:
+        _check(data, known)
+
+
+def _check(data: bytes, storages: tuple[tuple[str, int], ...]) -> None:
+    try:
+        with no_collection():
+            _Walk(len(data), dict(storages)).run(data)
+    except (IndexError, KeyError) as error:
+        raise ValueError(f"not a pickle: {error!r}") from error
+
+
+_check_small = lru_cache(maxsize=1024)(_check)
+
+
+class _Walk:
+    """
+    Args:
+        nbytes: length of the pickle.
+        storages: the length of each, by its key.
+    """
+
+    def __init__(self, nbytes: int, storages: Mapping[str, int]) -> None:
+        self._storages = storages
+        self._stack: list[_Value] = []
+        self._atoms: dict[tuple[str, Any], _Value] = {}
+        self._memo: dict[int, _Value] = {}
+        self._hashed = 0
+        self._num_opcodes = 0
+        self._most_asked = _MAX_ASKED + nbytes
+
+    def run(self, data: bytes) -> None:
+        stack = self._stack
+        with_storages = b"Q" in data and bool(self._storages)  # the opcode of one; each is described by atoms
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(data):
+            self._num_opcodes += 1
+            name = opcode.name
+            if name in _ATOMS:  # most are
+                kept = type(argument) is str or (type(argument) is int and (with_storages or argument > _MAX_ASKED))
+                stack.append(self._atom(name, argument) if kept else _ATOM)
+            elif name == "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            elif name in _GET:
+                stack.append(self._memo[argument])
+            elif name in _PUT:
+                self._put(argument)
+            else:
+                self._step(name, opcode, argument)
+
+    def _atom(self, name: str, argument: Any) -> _Value:
+        key = name, argument
+        if key not in self._atoms:
+            self._atoms[key] = _Value(name, [], argument)
+        return self._atoms[key]
+
+    def _step(self, name: str, opcode: Any, argument: Any) -> None:
+        if name == "MARK":
+            self._stack.append(_MARK)
+        elif name == "DUP":
+            self._stack.append(self._stack[-1])
+        elif name in _GROWS:
+            self._grow(name, self._pop(opcode))
+        else:
+            if name == "PROTO" and argument > pickle.HIGHEST_PROTOCOL:
+                raise ValueError(f"there is no pickle protocol {argument}")
+            parts = self._pop(opcode)
+            if name in _CALLS:
+                self._call(parts)
+            elif name == "DICT":
+                self._hash(parts[::2])
+            elif name in _STORAGES:
+                self._check_storage(parts)
+            for _ in opcode.stack_after:
+                self._push(_Value(name, parts, argument))
+
+    def _call(self, parts: list[_Value]) -> None:
+        """``parts``: what is called, and its arguments."""
+        self._hash(parts, _ARGUMENT_DEPTH)
+        called, *arguments = parts or [_ATOM]
+        name = _name_of(called)
+        asked = max((value.largest for value in arguments), default=0)
+        if name in _ALLOCATE and asked > self._most_asked:
+            raise ValueError(f"it asks for memory for {asked} elements")
+
+    def _check_storage(self, parts: list[_Value]) -> None:
+        """``parts``: the tuple ("storage", class, key, device, number of elements). A class is given by its name."""
+        fields = parts[0].children if len(parts) == 1 else []
+        if len(fields) != _STORAGE_FIELDS or fields[0].argument != "storage":
+            raise ValueError("a storage is not described as torch.save does it")
+        _, kind, key, _, count = fields
+        if type(key.argument) is not str or type(count.argument) is not int:
+            raise ValueError("a storage has no key, or no length")
+        nbytes = count.argument * _ELEMENT_NBYTES[_name_of(kind)]
+        if not 0 <= nbytes <= self._storages[key.argument]:
+            raise ValueError(f"storage {key.argument} has {self._storages[key.argument]} bytes, not {nbytes}")
+
+    def _put(self, index: int) -> None:
+        if index > self._num_opcodes:
+            raise ValueError(f"its memo has {len(self._memo)} entries and a place for {index}")
+        self._memo[index] = self._stack[-1]
+
+    def _push(self, value: _Value) -> None:
+        if value.depth > _MAX_DEPTH:
+            raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+        self._stack.append(value)
+
+    def _grow(self, name: str, parts: list[_Value]) -> None:
+        """The first of ``parts`` takes the others in."""
+        target, *others = parts
+        if target.made_by in _ATOMS or (name == "BUILD" and target.made_by in _GLOBALS):
+            raise ValueError("it changes a class, or what cannot be changed")
+        if name in ("SETITEM", "SETITEMS"):
+            self._hash(others[::2])
+        elif name == "ADDITEMS":
+            self._hash(others)
+        target.add(others)
+        self._push(target)
+
+    def _pop(self, opcode: Any) -> list[_Value]:
+        """What an opcode takes from the stack, lowest first; without the mark."""
+        num_fixed, up_to_mark = _TAKES[opcode.name]
+        stack, parts = self._stack, []
+        if up_to_mark:
+            while (value := stack.pop()) is not _MARK:
+                parts.append(value)
+        for _ in range(num_fixed):
+            parts.append(stack.pop())
+        if _MARK in parts:
+            raise ValueError("a mark stands where a value should")
+        parts.reverse()
+        return parts
+
+    def _hash(self, values: list[_Value], depth: int = 0) -> None:
+        for value in values:
+            self._hashed += value.hashed(depth) if depth and value.children else value.size
+        if self._hashed > _MAX_HASHED + _HASHED_PER_OPCODE * self._num_opcodes:
+            raise ValueError("it takes no end of hashing")
+
+
+def _name_of(called: _Value) -> str:
+    """Module and name; "" if they are not known from the opcodes alone."""
+    if called.made_by == "STACK_GLOBAL":
+        words = [child.argument for child in called.children]
+        return " ".join(words) if all(type(word) is str for word in words) else ""
+    return called.argument if called.made_by in _GLOBALS and type(called.argument) is str else ""

@@ -1,0 +1,199 @@
+"""Sending one parcel to a rank and receiving one from another, in bounded time, naming the rank that fails.
+
+Messages from one rank to another, in order: (a) two int64: what follows and its length in bytes; (b) a header, or the
+text of the error that keeps the sender from sending; (c) the slabs that the header lists.
+"""
+
+# mypy: allow-untyped-calls
+# (torch annotates neither its storages nor process groups)
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+
+from stager.replication.parcel import Header, Parcel, as_bytes, open_header, unpack
+from stager.workers.errors import ReplicationError
+
+
+class _Kind(IntEnum):
+    HEADER = 1
+    FAILURE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another rank, and how it is reached.
+
+    Attributes:
+        group: it and this process are members.
+        group_rank: its rank in there.
+        rank: in the job, for messages.
+    """
+
+    group: Any  # dist.ProcessGroup, or one of its backends, of which torch's annotations do not say what they can
+    group_rank: int
+    rank: int
+
+
+class Receiver(Protocol):
+    """Takes one parcel in."""
+
+    def begin(self, header: bytes) -> Iterable[torch.Tensor]:
+        """Where to receive to: for each message that follows a uint8 tensor of its length."""
+
+    def finish(self) -> Any:
+        """Everything is there: what has been received."""
+
+
+class Unpacking:
+    """Receives what :func:`stager.replication.parcel.pack` made: the state dict."""
+
+    def __init__(self) -> None:
+        self._header = Header((), b"")
+        self._slabs: list[torch.UntypedStorage] = []
+
+    def begin(self, header: bytes) -> Iterator[torch.Tensor]:
+        self._header = open_header(header)
+        for nbytes in self._header.slab_bytes:
+            self._slabs.append(torch.UntypedStorage(nbytes, device="cpu"))
+            yield as_bytes(self._slabs[-1])
+
+    def finish(self) -> Any:
+        return unpack(self._header, self._slabs)
+
+
+@dataclass
+class Outcome:
+    """``arrived``: ``received`` is whole. ``not_received``, ``not_sent``: what went wrong in either direction."""
+
+    received: Any = None
+    arrived: bool = False
+    not_received: ReplicationError | None = None
+    not_sent: ReplicationError | None = None
+
+
+class Exchange:
+    """One exchange: a parcel to one rank, and one from another, which may be the same.
+
+    A group whose exchange failed may have lost connections; make a new one before the next exchange.
+    """
+
+    def __init__(self, device: torch.device, timeout: timedelta) -> None:
+        self._device = device
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout.total_seconds()
+        self._tag = 0
+
+    def run(
+        self, parcel: Parcel | Exception, destination: Peer | None, source: Peer | None, receiver: Receiver
+    ) -> Outcome:
+        """Send ``parcel`` (or the news that there is none), and let ``receiver`` have what ``source`` sends.
+
+        Both directions run to their end even if one fails, so that a dead rank costs its neighbours nothing that they did
+        not need from it.
+
+        Args:
+            destination, source: None: nothing goes in that direction.
+        """
+        # With CPU tensors all sends can be posted first. Device backends run one queue per pair of ranks: of two
+        # ranks that send to each other one must receive first, or each waits for the other.
+        outcome = Outcome()
+        send_first = (
+            self._device.type == "cpu" or destination is None or _own_rank(destination) < destination.group_rank
+        )
+        pending: list[tuple[Any, Any]] = []
+        try:
+            for sending in (True, False) if send_first else (False, True):
+                try:
+                    if sending and destination is not None:
+                        pending = self._post(parcel, destination)
+                    elif not sending and source is not None:
+                        outcome.received, outcome.arrived = self._receive(source, receiver), True
+                except ReplicationError as error:
+                    if sending:
+                        outcome.not_sent = error
+                    else:
+                        outcome.not_received = error
+        finally:  # the memory is the caller's again afterwards
+            try:
+                for work, _ in pending:
+                    assert destination is not None
+                    self._wait(work, destination, "sending to")
+            except ReplicationError as error:
+                outcome.not_sent = error
+        return outcome
+
+    def _post(self, parcel: Parcel | Exception, peer: Peer) -> list[tuple[Any, Any]]:
+        works = []
+        try:
+            for tag, tensor in enumerate(_messages(parcel)):
+                wire = tensor.to(self._device)
+                works.append(
+                    (peer.group.send([wire], peer.group_rank, tag), wire)
+                )  # the memory must outlive the sending
+        except RuntimeError as error:
+            raise self._peer_failed(peer, "sending to", error) from error
+        return works
+
+    def _receive(self, peer: Peer, receiver: Receiver) -> Any:
+        self._tag = 0
+        kind, nbytes = self._receive_tensor(torch.zeros(2, dtype=torch.int64), peer).tolist()
+        data = self._receive_tensor(torch.empty(nbytes, dtype=torch.uint8), peer).numpy().tobytes()
+        if kind == _Kind.FAILURE:
+            raise NothingSentError(f"rank {peer.rank} has nothing to send: {data.decode()}", peer.rank)
+        for tensor in receiver.begin(data):
+            self._receive_tensor(tensor, peer)
+        return receiver.finish()
+
+    def _receive_tensor(self, tensor: torch.Tensor, peer: Peer) -> torch.Tensor:
+        wire = tensor.to(self._device)
+        try:
+            work = peer.group.recv([wire], peer.group_rank, self._tag)
+        except RuntimeError as error:
+            raise self._peer_failed(peer, "receiving from", error) from error
+        self._tag += 1
+        self._wait(work, peer, "receiving from")
+        if wire is not tensor:
+            tensor.copy_(wire)
+        return tensor
+
+    def _wait(self, work: Any, peer: Peer, doing: str) -> None:
+        left = max(self._deadline - time.monotonic(), 0.001)
+        try:
+            done = work.wait(timedelta(seconds=left))
+        except RuntimeError as error:
+            raise self._peer_failed(peer, doing, error) from error
+        if done is False:
+            raise self._peer_failed(peer, doing, TimeoutError("the wait ended without the message"))
+
+    def _peer_failed(self, peer: Peer, doing: str, error: Exception) -> ReplicationError:
+        secs = self._timeout.total_seconds()
+        return ReplicationError(
+            f"{doing} rank {peer.rank} failed (it died, or did not answer within {secs:g} s): {error}", peer.rank
+        )
+
+
+class NothingSentError(ReplicationError):
+    """The other rank said that it has nothing to send. The connection is whole."""
+
+
+def _own_rank(peer: Peer) -> int:
+    return int(peer.group.rank())
+
+
+def _messages(parcel: Parcel | Exception) -> Iterator[torch.Tensor]:
+    if isinstance(parcel, Parcel):
+        kind, data = _Kind.HEADER, parcel.header
+    else:
+        kind, data = _Kind.FAILURE, f"{type(parcel).__name__}: {parcel}".encode()
+    yield torch.tensor([kind, len(data)], dtype=torch.int64)
+    yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if isinstance(parcel, Parcel):
+        yield from parcel.slabs

@@ -1,0 +1,166 @@
+"""What a snapshot's plan depends on, of every leaf, read fast enough to be checked in full on every save.
+
+By column, one per property, each read by ``map`` over a method of ``torch.Tensor``: no Python code runs per tensor, which
+makes 20,000 tensors cost about 15 ms instead of 45. Sources are identified by address, not by object, because
+``nn.Module.state_dict()`` makes new tensor objects every time; and nothing of the user's is kept alive between saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+
+from stager.state.flatten import PLAIN_TENSORS, StateTree
+from stager.workers.errors import UnstageableError
+
+_Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
+
+_QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
+_HOST = torch.device("cpu")
+_BLOCK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Of one tensor.
+
+    Attributes:
+        address: of its first element, on its device.
+        dtype, shape, stride, device: as torch has them.
+        is_lazy: a conjugate or negative view: its memory does not hold its values.
+    """
+
+    address: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+    is_lazy: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements, each counted once: bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Of some consecutive tensors, by property.
+
+    Attributes:
+        devices: None when all are in host memory.
+        lazy: None when none is a conjugate or negative view.
+    """
+
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+    shapes: list[torch.Size]
+    strides: list[tuple[int, ...]]
+    devices: list[torch.device] | None
+    lazy: list[bool] | None
+
+    def rows(self) -> Iterator[Fingerprint]:
+        count = len(self.addresses)
+        devices = self.devices or [_HOST] * count
+        lazy = self.lazy or [False] * count
+        columns = (self.addresses, self.dtypes, self.shapes, self.strides, devices, lazy)
+        return map(Fingerprint, *columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """Of the tensors of a state.
+
+    Attributes:
+        leaves: the leaves that are tensors to be copied; all others are pickled.
+        blocks: their fingerprints, in the same order.
+    """
+
+    leaves: Sequence[int]
+    blocks: tuple[_Block, ...]
+
+    def rows(self) -> list[tuple[int, Fingerprint]]:
+        """(leaf, fingerprint) of each tensor."""
+        return list(zip(self.leaves, chain.from_iterable(block.rows() for block in self.blocks), strict=True))
+
+
+def read_fingerprints(flat: StateTree, known: Fingerprints | None = None) -> Fingerprints:
+    """
+    Args:
+        known: of the save before. Returned itself when nothing changed; what is equal is not kept twice.
+
+    Raises:
+        UnstageableError: a tensor that cannot be snapshotted, with its key path.
+    """
+    leaves = flat.leaves
+    if PLAIN_TENSORS.issuperset(map(type, leaves)):
+        numbers: Sequence[int] = range(len(leaves))
+        tensors = leaves
+    else:
+        numbers = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i] for i in numbers]
+        if not PLAIN_TENSORS.issuperset(map(type, tensors)):
+            _refuse_wrappers(flat, numbers)
+    try:
+        return _read(numbers, tensors, known)
+    except (RuntimeError, NotImplementedError):  # sparse, nested and the like have no address or strides
+        pass
+    numbers = [i for i in numbers if _is_plain(leaves[i])]
+    return _read(numbers, [leaves[i] for i in numbers], known)
+
+
+def _read(numbers: Sequence[int], tensors: Sequence[torch.Tensor], known: Fingerprints | None) -> Fingerprints:
+    old = known.blocks if known is not None else ()
+    blocks: list[_Block] = []
+    # In blocks, because each column touches every tensor again: 1,024 of them stay in the processor's cache.
+    for i, start in enumerate(range(0, len(tensors), _BLOCK)):
+        block = _read_block(tensors[start : start + _BLOCK])
+        blocks.append(old[i] if i < len(old) and block == old[i] else block)
+    if known is not None and len(old) == len(blocks) and known.leaves == numbers and all(map(is_, old, blocks)):
+        return known
+    return Fingerprints(numbers, tuple(blocks))
+
+
+def _read_block(tensors: Sequence[torch.Tensor]) -> _Block:
+    dtypes = [tensor.dtype for tensor in tensors]
+    devices = None if all(map(_Tensor.is_cpu.__get__, tensors)) else [tensor.device for tensor in tensors]
+    kinds = set(dtypes)
+    if not kinds.isdisjoint(_QUANTIZED) or (devices is not None and any(d.type == "meta" for d in devices)):
+        # They have an address, but their bytes are not all they are, or there are none.
+        raise NotImplementedError("quantized or meta tensors")
+    lazy = list(map(_Tensor.is_neg, tensors))
+    if any(dtype.is_complex for dtype in kinds):
+        lazy = [tensor.is_conj() or neg for tensor, neg in zip(tensors, lazy, strict=True)]
+    return _Block(
+        addresses=list(map(_Tensor.data_ptr, tensors)),
+        dtypes=dtypes,
+        shapes=list(map(_Tensor.size, tensors)),
+        strides=list(map(_Tensor.stride, tensors)),
+        devices=devices,
+        lazy=lazy if any(lazy) else None,
+    )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is bytes and strides; all others are rare, and torch.save keeps them exactly."""
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
+
+
+def _refuse_wrappers(flat: StateTree, numbers: Sequence[int]) -> None:
+    for leaf in numbers:
+        tensor = flat.leaves[leaf]
+        if type(tensor) not in PLAIN_TENSORS and _is_wrapper(tensor):
+            raise UnstageableError(
+                flat.name(leaf),
+                f"is a {type(tensor).__name__}; sharded and wrapper tensors cannot be saved yet: "
+                "save its local or full tensor",
+            )
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__") or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

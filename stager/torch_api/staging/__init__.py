@@ -1,0 +1,20 @@
+"""The staging API of torch.distributed.checkpoint, same names and signatures, over stager's engine."""
+
+from stager.torch_api.staging.blocking import BlockingAsyncStager
+from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
+from stager.torch_api.staging.default import DefaultStager
+from stager.torch_api.staging.options import CheckpointStagerConfig, StagingOptions, auto_options
+from stager.torch_api.staging.replication_stager import ReplicationStager, _ReplicationStager
+
+__all__ = [
+    "AsyncStager",
+    "BlockingAsyncStager",
+    "CheckpointStager",
+    "CheckpointStagerConfig",
+    "DefaultStager",
+    "ReplicationStager",
+    "StagingOptions",
+    "StateDict",
+    "_ReplicationStager",
+    "auto_options",
+]

@@ -1,0 +1,205 @@
+"""``ReplicationStager``: each rank's state is also kept by another rank, in memory and on that rank's disk.
+
+NOTE [ Who keeps whose replica ]
+In a group of n ranks, rank r sends to (r + n//2) mod n and receives from (r - n//2) mod n (:func:`partners`). For even n
+these are the same rank and the ranks form pairs, as in torch; for odd n they form a ring. Ranks in file names and messages
+are global, so that several groups may share a directory.
+
+A ``Checkpointer`` with ``replication.partners`` set keeps its snapshots with the same partners, by the same exchange, in the
+background (``stager/replication/``).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stager.replication.exchange import Exchange, Outcome, Peer, Unpacking
+from stager.replication.parcel import Parcel, pack
+from stager.torch_api.staging.contracts import AsyncStager, StateDict
+from stager.workers.errors import ClosedError, ReplicationError, StagerError, UsageError
+
+
+class ReplicationStager(AsyncStager):
+    """Exchanges state dicts between ranks. ``stage()`` is collective over the group and blocks.
+
+    Args:
+        pg: the process group, of two ranks or more; None for the default group.
+        timeout: for one whole exchange. A rank that died is noticed at once, one that hangs when the time is up.
+        device: where messages travel: the CPU for gloo, a device for device-only backends such as NCCL.
+        storage_dir: directory of the replicas on this host; default a new temporary directory, which is never removed.
+    """
+
+    _synchronize_after_execute: bool = False
+
+    def __init__(
+        self,
+        pg: dist.ProcessGroup | None,
+        timeout: timedelta = timedelta(minutes=30),
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # torch's signature; devices are immutable
+        storage_dir: str | None = None,
+    ) -> None:
+        self._pg = pg
+        self._timeout = timeout
+        self._device = device
+        self._storage_dir = tempfile.mkdtemp(prefix="replication_stager_") if storage_dir is None else storage_dir
+        os.makedirs(self._storage_dir, exist_ok=True)
+        self._closed = False
+
+    def stage(self, state_dict: StateDict) -> StateDict:
+        """Send ``state_dict`` to one rank, receive another's, write that to disk and return it.
+
+        Returns ``state_dict`` itself when torch.distributed is not initialised.
+
+        Raises:
+            ReplicationError: a rank died or did not answer in time (``rank`` names it), or the disk failed.
+            UnstageableError: this rank's state cannot be copied; the ranks that wait for it are told.
+            UsageError: the group has one rank only, or this process is not in it.
+        """
+        if self._closed:
+            raise ClosedError("ReplicationStager.stage() was called after close(); make a new stager")
+        if not dist.is_initialized():
+            return state_dict
+        rank, destination, source = self._partners()
+        outcome = self._exchange(lambda: pack(state_dict), destination, source)
+        if outcome.arrived:  # kept even if sending failed: its owner may need it all the more
+            self._persist_state_dict(outcome.received, self._global(rank), self._global(source))
+        received: StateDict = _received(outcome)
+        return received
+
+    def load_replica(self, rank: int | None = None, *, weights_only: bool = True) -> StateDict:
+        """Read a replica back from ``storage_dir``.
+
+        Args:
+            rank: global rank whose state to read. Default: the rank whose replica this rank keeps.
+            weights_only: as for ``torch.load``: refuse to run code from the file.
+
+        Raises:
+            ReplicationError: there is no such replica, or it cannot be read.
+        """
+        if rank is None:
+            current, _, source = self._partners()
+            path = self._get_persisted_path(self._global(current), self._global(source))
+        else:
+            path = self._find_replica(rank)
+        try:
+            replica: StateDict = torch.load(path, map_location="cpu", weights_only=weights_only)
+        except FileNotFoundError as error:
+            raise ReplicationError(f"{path}: no replica there; stage() has not completed here yet") from error
+        except Exception as error:
+            raise ReplicationError(f"{path}: the replica cannot be read: {error}") from error
+        return replica
+
+    def recover(self, *, weights_only: bool = True) -> StateDict:
+        """Get this rank's own state back from the rank that keeps it. Collective over the group, as :meth:`stage`.
+
+        Raises:
+            ReplicationError: the keeper died, or has no replica; its rank is named.
+        """
+        _, keeper, kept = self._partners()
+        # What goes out is what this rank keeps, to its owner; what comes in is ours, from its keeper.
+        outcome = self._exchange(lambda: pack(self.load_replica(weights_only=weights_only)), kept, keeper)
+        own: StateDict = _received(outcome)
+        return own
+
+    def synchronize_staging(self) -> None:
+        """Nothing to wait for: ``stage()`` blocks."""
+
+    def close(self) -> None:
+        """Replicas stay on disk, to be found by :meth:`load_replica`."""
+        self._closed = True
+
+    def __enter__(self) -> ReplicationStager:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _exchange(self, make_parcel: Callable[[], Parcel], destination: int, source: int) -> Outcome:
+        exchange = Exchange(self._device, self._timeout)
+        to, of = self._peer(destination), self._peer(source)
+        try:
+            parcel = make_parcel()
+        except StagerError as error:
+            exchange.run(error, to, of, Unpacking())  # ours is the error that matters; its outcome follows from it
+            raise
+        return exchange.run(parcel, to, of, Unpacking())
+
+    def _group(self) -> dist.ProcessGroup:
+        group: Any = dist.group.WORLD if self._pg is None else self._pg
+        if not isinstance(group, dist.ProcessGroup):  # torch gives non-members a number
+            raise UsageError("this process is not a member of the stager's process group")
+        return group
+
+    def _partners(self) -> tuple[int, int, int]:
+        """This rank, where it sends to, where it receives from: ranks in the group."""
+        group = self._group()
+        rank, size = group.rank(), group.size()
+        if size < 2:
+            raise UsageError("replication needs a process group of at least 2 ranks; this one has 1")
+        return rank, *partners(rank, size)
+
+    def _peer(self, group_rank: int) -> Peer:
+        return Peer(self._group(), group_rank, self._global(group_rank))
+
+    def _global(self, group_rank: int) -> int:
+        return dist.get_global_rank(self._group(), group_rank)
+
+    def _persist_state_dict(self, state_dict: StateDict, current_rank: int, partner_rank: int) -> None:
+        """Write the replica of ``partner_rank``: whole or not at all, on disk when this returns, replacing the last."""
+        path = self._get_persisted_path(current_rank, partner_rank)
+        temporary = f"{path}.tmp"
+        try:
+            os.makedirs(self._storage_dir, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_directory(self._storage_dir)
+        except Exception as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise ReplicationError(f"{path}: could not write the replica of rank {partner_rank}: {error}") from error
+
+    def _get_persisted_path(self, current_rank: int, partner_rank: int) -> str:
+        """Where ``current_rank`` keeps the replica of ``partner_rank``."""
+        return os.path.join(self._storage_dir, f"rank_{current_rank}_replica_partner_{partner_rank}.pt")
+
+    def _find_replica(self, rank: int) -> str:
+        ending = f"_replica_partner_{rank}.pt"
+        names = [name for name in os.listdir(self._storage_dir) if name.startswith("rank_") and name.endswith(ending)]
+        paths = [os.path.join(self._storage_dir, name) for name in names]
+        if not paths:
+            raise ReplicationError(f"{self._storage_dir}: holds no replica of rank {rank}", rank)
+        return max(paths, key=os.path.getmtime)
+
+
+_ReplicationStager = ReplicationStager
+
+
+def partners(rank: int, size: int) -> tuple[int, int]:
+    """Of a rank among ``size``: which one keeps its replica, and whose replica it keeps."""
+    return (rank + size // 2) % size, (rank - size // 2) % size
+
+
+def _received(outcome: Outcome) -> Any:
+    failure = outcome.not_received or outcome.not_sent
+    if failure is not None:
+        raise failure
+    return outcome.received
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

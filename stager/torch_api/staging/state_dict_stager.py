@@ -1,0 +1,157 @@
+"""``StateDictStager``: torch's name and signatures over the one copying engine.
+
+NOTE [ The cache, and what it means ]
+The default keeps torch's behaviour. Each source storage has one CPU storage, remembered as long as the source lives, and
+a second ``stage()`` of the same source copies into the same CPU storage: fast, no new memory, and **the result of the
+first** ``stage()`` **changes under whoever still reads it**. Wait for the first save before staging again, or ask for
+leases (``lease=True``): then each result owns its buffers until it is dropped or released, and only then are they
+used again (NOTE [ Leases ] in ``workers/memory/buffer_pool.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from stager.workers.offload import BufferPool, HostBuffers, OffloadCopier, StorageStager, reachable_leaves
+
+_MISSING = object()
+
+
+class CachedStorages:
+    """One CPU storage per living source storage."""
+
+    def __init__(self, buffers: HostBuffers) -> None:
+        self._buffers = buffers
+        self.mapping = WeakIdKeyDictionary()
+
+    def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
+        cached: torch.UntypedStorage | None = self.mapping.get(storage)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        if cached is None or cached.nbytes() != storage.nbytes():  # the second: the source was resized in place
+            cached = self._buffers.new(storage.nbytes())
+            self.mapping[storage] = cached
+        cached.copy_(storage, non_blocking)
+        return cached
+
+    def close(self) -> None:
+        self.mapping.clear()
+        self._buffers.drop()
+
+
+class LeasedStorages:
+    """CPU storages that belong to the result they are in."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        self.pool = pool
+        self.mapping = WeakIdKeyDictionary()  # stays empty: nothing is cached by source
+
+    def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
+        leased = self.pool.take(storage.nbytes())
+        leased.copy_(storage, non_blocking)
+        return leased
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+class StateDictStager(OffloadCopier):
+    """Deep copies of state dicts with every tensor on the CPU, in private, shared or pinned memory.
+
+    Not thread-safe: one ``stage()`` at a time.
+
+    What ``share_memory=True`` costs: the first copy of each storage goes into cold memory and takes two to four times as
+    long as later ones (docs/staging-api.md); storages of less than 1 MiB share mappings of at least 4 MiB, each kept
+    until its last storage is dropped. It does not cost a file descriptor per tensor: one per storage of 1 MiB and more,
+    up to an eighth of ``ulimit -n``, and one per shared mapping.
+
+    Args:
+        pin_memory: page-lock the staged memory. Ignored with a warning when there is no CUDA device.
+        share_memory: stage into shared memory, which torch.multiprocessing sends without a copy.
+        pin_memory_min_bytes: smaller storages (bytes) are not pinned.
+        lease: results own their buffers (NOTE [ The cache, and what it means ]). Not in torch.
+    """
+
+    def __init__(
+        self,
+        pin_memory: bool = False,
+        share_memory: bool = False,
+        pin_memory_min_bytes: int = 5,
+        *,
+        lease: bool = False,
+    ) -> None:
+        if pin_memory and not torch.cuda.is_available():
+            warnings.warn(
+                "pin_memory=True is ignored: pinning host memory needs CUDA, and no CUDA device is available",
+                stacklevel=2,
+            )
+            pin_memory = False
+        self.pin_memory = pin_memory
+        self.share_memory = share_memory
+        self.pin_memory_min_bytes = pin_memory_min_bytes
+        buffers = HostBuffers(shared=share_memory, pinned=pin_memory, pin_min_bytes=pin_memory_min_bytes)
+        self._pool = BufferPool(buffers) if lease else None
+        storages: StorageStager = LeasedStorages(self._pool) if self._pool is not None else CachedStorages(buffers)
+        super().__init__(storages)
+
+    @property
+    def _cached_storage_mapping(self) -> WeakIdKeyDictionary:
+        mapping: WeakIdKeyDictionary = self._storages.mapping  # type: ignore[attr-defined]  # both kinds here have one
+        return mapping
+
+    def stage(self, state_dict: Any, non_blocking: bool = False, *, memo: dict[int, Any] | None = None) -> Any:
+        """A copy of ``state_dict`` on the CPU that later changes to the source cannot reach.
+
+        Args:
+            state_dict: any object; usually a dict.
+            non_blocking: device copies may be under way on return; synchronise the stream they were issued on.
+            memo: give a dict and keep it until the copies are done: it holds on to their sources. Not in torch.
+
+        Raises:
+            UnstageableError: names the key path of what cannot be copied. Nothing half copied is returned.
+        """
+        if self._pool is not None:
+            self._pool.begin_pass()
+        return self.deepcopy_with_tensor_offload(state_dict, memo, non_blocking=non_blocking)
+
+    def release(self, staged: Any) -> int:
+        """End the lease of a result of ``stage()`` now: the next ``stage()`` may overwrite it. How many buffers it held."""
+        if self._pool is None:
+            return 0
+        return self._pool.release(_storages_of(staged))
+
+    def close(self) -> None:
+        """Forget all buffers. Results stay valid, and the stager can be used again, with new buffers."""
+        self._storages.close()  # type: ignore[attr-defined]  # both kinds here have it
+
+
+def _storages_of(staged: Any) -> list[torch.UntypedStorage]:
+    """Storages behind a staged object, the local ones of wrapper subclasses included."""
+    storages = []
+    pending, walked = [staged], dict[int, object]()
+    while pending:
+        for leaf in reachable_leaves(pending.pop(), walked):
+            if isinstance(leaf, torch.UntypedStorage):
+                storages.append(leaf)
+                continue
+            inner = _inner_tensors(leaf)
+            pending += [*inner, *vars(leaf).values()]
+            if not inner:
+                storages.append(leaf.untyped_storage())
+    return storages
+
+
+def _inner_tensors(x: Any) -> list[Any]:
+    if x.layout is torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    if hasattr(x, "__tensor_flatten__"):
+        return [getattr(x, name) for name in x.__tensor_flatten__()[0]]
+    if x.is_nested:
+        return [x.values(), x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets()]
+    return []

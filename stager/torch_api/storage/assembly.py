@@ -1,0 +1,121 @@
+"""From what the ranks wrote to one layout: files, items in file order, and the structure that names them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
+
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from stager.torch_api.storage.spans import SEGMENT_BYTES, Written
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout
+from stager.workers.checkpoint.layout.layout_check import check_layout
+from stager.workers.checkpoint.layout.structure import Chunks, Key, Node, Path, fqn
+from stager.workers.errors import InternalError, UnstageableError, UsageError
+
+_MAX_DEPTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A layout, and for each of its items the hashes of its segments."""
+
+    layout: Layout
+    hashes: tuple[tuple[str, ...], ...]
+
+
+def assemble(metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]]) -> Assembly:
+    """
+    Args:
+        metadata: the planner's; its ``planner_data`` gives each name's path, where it does.
+        written: of all ranks.
+
+    Raises:
+        UsageError: the planner left out a name.
+        UnstageableError: a tensor cannot be described in chunks; names it.
+    """
+    entries = sorted(written, key=lambda entry: (entry[1].file, entry[1].item.offset))
+    sizes: dict[str, int] = {}
+    for _, one in entries:
+        sizes[one.file] = one.end
+    numbers = {name: number for number, name in enumerate(sizes)}
+    items = tuple(replace(one.item, file=numbers[one.file]) for _, one in entries)
+    parts: dict[str, list[tuple[tuple[int, ...], int]]] = {}
+    for number, (index, _) in enumerate(entries):
+        parts.setdefault(index.fqn, []).append((tuple(index.offset or ()), number))
+    missing = next((name for name in metadata.state_dict_metadata if name not in parts), None)
+    if missing is not None:
+        raise UsageError(f"{missing}: the save planner announced it, and no rank wrote it")
+    layout = Layout(tuple(FileSpec(*entry) for entry in sizes.items()), items, None, SEGMENT_BYTES)
+    nodes = {name: _node(name, parts[name], metadata, layout) for name in metadata.state_dict_metadata}
+    layout = replace(layout, structure=nest(nodes, metadata.planner_data))
+    try:
+        check_layout(layout)
+    except (ValueError, TypeError, IndexError) as error:
+        raise InternalError(f"made a layout that cannot be: {error}") from error
+    return Assembly(layout, tuple(one.hashes for _, one in entries))
+
+
+def _node(name: str, parts: list[tuple[tuple[int, ...], int]], metadata: Metadata, layout: Layout) -> Node:
+    """The structure node of one name: its item, or its chunks."""
+    (offsets, first), described = parts[0], metadata.state_dict_metadata[name]
+    if isinstance(described, BytesStorageMetadata) or (len(parts) == 1 and layout.items[first].kind == "object"):
+        return first
+    size, shapes = tuple(described.size), [layout.items[index].shape for _, index in parts]
+    if len(parts) == 1 and size == shapes[0] and not any(offsets):
+        return first
+    if any(layout.items[index].kind == "object" for _, index in parts):
+        raise UnstageableError(name, "is sharded, and a shard is no dense tensor; save its full tensor")
+    if sum(map(math.prod, shapes)) != math.prod(size):
+        raise UnstageableError(name, f"its shards, of shapes {shapes}, do not make up a tensor of shape {size}")
+    return Chunks(size, tuple(parts)).to_node()
+
+
+def nest(nodes: Mapping[str, Node], paths: Any) -> Node:
+    """The structure: nested as the planner's paths say, or flat by name where it gives none that fit together."""
+    root = _Branch()
+    for name, node in nodes.items():
+        path = paths.get(name) if isinstance(paths, Mapping) else None
+        if not _is_path(path, name) or not _insert(root, path, _Leaf(node)):
+            return ["dict", list(nodes), list(nodes.values())]
+    return ["dict", list(root.children), [_to_node(child) for child in root.children.values()]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    children: dict[Key, _Branch | _Leaf] = field(default_factory=dict)
+
+
+def _is_path(path: Any, name: str) -> TypeGuard[Path]:
+    return (
+        isinstance(path, tuple)
+        and 0 < len(path) <= _MAX_DEPTH
+        and all(type(key) in (str, int) for key in path)
+        and fqn(path) == name
+    )
+
+
+def _insert(root: _Branch, path: Path, leaf: _Leaf) -> bool:
+    """False if something else is in the way: ranks may have different values under one key."""
+    for key in path[:-1]:
+        child = root.children.setdefault(key, _Branch())
+        if isinstance(child, _Leaf):
+            return False
+        root = child
+    return root.children.setdefault(path[-1], leaf) is leaf
+
+
+def _to_node(child: _Branch | _Leaf) -> Node:
+    if isinstance(child, _Leaf):
+        return child.node
+    keys = list(child.children)
+    if all(type(key) is int for key in keys) and set(keys) == set(range(len(keys))):
+        return ["list", [_to_node(child.children[index]) for index in range(len(keys))]]
+    return ["dict", keys, [_to_node(grandchild) for grandchild in child.children.values()]]

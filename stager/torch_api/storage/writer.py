@@ -1,0 +1,214 @@
+"""``StagerStorageWriter``: ``dcp.save`` and ``dcp.async_save`` into stager's files, hashed, and committed by one rename."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import os
+import pickle
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from stager.torch_api.storage.assembly import assemble
+from stager.torch_api.storage.payload import Payload, payload_of
+from stager.torch_api.storage.spans import SpanWriter, Written
+from stager.torch_api.storage.target import Target
+from stager.workers._version import __version__
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.manifest import Header
+from stager.workers.checkpoint.formats.dcp import METADATA_NAME
+from stager.workers.checkpoint.read.verify import default_threads
+from stager.workers.errors import UnstageableError, UsageError
+
+_SMALLEST_FILE_BYTES = 16 << 20  # below this a thread and a file of its own cost more than they bring
+
+
+class StagerStorageWriter(StorageWriter):
+    """Writes a checkpoint that is whole, or not there: ``dcp.save(state, storage_writer=StagerStorageWriter(path))``.
+
+    Ranks write and sync their files in a partial directory beside ``path``; the coordinator adds ``.metadata`` and
+    ``manifest.json`` and renames it. The result is read by ``dcp.load`` with or without stager, and checked by
+    ``stager verify``. All ranks must see one file system.
+
+    Args:
+        path: the checkpoint's directory, made with its parents; ``checkpoint_id`` of ``dcp.save`` goes before it.
+        fsync: sync files and directories, in the order that survives a power failure.
+        num_threads: of this rank, writing; default: its share of the cores, at most 8.
+        overwrite: replace a checkpoint at ``path``, in one step; ``False``: raise ``UsageError``.
+
+    Errors reach the caller as DCP wraps them: ``CheckpointException`` with ``failures`` by rank.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fsync: bool = True,
+        num_threads: int | None = None,
+        overwrite: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_threads is not None and num_threads < 1:
+            raise UsageError(f"num_threads is {num_threads}; it must be at least 1")
+        self._fsync = fsync
+        self._num_threads = num_threads
+        self._overwrite = overwrite
+        self._target = Target(path, overwrite)
+        self._save_id = uuid.uuid4().hex
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The final path."""
+        return self._target.path
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """A new save begins, at ``checkpoint_id`` if there is one."""
+        self._target = Target(checkpoint_id or self._target.path, self._overwrite)
+        self._save_id = uuid.uuid4().hex
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            UsageError: ``use_collectives=False``, which makes a checkpoint of each rank's own.
+        """
+        if not kwargs.get("use_collectives", True):
+            raise UsageError("use_collectives=False writes no common checkpoint; StagerStorageWriter needs collectives")
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Number the ranks and make the partial directory.
+
+        Raises:
+            UsageError: something is at the path that must not be replaced.
+            StorageError
+        """
+        self._target.prepare()
+        return [replace(plan, storage_data=_StoragePrefix(f"__{rank}_")) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's values; they are on the disk when it returns.
+
+        Raises:
+            StorageError: the partial directory is removed: the save fails on every rank.
+        """
+        future: Future[list[WriteResult]] = Future()
+        try:
+            future.set_result(self._write(plan, planner))
+        except BaseException:
+            self._target.discard()
+            raise
+        return future
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        prefix: str = plan.storage_data.prefix  # as FileSystemWriter's: a planner may have kept a plan of its
+        buckets = _deal(plan.items, self._num_threads or _threads_of_this_rank())
+        with ExitStack() as opened:
+            directory_fd = self._target.open_partial()
+            opened.callback(os.close, directory_fd)
+            writers = []
+            for number in range(len(buckets)):
+                name = f"{prefix}{number}{filesystem.DEFAULT_SUFFIX}"
+                writers.append(SpanWriter(directory_fd, self._target.partial, name))
+                opened.callback(writers[-1].close)
+            results = self._run(buckets, writers, planner)
+            if self._fsync:
+                with storage_errors("sync", self._target.partial):
+                    os.fsync(directory_fd)
+        return results
+
+    def _run(
+        self, buckets: list[list[WriteItem]], writers: list[SpanWriter], planner: SavePlanner
+    ) -> list[WriteResult]:
+        def write(bucket: list[WriteItem], writer: SpanWriter) -> list[WriteResult]:
+            results = []
+            for item in bucket:
+                one = writer.append(_payload(item.index.fqn, planner.resolve_data(item)))
+                results.append(WriteResult(item.index, one.item.nbytes, one))
+            writer.finish(self._fsync)
+            return results
+
+        if len(buckets) < 2:
+            return [result for bucket, writer in zip(buckets, writers, strict=True) for result in write(bucket, writer)]
+        with ThreadPoolExecutor(len(buckets), thread_name_prefix="stager-write") as executor:
+            done = list(executor.map(write, buckets, writers))
+        return [result for results in done for result in results]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit. The coordinator does.
+
+        Raises:
+            StorageError, UsageError: nothing at the path has changed; the partial directory is removed.
+        """
+        try:
+            self._commit(metadata, [result for rank in results for result in rank])
+        except BaseException:
+            self._target.discard()
+            raise
+
+    def _commit(self, metadata: Metadata, results: list[WriteResult]) -> None:
+        written: list[tuple[Any, Written]] = [(result.index, result.storage_data) for result in results]
+        assembly = assemble(metadata, written)
+        metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)  # newer than some torch we support
+        metadata.storage_data = {
+            index: _StorageInfo(one.file, one.item.offset, one.item.nbytes) for index, one in written
+        }
+        metadata.storage_meta = self.storage_meta()
+        header = Header("dcp", self._target.step, self._save_id, time.time(), str(torch.__version__), __version__)
+        index = {METADATA_NAME: pickle.dumps(metadata)}
+        self._target.commit(header, assembly.layout, assembly.hashes, index, self._fsync)
+        self._save_id = uuid.uuid4().hex
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it is a path of a local or mounted file system."""
+        return "://" not in os.fspath(checkpoint_id)
+
+
+def _payload(name: str, value: Any) -> Payload:
+    try:
+        return payload_of(value)
+    except Exception as error:
+        raise UnstageableError(name, f"torch.save cannot write it: {error}") from error
+
+
+def _deal(items: list[WriteItem], num_threads: int) -> list[list[WriteItem]]:
+    """One list per file; about the same number of bytes in each. Objects, of unknown size, go last in the first."""
+    tensors = [(_nbytes(item), number) for number, item in enumerate(items) if item.type != WriteItemType.BYTE_IO]
+    total = sum(nbytes for nbytes, _ in tensors)
+    count = max(1, min(num_threads, total // _SMALLEST_FILE_BYTES))
+    heap: list[tuple[int, int, list[int]]] = [(0, bucket, []) for bucket in range(count)]
+    for nbytes, number in sorted(tensors, reverse=True):
+        load, bucket, numbers = heapq.heappop(heap)
+        numbers.append(number)
+        heapq.heappush(heap, (load + nbytes, bucket, numbers))
+    buckets = [[items[number] for number in sorted(numbers)] for _, _, numbers in sorted(heap, key=lambda e: e[1])]
+    buckets[0] += [item for item in items if item.type == WriteItemType.BYTE_IO]
+    return [bucket for bucket in buckets if bucket]  # an empty file would have nothing to hash
+
+
+def _nbytes(item: WriteItem) -> int:
+    if item.tensor_data is None or item.tensor_data.chunk is None:
+        return 0
+    return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+
+
+def _threads_of_this_rank() -> int:
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, default_threads() // (int(local_ranks) if local_ranks.isdigit() and local_ranks != "0" else 1))

@@ -1,0 +1,227 @@
+"""What one rank contributes to a checkpoint, and how the contributions of all ranks become one layout.
+
+Each rank lays out its own files, and says in its structure which leaves it has: whole, in chunks, or not at all
+(``structure.ABSENT``; what rank 0 names, other ranks may leave out). Put together, files and items are numbered through,
+tensors of every rank before the objects of any, and the structures are laid over each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, deal_once, num_segments
+from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often
+from stager.workers.checkpoint.layout.plan_cache import Memo
+from stager.workers.checkpoint.layout.structure import ABSENT, Chunks, Key, Node, Path, absent, describe, leaves
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.errors import CorruptCheckpointError, InconsistentRanksError
+
+_OfRank = tuple[int, Node]
+
+Hashes = tuple[tuple[str, ...], ...]
+"""Of each item, those of its segments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Attributes:
+    spec, layout: of the rank.
+    receipts: of all of its parts, in order.
+    """
+
+    spec: SaveSpec
+    layout: Layout
+    receipts: tuple[Receipt, ...]
+
+    def hashes(self, partial: str) -> Hashes:
+        """
+        Args:
+            partial: the directory, for error messages.
+
+        Raises:
+            CorruptCheckpointError: the receipts are not of this layout.
+        """
+        layout = self.layout
+        # A record that lies may speak of more segments than there is memory for.
+        expected = sum(num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans())
+        actual = sum(len(receipt.hashes) for receipt in self.receipts)
+        if actual != expected:
+            raise CorruptCheckpointError(partial, f"its receipts have {actual} hashes for {expected} segments")
+        hashes: list[list[str]] = [[] for _ in layout.items]
+        parts = deal_once(layout, len(self.receipts), self.spec.whole_bytes)
+        for receipt, part in zip(self.receipts, parts, strict=True):
+            if len(receipt.hashes) != len(part):
+                raise CorruptCheckpointError(
+                    os.path.join(partial, receipt_name(receipt.rank, receipt.part, receipt.num_parts)),
+                    f"has {len(receipt.hashes)} hashes for {len(part)} parts",
+                )
+            for segment, value in zip(part, receipt.hashes, strict=True):
+                hashes[segment.index].append(value)
+        return tuple(map(tuple, hashes))
+
+
+def merge(shares: Sequence[Share], partial: str) -> tuple[Layout, Hashes]:
+    """The layout of the checkpoint, and its items' hashes.
+
+    Args:
+        shares: of every rank, in order.
+        partial: the directory, for error messages.
+
+    Raises:
+        InconsistentRanksError: the ranks did not save the same state.
+        CorruptCheckpointError: receipts are not of their share.
+    """
+    if len(shares) == 1:
+        return shares[0].layout, shares[0].hashes(partial)
+    sizes = {share.layout.segment_bytes for share in shares}
+    if len(sizes) > 1:
+        raise InconsistentRanksError(f"persistence.segment_bytes differs between ranks: {sorted(sizes)}")
+    numbering = _Numbering([share.layout for share in shares])
+    structure = lay_over([numbering.renumber(rank, share.layout.structure) for rank, share in enumerate(shares)])
+    hashes: list[tuple[str, ...]] = [()] * len(numbering.items)
+    for rank, share in enumerate(shares):
+        for index, values in enumerate(share.hashes(partial)):
+            hashes[numbering.number(rank, index)] = values
+    # Of the share that came with the job, and not from a record: whoever commits need not import torch.
+    templates = next((made for share in shares if (made := share.layout.memo.templates) is not None), None)
+    memo = Memo(numbering.num_tensors, templates)
+    layout = Layout(numbering.files, numbering.items, structure, sizes.pop()).sharing(memo)
+    _check_whole(layout)
+    return layout, tuple(hashes)
+
+
+class _Numbering:
+    """Files and items of all ranks, numbered through: tensors' files first, then the objects' of each rank."""
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        self._numbers: list[list[int]] = [[0] * len(layout.items) for layout in layouts]
+        self._files: list[FileSpec] = []
+        self._items: list[Item] = []
+        for kind in ("tensor", "object"):
+            for rank, layout in enumerate(layouts):
+                self._add(rank, layout, kind)
+            if kind == "tensor":
+                self.num_tensors = len(self._items)
+        self.files, self.items = tuple(self._files), tuple(self._items)
+
+    def _add(self, rank: int, layout: Layout, kind: str) -> None:
+        files: dict[int, int] = {}
+        for index, item in enumerate(layout.items):
+            if (item.kind == "tensor") != (kind == "tensor"):
+                continue
+            if item.file not in files:
+                files[item.file] = len(self._files)
+                self._files.append(layout.files[item.file])
+            self._numbers[rank][index] = len(self._items)
+            self._items.append(replace(item, file=files[item.file], slab_offset=-1))
+
+    def number(self, rank: int, index: int) -> int:
+        return self._numbers[rank][index]
+
+    def renumber(self, rank: int, node: Node) -> Node:
+        if type(node) is int:
+            return self._numbers[rank][node]
+        if node is ABSENT:
+            return ABSENT
+        if node[0] == "chunks":
+            return ["chunks", node[1], [[offsets, self._numbers[rank][index]] for offsets, index in node[2]]]
+        position = 1 if node[0] == "list" else 2
+        children = [self.renumber(rank, child) for child in node[position]]
+        return [*node[:position], children, *node[position + 1 :]]
+
+
+def lay_over(nodes: Sequence[Node], path: Path = ()) -> Node:
+    """One structure of what the ranks have, in the order of the ranks. What no rank has stays absent.
+
+    Raises:
+        InconsistentRanksError: two ranks have different things in one place.
+    """
+    return _lay_over(list(enumerate(nodes)), path)
+
+
+def _lay_over(nodes: Sequence[_OfRank], path: Path) -> Node:
+    there = [(rank, node) for rank, node in nodes if node is not ABSENT]
+    if not there:
+        return ABSENT
+    if len(there) == 1 and not _is_container(there[0][1]):
+        return there[0][1]
+    kinds = {_kind(node) for _, node in there}
+    if len(kinds) > 1 or "value" in kinds:
+        what = "; ".join(f"{_kind(node)} on rank {rank}" for rank, node in there[:4])
+        raise InconsistentRanksError(f"{describe(path)} is not the same on all ranks: {what}")
+    first = there[0][1]
+    if first[0] == "chunks":
+        return _chunks([(rank, Chunks.from_node(node)) for rank, node in there], path).to_node()
+    if first[0] == "list":
+        length = max(len(node[1]) for _, node in there)
+        columns = [[(rank, node[1][i]) for rank, node in there if i < len(node[1])] for i in range(length)]
+        return ["list", [_lay_over_column(column, (*path, i)) for i, column in enumerate(columns)]]
+    by_key: dict[Key, list[_OfRank]] = {}
+    for rank, node in there:
+        for key, child in zip(node[1], node[2], strict=True):
+            by_key.setdefault(key, []).append((rank, child))
+    children = [_lay_over_column(column, (*path, key)) for key, column in by_key.items()]
+    if first[0] == "dict":
+        return ["dict", list(by_key), children]
+    metadata = next((node[3] for _, node in there if node[3] is not None), None)
+    return ["odict", list(by_key), children, metadata]
+
+
+def _lay_over_column(column: list[_OfRank], path: Path) -> Node:
+    return column[0][1] if len(column) == 1 else _lay_over(column, path)
+
+
+def _chunks(parts: list[tuple[int, Chunks]], path: Path) -> Chunks:
+    shapes = {chunks.shape for _, chunks in parts}
+    if len(shapes) > 1:
+        what = "; ".join(f"{chunks.shape} on rank {rank}" for rank, chunks in parts[:4])
+        raise InconsistentRanksError(f"{describe(path)} has not the same shape on all ranks: {what}")
+    return Chunks(shapes.pop(), tuple(part for _, chunks in parts for part in chunks.parts))
+
+
+def _kind(node: Node) -> str:
+    if type(node) is int:
+        return "value"
+    return {"chunks": "a tensor in chunks", "list": "a list"}.get(node[0], f"a mapping ({node[0]})")
+
+
+def _is_container(node: Node) -> bool:
+    return type(node) is not int and node[0] != "chunks"
+
+
+def _check_whole(layout: Layout) -> None:
+    """Of what its readers check (``layout_check.check_layout``), all that need not be so although it is so of each share:
+    nothing that a rank left to others is missing, chunks fill their tensors, and no chunk is one of too many tensors."""
+    lost = [describe(path) for path in absent(layout.structure)]
+    if lost:
+        raise InconsistentRanksError(
+            f"{_some(lost)}: each rank took another one to write it; the ranks' states have not the same names"
+        )
+    wholes: dict[Chunks, Path] = {}
+    for path, chunks in _all_chunks(layout.structure):
+        if chunks in wholes:  # tied on every rank
+            continue
+        wholes[chunks] = path
+        items = [layout.items[index] for _, index in chunks.parts]
+        if len({item.dtype for item in items}) > 1:
+            raise InconsistentRanksError(f"{describe(path)} has not the same dtype on all ranks")
+        try:
+            check_tiling([(at, item.shape) for (at, _), item in zip(chunks.parts, items, strict=True)], chunks.shape)
+        except ValueError as error:
+            raise InconsistentRanksError(f"{describe(path)}: {error}") from error
+    if (shared := shared_too_often(wholes)) is not None:
+        of = [describe(path) for chunks, path in wholes.items() if any(index == shared for _, index in chunks.parts)]
+        raise InconsistentRanksError(
+            f"{_some(of)} are one tensor on one rank, and not on the others; what is tied has to be tied on all ranks"
+        )
+
+
+def _all_chunks(structure: Node) -> Iterable[tuple[Path, Chunks]]:
+    return ((path, leaf) for path, leaf in leaves(structure) if isinstance(leaf, Chunks))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,181 @@
+"""System calls on files, relative to a directory's descriptor, with errors that name path and cause.
+
+Working relative to a descriptor means that a directory that is renamed or replaced meanwhile cannot lead a write astray.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+from stager.workers.errors import CorruptCheckpointError, StorageError
+
+IOV_MAX = 1024  # Linux
+DOCUMENT_BYTES = 1 << 30  # that are read at once, at most; a manifest has about 130 bytes per item
+_HOLE_BYTES = 1 << 20  # below this a hole costs nothing; no file of these kinds has as many zeros in a row
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_WHAT_TO_DO = {
+    errno.ENOSPC: "free space on this file system, or lower what is kept",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "check the directory's owner and mode",
+    errno.ESTALE: "the network file system lost the directory; remount it",
+    errno.ENOENT: "the directory was removed or renamed while it was in use",
+    errno.EIO: "the device reports an I/O error; see dmesg",
+    errno.ENAMETOOLONG: "use a directory with a shorter path",
+    errno.ENOTDIR: "a file stands where a directory should be; move it away, or use another directory",
+    errno.EEXIST: "something else has this name; move it away, or use another directory",
+    errno.ELOOP: "a symbolic link stands where a directory or file should be; remove it",
+    errno.EFBIG: "the file is larger than this file system or the process's limit (ulimit -f) allows",
+    errno.EMFILE: "the process has too many files open; raise its limit (ulimit -n)",
+    errno.ENOLCK: "this file system gives no locks; mount it with them, or use another one",
+}
+
+
+@contextmanager
+def storage_errors(action: str, path: str) -> Iterator[None]:
+    """Turn an ``OSError`` into a :class:`StorageError` that says what was being done to which path."""
+    try:
+        yield
+    except StorageError:  # said already, by whoever was closer to it
+        raise
+    except OSError as error:
+        advice = _WHAT_TO_DO.get(error.errno or 0)
+        raise StorageError(error.errno, f"cannot {action}" + (f"; {advice}" if advice else ""), path) from error
+
+
+def open_directory(path: str, *, follow: bool = True) -> int:
+    """A descriptor of a directory. With ``follow=False`` a symbolic link to one is refused (ENOTDIR or ELOOP)."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+
+
+def is_still(path: str, directory_fd: int) -> bool:
+    """Whether the opened directory has this name (still)."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(directory_fd))
+    except FileNotFoundError:
+        return False
+
+
+def open_regular(path: str, access: int = os.O_RDONLY) -> int:
+    """A regular file. A checkpoint is files: no link that leads elsewhere, no FIFO that never answers.
+
+    Raises:
+        CorruptCheckpointError: it is something else.
+        OSError: from ``open``.
+    """
+    try:
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise CorruptCheckpointError(path, "is not a regular file") from error
+        raise
+    with ExitStack() as on_error:
+        on_error.callback(os.close, fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CorruptCheckpointError(path, "is not a regular file")
+        on_error.pop_all()
+    return fd
+
+
+def read_small(path: str) -> bytes:
+    """The whole of a small file (manifest, record, receipt, index).
+
+    Raises:
+        CorruptCheckpointError: it is too large to be one, or no regular file.
+        OSError: from ``open`` or ``read``.
+    """
+    with open(open_regular(path), "rb") as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > DOCUMENT_BYTES:
+            raise CorruptCheckpointError(path, f"is {nbytes} bytes long, which is too much for a file of its kind")
+        if nbytes > _HOLE_BYTES and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < nbytes:
+            raise CorruptCheckpointError(path, "has a hole: it is not as long as it seems")  # it would take memory
+        file.seek(0)
+        return file.read(nbytes)
+
+
+def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
+    """``pwritev`` until everything is written: a short write is no error to the kernel."""
+    pending = [memoryview(b) for b in buffers if len(b)]
+    while pending:
+        written = os.pwritev(fd, pending[:IOV_MAX], offset)
+        if written == 0:
+            raise OSError(errno.EIO, "the file system takes no more bytes, and gives no reason")
+        offset += written
+        while pending and written >= len(pending[0]):
+            written -= len(pending.pop(0))
+        if written:
+            pending[0] = pending[0][written:]
+
+
+def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, fsync: bool) -> None:
+    """Create ``name`` with ``data``: it is there whole, or not at all."""
+    temporary = f"{name}.{os.getpid()}.tmp"
+    with storage_errors("write", os.path.join(directory, name)):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=directory_fd)
+            try:
+                write_all(fd, [data], 0)
+                if fsync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=directory_fd)
+            raise
+
+
+def read_if_exists(path: str) -> bytes | None:
+    """As :func:`read_small`; None when there is no such file.
+
+    Raises:
+        StorageError, CorruptCheckpointError
+    """
+    with storage_errors("read", path):
+        try:
+            return read_small(path)
+        except FileNotFoundError:
+            return None
+
+
+def remove(path: str) -> None:
+    """Remove a file, a link or a whole directory, if it is there; another process may be doing the same."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+            return
+        shutil.rmtree(path, ignore_errors=True)  # what vanishes under our hands is no error
+        shutil.rmtree(path)  # and what is still there says why
+
+
+def exchange(first: str, second: str) -> bool:
+    """Swap two paths in one step (``renameat2``); False where the file system cannot."""
+    call = getattr(_libc, "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):
+        return False
+    raise OSError(code, os.strerror(code), second)
+
+
+def sync_directory(path: str) -> None:
+    fd = open_directory(path)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,106 @@
+"""What a worker leaves in the partial directory when its part is written and synced:
+``receipt-<rank>-<part>-of-<parts of this rank>.json``.
+
+The hashes are those of the part's segments, in the order :func:`stager.workers.checkpoint.layout.layout.deal` gives. A receipt that is there is
+whole and true (written to a temporary name, synced, renamed). With every rank's record (``stager.workers.checkpoint.write.save_spec``), a full set of
+receipts is all that a commit needs, and the names alone tell whether it is full.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.envelope import seal, unseal
+from stager.workers.checkpoint.layout.layout_check import check_count, check_text
+from stager.workers.errors import CorruptCheckpointError
+
+_NAME = re.compile(r"receipt-([0-9]{1,9})-([0-9]{1,9})-of-([0-9]{1,9})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Attributes:
+    part, num_parts: which part of how many of this rank.
+    save_id: of the save it belongs to.
+    hashes: xxh3_128 of each segment, hex.
+    pid: the worker.
+    started, written, synced: ``time.time()`` stamps.
+    linked_bytes: of the files that were linked to those of an earlier checkpoint, and not written.
+    generation: how many saves ago the oldest of these may have been written.
+    note: why less was linked than could have been; "": no such reason.
+    """
+
+    part: int
+    num_parts: int
+    save_id: str
+    hashes: tuple[str, ...]
+    pid: int
+    started: float
+    written: float
+    synced: float
+    linked_bytes: int = 0
+    generation: int = 0
+    note: str = ""
+    rank: int = 0
+
+    def write(self, directory_fd: int, directory: str, fsync: bool) -> None:
+        name = receipt_name(self.rank, self.part, self.num_parts)
+        files.write_atomically(directory_fd, directory, name, seal(asdict(self)), fsync)
+
+
+def receipt_name(rank: int, part: int, num_parts: int) -> str:
+    return f"receipt-{rank}-{part}-of-{num_parts}.json"
+
+
+def finished_ranks(names: Iterable[str]) -> set[int]:
+    """The ranks whose every receipt is among the names of a partial directory's files."""
+    parts: dict[tuple[int, int], set[int]] = {}
+    for name in names:
+        if match := _NAME.fullmatch(name):
+            rank, part, num_parts = map(int, match.groups())
+            parts.setdefault((rank, num_parts), set()).add(part)
+    return {rank for (rank, num_parts), found in parts.items() if found.issuperset(range(num_parts))}
+
+
+def read_receipt(
+    directory: str,
+    rank: int,
+    part: int,
+    num_parts: int,
+    save_id: str,
+    parsing: AbstractContextManager[object] | None = None,
+) -> Receipt | None:
+    """The receipt of ``part``, or None when it has none yet.
+
+    Args:
+        parsing: held when it is read and not yet parsed.
+
+    Raises:
+        CorruptCheckpointError: it is damaged, or of another save.
+        StorageError
+    """
+    path = os.path.join(directory, receipt_name(rank, part, num_parts))
+    data = files.read_if_exists(path)
+    if data is None:
+        return None
+    try:
+        with parsing or nullcontext():
+            body = unseal(data, path)
+            receipt = Receipt(**{**body, "hashes": tuple(map(check_text, body["hashes"]))})
+        check_count(receipt.linked_bytes)
+        check_count(receipt.generation)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CorruptCheckpointError(path, f"not a receipt: {error!r}") from error
+    found = receipt.rank, receipt.part, receipt.num_parts, receipt.save_id
+    if found != (rank, part, num_parts, save_id):
+        raise CorruptCheckpointError(
+            path,
+            f"is of part {receipt.part} of {receipt.num_parts} of rank {receipt.rank}'s save {receipt.save_id}, "
+            "not of this one",
+        )
+    return receipt

@@ -1,0 +1,282 @@
+"""The directory of a run: names, what is committed, what is left over.
+
+    <run>/step-00000100/                      a committed checkpoint
+    <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never taken for a checkpoint
+    <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
+                                              system cannot exchange two names
+    <run>/step-00000100.removing-<nonce>/     being removed, by retention or because its save failed
+    <run>/step-00000100.unfinished-<save_id>/   given up, because parts did not come in time, and kept: partners may have
+                                              replicas of what is missing (``stager/replication``)
+    <run>/.stager.lock                        held (flock) by the trainer and its workers
+    <run>/.stager.protected                   steps that retention keeps (workers/checkpoint/directory/protected.py)
+
+NOTE [ The lock ]
+The lock belongs to an open file description that the trainer's workers inherit. It is released when the last of them is
+gone, so a run that starts while the workers of a killed trainer still finish its last checkpoint waits for them, and then
+sees that checkpoint. Several ranks of one run share it (``stager/ranks/opening.py``).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError
+
+LOCK_NAME = ".stager.lock"
+
+REPLACED = ".replaced"
+
+_COMMITTED = re.compile(r"step-([0-9]{8,})")
+_PARTIAL = re.compile(r"step-([0-9]{8,})\.partial-([0-9a-f]+)(?:\.replaced)?")
+_REMOVING = re.compile(r"step-([0-9]{8,})\.removing-([0-9a-f]+)")
+_UNFINISHED = re.compile(r"step-([0-9]{8,})\.unfinished-([0-9a-f]+)")
+_LOCK_POLL_SECS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed checkpoint.
+
+    Attributes:
+        step: the training step given to ``save()``.
+        path: its directory.
+        nbytes: size of its files.
+        created: when the snapshot was taken, unix time.
+        save_id: unique.
+        num_tensors, num_objects: what is in it; tied tensors count once.
+        format: on-disk format.
+        linked_bytes: of ``nbytes``, what was linked to an earlier checkpoint's files and not written (incremental saves).
+    """
+
+    step: int
+    path: str
+    nbytes: int
+    created: float
+    save_id: str
+    num_tensors: int
+    num_objects: int
+    format: str
+    linked_bytes: int = 0
+
+    @staticmethod
+    def of(path: str, manifest: Manifest) -> CheckpointInfo:
+        header = manifest.header
+        return CheckpointInfo(
+            step=header.step,
+            path=path,
+            nbytes=manifest.nbytes,
+            created=header.created,
+            save_id=header.save_id,
+            num_tensors=manifest.count("tensor"),
+            num_objects=manifest.count("object"),
+            format=header.kind,
+            linked_bytes=header.linked_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedCheckpoint:
+    """A directory that looks like a checkpoint and is not taken for one: its name, and why."""
+
+    name: str
+    reason: str
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def partial_name(step: int, save_id: str) -> str:
+    return f"{checkpoint_name(step)}.partial-{save_id}"
+
+
+def removing_name(step: int, nonce: str) -> str:
+    return f"{checkpoint_name(step)}.removing-{nonce}"
+
+
+def removing_names(directory: str) -> list[str]:
+    """What retention has begun to remove."""
+    found = ((name, _REMOVING.fullmatch(name)) for name in _names(directory))
+    return sorted(name for name, match in found if match and name == removing_name(int(match[1]), match[2]))
+
+
+def unfinished_name(step: int, save_id: str) -> str:
+    return f"{checkpoint_name(step)}.unfinished-{save_id}"
+
+
+def unfinished_saves(directory: str) -> list[tuple[int, str]]:
+    """(step, save_id) of what was given up and kept, oldest step first."""
+    found = ((name, _UNFINISHED.fullmatch(name)) for name in _names(directory))
+    saves = [(name, int(match[1]), match[2]) for name, match in found if match]
+    return sorted((step, save_id) for name, step, save_id in saves if name == unfinished_name(step, save_id))
+
+
+def committed_steps(directory: str) -> list[int]:
+    """Steps that have a directory of their own, newest first; nothing of it is read."""
+    return sorted((step for name in _names(directory) if (step := parse_checkpoint(name)) is not None), reverse=True)
+
+
+def parse_checkpoint(name: str) -> int | None:
+    """The step of a checkpoint's directory; None: it is the name of something else."""
+    match = _COMMITTED.fullmatch(name)
+    return int(match[1]) if match is not None and name == checkpoint_name(int(match[1])) else None
+
+
+def partial_names(directory: str) -> list[str]:
+    """Partial directories, those of ``REPLACED`` checkpoints behind the ones that replace them."""
+    return sorted(filter(is_partial, _names(directory)))
+
+
+def is_partial(name: str) -> bool:
+    """Whether it is the name of such a directory."""
+    return _PARTIAL.fullmatch(name) is not None and _is_canonical(name)
+
+
+def parse_partial(name: str) -> tuple[int, str]:
+    """(step, save_id) of a partial directory's name."""
+    match = _PARTIAL.fullmatch(name)
+    if match is None:
+        raise ValueError(f"not a partial directory: {name}")
+    return int(match[1]), match[2]
+
+
+def _is_canonical(name: str) -> bool:
+    return name.removesuffix(REPLACED) == partial_name(*parse_partial(name))
+
+
+def _names(directory: str) -> list[str]:
+    with storage_errors("list", directory):
+        try:
+            return os.listdir(directory)
+        except FileNotFoundError:
+            return []
+
+
+def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest]:
+    """The checkpoint of ``step``, by its manifest.
+
+    Raises:
+        CheckpointNotFoundError, CorruptCheckpointError
+    """
+    path = os.path.join(directory, checkpoint_name(step))
+    manifest = read_manifest(path)
+    if manifest.header.step != step:
+        raise CorruptCheckpointError(path, f"its manifest is of step {manifest.header.step}: the directory was renamed")
+    return CheckpointInfo.of(path, manifest), manifest
+
+
+def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
+    """(committed checkpoints, oldest first; what was skipped and why). Manifests are read, data files are not."""
+    directory = os.path.abspath(os.fspath(directory))
+    committed: list[CheckpointInfo] = []
+    skipped = [
+        SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
+        for name in partial_names(directory)
+    ]
+    skipped += [SkippedCheckpoint(name, "being removed") for name in removing_names(directory)]
+    for step in committed_steps(directory):
+        try:
+            committed.append(read_checkpoint(directory, step)[0])
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
+    return committed[::-1], skipped
+
+
+def remove_partial(directory: str, name: str) -> None:
+    """Remove a partial directory. The caller knows that nobody writes to it."""
+    parse_partial(name)
+    path = os.path.join(directory, name)
+    with storage_errors("remove", path):
+        files.remove(path)
+
+
+def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: bool = False) -> int:
+    """Take the run's lock; returns its descriptor. See NOTE [ The lock ].
+
+    Args:
+        timeout: seconds.
+        nonce: of the run, to be found in the file by its other ranks.
+        shared: as one of several ranks.
+
+    Raises:
+        DirectoryInUseError: another run still holds it after ``timeout`` seconds.
+        StorageError: the lock file cannot be made.
+    """
+    path = os.path.join(directory, LOCK_NAME)
+    with storage_errors("lock", path):
+        # O_NOFOLLOW: the file is truncated below, so it had better be the one in this directory.
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            _acquire(fd, timeout, directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if not shared:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()} {nonce}".rstrip().encode() + b"\n", 0)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def share_lock(fd: int, directory: str) -> None:
+    """From holding the run's lock alone to sharing it with the run's other ranks.
+
+    Raises:
+        DirectoryInUseError: another run took it in between (the kernel lets go of the one before it takes the other).
+    """
+    with storage_errors("lock", os.path.join(directory, LOCK_NAME)):
+        _acquire(fd, 0, directory, fcntl.LOCK_SH)
+
+
+@contextmanager
+def unused_directory(directory: str) -> Iterator[None]:
+    """Nobody writes into it meanwhile, for who only looks: nothing is made or changed.
+
+    Raises:
+        DirectoryInUseError: a run holds the lock, alone or shared by its ranks.
+        StorageError
+    """
+    path = os.path.join(directory, LOCK_NAME)
+    with storage_errors("lock", path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:  # no run has been here
+            fd = -1
+    if fd < 0:
+        yield
+        return
+    try:
+        _acquire(fd, 0, directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _acquire(fd: int, timeout: float, directory: str, kind: int = fcntl.LOCK_EX) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise DirectoryInUseError(errno.EWOULDBLOCK, _in_use(fd, timeout), directory) from None
+            time.sleep(_LOCK_POLL_SECS)
+        else:
+            return
+
+
+def _in_use(fd: int, timeout: float) -> str:
+    owner = os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"
+    return (
+        f"another run (trainer process {owner}, or the workers it left) still writes checkpoints here after "
+        f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True"
+    )

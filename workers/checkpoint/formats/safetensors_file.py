@@ -1,0 +1,189 @@
+"""The ``safetensors`` format: tensors in files that ``safetensors.torch.load_file`` reads, objects beside them.
+
+    state.safetensors                        or, of a large state, a file for each worker:
+    state-00001-of-00002.safetensors ...     and state.safetensors.index.json, as on the Hugging Face Hub
+    objects.bin                              what safetensors cannot hold: torch.save archives, one after the other
+
+A file is an 8-byte length, a JSON header, and the raw bytes without a gap (github.com/huggingface/safetensors). The
+header depends on names, dtypes and shapes only, so every worker can compute it; it is the head of the file's first item.
+Tensors go by the size of their elements, largest first, so that each is aligned; the header is padded to 64 bytes.
+
+A tensor is called by its keys joined by dots. Of tied tensors the first name is stored; ``__metadata__`` maps the others to
+it, as ``safetensors.torch.save_model`` does. Tensors are stored in C order. Dtypes that safetensors lacks are objects.
+Containers and the types of keys are in the manifest only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from stager.workers.checkpoint.formats.contract import Frames, LaidOut, Split, TensorSpec, tensor_item
+from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
+from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout
+from stager.workers.checkpoint.layout.structure import Path, fqn, walk
+from stager.workers.checkpoint.layout.templates import Templates
+from stager.workers.errors import UnstageableError
+
+if TYPE_CHECKING:
+    from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
+
+row_major = True
+one_file = False
+
+DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+_METADATA = "__metadata__"
+_LARGEST_HEADER_BYTES = 100_000_000  # what safetensors' own reader takes
+
+
+def holds(dtype: str) -> bool:
+    return dtype in DTYPES
+
+
+def object_file_name(rank: int) -> str:
+    return "objects.bin" if rank == 0 else f"objects-rank{rank:05d}.bin"
+
+
+def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
+    """
+    Raises:
+        UnstageableError: a name that safetensors keeps for itself, or too many tensors for one file.
+    """
+    for spec in tensors:
+        if any(fqn(path) == _METADATA for path in spec.paths):
+            raise UnstageableError(spec.describe(), f"{_METADATA} is no name for a tensor in a safetensors file")
+        if any(not _is_text(fqn(path)) for path in spec.paths):
+            raise UnstageableError(spec.describe(), "a name in a safetensors file has to be valid Unicode")
+    order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(tensors[number].dtype))
+    runs = split([tensors[number] for number in order], [tensors[number].nbytes for number in order])
+    order = [order[number] for run in runs for number in sorted(run)]  # within a file, too, the largest come first
+    items: list[Item] = []
+    files: list[FileSpec] = []
+    for file, run in enumerate(runs):
+        specs = [tensors[number] for number in order[len(items) : len(items) + len(run)]]
+        head = len(header([(spec.paths, spec.dtype, spec.shape) for spec in specs]))
+        if head > _LARGEST_HEADER_BYTES:
+            raise UnstageableError(specs[0].describe(), f"{len(specs)} tensors are too many for one safetensors file")
+        offset = 0
+        for spec in specs:
+            items.append(tensor_item(spec, file, offset, head, spec.nbytes, 0))
+            offset += head + spec.nbytes
+            head = 0
+        files.append(FileSpec(_file_name(rank, file, len(runs)), offset))
+    return LaidOut(order, tuple(items), tuple(files))
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _file_name(rank: int, file: int, count: int) -> str:
+    stem = "state" if rank == 0 else f"state-rank{rank:05d}"
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{file + 1:05d}-of-{count:05d}.safetensors"
+
+
+def header(tensors: Iterable[tuple[Sequence[Path], str, tuple[int, ...]]]) -> bytes:
+    """Length and JSON of the file's header.
+
+    Args:
+        tensors: (every path, dtype, shape) of each, in file order.
+    """
+    entries: dict[str, object] = {}
+    tied: dict[str, str] = {}
+    offset = 0
+    for paths, dtype, shape in tensors:
+        name, *others = map(fqn, paths)
+        nbytes = math.prod(shape) * itemsize_of(dtype)
+        entries[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": (offset, offset + nbytes)}
+        tied.update(dict.fromkeys(others, name))
+        offset += nbytes
+    document = {_METADATA: {**tied, "format": "pt"}, **entries}
+    data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    data += b" " * (-(8 + len(data)) % BLOB_ALIGN_BYTES)
+    return struct.pack("<Q", len(data)) + data
+
+
+def templates(tensors: Sequence[Item]) -> Templates:
+    return {}
+
+
+def frames(layout: Layout) -> Frames:
+    headers: dict[int, bytes] = layout.memo.of_plan("safetensors headers", dict)  # by file
+
+    def frame(index: int) -> tuple[bytes, bytes]:
+        item = layout.items[index]
+        if item.kind != "tensor" or item.offset > 0:
+            return b"", b""
+        if item.file not in headers:
+            headers[item.file] = header(_rows(layout, index))
+        return headers[item.file], b""
+
+    return frame
+
+
+def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[Path], str, tuple[int, ...]]]:
+    """Of the tensors of a file, ``first`` being the first of them."""
+    paths = layout.memo.of_plan("paths", lambda: _paths(layout))
+    file = layout.items[first].file
+    for index, item in enumerate(layout.items[first:], first):
+        if item.file != file:
+            break
+        yield paths[index], item.dtype, item.shape
+
+
+def _paths(layout: Layout) -> dict[int, list[Path]]:
+    """Of each item, in the order of the state."""
+    paths: dict[int, list[Path]] = {}
+    for path, index in walk(layout.structure):
+        paths.setdefault(index, []).append(path)
+    return paths
+
+
+def object_blob(value: object, leaf: int) -> bytes:
+    """As ``torch.save`` writes it. A tensor, which is here for its dtype, takes only its own values along."""
+    import torch
+
+    from stager.workers.checkpoint.formats import torch_save
+
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta):
+        value = value.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
+    return torch_save.object_blob(value)
+
+
+def closing(plan: LayoutPlan) -> None:
+    return None
+
+
+def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
+    """Which file holds which tensor, where there is more than one."""
+    names = [spec.name for spec in layout.files if spec.name.endswith(".safetensors")]
+    if len(names) < 2:
+        return {}
+    paths = _paths(layout)
+    tensors = [(i, item) for i, item in enumerate(layout.items) if item.kind == "tensor"]
+    document = {
+        "metadata": {"total_size": sum(item.data_nbytes for _, item in tensors)},
+        "weight_map": {fqn(paths[i][0]): layout.files[item.file].name for i, item in tensors},
+    }
+    stem = names[0].partition("-0")[0]
+    return {f"{stem}.safetensors.index.json": json.dumps(document, indent=2).encode()}

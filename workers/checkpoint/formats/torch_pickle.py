@@ -1,0 +1,139 @@
+"""``data.pkl`` of a ``torch.save`` archive, put together from pieces that are pickled apart.
+
+A *fragment* is a pickle without its first two bytes (the protocol) and its last one (the end): code that leaves one value on
+the stack. A fragment refers only to memo entries that it made itself, so fragments can stand one after the other. A tensor's
+is taken from ``torch.save``'s own output for its dtype, shape and stride, with another storage key.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+
+from stager.workers.checkpoint.formats.torch_save import tensor_frame
+from stager.workers.checkpoint.layout.structure import Node
+from stager.workers.errors import InternalError
+from stager.workers.memory.pages import bytes_at
+
+_PROTOCOL = 2  # torch.save's
+_PUTS = ("BINPUT", "LONG_BINPUT")
+START = b"\x80\x02"
+END = b"."
+
+Piece = bytes | int
+"""A stretch of ``data.pkl``, or the number of an object whose fragment stands there."""
+
+
+def fragment(value: object) -> bytes:
+    """Of a value without tensors."""
+    return pickle.dumps(value, _PROTOCOL)[len(START) : -len(END)]
+
+
+def tensor_fragment(key: str, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    """Of a tensor whose values are all of the storage ``key``."""
+    before, after = _around_key(dtype, shape, stride)
+    return b"".join((before, b"X", struct.pack("<I", len(key)), key.encode(), after))
+
+
+@lru_cache(maxsize=65536)
+def _around_key(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
+    head, _ = tensor_frame(dtype, shape, stride)
+    name_nbytes, extra_nbytes = struct.unpack_from("<2H", head, 26)  # of the first record, which is data.pkl
+    data = head[30 + name_nbytes + extra_nbytes :]
+    ops = [(op.name, arg, position or 0) for op, arg, position in pickletools.genops(data)]
+    key = _storage_key(ops)
+    end = ops[-1][2]
+    return data[len(START) : ops[key][2]], data[ops[key + 1][2] : end]
+
+
+def _storage_key(ops: list[tuple[str, Any, int]]) -> int:
+    """Which operation pushes the key of ``("storage", type, key, location, size)``."""
+    try:
+        last = next(i for i, op in enumerate(ops) if op[0] == "BINPERSID")
+        first = max(i for i in range(last) if ops[i][0] == "MARK")
+        elements = [i for i in range(first + 1, last) if ops[i][0] not in _PUTS]
+        if ops[elements[2]][:2] == ("BINUNICODE", "0"):
+            return elements[2]
+    except (StopIteration, ValueError, IndexError):
+        pass
+    raise InternalError("torch.save pickles a tensor in a way that is not known here")
+
+
+def pieces(structure: Node, leaf: Callable[[int], Piece]) -> list[Piece]:
+    """The whole of ``data.pkl``; what ``leaf`` gives as bytes is joined with what stands around it."""
+    joined: list[Piece] = []
+    run: list[bytes] = []
+    for piece in (START, *_visit(structure, leaf), END):
+        if isinstance(piece, bytes):
+            run.append(piece)
+        else:
+            joined += [b"".join(run), piece]
+            run = []
+    return [*joined, b"".join(run)]
+
+
+def _visit(node: Node, leaf: Callable[[int], Piece]) -> Iterator[Piece]:
+    if type(node) is int:
+        yield leaf(node)
+        return
+    if node[0] == "list":
+        yield b"]("
+        for child in node[1]:
+            yield from _visit(child, leaf)
+        yield b"e"
+        return
+    yield b"}(" if node[0] == "dict" else b"ccollections\nOrderedDict\n)R("
+    for key, child in zip(node[1], node[2], strict=True):
+        yield fragment(key)
+        yield from _visit(child, leaf)
+    yield b"u"
+    if node[0] == "odict" and node[3] is not None:  # what nn.Module.state_dict() hangs on its result
+        yield fragment({"_metadata": OrderedDict(node[3])}) + b"b"
+
+
+class ObjectPickler(pickle.Pickler):
+    """Pickles an object as ``torch.save`` does. The keys of its storages begin with ``prefix``: they are no other's.
+
+    Attributes:
+        storages: by key.
+    """
+
+    def __init__(self, file: io.BytesIO, prefix: str) -> None:
+        super().__init__(file, _PROTOCOL)
+        self.storages: dict[str, torch.UntypedStorage] = {}
+        self._prefix = prefix
+        self._keys: dict[tuple[int, Any], str] = {}
+
+    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
+        kind: Any
+        if isinstance(obj, torch.storage.TypedStorage):
+            typed: Any = obj  # what torch's own pickler calls of it has no types
+            kind, size, storage = getattr(torch, typed._pickle_storage_type()), typed._size(), typed._untyped_storage
+        elif isinstance(obj, torch.UntypedStorage):
+            kind, size, storage = torch.UntypedStorage, obj.nbytes(), obj
+        else:
+            return None
+        # Not a string of one character, which Python has only once: the memo would mix it up with the user's.
+        key = self._keys.setdefault((storage._cdata, kind), f"{self._prefix}.{len(self._keys)}")
+        self.storages[key] = storage
+        return "storage", kind, key, torch.serialization.location_tag(storage), size
+
+
+def pickle_object(value: object, prefix: str) -> list[tuple[str, bytes | memoryview]]:
+    """The records of an object: its ``data.pkl``, and its storages. They are copied; nothing of ``value`` is kept."""
+    buffer = io.BytesIO()
+    pickler = ObjectPickler(buffer, prefix)
+    pickler.dump(value)
+    records: list[tuple[str, bytes | memoryview]] = [("data.pkl", buffer.getvalue())]
+    for key, storage in pickler.storages.items():
+        on_host = cast(Any, storage).cpu()
+        records.append((f"data/{key}", bytes(bytes_at(on_host.data_ptr(), on_host.nbytes()))))
+    return records

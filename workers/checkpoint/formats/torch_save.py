@@ -1,0 +1,114 @@
+"""What ``torch.save`` writes for one tensor or object, with torch: trainer only.
+
+The archive around a tensor's raw bytes depends on dtype, shape and stride only, so it is taken once from ``torch.save``
+itself, with ``torch.serialization.skip_data`` in place of the bytes. The checksum field of the storage's record is then that
+of nothing: torch's reader does not check it (torch/csrc/.../inline_container: MZ_ZIP_FLAG_DO_NOT_COMPUTE_CRC32 and its
+reader built without CRC checks), and stager's own hashes cover every byte.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import IO, Any, cast
+
+import torch
+from torch.serialization import skip_data
+
+from stager.workers.checkpoint.layout.dtypes import dtype_of, tensor_over
+from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES
+from stager.workers.errors import InternalError
+from stager.workers.memory.slab import Slab
+
+_save_config: Any
+try:
+    from torch.utils.serialization import config as _save_config
+except ImportError:  # older than torch 2.7
+    _save_config = None
+
+_SPARSE_FROM_BYTES = 64 << 20
+
+
+class _Sink(io.RawIOBase):
+    """Keeps what is written; what is skipped over leaves a hole that takes no memory."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytes]] = []
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            raise OSError("the size of this stream is not known")
+        self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
+        return self._position
+
+    def write(self, data: Any) -> int:
+        self.pieces.append((self._position, bytes(data)))
+        self._position += len(data)
+        return len(data)
+
+
+@lru_cache(maxsize=65536)
+def tensor_frame(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """The bytes before and after the raw bytes of a dense tensor."""
+    torch_dtype = dtype_of(dtype)
+    nbytes = torch_dtype.itemsize
+    for length in shape:
+        nbytes *= length
+    # Never touched, so it takes no memory, however large: not torch.empty, which deterministic mode fills.
+    small = nbytes < _SPARSE_FROM_BYTES
+    storage: torch.UntypedStorage = _untyped(nbytes) if small else Slab.create(nbytes).storage
+    tensor = tensor_over(storage, torch_dtype, shape, stride)
+    sink = _Sink()
+    with skip_data(), _standard_alignment():
+        torch.save(tensor, cast(IO[bytes], sink))
+    start = _data_start(sink, nbytes) if nbytes else None
+    head, tail = bytearray(), bytearray()
+    for position, data in sink.pieces:
+        target, base = (head, 0) if start is None or position < start else (tail, start + nbytes)
+        at = position - base
+        target.extend(b"\0" * (at + len(data) - len(target)))
+        target[at : at + len(data)] = data
+    if start is not None:
+        if len(head) > start:
+            raise InternalError("torch.save wrote where skip_data promised a hole")
+        head.extend(b"\0" * (start - len(head)))
+    return bytes(head), bytes(tail)
+
+
+def _standard_alignment() -> AbstractContextManager[Any]:
+    """What the user set for his own ``torch.save`` must not matter: trainer and workers have to agree on every byte."""
+    if _save_config is None or not hasattr(_save_config.save, "storage_alignment"):
+        return nullcontext()
+    return cast(AbstractContextManager[Any], _save_config.patch("save.storage_alignment", BLOB_ALIGN_BYTES))
+
+
+def _data_start(sink: _Sink, nbytes: int) -> int:
+    """Where the storage's bytes belong: the hole of ``nbytes`` that torch.save skipped."""
+    end = 0
+    for position, data in sink.pieces:
+        if position - end >= nbytes and position > end:
+            # Padding before the storage (it is aligned to 64 bytes) is written, so the hole is exactly the storage.
+            return position - nbytes
+        end = max(end, position + len(data))
+    raise InternalError(f"torch.save left no hole for {nbytes} bytes")
+
+
+_untyped: Any = torch.UntypedStorage  # its constructor has no types
+
+
+def object_blob(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

@@ -1,0 +1,192 @@
+"""The shape of a nested state, as JSON: which containers, which keys, and which item each leaf is.
+
+    node := index of an item (int)
+          | ["dict",  [key, ...], [node, ...]]
+          | ["odict", [key, ...], [node, ...], metadata or null]     collections.OrderedDict
+          | ["list",  [node, ...]]
+          | ["chunks", [length, ...], [[[offset, ...], index], ...]]  a tensor that several ranks wrote in parts (Chunks)
+          | null                     another rank writes it; only in what one rank says of its share, never in a checkpoint
+
+A key is a str, int, finite float, bool or null and keeps its type; no two of a container are equal. ``metadata`` is the
+``_metadata`` attribute that ``nn.Module.state_dict()`` hangs on its result (module versions). Two leaves that are the same
+bytes (tied weights) name the same item. No code runs to read this, whatever it says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stager.workers.errors import UsageError
+
+Key = str | int | float | bool | None
+Path = tuple[Key, ...]
+Node = Any  # recursive; see above
+
+ABSENT: Node = None
+"""The node of what another rank writes."""
+
+_MAX_DEPTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """A tensor in parts.
+
+    Attributes:
+        shape: of the whole, in elements.
+        parts: (offsets of the part in the whole, its item).
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], int], ...]
+
+    def to_node(self) -> Node:
+        return ["chunks", list(self.shape), [[list(offsets), index] for offsets, index in self.parts]]
+
+    @staticmethod
+    def from_node(node: Node) -> Chunks:
+        """
+        Raises:
+            ValueError: ``node`` is none.
+        """
+        try:
+            _, shape, parts = node
+            chunks = Chunks(tuple(shape), tuple((tuple(offsets), index) for offsets, index in parts))
+        except TypeError as error:
+            raise ValueError(f"not a tensor in chunks: {str(node)[:60]}") from error
+        numbers = [*chunks.shape, *(n for offsets, index in chunks.parts for n in (*offsets, index))]
+        if not chunks.parts or any(type(number) is not int for number in numbers):
+            raise ValueError(f"not a tensor in chunks: {str(node)[:60]}")
+        return chunks
+
+
+def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
+    """Every item: the path of its leaf, and its index. A tensor in chunks comes once for each.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+    """
+    for at, leaf in leaves(node, path):
+        if isinstance(leaf, Chunks):
+            for _, index in leaf.parts:
+                yield at, index
+        else:
+            yield at, leaf
+
+
+def leaves(node: Node, path: Path = ()) -> Iterator[tuple[Path, int | Chunks]]:
+    """Every leaf: its path, and its item or its chunks. What another rank writes is passed over.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+    """
+    if type(node) is int:
+        yield path, node
+        return
+    if node is ABSENT:
+        return
+    if _is_chunks(node):
+        yield path, Chunks.from_node(node)
+        return
+    keys, children = _open(node, len(path))
+    for key, child in zip(keys, children, strict=True):
+        if type(child) is int:  # most are: save the generator
+            yield (*path, key), child
+        else:
+            yield from leaves(child, (*path, key))
+
+
+def absent(node: Node, path: Path = ()) -> Iterator[Path]:
+    """What another rank writes.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+    """
+    if node is ABSENT:
+        yield path
+    elif type(node) is not int and not _is_chunks(node):
+        for key, child in zip(*_open(node, len(path)), strict=True):
+            if type(child) is not int:
+                yield from absent(child, (*path, key))
+
+
+def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
+    """The state, with ``leaf(index)`` in each place.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+        UsageError: a tensor is in chunks.
+    """
+    if type(node) is int:
+        return leaf(node)
+    if _is_chunks(node):
+        raise UsageError("a tensor is stored in chunks, as several ranks saved it: load it by torch's dcp.load")
+    keys, children = _open(node, depth)
+    values = [build(child, leaf, depth + 1) for child in children]
+    if node[0] == "list":
+        return values
+    if node[0] == "dict":
+        return dict(zip(keys, values, strict=True))
+    result: OrderedDict[Key, Any] = OrderedDict(zip(keys, values, strict=True))
+    if node[3] is not None:
+        result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]  # where nn.Module looks for it
+    return result
+
+
+def _is_chunks(node: Node) -> bool:
+    return isinstance(node, list) and node[:1] == ["chunks"]
+
+
+def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
+    """Keys and children of a container, after checking that it is one."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+    if not isinstance(node, list) or not node:
+        raise ValueError(f"not a structure node: {str(node)[:60]}")
+    kind, *rest = node
+    if kind == "list" and len(rest) == 1 and isinstance(rest[0], list):
+        return list(range(len(rest[0]))), rest[0]
+    if (kind == "dict" and len(rest) == 2) or (kind == "odict" and len(rest) == 3):
+        keys, children = rest[0], rest[1]
+        if isinstance(keys, list) and isinstance(children, list) and len(keys) == len(children):
+            if all(map(_is_key, keys)) and len(set(keys)) == len(keys) and all(map(_is_metadata, rest[2:])):
+                return keys, children
+    raise ValueError(f"not a structure node: {str(node)[:60]}")
+
+
+def _is_key(key: Any) -> bool:
+    return key is None or isinstance(key, (str, int)) or (isinstance(key, float) and math.isfinite(key))
+
+
+def _is_metadata(metadata: Any) -> bool:
+    return metadata is None or (
+        isinstance(metadata, dict)
+        and all(
+            isinstance(entry, dict) and all(isinstance(value, (int, str)) for value in entry.values())
+            for entry in metadata.values()
+        )
+    )
+
+
+def fqn(path: Path) -> str:
+    """The name DCP gives a leaf: its keys joined by dots."""
+    return ".".join(map(str, path))
+
+
+def describe(path: Path) -> str:
+    """A leaf as a user would write it: ``optimizer['state'][3]['exp_avg']``."""
+    if not path:
+        return "state"
+    head, *rest = path
+    return f"{head if isinstance(head, str) and head.isidentifier() else f'state[{head!r}]'}" + "".join(
+        f"[{key!r}]" for key in rest
+    )
+
+
+def to_json(node: Node) -> str:
+    return json.dumps(node, separators=(",", ":"), allow_nan=False)

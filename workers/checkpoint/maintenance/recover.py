@@ -1,0 +1,249 @@
+"""What a run does with the partial directories of runs before it: finish what can be finished, remove the rest.
+
+The caller holds the run's lock, so nobody writes to them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
+
+from stager.workers.checkpoint.write.save_record import from_record, record_name, recorded_ranks
+
+from stager.workers.checkpoint.commit.commit import build_manifest, manifest_of, publish, put_in_place, read_shares
+from stager.workers.checkpoint.commit.merge import merge
+from stager.workers.checkpoint.commit.persist import discard_unfinished
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from stager.workers.checkpoint.directory.receipt import finished_ranks, receipt_name
+from stager.workers.checkpoint.directory.run_directory import (
+    REPLACED,
+    checkpoint_name,
+    parse_partial,
+    partial_name,
+    partial_names,
+    read_checkpoint,
+    remove_partial,
+    removing_names,
+    unfinished_name,
+    unfinished_saves,
+)
+from stager.workers.checkpoint.layout.layout import Layout
+from stager.workers.checkpoint.read.verify import check_files
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, InconsistentRanksError, StorageError
+
+
+class Outcome(Enum):
+    COMMITTED = "committed"
+    REMOVED = "removed"
+    LEFT = "left as it is"
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A partial directory that was found: its name, what became of it, and why."""
+
+    name: str
+    outcome: Outcome
+    reason: str
+
+
+class _UnfinishedError(CorruptCheckpointError):
+    """Parts of it are missing, and nothing is wrong with the others, as far as can be seen."""
+
+
+def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = False) -> list[Recovered]:
+    """Deal with every partial directory. What the file system does not let us deal with is left: it is in nobody's way.
+
+    Args:
+        dry_run: change nothing; say what would be done.
+        leave_unfinished: do not remove what may still be completed (by replicas, see ``replica.py``), and take up again what
+            was given up for want of a part.
+
+    Raises:
+        StorageError: the directory cannot be listed.
+    """
+    unfinished = unfinished_saves(directory)
+    return [
+        *(_take_up(directory, save, dry_run, leave_unfinished) for save in unfinished),
+        *(_recover_one(directory, name, dry_run, leave_unfinished) for name in partial_names(directory)),
+        *(_go_on_removing(directory, name, dry_run) for name in removing_names(directory)),
+    ]
+
+
+def _recover_one(directory: str, name: str, dry_run: bool, leave_unfinished: bool) -> Recovered:
+    try:
+        try:
+            return Recovered(name, Outcome.COMMITTED, _finish(directory, name, dry_run))
+        except (CorruptCheckpointError, CheckpointNotFoundError, InconsistentRanksError) as error:
+            if leave_unfinished and isinstance(error, _UnfinishedError):
+                return Recovered(name, Outcome.LEFT, str(error))
+            if not dry_run:
+                remove_partial(directory, name)
+            return Recovered(name, Outcome.REMOVED, str(error))
+    except StorageError as error:
+        return Recovered(name, Outcome.LEFT, str(error))
+
+
+def _take_up(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinished: bool) -> Recovered:
+    """What was set aside (``persist.set_aside``)."""
+    name, path = unfinished_name(*save), os.path.join(directory, unfinished_name(*save))
+    try:
+        if not leave_unfinished:
+            if not dry_run:
+                discard_unfinished(directory, *save)
+            return Recovered(name, Outcome.REMOVED, "parts of it did not come in time, and it was given up")
+        if not dry_run:
+            with storage_errors("rename", path):
+                os.rename(path, os.path.join(directory, partial_name(*save)))
+    except StorageError as error:
+        return Recovered(name, Outcome.LEFT, str(error))
+    return Recovered(name, Outcome.LEFT, "replicas may have what is missing of it")
+
+
+def _go_on_removing(directory: str, name: str, dry_run: bool) -> Recovered:
+    """See NOTE [ How a checkpoint goes ] in ``removal.py``."""
+    path = os.path.join(directory, name)
+    try:
+        if not dry_run:
+            with storage_errors("remove", path):
+                files.remove(path)
+    except StorageError as error:
+        return Recovered(name, Outcome.LEFT, str(error))
+    return Recovered(name, Outcome.REMOVED, "it was being removed, by retention or because its save had failed")
+
+
+def _finish(directory: str, name: str, dry_run: bool) -> str:
+    """Commit a partial directory and say why, or raise that it cannot be."""
+    partial = os.path.join(directory, name)
+    step, save_id = parse_partial(name)
+    with _locked(partial) as directory_fd:
+        manifest = _read_manifest(partial)
+        if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
+            return _bring_back(directory, partial, step, manifest, directory_fd, dry_run)
+        if manifest is not None:
+            spec, full = _facts_of(directory, manifest), True  # it does not tell whether the files were synced
+            reason = "its manifest was written, only the rename was missing"
+        else:
+            spec, layout = _read_record(directory, partial)
+            full = not spec.fsync
+            reason = "every part was written, only the commit was missing"
+        if (spec.step, spec.save_id) != (step, save_id):
+            raise CorruptCheckpointError(partial, f"holds what was to be {partial_name(spec.step, spec.save_id)}")
+        _check_place(directory, partial, spec)
+        manifest = manifest or _from_receipts(partial, spec, layout, directory_fd, dry_run)
+        # Without fsync a receipt is no proof after a power failure; and what the receipts proved may be damaged since.
+        problems = check_files(partial, manifest, full=full)
+        if problems:
+            raise CorruptCheckpointError(partial, f"damaged: {problems[0]}")
+        if not dry_run:
+            publish(spec, manifest, directory_fd)
+    return reason
+
+
+@contextmanager
+def _locked(partial: str) -> Iterator[int]:
+    """The directory, with nobody writing to it."""
+    with storage_errors("open", partial):
+        try:
+            directory_fd = files.open_directory(partial, follow=False)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise CorruptCheckpointError(partial, "is not a directory") from error
+            raise
+        try:
+            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: left as it is
+            yield directory_fd
+        finally:
+            os.close(directory_fd)
+
+
+def _read_record(directory: str, partial: str) -> tuple[SaveSpec, Layout]:
+    """Of any rank's share: it says what makes up the save."""
+    ranks = recorded_ranks(os.listdir(partial))
+    path = os.path.join(partial, record_name(ranks[0] if ranks else 0))
+    data = files.read_if_exists(path)
+    if data is None:
+        raise _UnfinishedError(partial, "never finished: it has no record of what was to be written")
+    return from_record(data, path, directory)
+
+
+def _read_manifest(partial: str) -> Manifest | None:
+    path = os.path.join(partial, MANIFEST_NAME)
+    data = files.read_if_exists(path)
+    return None if data is None else parse_manifest(data, path)
+
+
+def _from_receipts(partial: str, spec: SaveSpec, layout: Layout, directory_fd: int, dry_run: bool) -> Manifest:
+    if dry_run:  # as it would be, without the files that would be written
+        shares = read_shares(spec, layout, os.listdir(directory_fd))
+        manifest = None if shares is None else build_manifest(shares, *merge(shares, partial), ())
+    else:
+        manifest = manifest_of(spec, layout, directory_fd)
+    if manifest is None:
+        names = os.listdir(directory_fd)
+        if spec.num_ranks > 1:
+            there = finished_ranks(names)
+            missing = list(islice((rank for rank in range(spec.num_ranks) if rank not in there), 9))
+            whose = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            raise _UnfinishedError(partial, f"never finished: parts of rank {whose} are missing")
+        parts = [i for i in range(spec.num_parts) if receipt_name(0, i, spec.num_parts) not in names]
+        raise _UnfinishedError(partial, f"never finished: {len(parts)} of {spec.num_parts} parts are missing")
+    return manifest
+
+
+def _bring_back(
+    directory: str, partial: str, step: int, manifest: Manifest | None, directory_fd: int, dry_run: bool
+) -> str:
+    """A checkpoint that was being replaced: it is only wanted when what should replace it did not make it. Or one of
+    ``StagerStorageWriter``, whose partial directories do not have the save's name: it may be less than whole."""
+    final = os.path.join(directory, checkpoint_name(step))
+    if os.path.lexists(final):
+        raise CorruptCheckpointError(partial, f"was replaced by the {final} that is there")
+    if manifest is None or manifest.header.step != step:
+        raise CorruptCheckpointError(partial, "is no whole checkpoint")
+    if not partial.endswith(REPLACED):
+        problems = check_files(partial, manifest, full=True)
+        if problems:
+            raise CorruptCheckpointError(partial, f"damaged: {problems[0]}")
+        if not dry_run:
+            put_in_place(partial, final, manifest, directory_fd, fsync=True)
+        return "its manifest was written, only the rename was missing"
+    if not dry_run:
+        with storage_errors("commit", final):
+            os.rename(partial, final)
+            files.sync_directory(directory)
+    return "it was to be replaced, but what was to replace it is not there"
+
+
+def _facts_of(directory: str, manifest: Manifest) -> SaveSpec:
+    header = manifest.header
+    return SaveSpec(
+        directory=directory,
+        step=header.step,
+        save_id=header.save_id,
+        kind=header.kind,
+        num_parts=0,
+        fsync=True,
+        created=header.created,
+        stager=header.stager,
+        torch=header.torch,
+    )
+
+
+def _check_place(directory: str, partial: str, spec: SaveSpec) -> None:
+    """A newer checkpoint of the same step stays."""
+    try:
+        info, _ = read_checkpoint(directory, spec.step)
+    except (CheckpointNotFoundError, CorruptCheckpointError):
+        return
+    if info.created >= spec.created:
+        raise CorruptCheckpointError(partial, f"older than the {info.path} that is there")

@@ -1,0 +1,147 @@
+"""How checkpoints go, once it is decided which.
+
+NOTE [ How a checkpoint goes ]
+    1. its directory's lock, exclusively and without waiting: nobody reads it
+    2. rename step-N -> step-N.removing-<nonce>; the lock is let go; when all are renamed the parent directory is synced
+    3. its files are unlinked, then the directory
+Killed before 2 it is there as ever, later it is no checkpoint by its name, and whoever prunes or recovers next goes on with
+3. Files that other checkpoints share (incremental saves) only lose a name. Two processes may prune at once: the second
+finds that a name is gone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+
+from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.files import is_still, storage_errors
+from stager.workers.checkpoint.directory.protected import read_protected
+from stager.workers.checkpoint.directory.run_directory import removing_name
+from stager.workers.errors import StorageError
+from stager.workers.faults import point
+
+
+class Fate(Enum):
+    KEPT = "kept"
+    REMOVED = "removed"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one checkpoint, or would become of it.
+
+    Attributes:
+        step, path: which.
+        fate: kept: by the rules; removed; left: the rules do not keep it, or would count it, but something is in the way.
+        reason: why.
+        damaged: it was found to be damaged.
+    """
+
+    step: int
+    path: str
+    fate: Fate
+    reason: str
+    damaged: bool = False
+
+
+def remove(directory: str, doomed: list[Verdict]) -> tuple[dict[int, Verdict], int]:
+    """See NOTE [ How a checkpoint goes ]. The verdicts as they turned out, and the bytes that are free now."""
+    verdicts: dict[int, Verdict] = {}
+    renamed: dict[int, str] = {}
+    for verdict in doomed:
+        try:
+            outcome = _take_name(directory, verdict)
+        except StorageError as error:
+            outcome = _left(verdict, str(error))
+        if isinstance(outcome, Verdict):
+            verdicts[verdict.step] = outcome
+        else:
+            renamed[verdict.step] = outcome
+    if renamed:
+        with storage_errors("sync", directory):
+            files.sync_directory(directory)  # or a power failure could bring names back whose files are gone
+    point("prune.renamed")
+    freed_bytes = exclusive_bytes(renamed.values())
+    for verdict in doomed:
+        if verdict.step in renamed:
+            try:
+                delete(renamed[verdict.step])
+                verdicts[verdict.step] = verdict
+            except StorageError as error:
+                verdicts[verdict.step] = _left(verdict, f"it has lost its name, and is not all gone: {error}")
+    point("prune.removed")
+    return verdicts, freed_bytes
+
+
+def _left(verdict: Verdict, reason: str) -> Verdict:
+    return Verdict(verdict.step, verdict.path, Fate.LEFT, reason)
+
+
+def _take_name(directory: str, verdict: Verdict) -> str | Verdict:
+    """Where it is now; or why it stays."""
+    path = verdict.path
+    with storage_errors("remove", path):
+        try:
+            directory_fd = files.open_directory(path, follow=False)
+        except FileNotFoundError:
+            return Verdict(verdict.step, path, Fate.REMOVED, "somebody else removed it")
+        try:
+            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_still(path, directory_fd):
+                return _left(verdict, "it was replaced just now")
+            if verdict.step in read_protected(directory):  # since we looked; who protects holds the lock meanwhile
+                return Verdict(verdict.step, path, Fate.KEPT, "protected")
+            aside = os.path.join(directory, removing_name(verdict.step, secrets.token_hex(8)))
+            os.rename(path, aside)
+            # A commit that replaces it waits for our lock (``publish``), unless we were stopped for seconds right here.
+            if not is_still(aside, directory_fd):
+                os.rename(aside, path)
+                return _left(verdict, "it was replaced just now")
+        except BlockingIOError:
+            return _left(verdict, "it is being read")
+        finally:
+            os.close(directory_fd)
+    return aside
+
+
+def delete(path: str) -> None:
+    """
+    Raises:
+        StorageError
+    """
+    with storage_errors("remove", path):
+        with suppress(FileNotFoundError, NotADirectoryError):  # a link to a directory is no directory
+            _unlink_all(files.open_directory(path, follow=False))
+        files.remove(path)
+
+
+def _unlink_all(directory_fd: int) -> None:
+    try:
+        for name in sorted(os.listdir(directory_fd)):
+            point("prune.removing")
+            with suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(name, dir_fd=directory_fd)
+    finally:
+        os.close(directory_fd)
+
+
+def exclusive_bytes(paths: Iterable[str]) -> int:
+    """Of the files in these directories, those that have all their names there."""
+    seen: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for path in paths:
+        try:
+            stats = [entry.stat(follow_symlinks=False) for entry in os.scandir(path)]
+        except OSError:  # it goes while we look
+            continue
+        for stat in stats:
+            identity = (stat.st_dev, stat.st_ino)
+            count = seen[identity][0] + 1 if identity in seen else 1
+            seen[identity] = (count, stat.st_nlink, stat.st_size)
+    return sum(nbytes for count, links, nbytes in seen.values() if count >= links)

@@ -1,0 +1,175 @@
+"""Which checkpoints stay, and how the others go.
+
+    rules        the newest ``keep_latest``, every step that ``keep_every`` divides, what is protected; no rule: all stay
+    safety       only what passes quick verification counts as one of the newest, and the newest that counts must pass full
+                 verification before anything goes. So the last valid one is never removed
+    not touched  partial directories; what is damaged and would count; what is being read (``read_lock.py``)
+
+How the others go: ``removal.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stager.workers.checkpoint.commit.commit import has_manifest
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.protected import read_protected
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps, removing_names
+from stager.workers.checkpoint.maintenance.removal import Fate, Verdict, delete, exclusive_bytes, remove
+from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.faults import point
+
+__all__ = ["Fate", "PruneReport", "RetentionRules", "Verdict", "prune"]
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionRules:
+    """Attributes:
+    keep_latest: so many of the newest stay; None: no such rule.
+    keep_every: steps that are multiples of it stay; None: no such rule. Without ``keep_latest`` the newest stays as well.
+    protected: these stay, besides those of :mod:`stager.workers.checkpoint.directory.protected`.
+    full: the newest that counts is hashed before anything is removed; else its names and sizes are looked at.
+    num_threads: that hash; None: the cores this process may use, at most 8.
+    """
+
+    keep_latest: int | None = None
+    keep_every: int | None = None
+    protected: frozenset[int] = frozenset()
+    full: bool = True
+    num_threads: int | None = None
+
+    @property
+    def keep_all(self) -> bool:
+        return self.keep_latest is None and self.keep_every is None
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """Attributes:
+    verdicts: newest first.
+    freed_bytes: of files that no other checkpoint shares.
+    dry_run: nothing was changed; ``removed`` means "would be".
+    """
+
+    verdicts: tuple[Verdict, ...]
+    freed_bytes: int
+    dry_run: bool
+
+    def steps(self, fate: Fate) -> list[int]:
+        return [verdict.step for verdict in self.verdicts if verdict.fate is fate]
+
+    @property
+    def damaged(self) -> list[int]:
+        return [verdict.step for verdict in self.verdicts if verdict.damaged]
+
+
+def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> PruneReport:
+    """Apply ``rules`` to the checkpoints of a run. Needs no lock of the run's; safe to be run again after a crash.
+
+    Raises:
+        StorageError: the directory cannot be read.
+        CorruptCheckpointError: the list of protected steps is damaged; nothing was removed.
+    """
+    point("prune.begin")
+    if not dry_run:
+        for name in removing_names(directory):  # of one who was killed
+            delete(os.path.join(directory, name))
+    steps = committed_steps(directory)
+    verdicts = _judge(directory, steps, rules, _trusted)
+    if any(verdict.fate is Fate.REMOVED for verdict in verdicts.values()):  # damage found now only lets more stay
+        verdicts = _judge(directory, steps, rules, _verified)
+    doomed = [step for step in steps if verdicts[step].fate is Fate.REMOVED]
+    point("prune.verified")
+    if dry_run or not doomed:
+        freed_bytes = exclusive_bytes(verdicts[step].path for step in doomed)
+    else:
+        outcome, freed_bytes = remove(directory, [verdicts[step] for step in doomed])
+        verdicts.update(outcome)
+    return PruneReport(tuple(verdicts[step] for step in steps), freed_bytes, dry_run)
+
+
+# -- who goes ---------------------------------------------------------------------------------------------------
+
+
+_Check = Callable[[str, int, RetentionRules, bool], str | None]
+"""(directory, step, rules, whether it is the first that would count) -> what is wrong with it."""
+
+
+def _trusted(directory: str, step: int, rules: RetentionRules, first: bool) -> str | None:
+    return None
+
+
+def _verified(directory: str, step: int, rules: RetentionRules, first: bool) -> str | None:
+    path = os.path.join(directory, checkpoint_name(step))
+    result = verify_checkpoint(path, full=rules.full and first, num_threads=rules.num_threads)
+    if not result.ok:
+        return result.problems[0]
+    return None if result.step == step else f"it was renamed: it is of step {result.step}"
+
+
+def _judge(directory: str, steps: list[int], rules: RetentionRules, check: _Check) -> dict[int, Verdict]:
+    """By step. ``steps`` are the newest first."""
+
+    def verdict(step: int, fate: Fate, reason: str, *, damaged: bool = False) -> Verdict:
+        return Verdict(step, os.path.join(directory, checkpoint_name(step)), fate, reason, damaged)
+
+    if rules.keep_all:
+        return {step: verdict(step, Fate.KEPT, "there is no rule: all are kept") for step in steps}
+    verdicts: dict[int, Verdict] = {}
+    wanted = rules.keep_latest or 1
+    latest, damaged = _newest_valid(directory, steps, wanted, rules, check)
+    protected = rules.protected | read_protected(directory)
+    youngest = _youngest(directory, steps, wanted)
+    for step in steps:
+        if step in protected:
+            verdicts[step] = verdict(step, Fate.KEPT, "protected", damaged=step in damaged)
+        elif step in latest:
+            verdicts[step] = verdict(step, Fate.KEPT, f"one of the newest {wanted}")
+        elif step in damaged:
+            verdicts[step] = verdict(step, Fate.LEFT, f"damaged: {damaged[step]}", damaged=True)
+        elif rules.keep_every is not None and step % rules.keep_every == 0:
+            verdicts[step] = verdict(step, Fate.KEPT, f"a multiple of {rules.keep_every}")
+        elif step in youngest:
+            verdicts[step] = verdict(step, Fate.KEPT, f"one of the {wanted} that were committed last")
+        elif not latest:
+            verdicts[step] = verdict(step, Fate.LEFT, "no valid checkpoint would remain")
+        elif os.path.islink(os.path.join(directory, checkpoint_name(step))):
+            verdicts[step] = verdict(step, Fate.LEFT, "it is a link to somewhere else: not ours to remove")
+        elif not has_manifest(os.path.join(directory, checkpoint_name(step))):
+            verdicts[step] = verdict(step, Fate.LEFT, "it has no manifest: it may not be a checkpoint", damaged=True)
+        else:
+            verdicts[step] = verdict(step, Fate.REMOVED, "no rule keeps it")
+    return verdicts
+
+
+def _newest_valid(
+    directory: str, steps: list[int], wanted: int, rules: RetentionRules, check: _Check
+) -> tuple[set[int], dict[int, str]]:
+    """Up to ``wanted`` steps that count; and those that would have, with what is wrong."""
+    valid: set[int] = set()
+    damaged: dict[int, str] = {}
+    for step in steps:
+        if len(valid) == wanted:
+            break
+        problem = check(directory, step, rules, not valid)
+        if problem is None:
+            valid.add(step)
+        else:
+            damaged[step] = problem
+    return valid, damaged
+
+
+def _youngest(directory: str, steps: list[int], count: int) -> set[int]:
+    """The steps committed last. After a return to an earlier step these are not the highest: without this the first save of
+    the new branch would be removed at once."""
+    times = []
+    for step in steps:
+        try:
+            stat = os.lstat(os.path.join(directory, checkpoint_name(step), MANIFEST_NAME))
+        except OSError:
+            continue
+        times.append((stat.st_mtime_ns, step))
+    return {step for _, step in sorted(times, reverse=True)[:count]}

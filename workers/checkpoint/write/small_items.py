@@ -1,0 +1,82 @@
+"""Many small items as one write: their spans are put together in one buffer, and each is hashed in it.
+
+Piece by piece (header, bytes, tail; hasher, vector of buffers) an item costs 8 microseconds of Python, here about 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import xxhash
+
+from stager.workers.checkpoint.layout.layout import Layout, Segment
+
+_SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
+_RUN_BYTES = 2 << 20  # stays in the cache
+
+_Frame = tuple[bytes, int, int, bytes]  # header, the raw bytes' start and end in the slab, tail and padding
+
+
+def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Sequence[Segment]]]:
+    """``segments`` in runs: (True, whole spans that are small and follow each other in a file), (False, any others)."""
+    items, ends = layout.items, layout.ends()
+    first, nbytes = 0, 0
+    was_small = False
+    for position, segment in enumerate(segments):
+        length = segment.end - segment.start
+        item = items[segment.index]
+        small = length <= _SMALL_BYTES and segment.start == item.offset and segment.end == ends[segment.index]
+        follows = small and was_small and nbytes + length <= _RUN_BYTES and segment.start != 0
+        if position and not (follows or (not small and not was_small)):
+            yield was_small, segments[first:position]
+            first, nbytes = position, 0
+        was_small = small
+        nbytes += length
+    if segments:
+        yield was_small, segments[first:]
+
+
+class SmallItems:
+    """
+    Args:
+        layout: of the save.
+        view: the slab.
+        base: where a whole snapshot's slab has the first byte of this one.
+        frame: (header, tail) of an item.
+    """
+
+    def __init__(
+        self, layout: Layout, view: memoryview, base: int, frame: Callable[[int], tuple[bytes, bytes]]
+    ) -> None:
+        self._layout = layout
+        self._view = view
+        self._base = base
+        self._frame = frame
+        num_fixed = layout.memo.num_fixed
+        self._kept: list[_Frame | None] = layout.memo.of_plan("frames", lambda: [None] * num_fixed)
+        self._tails: dict[tuple[bytes, int], bytes] = layout.memo.of_plan("tails", dict)
+
+    def pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
+        """The bytes of a run of whole spans, and the hash of each, hex."""
+        view, base, kept = self._view, self._base, self._kept
+        num_kept = len(kept)
+        pieces: list[bytes | memoryview] = []
+        for segment in run:
+            index = segment.index
+            frame = (kept[index] if index < num_kept else None) or self._make(segment)
+            head, start, end, tail = frame
+            pieces += (head, view[start - base : end - base], tail)
+        data = b"".join(pieces)
+        spans, position = memoryview(data), run[0].start
+        return data, [xxhash.xxh3_128_hexdigest(spans[s.start - position : s.end - position]) for s in run]
+
+    def _make(self, segment: Segment) -> _Frame:
+        index = segment.index
+        item = self._layout.items[index]
+        head, tail = self._frame(index)
+        padding = segment.end - item.offset - item.nbytes
+        padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are the same: kept once
+        frame = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
+        if index < len(self._kept):
+            self._kept[index] = frame
+        return frame

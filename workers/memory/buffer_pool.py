@@ -1,0 +1,98 @@
+"""Staging buffers that belong to a result until it lets go of them, and are used again afterwards.
+
+NOTE [ Leases ]
+Every buffer the pool ever gave out stays known to it. A buffer is *leased* while anything but the pool refers to it: a
+tensor, a view of one, a numpy array over one; nothing has to be called for the lease to end. ``release`` ends it
+early. A leased buffer is never given out again, so a later ``stage()`` cannot change an earlier result.
+The pool sees this process only. When a result was sent to another process, hold on to it (or to a tensor of it) here
+until the other side has finished reading, as ``dcp.async_save`` does by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from stager.workers.memory.host_buffers import HostBuffers
+
+_IDLE_PASSES = 2  # a buffer that this many passes found no use for is given back to the system
+
+
+class _Buffer:
+    __slots__ = ("last_pass", "released", "storage")
+
+    def __init__(self, storage: torch.UntypedStorage, last_pass: int) -> None:
+        self.storage = storage
+        self.last_pass = last_pass
+        self.released = False
+
+    def is_leased(self) -> bool:
+        # Ours are the only references: `self.storage` on the C++ side, `self.storage` and getrefcount's argument here.
+        used = torch._C._storage_Use_Count(self.storage._cdata) > 1 or sys.getrefcount(self.storage) > 2
+        return used and not self.released
+
+
+class BufferPool:
+    """Not thread-safe: one staging pass at a time, ``release`` between passes."""
+
+    def __init__(self, buffers: HostBuffers) -> None:
+        self._buffers = buffers
+        self._all: dict[int, _Buffer] = {}  # by identity of the storage, which the pool keeps alive
+        self._free: dict[int, list[_Buffer]] = {}  # by size in bytes
+        self._pass = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def begin_pass(self) -> None:
+        """Find out which leases have ended. Call it once before a pass's :meth:`take` calls."""
+        self._pass += 1
+        free: dict[int, list[_Buffer]] = defaultdict(list)
+        idle = []
+        for key, buffer in self._all.items():
+            if buffer.is_leased():
+                continue
+            if self._pass - buffer.last_pass > _IDLE_PASSES:
+                idle.append(key)
+            else:
+                free[buffer.storage.nbytes()].append(buffer)
+        for key in idle:
+            del self._all[key]
+        for waiting in free.values():
+            waiting.reverse()  # oldest first: a structure that did not change gets its own buffers back
+        self._free = free
+
+    def take(self, nbytes: int) -> torch.UntypedStorage:
+        """A buffer of exactly ``nbytes`` that nobody reads, leased until its last user drops it."""
+        waiting = self._free.get(nbytes)
+        if waiting:
+            buffer = waiting.pop()
+        else:
+            buffer = _Buffer(self._buffers.new(nbytes), self._pass)
+            self._all[id(buffer.storage)] = buffer
+        buffer.last_pass = self._pass
+        buffer.released = False
+        return buffer.storage
+
+    def release(self, storages: Iterable[torch.UntypedStorage]) -> int:
+        """End the leases of these buffers, whoever still refers to them; how many were the pool's."""
+        count = 0
+        for storage in storages:
+            buffer = self._all.get(id(storage))
+            if buffer is not None and not buffer.released:
+                buffer.released = True
+                count += 1
+        return count
+
+    def release_all(self) -> None:
+        for buffer in self._all.values():
+            buffer.released = True
+
+    def close(self) -> None:
+        """Forget every buffer; leased ones live on with their results."""
+        self._all.clear()
+        self._free = {}
+        self._buffers.drop()

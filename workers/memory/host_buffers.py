@@ -1,0 +1,123 @@
+"""Where staged bytes live: CPU storages that are private or shared, pageable or pinned.
+
+NOTE [ Regions and slabs ]
+A *region* is one page-aligned piece of memory: one mapping (one file descriptor) if shared, one registration if
+pinned. Storages of ``OWN_REGION_BYTES`` or more get a region of their own, freed with them. Smaller ones share a *slab*, a
+region that is filled from the front and freed when the last storage in it goes. When ``fd_budget`` regions are alive,
+large storages share slabs too, and slabs grow with what was allocated before, so that the number of file descriptors
+grows with the logarithm of the bytes (up to 1 GiB a slab) and never with the number of tensors.
+Private pageable storages need none of this and are torch's own.
+
+What it costs: one storage of a slab that is kept alive keeps the whole slab alive, and a slab's unused end is
+wasted: address space, and memory only once touched. Shared regions are anonymous (memfd): no name in ``/dev/shm``, no
+``/dev/shm`` size limit, and nothing is left behind by a SIGKILL.
+"""
+
+# mypy: allow-untyped-calls
+# (torch annotates neither its storages nor its rebuilding functions)
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import weakref
+
+import torch
+from torch.multiprocessing import get_sharing_strategy
+
+from stager.workers.memory.pinning import pin
+from stager.workers.memory.shared_slice import slice_shared
+
+OWN_REGION_BYTES = 1 << 20
+_MIN_SLAB_BYTES = 4 << 20
+_MAX_SLAB_BYTES = 1 << 30
+_ALIGN_BYTES = 64  # what torch's own CPU allocator gives
+_UNLIMITED_FDS = 1 << 16
+
+
+class HostBuffers:
+    """Allocates CPU storages. Not thread-safe.
+
+    Args:
+        shared: storages are in shared memory: ``is_shared()``, sent by torch.multiprocessing without a copy.
+        pinned: storages are page-locked; needs CUDA. Falls back to pageable memory with one warning.
+        pin_min_bytes: storages smaller than this many bytes are not pinned.
+        fd_budget: regions alive before large storages share slabs too; default an eighth of ``ulimit -n``.
+    """
+
+    def __init__(
+        self, *, shared: bool = False, pinned: bool = False, pin_min_bytes: int = 5, fd_budget: int | None = None
+    ) -> None:
+        self.shared = shared
+        self.pinned = pinned
+        self.pin_min_bytes = pin_min_bytes
+        self._fd_budget = default_fd_budget() if fd_budget is None else fd_budget
+        self._regions: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._slab: torch.UntypedStorage | None = None
+        self._slab_start = 0
+        self._slab_used = 0
+        self._total_bytes = 0
+
+    def new(self, nbytes: int) -> torch.UntypedStorage:
+        """An uninitialised storage of ``nbytes`` bytes. Raises OSError when the system gives no memory or descriptor."""
+        pinned = self.pinned and nbytes >= self.pin_min_bytes
+        if nbytes == 0 or not (self.shared or pinned):
+            return torch.UntypedStorage(nbytes, device="cpu")
+        self._total_bytes += nbytes
+        if nbytes >= OWN_REGION_BYTES and len(self._regions) < self._fd_budget:
+            region, start = self._new_region(nbytes)
+            self._regions.add(region)
+            return region if start == 0 and region.nbytes() == nbytes else self._slice(region, start, nbytes)
+        return self._carve(nbytes)
+
+    def drop(self) -> None:
+        """Forget the slab being filled: the next storage starts a new one. Storages given out keep theirs."""
+        self._slab = None
+        self._total_bytes = 0
+
+    def _carve(self, nbytes: int) -> torch.UntypedStorage:
+        if self._slab is None or self._slab_used + nbytes > self._slab.nbytes() - self._slab_start:
+            size = max(nbytes, min(max(self._total_bytes // 2, _MIN_SLAB_BYTES), _MAX_SLAB_BYTES))
+            self._slab, self._slab_start = self._new_region(_round_up(size, mmap.PAGESIZE))
+            self._slab_used = 0
+            self._regions.add(self._slab)
+        start = self._slab_start + self._slab_used
+        self._slab_used += _round_up(nbytes, _ALIGN_BYTES)
+        return self._slice(self._slab, start, nbytes)
+
+    def _slice(self, region: torch.UntypedStorage, start: int, nbytes: int) -> torch.UntypedStorage:
+        return slice_shared(region, start, nbytes) if self.shared else region[start : start + nbytes]
+
+    def _new_region(self, nbytes: int) -> tuple[torch.UntypedStorage, int]:
+        """Memory, and where in it (bytes) ``nbytes`` page-aligned bytes begin."""
+        if self.shared:
+            region, start = new_shared_mapping(nbytes), 0
+        else:  # whole pages of its own, or a neighbour's registration would overlap this one's
+            region = torch.UntypedStorage(_round_up(nbytes, mmap.PAGESIZE) + mmap.PAGESIZE, device="cpu")
+            start = -region.data_ptr() % mmap.PAGESIZE
+        if self.pinned:
+            self.pinned = pin(region, region.data_ptr() + start, _round_up(nbytes, mmap.PAGESIZE))
+        return region, start
+
+
+def new_shared_mapping(nbytes: int) -> torch.UntypedStorage:
+    """Zeroed shared memory as a torch storage (bytes): anonymous, one file descriptor, gone with its last user."""
+    if get_sharing_strategy() == "file_system":  # the user chose names; only named memory is then sent without a copy
+        named: torch.UntypedStorage = torch.UntypedStorage._new_shared(nbytes)
+        return named
+    fd = os.memfd_create("stager", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, nbytes)
+        return torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[no-any-return, attr-defined]  # not in its stubs
+    finally:
+        os.close(fd)  # torch maps and keeps a duplicate
+
+
+def default_fd_budget() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, (_UNLIMITED_FDS if soft == resource.RLIM_INFINITY else soft) // 8)
+
+
+def _round_up(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit

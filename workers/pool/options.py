@@ -1,0 +1,57 @@
+"""How a pool runs its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+IONICE_CLASSES = ("none", "low", "idle")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """Attributes:
+    nice: added to each worker's niceness, 0..19.
+    ionice: "none", "low" or "idle".
+    start_timeout_secs: a worker that is not ready by then is killed and replaced.
+    max_restarts: how often one task may lose its worker before its Future fails, and how often in a row workers
+        may fail to start before what waits for them fails.
+    max_timeouts: how often one task may miss ``task_timeout_secs`` before its Future fails: a task that always hangs fails
+        after this many times that long, and the starts of as many workers.
+    task_timeout_secs: a task that runs longer has its worker killed; ``None``: no limit.
+    heartbeat_timeout_secs: a worker that holds a task and shows no sign of life is killed by then; ``None``: no such
+        limit. See NOTE [ When a worker is stuck ] in ``workers/pool/heartbeat.py``.
+    orphan_timeout_secs: how long workers may finish what was handed over when the trainer is gone.
+    shutdown_timeout_secs: each rung of the shutdown ladder (``workers/pool/shutdown.py``).
+    env: environment variables for the workers, on top of this process's.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    nice: int = 0
+    ionice: str = "none"
+    start_timeout_secs: float = 120.0
+    max_restarts: int = 8
+    max_timeouts: int = 3
+    task_timeout_secs: float | None = None
+    heartbeat_timeout_secs: float | None = 30.0
+    orphan_timeout_secs: float = 600.0
+    shutdown_timeout_secs: float = 10.0
+    env: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.nice <= 19:
+            raise ValueError(f"nice must be 0 to 19, got {self.nice}")
+        if self.ionice not in IONICE_CLASSES:
+            raise ValueError(f"ionice must be one of {', '.join(IONICE_CLASSES)}, got {self.ionice!r}")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts must be 0 or more, got {self.max_restarts}")
+        if self.max_timeouts < 1:
+            raise ValueError(f"max_timeouts must be 1 or more, got {self.max_timeouts}")
+        for name in ("start_timeout_secs", "task_timeout_secs", "orphan_timeout_secs", "shutdown_timeout_secs"):
+            secs = getattr(self, name)
+            if secs is not None and not secs >= 0:  # NaN is refused, too
+                raise ValueError(f"{name} must be 0 or more, got {secs}")
+        if self.heartbeat_timeout_secs is not None and not self.heartbeat_timeout_secs > 0:
+            raise ValueError(f"heartbeat_timeout_secs must be more than 0, got {self.heartbeat_timeout_secs}")

@@ -1,0 +1,264 @@
+"""A pool of long-lived worker processes.
+
+      trainer process                                            worker process 1..n
+    +----------------------------------------------+           +---------------------------+
+    |  submit(fn, *args) -> Future                 |           |                           |
+    |     |  pickle, dup descriptors               |           |   Inbox -> decode         |
+    |     v                                        |           |     |                     |
+    |  pending ----(a worker is idle)----+         |           |     v                     |
+    |                                    v         |  socket   |   run the task            |
+    |  hand_over(fn, *args) -------> Outbox 1..n ==|===========|     |                     |
+    |     (sent before it returns)                 |   pair    |     v                     |
+    |  supervisor thread                           |           |   reply: Done | Failed    |
+    |     <------------------------- Inbox 1..n  <=|===========|                           |
+    |     watches: sockets, pidfds, deadlines,     |           |   pidfd of the trainer    |
+    |              heartbeats                      |           |                           |
+    +----------------------------------------------+           +---------------------------+
+            memory is never copied through a socket: descriptors of shared storages travel beside the message
+
+The caller's threads
+  * pickle the call, so that a mistake in it is raised where it was made;
+  * never wait for a worker, except that ``hand_over`` waits until the kernel has taken the message.
+The supervisor thread (``supervisor.py``) is the only one that
+  * reads from workers and resolves Futures, so a Future's callbacks run in it (``close`` fails what it did not wait for);
+  * notices deaths, missed deadlines and missing signs of life, replaces workers and lets their tasks wait again;
+  * gives pending tasks to idle workers.
+Both meet in the roster (``roster.py``): one lock, who works, on what, and what waits.
+A worker (``main.py`` starts it, ``service.py`` is its loop)
+  * runs what it was sent in order, one task at a time, and replies once to each;
+  * shares no lock, queue or semaphore with anyone: it can be killed at any instruction without stopping the others;
+  * does not die of SIGINT, SIGTERM, SIGHUP or SIGUSR1/2, which are the trainer's to deal with.
+
+Guarantees
+  * A Future always resolves: with the result, the task's exception, or a WorkerError that names pid and cause.
+  * A task runs again on another worker when its worker died, so tasks must be idempotent. It is never run again, and its
+    Future never fails for that reason or because of ``close``, before the process that ran it is dead and reaped.
+  * A task that was handed over runs even if the trainer is killed right after. (The worker must live: a dead one is
+    replaced by the trainer only.)
+  * After ``close`` no process, thread or descriptor of the pool is left.
+
+Callbacks of a Future run between two turns of the supervisor: they may submit and hand over, but must not wait for another
+of the pool's Futures. ``close`` and ``drain``, which would wait for the callback itself, raise UsageError in one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from stager.workers.errors import ClosedError
+from stager.workers.pool import codec
+from stager.workers.pool.handle import WorkerHealth
+from stager.workers.pool.heartbeat import look_interval
+from stager.workers.pool.options import PoolOptions
+from stager.workers.pool.supervisor import Supervisor
+from stager.workers.pool.work_item import WorkItem
+from stager.workers.pool.worker_main import WorkerSettings
+
+__all__ = ["PoolOptions", "WorkerHealth", "WorkerPool"]
+
+logger = logging.getLogger("stager")
+
+T = TypeVar("T")
+
+_DELIVERY_SECS = 10.0  # a worker that died is replaced within that
+
+
+class WorkerPool:
+    """Runs callables in long-lived worker processes.
+
+    ``fn`` may be a lambda, a closure, or a function of the main module (cloudpickle). Arguments and results that hold
+    CPU tensors share their storages (torch.multiprocessing), they are not copied. Worker start-up does not import the
+    main module, so no ``if __name__ == "__main__"`` is needed.
+
+    Args:
+        count: number of worker processes.
+        options: see :class:`PoolOptions`.
+        inherit_fds: descriptors that the workers keep open as long as they live (a lock on a directory, say).
+
+    Raises:
+        WorkerStartError: the operating system refused to start a process.
+    """
+
+    def __init__(
+        self, count: int = 2, options: PoolOptions | None = None, *, inherit_fds: tuple[int, ...] = ()
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        options = options or PoolOptions()
+        settings = WorkerSettings(
+            nonce=secrets.token_hex(8),
+            parent_pid=os.getpid(),
+            nice=options.nice,
+            ionice=options.ionice,
+            orphan_timeout_secs=options.orphan_timeout_secs,
+            beat_secs=look_interval(options.heartbeat_timeout_secs),
+        )
+        self._owner = os.getpid()
+        self._options = options
+        self._supervisor = Supervisor(count, settings, options, inherit_fds)
+        self._roster = self._supervisor.roster
+        self._close_lock = threading.Lock()
+        _live_pools.add(self)
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run ``fn(*args, **kwargs)`` in the next idle worker.
+
+        The Future raises what ``fn`` raised, with the worker's traceback as ``__cause__``, or a
+        :class:`~stager.workers.errors.WorkerError`. Cancelling works until a worker has the task.
+
+        Raises:
+            ClosedError: the pool is closed, or belongs to the process that forked this one.
+            TypeError, pickle.PicklingError: the call cannot be pickled.
+        """
+        future: Future[T] = Future()
+        self.submit_to(future, fn, *args, **kwargs)
+        return future
+
+    def submit_to(self, future: Future[T], fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`submit`, with a new Future of the caller's, who so knows it before any worker has the task.
+
+        A signal's exception (Ctrl-C) may leave :meth:`submit` when the task has been sent, and its Future is lost then.
+        """
+        self._roster.enqueue(self._make_item(fn, args, kwargs, future, handed_over=False))
+        self._supervisor.wake()
+
+    def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """As :meth:`submit`, but returns only when the message is in the socket of a worker, busy or not.
+
+        From then on the task runs even if this process is killed. Keep the message small (descriptors, not data): a busy
+        worker reads a larger one than fits its socket, some 200 KB, only when it is done. In a Future's callback it does
+        not wait, so that only a small message is sure to be there.
+        """
+        item = self._make_item(fn, args, kwargs, Future(), handed_over=True)
+        self._roster.place(item)
+        self._supervisor.wake()  # to watch the deadline of the task, and the socket if it is full
+        self._roster.wait_delivered(item)
+        return item.future
+
+    def _make_item(
+        self,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        future: Future[T],
+        *,
+        handed_over: bool,
+    ) -> WorkItem:
+        self._check_owner()
+        payload, fds = codec.dumps((fn, args, kwargs))
+        label = getattr(fn, "__qualname__", None) or type(fn).__name__
+        return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over=handed_over)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes alive now."""
+        return tuple(worker.pid for worker in self.health())
+
+    def health(self) -> tuple[WorkerHealth, ...]:
+        """One row per live worker: pid, state, tasks it holds."""
+        self._check_owner()
+        return self._roster.health()
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether the caller is a callback of one of this pool's Futures, which must not wait for the pool."""
+        return self._roster.in_callback
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until no task is pending or running; False when that took longer than ``timeout`` seconds.
+
+        Raises:
+            UsageError: called by a callback of one of the pool's Futures.
+        """
+        self._check_owner()
+        return self._roster.drain(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Finish what was submitted, then stop the workers. Idempotent, from any thread; nothing in a forked child.
+
+        See NOTE [ The shutdown ladder ] in ``workers/pool/shutdown.py``. A pool that nobody closes is closed at interpreter
+        exit, without a timeout.
+
+        Args:
+            timeout: seconds to wait for running and pending tasks; ``None`` waits as long as they take. The Futures of
+                tasks that are not done by then fail with :class:`~stager.workers.errors.ClosedError`, when their worker is dead.
+
+        Raises:
+            UsageError: called by a callback of one of the pool's Futures.
+        """
+        if self._owner != os.getpid():
+            return
+        if self._roster.in_callback:
+            self._roster.refuse_in_callback("close()")
+        with self._close_lock:
+            self._roster.stop_accepting()
+            self._roster.drain(timeout)
+            self._supervisor.stop()
+        _live_pools.discard(self)
+
+    def leave(self) -> None:
+        """As :meth:`close`, but wait for no task: the workers finish what they have, and end by themselves.
+
+        For a process that is about to end and has no time left. Futures of tasks that a worker has fail with
+        :class:`~stager.workers.errors.LeftRunningError`; of submitted ones that still waited, with ClosedError: they are lost.
+        Waits, ten seconds at most, until all that was handed over has reached a worker.
+
+        Raises:
+            UsageError: called by a callback of one of the pool's Futures.
+        """
+        if self._owner != os.getpid():
+            return
+        if self._roster.in_callback:
+            self._roster.refuse_in_callback("leave()")
+        with self._close_lock:
+            self._roster.stop_accepting()
+            if not self._roster.wait_all_delivered(_DELIVERY_SECS):
+                logger.error("a task that was handed over has not reached a worker; it is lost")
+            self._supervisor.leave()
+        _live_pools.discard(self)
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close()
+
+    def _check_owner(self) -> None:
+        if self._owner != os.getpid():
+            raise ClosedError(
+                f"this WorkerPool belongs to process {self._owner}; a forked child cannot use it: make a new one there"
+            )
+
+    def _after_fork_in_child(self) -> None:
+        self._supervisor.abandon()
+
+
+# Strong references: a pool that was dropped without close() still has work, threads and processes.
+_live_pools: set[WorkerPool] = set()
+
+
+def _abandon_all() -> None:
+    for pool in list(_live_pools):
+        with suppress(OSError):
+            pool._after_fork_in_child()
+    _live_pools.clear()
+
+
+def _close_all() -> None:
+    for pool in list(_live_pools):
+        try:
+            pool.close()
+        except Exception:
+            logger.exception("a WorkerPool could not be closed at exit")
+
+
+os.register_at_fork(after_in_child=_abandon_all)
+atexit.register(_close_all)  # daemon threads still run here, so what was submitted is finished, not lost

@@ -1,0 +1,266 @@
+"""Who works, on what, and what waits: all state that the callers' threads and the supervisor share.
+
+One lock guards it. It is held for bookkeeping and non-blocking sends only, never while waiting, starting a process,
+unpickling, or running a Future's callbacks.
+
+    OPEN --stop_accepting--> CLOSING --stop--> STOPPED        (OPEN --stop--> STOPPED: the supervisor broke)
+
+Where a task is: in ``_pending`` (for an idle worker), in ``_unplaced`` (handed over, but no worker is there), in the
+``items`` of one worker, or *ending*: taken out of all of them, its Future about to be resolved. Each step is one critical
+section, so ``drain`` misses none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import NoReturn
+
+from stager.workers.errors import ClosedError, UsageError
+from stager.workers.pool import codec
+from stager.workers.pool.handle import WorkerHandle, WorkerHealth, WorkerState
+from stager.workers.pool.work_item import WorkItem
+
+logger = logging.getLogger("stager")
+
+
+class PoolState(Enum):
+    OPEN = "open"
+    CLOSING = "closing"
+    STOPPED = "stopped"
+
+
+_TRANSITIONS = {
+    PoolState.OPEN: {PoolState.CLOSING, PoolState.STOPPED},
+    PoolState.CLOSING: {PoolState.STOPPED},
+    PoolState.STOPPED: set(),
+}
+
+
+class Roster:
+    """Attributes:
+    lock: guards everything here, and the workers' handles.
+    workers: alive, or dead and not yet buried; only the supervisor adds and removes.
+    """
+
+    def __init__(self, nonce: str) -> None:
+        self._nonce = nonce
+        self.lock = threading.Lock()
+        self._changed = threading.Condition(self.lock)
+        self.workers: list[WorkerHandle] = []
+        self._pending: deque[WorkItem] = deque()
+        self._unplaced: deque[WorkItem] = deque()
+        self._ending = 0
+        self._state = PoolState.OPEN
+        self._reason = ""
+        self._thread = threading.local()
+
+    # -- called by the pool's users -----------------------------------------------------------------------------
+
+    def enqueue(self, item: WorkItem) -> None:
+        with self.lock:
+            self._admit(item)
+            self._pending.append(item)
+
+    def place(self, item: WorkItem) -> None:
+        """Hand over now, to whichever worker is likely to be free first."""
+        with self.lock:
+            self._admit(item)
+            item.claim()
+            self._unplaced.append(item)
+            self._place_all()
+
+    def wait_delivered(self, item: WorkItem) -> None:
+        """Until the kernel holds the message of ``item`` for a worker that is alive, or its Future is done."""
+        if not self.in_callback:
+            with self.lock:
+                self._changed.wait_for(lambda: self._is_delivered(item))
+
+    def _is_delivered(self, item: WorkItem) -> bool:
+        holders = [w for w in self.workers if item.task_id in w.items]
+        if not holders:
+            return item not in self._unplaced  # then it is ending, or has ended
+        return holders[0].usable and not holders[0].process.outbox
+
+    def _admit(self, item: WorkItem) -> None:
+        if self._state is not PoolState.OPEN:
+            item.release()
+            raise ClosedError(f"this WorkerPool is closed{self._reason}; {item.label} was not submitted")
+
+    def drain(self, timeout: float | None) -> bool:
+        if self.in_callback:
+            self.refuse_in_callback("drain()")
+        with self.lock:
+            return self._changed.wait_for(lambda: not self._is_busy(), timeout)
+
+    def health(self) -> tuple[WorkerHealth, ...]:
+        with self.lock:
+            return tuple(worker.health() for worker in self.workers)
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether this thread is resolving one of the pool's Futures: it runs a callback."""
+        return getattr(self._thread, "resolving", False)
+
+    @staticmethod
+    def refuse_in_callback(what: str) -> NoReturn:
+        raise UsageError(
+            f"{what} was called by a callback of one of this WorkerPool's Futures; it would wait for that very callback. "
+            "Call it from another thread"
+        )
+
+    # -- called by the supervisor -------------------------------------------------------------------------------
+
+    def hire(self, worker: WorkerHandle) -> None:
+        with self.lock:
+            self.workers.append(worker)
+
+    def feed(self) -> None:
+        """Give the workers what they can take."""
+        with self.lock:
+            self._place_all()
+            for worker in self.workers:
+                item = self._next_pending() if worker.idle else None
+                if item is not None:
+                    worker.send_task(self._nonce, item)
+            self._changed.notify_all()
+
+    def take_finished(self, worker: WorkerHandle, task_id: int) -> WorkItem | None:
+        """A worker has replied: its task is ending (the caller resolves it); None if it does not have that task."""
+        with self.lock:
+            item = worker.items.pop(task_id, None)
+            self._ending += item is not None
+            worker.start_clock()
+            worker.process.pulse.silent_secs = 0.0
+            return item
+
+    def bury(self, worker: WorkerHandle, max_restarts: int, max_timeouts: int) -> list[WorkItem]:
+        """Take a dead and reaped worker off the list. Its first task was running, so that counts an attempt; the others
+        had only been sent. All wait again, before the others, in their old order, but those that have run out of
+        attempts: they are returned, ending."""
+        with self.lock:
+            was_ready = worker.state is WorkerState.READY
+            self.workers.remove(worker)
+            items = list(worker.items.values())
+            worker.items.clear()
+            worker.move(WorkerState.DEAD)
+            worker.process.release()
+            if items and was_ready:
+                items[0].attempts += 1
+                items[0].timeouts += worker.overdue is items[0]
+            for item in items:
+                item.started = None
+            lost = [item for item in items if item.attempts > max_restarts or item.timeouts >= max_timeouts]
+            kept = [item for item in reversed(items) if item not in lost]
+            self._unplaced.extendleft(item for item in kept if item.handed_over)
+            self._pending.extendleft(item for item in kept if not item.handed_over)
+            self._ending += len(lost)
+            return lost
+
+    def give_up_waiting(self) -> list[WorkItem]:
+        """Nobody is there to take what waits, nor will be: returned, ending. Nothing if there is somebody yet."""
+        with self.lock:
+            if any(worker.usable for worker in self.workers):
+                return []
+            return self._take_waiting()
+
+    def has_waiting(self) -> bool:
+        with self.lock:
+            return bool(self._unplaced or self._pending)
+
+    def resolve(self, resolutions: Iterable[Callable[[], None]]) -> None:
+        """Resolve ending tasks' Futures, and with that run their callbacks, without the lock."""
+        for resolution in resolutions:
+            self._thread.resolving = True
+            try:
+                resolution()
+            except BaseException:  # a callback's SystemExit: it is not this thread that is to end
+                logger.exception("a callback of a Future raised")
+            finally:
+                self._thread.resolving = False
+                with self.lock:
+                    self._ending -= 1
+                    self._changed.notify_all()
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def wait_all_delivered(self, timeout: float) -> bool:
+        """Until the kernel holds all that was handed over; False when that took longer than ``timeout`` seconds."""
+        with self.lock:
+            return self._changed.wait_for(self._is_all_delivered, timeout)
+
+    def _is_all_delivered(self) -> bool:
+        if self._state is PoolState.STOPPED:  # nobody would deliver anything any more
+            return True
+        return not self._unplaced and all(w.usable and not w.process.outbox for w in self.workers if w.items)
+
+    def stop_accepting(self, reason: str = "") -> None:
+        with self.lock:
+            if self._state is PoolState.OPEN:
+                self._move(PoolState.CLOSING)
+                self._reason = reason
+
+    def stop(self) -> None:
+        """The supervisor is to return."""
+        with self.lock:
+            if self._state is not PoolState.STOPPED:
+                self._move(PoolState.STOPPED)
+
+    @property
+    def stopped(self) -> bool:
+        with self.lock:
+            return self._state is PoolState.STOPPED
+
+    def clear(self) -> list[WorkItem]:
+        """Everything that was not done, ending. Legal when no worker is alive."""
+        with self.lock:
+            items = self._take_waiting()
+            for worker in self.workers:
+                items += worker.items.values()
+                self._ending += len(worker.items)
+                worker.items.clear()
+            self.workers.clear()
+            self._changed.notify_all()
+            return items
+
+    def abandon(self) -> None:
+        """In a forked child: close the copied descriptors. The lock may be held by a thread that does not exist here."""
+        for worker in self.workers:
+            worker.process.abandon()
+        for item in [*self._pending, *self._unplaced, *(i for w in self.workers for i in w.items.values())]:
+            codec.close_fds(item.fds)
+
+    # -- with the lock held -------------------------------------------------------------------------------------
+
+    def _move(self, to: PoolState) -> None:
+        assert to in _TRANSITIONS[self._state]
+        self._state = to
+
+    def _is_busy(self) -> bool:
+        return bool(self._pending or self._unplaced or self._ending or any(w.items for w in self.workers))
+
+    def _place_all(self) -> None:
+        while self._unplaced:
+            usable = [worker for worker in self.workers if worker.usable]
+            if not usable:
+                return
+            worker = min(usable, key=lambda w: (w.load, w.state is not WorkerState.READY))
+            worker.send_task(self._nonce, self._unplaced.popleft())
+
+    def _next_pending(self) -> WorkItem | None:
+        while self._pending:
+            item = self._pending.popleft()
+            if item.claim():
+                return item
+            item.release()  # cancelled
+        return None
+
+    def _take_waiting(self) -> list[WorkItem]:
+        items = [*self._unplaced, *self._pending]
+        self._unplaced.clear()
+        self._pending.clear()
+        self._ending += len(items)
+        return items
