@@ -25,7 +25,7 @@ demo-ranks: $(INSTALLED)  ## the same on two ranks; resume on one and on four; w
 
 test: $(INSTALLED)  ## lint, types and the whole suite
 	$(MAKE) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import temporary  # before all that may make a temporary file
+from tests import temporary  # isort: skip  # before all that may make a temporary file
+from stager.workers.checkpoint.directory import files
+from tests import fork_server
 from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
 
@@ -21,6 +23,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
+    fork_server.stop()
     temporary.remove()
 
 
@@ -50,6 +53,12 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 def run_dir(tmp_path: Path) -> Path:
     """A run's directory that does not exist yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot exchange two names: an old kernel, NFS."""
+    monkeypatch.setattr(files, "exchange", lambda first, second: False)
 
 
 @pytest.fixture

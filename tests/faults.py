@@ -42,10 +42,11 @@ def faults_of_this_process(directory: Path) -> Faults:
 
 
 class Hold:
-    """One process, held at a point."""
+    """One process, held at a point. As a context manager it lets the process go when a test fails, so that none hangs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._holds = False
         os.mkfifo(f"{path}.reached")
         os.mkfifo(f"{path}.go")
 
@@ -53,10 +54,19 @@ class Hold:
         """Until a process is there."""
         with open(f"{self.path}.reached"):
             pass
+        self._holds = True
 
     def release(self) -> None:
         with open(f"{self.path}.go", "w"):
             pass
+        self._holds = False
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._holds:
+            self.release()
 
     def remove(self) -> None:
         """So that the same point can be held again."""

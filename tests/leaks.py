@@ -11,14 +11,14 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests import temporary
+from tests import fork_server, temporary
 
 _PATIENCE_SECS = 10.0
 _MARK = "STAGER_TEST_SESSION"  # inherited by everything this session starts
@@ -73,23 +73,43 @@ def _in_the_end(find: Callable[[], list[str]]) -> list[str]:
 
 def _children() -> frozenset[int]:
     """Descendants, and workers of trainers that are gone (they belong to init then, but carry our mark)."""
-    mine = {child.pid for child in psutil.Process().children(recursive=True)}
-    return frozenset(mine | set(worker_processes()))
+    parents = _parents()
+    mine, seen = set[int](), {os.getpid()}
+    while seen:
+        seen = {pid for pid, parent in parents.items() if parent in seen}
+        mine |= seen
+    return frozenset(mine | set(_workers_among(parents))) - fork_server.server_pids()
 
 
 def worker_processes() -> list[int]:
     """Every live stager worker that was started, however indirectly, by this test session."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        command = process.info["cmdline"] or []
-        if (
-            any("from stager.workers.pool.worker_main import main" in part for part in command)
-            and process.info["status"] != "zombie"
-        ):
-            with suppress(psutil.Error):
-                if process.environ().get(_MARK) == os.environ[_MARK]:
-                    found.append(process.pid)
+    return _workers_among(_parents())
+
+
+def _parents() -> dict[int, int]:
+    """Every process of this machine, and its parent. Read twice for each test, hence without psutil's objects."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # it has ended meanwhile
+            found[int(name)] = int(_read(f"/proc/{name}/stat").rpartition(b") ")[2].split()[1])
     return found
+
+
+def _workers_among(pids: Iterable[int]) -> list[int]:
+    """Those that run a worker's main function and carry our mark. A zombie has neither."""
+    mark = f"{_MARK}={os.environ[_MARK]}".encode()
+    found = []
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            if b"stager.workers.pool.worker_main import main" in _read(f"/proc/{pid}/cmdline"):
+                if mark in _read(f"/proc/{pid}/environ").split(b"\0"):
+                    found.append(pid)
+    return found
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _command(pid: int) -> str:
@@ -105,7 +125,8 @@ def _threads() -> frozenset[str]:
 
 def _fds() -> frozenset[tuple[str, str]]:
     result = set()
-    for name in os.listdir("/proc/self/fd"):
+    kept = {str(fd) for fd in fork_server.server_descriptors()}
+    for name in set(os.listdir("/proc/self/fd")) - kept:
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except FileNotFoundError:  # the descriptor of the listing itself

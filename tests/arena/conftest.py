@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 
 from stager.arena.arena import Arena, Lease
 from stager.workers.memory import pages
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 PLENTY = 1 << 40
@@ -35,6 +35,25 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield executor
 
 
+def populate_by(monkeypatch: pytest.MonkeyPatch, by: Callable[[Callable[[], int]], int]) -> None:
+    """Have ``by`` decide what allocating pages does: it is given the real call, and returns an errno or 0."""
+    real = pages._madvise
+
+    def madvise(address: int, nbytes: int, advice: int) -> int:
+        if advice == pages._MADV_POPULATE_WRITE:
+            return by(lambda: real(address, nbytes, advice))
+        return real(address, nbytes, advice)
+
+    monkeypatch.setattr(pages, "_madvise", madvise)
+
+
+def wait_for_prefault() -> None:
+    """Until the arena's background thread has ended, if there is one."""
+    for thread in threading.enumerate():
+        if thread.name == "stager-prefault":
+            thread.join()
+
+
 class Gate:
     """Holds the first thread that allocates pages until it is opened."""
 
@@ -42,14 +61,13 @@ class Gate:
         self.reached = threading.Event()
         self._open = threading.Event()
         self._first = threading.Lock()
-        self._real = pages._madvise
-        monkeypatch.setattr(pages, "_madvise", self._call)
+        populate_by(monkeypatch, self._call)
 
-    def _call(self, address: int, nbytes: int, advice: int) -> int:
-        if advice == pages._MADV_POPULATE_WRITE and self._first.acquire(blocking=False):
+    def _call(self, populate: Callable[[], int]) -> int:
+        if self._first.acquire(blocking=False):
             self.reached.set()
             assert self._open.wait(60)
-        return self._real(address, nbytes, advice)
+        return populate()
 
     def open(self) -> None:
         self._open.set()
@@ -60,14 +78,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate(monkeypatch)
     yield gate
     gate.open()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what another thread is about to do, and that nothing announces."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.001)
 
 
 def num_waiting(arena: Arena) -> int:

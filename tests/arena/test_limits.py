@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +11,7 @@ import pytest
 from stager.arena.arena import Arena
 from stager.config import host
 from stager.workers.errors import ArenaFullError, MemoryBudgetError
+from tests import scripts
 from tests.arena.conftest import MIB, sizes, start_waiting, take
 
 Make = Callable[..., Arena]
@@ -110,14 +109,13 @@ def test_prepare_makes_as_many_as_there_is_memory_for(make_arena: Make, caplog: 
     assert "1 of 2 buffers are prepared" in caplog.text
 
 
-def test_available_memory_is_the_tighter_of_host_and_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_host = psutil.virtual_memory().available
-    monkeypatch.setattr(host.Cgroup, "memory_headroom_bytes", lambda _: 12345)
-    assert host.available_memory_bytes() == 12345
-    monkeypatch.setattr(host.Cgroup, "memory_headroom_bytes", lambda _: 1 << 60)
-    assert 0 < host.available_memory_bytes() < 1 << 60
-    monkeypatch.setattr(host.Cgroup, "memory_headroom_bytes", lambda _: None)
-    assert host.available_memory_bytes() == pytest.approx(of_host, rel=0.5)
+@pytest.mark.parametrize("of_cgroup", [12345, 1 << 60, None])
+def test_available_memory_is_the_tighter_of_host_and_cgroup(
+    of_cgroup: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.Cgroup, "memory_headroom_bytes", lambda _: of_cgroup)
+    of_host = pytest.approx(psutil.virtual_memory().available, rel=0.5)
+    assert host.available_memory_bytes() == (12345 if of_cgroup == 12345 else of_host)
 
 
 LIMITED = """
@@ -142,7 +140,8 @@ print(arena.nbytes, arena.lease(1000).slab.nbytes)
 
 
 def test_limits_of_the_process_are_named() -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120, check=True)
+    done = scripts.run(LIMITED)
+    assert done.returncode == 0
     file_size, descriptors, address_space, last = done.stdout.splitlines()
     assert file_size.startswith("MemoryBudgetError the kernel refused a buffer of 1,073,741,824 bytes")
     assert descriptors == "OSError [Errno 24] no descriptor is left for a buffer; raise `ulimit -n`"

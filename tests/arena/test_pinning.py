@@ -7,13 +7,12 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from stager.arena.arena import Arena
 from stager.workers.memory import pinning
+from tests import cuda_runtime
 from tests.arena.conftest import MIB, sizes, take, wait_for_freeing
 from tests.staging.test_pinning import FakeRuntime
 
@@ -52,9 +51,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> WatchfulRuntime:
     def clear() -> None:
         fake.cleared += 1
 
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
-    monkeypatch.setattr(pinning, "_clear_error", clear)
-    monkeypatch.setattr(pinning, "_state", SimpleNamespace(warned=False))
+    cuda_runtime.install(monkeypatch, fake, clear)
     monkeypatch.setattr(pinning, "_CHUNK_BYTES", MIB)
     return fake
 

@@ -13,9 +13,18 @@ import pytest
 from stager.arena import prefault
 from stager.arena.arena import Arena, SlabState
 from stager.workers.errors import MemoryBudgetError
-from stager.workers.memory import pages
 from stager.workers.memory.slab import Slab
-from tests.arena.conftest import MIB, Gate, num_waiting, sizes, start_waiting, take, wait_until
+from tests.arena.conftest import (
+    MIB,
+    Gate,
+    num_waiting,
+    populate_by,
+    sizes,
+    start_waiting,
+    take,
+    wait_for_prefault,
+)
+from tests.waiting import wait_until
 
 Make = Callable[..., Arena]
 
@@ -23,24 +32,13 @@ Make = Callable[..., Arena]
 @pytest.fixture
 def old_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Linux before 5.14: no MADV_POPULATE_WRITE."""
-    real = pages._madvise
-
-    def madvise(address: int, nbytes: int, advice: int) -> int:
-        return errno.EINVAL if advice == pages._MADV_POPULATE_WRITE else real(address, nbytes, advice)
-
-    monkeypatch.setattr(pages, "_madvise", madvise)
+    populate_by(monkeypatch, lambda populate: errno.EINVAL)
 
 
 def refuse_memory(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
     """The kernel runs out of memory after so many steps."""
-    real, steps = pages._madvise, iter(range(after))
-
-    def madvise(address: int, nbytes: int, advice: int) -> int:
-        if advice == pages._MADV_POPULATE_WRITE and next(steps, None) is None:
-            return errno.ENOMEM
-        return real(address, nbytes, advice)
-
-    monkeypatch.setattr(pages, "_madvise", madvise)
+    steps = iter(range(after))
+    populate_by(monkeypatch, lambda populate: errno.ENOMEM if next(steps, None) is None else populate())
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -148,7 +146,7 @@ def test_prepare_in_background_fills_the_room_there_is(make_arena: Make) -> None
     arena = make_arena(buffers=3)
     lease = take(arena, MIB)
     arena.prepare_in_background(MIB)
-    arena._prefaulter.join()
+    wait_for_prefault()
     assert sizes(arena) == [MIB] * 3
     assert [take(arena, MIB).warm for _ in range(2)] == [True, True]
     arena.prepare_in_background(MIB)  # nothing to do
@@ -160,7 +158,7 @@ def test_prepare_in_background_takes_nobodys_place(make_arena: Make) -> None:
     for lease in [take(arena, MIB), take(arena, MIB)]:
         lease.release()
     arena.prepare_in_background(5 * MIB)
-    arena._prefaulter.join()
+    wait_for_prefault()
     assert sizes(arena) == [MIB, MIB]
 
 
@@ -169,7 +167,7 @@ def test_no_spare_is_prepared_when_it_is_not_wanted_or_does_not_fit(make_arena: 
     arena = make_arena(**options)
     take(arena, 30 * MIB)
     arena.prepare_in_background(30 * MIB)
-    arena._prefaulter.join()
+    wait_for_prefault()
     assert sizes(arena) == [30 * MIB]
 
 
@@ -188,7 +186,7 @@ def test_lease_does_not_wait_until_a_spare_is_whole(
     assert lease is not None
     assert lease.slab.warm_nbytes == 16 * MIB  # the step that was under way
     assert not lease.warm
-    arena._prefaulter.join()
+    wait_for_prefault()
 
 
 def test_close_stops_the_prefault(make_arena: Make, gate: Gate, threads: ThreadPoolExecutor) -> None:
@@ -230,15 +228,15 @@ def test_background_asks_again_some_saves_later(
     with monkeypatch.context() as patch:
         refuse_memory(patch)
         arena.prepare_in_background(MIB)
-        arena._prefaulter.join()
+        wait_for_prefault()
     assert "no buffer was prepared ahead of the next save" in caplog.text
     wait_until(lambda: sizes(arena) == [MIB])
     for _ in range(prefault._SKIPPED_AFTER_REFUSAL):
         arena.prepare_in_background(MIB)
-        arena._prefaulter.join()
+        wait_for_prefault()
         assert sizes(arena) == [MIB]
     arena.prepare_in_background(MIB)
-    arena._prefaulter.join()
+    wait_for_prefault()
     assert sizes(arena) == [MIB, MIB]
 
 
@@ -251,5 +249,5 @@ def test_background_has_a_low_priority(make_arena: Make, gate: Gate) -> None:
     assert os.getpriority(os.PRIO_PROCESS, thread.native_id) >= 10
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == os.getpriority(os.PRIO_PROCESS, os.getpid())
     gate.open()
-    arena._prefaulter.join()
+    wait_for_prefault()
     assert num_waiting(arena) == 0

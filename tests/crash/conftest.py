@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
+from tests import fork_server
 from tests.crash.nursery import Nursery
 
 
 @pytest.fixture(scope="package")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """Where the trainers of these tests are forked; it is there before and after each of them."""
-    with Nursery(tmp_path_factory.mktemp("trainers")) as shared:
-        yield shared
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Nursery:
+    """Where the trainers of these tests are forked."""
+    return Nursery(fork_server.shared(), tmp_path_factory.mktemp("trainers"))

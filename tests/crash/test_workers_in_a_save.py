@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from stager import Checkpointer, SaveHandle
 from stager.workers import RemoteTraceback
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
+from tests.observed import child_pids
 from tests.states import same
 
 # In order. "after=1": the second visit of the process that gets there, which is in the middle.
@@ -77,12 +79,12 @@ def test_worker_dies_in_every_way_at_each_point_and_the_save_commits(run_dir: Pa
 def test_sigterm_at_any_point_of_a_save_changes_nothing(run_dir: Path, faults: Faults) -> None:
     with Checkpointer(run_dir, CONFIG) as ckpt:
         committed(ckpt, ckpt.save(1, state_of(0)), 0)
-        pids = ckpt._pool.pids
+        pids = child_pids()
         for number, point in enumerate(POINTS, 1):
             faults.arm(point, f"term {POINTS[point]}")
             committed(ckpt, ckpt.save(1, state_of(number)), number)
             assert faults.fired(point), point
-        assert ckpt._pool.pids == pids
+        assert child_pids() == pids
 
 
 def test_exception_at_any_point_of_a_part_is_in_the_future_with_the_worker_s_traceback(
@@ -108,8 +110,7 @@ def test_error_of_a_worker_reaches_the_next_save_with_its_traceback_and_masks_no
     """Nobody looks at the Future: the next ``save()`` raises it. What leaves the ``with`` block comes first, though."""
     with pytest.raises(KeyError, match="primary"), Checkpointer(run_dir, CONFIG) as ckpt:
         faults.arm("part.begin", "raise")
-        ckpt.save(0, state_of(0))
-        ckpt._pool.drain()
+        wait([ckpt.save(0, state_of(0)).upload_completion])  # which is not looking at its error
         with pytest.raises(RuntimeError, match="raised by a test") as caught:
             ckpt.save(1, state_of(1))
         assert isinstance(caught.value.__cause__, RemoteTraceback)
@@ -126,9 +127,9 @@ def test_worker_that_a_user_stops_and_continues_goes_on(run_dir: Path, faults: F
         hold = faults.hold("part.write")
         handle = ckpt.save(1, state_of(1))
         hold.wait()
-        (pid,) = ckpt._pool.pids
+        (pid,) = child_pids()
         os.kill(pid, signal.SIGSTOP)
         os.kill(pid, signal.SIGCONT)
         hold.release()
         committed(ckpt, handle, 1)
-        assert ckpt._pool.pids == (pid,)
+        assert child_pids() == [pid]

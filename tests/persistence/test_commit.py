@@ -30,10 +30,10 @@ OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": 2}
 
 
 @pytest.fixture(params=[True, False], ids=["renameat2", "no renameat2"])
-def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def exchange(request: pytest.FixtureRequest) -> bool:
     """With and without a file system that can exchange two names."""
     if not request.param:
-        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+        request.getfixturevalue("no_exchange")
     return bool(request.param)
 
 
@@ -81,9 +81,9 @@ def test_file_system_that_cannot_exchange_says_so_by_its_error(run_dir: Path, mo
         only_checkpoint(run_dir, job, NEW)
 
 
+@pytest.mark.usefixtures("no_exchange")
 def test_failed_second_rename_puts_the_old_one_back(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = save(run_dir, OLD)
-    monkeypatch.setattr(files, "exchange", lambda first, second: False)
     original = os.rename
 
     def rename(source: str, target: str, **options: int) -> None:

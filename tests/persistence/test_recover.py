@@ -32,9 +32,9 @@ OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": {"z": torch.aran
 
 
 @pytest.fixture(params=[True, False], ids=["renameat2", "no renameat2"])
-def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def exchange(request: pytest.FixtureRequest) -> None:
     if not request.param:
-        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+        request.getfixturevalue("no_exchange")
 
 
 def states_of(run_dir: Path) -> dict[int, Any]:

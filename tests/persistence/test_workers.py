@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ from stager import Checkpointer, SaveHandle, StorageError
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from tests import scripts
 from tests.faults import Faults
 from tests.persistence.jobs import load, save
 from tests.states import same
@@ -121,10 +121,10 @@ with Checkpointer(sys.argv[1], {**CONFIG, "workers": {"count": 1}}) as ckpt:
 def kill_everybody(run_dir: Path, faults: Faults, point: str) -> None:
     """A trainer and its worker, SIGKILL, with the worker at ``point`` of a save."""
     hold = faults.hold(point)
-    with subprocess.Popen([sys.executable, "-c", TRAINER, str(run_dir)]) as trainer:
+    with scripts.running(TRAINER, run_dir) as trainer:
         hold.wait()
         (worker,) = psutil.Process(trainer.pid).children()
-        trainer.kill()
+        trainer.kill(signal.SIGKILL)
         worker.kill()
     psutil.wait_procs([worker])
 

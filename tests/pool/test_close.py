@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from stager.workers import ClosedError, PoolOptions, WorkerPool
-from stager.workers.pool.roster import PoolState
 from tests.pool import tasks
+from tests.waiting import wait_until_blocked
 
 
 def test_close_finishes_what_was_submitted_and_refuses_what_comes_later(tmp_path: Path) -> None:
@@ -21,10 +21,9 @@ def test_close_finishes_what_was_submitted_and_refuses_what_comes_later(tmp_path
     closers = [threading.Thread(target=pool.close) for _ in range(2)]
     with tasks.blocked_worker(pool, tmp_path) as running:
         waiting = [pool.submit(tasks.identity, 1), pool.hand_over(tasks.identity, 2)]
-        for closer in closers:
-            closer.start()
-        while pool._roster._state is PoolState.OPEN:
-            os.sched_yield()
+        closers[0].start()
+        wait_until_blocked(closers[0], WorkerPool.close)
+        closers[1].start()
         for call in (pool.submit, pool.hand_over):
             with pytest.raises(ClosedError, match=r"this WorkerPool is closed; identity was not submitted"):
                 call(tasks.identity, 3)

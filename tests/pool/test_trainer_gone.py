@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import scripts
 from tests.pool import tasks
 
 _TRAINER = """
@@ -23,12 +22,7 @@ def run_trainer(script: str, tmp_path: Path) -> tuple[int, list[int]]:
     """Runs until it is dead; its exit code and the pids that it printed. Its stdout is read to the end, which is when
     nobody has it any more: no worker holds it."""
     os.mkfifo(tmp_path / "fifo")
-    done = subprocess.run(
-        [sys.executable, "-c", _TRAINER + script, str(tmp_path / "log"), str(tmp_path / "fifo")],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    done = scripts.run(_TRAINER + script, tmp_path / "log", tmp_path / "fifo")
     return done.returncode, [int(pid) for pid in done.stdout.split()]
 
 

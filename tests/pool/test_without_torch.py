@@ -16,6 +16,7 @@ from stager.workers.checkpoint.formats import FORMATS
 from stager.workers.checkpoint.layout.dtype_sizes import SIZES
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from tests.observed import child_pids
 from tests.pool import tasks
 from tests.states import everything, same
 
@@ -49,14 +50,14 @@ def test_workers_save_every_kind_of_state_without_torch(run_dir: Path, kind: str
     }
     with Checkpointer(run_dir, config) as ckpt:
         ckpt.guard(optimizer)
-        pids = ckpt._pool.pids
+        pids = child_pids()
         for step in (1, 1, 2):
             large(torch.ones(600)).sum().backward()
             optimizer.step()
             info = ckpt.save(step, state).upload_completion.result()
         names = ckpt._pool.submit(tasks.imported).result()
         assert not names & HEAVY and "stager.workers.checkpoint.commit.persist" in names
-        assert ckpt._pool.pids == pids
+        assert child_pids() == pids
         for pid in pids:
             assert not [name for name in libraries(pid) if name.startswith(("libtorch", "_C", "_multiarray"))]
             assert private_bytes(pid) < MOST_PRIVATE_BYTES

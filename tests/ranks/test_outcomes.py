@@ -88,8 +88,31 @@ class Ranks:
             group.close()
 
 
+class Directory:
+    """How ranks look at the directory of a save, and what they find there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def every(self, *, look_secs: float = 0.05, turn_secs: float = 0.4) -> None:
+        """Seconds between two looks, and for a rank's turn; 60: a test does not come to that."""
+        self._monkeypatch.setattr(outcome, "_LOOK_SECS", look_secs)
+        self._monkeypatch.setattr(outcome, "_TURN_SECS", turn_secs)
+
+    def list_by(self, listdir: Callable[[str], list[str]]) -> None:
+        self._monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+
+    def commit_by(self, already_committed: Callable[[SaveSpec], Committed | None]) -> None:
+        self._monkeypatch.setattr(outcome, "already_committed", already_committed)
+
+
 @pytest.fixture
-def make_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ranks]]:
+def directory(monkeypatch: pytest.MonkeyPatch) -> Directory:
+    return Directory(monkeypatch)
+
+
+@pytest.fixture
+def make_ranks(directory: Directory) -> Iterator[Callable[..., Ranks]]:
     """Ranks whose turns are short."""
     made: list[Ranks] = []
 
@@ -97,8 +120,7 @@ def make_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ranks]
         made.append(Ranks(*args))
         return made[-1]
 
-    monkeypatch.setattr(outcome, "_LOOK_SECS", 0.05)
-    monkeypatch.setattr(outcome, "_TURN_SECS", 0.4)
+    directory.every()
     yield make
     for ranks in made:
         ranks.close()
@@ -147,12 +169,12 @@ def test_a_checkpoint_that_was_removed_before_this_rank_looked_was_committed(
 
 
 def test_a_directory_that_cannot_be_read_now_fails_no_save(
-    ranks: list[CommitWatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: list[CommitWatch], tmp_path: Path, directory: Directory
 ) -> None:
     def refuse(_: SaveSpec) -> None:
         raise StorageError(errno.EIO, "cannot read", str(tmp_path))
 
-    monkeypatch.setattr(outcome, "already_committed", refuse)
+    directory.commit_by(refuse)
     ranks[1].notes.post_failed("ab", ValueError("mine"))
     with pytest.raises(RankFailedError, match="the save of step 3 failed on rank 1: ValueError: mine"):
         _end(ranks[0], _spec(tmp_path))
@@ -183,7 +205,7 @@ def test_ranks_that_would_speak_for_rank_0_may_be_dead_too(make_ranks: Callable[
 
 
 def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_said(
-    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
 ) -> None:
     """1. Rank 1 sees no note. 2. Rank 0 posts one, and removes the directory. 3. Rank 1 looks for the directory."""
     ranks = make_ranks(3, 0.3)
@@ -193,8 +215,8 @@ def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_sa
         ranks.all[0].notes.post_failure(spec.save_id, "was given up", [2])
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(outcome, "_LOOK_SECS", 60.0)  # only at the deadline
-    monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+    directory.every(look_secs=60.0)  # only at the deadline
+    directory.list_by(listdir)
     (end,) = ranks.expect(spec, [1])
     error = end.exception(60)
     assert isinstance(error, RankFailedError)
@@ -203,7 +225,7 @@ def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_sa
 
 
 def test_one_rank_lists_the_directory_for_all_at_the_deadline(
-    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
 ) -> None:
     """None has a turn to look before, and rank 0 is the first whose deadline it is."""
     listed: list[str] = []
@@ -213,19 +235,18 @@ def test_one_rank_lists_the_directory_for_all_at_the_deadline(
         return os.listdir(path)
 
     ranks = make_ranks(8, 0.3)
-    monkeypatch.setattr(outcome, "_LOOK_SECS", 60.0)
-    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)
-    monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+    directory.every(look_secs=60.0, turn_secs=60.0)
+    directory.list_by(listdir)
     ends = ranks.expect(_written(tmp_path, range(7)), range(7))
     assert {str(end.exception(60)) for end in ends} == {str(ends[0].exception(0))}
     assert len(listed) == 1
 
 
 def test_a_commit_that_nobody_posts_is_found_posted_and_known_to_all(
-    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
 ) -> None:
     """Rank 0 committed, and died before it said so."""
-    monkeypatch.setattr(outcome, "already_committed", lambda _: _committed(tmp_path))
+    directory.commit_by(lambda _: _committed(tmp_path))
     ranks = make_ranks(3, 60.0)
     ends = ranks.expect(_spec(tmp_path), [1, 2])
     assert [end.result(20).info.save_id for end in ends] == ["ab", "ab"]
@@ -286,11 +307,11 @@ def test_the_removal_of_receipts_is_not_taken_for_missing_parts_at_the_deadline(
 
 
 def test_without_the_store_each_rank_looks_for_itself(
-    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
 ) -> None:
-    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)  # nobody is waited for
+    directory.every(turn_secs=60.0)  # nobody is waited for
     committed = threading.Event()
-    monkeypatch.setattr(outcome, "already_committed", lambda _: _committed(tmp_path) if committed.is_set() else None)
+    directory.commit_by(lambda _: _committed(tmp_path) if committed.is_set() else None)
     ranks = make_ranks(500, 60.0, _Gone())
     ends = ranks.expect(_spec(tmp_path), [200, 499])
     committed.set()
@@ -298,9 +319,9 @@ def test_without_the_store_each_rank_looks_for_itself(
 
 
 def test_without_the_store_a_rank_that_is_missing_is_named_by_who_sees_it_first(
-    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
 ) -> None:
-    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)
+    directory.every(turn_secs=60.0)
     ranks = make_ranks(3, 0.3, _Gone())
     spec = _written(tmp_path, [0, 2])
     (first,) = ranks.expect(spec, [2])

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,10 @@ import torch.distributed as dist
 
 from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, checkpointer
 from tests.faults import Faults, faults_of_this_process
-from tests.ranks.bodies import CONFIG, flip, no_collectives, state_of
+from tests.ranks.bodies import CONFIG, board_of, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
+from tests.replication.opinion import whole_id
+from tests.waiting import wait_until, wait_until_blocked
 
 _PATIENCE_SECS = 60.0
 
@@ -63,12 +65,8 @@ def expected_at(directory: str, step: int) -> Any:
 
 def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
     """Until every rank's partner has this save's snapshot."""
-    rendezvous = ckpt._job.rendezvous
-    assert rendezvous is not None
-    deadline = time.monotonic() + _PATIENCE_SECS
-    while rendezvous.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
-        assert time.monotonic() < deadline, "the snapshot was not replicated"
-        time.sleep(0.01)
+    end = board_of(ckpt).wait(f"replicas/whole/{handle.save_id}/end", _PATIENCE_SECS)
+    assert end == b"whole", f"the snapshot was not replicated: {end!r}"
 
 
 def save_and_die(rank: int, directory: str, steps: int) -> None:
@@ -236,19 +234,12 @@ def no_memory(rank: int, directory: str) -> dict[str, Any]:
     said = _listen()
     with open_run(directory) as ckpt:
         steps = [save(ckpt, rank, step).upload_completion.result(60).step for step in (1, 2)]
-        _await_said(said, 2)
+        wait_until(lambda: len(said) >= 2)
     return {"said": said, "steps": steps}
 
 
-def _await_said(said: list[str], number: int) -> None:
-    deadline = time.monotonic() + _PATIENCE_SECS
-    while len(said) < number:
-        assert time.monotonic() < deadline, said
-        time.sleep(0.01)
-
-
 def partner_dies(rank: int, directory: str, point: str) -> dict[str, Any]:
-    """Rank 1 is killed at its ``point``; what the others say of the save that follows, and how long closing takes."""
+    """Rank 1 is killed at its ``point``; what the others say of the save that follows. They close."""
     said = _listen()
     faults: Faults | None = faults_of_this_process(Path(directory, "faults")) if rank == 1 else None
     states = [state_of(trained_at(step), rank) for step in (2, 3)]  # with the other rank's help
@@ -263,10 +254,9 @@ def partner_dies(rank: int, directory: str, point: str) -> dict[str, Any]:
     for step, state in enumerate(states, 2):
         error = ckpt.save(step, state).upload_completion.exception(60)
         errors.append(type(error).__name__)
-    started = time.monotonic()
     with suppress(RankFailedError):
         ckpt.close()
-    return {"said": said, "errors": errors, "secs": time.monotonic() - started}
+    return {"said": said, "errors": errors}
 
 
 def saved(ckpt: Checkpointer, rank: int, step: int) -> None:
@@ -322,14 +312,21 @@ def interrupt_closing(rank: int, directory: str) -> bool:
         handle = ckpt.save(2, states[1])
         handle.staging_completion.result(60)
         said = _listen()
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        interrupter = threading.Thread(target=_interrupt_when_blocked_in, args=(Checkpointer.close,))
+        interrupter.start()
         with pytest.raises(KeyboardInterrupt):
             ckpt.close()
+        interrupter.join()
         waited = any("is not replicated" in text for text in said)
     dist.barrier()
     if rank == 1:
         ckpt.close()
     return waited
+
+
+def _interrupt_when_blocked_in(function: Callable[..., Any]) -> None:
+    wait_until_blocked(threading.main_thread(), function)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
@@ -360,8 +357,9 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
 
 def whole_when_opened(rank: int, directory: str) -> str:
     with open_run(directory) as ckpt:
-        assert ckpt._replication.replicator is not None
-        return ckpt._replication.replicator._whole_id
+        replicator = ckpt._replication.replicator
+        assert replicator is not None
+        return whole_id(replicator)
 
 
 def refuse_once(rank: int, directory: str) -> dict[str, Any]:

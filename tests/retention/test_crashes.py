@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from stager.workers.checkpoint.maintenance.recover import Outcome, recover
 from stager.workers.checkpoint.maintenance.retention import Fate, RetentionRules, prune
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import StorageError
+from tests import scripts
 from tests.faults import Faults
 from tests.persistence.jobs import Crash, failing_call, in_turn
 from tests.retention.runs import make_run, steps_of
@@ -117,10 +117,10 @@ def test_everybody_killed_while_one_is_removed_and_the_next_run_goes_on(
 ) -> None:
     make_run(run_dir, (1,))
     hold = faults.hold(point, after=2 if point == "prune.removing" else 0)
-    with subprocess.Popen([sys.executable, "-c", TRAINER, str(run_dir)]) as trainer:
+    with scripts.running(TRAINER, run_dir) as trainer:
         hold.wait()
         (worker,) = psutil.Process(trainer.pid).children()
-        trainer.kill()
+        trainer.kill(signal.SIGKILL)
         worker.kill()
     psutil.wait_procs([worker])
     assert whole(run_dir) == [2] and len(removing_names(str(run_dir))) == 1

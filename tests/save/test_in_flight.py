@@ -15,6 +15,7 @@ from stager import ArenaFullError, Checkpointer, ClosedError, DirectoryInUseErro
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.states import same
+from tests.waiting import wait_until_blocked
 
 
 def test_two_saves_in_a_row_each_hold_exactly_their_own_values(run_dir: Path, faults: Faults) -> None:
@@ -68,19 +69,20 @@ def test_full_arena_skips_or_raises(run_dir: Path, faults: Faults, when_full: st
 def test_full_arena_waits_for_a_commit(run_dir: Path, faults: Faults) -> None:
     state = {"x": torch.ones(1000)}
     with Checkpointer(run_dir, {"workers": {"count": 1}}) as ckpt:
-        hold = faults.hold("part.write")
-        handles = [ckpt.save(0, state), ckpt.save(1, state)]
-        hold.wait()
-        third = threading.Thread(target=lambda: handles.append(ckpt.save(2, state)))
-        third.start()
-        assert len(handles) == 2
-        hold.release()
+        with faults.hold("part.write") as hold:
+            handles = [ckpt.save(0, state), ckpt.save(1, state)]
+            hold.wait()
+            third = threading.Thread(target=lambda: handles.append(ckpt.save(2, state)))
+            third.start()
+            wait_until_blocked(third, Checkpointer.save)
+            assert len(handles) == 2
+            hold.release()
         third.join()
         assert [h.upload_completion.result().step for h in handles] == [0, 1, 2]
 
 
-def test_guarded_step_waits_for_the_snapshot(run_dir: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1. the staging thread is held before it copies; 2. a step begins and reaches the guard; 3. only then is the copy
+def test_guarded_step_waits_for_the_snapshot(run_dir: Path, faults: Faults) -> None:
+    """1. the staging thread is held before it copies; 2. a step begins and waits in the guard; 3. only then is the copy
     made: the checkpoint must hold the values from before the step, and the buffer that nothing guards those from save()."""
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -88,26 +90,24 @@ def test_guarded_step_waits_for_the_snapshot(run_dir: Path, faults: Faults, monk
     optimizer.step()
     with Checkpointer(run_dir, {"staging": {"verify": True}}) as ckpt:
         ckpt.guard(optimizer)
-        reached = threading.Event()
-        assert ckpt._saver is not None
-        original = ckpt._saver.guard._wait
-        monkeypatch.setattr(ckpt._saver, "wait_for_staging", lambda timeout=None: (reached.set(), original())[1])
-        optimizer.register_step_pre_hook(lambda *_: None)
         expected = {k: v.clone() for k, v in model.state_dict().items()}
-        hold = faults.hold("save.overlapped")
-        handle = ckpt.save(1, {"model": model, "optimizer": optimizer})
-        hold.wait()
-        assert not handle.staging_completion.done()
-        model(torch.randn(8, 64)).sum().backward()  # changes the running statistics, which are not guarded
+        with faults.hold("save.overlapped") as hold:
+            handle = ckpt.save(1, {"model": model, "optimizer": optimizer})
+            hold.wait()
+            assert not handle.staging_completion.done()
+            model(torch.randn(8, 64)).sum().backward()  # changes the running statistics, which are not guarded
 
-        in_step = threading.Event()
-        step = threading.Thread(target=lambda: (in_step.set(), optimizer.step()))
-        step.start()
-        in_step.wait()
-        assert not handle.staging_completion.done()
-        hold.release()
-        step.join()
-        assert handle.staging_completion.done()
+            def take_step() -> None:
+                optimizer.step()
+
+            step = threading.Thread(target=take_step)
+            step.start()
+            wait_until_blocked(step, take_step)
+            assert same(dict(model.named_parameters()), {name: expected[name] for name, _ in model.named_parameters()})
+            assert not handle.staging_completion.done()
+            hold.release()
+            step.join()
+            assert handle.staging_completion.done()
         handle.upload_completion.result()
         loaded = ckpt.load(1)
         assert loaded is not None and same(dict(loaded.state["model"]), expected)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from stager import Checkpointer, ClosedError
+from stager import Checkpointer, CheckpointInfo, ClosedError
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 
 
@@ -55,18 +56,19 @@ def test_changed_working_directory_does_not_move_the_run(tmp_path: Path, monkeyp
 
 def test_threads_that_save_at_once_take_turns(run_dir: Path) -> None:
     barrier = threading.Barrier(4)
+    completions: list[Future[CheckpointInfo]] = []
     with Checkpointer(run_dir) as ckpt:
 
         def save(step: int) -> None:
             barrier.wait()
-            ckpt.save(step, {"x": torch.full((1000,), step)})
+            completions.append(ckpt.save(step, {"x": torch.full((1000,), step)}).upload_completion)
 
         threads = [threading.Thread(target=save, args=(step,)) for step in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        ckpt._pool.drain()
+        wait(completions)
         for step in range(4):
             loaded = ckpt.load(step)
             assert loaded is not None and torch.all(loaded.state["x"] == step)
@@ -77,12 +79,11 @@ def test_many_saves_leave_memory_and_descriptors_where_they_were(run_dir: Path) 
     process = psutil.Process()
     with Checkpointer(run_dir, {"persistence": {"fsync": False}}) as ckpt:
         for _ in range(20):
-            ckpt.save(0, state)
-        ckpt._pool.drain()
+            ckpt.save(0, state).upload_completion.result()
         before = process.num_fds(), process.memory_info().rss
         for _ in range(200):
-            ckpt.save(0, state)
-        ckpt._pool.drain()
+            last = ckpt.save(0, state).upload_completion
+        wait([last])
         after = process.num_fds(), process.memory_info().rss
     assert after[0] <= before[0]
     assert after[1] - before[1] < 10 << 20  # 200 saves of 800 KiB: keeping one would be seen

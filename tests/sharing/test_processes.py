@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 
+from tests import scripts
 from tests.faults import Faults
 from tests.pool import tasks
 
@@ -22,15 +21,10 @@ def started():
 """
 
 
-def run(script: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-c", _SETUP + script]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-
-
 def test_forked_child_sees_the_trainers_updates_and_harms_nobody() -> None:
     """After the move parent and child have one memory, where copy-on-write gave the child its own."""
-    done = run(
-        "read, write = os.pipe()\n"
+    done = scripts.run(
+        _SETUP + "read, write = os.pipe()\n"
         "with started() as pool:\n"
         "    snapshots, state = Snapshots(pool), {'w': torch.zeros(MIB)}\n"
         "    snapshots.take(state)\n"
@@ -60,8 +54,8 @@ def test_forked_child_sees_the_trainers_updates_and_harms_nobody() -> None:
 
 def test_storage_that_is_shared_by_name_stays_with_those_who_share_it() -> None:
     """And one that somebody moves from our mapping to a named one is noticed."""
-    done = run(
-        "import torch.multiprocessing as mp\n"
+    done = scripts.run(
+        _SETUP + "import torch.multiprocessing as mp\n"
         "mp.set_sharing_strategy('file_system')\n"
         "with started() as pool:\n"
         "    snapshots = Snapshots(pool)\n"
@@ -94,11 +88,10 @@ def test_trainer_killed_while_a_worker_copies_leaves_nothing(faults: Faults) -> 
         "state = {'w': random_bytes(40 * MIB)}\n"
         "Snapshots(pool).take(state)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", _SETUP + script], stdout=subprocess.PIPE, text=True) as trainer:
+    with scripts.running(_SETUP + script) as trainer:
         hold.wait()
-        trainer.kill()
+        trainer.kill(signal.SIGKILL)
         assert trainer.wait() == -signal.SIGKILL
         hold.release()
-        assert trainer.stdout is not None
         tasks.wait_gone(int(trainer.stdout.read()))
     assert set(os.listdir("/dev/shm")) <= before

@@ -17,6 +17,7 @@ from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
+from tests.observed import slab_nbytes
 from tests.snapshot.staged import Bench
 from tests.states import DTYPES, random_tensor, same
 
@@ -74,7 +75,7 @@ def test_state_larger_than_the_budget_is_saved_in_pieces(run_dir: Path, count: i
             assert handle.staging_completion.done()
             info = handle.upload_completion.result()
             assert "in" in handle.report.notes[0] and "pieces" in handle.report.notes[0]
-            assert ckpt._arena.nbytes <= 4 * MIB
+            assert slab_nbytes() <= 4 * MIB
             assert verify_checkpoint(info.path).ok
             loaded = ckpt.load(step)
             assert loaded is not None and same(loaded.state, state)
@@ -136,7 +137,7 @@ def test_value_that_cannot_be_copied_midway_leaves_nothing_and_raises(
 def test_warmup_prepares_for_pieces(run_dir: Path) -> None:
     with Checkpointer(run_dir, SMALL_BUDGET) as ckpt:
         ckpt.warmup(large_state())
-        before = ckpt._arena.nbytes
+        before = slab_nbytes()
         assert 0 < before <= 4 * MIB
         ckpt.save(0, large_state()).upload_completion.result()
-        assert ckpt._arena.nbytes == before
+        assert slab_nbytes() == before

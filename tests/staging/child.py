@@ -2,57 +2,54 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import fork_server
+
+ROOT = fork_server.ROOT
 _TIMEOUT_SECS = 150
 
 
 def run(target: str, *args: Any, nofile: int | None = None) -> Any:
     """``target`` is ``module:function``; its result comes back as JSON. Raises with the child's output if it fails."""
-    command = [sys.executable, "-m", "tests.staging.child", target, json.dumps(args), str(nofile or 0)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=_TIMEOUT_SECS)
-    finally:
-        _kill_group(process)
-    assert process.returncode == 0, f"child exited with {process.returncode}:\n{output}\n{errors}"
-    return json.loads(output.splitlines()[-1])
+    server = fork_server.shared()
+    module = target.partition(":")[0]
+    with tempfile.TemporaryDirectory() as directory:
+        output, result = Path(directory, "output"), Path(directory, "result.json")
+        arguments = [target, json.dumps(args), nofile, str(result)]
+        pid = server.start(
+            f"{__name__}:answer",
+            arguments,
+            stdout=output,
+            stderr=output,
+            environment=environment(),
+            modules=[module],
+        )
+        try:
+            code = server.wait(pid, _TIMEOUT_SECS)
+        finally:
+            server.kill(pid)  # whatever a child that failed may have left running
+        assert code == 0, f"child exited with {code}:\n{output.read_text()}"
+        return json.loads(result.read_text())
 
 
-def _kill_group(process: subprocess.Popen[str]) -> None:
-    """Whatever a child that failed may have left running."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def environment() -> dict[str, str]:
+    """Of this moment, for ranks on a machine that other tests keep busy: a niced worker would wait for all of them."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "STAGER_WORKERS__NICE": "0"}
 
 
-def main() -> None:
-    target, args, nofile = sys.argv[1:]
-    if int(nofile):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (int(nofile), int(nofile)))
+def answer(target: str, args: str, nofile: int | None, result: str) -> None:
+    """In the child."""
+    warnings.simplefilter("ignore")  # as PYTHONWARNINGS says: this interpreter began before it was set
+    if nofile is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
     module, name = target.split(":")
-    result = getattr(importlib.import_module(module), name)(*json.loads(args))
-    print(json.dumps(result), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    value = getattr(importlib.import_module(module), name)(*json.loads(args))
+    Path(result).write_text(json.dumps(value))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint._experimental.staging as torch_experimental
 import torch.distributed.checkpoint._state_dict_stager as torch_stager
 import torch.distributed.checkpoint.staging as torch_staging
@@ -37,6 +38,13 @@ STAGER = SimpleNamespace(
     CheckpointStagerConfig=stager.torch_api.staging.CheckpointStagerConfig,
     ExperimentalStager=stager.torch_api.staging.DefaultStager,
 )
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without one, whatever this one has."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(params=[TORCH, STAGER], ids=["torch", "stager"])

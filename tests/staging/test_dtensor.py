@@ -52,10 +52,11 @@ def check(source: dict[str, Any], staged: dict[str, Any], share_memory: bool) ->
     for key in ("sharded", "replicated", "parameter"):
         assert type(staged[key]) is type(source[key])
         assert isinstance(staged[key], DTensor)
-        assert staged[key]._spec == source[key]._spec
+        assert staged[key].placements == source[key].placements
+        assert (staged[key].shape, staged[key].stride()) == (source[key].shape, source[key].stride())
         assert staged[key].device_mesh is source[key].device_mesh
         assert staged[key].to_local().is_shared() is share_memory
-        assert_private_copy(source[key]._local_tensor.detach(), staged[key]._local_tensor.detach())
+        assert_private_copy(source[key].to_local().detach(), staged[key].to_local().detach())
     return True
 
 

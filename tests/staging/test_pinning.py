@@ -6,15 +6,14 @@ import gc
 import mmap
 import warnings
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from stager.torch_api.staging.state_dict_stager import StateDictStager
-from stager.workers.memory import pinning
 from stager.workers.offload import HostBuffers
+from tests import cuda_runtime
 
 
 class FakeRuntime:
@@ -47,10 +46,8 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRuntime]:
     def clear() -> None:
         fake.cleared += 1
 
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(pinning, "_clear_error", clear)
-    monkeypatch.setattr(pinning, "_state", SimpleNamespace(warned=False))
+    cuda_runtime.install(monkeypatch, fake, clear)
     yield fake
 
 

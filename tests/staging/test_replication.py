@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def on_rank(rank: int, directory: str, groups: list[list[int]]) -> dict[str, Any
             expect(stager.load_replica(), source)
             expect(stager.load_replica(source), source)
             expect(stager.recover(), rank)
-            assert os.path.exists(stager._get_persisted_path(rank, source))
+            assert os.listdir(storage).count(f"rank_{rank}_replica_partner_{source}.pt") == 1
         sources[str(index)] = source
     return {"sources": sources}
 
@@ -80,8 +79,9 @@ def test_world_of_four_with_subgroups_of_three_and_two(tmp_path: Path) -> None:
 
 
 def die_in_the_middle(rank: int, directory: str, victim: int) -> dict[str, Any]:
-    """One good exchange; then the victim is killed after it has sent its header and before it has sent its slabs."""
-    stager = ReplicationStager(None, timeout=timedelta(seconds=30), storage_dir=directory)
+    """One good exchange; then the victim is killed after it has sent its header and before it has sent its slabs. Whoever
+    waited for its slabs until the timeout would hang."""
+    stager = ReplicationStager(None, timeout=timedelta(hours=1), storage_dir=directory)
     stager.stage(state_of(rank))
     if rank == victim:
         from stager.replication import exchange
@@ -95,7 +95,6 @@ def die_in_the_middle(rank: int, directory: str, victim: int) -> dict[str, Any]:
                 yield message
 
         exchange._messages = killing
-    started = time.monotonic()
     try:
         stager.stage({**state_of(rank), "second": True})
         outcome: Any = "ok"
@@ -103,7 +102,7 @@ def die_in_the_middle(rank: int, directory: str, victim: int) -> dict[str, Any]:
         outcome = {"rank": error.rank, "text": str(error)}
     kept = stager.load_replica()
     dist.destroy_process_group = lambda: None  # the group has lost a member
-    return {"outcome": outcome, "secs": time.monotonic() - started, "kept_second": "second" in kept}
+    return {"outcome": outcome, "kept_second": "second" in kept}
 
 
 def test_partner_killed_in_the_middle_is_named_and_the_replica_survives(tmp_path: Path) -> None:
@@ -114,7 +113,6 @@ def test_partner_killed_in_the_middle_is_named_and_the_replica_survives(tmp_path
     assert "rank 1" in results[2]["outcome"]["text"]
     assert results[2]["kept_second"] is False  # the last whole replica, not a half of the new one
     assert results[0]["kept_second"] is True  # what it needed came from rank 2
-    assert all(result["secs"] < 30 for result in results if result)
     assert not list(tmp_path.glob("*.tmp"))
 
 

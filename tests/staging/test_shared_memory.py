@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import torch
@@ -14,7 +12,8 @@ import torch.multiprocessing as mp
 
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.offload import HostBuffers, SharedSlice
-from tests.staging.child import ROOT, run
+from tests import scripts
+from tests.staging.child import run
 
 
 def open_fds() -> int:
@@ -121,10 +120,8 @@ import signal; signal.pause()
 
 def test_sigkill_leaves_no_name_in_dev_shm() -> None:
     before = set(os.listdir("/dev/shm"))
-    process = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "staged\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    with scripts.running(KILLED) as program:
+        assert program.stdout.readline() == "staged\n"
+        program.kill(signal.SIGKILL)
+        program.wait()
     assert set(os.listdir("/dev/shm")) <= before

@@ -120,12 +120,13 @@ def test_side_stream_is_made_once_per_device(fake: FakeAccelerator) -> None:
 
 
 def test_only_devices_with_a_context_are_touched(fake: FakeAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: False, raising=False)
+    fake.current_accelerator = lambda: torch.device("cuda")
+    with_context: set[int] = set()
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", with_context.__contains__, raising=False)
     fence = streams.SideStreams().fence()
     assert fence is not None
     assert [index for index, _, _ in fence.events] == [1]
-    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: True)
+    with_context.update((0, 1))
     fence = streams.SideStreams().fence()
     assert fence is not None
     assert [index for index, _, _ in fence.events] == [0, 1]

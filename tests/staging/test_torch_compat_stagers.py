@@ -58,14 +58,13 @@ class TestDefaultStager:
                 for name in ("use_pinned_memory", "use_shared_memory", "use_async_staging", "use_non_blocking_copy")
             ] == [True] * 4
 
-    def test_non_blocking_copy_needs_an_accelerator(self, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    @pytest.mark.usefixtures("no_accelerator")
+    def test_non_blocking_copy_needs_an_accelerator(self, api: Any) -> None:
         with pytest.raises(AssertionError, match="accelerator"):
             api.DefaultStager(api.StagingOptions(False, False, False, True))
 
-    def test_without_options(self, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    @pytest.mark.usefixtures("no_accelerator")
+    def test_without_options(self, api: Any) -> None:
         if api.is_torch:
             with pytest.warns(UserWarning), pytest.raises(AssertionError):
                 api.DefaultStager()

@@ -45,10 +45,10 @@ class Bomb:
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
 @pytest.mark.parametrize("older", [StagerStorageWriter, dcp.FileSystemWriter])
 def test_overwriting_replaces_the_whole_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: Any, exchange: bool
+    tmp_path: Path, request: pytest.FixtureRequest, older: Any, exchange: bool
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+        request.getfixturevalue("no_exchange")
     save({**small_state(1.0), "more": torch.ones(3)}, older(tmp_path / "c"))
     (tmp_path / "c" / "__7_0.distcp").write_bytes(b"of a rank that is no more")
     save(small_state(2.0), StagerStorageWriter(tmp_path / "c"))

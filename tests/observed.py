@@ -1,0 +1,25 @@
+"""What a run holds, as the operating system sees it: its processes and its slabs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from tests import fork_server
+
+
+def child_pids() -> list[int]:
+    """This process's children: the workers of its pools, also those that have just been forked."""
+    return sorted({child.pid for child in psutil.Process().children()} - fork_server.server_pids())
+
+
+def slab_ranges() -> list[tuple[int, int]]:
+    """The addresses [begin, end) at which this process has mapped slabs."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "stager-slab" in line]
+    return [(int(begin, 16), int(end, 16)) for begin, end in (line.split()[0].split("-") for line in lines)]
+
+
+def slab_nbytes() -> int:
+    """Bytes of slabs that this process has mapped, in whole pages."""
+    return sum(end - begin for begin, end in slab_ranges())
