@@ -22,6 +22,8 @@ from stager.ranks.rank_group import RankGroup
 from tests.faults import faults_of_this_process
 from tests.ranks.bodies import CONFIG, FOR_EVER_SECS, board_of
 
+PATIENT = {**CONFIG, "ranks": {"timeout_secs": FOR_EVER_SECS}}
+
 
 def own_structure_changes(rank: int, directory: str) -> list[str]:
     """What is in ``PerRank`` changes its shape and number on one rank; another value becomes a float there."""
@@ -210,7 +212,7 @@ def slow_rank(rank: int, directory: str) -> dict[str, Any]:
 
 
 def load_what_is_not_there(rank: int, directory: str) -> str:
-    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt, what_is_not_visible_is_waited_for_for_ever():
+    with what_is_not_visible_is_waited_for_for_ever(), Checkpointer(Path(directory, "run"), PATIENT) as ckpt:
         ckpt.save(1, {"a": torch.ones(3)}).upload_completion.result(60)
         try:
             ckpt.load(99, into={"a": torch.ones(3)})
@@ -220,7 +222,8 @@ def load_what_is_not_there(rank: int, directory: str) -> str:
 
 
 def what_is_not_visible_is_waited_for_for_ever() -> AbstractContextManager[object]:
-    """A rank that waits for a directory that another rank has seen hangs, instead of going on after a minute."""
+    """A rank that waits for a directory that another rank has seen hangs, instead of going on after
+    a minute or the ranks' timeout, whichever is less: :data:`PATIENT` is for the latter."""
     return mock.patch.object(loading, "_VISIBLE_SECS", FOR_EVER_SECS)
 
 
@@ -228,7 +231,7 @@ def unstageable_at_first(rank: int, directory: str) -> dict[str, Any]:
     """One rank's first save fails before it settles anything, and nobody waits for it."""
     state: dict[str, Any] = {"a": torch.ones(3)}
     bad = {"b.c": torch.ones(1), "b": {"c": torch.ones(1)}} if rank == 1 else {}
-    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": FOR_EVER_SECS}}) as ckpt:
+    with Checkpointer(Path(directory, "run"), PATIENT) as ckpt:
         try:
             ckpt.save(1, {**state, **bad}).upload_completion.result(60)
             text = ""
@@ -242,7 +245,7 @@ def unstageable_at_first(rank: int, directory: str) -> dict[str, Any]:
 
 def ask_for_what_was_removed(rank: int, directory: str) -> list[int]:
     """The newest checkpoint is removed by hand, when this rank has seen it: ``latest()`` does not wait for it."""
-    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt, what_is_not_visible_is_waited_for_for_ever():
+    with what_is_not_visible_is_waited_for_for_ever(), Checkpointer(Path(directory, "run"), PATIENT) as ckpt:
         for step in (1, 2):
             ckpt.save(step, {"a": torch.ones(3)}).upload_completion.result(60)
         newest = ckpt.latest()

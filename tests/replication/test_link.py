@@ -15,7 +15,7 @@ from stager import ReplicationError
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.replication.exchange import Exchange, Outcome, Unpacking
-from stager.replication.link import Link
+from stager.replication.link import PartnerLink
 from stager.replication.parcel import pack
 
 _dist: Any = dist  # not all of it is annotated
@@ -27,7 +27,7 @@ class Two:
     def __init__(self, timeout_secs: float = 20.0) -> None:
         store = _dist.HashStore()
         self.jobs = [RankGroup(rank, 2, Rendezvous(store, "test", 2), timeout_secs) for rank in range(2)]
-        self.links = [Link(group, 1 - group.rank) for group in self.jobs]
+        self.links = [PartnerLink(group, 1 - group.rank) for group in self.jobs]
         self.groups: list[Any] = [None, None]
         """The connection that each of the two used last."""
 
