@@ -95,7 +95,7 @@ def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> Non
 
 def test_a_rank_that_closes_lets_nobody_wait(two: Two) -> None:
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(two.links[0].meet, "a")
+        waiting = thread.submit(two.links[0].barrier, "a")
         two.links[1].cancel_barrier("a", "closing")
         with pytest.raises(ReplicationError, match="closing"):
             waiting.result(10)
