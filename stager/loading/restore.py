@@ -13,17 +13,16 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from stager.loading.chunks import Place, places, with_wholes
 from stager.loading.match import Match, match, refuse
 from stager.loading.pickles.unpickle import unpickle
+from stager.loading.reading.direct_read import overlapping, takes_bytes, tell_autograd
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.layout.structure import build, describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
@@ -33,8 +32,6 @@ _PARTLY = (
     "what it was loaded into is partly overwritten: load another checkpoint into it before it is used "
     "(loading.verify_first: true checks every hash before anything is changed)"
 )
-
-_Extent = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # start, end (addresses), item, shape, stride
 
 
 class Restorer:
@@ -113,7 +110,7 @@ class Restorer:
         """
         spread = {one.index: one.tensor for one in found.sharded}
         wanted = sorted((found.wanted - spread.keys()) | {index for index, _ in found.targets})
-        shared = sharing_memory(found.targets)
+        shared = overlapping(found.targets)
         with BlobReader(self._path, self._stored, self._num_threads) as reader:
             objects = [index for index in wanted if self._items[index].kind == "object"]
             values = self._unpickle(self._read_blobs(reader, objects))
@@ -121,7 +118,7 @@ class Restorer:
             direct = {
                 index: tensor
                 for index, tensor in reversed(found.targets)
-                if index not in shared and _takes_bytes(self._items[index], tensor)
+                if index not in shared and takes_bytes(self._items[index], tensor)
             }
             tensors = {i: direct[i] if i in direct else self._new(i) for i in wanted if i not in values}
             if others:
@@ -205,59 +202,7 @@ def settle(tensors: Mapping[int, torch.Tensor], targets: list[tuple[int, torch.T
         for index, target in targets:
             source = tensors[index]
             if target is source or (target.data_ptr() == source.data_ptr() and target.stride() == source.stride()):
-                if not target.is_inference():  # those have no version
-                    written.append(target)
+                written.append(target)
             else:
                 target.copy_(source)
-    if written:
-        torch.autograd.graph.increment_version(written)  # they were written behind autograd's back
-
-
-def _takes_bytes(item: Item, tensor: torch.Tensor) -> bool:
-    """Whether the raw bytes can go straight into the tensor's memory."""
-    return (
-        tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not (tensor.is_conj() or tensor.is_neg())
-        and (tensor.stride() == item.stride or tensor.numel() == 0)
-    )
-
-
-def sharing_memory(targets: list[tuple[int, torch.Tensor]]) -> set[int]:
-    """Items whose targets overlap in memory with those of another item, or with another view of the same.
-
-    Read in parallel they would tear each other, so they are copied in order instead: the last one wins, as when
-    ``load_state_dict`` is given different values for weights that are tied here.
-    """
-    on_host = [(index, tensor) for index, tensor in targets if tensor.is_cpu and tensor.numel()]
-    if _are_apart([tensor for _, tensor in on_host]):
-        return set()
-    extents = sorted({_extent(i, t) for i, t in on_host})
-    shared: set[int] = set()
-    furthest: _Extent | None = None
-    for extent in extents:
-        if furthest is not None and extent[0] < furthest[1]:
-            shared.update((extent[2], furthest[2]))
-        if furthest is None or extent[1] > furthest[1]:
-            furthest = extent
-    return shared
-
-
-def _are_apart(tensors: list[torch.Tensor]) -> bool:
-    """Whether no two of many tensors lie in the same stretch of memory; nearly always, and quickly told."""
-    starts = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    nbytes = [t.nbytes if t.is_contiguous() else _nbytes_reached(t) for t in tensors]
-    order = np.argsort(starts)
-    ends = np.maximum.accumulate((starts + np.array(nbytes, np.uint64))[order])
-    return bool((starts[order][1:] >= ends[:-1]).all())
-
-
-def _nbytes_reached(tensor: torch.Tensor) -> int:
-    """From the first byte of a tensor to the end of its last element."""
-    last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _extent(index: int, tensor: torch.Tensor) -> _Extent:
-    start = tensor.data_ptr()
-    return start, start + _nbytes_reached(tensor), index, tuple(tensor.shape), tensor.stride()
+    tell_autograd(written)

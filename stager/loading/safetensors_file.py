@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stager.loading.dcp.plain_reader import PlainReader
+from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import Header, Manifest
 from stager.workers.checkpoint.formats.safetensors_file import DTYPES

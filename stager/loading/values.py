@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from stager.loading.match import match, refuse
-from stager.loading.restore import settle, sharing_memory
+from stager.loading.reading.direct_read import overlapping
+from stager.loading.restore import settle
 from stager.loading.selection import Selection
 from stager.state.flatten import flatten
 from stager.workers.checkpoint.directory.manifest import Header, Manifest
@@ -42,7 +43,7 @@ def restore_values(
     values = dict(enumerate(flat.leaves))
     refuse(path, [problem for check in found.checks if (problem := check(values)) is not None])
     settle(values, found.targets)
-    shared = sharing_memory(found.targets)
+    shared = overlapping(found.targets)
     values |= {index: tensor for index, tensor in reversed(found.targets) if index not in shared}
     for step in found.steps:
         step(values)

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from stager.loading.dcp.index import Index, read_index
-from stager.loading.dcp.plain_reader import PlainReader
 from stager.loading.dcp.read_plan import read_plan
 from stager.loading.dcp.stock import StockReader
+from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.read.blob_reader import BlobReader
