@@ -125,7 +125,7 @@ def test_stock_tensor_of_millions_of_elements_is_read(tmp_path: Path) -> None:
     """Its size is a number larger than the whole ``.metadata``: that alone is no sin."""
     state = {"flat": torch.arange(3_000_000, dtype=torch.int8), "rows": torch.ones(2, 3)}
     stock(tmp_path / "stock", **state)
-    assert same(load_checkpoint(tmp_path / "stock"), state)
+    assert same(load_checkpoint(tmp_path / "stock").state, state)
 
 
 def test_lists_of_a_stock_checkpoint_cannot_be_longer_than_their_names_explain(tmp_path: Path) -> None:
@@ -175,4 +175,4 @@ def test_own_checkpoint_with_tied_weights_is_read_as_stock(run_dir: Path) -> Non
     state = {"a": weight, "b": {"tied": weight}}
     path = Path(save(run_dir, state).path)
     (path / "manifest.json").unlink()
-    assert same(load_checkpoint(path), state)
+    assert same(load_checkpoint(path).state, state)

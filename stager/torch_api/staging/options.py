@@ -61,11 +61,17 @@ class ResolvedOptions:
 
 
 def auto_options() -> StagingOptions:
+    """Return options that are all ``"auto"``: what ``DefaultStager()`` without options uses."""
     return StagingOptions("auto", "auto", "auto", "auto")
 
 
 def resolve(options: StagingOptions | CheckpointStagerConfig) -> ResolvedOptions:
-    """Decide the ``"auto"`` fields. Raises AssertionError, as torch does, for what this host cannot do."""
+    """Decide the ``"auto"`` fields for this host.
+
+    Raises:
+        AssertionError: an option needs an accelerator and there is none; torch raises the same.
+        TypeError: a field is neither a bool nor "auto".
+    """
     accelerator = torch.accelerator.is_available()
     resolved = ResolvedOptions(
         use_pinned_memory=_decide("use_pinned_memory", options.use_pinned_memory, torch.cuda.is_available()),
