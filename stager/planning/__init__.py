@@ -9,9 +9,8 @@ advice.py     which settings to change
 """
 
 from stager.planning.footprint import Footprint, Measured
-from stager.planning.need import Host, Job, Need, Staging
+from stager.planning.need import Host, Job, Need, Staging, Verdict
 from stager.planning.source import Source, from_callable, from_checkpoint, from_numbers
-from stager.planning.verdict import Verdict
 from stager.planning.work_out import work_out
 
 __all__ = [

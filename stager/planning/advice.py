@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from stager.config import StagerConfig
 from stager.config.sizes import format_bytes
 from stager.doctor.resources import FDS_OF_A_TRAINER
-from stager.planning.verdict import Verdict
-
-if TYPE_CHECKING:
-    from stager.planning.need import Need
+from stager.planning.need import Need, Verdict
 
 
 def advise(need: Need, config: StagerConfig) -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from stager.config import StagerConfig
 from stager.doctor.resources import FDS_PER_WORKER
 from stager.planning.advice import advise
 from stager.planning.footprint import Measured
-from stager.planning.need import Host, Job, Need, Staging
-from stager.planning.verdict import Verdict
+from stager.planning.need import Host, Job, Need, Staging, Verdict
 from stager.replication.keeper import capacity
 from stager.replication.replicas import NUM_SLOTS
 from stager.workers.errors import MemoryBudgetError
@@ -21,7 +20,8 @@ WORKER_BYTES = 48 << 20  # of its own: 13 MiB measured, buffers of 16 for direct
 
 
 def work_out(state: Mapping[str, Any], config: StagerConfig, job: Job, host: Host) -> Need:
-    """
+    """Work out what saving ``state`` needs of a host of the job.
+
     Raises:
         UnstageableError: a value cannot be saved; names its key path.
     """

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,11 +18,22 @@ import psutil
 from typing_extensions import Self
 
 from stager.demo.child import child_environment
-from stager.stress.request import Request
 from stager.workers.errors import StagerError
 
 _START_SECS = 120.0
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Asks the fork server, in one JSON line, to fork a child that does ``job`` (``jobs.py``); its output goes to ``log``.
+
+    The server answers with the pid of the child.
+    """
+
+    job: str
+    log: str
+    arguments: dict[str, Any]
 
 
 class ForkServerError(StagerError, RuntimeError):

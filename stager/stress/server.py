@@ -29,7 +29,7 @@ from contextlib import suppress
 
 import psutil
 
-from stager.stress.request import Request
+from stager.stress.forks import Request
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36

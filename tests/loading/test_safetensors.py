@@ -107,7 +107,7 @@ def test_header_that_lies_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_unknown_dtype_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(of({"a": entry(0, 1, [2], "F4")}, bytes(1)))
-    with pytest.raises(UsageError, match="a is F4"):
+    with pytest.raises(UsageError, match="a has the dtype F4"):
         load_checkpoint(tmp_path / "a")
 
 

@@ -1,4 +1,4 @@
-"""Reads the items of a DCP load plan from a checkpoint: straight into the targets where they fit, each hash checked."""
+"""Reading the items of a DCP load plan from a checkpoint of stager, straight into the targets where they fit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.errors import StateMismatchError
 from stager.workers.memory.pages import bytes_at
 
-_BATCH_BYTES = 256 << 20  # how much is held beside the targets, at least one item
+_BATCH_BYTES = 256 << 20  # memory used beside the targets; one item may need more
 
 
 def read_plan(
     index: Index, reader: BlobReader | PlainReader, plan: LoadPlan, planner: LoadPlanner, allow_pickle: bool = False
 ) -> None:
-    """Do what a plan of DCP says.
+    """Carry out a load plan of DCP.
+
+    Args:
+        index: of the checkpoint.
+        reader: of the checkpoint; a ``BlobReader`` checks each hash.
+        plan: what to read.
+        planner: has the targets.
+        allow_pickle: unpickle any object.
 
     Raises:
         CorruptCheckpointError, UnsafePickleError, StorageError
@@ -35,7 +42,7 @@ def read_plan(
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One of DCP's read items, the item of the checkpoint that it needs, and the tensor it goes to."""
+    """A read item of DCP, the item of the checkpoint that it needs, and the tensor that receives it."""
 
     request: ReadItem
     number: int
@@ -43,7 +50,7 @@ class _Read:
 
 
 class _Load:
-    """One ``read_data()``."""
+    """One call of ``read_data()``."""
 
     def __init__(
         self, index: Index, reader: BlobReader | PlainReader, planner: LoadPlanner, allow_pickle: bool
@@ -91,7 +98,7 @@ class _Load:
         tell_autograd(read.target for read in reads)
 
     def _copy(self, reads: list[_Read]) -> None:
-        """Read into memory of our own, and copy, in the plan's order: the last one wins where targets share memory."""
+        """Read into memory of our own, and copy in the order of the plan: where targets share memory, the last one wins."""
         for batch in self._batches(reads):
             sources = {read.number: _new(self._items[read.number]) for read in batch}
             views = {number: bytes_at(t.data_ptr(), self._items[number].data_nbytes) for number, t in sources.items()}
@@ -122,7 +129,7 @@ class _Load:
 def _check_shape(read: _Read) -> None:
     if read.target.shape != read.request.lengths:
         raise StateMismatchError(
-            f"{read.request.dest_index.fqn}: has shape {list(read.target.shape)} here and "
+            f"{read.request.dest_index.fqn}: has shape {list(read.target.shape)} in the target and "
             f"{list(read.request.lengths)} in the checkpoint"
         )
 
