@@ -15,13 +15,13 @@ class Entry:
     """One leaf of the state.
 
     Attributes:
-        key: its path, joined by dots: the name DCP gives it.
+        key: the keys on its path, joined by dots: the name that DCP gives it.
         kind: "tensor" or "object".
         dtype, shape: of a tensor; "" and () for an object.
-        nbytes: of its values (tensor) or its pickle (object); None where that is not known.
-        file: in the checkpoint's directory.
-        offset: in that file, of those bytes; None where that is not known.
-        same_as: the key it shares its bytes with (tied), or None.
+        nbytes: size of its values (tensor) or its pickle (object); None if it is not known.
+        file: name of the file that holds it.
+        offset: of its bytes in that file; None if it is not known.
+        same_as: the key that it shares its bytes with (tied), or None.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Entry:
 
 
 def entries_of(manifest: Manifest) -> Iterator[Entry]:
-    """Every leaf of the state, in its order."""
+    """Yield an entry for every leaf of the state, in order."""
     from stager.workers.checkpoint.layout.structure import fqn
 
     first_keys: dict[int, str] = {}

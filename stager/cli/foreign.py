@@ -1,4 +1,4 @@
-"""What ``stager inspect`` says of checkpoints that stager did not write."""
+"""``stager inspect`` of checkpoints that stager did not write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def is_foreign(path: str) -> bool:
-    """A file of ``torch.save`` or safetensors, or a directory of ``dcp.save``. What a killed save of stager left is none."""
+    """Whether ``path`` is a file, or a directory of ``dcp.save``. A partial directory of stager is not."""
     if os.path.isfile(path):
         return True
     names = (".metadata", "manifest.json")
@@ -20,7 +20,7 @@ def is_foreign(path: str) -> bool:
 
 
 def inspect_foreign(path: str) -> tuple[dict[str, Any], list[Entry]]:
-    """Facts about the whole, and its entries. No tensor's data is read.
+    """Return facts about the checkpoint, and its entries. No data of a tensor is read.
 
     Raises:
         CorruptCheckpointError, UnsafePickleError, StorageError
@@ -56,7 +56,8 @@ def _of_file(path: str) -> list[Entry]:
     except CorruptCheckpointError as error:
         if not isinstance(error.__cause__, NotImplementedError):
             raise
-        state = load_torch_save(path, allow_pickle=False)  # torch checks a sparse tensor's indices, so it needs them
+        # torch checks the indices of sparse tensors, which the meta device does not have.
+        state = load_torch_save(path, allow_pickle=False)
     flat = flatten(state if isinstance(state, dict) else {"": state})
     entries = []
     for keys, leaf in zip(flat.paths, flat.leaves, strict=True):
@@ -82,7 +83,7 @@ def _of_dcp(path: str) -> list[Entry]:
 
 
 def _entries(metadata: Metadata) -> list[Entry]:
-    """A tensor in chunks is one entry, with the place of its first chunk."""
+    """Make the entries. A tensor in chunks is one entry, with the place of its first chunk."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from stager.workers.checkpoint.layout.dtypes import name_of

@@ -1,4 +1,4 @@
-"""``stager inspect``: what is in a checkpoint, from its manifest alone; no data is read and no code of it runs."""
+"""``stager inspect``: what is in a checkpoint. Only the manifest is read, and no code of the checkpoint runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Entr
 
 
 def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
-    """What the checkpoint says of itself as a whole."""
+    """The facts about a checkpoint as a whole."""
     header, layout = manifest.header, manifest.layout
     files = [{"name": f.name, "nbytes": f.nbytes} for f in layout.files]
     files += [{"name": f.name, "nbytes": f.nbytes} for f in manifest.index_files]
@@ -101,7 +101,7 @@ def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
 
 
 def _entry_table(entries: list[Entry]) -> Table:
-    """A table of entries of one kind, at least one."""
+    """Make a table of entries of one kind; there is at least one."""
     from rich.table import Table
 
     tensors = entries[0].kind == "tensor"

@@ -1,4 +1,4 @@
-"""``stager ls``: the checkpoints of a run, with those that do not count and why."""
+"""``stager ls``: the checkpoints of a run, and the directories that are not valid checkpoints and why."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class Status(str, Enum):
+    """What a directory of a run is."""
+
     COMMITTED = "committed"
     PARTIAL = "partial"
     INVALID = "invalid"
@@ -26,14 +28,15 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """One directory.
+    """One directory of a run.
 
     Attributes:
         name: of the directory.
-        status, reason: what it is, and why it is not taken for a checkpoint.
-        nbytes: of its files.
-        created: unix time; of what is not committed, the last change.
-        step, num_tensors, num_objects: None where that cannot be known.
+        status: what it is.
+        reason: why it is not a valid checkpoint.
+        nbytes: size of its files.
+        created: unix time of the snapshot, or of the last change if it is not committed.
+        step, num_tensors, num_objects: None if they are not known.
     """
 
     name: str
@@ -67,11 +70,11 @@ def ls(
 
 
 def list_rows(directory: str) -> list[Row]:
-    """Every checkpoint and would-be checkpoint in ``directory``, by name. Manifests are read, data is not.
+    """List every committed, partial or invalid checkpoint in ``directory``, by name. Only manifests are read.
 
     Raises:
         CheckpointNotFoundError: no such directory.
-        UsageError: it is a checkpoint itself.
+        UsageError: ``directory`` is a checkpoint itself.
     """
     from stager.workers.checkpoint.directory.run_directory import list_checkpoints
     from stager.workers.errors import UsageError
@@ -103,7 +106,7 @@ def _skipped_row(directory: str, skipped: SkippedCheckpoint) -> Row:
     digits = skipped.name.removeprefix("step-").partition(".")[0]
     try:
         nbytes, changed = directory_nbytes(path), os.stat(path).st_mtime
-    except OSError:  # committed or removed meanwhile, or a file of that name
+    except OSError:  # it was committed or removed meanwhile, or is a file
         nbytes, changed = 0, 0.0
     return Row(
         name=skipped.name,
@@ -165,7 +168,7 @@ def _print_table(directory: str, rows: list[Row]) -> None:
 
 
 def format_time(unix: float) -> str:
-    """Local time, to the second; empty for 0 (unknown). What is beyond the calendar stays a number."""
+    """Local time, to the second; empty for 0 (unknown). A time beyond the calendar stays a number of seconds."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix)) if unix else ""
     except (OverflowError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""Works out what a job needs of its hosts, and whether one host has it."""
+"""Working out what a job needs of its hosts, and whether a host has it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from stager.replication.keeper import capacity
 from stager.replication.replicas import NUM_SLOTS
 from stager.workers.errors import MemoryBudgetError
 
-WORKER_BYTES = 48 << 20  # of its own: 13 MiB measured, buffers of 16 for direct_io, and 1 KiB for each tensor of a plan
+WORKER_BYTES = (
+    48 << 20
+)  # of one worker: 13 MiB measured, 16 MiB of buffers for direct_io, and 1 KiB for each tensor of a plan
 
 
 def work_out(state: Mapping[str, Any], config: StagerConfig, job: Job, host: Host) -> Need:

@@ -12,7 +12,7 @@ from stager.workers.errors import StagerError
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """What was done: to which step, which file, and the save_id of what is now damaged ("": it has no manifest any more)."""
+    """A damaged checkpoint: its step, the damaged file, and the save_id ("" if the manifest is gone)."""
 
     step: int
     file: str
@@ -21,7 +21,7 @@ class Damaged:
 
 
 def inflict_damage(directory: str, damage: Damage, spare: frozenset[int] = frozenset()) -> Damaged | None:
-    """Damage one checkpoint, as long as there is another one to fall back to; None when there is not.
+    """Damage one checkpoint, if there is another one to fall back to; otherwise return None.
 
     Args:
         spare: steps that are damaged already.

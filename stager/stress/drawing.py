@@ -1,4 +1,4 @@
-"""Draws episodes. The same seed and number give the same episode, on every machine."""
+"""Drawing episodes: the same seed and number give the same episode on every machine."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OBJECTS: tuple[LeafKind, ...] = ("object", "text", "set", "custom")
 
 
 def draw_episode(seed: int, number: int, config: StressConfig, left_out: frozenset[Kind] = frozenset()) -> Episode:
-    """The episode ``number`` of a run with ``seed``.
+    """Draw episode ``number`` of a run with ``seed``.
 
     Args:
-        left_out: kinds of faults that this host does not let us do. They are drawn as others are, and then not done, so that
-            the rest of the episode is the same everywhere.
+        left_out: kinds of faults that this host does not allow. They are drawn and then left out, so that the rest of the
+            episode is the same on every machine.
     """
     return _Drawer(seed, number, config, left_out).draw()
 
@@ -59,7 +59,7 @@ class _Drawer:
         if any(isinstance(fault, Damage) for fault in faults) and any(
             leaf.born or leaf.resized < num_steps or leaf.dies < num_steps for leaf in training.leaves
         ):
-            # The trainer builds the structure of latest(): falling back from there would meet another one.
+            # The trainer builds the structure of latest(), and falling back would load a checkpoint of another structure.
             config["loading"] |= {"verify": "full", "verify_first": True}
         for section, values in self._config.held().items():
             config.setdefault(section, {}).update(values)
@@ -78,7 +78,7 @@ class _Drawer:
         )
 
     def _draw_kinds(self) -> list[Kind]:
-        """Of the faults; a kind stands for itself often enough to be seen in a few minutes."""
+        """Draw the kinds of faults, each often enough to occur within a few minutes."""
         count = self._rng.choice((0, 1, 1, 2, 2, 3)) if self._settings.faults else 0
         weights = {"point": 5, "signal": 4, "errno": 3, "damage": 2}
         kinds = self._settings.faults
@@ -133,7 +133,7 @@ class _Drawer:
         return config
 
     def _stopped_workers(self) -> dict[str, Any]:
-        """Short deadlines, for nothing else finds a worker that is stopped."""
+        """Short deadlines, because a stopped worker is noticed only by its deadline."""
         known = type(self._config.workers).model_fields
         deadlines = {
             "start_timeout_secs": self._settings.start_timeout_secs,
@@ -174,7 +174,7 @@ class _Drawer:
 
 
 def _may_join(fault: Fault, others: list[Fault]) -> bool:
-    """One fault for each point; the second damage of a directory could spoil what the first left to fall back to."""
+    """Keep one fault for each point, and one damage, because a second could spoil the checkpoint to fall back to."""
     if isinstance(fault, PointFault):
         return all(not isinstance(other, PointFault) or other.point != fault.point for other in others)
     if isinstance(fault, (Damage, FullDisk)):
@@ -187,7 +187,7 @@ def _stops(faults: tuple[Fault, ...]) -> bool:
 
 
 def draw_training(rng: random.Random, num_steps: int, max_nbytes: int) -> TrainingSpec:
-    """A training run whose state has at most about ``max_nbytes`` bytes."""
+    """Draw a training run whose state has at most about ``max_nbytes`` bytes."""
     leaves = _draw_leaves(rng, num_steps, int(max_nbytes * rng.choice((0.02, 0.2, 0.7))))
     return TrainingSpec(
         seed=rng.randrange(1 << 30),
@@ -200,7 +200,7 @@ def draw_training(rng: random.Random, num_steps: int, max_nbytes: int) -> Traini
 
 
 def _draw_leaves(rng: random.Random, num_steps: int, budget: int) -> Iterator[LeafSpec]:
-    """Few big tensors, or many small ones, and around them one of each oddity, more or less."""
+    """Draw a few large tensors or many small ones, and about one of each unusual kind of value."""
     big = rng.random() < 0.5
     count = rng.randint(1, 4) if big else rng.randint(20, 150)
     index = 0
@@ -223,7 +223,7 @@ def _draw_leaves(rng: random.Random, num_steps: int, budget: int) -> Iterator[Le
 
 
 def _with_life(rng: random.Random, num_steps: int, kind: LeafKind, dtype: str, numel: int) -> LeafSpec:
-    """Most are there from the start to the end; some come, go, or grow."""
+    """Draw when a leaf exists: most do from start to end; some appear, disappear or grow."""
     born, dies, resized = 0, NEVER, NEVER
     fate = rng.random()
     if fate < 0.1:

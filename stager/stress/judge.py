@@ -6,7 +6,7 @@ import errno
 import signal
 from collections.abc import Iterator, Sequence
 
-from stager.stress.diary import Begun, Closed, Committed, Failed, Finished, Left, Resumed, Staged, Up
+from stager.stress.diary import Begun, Closed, Committed, Detached, Failed, Finished, Resumed, Staged, Up
 from stager.stress.episode import Episode
 from stager.stress.faults import Fault, FullDisk, PointFault, RemovePartial, SignalFault
 from stager.stress.inflictor import Fired
@@ -71,7 +71,7 @@ def _codes_of(fault: SignalFault, run: Run) -> set[int]:
 
 
 def died(run: Run) -> bool:
-    """The trainer did not come to the end that it was planned to have."""
+    """Whether the trainer died before its planned end."""
     return not any(isinstance(entry, Finished) for entry in run.diary.entries)
 
 
@@ -83,9 +83,9 @@ def _resume(run: Run, digests: Sequence[str]) -> Iterator[str]:
         if isinstance(entry, Resumed):
             newest = max(set(run.before.valid), default=-1)
             if entry.step < newest:
-                yield f"the run resumed from step {entry.step}, although step {newest} was there and whole"
+                yield f"the run resumed from step {entry.step}, although step {newest} had a valid checkpoint"
             if entry.step >= 0 and entry.digest != digests[entry.step]:
-                yield f"what was loaded from step {entry.step} is not the state after step {entry.step}"
+                yield f"the checkpoint of step {entry.step} loaded as another state than that after step {entry.step}"
         elif isinstance(entry, Finished) and entry.digest != digests[entry.step]:
             yield f"the run ended after step {entry.step} with another state than an uninterrupted run"
 
@@ -94,7 +94,7 @@ def _resume(run: Run, digests: Sequence[str]) -> Iterator[str]:
 
 
 def _failures(run: Run) -> Iterator[str]:
-    """Each reported error needs a fault that may have caused it; a fault at a point excuses one save."""
+    """Yield each failure that no fault can have caused. A fault at a point excuses one save."""
     excuses = [fired for fired in run.fired if may_fail(fired)]
     begun = {entry.step: entry.time for entry in run.diary.entries if isinstance(entry, Begun)}
     for failure in run.diary.failures:
@@ -104,10 +104,12 @@ def _failures(run: Run) -> Iterator[str]:
         elif not isinstance(excuse.fault, FullDisk):
             excuses.remove(excuse)
         if failure.lost:
-            yield f"save of step {failure.step} failed, and close() told nobody: {failure.error}: {failure.message[:200]}"
+            error = f"{failure.error}: {failure.message[:200]}"
+            yield f"save of step {failure.step} failed, and neither a call nor close() raised the error: {error}"
 
-    if run.diary.steps(Left) and not any(map(_tells_trainer_to_go, run.fired)):
-        yield f"saves of steps {sorted(run.diary.steps(Left))} were left to the workers, and nobody told the trainer to go"
+    if run.diary.steps(Detached) and not any(map(_tells_trainer_to_go, run.fired)):
+        steps = sorted(run.diary.steps(Detached))
+        yield f"saves of steps {steps} were left to the workers, and nobody told the trainer to go"
 
 
 def _tells_trainer_to_go(fired: Fired) -> bool:
@@ -117,7 +119,7 @@ def _tells_trainer_to_go(fired: Fired) -> bool:
 
 
 def may_end_a_recovery(fault: Fault) -> bool:
-    """Whether this fault may hit a new run that commits what an earlier one has left."""
+    """Whether this fault may hit a new run that commits the unfinished saves of an earlier one."""
     return isinstance(fault, PointFault) and fault.point.startswith("commit.")
 
 
@@ -142,25 +144,28 @@ def _excuses(fired: Fired, failure: Failed, begun: float) -> bool:
 
 
 def _settled(run: Run) -> Iterator[str]:
-    """Staged and committed saves are there; in a run that was closed every save has an answer."""
+    """Yield each staged or committed save that is missing, and each save without an answer in a run that was closed."""
     diary = run.diary
-    answered = diary.steps(Committed) | diary.steps(Left) | {f.step for f in diary.failures}
+    answered = diary.steps(Committed) | diary.steps(Detached) | {f.step for f in diary.failures}
     missing = set(run.found.missing) if run.found is not None else set()
     for step in sorted(missing & diary.steps(Committed)):
-        yield f"step {step} was reported as committed and is not there"
-    for step in sorted((missing & diary.steps(Staged)) - (answered - diary.steps(Left))):
+        yield f"step {step} was reported as committed, but has no valid checkpoint"
+    for step in sorted((missing & diary.steps(Staged)) - (answered - diary.steps(Detached))):
         if not is_excused_loss(run, step):
-            yield f"step {step} was staged, did not fail, and is not there"
+            yield f"step {step} was staged and did not fail, but has no valid checkpoint"
     for step in sorted(missing - diary.steps(Staged) - diary.steps(Committed)):
-        yield f"step {step}, which an earlier run had left, is gone"
+        yield f"the checkpoint of step {step}, which an earlier run had committed, is gone"
     if any(isinstance(entry, Closed) for entry in diary.entries):
         for step in sorted(diary.steps(Staged) - answered):
-            yield f"step {step} was staged; close() has returned, and it is neither committed nor failed"
+            yield f"step {step} was staged, and after close() it is neither committed nor failed"
 
 
 def is_excused_loss(run: Run, step: int) -> bool:
-    """Whether a staged save may be missing: a fault failed it and nobody was left to be told, or the trainer and the worker
-    that had its task were both killed."""
+    """Whether a staged save may be missing.
+
+    It may if a fault made it fail when no trainer was alive to be told, or if the trainer and the worker that had its task
+    were both killed.
+    """
     if not died(run) and run.plan.ending in ("close", "forget"):
         return run.plan.ending == "forget" and any(map(may_fail, run.fired))
     if any(map(may_fail, run.fired)):
@@ -200,7 +205,7 @@ def _descriptors(run: Run, episode: Episode) -> Iterator[str]:
 
 
 def _partials(run: Run) -> Iterator[str]:
-    """What earlier runs have left is cleaned up by the time the Checkpointer is made."""
+    """Yield each partial directory of an earlier run that is still there. Making a Checkpointer should clean them up."""
     is_up = any(isinstance(entry, Up) for entry in run.diary.entries)
     if run.found is None or not is_up or any(map(may_fail, run.fired)):
         return

@@ -1,4 +1,4 @@
-"""What came of each fault, and how long it took."""
+"""Telling what came of each fault, and how long the recovery took."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stager.stress.record import FaultOutcome, Outcome, Run
 
 
 def outcomes_of(run: Run, violated: bool) -> Iterator[FaultOutcome]:
-    """One for each fault of the run's plan."""
+    """Yield one outcome for each fault of the run's plan."""
     fired = {id(f.fault): f for f in run.fired}
     for fault in run.plan.faults:
         if isinstance(fault, Damage):
@@ -34,7 +34,7 @@ def _of_damage(run: Run, fault: Damage, violated: bool) -> FaultOutcome:
         return FaultOutcome(fault, Outcome.VIOLATION)
     resumed = next((e for e in run.diary.entries if isinstance(e, Resumed)), None)
     if resumed is None or not damaged.newest:
-        return FaultOutcome(fault, Outcome.COMMITTED, why="an older checkpoint: found by verify, in nobody's way")
+        return FaultOutcome(fault, Outcome.COMMITTED, why="an older checkpoint, which verify finds and nobody loads")
     return FaultOutcome(
         fault, Outcome.FELL_BACK, why=f"{damaged.file} of step {damaged.step}; resumed from {resumed.step}"
     )
@@ -60,7 +60,7 @@ def _of_trainer_death(run: Run, fault: Fault) -> FaultOutcome:
     open_saves = run.diary.steps(Begun) - run.diary.steps(Committed) - {f.step for f in run.diary.failures}
     valid = set(run.found.valid) if run.found is not None else set()
     if open_saves & valid:
-        why = f"workers finished {len(open_saves & valid)} save(s) of a trainer that was gone, and ended"
+        why = f"the workers of the dead trainer finished {len(open_saves & valid)} save(s), and ended"
         return FaultOutcome(fault, Outcome.FINISHED, run.gone_secs, why)
     lost = [step for step in open_saves & run.diary.steps(Staged) if is_excused_loss(run, step)]
     if lost:
@@ -90,7 +90,7 @@ def _in_flight(run: Run, when: float) -> set[int]:
 
 def _why(run: Run, fault: Fault) -> str:
     if isinstance(fault, PointFault) and fault.stops and not fault.of_trainer:
-        return f"a worker stopped at {fault.point}: nobody sees that before its deadline; then its task was moved"
+        return f"a worker stopped at {fault.point}: noticed at its deadline, then its task was moved"
     if isinstance(fault, SignalFault) and fault.stops:
         return f"{fault.label}: until its deadline, or until it went on"
     if isinstance(fault, PointFault) and fault.action == "delay":

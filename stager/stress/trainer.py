@@ -1,4 +1,4 @@
-"""The trainer: resumes, trains, saves, and writes down what it saw. A real one, but for the diary."""
+"""The trainer of an episode: it resumes, trains and saves as a real one does, and keeps a diary."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from stager.stress.diary import (
     Begun,
     Closed,
     Committed,
+    Detached,
     DiaryWriter,
     Failed,
     Finished,
-    Left,
     Resumed,
     Skipped,
     Staged,
@@ -164,7 +164,7 @@ class Trainer:
         return None
 
     def _note_error(self, error: Exception, step: int | None) -> bool:
-        """Whose error it is: True if it is that of the save of ``step``, False if earlier ones'."""
+        """Whether an error is that of the save of ``step``, and not of an earlier one."""
         told = set(map(id, _errors_in(error)))
         handles = [handle for handle in self._handles if id(_error_of(handle)) in told]
         for handle in handles:
@@ -178,13 +178,13 @@ class Trainer:
         if error is not None and handle.step not in self._noted:
             self._noted.add(handle.step)
             if isinstance(error, LeftRunningError):
-                self._diary.write(Left(now(), handle.step))
+                self._diary.write(Detached(now(), handle.step))
                 return
             was_staged = handle.staging_completion.exception() is None
             self._diary.write(_failed(handle.step, error, was_staged=was_staged, lost=lost))
 
     def _note_lost_errors(self) -> None:
-        """After ``close()``: what no Future and no call has told."""
+        """After ``close()``: write down the errors that no Future and no call has told."""
         for handle in self._handles:
             self._note_failure(handle, lost=True)
 
@@ -205,13 +205,13 @@ class Trainer:
 
 
 def _error_of(handle: SaveHandle) -> BaseException | None:
-    """Without stager taking note that somebody has looked: it still has to tell us."""
+    """Look at a Future's error in a way that stager does not notice, so that it still has to raise it."""
     future = handle.upload_completion
     return Future.exception(future) if future.done() and not future.cancelled() else None
 
 
 def _errors_in(error: BaseException) -> list[BaseException]:
-    """An error, those it is a group of, and those that it was raised upon."""
+    """Yield an error, the errors of its group, and its causes and contexts."""
     found: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
@@ -228,7 +228,7 @@ def _failed(step: int, error: BaseException, *, was_staged: bool = False, lost: 
 
 
 def count_fds(pid: int) -> int:
-    """Open descriptors of a process; 0: it is gone."""
+    """Number of open descriptors of a process; 0 if it is gone."""
     try:
         return len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:

@@ -13,7 +13,7 @@ import pytest
 from stager.stress import system
 from stager.stress.checker import Found
 from stager.stress.config import StressConfig, StressSettings
-from stager.stress.diary import Begun, Closed, Committed, Diary, Entry, Failed, Finished, Left, Resumed, Staged, Up
+from stager.stress.diary import Begun, Closed, Committed, Detached, Diary, Entry, Failed, Finished, Resumed, Staged, Up
 from stager.stress.episode import RunPlan
 from stager.stress.faults import FullDisk, PointFault, Pressure, SignalFault
 from stager.stress.inflictor import Fired
@@ -55,7 +55,7 @@ def test_shared_memory_and_names_that_are_left_are_found(monkeypatch: pytest.Mon
         monkeypatch.setattr(system, "others_with_shared_memory", lambda _: [])  # whoever runs beside this test
         problems = before.left_behind(os.getpid(), 8 << 20)
     assert any(line.endswith("bytes more of shared memory than before the episode") for line in problems)
-    assert f"{left.name} was left" in problems
+    assert f"{left.name} was left behind" in problems
     assert any("the fork server had" in line for line in problems)  # its descriptor of the file
 
 
@@ -89,7 +89,7 @@ GOOD = (
 )
 BEFORE = Found(valid=(0,))
 FOUND = Found(valid=(0, 1, 2))
-NOT_WHOLE = "step 1 is visible and not whole"
+NOT_WHOLE = "step 1 is committed and invalid"
 
 
 def good_run() -> Run:
@@ -114,7 +114,7 @@ def failed(step: int, error: str = "StorageError", errno: int | None = 5) -> Fai
 
 def told() -> Run:
     """To go, while it waited for its saves."""
-    run = replace(good_run(), diary=diary_of(*without(Committed), Left(3.5, 1), Left(3.5, 2)))
+    run = replace(good_run(), diary=diary_of(*without(Committed), Detached(3.5, 1), Detached(3.5, 2)))
     run.fired.append(Fired(SignalFault("trainer", "SIGTERM", save=1, delay_secs=0.0), 3.4, "trainer"))
     return run
 
@@ -129,21 +129,24 @@ LIES: list[tuple[str, Run]] = [
     ("the trainer ended with -9", replace(good_run(), exitcode=-9)),
     ("was alive", replace(good_run(), left=["process 7 (sleeping)"])),
     ("resumed from step 0, although step 1", replace(good_run(), before=Found(valid=(0, 1)))),
-    ("what was loaded from step 0", replace(good_run(), diary=diary_of(Up(1.0, 5), Resumed(1.1, 0, "lie")))),
+    ("loaded as another state", replace(good_run(), diary=diary_of(Up(1.0, 5), Resumed(1.1, 0, "lie")))),
     ("with another state", replace(good_run(), diary=diary_of(*without(Finished), Finished(3.4, 2, "lie")))),
     ("save of step 2 failed", replace(good_run(), diary=diary_of(*GOOD, failed(2)))),
     ("step 2 was reported as committed", replace(good_run(), found=Found(valid=(0, 1), missing=(2,)))),
     (
-        "step 2 was staged, did not fail",
+        "step 2 was staged and did not fail",
         replace(good_run(), diary=diary_of(*without(Committed)), found=Found(valid=(0, 1), missing=(2,))),
     ),
     ("neither committed nor failed", replace(good_run(), diary=diary_of(*without(Committed)))),
-    ("nobody told the trainer to go", replace(good_run(), diary=diary_of(*without(Committed, Closed), Left(3.5, 1)))),
     (
-        "step 2 was staged, did not fail",
-        replace(told(), diary=diary_of(*without(Committed), Left(3.5, 2)), found=Found(valid=(0, 1), missing=(2,))),
+        "nobody told the trainer to go",
+        replace(good_run(), diary=diary_of(*without(Committed, Closed), Detached(3.5, 1))),
     ),
-    ("which an earlier run had left", replace(good_run(), found=Found(valid=(1, 2), missing=(0,)))),
+    (
+        "step 2 was staged and did not fail",
+        replace(told(), diary=diary_of(*without(Committed), Detached(3.5, 2)), found=Found(valid=(0, 1), missing=(2,))),
+    ),
+    ("which an earlier run had committed", replace(good_run(), found=Found(valid=(1, 2), missing=(0,)))),
     ("descriptors open before", replace(good_run(), diary=diary_of(*without(Closed), Closed(4.0, 6)))),
     (
         "descriptors after a third",
@@ -153,11 +156,11 @@ LIES: list[tuple[str, Run]] = [
         "did not clean it up",
         replace(good_run(), before=replace(BEFORE, partials=("p",)), found=replace(FOUND, partials=("p",))),
     ),
-    ("told nobody", replace(good_run(), diary=diary_of(*GOOD, replace(failed(2), lost=True)))),
+    ("neither a call nor close() raised", replace(good_run(), diary=diary_of(*GOOD, replace(failed(2), lost=True)))),
     ("while it ran: torn", replace(good_run(), peeks=["while it ran: torn"])),
     (
-        "step 1 is visible and not whole",
-        replace(good_run(), found=replace(FOUND, problems=("step 1 is visible and not whole",))),
+        "step 1 is committed and invalid",
+        replace(good_run(), found=replace(FOUND, problems=("step 1 is committed and invalid",))),
     ),
 ]
 
