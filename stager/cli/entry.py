@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LeafEntry:
     """One leaf of the state.
 
     Attributes:
@@ -34,7 +34,7 @@ class Entry:
     same_as: str | None = None
 
 
-def entries_of(manifest: Manifest) -> Iterator[Entry]:
+def entries_of(manifest: Manifest) -> Iterator[LeafEntry]:
     """Yield an entry for every leaf of the state, in order."""
     from stager.workers.checkpoint.layout.structure import fqn
 
@@ -42,7 +42,7 @@ def entries_of(manifest: Manifest) -> Iterator[Entry]:
     for path, index in manifest.paths():
         item, key = manifest.layout.items[index], fqn(path)
         first = first_keys.setdefault(index, key)
-        yield Entry(
+        yield LeafEntry(
             key=key,
             kind=item.kind,
             dtype=item.dtype,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stager.cli.console import print_json, printable, stdout
-from stager.cli.entry import Entry, entries_of
+from stager.cli.entry import LeafEntry, entries_of
 from stager.cli.foreign import inspect_foreign, is_foreign
 from stager.cli.ls import format_time
 from stager.cli.options import JsonOption
@@ -44,7 +44,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Entry]]:
+def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[LeafEntry]]:
     from stager.workers.checkpoint.directory.manifest import read_manifest
 
     (checkpoint,) = select_checkpoints(path, step)
@@ -72,7 +72,7 @@ def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
+def _print(facts: dict[str, Any], entries: list[LeafEntry], limit: int) -> None:
     from rich.table import Table
 
     from stager.config.sizes import format_bytes
@@ -100,7 +100,7 @@ def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
         console.print("no key matches")
 
 
-def _entry_table(entries: list[Entry]) -> Table:
+def _entry_table(entries: list[LeafEntry]) -> Table:
     """Make a table of entries of one kind; there is at least one."""
     from rich.table import Table
 

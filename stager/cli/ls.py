@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
 
 
-class Status(str, Enum):
+class RowStatus(str, Enum):
     """What a directory of a run is."""
 
     COMMITTED = "committed"
@@ -41,7 +41,7 @@ class Row:
 
     name: str
     path: str
-    status: Status
+    status: RowStatus
     reason: str
     nbytes: int
     created: float
@@ -65,7 +65,7 @@ def ls(
         print_json({"directory": os.path.abspath(directory), "checkpoints": [asdict(row) for row in rows]})
     else:
         _print_table(directory, rows)
-    if verify and any(row.status is Status.INVALID for row in rows):
+    if verify and any(row.status is RowStatus.INVALID for row in rows):
         raise typer.Exit(1)
 
 
@@ -91,7 +91,7 @@ def _committed_row(info: CheckpointInfo) -> Row:
     return Row(
         name=os.path.basename(info.path),
         path=info.path,
-        status=Status.COMMITTED,
+        status=RowStatus.COMMITTED,
         reason="",
         nbytes=info.nbytes,
         created=info.created,
@@ -111,7 +111,7 @@ def _skipped_row(directory: str, skipped: SkippedCheckpoint) -> Row:
     return Row(
         name=skipped.name,
         path=path,
-        status=Status.PARTIAL if ".partial-" in skipped.name or ".removing-" in skipped.name else Status.INVALID,
+        status=RowStatus.PARTIAL if ".partial-" in skipped.name or ".removing-" in skipped.name else RowStatus.INVALID,
         reason=skipped.reason,
         nbytes=nbytes,
         created=changed,
@@ -126,13 +126,13 @@ def _verified(rows: list[Row]) -> list[Row]:
 
     checked = list(rows)
     with byte_progress() as progress:
-        total = sum(row.nbytes for row in rows if row.status is Status.COMMITTED)
+        total = sum(row.nbytes for row in rows if row.status is RowStatus.COMMITTED)
         bar = progress.add_task("verify", total=total)
         for index, row in enumerate(rows):
-            if row.status is Status.COMMITTED:
+            if row.status is RowStatus.COMMITTED:
                 result = verify_checkpoint(row.path, progress=lambda nbytes: progress.advance(bar, nbytes))
                 if not result.ok:
-                    checked[index] = replace(row, status=Status.INVALID, reason="; ".join(result.problems))
+                    checked[index] = replace(row, status=RowStatus.INVALID, reason="; ".join(result.problems))
     return checked
 
 
@@ -146,7 +146,7 @@ def _print_table(directory: str, rows: list[Row]) -> None:
     if not rows:
         console.print(f"no checkpoints in {printable(directory)}", markup=False, soft_wrap=True)
         return
-    colours = {Status.COMMITTED: "green", Status.PARTIAL: "yellow", Status.INVALID: "red"}
+    colours = {RowStatus.COMMITTED: "green", RowStatus.PARTIAL: "yellow", RowStatus.INVALID: "red"}
     table = Table("step", "status", "size", "created", "tensors", "objects", box=None, padding=(0, 2, 0, 0))
     for column in (0, 2, 4, 5):
         table.columns[column].justify = "right"

@@ -14,7 +14,7 @@ from stager.cli.options import ConfigOption, JsonOption, SetOption
 from stager.cli.selection import select_checkpoints
 
 if TYPE_CHECKING:
-    from stager.planning import Host, Need, Source
+    from stager.planning import Host, Need, StateSource
 
 
 class OptimizerName(str, Enum):
@@ -63,7 +63,7 @@ def plan(
 ) -> None:
     """Print what saving a state takes: buffers, host memory, workers, disk. Exit 1 if it does not fit as configured."""
     from stager.config import load_config
-    from stager.planning import Job, work_out
+    from stager.planning import JobShape, work_out
     from stager.workers.errors import UsageError
 
     if sum(given is not None for given in (path, module, params)) != 1:
@@ -77,7 +77,7 @@ def plan(
     if step is not None and path is None:
         raise UsageError("--step needs the directory of a run")
     settings = load_config(config, overrides or ())
-    job = _job(Job, ranks, local_world_size, shards)
+    job = _job(JobShape, ranks, local_world_size, shards)
     host = _host(memory, cores)
     source = _source(path, step, module, meta, params, dtype, tensors, optimizer)
     need = work_out(source.state, settings, job, host)
@@ -127,7 +127,7 @@ def _source(
     dtype: str,
     tensors: int,
     optimizer: OptimizerName | None,
-) -> Source:
+) -> StateSource:
     from stager.planning import from_callable, from_checkpoint, from_numbers
     from stager.planning.optimizers import OptimizerKind
 
@@ -156,7 +156,7 @@ def _count(text: str) -> int:
     return count
 
 
-def _print(source: Source, need: Need, this_host: bool) -> None:
+def _print(source: StateSource, need: Need, this_host: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -173,7 +173,7 @@ def _print(source: Source, need: Need, this_host: bool) -> None:
         console.print(f"-> {printable(advice)}", markup=False, soft_wrap=True)
 
 
-def _rows(source: Source, need: Need, this_host: bool) -> list[tuple[str, str, str]]:
+def _rows(source: StateSource, need: Need, this_host: bool) -> list[tuple[str, str, str]]:
     from stager.config.sizes import format_bytes
 
     job, rank = need.job, need.rank

@@ -18,7 +18,7 @@ from stager.loading.pickles.archive_check import check_archive
 from stager.loading.pickles.unpickle import load_archive
 from stager.loading.reading.direct_read import overlapping
 from stager.loading.restore import Restorer, copy_to_targets
-from stager.loading.safetensors_file import is_safetensors, load_safetensors
+from stager.loading.safetensors_reader import is_safetensors, load_safetensors
 from stager.loading.selection import Selection
 from stager.state.flatten import flatten
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors

@@ -9,18 +9,18 @@ advice.py     which settings to change
 """
 
 from stager.planning.footprint import Footprint, Measured
-from stager.planning.need import Host, Job, Need, Staging, Verdict
-from stager.planning.source import Source, from_callable, from_checkpoint, from_numbers
+from stager.planning.need import Host, JobShape, Need, Staging, Verdict
+from stager.planning.source import StateSource, from_callable, from_checkpoint, from_numbers
 from stager.planning.work_out import work_out
 
 __all__ = [
     "Footprint",
     "Host",
-    "Job",
+    "JobShape",
     "Measured",
     "Need",
-    "Source",
     "Staging",
+    "StateSource",
     "Verdict",
     "from_callable",
     "from_checkpoint",

@@ -19,7 +19,7 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True)
-class Job:
+class JobShape:
     """The ranks of a job.
 
     Attributes:
@@ -89,7 +89,7 @@ class Need:
         advice: which settings to change, if any.
     """
 
-    job: Job
+    job: JobShape
     host: Host
     verdict: Verdict
     state: Footprint

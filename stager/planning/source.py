@@ -26,7 +26,7 @@ _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32"
 
 
 @dataclass(frozen=True)
-class Source:
+class StateSource:
     """The state to plan for.
 
     Attributes:
@@ -47,7 +47,7 @@ class PickledObject:
     nbytes: int
 
 
-def from_checkpoint(path: str) -> Source:
+def from_checkpoint(path: str) -> StateSource:
     """Get the state of a committed checkpoint from its manifest; no data is read.
 
     Raises:
@@ -56,10 +56,10 @@ def from_checkpoint(path: str) -> Source:
     layout = read_manifest(path).layout
     values = [_value(path, item) for item in layout.items]
     try:
-        return Source(path, build(layout.structure, values.__getitem__))
+        return StateSource(path, build(layout.structure, values.__getitem__))
     except UsageError:  # tensors in chunks, by several ranks
         state = {f"{index} {fqn(at)}": values[index] for at, index in read_manifest(path).paths()}
-        return Source(path, state, ("one rank saves all that the ranks of this checkpoint saved together",))
+        return StateSource(path, state, ("one rank saves all that the ranks of this checkpoint saved together",))
 
 
 def _value(path: str, item: Item) -> torch.Tensor | PickledObject:
@@ -71,7 +71,7 @@ def _value(path: str, item: Item) -> torch.Tensor | PickledObject:
         raise CorruptCheckpointError(path, f"the manifest describes an impossible tensor: {error}") from error
 
 
-def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tensors: int) -> Source:
+def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tensors: int) -> StateSource:
     """Make a state of ``num_params`` parameters in tensors of equal size.
 
     Raises:
@@ -91,10 +91,10 @@ def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tens
     if optimizer is not OptimizerKind.NONE:
         state["optimizer"], note = new_state(optimizer, params)
         assumed.append(note)
-    return Source(f"{num_params:,} parameters of {str(kind).removeprefix('torch.')}", state, tuple(assumed))
+    return StateSource(f"{num_params:,} parameters of {str(kind).removeprefix('torch.')}", state, tuple(assumed))
 
 
-def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> Source:
+def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> StateSource:
     """Call ``package.module:callable``, which returns a state, a module, or a module and its optimizer.
 
     What it prints goes to stderr.
@@ -121,7 +121,7 @@ def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> 
     assumed = _complete(name, state, optimizer)
     if on_meta:
         assumed.append("built on the meta device: nothing in the state depends on values")
-    return Source(name, state, tuple(assumed))
+    return StateSource(name, state, tuple(assumed))
 
 
 def _complete(name: str, state: dict[str, Any], optimizer: OptimizerKind | None) -> list[str]:

@@ -11,7 +11,7 @@ from stager.config import StagerConfig
 from stager.doctor.resources import FDS_PER_WORKER
 from stager.planning.advice import advise
 from stager.planning.footprint import Measured
-from stager.planning.need import Host, Job, Need, Staging, Verdict
+from stager.planning.need import Host, JobShape, Need, Staging, Verdict
 from stager.replication.keeper import capacity
 from stager.replication.replicas import NUM_SLOTS
 from stager.workers.errors import MemoryBudgetError
@@ -21,7 +21,7 @@ WORKER_BYTES = (
 )  # of one worker: 13 MiB measured, 16 MiB of buffers for direct_io, and 1 KiB for each tensor of a plan
 
 
-def work_out(state: Mapping[str, Any], config: StagerConfig, job: Job, host: Host) -> Need:
+def work_out(state: Mapping[str, Any], config: StagerConfig, job: JobShape, host: Host) -> Need:
     """Work out what saving ``state`` needs of a host of the job.
 
     Raises:

@@ -22,16 +22,16 @@ import psutil
 from stager.stress.checker import Expectation, Found, found_from_json
 from stager.stress.config import StressSettings
 from stager.stress.damage import Damaged, inflict_damage
-from stager.stress.diary import Begun, Committed, Diary, Skipped, Staged
+from stager.stress.diary import BegunEntry, CommittedEntry, Diary, SkippedEntry, StagedEntry
 from stager.stress.disk import SmallDisk
 from stager.stress.episode import Episode, RunPlan
-from stager.stress.faults import Damage
+from stager.stress.fault_kinds import Damage
 from stager.stress.forks import ForkServer
 from stager.stress.inflictor import Inflictor
 from stager.stress.judge import died, may_end_a_recovery, violations_of
 from stager.stress.outcomes import outcomes_of
 from stager.stress.processes import Patience, dump_and_kill, wait_until_gone
-from stager.stress.record import EpisodeResult, Run
+from stager.stress.record import EpisodeResult, RunRecord
 from stager.stress.system import Traces
 
 _TICK_SECS = 0.004
@@ -99,10 +99,10 @@ class Conductor:
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
-    def _play_run(self, plan: RunPlan, disk: SmallDisk | None) -> Run:
+    def _play_run(self, plan: RunPlan, disk: SmallDisk | None) -> RunRecord:
         number = self._result.num_runs
         self._result.num_runs += 1
-        run = Run(plan, Diary(os.path.join(self._directory, f"run-{number}.diary.jsonl")), self._found)
+        run = RunRecord(plan, Diary(os.path.join(self._directory, f"run-{number}.diary.jsonl")), self._found)
         run.damaged = self._damage(plan)
         if run.damaged:
             run.before = self._check((), busy=False)
@@ -125,13 +125,13 @@ class Conductor:
         self._judge(run)
         return run
 
-    def _watch(self, run: Run, inflictor: Inflictor, trainer: int) -> None:
+    def _watch(self, run: RunRecord, inflictor: Inflictor, trainer: int) -> None:
         """Carry out faults until the trainer has ended."""
         patience = Patience(self._settings.run_deadline_secs)
         peeked = not run.plan.peek_at or bool(self._damaged)
         while (code := self._server.exitcode(trainer)) is None:
             inflictor.act(run.diary, trainer)
-            if not peeked and len(run.diary.steps(Begun)) >= run.plan.peek_at:
+            if not peeked and len(run.diary.steps(BegunEntry)) >= run.plan.peek_at:
                 peeked = True
                 run.peeks = [
                     f"while it ran: {p}" for p in self._check((), busy=True, inflictor=inflictor, run=run).problems
@@ -142,7 +142,7 @@ class Conductor:
             self._server.wait(trainer, _TICK_SECS)
         run.exitcode, run.ended = code, time.time()
 
-    def _hurry(self, run: Run, inflictor: Inflictor) -> None:
+    def _hurry(self, run: RunRecord, inflictor: Inflictor) -> None:
         """Open the directory for a next run while workers of this one still write: it has to wait for them."""
         patience = Patience(self._settings.run_deadline_secs)
         sweep = self._start_sweep()
@@ -159,7 +159,7 @@ class Conductor:
         arguments = {"directory": self._run_dir, "config": self._episode.config}
         return self._server.fork("sweep", os.path.join(self._directory, "sweep.log"), arguments)
 
-    def _reap(self, run: Run, inflictor: Inflictor) -> None:
+    def _reap(self, run: RunRecord, inflictor: Inflictor) -> None:
         """Wait until the last process of the run has ended, or kill those that are left."""
         patience = Patience(self._settings.gone_deadline_secs)
         while (alive := self._server.alive()) and not patience.is_over:
@@ -172,11 +172,11 @@ class Conductor:
         inflictor.disarm()
         run.diary.read()
 
-    def _judge(self, run: Run) -> None:
+    def _judge(self, run: RunRecord) -> None:
         diary = run.diary
         failed = {failure.step for failure in diary.failures}
         self._required -= failed
-        self._required |= (diary.steps(Staged) - failed) | diary.steps(Committed)
+        self._required |= (diary.steps(StagedEntry) - failed) | diary.steps(CommittedEntry)
         run.found = self._found = self._check(sorted(self._required), busy=False)
         self._required -= set(run.found.missing)  # reported once
         for step in run.found.valid:
@@ -185,10 +185,10 @@ class Conductor:
         result = self._result
         result.violations += violations
         result.outcomes += outcomes_of(run, bool(violations))
-        result.num_saves += sum(isinstance(entry, Begun) for entry in diary.entries)
+        result.num_saves += sum(isinstance(entry, BegunEntry) for entry in diary.entries)
         result.num_failed += len(failed)
-        result.num_skipped += len(diary.steps(Skipped))
-        result.num_committed += len(set(run.found.valid) & diary.steps(Begun))
+        result.num_skipped += len(diary.steps(SkippedEntry))
+        result.num_committed += len(set(run.found.valid) & diary.steps(BegunEntry))
 
     def _finish(self, disk: SmallDisk | None) -> None:
         """Run to the last step if the last run did not get there; then clean up, and check."""
@@ -237,14 +237,14 @@ class Conductor:
         busy: bool,
         partials_allowed: bool = True,
         inflictor: Inflictor | None = None,
-        run: Run | None = None,
+        run: RunRecord | None = None,
     ) -> Found:
         expected = Expectation(self._digests, required, self._damaged, partials_allowed, busy, self._quarantined)
         arguments = {"directory": self._run_dir, "expected": asdict(expected)}
         return found_from_json(self._job("check", arguments, inflictor, run))
 
     def _job(
-        self, name: str, arguments: dict[str, Any], inflictor: Inflictor | None = None, run: Run | None = None
+        self, name: str, arguments: dict[str, Any], inflictor: Inflictor | None = None, run: RunRecord | None = None
     ) -> Any:
         """Do a job in a child of the server, and return its result."""
         self._num_jobs += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from stager.stress.faults import Damage
+from stager.stress.fault_kinds import Damage
 from stager.workers.checkpoint.directory.run_directory import committed_steps, read_checkpoint
 from stager.workers.errors import StagerError
 

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Up:
+class UpEntry:
     """The Checkpointer exists. ``num_fds``: descriptors that the trainer had open before it was made."""
 
     time: float
@@ -23,7 +23,7 @@ class Up:
 
 
 @dataclass(frozen=True)
-class Resumed:
+class ResumedEntry:
     """The trainer resumed from ``step`` (-1: from the start). ``digest``: hash of the state. ``skipped``: checkpoints."""
 
     time: float
@@ -34,7 +34,7 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Begun:
+class BegunEntry:
     """The trainer is about to call ``save()``. ``fds``: number of open descriptors of trainer and workers, by pid."""
 
     time: float
@@ -44,7 +44,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedEntry:
     """``staging_completion`` is done: the checkpoint is safe."""
 
     time: float
@@ -53,7 +53,7 @@ class Staged:
 
 
 @dataclass(frozen=True)
-class Committed:
+class CommittedEntry:
     """``upload_completion`` is done."""
 
     time: float
@@ -62,7 +62,7 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedEntry:
     """No buffer was free, and ``arena.when_full`` is skip."""
 
     time: float
@@ -71,7 +71,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedEntry:
     """The save failed.
 
     Attributes:
@@ -91,7 +91,7 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Detached:
+class DetachedEntry:
     """The trainer was told to end while it waited. The workers are detached and must commit the staged save."""
 
     time: float
@@ -100,7 +100,7 @@ class Detached:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedEntry:
     """The run has reached its last step. ``digest``: hash of its state."""
 
     time: float
@@ -110,8 +110,8 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Closed:
-    """``close()`` has returned; ``num_fds`` as in :class:`Up`."""
+class ClosedEntry:
+    """``close()`` has returned; ``num_fds`` as in :class:`UpEntry`."""
 
     time: float
     num_fds: int
@@ -119,7 +119,16 @@ class Closed:
 
 
 Entry = Annotated[
-    Up | Resumed | Begun | Staged | Committed | Skipped | Failed | Detached | Finished | Closed,
+    UpEntry
+    | ResumedEntry
+    | BegunEntry
+    | StagedEntry
+    | CommittedEntry
+    | SkippedEntry
+    | FailedEntry
+    | DetachedEntry
+    | FinishedEntry
+    | ClosedEntry,
     Field(discriminator="kind"),
 ]
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
@@ -163,15 +172,21 @@ class Diary:
         return new
 
     def steps(
-        self, kind: type[Begun] | type[Staged] | type[Committed] | type[Skipped] | type[Failed] | type[Detached]
+        self,
+        kind: type[BegunEntry]
+        | type[StagedEntry]
+        | type[CommittedEntry]
+        | type[SkippedEntry]
+        | type[FailedEntry]
+        | type[DetachedEntry],
     ) -> set[int]:
         """The steps whose saves got that far."""
         return {entry.step for entry in self.entries if isinstance(entry, kind)}
 
     @property
-    def failures(self) -> list[Failed]:
+    def failures(self) -> list[FailedEntry]:
         """The failed saves, in order."""
-        return [entry for entry in self.entries if isinstance(entry, Failed)]
+        return [entry for entry in self.entries if isinstance(entry, FailedEntry)]
 
 
 def now() -> float:

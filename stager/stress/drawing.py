@@ -9,7 +9,7 @@ from typing import Any
 from stager.stress.config import Kind, StressConfig, StressSettings, choices
 from stager.stress.drawing_faults import FaultDrawer
 from stager.stress.episode import Ending, Episode, OnTerm, RunPlan
-from stager.stress.faults import Damage, Fault, FullDisk, PointFault, SignalFault
+from stager.stress.fault_kinds import Damage, Fault, FullDisk, PointFault, SignalFault
 from stager.stress.states import DTYPES, NEVER, LeafKind, LeafSpec, dtype_of
 from stager.stress.training import TrainingSpec
 

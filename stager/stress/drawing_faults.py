@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from stager.stress.config import Kind, StressSettings
-from stager.stress.faults import (
+from stager.stress.fault_kinds import (
     COMMIT_POINTS,
     ERRNOS,
     LIFE_POINTS,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from stager.stress.faults import Fault
+from stager.stress.fault_kinds import Fault
 from stager.stress.training import TrainingSpec
 
 Ending = Literal["close", "forget", "exception", "exit", "os-exit"]
@@ -23,7 +23,7 @@ class RunPlan:
         ending: how it ends when it gets there: it closes its Checkpointer; forgets to; an exception leaves the ``with``
             block; ``sys.exit`` in it; ``os._exit`` in it, without a word to stager.
         on_term: what SIGTERM does: what it does to a Python program; ``sys.exit``; one last save after the current step.
-        faults: see ``faults.py``; at most one for each point.
+        faults: see ``fault_kinds.py``; at most one for each point.
         peek_at: the number of the save (of this run) at which the directory is checked while everybody works; 0: not.
         hurried: another run opens the directory as soon as the trainer has ended, whatever its workers are doing then.
     """

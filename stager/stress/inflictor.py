@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from stager.stress.diary import Begun, Diary, Failed, Up
+from stager.stress.diary import BegunEntry, Diary, FailedEntry, UpEntry
 from stager.stress.disk import SmallDisk
 from stager.stress.episode import RunPlan
-from stager.stress.faults import Fault, FullDisk, PointFault, Pressure, RemovePartial, SignalFault
+from stager.stress.fault_kinds import Fault, FullDisk, PointFault, Pressure, RemovePartial, SignalFault
 from stager.stress.forks import ForkServer
 from stager.stress.processes import send, state_of
 from stager.workers.checkpoint.directory.run_directory import partial_names
@@ -84,9 +84,9 @@ class Inflictor:
     def act(self, diary: Diary, trainer: int | None) -> None:
         """Again and again while the run lives. ``trainer``: its pid; None: it has ended."""
         for entry in diary.read():
-            self._is_up = self._is_up or isinstance(entry, Up)
-            self._num_begun += isinstance(entry, Begun)
-            if isinstance(entry, Failed):
+            self._is_up = self._is_up or isinstance(entry, UpEntry)
+            self._num_begun += isinstance(entry, BegunEntry)
+            if isinstance(entry, FailedEntry):
                 self._relieve_disk()
         self._note_points()
         for fault in list(self._waiting):

@@ -9,12 +9,12 @@ from stager.stress.checker import Found
 from stager.stress.damage import Damaged
 from stager.stress.diary import Diary
 from stager.stress.episode import Episode, RunPlan
-from stager.stress.faults import Fault
+from stager.stress.fault_kinds import Fault
 from stager.stress.inflictor import Fired
 
 
 @dataclass
-class Run:
+class RunRecord:
     """What was seen of one run.
 
     Attributes:
@@ -42,7 +42,7 @@ class Run:
     peeks: list[str] = field(default_factory=list)
 
 
-class Outcome(Enum):
+class FaultResult(Enum):
     """What came of a fault."""
 
     COMMITTED = "committed"
@@ -61,7 +61,7 @@ class FaultOutcome:
     """One fault of an episode, what came of it, and how long the recovery took (None: there was nothing to wait for)."""
 
     fault: Fault
-    outcome: Outcome
+    outcome: FaultResult
     recovery_secs: float | None = None
     why: str = ""
 

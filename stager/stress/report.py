@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stager.stress.config import Kind, StressConfig
-from stager.stress.record import EpisodeResult, FaultOutcome, Outcome
+from stager.stress.record import EpisodeResult, FaultOutcome, FaultResult
 from stager.workers._version import __version__
 
 _RECOVERIES_SHOWN = 3
@@ -59,7 +59,7 @@ class Summary:
             "committed": sum(r.num_committed for r in results),
             "failed": sum(r.num_failed for r in results),
             "skipped": sum(r.num_skipped for r in results),
-            "faults": sum(o.outcome is not Outcome.NOT_MET for r in results for o in r.outcomes),
+            "faults": sum(o.outcome is not FaultResult.NOT_MET for r in results for o in r.outcomes),
             "violations": sum(len(r.violations) for r in results),
         }
 
@@ -67,9 +67,9 @@ class Summary:
         """The summary in one line."""
         return "  ".join(f"{count} {what}" for what, count in self.counts.items() if what not in ("failed", "skipped"))
 
-    def table(self) -> dict[str, Counter[Outcome]]:
+    def table(self) -> dict[str, Counter[FaultResult]]:
         """Count the outcomes of faults, by label of the fault."""
-        counts: dict[str, Counter[Outcome]] = {}
+        counts: dict[str, Counter[FaultResult]] = {}
         for result in self.results:
             for outcome in result.outcomes:
                 counts.setdefault(outcome.fault.label, Counter())[outcome.outcome] += 1
@@ -108,13 +108,13 @@ def print_report(summary: Summary, console: Console, as_json: bool) -> None:
 def _fault_table(summary: Summary) -> Table:
     table = Table(title="Faults and what came of them (the three longest recoveries below)", title_justify="left")
     rows = summary.table()
-    shown = [outcome for outcome in Outcome if any(row[outcome] for row in rows.values())]
+    shown = [outcome for outcome in FaultResult if any(row[outcome] for row in rows.values())]
     table.add_column("fault")
     for outcome in shown:
         table.add_column(outcome.value, justify="right")
     for label, row in rows.items():
         cells = [str(row[outcome] or "") for outcome in shown]
-        table.add_row(label, *cells, style="bold red" if row[Outcome.VIOLATION] else None)
+        table.add_row(label, *cells, style="bold red" if row[FaultResult.VIOLATION] else None)
     return table
 
 

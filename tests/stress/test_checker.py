@@ -13,7 +13,7 @@ from stager.stress import checker
 from stager.stress.checker import Expectation, check_directory
 from stager.stress.damage import inflict_damage
 from stager.stress.digest import digest
-from stager.stress.faults import Damage
+from stager.stress.fault_kinds import Damage
 from stager.stress.training import Training, digests_of
 from stager.workers.checkpoint.read.verify import VerifyResult
 from tests.stress.plans import config, training

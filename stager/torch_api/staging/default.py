@@ -9,7 +9,7 @@ from typing import Any
 
 from stager.torch_api.staging import streams
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
-from stager.torch_api.staging.options import CheckpointStagerConfig, StagingOptions, auto_options, resolve
+from stager.torch_api.staging.staging_options import CheckpointStagerConfig, StagingOptions, auto_options, resolve
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.errors import ClosedError
 from stager.workers.offload import HookMemo
