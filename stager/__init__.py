@@ -24,9 +24,9 @@ _HOME = {
     "stager.config": ("StagerConfig", "load_config"),
     "stager.exporting.export": ("Exported", "export_checkpoint"),
     "stager.loading.foreign": ("load_checkpoint",),
-    "stager.loading.loader": ("Loaded",),
+    "stager.loading.loaded": ("Loaded",),
     "stager.state.per_rank": ("PerRank",),
-    "stager.saving.save": ("SaveHandle", "SaveReport", "SaveState"),
+    "stager.saving.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
     "stager.torch_api.staging": (
         "AsyncStager",
         "BlockingAsyncStager",
@@ -35,7 +35,7 @@ _HOME = {
         "DefaultStager",
         "ReplicationStager",
         "StagingOptions",
-        "_ReplicationStager",  # torch's name, for code that was written for it; not in __all__
+        "_ReplicationStager",  # torch's name, for code that was written for it
         "auto_options",
     ),
     "stager.saving.preemption": ("Preemption",),
@@ -67,11 +67,13 @@ _HOME = {
         "WorkerError",
         "WorkerStartError",
     ),
+    "stager.workers.checkpoint.maintenance.removal": ("PruneFate", "PruneVerdict"),
     "stager.workers.checkpoint.maintenance.retention": ("PruneReport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [*(name for name in _MODULE_OF if not name.startswith("_")), "__version__"]  # noqa: PLE0604  (strings, every one)
+_NOT_IN_ALL = {"Event", "_ReplicationStager"}  # one would hide names of others, the other is private to torch
+__all__ = [*(name for name in _MODULE_OF if name not in _NOT_IN_ALL), "__version__"]  # noqa: PLE0604  (strings, every one)
 
 
 def __getattr__(name: str) -> Any:
@@ -94,8 +96,9 @@ if TYPE_CHECKING:
     from stager.exporting.export import Exported as Exported
     from stager.exporting.export import export_checkpoint as export_checkpoint
     from stager.loading.foreign import load_checkpoint as load_checkpoint
-    from stager.loading.loader import Loaded as Loaded
+    from stager.loading.loaded import Loaded as Loaded
     from stager.saving.preemption import Preemption as Preemption
+    from stager.saving.save import Event as Event
     from stager.saving.save import SaveHandle as SaveHandle
     from stager.saving.save import SaveReport as SaveReport
     from stager.saving.save import SaveState as SaveState
@@ -114,6 +117,8 @@ if TYPE_CHECKING:
     from stager.torch_api.storage import StagerStorageWriter as StagerStorageWriter
     from stager.workers.checkpoint.directory.run_directory import CheckpointInfo as CheckpointInfo
     from stager.workers.checkpoint.directory.run_directory import SkippedCheckpoint as SkippedCheckpoint
+    from stager.workers.checkpoint.maintenance.removal import PruneFate as PruneFate
+    from stager.workers.checkpoint.maintenance.removal import PruneVerdict as PruneVerdict
     from stager.workers.checkpoint.maintenance.retention import PruneReport as PruneReport
     from stager.workers.errors import ArenaFullError as ArenaFullError
     from stager.workers.errors import CheckpointNotFoundError as CheckpointNotFoundError

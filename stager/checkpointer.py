@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from stager.config import StagerConfig, load_config
 from stager.loading.joint_loader import LoadTogether
-from stager.loading.loader import Loaded, Loader
+from stager.loading.loaded import Loaded
+from stager.loading.loader import Loader
 from stager.loading.selection import Selection
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import find_rank_group
@@ -53,7 +54,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     list_checkpoints,
     parse_checkpoint,
 )
-from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
 from stager.workers.errors import ClosedError, UsageError
 
 logger = logging.getLogger("stager")
@@ -299,7 +300,7 @@ class Checkpointer:
 
     def _on_pruned(self, report: PruneReport) -> None:
         assert self._saver is not None
-        self._saver.settler.forget_base({*report.damaged, *report.steps(Fate.REMOVED)})
+        self._saver.settler.forget_base({*report.damaged, *report.steps(PruneFate.REMOVED)})
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -376,9 +377,9 @@ class Checkpointer:
         loaded = load(step) if self._together is None or into is None else self._together.load(step, load)
         self._forget_damaged_base()
         if self._saver is not None and not self._closed and loaded is not None:
-            if into is not None:
+            if into is not None and loaded.info is not None:
                 self._saver.expect(loaded.info.nbytes // self._job.num_ranks)  # about its share
-            if self._loader.knows_whole(loaded.info.path):
+            if self._loader.knows_whole(loaded.path):
                 self._saver.settler.set_base(loaded.step)
         return loaded
 

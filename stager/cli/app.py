@@ -1,6 +1,7 @@
-"""``stager``: the commands, and what an error means for the exit code.
+"""``stager``: the commands and their exit codes.
 
-Exit codes: 0 ok; 1 the answer is no (a checkpoint is damaged or not there, a check failed); 2 wrong usage or settings.
+0: ok. 1: the answer is no, for example because a checkpoint is damaged or missing, or a check failed. 2: wrong usage or
+    settings.
 """
 
 from __future__ import annotations

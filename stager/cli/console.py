@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-_PIPED_WIDTH_CHARS = 200  # rich would fold tables at 80 for grep and files to read
+_PIPED_WIDTH_CHARS = 200  # rich would fold tables at 80 characters, which grep and other programs cannot read
 
 
 def stdout() -> Console:
+    """The console for results."""
     return _console(sys.stdout.isatty())
 
 
 def stderr() -> Console:
+    """The console for progress and errors."""
     return _console(sys.stderr.isatty(), stderr=True)
 
 
@@ -30,16 +32,17 @@ def _console(terminal: bool, **options: Any) -> Console:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def print_error(message: str) -> None:
-    """One message for people, on stderr, never folded: scripts search it."""
+    """Print an error on stderr, on one line, so that scripts can search it."""
     sys.stderr.write(f"stager: {message.encode(errors='backslashreplace').decode()}\n")
 
 
 def printable(text: object) -> str:
-    """``text`` with control characters, and bytes that are no text, written out.
+    """Return ``text`` with control characters and undecodable bytes escaped.
 
     Names come from checkpoints that may be hostile: an escape sequence in one would reach the terminal.
     """
@@ -47,7 +50,7 @@ def printable(text: object) -> str:
 
 
 def byte_progress() -> Progress:
-    """A progress bar over bytes, on stderr; silent when that is no terminal."""
+    """A progress bar over bytes, on stderr; silent unless stderr is a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = stderr()

@@ -1,4 +1,4 @@
-"""``stager doctor``: what this host and a directory mean for stager, and what to do about it."""
+"""``stager doctor``: checks of this host and a directory, and what to do about each finding."""
 
 from __future__ import annotations
 

@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LeafEntry:
     """One leaf of the state.
 
     Attributes:
-        key: its path, joined by dots: the name DCP gives it.
+        key: the keys on its path, joined by dots: the name that DCP gives it.
         kind: "tensor" or "object".
         dtype, shape: of a tensor; "" and () for an object.
-        nbytes: of its values (tensor) or its pickle (object); None where that is not known.
-        file: in the checkpoint's directory.
-        offset: in that file, of those bytes; None where that is not known.
-        same_as: the key it shares its bytes with (tied), or None.
+        nbytes: size of its values (tensor) or its pickle (object); None if it is not known.
+        file: name of the file that holds it.
+        offset: of its bytes in that file; None if it is not known.
+        same_as: the key that it shares its bytes with (tied), or None.
     """
 
     key: str
@@ -34,15 +34,15 @@ class Entry:
     same_as: str | None = None
 
 
-def entries_of(manifest: Manifest) -> Iterator[Entry]:
-    """Every leaf of the state, in its order."""
+def entries_of(manifest: Manifest) -> Iterator[LeafEntry]:
+    """Yield an entry for every leaf of the state, in order."""
     from stager.workers.checkpoint.layout.structure import fqn
 
     first_keys: dict[int, str] = {}
     for path, index in manifest.paths():
         item, key = manifest.layout.items[index], fqn(path)
         first = first_keys.setdefault(index, key)
-        yield Entry(
+        yield LeafEntry(
             key=key,
             kind=item.kind,
             dtype=item.dtype,

@@ -20,6 +20,8 @@ _SHOWN_NAMES = 5
 
 
 class FileFormat(str, Enum):
+    """The format of an exported file."""
+
     TORCH = "torch"
     SAFETENSORS = "safetensors"
 
@@ -41,7 +43,7 @@ def export(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Unpickle any object: runs code from the checkpoint.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint to one file that torch.load or safetensors reads, checking every hash on the way."""

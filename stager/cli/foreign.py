@@ -1,26 +1,26 @@
-"""What ``stager inspect`` says of checkpoints that stager did not write."""
+"""``stager inspect`` of checkpoints that stager did not write."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any
 
-from stager.cli.entry import Entry, entries_of
+from stager.cli.entry import LeafEntry, entries_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 
 def is_foreign(path: str) -> bool:
-    """A file of ``torch.save`` or safetensors, or a directory of ``dcp.save``. What a killed save of stager left is none."""
+    """Whether ``path`` is a file, or a directory of ``dcp.save``. A partial directory of stager is not."""
     if os.path.isfile(path):
         return True
     names = (".metadata", "manifest.json")
     return ".partial-" not in path and [os.path.lexists(os.path.join(path, name)) for name in names] == [True, False]
 
 
-def inspect_foreign(path: str) -> tuple[dict[str, Any], list[Entry]]:
-    """Facts about the whole, and its entries. No tensor's data is read.
+def inspect_foreign(path: str) -> tuple[dict[str, Any], list[LeafEntry]]:
+    """Return facts about the checkpoint, and its entries. No data of a tensor is read.
 
     Raises:
         CorruptCheckpointError, UnsafePickleError, StorageError
@@ -42,7 +42,7 @@ def inspect_foreign(path: str) -> tuple[dict[str, Any], list[Entry]]:
     }, entries
 
 
-def _of_file(path: str) -> list[Entry]:
+def _of_file(path: str) -> list[LeafEntry]:
     import torch
 
     from stager.loading.foreign import load_torch_save
@@ -56,33 +56,34 @@ def _of_file(path: str) -> list[Entry]:
     except CorruptCheckpointError as error:
         if not isinstance(error.__cause__, NotImplementedError):
             raise
-        state = load_torch_save(path, allow_pickle=False)  # torch checks a sparse tensor's indices, so it needs them
+        # torch checks the indices of sparse tensors, which the meta device does not have.
+        state = load_torch_save(path, allow_pickle=False)
     flat = flatten(state if isinstance(state, dict) else {"": state})
     entries = []
     for keys, leaf in zip(flat.paths, flat.leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
             dtype = name_of(leaf.dtype)
             nbytes = leaf.numel() * leaf.dtype.itemsize
-            entries.append(Entry(fqn(keys), "tensor", dtype, tuple(leaf.shape), nbytes, os.path.basename(path)))
+            entries.append(LeafEntry(fqn(keys), "tensor", dtype, tuple(leaf.shape), nbytes, os.path.basename(path)))
         else:
-            entries.append(Entry(fqn(keys), "object", "", (), None, os.path.basename(path)))
+            entries.append(LeafEntry(fqn(keys), "object", "", (), None, os.path.basename(path)))
     return entries
 
 
-def _of_safetensors(path: str) -> list[Entry]:
-    from stager.loading.safetensors_file import read_header
+def _of_safetensors(path: str) -> list[LeafEntry]:
+    from stager.loading.safetensors_reader import read_header
 
     return list(entries_of(read_header(path)))
 
 
-def _of_dcp(path: str) -> list[Entry]:
+def _of_dcp(path: str) -> list[LeafEntry]:
     from stager.loading.dcp.stock import StockReader
 
     return _entries(StockReader(path, allow_pickle=False).read_metadata())
 
 
-def _entries(metadata: Metadata) -> list[Entry]:
-    """A tensor in chunks is one entry, with the place of its first chunk."""
+def _entries(metadata: Metadata) -> list[LeafEntry]:
+    """Make the entries. A tensor in chunks is one entry, with the place of its first chunk."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from stager.workers.checkpoint.layout.dtypes import name_of
@@ -97,7 +98,7 @@ def _entries(metadata: Metadata) -> list[Entry]:
         if isinstance(described, TensorStorageMetadata):
             dtype, shape = described.properties.dtype, tuple(described.size)
             nbytes = described.size.numel() * dtype.itemsize
-            entries.append(Entry(name, "tensor", name_of(dtype), shape, nbytes, file, offset))
+            entries.append(LeafEntry(name, "tensor", name_of(dtype), shape, nbytes, file, offset))
         else:
-            entries.append(Entry(name, "object", "", (), None if info is None else info.length, file, offset))
+            entries.append(LeafEntry(name, "object", "", (), None if info is None else info.length, file, offset))
     return entries

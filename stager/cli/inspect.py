@@ -1,4 +1,4 @@
-"""``stager inspect``: what is in a checkpoint, from its manifest alone; no data is read and no code of it runs."""
+"""``stager inspect``: what is in a checkpoint. Only the manifest is read, and no code of the checkpoint runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stager.cli.console import print_json, printable, stdout
-from stager.cli.entry import Entry, entries_of
+from stager.cli.entry import LeafEntry, entries_of
 from stager.cli.foreign import inspect_foreign, is_foreign
 from stager.cli.ls import format_time
 from stager.cli.options import JsonOption
@@ -44,7 +44,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Entry]]:
+def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[LeafEntry]]:
     from stager.workers.checkpoint.directory.manifest import read_manifest
 
     (checkpoint,) = select_checkpoints(path, step)
@@ -53,7 +53,7 @@ def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Entr
 
 
 def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
-    """What the checkpoint says of itself as a whole."""
+    """The facts about a checkpoint as a whole."""
     header, layout = manifest.header, manifest.layout
     files = [{"name": f.name, "nbytes": f.nbytes} for f in layout.files]
     files += [{"name": f.name, "nbytes": f.nbytes} for f in manifest.index_files]
@@ -72,7 +72,7 @@ def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
+def _print(facts: dict[str, Any], entries: list[LeafEntry], limit: int) -> None:
     from rich.table import Table
 
     from stager.config.sizes import format_bytes
@@ -100,8 +100,8 @@ def _print(facts: dict[str, Any], entries: list[Entry], limit: int) -> None:
         console.print("no key matches")
 
 
-def _entry_table(entries: list[Entry]) -> Table:
-    """A table of entries of one kind, at least one."""
+def _entry_table(entries: list[LeafEntry]) -> Table:
+    """Make a table of entries of one kind; there is at least one."""
     from rich.table import Table
 
     tensors = entries[0].kind == "tensor"

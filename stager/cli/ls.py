@@ -1,4 +1,4 @@
-"""``stager ls``: the checkpoints of a run, with those that do not count and why."""
+"""``stager ls``: the checkpoints of a run, and the directories that are not valid checkpoints and why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
 
 
-class Status(str, Enum):
+class RowStatus(str, Enum):
+    """What a directory of a run is."""
+
     COMMITTED = "committed"
     PARTIAL = "partial"
     INVALID = "invalid"
@@ -26,19 +28,20 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """One directory.
+    """One directory of a run.
 
     Attributes:
         name: of the directory.
-        status, reason: what it is, and why it is not taken for a checkpoint.
-        nbytes: of its files.
-        created: unix time; of what is not committed, the last change.
-        step, num_tensors, num_objects: None where that cannot be known.
+        status: what it is.
+        reason: why it is not a valid checkpoint.
+        nbytes: size of its files.
+        created: unix time of the snapshot, or of the last change if it is not committed.
+        step, num_tensors, num_objects: None if they are not known.
     """
 
     name: str
     path: str
-    status: Status
+    status: RowStatus
     reason: str
     nbytes: int
     created: float
@@ -62,16 +65,16 @@ def ls(
         print_json({"directory": os.path.abspath(directory), "checkpoints": [asdict(row) for row in rows]})
     else:
         _print_table(directory, rows)
-    if verify and any(row.status is Status.INVALID for row in rows):
+    if verify and any(row.status is RowStatus.INVALID for row in rows):
         raise typer.Exit(1)
 
 
 def list_rows(directory: str) -> list[Row]:
-    """Every checkpoint and would-be checkpoint in ``directory``, by name. Manifests are read, data is not.
+    """List every committed, partial or invalid checkpoint in ``directory``, by name. Only manifests are read.
 
     Raises:
         CheckpointNotFoundError: no such directory.
-        UsageError: it is a checkpoint itself.
+        UsageError: ``directory`` is a checkpoint itself.
     """
     from stager.workers.checkpoint.directory.run_directory import list_checkpoints
     from stager.workers.errors import UsageError
@@ -88,7 +91,7 @@ def _committed_row(info: CheckpointInfo) -> Row:
     return Row(
         name=os.path.basename(info.path),
         path=info.path,
-        status=Status.COMMITTED,
+        status=RowStatus.COMMITTED,
         reason="",
         nbytes=info.nbytes,
         created=info.created,
@@ -103,12 +106,12 @@ def _skipped_row(directory: str, skipped: SkippedCheckpoint) -> Row:
     digits = skipped.name.removeprefix("step-").partition(".")[0]
     try:
         nbytes, changed = directory_nbytes(path), os.stat(path).st_mtime
-    except OSError:  # committed or removed meanwhile, or a file of that name
+    except OSError:  # it was committed or removed meanwhile, or is a file
         nbytes, changed = 0, 0.0
     return Row(
         name=skipped.name,
         path=path,
-        status=Status.PARTIAL if ".partial-" in skipped.name or ".removing-" in skipped.name else Status.INVALID,
+        status=RowStatus.PARTIAL if ".partial-" in skipped.name or ".removing-" in skipped.name else RowStatus.INVALID,
         reason=skipped.reason,
         nbytes=nbytes,
         created=changed,
@@ -123,13 +126,13 @@ def _verified(rows: list[Row]) -> list[Row]:
 
     checked = list(rows)
     with byte_progress() as progress:
-        total = sum(row.nbytes for row in rows if row.status is Status.COMMITTED)
+        total = sum(row.nbytes for row in rows if row.status is RowStatus.COMMITTED)
         bar = progress.add_task("verify", total=total)
         for index, row in enumerate(rows):
-            if row.status is Status.COMMITTED:
+            if row.status is RowStatus.COMMITTED:
                 result = verify_checkpoint(row.path, progress=lambda nbytes: progress.advance(bar, nbytes))
                 if not result.ok:
-                    checked[index] = replace(row, status=Status.INVALID, reason="; ".join(result.problems))
+                    checked[index] = replace(row, status=RowStatus.INVALID, reason="; ".join(result.problems))
     return checked
 
 
@@ -143,7 +146,7 @@ def _print_table(directory: str, rows: list[Row]) -> None:
     if not rows:
         console.print(f"no checkpoints in {printable(directory)}", markup=False, soft_wrap=True)
         return
-    colours = {Status.COMMITTED: "green", Status.PARTIAL: "yellow", Status.INVALID: "red"}
+    colours = {RowStatus.COMMITTED: "green", RowStatus.PARTIAL: "yellow", RowStatus.INVALID: "red"}
     table = Table("step", "status", "size", "created", "tensors", "objects", box=None, padding=(0, 2, 0, 0))
     for column in (0, 2, 4, 5):
         table.columns[column].justify = "right"
@@ -165,7 +168,7 @@ def _print_table(directory: str, rows: list[Row]) -> None:
 
 
 def format_time(unix: float) -> str:
-    """Local time, to the second; empty for 0 (unknown). What is beyond the calendar stays a number."""
+    """Local time, to the second; empty for 0 (unknown). A time beyond the calendar stays a number of seconds."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix)) if unix else ""
     except (OverflowError, ValueError, OSError):

@@ -14,7 +14,7 @@ from stager.cli.options import ConfigOption, JsonOption, SetOption
 from stager.cli.selection import select_checkpoints
 
 if TYPE_CHECKING:
-    from stager.planning import Host, Need, Source
+    from stager.planning import Host, Need, StateSource
 
 
 class OptimizerName(str, Enum):
@@ -35,7 +35,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="PKG.MOD:CALLABLE",
-            help="Call it for a state, an nn.Module, or (module, optimizer). Runs that code.",
+            help="Callable that returns a state, an nn.Module, or (module, optimizer). Runs that code.",
         ),
     ] = None,
     meta: Annotated[bool, typer.Option("--meta", help="Call it on the meta device: no memory for tensors.")] = False,
@@ -45,11 +45,11 @@ def plan(
     dtype: Annotated[str, typer.Option(help="Of --params: float32, bf16, ...")] = "float32",
     tensors: Annotated[int, typer.Option(min=1, help="Into how many tensors --params are divided.")] = 300,
     optimizer: Annotated[
-        OptimizerName | None, typer.Option(help="Whose state to assume, for a module alone and --params.")
+        OptimizerName | None, typer.Option(help="Optimizer whose state to assume, with --params or a module alone.")
     ] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Trainers of the job; as on this host otherwise.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Trainers of the job. Default: those of one host.")] = None,
     local_world_size: Annotated[
-        int | None, typer.Option(min=1, help="Trainers on one host; LOCAL_WORLD_SIZE, else 1.")
+        int | None, typer.Option(min=1, help="Trainers on one host. Default: LOCAL_WORLD_SIZE, else 1.")
     ] = None,
     shards: Annotated[int, typer.Option(min=1, help="Ranks that each tensor is sharded over, as by FSDP.")] = 1,
     memory: Annotated[
@@ -63,19 +63,21 @@ def plan(
 ) -> None:
     """Print what saving a state takes: buffers, host memory, workers, disk. Exit 1 if it does not fit as configured."""
     from stager.config import load_config
-    from stager.planning import Job, work_out
+    from stager.planning import JobShape, work_out
     from stager.workers.errors import UsageError
 
     if sum(given is not None for given in (path, module, params)) != 1:
-        raise UsageError("name one of: a checkpoint or run directory, --module, --params")
+        raise UsageError("give exactly one of: a checkpoint or run directory, --module, --params")
     if meta and module is None:
-        raise UsageError("--meta goes with --module")
+        raise UsageError("--meta needs --module")
     if path is not None and optimizer is not None:
-        raise UsageError("--optimizer goes with --module and --params; a checkpoint holds what it holds")
+        raise UsageError(
+            "--optimizer needs --module or --params; a checkpoint already has the state of its optimizer, if any"
+        )
     if step is not None and path is None:
-        raise UsageError("--step goes with a run's directory")
+        raise UsageError("--step needs the directory of a run")
     settings = load_config(config, overrides or ())
-    job = _job(Job, ranks, local_world_size, shards)
+    job = _job(JobShape, ranks, local_world_size, shards)
     host = _host(memory, cores)
     source = _source(path, step, module, meta, params, dtype, tensors, optimizer)
     need = work_out(source.state, settings, job, host)
@@ -125,7 +127,7 @@ def _source(
     dtype: str,
     tensors: int,
     optimizer: OptimizerName | None,
-) -> Source:
+) -> StateSource:
     from stager.planning import from_callable, from_checkpoint, from_numbers
     from stager.planning.optimizers import OptimizerKind
 
@@ -140,7 +142,7 @@ def _source(
 
 
 def _count(text: str) -> int:
-    """``124M`` and ``70B`` are what people say."""
+    """Parse a number of parameters such as ``124M`` or ``70B``."""
     from stager.workers.errors import UsageError
 
     factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
@@ -154,7 +156,7 @@ def _count(text: str) -> int:
     return count
 
 
-def _print(source: Source, need: Need, this_host: bool) -> None:
+def _print(source: StateSource, need: Need, this_host: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -171,7 +173,7 @@ def _print(source: Source, need: Need, this_host: bool) -> None:
         console.print(f"-> {printable(advice)}", markup=False, soft_wrap=True)
 
 
-def _rows(source: Source, need: Need, this_host: bool) -> list[tuple[str, str, str]]:
+def _rows(source: StateSource, need: Need, this_host: bool) -> list[tuple[str, str, str]]:
     from stager.config.sizes import format_bytes
 
     job, rank = need.job, need.rank

@@ -1,4 +1,4 @@
-"""Which checkpoint a command line means: ``PATH`` is one, or a run's directory that holds several."""
+"""Selecting the checkpoint that a command line means: ``PATH`` is a checkpoint, or the directory of a run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _CHECKPOINT_NAME = re.compile(r"step-\d{8,}(\.(partial|removing)-[0-9a-f]+)?")
 
 
 def is_checkpoint(path: str) -> bool:
-    """By its name, or because it was renamed and has a manifest."""
+    """Whether ``path`` is named as a checkpoint is, or has a manifest."""
     return bool(_CHECKPOINT_NAME.fullmatch(os.path.basename(path))) or os.path.exists(f"{path}/manifest.json")
 
 
 def select_checkpoints(path: str, step: int | None, every: bool = False) -> list[str]:
-    """The directories of the checkpoints that are meant: ``path`` itself, or in it ``step``, all, or the newest.
+    """Return the directories of the selected checkpoints: ``path`` itself, or of that run ``step``, all, or the newest.
 
-    Damaged ones count: it is for the caller to find that out.
+    They are not verified.
 
     Raises:
         CheckpointNotFoundError: there is none.
-        UsageError: options that contradict each other.
+        UsageError: the options contradict each other.
     """
     from stager.workers.errors import UsageError
 
@@ -44,13 +44,14 @@ def _in_run(path: str, step: int | None, every: bool) -> list[str]:
         there = f"there are {_named(steps)}" if steps else "there are no checkpoints"
         raise CheckpointNotFoundError(None, f"no checkpoint of step {step}; {there}", path)
     if not steps:
-        raise CheckpointNotFoundError(None, "no committed checkpoint here", path)
+        raise CheckpointNotFoundError(None, "the directory has no committed checkpoint", path)
     wanted = [step] if step is not None else steps if every else steps[:1]
     return [os.path.join(path, checkpoint_name(number)) for number in wanted]
 
 
 def require_directory(path: str) -> None:
-    """
+    """Raise unless ``path`` is a directory.
+
     Raises:
         CheckpointNotFoundError: ``path`` is no directory.
     """
@@ -62,7 +63,7 @@ def require_directory(path: str) -> None:
 
 
 def directory_nbytes(path: str) -> int:
-    """Bytes of the files directly in ``path``; files that vanish meanwhile do not count."""
+    """Size of the files directly in ``path``; files that vanish meanwhile do not count."""
     total = 0
     with os.scandir(path) as entries:
         for entry in entries:

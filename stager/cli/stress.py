@@ -1,4 +1,4 @@
-"""``stager stress``: faults in training loops, and a check of what is left. The work is in :mod:`stager.stress`."""
+"""``stager stress``: faults in training loops, and a check after each. The work is in :mod:`stager.stress`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stress(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Kill, stop, fill, damage: and show that nothing hangs, nothing leaks, and what is staged is safe."""
+    """Kill and stop processes, fill disks, damage files; check that nothing hangs or leaks and staged saves are safe."""
     from stager.config import load_config
     from stager.stress import StressConfig, StressOptions, run_stress
 

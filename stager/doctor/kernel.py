@@ -1,4 +1,4 @@
-"""Checks of what stager asks of the kernel. Containers and sandboxes may refuse any of it."""
+"""Checks of the kernel features that stager needs. Containers and sandboxes may forbid any of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import re
 
 from stager.doctor.finding import Finding, Status
 
-_SANDBOX = "an old kernel, or a seccomp profile that refuses it: allow the call, or run elsewhere"
+_SANDBOX = "an old kernel, or a seccomp profile that forbids it: allow the call, or use another host"
 
 
 def check_memfd(problem: str | None) -> Finding:
-    """
+    """Judge whether buffers can be made.
+
     Args:
         problem: why an anonymous shared mapping could not be made and written; None if it could.
     """
@@ -20,7 +21,8 @@ def check_memfd(problem: str | None) -> Finding:
 
 
 def check_populate_write(problem: str | None) -> Finding:
-    """
+    """Judge whether the pages of a buffer can be allocated ahead.
+
     Args:
         problem: why ``madvise(MADV_POPULATE_WRITE)`` failed; None if it works.
     """
@@ -34,7 +36,8 @@ def check_populate_write(problem: str | None) -> Finding:
 
 
 def check_huge_pages(shmem_enabled: str | None) -> Finding:
-    """
+    """Tell the size of the pages that buffers are made of.
+
     Args:
         shmem_enabled: ``/sys/kernel/mm/transparent_hugepage/shmem_enabled``; None when it is not there.
     """
@@ -49,7 +52,8 @@ def check_huge_pages(shmem_enabled: str | None) -> Finding:
 
 
 def check_descriptor_passing(problem: str | None) -> Finding:
-    """
+    """Judge whether buffers can be handed to workers.
+
     Args:
         problem: why a descriptor could not be sent over a socket pair; None if it could.
     """
@@ -59,7 +63,8 @@ def check_descriptor_passing(problem: str | None) -> Finding:
 
 
 def check_pidfd(problem: str | None) -> Finding:
-    """
+    """Judge whether workers can be watched.
+
     Args:
         problem: why ``pidfd_open`` failed; None if it works.
     """

@@ -1,4 +1,4 @@
-"""What this host is like: the values that the checks judge. Everything that touches the system is here."""
+"""Looking up what the checks judge. All that touches the system is here, and in ``target_probe.py``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def torch_version() -> tuple[str | None, str]:
 
 
 def cuda_facts() -> CudaFacts:
-    """Asks torch; creates no CUDA context. Without torch, as if it were a CPU build."""
+    """Ask torch for devices, without creating a CUDA context. No torch counts as a CPU build."""
     if torch_version()[0] is None:
         return CudaFacts(None, _nvidia_driver(), ())
     import torch
@@ -52,6 +52,7 @@ def cuda_facts() -> CudaFacts:
 
 
 def core_facts(world_size: int) -> CoreFacts:
+    """Look up the cores that this process may use."""
     return CoreFacts(
         online=os.cpu_count() or 1,
         affinity=len(os.sched_getaffinity(0)),
@@ -61,6 +62,7 @@ def core_facts(world_size: int) -> CoreFacts:
 
 
 def memory_facts(world_size: int) -> MemoryFacts:
+    """Look up the memory that this process may use."""
     memory, cgroup = psutil.virtual_memory(), Cgroup.of_this_process()
     return MemoryFacts(
         total=memory.total,
@@ -86,33 +88,35 @@ def soft_and_hard_limit(which: int) -> tuple[int | None, int | None]:
 
 
 def process_facts() -> ProcessFacts:
+    """Look up how many more processes and threads may be started."""
     limit, used = Cgroup.of_this_process().pids()
     return ProcessFacts(soft_and_hard_limit(resource.RLIMIT_NPROC)[0], limit, used, is_root=os.geteuid() == 0)
 
 
 def try_memfd() -> str | None:
-    """Make, map and write an anonymous shared file; why that failed, or None."""
+    """Make, map and write an anonymous shared file. Returns why that failed, or None."""
     return _problem(lambda: _with_mapping(lambda mapping: mapping.write(b"x" * mmap.PAGESIZE)))
 
 
 def try_populate_write() -> str | None:
-    """Why ``madvise(MADV_POPULATE_WRITE)`` fails, or None."""
+    """Try ``madvise(MADV_POPULATE_WRITE)``. Returns why that failed, or None."""
     return _problem(lambda: _with_mapping(_populate))
 
 
 def try_descriptor_passing() -> str | None:
-    """Why a descriptor cannot be sent to another process, or None."""
+    """Send a descriptor over a socket pair. Returns why that failed, or None."""
     return _problem(_send_a_descriptor)
 
 
 def try_pidfd() -> str | None:
-    """Why ``pidfd_open`` fails, or None."""
+    """Try ``pidfd_open``. Returns why that failed, or None."""
     if not hasattr(os, "pidfd_open"):
         return "not in this Python build"
     return _problem(lambda: os.close(os.pidfd_open(os.getpid())))
 
 
 def shmem_huge_pages() -> str | None:
+    """Read the setting of huge pages for shared memory; None if the kernel has none."""
     try:
         return Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").read_text().strip()
     except OSError:
@@ -133,6 +137,7 @@ def free_space(directory: str) -> tuple[int, int, int | None]:
 
 
 def python_version() -> tuple[int, int, int]:
+    """Return major, minor and micro version of Python."""
     return sys.version_info.major, sys.version_info.minor, sys.version_info.micro
 
 

@@ -10,17 +10,19 @@ from stager.config.sizes import format_bytes
 from stager.doctor.finding import Finding, Status
 
 FDS_PER_WORKER = 8  # its socket and pidfd, and what multiprocessing holds for it, rounded up
-FDS_OF_A_TRAINER = 128  # Python, torch, a data loader, logs: what else the process has open
+FDS_OF_A_TRAINER = 128  # what else the process has open: Python, torch, a data loader, logs
 THREADS_PER_PROCESS = 32  # torch starts a pool of threads in each process that computes
 
 
 @dataclass(frozen=True)
 class CoreFacts:
-    """Attributes:
-    online: cores of the host.
-    affinity: cores this process may run on.
-    quota: the cgroup's CPU quota in cores; None without one.
-    local_world_size: trainers on this host.
+    """The cores of the host.
+
+    Attributes:
+        online: cores of the host.
+        affinity: cores this process may run on.
+        quota: the cgroup's CPU quota in cores; None without one.
+        local_world_size: trainers on this host.
     """
 
     online: int
@@ -30,10 +32,12 @@ class CoreFacts:
 
     @property
     def usable(self) -> int:
+        """Number of cores that this process may use."""
         return self.affinity if self.quota is None else max(1, min(self.affinity, math.ceil(self.quota)))
 
 
 def check_cores(facts: CoreFacts, config: StagerConfig) -> Finding:
+    """Judge whether workers and trainers have enough cores."""
     limits = [] if facts.affinity == facts.online else [f"affinity {facts.affinity}"]
     limits += [] if facts.quota is None else [f"cgroup quota {facts.quota:g}"]
     value = f"{facts.usable} of {facts.online}" + (f" ({', '.join(limits)})" if limits else "")
@@ -49,11 +53,13 @@ def check_cores(facts: CoreFacts, config: StagerConfig) -> Finding:
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """Attributes:
-    total, available: of the host, bytes, as psutil says.
-    cgroup_limit: bytes; None without one.
-    cgroup_headroom: what the cgroup still has to give, bytes; None without a limit.
-    local_world_size: trainers on this host.
+    """The memory of the host.
+
+    Attributes:
+        total, available: of the host, bytes, as psutil says.
+        cgroup_limit: bytes; None without one.
+        cgroup_headroom: what the cgroup still has to give, bytes; None without a limit.
+        local_world_size: trainers on this host.
     """
 
     total: int
@@ -64,10 +70,12 @@ class MemoryFacts:
 
     @property
     def usable(self) -> int:
+        """Bytes that this process may still take."""
         return self.available if self.cgroup_headroom is None else min(self.available, self.cgroup_headroom)
 
 
 def check_memory(facts: MemoryFacts, config: StagerConfig) -> Finding:
+    """Judge whether the buffers fit into memory."""
     value = f"{format_bytes(facts.usable)} available of {format_bytes(facts.total)}"
     if facts.cgroup_limit is not None:
         value += f" (cgroup limit {format_bytes(facts.cgroup_limit)})"
@@ -92,7 +100,8 @@ def check_memory(facts: MemoryFacts, config: StagerConfig) -> Finding:
 
 
 def check_dev_shm(total_bytes: int | None, free_bytes: int = 0) -> Finding:
-    """
+    """Tell what /dev/shm is used for.
+
     Args:
         total_bytes: size of ``/dev/shm``; None when it is not mounted.
         free_bytes: what is free of it.
@@ -105,7 +114,8 @@ def check_dev_shm(total_bytes: int | None, free_bytes: int = 0) -> Finding:
 
 
 def check_open_files(soft: int | None, hard: int | None, config: StagerConfig, num_workers: int) -> Finding:
-    """
+    """Judge whether the limit of open files is high enough.
+
     Args:
         soft, hard: ``RLIMIT_NOFILE``; None is unlimited.
         num_workers: of one trainer.
@@ -120,7 +130,8 @@ def check_open_files(soft: int | None, hard: int | None, config: StagerConfig, n
 
 
 def check_locked_memory(soft_bytes: int | None, uses_cuda: bool) -> Finding:
-    """
+    """Tell whether buffers are page-locked.
+
     Args:
         soft_bytes: ``RLIMIT_MEMLOCK``; None is unlimited.
         uses_cuda: whether buffers would be page-locked at all.
@@ -134,10 +145,12 @@ def check_locked_memory(soft_bytes: int | None, uses_cuda: bool) -> Finding:
 
 @dataclass(frozen=True)
 class ProcessFacts:
-    """Attributes:
-    soft_limit: ``RLIMIT_NPROC``, in threads of this user; None is unlimited.
-    cgroup_limit, cgroup_used: the pids controller's, in threads; None without one.
-    is_root: root is not bound by ``RLIMIT_NPROC``.
+    """The limits of processes and threads.
+
+    Attributes:
+        soft_limit: ``RLIMIT_NPROC``, in threads of this user; None is unlimited.
+        cgroup_limit, cgroup_used: the pids controller's, in threads; None without one.
+        is_root: root is not bound by ``RLIMIT_NPROC``.
     """
 
     soft_limit: int | None
@@ -147,6 +160,7 @@ class ProcessFacts:
 
 
 def check_processes(facts: ProcessFacts, num_workers: int) -> Finding:
+    """Judge whether the workers can be started."""
     need = num_workers * THREADS_PER_PROCESS
     user_limit = None if facts.is_root else facts.soft_limit
     value = f"{_limit(facts.soft_limit)} for the user" + (" (not for root)" if facts.is_root else "")

@@ -12,7 +12,8 @@ MIN_TORCH = (2, 6)
 
 
 def check_python(version: tuple[int, int, int], platform: str) -> Finding:
-    """
+    """Judge the version of Python, and the platform.
+
     Args:
         version: major, minor, micro.
         platform: ``sys.platform``.
@@ -27,7 +28,8 @@ def check_python(version: tuple[int, int, int], platform: str) -> Finding:
 
 
 def check_torch(version: str | None, problem: str = "") -> Finding:
-    """
+    """Judge the version of torch.
+
     Args:
         version: ``torch.__version__``; None when torch cannot be imported.
         problem: why it cannot.
@@ -42,11 +44,13 @@ def check_torch(version: str | None, problem: str = "") -> Finding:
 
 @dataclass(frozen=True)
 class CudaFacts:
-    """Attributes:
-    build: the CUDA (or ROCm) version torch was built for; None for a CPU build.
-    driver: the NVIDIA kernel driver's version; None without one.
-    devices: names of the devices torch sees.
-    problem: what torch said when asked for devices; empty if nothing.
+    """What torch and the driver say about CUDA.
+
+    Attributes:
+        build: the CUDA (or ROCm) version torch was built for; None for a CPU build.
+        driver: the NVIDIA kernel driver's version; None without one.
+        devices: names of the devices torch sees.
+        problem: what torch said when asked for devices; empty if nothing.
     """
 
     build: str | None
@@ -56,6 +60,7 @@ class CudaFacts:
 
 
 def check_cuda(facts: CudaFacts) -> Finding:
+    """Judge whether torch can use the GPUs."""
     driver = f"driver {facts.driver}" if facts.driver else "no NVIDIA driver"
     if facts.devices:
         counted = (

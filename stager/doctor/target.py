@@ -21,7 +21,7 @@ class Mount:
 
 
 def parse_mountinfo(text: str) -> list[Mount]:
-    """See proc_pid_mountinfo(5). Lines that do not look like it are passed over."""
+    """Parse /proc/pid/mountinfo, see proc_pid_mountinfo(5). Other lines are skipped."""
     mounts = []
     for line in text.splitlines():
         left, separator, right = line.partition(" - ")
@@ -33,7 +33,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
 
 
 def find_mount(mounts: list[Mount], path: str) -> Mount | None:
-    """The mount that ``path`` (absolute, without symbolic links) is on: the deepest; of equal ones the last, on top."""
+    """The mount that ``path`` (absolute, without symbolic links) is on: the deepest one, and the last of equals."""
     best = None
     for mount in mounts:
         inside = path == mount.point or path.startswith(mount.point.rstrip("/") + "/")
@@ -62,7 +62,7 @@ _KINDS = (
         frozenset(["tmpfs", "ramfs", "devtmpfs"]),
         Status.WARN,
         "checkpoints are in memory: they count against it, and are lost at a reboot",
-        "save to a disk, unless that is meant",
+        "save to a disk, unless you want that",
     ),
     _Kind(
         frozenset(["overlay", "aufs"]),
@@ -104,7 +104,7 @@ _FUSE = _Kind(
     "a FUSE file system: whether rename is atomic and fsync durable is up to it; for object stores they often are not",
     "save to a local or cluster file system, and copy from there",
 )
-_OTHER = _Kind(frozenset(), Status.OK, "not one that stager knows anything special about; see the write test")
+_OTHER = _Kind(frozenset(), Status.OK, "stager knows nothing special about this file system; see the write test")
 
 
 def check_filesystem(mount: Mount | None) -> Finding:
@@ -112,12 +112,16 @@ def check_filesystem(mount: Mount | None) -> Finding:
     name = "file system"
     if mount is None:
         return Finding(
-            name, "unknown", Status.WARN, "it is in no line of /proc/self/mountinfo", "try another directory"
+            name, "unknown", Status.WARN, "no line of /proc/self/mountinfo is about it", "try another directory"
         )
     value = f"{mount.fstype} from {mount.source} on {mount.point}"
     if mount.read_only:
         return Finding(
-            name, f"{value}, read-only", Status.FAIL, "nothing can be saved there", "remount it, or go elsewhere"
+            name,
+            f"{value}, read-only",
+            Status.FAIL,
+            "nothing can be saved there",
+            "remount it, or save to another directory",
         )
     kind = _kind_of(mount.fstype)
     return Finding(name, value, kind.status, kind.meaning, kind.advice)
@@ -130,7 +134,8 @@ def _kind_of(fstype: str) -> _Kind:
 
 
 def check_free_space(free_bytes: int, total_bytes: int, free_inodes: int | None) -> Finding:
-    """
+    """Judge whether the file system has room for checkpoints.
+
     Args:
         free_bytes: what an ordinary user may still write.
         total_bytes: of the file system.
@@ -140,7 +145,9 @@ def check_free_space(free_bytes: int, total_bytes: int, free_inodes: int | None)
     if free_inodes is not None and free_inodes < 1000:
         meaning = f"only {free_inodes} more files can be made; a checkpoint takes one for each worker and a few more"
         return Finding(name, value, Status.FAIL if free_inodes < 20 else Status.WARN, meaning, "remove small files")
-    meaning = "room for checkpoints of this size in all, the one being written included; quotas are not in this figure"
+    meaning = (
+        "this is the room for all checkpoints together, including the one being written; quotas are not considered"
+    )
     if free_bytes < 1 << 30:
         status = Status.FAIL if free_bytes < 16 << 20 else Status.WARN
         return Finding(name, value, status, meaning, "free some, or save to another file system")
@@ -168,6 +175,7 @@ class ProbeFacts:
 
 
 def check_write(facts: ProbeFacts) -> Finding:
+    """Judge whether a save can write, sync and rename in the directory, and how fast."""
     name = "write, fsync, rename"
     where = facts.directory if facts.exists else f"{facts.directory} (the target does not exist yet)"
     if facts.problem is not None:
@@ -183,7 +191,7 @@ def check_write(facts: ProbeFacts) -> Finding:
 
 
 def check_lock(facts: ProbeFacts) -> Finding | None:
-    """None when nothing could be written, and so no lock be tried."""
+    """Judge whether a run can lock its directory; None if nothing could be written, so that no lock was tried."""
     if facts.problem is not None:
         return None
     if facts.lock_problem is None:

@@ -1,4 +1,4 @@
-"""Write a small file where checkpoints will go, as a save does: write, fsync, lock, rename, fsync of the directory."""
+"""Writing a small file in the target directory, as a save does: write, fsync, lock, rename, fsync of the directory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def existing_directory(path: str) -> str:
 
 
 def probe_target(target: str, clock: Callable[[], float] = time.monotonic) -> ProbeFacts:
-    """Try it; the file is removed again. Errors are part of what is returned.
+    """Write and remove a small file. Errors are returned, not raised.
 
     Args:
-        target: the directory of a run; need not exist yet, and is not made.
+        target: the directory of a run. It need not exist, and is not made.
         clock: seconds.
     """
     directory = existing_directory(target)

@@ -39,13 +39,15 @@ _SMALLEST_BUDGET_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Attributes:
-    path, nbytes: the file.
-    format: its format.
-    step: of the checkpoint.
-    num_tensors, num_objects: in the file.
-    left_out: objects that the format has no place for, as a user would write them.
-    secs: how long it took.
+    """A checkpoint that was exported to one file.
+
+    Attributes:
+        path, nbytes: the file.
+        format: its format.
+        step: of the checkpoint.
+        num_tensors, num_objects: in the file.
+        left_out: objects that the format has no place for, as a user would write them.
+        secs: how long it took.
     """
 
     path: str

@@ -1,4 +1,10 @@
-"""From a committed checkpoint back to a state.
+"""Loading checkpoints: from files back to a state.
 
-Reading order: ``loader.py`` (which one), ``match.py`` (what goes where), ``restore.py``, ``unpickle.py``, ``difference.py``.
+Reading order: ``loader.py`` (which checkpoint), ``restore.py`` (the steps of a restore), ``match.py`` and
+``restore_plan.py`` (what goes where). ``joint_loader.py`` loads one checkpoint on all ranks; ``foreign.py`` loads
+checkpoints that stager did not write.
+
+    reading/   from files into memory, without keys
+    pickles/   objects, without running code
+    dcp/       through the planners of torch.distributed.checkpoint
 """

@@ -1,7 +1,7 @@
-"""Tensors that several ranks wrote in chunks, put together.
+"""Tensors that several ranks wrote in chunks.
 
-To everything else such a tensor is one item more: a *whole*, numbered behind the items of the checkpoint, which has a
-dtype, a shape and C order, and no bytes of its own.
+The rest of ``loading`` sees such a tensor as one more item, called a *whole*. Wholes are numbered after the items of the
+checkpoint. A whole has a dtype, a shape and C order; its bytes are those of its chunks.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import torch
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
-from stager.workers.checkpoint.layout.structure import Chunks, Node
+from stager.workers.checkpoint.layout.structure import Chunks, map_leaves
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.memory.pages import bytes_at
 
 
 @dataclass(frozen=True, slots=True)
 class Wholes:
-    """Attributes:
-    manifest: with the wholes among its items, and no chunks in its structure.
-    chunks: of each whole, by its number.
+    """A manifest without chunks, and what each whole is made of.
+
+    Attributes:
+        manifest: has the wholes among its items, and no chunks in its structure.
+        chunks: the chunks of each whole, by the whole's item number.
     """
 
     manifest: Manifest
@@ -32,22 +34,19 @@ class Wholes:
 
 
 def with_wholes(manifest: Manifest) -> Wholes:
+    """Replace every tensor in chunks by a whole."""
     items = list(manifest.layout.items)
-    numbers: dict[Chunks, int] = {}  # tied tensors have equal chunks, and are one whole
+    numbers: dict[Chunks, int] = {}  # tied tensors have equal chunks, so they become one whole
 
-    def visit(node: Node) -> Node:
-        if type(node) is int:
-            return node
-        if node[0] == "chunks":
-            one = Chunks.from_node(node)
-            if one not in numbers:
-                numbers[one] = len(items)
-                items.append(_item(one, items[one.parts[0][1]].dtype))
-            return numbers[one]
-        position = 1 if node[0] == "list" else 2
-        return [*node[:position], [visit(child) for child in node[position]], *node[position + 1 :]]
+    def number_of(leaf: int | Chunks) -> int:
+        if isinstance(leaf, int):
+            return leaf
+        if leaf not in numbers:
+            numbers[leaf] = len(items)
+            items.append(_item(leaf, items[leaf.parts[0][1]].dtype))
+        return numbers[leaf]
 
-    structure = visit(manifest.layout.structure)
+    structure = map_leaves(manifest.layout.structure, number_of)
     chunks = {number: one for one, number in numbers.items()}
     if not chunks:
         return Wholes(manifest, chunks)
@@ -62,12 +61,12 @@ def _item(chunks: Chunks, dtype: str) -> Item:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a chunk goes.
+    """The place of a chunk in its whole.
 
     Attributes:
-        index: of the chunk's item.
-        tensor: the view of the whole that it fills.
-        takes_bytes: its memory is one stretch, in the order in which the chunk is stored.
+        index: item number of the chunk.
+        tensor: the view of the whole that the chunk fills.
+        takes_bytes: the view is contiguous and in the order of the stored bytes, so that they can be read straight into it.
     """
 
     index: int
@@ -75,7 +74,7 @@ class Place:
     takes_bytes: bool
 
     def fill(self, item: Item, reader: BlobReader) -> None:
-        """By way of memory for the chunk.
+        """Read the chunk into memory of its own, and copy it into the whole.
 
         Raises:
             CorruptCheckpointError, StorageError
@@ -86,7 +85,7 @@ class Place:
 
 
 def places(whole: torch.Tensor, chunks: Chunks, items: tuple[Item, ...]) -> Iterator[Place]:
-    """Of every chunk. ``whole`` is on the host and has the items' dtype."""
+    """Yield the place of every chunk. ``whole`` is on the CPU and has the dtype of the items."""
     for offsets, index in chunks.parts:
         item, view = items[index], whole.detach()
         for dim, (offset, length) in enumerate(zip(offsets, item.shape, strict=True)):

@@ -1,4 +1,4 @@
-"""Checkpoints by their path, whoever wrote them: stager, ``dcp.save``, ``torch.save`` or safetensors."""
+"""Loading a checkpoint by its path, whoever wrote it: stager, ``dcp.save``, ``torch.save`` or safetensors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from stager.loading.dcp.stock import StockReader
+from stager.loading.loaded import Loaded
+from stager.loading.match import match
 from stager.loading.pickles.archive_check import check_archive
 from stager.loading.pickles.unpickle import load_archive
-from stager.loading.restore import Restorer
-from stager.loading.safetensors_file import is_safetensors, load_safetensors
+from stager.loading.reading.direct_read import overlapping
+from stager.loading.restore import Restorer, copy_to_targets
+from stager.loading.safetensors_reader import is_safetensors, load_safetensors
 from stager.loading.selection import Selection
-from stager.loading.values import restore_values, selected_values
+from stager.state.flatten import flatten
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, read_manifest
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Header, Manifest, read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.layout.dtypes import name_of
+from stager.workers.checkpoint.layout.layout import Item, Layout
+from stager.workers.checkpoint.layout.structure import build
 from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 
-_empty_planner: Any = _EmptyStateDictLoadPlanner  # its constructor has no types; what dcp_to_torch_save uses
+_empty_planner: Any = _EmptyStateDictLoadPlanner  # torch gives its constructor no types; dcp_to_torch_save uses it too
 
 
 class Origin(Enum):
@@ -43,21 +50,23 @@ def load_checkpoint(
     *,
     keys: str | Sequence[str] | None = None,
     allow_pickle: bool = False,
-) -> Any:
-    """Load one checkpoint, which need not be stager's.
+) -> Loaded[int | None]:
+    """Load one checkpoint by its path; stager need not have written it.
 
     Args:
         path: a directory of stager (``.../step-00000100``) or of ``dcp.save``, or a file of ``torch.save`` or safetensors.
-        into, strict: as in :meth:`stager.Checkpointer.load`. From what is not stager's, the state is read into new memory
-            first and copied from there.
-        keys: as in :meth:`stager.Checkpointer.load`. Of what is not stager's, all is read first.
+        into: as in :meth:`stager.Checkpointer.load`. The state of a checkpoint that stager did not write is first read into
+            new memory and then copied.
+        strict: as in :meth:`stager.Checkpointer.load`.
+        keys: as in :meth:`stager.Checkpointer.load`. A checkpoint that stager did not write is read whole all the same.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
 
     Returns:
-        The state, on the CPU, or ``into``. Keys of a checkpoint of ``dcp.save`` are strings; what was sharded is whole.
+        The state on the CPU, or ``into``; ``step`` and ``info`` are None unless stager wrote the checkpoint. The keys of a
+        checkpoint of ``dcp.save`` are strings, and its sharded tensors are whole.
 
     Raises:
-        CheckpointNotFoundError: there is nothing of the kind.
+        CheckpointNotFoundError: there is no checkpoint at ``path``.
         CorruptCheckpointError: it is damaged, or says something impossible.
         UnsafePickleError: see ``allow_pickle``; nothing was changed.
         StateMismatchError: it does not fit ``into``; nothing was changed.
@@ -68,21 +77,51 @@ def load_checkpoint(
     selection = None if keys is None else Selection(keys)
     if origin is Origin.STAGER:
         with reading(path):
-            restorer = Restorer(path, read_manifest(path), default_threads(), allow_pickle, selection)
-            if into is None:
-                return restorer.load()
-            restorer.load_into(into, strict)
-            return into
+            manifest = read_manifest(path)
+            state = Restorer(path, manifest, default_threads(), allow_pickle, selection).restore(into, strict)
+        return Loaded(manifest.header.step, path, state, CheckpointInfo.of(path, manifest))
     state = _load_foreign(path, origin, allow_pickle)
-    if into is None and selection is None:
-        return state
-    if not isinstance(state, Mapping):
-        raise UsageError(f"{path}: holds a {type(state).__name__}, not a mapping; load it without into and keys")
+    if into is not None or selection is not None:
+        if not isinstance(state, Mapping):
+            raise UsageError(f"{path}: holds a {type(state).__name__}, not a mapping; load it without into and keys")
+        state = _restore_values(state, path, into, strict, selection)
+    return Loaded(None, path, state, None)
+
+
+def _restore_values(
+    state: Mapping[str, Any],
+    path: str,
+    into: MutableMapping[str, Any] | None,
+    strict: bool,
+    selection: Selection | None,
+) -> Any:
+    """Restore a state that is in memory, by the rules that :class:`Restorer` has for a checkpoint of stager.
+
+    Raises:
+        StateMismatchError: keys, shapes or dtypes differ; nothing was changed. Or nothing is selected.
+        UnstageableError: ``state`` has keys that a checkpoint of stager cannot have.
+    """
+    flat = flatten(state)
     if into is None:
         assert selection is not None
-        return selected_values(state, path, selection)
-    restore_values(state, path, into, strict, selection)
+        return build(selection.of(flat.structure, path), flat.leaves.__getitem__)
+    layout = Layout((), tuple(map(_item_of, flat.leaves)), flat.structure, 1)
+    plan = match(Manifest(Header("", 0, "", 0.0, "", ""), layout, (), ()), path, into, strict, selection)
+    values = dict(enumerate(flat.leaves))
+    plan.refuse_failed_checks(path, values)
+    copy_to_targets(values, plan.targets)
+    shared = overlapping(plan.targets)
+    values |= {index: tensor for index, tensor in reversed(plan.targets) if index not in shared}
+    for step in plan.steps:
+        step(values)
     return into
+
+
+def _item_of(leaf: object) -> Item:
+    """What stager would have stored for a leaf, as far as matching asks for it."""
+    if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or leaf.is_quantized or leaf.is_nested:
+        return Item("object", 0, 0, 0, 0, 0, "", (), ())
+    return Item("tensor", 0, 0, 0, 0, 0, name_of(leaf.dtype), tuple(leaf.shape), leaf.stride())
 
 
 def _load_foreign(path: str, origin: Origin, allow_pickle: bool) -> Any:
@@ -94,10 +133,10 @@ def _load_foreign(path: str, origin: Origin, allow_pickle: bool) -> Any:
 
 
 def origin_of(path: str) -> Origin:
-    """By what is there; nothing is read of it but names, and a file's first bytes.
+    """Tell who wrote the checkpoint, from the names of its files or the first bytes of the file.
 
     Raises:
-        CheckpointNotFoundError: nothing that could be a checkpoint.
+        CheckpointNotFoundError: there is nothing that could be a checkpoint.
     """
     if os.path.isfile(path):
         return Origin.SAFETENSORS if is_safetensors(path) else Origin.TORCH_SAVE
@@ -105,25 +144,27 @@ def origin_of(path: str) -> Origin:
         return Origin.STAGER
     if os.path.lexists(os.path.join(path, ".metadata")):
         return Origin.DCP
-    raise CheckpointNotFoundError(None, "not a checkpoint: no file, no manifest.json, no .metadata", path)
+    raise CheckpointNotFoundError(
+        None, "is not a checkpoint: neither a file nor a directory with a manifest.json or .metadata", path
+    )
 
 
 def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu") -> Any:
-    """What ``torch.save`` wrote; with ``map_location="meta"`` without its data.
+    """Load a file of ``torch.save``; with ``map_location="meta"`` without the data of tensors.
 
     Raises:
         CorruptCheckpointError, UnsafePickleError, UsageError, StorageError
     """
     name = os.path.basename(path)
     with storage_errors("open", path):
-        file = open(open_regular(path), "rb")  # noqa: SIM115  (it is closed two lines below)
+        file = open(open_regular(path), "rb")  # noqa: SIM115  (the next statement closes it)
     with file, storage_errors("read", path):
         check_archive(file, os.fstat(file.fileno()).st_size, name, path, pickles=not allow_pickle)
         return load_archive(f"/proc/self/fd/{file.fileno()}", name, path, allow_pickle, map_location)
 
 
 def load_dcp(path: str, allow_pickle: bool) -> dict[str, Any]:
-    """What ``dcp.save`` wrote, of all ranks, on the CPU.
+    """Load a checkpoint of ``dcp.save``, the data of all its ranks, on the CPU.
 
     Raises:
         CorruptCheckpointError, UnsafePickleError, UsageError, StorageError

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from stager.loading.loader import Loaded, Loader
+from stager.loading.loaded import Loaded
+from stager.loading.loader import Loader
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME

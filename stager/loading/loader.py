@@ -1,4 +1,12 @@
-"""Finding and loading: the newest checkpoint that is whole, what was passed over, and the way back into a state."""
+"""Loading the newest valid checkpoint of a run.
+
+1. Go through the committed checkpoints, newest first.
+2. Verify one as far as the configuration asks for. If it is damaged or gone, note why, and go on with the one before.
+3. Restore it. Each hash is checked on the way, so damage may show only now; then go on with the one before, which overwrites
+   all that was restored so far.
+
+Directories that were never committed are not looked at, only listed among what was skipped.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +19,7 @@ from typing import Any
 
 from stager.config import LoadingConfig
 from stager.config.host import usable_cores
+from stager.loading.loaded import Loaded
 from stager.loading.restore import Restorer
 from stager.loading.selection import Selection
 from stager.workers.checkpoint.directory.files import storage_errors
@@ -37,23 +46,8 @@ logger = logging.getLogger("stager")
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """What ``load()`` returns.
-
-    Attributes:
-        step: of the checkpoint.
-        state: the whole state, or the mapping given as ``into``.
-        info: where it came from.
-    """
-
-    step: int
-    state: Any
-    info: CheckpointInfo
-
-
-@dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A checkpoint that was found: what it is, and its fingerprint from before it was read."""
+    """A checkpoint that was found valid, and its fingerprint from before it was read."""
 
     info: CheckpointInfo
     manifest: Manifest
@@ -61,12 +55,12 @@ class _Candidate:
 
 
 class Loader:
-    """Reads the checkpoints of one directory. Its lock is its own: a callback may look while a save waits.
+    """Reads the checkpoints of one run. Thread-safe; its lock is its own, so that a callback may load while a save waits.
 
     Args:
         directory: of the run, absolute.
         config: section ``loading``.
-        rank: whose values those of ``PerRank`` are.
+        rank: selects the values of ``PerRank``.
     """
 
     def __init__(self, directory: str, config: LoadingConfig, rank: int = 0) -> None:
@@ -74,15 +68,16 @@ class Loader:
         self._config = config
         self._rank = rank
         self._lock = threading.RLock()
-        self._verified: dict[str, object] = {}  # path -> fingerprint of what was verified in full here
+        self._verified: dict[str, object] = {}  # path -> fingerprint of checkpoints whose every byte was hashed here
         self._skipped: list[SkippedCheckpoint] = []
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
+        """What the last look at the run skipped, newest first, and why."""
         return list(self._skipped)
 
     def knows_whole(self, path: str) -> bool:
-        """Whether every byte of this checkpoint was hashed here, and nothing has changed since."""
+        """Whether this process hashed every byte of the checkpoint, and no file has changed since."""
         with self._lock, storage_errors("look at", path):
             try:
                 return path in self._verified and self._verified[path] == fingerprint(path)
@@ -90,12 +85,17 @@ class Loader:
                 return False
 
     def latest(self) -> CheckpointInfo | None:
+        """Return the newest valid checkpoint, verified as ``loading.verify`` says; None if there is none."""
         with self._lock:
             found = self._find(None, self._config.verify == "full")
             return None if found is None else found.info
 
     def newest(self, below: int | None = None) -> CheckpointInfo | None:
-        """As :meth:`latest`, of those before step ``below``, and verified as far as ``load()`` does before it reads."""
+        """Return the newest valid checkpoint, verified as far as ``load()`` verifies before it reads; None if there is none.
+
+        Args:
+            below: only checkpoints of earlier steps.
+        """
         with self._lock:
             if below is None:
                 self._skipped = []
@@ -111,20 +111,21 @@ class Loader:
         allow_pickle: bool | None,
         selection: Selection | None = None,
     ) -> Loaded | None:
+        """Load the checkpoint of ``step``, or the newest valid one. For the rest see :meth:`stager.Checkpointer.load`."""
         allowed = self._config.allow_pickle if allow_pickle is None else allow_pickle
         first = self._config.verify_first and into is not None
-        damaged: CorruptCheckpointError | None = None  # what left ``into`` partly overwritten
+        damaged: CorruptCheckpointError | None = None  # set once a damaged checkpoint has overwritten some of ``into``
         with self._lock:
             found = self._find(step, first)
             while found is not None and (damaged is None or strict):
                 restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed, selection, self._rank)
                 try:
                     with reading(found.info.path):
-                        state = self._restore(restorer, into, strict)
+                        state = restorer.restore(into, strict)
                     if restorer.has_read_all:
-                        self._verified[found.info.path] = found.identity  # every byte was read and hashed
-                    return Loaded(found.info.step, state, found.info)
-                # Damaged since it was verified, found out by reading it, or removed.
+                        self._verified[found.info.path] = found.identity  # every byte was hashed
+                    return Loaded(found.info.step, found.info.path, state, found.info)
+                # Reading found damage, or the checkpoint was removed meanwhile.
                 except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                     self._verified.pop(found.info.path, None)
                     if step is not None:
@@ -134,23 +135,17 @@ class Loader:
                         damaged = error
                     found = self._find_newest(first, below=found.info.step)
                 except StateMismatchError as error:
-                    if damaged is not None:  # "nothing was changed" would not be true
+                    if damaged is not None:  # this error says that nothing was changed, which is not true any more
                         raise damaged from error
                     raise
-            if damaged is not None:  # None would mean that there is nothing wrong with going on from what is there
+            if damaged is not None:  # after None the caller would train with a partly overwritten ``into``
                 raise damaged
             return None
 
-    def _restore(self, restorer: Restorer, into: MutableMapping[str, Any] | None, strict: bool) -> Any:
-        if into is None:
-            return restorer.load()
-        restorer.load_into(into, strict)
-        return into
-
     def _find(self, step: int | None, full: bool) -> _Candidate | None:
-        """The newest valid checkpoint, or the one of ``step``."""
+        """Find the checkpoint of ``step``, or the newest valid one, and start the list of skipped ones anew."""
         self._skipped = [
-            SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
+            SkippedCheckpoint(name, "partial: its save was never committed, or is still being written")
             for name in reversed(partial_names(self._directory))
         ]
         return self._find_newest(full) if step is None else self._check(step, full)
@@ -161,7 +156,10 @@ class Loader:
                 continue
             try:
                 return self._check(candidate, full)
-            except (CorruptCheckpointError, StorageError) as error:  # not there any more, or the disk does not give it
+            except (
+                CorruptCheckpointError,
+                StorageError,
+            ) as error:  # damaged or removed, or the disk does not return it
                 self._skip(candidate, error)
         return None
 
@@ -172,9 +170,9 @@ class Loader:
     def _check(self, step: int, full: bool) -> _Candidate:
         path = os.path.join(self._directory, checkpoint_name(step))
         with storage_errors("look at", path):
-            try:  # before anything is read: what changes after this is not what was verified
+            try:  # before anything is read, so that a later change of a file is noticed
                 identity = fingerprint(path)
-            except (FileNotFoundError, NotADirectoryError):  # which reading it will say, too
+            except (FileNotFoundError, NotADirectoryError):  # read_checkpoint() below says so
                 identity = None
         with reading(path):
             info, manifest = read_checkpoint(self._directory, step)

@@ -1,4 +1,4 @@
-"""Part of a checkpoint, by the names of its keys."""
+"""Selecting a part of a checkpoint by the names of its keys."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stager.workers.errors import StateMismatchError
 
 
 class Selection:
-    """Leaves whose name, their keys joined by dots, matches one of the patterns.
+    """Selects the leaves whose name matches a pattern. The name of a leaf is its keys, joined by dots.
 
-    A list is taken whole if anything in it is: its places would be others without the rest.
+    A list is selected whole if a leaf in it is: without the others, its elements would have other positions.
 
     Args:
-        keys: patterns as of a shell (``model.*.weight``); ``*`` takes dots as well.
+        keys: patterns as in a shell (``model.*.weight``); ``*`` matches dots too.
     """
 
     def __init__(self, keys: str | Sequence[str]) -> None:
@@ -26,14 +26,14 @@ class Selection:
         self._matches = re.compile("|".join(map(fnmatch.translate, self._patterns)) or r"(?!)").match
 
     def takes(self, path: Path) -> bool:
-        """Whether it takes a leaf."""
+        """Whether the leaf at ``path`` is selected."""
         return self._matches(fqn(path)) is not None
 
     def of(self, structure: Node, path: str) -> Node:
-        """The structure of what it takes.
+        """Return the selected part of a checkpoint's structure.
 
         Raises:
-            StateMismatchError: it takes nothing of the checkpoint at ``path``.
+            StateMismatchError: nothing in the checkpoint at ``path`` is selected.
         """
         selected = self._visit(structure, ())
         if selected is None:
@@ -53,7 +53,7 @@ class Selection:
         return [node[0], [key for key, _ in kept], [child for _, child in kept], *node[3:]] if kept else None
 
     def in_value(self, value: Any, path: Path) -> Iterator[Path]:
-        """Of a value that is to be loaded into: what it takes of it."""
+        """Yield the paths of the selected leaves of ``value``, a value of the target."""
         if is_stateful(value):
             value = value.state_dict()
         if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Tensors that are spread over ranks (DTensor), filled each rank for itself: through DCP's planner, over stager's reader.
+"""DTensors of the target: each rank reads its own shard, through DCP's load planner and stager's reader.
 
-The planner cuts what this rank holds out of what the checkpoint has, a whole or the chunks of however many ranks wrote it;
-so the number of ranks and their layout may differ from those of the save. Nothing is exchanged between ranks.
+The planner cuts this rank's shard out of the whole tensor, or out of the chunks that other ranks wrote. So the number of
+ranks and the placements may differ from those of the save. The ranks exchange nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """The item (or whole) that a DTensor gets, and the name that DCP gives it."""
+    """A DTensor of the target, the item or whole that it receives, and the name that DCP gives it."""
 
     index: int
     name: str
@@ -28,11 +28,13 @@ class Sharded:
 
 
 def fill_sharded(path: str, manifest: Manifest, reader: BlobReader, sharded: Sequence[Sharded]) -> None:
-    """Read what this rank holds of each.
+    """Read this rank's shard of each DTensor.
 
     Args:
-        path, manifest: of the checkpoint, as it is stored.
-        sharded: their global shapes are those of the checkpoint; other dtypes are converted.
+        path: the checkpoint's directory.
+        manifest: of the checkpoint, as it is stored.
+        reader: of the checkpoint.
+        sharded: their global shapes equal those of the checkpoint; other dtypes are converted.
 
     Raises:
         CorruptCheckpointError, StorageError

@@ -1,27 +1,26 @@
 """What a state needs before a job is started: host memory, descriptors, disk (``stager plan``).
 
 source.py     where the state comes from: a checkpoint, a callable, plain numbers
-optimizers.py the state an optimizer will have after its first step
-stand_in.py   tensors that take no memory, in place of those that are not there
-footprint.py  the state through stager's own planner: bytes of a slab, of a checkpoint
-work_out.py   that, times ranks and buffers, against a host (need.py: the result)
+optimizers.py the state of an optimizer after its first step
+stand_in.py   tensors without memory, in place of those on the meta device or of other ranks
+footprint.py  the state in stager's own planner: bytes of a slab and of a checkpoint
+work_out.py   multiplies by ranks and buffers, and compares with a host (need.py: the result)
 advice.py     which settings to change
 """
 
 from stager.planning.footprint import Footprint, Measured
-from stager.planning.need import Host, Job, Need, Staging
-from stager.planning.source import Source, from_callable, from_checkpoint, from_numbers
-from stager.planning.verdict import Verdict
+from stager.planning.need import Host, JobShape, Need, Staging, Verdict
+from stager.planning.source import StateSource, from_callable, from_checkpoint, from_numbers
 from stager.planning.work_out import work_out
 
 __all__ = [
     "Footprint",
     "Host",
-    "Job",
+    "JobShape",
     "Measured",
     "Need",
-    "Source",
     "Staging",
+    "StateSource",
     "Verdict",
     "from_callable",
     "from_checkpoint",

@@ -1,21 +1,17 @@
-"""What a verdict means, and which settings to change."""
+"""Explaining a verdict, and which settings to change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from stager.config import StagerConfig
 from stager.config.sizes import format_bytes
 from stager.doctor.resources import FDS_OF_A_TRAINER
-from stager.planning.verdict import Verdict
-
-if TYPE_CHECKING:
-    from stager.planning.need import Need
+from stager.planning.need import Need, Verdict
 
 
 def advise(need: Need, config: StagerConfig) -> tuple[str, ...]:
-    """Sentences, the most important one first; none when everything fits."""
+    """Return sentences, the most important one first; none if everything fits."""
     return (*_on_memory(need, config), *_on_descriptors(need))
 
 
@@ -27,12 +23,12 @@ def _on_memory(need: Need, config: StagerConfig) -> Iterator[str]:
         yield (
             f"arena.max_host_bytes ({config.arena.max_host_bytes}) allows more than the host has: its "
             f"{need.job.local_world_size} ranks take {format_bytes(need.host_nbytes)}, and "
-            f"{format_bytes(need.host.available_bytes)} are available. Lower it, and see what `stager plan` says then"
+            f"{format_bytes(need.host.available_bytes)} are available. Lower it, and run `stager plan` again"
         )
     elif verdict is Verdict.FEWER:
         yield (
-            f"{need.staging.num_in_flight} of {need.num_buffers} snapshots can be in flight: a save that finds no buffer "
-            f"follows arena.when_full ({config.arena.when_full}) until one before it is committed"
+            f"{need.staging.num_in_flight} of {need.num_buffers} snapshots can be in flight at a time. A save that finds no "
+            f"free buffer does what arena.when_full ({config.arena.when_full}) says, until an earlier save is committed"
         )
     elif verdict is Verdict.PIECES:
         yield (
@@ -47,21 +43,21 @@ def _on_memory(need: Need, config: StagerConfig) -> Iterator[str]:
 
 
 def _more_memory(need: Need, arena_nbytes: int) -> str:
-    """How all buffers get their memory."""
+    """How to get memory for all buffers."""
     on_host = need.job.local_world_size * (arena_nbytes + need.worker_nbytes + need.replica_nbytes)
     setting = f"for {need.num_buffers} whole snapshots, set arena.max_host_bytes to {_size(arena_nbytes)} or more"
     if on_host <= need.host.available_bytes:
         return f"{setting}: the host has it"
     return (
-        f"{setting}, on a host with {format_bytes(on_host)} available ({format_bytes(need.host.available_bytes)} are here); "
-        "or save less, or shard the state over more hosts"
+        f"{setting}, on a host with {format_bytes(on_host)} available (this one has "
+        f"{format_bytes(need.host.available_bytes)}); or save less, or shard the state over more hosts"
     )
 
 
 def _on_descriptors(need: Need) -> Iterator[str]:
     limit = need.host.max_open_files
     if limit is not None and limit < need.num_descriptors + FDS_OF_A_TRAINER:
-        yield f"{limit} open files are allowed, and little would be left for the trainer: ulimit -n {limit + 1024}"
+        yield f"only {limit} open files are allowed, which leaves few for the trainer: ulimit -n {limit + 1024}"
 
 
 def _size(nbytes: int) -> str:

@@ -1,4 +1,4 @@
-"""A state through stager's own planner: what one save of it takes."""
+"""Measuring a state with stager's own planner: what one save of it takes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ _HASH = "0" * 32
 
 @dataclass(frozen=True)
 class Footprint:
-    """Attributes:
-    num_tensors, num_objects: tied tensors count once.
-    tensor_nbytes: of the tensors' values in the slab.
-    object_nbytes: of the pickled objects.
-    slab_nbytes: what a snapshot takes.
-    disk_nbytes: what a checkpoint takes, manifest included.
+    """What one save of a state takes.
+
+    Attributes:
+        num_tensors, num_objects: number of values; tied tensors count once.
+        tensor_nbytes: size of the tensors in the slab.
+        object_nbytes: size of the pickled objects.
+        slab_nbytes: size of a snapshot.
+        disk_nbytes: size of a checkpoint, including the manifest.
     """
 
     num_tensors: int
@@ -43,12 +45,12 @@ class Footprint:
 
 
 class Measured:
-    """A state as one rank has it, laid out.
+    """The state of one rank, laid out as for a save.
 
     Args:
         state: as for ``save()``; tensors may be on the meta device.
-        num_workers: of the rank.
-        num_shards: over how many ranks each tensor is spread.
+        num_workers: number of workers of the rank.
+        num_shards: number of ranks that each tensor is sharded over.
 
     Raises:
         UnstageableError: a value cannot be saved; names its key path.
@@ -75,7 +77,7 @@ class Measured:
         )
 
     def in_pieces(self, budget_nbytes: int) -> Pieces:
-        """Staged piece by piece through slabs of at most ``budget_nbytes`` bytes.
+        """Cut the state into pieces that fit slabs of at most ``budget_nbytes`` bytes.
 
         Raises:
             MemoryBudgetError: not even one piece fits.
@@ -94,7 +96,7 @@ class Measured:
             raise UnstageableError(flat.name(leaf), f"{type(value).__name__} cannot be pickled: {error}") from error
 
     def _stand_in(self, nbytes: int, leaf: int) -> bytes:
-        """A blob of about this size, at least that of the smallest there is."""
+        """A blob of about this size, or of the smallest possible size."""
         smallest = len(self._format.object_blob("", leaf))
         return self._format.object_blob("x" * max(0, nbytes - smallest), leaf)
 
@@ -105,7 +107,7 @@ class Measured:
         return sum(file.nbytes for file in layout.files) + sum(map(len, index.values())) + len(manifest)
 
     def _manifest(self, layout: Layout, index: Mapping[str, bytes]) -> Manifest:
-        """As it would be, but for the hashes and the time."""
+        """The manifest of a save, but for hashes and time."""
         return Manifest(
             header=Header(self._kind, 10**8, _HASH[:16], 1e9 + 0.123456, torch.__version__, __version__),
             layout=layout,

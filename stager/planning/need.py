@@ -1,20 +1,33 @@
-"""What a job needs of its hosts."""
+"""``Need``: what a job needs of its hosts, and what it was worked out from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from stager.planning.footprint import Footprint
-from stager.planning.verdict import Verdict
+
+
+class Verdict(str, Enum):
+    """How a save of the state would go."""
+
+    FITS = "fits"  # as configured
+    FEWER = "fewer in flight"  # fewer snapshots at a time than arena.buffers
+    PIECES = "in pieces"  # no whole snapshot fits the budget
+    TOO_LARGE = "too large"  # not even one piece fits the budget
+    NO_MEMORY = "not enough memory"  # the budget allows it, and the host does not have it
 
 
 @dataclass(frozen=True)
-class Job:
-    """Attributes:
-    num_ranks: trainer processes of the whole job.
-    local_world_size: of them on one host.
-    num_shards: over how many of them each tensor is spread; the others have copies, of which each writes a part
-        (``ranks.together``).
+class JobShape:
+    """The ranks of a job.
+
+    Attributes:
+        num_ranks: trainer processes of the whole job.
+        local_world_size: trainer processes on one host.
+        num_shards: number of ranks that each tensor is sharded over. Other ranks have replicas, and each rank writes a part
+            of
+            what it has (``ranks.together``).
     """
 
     num_ranks: int = 1
@@ -24,10 +37,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Host:
-    """Attributes:
-    available_bytes: memory that can be taken, of the host or the cgroup.
-    num_cores: that may be used.
-    max_open_files: of one process; None is unlimited.
+    """One host of a job.
+
+    Attributes:
+        available_bytes: memory that is available on the host, or in the cgroup.
+        num_cores: cores that may be used.
+        max_open_files: limit of one process; None: unlimited.
     """
 
     available_bytes: int
@@ -37,13 +52,13 @@ class Host:
 
 @dataclass(frozen=True)
 class Staging:
-    """How the snapshots of one rank go through its buffers. Bytes.
+    """How the snapshots of one rank go through its buffers.
 
     Attributes:
-        num_in_flight: whole snapshots that fit the budget together, at most ``arena.buffers``.
-        num_pieces: that a snapshot is staged in: 1, or more if none fits as a whole; 0 if no piece fits either.
-        buffer_nbytes: of one buffer: a whole snapshot's, or a piece's.
-        arena_nbytes: of all buffers.
+        num_in_flight: number of whole snapshots that fit the budget together, at most ``arena.buffers``.
+        num_pieces: number of pieces of a snapshot: 1 if a whole one fits, 0 if not even a piece fits.
+        buffer_nbytes: size of one buffer, for a whole snapshot or for a piece.
+        arena_nbytes: size of all buffers.
     """
 
     num_in_flight: int
@@ -54,24 +69,27 @@ class Staging:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes, unless the name says something else.
+    """What a job needs.
 
     Attributes:
-        state: what one checkpoint of the whole job holds.
-        rank: what one rank stages; the same as ``state`` when it is not sharded.
-        num_buffers: snapshots that are to be in flight: ``arena.buffers``.
-        wanted_arena_nbytes: what it takes for each of them to have a whole buffer.
+        job: the job's ranks.
+        host: a host of the job.
+        verdict: how a save would go.
+        state: footprint of one checkpoint of the whole job.
+        rank: footprint of what one rank stages; the same as ``state`` if nothing is sharded.
+        num_buffers: number of snapshots to have in flight: ``arena.buffers``.
+        wanted_arena_nbytes: memory of a rank in which each of these has a whole buffer.
         budget_nbytes: ``arena.max_host_bytes`` of a rank.
-        staging: what comes of it within that budget.
-        num_workers: processes of a rank.
-        worker_nbytes: of them together, at most.
-        replica_nbytes: what a rank keeps of its partner's snapshots, in ``replication.directory``.
-        host_nbytes: of all ranks on one host: buffers, workers, replicas.
-        num_descriptors: of one rank, about.
-        advice: what to change, if anything.
+        staging: how snapshots are staged within that budget.
+        num_workers: worker processes of a rank.
+        worker_nbytes: memory of these workers, at most.
+        replica_nbytes: memory of a rank for the snapshots of its partner, in ``replication.directory``.
+        host_nbytes: buffers, workers and replicas of all ranks on one host.
+        num_descriptors: file descriptors of one rank, about.
+        advice: which settings to change, if any.
     """
 
-    job: Job
+    job: JobShape
     host: Host
     verdict: Verdict
     state: Footprint
@@ -89,4 +107,5 @@ class Need:
 
     @property
     def fits(self) -> bool:
+        """Whether a save goes as configured."""
         return self.verdict is Verdict.FITS

@@ -1,4 +1,4 @@
-"""The state an optimizer will have. It makes it in its first step; before, there is nothing to measure."""
+"""The state that an optimizer will have. It makes the state in its first step, so there is nothing to measure before."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 
 class OptimizerKind(str, Enum):
+    """An optimizer whose state can be told before its first step."""
+
     ADAMW = "adamw"
     ADAM = "adam"
     SGD = "sgd"
@@ -25,7 +27,7 @@ _ASSUMED = {
 
 
 def new_state(kind: OptimizerKind, parameters: Iterable[torch.Tensor]) -> tuple[dict[str, Any], str]:
-    """The state dict of such an optimizer after its first step, on the meta device; and what was assumed."""
+    """Return the state dict of an optimizer after its first step, on the meta device, and what was assumed."""
     parameters = list(parameters)
     optimizer: Optimizer
     if kind is OptimizerKind.SGD:
@@ -33,12 +35,12 @@ def new_state(kind: OptimizerKind, parameters: Iterable[torch.Tensor]) -> tuple[
     else:
         optimizer = (AdamW if kind is OptimizerKind.ADAMW else Adam)(parameters)
     state = state_after_first_step(optimizer)
-    assert state is not None  # one of those that are known
+    assert state is not None  # the kinds above are known
     return state, f"the optimizer is {_ASSUMED[kind]}, of the parameter's dtype"
 
 
 def state_after_first_step(optimizer: Optimizer) -> dict[str, Any] | None:
-    """The state dict that it will have; None if its kind is not known."""
+    """Return the state dict that an optimizer will have after its first step; None if its class is not known."""
     if not isinstance(optimizer, (SGD, Adam)):  # AdamW is an Adam from torch 2.7 on
         if not isinstance(optimizer, AdamW):
             return None

@@ -1,4 +1,4 @@
-"""Where the state that is planned for comes from."""
+"""Getting the state to plan for: from a checkpoint, a callable, or numbers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32"
 
 
 @dataclass(frozen=True)
-class Source:
-    """Attributes:
-    name: for people.
-    state: as it would be given to ``save()``; tensors may be on the meta device.
-    assumed: what is not known and was taken for granted.
+class StateSource:
+    """The state to plan for.
+
+    Attributes:
+        name: for messages.
+        state: as for ``save()``; tensors may be on the meta device.
+        assumed: what was assumed, because it is not known.
     """
 
     name: str
@@ -40,13 +42,13 @@ class Source:
 
 @dataclass(frozen=True)
 class PickledObject:
-    """In place of an object of which only the size is known."""
+    """Stands for an object of which only the size is known."""
 
     nbytes: int
 
 
-def from_checkpoint(path: str) -> Source:
-    """The state of a committed checkpoint, by its manifest; no data is read.
+def from_checkpoint(path: str) -> StateSource:
+    """Get the state of a committed checkpoint from its manifest; no data is read.
 
     Raises:
         CheckpointNotFoundError, CorruptCheckpointError
@@ -54,10 +56,10 @@ def from_checkpoint(path: str) -> Source:
     layout = read_manifest(path).layout
     values = [_value(path, item) for item in layout.items]
     try:
-        return Source(path, build(layout.structure, values.__getitem__))
+        return StateSource(path, build(layout.structure, values.__getitem__))
     except UsageError:  # tensors in chunks, by several ranks
         state = {f"{index} {fqn(at)}": values[index] for at, index in read_manifest(path).paths()}
-        return Source(path, state, ("one rank saves what all ranks together have written there",))
+        return StateSource(path, state, ("one rank saves all that the ranks of this checkpoint saved together",))
 
 
 def _value(path: str, item: Item) -> torch.Tensor | PickledObject:
@@ -66,14 +68,14 @@ def _value(path: str, item: Item) -> torch.Tensor | PickledObject:
     try:
         return torch.empty_strided(item.shape, item.stride, dtype=dtype_of(item.dtype), device="meta")
     except (ValueError, RuntimeError) as error:
-        raise CorruptCheckpointError(path, f"a tensor of impossible kind: {error}") from error
+        raise CorruptCheckpointError(path, f"the manifest describes an impossible tensor: {error}") from error
 
 
-def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tensors: int) -> Source:
-    """So many parameters, in equal tensors.
+def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tensors: int) -> StateSource:
+    """Make a state of ``num_params`` parameters in tensors of equal size.
 
     Raises:
-        UsageError: no such dtype.
+        UsageError: there is no such dtype.
     """
     try:
         kind = dtype_of(_DTYPE_NAMES.get(dtype, dtype))
@@ -89,20 +91,20 @@ def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tens
     if optimizer is not OptimizerKind.NONE:
         state["optimizer"], note = new_state(optimizer, params)
         assumed.append(note)
-    return Source(f"{num_params:,} parameters of {str(kind).removeprefix('torch.')}", state, tuple(assumed))
+    return StateSource(f"{num_params:,} parameters of {str(kind).removeprefix('torch.')}", state, tuple(assumed))
 
 
-def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> Source:
-    """What ``package.module:callable`` returns: a state, a module, or a module and its optimizer.
+def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> StateSource:
+    """Call ``package.module:callable``, which returns a state, a module, or a module and its optimizer.
 
     What it prints goes to stderr.
 
     Args:
         on_meta: call it with ``torch.device("meta")`` as the default device.
-        optimizer: assumed for a module that comes alone.
+        optimizer: assumed if the callable returns only a module.
 
     Raises:
-        UsageError: there is no such thing, it raises, or it returns something else.
+        UsageError: it cannot be imported, it raises, or it returns something else.
     """
     made = _call(name, _find(name), on_meta)
     if isinstance(made, Module):
@@ -119,16 +121,16 @@ def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> 
     assumed = _complete(name, state, optimizer)
     if on_meta:
         assumed.append("built on the meta device: nothing in the state depends on values")
-    return Source(name, state, tuple(assumed))
+    return StateSource(name, state, tuple(assumed))
 
 
 def _complete(name: str, state: dict[str, Any], optimizer: OptimizerKind | None) -> list[str]:
-    """Put in what the optimizers will have; returns what is assumed."""
+    """Add the state that optimizers will have, and return what is assumed."""
     optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
     modules = [value for value in state.values() if isinstance(value, Module)]
     if optimizer not in (None, OptimizerKind.NONE) and (optimizers or not modules):
-        there = "an optimizer already" if optimizers else "no nn.Module whose parameters it would have"
-        raise UsageError(f"--optimizer {optimizer.value}: {name} returned {there}")
+        there = "an optimizer already" if optimizers else "no nn.Module whose parameters it could optimize"
+        raise UsageError(f"--optimizer {optimizer.value} cannot be used: {name} returned {there}")
     assumed = []
     for key, value in optimizers.items():
         kind = type(value).__name__
@@ -136,14 +138,16 @@ def _complete(name: str, state: dict[str, Any], optimizer: OptimizerKind | None)
             continue
         after = state_after_first_step(value)
         if after is None:
-            assumed.append(f"{key} ({kind}) has no state before its first step, and is counted without it: take a step")
+            assumed.append(
+                f"{key} ({kind}) has no state before its first step, and is counted without it; take one step first"
+            )
         else:
             state[key] = after
             assumed.append(f"{key} ({kind}) is counted with the state that it will have after its first step")
     if optimizers or not modules:
         return assumed
     if optimizer is None:
-        return ["no optimizer is counted: see --optimizer"]
+        return ["no optimizer is counted; --optimizer adds one"]
     if optimizer is not OptimizerKind.NONE:
         key = "optimizer" if "optimizer" not in state else "stager plan: optimizer"
         state[key], note = new_state(optimizer, (p for module in modules for p in module.parameters()))
@@ -154,9 +158,9 @@ def _complete(name: str, state: dict[str, Any], optimizer: OptimizerKind | None)
 def _find(name: str) -> Callable[[], Any]:
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
-        raise UsageError(f"--module {name}: must look like package.module:callable")
+        raise UsageError(f"--module {name}: it must have the form package.module:callable")
     directory = os.getcwd()
-    if directory not in sys.path:  # as `python -m` has it
+    if directory not in sys.path:  # as `python -m` does
         sys.path.insert(0, directory)
     found: Any = _guarded(f"--module {name}: cannot import {module_name}", lambda: importlib.import_module(module_name))
     for part in attribute.split("."):
@@ -179,7 +183,7 @@ def _call(name: str, function: Callable[[], Any], on_meta: bool) -> Any:
 
 
 def _guarded(what: str, call: Callable[[], Any]) -> Any:
-    """Run code of the user's, whose output must not get into ours."""
+    """Run code of the user, with its output on stderr, so that it does not mix with the result on stdout."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             return call()

@@ -1,7 +1,7 @@
-"""Tensors that take no memory, in place of those of a state that is not there: on the meta device, or a rank's share.
+"""Stand-ins: tensors without memory, in place of tensors on the meta device or of a rank's shards.
 
-The planner looks at addresses, dtypes, shapes and strides, never at values. Stand-ins have all of these: they lie in one
-anonymous mapping that nobody touches, so the kernel never allocates a page for it, be it terabytes.
+The planner looks at addresses, dtypes, shapes and strides, never at values. Stand-ins have all of these. They lie in one
+anonymous mapping that nobody touches, so the kernel never allocates a page for it, even if it has terabytes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ Place = tuple[int, int]  # offset in the mapping, bytes
 
 
 def with_stand_ins(flat: StateTree, num_shards: int = 1) -> StateTree:
-    """The same structure; tensors as one of ``num_shards`` ranks holds them, where that is not what is there.
+    """Return the state tree with stand-ins, as the first of ``num_shards`` ranks has it.
 
-    Sharded as FSDP2 does: along the first dimension, the first ranks have the larger shares, scalars are on every rank.
-    This is what the first rank has.
+    Tensors are sharded as FSDP2 does: along the first dimension, with the larger shards on the first ranks, and scalars on
+    every rank. A state that is neither sharded nor on the meta device is returned as it is.
     """
     if num_shards > 1:
-        return _replaced(flat, lambda tensor: _share(tensor, num_shards))
+        return _replaced(flat, lambda tensor: _shard(tensor, num_shards))
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in flat.leaves):
         return _replaced(flat, lambda tensor: tensor)
     return flat
 
 
-def _share(tensor: torch.Tensor, num_shards: int) -> torch.Tensor:
-    """The first rank's part, on the meta device, in memory of its own."""
+def _shard(tensor: torch.Tensor, num_shards: int) -> torch.Tensor:
+    """The first rank's shard of a tensor, on the meta device, with a storage of its own."""
     shape = list(tensor.shape)
     if shape:
         shape[0] = -(-shape[0] // num_shards)
@@ -59,7 +59,7 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 
 def _place(models: list[torch.Tensor]) -> tuple[dict[int, int], int]:
-    """By storage: its offset in the mapping; and the bytes of all."""
+    """The offset of each storage in the mapping, and the size of the mapping."""
     places: dict[int, int] = {}
     total = 0
     for model in models:
@@ -75,7 +75,7 @@ def _reserve(nbytes: int) -> torch.UntypedStorage:
         return Slab.create(nbytes).storage
     except (OSError, RuntimeError) as error:  # RuntimeError: torch could not map it
         raise UsageError(
-            f"no address space for a state of {nbytes:,} bytes ({error}); see `ulimit -v`, or plan a part of it"
+            f"no address space for a state of {nbytes:,} bytes ({error}); raise `ulimit -v`, or plan a part of the state"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Works out what a job needs of its hosts, and whether one host has it."""
+"""Working out what a job needs of its hosts, and whether a host has it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from stager.config import StagerConfig
 from stager.doctor.resources import FDS_PER_WORKER
 from stager.planning.advice import advise
 from stager.planning.footprint import Measured
-from stager.planning.need import Host, Job, Need, Staging
-from stager.planning.verdict import Verdict
+from stager.planning.need import Host, JobShape, Need, Staging, Verdict
 from stager.replication.keeper import capacity
 from stager.replication.replicas import NUM_SLOTS
 from stager.workers.errors import MemoryBudgetError
 
-WORKER_BYTES = 48 << 20  # of its own: 13 MiB measured, buffers of 16 for direct_io, and 1 KiB for each tensor of a plan
+WORKER_BYTES = (
+    48 << 20
+)  # of one worker: 13 MiB measured, 16 MiB of buffers for direct_io, and 1 KiB for each tensor of a plan
 
 
-def work_out(state: Mapping[str, Any], config: StagerConfig, job: Job, host: Host) -> Need:
-    """
+def work_out(state: Mapping[str, Any], config: StagerConfig, job: JobShape, host: Host) -> Need:
+    """Work out what saving ``state`` needs of a host of the job.
+
     Raises:
         UnstageableError: a value cannot be saved; names its key path.
     """

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 
 class SaveState(Enum):
+    """How far a save has come."""
+
     PLANNED = "planned"
     STAGING = "staging"
     STAGED = "staged"

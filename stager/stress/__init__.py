@@ -1,7 +1,7 @@
-"""`stager stress`: training loops in child processes, faults in all of them, and a check of what is left after each.
+"""`stager stress`: training loops in child processes, faults in all of their processes, and a check after each run.
 
-Start at ``run.py``; an episode is drawn by ``drawing.py``, played by ``conductor.py``, and judged by ``checker.py`` (what is
-on disk) and ``judge.py`` (what was seen).
+Start at ``run.py``. ``drawing.py`` draws an episode, ``conductor.py`` plays it, ``checker.py`` checks what is on the disk,
+and ``judge.py`` judges what was seen.
 """
 
 from stager.stress.config import StressConfig as StressConfig

@@ -1,7 +1,7 @@
-"""The checker: looks at a run's directory from outside and says everything that is not as it must be.
+"""The checker: looks at the directory of a run from outside, and reports every violation.
 
-It knows three things: the hash of the true state after each step, the saves that must be there, and the checkpoints that
-were damaged on purpose. It trusts nothing that a trainer said about what it wrote. Runs in a process of its own.
+It knows the hash of the true state after each step, the saves that must be there, and the checkpoints that were damaged on
+purpose. It trusts nothing that a trainer said about what it wrote. It runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from stager.workers.checkpoint.directory.run_directory import (
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import StagerError
 
-_ASIDE = ".not-a-checkpoint-"
+_QUARANTINED = ".not-a-checkpoint-"
 
 
 class UnnoticedDamageError(AssertionError):
-    """A checkpoint that is not what was committed verifies."""
+    """Verification found nothing wrong with a damaged checkpoint."""
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What must be so.
+    """What the directory should hold.
 
     Attributes:
-        digests: of the true state, by step.
-        required: steps that should be there, whole; which of them are not is found, and for others to judge.
-        damaged: steps damaged on purpose, with the save_id of what was damaged ("": its manifest is gone). They may have
-            been replaced by a whole one; the damaged one itself must not be taken for whole.
-        partials_allowed: partial directories may be there: their processes have not ended, or nobody has cleaned up yet.
-        busy: somebody works in the directory at this moment.
-    asides_allowed: a directory without a manifest was in a save's way, and so was moved aside.
+        digests: hash of the true state, by step.
+        required: steps that should have a valid checkpoint. Missing ones are returned, for the judge to judge.
+        damaged: steps damaged on purpose, with the save_id of the damaged checkpoint ("" if its manifest is gone). A later
+            save may have replaced it, but the damaged one must not verify.
+        partials_allowed: partial directories may exist: their processes still run, or nobody has cleaned up yet.
+        busy: other processes work in the directory at this moment.
+        quarantine_allowed: a save may have quarantined a directory without a manifest that was in its way.
     """
 
     digests: Sequence[str]
@@ -49,17 +49,19 @@ class Expectation:
     damaged: Mapping[int, str] = field(default_factory=dict)
     partials_allowed: bool = False
     busy: bool = False
-    asides_allowed: bool = False
+    quarantine_allowed: bool = False
 
 
 @dataclass(frozen=True)
 class Found:
-    """Attributes:
-    problems: one line each; none: all is as it must be.
-    valid: steps of the whole checkpoints.
-    invalid: steps of those that are not, with the first reason.
-    partials: names of partial directories.
-    missing: required steps that are not there.
+    """What the checker found.
+
+    Attributes:
+        problems: the violations, one line each.
+        valid: steps with a valid checkpoint.
+        invalid: steps with an invalid checkpoint, and the first reason.
+        partials: names of partial directories.
+        missing: required steps without a valid checkpoint.
     """
 
     problems: tuple[str, ...] = ()
@@ -70,9 +72,9 @@ class Found:
 
 
 def check_directory(directory: str, expected: Expectation) -> Found:
-    """Look at everything: names, every byte of every checkpoint, the values in it, what is newest."""
+    """Check names, every byte of every checkpoint, the values in it, and what ``latest()`` returns."""
     names = os.listdir(directory) if os.path.isdir(directory) else []
-    partials = sorted(filter(is_partial, names))  # of the same look: one may be committed meanwhile
+    partials = sorted(filter(is_partial, names))  # from the same listing, because one may be committed meanwhile
     problems = list(_strangers(names, partials, expected))
     valid: list[int] = []
     invalid: dict[int, str] = {}
@@ -84,26 +86,26 @@ def check_directory(directory: str, expected: Expectation) -> Found:
         else:
             invalid[step] = wrong
             if step not in expected.damaged:
-                problems.append(f"step {step} is visible and not whole: {wrong}")
+                problems.append(f"step {step} is committed and invalid: {wrong}")
     if not expected.busy:
         problems += _wrong_newest(directory, valid)
     return Found(tuple(problems), tuple(valid), invalid, tuple(partials), _missing(expected, valid, invalid))
 
 
 def _strangers(names: list[str], partials: list[str], expected: Expectation) -> Iterator[str]:
-    """Names that should not be there."""
+    """Yield a violation for each name that does not belong into the directory."""
     for name in sorted(names):
         if name == LOCK_NAME or (name.startswith("step-") and name[5:].isdigit()):
             continue
         if name in partials:
             if not expected.partials_allowed:
                 yield f"{name} (step {parse_partial(name)[0]}) was not cleaned up"
-        elif _ASIDE not in name or not expected.asides_allowed:
+        elif _QUARANTINED not in name or not expected.quarantine_allowed:
             yield f"{name} does not belong here"
 
 
 def _what_is_wrong(directory: str, step: int, expected: Expectation) -> str | None:
-    """Why the checkpoint of a step is not whole; None when it is."""
+    """Why the checkpoint of a step is invalid; None if it is valid."""
     path = os.path.join(directory, f"step-{step:08d}")
     result = verify_checkpoint(path, full=True, num_threads=1)
     if not result.ok:
@@ -118,18 +120,18 @@ def _what_is_wrong(directory: str, step: int, expected: Expectation) -> str | No
 
 
 def _untruths(directory: str, step: int, expected: Expectation) -> Iterator[str]:
-    """Whether a whole checkpoint holds the true state of its step."""
+    """Yield a violation if a valid checkpoint does not hold the true state of its step."""
     try:
         with Checkpointer(directory, {"loading": {"threads": 1}}, read_only=True) as ckpt:
             loaded = ckpt.load(step, allow_pickle=True)
     except StagerError as error:
-        yield f"step {step} verifies and cannot be loaded: {type(error).__name__}: {error}"
+        yield f"step {step} verifies but cannot be loaded: {type(error).__name__}: {error}"
         return
     assert loaded is not None
     if step >= len(expected.digests):
-        yield f"step {step} is there, and the run has only {len(expected.digests)} steps"
+        yield f"step {step} is committed, but the run has only {len(expected.digests)} steps"
     elif digest(loaded.state) != expected.digests[step]:
-        yield f"step {step} verifies and does not hold the state after step {step}"
+        yield f"step {step} verifies but does not hold the state after step {step}"
 
 
 def _missing(expected: Expectation, valid: list[int], invalid: dict[int, str]) -> tuple[int, ...]:
@@ -142,7 +144,7 @@ def _wrong_newest(directory: str, valid: list[int]) -> Iterator[str]:
         latest = ckpt.latest()
     found = None if latest is None else latest.step
     if found != max(valid, default=None):
-        yield f"latest() says {found}, the newest whole checkpoint is {max(valid, default=None)}"
+        yield f"latest() returns step {found}; the newest valid one is {max(valid, default=None)}"
 
 
 def run_check(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -151,12 +153,13 @@ def run_check(arguments: dict[str, Any]) -> dict[str, Any]:
     expectation = Expectation(**expected | {"damaged": {int(k): v for k, v in expected["damaged"].items()}})
     try:
         found = check_directory(arguments["directory"], expectation)
-    except Exception as error:  # noqa: BLE001  (the edge of the process: that it cannot be checked is a finding)
+    except Exception as error:  # noqa: BLE001  (the edge of the process; a check that fails is a finding)
         found = Found((f"the checker failed: {type(error).__name__}: {error}",))
     return asdict(found)
 
 
 def found_from_json(data: dict[str, Any]) -> Found:
+    """Read what :func:`run_check` returned."""
     return Found(
         tuple(data["problems"]),
         tuple(data["valid"]),

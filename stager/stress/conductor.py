@@ -1,4 +1,11 @@
-"""Plays one episode: the reference, each run with what is done to it, a check after each, a last clean-up, the verdict."""
+"""Playing one episode.
+
+1. reference   hash the state after each step of a run without faults
+2. run         damage a checkpoint, arm the faults, start a trainer, act on it until it has ended
+3. reap        wait until every process of the run has ended, or kill them
+4. check       look at the directory, and judge the run; then the next run
+5. finish      run to the last step without faults, clean up, check a last time, and look at what is left in the system
+"""
 
 from __future__ import annotations
 
@@ -15,16 +22,16 @@ import psutil
 from stager.stress.checker import Expectation, Found, found_from_json
 from stager.stress.config import StressSettings
 from stager.stress.damage import Damaged, inflict_damage
-from stager.stress.diary import Begun, Committed, Diary, Skipped, Staged
+from stager.stress.diary import BegunEntry, CommittedEntry, Diary, SkippedEntry, StagedEntry
 from stager.stress.disk import SmallDisk
 from stager.stress.episode import Episode, RunPlan
-from stager.stress.faults import Damage
+from stager.stress.fault_kinds import Damage
 from stager.stress.forks import ForkServer
 from stager.stress.inflictor import Inflictor
 from stager.stress.judge import died, may_end_a_recovery, violations_of
 from stager.stress.outcomes import outcomes_of
 from stager.stress.processes import Patience, dump_and_kill, wait_until_gone
-from stager.stress.record import EpisodeResult, Run
+from stager.stress.record import EpisodeResult, RunRecord
 from stager.stress.system import Traces
 
 _TICK_SECS = 0.004
@@ -33,17 +40,17 @@ _DISK_SLACK_BYTES = 8 << 20
 
 
 class EpisodeError(Exception):
-    """The episode cannot be judged: a process of the checker's own side failed."""
+    """The episode cannot be judged, because a process of the conductor failed."""
 
 
 class Conductor:
-    """One episode.
+    """Plays one episode.
 
     Args:
-        server: forks every process.
+        server: forks all processes.
         settings: deadlines.
-        faults_dir: what the server's children have as ``STAGER_FAULTS``.
-        directory: for everything of this episode; made here, and left to the caller.
+        faults_dir: ``STAGER_FAULTS`` of the server's children.
+        directory: for the files of this episode; made here, removed by the caller.
     """
 
     def __init__(
@@ -59,13 +66,17 @@ class Conductor:
         self._digests: Sequence[str] = ()
         self._required: set[int] = set()
         self._damaged: dict[int, str] = {}
-        self._asides = False
+        self._quarantined = False
         self._found = Found()
         self._num_jobs = 0
         self._result = EpisodeResult(episode, directory=directory)
 
     def play(self) -> EpisodeResult:
-        """Raises: EpisodeError, ForkServerError."""
+        """Play the episode, and return what came of it.
+
+        Raises:
+            EpisodeError, ForkServerError.
+        """
         started = time.monotonic()
         os.makedirs(self._directory)
         with open(self._plan, "wb") as file:
@@ -88,10 +99,10 @@ class Conductor:
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
-    def _play_run(self, plan: RunPlan, disk: SmallDisk | None) -> Run:
+    def _play_run(self, plan: RunPlan, disk: SmallDisk | None) -> RunRecord:
         number = self._result.num_runs
         self._result.num_runs += 1
-        run = Run(plan, Diary(os.path.join(self._directory, f"run-{number}.diary.jsonl")), self._found)
+        run = RunRecord(plan, Diary(os.path.join(self._directory, f"run-{number}.diary.jsonl")), self._found)
         run.damaged = self._damage(plan)
         if run.damaged:
             run.before = self._check((), busy=False)
@@ -109,18 +120,18 @@ class Conductor:
         self._watch(run, inflictor, trainer)
         if plan.hurried and run.exitcode is not None:
             self._hurry(run, inflictor)
-        self._bury(run, inflictor)
+        self._reap(run, inflictor)
         run.fired = inflictor.fired
         self._judge(run)
         return run
 
-    def _watch(self, run: Run, inflictor: Inflictor, trainer: int) -> None:
-        """Until the trainer has ended."""
+    def _watch(self, run: RunRecord, inflictor: Inflictor, trainer: int) -> None:
+        """Carry out faults until the trainer has ended."""
         patience = Patience(self._settings.run_deadline_secs)
         peeked = not run.plan.peek_at or bool(self._damaged)
         while (code := self._server.exitcode(trainer)) is None:
             inflictor.act(run.diary, trainer)
-            if not peeked and len(run.diary.steps(Begun)) >= run.plan.peek_at:
+            if not peeked and len(run.diary.steps(BegunEntry)) >= run.plan.peek_at:
                 peeked = True
                 run.peeks = [
                     f"while it ran: {p}" for p in self._check((), busy=True, inflictor=inflictor, run=run).problems
@@ -131,8 +142,8 @@ class Conductor:
             self._server.wait(trainer, _TICK_SECS)
         run.exitcode, run.ended = code, time.time()
 
-    def _hurry(self, run: Run, inflictor: Inflictor) -> None:
-        """The next run comes while the workers of this one are at work: it waits for them, and then opens the directory."""
+    def _hurry(self, run: RunRecord, inflictor: Inflictor) -> None:
+        """Open the directory for a next run while workers of this one still write: it has to wait for them."""
         patience = Patience(self._settings.run_deadline_secs)
         sweep = self._start_sweep()
         while (code := self._server.exitcode(sweep)) is None and not patience.is_over:
@@ -140,14 +151,16 @@ class Conductor:
             self._server.wait(sweep, _TICK_SECS)
         inflictor.act(run.diary, None)
         if code != 0 and not any(may_end_a_recovery(fired.fault) for fired in inflictor.fired):
-            run.peeks.append(f"opening the directory right after the trainer's end failed with {code}; see sweep.log")
+            run.peeks.append(
+                f"opening the directory right after the trainer's end failed with exit code {code}; see sweep.log"
+            )
 
     def _start_sweep(self) -> int:
         arguments = {"directory": self._run_dir, "config": self._episode.config}
         return self._server.fork("sweep", os.path.join(self._directory, "sweep.log"), arguments)
 
-    def _bury(self, run: Run, inflictor: Inflictor) -> None:
-        """Until the last process of the run has ended."""
+    def _reap(self, run: RunRecord, inflictor: Inflictor) -> None:
+        """Wait until the last process of the run has ended, or kill those that are left."""
         patience = Patience(self._settings.gone_deadline_secs)
         while (alive := self._server.alive()) and not patience.is_over:
             inflictor.act(run.diary, None)
@@ -159,26 +172,26 @@ class Conductor:
         inflictor.disarm()
         run.diary.read()
 
-    def _judge(self, run: Run) -> None:
+    def _judge(self, run: RunRecord) -> None:
         diary = run.diary
         failed = {failure.step for failure in diary.failures}
         self._required -= failed
-        self._required |= (diary.steps(Staged) - failed) | diary.steps(Committed)
+        self._required |= (diary.steps(StagedEntry) - failed) | diary.steps(CommittedEntry)
         run.found = self._found = self._check(sorted(self._required), busy=False)
-        self._required -= set(run.found.missing)  # said once
+        self._required -= set(run.found.missing)  # reported once
         for step in run.found.valid:
             self._damaged.pop(step, None)
         violations = [f"run {self._result.num_runs}: {v}" for v in violations_of(run, self._episode, self._digests)]
         result = self._result
         result.violations += violations
         result.outcomes += outcomes_of(run, bool(violations))
-        result.num_saves += sum(isinstance(entry, Begun) for entry in diary.entries)
+        result.num_saves += sum(isinstance(entry, BegunEntry) for entry in diary.entries)
         result.num_failed += len(failed)
-        result.num_skipped += len(diary.steps(Skipped))
-        result.num_committed += len(set(run.found.valid) & diary.steps(Begun))
+        result.num_skipped += len(diary.steps(SkippedEntry))
+        result.num_committed += len(set(run.found.valid) & diary.steps(BegunEntry))
 
     def _finish(self, disk: SmallDisk | None) -> None:
-        """To the last step if the last run did not get there; then a run that only cleans up."""
+        """Run to the last step if the last run did not get there; then clean up, and check."""
         last = self._episode.runs[-1]
         calm = RunPlan(until=self._episode.num_steps)
         for _ in range(2):
@@ -186,23 +199,25 @@ class Conductor:
                 break
             run = self._play_run(calm, disk)
             if died(run) and not self._result.violations:
-                self._result.violations.append("a run to which nothing was done did not come to its end")
+                self._result.violations.append("a run without faults did not reach its last step")
         sweep = self._start_sweep()
         patience = Patience(self._settings.run_deadline_secs)
         while (code := self._server.wait(sweep, _TICK_SECS)) is None and not patience.is_over:
             pass
         if code != 0:
-            self._result.violations.append(f"opening the directory at the end failed with {code}; see sweep.log")
+            self._result.violations.append(
+                f"opening the directory at the end failed with exit code {code}; see sweep.log"
+            )
         wait_until_gone(self._server, self._settings.gone_deadline_secs)
         found = self._check(sorted(self._required), busy=False, partials_allowed=False)
         self._result.violations += [f"at the end: {problem}" for problem in found.problems]
-        self._result.violations += [f"at the end: step {step} is gone" for step in found.missing]
+        self._result.violations += [f"at the end: the checkpoint of step {step} is gone" for step in found.missing]
         assert last.until == self._episode.num_steps
 
     def _reached_the_end(self) -> bool:
         return max(self._found.valid, default=-1) == self._episode.num_steps - 1
 
-    # -- what surrounds a run -----------------------------------------------------------------------------------
+    # -- around a run -------------------------------------------------------------------------------------------
 
     def _damage(self, plan: RunPlan) -> list[Damaged]:
         done = []
@@ -212,7 +227,7 @@ class Conductor:
                 if damaged is not None:
                     done.append(damaged)
                     self._damaged[damaged.step] = damaged.save_id
-                    self._asides = self._asides or not damaged.save_id
+                    self._quarantined = self._quarantined or not damaged.save_id
         return done
 
     def _check(
@@ -222,16 +237,16 @@ class Conductor:
         busy: bool,
         partials_allowed: bool = True,
         inflictor: Inflictor | None = None,
-        run: Run | None = None,
+        run: RunRecord | None = None,
     ) -> Found:
-        expected = Expectation(self._digests, required, self._damaged, partials_allowed, busy, self._asides)
+        expected = Expectation(self._digests, required, self._damaged, partials_allowed, busy, self._quarantined)
         arguments = {"directory": self._run_dir, "expected": asdict(expected)}
         return found_from_json(self._job("check", arguments, inflictor, run))
 
     def _job(
-        self, name: str, arguments: dict[str, Any], inflictor: Inflictor | None = None, run: Run | None = None
+        self, name: str, arguments: dict[str, Any], inflictor: Inflictor | None = None, run: RunRecord | None = None
     ) -> Any:
-        """Do a job of the checker's side; what it has written as its result."""
+        """Do a job in a child of the server, and return its result."""
         self._num_jobs += 1
         result = os.path.join(self._directory, f"{name}-{self._num_jobs}.json")
         log = os.path.join(self._directory, f"{name}.log")
@@ -241,7 +256,7 @@ class Conductor:
             if inflictor is not None and run is not None:
                 inflictor.act(run.diary, None)
         if code != 0:
-            raise EpisodeError(f"{name} ended with {code}; see {log}")
+            raise EpisodeError(f"the job {name} ended with exit code {code}; see {log}")
         with open(result, encoding="utf-8") as file:
             data = json.load(file)
         os.unlink(result)
@@ -257,7 +272,7 @@ class Conductor:
         return SmallDisk(path, nbytes * (num_saves + 4) + _DISK_SLACK_BYTES)
 
     def _keep_evidence(self, disk: SmallDisk) -> None:
-        """The small disk ends with the episode; what is on it does not, if it shows something."""
+        """Copy the small disk if there are violations, and unmount it."""
         if self._result.violations:
             shutil.copytree(disk.path, os.path.join(self._directory, "disk-copy"), symlinks=True)
         disk.unmount()

@@ -1,4 +1,4 @@
-"""The settings of `stager stress`: stager's own sections, which are held where they are given, and one of its own."""
+"""The settings of `stager stress`: a section of its own, and stager's sections, whose given values are not drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class StressSettings(Section):
-    """What is drawn, and how long anything may take. ``configs/stress.yaml`` repeats the defaults."""
+    """What is drawn, and the deadlines. ``configs/stress.yaml`` repeats the defaults."""
 
     faults: list[Kind] = Field(default=list(KINDS), description="Kinds of faults that are drawn.")
     max_faults: int = Field(default=3, ge=0, description="Faults in one episode, at most.")
@@ -48,7 +48,7 @@ class StressConfig(StagerConfig):
     stress: StressSettings = Field(default_factory=StressSettings, description="What stager stress draws.")
 
     def held(self) -> dict[str, dict[str, Any]]:
-        """What a file, the environment or --set says about stager's own sections: it is not drawn."""
+        """The values of stager's sections that a file, the environment or --set gives; these are not drawn."""
         return {
             name: section
             for name in StagerConfig.model_fields
@@ -57,6 +57,6 @@ class StressConfig(StagerConfig):
 
 
 def choices(section: str, key: str) -> tuple[Any, ...]:
-    """The values that a setting with a fixed choice may have; none if this version has no such setting."""
+    """The values that a setting may have; empty if this version lacks the setting."""
     field = StagerConfig.model_fields[section].default.__class__.model_fields.get(key)
     return () if field is None else get_args(field.annotation)

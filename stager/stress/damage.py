@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from stager.stress.faults import Damage
+from stager.stress.fault_kinds import Damage
 from stager.workers.checkpoint.directory.run_directory import committed_steps, read_checkpoint
 from stager.workers.errors import StagerError
 
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """What was done: to which step, which file, and the save_id of what is now damaged ("": it has no manifest any more)."""
+    """A damaged checkpoint: its step, the damaged file, and the save_id ("" if the manifest is gone)."""
 
     step: int
     file: str
@@ -21,7 +21,7 @@ class Damaged:
 
 
 def inflict_damage(directory: str, damage: Damage, spare: frozenset[int] = frozenset()) -> Damaged | None:
-    """Damage one checkpoint, as long as there is another one to fall back to; None when there is not.
+    """Damage one checkpoint, if there is another one to fall back to; otherwise return None.
 
     Args:
         spare: steps that are damaged already.

@@ -1,6 +1,6 @@
-"""What a trainer has lived to see: one JSON line per event, each by a single write to a file opened with O_APPEND.
+"""The diary of a trainer: one JSON line per event, each by a single write to a file opened with O_APPEND.
 
-A line is there once the write has returned, however the trainer dies after it, and no line is ever there in part.
+Once the write has returned the line survives any death of the trainer, and no line is ever incomplete.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Up:
-    """The Checkpointer is made. ``num_fds``: descriptors that the trainer had open before."""
+class UpEntry:
+    """The Checkpointer exists. ``num_fds``: descriptors that the trainer had open before it was made."""
 
     time: float
     num_fds: int
@@ -23,8 +23,8 @@ class Up:
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """After loading: from which step (-1: from the start), the hash of what was loaded, and what was passed over."""
+class ResumedEntry:
+    """The trainer resumed from ``step`` (-1: from the start). ``digest``: hash of the state. ``skipped``: checkpoints."""
 
     time: float
     step: int
@@ -34,8 +34,8 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Right before ``save()``. ``fds``: open descriptors by process: the trainer's and its workers'."""
+class BegunEntry:
+    """The trainer is about to call ``save()``. ``fds``: number of open descriptors of trainer and workers, by pid."""
 
     time: float
     step: int
@@ -44,7 +44,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedEntry:
     """``staging_completion`` is done: the checkpoint is safe."""
 
     time: float
@@ -53,7 +53,7 @@ class Staged:
 
 
 @dataclass(frozen=True)
-class Committed:
+class CommittedEntry:
     """``upload_completion`` is done."""
 
     time: float
@@ -62,7 +62,7 @@ class Committed:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class SkippedEntry:
     """No buffer was free, and ``arena.when_full`` is skip."""
 
     time: float
@@ -71,9 +71,13 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Failed:
-    """The save failed; ``was_staged``: after ``staging_completion``. ``errno``: of an OSError. ``lost``: nobody was told,
-    neither by a Future that was looked at nor by a call; it is known only because the diary looks at all of them in the end.
+class FailedEntry:
+    """The save failed.
+
+    Attributes:
+        errno: of an OSError.
+        was_staged: it failed after ``staging_completion``.
+        lost: no call raised the error and no Future that was looked at had it; the diary found it at the end.
     """
 
     time: float
@@ -87,17 +91,17 @@ class Failed:
 
 
 @dataclass(frozen=True)
-class Left:
-    """The trainer was told to go in the midst of waiting: the staged save is left to the workers, who must commit it."""
+class DetachedEntry:
+    """The trainer was told to end while it waited. The workers are detached and must commit the staged save."""
 
     time: float
     step: int
-    kind: Literal["left"] = "left"
+    kind: Literal["detached"] = "detached"
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The run has reached its last step, with this state."""
+class FinishedEntry:
+    """The run has reached its last step. ``digest``: hash of its state."""
 
     time: float
     step: int
@@ -106,8 +110,8 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Closed:
-    """``close()`` has returned; ``num_fds`` as in :class:`Up`."""
+class ClosedEntry:
+    """``close()`` has returned; ``num_fds`` as in :class:`UpEntry`."""
 
     time: float
     num_fds: int
@@ -115,19 +119,29 @@ class Closed:
 
 
 Entry = Annotated[
-    Up | Resumed | Begun | Staged | Committed | Skipped | Failed | Left | Finished | Closed,
+    UpEntry
+    | ResumedEntry
+    | BegunEntry
+    | StagedEntry
+    | CommittedEntry
+    | SkippedEntry
+    | FailedEntry
+    | DetachedEntry
+    | FinishedEntry
+    | ClosedEntry,
     Field(discriminator="kind"),
 ]
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
 
 
 class DiaryWriter:
-    """Any thread may write."""
+    """Writes a diary. Thread-safe."""
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def write(self, entry: Entry) -> None:
+        """Append an entry; it is in the file when this returns."""
         os.write(self._fd, _ENTRY.dump_json(entry) + b"\n")
 
 
@@ -144,7 +158,7 @@ class Diary:
         self.entries: list[Entry] = []
 
     def read(self) -> list[Entry]:
-        """What is new since the last call."""
+        """Read and return the entries that are new since the last call."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
@@ -158,15 +172,23 @@ class Diary:
         return new
 
     def steps(
-        self, kind: type[Begun] | type[Staged] | type[Committed] | type[Skipped] | type[Failed] | type[Left]
+        self,
+        kind: type[BegunEntry]
+        | type[StagedEntry]
+        | type[CommittedEntry]
+        | type[SkippedEntry]
+        | type[FailedEntry]
+        | type[DetachedEntry],
     ) -> set[int]:
         """The steps whose saves got that far."""
         return {entry.step for entry in self.entries if isinstance(entry, kind)}
 
     @property
-    def failures(self) -> list[Failed]:
-        return [entry for entry in self.entries if isinstance(entry, Failed)]
+    def failures(self) -> list[FailedEntry]:
+        """The failed saves, in order."""
+        return [entry for entry in self.entries if isinstance(entry, FailedEntry)]
 
 
 def now() -> float:
+    """The time of an entry, in seconds since the epoch."""
     return time.time()

@@ -12,19 +12,21 @@ from stager.stress.states import Custom
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """Equal for two states exactly when they hold the same. Objects with ``state_dict()`` stand for it."""
+    """Return a hash that is equal exactly for equal states. An object with ``state_dict()`` counts as its state dict."""
     return Digest(state).total
 
 
 class Digest:
-    """Attributes:
-    total: the hash of everything.
-    parts: the hash of each leaf, by its path.
+    """The hashes of a state.
+
+    Attributes:
+        total: the hash of everything.
+        parts: the hash of each leaf, by its path.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.parts: dict[str, str] = {}
-        self._alive: list[torch.Tensor] = []  # or a later tensor could have an earlier one's address
+        self._alive: list[torch.Tensor] = []  # otherwise a later tensor could have the address of an earlier one
         self._first_at: dict[tuple[object, ...], str] = {}
         self._visit("", state)
         hasher = xxhash.xxh3_128()

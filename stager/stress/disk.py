@@ -1,5 +1,8 @@
-"""A small file system for an episode, and filling it. Needs the right to mount; in a mount namespace of our own, so that
-nobody else sees it and the kernel removes it however we end."""
+"""A small file system for an episode, which can be filled.
+
+It needs the right to mount. It is mounted in a mount namespace of its own: no other process sees it, and the kernel removes
+it however this process ends.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter_own_namespace() -> str | None:
-    """Give the calling thread, and what it starts from now on, mounts of its own. Why it cannot; None: it has them."""
+    """Give the calling thread, and all that it starts, a mount namespace of its own. Returns why that failed, or None."""
     if _libc.unshare(_CLONE_NEWNS) != 0 or _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
         return f"mounting is not allowed here ({os.strerror(ctypes.get_errno())})"
     with tempfile.TemporaryDirectory() as directory:
@@ -44,7 +47,7 @@ class SmallDisk:
             raise OSError(code, os.strerror(code), path)
 
     def fill(self, free_bytes: int) -> None:
-        """Leave about ``free_bytes``."""
+        """Fill the disk until about ``free_bytes`` are left."""
         fd = os.open(os.path.join(self.path, _BALLAST), os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             size = 0
@@ -57,11 +60,12 @@ class SmallDisk:
             os.close(fd)
 
     def relieve(self) -> None:
+        """Free the space that was filled."""
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(self.path, _BALLAST))
 
     def unmount(self) -> None:
-        """Processes that still work in it keep it until they end."""
+        """Unmount it. Processes that still use it keep it until they end."""
         if _libc.umount2(os.fsencode(self.path), _MNT_DETACH) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), self.path)

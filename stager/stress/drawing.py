@@ -1,28 +1,31 @@
-"""Draws episodes. The same seed and number give the same episode, on every machine."""
+"""Drawing episodes: the same seed and number give the same episode on every machine."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 from stager.stress.config import Kind, StressConfig, StressSettings, choices
 from stager.stress.drawing_faults import FaultDrawer
-from stager.stress.drawing_states import draw_training
 from stager.stress.episode import Ending, Episode, OnTerm, RunPlan
-from stager.stress.faults import Damage, Fault, FullDisk, PointFault, SignalFault
+from stager.stress.fault_kinds import Damage, Fault, FullDisk, PointFault, SignalFault
+from stager.stress.states import DTYPES, NEVER, LeafKind, LeafSpec, dtype_of
 from stager.stress.training import TrainingSpec
 
 _ENDINGS: tuple[Ending, ...] = ("close", "forget", "exception", "exit", "os-exit")
 _ON_TERM: tuple[OnTerm, ...] = ("die", "exit", "save")
 _SMALL_DISK_STATE_BYTES = 1 << 20
+_VIEWS: tuple[LeafKind, ...] = ("tied", "slice", "transposed", "strided")
+_OBJECTS: tuple[LeafKind, ...] = ("object", "text", "set", "custom")
 
 
 def draw_episode(seed: int, number: int, config: StressConfig, left_out: frozenset[Kind] = frozenset()) -> Episode:
-    """The episode ``number`` of a run with ``seed``.
+    """Draw episode ``number`` of a run with ``seed``.
 
     Args:
-        left_out: kinds of faults that this host does not let us do. They are drawn as others are, and then not done, so that
-            the rest of the episode is the same everywhere.
+        left_out: kinds of faults that this host does not allow. They are drawn and then left out, so that the rest of the
+            episode is the same on every machine.
     """
     return _Drawer(seed, number, config, left_out).draw()
 
@@ -56,7 +59,7 @@ class _Drawer:
         if any(isinstance(fault, Damage) for fault in faults) and any(
             leaf.born or leaf.resized < num_steps or leaf.dies < num_steps for leaf in training.leaves
         ):
-            # The trainer builds the structure of latest(): falling back from there would meet another one.
+            # The trainer builds the structure of latest(), and falling back would load a checkpoint of another structure.
             config["loading"] |= {"verify": "full", "verify_first": True}
         for section, values in self._config.held().items():
             config.setdefault(section, {}).update(values)
@@ -75,7 +78,7 @@ class _Drawer:
         )
 
     def _draw_kinds(self) -> list[Kind]:
-        """Of the faults; a kind stands for itself often enough to be seen in a few minutes."""
+        """Draw the kinds of faults, each often enough to occur within a few minutes."""
         count = self._rng.choice((0, 1, 1, 2, 2, 3)) if self._settings.faults else 0
         weights = {"point": 5, "signal": 4, "errno": 3, "damage": 2}
         kinds = self._settings.faults
@@ -130,7 +133,7 @@ class _Drawer:
         return config
 
     def _stopped_workers(self) -> dict[str, Any]:
-        """Short deadlines, for nothing else finds a worker that is stopped."""
+        """Short deadlines, because a stopped worker is noticed only by its deadline."""
         known = type(self._config.workers).model_fields
         deadlines = {
             "start_timeout_secs": self._settings.start_timeout_secs,
@@ -171,7 +174,7 @@ class _Drawer:
 
 
 def _may_join(fault: Fault, others: list[Fault]) -> bool:
-    """One fault for each point; the second damage of a directory could spoil what the first left to fall back to."""
+    """Keep one fault for each point, and one damage, because a second could spoil the checkpoint to fall back to."""
     if isinstance(fault, PointFault):
         return all(not isinstance(other, PointFault) or other.point != fault.point for other in others)
     if isinstance(fault, (Damage, FullDisk)):
@@ -181,3 +184,52 @@ def _may_join(fault: Fault, others: list[Fault]) -> bool:
 
 def _stops(faults: tuple[Fault, ...]) -> bool:
     return any(isinstance(fault, (PointFault, SignalFault)) and fault.stops for fault in faults)
+
+
+def draw_training(rng: random.Random, num_steps: int, max_nbytes: int) -> TrainingSpec:
+    """Draw a training run whose state has at most about ``max_nbytes`` bytes."""
+    leaves = _draw_leaves(rng, num_steps, int(max_nbytes * rng.choice((0.02, 0.2, 0.7))))
+    return TrainingSpec(
+        seed=rng.randrange(1 << 30),
+        width=rng.choice((8, 16, 48)),
+        depth=rng.choice((1, 2, 4)),
+        tied=rng.random() < 0.5,
+        optimizer=rng.choice(("adamw", "sgd")),
+        leaves=tuple(leaves),
+    )
+
+
+def _draw_leaves(rng: random.Random, num_steps: int, budget: int) -> Iterator[LeafSpec]:
+    """Draw a few large tensors or many small ones, and about one of each unusual kind of value."""
+    big = rng.random() < 0.5
+    count = rng.randint(1, 4) if big else rng.randint(20, 150)
+    index = 0
+    for _ in range(count):
+        dtype = rng.choice(DTYPES)
+        nbytes = budget // count // 2 if big else rng.randint(1, max(2, min(4096, budget // count)))
+        base = _with_life(rng, num_steps, "tensor", dtype, max(1, nbytes // dtype_of(dtype).itemsize))
+        yield base
+        base_index, index = index, index + 1
+        for kind in _VIEWS:
+            if rng.random() < (0.4 if big else 0.03):
+                yield LeafSpec(kind, dtype, 0, base_index, base.born, base.dies, base.resized)
+                index += 1
+    for kind in ("scalar", "empty"):
+        if rng.random() < 0.6:
+            yield _with_life(rng, num_steps, kind, rng.choice(DTYPES), int(kind == "scalar"))
+    for kind in _OBJECTS:
+        if rng.random() < 0.5:
+            yield _with_life(rng, num_steps, kind, "float32", 0)
+
+
+def _with_life(rng: random.Random, num_steps: int, kind: LeafKind, dtype: str, numel: int) -> LeafSpec:
+    """Draw when a leaf exists: most do from start to end; some appear, disappear or grow."""
+    born, dies, resized = 0, NEVER, NEVER
+    fate = rng.random()
+    if fate < 0.1:
+        born = rng.randrange(num_steps)
+    elif fate < 0.2:
+        dies = rng.randrange(1, num_steps + 1)
+    elif fate < 0.3 and kind == "tensor":
+        resized = rng.randrange(1, num_steps + 1)
+    return LeafSpec(kind, dtype, numel, -1, born, dies, resized)

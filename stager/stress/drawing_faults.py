@@ -1,4 +1,4 @@
-"""Draws one fault of a kind."""
+"""Drawing one fault of a kind."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from stager.stress.config import Kind, StressSettings
-from stager.stress.faults import (
+from stager.stress.fault_kinds import (
     COMMIT_POINTS,
     ERRNOS,
     LIFE_POINTS,
@@ -28,19 +28,27 @@ from stager.stress.faults import (
     Target,
 )
 
-# What is more likely stands there more often.
+# Likelier values are listed more often.
 _RELIEFS: tuple[Relief, ...] = ("continue", "continue", "kill")
 _HOW: tuple[How, ...] = ("flip", "flip", "truncate", "remove", "extend")
 _TARGETS: tuple[Target, ...] = ("trainer", "trainer", "worker", "worker", "any")
 _TO_TRAINER: tuple[SignalName, ...] = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGSTOP")
-_TO_WORKER: tuple[SignalName, ...] = ("SIGKILL", "SIGKILL", "SIGSTOP", "SIGTERM", "SIGINT")  # the last two: no effect
+_TO_WORKER: tuple[SignalName, ...] = (
+    "SIGKILL",
+    "SIGKILL",
+    "SIGSTOP",
+    "SIGTERM",
+    "SIGINT",
+)  # the last two have no effect
 _ACTIONS: tuple[Action, ...] = ("kill", "kill", "stop", "segv", "exit")
 
 
 class FaultDrawer:
-    """Args:
-    num_saves: of the run that the fault is for.
-    guard: the trainer calls ``guard()``, without which nothing reaches ``save.overlapped``.
+    """Draws the faults of one run.
+
+    Args:
+        num_saves: of the run that the fault is for.
+        guard: the trainer calls ``guard()``, without which nothing reaches ``save.overlapped``.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class FaultDrawer:
         self._num_workers = num_workers
 
     def draw(self, kind: Kind, state_nbytes: int) -> Fault:
+        """Draw one fault of this kind."""
         rng = self._rng
         save = rng.randint(1, self._num_saves)
         draw: dict[Kind, Callable[[], Fault]] = {
@@ -73,7 +82,7 @@ class FaultDrawer:
         return Damage(rng.choice(_HOW), rng.random() < 0.7, rng.random(), rng.random())
 
     def _draw_point(self) -> PointFault:
-        """As often at each stage of a save, however many points it has."""
+        """Draw each stage of a save equally often, however many points it has."""
         trainer = TRAINER_POINTS if self._guard else tuple(p for p in TRAINER_POINTS if p != "save.overlapped")
         point = self._rng.choice(self._rng.choice((trainer, LIFE_POINTS, PART_POINTS, COMMIT_POINTS)))
         assert point in trainer or point in WORKER_POINTS
@@ -90,7 +99,7 @@ class FaultDrawer:
         )
 
     def _draw_after(self, point: str) -> int:
-        """Visits are counted by process; most points are visited once for each save and part."""
+        """Draw the number of visits before the fault. A process visits most points once for each save and part."""
         if point.startswith("worker."):
             return 0
         per_worker = self._num_saves if point not in COMMIT_POINTS else max(1, self._num_saves // self._num_workers)

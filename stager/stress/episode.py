@@ -1,4 +1,4 @@
-"""An episode: everything that was drawn for it, before anything happens. Plain data that goes to JSON and back."""
+"""The plan of an episode: plain data that is drawn before the episode is played, and can be written as JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from stager.stress.faults import Fault
+from stager.stress.fault_kinds import Fault
 from stager.stress.training import TrainingSpec
 
 Ending = Literal["close", "forget", "exception", "exit", "os-exit"]
@@ -16,14 +16,14 @@ OnTerm = Literal["die", "exit", "save"]
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run of the trainer: from the newest checkpoint to step ``until``, unless something ends it before.
+    """The plan of one run of the trainer, from the newest checkpoint to step ``until``.
 
     Attributes:
         until: the first step that this run does not take any more.
         ending: how it ends when it gets there: it closes its Checkpointer; forgets to; an exception leaves the ``with``
             block; ``sys.exit`` in it; ``os._exit`` in it, without a word to stager.
         on_term: what SIGTERM does: what it does to a Python program; ``sys.exit``; one last save after the current step.
-        faults: see ``faults.py``; at most one for each point.
+        faults: see ``fault_kinds.py``; at most one for each point.
         peek_at: the number of the save (of this run) at which the directory is checked while everybody works; 0: not.
         hurried: another run opens the directory as soon as the trainer has ended, whatever its workers are doing then.
     """
@@ -38,16 +38,19 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Episode:
-    """Attributes:
-    seed, number: of the whole run of the command, and of this episode in it. They determine everything else.
-    training: what is trained.
-    save_every: steps from one save to the next.
-    config: what the Checkpointer is given.
-    guard, warmup: whether the trainer calls these.
-    reads_futures: it looks at the errors of its saves; otherwise it leaves them to the next call.
-    step_secs: an additional pause in each step, for the forward and backward of a real model.
-    runs: in order; the last one goes to the end.
-    small_disk: the run directory is a file system of its own.
+    """One episode: what is trained, and what is done to it.
+
+    Attributes:
+        seed: of the command.
+        number: of this episode. Seed and number determine all the rest.
+        training: what is trained.
+        save_every: number of steps from one save to the next.
+        config: configuration of the Checkpointer.
+        guard, warmup: whether the trainer calls these.
+        reads_futures: the trainer looks at the Futures of its saves; otherwise the next call raises their errors.
+        step_secs: an additional pause in each step, for the forward and backward of a real model.
+        runs: in order; the last one trains to the last step.
+        small_disk: the run directory is a file system of its own.
     """
 
     seed: int
@@ -64,20 +67,25 @@ class Episode:
 
     @property
     def num_steps(self) -> int:
+        """Number of training steps."""
         return self.runs[-1].until
 
     def saves_at(self, step: int) -> bool:
+        """Whether the trainer saves after this step."""
         return step % self.save_every == 0 or step == self.num_steps - 1
 
     @property
     def faults(self) -> tuple[Fault, ...]:
+        """The faults of all runs."""
         return tuple(fault for run in self.runs for fault in run.faults)
 
     def to_json(self) -> bytes:
+        """Write the episode as JSON."""
         return _EPISODE.dump_json(self, indent=2)
 
     @staticmethod
     def from_json(data: bytes) -> Episode:
+        """Read an episode that :meth:`to_json` wrote."""
         return _EPISODE.validate_json(data)
 
 

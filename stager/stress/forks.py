@@ -1,4 +1,4 @@
-"""The conductor's end of the fork server: start a process, learn of its end, see whoever is alive."""
+"""The conductor's side of the fork server: start a process, learn of its end, list the living."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,21 +18,34 @@ import psutil
 from typing_extensions import Self
 
 from stager.demo.job import child_environment
-from stager.stress.request import Request
 from stager.workers.errors import StagerError
 
 _START_SECS = 120.0
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Asks the fork server, in one JSON line, to fork a child that does ``job`` (``jobs.py``); its output goes to ``log``.
+
+    The server answers with the pid of the child.
+    """
+
+    job: str
+    log: str
+    arguments: dict[str, Any]
+
+
 class ForkServerError(StagerError, RuntimeError):
-    """The fork server did not do what it should: a bug, or no memory left."""
+    """The fork server ended or did not answer: a bug, or the host has no memory left."""
 
 
 class ForkServer:
-    """Args:
-    faults: the directory of armed fault points, for every process of every episode.
-    log: the server's own output.
+    """The fork server, seen from the conductor.
+
+    Args:
+        faults: the directory of armed fault points, for every process of every episode.
+        log: the server's own output.
     """
 
     def __init__(self, faults: str, log: str) -> None:
@@ -58,10 +71,11 @@ class ForkServer:
 
     @property
     def pid(self) -> int:
+        """The pid of the server."""
         return self._process.pid
 
     def fork(self, job: str, log: str, arguments: dict[str, Any]) -> int:
-        """The pid of a new process that does ``job``.
+        """Start a process that does ``job``, and return its pid.
 
         Raises:
             ForkServerError
@@ -70,23 +84,23 @@ class ForkServer:
         self._sock.sendall(json.dumps(asdict(request)).encode() + b"\n")
         self._await(lambda: bool(self._started), _START_SECS, f"fork for {job}")
         pid = self._started.pop()
-        self._ended.pop(pid, None)  # of an earlier process of this number
+        self._ended.pop(pid, None)  # of an earlier process with the same pid
         return pid
 
     def exitcode(self, pid: int) -> int | None:
-        """As in ``subprocess``; None: it is alive."""
+        """The exit code of a process as in ``subprocess``; None if it is alive."""
         self._read(0)
         return self._ended.get(pid)
 
     def wait(self, pid: int, timeout_secs: float) -> int | None:
-        """The same, after at most ``timeout_secs``."""
+        """Wait at most ``timeout_secs`` for the exit code of a process; None if it is still alive."""
         deadline = time.monotonic() + timeout_secs
         while (code := self.exitcode(pid)) is None and time.monotonic() < deadline:
             self._read(10)
         return code
 
     def alive(self) -> list[psutil.Process]:
-        """Every process that the server's children have started, however indirectly, and that has not ended."""
+        """All living descendants of the server."""
         found = []
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.pid).children(recursive=True):
@@ -96,7 +110,7 @@ class ForkServer:
         return found
 
     def close(self) -> None:
-        """Everything that it has started ends with it."""
+        """End the server, which ends all that it has started."""
         self._sock.close()
         try:
             self._process.wait(10)

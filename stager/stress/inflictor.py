@@ -1,4 +1,4 @@
-"""Does to one run what its plan says: arms the points, sends the signals, fills the disk, helps who was stopped."""
+"""Carrying out the faults of one run: arm the points, send the signals, fill the disk, let stopped processes go on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from stager.stress.diary import Begun, Diary, Failed, Up
+from stager.stress.diary import BegunEntry, Diary, FailedEntry, UpEntry
 from stager.stress.disk import SmallDisk
 from stager.stress.episode import RunPlan
-from stager.stress.faults import Fault, FullDisk, PointFault, Pressure, RemovePartial, SignalFault
+from stager.stress.fault_kinds import Fault, FullDisk, PointFault, Pressure, RemovePartial, SignalFault
 from stager.stress.forks import ForkServer
 from stager.stress.processes import send, state_of
 from stager.workers.checkpoint.directory.run_directory import partial_names
@@ -21,13 +21,13 @@ from stager.workers.checkpoint.directory.run_directory import partial_names
 
 @dataclass
 class Fired:
-    """A fault that came about.
+    """A fault that occurred.
 
     Attributes:
-        fault: which.
-        time: when, in seconds since the epoch (a few milliseconds late, for points).
+        fault: the fault.
+        time: when it occurred, in seconds since the epoch; for points a few milliseconds late.
         whom: "trainer", "worker", "disk" ..., as far as it is known.
-        over: when its effect ended; None: it has not, or it had no duration.
+        over: when its effect ended; None if it has not ended, or had no duration.
     """
 
     fault: Fault
@@ -38,13 +38,15 @@ class Fired:
 
 @dataclass
 class Inflictor:
-    """Args:
-    server: whose children are the victims.
-    plan: of the run.
-    faults_dir: the directory of armed points, empty.
-    directory: of the checkpoints.
-    disk: the small disk it is on, if there is one.
-    log: of what is started here.
+    """Carries out the faults of one run.
+
+    Args:
+        server: whose children are the victims.
+        plan: of the run.
+        faults_dir: the directory of armed points, empty.
+        directory: of the checkpoints.
+        disk: the small disk it is on, if there is one.
+        log: of what is started here.
     """
 
     server: ForkServer
@@ -61,7 +63,7 @@ class Inflictor:
     _is_up: bool = False
 
     def arm(self) -> None:
-        """Before the trainer starts."""
+        """Arm the points. Call it before the trainer starts."""
         for fault in self.plan.faults:
             if isinstance(fault, PointFault):
                 path = os.path.join(self.faults_dir, fault.point)
@@ -71,7 +73,7 @@ class Inflictor:
         self._waiting = [fault for fault in self.plan.faults if fault.kind != "damage"]
 
     def disarm(self) -> None:
-        """What has not come about will not come about any more."""
+        """Disarm the points, so that no further fault occurs."""
         self._note_points()
         for name in os.listdir(self.faults_dir):
             os.unlink(os.path.join(self.faults_dir, name))
@@ -82,9 +84,9 @@ class Inflictor:
     def act(self, diary: Diary, trainer: int | None) -> None:
         """Again and again while the run lives. ``trainer``: its pid; None: it has ended."""
         for entry in diary.read():
-            self._is_up = self._is_up or isinstance(entry, Up)
-            self._num_begun += isinstance(entry, Begun)
-            if isinstance(entry, Failed):
+            self._is_up = self._is_up or isinstance(entry, UpEntry)
+            self._num_begun += isinstance(entry, BegunEntry)
+            if isinstance(entry, FailedEntry):
                 self._relieve_disk()
         self._note_points()
         for fault in list(self._waiting):

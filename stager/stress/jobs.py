@@ -1,4 +1,4 @@
-"""What the fork server's children do, by name. All of it is imported before the first fork."""
+"""The jobs of the fork server's children, by name. The server imports this before its first fork."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ from stager.stress.training import digests_of
 
 
 def run_job(name: str, arguments: dict[str, Any]) -> None:
-    """Raises: KeyError: there is no such job."""
+    """Do the job of this name in the calling process.
+
+    Raises:
+        KeyError: there is no job of this name.
+    """
     torch.set_num_threads(1)
     _JOBS[name](arguments)
 
 
 def write_result(path: str, result: Any) -> None:
-    """There whole, or not at all."""
+    """Write a result atomically."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump(result, file)
     os.rename(f"{path}.tmp", path)
 
 
 def _reference(arguments: dict[str, Any]) -> None:
-    """The hash of the state after every step of a run that nothing disturbs."""
+    """Hash the state after every step of a run without faults."""
     with open(arguments["plan"], "rb") as file:
         episode = Episode.from_json(file.read())
     write_result(arguments["result"], list(digests_of(episode.training, episode.num_steps)))
@@ -43,14 +47,14 @@ def _check(arguments: dict[str, Any]) -> None:
 
 
 def _sweep(arguments: dict[str, Any]) -> None:
-    """A next run that does nothing: it cleans up after those before."""
+    """Open and close a Checkpointer, which cleans up after earlier runs."""
     config = arguments["config"] | {"workers": arguments["config"]["workers"] | {"count": 1}}
     with Checkpointer(arguments["directory"], config):
         pass
 
 
 def _hog(arguments: dict[str, Any]) -> None:
-    """Take memory, touch all of it, keep it for a while."""
+    """Allocate memory, touch all of it, and keep it for a while."""
     nbytes = arguments["nbytes"]
     with mmap.mmap(-1, nbytes) as memory:
         for offset in range(0, nbytes, mmap.PAGESIZE):

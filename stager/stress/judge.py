@@ -6,11 +6,21 @@ import errno
 import signal
 from collections.abc import Iterator, Sequence
 
-from stager.stress.diary import Begun, Closed, Committed, Failed, Finished, Left, Resumed, Staged, Up
+from stager.stress.diary import (
+    BegunEntry,
+    ClosedEntry,
+    CommittedEntry,
+    DetachedEntry,
+    FailedEntry,
+    FinishedEntry,
+    ResumedEntry,
+    StagedEntry,
+    UpEntry,
+)
 from stager.stress.episode import Episode
-from stager.stress.faults import Fault, FullDisk, PointFault, RemovePartial, SignalFault
+from stager.stress.fault_kinds import Fault, FullDisk, PointFault, RemovePartial, SignalFault
 from stager.stress.inflictor import Fired
-from stager.stress.record import Run
+from stager.stress.record import RunRecord
 
 # The pool needs a moment to see a worker's death and to hand its task on; a trainer killed within it takes the task along.
 _HAND_ON_SECS = 1.0
@@ -19,7 +29,7 @@ _MIN_SAMPLES = 10
 _SIGINT_ENDS = (-signal.SIGINT, 0, 1, 130)
 
 
-def violations_of(run: Run, episode: Episode, digests: Sequence[str]) -> Iterator[str]:
+def violations_of(run: RunRecord, episode: Episode, digests: Sequence[str]) -> Iterator[str]:
     """Everything that should not have been, one line each."""
     yield from _end(run)
     yield from _resume(run, digests)
@@ -35,7 +45,7 @@ def violations_of(run: Run, episode: Episode, digests: Sequence[str]) -> Iterato
 # -- the trainer's end ------------------------------------------------------------------------------------------------
 
 
-def _end(run: Run) -> Iterator[str]:
+def _end(run: RunRecord) -> Iterator[str]:
     if run.exitcode is None:
         yield "the trainer hung and was killed; its stacks are in the log"
     elif run.exitcode not in expected_exitcodes(run):
@@ -44,7 +54,7 @@ def _end(run: Run) -> Iterator[str]:
         yield f"{process} was alive {run.gone_secs:.0f} s after its trainer"
 
 
-def expected_exitcodes(run: Run) -> set[int]:
+def expected_exitcodes(run: RunRecord) -> set[int]:
     """By the plan, and by what was done to the trainer."""
     codes = {1 if run.plan.ending == "exception" else 0}
     for fired in run.fired:
@@ -60,7 +70,7 @@ def expected_exitcodes(run: Run) -> set[int]:
     return codes
 
 
-def _codes_of(fault: SignalFault, run: Run) -> set[int]:
+def _codes_of(fault: SignalFault, run: RunRecord) -> set[int]:
     if fault.is_deadly or (fault.stops and fault.relief == "kill"):
         return {-9}
     if fault.signal == "SIGINT":
@@ -70,33 +80,33 @@ def _codes_of(fault: SignalFault, run: Run) -> set[int]:
     return set()
 
 
-def died(run: Run) -> bool:
-    """The trainer did not come to the end that it was planned to have."""
-    return not any(isinstance(entry, Finished) for entry in run.diary.entries)
+def died(run: RunRecord) -> bool:
+    """Whether the trainer died before its planned end."""
+    return not any(isinstance(entry, FinishedEntry) for entry in run.diary.entries)
 
 
 # -- what it resumed from, and where it got to ------------------------------------------------------------------------
 
 
-def _resume(run: Run, digests: Sequence[str]) -> Iterator[str]:
+def _resume(run: RunRecord, digests: Sequence[str]) -> Iterator[str]:
     for entry in run.diary.entries:
-        if isinstance(entry, Resumed):
+        if isinstance(entry, ResumedEntry):
             newest = max(set(run.before.valid), default=-1)
             if entry.step < newest:
-                yield f"the run resumed from step {entry.step}, although step {newest} was there and whole"
+                yield f"the run resumed from step {entry.step}, although step {newest} had a valid checkpoint"
             if entry.step >= 0 and entry.digest != digests[entry.step]:
-                yield f"what was loaded from step {entry.step} is not the state after step {entry.step}"
-        elif isinstance(entry, Finished) and entry.digest != digests[entry.step]:
+                yield f"the checkpoint of step {entry.step} loaded as another state than that after step {entry.step}"
+        elif isinstance(entry, FinishedEntry) and entry.digest != digests[entry.step]:
             yield f"the run ended after step {entry.step} with another state than an uninterrupted run"
 
 
 # -- saves ------------------------------------------------------------------------------------------------------------
 
 
-def _failures(run: Run) -> Iterator[str]:
-    """Each reported error needs a fault that may have caused it; a fault at a point excuses one save."""
+def _failures(run: RunRecord) -> Iterator[str]:
+    """Yield each failure that no fault can have caused. A fault at a point excuses one save."""
     excuses = [fired for fired in run.fired if may_fail(fired)]
-    begun = {entry.step: entry.time for entry in run.diary.entries if isinstance(entry, Begun)}
+    begun = {entry.step: entry.time for entry in run.diary.entries if isinstance(entry, BegunEntry)}
     for failure in run.diary.failures:
         excuse = next((e for e in excuses if _excuses(e, failure, begun.get(failure.step, 0.0))), None)
         if excuse is None:
@@ -104,10 +114,12 @@ def _failures(run: Run) -> Iterator[str]:
         elif not isinstance(excuse.fault, FullDisk):
             excuses.remove(excuse)
         if failure.lost:
-            yield f"save of step {failure.step} failed, and close() told nobody: {failure.error}: {failure.message[:200]}"
+            error = f"{failure.error}: {failure.message[:200]}"
+            yield f"save of step {failure.step} failed, and neither a call nor close() raised the error: {error}"
 
-    if run.diary.steps(Left) and not any(map(_tells_trainer_to_go, run.fired)):
-        yield f"saves of steps {sorted(run.diary.steps(Left))} were left to the workers, and nobody told the trainer to go"
+    if run.diary.steps(DetachedEntry) and not any(map(_tells_trainer_to_go, run.fired)):
+        steps = sorted(run.diary.steps(DetachedEntry))
+        yield f"saves of steps {steps} were left to the workers, and nobody told the trainer to go"
 
 
 def _tells_trainer_to_go(fired: Fired) -> bool:
@@ -117,7 +129,7 @@ def _tells_trainer_to_go(fired: Fired) -> bool:
 
 
 def may_end_a_recovery(fault: Fault) -> bool:
-    """Whether this fault may hit a new run that commits what an earlier one has left."""
+    """Whether this fault may hit a new run that commits the unfinished saves of an earlier one."""
     return isinstance(fault, PointFault) and fault.point.startswith("commit.")
 
 
@@ -129,7 +141,7 @@ def may_fail(fired: Fired) -> bool:
     return isinstance(fault, (FullDisk, RemovePartial))
 
 
-def _excuses(fired: Fired, failure: Failed, begun: float) -> bool:
+def _excuses(fired: Fired, failure: FailedEntry, begun: float) -> bool:
     fault = fired.fault
     if isinstance(fault, PointFault) and fault.action == "errno":
         return failure.error == "StorageError" and failure.errno == getattr(errno, fault.detail)
@@ -141,26 +153,29 @@ def _excuses(fired: Fired, failure: Failed, begun: float) -> bool:
     return failure.error == "StorageError" and failure.errno == errno.ENOSPC and in_time
 
 
-def _settled(run: Run) -> Iterator[str]:
-    """Staged and committed saves are there; in a run that was closed every save has an answer."""
+def _settled(run: RunRecord) -> Iterator[str]:
+    """Yield each staged or committed save that is missing, and each save without an answer in a run that was closed."""
     diary = run.diary
-    answered = diary.steps(Committed) | diary.steps(Left) | {f.step for f in diary.failures}
+    answered = diary.steps(CommittedEntry) | diary.steps(DetachedEntry) | {f.step for f in diary.failures}
     missing = set(run.found.missing) if run.found is not None else set()
-    for step in sorted(missing & diary.steps(Committed)):
-        yield f"step {step} was reported as committed and is not there"
-    for step in sorted((missing & diary.steps(Staged)) - (answered - diary.steps(Left))):
+    for step in sorted(missing & diary.steps(CommittedEntry)):
+        yield f"step {step} was reported as committed, but has no valid checkpoint"
+    for step in sorted((missing & diary.steps(StagedEntry)) - (answered - diary.steps(DetachedEntry))):
         if not is_excused_loss(run, step):
-            yield f"step {step} was staged, did not fail, and is not there"
-    for step in sorted(missing - diary.steps(Staged) - diary.steps(Committed)):
-        yield f"step {step}, which an earlier run had left, is gone"
-    if any(isinstance(entry, Closed) for entry in diary.entries):
-        for step in sorted(diary.steps(Staged) - answered):
-            yield f"step {step} was staged; close() has returned, and it is neither committed nor failed"
+            yield f"step {step} was staged and did not fail, but has no valid checkpoint"
+    for step in sorted(missing - diary.steps(StagedEntry) - diary.steps(CommittedEntry)):
+        yield f"the checkpoint of step {step}, which an earlier run had committed, is gone"
+    if any(isinstance(entry, ClosedEntry) for entry in diary.entries):
+        for step in sorted(diary.steps(StagedEntry) - answered):
+            yield f"step {step} was staged, and after close() it is neither committed nor failed"
 
 
-def is_excused_loss(run: Run, step: int) -> bool:
-    """Whether a staged save may be missing: a fault failed it and nobody was left to be told, or the trainer and the worker
-    that had its task were both killed."""
+def is_excused_loss(run: RunRecord, step: int) -> bool:
+    """Whether a staged save may be missing.
+
+    It may if a fault made it fail when no trainer was alive to be told, or if the trainer and the worker that had its task
+    were both killed.
+    """
     if not died(run) and run.plan.ending in ("close", "forget"):
         return run.plan.ending == "forget" and any(map(may_fail, run.fired))
     if any(map(may_fail, run.fired)):
@@ -182,14 +197,14 @@ def _killed_worker(fired: Fired) -> bool:
 # -- leaks ------------------------------------------------------------------------------------------------------------
 
 
-def _descriptors(run: Run, episode: Episode) -> Iterator[str]:
-    before = next((entry.num_fds for entry in run.diary.entries if isinstance(entry, Up)), None)
+def _descriptors(run: RunRecord, episode: Episode) -> Iterator[str]:
+    before = next((entry.num_fds for entry in run.diary.entries if isinstance(entry, UpEntry)), None)
     for entry in run.diary.entries:
-        if isinstance(entry, Closed) and before is not None and entry.num_fds > before:
+        if isinstance(entry, ClosedEntry) and before is not None and entry.num_fds > before:
             yield f"the trainer had {before} descriptors open before it used stager, and {entry.num_fds} after close()"
     samples: dict[int, list[int]] = {}
     for entry in run.diary.entries:
-        if isinstance(entry, Begun):
+        if isinstance(entry, BegunEntry):
             for pid, count in entry.fds.items():
                 samples.setdefault(pid, []).append(count)
     allowed = _SPARE_FDS + 2 * int(episode.config["arena"]["buffers"])
@@ -199,9 +214,9 @@ def _descriptors(run: Run, episode: Episode) -> Iterator[str]:
             yield f"process {pid} had {early} descriptors after a third of its saves, {counts[-1]} at the last one"
 
 
-def _partials(run: Run) -> Iterator[str]:
-    """What earlier runs have left is cleaned up by the time the Checkpointer is made."""
-    is_up = any(isinstance(entry, Up) for entry in run.diary.entries)
+def _partials(run: RunRecord) -> Iterator[str]:
+    """Yield each partial directory of an earlier run that is still there. Making a Checkpointer should clean them up."""
+    is_up = any(isinstance(entry, UpEntry) for entry in run.diary.entries)
     if run.found is None or not is_up or any(map(may_fail, run.fired)):
         return
     for name in sorted(set(run.found.partials) & set(run.before.partials)):

@@ -1,4 +1,4 @@
-"""Processes seen from outside: which are stopped, what they wait for, and how they are all ended."""
+"""Processes seen from outside: their state, what they wait for, and how to end them all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DUMP_SECS = 2.0
 
 
 class Patience:
-    """A deadline that allows for other people's load: where four processes want each core, four seconds count as one.
+    """A deadline that allows for load: if four processes compete for each core, four seconds count as one.
 
     Args:
-        secs: on a machine that has nothing else to do.
+        secs: the deadline on an idle machine.
     """
 
     def __init__(self, secs: float) -> None:
@@ -28,7 +28,7 @@ class Patience:
 
     @property
     def is_over(self) -> bool:
-        """To be asked often."""
+        """Whether the deadline has passed. Ask often: each call accounts for the time since the one before."""
         now = time.monotonic()
         self._left_secs -= (now - self._last) * min(1.0, self._cores / max(os.getloadavg()[0], 0.1))
         self._last = now
@@ -36,7 +36,7 @@ class Patience:
 
 
 def state_of(pid: int) -> str:
-    """The kernel's letter: R, S, D, T (stopped), Z; "" when it is gone."""
+    """The state of a process, by the kernel's letter: R, S, D, T (stopped), Z; "" if it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0].decode()
@@ -45,7 +45,7 @@ def state_of(pid: int) -> str:
 
 
 def send(pid: int, signal_number: int) -> bool:
-    """False: it is gone."""
+    """Send a signal. False if the process is gone."""
     try:
         os.kill(pid, signal_number)
     except ProcessLookupError:
@@ -54,7 +54,7 @@ def send(pid: int, signal_number: int) -> bool:
 
 
 def wait_until_gone(server: ForkServer, timeout_secs: float) -> list[psutil.Process]:
-    """Until nothing that the server's children started is alive; returns what is after ``timeout_secs``."""
+    """Wait until no descendant of the server is alive; return those that are after ``timeout_secs``."""
     patience = Patience(timeout_secs)
     while (alive := server.alive()) and not patience.is_over:
         server.wait(alive[0].pid, 0.05)
@@ -62,7 +62,7 @@ def wait_until_gone(server: ForkServer, timeout_secs: float) -> list[psutil.Proc
 
 
 def dump_and_kill(processes: list[psutil.Process], path: str) -> None:
-    """What each process is doing goes to ``path``, and the Python stacks of its threads to its log; then they are killed.
+    """Write what each process is doing to ``path``, and the Python stacks of its threads to its log; then kill it.
 
     SIGABRT makes Python print the stacks (``PYTHONFAULTHANDLER`` is set for all of them).
     """

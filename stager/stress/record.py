@@ -1,4 +1,4 @@
-"""What was seen of one run of a trainer, and of an episode. Plain data; ``judge.py`` and ``outcomes.py`` read it."""
+"""Records of one run of a trainer, and of an episode: plain data that ``judge.py`` and ``outcomes.py`` read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from stager.stress.checker import Found
 from stager.stress.damage import Damaged
 from stager.stress.diary import Diary
 from stager.stress.episode import Episode, RunPlan
-from stager.stress.faults import Fault
+from stager.stress.fault_kinds import Fault
 from stager.stress.inflictor import Fired
 
 
 @dataclass
-class Run:
-    """Attributes:
-    plan, diary, fired: what was to happen, what the trainer saw, what was done to it.
-    damaged: what was damaged before it started.
-    started, ended: of the trainer, in seconds since the epoch.
-    exitcode: as in ``subprocess``; None: it hung and was killed.
-    gone_secs: from the trainer's end until its last process had ended.
-    left: processes that had not ended by the deadline.
-    before, found: what the checker found before and after the run.
-    peeks: problems that the checker found while the run went on.
+class RunRecord:
+    """What was seen of one run.
+
+    Attributes:
+        plan, diary, fired: what was planned, what the trainer saw, which faults occurred.
+        damaged: checkpoints that were damaged before the run.
+        started, ended: of the trainer, in seconds since the epoch.
+        exitcode: of the trainer, as in ``subprocess``; None if it hung and was killed.
+        gone_secs: from the trainer's end until its last process had ended.
+        left: processes that had not ended by the deadline.
+        before, found: what the checker found before and after the run.
+        peeks: violations that the checker found during the run.
     """
 
     plan: RunPlan
@@ -40,7 +42,7 @@ class Run:
     peeks: list[str] = field(default_factory=list)
 
 
-class Outcome(Enum):
+class FaultResult(Enum):
     """What came of a fault."""
 
     COMMITTED = "committed"
@@ -56,21 +58,22 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class FaultOutcome:
-    """One fault of one episode, what came of it, and how long it took until nothing was to be seen of it any more (None:
-    nothing had to be waited for)."""
+    """One fault of an episode, what came of it, and how long the recovery took (None: there was nothing to wait for)."""
 
     fault: Fault
-    outcome: Outcome
+    outcome: FaultResult
     recovery_secs: float | None = None
     why: str = ""
 
 
 @dataclass
 class EpisodeResult:
-    """Attributes:
-    violations: one line each; none: all was as it must be.
-    num_saves, num_committed, num_failed, num_skipped: saves begun, and what became of them by the end.
-    directory: where the evidence is kept, if there are violations.
+    """What came of an episode.
+
+    Attributes:
+        violations: one line each.
+        num_saves, num_committed, num_failed, num_skipped: saves begun, and what became of them by the end.
+        directory: where the evidence is kept, if there are violations.
     """
 
     episode: Episode

@@ -1,4 +1,4 @@
-"""What came of it all: the table of faults and outcomes, the longest recoveries, the violations, and the JSON file."""
+"""The report: the table of faults and outcomes, the longest recoveries, the violations, and the JSON file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stager.stress.config import Kind, StressConfig
-from stager.stress.record import EpisodeResult, FaultOutcome, Outcome
+from stager.stress.record import EpisodeResult, FaultOutcome, FaultResult
 from stager.workers._version import __version__
 
 _RECOVERIES_SHOWN = 3
@@ -25,7 +25,7 @@ _VIOLATIONS_SHOWN = 10
 
 @dataclass
 class Summary:
-    """All episodes of one command."""
+    """The results of all episodes of one command."""
 
     seed: int
     out: str
@@ -36,18 +36,21 @@ class Summary:
 
     @property
     def ok(self) -> bool:
-        """All was shown."""
+        """Whether all episodes were played and none had a violation."""
         return not self.violated and not self.interrupted
 
     def add(self, result: EpisodeResult) -> None:
+        """Count an episode."""
         self.results.append(result)
 
     @property
     def violated(self) -> list[EpisodeResult]:
+        """The episodes with violations."""
         return [result for result in self.results if result.violations]
 
     @property
     def counts(self) -> dict[str, int]:
+        """The totals over all episodes."""
         results = self.results
         return {
             "episodes": len(results),
@@ -56,16 +59,17 @@ class Summary:
             "committed": sum(r.num_committed for r in results),
             "failed": sum(r.num_failed for r in results),
             "skipped": sum(r.num_skipped for r in results),
-            "faults": sum(o.outcome is not Outcome.NOT_MET for r in results for o in r.outcomes),
+            "faults": sum(o.outcome is not FaultResult.NOT_MET for r in results for o in r.outcomes),
             "violations": sum(len(r.violations) for r in results),
         }
 
     def line(self) -> str:
+        """The summary in one line."""
         return "  ".join(f"{count} {what}" for what, count in self.counts.items() if what not in ("failed", "skipped"))
 
-    def table(self) -> dict[str, Counter[Outcome]]:
-        """By the fault's label."""
-        counts: dict[str, Counter[Outcome]] = {}
+    def table(self) -> dict[str, Counter[FaultResult]]:
+        """Count the outcomes of faults, by label of the fault."""
+        counts: dict[str, Counter[FaultResult]] = {}
         for result in self.results:
             for outcome in result.outcomes:
                 counts.setdefault(outcome.fault.label, Counter())[outcome.outcome] += 1
@@ -77,11 +81,12 @@ class Summary:
         return sorted(found, key=lambda pair: -(pair[1].recovery_secs or 0.0))[:_RECOVERIES_SHOWN]
 
     def repeat(self, result: EpisodeResult) -> str:
+        """The command that plays an episode again."""
         return f"stager stress --seed {self.seed} --episode {result.episode.number}"
 
 
 def print_report(summary: Summary, console: Console, as_json: bool) -> None:
-    """Tables; or, as JSON, what ``stress.json`` holds."""
+    """Print the report as tables, or as the JSON that ``stress.json`` holds."""
     if as_json:
         console.out(Path(summary.out, "stress.json").read_text(encoding="utf-8").rstrip(), highlight=False)
         return
@@ -103,13 +108,13 @@ def print_report(summary: Summary, console: Console, as_json: bool) -> None:
 def _fault_table(summary: Summary) -> Table:
     table = Table(title="Faults and what came of them (the three longest recoveries below)", title_justify="left")
     rows = summary.table()
-    shown = [outcome for outcome in Outcome if any(row[outcome] for row in rows.values())]
+    shown = [outcome for outcome in FaultResult if any(row[outcome] for row in rows.values())]
     table.add_column("fault")
     for outcome in shown:
         table.add_column(outcome.value, justify="right")
     for label, row in rows.items():
         cells = [str(row[outcome] or "") for outcome in shown]
-        table.add_row(label, *cells, style="bold red" if row[Outcome.VIOLATION] else None)
+        table.add_row(label, *cells, style="bold red" if row[FaultResult.VIOLATION] else None)
     return table
 
 
@@ -124,7 +129,7 @@ def _print_violation(summary: Summary, result: EpisodeResult, console: Console) 
 
 
 def write_json(summary: Summary, config: StressConfig, path: Path) -> None:
-    """Every episode: its plan, its outcomes, its violations."""
+    """Write plan, outcomes and violations of every episode."""
     data = {
         "ok": not summary.violated,
         "seed": summary.seed,

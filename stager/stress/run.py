@@ -24,12 +24,12 @@ from stager.stress.record import EpisodeResult
 from stager.stress.report import Summary, print_report, write_json
 from stager.workers.errors import UsageError
 
-_QUIET_SECS = 60.0  # from one line to the next where there is no terminal for a bar
+_QUIET_SECS = 60.0  # between lines of progress, if there is no terminal for a bar
 
 
 @dataclass(frozen=True)
 class StressOptions:
-    """What the command line says.
+    """The options of the command line.
 
     Attributes:
         seed: of all episodes.
@@ -62,7 +62,7 @@ class Stage:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def play(self, episode: Episode, config: StressConfig) -> EpisodeResult:
-        """Play one episode; what it has written is removed unless it is evidence."""
+        """Play one episode. Its files are removed unless there are violations."""
         directory = self.out / f"episode-{episode.number:05d}"
         shutil.rmtree(directory, ignore_errors=True)
         conductor = Conductor(self.server, config.stress, self.faults_dir, str(directory), episode)
@@ -70,7 +70,7 @@ class Stage:
             result = conductor.play()
         except ForkServerError:
             raise
-        except Exception as error:  # noqa: BLE001  (what nobody could check is not shown, and the rest is worth its report)
+        except Exception as error:  # noqa: BLE001  (an episode that cannot be judged must not lose the report of the others)
             (directory / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             violation = f"the episode could not be judged: {type(error).__name__}: {error}"
             result = EpisodeResult(episode, violations=[violation], directory=str(directory))
@@ -115,7 +115,8 @@ def _play_all(config: StressConfig, options: StressOptions, stage: Stage, summar
         episode = draw_episode(options.seed, number, config, frozenset(summary.left_out))
         summary.add(stage.play(episode, config))
         summary.secs = time.monotonic() - started
-        write_json(summary, config, options.out / "stress.json")  # there also when we are killed
+        # After each episode, so that the file exists even if this process is killed.
+        write_json(summary, config, options.out / "stress.json")
         done = len(summary.results) if options.episodes else summary.secs
         progress.update(bar, completed=min(done, total), status=summary.line())
         if progress.disable and time.monotonic() > said + _QUIET_SECS:
@@ -134,7 +135,7 @@ def _numbers(options: StressOptions, started: float) -> Iterator[int]:
 
 
 def _prepare(out: Path) -> None:
-    """An empty directory, or one of an earlier run of this command, whose evidence is removed."""
+    """Make the directory empty. Only an empty one, or that of an earlier run of this command, is accepted."""
     out.mkdir(parents=True, exist_ok=True)
     known = [path for path in out.iterdir() if path.name.startswith("episode-")]
     mark = out / "server.log"

@@ -9,9 +9,9 @@
 
 A trainer costs a fork instead of the seconds of ``import torch``. The child *returns* from ``serve()`` and ends as any
 program does: exceptions, ``sys.exit``, atexit and Ctrl-C are the real ones. A Checkpointer is made in children only, and the
-server never has a second thread, so that nothing is forked in the middle of anything.
+server never has a second thread, so that a fork never copies a lock that another thread holds.
 
-The server is a subreaper: whatever an episode leaves behind is among its descendants until it has ended.
+The server is a subreaper: every process that an episode leaves behind is among its descendants.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from contextlib import suppress
 
 import psutil
 
-from stager.stress.request import Request
+from stager.stress.forks import Request
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -38,11 +38,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(fd: int) -> None:
-    """The server, and in each of its children the job."""
+    """Run the server, and in each of its children the job."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from stager.stress.jobs import run_job  # imports torch and stager: before the first fork
+    from stager.stress.jobs import run_job  # imports torch and stager, before the first fork
 
     gc.collect()
     gc.freeze()
@@ -52,7 +52,7 @@ def main(fd: int) -> None:
 
 
 def serve(sock: socket.socket) -> Request | None:
-    """Until the conductor hangs up (None), or, in a child, at once (what it is to do)."""
+    """Serve until the conductor hangs up, then return None. In a forked child, return its request at once."""
     sock.setblocking(True)
     _send(sock, {"ready": os.getpid()})
     pending = b""
@@ -77,7 +77,7 @@ def serve(sock: socket.socket) -> Request | None:
 
 
 def _reap(sock: socket.socket) -> None:
-    """Children, and orphans of theirs."""
+    """Reap the children that have ended, and orphans of theirs."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -95,17 +95,19 @@ def _become_child(sock: socket.socket, log: str) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a server started in the background of a shell
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a server that a shell started in the background ignores it
 
 
 def _check_single_threaded() -> None:
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
-        raise RuntimeError(f"the fork server has {threads} threads; what it forked could hang")
+        raise RuntimeError(f"the fork server has {threads} threads, so a child that it forks could hang")
 
 
 def _kill_all() -> None:
-    """The conductor is gone, or done: whatever is left has no business here."""
+    """Kill all descendants: the conductor is gone or done."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             process.kill()

@@ -1,4 +1,4 @@
-"""The part of a state that no model has: odd dtypes, views, ties, empty tensors, pickled objects, all of which come and go.
+"""The unusual part of a state: rare dtypes, views, ties, empty tensors, pickled objects; they appear and disappear.
 
 Its values at a step follow from its values at the step before (every byte of every tensor changes in every step), so that a
 run that goes on from a wrong value cannot end with the right one.
@@ -44,13 +44,16 @@ class LeafSpec:
     resized: int = NEVER
 
     def is_there(self, step: int) -> bool:
+        """Whether the leaf exists after this step."""
         return self.born <= step < self.dies
 
     def numel_at(self, step: int) -> int:
+        """Number of elements after this step."""
         return self.numel * 2 if step >= self.resized else self.numel
 
     @property
     def max_nbytes(self) -> int:
+        """Largest size of the leaf, in bytes."""
         if self.kind not in TENSOR_KINDS or self.base >= 0:
             return 4096
         return self.numel * (2 if self.resized < NEVER else 1) * dtype_of(self.dtype).itemsize
@@ -79,13 +82,13 @@ class Zoo:
         self._arrange(step)
 
     def advance(self, step: int) -> None:
-        """From the step before ``step`` to ``step``."""
+        """Go on from the step before to ``step``."""
         for base in self._bases.values():
             _change(base)
         self._arrange(step)
 
     def _arrange(self, step: int) -> None:
-        """Make what comes into being at ``step``, drop what ends; tensors that stay keep their identity."""
+        """Make the leaves that begin at ``step`` and drop those that end; the other tensors keep their identity."""
         for index, spec in enumerate(self._specs):
             name = f"{index}-{spec.kind}"
             if not spec.is_there(step):
@@ -110,12 +113,13 @@ class Zoo:
 
 
 def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of this name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def random_bits(dtype: str, numel: int, generator: torch.Generator) -> torch.Tensor:
-    """A flat tensor of random bits: every NaN and denormal there is."""
+    """Return a flat tensor of random bits, which include NaNs and denormals."""
     if dtype == "bool":
         return torch.randint(0, 2, (numel,), generator=generator).bool()
     nbytes = numel * dtype_of(dtype).itemsize
@@ -124,7 +128,7 @@ def random_bits(dtype: str, numel: int, generator: torch.Generator) -> torch.Ten
 
 
 def _change(base: torch.Tensor) -> None:
-    """Every byte, in place, whatever the dtype."""
+    """Change every byte in place, whatever the dtype."""
     if base.dtype is torch.bool:
         base.logical_not_()
     elif base.numel():

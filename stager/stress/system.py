@@ -1,4 +1,4 @@
-"""What an episode could leave behind in the system: shared memory, names in /dev/shm, descriptors of the long-lived."""
+"""What an episode could leave in the system: shared memory, names in /dev/shm, descriptors of long-lived processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _NEGLIGIBLE_KB = 1024
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """Attributes:
-    shmem_bytes: Shmem of /proc/meminfo: all shared memory of the machine.
-    names: in /dev/shm.
-    num_fds: of this process and of the fork server.
+    """What the system holds at one moment.
+
+    Attributes:
+        shmem_bytes: all shared memory of the machine: Shmem in /proc/meminfo.
+        names: the names in /dev/shm.
+        num_fds: open descriptors of this process and of the fork server.
     """
 
     shmem_bytes: int
@@ -29,14 +31,15 @@ class Traces:
 
     @staticmethod
     def take(server_pid: int) -> Traces:
+        """Look at the system now."""
         ours = (os.getpid(), server_pid)
         return Traces(_shmem_bytes(), frozenset(os.listdir("/dev/shm")), tuple(map(_num_fds, ours)))
 
     def left_behind(self, server_pid: int, tolerance_bytes: int) -> list[str]:
-        """What is there now and was not before, when it does not go away within some seconds.
+        """Return what is new since these traces were taken and does not go away within some seconds.
 
-        Others use the machine, too. Their names carry pids that are alive. More shared memory counts only while nobody else
-        is seen to have any: theirs cannot be told from what we left.
+        Other programs use the machine, too. Names with the pid of a living process are theirs. More shared memory counts
+        only if no other process has any, because it cannot be told whose it is.
         """
         deadline = time.monotonic() + _PATIENCE_SECS
         while problems := self._compare(Traces.take(server_pid), server_pid, tolerance_bytes):
@@ -50,7 +53,9 @@ class Traces:
         grown = now.shmem_bytes - self.shmem_bytes
         if grown > tolerance_bytes and not others_with_shared_memory({os.getpid(), server_pid}):
             problems.append(f"{grown:,} bytes more of shared memory than before the episode")
-        problems += [f"/dev/shm/{name} was left" for name in sorted(now.names - self.names) if not _has_owner(name)]
+        problems += [
+            f"/dev/shm/{name} was left behind" for name in sorted(now.names - self.names) if not _has_owner(name)
+        ]
         for who, before, after in zip(("conductor", "fork server"), self.num_fds, now.num_fds, strict=True):
             if after > before:
                 problems.append(f"the {who} had {before} descriptors before the episode and has {after} after it")
@@ -93,6 +98,6 @@ def _num_fds(pid: int) -> int:
 
 
 def _has_owner(name: str) -> bool:
-    """Whether a pid in the name (``torch_<pid>_...``) is of a process that is alive: not one of ours, which have ended."""
+    """Whether a pid in the name (``torch_<pid>_...``) is that of a living process; ours have all ended."""
     numbers = [int(part) for part in name.replace("-", "_").split("_") if part.isdigit()]
     return any(os.path.exists(f"/proc/{number}") for number in numbers)

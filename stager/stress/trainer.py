@@ -1,4 +1,4 @@
-"""The trainer: resumes, trains, saves, and writes down what it saw. A real one, but for the diary."""
+"""The trainer of an episode: it resumes, trains and saves as a real one does, and keeps a diary."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import psutil
 
 from stager import Checkpointer, CheckpointInfo, SaveHandle
 from stager.stress.diary import (
-    Begun,
-    Closed,
-    Committed,
+    BegunEntry,
+    ClosedEntry,
+    CommittedEntry,
+    DetachedEntry,
     DiaryWriter,
-    Failed,
-    Finished,
-    Left,
-    Resumed,
-    Skipped,
-    Staged,
-    Up,
+    FailedEntry,
+    FinishedEntry,
+    ResumedEntry,
+    SkippedEntry,
+    StagedEntry,
+    UpEntry,
     now,
 )
 from stager.stress.digest import digest
@@ -78,7 +78,7 @@ class Trainer:
         self._heed_term()
         num_fds = count_fds(os.getpid())
         ckpt = Checkpointer(self._directory, self._episode.config)
-        self._diary.write(Up(now(), num_fds))
+        self._diary.write(UpEntry(now(), num_fds))
         if self._run.ending == "forget":
             self._train(ckpt)
             return
@@ -90,7 +90,7 @@ class Trainer:
             except Exception as error:  # noqa: BLE001  (whatever a save failed with)
                 self._note_error(error, None)
             self._note_lost_errors()
-        self._diary.write(Closed(now(), count_fds(os.getpid())))
+        self._diary.write(ClosedEntry(now(), count_fds(os.getpid())))
 
     def _heed_term(self) -> None:
         if self._run.on_term == "exit":
@@ -119,7 +119,7 @@ class Trainer:
                 self._save(ckpt, training)
             if self._preempted.flag:
                 return
-        self._diary.write(Finished(now(), training.step, digest(training.state)))
+        self._diary.write(FinishedEntry(now(), training.step, digest(training.state)))
 
     def _warm_up(self, ckpt: Checkpointer, training: Training) -> None:
         try:
@@ -136,19 +136,19 @@ class Trainer:
             skipped += tuple(skipped.name for skipped in ckpt.skipped)
             assert loaded is not None
             training.step = loaded.step
-        self._diary.write(Resumed(now(), training.step, digest(training.state), skipped))
+        self._diary.write(ResumedEntry(now(), training.step, digest(training.state), skipped))
         return training
 
     # -- saves --------------------------------------------------------------------------------------------------
 
     def _save(self, ckpt: Checkpointer, training: Training) -> None:
         step = training.step
-        self._diary.write(Begun(now(), step, self._count_fds()))
+        self._diary.write(BegunEntry(now(), step, self._count_fds()))
         handle = self._try(partial(ckpt.save, step, training.state), step)
         if handle is None:
             return
         if handle.upload_completion.cancelled():
-            self._diary.write(Skipped(now(), step))
+            self._diary.write(SkippedEntry(now(), step))
             return
         self._handles.append(handle)
         handle.staging_completion.add_done_callback(partial(self._note_staged, step))
@@ -164,7 +164,7 @@ class Trainer:
         return None
 
     def _note_error(self, error: Exception, step: int | None) -> bool:
-        """Whose error it is: True if it is that of the save of ``step``, False if earlier ones'."""
+        """Whether an error is that of the save of ``step``, and not of an earlier one."""
         told = set(map(id, _errors_in(error)))
         handles = [handle for handle in self._handles if id(_error_of(handle)) in told]
         for handle in handles:
@@ -178,23 +178,23 @@ class Trainer:
         if error is not None and handle.step not in self._noted:
             self._noted.add(handle.step)
             if isinstance(error, LeftRunningError):
-                self._diary.write(Left(now(), handle.step))
+                self._diary.write(DetachedEntry(now(), handle.step))
                 return
             was_staged = handle.staging_completion.exception() is None
             self._diary.write(_failed(handle.step, error, was_staged=was_staged, lost=lost))
 
     def _note_lost_errors(self) -> None:
-        """After ``close()``: what no Future and no call has told."""
+        """After ``close()``: write down the errors that no Future and no call has told."""
         for handle in self._handles:
             self._note_failure(handle, lost=True)
 
     def _note_staged(self, step: int, future: Future[None]) -> None:
         if future.exception() is None:
-            self._diary.write(Staged(now(), step))
+            self._diary.write(StagedEntry(now(), step))
 
     def _note_done(self, handle: SaveHandle, future: Future[CheckpointInfo]) -> None:
         if handle.state.value == "committed":
-            self._diary.write(Committed(now(), handle.step))
+            self._diary.write(CommittedEntry(now(), handle.step))
         elif self._episode.reads_futures and future.exception() is not None:
             self._note_failure(handle)
 
@@ -205,13 +205,13 @@ class Trainer:
 
 
 def _error_of(handle: SaveHandle) -> BaseException | None:
-    """Without stager taking note that somebody has looked: it still has to tell us."""
+    """Look at a Future's error in a way that stager does not notice, so that it still has to raise it."""
     future = handle.upload_completion
     return Future.exception(future) if future.done() and not future.cancelled() else None
 
 
 def _errors_in(error: BaseException) -> list[BaseException]:
-    """An error, those it is a group of, and those that it was raised upon."""
+    """Yield an error, the errors of its group, and its causes and contexts."""
     found: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
@@ -222,13 +222,13 @@ def _errors_in(error: BaseException) -> list[BaseException]:
     return found
 
 
-def _failed(step: int, error: BaseException, *, was_staged: bool = False, lost: bool = False) -> Failed:
+def _failed(step: int, error: BaseException, *, was_staged: bool = False, lost: bool = False) -> FailedEntry:
     code = error.errno if isinstance(error, OSError) else None
-    return Failed(now(), step, type(error).__name__, str(error), code, was_staged, lost)
+    return FailedEntry(now(), step, type(error).__name__, str(error), code, was_staged, lost)
 
 
 def count_fds(pid: int) -> int:
-    """Open descriptors of a process; 0: it is gone."""
+    """Number of open descriptors of a process; 0 if it is gone."""
     try:
         return len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:

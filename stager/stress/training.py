@@ -1,4 +1,4 @@
-"""A training run in small: everything that a real one has to save, and one step of it. The same bits in every process."""
+"""A small training run with everything that a real one has to save. It makes the same bits in every process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrainingSpec:
 
     @property
     def max_nbytes(self) -> int:
-        """Of the largest state, roughly, and not less than that."""
+        """Upper bound of the size of the largest state, in bytes."""
         parameters = self.depth * (self.width * self.width + 5 * self.width) + 2 * self.width * _FEATURES + 64
         return parameters * 16 + 40_000 + sum(leaf.max_nbytes + 512 for leaf in self.leaves)
 
@@ -85,7 +85,7 @@ class Training:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state that a checkpoint must hold."""
         return {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -97,7 +97,7 @@ class Training:
         }
 
     def advance(self) -> None:
-        """One step."""
+        """Train one step."""
         self.step += 1
         batch = torch.randn(_BATCH, _FEATURES) * random.uniform(0.5, 1.5)
         loss = (self.model(batch) - batch).square().mean()
@@ -115,7 +115,7 @@ class Training:
 
 
 def digests_of(spec: TrainingSpec, num_steps: int) -> Iterator[str]:
-    """The hash of the state after each step of a run that nothing disturbs: the truth."""
+    """Yield the hash of the true state after each step: that of a run without faults."""
     training = Training(spec)
     for _ in range(num_steps):
         training.advance()

@@ -228,7 +228,7 @@ def test_process_exit_codes(saved_run: Path, tmp_path: Path) -> None:
     assert (whole.returncode, whole.stderr) == (0, "")
     absent = python("-m", "stager", "verify", tmp_path, cwd=tmp_path)
     assert (absent.returncode, absent.stdout) == (1, "")
-    assert absent.stderr == f"stager: {tmp_path}: no committed checkpoint here\n"
+    assert absent.stderr == f"stager: {tmp_path}: the directory has no committed checkpoint\n"
 
 
 def test_process_with_a_misspelt_key_exits_with_a_message_and_no_traceback(tmp_path: Path) -> None:

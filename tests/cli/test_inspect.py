@@ -106,7 +106,7 @@ def test_step_that_is_not_there_is_answered_with_those_that_are(command: str, sa
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_run_without_checkpoints(command: str, tmp_path: Path) -> None:
-    assert Outcome(command, tmp_path).err == f"stager: {tmp_path}: no committed checkpoint here\n"
+    assert Outcome(command, tmp_path).err == f"stager: {tmp_path}: the directory has no committed checkpoint\n"
     assert Outcome(command, tmp_path).code == 1
     assert Outcome(command, tmp_path, "--step", 7).err.endswith("no checkpoint of step 7; there are no checkpoints\n")
     assert Outcome(command, tmp_path / "none").err == f"stager: {tmp_path / 'none'}: no such directory\n"

@@ -177,7 +177,7 @@ def test_module_alone_takes_the_optimizer_that_is_named(module: str) -> None:
     alone = plan("--module", f"{module}:module")
     none = plan("--module", f"{module}:module", "--optimizer", "none")
     assert alone["rank"] == none["rank"]
-    assert alone["assumed"] == ["no optimizer is counted: see --optimizer"]
+    assert alone["assumed"] == ["no optimizer is counted; --optimizer adds one"]
     parameters = (64_000 + 128) * 4  # that require a gradient; tied ones once
     difference = assumed["rank"]["tensor_nbytes"] - alone["rank"]["tensor_nbytes"]
     assert 2 * parameters <= difference <= 2 * parameters + 64 * 9
@@ -315,11 +315,11 @@ def test_pieces_are_those_of_a_real_save(module: str, run_dir: Path) -> None:
 
 
 USAGE = {
-    "nothing": ((), "name one of: a checkpoint or run directory, --module, --params"),
-    "two": (("dir", "--params", 5), "name one of"),
-    "meta": (("--params", 5, "--meta"), "--meta goes with --module"),
-    "step": (("--params", 5, "--step", 1), "--step goes with a run's directory"),
-    "optimizer of a checkpoint": (("dir", "--optimizer", "sgd"), "a checkpoint holds what it holds"),
+    "nothing": ((), "give exactly one of: a checkpoint or run directory, --module, --params"),
+    "two": (("dir", "--params", 5), "give exactly one of"),
+    "meta": (("--params", 5, "--meta"), "--meta needs --module"),
+    "step": (("--params", 5, "--step", 1), "--step needs the directory of a run"),
+    "optimizer of a checkpoint": (("dir", "--optimizer", "sgd"), "a checkpoint already has the state"),
     "params": (("--params", "many"), "--params many: a number of parameters such as"),
     "no params": (("--params", "0"), "--params 0: a number"),
     "infinite": (("--params", "infB"), "--params infB: a number"),
@@ -341,8 +341,8 @@ def test_wrong_usage(arguments: tuple[object, ...], message: str) -> None:
 
 CALLABLES = {
     "no_such_package.module:make": "cannot import no_such_package.module: ModuleNotFoundError: No module named",
-    "{module}": "must look like package.module:callable",
-    "{module}:": "must look like package.module:callable",
+    "{module}": "must have the form package.module:callable",
+    "{module}:": "must have the form package.module:callable",
     "{module}:missing": "has no missing",
     "{module}:Tied.missing": "has no Tied.missing",
     "{module}:number": "number is a int, not callable",
@@ -370,10 +370,10 @@ def test_place_of_an_error_in_the_callable_is_named(module: str, tmp_path: Path)
 def test_optimizer_that_cannot_be_assumed_is_wrong_usage(module: str, name: str) -> None:
     outcome = Outcome("plan", "--module", f"{module}:{name}", "--optimizer", "sgd")
     assert outcome.code == 2
-    assert f"--optimizer sgd: {module}:{name} returned " in outcome.err
+    assert f"--optimizer sgd cannot be used: {module}:{name} returned " in outcome.err
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     outcome = Outcome("plan", tmp_path)
     assert (outcome.code, outcome.out) == (1, "")
-    assert "no committed checkpoint here" in outcome.err
+    assert "the directory has no committed checkpoint" in outcome.err

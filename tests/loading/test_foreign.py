@@ -53,9 +53,10 @@ def stock(tmp_path: Path) -> Path:
 def test_torch_save_is_read_as_torch_load_reads_it(tmp_path: Path) -> None:
     state = everything()
     torch.save(state, tmp_path / "a.pt")
-    assert same(load_checkpoint(tmp_path / "a.pt"), torch.load(tmp_path / "a.pt", weights_only=True))
+    assert same(load_checkpoint(tmp_path / "a.pt").state, torch.load(tmp_path / "a.pt", weights_only=True))
     torch.save([1, torch.ones(2)], tmp_path / "list.pt")
-    assert same(load_checkpoint(tmp_path / "list.pt"), [1, torch.ones(2)])
+    assert load_checkpoint(tmp_path / "list.pt").step is load_checkpoint(tmp_path / "list.pt").info is None
+    assert same(load_checkpoint(tmp_path / "list.pt").state, [1, torch.ones(2)])
     with pytest.raises(UsageError, match="holds a list"):
         load_checkpoint(tmp_path / "list.pt", {})
 
@@ -63,16 +64,19 @@ def test_torch_save_is_read_as_torch_load_reads_it(tmp_path: Path) -> None:
 def test_dcp_save_is_read_with_its_nesting(tmp_path: Path) -> None:
     state = small_state()
     dcp.save(state, checkpoint_id=tmp_path / "stock", no_dist=True)
-    assert same(load_checkpoint(tmp_path / "stock"), state)
+    assert same(load_checkpoint(tmp_path / "stock").state, state)
 
 
 def test_own_checkpoint_is_read_by_its_path(run_dir: Path) -> None:
     state = everything()
-    path = save(run_dir, state).path
-    assert same(load_checkpoint(path), state)
+    info = save(run_dir, state)
+    path = info.path
+    own = load_checkpoint(path)
+    assert same(own.state, state)
+    assert (own.step, own.path, own.info) == (info.step, path, info)
     os.unlink(f"{path}/manifest.json")  # what is left is what dcp.save writes
     del state["ints"], state["plain"]["empty"]  # DCP makes strings of keys, and has no empty containers
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path).state
     assert all(same(loaded[name], value) for name, value in state.items())
 
 
@@ -96,7 +100,7 @@ def test_into_keeps_identity_and_calls_load_state_dict(tmp_path: Path, origin: s
     if origin != "dcp":
         target["optimizer"] = torch.optim.AdamW(other.parameters())
     loose, weight = target["loose"], other[0].weight
-    assert load_checkpoint(path, target) is target
+    assert load_checkpoint(path, target).state is target
     assert target["loose"] is loose and other[0].weight is weight and target["n"] == 7
     assert same(dict(other.state_dict()), dict(model.state_dict())) and same(loose, state["loose"])
     if origin != "dcp":
@@ -110,11 +114,13 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path, origin: str) -> None:
     path = tmp_path / "saved"
     torch.save(state, path) if origin == "torch.save" else dcp.save(state, checkpoint_id=path, no_dist=True)
     target = {"a": torch.zeros(3), "b": {"c": torch.zeros(5), "d": torch.zeros(1)}}
-    with pytest.raises(StateMismatchError, match=r"b\['c'\]: has shape \[5\] here and \[2\] in the checkpoint"):
+    with pytest.raises(
+        StateMismatchError, match=r"b\['c'\]: has shape \[5\] in the target and \[2\] in the checkpoint"
+    ):
         load_checkpoint(path, target)
     assert not target["a"].any()
     target["b"] = {"c": torch.zeros(2), "d": torch.zeros(1)}
-    with pytest.raises(StateMismatchError, match=r"b\['d'\]: missing"):
+    with pytest.raises(StateMismatchError, match=r"b\['d'\]: is in the target"):
         load_checkpoint(path, target)
     load_checkpoint(path, target, strict=False)
     assert target["a"].all() and target["b"]["c"].all()
@@ -122,7 +128,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path, origin: str) -> None:
 
 def test_own_tensors_in_chunks_are_whole(tmp_path: Path) -> None:
     path, whole = chunked_checkpoint(tmp_path)
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path).state
     assert same({name: loaded[name] for name in whole}, whole) and loaded["n"] == 5
     target: dict[str, Any] = {name: torch.zeros(7, 6, 4) for name in whole}
     target["rows"] = torch.zeros(4, 6, 7).permute(2, 1, 0)

@@ -96,22 +96,26 @@ class Unsafe:
 
 _T = torch.arange(6.0)
 MISMATCHES: dict[str, tuple[Any, Any, str]] = {
-    "shape": (_T, torch.zeros(5), r"x: has shape \[5\] here and \[6\] in the checkpoint"),
-    "0-dim": (torch.tensor(1.0), torch.zeros(1), r"x: has shape \[1\] here and \[\] in the checkpoint"),
-    "dtype": (_T, torch.zeros(6, dtype=torch.float64), "x: is float64 here and float32 in the checkpoint"),
-    "sparse here": (_T, torch.zeros(6).to_sparse(), "x: is torch.sparse_coo here and dense in the checkpoint"),
-    "dense here": (_T.to_sparse(), torch.zeros(6), "x: is torch.strided here and torch.sparse_coo in the checkpoint"),
-    "sparse shape": (_T.to_sparse(), torch.zeros(7).to_sparse(), r"x: has shape \[7\] here and \[6\]"),
-    "sparse dtype": (_T.to_sparse(), torch.zeros(6).int().to_sparse(), "x: is int32 here and float32"),
-    "object there": (3, torch.zeros(6), "x: is a tensor here and a int in the checkpoint"),
-    "container there": ({"k": _T}, torch.zeros(6), "x: is a tensor here and a mapping in the checkpoint"),
-    "list there": ([_T], torch.zeros(6), "x: is a tensor here and a list in the checkpoint"),
-    "mapping here": (_T, {"k": torch.zeros(6)}, "x: is a dict here and a single value in the checkpoint"),
-    "list here": (_T, [torch.zeros(6)], "x: is a list here and a single value in the checkpoint"),
-    "list for mapping": ([_T], {"k": torch.zeros(6)}, "x: is a dict here and a list in the checkpoint"),
+    "shape": (_T, torch.zeros(5), r"x: has shape \[5\] in the target and \[6\] in the checkpoint"),
+    "0-dim": (torch.tensor(1.0), torch.zeros(1), r"x: has shape \[1\] in the target and \[\] in the checkpoint"),
+    "dtype": (_T, torch.zeros(6, dtype=torch.float64), "x: is float64 in the target and float32 in the checkpoint"),
+    "sparse here": (_T, torch.zeros(6).to_sparse(), "x: is torch.sparse_coo in the target and dense in the checkpoint"),
+    "dense here": (
+        _T.to_sparse(),
+        torch.zeros(6),
+        "x: is torch.strided in the target and torch.sparse_coo in the checkpoint",
+    ),
+    "sparse shape": (_T.to_sparse(), torch.zeros(7).to_sparse(), r"x: has shape \[7\] in the target and \[6\]"),
+    "sparse dtype": (_T.to_sparse(), torch.zeros(6).int().to_sparse(), "x: is int32 in the target and float32"),
+    "object there": (3, torch.zeros(6), "x: is a tensor in the target and a int in the checkpoint"),
+    "container there": ({"k": _T}, torch.zeros(6), "x: is a tensor in the target and a mapping in the checkpoint"),
+    "list there": ([_T], torch.zeros(6), "x: is a tensor in the target and a list in the checkpoint"),
+    "mapping here": (_T, {"k": torch.zeros(6)}, "x: is a dict in the target and a single value in the checkpoint"),
+    "list here": (_T, [torch.zeros(6)], "x: is a list in the target and a single value in the checkpoint"),
+    "list for mapping": ([_T], {"k": torch.zeros(6)}, "x: is a dict in the target and a list in the checkpoint"),
     "expanded": (_T, torch.zeros(1).expand(6), "x: is expanded"),
     "meta": (_T, torch.zeros(6, device="meta"), "x: is on the meta device"),
-    "frozen": ({"n": 1}, MappingProxyType({"n": 0}), r"x\['n'\]: its container mappingproxy cannot be changed"),
+    "frozen": ({"n": 1}, MappingProxyType({"n": 0}), r"x\['n'\]: is in a mappingproxy, which cannot be changed"),
     "deep": ({"a": [{"b": _T}]}, {"a": [{"b": torch.zeros(2)}]}, r"x\['a'\]\[0\]\['b'\]: has shape"),
 }
 
@@ -134,8 +138,9 @@ def test_every_missing_and_unexpected_key_is_listed(run_dir: Path) -> None:
     state = {"x": {"a": torch.ones(1), "b": 1}, "l": [1, torch.ones(1)], "other": 5}
     into = {"x": {"a": torch.zeros(1), "c": 2}, "l": [0, torch.zeros(1), 3], "y": 1}
     message = (
-        r"y: missing in the checkpoint\n|x\['c'\]: missing in the checkpoint\n|l\[2\]: missing in the checkpoint\n"
-        r"|x\['b'\]: in the checkpoint, but not here\n|strict=False"
+        r"y: is in the target but not in the checkpoint\n|x\['c'\]: is in the target but not in the checkpoint\n"
+        r"|l\[2\]: is in the target but not in the checkpoint\n"
+        r"|x\['b'\]: is in the checkpoint but not in the target\n|strict=False"
     )
     refused(run_dir, state, into, message)
     try:
@@ -143,10 +148,10 @@ def test_every_missing_and_unexpected_key_is_listed(run_dir: Path) -> None:
     except StateMismatchError as error:
         lines = str(error).splitlines()[1:]
     assert sorted(lines[:-1]) == [
-        "  l[2]: missing in the checkpoint",
-        "  x['b']: in the checkpoint, but not here",
-        "  x['c']: missing in the checkpoint",
-        "  y: missing in the checkpoint",
+        "  l[2]: is in the target but not in the checkpoint",
+        "  x['b']: is in the checkpoint but not in the target",
+        "  x['c']: is in the target but not in the checkpoint",
+        "  y: is in the target but not in the checkpoint",
     ]
 
 

@@ -53,9 +53,13 @@ def modules_that_do_not_fit() -> Iterator[Any]:
         nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), r"m\['2.weight'\]: has shape", id="shape"
     )
     yield pytest.param(
-        nn.Sequential(*model, nn.Linear(2, 2)), r"m\['3.bias'\]: missing in the checkpoint", id="missing"
+        nn.Sequential(*model, nn.Linear(2, 2)),
+        r"m\['3.bias'\]: is in the target but not in the checkpoint",
+        id="missing",
     )
-    yield pytest.param(copy.deepcopy(model[:2]), r"m\['2.bias'\]: in the checkpoint, but not here", id="unexpected")
+    yield pytest.param(
+        copy.deepcopy(model[:2]), r"m\['2.bias'\]: is in the checkpoint but not in the target", id="unexpected"
+    )
     yield pytest.param(copy.deepcopy(model).to("meta"), r"m\['0.weight'\]: is on the meta device", id="meta")
 
 
@@ -65,8 +69,15 @@ def test_module_that_does_not_fit(run_dir: Path, target: nn.Module, message: str
 
 
 def test_module_for_something_else(run_dir: Path) -> None:
-    refused(run_dir, {"m": 5}, {"m": nn.Linear(1, 1)}, "m: is a Linear here and a single value in the checkpoint")
-    refused(run_dir, {"m": [torch.ones(1)]}, {"m": nn.Linear(1, 1)}, "m: is a Linear here and a list in the checkpoint")
+    refused(
+        run_dir, {"m": 5}, {"m": nn.Linear(1, 1)}, "m: is a Linear in the target and a single value in the checkpoint"
+    )
+    refused(
+        run_dir,
+        {"m": [torch.ones(1)]},
+        {"m": nn.Linear(1, 1)},
+        "m: is a Linear in the target and a list",
+    )
 
 
 def test_not_strict_module(run_dir: Path) -> None:
@@ -113,9 +124,9 @@ def test_lazy_module(run_dir: Path) -> None:
 def optimizers_that_do_not_fit() -> Iterator[Any]:
     model, _ = trained(1)
     halves = [{"params": list(model[0].parameters())}, {"params": [*model[1].parameters(), *model[2].parameters()]}]
-    yield pytest.param(torch.optim.AdamW(halves), "o: has 2 parameter groups, the checkpoint 1", id="groups")
+    yield pytest.param(torch.optim.AdamW(halves), "o: has 2 parameter groups in the target and 1", id="groups")
     few = torch.optim.AdamW(model[0].parameters())
-    yield pytest.param(few, r"o\['param_groups'\]\[0\]: has 2 parameters, the checkpoint 6", id="parameters")
+    yield pytest.param(few, r"o\['param_groups'\]\[0\]: has 2 parameters in the target and 6", id="parameters")
 
 
 @pytest.mark.parametrize("target, message", [*optimizers_that_do_not_fit()])
@@ -129,7 +140,9 @@ def test_optimizer_for_something_else(run_dir: Path) -> None:
     _, optimizer = trained(1)
     others: list[Any] = [5, {"state": {}}, {"state": {}, "param_groups": 3}, {"param_groups": [torch.ones(1)]}]
     for other in others:
-        refused(run_dir, {"o": other}, {"o": optimizer}, "o: is a AdamW here, and none in the checkpoint")
+        refused(
+            run_dir, {"o": other}, {"o": optimizer}, "o: is a AdamW in the target and no optimizer in the checkpoint"
+        )
 
 
 class Clearing:

@@ -78,7 +78,7 @@ def test_class_that_is_gone_is_the_users_to_find(run_dir: Path) -> None:
         info = save(run_dir, {"x": gone()})
     finally:
         del globals()["Gone"]
-    with pytest.raises(UsageError, match="its class is not found"):
+    with pytest.raises(UsageError, match="its class cannot be imported"):
         restorer(info, allow_pickle=True).load()
 
 

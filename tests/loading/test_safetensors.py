@@ -33,26 +33,26 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_is_read_as_its_own_library_reads_it(path: Path, tmp_path: Path) -> None:
-    assert same(load_checkpoint(path), safetensors.torch.load_file(path))
+    assert same(load_checkpoint(path).state, safetensors.torch.load_file(path))
     path.rename(tmp_path / "weights")  # by what is in it, not by its name
-    assert same(load_checkpoint(tmp_path / "weights"), safetensors.torch.load_file(tmp_path / "weights"))
+    assert same(load_checkpoint(tmp_path / "weights").state, safetensors.torch.load_file(tmp_path / "weights"))
     safetensors.torch.save_file({}, path)
-    assert load_checkpoint(path) == {}
+    assert load_checkpoint(path).state == {}
 
 
 def test_into_what_is_there(path: Path) -> None:
     into = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
     w = into["w"]
-    assert load_checkpoint(path, into) is into
+    assert load_checkpoint(path, into).state is into
     assert into["w"] is w and same(into, STATE)
-    with pytest.raises(StateMismatchError, match=r"w: has shape \[2\] here and \[5, 3\] in the checkpoint"):
+    with pytest.raises(StateMismatchError, match=r"w: has shape \[2\] in the target and \[5, 3\] in the checkpoint"):
         load_checkpoint(path, {"w": torch.zeros(2)})
 
 
 def test_tied_weights_of_an_export_are_one_tensor(run_dir: Path, tmp_path: Path) -> None:
     weight = torch.randn(3, 3)
     export_checkpoint(save(run_dir, {"a": weight, "b": weight}).path, tmp_path / "a.st", file_format="safetensors")
-    loaded = load_checkpoint(tmp_path / "a.st")
+    loaded = load_checkpoint(tmp_path / "a.st").state
     assert loaded["a"] is loaded["b"] and torch.equal(loaded["a"], weight)
 
 
@@ -107,7 +107,7 @@ def test_header_that_lies_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_unknown_dtype_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(of({"a": entry(0, 1, [2], "F4")}, bytes(1)))
-    with pytest.raises(UsageError, match="a is F4"):
+    with pytest.raises(UsageError, match="a has the dtype F4"):
         load_checkpoint(tmp_path / "a")
 
 

@@ -151,8 +151,8 @@ def check(results: list[Any]) -> None:
     for result in results:
         assert result["of two ranks"] == result["of one process"] == [True] * 15
         assert result["modules"] == [True] * 3 and result["app"]
-        assert result["shape"] == "  rows: has shape [6, 5] here and [7, 5] in the checkpoint"
-        assert result["dtype"] == "  rows: is float64 here and float32 in the checkpoint"
+        assert result["shape"] == "  rows: has shape [6, 5] in the target and [7, 5] in the checkpoint"
+        assert result["dtype"] == "  rows: is float64 in the target and float32 in the checkpoint"
         assert "damaged (rows)" in result["damage"] and "partly overwritten" in result["damage"]
 
 

@@ -47,13 +47,13 @@ def test_a_rank_that_the_checkpoint_has_nothing_of_keeps_what_it_has(
         target = {"a": PerRank(5)}
         ckpt.load(into=target)
     assert target["a"].value == 5
-    assert "a: the checkpoint has none of rank 0" in caplog.text
+    assert "a: the checkpoint has no PerRank value of rank 0" in caplog.text
 
 
 def test_what_was_not_per_rank_when_it_was_saved_does_not_fit(run_dir: Path) -> None:
     with Checkpointer(run_dir) as ckpt:
         ckpt.save(1, {"a": {"x": 1}}).upload_completion.result()
-        with pytest.raises(StateMismatchError, match="a: is PerRank here, and was not when it was saved"):
+        with pytest.raises(StateMismatchError, match="a: is a PerRank in the target and"):
             ckpt.load(into={"a": PerRank({"x": 0})})
 
 

@@ -16,7 +16,7 @@ import torch
 from stager import Checkpointer
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints, removing_names
 from stager.workers.checkpoint.maintenance.recover import Outcome, recover
-from stager.workers.checkpoint.maintenance.retention import Fate, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, RetentionRules, prune
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import StorageError
 from tests import scripts
@@ -59,7 +59,7 @@ def test_error_at_each_system_call_is_told_and_harms_nothing(tmp_path: Path) -> 
         left = None
         with failing_call(number, lambda name: OSError(errno.EIO, os.strerror(errno.EIO))) as reached:
             with suppress(StorageError):  # the directory cannot be read, or synced
-                left = prune(str(run_dir), RULES).steps(Fate.LEFT)
+                left = prune(str(run_dir), RULES).steps(PruneFate.LEFT)
         remaining = whole(run_dir)
         assert 2 in remaining
         assert left != [] or remaining == [2]  # it says so when something is left
@@ -137,7 +137,7 @@ def test_two_prune_at_once(run_dir: Path, faults: Faults) -> None:
         handle = ckpt.save(4, state_of(4))
         hold.wait()
         handle.upload_completion.result()
-        assert prune(str(run_dir), RULES).steps(Fate.REMOVED) == [3]
+        assert prune(str(run_dir), RULES).steps(PruneFate.REMOVED) == [3]
         hold.release()
     assert steps_of(run_dir) == [4]
     assert sorted(os.listdir(run_dir)) == [".stager.lock", "step-00000004"]

@@ -18,7 +18,7 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.protected import PROTECTED_NAME, read_protected, write_protected
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import committed_steps, partial_names, removing_names
-from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, RetentionRules, prune
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import CorruptCheckpointError
 from tests.incremental.states import save_incrementally
@@ -50,8 +50,8 @@ def test_rules(run_dir: Path, rules: RetentionRules, kept: list[int]) -> None:
     planned = prune(str(run_dir), rules, dry_run=True)
     assert everything_in(run_dir) == before
     report = prune(str(run_dir), rules)
-    assert steps_of(run_dir) == kept == sorted(report.steps(Fate.KEPT))
-    assert sorted(report.steps(Fate.REMOVED)) == sorted({*STEPS} - {*kept})
+    assert steps_of(run_dir) == kept == sorted(report.steps(PruneFate.KEPT))
+    assert sorted(report.steps(PruneFate.REMOVED)) == sorted({*STEPS} - {*kept})
     assert (planned.verdicts, planned.freed_bytes, planned.dry_run) == (report.verdicts, report.freed_bytes, True)
     assert sorted(os.listdir(run_dir)) == [f"step-{step:08d}" for step in kept]
 

@@ -57,10 +57,10 @@ _MEANT = {
     RuntimeError: ("Missing key in checkpoint state_dict",),
     UsageError: (
         "is one checkpoint",
-        "cannot be loaded here",
+        "cannot be loaded on this host",
         "not a mapping",
         "storage extension",
-        "a dtype that stager",
+        "which stager cannot read",
     ),
     UnstageableError: ("",),  # a state that the format of an export cannot hold
 }

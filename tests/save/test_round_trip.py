@@ -116,7 +116,7 @@ def test_shape_mismatch_is_named_and_nothing_is_changed(run_dir: Path) -> None:
     with Checkpointer(run_dir) as ckpt:
         ckpt.save(0, {"a": torch.ones(3), "b": torch.ones(4)}).upload_completion.result()
         into = {"a": torch.zeros(3), "b": torch.zeros(5)}
-        with pytest.raises(StateMismatchError, match=r"b: has shape \[5\] here and \[4\] in the checkpoint"):
+        with pytest.raises(StateMismatchError, match=r"b: has shape \[5\] in the target and \[4\] in the checkpoint"):
             ckpt.load(into=into)
     assert same(into, {"a": torch.zeros(3), "b": torch.zeros(5)})
 

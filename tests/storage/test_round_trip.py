@@ -72,7 +72,7 @@ def test_targets_of_another_dtype_stride_or_sharing_memory(tmp_path: Path, verif
 
 
 def test_more_than_a_batch_beside_the_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stager.torch_api.storage.reader._BATCH_BYTES", 100)
+    monkeypatch.setattr("stager.loading.dcp.read_plan._BATCH_BYTES", 100)
     state = {str(n): torch.full((n,), float(n)) for n in range(1, 40)}
     save(state, StagerStorageWriter(tmp_path / "c"))
     target = {key: torch.zeros(len(value), dtype=torch.float64) for key, value in state.items()}

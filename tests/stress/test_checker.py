@@ -13,7 +13,7 @@ from stager.stress import checker
 from stager.stress.checker import Expectation, check_directory
 from stager.stress.damage import inflict_damage
 from stager.stress.digest import digest
-from stager.stress.faults import Damage
+from stager.stress.fault_kinds import Damage
 from stager.stress.training import Training, digests_of
 from stager.workers.checkpoint.read.verify import VerifyResult
 from tests.stress.plans import config, training
@@ -72,7 +72,7 @@ def test_damage_is_found(directory: str, expected: Expectation, how: str) -> Non
         assert damaged is not None and damaged.step == step
         found = check_directory(directory, expected)
         assert damaged.step in found.invalid and damaged.step in found.missing
-        assert any(f"step {damaged.step} is visible and not whole" in problem for problem in found.problems)
+        assert any(f"step {damaged.step} is committed and invalid" in problem for problem in found.problems)
         on_purpose = replace(expected, damaged={damaged.step: damaged.save_id})
         forgiven = check_directory(directory, on_purpose)
         assert (forgiven.problems, forgiven.missing) == ((), ())
@@ -87,7 +87,7 @@ def test_checkpoint_that_is_not_there_is_missing(directory: str, expected: Expec
 def test_whole_checkpoint_of_another_state_is_found(directory: str, expected: Expectation) -> None:
     lied = replace(expected, digests=["a lie" if step == 4 else d for step, d in enumerate(expected.digests)])
     found = check_directory(directory, lied)
-    assert found.problems == ("step 4 verifies and does not hold the state after step 4",)
+    assert found.problems == ("step 4 verifies but does not hold the state after step 4",)
 
 
 def test_renamed_checkpoint_is_found(directory: str, expected: Expectation) -> None:
@@ -123,4 +123,4 @@ def test_latest_that_is_not_the_newest_is_found(
         older = ckpt.checkpoints()[2]
     monkeypatch.setattr(Checkpointer, "latest", lambda _: older)
     found = check_directory(directory, expected)
-    assert found.problems == (f"latest() says {older.step}, the newest whole checkpoint is {STEPS - 1}",)
+    assert found.problems == (f"latest() returns step {older.step}; the newest valid one is {STEPS - 1}",)

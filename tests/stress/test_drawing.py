@@ -6,7 +6,7 @@ from stager.config import load_config
 from stager.stress.config import KINDS, StressConfig
 from stager.stress.drawing import draw_episode
 from stager.stress.episode import Episode
-from stager.stress.faults import STORAGE_POINTS, TRAINER_POINTS, WORKER_POINTS, Damage, PointFault
+from stager.stress.fault_kinds import STORAGE_POINTS, TRAINER_POINTS, WORKER_POINTS, Damage, PointFault
 from stager.stress.training import digests_of
 from stager.workers import faults
 

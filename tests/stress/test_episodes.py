@@ -10,15 +10,15 @@ import pytest
 from stager.stress.config import StressConfig
 from stager.stress.disk import SmallDisk
 from stager.stress.episode import Episode, RunPlan
-from stager.stress.faults import Damage, FullDisk, PointFault, Pressure, RemovePartial, SignalFault
-from stager.stress.record import EpisodeResult, Outcome
+from stager.stress.fault_kinds import Damage, FullDisk, PointFault, Pressure, RemovePartial, SignalFault
+from stager.stress.record import EpisodeResult, FaultResult
 from stager.stress.run import Stage
 from tests.stress.plans import config, episode, training
 
 CONFIG = StressConfig()
 
 
-def play(stage: Stage, plan: Episode) -> tuple[EpisodeResult, dict[str, Outcome]]:
+def play(stage: Stage, plan: Episode) -> tuple[EpisodeResult, dict[str, FaultResult]]:
     """The result, which must hold no violation, and what came of each fault."""
     result = stage.play(plan, CONFIG)
     assert not result.violations, result.violations
@@ -30,8 +30,8 @@ def test_trainer_killed_after_staging_then_its_last_checkpoint_damaged(stage: St
     killed = RunPlan(8, faults=(PointFault("save.handed-over", "kill", after=3),), peek_at=2, hurried=True)
     damaged = RunPlan(10, faults=(Damage("flip", newest=True, file=0.4, place=0.5),))
     result, outcomes = play(stage, episode(killed, damaged, number=1))
-    assert outcomes["SIGKILL at save.*"] in (Outcome.FINISHED, Outcome.COMMITTED)  # as fast as the worker was
-    assert outcomes["a bit flipped in a checkpoint"] is Outcome.FELL_BACK
+    assert outcomes["SIGKILL at save.*"] in (FaultResult.FINISHED, FaultResult.COMMITTED)  # as fast as the worker was
+    assert outcomes["a bit flipped in a checkpoint"] is FaultResult.FELL_BACK
     assert result.num_saves > 10  # the damaged step was saved again
 
 
@@ -39,15 +39,18 @@ def test_workers_that_crash_and_stop_in_the_middle_of_a_save(stage: Stage) -> No
     faults = (PointFault("commit.indexed", "segv"), PointFault("part.write", "stop", 4))
     settings = config(2, workers={"task_timeout_secs": 4.0}, persistence={"fsync": False})
     _, outcomes = play(stage, episode(RunPlan(6, faults=faults), number=2, config=settings, guard=False))
-    assert set(outcomes.values()) == {Outcome.MOVED}
+    assert set(outcomes.values()) == {FaultResult.MOVED}
 
 
 def test_storage_errors_are_reported_and_the_next_save_works(stage: Stage) -> None:
     faults = (PointFault("part.write", "errno", 1, "ENOSPC"), PointFault("commit.begin", "errno", 2, "EIO"))
     vanishing = (RemovePartial(4), PointFault("part.opened", "delay", 4, "0.4"))
     result, outcomes = play(stage, episode(RunPlan(9, faults=(*faults, *vanishing)), number=3, step_secs=0.01))
-    assert outcomes["ENOSPC at part.*"] is outcomes["EIO at commit.*"] is Outcome.REPORTED
-    assert outcomes["partial directory removed"] in (Outcome.REPORTED, Outcome.COMMITTED)  # whatever was seen first
+    assert outcomes["ENOSPC at part.*"] is outcomes["EIO at commit.*"] is FaultResult.REPORTED
+    assert outcomes["partial directory removed"] in (
+        FaultResult.REPORTED,
+        FaultResult.COMMITTED,
+    )  # whatever was seen first
     assert 2 <= result.num_failed <= 3 and result.num_committed == 9 - result.num_failed
 
 
@@ -57,7 +60,7 @@ def test_trainer_that_is_terminated_saves_once_more_and_one_that_ends_without_a_
     second = RunPlan(201, ending="close", faults=(Pressure(1, 16 << 20, 0.1),))
     plan = episode(first, second, number=4, save_every=50, step_secs=0.002, training=training(optimizer="sgd"))
     result, outcomes = play(stage, plan)
-    assert outcomes["SIGTERM to the trainer"] in (Outcome.COMMITTED, Outcome.DISCARDED)
+    assert outcomes["SIGTERM to the trainer"] in (FaultResult.COMMITTED, FaultResult.DISCARDED)
     assert result.num_runs == 2
 
 
@@ -70,5 +73,5 @@ def test_disk_that_is_full_for_a_while(stage: Stage, tmp_path: Path) -> None:
     settings = config(persistence={"check_free_space": False})
     plan = episode(RunPlan(12, faults=(full,)), number=5, small_disk=True, config=settings, step_secs=0.05)
     result, outcomes = play(stage, plan)
-    assert outcomes == {"full disk": Outcome.REPORTED}
+    assert outcomes == {"full disk": FaultResult.REPORTED}
     assert result.num_failed >= 1 and result.num_committed >= 2

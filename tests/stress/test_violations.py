@@ -13,12 +13,24 @@ import pytest
 from stager.stress import system
 from stager.stress.checker import Found
 from stager.stress.config import StressConfig, StressSettings
-from stager.stress.diary import Begun, Closed, Committed, Diary, Entry, Failed, Finished, Left, Resumed, Staged, Up
+from stager.stress.diary import (
+    BegunEntry,
+    ClosedEntry,
+    CommittedEntry,
+    DetachedEntry,
+    Diary,
+    Entry,
+    FailedEntry,
+    FinishedEntry,
+    ResumedEntry,
+    StagedEntry,
+    UpEntry,
+)
 from stager.stress.episode import RunPlan
-from stager.stress.faults import FullDisk, PointFault, Pressure, SignalFault
+from stager.stress.fault_kinds import FullDisk, PointFault, Pressure, SignalFault
 from stager.stress.inflictor import Fired
 from stager.stress.judge import violations_of
-from stager.stress.record import Outcome, Run
+from stager.stress.record import FaultResult, RunRecord
 from stager.stress.run import Stage
 from stager.stress.system import Traces
 from tests.stress.plans import episode
@@ -32,7 +44,7 @@ def test_process_that_outlives_its_trainer_is_found_and_killed(stage: Stage) -> 
     settings = StressConfig(stress=StressSettings(gone_deadline_secs=0.5))
     result = stage.play(episode(RunPlan(2, faults=(hog,)), number=1), settings)
     assert [line for line in result.violations if "was alive" in line] == result.violations != []
-    assert result.outcomes[0].outcome is Outcome.VIOLATION
+    assert result.outcomes[0].outcome is FaultResult.VIOLATION
     assert not stage.server.alive()
     assert (Path(result.directory) / "left.txt").read_text().startswith("pid ")
 
@@ -55,7 +67,7 @@ def test_shared_memory_and_names_that_are_left_are_found(monkeypatch: pytest.Mon
         monkeypatch.setattr(system, "others_with_shared_memory", lambda _: [])  # whoever runs beside this test
         problems = before.left_behind(os.getpid(), 8 << 20)
     assert any(line.endswith("bytes more of shared memory than before the episode") for line in problems)
-    assert f"{left.name} was left" in problems
+    assert f"{left.name} was left behind" in problems
     assert any("the fork server had" in line for line in problems)  # its descriptor of the file
 
 
@@ -76,27 +88,27 @@ def diary_of(*entries: Entry) -> Diary:
 
 
 GOOD = (
-    Up(1.0, 5),
-    Resumed(1.1, 0, "zero"),
-    Begun(2.0, 1, {}),
-    Staged(2.1, 1),
-    Begun(3.0, 2, {}),
-    Staged(3.1, 2),
-    Committed(3.2, 1),
-    Committed(3.3, 2),
-    Finished(3.4, 2, "two"),
-    Closed(4.0, 5),
+    UpEntry(1.0, 5),
+    ResumedEntry(1.1, 0, "zero"),
+    BegunEntry(2.0, 1, {}),
+    StagedEntry(2.1, 1),
+    BegunEntry(3.0, 2, {}),
+    StagedEntry(3.1, 2),
+    CommittedEntry(3.2, 1),
+    CommittedEntry(3.3, 2),
+    FinishedEntry(3.4, 2, "two"),
+    ClosedEntry(4.0, 5),
 )
 BEFORE = Found(valid=(0,))
 FOUND = Found(valid=(0, 1, 2))
-NOT_WHOLE = "step 1 is visible and not whole"
+NOT_WHOLE = "step 1 is committed and invalid"
 
 
-def good_run() -> Run:
-    return Run(PLAN.runs[0], diary_of(*GOOD), BEFORE, exitcode=0, ended=4.0, found=FOUND)
+def good_run() -> RunRecord:
+    return RunRecord(PLAN.runs[0], diary_of(*GOOD), BEFORE, exitcode=0, ended=4.0, found=FOUND)
 
 
-def said(run: Run) -> list[str]:
+def said(run: RunRecord) -> list[str]:
     return list(violations_of(run, PLAN, DIGESTS))
 
 
@@ -108,13 +120,13 @@ def test_good_run_is_good() -> None:
     assert said(good_run()) == []
 
 
-def failed(step: int, error: str = "StorageError", errno: int | None = 5) -> Failed:
-    return Failed(3.0, step, error, "message", errno, True)
+def failed(step: int, error: str = "StorageError", errno: int | None = 5) -> FailedEntry:
+    return FailedEntry(3.0, step, error, "message", errno, True)
 
 
-def told() -> Run:
+def told() -> RunRecord:
     """To go, while it waited for its saves."""
-    run = replace(good_run(), diary=diary_of(*without(Committed), Left(3.5, 1), Left(3.5, 2)))
+    run = replace(good_run(), diary=diary_of(*without(CommittedEntry), DetachedEntry(3.5, 1), DetachedEntry(3.5, 2)))
     run.fired.append(Fired(SignalFault("trainer", "SIGTERM", save=1, delay_secs=0.0), 3.4, "trainer"))
     return run
 
@@ -123,54 +135,61 @@ def test_saves_that_are_left_to_the_workers_by_a_trainer_told_to_go_are_good() -
     assert said(told()) == []
 
 
-LIES: list[tuple[str, Run]] = [
+LIES: list[tuple[str, RunRecord]] = [
     ("the trainer hung", replace(good_run(), exitcode=None)),
     ("the trainer ended with 1", replace(good_run(), exitcode=1)),
     ("the trainer ended with -9", replace(good_run(), exitcode=-9)),
     ("was alive", replace(good_run(), left=["process 7 (sleeping)"])),
     ("resumed from step 0, although step 1", replace(good_run(), before=Found(valid=(0, 1)))),
-    ("what was loaded from step 0", replace(good_run(), diary=diary_of(Up(1.0, 5), Resumed(1.1, 0, "lie")))),
-    ("with another state", replace(good_run(), diary=diary_of(*without(Finished), Finished(3.4, 2, "lie")))),
+    ("loaded as another state", replace(good_run(), diary=diary_of(UpEntry(1.0, 5), ResumedEntry(1.1, 0, "lie")))),
+    ("with another state", replace(good_run(), diary=diary_of(*without(FinishedEntry), FinishedEntry(3.4, 2, "lie")))),
     ("save of step 2 failed", replace(good_run(), diary=diary_of(*GOOD, failed(2)))),
     ("step 2 was reported as committed", replace(good_run(), found=Found(valid=(0, 1), missing=(2,)))),
     (
-        "step 2 was staged, did not fail",
-        replace(good_run(), diary=diary_of(*without(Committed)), found=Found(valid=(0, 1), missing=(2,))),
+        "step 2 was staged and did not fail",
+        replace(good_run(), diary=diary_of(*without(CommittedEntry)), found=Found(valid=(0, 1), missing=(2,))),
     ),
-    ("neither committed nor failed", replace(good_run(), diary=diary_of(*without(Committed)))),
-    ("nobody told the trainer to go", replace(good_run(), diary=diary_of(*without(Committed, Closed), Left(3.5, 1)))),
+    ("neither committed nor failed", replace(good_run(), diary=diary_of(*without(CommittedEntry)))),
     (
-        "step 2 was staged, did not fail",
-        replace(told(), diary=diary_of(*without(Committed), Left(3.5, 2)), found=Found(valid=(0, 1), missing=(2,))),
+        "nobody told the trainer to go",
+        replace(good_run(), diary=diary_of(*without(CommittedEntry, ClosedEntry), DetachedEntry(3.5, 1))),
     ),
-    ("which an earlier run had left", replace(good_run(), found=Found(valid=(1, 2), missing=(0,)))),
-    ("descriptors open before", replace(good_run(), diary=diary_of(*without(Closed), Closed(4.0, 6)))),
+    (
+        "step 2 was staged and did not fail",
+        replace(
+            told(),
+            diary=diary_of(*without(CommittedEntry), DetachedEntry(3.5, 2)),
+            found=Found(valid=(0, 1), missing=(2,)),
+        ),
+    ),
+    ("which an earlier run had committed", replace(good_run(), found=Found(valid=(1, 2), missing=(0,)))),
+    ("descriptors open before", replace(good_run(), diary=diary_of(*without(ClosedEntry), ClosedEntry(4.0, 6)))),
     (
         "descriptors after a third",
-        replace(good_run(), diary=diary_of(*(Begun(1.0 + i, 1, {9: 5 + 3 * i}) for i in range(12)))),
+        replace(good_run(), diary=diary_of(*(BegunEntry(1.0 + i, 1, {9: 5 + 3 * i}) for i in range(12)))),
     ),
     (
         "did not clean it up",
         replace(good_run(), before=replace(BEFORE, partials=("p",)), found=replace(FOUND, partials=("p",))),
     ),
-    ("told nobody", replace(good_run(), diary=diary_of(*GOOD, replace(failed(2), lost=True)))),
+    ("neither a call nor close() raised", replace(good_run(), diary=diary_of(*GOOD, replace(failed(2), lost=True)))),
     ("while it ran: torn", replace(good_run(), peeks=["while it ran: torn"])),
     (
-        "step 1 is visible and not whole",
-        replace(good_run(), found=replace(FOUND, problems=("step 1 is visible and not whole",))),
+        "step 1 is committed and invalid",
+        replace(good_run(), found=replace(FOUND, problems=("step 1 is committed and invalid",))),
     ),
 ]
 
 
 @pytest.mark.parametrize(("expected", "run"), LIES, ids=[lie for lie, _ in LIES])
-def test_each_lie_is_found(expected: str, run: Run) -> None:
+def test_each_lie_is_found(expected: str, run: RunRecord) -> None:
     assert any(expected in line for line in said(run)), said(run)
 
 
 def test_error_at_a_point_excuses_one_save_with_that_error_and_no_other() -> None:
     fired = Fired(PointFault("part.write", "errno", detail="EIO"), 2.5, "worker")
     run = replace(good_run(), fired=[fired])
-    assert said(replace(run, diary=diary_of(*without(Committed), Committed(3.2, 1), failed(2)))) == []
+    assert said(replace(run, diary=diary_of(*without(CommittedEntry), CommittedEntry(3.2, 1), failed(2)))) == []
     assert said(replace(run, diary=diary_of(*GOOD, failed(1), failed(2)))) != []
     assert said(replace(run, diary=diary_of(*GOOD, failed(2, errno=28)))) != []
 
@@ -183,7 +202,9 @@ def test_full_disk_excuses_what_was_begun_before_it_was_over() -> None:
 
 def test_loss_is_excused_only_if_the_worker_was_killed_with_the_trainer() -> None:
     dead = replace(
-        good_run(), diary=diary_of(*without(Committed, Finished, Closed)), found=Found(valid=(0, 1), missing=(2,))
+        good_run(),
+        diary=diary_of(*without(CommittedEntry, FinishedEntry, ClosedEntry)),
+        found=Found(valid=(0, 1), missing=(2,)),
     )
     trainer = Fired(SignalFault("trainer", "SIGKILL", 1, 0.0), 10.0, "trainer")
     worker = SignalFault("worker", "SIGKILL", 1, 0.0)

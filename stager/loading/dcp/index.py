@@ -1,4 +1,4 @@
-"""DCP's ``Metadata`` of a checkpoint, made from its manifest: nothing is unpickled."""
+"""DCP's ``Metadata`` of a checkpoint, made from the manifest. The pickled ``.metadata`` is not read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.layout.structure import Chunks, fqn, leaves
+from stager.workers.checkpoint.layout.structure import Chunks, Node, fqn, leaves
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 DcpPath = tuple[str | int, ...]
@@ -29,10 +29,13 @@ DcpPath = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Attributes:
-    path, manifest: the checkpoint.
-    metadata: what DCP's planners ask for.
-    items: what stands at each of ``metadata.storage_data``'s keys.
+    """A checkpoint as DCP's planners see it.
+
+    Attributes:
+        path: the checkpoint's directory.
+        manifest: of the checkpoint.
+        metadata: what the planners ask for.
+        items: the item that each key of ``metadata.storage_data`` stands for.
     """
 
     path: str
@@ -42,13 +45,14 @@ class Index:
 
 
 def read_index(path: str, load_id: str) -> Index:
-    """
+    """Read the manifest of the checkpoint at ``path``, and make the index.
+
     Raises:
         CheckpointNotFoundError: there is no manifest.
         CorruptCheckpointError: it is damaged, or a file is missing or has another size.
     """
     manifest = read_manifest(path)
-    # Planners take memory for what the metadata says before they ask for the first byte: the bytes had better be there.
+    # Planners allocate memory for all that the metadata lists before they read. So check the sizes of the files first.
     BlobReader(path, manifest, 1).close()
     index = index_of(path, manifest)
     index.metadata.storage_meta = StorageMeta(os.fspath(path), manifest.header.save_id, load_id)
@@ -56,6 +60,7 @@ def read_index(path: str, load_id: str) -> Index:
 
 
 def index_of(path: str, manifest: Manifest) -> Index:
+    """Make the index of a checkpoint whose manifest was read."""
     metadata, items = _metadata(manifest.layout)
     return Index(path, manifest, metadata, items)
 
@@ -63,7 +68,7 @@ def index_of(path: str, manifest: Manifest) -> Index:
 def _metadata(layout: Layout) -> tuple[Metadata, dict[MetadataIndex, int]]:
     metadata = Metadata({}, planner_data={}, storage_data={})
     items: dict[MetadataIndex, int] = {}
-    for path, leaf in _dcp_leaves(layout):
+    for path, leaf in _dcp_leaves(layout.structure):
         name = fqn(path)
         metadata.planner_data[name] = path
         if isinstance(leaf, int) and layout.items[leaf].kind == "object":
@@ -93,18 +98,14 @@ def _storage_info(layout: Layout, number: int) -> _StorageInfo:
     return _StorageInfo(layout.files[item.file].name, item.offset, item.nbytes)
 
 
-def _dcp_leaves(layout: Layout) -> Iterator[tuple[DcpPath, int | Chunks]]:
+def _dcp_leaves(node: Node, path: DcpPath = ()) -> Iterator[tuple[DcpPath, int | Chunks]]:
     """As ``structure.leaves``, with the paths that DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
-    yield from _visit(layout.structure, ())
-
-
-def _visit(node: object, path: DcpPath) -> Iterator[tuple[DcpPath, int | Chunks]]:
     if not isinstance(node, list) or node[0] == "chunks":
         for _, leaf in leaves(node):
             yield path, leaf
     elif node[0] == "list":
         for position, child in enumerate(node[1]):
-            yield from _visit(child, (*path, position))
+            yield from _dcp_leaves(child, (*path, position))
     else:
         for key, child in zip(node[1], node[2], strict=True):
-            yield from _visit(child, (*path, str(key)))
+            yield from _dcp_leaves(child, (*path, str(key)))

@@ -1,4 +1,4 @@
-"""Objects of a checkpoint on their way to a planner, which unpickles anything."""
+"""Handing the objects of a checkpoint to a planner of DCP, which would unpickle anything."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from stager.workers.errors import StagerError, UsageError
 
 
 def hand_over_object(planner: LoadPlanner, request: ReadItem, blob: bytes, path: str, allow_pickle: bool) -> None:
-    """Let ``planner`` load an object, when ``weights_only`` rules allow it.
+    """Let ``planner`` load an object if the ``weights_only`` rules allow it.
 
     Args:
+        planner: of the load.
+        request: the planner's request for the object.
+        blob: the object as ``torch.save`` wrote it.
         path: of the checkpoint, for messages.
-        allow_pickle: without asking.
+        allow_pickle: let the planner unpickle any object.
 
     Raises:
-        UnsafePickleError: it is more than ``weights_only`` allows.
-        CorruptCheckpointError: it is not what ``torch.save`` writes.
-        UsageError: it cannot be loaded here, a tensor of a device that is not there for one.
+        UnsafePickleError: the ``weights_only`` rules do not allow the object.
+        CorruptCheckpointError: the blob is not what ``torch.save`` writes.
+        UsageError: the object cannot be loaded on this host, for example because a tensor's device is missing.
     """
     name = request.dest_index.fqn
     if not allow_pickle:
@@ -29,5 +32,5 @@ def hand_over_object(planner: LoadPlanner, request: ReadItem, blob: bytes, path:
         planner.load_bytes(request, io.BytesIO(blob))
     except (StagerError, Warning):
         raise
-    except RuntimeError as error:  # torch's word for a device that is not there
-        raise UsageError(f"{name} in {path} cannot be loaded here: {error}") from error
+    except RuntimeError as error:  # torch raises this for a device that the host does not have
+        raise UsageError(f"{name} in {path} cannot be loaded on this host: {error}") from error

@@ -1,4 +1,4 @@
-"""Reads the items of a DCP load plan from a checkpoint: straight into the targets where they fit, each hash checked."""
+"""Reading the items of a DCP load plan from a checkpoint of stager, straight into the targets where they fit."""
 
 from __future__ import annotations
 
@@ -11,20 +11,28 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from stager.loading.dcp.index import Index
 from stager.loading.dcp.objects import hand_over_object
-from stager.loading.dcp.plain_reader import PlainReader
+from stager.loading.reading.direct_read import overlapping, takes_bytes, tell_autograd
+from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.errors import StateMismatchError
 from stager.workers.memory.pages import bytes_at
 
-_BATCH_BYTES = 256 << 20  # how much is held beside the targets, at least one item
+_BATCH_BYTES = 256 << 20  # memory used beside the targets; one item may need more
 
 
 def read_plan(
     index: Index, reader: BlobReader | PlainReader, plan: LoadPlan, planner: LoadPlanner, allow_pickle: bool = False
 ) -> None:
-    """Do what a plan of DCP says.
+    """Carry out a load plan of DCP.
+
+    Args:
+        index: of the checkpoint.
+        reader: of the checkpoint; a ``BlobReader`` checks each hash.
+        plan: what to read.
+        planner: has the targets.
+        allow_pickle: unpickle any object.
 
     Raises:
         CorruptCheckpointError, UnsafePickleError, StorageError
@@ -34,7 +42,7 @@ def read_plan(
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """One of DCP's read items, the item of the checkpoint that it needs, and the tensor it goes to."""
+    """A read item of DCP, the item of the checkpoint that it needs, and the tensor that receives it."""
 
     request: ReadItem
     number: int
@@ -42,7 +50,7 @@ class _Read:
 
 
 class _Load:
-    """One ``read_data()``."""
+    """One call of ``read_data()``."""
 
     def __init__(
         self, index: Index, reader: BlobReader | PlainReader, planner: LoadPlanner, allow_pickle: bool
@@ -63,11 +71,14 @@ class _Load:
         for read in reads:
             _check_shape(read)
         self._load_objects([(r, number) for r, number in requests if r.type == LoadItemType.BYTE_IO])
-        shared = _sharing_memory(reads)
-        direct = [read for read in reads if id(read) not in shared and _is_direct(read, self._items[read.number])]
+        shared = overlapping([(position, read.target) for position, read in enumerate(reads)])
+        direct: list[_Read] = []
+        copied: list[_Read] = []
+        for position, read in enumerate(reads):
+            is_direct = position not in shared and _is_direct(read, self._items[read.number])
+            (direct if is_direct else copied).append(read)
         self._fill(direct)
-        rest = {id(read) for read in reads} - {id(read) for read in direct}
-        self._copy([read for read in reads if id(read) in rest])
+        self._copy(copied)
         for read in reads:
             self._planner.commit_tensor(read.request, read.target)
 
@@ -84,12 +95,10 @@ class _Load:
             for read in sorted(reads, key=lambda read: read.number)
         ]
         self._reader.read(wanted)
-        for read in reads:
-            if not read.target.is_inference():  # those have no version
-                torch.autograd.graph.increment_version(read.target)  # it was written behind autograd's back
+        tell_autograd(read.target for read in reads)
 
     def _copy(self, reads: list[_Read]) -> None:
-        """Read into memory of our own, and copy, in the plan's order: the last one wins where targets share memory."""
+        """Read into memory of our own, and copy in the order of the plan: where targets share memory, the last one wins."""
         for batch in self._batches(reads):
             sources = {read.number: _new(self._items[read.number]) for read in batch}
             views = {number: bytes_at(t.data_ptr(), self._items[number].data_nbytes) for number, t in sources.items()}
@@ -120,48 +129,22 @@ class _Load:
 def _check_shape(read: _Read) -> None:
     if read.target.shape != read.request.lengths:
         raise StateMismatchError(
-            f"{read.request.dest_index.fqn}: has shape {list(read.target.shape)} here and "
+            f"{read.request.dest_index.fqn}: has shape {list(read.target.shape)} in the target and "
             f"{list(read.request.lengths)} in the checkpoint"
         )
 
 
 def _is_direct(read: _Read, item: Item) -> bool:
-    """Whether the raw bytes can go straight into the target's memory."""
+    """Whether the stored bytes can go straight into the target's memory."""
     target = read.target
     return (
-        tuple(target.shape) == item.shape  # the request has the same: it is for the whole item
+        tuple(target.shape) == item.shape  # so the request, which has the target's shape, is for the whole item
         and type(target) is torch.Tensor
-        and target.device.type == "cpu"
-        and target.layout is torch.strided
-        and not (target.is_conj() or target.is_neg() or target.is_quantized)
+        and not target.is_quantized
         and target.dtype == dtype_of(item.dtype)
-        and (target.stride() == item.stride or not target.numel())
+        and takes_bytes(item, target)
     )
 
 
 def _new(item: Item) -> torch.Tensor:
     return new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
-
-
-def _sharing_memory(reads: list[_Read]) -> set[int]:
-    """Reads (their ``id``) whose targets overlap in memory: in parallel they would tear each other."""
-    extents = sorted((*_extent(read.target), id(read)) for read in reads if _has_memory(read.target))
-    shared: set[int] = set()
-    reach, last = -1, 0
-    for start, end, read in extents:
-        if start < reach:
-            shared |= {read, last}
-        if end > reach:
-            reach, last = end, read
-    return shared
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.numel() > 0
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """The stretch of memory in which a tensor's elements lie: start and end."""
-    elements = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start = tensor.data_ptr()
-    return start, start + elements * tensor.element_size()

@@ -1,8 +1,8 @@
-"""Checkpoints that stager did not write: read by torch's own reader, within stager's rules for pickles.
+"""Reading checkpoints that ``dcp.save`` wrote without stager: torch's reader, within stager's rules for pickles.
 
-``.metadata`` is a pickle, read and checked by :mod:`stager.loading.dcp.stock_metadata`. An object of the state is read under
-``weights_only`` rules before a planner, which unpickles anything, gets to see it; the archive of a tensor is looked at
-before torch opens it.
+1. ``.metadata`` is a pickle; :mod:`stager.loading.dcp.stock_metadata` reads and checks it.
+2. The archive of each tensor is checked before torch opens it.
+3. Each object is unpickled under ``weights_only`` rules before a planner, which would unpickle anything, gets it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointErro
 
 
 class StockReader:
-    """One checkpoint.
+    """Reads one checkpoint.
 
     Args:
-        path: its directory.
-        allow_pickle: unpickle anything (runs code from the checkpoint).
+        path: the checkpoint's directory.
+        allow_pickle: unpickle any object, which runs code from the checkpoint.
     """
 
     def __init__(self, path: str, allow_pickle: bool) -> None:
@@ -51,7 +51,7 @@ class StockReader:
                 data = read_small(path)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise CheckpointNotFoundError(
-                    error.errno, "not a checkpoint: no manifest, no .metadata", path
+                    error.errno, "is no checkpoint: it has neither manifest.json nor .metadata", path
                 ) from error
         if self._allow_pickle:
             return self._reader.read_metadata(*args, **kwargs)
@@ -72,13 +72,13 @@ class StockReader:
         guarded = _GuardedPlanner(planner, self._path)
         try:
             return self._reader.read_data(plan, cast(LoadPlanner, guarded))
-        except Exception as error:  # what torch makes of hostile bytes can be anything
+        except Exception as error:  # torch may raise anything for hostile bytes
             if isinstance(error, (StagerError, OSError)) or error is guarded.error:
                 raise
             raise CorruptCheckpointError(self._path, f"cannot be read: {error!r}") from error
 
     def _check_tensors(self, plan: LoadPlan, metadata: Metadata) -> None:
-        """torch opens what it is told to, a FIFO too, and unpacks it to any size."""
+        """Check files and archives before torch opens them: it would open a FIFO, too, and unpack an archive to any size."""
         by_file: dict[str, list[ReadItem]] = {}
         for item in plan.items:
             by_file.setdefault(metadata.storage_data[item.storage_index].relative_path, []).append(item)
@@ -97,7 +97,7 @@ class StockReader:
 
 
 class _Window(io.RawIOBase):
-    """``nbytes`` bytes from ``start`` on of an open file, as a file of its own."""
+    """The ``nbytes`` bytes of an open file that begin at ``start``, as a file of their own."""
 
     def __init__(self, fd: int, start: int, nbytes: int) -> None:
         self._fd = fd
@@ -114,7 +114,7 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._nbytes}[whence]
         if base + offset < 0:
-            raise ValueError("before the start")
+            raise ValueError(f"cannot seek to {base + offset}, before the start of the file")
         self._position = base + offset
         return self._position
 
@@ -127,10 +127,10 @@ class _Window(io.RawIOBase):
 
 
 class _GuardedPlanner:
-    """What a reader asks of a planner; objects are let through when ``weights_only`` rules allow them.
+    """A planner that loads an object only if the ``weights_only`` rules allow it.
 
     Attributes:
-        error: what the planner raised.
+        error: what the wrapped planner raised.
     """
 
     def __init__(self, planner: LoadPlanner, path: str) -> None:

@@ -1,8 +1,9 @@
-"""``.metadata`` of a checkpoint that stager did not write, from a hostile file to a ``Metadata`` that can be worked with.
+"""Reading ``.metadata`` of a checkpoint that ``dcp.save`` wrote without stager; the file may be hostile.
 
-It is a pickle. It is read by an unpickler that knows the classes that DCP puts there and no others, after its opcodes were
-checked (``pickle_check.py``). Then every field is checked, and every size against the files, because planners
-take memory for what it says before they ask for the first byte.
+1. It is a pickle: its opcodes are checked (``pickle_check.py``).
+2. An unpickler that knows only the classes of DCP's metadata loads it.
+3. Every field is checked, and every size is compared with the files, because planners allocate memory for what the metadata
+   lists before they read the first byte.
 
 Format: torch.distributed.checkpoint.metadata and FileSystemWriter, torch 2.6 to 2.13.
 """
@@ -36,9 +37,9 @@ from stager.workers.checkpoint.layout.layout_check import Box, check_count, chec
 from stager.workers.checkpoint.layout.structure import fqn
 from stager.workers.errors import CorruptCheckpointError, UnsafePickleError, UsageError
 
-_TIED = 2  # names for the same bytes, if it were all of them; each takes memory
-_MAX_DEPTH = 256  # DCP walks through a state by recursion
-_MANY_PLACES = 1024  # in lists; beside a few for each name
+_TIED = 2  # how many names may share the same bytes on average; each name takes memory of its own
+_MAX_DEPTH = 256  # DCP walks a state by recursion
+_MANY_PLACES = 1024  # positions in lists, in addition to a few for each name
 _PLACES_PER_NAME = 4
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -65,12 +66,16 @@ _KNOWN = {
 
 
 def parse_stock_metadata(data: bytes, path: str) -> Metadata:
-    """The checked content of ``.metadata``; its files are those beside ``path``.
+    """Return the checked content of ``.metadata``.
+
+    Args:
+        data: the bytes of the file.
+        path: of the file; the files that it names are in the same directory.
 
     Raises:
-        CorruptCheckpointError: it is damaged, or says something impossible.
+        CorruptCheckpointError: it is damaged, or its fields contradict each other or the files.
         UnsafePickleError: loading it could run code.
-        UsageError: it was written through a storage extension, so that lengths in files say nothing about memory.
+        UsageError: it was written through a storage extension, so the sizes in files do not tell the sizes in memory.
         StorageError
     """
     try:
@@ -78,7 +83,7 @@ def parse_stock_metadata(data: bytes, path: str) -> Metadata:
         metadata = _Unpickler(io.BytesIO(data)).load()
     except UnsafePickleError as error:
         raise UnsafePickleError(
-            f"{path}: could run code when loaded ({error}). If you trust where it comes from: allow_pickle=True"
+            f"{path}: could run code when loaded ({error}). If you trust its origin, use allow_pickle=True"
         ) from error
     except Exception as error:
         raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from error
@@ -109,37 +114,37 @@ def _memory_format(value: object) -> _MEM_FORMAT_ENCODING:
 
 def _check(metadata: Metadata, directory: str) -> None:
     if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("no mapping of names")
+        raise ValueError("it has no mapping of names")
     if not isinstance(getattr(metadata, "storage_meta", None), StorageMeta | None):
-        raise ValueError("its storage_meta is something else")
+        raise ValueError("its storage_meta is not a StorageMeta")
     if not isinstance(metadata.planner_data, dict | None):
-        raise ValueError("its planner_data is something else")
+        raise ValueError("its planner_data is not a mapping")
     _check_paths(metadata.planner_data or {}, len(metadata.state_dict_metadata))
     sizes: dict[str, int] = {}
     lengths = {_key(index): _check_place(info, directory, sizes) for index, info in metadata.storage_data.items()}
     if sum(lengths.values()) > _TIED * sum(sizes.values()):
-        raise ValueError("it has more data than its files hold")
+        raise ValueError("its values are together larger than its files")
     for key, nbytes in _needs(metadata):
         if lengths[key] < nbytes:
-            raise ValueError(f"{key[0]} takes {nbytes} bytes, and {lengths[key]} are there")
+            raise ValueError(f"{key[0]} takes {nbytes} bytes and has {lengths[key]} bytes in its file")
 
 
 def _check_paths(paths: dict[Any, Any], num_names: int) -> None:
-    """A list is as long as the last place in it that has a name."""
+    """Check the key paths. A list is made as long as its last position that has a name, so positions are limited."""
     lengths: dict[tuple[Any, ...], int] = {}  # of each list, by its path
     for name, path in paths.items():
         check_text(name)
         if type(path) is not tuple or not 0 < len(path) <= _MAX_DEPTH:
-            raise ValueError(f"not a path: {str(path)[:60]}")
+            raise ValueError(f"not a key path: {str(path)[:60]}")
         for position, key in enumerate(path):
             if type(key) is int and key >= 0:
                 lengths[path[:position]] = max(lengths.get(path[:position], 0), key + 1)
             elif type(key) is not str:
-                raise ValueError(f"not a path: {str(path)[:60]}")
+                raise ValueError(f"not a key path: {str(path)[:60]}")
         if fqn(path) != name:
-            raise ValueError(f"{name[:60]} has a path that is another name's")
+            raise ValueError(f"{name[:60]} has a key path that belongs to another name")
     if sum(lengths.values()) > _MANY_PLACES + _PLACES_PER_NAME * num_names:
-        raise ValueError("its lists have many more places than there are names")
+        raise ValueError("its lists have many more positions than it has names")
 
 
 def _key(index: Any) -> tuple[str, tuple[int, ...] | None]:
@@ -155,23 +160,21 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _check_place(info: Any, directory: str, sizes: dict[str, int]) -> int:
-    """The length of a value's place in a file, which has to be a file of this directory."""
+    """Check where a value lies, which must be in a file of this directory, and return its length in bytes."""
     if type(info) is not _StorageInfo:
         raise ValueError(f"not the place of a value: {str(info)[:60]}")
     name, start, nbytes = check_text(info.relative_path), check_count(info.offset), check_count(info.length)
     if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-        raise ValueError(f"its data is outside of it: {name[:60]}")
+        raise ValueError(f"a value lies outside of the checkpoint's directory: {name[:60]}")
     if getattr(info, "transform_descriptors", None):
         raise UsageError(
-            f"{os.path.join(directory, name)} was written through a storage extension of DCP, so that its length says "
-            "nothing about memory; if you trust where it comes from: allow_pickle=True reads it as torch does"
+            f"{os.path.join(directory, name)} was written through a storage extension of DCP, so its length "
+            "does not tell how much memory loading takes; if you trust its origin, allow_pickle=True reads it as torch does"
         )
     if name not in sizes:
         sizes[name] = _size_of(os.path.join(directory, name))
     if start + nbytes > sizes[name]:
-        raise ValueError(
-            f"a value reaches beyond the end of {name}: {start + nbytes} bytes, and there are {sizes[name]}"
-        )
+        raise ValueError(f"a value reaches beyond the end of {name}: to byte {start + nbytes} of {sizes[name]}")
     return nbytes
 
 
@@ -187,11 +190,11 @@ def _size_of(path: str) -> int:
 
 
 def _needs(metadata: Metadata) -> Iterator[tuple[tuple[str, tuple[int, ...] | None], int]]:
-    """Each value, and how many bytes it takes at least."""
+    """Yield the key of each value, and the least number of bytes that it takes in memory."""
     for name, value in metadata.state_dict_metadata.items():
         check_text(name)
         if type(value) is BytesStorageMetadata:
-            yield (name, None), 0  # stock DCP does not ask for more than what is in the file
+            yield (name, None), 0  # DCP allocates only what is in the file
             continue
         if type(value) is not TensorStorageMetadata or type(value.properties) is not TensorProperties:
             raise ValueError(f"{name} is neither a tensor nor an object")
@@ -201,10 +204,10 @@ def _needs(metadata: Metadata) -> Iterator[tuple[tuple[str, tuple[int, ...] | No
         shape = _shape(value.size)
         for chunk in value.chunks:
             if type(chunk) is not ChunkStorageMetadata:
-                raise ValueError(f"{name} has a chunk that is none")
+                raise ValueError(f"{name} has a chunk that is not a ChunkStorageMetadata")
             boxes.append((_shape(chunk.offsets), _shape(chunk.sizes)))
             if not _is_inside(boxes[-1], shape):
-                raise ValueError(f"{name} has a chunk that is not inside of it")
+                raise ValueError(f"{name} has a chunk that reaches beyond the tensor")
             yield (name, boxes[-1][0]), math.prod(boxes[-1][1]) * value.properties.dtype.itemsize
         check_tiling(boxes, shape)
 

@@ -1,9 +1,9 @@
-"""What an archive of ``torch.save`` would cost whoever loads it, found out without loading it.
+"""Checking an archive of ``torch.save`` before it is loaded: what would loading it cost?
 
-It is a zip archive that is stored as it is. ``torch.load`` would also take one that unpacks to any size, and formats of long
-ago; and its own reader of zip archives, which takes names without their case and does not look for an archive behind other
-bytes, can see something else in one than Python's does. So nothing is let through but what ``torch.save`` writes, and what
-is looked at here is what torch sees.
+``torch.save`` writes an uncompressed zip archive. ``torch.load`` accepts more: archives that unpack to any size, and
+formats of old versions. Its zip reader ignores the case of names and does not search for an archive behind other bytes, so
+it can see other records than Python's ``zipfile`` does. Therefore only what ``torch.save`` writes passes, and this check
+sees what torch sees.
 
 Format: PKWARE's APPNOTE 4.3; caffe2/serialize/inline_container.cc of PyTorch.
 """
@@ -23,18 +23,21 @@ _END_BYTES, _END64_BYTES, _LOCATOR64_BYTES = 22, 56, 20
 
 
 def check_archive(file: IO[bytes], nbytes: int, name: str, path: str, *, pickles: bool = True) -> None:
-    """
+    """Raise unless the archive is one that ``torch.save`` writes.
+
     Args:
-        file, nbytes: the archive; its data is not read.
-        name, path: of the object and the checkpoint, for messages.
-        pickles: check the pickle in it, too: see :mod:`stager.loading.pickles.pickle_check`.
+        file: the archive; the data of its tensors is not read.
+        nbytes: size of the archive.
+        name: of the object, for messages.
+        path: of the checkpoint, for messages.
+        pickles: also check the pickle in the archive, see :mod:`stager.loading.pickles.pickle_check`.
 
     Raises:
-        CorruptCheckpointError: it is something else, or would take more memory or time than its size allows.
+        CorruptCheckpointError: it is another kind of file, or would take more memory or time than its size allows.
     """
     try:
         problem = _problem_of(file, nbytes, pickles)
-    except Exception as error:  # a hostile archive can fail in any way
+    except Exception as error:  # a hostile archive can make zipfile raise anything
         raise CorruptCheckpointError(path, f"{name} is not what torch.save writes: {error}") from error
     if problem is not None:
         raise CorruptCheckpointError(path, f"{name} {problem}, which torch.save never does")
@@ -42,18 +45,18 @@ def check_archive(file: IO[bytes], nbytes: int, name: str, path: str, *, pickles
 
 def _problem_of(file: IO[bytes], nbytes: int, pickles: bool) -> str | None:
     file.seek(0)
-    if file.read(len(_ZIP)) != _ZIP:  # torch goes by this
+    if file.read(len(_ZIP)) != _ZIP:  # torch tells archives by these bytes
         return "does not begin as a zip archive"
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         if not stored or sum(entry.file_size for entry in entries) > nbytes:
-            return "is packed smaller than what is in it"
+            return "is a compressed archive"
         names = [entry.orig_filename.lower() for entry in entries]
         if len(set(names)) != len(names):
             return "has two records of one name"
         if _directory_start(file, nbytes) != archive.start_dir:
-            return "has its directory elsewhere"
+            return "has its directory in another place than its end says"
         if pickles:
             storages = {_key(entry.orig_filename): entry.file_size for entry in entries}
             for entry in entries:
@@ -63,12 +66,12 @@ def _problem_of(file: IO[bytes], nbytes: int, pickles: bool) -> str | None:
 
 
 def _key(name: str) -> str:
-    """What a pickle calls the storage of a record: ``0`` for ``archive/data/0``."""
+    """The name that a pickle gives to the storage of a record: ``0`` for ``archive/data/0``."""
     return name.partition("/")[2].removeprefix("data/")
 
 
 def _directory_start(file: IO[bytes], nbytes: int) -> int | None:
-    """Where the end of the archive says that its directory is; None: it has no such end, or something behind it."""
+    """The offset of the directory, as the end record gives it; None without an end record, or if bytes follow it."""
     end = _read(file, nbytes - _END_BYTES, _END_BYTES)
     if end[:4] != _END or end[20:22] != b"\0\0":
         return None

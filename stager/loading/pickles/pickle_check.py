@@ -1,11 +1,15 @@
-"""What a pickle would do to whoever loads it, found out without loading it.
+"""Checking a pickle before it is loaded: would it take too much time or memory, or change the process?
 
-An unpickler that only lets harmless classes through can still be led astray by what is between them: a tuple that holds
-itself twice, and that twice, has no end when it is hashed (it stands as a key), and one nested a million deep ends the
-process; a memo index of two billion is an array of so many entries; ``bytearray(1 << 40)`` is a terabyte; BUILD on a
-class changes it for the whole process; a storage can be said to be longer than its bytes (torch 2.13 looks at that itself;
-nothing here relies on it). So the opcodes are walked first, with a size and a depth in the place of each value. No code of
-the pickle runs.
+An unpickler that allows only harmless classes is not enough:
+
+- A tuple that holds a tuple twice, which holds a tuple twice, and so on, takes for ever to hash when it is a key.
+- A value nested a million deep ends the process.
+- A memo index of two billion makes the unpickler allocate an array of that length.
+- ``bytearray(1 << 40)`` allocates a terabyte.
+- BUILD on a class changes the class for the whole process.
+- A storage may claim to be longer than its bytes (torch 2.13 checks that itself; nothing here relies on it).
+
+So the opcodes are walked first, with a size and a depth in place of each value. No code of the pickle runs.
 
 Opcodes: pickletools, in Python's standard library.
 """
@@ -20,11 +24,11 @@ from typing import Any
 
 from stager.workers.checkpoint.layout.plan_cache import no_collection
 
-_MAX_DEPTH = 1000  # pickle itself recurses, so it writes no more
-_MAX_HASHED = 10_000_000  # elements that are hashed in all; beside what the length of the pickle allows
+_MAX_DEPTH = 1000  # pickle's own recursion does not write deeper ones
+_MAX_HASHED = 10_000_000  # elements hashed in all, in addition to a few for each opcode
 _HASHED_PER_OPCODE = 10
 _HUGE = 1 << 40
-_MAX_ASKED = 1 << 20  # bytes or elements that a call may ask for; beside the length of the pickle
+_MAX_ASKED = 1 << 20  # bytes or elements that a call may ask for, in addition to the length of the pickle
 
 _CACHED_NBYTES = 4096  # tensors of one dtype and shape have equal pickles
 _CACHED_STORAGES = 16
@@ -39,9 +43,9 @@ _CONTAINERS = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "EMPTY_TUPLE"}
 _ATOMS = {code.name for code in pickletools.opcodes if not code.stack_before and len(code.stack_after) == 1} - (
     _GET | _GLOBALS | _CONTAINERS | {"MARK", "INST"}
 )
-# What takes memory for a number that it is called with; "" is a name that came from the stack.
+# Callables that allocate as much as a number among their arguments says; "" is a name that came from the stack.
 _ALLOCATE = {"", "builtins bytearray", "__builtin__ bytearray", "torch Tensor", "torch.nn.parameter Parameter"}
-_TAKES = {  # from the stack: a number of values, and below them everything above a mark
+_TAKES = {  # what an opcode pops: a number of values, and whether it then pops everything down to a mark
     code.name: (
         code.stack_before.index(pickletools.markobject)
         if pickletools.stackslice in code.stack_before
@@ -69,15 +73,17 @@ _ARGUMENT_DEPTH = 3  # arguments, the list in them, a pair in that, the key: Ord
 
 
 class _Value:
-    """Stands for a value.
+    """Stands for a value of the pickle.
 
     Attributes:
-        made_by, argument: the opcode that made it, and its argument.
-        size: how many elements it has, when everything in it is counted as often as it occurs. What is put into a list
-            that is in it already is not seen, but such a value cannot be hashed.
-        depth: how deep they lie.
-        largest: the largest number among them.
-        children: of what it consists, but for plain numbers and texts.
+        made_by: the opcode that made it.
+        argument: of that opcode.
+        size: number of elements, each counted as often as it occurs. Elements added later to a list inside of the value are
+            not
+            counted; a value with a list in it cannot be hashed anyway.
+        depth: nesting depth of its elements.
+        largest: largest number among its elements.
+        children: its elements, except plain numbers and texts.
     """
 
     __slots__ = ("argument", "children", "depth", "largest", "made_by", "size")
@@ -102,7 +108,7 @@ class _Value:
         self.size, self.depth, self.largest = min(_HUGE, size), depth, largest
 
     def hashed(self, depth: int) -> int:
-        """How many elements a function may hash that is called with this; it may have grown since it was made."""
+        """How many elements a function called with this value may hash. Children may have grown since they were added."""
         if depth == 0 or not self.children:
             return self.size
         return min(_HUGE, max(self.size, 1 + sum(child.hashed(depth - 1) for child in self.children)))
@@ -113,9 +119,11 @@ _MARK = _Value("MARK", [])
 
 
 def check_pickle(data: bytes, storages: Mapping[str, int] | None = None) -> None:
-    """
+    """Raise unless the pickle can be loaded at a cost that fits its length.
+
     Args:
-        storages: the length of each storage beside it, by its key: what is in it may take no more.
+        data: the pickle.
+        storages: length in bytes of each storage in the same archive, by key; no tensor may claim more.
 
     Raises:
         ValueError: it is no pickle, or one that is made to do harm.
@@ -139,10 +147,11 @@ _check_small = lru_cache(maxsize=1024)(_check)
 
 
 class _Walk:
-    """
+    """One walk over the opcodes of a pickle.
+
     Args:
         nbytes: length of the pickle.
-        storages: the length of each, by its key.
+        storages: length in bytes of each storage, by key.
     """
 
     def __init__(self, nbytes: int, storages: Mapping[str, int]) -> None:
@@ -156,12 +165,12 @@ class _Walk:
 
     def run(self, data: bytes) -> None:
         stack = self._stack
-        with_storages = b"Q" in data and bool(self._storages)  # the opcode of one; each is described by atoms
+        with_storages = b"Q" in data and bool(self._storages)  # Q is the opcode of a storage; atoms describe it
         argument: Any
         for opcode, argument, _ in pickletools.genops(data):
             self._num_opcodes += 1
             name = opcode.name
-            if name in _ATOMS:  # most are
+            if name in _ATOMS:  # most opcodes are
                 kept = type(argument) is str or (type(argument) is int and (with_storages or argument > _MAX_ASKED))
                 stack.append(self._atom(name, argument) if kept else _ATOM)
             elif name == "MEMOIZE":
@@ -206,35 +215,35 @@ class _Walk:
         name = _name_of(called)
         asked = max((value.largest for value in arguments), default=0)
         if name in _ALLOCATE and asked > self._most_asked:
-            raise ValueError(f"it asks for memory for {asked} elements")
+            raise ValueError(f"it asks for memory for {asked} elements, far more than its own length")
 
     def _check_storage(self, parts: list[_Value]) -> None:
         """``parts``: the tuple ("storage", class, key, device, number of elements). A class is given by its name."""
         fields = parts[0].children if len(parts) == 1 else []
         if len(fields) != _STORAGE_FIELDS or fields[0].argument != "storage":
-            raise ValueError("a storage is not described as torch.save does it")
+            raise ValueError("it describes a storage in another way than torch.save does")
         _, kind, key, _, count = fields
         if type(key.argument) is not str or type(count.argument) is not int:
-            raise ValueError("a storage has no key, or no length")
+            raise ValueError("it has a storage without a key or a length")
         nbytes = count.argument * _ELEMENT_NBYTES[_name_of(kind)]
         if not 0 <= nbytes <= self._storages[key.argument]:
             raise ValueError(f"storage {key.argument} has {self._storages[key.argument]} bytes, not {nbytes}")
 
     def _put(self, index: int) -> None:
         if index > self._num_opcodes:
-            raise ValueError(f"its memo has {len(self._memo)} entries and a place for {index}")
+            raise ValueError(f"it writes entry {index} of a memo that has {len(self._memo)} entries")
         self._memo[index] = self._stack[-1]
 
     def _push(self, value: _Value) -> None:
         if value.depth > _MAX_DEPTH:
-            raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
         self._stack.append(value)
 
     def _grow(self, name: str, parts: list[_Value]) -> None:
-        """The first of ``parts`` takes the others in."""
+        """Add all but the first of ``parts`` to the first."""
         target, *others = parts
         if target.made_by in _ATOMS or (name == "BUILD" and target.made_by in _GLOBALS):
-            raise ValueError("it changes a class, or what cannot be changed")
+            raise ValueError("it changes a class, or a value that cannot be changed")
         if name in ("SETITEM", "SETITEMS"):
             self._hash(others[::2])
         elif name == "ADDITEMS":
@@ -243,7 +252,7 @@ class _Walk:
         self._push(target)
 
     def _pop(self, opcode: Any) -> list[_Value]:
-        """What an opcode takes from the stack, lowest first; without the mark."""
+        """Pop what an opcode takes from the stack, lowest first, without the mark."""
         num_fixed, up_to_mark = _TAKES[opcode.name]
         stack, parts = self._stack, []
         if up_to_mark:
@@ -252,7 +261,7 @@ class _Walk:
         for _ in range(num_fixed):
             parts.append(stack.pop())
         if _MARK in parts:
-            raise ValueError("a mark stands where a value should")
+            raise ValueError("it has a mark in place of a value")
         parts.reverse()
         return parts
 
@@ -260,11 +269,11 @@ class _Walk:
         for value in values:
             self._hashed += value.hashed(depth) if depth and value.children else value.size
         if self._hashed > _MAX_HASHED + _HASHED_PER_OPCODE * self._num_opcodes:
-            raise ValueError("it takes no end of hashing")
+            raise ValueError("its keys and arguments take far more hashing than its length allows")
 
 
 def _name_of(called: _Value) -> str:
-    """Module and name; "" if they are not known from the opcodes alone."""
+    """Module and name of a callable; "" if the opcodes alone do not tell."""
     if called.made_by == "STACK_GLOBAL":
         words = [child.argument for child in called.children]
         return " ".join(words) if all(type(word) is str for word in words) else ""

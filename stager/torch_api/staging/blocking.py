@@ -1,4 +1,4 @@
-"""``BlockingAsyncStager``: stages in the calling thread and returns when all is copied."""
+"""``BlockingAsyncStager``: copies in the calling thread."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _CHECKED_ATOMS = (int, float, str, bytes, io.BytesIO, type(None), torch.Tensor)
 
 
 class BlockingAsyncStager(AsyncStager):
-    """A copy on the CPU, whole when ``stage()`` returns.
+    """Copies to the CPU; the copy is complete when ``stage()`` returns.
 
     Args:
-        cache_staged_state_dict: use the same buffers for every ``stage()`` (pinned where CUDA is available), which
-            saves allocating them and overwrites the result before. Shapes and keys may change between calls.
-        type_check: raise ValueError for values that are not a tensor, number, string, bytes, None or a container of those.
+        cache_staged_state_dict: use the same buffers for every ``stage()`` (pinned if CUDA is available). That saves
+            allocations, and overwrites the result of the previous call. Shapes and keys may change between calls.
+        type_check: raise ValueError for a value that is neither a tensor, number, string, bytes, None nor a container.
     """
 
     _synchronize_after_execute: bool = False
@@ -31,25 +31,30 @@ class BlockingAsyncStager(AsyncStager):
         self._stager: StateDictStager | None = None
 
     def stage(self, state_dict: StateDict) -> StateDict:
-        """A copy of ``state_dict`` on the CPU. Raises UnstageableError, or ValueError with ``type_check``."""
+        """Return a copy of ``state_dict`` on the CPU.
+
+        Raises:
+            UnstageableError: a value cannot be copied; names its key path.
+            ValueError: ``type_check`` is set, and a value has another type.
+        """
         if self.type_check:
             _check_types(state_dict)
         if not self.cache_staged_state_dict:
             staged: StateDict = StateDictStager().stage(state_dict)
             return staged
         if self._stager is None:
-            # Leased buffers, all released before each pass: found again by size, whatever tensors the state holds
-            # now. A cache by source would miss whenever state_dict() makes new tensors.
+            # Leased buffers, all released before each pass, are found again by their size. A cache by source tensor would
+            # miss whenever state_dict() makes new tensors.
             self._stager = StateDictStager(pin_memory=torch.cuda.is_available(), lease=True)
         self._stager.release(self.state_dict_cache)
         self.state_dict_cache = self._stager.stage(state_dict)
         return self.state_dict_cache
 
     def synchronize_staging(self) -> None:
-        """Nothing to wait for: ``stage()`` has copied everything."""
+        """Return at once: ``stage()`` has copied everything."""
 
     def close(self) -> None:
-        """Forget the buffers. The stager can be used again."""
+        """Drop the buffers. The stager can be used again."""
         self.state_dict_cache = None
         if self._stager is not None:
             self._stager.close()
@@ -69,4 +74,6 @@ def _check_types(value: Any) -> None:
         for item in value:
             _check_types(item)
     elif not isinstance(value, _CHECKED_ATOMS):
-        raise ValueError(f"unexpected type {type(value).__name__} in the state dict; type_check=False would copy it")
+        raise ValueError(
+            f"the state dict has a {type(value).__name__}, which type_check=True refuses; type_check=False copies it"
+        )

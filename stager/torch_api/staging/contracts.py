@@ -1,4 +1,4 @@
-"""What ``dcp.async_save`` and the experimental checkpointers expect of a stager. No implementation here."""
+"""The interfaces of a stager, as ``dcp.async_save`` and torch's experimental checkpointers expect them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class AsyncStager(Protocol):
 
     @property
     def should_synchronize_after_execute(self) -> bool:
-        """Whether ``async_save`` itself waits until the state may be changed."""
+        """Whether ``async_save`` itself has to wait until the state may be changed."""
         return self._synchronize_after_execute
 
     def stage(self, state_dict: StateDict) -> Future[StateDict] | StateDict:
-        """A copy, or a Future of one, that later changes to ``state_dict`` do not reach."""
+        """Return a copy, or a Future of one, that later changes to ``state_dict`` do not reach."""
         raise NotImplementedError(f"{type(self).__name__} must define stage()")
 
     def synchronize_staging(self) -> None:
         """Return when the state given to :meth:`stage` may be changed."""
 
     def close(self) -> None:
-        """Give up threads and buffers."""
+        """Release threads and buffers."""
 
 
 class CheckpointStager(abc.ABC):
@@ -41,8 +41,8 @@ class CheckpointStager(abc.ABC):
 
     @abc.abstractmethod
     def stage(self, state_dict: StateDict, **kwargs: Any) -> StateDict | Future[StateDict]:
-        """A copy, or a Future of one, that later changes to ``state_dict`` do not reach."""
+        """Return a copy, or a Future of one, that later changes to ``state_dict`` do not reach."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Give up threads and buffers."""
+        """Release threads and buffers."""

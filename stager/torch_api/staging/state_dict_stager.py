@@ -1,11 +1,11 @@
-"""``StateDictStager``: torch's name and signatures over the one copying engine.
+"""``StateDictStager``: torch's name and signatures over the deep copy with offload.
 
 NOTE [ The cache, and what it means ]
-The default keeps torch's behaviour. Each source storage has one CPU storage, remembered as long as the source lives, and
-a second ``stage()`` of the same source copies into the same CPU storage: fast, no new memory, and **the result of the
-first** ``stage()`` **changes under whoever still reads it**. Wait for the first save before staging again, or ask for
-leases (``lease=True``): then each result owns its buffers until it is dropped or released, and only then are they
-used again (NOTE [ Leases ] in ``workers/memory/buffer_pool.py``).
+The default keeps torch's behaviour: each source storage has one CPU storage as long as it lives. A second ``stage()`` of
+the same source copies into the same CPU storage. That is fast and takes no new memory, but **the result of the first**
+``stage()`` **changes while someone may still read it**. Wait for the first save before staging again, or use leases
+(``lease=True``): then each result owns its buffers until it is dropped or released (NOTE [ Leases ] in
+``workers/memory/buffer_pool.py``).
 """
 
 from __future__ import annotations
@@ -22,38 +22,42 @@ _MISSING = object()
 
 
 class CachedStorages:
-    """One CPU storage per living source storage."""
+    """Stages into one CPU storage for each living source storage."""
 
     def __init__(self, buffers: HostBuffers) -> None:
         self._buffers = buffers
         self.mapping = WeakIdKeyDictionary()
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
+        """Copy a storage to the CPU, and return the copy."""
         cached: torch.UntypedStorage | None = self.mapping.get(storage)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        if cached is None or cached.nbytes() != storage.nbytes():  # the second: the source was resized in place
+        if cached is None or cached.nbytes() != storage.nbytes():  # or the source was resized in place
             cached = self._buffers.new(storage.nbytes())
             self.mapping[storage] = cached
         cached.copy_(storage, non_blocking)
         return cached
 
     def close(self) -> None:
+        """Forget the CPU storages."""
         self.mapping.clear()
         self._buffers.drop()
 
 
 class LeasedStorages:
-    """CPU storages that belong to the result they are in."""
+    """Stages into CPU storages that belong to the result."""
 
     def __init__(self, pool: BufferPool) -> None:
         self.pool = pool
-        self.mapping = WeakIdKeyDictionary()  # stays empty: nothing is cached by source
+        self.mapping = WeakIdKeyDictionary()  # stays empty: leases are not cached by source
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
+        """Copy a storage to the CPU, and return the copy."""
         leased = self.pool.take(storage.nbytes())
         leased.copy_(storage, non_blocking)
         return leased
 
     def close(self) -> None:
+        """Forget the CPU storages."""
         self.pool.close()
 
 
@@ -62,14 +66,14 @@ class StateDictStager(OffloadCopier):
 
     Not thread-safe: one ``stage()`` at a time.
 
-    What ``share_memory=True`` costs: the first copy of each storage goes into cold memory and takes two to four times as
-    long as later ones (docs/staging-api.md); storages of less than 1 MiB share mappings of at least 4 MiB, each kept
-    until its last storage is dropped. It does not cost a file descriptor per tensor: one per storage of 1 MiB and more,
-    up to an eighth of ``ulimit -n``, and one per shared mapping.
+    ``share_memory=True`` has these costs. The first copy of each storage goes into new memory and takes two to four times
+    as long as later ones (docs/staging-api.md). Storages below 1 MiB share mappings of at least 4 MiB, and a mapping is
+    kept until its last storage is dropped. Each mapping takes a file descriptor, and so does each larger storage, up to an
+    eighth of ``ulimit -n``.
 
     Args:
         pin_memory: page-lock the staged memory. Ignored with a warning when there is no CUDA device.
-        share_memory: stage into shared memory, which torch.multiprocessing sends without a copy.
+        share_memory: stage into shared memory, which torch.multiprocessing sends to other processes without a copy.
         pin_memory_min_bytes: smaller storages (bytes) are not pinned.
         lease: results own their buffers (NOTE [ The cache, and what it means ]). Not in torch.
     """
@@ -102,22 +106,22 @@ class StateDictStager(OffloadCopier):
         return mapping
 
     def stage(self, state_dict: Any, non_blocking: bool = False, *, memo: dict[int, Any] | None = None) -> Any:
-        """A copy of ``state_dict`` on the CPU that later changes to the source cannot reach.
+        """Return a copy of ``state_dict`` on the CPU that later changes to the source cannot reach.
 
         Args:
             state_dict: any object; usually a dict.
-            non_blocking: device copies may be under way on return; synchronise the stream they were issued on.
-            memo: give a dict and keep it until the copies are done: it holds on to their sources. Not in torch.
+            non_blocking: device copies may still be running on return; synchronize the stream they were issued on.
+            memo: a dict that keeps the sources alive; keep it until the copies are done. Not in torch.
 
         Raises:
-            UnstageableError: names the key path of what cannot be copied. Nothing half copied is returned.
+            UnstageableError: a value cannot be copied; names its key path. No partial copy is returned.
         """
         if self._pool is not None:
             self._pool.begin_pass()
         return self.deepcopy_with_tensor_offload(state_dict, memo, non_blocking=non_blocking)
 
     def release(self, staged: Any) -> int:
-        """End the lease of a result of ``stage()`` now: the next ``stage()`` may overwrite it. How many buffers it held."""
+        """End the lease of a result now: the next ``stage()`` may overwrite it. Returns the number of buffers it held."""
         if self._pool is None:
             return 0
         return self._pool.release(_storages_of(staged))
@@ -128,7 +132,7 @@ class StateDictStager(OffloadCopier):
 
 
 def _storages_of(staged: Any) -> list[torch.UntypedStorage]:
-    """Storages behind a staged object, the local ones of wrapper subclasses included."""
+    """The storages behind a staged object, including the local storages of wrapper subclasses."""
     storages = []
     pending, walked = [staged], dict[int, object]()
     while pending:

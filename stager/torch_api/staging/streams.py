@@ -1,12 +1,15 @@
-"""Order between the trainer's device streams and the copies that a staging thread issues.
+"""Ordering the copies of a staging thread behind the trainer's device streams.
 
 NOTE [ Which stream copies what ]
-``stage()`` is called on the trainer's thread, whose kernels that produce the state may still be running. For each device
-with a context, the trainer's thread records an event on its current stream: the *fence*. The staging thread takes a side
-stream per device, makes it wait for the event, makes it the current stream, and only then copies, so that copies see
-what the trainer had enqueued before ``stage()``, and nothing waits for what it enqueues after. The streams that are
-synchronised are the ones the copies were issued on.
-A thread starts on device 0 whatever the trainer uses, so the fence also carries the trainer's device.
+``stage()`` is called in the trainer's thread. Kernels that compute the state may still be running then.
+
+1. trainer   record an event on the current stream of each device that has a context: the *fence*
+2. staging   make a side stream of each device wait for the event, and make it the current stream
+3. staging   copy, so that the copies see all that the trainer enqueued before ``stage()``, and do not wait for what it
+             enqueues later
+4. staging   synchronize the side streams, which are the ones that the copies were issued on
+
+A thread starts on device 0, whatever device the trainer uses. So the fence also carries the trainer's device.
 
 Written against torch.accelerator's documentation; not yet run on a GPU.
 """
@@ -21,22 +24,40 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """What one ``stage()`` call must wait for. ``events`` holds (device index, event, side stream)."""
+    """What the copies of one ``stage()`` call wait for. Without an accelerator it has no events and does nothing.
+
+    Attributes:
+        device_index: current device of the trainer's thread.
+        events: (device index, event, side stream).
+    """
 
     device_index: int
     events: tuple[tuple[int, torch.Event, torch.Stream], ...]
 
+    def enter(self) -> None:
+        """In the staging thread: issue what follows on the side streams, behind the fence."""
+        for _, event, stream in self.events:
+            stream.wait_event(event)
+            torch.accelerator.set_stream(stream)  # also makes its device the current one
+        if self.events:
+            _set_index(self.device_index)
 
-class SideStreams:
-    """One copy stream per device, made on the trainer's thread when first needed, kept for the stager's life."""
+    def wait(self) -> None:
+        """Return when the copies issued since :meth:`enter` are done."""
+        for _, _, stream in self.events:
+            stream.synchronize()
+
+
+class StagingStreams:
+    """One side stream for each device, made in the trainer's thread when first needed, kept as long as the stager."""
 
     def __init__(self) -> None:
         self._streams: dict[int, torch.Stream] = {}
 
-    def fence(self) -> Fence | None:
-        """Mark, on the calling thread, what its streams hold now. None on a host without an accelerator."""
+    def fence(self) -> Fence:
+        """Mark what the streams of the calling thread hold now."""
         if not torch.accelerator.is_available():
-            return None
+            return Fence(0, ())
         events = []
         for index in _devices_in_use():
             stream = self._streams.get(index)
@@ -48,31 +69,18 @@ class SideStreams:
         return Fence(_current_index(), tuple(events))
 
     def close(self) -> None:
+        """Drop the streams."""
         self._streams.clear()
 
 
-def enter(fence: Fence) -> None:
-    """On the staging thread: issue what follows on the side streams, after what the fence marks."""
-    for _, event, stream in fence.events:
-        stream.wait_event(event)
-        torch.accelerator.set_stream(stream)  # also makes its device the current one
-    _set_index(fence.device_index)
-
-
-def wait(fence: Fence) -> None:
-    """Return when the copies issued since :func:`enter` are done."""
-    for _, _, stream in fence.events:
-        stream.synchronize()
-
-
 def wait_current() -> None:
-    """Return when what the calling thread has queued is done, on each device in use."""
+    """Return when all that the calling thread has enqueued is done, on each device in use."""
     for index in _devices_in_use():
         torch.accelerator.current_stream(index).synchronize()
 
 
 def _devices_in_use() -> list[int]:
-    """Devices with a context. Asking the others for an event would create one there, hundreds of MiB each."""
+    """Devices with a context. An event on another device would create a context there, which takes hundreds of MiB."""
     current = _current_index()
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or accelerator.type != "cuda":
@@ -83,7 +91,7 @@ def _devices_in_use() -> list[int]:
 
 def _device(index: int) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None  # only called where is_available() was true
+    assert accelerator is not None  # called only if is_available() was true
     return torch.device(accelerator.type, index)
 
 

@@ -1,8 +1,12 @@
-"""stager's reader and writer for ``torch.distributed.checkpoint``: plain ``dcp.save``, ``dcp.async_save`` and ``dcp.load``.
+"""stager's storage writer and reader for ``dcp.save``, ``dcp.async_save`` and ``dcp.load``.
 
-every rank      plan -> payload.py (bytes of each value) -> spans.py (files, hashes) -> results
-coordinator     results -> assembly.py (layout, structure) -> target.py (.metadata, manifest, rename)
-reading         manifest -> index.py (DCP's Metadata) -> plan -> reader.py (into place), stock.py (others' checkpoints)
+    every rank     save plan -> payload.py (bytes of each value) -> spans.py (files and hashes) -> results
+    coordinator    results -> assembly.py (layout and structure) -> target.py (.metadata, manifest, rename)
+    every rank     manifest -> loading/dcp/index.py (DCP's Metadata) -> load plan -> loading/dcp/read_plan.py
+
+A checkpoint of ``Checkpointer`` is written by workers from a slab whose layout is known before. Here values come one by one
+from a planner, and the size of an object is known only when it comes. So each thread appends to a file of its own, and the
+layout is assembled at the end.
 """
 
 from stager.torch_api.storage.reader import StagerStorageReader

@@ -1,4 +1,4 @@
-"""From what the ranks wrote to one layout: files, items in file order, and the structure that names them."""
+"""Assembling one layout from what the ranks wrote: files, items in file order, and the structure that names them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ _MAX_DEPTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A layout, and for each of its items the hashes of its segments."""
+    """A layout, and the hashes of the segments of each item."""
 
     layout: Layout
     hashes: tuple[tuple[str, ...], ...]
 
 
 def assemble(metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]]) -> Assembly:
-    """
+    """Make the layout of a checkpoint.
+
     Args:
-        metadata: the planner's; its ``planner_data`` gives each name's path, where it does.
-        written: of all ranks.
+        metadata: the planner's; its ``planner_data`` may give the key path of each name.
+        written: what all ranks wrote.
 
     Raises:
-        UsageError: the planner left out a name.
-        UnstageableError: a tensor cannot be described in chunks; names it.
+        UsageError: no rank wrote a value that the planner announced.
+        UnstageableError: the shards of a tensor cannot be described as chunks; names the tensor.
     """
     entries = sorted(written, key=lambda entry: (entry[1].file, entry[1].item.offset))
     sizes: dict[str, int] = {}
@@ -47,19 +48,19 @@ def assemble(metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]
         parts.setdefault(index.fqn, []).append((tuple(index.offset or ()), number))
     missing = next((name for name in metadata.state_dict_metadata if name not in parts), None)
     if missing is not None:
-        raise UsageError(f"{missing}: the save planner announced it, and no rank wrote it")
+        raise UsageError(f"{missing}: the save planner announced this value, and no rank wrote it")
     layout = Layout(tuple(FileSpec(*entry) for entry in sizes.items()), items, None, SEGMENT_BYTES)
     nodes = {name: _node(name, parts[name], metadata, layout) for name in metadata.state_dict_metadata}
     layout = replace(layout, structure=nest(nodes, metadata.planner_data))
     try:
         check_layout(layout)
     except (ValueError, TypeError, IndexError) as error:
-        raise InternalError(f"made a layout that cannot be: {error}") from error
+        raise InternalError(f"stager assembled an invalid layout: {error}") from error
     return Assembly(layout, tuple(one.hashes for _, one in entries))
 
 
 def _node(name: str, parts: list[tuple[tuple[int, ...], int]], metadata: Metadata, layout: Layout) -> Node:
-    """The structure node of one name: its item, or its chunks."""
+    """The structure's node of a name: its item, or its chunks."""
     (offsets, first), described = parts[0], metadata.state_dict_metadata[name]
     if isinstance(described, BytesStorageMetadata) or (len(parts) == 1 and layout.items[first].kind == "object"):
         return first
@@ -67,14 +68,18 @@ def _node(name: str, parts: list[tuple[tuple[int, ...], int]], metadata: Metadat
     if len(parts) == 1 and size == shapes[0] and not any(offsets):
         return first
     if any(layout.items[index].kind == "object" for _, index in parts):
-        raise UnstageableError(name, "is sharded, and a shard is no dense tensor; save its full tensor")
+        raise UnstageableError(
+            name, "is sharded, and one of its shards is not a dense tensor; save the full tensor instead"
+        )
     if sum(map(math.prod, shapes)) != math.prod(size):
-        raise UnstageableError(name, f"its shards, of shapes {shapes}, do not make up a tensor of shape {size}")
+        raise UnstageableError(
+            name, f"its shards have shapes {shapes}, which together are not a tensor of shape {size}"
+        )
     return Chunks(size, tuple(parts)).to_node()
 
 
 def nest(nodes: Mapping[str, Node], paths: Any) -> Node:
-    """The structure: nested as the planner's paths say, or flat by name where it gives none that fit together."""
+    """The structure: nested as the planner's key paths say, or flat by name if they are missing or contradict each other."""
     root = _Branch()
     for name, node in nodes.items():
         path = paths.get(name) if isinstance(paths, Mapping) else None
@@ -103,7 +108,7 @@ def _is_path(path: Any, name: str) -> TypeGuard[Path]:
 
 
 def _insert(root: _Branch, path: Path, leaf: _Leaf) -> bool:
-    """False if something else is in the way: ranks may have different values under one key."""
+    """Insert a leaf. False if another value is at its path or above it, as ranks may have different values under one key."""
     for key in path[:-1]:
         child = root.children.setdefault(key, _Branch())
         if isinstance(child, _Leaf):

@@ -1,4 +1,4 @@
-"""The bytes of one value: what stands before its raw bytes, the raw bytes where they lie in memory, what stands after."""
+"""The bytes to write for one value: head, raw bytes in place in memory, tail."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import torch
 from stager.workers.checkpoint.formats.torch_save import object_blob, tensor_frame
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
 from stager.workers.checkpoint.layout.layout import contiguous_stride
+from stager.workers.checkpoint.layout.layout_check import is_dense
 from stager.workers.memory.pages import bytes_at
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Attributes:
-    kind: "tensor" or "object".
-    dtype, shape, stride: of a tensor; "", (), () for an object.
-    head, data, tail: the blob.
-    owner: what has to stay alive as long as ``data`` is used.
+    """A value that is ready to be written.
+
+    Attributes:
+        kind: "tensor" or "object".
+        dtype, shape, stride: of a tensor; "", (), () for an object.
+        head, data, tail: the bytes, in this order. ``data`` is a view of the value's memory.
+        owner: has to stay alive as long as ``data`` is used.
     """
 
     kind: str
@@ -33,11 +36,12 @@ class Payload:
 
     @property
     def nbytes(self) -> int:
+        """Size of head, data and tail."""
         return len(self.head) + len(self.data) + len(self.tail)
 
 
 def payload_of(value: torch.Tensor | io.BytesIO) -> Payload:
-    """What a planner resolved, ready to be written; a tensor on a device is copied to the CPU here."""
+    """Make the payload of a value that a planner resolved. A tensor on a device is copied to the CPU."""
     if isinstance(value, io.BytesIO):
         return _object(value.getbuffer(), value)
     tensor = value.detach()
@@ -49,7 +53,7 @@ def payload_of(value: torch.Tensor | io.BytesIO) -> Payload:
     shape = tuple(tensor.shape)
     stride = contiguous_stride(shape)
     if tensor.numel() and tensor.stride() != stride:
-        if _is_dense(shape, tensor.stride()):
+        if is_dense(shape, tensor.stride()):
             stride = tensor.stride()
         else:
             tensor = tensor.contiguous()
@@ -63,7 +67,7 @@ def _object(data: memoryview, owner: object) -> Payload:
 
 
 def _is_raw(tensor: torch.Tensor, dtype: str) -> bool:
-    """Whether it is nothing but its raw bytes; torch.save keeps all the others exactly, as objects."""
+    """Whether raw bytes, dtype, shape and stride are all of the tensor; others are pickled by torch.save, which is exact."""
     if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
         return False
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
@@ -72,14 +76,4 @@ def _is_raw(tensor: torch.Tensor, dtype: str) -> bool:
         dtype_of(dtype)
     except ValueError:
         return False
-    return True
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Each element has a place of its own, and no place between them is unused."""
-    expected = 1
-    for step, length in sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1):
-        if step != expected:
-            return False
-        expected *= length
     return True

@@ -1,4 +1,4 @@
-"""``StagerStorageReader``: ``dcp.load`` of stager's checkpoints, into place, each hash checked; and of stock ones."""
+"""``StagerStorageReader``: ``dcp.load`` of checkpoints of stager, with each hash checked, and of those of ``dcp.save``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from stager.loading.dcp.index import Index, read_index
-from stager.loading.dcp.plain_reader import PlainReader
 from stager.loading.dcp.read_plan import read_plan
 from stager.loading.dcp.stock import StockReader
+from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.read.blob_reader import BlobReader
@@ -26,20 +26,20 @@ from stager.workers.errors import UsageError
 class StagerStorageReader(StorageReader):
     """Reads a checkpoint: ``dcp.load(state, storage_reader=StagerStorageReader(path))``.
 
-    A checkpoint with a manifest is read by it: nothing is unpickled but the state's own objects, and those only as far as
-    ``weights_only`` allows. Whole tensors go straight into CPU targets of the same dtype and strides; everything else
-    (another device, dtype or stride, a slice for another sharding) is read into memory of its own, at most 256 MiB or one
-    tensor at a time, and copied. One without a manifest is read by torch's own reader.
+    If the checkpoint has a manifest, only objects of the state are unpickled, under ``weights_only`` rules. A whole tensor
+    is read straight into a CPU target of the same dtype and strides. For all other targets (another device, dtype or
+    stride, a slice of another sharding) it is read into other memory, at most 256 MiB or one tensor at a time, and copied.
+    A checkpoint without a manifest is read by torch's own reader.
 
     Args:
-        path: the checkpoint's directory; ``checkpoint_id`` of ``dcp.load`` goes before it.
-        num_threads: how many reads run at a time; default: the cores this process may use, at most 8.
-        verify: compare the hash of every byte that is read; ``False`` takes what is there.
-        allow_pickle: unpickle any object, which may run code from the checkpoint.
+        path: the checkpoint's directory. ``checkpoint_id`` of ``dcp.load`` overrides it.
+        num_threads: how many reads run at a time. Default: the cores that this process may use, at most 8.
+        verify: check the hashes of all bytes that are read; False: accept damaged data.
+        allow_pickle: unpickle any object, which runs code from the checkpoint.
 
-    Errors reach the caller as DCP wraps them: ``CheckpointException`` with ``failures`` by rank, in which there is a
-    ``CorruptCheckpointError`` for damaged data; torch 2.13 turns what ``read_metadata`` raises into an ``AssertionError``
-    with its text. Targets that were read before the damage was found are changed.
+    Errors reach the caller as DCP wraps them: ``CheckpointException`` with ``failures`` by rank, for example
+    a ``CorruptCheckpointError``. torch 2.13 turns what ``read_metadata`` raises into an ``AssertionError`` with the same
+    text. Targets that were read before damage was found are changed.
     """
 
     def __init__(
@@ -67,18 +67,19 @@ class StagerStorageReader(StorageReader):
         return self._path
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A new load begins, from ``checkpoint_id`` if there is one."""
+        """Begin a new load, from ``checkpoint_id`` if it is given."""
         if checkpoint_id:
             self._path = os.path.abspath(os.fspath(checkpoint_id))
         self._load_id = str(uuid.uuid4())
         self._index = self._metadata = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """
+        """Read the manifest, or the ``.metadata`` of a checkpoint that stager did not write.
+
         Raises:
             CheckpointNotFoundError: there is no checkpoint.
             CorruptCheckpointError: its manifest is damaged, or a file is missing or has another size.
-            UnsafePickleError: it is not stager's, and its ``.metadata`` holds more than metadata.
+            UnsafePickleError: its ``.metadata`` holds more than metadata, and there is no manifest.
         """
         self._index = None
         if os.path.lexists(os.path.join(self._path, MANIFEST_NAME)):
@@ -90,23 +91,27 @@ class StagerStorageReader(StorageReader):
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Keep the metadata, which came from the coordinator."""
         self._metadata = metadata
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """
+        """Read what the plan asks for.
+
         Raises:
-            CorruptCheckpointError: a hash does not match; names file and value.
-            UnsafePickleError: an object is more than ``weights_only`` allows.
+            CorruptCheckpointError: a hash does not match; names the file and the value.
+            UnsafePickleError: the ``weights_only`` rules do not allow an object.
             StorageError: a read failed.
         """
         if self._metadata is None:
-            raise UsageError("read_data() comes after read_metadata() and set_up_storage_reader()")
+            raise UsageError("read_data() was called before read_metadata() and set_up_storage_reader()")
         if self._index is None:
             return StockReader(self._path, self._allow_pickle).read_data(plan, planner, self._metadata)
         kind = BlobReader if self._verify else PlainReader
@@ -118,5 +123,5 @@ class StagerStorageReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a path of a local or mounted file system."""
+        """Whether ``checkpoint_id`` is a path in a file system, and not a URL."""
         return "://" not in os.fspath(checkpoint_id)

@@ -1,4 +1,4 @@
-"""One data file of one rank: values one after the other, each hashed in the pass that writes it."""
+"""Writing one data file of one rank: values one after the other, each hashed in the pass that writes it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.layout.layout import Item, align
 
-SEGMENT_BYTES = 64 << 20  # what one hash covers, as persistence.segment_bytes
-_WRITE_BYTES = 4 << 20  # hashed and written while it is in the cache
-_JOIN_BYTES = 64 << 10  # below this, copying into one buffer is cheaper than three small ones
+SEGMENT_BYTES = 64 << 20  # what one hash covers; the default of persistence.segment_bytes
+_WRITE_BYTES = 4 << 20  # hashed and written while it is in the CPU cache
+_JOIN_BYTES = 64 << 10  # below this, one copied buffer is cheaper than three small ones
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Where a value is, as its rank tells the coordinator.
+    """Where a rank wrote a value; the rank sends this to the coordinator.
 
     Attributes:
         file: name of the data file.
-        item: its place in it; ``item.file`` is not known yet and 0.
-        end: of its span.
-        hashes: xxh3_128 of its span's segments, hex.
+        item: the place in that file; ``item.file`` is 0, because files are numbered later.
+        end: end of the item's span, which is the item and its padding.
+        hashes: xxh3_128 of the segments of the span, hex.
     """
 
     file: str
@@ -36,31 +36,33 @@ class Written:
 
 
 class SpanWriter:
-    """Writes a file from its beginning. One thread uses it.
+    """Appends values to a new file. Not thread-safe.
 
     Args:
-        directory_fd, directory: where; the path is for messages.
-        name: the file; it must not exist.
+        directory_fd: of the partial directory.
+        directory: path of the partial directory, for messages.
+        name: of the file, which must not exist.
     """
 
     def __init__(self, directory_fd: int, directory: str, name: str) -> None:
         self._name = name
         self._path = os.path.join(directory, name)
-        self._end = 0  # of what was appended
+        self._end = 0  # of what was appended, in bytes
         self._batch: list[bytes | memoryview] = []
         self._batch_nbytes = 0
-        self._owners: list[object] = []  # of what is in the batch
+        self._owners: list[object] = []  # keep the memory of the batch alive
         with storage_errors("create", self._path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(name, flags, 0o666, dir_fd=directory_fd)
 
     def append(self, payload: Payload) -> Written:
-        """
+        """Append a value and its padding.
+
         Raises:
             StorageError: a write failed.
         """
         start = self._end
-        end = align(start + max(1, payload.nbytes))  # no span is empty: each has a hash
+        end = align(start + max(1, payload.nbytes))  # every span has a byte at least, so that it has a hash
         padding = bytes(end - start - payload.nbytes)
         if end - start <= _JOIN_BYTES:
             blob = b"".join((payload.head, payload.data, payload.tail, padding))
@@ -82,7 +84,7 @@ class SpanWriter:
         return Written(self._name, item, end, tuple(hashes))
 
     def _segments(self, payload: Payload, padding: bytes) -> Iterator[str]:
-        """Write a span, and give the hash of each of its segments."""
+        """Write a span, and yield the hash of each of its segments."""
         hasher, left = xxhash.xxh3_128(), SEGMENT_BYTES
         for piece in (payload.head, payload.data, payload.tail + padding):
             view, position = memoryview(piece), 0
@@ -112,11 +114,12 @@ class SpanWriter:
         self._batch, self._owners, self._batch_nbytes = [], [], 0
 
     def finish(self, fsync: bool) -> None:
-        """Write what is left, and sync."""
+        """Write what is in the batch; with ``fsync``, sync the file."""
         self._flush()
         if fsync:
             with storage_errors("sync", self._path):
                 os.fsync(self._fd)
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._fd)

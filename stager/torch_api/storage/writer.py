@@ -1,4 +1,11 @@
-"""``StagerStorageWriter``: ``dcp.save`` and ``dcp.async_save`` into stager's files, hashed, and committed by one rename."""
+"""``StagerStorageWriter``: ``dcp.save`` and ``dcp.async_save`` into hashed files, committed by one rename.
+
+1. coordinator   ``prepare_global_plan``: make the partial directory; number the ranks
+2. every rank    ``write_data``: write and sync data files there, several threads at once
+3. coordinator   ``finish``: assemble the layout, write ``.metadata`` and ``manifest.json``, rename the directory
+
+An error in 2 or 3 removes the partial directory, so that the save fails on every rank.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +39,21 @@ from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import UnstageableError, UsageError
 
-_SMALLEST_FILE_BYTES = 16 << 20  # below this a thread and a file of its own cost more than they bring
+_SMALLEST_FILE_BYTES = 16 << 20  # below this, another thread and file cost more time than they save
 
 
 class StagerStorageWriter(StorageWriter):
-    """Writes a checkpoint that is whole, or not there: ``dcp.save(state, storage_writer=StagerStorageWriter(path))``.
+    """Writes a checkpoint whole or not at all: ``dcp.save(state, storage_writer=StagerStorageWriter(path))``.
 
     Ranks write and sync their files in a partial directory beside ``path``; the coordinator adds ``.metadata`` and
     ``manifest.json`` and renames it. The result is read by ``dcp.load`` with or without stager, and checked by
     ``stager verify``. All ranks must see one file system.
 
     Args:
-        path: the checkpoint's directory, made with its parents; ``checkpoint_id`` of ``dcp.save`` goes before it.
+        path: the checkpoint's directory; parents are made. ``checkpoint_id`` of ``dcp.save`` overrides it.
         fsync: sync files and directories, in the order that survives a power failure.
-        num_threads: of this rank, writing; default: its share of the cores, at most 8.
-        overwrite: replace a checkpoint at ``path``, in one step; ``False``: raise ``UsageError``.
+        num_threads: how many threads of this rank write. Default: the cores divided by the local ranks, at most 8.
+        overwrite: replace a checkpoint at ``path`` atomically; False: raise ``UsageError`` instead.
 
     Errors reach the caller as DCP wraps them: ``CheckpointException`` with ``failures`` by rank.
     """
@@ -74,39 +81,45 @@ class StagerStorageWriter(StorageWriter):
         return self._target.path
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """A new save begins, at ``checkpoint_id`` if there is one."""
+        """Begin a new save, at ``checkpoint_id`` if it is given."""
         self._target = Target(checkpoint_id or self._target.path, self._overwrite)
         self._save_id = uuid.uuid4().hex
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """
+        """Refuse ``use_collectives=False``.
+
         Raises:
-            UsageError: ``use_collectives=False``, which makes a checkpoint of each rank's own.
+            UsageError: ``use_collectives=False``, with which each rank would write a checkpoint of its own.
         """
         if not kwargs.get("use_collectives", True):
-            raise UsageError("use_collectives=False writes no common checkpoint; StagerStorageWriter needs collectives")
+            raise UsageError(
+                "use_collectives=False makes each rank write a checkpoint of its own; StagerStorageWriter writes one "
+                "checkpoint of all ranks, and needs use_collectives=True"
+            )
 
     def storage_meta(self) -> StorageMeta:
+        """The path and the id of this save, for DCP's metadata."""
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Number the ranks and make the partial directory.
 
         Raises:
-            UsageError: something is at the path that must not be replaced.
+            UsageError: the path exists and must not be replaced.
             StorageError
         """
         self._target.prepare()
         return [replace(plan, storage_data=_StoragePrefix(f"__{rank}_")) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's values; they are on the disk when it returns.
+        """Write this rank's values. With ``fsync`` they are durable when it returns.
 
         Raises:
-            StorageError: the partial directory is removed: the save fails on every rank.
+            StorageError: a write failed. The partial directory is removed, so that the save fails on every rank.
         """
         future: Future[list[WriteResult]] = Future()
         try:
@@ -117,8 +130,10 @@ class StagerStorageWriter(StorageWriter):
         return future
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        prefix: str = plan.storage_data.prefix  # as FileSystemWriter's: a planner may have kept a plan of its
-        buckets = _deal(plan.items, self._num_threads or _threads_of_this_rank())
+        prefix: str = (
+            plan.storage_data.prefix
+        )  # named as FileSystemWriter's, because a planner may have cached a plan that was made with it
+        buckets = _partition(plan.items, self._num_threads or _threads_of_this_rank())
         with ExitStack() as opened:
             directory_fd = self._target.open_partial()
             opened.callback(os.close, directory_fd)
@@ -151,10 +166,10 @@ class StagerStorageWriter(StorageWriter):
         return [result for results in done for result in results]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit. The coordinator does.
+        """Commit the checkpoint. The coordinator calls it.
 
         Raises:
-            StorageError, UsageError: nothing at the path has changed; the partial directory is removed.
+            StorageError, UsageError: the commit failed. Nothing at the path has changed; the partial directory is removed.
         """
         try:
             self._commit(metadata, [result for rank in results for result in rank])
@@ -165,7 +180,9 @@ class StagerStorageWriter(StorageWriter):
     def _commit(self, metadata: Metadata, results: list[WriteResult]) -> None:
         written: list[tuple[Any, Written]] = [(result.index, result.storage_data) for result in results]
         assembly = assemble(metadata, written)
-        metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)  # newer than some torch we support
+        metadata.version = getattr(
+            filesystem, "CURRENT_DCP_VERSION", None
+        )  # older versions of torch that we support lack it
         metadata.storage_data = {
             index: _StorageInfo(one.file, one.item.offset, one.item.nbytes) for index, one in written
         }
@@ -177,7 +194,7 @@ class StagerStorageWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a path of a local or mounted file system."""
+        """Whether ``checkpoint_id`` is a path in a file system, and not a URL."""
         return "://" not in os.fspath(checkpoint_id)
 
 
@@ -185,11 +202,11 @@ def _payload(name: str, value: Any) -> Payload:
     try:
         return payload_of(value)
     except Exception as error:
-        raise UnstageableError(name, f"torch.save cannot write it: {error}") from error
+        raise UnstageableError(name, f"torch.save cannot pickle it: {error}") from error
 
 
-def _deal(items: list[WriteItem], num_threads: int) -> list[list[WriteItem]]:
-    """One list per file; about the same number of bytes in each. Objects, of unknown size, go last in the first."""
+def _partition(items: list[WriteItem], num_threads: int) -> list[list[WriteItem]]:
+    """Divide items among files of about equal size. Objects, whose size is unknown, go last into the first file."""
     tensors = [(_nbytes(item), number) for number, item in enumerate(items) if item.type != WriteItemType.BYTE_IO]
     total = sum(nbytes for nbytes, _ in tensors)
     count = max(1, min(num_threads, total // _SMALLEST_FILE_BYTES))
@@ -200,7 +217,7 @@ def _deal(items: list[WriteItem], num_threads: int) -> list[list[WriteItem]]:
         heapq.heappush(heap, (load + nbytes, bucket, numbers))
     buckets = [[items[number] for number in sorted(numbers)] for _, _, numbers in sorted(heap, key=lambda e: e[1])]
     buckets[0] += [item for item in items if item.type == WriteItemType.BYTE_IO]
-    return [bucket for bucket in buckets if bucket]  # an empty file would have nothing to hash
+    return [bucket for bucket in buckets if bucket]  # no empty files
 
 
 def _nbytes(item: WriteItem) -> int:

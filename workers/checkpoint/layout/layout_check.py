@@ -142,12 +142,12 @@ def _check_kind(index: int, item: Item) -> None:
         raise ValueError(f"item {index}: {item.dtype} of shape {item.shape} is not {item.data_nbytes} bytes")
     if math.prod(filter(None, item.shape)) > _LARGEST:  # what torch multiplies before it comes to the zero
         raise ValueError(f"item {index}: shape {item.shape} is too large")
-    if len(item.stride) != len(item.shape) or not _is_dense(item.shape, item.stride):
+    if len(item.stride) != len(item.shape) or not is_dense(item.shape, item.stride):
         raise ValueError(f"item {index}: stride {item.stride} does not cover shape {item.shape}")
 
 
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Each element has a place of its own and no place is unused."""
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether each element has a place of its own in memory, and no place between them is unused."""
     if 0 in shape:
         return True
     expected = 1

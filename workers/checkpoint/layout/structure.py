@@ -138,6 +138,25 @@ def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
     return result
 
 
+def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
+    """Return a copy of a structure in which ``leaf(item or chunks)`` stands for each leaf.
+
+    What another rank writes stays absent.
+
+    Raises:
+        ValueError: ``node`` is not a structure.
+    """
+    if type(node) is int:
+        return leaf(node)
+    if node is ABSENT:
+        return ABSENT
+    if _is_chunks(node):
+        return leaf(Chunks.from_node(node))
+    _, children = _open(node, 0)
+    position = 1 if node[0] == "list" else 2
+    return [*node[:position], [map_leaves(child, leaf) for child in children], *node[position + 1 :]]
+
+
 def _is_chunks(node: Node) -> bool:
     return isinstance(node, list) and node[:1] == ["chunks"]
 

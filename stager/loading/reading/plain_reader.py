@@ -1,4 +1,4 @@
-"""Raw bytes of a checkpoint without checking them: to save what can be saved of a damaged one."""
+"""Reading the raw bytes of a checkpoint without checking hashes: to rescue what a damaged one still holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GROUP_BYTES = 8 << 20
 
 
 class PlainReader:
-    """Reads as :class:`stager.workers.checkpoint.read.blob_reader.BlobReader` does, and leaves headers and hashes alone."""
+    """Reads as ``BlobReader`` does (``workers/checkpoint/read``), but checks neither headers nor hashes."""
 
     def __init__(self, path: str, manifest: Manifest, num_threads: int) -> None:
         self._items = manifest.layout.items
@@ -32,7 +32,8 @@ class PlainReader:
             undo.pop_all()
 
     def read(self, wanted: Sequence[Wanted]) -> None:
-        """
+        """Read items. Each target must have exactly ``data_nbytes`` bytes.
+
         Raises:
             CorruptCheckpointError: a file ends early.
             StorageError: a read failed.
@@ -46,7 +47,7 @@ class PlainReader:
             list(executor.map(self._read_all, groups))
 
     def _group(self, wanted: Sequence[Wanted]) -> list[list[Wanted]]:
-        """Up to ``_GROUP_BYTES`` for one thread at a time."""
+        """Divide the items into groups of about ``_GROUP_BYTES``; a thread reads one group at a time."""
         groups: list[list[Wanted]] = []
         nbytes = _GROUP_BYTES
         for want in wanted:
@@ -71,9 +72,12 @@ class PlainReader:
             while view:
                 count = os.preadv(self._fds[item.file], [view], position)
                 if count == 0:
-                    raise CorruptCheckpointError(self._paths[item.file], f"ends at byte {position}")
+                    raise CorruptCheckpointError(
+                        self._paths[item.file], f"ends at byte {position}, in the middle of a value"
+                    )
                 view, position = view[count:], position + count
 
     def close(self) -> None:
+        """Close the files."""
         while self._fds:
             os.close(self._fds.pop())

@@ -1,4 +1,4 @@
-"""What can be done to a run. Plain data: a plan holds them, ``inflictor.py`` and ``damage.py`` do them.
+"""The faults that a run can have: plain data. ``inflictor.py`` and ``damage.py`` carry them out.
 
 Points are those of ``workers/faults.py``.
 """
@@ -38,8 +38,10 @@ How = Literal["flip", "truncate", "remove", "extend"]
 class PointFault:
     """The first process that reaches ``point`` for the ``after + 1``-th time does ``action``.
 
-    ``detail``: the errno's name, or the seconds of a delay. ``relief`` and ``pause_secs``: what is done, and after how long,
-    to a stopped process that nobody else can help: a trainer, or a worker without one.
+    Attributes:
+        detail: name of the errno, or seconds of the delay.
+        relief, pause_secs: what is done to a stopped process, and when, if nobody else can help it: a trainer, or a worker
+            without one.
     """
 
     point: str
@@ -52,6 +54,7 @@ class PointFault:
 
     @property
     def label(self) -> str:
+        """A short name, the same for faults that are counted together."""
         if self.action in ("raise", "errno", "delay"):
             return {"raise": "exception", "errno": self.detail, "delay": "slow"}[self.action] + f" at {self.group}"
         names = {"kill": "SIGKILL", "stop": "SIGSTOP", "segv": "SIGSEGV", "exit": "os._exit"}
@@ -59,29 +62,36 @@ class PointFault:
 
     @property
     def group(self) -> str:
+        """The group of points that the point belongs to."""
         return f"{self.point.split('.')[0]}.*"
 
     @property
     def is_deadly(self) -> bool:
+        """Whether the process ends."""
         return self.action in DEADLY
 
     @property
     def stops(self) -> bool:
+        """Whether the process is stopped."""
         return self.action == "stop"
 
     @property
     def of_trainer(self) -> bool:
+        """Whether only a trainer reaches the point."""
         return self.point in TRAINER_POINTS
 
     def describe(self) -> str:
+        """The fault in words."""
         visits = f" after {self.after} visits" if self.after else ""
         return f"{self.action} {self.detail} at {self.point}{visits}".replace("  ", " ")
 
 
 @dataclass(frozen=True)
 class SignalFault:
-    """``signal`` to the trainer, a worker, or any of them, ``delay_secs`` after the save number ``save`` of this run began
-    (0: after the Checkpointer was made)."""
+    """A signal to the trainer, a worker, or any of them, ``delay_secs`` after save number ``save`` of the run began.
+
+    Save number 0 stands for the moment at which the Checkpointer was made.
+    """
 
     target: Target
     signal: SignalName
@@ -94,25 +104,28 @@ class SignalFault:
 
     @property
     def is_deadly(self) -> bool:
-        """Also to a worker, which does not heed the other two."""
+        """Whether any process ends; workers ignore SIGTERM and SIGINT."""
         return self.signal == "SIGKILL"
 
     @property
     def stops(self) -> bool:
+        """Whether the process is stopped."""
         return self.signal == "SIGSTOP"
 
     @property
     def label(self) -> str:
+        """A short name, the same for faults that are counted together."""
         whom = {"trainer": "the trainer", "worker": "a worker", "any": "any process"}[self.target]
         return f"{self.signal} to {whom}"
 
     def describe(self) -> str:
+        """The fault in words."""
         return f"{self.label}, {self.delay_secs:.3f} s after save {self.save} began"
 
 
 @dataclass(frozen=True)
 class FullDisk:
-    """From save number ``save`` on the disk has only ``free_bytes`` left, until a save has failed or ``secs`` are over."""
+    """The disk has only ``free_bytes`` left, from save number ``save`` until a save has failed or ``secs`` have passed."""
 
     save: int
     free_bytes: int
@@ -121,9 +134,11 @@ class FullDisk:
 
     @property
     def label(self) -> str:
+        """A short name, the same for faults that are counted together."""
         return "full disk"
 
     def describe(self) -> str:
+        """The fault in words."""
         return f"from save {self.save} on, {self.free_bytes:,} bytes are free on the disk"
 
 
@@ -138,30 +153,34 @@ class Pressure:
 
     @property
     def label(self) -> str:
+        """A short name, the same for faults that are counted together."""
         return "memory pressure"
 
     def describe(self) -> str:
+        """The fault in words."""
         return f"{self.nbytes >> 20} MiB of memory taken for {self.secs:.1f} s at save {self.save}"
 
 
 @dataclass(frozen=True)
 class RemovePartial:
-    """The first partial directory that is seen once save number ``save`` has begun is removed."""
+    """The first partial directory seen after save number ``save`` began is removed."""
 
     save: int
     kind: Literal["removed"] = "removed"
 
     @property
     def label(self) -> str:
+        """A short name, the same for faults that are counted together."""
         return "partial directory removed"
 
     def describe(self) -> str:
+        """The fault in words."""
         return f"the partial directory of save {self.save} or later removed"
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Before the run starts, a committed checkpoint is damaged. ``file`` and ``place`` are shares of what there is."""
+    """A committed checkpoint is damaged before the run. ``file`` and ``place`` choose file and byte, as fractions of all."""
 
     how: How
     newest: bool
@@ -171,6 +190,7 @@ class Damage:
 
     @property
     def label(self) -> str:
+        """A short name, the same for faults that are counted together."""
         words = {
             "flip": "a bit flipped",
             "truncate": "a file cut",
@@ -180,6 +200,7 @@ class Damage:
         return f"{words[self.how]} in a checkpoint"
 
     def describe(self) -> str:
+        """The fault in words."""
         return f"{self.label} ({'the newest' if self.newest else 'any'})"
 
 

@@ -1,8 +1,8 @@
-"""A ``.safetensors`` file that stands alone, whoever wrote it. Nothing in it can run code, and there are no hashes to check.
+"""Reading a ``.safetensors`` file, whoever wrote it. Nothing in it can run code, and it has no hashes to check.
 
 The file is an 8-byte length, a JSON header and the raw bytes (github.com/huggingface/safetensors, "Format"). As there, names
-are not nested, and bytes that belong to no tensor are an error. The header is compared with the file's size before memory is
-taken for what it says.
+are not nested, and bytes that belong to no tensor are an error. The header is compared with the size of the file before
+memory is allocated for the tensors that it lists.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stager.loading.dcp.plain_reader import PlainReader
+from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import Header, Manifest
 from stager.workers.checkpoint.formats.safetensors_file import DTYPES
@@ -26,13 +26,13 @@ from stager.workers.checkpoint.read.blob_reader import Wanted
 from stager.workers.errors import CorruptCheckpointError, UsageError
 from stager.workers.memory.pages import bytes_at
 
-_LARGEST_HEADER_BYTES = 100_000_000  # what safetensors' own reader takes
+_LARGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 _METADATA = "__metadata__"
 _NAMES = {theirs: ours for ours, theirs in DTYPES.items()}
 
 
 def is_safetensors(path: str) -> bool:
-    """By its first bytes: a length that the file has room for, and the brace of a JSON object.
+    """Whether the file begins as safetensors does: a length that the file has room for, then the brace of a JSON object.
 
     Raises:
         CorruptCheckpointError: not a regular file.
@@ -45,8 +45,9 @@ def is_safetensors(path: str) -> bool:
 
 
 def load_safetensors(path: str, num_threads: int) -> dict[str, torch.Tensor]:
-    """Its tensors by name, on the CPU. Names that its metadata ties to a tensor are the same one: so
-    ``safetensors.torch.save_model`` and stager write tied weights.
+    """Load the tensors by name, on the CPU.
+
+    ``safetensors.torch.save_model`` and stager write tied weights as names in the metadata; these share one tensor.
 
     Raises:
         CorruptCheckpointError, UsageError, StorageError
@@ -61,18 +62,20 @@ def load_safetensors(path: str, num_threads: int) -> dict[str, torch.Tensor]:
 
 
 def read_header(path: str) -> Manifest:
-    """What is in the file, as a manifest of it would have it, without hashes.
+    """Read the header, and return it as a manifest without hashes.
 
     Raises:
         CorruptCheckpointError: the header is impossible.
-        UsageError: a dtype that stager does not know.
+        UsageError: a tensor has a dtype that stager does not know.
         StorageError
     """
     with storage_errors("read", path), open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 8 < 8 + length <= min(size, _LARGEST_HEADER_BYTES):
-            raise CorruptCheckpointError(path, f"its header would be {length} bytes, and the file is {size}")
+            raise CorruptCheckpointError(
+                path, f"its first 8 bytes say that the header has {length} bytes, and the file has {size}"
+            )
         data = file.read(length)
     try:
         layout = _layout(json.loads(data, object_pairs_hook=_distinct), path, 8 + length, size)
@@ -84,7 +87,7 @@ def read_header(path: str) -> Manifest:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("a name occurs twice")
     return result
 
 
@@ -100,7 +103,7 @@ def _layout(header: dict[str, Any], path: str, start: int, size: int) -> Layout:
         items.append(_item(name, entry, path, start + low - head, head, high - low))
         position, head = high, 0
     if start + position != size:
-        raise ValueError(f"the file is {size} bytes long, should be {start + position}")
+        raise ValueError(f"the file has {size} bytes, and header and tensors take {start + position}")
     numbers = {name: number for number, (name, _) in enumerate(entries)}
     numbers |= {other: numbers[name] for other, name in metadata.items() if other not in numbers and name in numbers}
     layout = Layout((FileSpec("data", size),), tuple(items), ["dict", list(numbers), list(numbers.values())], size)
@@ -112,7 +115,7 @@ def _layout(header: dict[str, Any], path: str, start: int, size: int) -> Layout:
 def _item(name: str, entry: dict[str, Any], path: str, offset: int, head: int, nbytes: int) -> Item:
     dtype = _NAMES.get(check_text(entry["dtype"]))
     if dtype is None:
-        raise UsageError(f"{path}: {name} is {str(entry['dtype'])[:60]}, a dtype that stager does not read")
+        raise UsageError(f"{path}: {name} has the dtype {str(entry['dtype'])[:60]}, which stager cannot read")
     shape, stride = check_shape(entry["shape"]), [1]
     for length in reversed(shape[1:]):
         stride.insert(0, stride[0] * max(1, length))

@@ -1,4 +1,4 @@
-"""What a stager may use. Two dataclasses with the same fields, because torch has two."""
+"""The options of a stager: two dataclasses with the same fields, because torch has two."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Choice = bool | Literal["auto"]
 class StagingOptions:
     """Options of :class:`~stager.torch_api.staging.DefaultStager`, as in ``torch.distributed.checkpoint.staging``.
 
-    The defaults are torch's and need CUDA. ``"auto"`` for a field means "where this host has what it takes";
-    :func:`auto_options` is all four of them, and what ``DefaultStager()`` without options uses.
+    The defaults are torch's and need CUDA. ``"auto"`` for a field means: if this host can do it. ``DefaultStager()`` without
+    options uses :func:`auto_options`, in which every field is ``"auto"``.
 
     Attributes:
         use_pinned_memory: page-lock staged memory. True without CUDA warns and is ignored. auto: with CUDA.
@@ -36,17 +36,8 @@ class StagingOptions:
 
 
 @dataclass
-class CheckpointStagerConfig:
-    """The same options under the name that ``torch.distributed.checkpoint._experimental`` gives them.
-
-    See :class:`StagingOptions` for the fields.
-    """
-
-    use_pinned_memory: Choice = True
-    use_shared_memory: Choice = True
-    use_async_staging: Choice = True
-    use_non_blocking_copy: Choice = True
-    use_leases: bool = False
+class CheckpointStagerConfig(StagingOptions):
+    """The same options under the name that ``torch.distributed.checkpoint._experimental`` gives them."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +52,17 @@ class ResolvedOptions:
 
 
 def auto_options() -> StagingOptions:
+    """Return options that are all ``"auto"``: what ``DefaultStager()`` without options uses."""
     return StagingOptions("auto", "auto", "auto", "auto")
 
 
-def resolve(options: StagingOptions | CheckpointStagerConfig) -> ResolvedOptions:
-    """Decide the ``"auto"`` fields. Raises AssertionError, as torch does, for what this host cannot do."""
+def resolve(options: StagingOptions) -> ResolvedOptions:
+    """Decide the ``"auto"`` fields for this host.
+
+    Raises:
+        AssertionError: an option needs an accelerator and there is none; torch raises the same.
+        TypeError: a field is neither a bool nor "auto".
+    """
     accelerator = torch.accelerator.is_available()
     resolved = ResolvedOptions(
         use_pinned_memory=_decide("use_pinned_memory", options.use_pinned_memory, torch.cuda.is_available()),

@@ -1,0 +1,116 @@
+"""Matching a checkpoint with torch's modules and optimizers, whose ``load_state_dict()`` does the restoring.
+
+It would find most mismatches itself, but only after it has overwritten some of the state. Here they are found before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from stager.loading.difference import difference, obstacle, shape_problem
+from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, tensors_of
+from stager.loading.restore_plan import RestorePlan, Values
+from stager.state.shards import is_sharded
+from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
+
+
+def match_module(
+    plan: RestorePlan,
+    items: Sequence[Item],
+    node: Node,
+    module: torch.nn.Module,
+    path: Path,
+    missing: Callable[[Any, Path], None],
+) -> None:
+    """Plan to read the tensors of a module in place.
+
+    Args:
+        plan: is added to.
+        items: of the checkpoint.
+        node: of the module in the checkpoint.
+        path: of the module in the target.
+        missing: called with each value, and its path, that the checkpoint does not have.
+    """
+    if not is_mapping(node):
+        plan.add_problem(path, f"is a {type(module).__name__} in the target and {kind_of(node)} in the checkpoint")
+        return
+    nodes, state = children_of(node), module.state_dict()
+    for name, value in state.items():
+        if name not in nodes:
+            missing(value, (*path, name))
+    plan.unexpected += [describe((*path, key)) for key in nodes if key not in state]
+    for key, child in nodes.items():
+        tensor = state.get(key)  # type: ignore[arg-type]  # any key of the checkpoint; the module has str only
+        if type(child) is not int or items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
+            continue
+        item = items[child]
+        if torch.nn.parameter.is_lazy(tensor):  # it has no shape until it is loaded
+            continue
+        if item.shape != tuple(tensor.shape):
+            plan.add_problem((*path, key), shape_problem(item, tensor))
+        elif (problem := obstacle(tensor)) is not None:
+            plan.add_problem((*path, key), problem)
+        elif dtype_of(item.dtype) == tensor.dtype or is_sharded(tensor):  # load_state_dict() converts other dtypes
+            plan.read_into(child, tensor, (*path, key))
+
+
+def match_optimizer(
+    plan: RestorePlan, items: Sequence[Item], node: Node, optimizer: torch.optim.Optimizer, path: Path
+) -> None:
+    """Plan to read the tensors of an optimizer's state in place. For the arguments see :func:`match_module`."""
+    groups: Node = children_of(node).get("param_groups")
+    if not is_list(groups) or not all(map(is_mapping, groups[1])):
+        plan.add_problem(path, f"is a {type(optimizer).__name__} in the target and no optimizer in the checkpoint")
+        return
+    num_groups = len(optimizer.param_groups)
+    if len(groups[1]) != num_groups:
+        plan.add_problem(
+            path, f"has {num_groups} parameter groups in the target and {len(groups[1])} in the checkpoint"
+        )
+        return
+    for number, (saved, group) in enumerate(zip(groups[1], optimizer.param_groups, strict=True)):
+        _match_parameter_group(plan, saved, group, (*path, "param_groups", number))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    existing = tensors_of(optimizer.state_dict(), path)
+    for leaf, index in walk(node, path):
+        item = items[index]
+        tensor = existing.get(leaf)
+        if tensor is None:
+            tensor = _new_sharded(parameters, leaf[len(path) :], item)
+        if tensor is not None and item.kind == "tensor" and not (difference(item, tensor) or obstacle(tensor)):
+            plan.read_into(index, tensor, leaf)
+
+
+def _match_parameter_group(plan: RestorePlan, node: Node, group: dict[str, Any], path: Path) -> None:
+    params = children_of(node).get("params")
+    if type(params) is not int:
+        plan.add_problem(path, "has no list of parameters in the checkpoint")
+        return
+
+    def check(values: Values) -> str | None:
+        numbers = values[params]
+        if isinstance(numbers, list) and len(numbers) == len(group["params"]):
+            return None
+        count = len(numbers) if isinstance(numbers, list) else "no"
+        return f"{describe(path)}: has {len(group['params'])} parameters in the target and {count} in the checkpoint"
+
+    plan.checks.append(check)
+
+
+def _new_sharded(parameters: list[torch.Tensor], path: Path, item: Item) -> torch.Tensor | None:
+    """A tensor for a leaf that a new optimizer does not have yet: sharded as its parameter, if that is a DTensor.
+
+    Args:
+        path: of the leaf in the optimizer's state: ``("state", number of the parameter, name)``.
+    """
+    if len(path) != 3 or path[0] != "state" or type(path[1]) is not int or not 0 <= path[1] < len(parameters):
+        return None
+    parameter = parameters[path[1]].detach()
+    if item.kind != "tensor" or not is_sharded(parameter) or tuple(parameter.shape) != item.shape:
+        return None
+    return torch.empty_like(parameter, dtype=dtype_of(item.dtype))
