@@ -13,6 +13,7 @@ import pytest
 from stager.config.reference import reference
 
 ROOT = Path(__file__).parents[2]
+NOT_OF_THE_TREE = {"docs/results/NAME"}  # a place that the reader chooses
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -55,6 +56,19 @@ def test_tests_named_in_the_fault_table_exist() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     missing = [name for name in re.findall(r"::(test_\w+)", text) if f"def {name}(" not in sources]
     assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_source_files_named_in_a_document_exist(document: Path) -> None:
+    named = re.findall(r"(?<![\w/.-])(?:stager|workers|tests|configs|docs)/[\w/.-]*\w/?", document.read_text())
+    missing = {name for name in named if not (ROOT / name).exists()} - NOT_OF_THE_TREE
+    assert not missing
+
+
+def test_source_files_are_named_in_several_documents() -> None:
+    """The pattern of the test above finds paths at all."""
+    named = {path.name for path in DOCUMENTS if re.search(r"(?:stager|workers)/[\w/]+\.py", path.read_text())}
+    assert {"guide.md", "format.md", "safety.md", "stress.md"} <= named
 
 
 def test_folders_in_contributing_are_those_of_the_sources() -> None:

@@ -40,8 +40,8 @@ def _tail(row: Row) -> str:
 _AGREEMENT = (
     Column("requests", lambda row: count(row.agreement.requests)),
     Column("of one rank, at most", lambda row: count(row.agreement.busiest_requests)),
-    Column("keys and notes", lambda row: size(row.agreement.store_bytes)),
-    Column("store's load", lambda row: share(row.agreement.store_load)),
+    Column("keys and messages", lambda row: size(row.agreement.store_bytes)),
+    Column("rendezvous server's load", lambda row: share(row.agreement.store_load)),
     Column("after the last rank came", lambda row: secs(row.agreement.secs)),
 )
 _SIZE = (
@@ -57,10 +57,10 @@ _SIZE = (
     Column("", lambda row: "" if row.measured else "extrapolated"),
 )
 _SAVE = (
-    Column("store requests", lambda row: count(row.save.requests)),
+    Column("rendezvous requests", lambda row: count(row.save.requests)),
     Column("of one rank, at most", lambda row: count(row.save.busiest_requests)),
-    Column("keys and notes", lambda row: size(row.save.store_bytes)),
-    Column("store's load", lambda row: share(row.save.store_load)),
+    Column("keys and messages", lambda row: size(row.save.store_bytes)),
+    Column("rendezvous server's load", lambda row: share(row.save.store_load)),
     Column("metadata calls", lambda row: count(row.save.calls)),
     Column("by the committer", lambda row: count(row.save.committer_calls)),
     Column("listings", lambda row: count(row.save.listings)),
