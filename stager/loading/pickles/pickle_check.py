@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from stager.workers.checkpoint.layout.plan_cache import no_collection
+from stager.workers.gc_pause import no_collection
 
 _MAX_DEPTH = 1000  # pickle itself recurses, so it writes no more
 _MAX_HASHED = 10_000_000  # elements that are hashed in all; beside what the length of the pickle allows
