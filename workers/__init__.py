@@ -1,12 +1,11 @@
 """The workers' side of stager: the pool, its protocol and supervision, and what workers run.
 
-Reading order: ``pool.py`` (diagram), ``protocol.py``, ``channel.py``, ``main.py``, ``service.py``, ``roster.py``,
-``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; then what is run: ``layout.py``, ``templates.py``,
-``slab.py``, ``attached.py``, ``persist.py``, ``part_writer.py``, ``reuse.py`` and ``base.py`` (incremental saves),
-``commit.py`` and ``in_threads.py``, ``verify.py``, ``retention.py``, ``removal.py``.
+Reading order: ``errors.py``; ``pool/``: ``pool.py`` (diagram), ``messages.py``, ``channel.py``, ``worker_main.py``,
+``worker_loop.py``, ``roster.py``, ``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; ``memory/``, from ``slab.py`` on;
+then what workers run: ``offload/`` (the deep copy) and ``checkpoint/`` (layout, write, commit, read, maintenance).
 
-This package never imports ``stager``. Names are imported when they are first used, so that ``stager.workers.errors`` and
-``stager.workers.checkpoint.directory.files`` are there even where torch is not.
+This package never imports the rest of ``stager``. Names are imported when they are first used, so that
+``stager.workers.errors`` and ``stager.workers.checkpoint.directory.files`` can be imported where torch is not installed.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ __all__ = [*_MODULE_OF]  # noqa: PLE0604  (strings, every one)
 def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
-        raise AttributeError(f"module 'workers' has no attribute {name!r}")
+        raise AttributeError(f"module 'stager.workers' has no attribute {name!r}")
     value = getattr(import_module(module), name)
     globals()[name] = value
     return value

@@ -1,29 +1,31 @@
-"""Every error stager raises, split by whose fault it is.
+"""Every error that stager raises, grouped by whose fault it is.
 
-    StagerError
-    |-- UsageError                  the caller's: fix the call
-    |   |-- ConfigError             a wrong key, type or value in YAML, environment or --set
-    |   |-- UnstageableError        a value in the state cannot be snapshotted; names its key path
-    |   |-- StateMismatchError      load(into=...): keys, shapes or dtypes differ
-    |   |-- MemoryBudgetError       the snapshot does not fit arena.max_host_bytes
-    |   |-- ArenaFullError          every buffer is in flight and arena.when_full is "raise"
-    |   `-- UnsafePickleError       the checkpoint holds a pickled object and allow_pickle is off
-    |-- ClosedError                 used after close(), or from a forked child
-    |   `-- LeftRunningError        the workers go on with it, but nobody waits for their answer any more
-    |-- WorkerError                 a worker process's
-    |   |-- WorkerDiedError         it died (pid, exit code or signal, task)
-    |   |-- WorkerStartError        it never became ready
-    |   `-- TaskTimeoutError        it missed its deadline and was killed
-    |-- TornSnapshotError           staging.verify found a tensor that changed while it was copied
-    |-- ReplicationError            a rank died or failed while replicas were exchanged; names it
-    |-- StorageError                the file system's (path, errno)
-    |   |-- DirectoryInUseError     another run holds the directory
-    |   `-- CheckpointNotFoundError no such step, or nothing valid to load
-    |-- CorruptCheckpointError      bytes on disk are not what was written
-    `-- InternalError               ours: a broken invariant; please report it
+    StagerError                       base of all errors below
+    |-- UsageError                    the caller's fault: correct the call
+    |   |-- ConfigError               an unknown key, a wrong type or a bad value in YAML, environment or --set
+    |   |-- UnstageableError          a value of the state cannot be saved; names its key path
+    |   |-- StateMismatchError        load(into=...): keys, shapes or dtypes differ
+    |   |-- MemoryBudgetError         the snapshot does not fit arena.max_host_bytes
+    |   |-- ArenaFullError            every slab is in flight and arena.when_full is "raise"
+    |   |-- UnsafePickleError         the checkpoint holds a pickled object and allow_pickle is off
+    |   `-- InconsistentRanksError    the ranks of a job saved different states
+    |-- ClosedError                   used after close(), or in a forked child
+    |   `-- LeftRunningError          the workers finish the task, but this process does not see the result
+    |-- WorkerError                   a worker process failed
+    |   |-- WorkerDiedError           it died; names pid, exit code or signal, and task
+    |   |-- WorkerStartError          it never became ready
+    |   `-- TaskTimeoutError          its task missed the deadline, and the worker was killed
+    |-- TornSnapshotError             a tensor changed while staging.verify watched its copy
+    |-- ReplicationError              a replica could not be exchanged; names the rank that failed
+    |-- StorageError                  the file system failed; names path and errno
+    |   |-- DirectoryInUseError       another run writes into the directory
+    |   `-- CheckpointNotFoundError   no such step, or no valid checkpoint
+    |-- CorruptCheckpointError        bytes on disk are not the bytes that were written
+    |-- RankFailedError               a save failed on some rank, and therefore on all ranks
+    `-- InternalError                 stager's own fault: please report it
+    RemoteTraceback                   never raised: the ``__cause__`` of an error that comes from a worker
 
-Chained with ``from`` wherever there is a cause; an exception that comes from a worker carries the worker's
-traceback as its ``__cause__`` (:class:`RemoteTraceback`).
+An error that has a cause is raised ``from`` it. ``tests/house/test_errors.py`` compares this tree with the classes.
 """
 
 from __future__ import annotations
@@ -33,19 +35,24 @@ import signal
 
 
 class StagerError(Exception):
-    """Base of everything stager raises on purpose."""
+    """Base of every error that stager raises on purpose: catch it to catch them all."""
 
 
 class UsageError(StagerError):
-    """The call, not the system, is wrong."""
+    """The caller's mistake: correct the call."""
 
 
 class ConfigError(UsageError):
-    """A setting is unknown, has the wrong type, or an impossible value."""
+    """The caller's mistake: correct the setting, which is unknown, has the wrong type or an impossible value."""
 
 
 class UnstageableError(UsageError, TypeError):
-    """A value cannot be snapshotted. ``key_path`` names it, e.g. ``optimizer.state[3]['exp_avg']``."""
+    """The caller's mistake: remove or convert the value, which cannot be saved.
+
+    Attributes:
+        key_path: where the value is, ``optimizer.state[3]['exp_avg']`` for example.
+        reason: why it cannot be saved, and what to do.
+    """
 
     def __init__(self, key_path: str, reason: str) -> None:
         super().__init__(f"{key_path}: {reason}")
@@ -57,40 +64,45 @@ class UnstageableError(UsageError, TypeError):
 
 
 class StateMismatchError(UsageError, RuntimeError):
-    """What is in the checkpoint does not fit what it is loaded into. Nothing was changed."""
+    """The caller's mistake: load into a state like the saved one. The target was not changed."""
 
 
 class MemoryBudgetError(UsageError, MemoryError):
-    """The snapshot does not fit the host-memory budget. Nothing was allocated."""
+    """The caller's setting: raise ``arena.max_host_bytes`` or save a smaller state. Nothing was allocated."""
 
 
 class ArenaFullError(UsageError):
-    """All buffers hold snapshots that are not yet committed."""
+    """The caller's setting: save less often, or raise ``arena.buffers``. All slabs hold snapshots not yet committed."""
 
 
 class UnsafePickleError(UsageError):
-    """Loading this value would run code from the checkpoint, which was not allowed."""
+    """The caller's choice: pass ``allow_pickle`` if you trust the checkpoint. Loading the value would run its code."""
+
+
+class InconsistentRanksError(UsageError):
+    """The caller's mistake: save the same state on every rank. The ranks' states do not form one checkpoint."""
 
 
 class ClosedError(StagerError, RuntimeError):
-    """The object was closed, or belongs to another process."""
+    """The caller's mistake: make a new object. This one was closed, or belongs to another process."""
 
 
 class LeftRunningError(ClosedError):
-    """The outcome will not be seen here: the workers were left to finish by themselves."""
+    """Nobody's fault: detached workers finish the task; look for its checkpoint later, its result is not seen here."""
 
 
 class WorkerError(StagerError, RuntimeError):
-    """A worker process failed to do its work."""
+    """A worker process failed: the message says how. The next task gets a healthy worker."""
 
 
 class WorkerDiedError(WorkerError):
-    """A worker process died while it held a task.
+    """A worker process died while it held a task: the message says of what, and what to look at.
 
     Attributes:
         pid: the dead process.
         exitcode: as in ``subprocess``: negative means killed by that signal; ``None`` if unknown.
-        task: what it was doing.
+        task: label of the task that it was running.
+        hint: more about the cause, for the message.
     """
 
     def __init__(self, pid: int, exitcode: int | None, task: str, hint: str = "") -> None:
@@ -106,22 +118,22 @@ class WorkerDiedError(WorkerError):
 
 
 class WorkerStartError(WorkerError):
-    """A worker process did not reach its main loop."""
+    """A worker process did not become ready: read its standard error, and run ``stager doctor``."""
 
 
 class TaskTimeoutError(WorkerError, TimeoutError):
-    """A task missed its deadline; the worker that held it was killed."""
+    """A task missed its deadline and its worker was killed: raise ``workers.task_timeout_secs`` or check the storage."""
 
 
 class TornSnapshotError(StagerError):
-    """The state changed while its snapshot was taken; the snapshot was discarded."""
+    """The caller's program changed the state during its snapshot: write to it later. The snapshot was discarded."""
 
 
 class ReplicationError(StagerError, RuntimeError):
-    """A replica could not be exchanged, written or read.
+    """A replica could not be exchanged, written or read: look at the rank that the message names.
 
     Attributes:
-        rank: global rank of the process that failed, if it is another one's failure; else None.
+        rank: global rank of the other process that failed; None if this process failed.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:
@@ -133,7 +145,13 @@ class ReplicationError(StagerError, RuntimeError):
 
 
 class StorageError(StagerError, OSError):
-    """A file system call failed. ``filename`` and ``errno`` are set as on any ``OSError``."""
+    """The file system failed: correct what the message names, then save again. Earlier checkpoints are untouched.
+
+    Attributes:
+        errno: as on any ``OSError``; None if no system call failed.
+        path: the file or directory, also in ``filename``.
+        message: what was attempted.
+    """
 
     def __init__(self, errno: int | None, message: str, path: str) -> None:
         super().__init__(errno, message, path)
@@ -149,15 +167,20 @@ class StorageError(StagerError, OSError):
 
 
 class DirectoryInUseError(StorageError):
-    """Another run is writing checkpoints into this directory."""
+    """Another run writes checkpoints into this directory: stop it, or choose another directory."""
 
 
 class CheckpointNotFoundError(StorageError):
-    """There is no such checkpoint, or none that is valid."""
+    """No such checkpoint exists, or none is valid: ``stager ls`` lists what is there."""
 
 
 class CorruptCheckpointError(StagerError):
-    """The bytes on disk are not the bytes that were committed."""
+    """The storage changed committed bytes: load an earlier step. ``stager verify`` lists the damage.
+
+    Attributes:
+        path: the damaged file or directory.
+        problem: how it differs.
+    """
 
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -168,15 +191,11 @@ class CorruptCheckpointError(StagerError):
         return type(self), (self.path, self.problem)
 
 
-class InconsistentRanksError(UsageError):
-    """The ranks of a job did not save the same state, so that it cannot be put together."""
-
-
 class RankFailedError(StagerError, RuntimeError):
-    """A save failed, or was not finished in time, on some rank, and so on all of them.
+    """A save failed or missed its deadline on some rank, and therefore on all: look at the ranks that are named.
 
     Attributes:
-        ranks: on which.
+        ranks: global ranks that failed.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
@@ -188,11 +207,11 @@ class RankFailedError(StagerError, RuntimeError):
 
 
 class InternalError(StagerError, AssertionError):
-    """A bug in stager."""
+    """A bug in stager: please report it, with the message and the traceback."""
 
 
 class RemoteTraceback(Exception):
-    """The traceback, as text, of an exception that was raised in a worker process."""
+    """A worker's traceback as text; the ``__cause__`` of an error that was raised there. Never raised itself."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -203,7 +222,7 @@ class RemoteTraceback(Exception):
 
 
 def describe_exit(exitcode: int | None) -> str:
-    """``exited with code 3`` or ``was killed by SIGKILL``."""
+    """Say in words how a process ended: ``exited with code 3`` or ``was killed by SIGKILL``."""
     if exitcode is None:
         return "died"
     if exitcode >= 0:
@@ -216,7 +235,7 @@ def describe_exit(exitcode: int | None) -> str:
 
 
 def _show_as_public_names() -> None:
-    """Tracebacks name the place that users import from, not this file."""
+    """Make tracebacks name the place that users import from, not this file."""
     for value in list(globals().values()):
         if isinstance(value, type) and issubclass(value, StagerError):
             value.__module__ = "stager"

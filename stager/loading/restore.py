@@ -25,10 +25,10 @@ from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.layout.structure import build, describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.errors import CorruptCheckpointError, StorageError
+from stager.workers.gc_pause import no_collection
 
 _PARTLY = (
     "the target (what was given as into) is partly overwritten: load another checkpoint into it before you use it "

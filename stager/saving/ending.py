@@ -67,7 +67,7 @@ def leave_to_workers(saver: Saver, pool: WorkerPool) -> None:
     raise: it is most likely not an error."""
     with suppress(TimeoutError):
         saver.wait_for_staging(_STAGING_SECS)
-    pool.leave()
+    pool.detach()
     for handle in saver.settler.in_flight():
         if handle.staging_completion.done():
             _let_go(handle)

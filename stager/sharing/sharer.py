@@ -301,3 +301,53 @@ def _is_on_cpu(tensor: torch.Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_nested
     )
+
+
+class NoSharing:
+    """Stands in for :class:`SourceSharer` where ``staging.location`` is ``trainer``: no worker copies anything."""
+
+    def share(self, leaves: Sequence[Any], may_move: bool) -> None:
+        """Leave every storage where it is."""
+
+    def notes(self, names: Callable[[int], str]) -> tuple[str, ...]:
+        """Return no notes: the user chose that the trainer copies everything."""
+        return ()
+
+    def split(
+        self, copies: Sequence[Copy], leaves: Sequence[Any], *, guarded: bool = True
+    ) -> tuple[list[Copy], list[Copy]]:
+        """Give every copy to the trainer."""
+        return list(copies), []
+
+    def live_sources(self) -> frozenset[int]:
+        """Return the empty set: no source is shared."""
+        return frozenset()
+
+    def warm_up(self, slabs: Sequence[Slab]) -> None:
+        """Do nothing: the workers map no source."""
+
+    def copy(
+        self,
+        copies: Sequence[Copy],
+        slab: Slab,
+        copy_here: Callable[[list[Copy]], None],
+        meanwhile: Sequence[Copy] = (),
+    ) -> Copied:
+        """Have the trainer copy everything, ``meanwhile`` first."""
+        copy_here([*meanwhile, *copies])
+        return Copied()
+
+
+Sharer = SourceSharer | NoSharing
+"""What a saver works with; :func:`make_sharer` chooses."""
+
+
+def make_sharer(pool: WorkerPool, num_parts: int, options: SharingOptions) -> Sharer:
+    """Return the sharer that ``staging.location`` asks for.
+
+    Args:
+        pool: its workers copy.
+        num_parts: how many workers copy one snapshot at a time, at most.
+        options: see :class:`SharingOptions`.
+    """
+    return NoSharing() if options.location == "trainer" else SourceSharer(pool, num_parts, options)

@@ -6,9 +6,7 @@ kept as long as those are the same, which is checked in full on every save; it i
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +31,7 @@ from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
+from stager.workers.gc_pause import no_collection
 
 __all__ = ["Copy", "Planner", "SnapshotPlan"]
 
@@ -116,7 +115,7 @@ class Planner:
         key = (flat.structure, flat.odd_keys, len(flat.leaves))
         prints = read_fingerprints(flat, self._prints)
         if self._plan is None or prints is not self._prints or key != self._key:
-            with _no_collection():
+            with no_collection():
                 self._plan = self._make(flat, prints.rows())
             self._prints, self._key = prints, key
         return self._plan
@@ -203,18 +202,6 @@ def _spec(flat: StateTree, group: list[Row]) -> TensorSpec:
 def _is_row_major(p: Fingerprint) -> bool:
     """Otherwise it is copied as what has no bytes of its own to copy: element by element."""
     return p.stride == contiguous_stride(p.shape)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """A new plan makes many small objects and no garbage: looking for some in between doubles the time it takes."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _of_others(flat: StateTree) -> list[Item]:

@@ -132,10 +132,10 @@ def task_timeout(pool: WorkerPool, secs: float) -> Iterator[None]:
 
 def wait_for_looks(pool: WorkerPool, count: int) -> None:
     """Until the supervisor has looked after its busy workers so often."""
-    vigil = pool._supervisor._vigil
+    clock = pool._supervisor._heartbeats
     for _ in range(count):
-        before = vigil.next_look
-        while vigil.next_look == before:
+        before = clock.next_look
+        while clock.next_look == before:
             os.sched_yield()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stager.workers import PoolOptions, TaskTimeoutError, WorkerDiedError, WorkerPool
-from stager.workers.pool.heartbeat import Pulse, Vigil
+from stager.workers.pool.heartbeat import HeartbeatClock, Pulse
 from tests.faults import Faults
 from tests.pool import tasks
 
@@ -68,16 +68,16 @@ def test_process_that_only_computes_is_never_silent() -> None:
 
 
 def test_time_when_nobody_looked_is_lost_and_not_held_against_a_worker() -> None:
-    vigil = Vigil(timeout_secs=8.0, now=0.0)
-    assert (vigil.interval, vigil.limit_secs) == (1.0, 6.0)
-    vigil.begin_wait(0.0)
-    assert vigil.end_wait(1.0, wait_secs=1.0) == 0.0  # all of it was spent waiting, as intended
-    vigil.begin_wait(1.5)
-    assert vigil.end_wait(2.0, wait_secs=1.0) == 0.5  # half a second in a callback
-    vigil.begin_wait(2.0)
-    assert vigil.end_wait(3602.0, wait_secs=1.0) == 3599.0  # the process was stopped while it waited
-    assert vigil.look(3602.0) == 1.0  # one look, however long ago the last one was
-    assert vigil.look(3602.5) is None
+    clock = HeartbeatClock(timeout_secs=8.0, now=0.0)
+    assert (clock.interval, clock.limit_secs) == (1.0, 6.0)
+    clock.begin_wait(0.0)
+    assert clock.end_wait(1.0, wait_secs=1.0) == 0.0  # all of it was spent waiting, as intended
+    clock.begin_wait(1.5)
+    assert clock.end_wait(2.0, wait_secs=1.0) == 0.5  # half a second in a callback
+    clock.begin_wait(2.0)
+    assert clock.end_wait(3602.0, wait_secs=1.0) == 3599.0  # the process was stopped while it waited
+    assert clock.look(3602.0) == 1.0  # one look, however long ago the last one was
+    assert clock.look(3602.5) is None
 
 
 # -- the pool -------------------------------------------------------------------------------------------------------

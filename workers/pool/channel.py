@@ -1,7 +1,7 @@
 """Frames with file descriptors over one Unix stream socket.
 
 A frame is ``<IQ`` (number of descriptors, payload length in bytes), one byte per batch of descriptors with the batch
-attached to it (``SCM_RIGHTS`` takes 253 at a time), then the payload, which is a pickled :data:`protocol.Message`.
+attached to it (``SCM_RIGHTS`` takes 253 at a time), then the payload, which is a pickled :data:`messages.Message`.
 The two classes do the framing only; who waits, and for how long, is the caller's business.
 """
 

@@ -1,4 +1,4 @@
-"""One worker as the pool sees it: its process, how far it is, and the tasks it was sent.
+"""One worker as the pool sees it: its process, its state, and the tasks it was sent.
 
 STARTING --Ready--> READY --death seen--> DEAD
     |                                      ^
@@ -62,7 +62,7 @@ class WorkerHandle:
         items: by task id. The first one is running, once the worker is ready.
         killed: we have sent SIGKILL; its sentinel will tell.
         overdue: the task that it was killed for, because that missed its deadline.
-        lifeless: it was killed because it showed no sign of life.
+        silent: it was killed because its heartbeat stopped.
         listening: its socket may still bring something: it is worth polling.
     """
 
@@ -74,7 +74,7 @@ class WorkerHandle:
         self.items: OrderedDict[int, WorkItem] = OrderedDict()
         self.killed = False
         self.overdue: WorkItem | None = None
-        self.lifeless = False
+        self.silent = False
         self._start_timeout_secs = start_timeout_secs
         self._start_deadline = self.started + start_timeout_secs
         self._hang_up_deadline: float | None = None
@@ -141,13 +141,16 @@ class WorkerHandle:
             while (frame := self.process.inbox.take()) is not None:
                 frames.append(frame)
         except Exception:  # something in the worker wrote into the socket: nothing it says can be trusted now
-            logger.exception("worker %d sent what is not a message; it is killed", self.pid)
+            logger.exception(
+                "worker %d sent bytes that are no message (something in it wrote into the pool's socket); it is killed",
+                self.pid,
+            )
             self.listening = False
             self.kill()
         return frames
 
-    def receive_last_words(self) -> list[Frame]:
-        """The process has ended: everything that is left in the socket."""
+    def receive_rest(self) -> list[Frame]:
+        """Read everything that is left in the socket of a process that has ended."""
         frames = []
         while self.listening and self.process.has_input():
             frames += self.receive()
@@ -177,14 +180,14 @@ class WorkerHandle:
         """Whether it should be at work: then its signs of life count."""
         return self.usable and self.state is WorkerState.READY and bool(self.items)
 
-    def forgive(self, secs: float, now: float) -> None:
-        """Nobody looked for so long, and it may have been stopped as well: no deadline has come nearer."""
+    def extend_deadlines(self, secs: float, now: float) -> None:
+        """Move every deadline by ``secs`` seconds in which the supervisor could not watch."""
         self._start_deadline += secs
         if self._hang_up_deadline is not None:
             self._hang_up_deadline += secs
         head = self.head()
         if head is not None:
-            head.forgive(secs, now)
+            head.extend_deadlines(secs, now)
 
     def is_overdue(self, now: float) -> bool:
         """Whether to kill it: what has arrived and was not read yet may be the very answer that we wait for."""
@@ -195,7 +198,7 @@ class WorkerHandle:
             self.overdue = self.head()
         self.kill()
 
-    def kill_if_lifeless(self, elapsed: float, limit_secs: float) -> None:
+    def kill_if_silent(self, elapsed: float, limit_secs: float) -> None:
         """See NOTE [ When a worker is stuck ] in ``heartbeat.py``."""
         pulse = self.process.pulse
         pulse.look(elapsed)
@@ -203,7 +206,7 @@ class WorkerHandle:
             logger.warning(
                 "worker %d shows no sign of life (it is stopped, or stuck with the GIL held); it is killed", self.pid
             )
-            self.lifeless = True
+            self.silent = True
             self.kill()
 
     def kill(self) -> None:
@@ -222,7 +225,7 @@ class WorkerHandle:
             )
         exitcode = self.process.exitcode
         hint = f"this was attempt {item.attempts}"
-        if self.lifeless:
+        if self.silent:
             hint += "; it was killed because it showed no sign of life: it was stopped, or stuck with the GIL held"
         elif exitcode == -9:
             hint += "; SIGKILL that nobody sent on purpose is usually the kernel's out-of-memory killer (see dmesg)"

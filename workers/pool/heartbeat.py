@@ -2,8 +2,8 @@
 
 NOTE [ When a worker is stuck ]
 A deadline for a task must be generous: it may have to write many gigabytes to a slow disk. That a worker can do nothing
-at all any more is noticed sooner. A small thread of the worker (the one that watches the trainer, ``main.py``) adds to an
-eventfd every few seconds. Nobody is woken by it: the supervisor reads it when it looks after busy workers, and only if
+at all any more is noticed sooner. A small thread of the worker (the one that watches the trainer, ``worker_main.py``) adds
+to an eventfd every few seconds. Nobody is woken by it: the supervisor reads it when it looks after busy workers, and only if
 nothing was added since, it looks into /proc. A worker is *silent* when, since the last look,
   * nothing was added: no Python code ran in its small thread, and
   * no processor time was used: it is not computing with the GIL held (a large ``json.loads``), and
@@ -13,7 +13,7 @@ What remains: it is stopped (SIGSTOP, a frozen cgroup), or whoever has the GIL w
 a task that waits for something without the GIL, is not silent: the small thread goes on.
 
 Only time during which the supervisor looked counts. When everything was stopped (the laptop slept, the whole job got
-SIGSTOP) neither this nor any other deadline has come nearer: see :class:`Vigil`.
+SIGSTOP) neither this nor any other deadline has come nearer: see :class:`HeartbeatClock`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def look_interval(timeout_secs: float | None) -> float:
     return min(_MAX_INTERVAL_SECS, timeout_secs / _LOOKS_PER_TIMEOUT)
 
 
-class Vigil:
+class HeartbeatClock:
     """The supervisor's time: what it saw go by, and when to look again. No I/O.
 
     Time that passes while the supervisor could not look (its process was stopped, a callback took long) is *lost*: it is

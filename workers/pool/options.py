@@ -1,29 +1,32 @@
-"""How a pool runs its workers."""
+"""How a pool runs its workers, and what each worker is told when it starts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 IONICE_CLASSES = ("none", "low", "idle")
 
 
 @dataclass(frozen=True, slots=True)
 class PoolOptions:
-    """Attributes:
-    nice: added to each worker's niceness, 0..19.
-    ionice: "none", "low" or "idle".
-    start_timeout_secs: a worker that is not ready by then is killed and replaced.
-    max_restarts: how often one task may lose its worker before its Future fails, and how often in a row workers
-        may fail to start before what waits for them fails.
-    max_timeouts: how often one task may miss ``task_timeout_secs`` before its Future fails: a task that always hangs fails
-        after this many times that long, and the starts of as many workers.
-    task_timeout_secs: a task that runs longer has its worker killed; ``None``: no limit.
-    heartbeat_timeout_secs: a worker that holds a task and shows no sign of life is killed by then; ``None``: no such
-        limit. See NOTE [ When a worker is stuck ] in ``workers/pool/heartbeat.py``.
-    orphan_timeout_secs: how long workers may finish what was handed over when the trainer is gone.
-    shutdown_timeout_secs: each rung of the shutdown ladder (``workers/pool/shutdown.py``).
-    env: environment variables for the workers, on top of this process's.
+    """How a pool runs its workers.
+
+    Attributes:
+        nice: added to each worker's niceness, 0..19.
+        ionice: "none", "low" or "idle".
+        start_timeout_secs: a worker that is not ready by then is killed and replaced.
+        max_restarts: how often one task may lose its worker before its Future fails, and how often in a row workers
+            may fail to start before what waits for them fails.
+        max_timeouts: how often one task may miss ``task_timeout_secs`` before its Future fails. A task that always hangs
+            fails after so many timeouts, and the starts of as many workers.
+        task_timeout_secs: a task that runs longer has its worker killed; ``None``: no limit.
+        heartbeat_timeout_secs: a worker that holds a task and shows no sign of life is killed by then; ``None``: no such
+            limit. See NOTE [ When a worker is stuck ] in ``workers/pool/heartbeat.py``.
+        orphan_timeout_secs: how long workers may finish what was handed over when the trainer is gone.
+        shutdown_timeout_secs: each rung of the shutdown ladder (``workers/pool/shutdown.py``).
+        env: environment variables for the workers, on top of this process's.
 
     Raises:
         ValueError: a value is out of its range.
@@ -55,3 +58,35 @@ class PoolOptions:
                 raise ValueError(f"{name} must be 0 or more, got {secs}")
         if self.heartbeat_timeout_secs is not None and not self.heartbeat_timeout_secs > 0:
             raise ValueError(f"heartbeat_timeout_secs must be more than 0, got {self.heartbeat_timeout_secs}")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What a worker is told when it is started.
+
+    Attributes:
+        nonce: of the pool; both sides ignore messages that carry another one.
+        parent_pid: the process of the pool.
+        nice: added to the process's niceness, 0..19.
+        ionice: "none", "low" (best effort, lowest) or "idle".
+        orphan_timeout_secs: how long a worker may go on working when the trainer is gone.
+        beat_secs: seconds between two heartbeats.
+        torch_threads: intra-op threads of torch in a worker.
+    """
+
+    nonce: str
+    parent_pid: int
+    nice: int = 0
+    ionice: str = "none"
+    orphan_timeout_secs: float = 600.0
+    beat_secs: float = 5.0
+    torch_threads: int = 1
+
+    def to_json(self) -> str:
+        """Encode for the worker's command line."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> WorkerSettings:
+        """Decode what :meth:`to_json` made."""
+        return WorkerSettings(**json.loads(text))

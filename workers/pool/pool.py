@@ -20,14 +20,16 @@ The caller's threads
   * pickle the call, so that a mistake in it is raised where it was made;
   * never wait for a worker, except that ``hand_over`` waits until the kernel has taken the message.
 The supervisor thread (``supervisor.py``) is the only one that
-  * reads from workers and resolves Futures, so a Future's callbacks run in it (``close`` fails what it did not wait for);
-  * notices deaths, missed deadlines and missing signs of life, replaces workers and lets their tasks wait again;
+  * reads from workers and resolves Futures, so a Future's callbacks run in it; only ``close`` and ``detach``
+    also fail Futures, in their caller's thread;
+  * notices deaths, missed deadlines and missing heartbeats, reaps and replaces workers, and queues their tasks again;
   * gives pending tasks to idle workers.
-Both meet in the roster (``roster.py``): one lock, who works, on what, and what waits.
-A worker (``main.py`` starts it, ``service.py`` is its loop)
+Both meet in the roster (``roster.py``): one lock; it knows the workers, their tasks, and the tasks that wait.
+A worker (``worker_main.py`` starts it, ``worker_loop.py`` is its loop)
   * runs what it was sent in order, one task at a time, and replies once to each;
   * shares no lock, queue or semaphore with anyone: it can be killed at any instruction without stopping the others;
-  * does not die of SIGINT, SIGTERM, SIGHUP or SIGUSR1/2, which are the trainer's to deal with.
+  * ignores SIGINT, SIGTERM, SIGHUP and SIGUSR1/2: the trainer handles them.
+The memory of tensors belongs to the trainer; a worker maps it through the descriptors that came with its task.
 
 Guarantees
   * A Future always resolves: with the result, the task's exception, or a WorkerError that names pid and cause.
@@ -57,10 +59,9 @@ from stager.workers.errors import ClosedError
 from stager.workers.pool import codec
 from stager.workers.pool.handle import WorkerHealth
 from stager.workers.pool.heartbeat import look_interval
-from stager.workers.pool.options import PoolOptions
+from stager.workers.pool.options import PoolOptions, WorkerSettings
 from stager.workers.pool.supervisor import Supervisor
 from stager.workers.pool.work_item import WorkItem
-from stager.workers.pool.worker_settings import WorkerSettings
 
 __all__ = ["PoolOptions", "WorkerHealth", "WorkerPool"]
 
@@ -123,15 +124,15 @@ class WorkerPool:
         return future
 
     def submit_to(self, future: Future[T], fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`submit`, with a new Future of the caller's, who so knows it before any worker has the task.
+        """Submit with a new Future that the caller made, and so knows before any worker has the task.
 
-        A signal's exception (Ctrl-C) may leave :meth:`submit` when the task has been sent, and its Future is lost then.
+        Ctrl-C can interrupt :meth:`submit` after it has sent the task: the caller would then never get its Future.
         """
         self._roster.enqueue(self._make_item(fn, args, kwargs, future, handed_over=False))
         self._supervisor.wake()
 
     def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """As :meth:`submit`, but returns only when the message is in the socket of a worker, busy or not.
+        """Send the call to a worker now, busy or not; return when the kernel holds the message.
 
         From then on the task runs even if this process is killed. Keep the message small (descriptors, not data): a busy
         worker reads a larger one than fits its socket, some 200 KB, only when it is done. In a Future's callback it does
@@ -159,11 +160,11 @@ class WorkerPool:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The processes alive now."""
+        """Process ids of the live workers."""
         return tuple(worker.pid for worker in self.health())
 
     def health(self) -> tuple[WorkerHealth, ...]:
-        """One row per live worker: pid, state, tasks it holds."""
+        """Return a row for each live worker: pid, state, tasks."""
         self._check_owner()
         return self._roster.health()
 
@@ -204,12 +205,12 @@ class WorkerPool:
             self._supervisor.stop()
         _live_pools.discard(self)
 
-    def leave(self) -> None:
-        """As :meth:`close`, but wait for no task: the workers finish what they have, and end by themselves.
+    def detach(self) -> None:
+        """Stop without waiting for tasks: the workers finish the tasks they have, and end by themselves.
 
-        For a process that is about to end and has no time left. Futures of tasks that a worker has fail with
-        :class:`~stager.LeftRunningError`; of submitted ones that still waited, with ClosedError: they are lost.
-        Waits, ten seconds at most, until all that was handed over has reached a worker.
+        For a process that must end now. The Future of a task that a worker has fails with :class:`~stager.LeftRunningError`.
+        The Future of a task that no worker has fails with ClosedError: that task is lost. Waits at most ten seconds until
+        every task that was handed over has reached a worker.
 
         Raises:
             UsageError: called by a callback of one of the pool's Futures.
@@ -217,12 +218,15 @@ class WorkerPool:
         if self._owner != os.getpid():
             return
         if self._roster.in_callback:
-            self._roster.refuse_in_callback("leave()")
+            self._roster.refuse_in_callback("detach()")
         with self._close_lock:
             self._roster.stop_accepting()
             if not self._roster.wait_all_delivered(_DELIVERY_SECS):
-                logger.error("a task that was handed over has not reached a worker; it is lost")
-            self._supervisor.leave()
+                logger.error(
+                    "a task that was handed over reached no worker within %g s; it is lost",
+                    _DELIVERY_SECS,
+                )
+            self._supervisor.detach()
         _live_pools.discard(self)
 
     def __enter__(self) -> WorkerPool:

@@ -21,7 +21,7 @@ from multiprocessing import spawn
 from stager.workers.errors import WorkerStartError
 from stager.workers.pool.channel import Inbox, Outbox
 from stager.workers.pool.heartbeat import Pulse
-from stager.workers.pool.worker_settings import WorkerSettings
+from stager.workers.pool.options import WorkerSettings
 
 # ``sys`` is built in. Anything else could be a file of that name in the current directory, which ``python -c`` puts first
 # on its path, so the path is set before the first real import.
@@ -113,8 +113,8 @@ class WorkerProcess:
             os.close(self._beats)
             self._beats = -1
 
-    def leave(self) -> None:
-        """Let it go on without us: it reads what was sent, does it, and ends. A thread waits to reap it."""
+    def detach(self) -> None:
+        """Let the process finish the tasks it was sent and end by itself; a thread waits to reap it."""
         self.release()
         threading.Thread(target=self._popen.wait, name="stager-reaper", daemon=True).start()
 

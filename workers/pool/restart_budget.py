@@ -1,4 +1,4 @@
-"""When a dead worker is replaced: at once, later, or not before somebody needs it. No I/O here.
+"""When a dead worker is replaced: at once, after a pause, or only when a task waits. No I/O here.
 
 Workers that die together (a memory shortage, a killed process group) are one incident: a death counts only when its worker
 was started after the death that was counted before.
@@ -10,8 +10,8 @@ _FIRST_DELAY_SECS = 0.1
 _MAX_DELAY_SECS = 10.0
 
 
-class Restarts:
-    """Counts incidents and derives the pauses between them.
+class RestartBudget:
+    """Counts incidents, and says when the next worker may be started.
 
     Attributes:
         next_start: ``time.monotonic()`` before which no worker is started.
@@ -30,7 +30,7 @@ class Restarts:
 
     @property
     def broken(self) -> bool:
-        """Starting workers does not work. It is only tried again, now and then, when there is work."""
+        """Whether too many starts in a row have failed: the next is tried only when a task waits."""
         return self._failed_starts > self._max_failed_starts
 
     def worker_ready(self) -> None:

@@ -1,4 +1,4 @@
-"""Who works, on what, and what waits: all state that the callers' threads and the supervisor share.
+"""The workers, their tasks, and the tasks that wait: all state that the callers' threads and the supervisor share.
 
 One lock guards it. It is held for bookkeeping and non-blocking sends only, never while waiting, starting a process,
 unpickling, or running a Future's callbacks.
@@ -41,9 +41,11 @@ _TRANSITIONS = {
 
 
 class Roster:
-    """Attributes:
-    lock: guards everything here, and the workers' handles.
-    workers: alive, or dead and not yet buried; only the supervisor adds and removes.
+    """The workers of a pool and every task that is not done.
+
+    Attributes:
+        lock: guards everything here, and the workers' handles.
+        workers: alive, or dead and not yet reaped; only the supervisor adds and removes.
     """
 
     def __init__(self, nonce: str) -> None:
@@ -66,7 +68,7 @@ class Roster:
             self._pending.append(item)
 
     def place(self, item: WorkItem) -> None:
-        """Hand over now, to whichever worker is likely to be free first."""
+        """Send the task now, to the worker that is likely to be free first."""
         with self.lock:
             self._admit(item)
             item.claim()
@@ -114,12 +116,12 @@ class Roster:
 
     # -- called by the supervisor -------------------------------------------------------------------------------
 
-    def hire(self, worker: WorkerHandle) -> None:
+    def add(self, worker: WorkerHandle) -> None:
         with self.lock:
             self.workers.append(worker)
 
     def feed(self) -> None:
-        """Give the workers what they can take."""
+        """Send waiting tasks to the workers that can take them."""
         with self.lock:
             self._place_all()
             for worker in self.workers:
@@ -129,7 +131,7 @@ class Roster:
             self._changed.notify_all()
 
     def take_finished(self, worker: WorkerHandle, task_id: int) -> WorkItem | None:
-        """A worker has replied: its task is ending (the caller resolves it); None if it does not have that task."""
+        """Take the task that a worker has replied to; the caller resolves it. None: the worker does not have that task."""
         with self.lock:
             item = worker.items.pop(task_id, None)
             self._ending += item is not None
@@ -137,10 +139,12 @@ class Roster:
             worker.process.pulse.silent_secs = 0.0
             return item
 
-    def bury(self, worker: WorkerHandle, max_restarts: int, max_timeouts: int) -> list[WorkItem]:
-        """Take a dead and reaped worker off the list. Its first task was running, so that counts an attempt; the others
-        had only been sent. All wait again, before the others, in their old order, but those that have run out of
-        attempts: they are returned, ending."""
+    def reap(self, worker: WorkerHandle, max_restarts: int, max_timeouts: int) -> list[WorkItem]:
+        """Remove a worker whose process has ended; return its tasks that have no attempt left, ending.
+
+        Its first task was running: that costs the task an attempt. The others had only been sent. Every task with
+        attempts left is queued again, before all tasks that wait, in the old order.
+        """
         with self.lock:
             was_ready = worker.state is WorkerState.READY
             self.workers.remove(worker)
@@ -161,7 +165,7 @@ class Roster:
             return lost
 
     def give_up_waiting(self) -> list[WorkItem]:
-        """Nobody is there to take what waits, nor will be: returned, ending. Nothing if there is somebody yet."""
+        """Return all tasks that wait, ending, because no worker can be started; none if a usable worker is left."""
         with self.lock:
             if any(worker.usable for worker in self.workers):
                 return []
@@ -178,7 +182,7 @@ class Roster:
             try:
                 resolution()
             except BaseException:  # a callback's SystemExit: it is not this thread that is to end
-                logger.exception("a callback of a Future raised")
+                logger.exception("a callback of a Future raised; the pool goes on")
             finally:
                 self._thread.resolving = False
                 with self.lock:
@@ -215,7 +219,7 @@ class Roster:
             return self._state is PoolState.STOPPED
 
     def clear(self) -> list[WorkItem]:
-        """Everything that was not done, ending. Legal when no worker is alive."""
+        """Return every task that is not done, ending, and forget the workers. Legal when no worker is watched any more."""
         with self.lock:
             items = self._take_waiting()
             for worker in self.workers:

@@ -6,8 +6,8 @@
     kill, join           SIGKILL to what is left: nothing can refuse it
 
 Workers that are still starting, or whose task did not end in time, would not read the request: they are killed at once.
-There is no rung for SIGTERM, because workers do not die of it (``main.py`` says why), and they have nothing to tidy that a
-SIGKILL would prevent: what a worker was doing can be done again, or is cleaned up, by whoever comes next.
+There is no rung for SIGTERM, because workers ignore it (``worker_main.py`` says why). SIGKILL loses nothing: the task
+of a killed worker can run again, and the next run cleans up what it left.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 Each turn waits until a socket, a sentinel, a deadline or a caller calls, and then
   * reads from the workers and resolves Futures;
-  * buries the dead: their tasks wait again (``roster.py``), or fail after too many attempts;
-  * kills whoever missed a deadline, or shows no sign of life (``heartbeat.py``);
-  * replaces who is missing (``restarts.py`` says when);
-  * gives idle workers what waits.
+  * reaps dead workers: their tasks are queued again (``roster.py``), or fail after too many attempts;
+  * kills each worker that missed a deadline, or whose heartbeat stopped (``heartbeat.py``);
+  * starts workers for those that are missing (``restart_budget.py`` says when);
+  * sends waiting tasks to idle workers.
+
+The order matters: replies are read before a death is handled, because a worker may have replied and then died.
 """
 
 from __future__ import annotations
@@ -23,16 +25,15 @@ from stager.workers.errors import ClosedError, InternalError, LeftRunningError, 
 from stager.workers.pool import codec
 from stager.workers.pool.channel import Frame
 from stager.workers.pool.handle import WorkerHandle, WorkerState
-from stager.workers.pool.heartbeat import Vigil
+from stager.workers.pool.heartbeat import HeartbeatClock
 from stager.workers.pool.messages import Done, Failed, Ready, Shutdown
-from stager.workers.pool.options import PoolOptions
+from stager.workers.pool.options import PoolOptions, WorkerSettings
 from stager.workers.pool.process import WorkerProcess
-from stager.workers.pool.restart_budget import Restarts
+from stager.workers.pool.restart_budget import RestartBudget
 from stager.workers.pool.roster import Roster
 from stager.workers.pool.shutdown import stop_workers
 from stager.workers.pool.wakeup import Wakeup
 from stager.workers.pool.work_item import WorkItem
-from stager.workers.pool.worker_settings import WorkerSettings
 
 logger = logging.getLogger("stager")
 
@@ -55,14 +56,14 @@ class Supervisor:
         self._settings = settings
         self._options = options
         self._inherit_fds = inherit_fds
-        self._restarts = Restarts(options.max_restarts)
-        self._vigil = Vigil(options.heartbeat_timeout_secs, time.monotonic())
+        self._restart_budget = RestartBudget(options.max_restarts)
+        self._heartbeats = HeartbeatClock(options.heartbeat_timeout_secs, time.monotonic())
         self.roster = Roster(settings.nonce)
         self._wakeup = Wakeup()
         self._thread = threading.Thread(target=self._run, name="stager-pool", daemon=True)
         try:
             for _ in range(count):
-                self._hire()
+                self._spawn()
             self._thread.start()
         except BaseException:
             for worker in self.roster.workers:
@@ -86,16 +87,16 @@ class Supervisor:
         )
         self._wakeup.close()
 
-    def leave(self) -> None:
-        """Stop watching, and let the workers finish what they have: they end by themselves then. Idempotent."""
+    def detach(self) -> None:
+        """Stop watching; the workers finish the tasks they have, and then end by themselves. Idempotent."""
         self.roster.stop()
         self.wake()
         self._thread.join()
         for worker in self.roster.workers:
             worker.send(Shutdown(self._settings.nonce), [])
-            worker.process.leave()
+            worker.process.detach()
         left = {item.task_id for worker in self.roster.workers for item in worker.items.values()}
-        self._fail(self.roster.clear(), lambda item: _left_error(item, item.task_id in left))
+        self._fail(self.roster.clear(), lambda item: _detached_error(item, item.task_id in left))
         self._wakeup.close()
 
     def abandon(self) -> None:
@@ -121,12 +122,12 @@ class Supervisor:
             if events & ~select.POLLOUT:
                 self._handle_all(worker, worker.receive())
             if worker.process.sentinel in ready:
-                self._bury(worker)
+                self._reap(worker)
             elif events & select.POLLOUT or worker.process.outbox.throttled:
                 with self.roster.lock:
                     worker.flush()
         self._kill_overdue()
-        self._kill_lifeless()
+        self._kill_silent()
         self._replace_missing()
         self.roster.feed()
 
@@ -140,7 +141,7 @@ class Supervisor:
                 process = worker.process
                 until = min(until, worker.deadline())
                 if worker.deadline() < math.inf or worker.holds_task:
-                    until = min(until, max(self._vigil.next_look, time.monotonic()))
+                    until = min(until, max(self._heartbeats.next_look, time.monotonic()))
                 poll.register(process.sentinel, select.POLLIN)
                 if process.outbox.throttled:
                     until = min(until, time.monotonic() + _THROTTLED_SECS)
@@ -149,20 +150,20 @@ class Supervisor:
                     poll.register(process.sock, select.POLLIN | (select.POLLOUT if wants_room else 0))
         now = time.monotonic()
         wait_secs = min(_MAX_WAIT_SECS, max(0.0, until - now))
-        self._vigil.begin_wait(now)
+        self._heartbeats.begin_wait(now)
         ready = dict(poll.poll(math.ceil(wait_secs * 1000)))
-        self._forgive(wait_secs)
+        self._extend_deadlines(wait_secs)
         self._wakeup.clear()
         return ready
 
-    def _forgive(self, wait_secs: float) -> None:
-        """The wait is over; whatever passed beyond it is not held against anybody."""
+    def _extend_deadlines(self, wait_secs: float) -> None:
+        """Move the deadlines by the time that passed beyond the wait: nobody watched the workers then."""
         now = time.monotonic()
-        lost = self._vigil.end_wait(now, wait_secs)
+        lost = self._heartbeats.end_wait(now, wait_secs)
         if lost > _LOST_SECS:
             with self.roster.lock:
                 for worker in self.roster.workers:
-                    worker.forgive(lost, now)
+                    worker.extend_deadlines(lost, now)
 
     def _handle_all(self, worker: WorkerHandle, frames: list[Frame]) -> None:
         for frame in frames:
@@ -174,45 +175,45 @@ class Supervisor:
             if isinstance(message, Ready):
                 with self.roster.lock:
                     worker.move(WorkerState.READY)
-                self._restarts.worker_ready()
+                self._restart_budget.worker_ready()
                 return
             if isinstance(message, (Done, Failed)):
                 item = self.roster.take_finished(worker, message.task_id)
                 if item is not None:
-                    self._restarts.task_done()
+                    self._restart_budget.task_done()
                     self.roster.resolve([partial(item.finish, frame)])
                     return
         codec.close_fds(frame.fds)  # not for us
 
-    def _bury(self, worker: WorkerHandle) -> None:
-        """The process has ended: take its last words, reap it, let its tasks wait again."""
-        self._handle_all(worker, worker.receive_last_words())
+    def _reap(self, worker: WorkerHandle) -> None:
+        """The process has ended: read what it sent before, reap it, queue its tasks again."""
+        self._handle_all(worker, worker.receive_rest())
         worker.process.join(0)
         was_starting = worker.state is WorkerState.STARTING
-        lost = self.roster.bury(worker, self._options.max_restarts, self._options.max_timeouts)
+        lost = self.roster.reap(worker, self._options.max_restarts, self._options.max_timeouts)
         self._fail(lost, worker.death_error)
         now = time.monotonic()
         if was_starting:
-            self._restarts.start_failed(worker.started, now)
+            self._restart_budget.start_failed(worker.started, now)
             self._give_up_if_broken(worker.start_error())
         else:
-            self._restarts.worker_died(worker.started, now)
+            self._restart_budget.worker_died(worker.started, now)
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
         with self.roster.lock:
             for worker in self.roster.workers:
                 if worker.is_overdue(now):
-                    worker.kill_overdue()  # its sentinel brings us to _bury
+                    worker.kill_overdue()  # its sentinel brings us to _reap
 
-    def _kill_lifeless(self) -> None:
-        elapsed, limit_secs = self._vigil.look(time.monotonic()), self._vigil.limit_secs
+    def _kill_silent(self) -> None:
+        elapsed, limit_secs = self._heartbeats.look(time.monotonic()), self._heartbeats.limit_secs
         if elapsed is None or limit_secs is None:
             return
         with self.roster.lock:
             for worker in self.roster.workers:
                 if worker.holds_task:
-                    worker.kill_if_lifeless(elapsed, limit_secs)
+                    worker.kill_if_silent(elapsed, limit_secs)
 
     # -- replacements -------------------------------------------------------------------------------------------
 
@@ -220,29 +221,29 @@ class Supervisor:
         """``time.monotonic()`` at which a worker is to be started; infinite: none is missing, or wanted."""
         if len(self.roster.workers) >= self._count:
             return math.inf
-        if self._restarts.broken:  # one more attempt at a time, and only if there is work
+        if self._restart_budget.broken:  # one more attempt at a time, and only if there is work
             starting = any(worker.state is WorkerState.STARTING for worker in self.roster.workers)
             if starting or not self.roster.has_waiting():
                 return math.inf
-        return self._restarts.next_start
+        return self._restart_budget.next_start
 
     def _replace_missing(self) -> None:
         if self._next_replacement() > time.monotonic():
             return
         try:
             while len(self.roster.workers) < self._count:
-                self._hire()
+                self._spawn()
         except WorkerStartError as error:
             now = time.monotonic()
-            self._restarts.start_failed(now, now)
+            self._restart_budget.start_failed(now, now)
             self._give_up_if_broken(error)
 
-    def _hire(self) -> None:
+    def _spawn(self) -> None:
         process = WorkerProcess(self._settings, self._options.env or {}, self._inherit_fds)
-        self.roster.hire(WorkerHandle(process, self._options.start_timeout_secs))
+        self.roster.add(WorkerHandle(process, self._options.start_timeout_secs))
 
     def _give_up_if_broken(self, cause: WorkerStartError) -> None:
-        if self._restarts.broken:
+        if self._restart_budget.broken:
             self._fail(self.roster.give_up_waiting(), lambda _: WorkerStartError(str(cause)))
 
     # -- failing ------------------------------------------------------------------------------------------------
@@ -265,15 +266,19 @@ def _fail_item(item: WorkItem, error_of: Callable[[WorkItem], StagerError]) -> N
     item.fail(error_of(item))
 
 
-def _left_error(item: WorkItem, has_worker: bool) -> ClosedError:
+def _detached_error(item: WorkItem, has_worker: bool) -> ClosedError:
     if not has_worker:
-        return ClosedError(f"the WorkerPool was left before a worker had {item.label}")
+        return ClosedError(
+            f"the WorkerPool was detached before a worker had {item.label}; that task is lost, submit it again in a new pool"
+        )
     return LeftRunningError(
-        f"the WorkerPool was left; {item.label} is done by its worker, but nobody will see its result"
+        f"the WorkerPool was detached; its worker finishes {item.label}, but this process does not see the result"
     )
 
 
 def _internal_error(item: WorkItem, cause: BaseException) -> InternalError:
-    error = InternalError(f"{item.label} was given up: the thread that watches the workers failed with {cause!r}")
+    error = InternalError(
+        f"{item.label} was abandoned, because the thread that watches the workers failed with {cause!r}; please report it"
+    )
     error.__cause__ = cause
     return error

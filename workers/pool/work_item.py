@@ -72,8 +72,8 @@ class WorkItem:
         if self.started is None:
             self.started = time.monotonic()
 
-    def forgive(self, secs: float, now: float) -> None:
-        """Nobody looked for so long: it does not count."""
+    def extend_deadlines(self, secs: float, now: float) -> None:
+        """Move the deadline by ``secs`` seconds in which the supervisor could not watch."""
         if self.started is not None:
             self.started = min(now, self.started + secs)
 

@@ -11,29 +11,29 @@ from stager.workers.errors import WorkerError
 from stager.workers.faults import point
 from stager.workers.pool import codec
 from stager.workers.pool.messages import Done, Failed, Ready, Shutdown, Task
+from stager.workers.pool.options import WorkerSettings
 from stager.workers.pool.torch_import import set_threads_when_imported
-from stager.workers.pool.trainer_link import TrainerLink
-from stager.workers.pool.worker_settings import WorkerSettings
+from stager.workers.pool.trainer_channel import TrainerChannel
 
 
-def serve(link: TrainerLink, settings: WorkerSettings) -> None:
+def serve(channel: TrainerChannel, settings: WorkerSettings) -> None:
     """Serve the trainer at the other end until there is nothing more to do."""
     set_threads_when_imported(settings.torch_threads)
     point("worker.start")
-    link.send(Ready(settings.nonce, os.getpid()))
+    channel.send(Ready(settings.nonce, os.getpid()))
     point("worker.ready")
-    while (frame := link.receive()) is not None:
+    while (frame := channel.receive()) is not None:
         if frame.message.nonce != settings.nonce:
             codec.close_fds(frame.fds)
         elif isinstance(frame.message, Shutdown):
             point("worker.shutdown")
             return
         elif isinstance(frame.message, Task):
-            _answer(link, frame.message, frame.fds, frame.whole)
+            _answer(channel, frame.message, frame.fds, frame.whole)
         del frame  # or the last task's arguments would stay in memory while we wait for the next
 
 
-def _answer(link: TrainerLink, task: Task, task_fds: list[int], whole: bool) -> None:
+def _answer(channel: TrainerChannel, task: Task, task_fds: list[int], whole: bool) -> None:
     """Run one task; whatever happens becomes a reply."""
     fds: list[int] = []
     reply: Done | Failed
@@ -44,7 +44,7 @@ def _answer(link: TrainerLink, task: Task, task_fds: list[int], whole: bool) -> 
     except BaseException as error:  # noqa: BLE001  (the edge of the process: SystemExit of a task is an answer too)
         reply = Failed(task.nonce, task.task_id, _dump_error(task, error), traceback.format_exc())
         codec.close_fds(fds)
-    link.send(reply, fds)
+    channel.send(reply, fds)
     codec.close_fds(fds)
 
 

@@ -32,7 +32,7 @@ import traceback
 from contextlib import suppress
 
 from stager.workers.faults import point
-from stager.workers.pool.worker_settings import WorkerSettings
+from stager.workers.pool.options import WorkerSettings
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -50,11 +50,11 @@ def main(fd: str, beats: str, settings_json: str) -> None:
         _set_up_descriptors()
         _lower_priority(settings)
         point("worker.import")
-        from stager.workers.pool.trainer_link import TrainerLink
+        from stager.workers.pool.trainer_channel import TrainerChannel
         from stager.workers.pool.worker_loop import serve
 
-        link = TrainerLink(int(fd), parent)
-        serve(link, settings)
+        channel = TrainerChannel(int(fd), parent)
+        serve(channel, settings)
         exitcode = 0
     except BaseException:  # noqa: BLE001  (the edge of the process: what escapes is printed, and the exit code says so)
         traceback.print_exc()

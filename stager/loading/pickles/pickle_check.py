@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from stager.workers.checkpoint.layout.plan_cache import no_collection
+from stager.workers.gc_pause import no_collection
 
 _MAX_DEPTH = 1000  # pickle's own recursion does not write deeper ones
 _MAX_HASHED = 10_000_000  # elements hashed in all, in addition to a few for each opcode

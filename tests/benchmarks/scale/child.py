@@ -19,7 +19,7 @@ from stager.workers.checkpoint.commit.merge import merge
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, read_manifest
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, partial_names
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.layout.plan_cache import no_collection
+from stager.workers.gc_pause import no_collection
 from tests.benchmarks.scale.measured import Commit, Parse, Stock
 from tests.benchmarks.scale.size import Size
 from tests.benchmarks.scale.stages import Stages

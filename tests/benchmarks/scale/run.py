@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from stager.ranks.agreement import Entry
 from stager.workers.checkpoint.directory.files import DOCUMENT_BYTES
-from stager.workers.checkpoint.layout.plan_cache import no_collection
+from stager.workers.gc_pause import no_collection
 from tests.benchmarks.scale.agreement import Kind, settle
 from tests.benchmarks.scale.costs import CostModel
 from tests.benchmarks.scale.filesystem import Call

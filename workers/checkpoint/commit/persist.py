@@ -19,12 +19,12 @@ from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
 from stager.workers.checkpoint.directory.run_directory import partial_name, removing_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout, deal_once
-from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.write.part_writer import PartWriter
 from stager.workers.checkpoint.write.save_record import record_name, to_record
 from stager.workers.checkpoint.write.unchanged_files import reuse, sync_linked, whole_files
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 from stager.workers.faults import point
+from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import detach_all_but
 
 _OPEN_ATTEMPTS = 10

@@ -39,9 +39,9 @@ from stager.workers.checkpoint.layout.layout_check import (
     check_text,
     check_time,
 )
-from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.layout.structure import Path, walk
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError
+from stager.workers.gc_pause import no_collection
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 
 from stager.workers.checkpoint.layout.layout import Item, Layout
-from stager.workers.checkpoint.layout.plan_cache import no_collection
+from stager.workers.gc_pause import no_collection
 
 
 def rows_json(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:

@@ -21,9 +21,9 @@ from stager.workers.checkpoint.formats.pickle_template import (
     tuple_of,
 )
 from stager.workers.checkpoint.layout.layout import Item, Layout
-from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.layout.structure import Chunks, Node, fqn
 from stager.workers.checkpoint.layout.templates import Templates
+from stager.workers.gc_pause import no_collection
 
 _DcpPath = tuple[str | int, ...]
 

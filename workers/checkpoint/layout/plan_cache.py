@@ -6,9 +6,7 @@ tensors alone (rows of the manifest, most of DCP's index, the frames around smal
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stager.workers.checkpoint.layout.templates import Templates
@@ -44,15 +42,3 @@ class Memo:
             known = self._of_save[name] = (key, make())
         value: T = known[1]
         return value
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Many small objects are made and no cycle: looking for garbage in between doubles the time it takes."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

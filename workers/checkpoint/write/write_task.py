@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from stager.workers.checkpoint.layout.layout import Item, Layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_back import PLAIN, Writing
+from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import Memory
 
 _CACHED_PLANS = 2  # what is saved in turn; each takes about 1 KiB a tensor

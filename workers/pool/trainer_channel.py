@@ -14,7 +14,7 @@ from stager.workers.pool.messages import Message
 _THROTTLED_MS = 50
 
 
-class TrainerLink:
+class TrainerChannel:
     """Frames from and to the trainer. Used by one thread.
 
     Args:
