@@ -31,7 +31,8 @@ from stager.replication.replication import Replication
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer
-from stager.saving.save import SaveHandle, SaveState
+from stager.saving.save import Save
+from stager.saving.save_handle import SaveHandle
 from stager.saving.saver import Saver
 from stager.saving.setup import (
     agree_on_segment_bytes,
@@ -43,7 +44,8 @@ from stager.saving.setup import (
     saver_options,
     start_pool,
 )
-from stager.saving.unread import Unread
+from stager.saving.unread import UnreadErrors
+from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.directory.protected import read_protected, write_protected
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import (
@@ -89,7 +91,7 @@ class Checkpointer:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
-        self._unread = Unread()
+        self._unread = UnreadErrors()
         self._lock_fd = -1
         self._saver: Saver | None = None
         self._preemption: Preemption | None = None
@@ -160,13 +162,13 @@ class Checkpointer:
             saver = self._writer()
             if self._job.rendezvous is None:
                 self._unread.raise_oldest()
-            handle = saver.save(step, state)
-            self._unread.add(handle)
+            save = saver.save(step, state)
+            self._unread.add(save)
             # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
             # because of that, which would then fail here, and so on.
             if self._job.rendezvous is not None:
                 self._unread.raise_oldest()
-            return handle
+            return SaveHandle(save)
 
     def guard(self, *optimizers: Optimizer) -> None:
         """Overlap snapshots with forward and backward for what only these optimizers' ``step()`` changes.
@@ -222,16 +224,16 @@ class Checkpointer:
         self._writer().wait_for_staging(timeout)
 
     def _refuse_in_callback(self, what: str) -> None:
-        if self._saver is not None and self._saver.in_callback():
+        if self._saver is not None and self._saver.in_callback:
             raise UsageError(
                 f"{what} was called by a callback of a save's Future and would wait for that very callback; "
                 "let the callback set a flag, and call it from the training loop"
             )
 
-    def _on_done(self, handle: SaveHandle) -> None:
+    def _on_done(self, save: Save) -> None:
         """In the pool's thread, when a save is committed or failed."""
-        report = handle.report
-        if handle.state is SaveState.COMMITTED:
+        report = save.report
+        if report.state is SaveState.COMMITTED:
             logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
             if self._job.is_coordinator:
                 self._retainer.after_commit()
@@ -299,7 +301,7 @@ class Checkpointer:
 
     def _on_pruned(self, report: PruneReport) -> None:
         assert self._saver is not None
-        self._saver.settler.forget_base({*report.damaged, *report.steps(Fate.REMOVED)})
+        self._saver.completion.forget_base({*report.damaged, *report.steps(Fate.REMOVED)})
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -321,7 +323,7 @@ class Checkpointer:
         """Nothing is to be linked to what is known to be damaged."""
         if self._saver is not None:
             steps = {step for item in self._loader.skipped if (step := parse_checkpoint(item.name)) is not None}
-            self._saver.settler.forget_base(steps)
+            self._saver.completion.forget_base(steps)
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
@@ -379,7 +381,7 @@ class Checkpointer:
             if into is not None:
                 self._saver.expect(loaded.info.nbytes // self._job.num_ranks)  # about its share
             if self._loader.knows_whole(loaded.info.path):
-                self._saver.settler.set_base(loaded.step)
+                self._saver.completion.set_base(loaded.step)
         return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from stager.config.host import available_memory_bytes
 from stager.ranks.rank_group import RankGroup
 from stager.replication.replicator import Replicator
 from stager.saving.options import SaverOptions
-from stager.saving.save import SaveHandle
+from stager.saving.save import Save
 from stager.saving.saver import Saver
 from stager.sharing.sharer import SharingOptions
 from stager.snapshot.copying import Copier
@@ -155,7 +155,7 @@ def make_saver(
     arena: Arena,
     pool: WorkerPool,
     group: RankGroup,
-    on_done: Callable[[SaveHandle], None],
+    on_done: Callable[[Save], None],
     replicator: Replicator | None,
 ) -> Saver:
     sharing = SharingOptions(staging.location, staging.share_min_bytes)

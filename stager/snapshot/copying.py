@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 
 from stager.snapshot.batches import Batches, Gather, Move
-from stager.snapshot.device import Ready, bytes_of, copy_by_torch, enqueue
+from stager.snapshot.device import NO_STREAMS, SideStreams, bytes_of, copy_by_torch, enqueue
 from stager.state.placement import Copy
 from stager.workers.errors import InternalError, TornSnapshotError
 from stager.workers.memory.slab import Slab
@@ -46,31 +46,31 @@ class Copier:
         batches: Batches,
         leaves: Sequence[torch.Tensor],
         slab: Slab,
-        ready: Ready | None,
+        streams: SideStreams = NO_STREAMS,
         *,
         cold: bool = False,
         background: bool = False,
     ) -> None:
-        """Returns when every byte is in the slab.
+        """Copy; returns when every byte is in the slab.
 
         Args:
             leaves: the tensors that ``Copy.leaf`` numbers.
-            ready: when device tensors may be read; made by ``device.mark_ready`` in the trainer's thread.
-            cold: the slab's pages are not allocated yet: each is, right before it is written.
+            streams: copy from CUDA devices; made in the trainer's thread.
+            cold: the slab's pages may not be allocated yet: allocate each right before it is written.
             background: the trainer does not wait.
         """
-        if ready is not None:
-            enqueue([c for c in batches.others if not c.on_host], leaves, slab, ready)
+        if streams:
+            enqueue([c for c in batches.others if not c.on_host], leaves, slab, streams)
         threads = self._background if background else self._foreground
         threads.run([lambda work=work: _do(work, slab, cold) for work in batches.on_host])  # type: ignore[misc]  # mypy infers no lambda with a default
         with torch.no_grad():
             for copy in batches.others:
-                if copy.on_host or ready is None:
+                if copy.on_host or not streams:
                     copy_by_torch(copy, leaves, slab)
-        if ready is not None:
-            ready.synchronize()
+        streams.synchronize()
 
     def close(self) -> None:
+        """End the threads."""
         self._foreground.close()
         self._background.close()
 

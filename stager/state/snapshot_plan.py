@@ -71,8 +71,8 @@ class SnapshotPlan:
         """Items that are tensors; the objects come after them."""
         return len(self.layout.tensors)
 
-    def closed(self, blobs: list[bytes]) -> list[bytes]:
-        """The pickled objects, and what the format puts behind them, if anything."""
+    def with_trailer(self, blobs: list[bytes]) -> list[bytes]:
+        """Add the format's trailer, if it has one, to the pickled objects."""
         return blobs if self.closing is None else [*blobs, self.closing(blobs)]
 
 

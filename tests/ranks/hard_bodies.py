@@ -71,7 +71,7 @@ def fail_once_and_go_on(rank: int, directory: str) -> list[int]:
                 ckpt.save(step, state)
             assert ckpt._saver is not None
             wait(
-                [handle.upload_completion for handle in ckpt._saver.settler.in_flight()]
+                [handle.upload_completion for handle in ckpt._saver.completion.in_flight()]
             )  # which is not looking at its error
         steps = [info.step for info in ckpt.checkpoints()]
         with suppress(StagerError):
