@@ -38,7 +38,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """One ``pwritev``: ``vectors`` is an array of (address, nbytes) pairs, ``struct iovec`` as the kernel takes it."""
+    """One ``pwritev``. ``vectors`` is an array of (address, nbytes) pairs, which the kernel takes as ``struct iovec``."""
 
     vectors: Any
     slab_offset: int

@@ -1,7 +1,7 @@
 """Copying a planned snapshot into its slab: by bytes, on all cores the trainer may use, without the GIL.
 
-In ``save()`` the copy has the trainer's priority and all its threads: the trainer waits. What is guarded is copied in the
-background, by fewer threads of a lower priority, so that forward and backward keep their cores.
+In ``save()`` the copy has the trainer's priority and all its threads, because the trainer waits. Guarded tensors are copied
+in the background, by fewer threads of a lower priority, so that forward and backward keep their cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Copier:
 
     Args:
         num_threads: while the trainer waits.
-        num_background_threads: while it goes on; 1 if not given.
+        num_background_threads: while training goes on.
     """
 
     def __init__(self, num_threads: int, num_background_threads: int = 1) -> None:
@@ -100,7 +100,7 @@ class _Threads:
             if not self._nice or not futures:
                 work()
         except BaseException:
-            deque(iterator, maxlen=0)  # what nobody has begun is not to be done any more
+            deque(iterator, maxlen=0)  # drop the calls that no thread has begun
             raise
         finally:
             wait_uninterrupted(futures)  # they write into the slab
@@ -123,7 +123,11 @@ class _Threads:
 
 
 def wait_uninterrupted(futures: Sequence[Future[None]]) -> None:
-    """Until all are done, whatever the user presses: they use memory that will be used for something else then."""
+    """Wait until all are done, even after Ctrl-C: they use memory that is used for something else afterwards.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile; all are done then.
+    """
     interrupted: KeyboardInterrupt | None = None
     while not all(future.done() for future in futures):
         try:
@@ -157,7 +161,7 @@ def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:
 
 
 def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, name: Callable[[int], str]) -> None:
-    """``staging.verify``: is the snapshot what the source is now, byte for byte?
+    """Compare the snapshot with its sources, byte for byte (``staging.verify``).
 
     Raises:
         TornSnapshotError: naming the tensors that changed.

@@ -1,6 +1,6 @@
 """Copies from CUDA devices into a slab: on a side stream, behind what the trainer's stream holds now.
 
-Not run on a GPU yet.
+This module has not been run on a GPU yet.
 
 Large tensors go straight into the pinned slab. Small ones are first gathered on the device, by torch's multi-tensor kernels,
 into a buffer laid out like the slab's range they belong to, which then crosses the bus in one transfer: thousands of
@@ -58,7 +58,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device and process: making a stream for every save would use up the pool that torch deals them from."""
+    """Return one stream per device and process: a new stream for every save would use up torch's pool of streams."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
     return _streams[device]
