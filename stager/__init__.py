@@ -26,7 +26,8 @@ _HOME = {
     "stager.loading.foreign": ("load_checkpoint",),
     "stager.loading.loaded": ("Loaded",),
     "stager.state.per_rank": ("PerRank",),
-    "stager.saving.save": ("Event", "SaveHandle", "SaveReport", "SaveState"),
+    "stager.saving.save_handle": ("SaveHandle",),
+    "stager.telemetry.report": ("SaveReport", "SaveState"),
     "stager.torch_api.staging": (
         "AsyncStager",
         "BlockingAsyncStager",
@@ -98,11 +99,10 @@ if TYPE_CHECKING:
     from stager.loading.foreign import load_checkpoint as load_checkpoint
     from stager.loading.loaded import Loaded as Loaded
     from stager.saving.preemption import Preemption as Preemption
-    from stager.saving.save import Event as Event
-    from stager.saving.save import SaveHandle as SaveHandle
-    from stager.saving.save import SaveReport as SaveReport
-    from stager.saving.save import SaveState as SaveState
+    from stager.saving.save_handle import SaveHandle as SaveHandle
     from stager.state.per_rank import PerRank as PerRank
+    from stager.telemetry.report import SaveReport as SaveReport
+    from stager.telemetry.report import SaveState as SaveState
     from stager.torch_api.staging import AsyncStager as AsyncStager
     from stager.torch_api.staging import BlockingAsyncStager as BlockingAsyncStager
     from stager.torch_api.staging import CheckpointStager as CheckpointStager

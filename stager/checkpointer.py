@@ -1,8 +1,8 @@
 """The public face: a run's checkpoints.
 
-Start here, then ``saving/saver.py`` (one save end to end), ``snapshot/``, ``arena/``; ``loading/`` for the way back;
-``ranks/`` where several processes make one checkpoint, ``replication/`` where they keep each other's snapshots. What
-happens in the worker processes is in ``workers/`` (``pool.py`` has the diagram).
+Start here. Then read ``saving/saver.py`` (one save, end to end), ``snapshot/`` and ``arena/``; ``loading/`` for the way
+back; ``ranks/`` for several processes that make one checkpoint; ``replication/`` for processes that keep copies of each
+other's snapshots. ``workers/`` is what the worker processes run (``workers/pool/pool.py`` has the diagram).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
+from enum import Enum
 from types import TracebackType
 from typing import Any
 
@@ -31,8 +32,9 @@ from stager.ranks.rank_group import find_rank_group
 from stager.replication.replication import Replication
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
-from stager.saving.retainer import Retainer
-from stager.saving.save import SaveHandle, SaveState
+from stager.saving.retainer import Retainer, change_protected
+from stager.saving.save import Save
+from stager.saving.save_handle import SaveHandle
 from stager.saving.saver import Saver
 from stager.saving.setup import (
     agree_on_segment_bytes,
@@ -44,13 +46,11 @@ from stager.saving.setup import (
     saver_options,
     start_pool,
 )
-from stager.saving.unread import Unread
-from stager.workers.checkpoint.directory.protected import read_protected, write_protected
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.saving.unread import UnreadErrors
+from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
-    checkpoint_name,
     list_checkpoints,
     parse_checkpoint,
 )
@@ -60,11 +60,19 @@ from stager.workers.errors import ClosedError, UsageError
 logger = logging.getLogger("stager")
 
 
+class _Lifecycle(Enum):
+    """What a Checkpointer may do. READ_ONLY and OPEN become CLOSED; a closed one still loads."""
+
+    READ_ONLY = "was opened with read_only=True"
+    OPEN = "is open"
+    CLOSED = "is closed"
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one run, in one directory.
 
     Args:
-        directory: where the checkpoints are; made if it is not there.
+        directory: where the checkpoints are. It is created if it does not exist.
         config: path of a YAML file, a mapping, a :class:`~stager.config.StagerConfig`, or None for the defaults.
         read_only: only load: start no workers, take no lock, change nothing.
 
@@ -89,10 +97,10 @@ class Checkpointer:
         self._directory = os.path.abspath(os.fspath(directory))
         self._owner = os.getpid()
         self._lock = threading.RLock()
-        self._closed = False
-        self._unread = Unread()
+        self._lifecycle = _Lifecycle.READ_ONLY if read_only else _Lifecycle.OPEN
+        self._unread = UnreadErrors()
         self._lock_fd = -1
-        self._saver: Saver | None = None
+        self._saver: Saver  # this and what else _open_for_writing() sets: not with read_only
         self._preemption: Preemption | None = None
         self._job = find_rank_group(
             False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs
@@ -151,37 +159,36 @@ class Checkpointer:
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
             UsageError: called by a callback of a save's Future.
             ClosedError
-            Exception: the error of an earlier save that nobody has looked at; this save is then not taken. Where several
-                ranks save together it is: the others take part in it.
+            Exception: the error of an earlier save that nobody has read. This save is then not taken; but if several ranks
+                save together, it is, because the other ranks take part in it.
         """
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
+        _check_step(step)
         self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
             if self._job.rendezvous is None:
                 self._unread.raise_oldest()
-            handle = saver.save(step, state)
-            self._unread.add(handle)
+            save = saver.save(step, state)
+            self._unread.add(save)
             # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
             # because of that, which would then fail here, and so on.
             if self._job.rendezvous is not None:
                 self._unread.raise_oldest()
-            return handle
+            return SaveHandle(save)
 
     def guard(self, *optimizers: Optimizer) -> None:
-        """Overlap snapshots with forward and backward for what only these optimizers' ``step()`` changes.
+        """Copy the parameters and state of these optimizers while training goes on.
 
-        ``save()`` then returns before their parameters and state are copied, and their ``step()`` waits for the copy.
-        Do not write to these tensors by any other way between ``save()`` and the next ``step()``, or call
-        ``wait_for_staging()`` before.
+        ``save()`` then returns before these tensors are copied, and the optimizers' ``step()`` waits for the copy. Do not
+        write to these tensors in any other way between ``save()`` and the next ``step()``, unless you call
+        ``wait_for_staging()`` first.
         """
         with self._lock:
             for optimizer in optimizers:
                 self._writer().guard.add(optimizer)
 
     def warmup(self, state: Mapping[str, Any]) -> None:
-        """Do ahead what the first save of such a state would have to: plan, allocate, start workers. Waits for it."""
+        """Do now what the first save of such a state would have to do: plan, allocate, start workers. Waits for it."""
         self._refuse_in_callback("warmup()")
         with self._lock:
             self._writer().warm_up(state)
@@ -189,16 +196,16 @@ class Checkpointer:
     def on_preemption(
         self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
     ) -> Preemption:
-        """Take these signals as the announcement that this process is about to be ended.
+        """Treat these signals as a warning that this process will be killed soon.
 
-        The result's ``requested`` turns true when one comes; read it in the training loop, save once more, and close.
-        ``close()`` then waits for commits until ``deadline_secs`` after the signal; what is only staged by then is committed
-        by the workers after this process is gone. A ``save()`` that still waits for a buffer then raises ArenaFullError.
-        ``close()`` puts the handlers from before back.
+        ``requested`` of the returned object becomes true when a signal comes. Read it in the training loop, save once more,
+        and close. ``close()`` waits for commits until ``deadline_secs`` after the signal. The workers commit what is only
+        staged by then, after this process is gone. A ``save()`` that still waits for a buffer at the deadline raises
+        ArenaFullError. ``close()`` restores the earlier signal handlers.
 
         Args:
-            signals: their handlers from before are called as well; their default actions are not taken.
-            deadline_secs: seconds from the first signal within which this process is to be gone; None: no limit.
+            signals: their earlier handlers are called as well; their default actions are not taken.
+            deadline_secs: seconds from the first signal until this process must be gone; None: no limit.
 
         Raises:
             UsageError: called twice, or not in the main thread.
@@ -214,25 +221,28 @@ class Checkpointer:
             return self._preemption
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
-        """Until every snapshot begun so far is taken: then the state may be changed in any way.
+        """Wait until every snapshot begun so far is taken. Then the state may be changed in any way.
+
+        Args:
+            timeout: seconds; None: as long as it takes.
 
         Raises:
-            TimeoutError: after ``timeout`` seconds.
+            TimeoutError: a snapshot is not taken by then.
         """
         self._refuse_in_callback("wait_for_staging()")
         self._writer().wait_for_staging(timeout)
 
     def _refuse_in_callback(self, what: str) -> None:
-        if self._saver is not None and self._saver.in_callback():
+        if self._is_open and self._saver.in_callback:
             raise UsageError(
-                f"{what} was called by a callback of a save's Future and would wait for that very callback; "
+                f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 "let the callback set a flag, and call it from the training loop"
             )
 
-    def _on_done(self, handle: SaveHandle) -> None:
-        """In the pool's thread, when a save is committed or failed."""
-        report = handle.report
-        if handle.state is SaveState.COMMITTED:
+    def _on_done(self, save: Save) -> None:
+        """Called in the pool's thread when a save is committed or has failed."""
+        report = save.report
+        if report.state is SaveState.COMMITTED:
             logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
             if self._job.is_coordinator:
                 self._retainer.after_commit()
@@ -244,18 +254,20 @@ class Checkpointer:
     def _writer(self) -> Saver:
         if self._owner != os.getpid():
             raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
-        if self._closed:
-            raise ClosedError(f"the Checkpointer of {self._directory} is closed")
-        if self._saver is None:
-            raise ClosedError(f"the Checkpointer of {self._directory} was opened with read_only=True")
+        if not self._is_open:
+            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}")
         return self._saver
+
+    @property
+    def _is_open(self) -> bool:
+        return self._lifecycle is _Lifecycle.OPEN
 
     # -- retention ----------------------------------------------------------------------------------------------
 
     def protect(self, step: int) -> None:
-        """Keep the checkpoint of ``step`` whatever the rules of ``retention`` say, in this run and later ones.
+        """Keep the checkpoint of ``step``, whatever the rules of ``retention`` say, in this run and in later ones.
 
-        It may still be in flight, or to come.
+        The checkpoint need not exist yet.
 
         Raises:
             CheckpointNotFoundError: it is being removed right now.
@@ -265,7 +277,7 @@ class Checkpointer:
         self._change_protected(step, keep=True)
 
     def unprotect(self, step: int) -> None:
-        """Let the rules decide again. A step that was not protected is no error.
+        """Let the rules of ``retention`` decide on ``step`` again. Nothing happens if it was not protected.
 
         Raises:
             CorruptCheckpointError, StorageError, ClosedError
@@ -273,16 +285,13 @@ class Checkpointer:
         self._change_protected(step, keep=False)
 
     def _change_protected(self, step: int, *, keep: bool) -> None:
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
+        _check_step(step)
         with self._lock:
             self._writer()
-            with reading(os.path.join(self._directory, checkpoint_name(step))):  # so that it is not removed meanwhile
-                steps = read_protected(self._directory)
-                write_protected(self._directory, steps | {step} if keep else steps - {step})
+            change_protected(self._directory, step, keep=keep)
 
     def prune(self, *, dry_run: bool = False) -> PruneReport:
-        """Apply the rules of ``retention`` now, in a worker, and wait for it. A commit does so by itself.
+        """Apply the rules of ``retention`` now, in a worker, and wait for it. Every commit does so without being asked.
 
         Args:
             dry_run: only say what would be removed; also with ``read_only=True``.
@@ -293,40 +302,39 @@ class Checkpointer:
             StorageError, WorkerError, ClosedError
         """
         self._refuse_in_callback("prune()")
-        if dry_run and self._saver is None and not self._closed:
+        if dry_run and self._lifecycle is _Lifecycle.READ_ONLY:
             return prune(self._directory, retention_rules(self._config.retention, num_threads=None), dry_run=True)
         self._writer()
         return self._retainer.run(dry_run=dry_run)
 
     def _on_pruned(self, report: PruneReport) -> None:
-        assert self._saver is not None
-        self._saver.settler.forget_base({*report.damaged, *report.steps(PruneFate.REMOVED)})
+        self._saver.completion.forget_base({*report.damaged, *report.steps(PruneFate.REMOVED)})
 
     # -- looking ------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """The committed checkpoints, oldest first, by their manifests (data files are not read)."""
+        """List the committed checkpoints, oldest first, by their manifests (data files are not read)."""
         return list_checkpoints(self._directory)[0]
 
     def latest(self) -> CheckpointInfo | None:
-        """The newest checkpoint that is committed and valid; None if there is none.
+        """Find the newest checkpoint that is committed and valid; None if there is none.
 
-        Each candidate is verified as ``loading.verify`` says. What was passed over is in :attr:`skipped`, with the
-        reason, and logged.
+        Each candidate is verified as ``loading.verify`` says. Candidates that are skipped are logged, and listed with the
+        reason in :attr:`skipped`.
         """
         found = self._loader.latest() if self._together is None else self._together.latest(self._loader.latest)
         self._forget_damaged_base()
         return found
 
     def _forget_damaged_base(self) -> None:
-        """Nothing is to be linked to what is known to be damaged."""
-        if self._saver is not None:
+        """Link nothing to a checkpoint that is known to be damaged."""
+        if self._is_open:
             steps = {step for item in self._loader.skipped if (step := parse_checkpoint(item.name)) is not None}
-            self._saver.settler.forget_base(steps)
+            self._saver.completion.forget_base(steps)
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
-        """What the last ``latest()`` or ``load()`` passed over, newest first, and why."""
+        """The checkpoints that the last ``latest()`` or ``load()`` skipped, newest first, and why."""
         return self._loader.skipped
 
     # -- loading ------------------------------------------------------------------------------------------------
@@ -366,7 +374,7 @@ class Checkpointer:
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
             StorageError
         """
-        if self._saver is not None and not self._closed:
+        if self._is_open:
             self._refuse_in_callback("load()")
             self._saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
@@ -376,11 +384,11 @@ class Checkpointer:
 
         loaded = load(step) if self._together is None or into is None else self._together.load(step, load)
         self._forget_damaged_base()
-        if self._saver is not None and not self._closed and loaded is not None:
+        if self._is_open and loaded is not None:
             if into is not None and loaded.info is not None:
                 self._saver.expect(loaded.info.nbytes // self._job.num_ranks)  # about its share
             if self._loader.knows_whole(loaded.path):
-                self._saver.settler.set_base(loaded.step)
+                self._saver.completion.set_base(loaded.step)
         return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------
@@ -403,11 +411,9 @@ class Checkpointer:
             return
         self._refuse_in_callback("close()")
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+            was_open, self._lifecycle = self._is_open, _Lifecycle.CLOSED
             _live.discard(self)
-            if self._saver is None:
+            if not was_open:
                 return
             if self._together is not None:
                 self._together.restore = None  # load() still works, but nothing is written any more
@@ -442,10 +448,15 @@ class Checkpointer:
             logger.exception("a save failed as well")
 
     def _abandon(self) -> None:
-        """In a forked child: let go of the lock's descriptor, or the child would hold the directory."""
-        if self._lock_fd >= 0 and not self._closed:
+        """Close the lock's descriptor in a forked child: otherwise the child would hold the directory."""
+        if self._is_open:
             with suppress(OSError):
                 os.close(self._lock_fd)
+
+
+def _check_step(step: int) -> None:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
 
 
 _live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()

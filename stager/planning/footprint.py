@@ -11,8 +11,7 @@ import torch
 from stager.config import StagerConfig
 from stager.planning.source import PickledObject
 from stager.planning.stand_in import with_stand_ins
-from stager.snapshot.pieces import Pieces, cut, segment_bytes_for
-from stager.snapshot.slab_writer import object_items, slab_nbytes
+from stager.snapshot.pieces import Pieces, cut, object_items, segment_bytes_for, whole
 from stager.state.flatten import StateTree, flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.workers._version import __version__
@@ -66,13 +65,13 @@ class Measured:
         planner = Planner(self._format, num_workers, self._segment_bytes, incremental=self._incremental)
         plan = planner.plan(self._flat)
         blobs = [self._blob(self._flat, leaf) for leaf in plan.objects]
-        self._blobs = plan.closed(blobs)
+        self._blobs = plan.with_trailer(blobs)
         self.footprint = Footprint(
             num_tensors=plan.num_tensors,
             num_objects=len(plan.objects),
             tensor_nbytes=plan.nbytes,
             object_nbytes=sum(map(len, blobs)),
-            slab_nbytes=slab_nbytes(plan, self._blobs),
+            slab_nbytes=whole(plan, self._blobs, num_workers).slab_nbytes,
             disk_nbytes=self._on_disk(plan),
         )
 

@@ -33,7 +33,7 @@ from stager.replication.link import PartnerLink
 from stager.replication.parcel import Parcel
 from stager.replication.partners import partners
 from stager.replication.replicas import Replicas
-from stager.saving.save import SaveHandle
+from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.commit.replica import ReplicaHeader
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
@@ -77,17 +77,17 @@ class Replicator:
         self._destination = PartnerLink(job, destination)
         self._source = self._destination if source == destination else PartnerLink(job, source)
         self._keeper = Keeper(replicas, source, lambda: self._whole_id, self._give_up)
-        self._saves: queue.SimpleQueue[SaveHandle | None] = queue.SimpleQueue()
-        self._offers: dict[SaveHandle, Future[_Offer]] = {}  # of the saves that are in the queue, or in the exchange
+        self._saves: queue.SimpleQueue[Timeline | None] = queue.SimpleQueue()
+        self._offers: dict[Timeline, Future[_Offer]] = {}  # of the saves that are in the queue, or in the exchange
         self._lock = threading.Lock()
-        self._current: SaveHandle | None = None
+        self._current: Timeline | None = None
         self._stopping = False
         self._given_up = False
         self._thread: threading.Thread | None = None
 
     # -- the trainer's threads ----------------------------------------------------------------------------------
 
-    def begin(self, handle: SaveHandle) -> None:
+    def begin(self, handle: Timeline) -> None:
         """A save begins. Exchanges are held in this order, which is the same on all ranks, whatever becomes of the saves."""
         with self._lock:
             if self._stopping or (self._thread is None and not self._start()):
@@ -95,7 +95,7 @@ class Replicator:
             self._offers[handle] = Future()
             self._saves.put(handle)
 
-    def offer(self, handle: SaveHandle, snapshot: WriteTask, release: Callable[[], None]) -> None:
+    def offer(self, handle: Timeline, snapshot: WriteTask, release: Callable[[], None]) -> None:
         """Its snapshot, staged.
 
         Args:
@@ -103,11 +103,11 @@ class Replicator:
         """
         self._resolve(handle, _Offer(snapshot, None, release))
 
-    def skip(self, handle: SaveHandle, why: BaseException) -> None:
+    def skip(self, handle: Timeline, why: BaseException) -> None:
         """There will be none, and the partner is not to wait for it; nothing if there was one."""
         self._resolve(handle, _Offer(None, why, lambda: None))
 
-    def _resolve(self, handle: SaveHandle, offer: _Offer) -> None:
+    def _resolve(self, handle: Timeline, offer: _Offer) -> None:
         with self._lock:
             future = self._offers.get(handle)
             if future is not None and not future.done():
@@ -153,7 +153,7 @@ class Replicator:
         if current is not None:
             self._call_off(current)
 
-    def _call_off(self, handle: SaveHandle) -> None:
+    def _call_off(self, handle: Timeline) -> None:
         for link in {self._destination, self._source}:
             with suppress(RankFailedError):
                 link.cancel_barrier(handle.save_id, f"rank {self._job.rank} closes its Checkpointer")
@@ -187,14 +187,14 @@ class Replicator:
                 offer.release()
                 del offer  # nobody else holds the slab, perhaps
 
-    def _replicate(self, handle: SaveHandle, offer: _Offer) -> None:
+    def _replicate(self, handle: Timeline, offer: _Offer) -> None:
         started = time.time()
         self._look_whether_whole()
         outcome = self._exchange(handle.save_id, _parcel_of(offer))
         if offer.snapshot is None:
             outcome.not_sent = None  # nothing was to be
         elif outcome.not_sent is None:
-            handle._event("replicate", started)
+            handle.event("replicate", started)
         if outcome.not_sent is not None and not self._given_up:
             logger.warning("step %d is not replicated: %s", handle.step, str(outcome.not_sent))
         if outcome.not_received is not None and not self._given_up:

@@ -1,7 +1,7 @@
 """One save, from the state to the Futures.
 
-Reading order: ``setup.py`` (what it takes, from the configuration), ``save.py`` (its state and times), ``saver.py`` and its
-``options.py``, ``job.py`` (the message to the workers), ``answers.py``, ``settler.py`` (from the answers to the Futures),
-``unread.py`` (errors that nobody has looked at). What ends it: ``ending.py``, ``preemption.py``; what comes after it:
-``retainer.py``. ``telemetry.py`` is what is left to read.
+Reading order: ``save.py`` and ``save_handle.py`` (its record, and what users see of it), ``saver.py`` (one save in order),
+``staging_thread.py``, ``hand_over.py`` (pieces to the workers), ``completion.py`` (from their results to the Futures). What
+makes them: ``setup.py``, ``options.py``. What ends them: ``ending.py``, ``preemption.py``, ``unread.py`` (errors that nobody
+has read). What comes after a commit: ``retainer.py``.
 """

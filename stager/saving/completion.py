@@ -1,15 +1,20 @@
-"""From the workers' answers to the Futures: how a save that was handed over ends, here and on the other ranks.
+"""How a save that was handed over ends, on this rank and on the others.
 
-all parts done -> release the slab -> committed; or wait for other ranks (``ranks/outcome.py``); or remove what is there
+    1. All parts of this rank are done, or have failed.
+    2. Release the slabs: no worker reads them any more. It comes first, because the next ``save()`` may be waiting.
+    3. A part has committed the checkpoint: tell the other ranks, and resolve ``upload_completion``.
+    4. Or every part is written, but other ranks are not ready: the commit watch (``ranks/commit_watch.py``) waits for them.
+    5. Or a part has failed: tell the other ranks, remove the partial directory, and fail ``upload_completion``. The removal
+       comes before the failure is seen, so that who sees it finds a clean directory.
 
-Runs in the pool's supervisor thread and, where it had to wait for other ranks, in theirs.
+Runs in the pool's supervisor thread and, where the save had to wait for other ranks, in the commit watch's thread.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -17,12 +22,11 @@ from functools import partial
 from stager.arena.arena import Lease
 from stager.ranks.commit_watch import CommitWatch, found_committed
 from stager.ranks.rank_group import RankGroup
-from stager.saving.answers import PartResults
-from stager.saving.save import SaveHandle
+from stager.saving.save import Save
 from stager.workers.checkpoint.commit.commit import Committed, partial_path
 from stager.workers.checkpoint.commit.persist import PartResult, discard_partial
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.errors import ClosedError, StorageError
+from stager.workers.errors import ClosedError, LeftRunningError, StorageError
 from stager.workers.pool.pool import WorkerPool
 
 
@@ -30,21 +34,21 @@ class SaveCompletion:
     """Ends saves, and knows which are in flight.
 
     Args:
-        pool: whose workers write the parts, and tidy up.
-        group: whose ranks make one checkpoint together.
+        pool: its workers write the parts, and remove what a failed save leaves.
+        group: the ranks that make one checkpoint together.
         on_done: called with every save that has ended.
         incremental: keep the step of the last whole checkpoint.
         keep_unfinished: see :class:`CommitWatch`.
 
     Attributes:
-        base_step: the checkpoint whose files the next save may link (``workers/checkpoint/write``); None: there is none.
+        base_step: the hard-link base of the next save (``workers/checkpoint/write/hard_link_base.py``); None: there is none.
     """
 
     def __init__(
         self,
         pool: WorkerPool,
         group: RankGroup,
-        on_done: Callable[[SaveHandle], None],
+        on_done: Callable[[Save], None],
         *,
         incremental: bool,
         keep_unfinished: bool = False,
@@ -55,76 +59,78 @@ class SaveCompletion:
         self._outcomes = (
             CommitWatch(group, pool, keep_unfinished=keep_unfinished) if group.rendezvous is not None else None
         )
-        self._in_flight: set[SaveHandle] = set()
+        self._in_flight: set[Save] = set()
         self._lock = threading.Lock()
         self.base_step: int | None = None
 
-    def begin(self, handle: SaveHandle) -> None:
+    def begin(self, save: Save) -> None:
+        """Count a save as in flight until it ends."""
         with self._lock:
-            self._in_flight.add(handle)
+            self._in_flight.add(save)
 
-    def in_flight(self) -> list[SaveHandle]:
+    def in_flight(self) -> list[Save]:
+        """Return the saves that have not ended."""
         with self._lock:
             return list(self._in_flight)
 
     def await_parts(
         self,
-        futures: list[Future[PartResult]],
+        futures: Sequence[Future[PartResult]],
         spec: SaveSpec,
-        handle: SaveHandle,
-        lease: Lease | None,
+        save: Save,
+        leases: Sequence[Lease],
         failure: BaseException | None,
     ) -> None:
-        """End the save when its parts are done.
+        """End the save when its parts are done; never, if the workers finish alone: their partial directory must stay.
 
         Args:
-            lease: released then; None: the slabs are released already.
-            failure: why not every part was handed over.
+            futures: of the parts that were handed over, at least one.
+            leases: of the slabs that hold them; released then, if they are not yet.
+            failure: why not every part was handed over; None: every part was, or one of ``futures`` has failed.
         """
-        PartResults(futures, partial(self._finish, spec, handle, lease, failure))
 
-    def tell(self, handle: SaveHandle, error: BaseException) -> None:
-        """The other ranks, that this one's part will not come."""
+        def end() -> None:
+            errors = [error for future in futures if (error := future.exception()) is not None]
+            if any(isinstance(error, LeftRunningError) for error in errors):
+                return
+            for lease in leases:
+                lease.release()
+            results = [future.result() for future in futures if future.exception() is None]
+            self._finish(spec, save, results, failure or next(iter(errors), None))
+
+        when_all_done(futures, end)
+
+    def tell(self, save: Save, error: BaseException) -> None:
+        """Tell the other ranks that this rank's part of the save will not arrive."""
         if self._outcomes is not None:
-            self._outcomes.notes.post_failed(handle.save_id, error)
+            self._outcomes.notes.post_failed(save.save_id, error)
 
-    def fail(self, handle: SaveHandle, error: BaseException) -> None:
-        """Before anything was handed over."""
-        self.tell(handle, error)
-        self._settle(handle, lambda: handle._fail(error))
+    def fail(self, save: Save, error: BaseException) -> None:
+        """End a save of which nothing was handed over."""
+        self.tell(save, error)
+        self._settle(save, lambda: save.fail(error))
 
-    def _finish(
-        self,
-        spec: SaveSpec,
-        handle: SaveHandle,
-        lease: Lease | None,
-        failure: BaseException | None,
-        results: list[PartResult],
-        error: BaseException | None,
-    ) -> None:
-        if lease is not None:
-            lease.release()
+    def _finish(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException | None) -> None:
         committed = next((result.committed for result in results if result.committed), None)
-        if committed is not None:  # whatever befell another part afterwards
+        if committed is not None:  # whatever happened to another part afterwards
             if self._outcomes is not None:
                 self._outcomes.notes.post_committed(committed)
-            self._commit(handle, results, committed)
+            self._commit(save, results, committed)
             return
-        why = failure or error
-        if why is None and self._outcomes is not None:
-            self._outcomes.expect(spec, partial(self._commit, handle, results), partial(self._give_up, handle))
+        if error is None and self._outcomes is not None:
+            self._outcomes.expect(spec, partial(self._commit, save, results), partial(self._give_up, save))
             return
-        if why is None:
-            # The last part to be written sees every receipt, unless somebody took some away: see ``commit.py``.
-            why = StorageError(
+        if error is None:
+            # The last part to be written sees every receipt, unless somebody removed some: see ``commit.py``.
+            error = StorageError(
                 errno.ENOENT,
                 "every part was written, but not all are there: the partial checkpoint was removed while it was written",
                 partial_path(spec),
             )
         if self._outcomes is not None:
-            why = self._outcomes.notes.reason(spec, why)
-        self.tell(handle, why)
-        self._discard(spec, partial(self._end_failed, spec, handle, results, why))
+            error = self._outcomes.notes.reason(spec, error)
+        self.tell(save, error)
+        self._discard(spec, partial(self._end_failed, spec, save, results, error))
 
     def _discard(self, spec: SaveSpec, then: Callable[[], None]) -> None:
         leftovers = spec.directory, spec.step, spec.save_id
@@ -137,40 +143,40 @@ class SaveCompletion:
         else:
             cleaned.add_done_callback(lambda _: then())
 
-    def _end_failed(self, spec: SaveSpec, handle: SaveHandle, results: list[PartResult], error: BaseException) -> None:
-        """Nothing is left of it, unless another rank has committed it: what failed here came after this rank's receipts."""
+    def _end_failed(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException) -> None:
+        """Fail, unless another rank has committed: then what failed here came after this rank's receipts."""
         committed = found_committed(spec) if self._outcomes is not None else None
         if committed is None:
-            self._give_up(handle, error)
+            self._give_up(save, error)
         else:
-            self._commit(handle, results, committed)
+            self._commit(save, results, committed)
 
-    def _commit(self, handle: SaveHandle, results: list[PartResult], committed: Committed) -> None:
-        self.set_base(handle.step)
+    def _commit(self, save: Save, results: list[PartResult], committed: Committed) -> None:
+        self.set_base(save.step)
         if self._outcomes is not None:
             self._outcomes.remove_unfinished(committed.info.created)
-        if not handle.upload_completion.done():  # it may have been left to the workers while it waited for other ranks
-            self._settle(handle, lambda: handle._commit(results, committed))
+        if not save.upload_completion.done():  # it may have been detached while it waited for other ranks
+            self._settle(save, lambda: save.commit(results, committed))
 
-    def _give_up(self, handle: SaveHandle, error: BaseException) -> None:
-        if not handle.upload_completion.done():
-            self._settle(handle, lambda: handle._fail(error))
+    def _give_up(self, save: Save, error: BaseException) -> None:
+        if not save.upload_completion.done():
+            self._settle(save, lambda: save.fail(error))
 
-    def _settle(self, handle: SaveHandle, resolve: Callable[[], None]) -> None:
+    def _settle(self, save: Save, resolve: Callable[[], None]) -> None:
         resolve()
-        self._on_done(handle)
+        self._on_done(save)
         with self._lock:
-            self._in_flight.discard(handle)
+            self._in_flight.discard(save)
 
-    # -- the hard-link base (workers/checkpoint/write/hard_link_base.py) -----------------------------------------
+    # -- the hard-link base (workers/checkpoint/write/hard_link_base.py) ----------------------------------------
 
     def set_base(self, step: int) -> None:
-        """This checkpoint is whole: it was just committed, or verified."""
+        """Let the next incremental save link this checkpoint: it is whole, because it was just committed or verified."""
         if self._incremental:
             self.base_step = step
 
     def forget_base(self, steps: Collection[int]) -> None:
-        """These checkpoints are damaged, or gone: nothing is to be linked to them."""
+        """Link none of these checkpoints: they are damaged or removed."""
         if self.base_step in steps:
             self.base_step = None
 
@@ -182,10 +188,34 @@ class SaveCompletion:
         return self._pool.in_callback or (self._outcomes is not None and self._outcomes.in_callback)
 
     def wait_for_ranks(self, timeout: float | None = None) -> bool:
-        """Until the saves that this rank has written have ended on all ranks; False: after ``timeout`` seconds some have
-        not."""
+        """Wait until the saves that this rank has written have ended on all ranks.
+
+        Args:
+            timeout: seconds; None: as long as it takes.
+
+        Returns:
+            False if some have not ended by then.
+        """
         return self._outcomes is None or self._outcomes.drain(timeout)
 
     def close(self) -> None:
+        """End what still waits for other ranks."""
         if self._outcomes is not None:
             self._outcomes.close(ClosedError("closed before the other ranks had finished their parts of the save"))
+
+
+def when_all_done(futures: Sequence[Future[PartResult]], then: Callable[[], None]) -> None:
+    """Call ``then`` once, in the thread of the Future that is done last."""
+    missing = len(futures)
+    lock = threading.Lock()
+
+    def one_done(_: Future[PartResult]) -> None:
+        nonlocal missing
+        with lock:
+            missing -= 1
+            if missing:
+                return
+        then()
+
+    for future in futures:
+        future.add_done_callback(one_done)

@@ -1,10 +1,18 @@
 """How a Checkpointer's saves end: all finished, out of time, or interrupted.
 
-    no deadline                     finish everything
-    preempted, with a deadline      finish what can be finished until then; leave the rest to the workers
-    interrupted (a second Ctrl-C)   leave everything to the workers, now
+    no deadline                     finish every save
+    preempted, with a deadline      finish what can be finished until then; detach from the rest
+    interrupted (a second Ctrl-C)   detach from everything, now
 
-"Left to the workers" means: they have the snapshot, and commit it after this process is gone (``workers/pool/pool.py``).
+To detach from a save means to leave its workers to finish it alone: they have the snapshot, and commit it after this process
+is gone (``workers/pool/pool.py``).
+
+The order of a full close:
+    1. Wait for staging: only what the workers have survives this process.
+    2. Wait for this rank's own parts: their receipts let the other ranks commit.
+    3. Wait for the other ranks.
+    4. Wait for what a commit leaves to be done (retention); the pool still accepts it.
+    5. Stop the pool.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ import logging
 import time
 from contextlib import suppress
 
-from stager.saving.save import SaveHandle
+from stager.saving.save import Save
 from stager.saving.saver import Saver
 from stager.workers.errors import InternalError, LeftRunningError
 from stager.workers.pool.pool import WorkerPool
@@ -28,58 +36,57 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
 
     Args:
         timeout: seconds for saves in flight; those not committed by then fail. None: as long as they take.
-        deadline_secs: seconds for the same; those not committed by then are left to the workers. None: no deadline.
+        deadline_secs: seconds for the same; from those not committed by then it detaches. None: no deadline.
 
     Raises:
-        KeyboardInterrupt: while it waited. Everything has been left to the workers then.
+        KeyboardInterrupt: while it waited. It has detached from every save then.
     """
+    secs = min((limit for limit in (timeout, deadline_secs) if limit is not None), default=None)
     try:
-        if deadline_secs is None:
-            with suppress(TimeoutError):
-                saver.wait_for_staging(timeout)
-            drained = _drain(saver, pool, timeout)
-            pool.close(None if drained else 0)
-            return
-        secs = deadline_secs if timeout is None else min(timeout, deadline_secs)
         with suppress(TimeoutError):
             saver.wait_for_staging(secs)
         if _drain(saver, pool, secs):
             pool.close()
+        elif deadline_secs is None:
+            pool.close(0)
         else:
-            leave_to_workers(saver, pool)
+            detach(saver, pool)
     except (KeyboardInterrupt, SystemExit):
-        leave_to_workers(saver, pool)
+        detach(saver, pool)
         raise
 
 
 def _drain(saver: Saver, pool: WorkerPool, timeout: float | None) -> bool:
-    """Own parts, then the other ranks', then what a commit leaves to be done (retention), which is still accepted."""
+    """Steps 2 to 4; False: they took longer than ``timeout`` seconds."""
     deadline = None if timeout is None else time.monotonic() + timeout
 
     def rest() -> float | None:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-    return pool.drain(rest()) and saver.settler.wait_for_ranks(rest()) and pool.drain(rest())
+    return pool.drain(rest()) and saver.completion.wait_for_ranks(rest()) and pool.drain(rest())
 
 
-def leave_to_workers(saver: Saver, pool: WorkerPool) -> None:
-    """Wait for no commit. ``upload_completion`` of what is left fails with LeftRunningError, which ``close()`` does not
-    raise: it is most likely not an error."""
+def detach(saver: Saver, pool: WorkerPool) -> None:
+    """Leave the workers to finish alone, and wait for no commit.
+
+    ``upload_completion`` of what they finish fails with LeftRunningError, which ``close()`` does not raise: it is most
+    likely not an error.
+    """
     with suppress(TimeoutError):
         saver.wait_for_staging(_STAGING_SECS)
     pool.detach()
-    for handle in saver.settler.in_flight():
-        if handle.staging_completion.done():
-            _let_go(handle)
+    for save in saver.completion.in_flight():
+        if save.staging_completion.done():
+            _detach_from(save)
 
 
-def _let_go(handle: SaveHandle) -> None:
-    logger.warning("step %d is staged and not committed yet: the workers finish it on their own", handle.step)
-    handle.upload_completion.was_read = True
-    with suppress(InternalError):  # the other ranks' parts came just now
-        handle._fail(
+def _detach_from(save: Save) -> None:
+    logger.warning("step %d is staged and not committed yet: the workers finish it on their own", save.step)
+    save.upload_completion.was_read = True
+    with suppress(InternalError):  # it ended just now: the other ranks' parts came
+        save.fail(
             LeftRunningError(
-                f"the save of step {handle.step} was staged, but not committed before this process had to go on; the "
+                f"the save of step {save.step} was staged, but not committed before this process had to go on; the "
                 "workers commit it, unless they are killed"
             )
         )

@@ -1,4 +1,4 @@
-"""What a Saver is told."""
+"""The settings of a Saver."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from stager.workers.checkpoint.write.write_back import PLAIN, Writing
 
 @dataclass(frozen=True, slots=True)
 class SaverOptions:
-    """Attributes:
-    directory: of the run, absolute.
-    kind: name of the on-disk format.
-    num_parts: into how many parts a save is dealt.
-    fsync, check_free_space, segment_bytes, incremental, full_every: see the configuration's section persistence.
-    verify: see the section staging.
-    writing: of one worker.
+    """The settings of a Saver, worked out from the configuration.
+
+    Attributes:
+        directory: of the run, absolute.
+        kind: name of the on-disk format.
+        num_parts: into how many parts a save in one piece is divided: one for each worker.
+        fsync, check_free_space, segment_bytes, incremental, full_every: see the configuration's section persistence.
+        verify: see the section staging.
+        writing: how one worker writes.
     """
 
     directory: str

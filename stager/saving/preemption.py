@@ -1,11 +1,13 @@
-"""A signal that announces the end: a flag for the training loop, and a deadline for the last save.
+"""Preemption: a signal announces the end of this process. A flag for the training loop, a deadline for the last save.
 
 NOTE [ The end under a deadline ]
 SLURM sends SIGTERM (or, with ``--signal``, SIGUSR1) to every process of a job and SIGKILL some time later; other job
-managers do alike. The handler here only notes the time. The loop reads ``requested``, saves once more and leaves the
-``with`` block; ``close()`` then waits for the commit no longer than what is left. What is not committed by then is in the
-hands of the workers: they do not die of these signals, and commit it after this process is gone, unless they are killed
-with it.
+managers do the same.
+  1. The handler here only records the time.
+  2. The loop reads ``requested``, saves once more and leaves the ``with`` block.
+  3. ``close()`` waits for commits, but not beyond the deadline.
+  4. It detaches from saves that are not committed by then. The workers do not die of these signals. They commit these saves
+     after this process is gone, unless they are killed with it.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 class Preemption:
     """Whether the end was announced, and how much time is left. Made by :meth:`stager.Checkpointer.on_preemption`.
 
-    A handler that was there before is called as well, after ours; one that would end the process (the default action) or
-    ignore the signal is not. Further signals change nothing. Handlers of Python run in the main thread, between two
-    instructions: a long call into C delays them.
+    An earlier Python handler of the signal is called as well, after ours. The default action, which would end the process,
+    is not taken. Only the first signal counts. Python runs signal handlers in the main thread, between two instructions, so
+    a long call into C delays them.
 
     Args:
-        signals: which announce the end.
-        deadline_secs: seconds from the first signal within which the process is to be gone; None: as long as it takes.
+        signals: the signals that announce the end.
+        deadline_secs: seconds from the first signal until the process must be gone; None: no limit.
 
     Raises:
         UsageError: not called in the main thread, the only one where Python can set a signal's handler.
@@ -45,8 +47,8 @@ class Preemption:
             raise ValueError(f"deadline_secs must be 0 or more, got {deadline_secs}")
         if threading.current_thread() is not threading.main_thread():
             raise UsageError(
-                "on_preemption() was called in another thread than the main one, the only one where Python can set a "
-                "signal's handler; call it there"
+                "on_preemption() was not called in the main thread, the only one in which Python can set a signal handler; "
+                "call it there"
             )
         self._deadline_secs = deadline_secs
         self._owner = os.getpid()
@@ -64,30 +66,30 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        """Whether the end was announced: save, and leave."""
+        """Whether the end was announced: then save once more, and leave the training loop."""
         return self._requested_at is not None
 
     @property
     def signal(self) -> signal.Signals | None:
-        """The first that came; None: none yet, or :meth:`request` was called."""
+        """The first signal that came; None: none has come, or :meth:`request` was called instead."""
         return self._signal
 
     def remaining_secs(self) -> float | None:
-        """Seconds until the deadline, 0 when it has passed; None: nothing was announced, or there is no deadline."""
+        """Return the seconds until the deadline, 0 after it; None: the end was not announced, or there is no deadline."""
         if self._requested_at is None or self._deadline_secs is None:
             return None
         return max(0.0, self._requested_at + self._deadline_secs - time.monotonic())
 
     def request(self) -> None:
-        """As if a signal had come: for an announcement that is made in another way, by a cloud's metadata say."""
+        """Announce the end as a signal would: for announcements by other means, such as a cloud's metadata service."""
         if self._requested_at is None:
             self._requested_at = time.monotonic()
 
     def restore(self) -> None:
-        """Put back the handlers from before. ``close()`` does this.
+        """Restore the earlier handlers. ``close()`` does this.
 
-        A handler that somebody has set after ours stays. In another thread than the main one nothing can be put back: our
-        handler stays, and does what the one before would have done.
+        A handler that somebody has set after ours stays. Outside of the main thread nothing can be restored: then our
+        handler stays, and does what the earlier one would have done.
         """
         self._active = False
         if threading.current_thread() is threading.main_thread():
@@ -96,7 +98,7 @@ class Preemption:
                     signal.signal(number, _settable(previous))
             _installed.discard(self)
 
-    # -- the handler: sets attributes only, for it may interrupt anything, a logger's lock included --------------
+    # -- the handler: it only sets attributes, because it may interrupt code that holds a lock, a logger's say -------
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number)
@@ -111,7 +113,7 @@ class Preemption:
 
     @property
     def _applies(self) -> bool:
-        """Not after ``restore()``, nor in a forked child that has not come to :func:`_restore_all` yet."""
+        """False after ``restore()``, and in a forked child before it reaches :func:`_restore_all`."""
         return self._active and self._owner == os.getpid()
 
     def _note(self, number: int) -> None:
@@ -121,12 +123,12 @@ class Preemption:
 
 
 def _settable(handler: _Handler) -> Callable[[int, FrameType | None], Any] | int:
-    """None is a handler that was not set from Python: it cannot be put back."""
+    """None stands for a handler that was not set from Python. It cannot be restored, so take the default action."""
     return signal.SIG_DFL if handler is None else handler
 
 
 def _restore_all() -> None:
-    """In a forked child (a DataLoader worker, say): the signals mean there what they meant before."""
+    """Give the signals their earlier meaning in a forked child (a DataLoader worker, for example)."""
     for preemption in list(_installed):
         preemption.restore()
 

@@ -1,12 +1,19 @@
-"""Retention after each commit: in a worker, one at a time, and again if there was a commit meanwhile."""
+"""Retention: which checkpoints stay. It runs in a worker after each commit, one run at a time.
+
+A commit that comes during a run starts another run after it, so that the newest checkpoint always counts.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from stager.workers.checkpoint.directory.protected import read_protected, write_protected
+from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, RetentionRules, prune
 from stager.workers.errors import ClosedError
 from stager.workers.pool.pool import WorkerPool
@@ -15,13 +22,13 @@ logger = logging.getLogger("stager")
 
 
 class Retainer:
-    """Removes what the rules do not keep.
+    """Removes the checkpoints that the rules do not keep.
 
-    What goes wrong is logged and tried again after the next commit: a save that is committed has not failed because an older
-    one could not be removed.
+    An error is logged, and the removal is tried again after the next commit: a committed save has not failed because an
+    older checkpoint could not be removed.
 
     Args:
-        pool: whose workers do it.
+        pool: its workers remove.
         directory: of the run, absolute.
         rules: what to keep.
         on_report: called with every report, in the pool's thread.
@@ -39,6 +46,7 @@ class Retainer:
         self._again = False
 
     def after_commit(self) -> None:
+        """Start a run, or let the current one be followed by another."""
         if self._rules.keep_all:
             return
         with self._lock:
@@ -49,7 +57,11 @@ class Retainer:
         self._submit()
 
     def run(self, *, dry_run: bool) -> PruneReport:
-        """Now, and wait for it."""
+        """Apply the rules now, and wait for it.
+
+        Args:
+            dry_run: remove nothing; only report.
+        """
         report = self._pool.submit(prune, self._directory, self._rules, dry_run=dry_run).result()
         self._on_report(report)
         return report
@@ -82,3 +94,16 @@ class Retainer:
             if verdict.fate is PruneFate.LEFT:
                 logger.warning("retention left the checkpoint of step %d: %s", verdict.step, verdict.reason)
         self._on_report(report)
+
+
+def change_protected(directory: str, step: int, *, keep: bool) -> None:
+    """Add a step to the run's list of protected steps, or remove it.
+
+    Raises:
+        CheckpointNotFoundError: the checkpoint is being removed right now.
+        CorruptCheckpointError: the list is damaged.
+        StorageError
+    """
+    with reading(os.path.join(directory, checkpoint_name(step))):  # so that it is not removed meanwhile
+        steps = read_protected(directory)
+        write_protected(directory, steps | {step} if keep else steps - {step})

@@ -1,8 +1,10 @@
-"""One save: its state, its Futures, its times. No I/O here.
+"""The record of one save: its state, its Futures, its figures. No I/O here.
 
 PLANNED --> STAGING --> STAGED --> PERSISTING --> COMMITTED
    |           |           |           |
    +-----------+-----------+-----------+--> FAILED          (PLANNED --> SKIPPED: arena.when_full is "skip")
+
+Users see a save through its :class:`~stager.SaveHandle` (``save_handle.py``).
 """
 
 from __future__ import annotations
@@ -10,29 +12,17 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Generic, TypeVar
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
 
+from stager.telemetry.event import Timeline
+from stager.telemetry.report import SaveReport, SaveState
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.commit.persist import PartResult
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.errors import InternalError
 
 T = TypeVar("T")
-
-
-class SaveState(Enum):
-    """How far a save has come."""
-
-    PLANNED = "planned"
-    STAGING = "staging"
-    STAGED = "staged"
-    PERSISTING = "persisting"
-    COMMITTED = "committed"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-
 
 _TRANSITIONS = {
     SaveState.PLANNED: {SaveState.STAGING, SaveState.FAILED, SaveState.SKIPPED},
@@ -45,200 +35,141 @@ _TRANSITIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that took time: ``start`` and ``end`` are ``time.time()``; ``process`` is "trainer" or "worker <pid>"."""
-
-    name: str
-    process: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, slots=True)
-class SaveReport:
-    """What a save cost. Times are seconds since ``save()`` was called; None: not reached (yet).
+class ReadTrackingFuture(Future[T], Generic[T]):
+    """A Future that knows whether somebody has read its exception.
 
     Attributes:
-        step, state: which save, and how far it is.
-        nbytes: of the tensors and pickled objects.
-        num_tensors, num_objects: items; tied tensors count once.
-        blocked_secs: how long the call of ``save()`` took, the training thread's loss.
-        staged_secs: until the snapshot was whole and handed over.
-        written_secs, synced_secs, committed_secs: until the last byte was written, synced, and the checkpoint visible.
-        written_bytes, linked_bytes: of the checkpoint's files, what was written, and what was linked to an earlier one's
-            because it had not changed (``persistence.incremental``). None: not committed.
-        events: what happened when, in which process.
-        notes: what is worth knowing about how this save was done.
+        was_read: ``result()`` or ``exception()`` has returned or raised.
     """
-
-    step: int
-    state: str
-    nbytes: int
-    num_tensors: int
-    num_objects: int
-    blocked_secs: float | None
-    staged_secs: float | None
-    written_secs: float | None
-    synced_secs: float | None
-    committed_secs: float | None
-    written_bytes: int | None
-    linked_bytes: int | None
-    events: tuple[Event, ...]
-    notes: tuple[str, ...]
-
-
-class ReadTrackingFuture(Future[T], Generic[T]):
-    """A Future that knows whether its exception reached anybody."""
 
     def __init__(self) -> None:
         super().__init__()
         self.was_read = False
 
     def result(self, timeout: float | None = None) -> T:
-        error = super().exception(timeout)
-        self.was_read = True
+        """Return the result as :meth:`concurrent.futures.Future.result` does, and count it as read."""
+        error = self.exception(timeout)
         if error is not None:
             raise error
         return super().result(timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return the exception as :meth:`concurrent.futures.Future.exception` does, and count it as read."""
         error = super().exception(timeout)
         self.was_read = True
         return error
 
     def unread_error(self) -> BaseException | None:
-        """The exception, if there is one and nobody has seen it."""
+        """Return the exception if there is one and nobody has read it."""
         if self.was_read or not self.done() or self.cancelled():
             return None
         return super().exception()
 
 
-@dataclass(slots=True)
-class _Times:
-    started: float
-    blocked: float | None = None
-    staged: float | None = None
-    written: float | None = None
-    synced: float | None = None
-    committed: float | None = None
-    events: list[Event] = field(default_factory=list)
-
-
-class SaveHandle:
-    """What ``save()`` returns.
+class Save:
+    """The record of one save, which the threads that take part in it move forward.
 
     Attributes:
-        step: the training step.
-        staging_completion: resolves when the snapshot is whole and the workers have it: the state may be mutated, and
-            the checkpoint will be committed even if this process is killed.
-        upload_completion: resolves to the :class:`~stager.CheckpointInfo` when the checkpoint is durable and
-            committed; its exception says why it is not. Cancelled when the save was skipped.
+        timeline: the save's step, its id, its events and notes.
+        staging_completion, upload_completion: see :class:`~stager.SaveHandle`.
     """
 
     def __init__(self, step: int, save_id: str) -> None:
-        self.step = step
-        self.save_id = save_id
+        self.timeline = Timeline(step, save_id)
         self.staging_completion: ReadTrackingFuture[None] = ReadTrackingFuture()
         self.upload_completion: ReadTrackingFuture[CheckpointInfo] = ReadTrackingFuture()
-        self._state = SaveState.PLANNED
+        self._report = SaveReport(step, SaveState.PLANNED)
         self._lock = threading.Lock()
-        self._times = _Times(time.time())
-        self._nbytes = self._num_tensors = self._num_objects = 0
-        self._written_bytes: int | None = None
-        self._linked_bytes: int | None = None
-        self._notes: list[str] = []
+
+    @property
+    def step(self) -> int:
+        """The training step."""
+        return self.timeline.step
+
+    @property
+    def save_id(self) -> str:
+        """The id of this save, the same on all ranks."""
+        return self.timeline.save_id
 
     @property
     def state(self) -> SaveState:
-        return self._state
+        """How far the save is."""
+        return self._report.state
 
     @property
     def report(self) -> SaveReport:
-        """The figures so far; final once ``upload_completion`` is done."""
+        """The figures so far."""
         with self._lock:
-            times = self._times
-            return SaveReport(
-                step=self.step,
-                state=self._state.value,
-                nbytes=self._nbytes,
-                num_tensors=self._num_tensors,
-                num_objects=self._num_objects,
-                blocked_secs=self._since(times.blocked),
-                staged_secs=self._since(times.staged),
-                written_secs=self._since(times.written),
-                synced_secs=self._since(times.synced),
-                committed_secs=self._since(times.committed),
-                written_bytes=self._written_bytes,
-                linked_bytes=self._linked_bytes,
-                events=tuple(times.events),
-                notes=tuple(self._notes),
-            )
+            return replace(self._report, events=self.timeline.events, notes=self.timeline.notes)
 
-    def __repr__(self) -> str:
-        return f"<SaveHandle step={self.step} {self._state.value}>"
+    def move(self, to: SaveState) -> None:
+        """Change the state.
 
-    # -- for the Saver ------------------------------------------------------------------------------------------
-
-    def _move(self, to: SaveState) -> None:
+        Raises:
+            InternalError: the diagram above has no such transition.
+        """
         with self._lock:
-            if to not in _TRANSITIONS[self._state]:
-                raise InternalError(f"save of step {self.step} cannot go from {self._state.value} to {to.value}")
-            self._state = to
+            before = self._report.state
+            if to not in _TRANSITIONS[before]:
+                raise InternalError(f"save of step {self.step} cannot go from {before} to {to}")
+            self._report = replace(self._report, state=to)
 
-    def _describe(self, nbytes: int, num_tensors: int, num_objects: int) -> None:
-        with self._lock:
-            self._nbytes, self._num_tensors, self._num_objects = nbytes, num_tensors, num_objects
+    def describe(self, nbytes: int, num_tensors: int, num_objects: int) -> None:
+        """Record how much the snapshot holds, in bytes and items."""
+        self._set(nbytes=nbytes, num_tensors=num_tensors, num_objects=num_objects)
 
-    def _note(self, text: str) -> None:
-        with self._lock:
-            self._notes.append(text)
+    def unblock(self) -> None:
+        """Record that ``save()`` returns now."""
+        self._set(blocked_secs=self._now())
 
-    def _event(self, name: str, start: float, end: float | None = None, process: str = "trainer") -> None:
-        with self._lock:
-            self._times.events.append(Event(name, process, start, time.time() if end is None else end))
-
-    def _unblocked(self) -> None:
-        with self._lock:
-            self._times.blocked = time.time()
-
-    def _staged(self) -> None:
-        with self._lock:
-            self._times.staged = time.time()
+    def complete_staging(self) -> None:
+        """Resolve ``staging_completion``: the snapshot is whole, and the workers have it."""
+        self._set(staged_secs=self._now())
         self.staging_completion.set_result(None)
 
-    def _skipped(self) -> None:
-        self._move(SaveState.SKIPPED)
+    def skip(self) -> None:
+        """End the save before it began: every slab was in use, and the user asked to skip then."""
+        self.move(SaveState.SKIPPED)
         self.staging_completion.set_result(None)
         self.upload_completion.cancel()
         self.upload_completion.set_running_or_notify_cancel()
 
-    def _fail(self, error: BaseException) -> None:
-        self._move(SaveState.FAILED)
+    def fail(self, error: BaseException) -> None:
+        """End the save with an error."""
+        self.move(SaveState.FAILED)
         if not self.staging_completion.done():
             self.staging_completion.set_exception(error)
-            self.staging_completion.was_read = True  # the same error is in upload_completion: raise it once
+            self.staging_completion.was_read = True  # upload_completion has the same error: raise it once
         self.upload_completion.set_exception(error)
 
-    def _commit(self, results: list[PartResult], committed: Committed) -> None:
-        """
+    def commit(self, results: list[PartResult], committed: Committed) -> None:
+        """End the save with a checkpoint.
+
         Args:
             results: of this rank's parts.
+            committed: the checkpoint, of all ranks.
         """
         for result in results:
             process = f"worker {result.pid}"
-            self._event("write", result.started, result.written, process)
-            self._event("sync", result.written, result.synced, process)
-        self._event("commit", committed.started, committed.ended, f"worker {committed.pid}")
-        with self._lock:
-            self._times.written = max((r.written for r in results), default=committed.ended)
-            self._times.synced = max((r.synced for r in results), default=committed.ended)
-            self._times.committed = committed.ended
-            self._linked_bytes = committed.info.linked_bytes
-            self._written_bytes = committed.info.nbytes - committed.info.linked_bytes  # of all ranks
-            self._notes += dict.fromkeys(result.note for result in results if result.note)
-        self._move(SaveState.COMMITTED)
+            self.timeline.event("write", result.started, result.written, process)
+            self.timeline.event("sync", result.written, result.synced, process)
+        self.timeline.event("commit", committed.started, committed.ended, f"worker {committed.pid}")
+        for note in dict.fromkeys(result.note for result in results if result.note):
+            self.timeline.note(note)
+        since = self.timeline.since_start
+        self._set(
+            written_secs=since(max((r.written for r in results), default=committed.ended)),
+            synced_secs=since(max((r.synced for r in results), default=committed.ended)),
+            committed_secs=since(committed.ended),
+            linked_bytes=committed.info.linked_bytes,
+            written_bytes=committed.info.nbytes - committed.info.linked_bytes,
+        )
+        self.move(SaveState.COMMITTED)
         self.upload_completion.set_result(committed.info)
 
-    def _since(self, stamp: float | None) -> float | None:
-        return None if stamp is None else stamp - self._times.started
+    def _now(self) -> float:
+        return self.timeline.since_start(time.time())
+
+    def _set(self, **figures: Any) -> None:
+        with self._lock:
+            self._report = replace(self._report, **figures)

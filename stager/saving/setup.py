@@ -1,4 +1,4 @@
-"""What a Checkpointer that saves is made of, from its configuration and the ranks it saves with."""
+"""Make the parts of a Checkpointer that saves, from its configuration and its rank group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stager.config.host import available_memory_bytes
 from stager.ranks.rank_group import RankGroup
 from stager.replication.replicator import Replicator
 from stager.saving.options import SaverOptions
-from stager.saving.save import SaveHandle
+from stager.saving.save import Save
 from stager.saving.saver import Saver
 from stager.sharing.sharer import SharingOptions
 from stager.snapshot.copying import Copier
@@ -38,28 +38,29 @@ logger = logging.getLogger("stager")
 
 
 def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
-    """What ranks that save together cannot have.
+    """Refuse settings that ranks which save together cannot have.
 
     Raises:
-        ConfigError
+        ConfigError: names the setting, and what to set it to.
     """
     if group.rendezvous is None:
         return
     advice = "or ranks.together to false, with a directory of its own for each rank"
     if config.persistence.format != "dcp":
         raise ConfigError(
-            f"persistence.format is {config.persistence.format}, and {group.num_ranks} ranks save together: set it to dcp, "
-            + advice
+            f"persistence.format is {config.persistence.format}, but the {group.num_ranks} ranks that save together can "
+            f"write dcp only; set it to dcp, {advice}"
         )
     if config.arena.when_full == "skip":
         raise ConfigError(
-            "arena.when_full is skip, and a save that one rank skips fails on all of them: set it to wait or raise, "
-            + advice
+            "arena.when_full is skip, but a save that one rank skips fails on all ranks that save together; set it to "
+            f"wait or raise, {advice}"
         )
 
 
 def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
-    """
+    """Open the files for events and traces.
+
     Raises:
         OSError: a file cannot be opened.
     """
@@ -67,7 +68,7 @@ def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
 
 
 def _of_rank(path: str | os.PathLike[str] | None, group: RankGroup) -> str | None:
-    """The name of this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
+    """Name this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
     if path is None or group.rendezvous is None:
         return None if path is None else os.fspath(path)
     stem, suffix = os.path.splitext(os.fspath(path))
@@ -75,6 +76,7 @@ def _of_rank(path: str | os.PathLike[str] | None, group: RankGroup) -> str | Non
 
 
 def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
+    """Make the arena, with this rank's part of the host's memory."""
     has_device = torch.cuda.is_available()
     if arena.pin is True and not has_device:
         logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
@@ -88,10 +90,10 @@ def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
 
 
 def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, arena: Arena) -> int:
-    """The same on all ranks: a rank that has to save in pieces, as others may not, needs small ones.
+    """Choose one segment size for all ranks: the smallest, because a rank that saves in pieces needs small segments.
 
     Raises:
-        RankFailedError: a rank did not come.
+        RankFailedError: a rank did not answer in time.
     """
     own = persistence.segment_bytes
     if group.rendezvous is None:
@@ -100,9 +102,10 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
 
 
 def start_pool(workers: WorkersConfig, group: RankGroup, lock_fd: int) -> WorkerPool:
-    """
+    """Start the worker processes.
+
     Args:
-        lock_fd: workers keep it, see NOTE [ The lock ] in ``workers/checkpoint/directory/run_directory.py``.
+        lock_fd: the workers keep it open, see NOTE [ The lock ] in ``workers/checkpoint/directory/run_directory.py``.
 
     Raises:
         WorkerStartError
@@ -123,6 +126,7 @@ def start_pool(workers: WorkersConfig, group: RankGroup, lock_fd: int) -> Worker
 
 
 def saver_options(config: StagerConfig, group: RankGroup, directory: str, segment_bytes: int) -> SaverOptions:
+    """Work out the Saver's settings."""
     persistence = config.persistence
     num_parts = config.workers.resolve_count(group.local_size)
     return SaverOptions(
@@ -155,16 +159,21 @@ def make_saver(
     arena: Arena,
     pool: WorkerPool,
     group: RankGroup,
-    on_done: Callable[[SaveHandle], None],
+    on_done: Callable[[Save], None],
     replicator: Replicator | None,
 ) -> Saver:
+    """Make the Saver."""
     sharing = SharingOptions(staging.location, staging.share_min_bytes)
     copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
     return Saver(options, get_format(options.kind), arena, copier, pool, sharing, on_done, group, replicator)
 
 
 def retention_rules(retention: RetentionConfig, num_threads: int | None = 1) -> RetentionRules:
-    """One thread in a worker: it competes with the trainer."""
+    """Read the retention rules from the configuration.
+
+    Args:
+        num_threads: threads that verify. One in a worker, because it competes with the trainer; None: all cores.
+    """
     return RetentionRules(
         keep_latest=retention.keep_latest,
         keep_every=retention.keep_every,

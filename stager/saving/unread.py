@@ -1,46 +1,45 @@
-"""Errors in the background that nobody has looked at: the next call, or the last one, raises them."""
+"""Errors of saves that nobody has read: the next ``save()``, or ``close()``, raises them."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-from stager.saving.save import SaveHandle
+from stager.saving.save import Save
 
 
-class Unread:
+class UnreadErrors:
     """The saves whose errors somebody may still have to be told."""
 
     def __init__(self) -> None:
-        self._handles: list[SaveHandle] = []
+        self._saves: list[Save] = []
 
-    def add(self, handle: SaveHandle) -> None:
-        self._handles.append(handle)
+    def add(self, save: Save) -> None:
+        """Watch a save."""
+        self._saves.append(save)
 
     def raise_oldest(self) -> None:
-        """Raise the oldest error that nobody has seen, if there is one."""
-        self._handles = [h for h in self._handles if not h.upload_completion.done() or _error_of(h)]
-        for handle in self._handles:
-            error = _error_of(handle)
+        """Raise the oldest error that nobody has read, if there is one. It counts as read then."""
+        self._saves = [s for s in self._saves if not s.upload_completion.done() or s.upload_completion.unread_error()]
+        for save in self._saves:
+            error = save.upload_completion.unread_error()
             if error is not None:
-                handle.upload_completion.was_read = True
+                save.upload_completion.was_read = True
                 raise error
 
     def raise_all(self) -> None:
-        """At the end there is no later call that could raise the others: they follow the oldest as its context."""
-        handles = [handle for handle in self._handles if _error_of(handle) is not None]
-        errors = [error for handle in handles if (error := _error_of(handle)) is not None]
-        for handle in handles:
-            handle.upload_completion.was_read = True
-        distinct = list({id(error): error for error in errors}.values())
-        for error, following in pairwise(distinct):
-            last: BaseException = error
+        """Raise the oldest unread error, with the others as its context: there is no later call that could raise them."""
+        distinct: dict[int, BaseException] = {}
+        for save in self._saves:
+            error = save.upload_completion.unread_error()
+            if error is not None:
+                distinct[id(error)] = error
+                save.upload_completion.was_read = True
+        errors = list(distinct.values())
+        for error, following in pairwise(errors):
+            last = error
             while (inner := last.__cause__ or last.__context__) is not None:
                 last = inner
             if last is not following:
                 last.__context__ = following
-        if distinct:
-            raise distinct[0]
-
-
-def _error_of(handle: SaveHandle) -> BaseException | None:
-    return handle.upload_completion.unread_error()
+        if errors:
+            raise errors[0]

@@ -1,7 +1,6 @@
-"""From the state to bytes in a slab.
+"""From a state to bytes in a slab.
 
-Reading order: ``flatten.py`` (leaves and structure), ``fingerprint.py`` (what a cached plan depends on), ``placement.py``
-(where each tensor's bytes go), ``grouping.py`` (which of them share a file), ``plan.py``, ``batches.py`` and ``copying.py``
-(how they get there), ``device.py`` (from a GPU), ``guard.py`` (what may be copied later), ``taker.py`` (all of it in order),
-``pieces.py`` (in less memory).
+Reading order: ``taker.py`` (all of it, in order), ``guard.py`` (what may be copied later), ``batches.py`` and ``copying.py``
+(how bytes get into the slab), ``device.py`` (from a GPU), ``pieces.py`` (one piece, or several in less memory),
+``slab_writer.py`` (what else is in the slab). The plan that they follow is made in ``stager/state``.
 """

@@ -38,7 +38,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """One ``pwritev``: ``vectors`` is an array of (address, nbytes) pairs, ``struct iovec`` as the kernel takes it."""
+    """One ``pwritev``. ``vectors`` is an array of (address, nbytes) pairs, which the kernel takes as ``struct iovec``."""
 
     vectors: Any
     slab_offset: int
@@ -47,10 +47,12 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """Attributes:
-    copies: all of them.
-    on_host: what threads do, in any order.
-    others: device memory, and packed copies.
+    """Copies, batched.
+
+    Attributes:
+        copies: all of them.
+        on_host: what threads do, in any order.
+        others: from device memory, and packed ones.
     """
 
     copies: tuple[Copy, ...]
@@ -58,8 +60,12 @@ class Batches:
     others: tuple[Copy, ...]
 
 
+EMPTY = Batches((), (), ())
+
+
 def batch(copies: Sequence[Copy]) -> Batches:
-    """
+    """Batch copies.
+
     Args:
         copies: in slab order, not overlapping.
     """

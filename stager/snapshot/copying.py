@@ -1,7 +1,7 @@
 """Copying a planned snapshot into its slab: by bytes, on all cores the trainer may use, without the GIL.
 
-In ``save()`` the copy has the trainer's priority and all its threads: the trainer waits. What is guarded is copied in the
-background, by fewer threads of a lower priority, so that forward and backward keep their cores.
+In ``save()`` the copy has the trainer's priority and all its threads, because the trainer waits. Guarded tensors are copied
+in the background, by fewer threads of a lower priority, so that forward and backward keep their cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 
 from stager.snapshot.batches import Batches, Gather, Move
-from stager.snapshot.device import Ready, bytes_of, copy_by_torch, enqueue
+from stager.snapshot.device import NO_STREAMS, SideStreams, bytes_of, copy_by_torch, enqueue
 from stager.state.placement import Copy
 from stager.workers.errors import InternalError, TornSnapshotError
 from stager.workers.memory.slab import Slab
@@ -34,7 +34,7 @@ class Copier:
 
     Args:
         num_threads: while the trainer waits.
-        num_background_threads: while it goes on; 1 if not given.
+        num_background_threads: while training goes on.
     """
 
     def __init__(self, num_threads: int, num_background_threads: int = 1) -> None:
@@ -46,31 +46,31 @@ class Copier:
         batches: Batches,
         leaves: Sequence[torch.Tensor],
         slab: Slab,
-        ready: Ready | None,
+        streams: SideStreams = NO_STREAMS,
         *,
         cold: bool = False,
         background: bool = False,
     ) -> None:
-        """Returns when every byte is in the slab.
+        """Copy; returns when every byte is in the slab.
 
         Args:
             leaves: the tensors that ``Copy.leaf`` numbers.
-            ready: when device tensors may be read; made by ``device.mark_ready`` in the trainer's thread.
-            cold: the slab's pages are not allocated yet: each is, right before it is written.
+            streams: copy from CUDA devices; made in the trainer's thread.
+            cold: the slab's pages may not be allocated yet: allocate each right before it is written.
             background: the trainer does not wait.
         """
-        if ready is not None:
-            enqueue([c for c in batches.others if not c.on_host], leaves, slab, ready)
+        if streams:
+            enqueue([c for c in batches.others if not c.on_host], leaves, slab, streams)
         threads = self._background if background else self._foreground
         threads.run([lambda work=work: _do(work, slab, cold) for work in batches.on_host])  # type: ignore[misc]  # mypy infers no lambda with a default
         with torch.no_grad():
             for copy in batches.others:
-                if copy.on_host or ready is None:
+                if copy.on_host or not streams:
                     copy_by_torch(copy, leaves, slab)
-        if ready is not None:
-            ready.synchronize()
+        streams.synchronize()
 
     def close(self) -> None:
+        """End the threads."""
         self._foreground.close()
         self._background.close()
 
@@ -100,7 +100,7 @@ class _Threads:
             if not self._nice or not futures:
                 work()
         except BaseException:
-            deque(iterator, maxlen=0)  # what nobody has begun is not to be done any more
+            deque(iterator, maxlen=0)  # drop the calls that no thread has begun
             raise
         finally:
             wait_uninterrupted(futures)  # they write into the slab
@@ -123,7 +123,11 @@ class _Threads:
 
 
 def wait_uninterrupted(futures: Sequence[Future[None]]) -> None:
-    """Until all are done, whatever the user presses: they use memory that will be used for something else then."""
+    """Wait until all are done, even after Ctrl-C: they use memory that is used for something else afterwards.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile; all are done then.
+    """
     interrupted: KeyboardInterrupt | None = None
     while not all(future.done() for future in futures):
         try:
@@ -157,7 +161,7 @@ def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:
 
 
 def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, name: Callable[[int], str]) -> None:
-    """``staging.verify``: is the snapshot what the source is now, byte for byte?
+    """Compare the snapshot with its sources, byte for byte (``staging.verify``).
 
     Raises:
         TornSnapshotError: naming the tensors that changed.

@@ -1,6 +1,6 @@
 """Copies from CUDA devices into a slab: on a side stream, behind what the trainer's stream holds now.
 
-Not run on a GPU yet.
+This module has not been run on a GPU yet.
 
 Large tensors go straight into the pinned slab. Small ones are first gathered on the device, by torch's multi-tensor kernels,
 into a buffer laid out like the slab's range they belong to, which then crosses the bus in one transfer: thousands of
@@ -22,54 +22,56 @@ _PACK_BYTES = 32 << 20  # device memory that gathering takes at most at a time, 
 _MAX_GAP_BYTES = 64
 
 
-class Ready:
-    """A side stream on each device involved, behind what the trainer's streams hold now.
+class SideStreams:
+    """A side stream on each CUDA device involved, behind what the trainer's streams hold now; none on other devices.
 
-    Made in the trainer's thread, used by whichever thread copies.
+    Make it in the trainer's thread; any thread may copy with it. False if there is no stream.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._streams: list[torch.cuda.Stream] = []
         for device in devices:
-            stream = _side_stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            self._streams.append(stream)
+            if device.type == "cuda":
+                stream = _side_stream(device)
+                stream.wait_stream(torch.cuda.current_stream(device))
+                self._streams.append(stream)
 
     def stream(self) -> AbstractContextManager[object]:
+        """Make these the current streams."""
         stack = ExitStack()
         for stream in self._streams:
             stack.enter_context(torch.cuda.stream(stream))  # also makes the stream's device the current one
         return stack
 
     def synchronize(self) -> None:
+        """Wait for what was enqueued."""
         for stream in self._streams:
             stream.synchronize()
 
+    def __bool__(self) -> bool:
+        return bool(self._streams)
+
+
+NO_STREAMS = SideStreams(())
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device and process: making a stream for every save would use up the pool that torch deals them from."""
+    """Return one stream per device and process: a new stream for every save would use up torch's pool of streams."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
     return _streams[device]
 
 
-def mark_ready(devices: Iterable[torch.device]) -> Ready | None:
-    """None when no tensor lives on a CUDA device."""
-    cuda = [device for device in devices if device.type == "cuda"]
-    return Ready(cuda) if cuda else None
-
-
-def enqueue(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, ready: Ready) -> None:
-    """Start copying; ``ready.synchronize()`` waits for the end.
+def enqueue(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, streams: SideStreams) -> None:
+    """Start copying from devices; ``streams.synchronize()`` waits for the end.
 
     Args:
         copies: from devices.
         leaves: the tensors that ``Copy.leaf`` numbers.
     """
-    with torch.no_grad(), ready.stream():
+    with torch.no_grad(), streams.stream():
         for group in _groups(copies, leaves):
             if len(group) == 1:
                 copy_by_torch(group[0], leaves, slab)
@@ -78,7 +80,7 @@ def enqueue(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, 
 
 
 def copy_by_torch(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> None:
-    """One stretch of device memory, or one packed tensor, by ``Tensor.copy_``."""
+    """Copy one stretch of device memory, or one packed tensor, with ``Tensor.copy_``."""
     source = leaves[copy.leaf].detach()
     if copy.address >= 0:
         source = bytes_of(source, copy)
@@ -89,7 +91,7 @@ def copy_by_torch(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> Non
 
 
 def bytes_of(source: torch.Tensor, copy: Copy) -> torch.Tensor:
-    """The stretch of memory as uint8, on its device."""
+    """View the stretch of memory that a copy reads as uint8, on its device."""
     storage = source.untyped_storage()
     flat = torch.empty(0, dtype=torch.uint8, device=source.device)
     return flat.set_(storage, copy.address - storage.data_ptr(), (copy.nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it

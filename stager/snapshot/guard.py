@@ -1,10 +1,11 @@
-"""Guarded overlap: which tensors only an optimizer's ``step()`` changes, and the wait that makes that true.
+"""Guarded overlap: tensors that only an optimizer's ``step()`` changes may be copied while training goes on.
 
 NOTE [ Overlap is safe by construction ]
-``save()`` may return before a tensor is copied only if nothing changes it before the copy is done. For the parameters and
-the state of an optimizer that is the user's promise when they call ``guard(optimizer)``: between two steps nothing writes to
-them but ``optimizer.step()``, and before each step a pre-hook waits for every snapshot that is still being taken. All
-other tensors (buffers that a forward pass changes, counters, averaged weights) are copied before ``save()`` returns.
+``save()`` may return before a tensor is copied only if nothing changes the tensor before the copy is done.
+  1. By calling ``guard(optimizer)``, the user promises that only ``optimizer.step()`` writes to its parameters and state.
+  2. Before each step, a pre-hook waits for every snapshot that is still being taken.
+  3. All other tensors (buffers that a forward pass changes, counters, averaged weights) are copied before ``save()``
+     returns.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Guard:
         self._hooks: list[RemovableHandle] = []
 
     def add(self, optimizer: Optimizer) -> None:
-        """Guard one optimizer; again is the same as once.
+        """Guard one optimizer. Guarding it again changes nothing.
 
         Raises:
             TypeError: not a torch optimizer.
@@ -56,7 +57,7 @@ class Guard:
         self._hooks.append(optimizer.register_step_pre_hook(wait_for_snapshots))
 
     def protects(self, plan: SnapshotPlan) -> list[bool]:
-        """For each tensor of the plan, in the order of its ``leaves``: whether only a guarded step changes its memory."""
+        """Tell for each tensor, in the order of ``plan.leaves``, whether only a guarded step changes its memory."""
         reach = self._reach()
         if plan.devices is None:
             on_host = reach.get(_HOST, {})
@@ -75,7 +76,7 @@ class Guard:
         return protected
 
     def _reach(self) -> dict[torch.device, dict[int, int]]:
-        """By device and address: how many bytes from there on only a guarded step changes."""
+        """Map device and address to the number of bytes from there that only a guarded step changes."""
         tensors = [tensor for optimizer in self._optimizers for tensor in _tensors_of(optimizer)]
         tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
         addresses = map(_Tensor.data_ptr, tensors)
@@ -87,6 +88,7 @@ class Guard:
         return reach
 
     def close(self) -> None:
+        """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
         self._optimizers.clear()
@@ -119,5 +121,5 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
 
 
 def _here(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of it."""
+    """This rank's part of a tensor."""
     return local_of(tensor) if is_sharded(tensor) else tensor

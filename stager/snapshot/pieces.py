@@ -1,9 +1,18 @@
-"""A snapshot that is larger than the memory for it: staged and written piece by piece.
+"""What a snapshot is staged in: one piece that holds all of it, or several where the memory does not hold it.
 
-The checkpoint is dealt into more parts than there are workers, so small that the data of one fits a buffer. Each part is
-copied into a slab of its own and handed over; the slab is used again when its part is written. What is on disk, and what a
-crash leaves, is the same as ever: receipts of parts, and one commit when all are there. The state must not change until
-the last piece is copied, so ``save()`` waits for it.
+    whole()   one piece, in one slab: every part of the save is written from there
+    cut()     a snapshot larger than ``arena.max_host_bytes``: one part for each piece, each in a slab of its own
+
+With several pieces, the save has more parts than there are workers, so small that the data of one fits a slab. A slab is
+used again when its part is written. What is on disk, and what a crash leaves, is the same in both cases: receipts of parts,
+and one commit when all parts are there. The state must not change until the last piece is copied, so ``save()`` waits for
+it.
+
+The slab of a piece (``slab_writer.py`` writes what is not tensors):
+
+    whole     | tensors | plan | objects | objects document |
+    one of    | the piece's stretch of tensors and objects  ... | plan | objects document |
+    several                                                     ^ at the same place in every slab
 """
 
 from __future__ import annotations
@@ -14,7 +23,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stager.snapshot.slab_writer import object_items
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, deal
@@ -24,54 +32,113 @@ from stager.workers.errors import MemoryBudgetError
 _MIN_SEGMENT_BYTES = 64 << 10
 _SEGMENTS_PER_PIECE = 8  # parts are cut between segments, so these bound how unequal they are
 _FILES_PER_PIECE = 4  # the same for files that are not to be cut
+_OBJECT_SLACK = 1.25  # pickled objects grow a little from save to save; the slab should still fit
+_ROW_BYTES = 256  # of an object in the objects document, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One part of the save, and the stretch of a whole snapshot's slab that it needs: ``start`` to ``end``, bytes."""
+    """A stretch of a whole snapshot's slab, and the parts of the save that are written from it.
 
-    part: int
+    Attributes:
+        parts: numbers of the parts.
+        start, end: bytes of the whole snapshot's slab.
+    """
+
+    parts: range
     start: int
     end: int
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the stretch."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Attributes:
-    pieces: in order of their parts.
-    items: the objects' places.
-    slab_nbytes: what a slab for any of them needs.
-    whole_bytes: files up to this size are in one piece (:func:`stager.workers.checkpoint.layout.layout.deal`).
+    """How a snapshot is staged.
+
+    Attributes:
+        plan, blobs: of the snapshot (:class:`~stager.snapshot.taker.Snapshot`).
+        pieces: in the order of their parts.
+        items: where the pickled objects and the trailer lie, in the files and in a whole snapshot's slab.
+        plan_offset: where each slab has the plan.
+        slab_nbytes: bytes that a slab for any of the pieces needs.
+        whole_bytes: files up to this size are in one part (:func:`stager.workers.checkpoint.layout.layout.deal`).
     """
 
+    plan: SnapshotPlan
+    blobs: Sequence[bytes]
     pieces: tuple[Piece, ...]
     items: tuple[Item, ...]
+    plan_offset: int
     slab_nbytes: int
     whole_bytes: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether one slab holds the snapshot, with each tensor where the plan says."""
+        return len(self.pieces) == 1 and self.pieces[0].start == 0
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts the save is divided."""
+        return self.pieces[-1].parts.stop
+
+
+def object_items(plan: SnapshotPlan, blobs: Sequence[bytes], slab_offset: int) -> list[Item]:
+    """Place the pickled objects and the trailer that may follow them: behind the tensors in the files.
+
+    Args:
+        slab_offset: where in the slab the first one lies.
+    """
+    items: list[Item] = []
+    file, start = plan.layout.object_place
+    offset = start
+    for number, blob in enumerate(blobs):
+        kind = "object" if number < len(plan.objects) else "frame"  # the trailer's name on disk, kept for compatibility
+        nbytes, in_slab = len(blob), slab_offset + offset - start
+        items.append(Item(kind, file, offset, nbytes, offset, nbytes, "", (), (), in_slab))
+        offset = align(offset + nbytes)
+    return items
+
+
+def whole(plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_bytes: int = 0) -> Pieces:
+    """Stage the snapshot as one piece.
+
+    Args:
+        num_parts: into how many parts the save is divided.
+        whole_bytes: see :class:`Pieces`.
+    """
+    plan_offset = align(plan.nbytes)
+    objects_offset = align(plan_offset + len(plan.document))
+    items = tuple(object_items(plan, blobs, objects_offset))
+    objects_nbytes = sum(align(len(blob)) for blob in blobs)
+    slab_nbytes = objects_offset + int((objects_nbytes + _ROW_BYTES * len(blobs)) * _OBJECT_SLACK) + 4096
+    piece = Piece(range(num_parts), 0, objects_offset + objects_nbytes)
+    return Pieces(plan, blobs, (piece,), items, plan_offset, slab_nbytes, whole_bytes)
+
 
 def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
-    """Segments small enough to cut a snapshot into pieces of ``budget_nbytes`` bytes."""
+    """Choose segments small enough to cut a snapshot into pieces of ``budget_nbytes`` bytes."""
     return max(_MIN_SEGMENT_BYTES, min(configured, budget_nbytes // _SEGMENTS_PER_PIECE))
 
 
 def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incremental: bool = False) -> Pieces:
-    """
+    """Stage the snapshot as pieces, each of which fits a slab of ``budget_nbytes`` bytes.
+
     Args:
-        plan: made in the files' order.
+        plan: one that keeps to the files' order (``Planner(in_order=True)``).
         budget_nbytes: for one slab.
-        incremental: do not cut files that are small beside a piece, so that they can be linked.
+        incremental: do not cut files that are small beside a piece, so that unchanged ones can be hard-linked.
 
     Raises:
         MemoryBudgetError: not even a piece fits.
     """
     items = object_items(plan, blobs, align(plan.nbytes))
     layout = plan.layout.with_objects(items)
-    overhead = align(len(plan.document)) + 256 * len(items) + 8192
+    overhead = align(len(plan.document)) + _ROW_BYTES * len(items) + 8192
     room = budget_nbytes - overhead
     total = sum(file.nbytes for file in layout.files)
     num_parts = max(1, -(-total // max(1, room)))
@@ -80,7 +147,7 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incre
         pieces = tuple(_pieces(layout, num_parts, whole_bytes))
         largest = max(piece.nbytes for piece in pieces)
         if largest <= room:
-            return Pieces(pieces, tuple(items), align(largest) + overhead, whole_bytes)
+            return Pieces(plan, blobs, pieces, tuple(items), align(largest), align(largest) + overhead, whole_bytes)
         num_parts += max(1, num_parts // 8)
     raise MemoryBudgetError(
         f"the snapshot needs {total:,} bytes of host memory and would be staged in pieces, but a buffer of "
@@ -95,13 +162,13 @@ def _pieces(layout: Layout, num_parts: int, whole_bytes: int) -> Iterator[Piece]
         ranges = [(start, end) for start, end in ranges if start < end]
         if ranges:
             start = ranges[0][0]
-            yield Piece(part, start - start % BLOCK_BYTES, ranges[-1][1])
+            yield Piece(range(part, part + 1), start - start % BLOCK_BYTES, ranges[-1][1])
         else:
-            yield Piece(part, 0, 0)
+            yield Piece(range(part, part + 1), 0, 0)
 
 
 def _in_slab(item: Item, segment: Segment) -> tuple[int, int]:
-    """The raw bytes in a segment: where a whole snapshot's slab has them."""
+    """Where a whole snapshot's slab has the raw bytes of a segment: (start, end)."""
     start = max(segment.start, item.data_offset)
     end = min(segment.end, item.data_offset + item.data_nbytes)
     return item.slab_offset + start - item.data_offset, item.slab_offset + end - item.data_offset
@@ -110,9 +177,9 @@ def _in_slab(item: Item, segment: Segment) -> tuple[int, int]:
 def copies_of(
     piece: Piece, plan: SnapshotPlan, leaves: Sequence[torch.Tensor]
 ) -> tuple[list[Copy], list[torch.Tensor]]:
-    """What to copy for a piece, to where it is in the piece's slab; and temporary tensors to keep until it is done.
+    """Find the copies that fill a piece's slab, and temporary tensors to keep alive until they are done.
 
-    A packed tensor that does not lie in one piece is made contiguous first, as a whole: that takes memory for it.
+    A packed tensor of which only a part lies in the piece is first made contiguous as a whole, which takes memory for it.
     """
     copies: list[Copy] = []
     kept: list[torch.Tensor] = []
@@ -123,9 +190,9 @@ def copies_of(
         start = max(copy.slab_offset, piece.start)
         nbytes = min(copy.slab_offset + copy.nbytes, piece.end) - start
         skipped = start - copy.slab_offset
-        whole = nbytes == copy.nbytes
+        is_all = nbytes == copy.nbytes
         address, on_host = copy.address, copy.on_host
-        if address < 0 and not whole:
+        if address < 0 and not is_all:
             tensor = leaves[copy.leaf].detach().resolve_conj().resolve_neg().cpu().contiguous()
             kept.append(tensor)
             address, on_host = tensor.data_ptr(), True
@@ -135,7 +202,7 @@ def copies_of(
 
 
 def blobs_of(piece: Piece, items: Sequence[Item], blobs: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(offset in the piece's slab, bytes) of what of the pickled objects lies in a piece."""
+    """Find the bytes of the pickled objects that lie in a piece: (offset in the piece's slab, bytes)."""
     for item, blob in zip(items, blobs, strict=True):
         start, end = max(item.slab_offset, piece.start), min(item.slab_offset + len(blob), piece.end)
         if start < end:

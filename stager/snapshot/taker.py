@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +19,16 @@ import torch
 
 from stager.ranks.partition import Partitioner
 from stager.ranks.rank_group import RankGroup
-from stager.saving.save import SaveHandle
 from stager.sharing.sharer import SourceSharer
-from stager.snapshot.batches import Batches, batch
+from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
-from stager.snapshot.device import Ready, mark_ready
+from stager.snapshot.device import SideStreams
 from stager.snapshot.guard import Guard
+from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.state.flatten import StateTree, flatten
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format
 from stager.workers.errors import UnstageableError
 from stager.workers.memory.slab import Slab
@@ -42,38 +42,53 @@ _CACHED_BLOBS = 4096
 
 @dataclass(slots=True)
 class Snapshot:
-    """A save on its way to the hand-over. Holds the sources alive until they are copied.
+    """A snapshot that is being taken. It keeps the sources alive until they are copied.
 
     Attributes:
-        blobs: the pickled objects, in the order of ``plan.objects``, and what the format puts behind them, if anything.
-        ready: when device tensors may be read.
+        timeline: of the save; gets events and notes.
+        tree: the state.
+        blobs: the pickled objects, in the order of ``plan.objects``, and the format's trailer, if it has one.
+        streams: order the copies from devices behind what the trainer's streams hold now.
     """
 
-    handle: SaveHandle
-    flat: StateTree
+    timeline: Timeline
+    tree: StateTree
     plan: SnapshotPlan
     blobs: list[bytes]
-    ready: Ready | None
+    streams: SideStreams
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensors and the pickled objects."""
         return self.plan.nbytes + sum(map(len, self.blobs))
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Copies, and who does them."""
+class Assignment:
+    """Copies, and who does them.
 
-    copies: tuple[Copy, ...]
-    by_trainer: Batches
-    by_workers: tuple[Copy, ...]
+    Attributes:
+        copies: all of them.
+        by_trainer, by_workers: these copies, divided.
+        kept: temporary tensors that copies read.
+    """
+
+    copies: tuple[Copy, ...] = ()
+    by_trainer: Batches = EMPTY
+    by_workers: tuple[Copy, ...] = ()
+    kept: tuple[torch.Tensor, ...] = ()
 
 
 class SnapshotTaker:
-    """Args:
-    sharer: None when everything is copied by the trainer.
-    verify: compare each copy with its source.
-    group: whose ranks make one checkpoint together; None: this process alone.
+    """Plans snapshots and copies them into slabs.
+
+    Args:
+        file_format: how objects are pickled.
+        copier: copies in this process.
+        guard: what may be copied later.
+        sharer: has workers copy; None: the trainer copies everything.
+        verify: compare each copy with its source.
+        group: the ranks that make one checkpoint together; None: this process alone.
     """
 
     def __init__(
@@ -92,117 +107,131 @@ class SnapshotTaker:
         self._sharer = sharer
         self._verify = verify
         self._group = group or RankGroup()
-        self._share = Partitioner(self._group)
+        self._partitioner = Partitioner(self._group)
         self._shared_for: SnapshotPlan | None = None
-        self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Work, Work] | None = None
+        self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
 
     def flatten(self, state: Mapping[str, Any], occasion: str) -> StateTree:
-        """This rank's share of the leaves.
+        """Find the leaves that this rank writes.
 
         Args:
+            state: as it is given to ``save()``.
             occasion: the save's id.
 
         Raises:
             UnstageableError: a state that cannot be saved.
             RankFailedError, InconsistentRanksError: see :class:`stager.ranks.partition.Partitioner`.
         """
-        return self._share.take(flatten(state, self._group.own_rank), occasion)
+        return self._partitioner.take(flatten(state, self._group.own_rank), occasion)
 
-    def begin(self, handle: SaveHandle, flat: StateTree, planner: Planner, *, may_move: bool | None = None) -> Snapshot:
+    def begin(self, timeline: Timeline, tree: StateTree, planner: Planner, *, may_move: bool | None = None) -> Snapshot:
         """Plan and pickle; nothing is copied yet.
 
         Args:
-            may_move: whether sources may be moved into shared memory now: no snapshot is being taken. None: leave them
-                alone, the trainer copies them.
+            timeline: of the save.
+            tree: this rank's leaves.
+            planner: makes the plan, or has it from the save before.
+            may_move: whether sources may be moved into shared memory now, because no snapshot is being taken. None: do
+                not look for sources that workers could copy.
 
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
         """
-        plan = planner.plan(flat)
+        plan = planner.plan(tree)
         if self._sharer is not None and may_move is not None and plan is not self._shared_for:
-            self._sharer.share(flat.leaves, may_move)
-            plan = planner.plan(flat)  # what was moved has another address now
+            self._sharer.share(tree.leaves, may_move)
+            plan = planner.plan(tree)  # what was moved has another address now
             self._shared_for = plan if may_move else None
-        blobs = plan.closed([self._pickle(flat, leaf) for leaf in plan.objects])
-        return Snapshot(handle, flat, plan, blobs, mark_ready(set(plan.devices or ())))
+        blobs = plan.with_trailer([self._pickle(tree, leaf) for leaf in plan.objects])
+        return Snapshot(timeline, tree, plan, blobs, SideStreams(set(plan.devices or ())))
 
-    def split(self, snapshot: Snapshot) -> tuple[Work, Work]:
-        """What has to be copied now, and what may wait. See NOTE [ Overlap is safe by construction ]."""
-        plan = snapshot.plan
+    def notes(self, snapshot: Snapshot) -> Sequence[str]:
+        """Say which large tensors the trainer copies although workers were to, and why."""
+        return () if self._sharer is None else self._sharer.notes(snapshot.tree.name)
+
+    def split(self, snapshot: Snapshot, pieces: Pieces, piece: Piece) -> tuple[Assignment, Assignment]:
+        """Decide which copies of a piece must be done now, and which may wait.
+
+        Copies may wait only if they are guarded, and if the snapshot is one piece: otherwise its slab is needed again
+        before ``save()`` returns. See NOTE [ Overlap is safe by construction ].
+        """
+        plan, leaves = snapshot.plan, snapshot.tree.leaves
+        if not pieces.is_whole:
+            of_piece, kept = copies_of(piece, plan, leaves)
+            return Assignment(tuple(of_piece), batch(of_piece), (), tuple(kept)), Assignment()
         protected = self._guard.protects(plan) if self._guard else []
         sources = self._sharer.live_sources() if self._sharer is not None else frozenset[int]()
         if self._split is not None and self._split[0] is plan and self._split[1:3] == (protected, sources):
             return self._split[3:]
-        may_wait = {leaf for leaf, is_so in zip(plan.leaves, protected, strict=False) if is_so}
+        may_wait = {leaf for leaf, is_protected in zip(plan.leaves, protected, strict=False) if is_protected}
         later = [copy for copy in plan.copies if may_wait.issuperset(copy.leaves)]
         now = [copy for copy in plan.copies if not may_wait.issuperset(copy.leaves)]
-        leaves = snapshot.flat.leaves
-        works = self._assign(now, leaves, guarded=False), self._assign(later, leaves, guarded=True)
-        self._split = (plan, protected, sources, *works)
-        return works
+        both = self._assign(now, leaves, guarded=False), self._assign(later, leaves, guarded=True)
+        self._split = (plan, protected, sources, *both)
+        return both
 
-    def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Work:
+    def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Assignment:
         by_trainer, by_workers = copies, list[Copy]()
         if self._sharer is not None:
             by_trainer, by_workers = self._sharer.split(copies, leaves, guarded=guarded)
-        return Work(tuple(copies), batch(by_trainer), tuple(by_workers))
+        return Assignment(tuple(copies), batch(by_trainer), tuple(by_workers))
 
-    def copy(self, snapshot: Snapshot, work: Work, slab: Slab, *, cold: bool, background: bool) -> None:
-        """
+    def copy(self, snapshot: Snapshot, work: Assignment, slab: Slab, *, cold: bool, background: bool) -> None:
+        """Copy into a slab; returns when every byte is there.
+
+        Args:
+            cold: pages of the slab may not be allocated yet.
+            background: the trainer does not wait for it.
+
         Raises:
-            TornSnapshotError: it is to be verified, and somebody wrote to the sources meanwhile.
+            TornSnapshotError: ``staging.verify`` is set, and something wrote to the sources meanwhile.
         """
-        started = time.time()
-        leaves = snapshot.flat.leaves
+        timeline, leaves = snapshot.timeline, snapshot.tree.leaves
 
         def copy_here(batches: Batches) -> None:
-            self._copier.copy(batches, leaves, slab, snapshot.ready, cold=cold, background=background)
+            self._copier.copy(batches, leaves, slab, snapshot.streams, cold=cold, background=background)
 
-        if work.by_workers and self._sharer is not None:
-            meanwhile = work.by_trainer.copies
-            copied = self._sharer.copy(
-                work.by_workers,
-                slab,
-                lambda copies: copy_here(work.by_trainer if tuple(copies) == meanwhile else batch(copies)),
-                meanwhile,
-            )
-            for result in copied.results:
-                snapshot.handle._event("stage", result.started, result.ended, f"worker {result.pid}")
-            for note in copied.notes:
-                snapshot.handle._note(note)
-        else:
-            copy_here(work.by_trainer)
-        snapshot.handle._event("stage", started)
+        with timeline.timed("stage"):
+            if work.by_workers and self._sharer is not None:
+                meanwhile = work.by_trainer.copies
+                copied = self._sharer.copy(
+                    work.by_workers,
+                    slab,
+                    lambda copies: copy_here(work.by_trainer if tuple(copies) == meanwhile else batch(copies)),
+                    meanwhile,
+                )
+                for result in copied.results:
+                    timeline.event("stage", result.started, result.ended, f"worker {result.pid}")
+                for note in copied.notes:
+                    timeline.note(note)
+            else:
+                copy_here(work.by_trainer)
         if self._verify:
-            started = time.time()
-            compare(work.copies, leaves, slab, snapshot.flat.name)
-            snapshot.handle._event("verify", started)
-
-    def copy_all(self, snapshot: Snapshot, copies: Sequence[Copy], slab: Slab, *, cold: bool) -> None:
-        """Now, by the trainer."""
-        self.copy(snapshot, Work(tuple(copies), batch(copies), ()), slab, cold=cold, background=False)
+            with timeline.timed("verify"):
+                compare(work.copies, leaves, slab, snapshot.tree.name)
 
     def forget(self) -> None:
+        """Drop what was kept for the next save."""
         self._split = self._shared_for = None
-        self._share.forget()
+        self._partitioner.forget()
         self._blobs.clear()
 
-    def _pickle(self, flat: StateTree, leaf: int) -> bytes:
-        value = flat.leaves[leaf]
+    def _pickle(self, tree: StateTree, leaf: int) -> bytes:
+        value = tree.leaves[leaf]
         kind = type(value)
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
             return blob
         try:
             blob = self._format.object_blob(value, leaf)
         except Exception as error:
-            raise UnstageableError(flat.name(leaf), f"{kind.__name__} cannot be pickled: {error}") from error
+            raise UnstageableError(tree.name(leaf), f"{kind.__name__} cannot be pickled: {error}") from error
         if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:
             self._blobs[kind, value] = blob
         if kind not in _SAFE_TYPES and kind not in self._pickle_checked:
             self._pickle_checked.add(kind)
-            _warn_if_unsafe(flat.name(leaf), kind, blob)
+            _warn_if_unsafe(tree.name(leaf), kind, blob)
         return blob
 
 

@@ -1,8 +1,8 @@
-"""What a snapshot's plan depends on, of every leaf, read fast enough to be checked in full on every save.
+"""Fingerprints: the properties of each tensor on which a snapshot's plan depends, all read again on every save.
 
-By column, one per property, each read by ``map`` over a method of ``torch.Tensor``: no Python code runs per tensor, which
-makes 20,000 tensors cost about 15 ms instead of 45. Sources are identified by address, not by object, because
-``nn.Module.state_dict()`` makes new tensor objects every time; and nothing of the user's is kept alive between saves.
+Properties are read column by column, each by ``map`` over a method of ``torch.Tensor``. So no Python code runs per tensor,
+and 20,000 tensors cost about 15 ms instead of 45. Sources are identified by address and not by object, because
+``nn.Module.state_dict()`` makes new tensor objects every time. Nothing of the user's is kept alive between saves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Of one tensor.
+    """The fingerprint of one tensor.
 
     Attributes:
         address: of its first element, on its device.
@@ -44,13 +44,13 @@ class Fingerprint:
 
     @property
     def nbytes(self) -> int:
-        """Of the elements, each counted once: bytes."""
+        """Bytes of the elements, without gaps between them."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Of some consecutive tensors, by property.
+    """The fingerprints of some consecutive tensors, one column per property.
 
     Attributes:
         devices: None when all are in host memory.
@@ -74,10 +74,10 @@ class _Block:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """Of the tensors of a state.
+    """The fingerprints of a state's tensors.
 
     Attributes:
-        leaves: the leaves that are tensors to be copied; all others are pickled.
+        leaves: numbers of the leaves that are copied as tensors; all others are pickled.
         blocks: their fingerprints, in the same order.
     """
 
@@ -85,19 +85,20 @@ class Fingerprints:
     blocks: tuple[_Block, ...]
 
     def rows(self) -> list[tuple[int, Fingerprint]]:
-        """(leaf, fingerprint) of each tensor."""
+        """List (leaf, fingerprint) of each tensor."""
         return list(zip(self.leaves, chain.from_iterable(block.rows() for block in self.blocks), strict=True))
 
 
-def read_fingerprints(flat: StateTree, known: Fingerprints | None = None) -> Fingerprints:
-    """
+def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> Fingerprints:
+    """Read the fingerprints of all tensors of a state.
+
     Args:
-        known: of the save before. Returned itself when nothing changed; what is equal is not kept twice.
+        known: the fingerprints of the save before. They are returned themselves if nothing has changed.
 
     Raises:
         UnstageableError: a tensor that cannot be snapshotted, with its key path.
     """
-    leaves = flat.leaves
+    leaves = tree.leaves
     if PLAIN_TENSORS.issuperset(map(type, leaves)):
         numbers: Sequence[int] = range(len(leaves))
         tensors = leaves
@@ -105,7 +106,7 @@ def read_fingerprints(flat: StateTree, known: Fingerprints | None = None) -> Fin
         numbers = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in numbers]
         if not PLAIN_TENSORS.issuperset(map(type, tensors)):
-            _refuse_wrappers(flat, numbers)
+            _refuse_wrappers(tree, numbers)
     try:
         return _read(numbers, tensors, known)
     except (RuntimeError, NotImplementedError):  # sparse, nested and the like have no address or strides
@@ -131,7 +132,7 @@ def _read_block(tensors: Sequence[torch.Tensor]) -> _Block:
     devices = None if all(map(_Tensor.is_cpu.__get__, tensors)) else [tensor.device for tensor in tensors]
     kinds = set(dtypes)
     if not kinds.isdisjoint(_QUANTIZED) or (devices is not None and any(d.type == "meta" for d in devices)):
-        # They have an address, but their bytes are not all they are, or there are none.
+        # Quantized tensors are more than their bytes, and meta tensors have none.
         raise NotImplementedError("quantized or meta tensors")
     lazy = list(map(_Tensor.is_neg, tensors))
     if any(dtype.is_complex for dtype in kinds):
@@ -147,18 +148,18 @@ def _read_block(tensors: Sequence[torch.Tensor]) -> _Block:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is bytes and strides; all others are rare, and torch.save keeps them exactly."""
+    """Tell whether a tensor is bytes and strides. All others are rare; they are pickled, which keeps them exactly."""
     return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
 
 
-def _refuse_wrappers(flat: StateTree, numbers: Sequence[int]) -> None:
+def _refuse_wrappers(tree: StateTree, numbers: Sequence[int]) -> None:
     for leaf in numbers:
-        tensor = flat.leaves[leaf]
+        tensor = tree.leaves[leaf]
         if type(tensor) not in PLAIN_TENSORS and _is_wrapper(tensor):
             raise UnstageableError(
-                flat.name(leaf),
-                f"is a {type(tensor).__name__}; sharded and wrapper tensors cannot be saved yet: "
-                "save its local or full tensor",
+                tree.name(leaf),
+                f"is a {type(tensor).__name__}, a wrapper around other tensors, which cannot be saved; "
+                "save its local or full tensor instead",
             )
 
 

@@ -1,4 +1,4 @@
-"""From a state as users give it to leaves: tensors and objects, each with its path, and the structure that holds them.
+"""From a state as users give it to a state tree: its leaves (tensors and objects), and the structure that holds them.
 
 What is a container and what a leaf follows ``torch.distributed.checkpoint`` (``_traverse.traverse_state_dict``), so that a
 stock ``dcp.load`` with the same state finds the same names: mappings are containers; a list is one if a tensor, a mapping
@@ -23,7 +23,7 @@ from stager.workers.errors import UnstageableError
 
 _MAX_DEPTH = 100
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-"""What is nothing but its bytes, unless its layout says otherwise."""
+"""The plain-tensor test: tensors of these types are nothing but their bytes, unless their layout says otherwise."""
 
 
 @runtime_checkable
@@ -36,7 +36,7 @@ class Stateful(Protocol):
 
 
 def is_stateful(value: object) -> bool:
-    """As ``isinstance(value, Stateful)``, which is slow to ask, for what is not a container or a tensor."""
+    """Tell whether a value that is no container and no tensor is Stateful. ``isinstance(value, Stateful)`` is slow."""
     return (
         hasattr(value, "state_dict")
         and hasattr(value, "load_state_dict")
@@ -44,39 +44,50 @@ def is_stateful(value: object) -> bool:
     )
 
 
+KeyTypes = tuple[Any, ...]
+"""What tells apart the keys of one mapping: their types, or their ``repr`` if a float is among them."""
+
+TensorKind = tuple[str, int]
+"""The dtype's name and the number of dimensions of a tensor."""
+
+
 @dataclass
 class StateTree:
-    """Attributes:
-    leaves: the values; the structure's leaves number them, in order.
-    structure: see :mod:`stager.workers.checkpoint.layout.structure`.
-    odd_keys: of each mapping with keys other than ``str``, what tells ``1``, ``True`` and ``1.0`` apart, which are equal.
-    private: leaves of which each rank has its own (``PerRank``).
-    kinds: dtype and number of dimensions of the tensors that this rank leaves to others.
-    rank: whose values those of ``PerRank`` are.
-    owners: objects whose state is being visited.
+    """A nested state: its leaves, and the structure that holds them.
+
+    Attributes:
+        leaves: the values. The structure numbers them, in order.
+        structure: see :mod:`stager.workers.checkpoint.layout.structure`.
+        odd_keys: one entry for each mapping that has keys other than ``str``. ``1``, ``True`` and ``1.0`` are equal as keys;
+            the entries tell them apart.
+        private: numbers of the leaves of which each rank has its own (:class:`PerRank`).
+        kinds: the kinds of tensors that other ranks write.
+        rank: the rank whose ``PerRank`` values these are.
+        owners: the Stateful objects whose state is being visited, outermost first.
     """
 
     leaves: list[Any] = field(default_factory=list)
     structure: Node = None
-    odd_keys: list[tuple[Any, ...]] = field(default_factory=list)
+    odd_keys: list[KeyTypes] = field(default_factory=list)
     private: set[int] = field(default_factory=set)
-    kinds: frozenset[tuple[str, int]] = frozenset()
+    kinds: frozenset[TensorKind] = frozenset()
     rank: int = 0
     owners: list[Any] = field(default_factory=list)
 
     @cached_property
     def paths(self) -> list[Path]:
-        """Of each leaf. Only a new plan and errors need them, so they are made when asked for."""
+        """The key path of each leaf, made when asked for: only a new plan and errors need them."""
         return [path for path, _ in walk(self.structure)]
 
     def name(self, leaf: int) -> str:
-        """A leaf as a user would write it."""
+        """Write the key path of a leaf as a user would."""
         return describe(self.paths[leaf])
 
     def check_names(self) -> None:
-        """
+        """Check that no two leaves have the same name in the checkpoint.
+
         Raises:
-            UnstageableError: two leaves have one name in the checkpoint.
+            UnstageableError: two have.
         """
         names = [fqn(path) for path in self.paths]
         if len(set(names)) == len(names):
@@ -92,73 +103,75 @@ class StateTree:
 
 
 def flatten(state: Mapping[str, Any], rank: int = 0) -> StateTree:
-    """Every leaf of ``state``.
+    """Make the state tree of ``state``.
 
     Args:
-        rank: whose values those of ``PerRank`` are.
+        rank: the rank whose ``PerRank`` values these are.
 
     Raises:
         UnstageableError: a key that cannot be stored, or a state that contains itself.
     """
     if not isinstance(state, Mapping):
         raise UnstageableError("state", f"must be a mapping of names to values, not {type(state).__name__}")
-    flat = StateTree(rank=rank)
-    flat.structure = _visit(flat, state, ())
-    return flat
+    tree = StateTree(rank=rank)
+    tree.structure = _visit(tree, state, ())
+    return tree
 
 
-def _visit(flat: StateTree, value: Any, path: Path) -> Node:
-    leaves = flat.leaves
+def _visit(tree: StateTree, value: Any, path: Path) -> Node:
+    leaves = tree.leaves
     if isinstance(value, torch.Tensor):  # nearly every leaf, and the abstract base classes below are slow to ask
         leaves.append(value)
         return len(leaves) - 1
     if len(path) > _MAX_DEPTH:
-        raise UnstageableError(describe(path[:4]), f"nested deeper than {_MAX_DEPTH}; does it contain itself?")
+        raise UnstageableError(
+            describe(path[:4]), f"is nested deeper than {_MAX_DEPTH} levels; does it contain itself?"
+        )
     if type(value) is dict or not is_stateful(value):
-        return _visit_plain(flat, value, path)
-    flat.owners.append(value)
-    node = _visit_plain(flat, value.state_dict(), path)
-    flat.owners.pop()
+        return _visit_plain(tree, value, path)
+    tree.owners.append(value)
+    node = _visit_plain(tree, value.state_dict(), path)
+    tree.owners.pop()
     return node
 
 
-def _visit_plain(flat: StateTree, value: Any, path: Path) -> Node:
-    """What is taken as it stands, a state dict among others."""
+def _visit_plain(tree: StateTree, value: Any, path: Path) -> Node:
+    """Visit a value that is not asked for its ``state_dict()``."""
     if type(value) is PerRank:
-        return _visit_private(flat, value, path)
+        return _visit_private(tree, value, path)
     if isinstance(value, Mapping):
-        return _visit_mapping(flat, value, path)
-    leaves = flat.leaves
+        return _visit_mapping(tree, value, path)
+    leaves = tree.leaves
     if isinstance(value, list) and not _is_terminal(value, len(path)):
-        return ["list", [_visit(flat, child, (*path, i)) for i, child in enumerate(value)]]
+        return ["list", [_visit(tree, child, (*path, i)) for i, child in enumerate(value)]]
     leaves.append(value)
     return len(leaves) - 1
 
 
-def _visit_private(flat: StateTree, value: PerRank, path: Path) -> Node:
-    if flat.owners:  # load_state_dict() would be given what all ranks have
+def _visit_private(tree: StateTree, value: PerRank, path: Path) -> Node:
+    if tree.owners:  # load_state_dict() would be given the values of all ranks
         raise UnstageableError(
             describe(path),
-            f"is PerRank inside the state of a {type(flat.owners[-1]).__name__}; make the whole of it PerRank",
+            f"is a PerRank value inside the state of a {type(tree.owners[-1]).__name__}; wrap that whole object in PerRank",
         )
-    key, first = rank_key(flat.rank), len(flat.leaves)
-    node = ["dict", [key], [_visit(flat, value.value, (*path, key))]]
-    flat.private.update(range(first, len(flat.leaves)))
+    key, first = rank_key(tree.rank), len(tree.leaves)
+    node = ["dict", [key], [_visit(tree, value.value, (*path, key))]]
+    tree.private.update(range(first, len(tree.leaves)))
     return node
 
 
-def _visit_mapping(flat: StateTree, value: Mapping[Any, Any], path: Path) -> Node:
+def _visit_mapping(tree: StateTree, value: Mapping[Any, Any], path: Path) -> Node:
     keys = list(value)
     kinds = set(map(type, keys))
     if kinds - {str}:
         keys = [_check_key(key, path) for key in keys]
-        flat.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
-    leaves, values = flat.leaves, list(value.values())
+        tree.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
+    leaves, values = tree.leaves, list(value.values())
     if PLAIN_TENSORS.issuperset(map(type, values)):  # what most states are made of
         children = list(range(len(leaves), len(leaves) + len(values)))
         leaves += values
     else:
-        children = [_visit(flat, child, (*path, key)) for key, child in zip(keys, values, strict=True)]
+        children = [_visit(tree, child, (*path, key)) for key, child in zip(keys, values, strict=True)]
     if isinstance(value, OrderedDict):
         metadata = getattr(value, "_metadata", None)
         return ["odict", keys, children, _plain(metadata)]
@@ -174,7 +187,7 @@ def _check_key(key: Any, path: Path) -> Key:
 
 
 def _is_terminal(values: list[Any], depth: int) -> bool:
-    """Whether a list is a leaf, as DCP sees it."""
+    """Tell whether DCP takes a list as a leaf: no tensor, mapping or such a list is in it."""
     if depth > _MAX_DEPTH:
         return True
     for entry in values:
@@ -186,7 +199,7 @@ def _is_terminal(values: list[Any], depth: int) -> bool:
 
 
 def _plain(metadata: Any) -> dict[str, dict[str, int]] | None:
-    """The version numbers that ``nn.Module.state_dict`` adds; anything else hung there is not ours to keep."""
+    """Keep only the version numbers that ``nn.Module.state_dict`` adds to its result."""
     if not isinstance(metadata, Mapping):
         return None
     return {

@@ -26,17 +26,17 @@ _NUMBER = re.compile(r"\d+")
 
 
 def role(path: Path) -> str:
-    """A leaf's name without its numbers: ``model.layers.#.mlp.weight``."""
+    """Return a leaf's name without its numbers: ``model.layers.#.mlp.weight``."""
     return _NUMBER.sub("#", fqn(path))
 
 
 def by_role(tensors: Sequence[TensorSpec], sizes: Sequence[int]) -> list[list[int]]:
-    """As :data:`stager.workers.checkpoint.formats.contract.Split`."""
+    """Split by role, as a :data:`stager.workers.checkpoint.formats.contract.Split`."""
     return group([role(spec.paths[0]) for spec in tensors], sizes)
 
 
 def group(roles: Sequence[str], sizes: Sequence[int]) -> list[list[int]]:
-    """Positions of the tensors that go into one file, file by file. At most 400 files or so.
+    """Divide tensors into files, about 400 at most: the positions of the tensors of each file.
 
     Args:
         roles: of each tensor.
@@ -60,7 +60,7 @@ def group(roles: Sequence[str], sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _cut(positions: Iterable[int], sizes: Sequence[int], target: int) -> list[list[int]]:
-    """Stretches of at most ``target`` bytes, or a single larger tensor."""
+    """Cut into stretches of at most ``target`` bytes; a larger tensor is a stretch of its own."""
     files: list[list[int]] = []
     nbytes = 0
     for position in positions:

@@ -6,15 +6,15 @@ from typing import Any
 
 
 class PerRank:
-    """In a state given to ``save()`` or ``load(into=)``: each rank stores, and gets back, its own ``value``.
+    """Marks a value of a state, in ``save()`` or ``load(into=)``, of which each rank stores and gets back its own.
 
-    Without it, a value that is no DTensor is taken to be the same on all ranks, and is stored once. Random states, data
-    loaders and the like are not the same::
+    Without it, a value that is no DTensor is assumed to be the same on all ranks, and is stored once. Random states and data
+    loaders, for example, differ between ranks::
 
         ckpt.save(step, {"model": model, "optimizer": opt, "loader": PerRank(loader)})
 
-    In the checkpoint the value stands under one more key, ``rank-0``, ``rank-1``, ... A rank that has none there (the job
-    has more ranks now) keeps what it has, with a warning.
+    In the checkpoint, the value has one more key: ``rank-0``, ``rank-1``, ... If the job has more ranks now, a rank without
+    a stored value keeps its own, and logs a warning.
 
     Args:
         value: anything that may be in a state. To be restored by ``load(into=)``, a mapping, a list, a tensor or an object
@@ -31,5 +31,5 @@ class PerRank:
 
 
 def rank_key(rank: int) -> str:
-    """The key of a rank's own value."""
+    """Return the key of a rank's own value in the checkpoint."""
     return f"rank-{rank}"

@@ -31,13 +31,13 @@ Row = tuple[int, Fingerprint]
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One stretch to copy.
+    """One stretch of memory to copy.
 
     Attributes:
-        leaf: number of a leaf whose tensor owns the memory (it is kept alive, and found again in the next save).
+        leaf: number of a leaf whose tensor owns the memory. The next save finds the memory through the same leaf.
         address: of the first byte, on the tensor's device; -1: packed, copy the tensor element by element.
         slab_offset, nbytes: where to, how much.
-        leaves: all leaves that lie in it.
+        leaves: numbers of all leaves that lie in it.
         on_host: whether the address can be read by the CPU.
     """
 
@@ -51,10 +51,12 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Attributes:
-    copies: in slab order.
-    offsets: by leaf, of its first byte in the slab.
-    nbytes: what they take together.
+    """Where the tensors' bytes go in the slab.
+
+    Attributes:
+        copies: in slab order.
+        offsets: by leaf, where its first byte is in the slab.
+        nbytes: bytes of the slab that the copies fill.
     """
 
     copies: tuple[Copy, ...]
@@ -71,7 +73,11 @@ class _Extent:
 
 
 def place(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
-    """Each byte of the sources once. ``file_offsets``: by leaf, where its bytes go in a file."""
+    """Place each byte of the sources once, large extents first.
+
+    Args:
+        file_offsets: by leaf, where its bytes go in a file; of large tensors only.
+    """
     extents = _merge([row for row in rows if is_dense(row[1]) and row[1].nbytes])
     copies: list[Copy] = []
     offsets = {leaf: 0 for leaf, p in rows if not p.nbytes}
@@ -99,7 +105,7 @@ def place(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
 
 
 def place_in_order(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
-    """Each row's bytes for itself, in this order. Memory that several rows see is copied for each of them."""
+    """Place each row's bytes in this order. Memory that several rows share is copied for each of them."""
     copies: list[Copy] = []
     offsets: dict[int, int] = {}
     position = 0
@@ -113,9 +119,10 @@ def place_in_order(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Plac
 
 
 def _next(position: int, address: int, file_offset: int | None, rows: Sequence[Row]) -> int:
-    """The next place that lies in a block as the file's does, if that is given and keeps every view aligned.
+    """Find the next free place that lies within a block as ``file_offset`` does, if that keeps every view aligned.
 
-    Else the next that lies in 64 bytes as the address does, which does so too: the slab starts on a page.
+    Otherwise find the next one that lies within 64 bytes as the address does. That keeps every view aligned, too, because
+    the slab starts on a page.
     """
     if file_offset is not None and (file_offset - address) % max(p.dtype.itemsize for _, p in rows) == 0:
         return position + (file_offset - position) % BLOCK_BYTES
@@ -123,7 +130,7 @@ def _next(position: int, address: int, file_offset: int | None, rows: Sequence[R
 
 
 def _merge(rows: list[Row]) -> list[_Extent]:
-    """Overlapping stretches of one device's memory become one."""
+    """Join overlapping stretches of one device's memory."""
     extents: list[_Extent] = []
     last_device: torch.device | None = None
     for row in sorted(rows, key=lambda row: (str(row[1].device), row[1].address)):
@@ -139,7 +146,7 @@ def _merge(rows: list[Row]) -> list[_Extent]:
 
 
 def is_dense(p: Fingerprint) -> bool:
-    """Whether the tensor's bytes are exactly one stretch of memory, and mean what they say."""
+    """The density test: whether a tensor's elements tile one stretch of memory, which holds its values as they are."""
     return not p.is_lazy and _tiles(p.shape, p.stride)
 
 
@@ -156,7 +163,7 @@ def _tiles(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 
 
 def span_nbytes(p: Fingerprint) -> int:
-    """From the first byte to behind the last: bytes."""
+    """Count the bytes from a tensor's first byte to its last."""
     if not p.nbytes:
         return 0
     reach = sum((length - 1) * step for length, step in zip(p.shape, p.stride, strict=True))

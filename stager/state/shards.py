@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Attributes:
-    shape: of the whole.
-    offsets, lengths: of what this rank has, in elements.
-    spread: how the tensor lies on its mesh; tensors of one spread are held by the same ranks.
+    """A rank's part of a DTensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        offsets, lengths: of this rank's part, in elements.
+        spread: how the tensor lies on its mesh. The same ranks hold all tensors of one spread.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +34,7 @@ class Shard:
 
 
 def is_sharded(value: object) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor. Without torch.distributed there are none."""
+    """Tell whether a value is a DTensor. Without torch.distributed no value is."""
     if not hasattr(value, "__tensor_flatten__") or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor  # late: it takes long to import, and most programs have none
@@ -41,26 +43,26 @@ def is_sharded(value: object) -> TypeGuard[DTensor]:
 
 
 def spread_of(tensor: DTensor) -> Hashable:
-    """What the place of a DTensor's shard depends on, beside its shape; the same objects as long as nothing changed."""
+    """Return what the place of a shard depends on, beside the tensor's shape; the same objects while nothing changes."""
     return tensor.device_mesh, tensor.placements
 
 
 def local_of(tensor: DTensor) -> torch.Tensor:
-    """This rank's part: its memory, not a copy."""
+    """Return this rank's part: its memory, not a copy."""
     return locals_of([tensor])[0]
 
 
 def locals_of(tensors: Sequence[DTensor]) -> list[torch.Tensor]:
-    """As :func:`local_of`, of many."""
+    """Return this rank's parts of several DTensors, as :func:`local_of` does."""
     with torch.no_grad():
         return [tensor.to_local() for tensor in tensors]
 
 
 def shard_of(tensor: DTensor, name: str) -> Shard | None:
-    """None: this rank holds nothing of it, being outside of its mesh.
+    """Find what this rank holds of a DTensor; None: nothing, because the rank is outside of the tensor's mesh.
 
     Raises:
-        UnstageableError: it is not made up of shards: its ranks hold terms of a sum, say.
+        UnstageableError: the tensor is not made of shards, for example because its ranks hold terms of a sum.
     """
     if tensor.device_mesh.get_coordinate() is None:
         return None

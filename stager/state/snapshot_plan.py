@@ -30,7 +30,7 @@ from stager.workers.checkpoint.formats.contract import Closing, Split, TensorSpe
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.layout.structure import ABSENT, Node
+from stager.workers.checkpoint.layout.structure import Chunks, Node, map_leaves
 from stager.workers.gc_pause import no_collection
 
 __all__ = ["Copy", "Planner", "SnapshotPlan"]
@@ -38,18 +38,20 @@ __all__ = ["Copy", "Planner", "SnapshotPlan"]
 
 @dataclass(frozen=True, slots=True)
 class SnapshotPlan:
-    """Attributes:
-    copies: what to copy, in slab order.
-    objects: leaves that are pickled.
-    nbytes: of the tensors in the slab.
-    layout: what the workers need.
-    document: ``layout`` as it lies in a slab.
-    plan_id: hash of the document.
-    closing: what ends the files, made from the pickled objects; None: nothing.
-    leaves: which leaves are tensors; the next three are in this order.
-    addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
-    spans: bytes that each tensor reaches over.
-    has_slices: some may be rows of a tensor, of which other ranks write the rest.
+    """The trainer's side of a plan: what to copy where in the slab. Its ``layout`` is the workers' side.
+
+    Attributes:
+        copies: what to copy, in slab order.
+        objects: numbers of the leaves that are pickled.
+        nbytes: bytes of the tensors in the slab.
+        layout: where items lie in the files; what the workers need.
+        document: ``layout`` as it lies in a slab.
+        plan_id: hash of the document.
+        closing: makes the format's trailer from the pickled objects; None: the format has none.
+        leaves: numbers of the leaves that are tensors. The next three are in this order.
+        addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
+        spans: bytes from the first to the last byte of each tensor.
+        has_slices: whether some tensors may be rows of a larger one, of which other ranks write the rest.
     """
 
     copies: tuple[Copy, ...]
@@ -70,21 +72,21 @@ class SnapshotPlan:
         """Items that are tensors; the objects come after them."""
         return len(self.layout.tensors)
 
-    def closed(self, blobs: list[bytes]) -> list[bytes]:
-        """The pickled objects, and what the format puts behind them, if anything."""
+    def with_trailer(self, blobs: list[bytes]) -> list[bytes]:
+        """Add the format's trailer, if it has one, to the pickled objects."""
         return blobs if self.closing is None else [*blobs, self.closing(blobs)]
 
 
 class Planner:
-    """Makes plans, and keeps the last one.
+    """Makes plans, and keeps the last one for as long as it holds.
 
     Args:
         file_format: on-disk format.
-        num_files: at most so many tensor files, if the format has more than one.
+        num_files: the most tensor files to make, if the format can have more than one.
         segment_bytes: see :class:`stager.workers.checkpoint.layout.layout.Layout`.
         rank: of this process in the job; part of the file names.
-        in_order: the slab keeps to the files' order, for a snapshot that is staged in pieces.
-        incremental: many files, of tensors that are likely to change together (``grouping.py``), instead of ``num_files``.
+        in_order: keep the slab in the files' order, for a snapshot that is staged in several pieces.
+        incremental: make many files, each of tensors that are likely to change together (``grouping.py``).
     """
 
     def __init__(
@@ -106,34 +108,35 @@ class Planner:
         self._key: tuple[Node, list[tuple[Any, ...]], int] | None = None
         self._plan: SnapshotPlan | None = None
 
-    def plan(self, flat: StateTree) -> SnapshotPlan:
-        """The plan for this state: the last one if nothing that matters changed.
+    def plan(self, tree: StateTree) -> SnapshotPlan:
+        """Return the plan for this state: the last one, if no structure and no fingerprint has changed.
 
         Raises:
             UnstageableError: a tensor that cannot be snapshotted, with its key path; two leaves of one name.
         """
-        key = (flat.structure, flat.odd_keys, len(flat.leaves))
-        prints = read_fingerprints(flat, self._prints)
+        key = (tree.structure, tree.odd_keys, len(tree.leaves))
+        prints = read_fingerprints(tree, self._prints)
         if self._plan is None or prints is not self._prints or key != self._key:
             with no_collection():
-                self._plan = self._make(flat, prints.rows())
+                self._plan = self._make(tree, prints.rows())
             self._prints, self._key = prints, key
         return self._plan
 
     def forget(self) -> None:
+        """Drop the last plan."""
         self._plan = self._prints = self._key = None
 
-    def _make(self, flat: StateTree, rows: list[Row]) -> SnapshotPlan:
-        flat.check_names()
+    def _make(self, tree: StateTree, rows: list[Row]) -> SnapshotPlan:
+        tree.check_names()
         foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(name_of(p.dtype))]
         rows = [(leaf, p) for leaf, p in rows if self._format.holds(name_of(p.dtype))] if foreign else rows
         if self._format.row_major:
             rows = [(leaf, p if _is_row_major(p) else replace(p, is_lazy=True)) for leaf, p in rows]
         same_as = {leaf: group[0][0] for group in _group(foreign) for leaf, _ in group[1:]}  # tied: one object
         no_objects = {leaf for leaf, _ in rows} | same_as.keys()
-        objects = tuple(i for i in range(len(flat.leaves)) if i not in no_objects)
+        objects = tuple(i for i in range(len(tree.leaves)) if i not in no_objects)
         groups = _group(rows)
-        laid_out = self._format.lay_out([_spec(flat, group) for group in groups], self._rank, self._split)
+        laid_out = self._format.lay_out([_spec(tree, group) for group in groups], self._rank, self._split)
         in_order = [groups[number] for number in laid_out.order]
         file_offsets = {
             leaf: item.data_offset
@@ -158,9 +161,9 @@ class Planner:
             files=laid_out.files,
             object_file=self._format.object_file_name(self._rank),
             tensors=tuple(items),
-            structure=_renumber(flat.structure, item_of),
+            structure=_renumber(tree.structure, item_of),
             segment_bytes=self._segment_bytes,
-            templates=self._format.templates([*items, *_of_others(flat)]),
+            templates=self._format.templates([*items, *_of_others(tree)]),
         )
         document = layout.to_document()
         return SnapshotPlan(
@@ -175,12 +178,12 @@ class Planner:
             addresses=tuple(p.address for _, p in rows),
             devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,
             spans=tuple(span_nbytes(p) for _, p in rows),
-            has_slices=bool(flat.kinds),
+            has_slices=bool(tree.kinds),
         )
 
 
 def _group(rows: Sequence[Row]) -> list[list[Row]]:
-    """Leaves that are the same bytes seen the same way become one item."""
+    """Group the leaves that are the same bytes, seen the same way (tied weights): each group becomes one item."""
     groups: list[list[Row]] = []
     known: dict[Fingerprint | int, int] = {}
     for row in rows:
@@ -193,29 +196,28 @@ def _group(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
-def _spec(flat: StateTree, group: list[Row]) -> TensorSpec:
+def _spec(tree: StateTree, group: list[Row]) -> TensorSpec:
     p = group[0][1]
     stride = p.stride if is_dense(p) else contiguous_stride(p.shape)
-    return TensorSpec(tuple(flat.paths[leaf] for leaf, _ in group), name_of(p.dtype), tuple(p.shape), stride)
+    return TensorSpec(tuple(tree.paths[leaf] for leaf, _ in group), name_of(p.dtype), tuple(p.shape), stride)
 
 
 def _is_row_major(p: Fingerprint) -> bool:
-    """Otherwise it is copied as what has no bytes of its own to copy: element by element."""
+    """A format that stores row-major tensors only needs all others copied element by element."""
     return p.stride == contiguous_stride(p.shape)
 
 
-def _of_others(flat: StateTree) -> list[Item]:
-    """Whoever commits describes what other ranks wrote, too: a stand-in for each kind of it."""
-    return [Item("tensor", 0, 0, 0, 0, 0, dtype, (0,) * dims, (1,) * dims) for dtype, dims in sorted(flat.kinds)]
+def _of_others(tree: StateTree) -> list[Item]:
+    """Make a stand-in for each kind of tensor that other ranks write: the rank that commits describes those, too."""
+    return [Item("tensor", 0, 0, 0, 0, 0, dtype, (0,) * dims, (1,) * dims) for dtype, dims in sorted(tree.kinds)]
 
 
-def _renumber(node: Node, item_of: dict[int, int]) -> Node:
-    if type(node) is int:
-        return item_of[node]
-    if node is ABSENT:
-        return ABSENT
-    if node[0] == "chunks":
-        return [*node[:2], [[offsets, item_of[leaf]] for offsets, leaf in node[2]]]
-    position = 1 if node[0] == "list" else 2
-    children = [_renumber(child, item_of) for child in node[position]]
-    return [*node[:position], children, *node[position + 1 :]]
+def _renumber(structure: Node, item_of: dict[int, int]) -> Node:
+    """Let the structure name items, not leaves."""
+
+    def renumbered(leaf: int | Chunks) -> Node:
+        if isinstance(leaf, Chunks):
+            return replace(leaf, parts=tuple((offsets, item_of[index]) for offsets, index in leaf.parts)).to_node()
+        return item_of[leaf]
+
+    return map_leaves(structure, renumbered)

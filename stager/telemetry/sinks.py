@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import ExitStack
 from dataclasses import asdict
 
-from stager.saving.save import SaveReport
+from stager.telemetry.report import SaveReport
 
 
 class Telemetry:
-    """Appends each finished save to the files that were asked for.
+    """Appends each finished save to the configured files.
 
     Args:
-        events: path of the JSONL file, one object per save; None: none.
-        trace: path of the trace (Trace Event Format, JSON array form, which may stay unclosed); None: none.
+        events: path of the JSONL file, one object per save; None: write none.
+        trace: path of the trace (Trace Event Format, JSON array form, which may stay unclosed); None: write none.
 
     Raises:
         OSError: a file cannot be opened.
@@ -23,12 +24,19 @@ class Telemetry:
 
     def __init__(self, events: str | os.PathLike[str] | None, trace: str | os.PathLike[str] | None) -> None:
         self._lock = threading.Lock()
-        self._events = open(events, "a", encoding="utf-8") if events is not None else None  # noqa: SIM115  (kept open)
-        self._trace = open(trace, "w", encoding="utf-8") if trace is not None else None  # noqa: SIM115  # kept open
+        with ExitStack() as opened:  # closes the first file if the second cannot be opened
+            self._events = None if events is None else opened.enter_context(open(events, "a", encoding="utf-8"))
+            self._trace = None if trace is None else opened.enter_context(open(trace, "w", encoding="utf-8"))
+            self._files = opened.pop_all()
         if self._trace is not None:
             self._trace.write("[\n")
 
     def record(self, report: SaveReport) -> None:
+        """Write one finished save. Does nothing after :meth:`close`.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         with self._lock:
             if self._events is not None:
                 self._events.write(json.dumps(asdict(report)) + "\n")
@@ -38,15 +46,14 @@ class Telemetry:
                 self._trace.flush()
 
     def close(self) -> None:
+        """Close the files."""
         with self._lock:
-            for file in (self._events, self._trace):
-                if file is not None:
-                    file.close()
             self._events = self._trace = None
+            self._files.close()
 
 
 def _trace_lines(report: SaveReport) -> list[str]:
-    """Complete events ("ph": "X"), microseconds."""
+    """Complete events ("ph": "X"); times in microseconds."""
     return [
         json.dumps(
             {

@@ -16,7 +16,8 @@ import torch
 from stager.loading.restore import Restorer
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
-from stager.snapshot.slab_writer import SlabWriter, slab_nbytes
+from stager.snapshot.pieces import whole
+from stager.snapshot.slab_writer import SlabWriter
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.commit import persist
@@ -51,9 +52,10 @@ def make_job(
             patch.setattr(contract, "SMALLEST_FILE_BYTES", 1)
         planner = Planner(file_format, num_files or num_parts, segment_bytes, incremental=incremental)
         plan = planner.plan(flat)
-    blobs = plan.closed([file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects])
-    slab = Slab.create(slab_nbytes(plan, blobs))
-    Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
+    blobs = plan.with_trailer([file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects])
+    pieces = whole(plan, blobs, num_parts, 1 << 62 if incremental else 0)
+    slab = Slab.create(pieces.slab_nbytes)
+    Copier(1).copy(batch(plan.copies), flat.leaves, slab)
     spec = SaveSpec(
         directory=str(directory),
         step=step,
@@ -68,7 +70,7 @@ def make_job(
         base_step=base_step,
         full_every=full_every,
     )
-    return SlabWriter().write(spec, plan, blobs, slab, frozenset({slab.slab_id}))
+    return SlabWriter().write(spec, pieces, pieces.pieces[0], slab, frozenset({slab.slab_id}))
 
 
 def run(job: WriteTask) -> Committed:

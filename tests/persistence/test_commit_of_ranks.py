@@ -15,7 +15,8 @@ import torch
 
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
-from stager.snapshot.slab_writer import SlabWriter, slab_nbytes
+from stager.snapshot.pieces import whole
+from stager.snapshot.slab_writer import SlabWriter
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.commit import commit, persist
@@ -42,8 +43,9 @@ def _job(directory: Path, rank: int) -> WriteTask:
     flat = flatten({"own": {f"rank-{rank}": {"weight": torch.full((50,), float(rank)), "number": rank}}})
     plan = Planner(file_format, 1, 64 << 20, rank).plan(flat)
     blobs = [file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects]
-    slab = Slab.create(slab_nbytes(plan, blobs))
-    Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
+    pieces = whole(plan, blobs, 1)
+    slab = Slab.create(pieces.slab_nbytes)
+    Copier(1).copy(batch(plan.copies), flat.leaves, slab)
     spec = SaveSpec(
         directory=str(directory),
         step=1,
@@ -57,7 +59,7 @@ def _job(directory: Path, rank: int) -> WriteTask:
         rank=rank,
         num_ranks=NUM_RANKS,
     )
-    return SlabWriter().write(spec, plan, blobs, slab, frozenset({slab.slab_id}))
+    return SlabWriter().write(spec, pieces, pieces.pieces[0], slab, frozenset({slab.slab_id}))
 
 
 @pytest.fixture

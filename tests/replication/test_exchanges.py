@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stager import ReplicationError, SaveHandle
+from stager import ReplicationError
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.replication.exchange import Exchange
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
+from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.write.write_task import Extent, WriteTask
 from tests.replication.opinion import receive, whole_id
 from tests.replication.test_keeper import header_of
@@ -75,7 +76,7 @@ def test_a_save_that_one_rank_has_overwritten_does_not_become_whole_later(four: 
 def test_a_save_has_one_place_in_the_queue_whatever_is_said_of_it(four: Four, monkeypatch: pytest.MonkeyPatch) -> None:
     one, why, released = four.replicators[0], RuntimeError("a failure"), threading.Event()
     monkeypatch.setattr(one, "_start", lambda: True)
-    first, second, unknown = (SaveHandle(step, f"save {step}") for step in range(3))
+    first, second, unknown = (Timeline(step, f"save {step}") for step in range(3))
     one.begin(first)
     one.begin(second)
     for handle in (second, first, second, unknown):
@@ -94,7 +95,7 @@ def test_no_thread_can_be_started(
         raise RuntimeError("can't start new thread")
 
     one, released = four.replicators[0], threading.Event()
-    handle = SaveHandle(1, "one")
+    handle = Timeline(1, "one")
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start)
         one.begin(handle)
@@ -130,7 +131,7 @@ class Pair:
             snapshot = WriteTask(
                 header.spec, cast(Any, Memory(bytes([step]) * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset()
             )
-            handle = SaveHandle(step, header.spec.save_id)
+            handle = Timeline(step, header.spec.save_id)
             one.begin(handle)
             one.offer(handle, snapshot, event.set)
         assert all(event.wait(60) for event in released)
@@ -186,7 +187,7 @@ def test_a_slab_is_held_until_its_snapshot_is_sent(pair: Pair, monkeypatch: pyte
     one, other = pair.ranks
     header = header_of(b"1" * 1000, 1, owner=0)
     for replicator in (one, other):
-        handle = SaveHandle(1, header.spec.save_id)
+        handle = Timeline(1, header.spec.save_id)
         replicator.begin(handle)
         snapshot = WriteTask(
             header.spec, cast(Any, Memory(b"1" * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset()
@@ -205,7 +206,7 @@ def test_a_rank_that_closes_is_not_waited_for(pair: Pair, caplog: pytest.LogCapt
     header = header_of(b"2" * 1000, 2, owner=0)
     snapshot = WriteTask(header.spec, cast(Any, Memory(b"2" * 1000)), Extent(0, 1), "plan", Extent(999, 1), frozenset())
     for one, secs in zip(pair.ranks, (0.0, 60.0), strict=True):  # the first closes while it waits for the second
-        handle, released = SaveHandle(2, header.spec.save_id), threading.Event()
+        handle, released = Timeline(2, header.spec.save_id), threading.Event()
         one.begin(handle)
         one.offer(handle, snapshot, released.set)
         one.close(secs)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from stager.saving.save import SaveHandle
 from stager.snapshot.copying import Copier
 from stager.snapshot.guard import Guard
-from stager.snapshot.slab_writer import slab_nbytes
+from stager.snapshot.pieces import whole
 from stager.snapshot.taker import Snapshot, SnapshotTaker
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.dtypes import dtype_of, tensor_over
 from stager.workers.checkpoint.layout.structure import build
@@ -31,13 +31,14 @@ class Bench:
         self.taker = SnapshotTaker(get_format("dcp"), self.copier, self.guard, verify=True)
 
     def begin(self, state: Mapping[str, Any]) -> Snapshot:
-        return self.taker.begin(SaveHandle(0, "nonce"), flatten(state), self.planner)
+        return self.taker.begin(Timeline(0, "nonce"), flatten(state), self.planner)
 
     def stage(self, state: Mapping[str, Any], *, cold: bool = True, background: bool = False) -> tuple[Slab, Snapshot]:
         """All of it, whatever is guarded."""
         snapshot = self.begin(state)
-        slab = Slab.create(slab_nbytes(snapshot.plan, snapshot.blobs))
-        for batches in self.taker.split(snapshot):
+        pieces = whole(snapshot.plan, snapshot.blobs, 2)
+        slab = Slab.create(pieces.slab_nbytes)
+        for batches in self.taker.split(snapshot, pieces, pieces.pieces[0]):
             self.taker.copy(snapshot, batches, slab, cold=cold, background=background)
         return slab, snapshot
 

@@ -82,7 +82,7 @@ def test_copy_outside_of_the_slab_is_refused(copier: Copier, work: Move | Gather
     slab = Slab.create(4096)
     batches = batch([])
     with pytest.raises(InternalError, match="outside of slab"):
-        copier.copy(type(batches)((), (work,), ()), [], slab, None)
+        copier.copy(type(batches)((), (work,), ()), [], slab)
 
 
 def test_background_copies_leave_the_calling_thread_and_its_priority_alone(copier: Copier) -> None:
@@ -90,7 +90,7 @@ def test_background_copies_leave_the_calling_thread_and_its_priority_alone(copie
     slab = Slab.create(source.nbytes)
     batches = batch([Copy(0, source.data_ptr(), 0, source.nbytes, (0,))])
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    copier.copy(batches, [source], slab, None, background=True)
+    copier.copy(batches, [source], slab, background=True)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("stager-copy")]
     assert [os.getpriority(os.PRIO_PROCESS, thread.native_id) for thread in threads] == [before + 10]

@@ -14,7 +14,7 @@ from stager.workers.memory.slab import Slab
 from tests.states import bits
 
 
-class _Ready:
+class _Streams:
     """Stands for the side streams; counts what is waited for."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ def test_small_tensors_cross_in_one_transfer_and_large_ones_alone() -> None:
     groups = [[copy.leaf for copy in group] for group in device._groups(copies, leaves)]
     assert groups == [[3], [0, 1, 2, 4, 5]]
     slab = Slab.create(nbytes)
-    device.enqueue(copies, leaves, slab, _Ready())
+    device.enqueue(copies, leaves, slab, _Streams())
     for copy in copies:
         assert bytes(slab.view[copy.slab_offset : copy.slab_offset + copy.nbytes]) == bits(leaves[copy.leaf])
 
@@ -60,7 +60,7 @@ def test_thousands_of_tensors_of_every_dtype_are_packed_exactly() -> None:
     copies, nbytes = _copies(leaves)
     assert len(list(device._groups(copies, leaves))) == 1
     slab = Slab.create(nbytes)
-    device.enqueue(copies, leaves, slab, _Ready())
+    device.enqueue(copies, leaves, slab, _Streams())
     for copy in copies:
         assert bytes(slab.view[copy.slab_offset : copy.slab_offset + copy.nbytes]) == bits(leaves[copy.leaf])
 
@@ -78,6 +78,6 @@ def test_packed_copy_is_never_gathered() -> None:
     leaves = [torch.randn(4), base[:, 2], torch.randn(4)]
     copies, nbytes = _copies(leaves)
     slab = Slab.create(nbytes)
-    device.enqueue(copies, leaves, slab, _Ready())
+    device.enqueue(copies, leaves, slab, _Streams())
     packed = next(copy for copy in copies if copy.address < 0)
     assert bytes(slab.view[packed.slab_offset : packed.slab_offset + packed.nbytes]) == bits(leaves[1])

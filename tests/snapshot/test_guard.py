@@ -12,6 +12,7 @@ import torch
 
 from stager import Checkpointer
 from stager.snapshot.guard import Guard
+from stager.snapshot.pieces import whole
 from tests.faults import Faults
 from tests.snapshot.staged import Bench
 from tests.states import same
@@ -51,8 +52,9 @@ def _step(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def _may_wait(bench: Bench, state: dict[str, Any]) -> set[str]:
     """Names of the tensors whose copies may wait."""
     snapshot = bench.begin(state)
-    _, later = bench.taker.split(snapshot)
-    return {snapshot.flat.name(leaf) for copy in later.copies for leaf in copy.leaves}
+    pieces = whole(snapshot.plan, snapshot.blobs, 2)
+    _, later = bench.taker.split(snapshot, pieces, pieces.pieces[0])
+    return {snapshot.tree.name(leaf) for copy in later.copies for leaf in copy.leaves}
 
 
 def test_parameters_and_optimizer_state_wait_and_nothing_else_does(bench: Bench) -> None:

@@ -52,7 +52,7 @@ def test_pieces_cover_the_snapshot_once_and_fit(run_dir: Path) -> None:
     assert len(pieces.pieces) > 5 and pieces.slab_nbytes <= 2 * MIB
     covered = [0] * (pieces.items[-1].slab_offset + len(snapshot.blobs[-1]))
     for piece in pieces.pieces:
-        stretches = [(c.slab_offset, c.nbytes) for c in copies_of(piece, snapshot.plan, snapshot.flat.leaves)[0]]
+        stretches = [(c.slab_offset, c.nbytes) for c in copies_of(piece, snapshot.plan, snapshot.tree.leaves)[0]]
         stretches += [(offset, len(data)) for offset, data in blobs_of(piece, pieces.items, snapshot.blobs)]
         for offset, nbytes in stretches:
             assert offset >= 0 and offset + nbytes <= piece.nbytes

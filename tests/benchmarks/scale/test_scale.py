@@ -30,7 +30,8 @@ from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
-from stager.snapshot.slab_writer import SlabWriter, slab_nbytes
+from stager.snapshot.pieces import whole
+from stager.snapshot.slab_writer import SlabWriter
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.commit import persist
@@ -242,10 +243,11 @@ def _job(directory: Path, rank: int, num_ranks: int, num_parts: int) -> WriteTas
     file_format, flat = get_format("dcp"), flatten({"own": {f"rank-{rank}": {**tensors, "object": "text"}}})
     plan = Planner(file_format, num_parts, 64 << 20, rank).plan(flat)
     blobs = [file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects]
-    slab = Slab.create(slab_nbytes(plan, blobs))
-    Copier(1).copy(batch(plan.copies), flat.leaves, slab, None)
+    pieces = whole(plan, blobs, num_parts)
+    slab = Slab.create(pieces.slab_nbytes)
+    Copier(1).copy(batch(plan.copies), flat.leaves, slab)
     spec = _spec(rank, num_ranks, directory, num_parts)
-    return SlabWriter().write(spec, plan, blobs, slab, frozenset({slab.slab_id}))
+    return SlabWriter().write(spec, pieces, pieces.pieces[0], slab, frozenset({slab.slab_id}))
 
 
 @contextmanager

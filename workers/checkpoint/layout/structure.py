@@ -115,6 +115,22 @@ def absent(node: Node, path: Path = ()) -> Iterator[Path]:
                 yield from absent(child, (*path, key))
 
 
+def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
+    """Return a structure of the same containers and keys, with ``leaf(item or chunks)`` in place of each leaf.
+
+    Leaves that another rank writes stay absent. The nodes are trusted to be a structure.
+    """
+    if type(node) is int:
+        return leaf(node)
+    if node is ABSENT:
+        return ABSENT
+    if node[0] == "chunks":
+        return leaf(Chunks.from_node(node))
+    position = 1 if node[0] == "list" else 2
+    children = [map_leaves(child, leaf) for child in node[position]]
+    return [*node[:position], children, *node[position + 1 :]]
+
+
 def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
     """The state, with ``leaf(index)`` in each place.
 
@@ -136,25 +152,6 @@ def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
     if node[3] is not None:
         result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]  # where nn.Module looks for it
     return result
-
-
-def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
-    """Return a copy of a structure in which ``leaf(item or chunks)`` stands for each leaf.
-
-    What another rank writes stays absent.
-
-    Raises:
-        ValueError: ``node`` is not a structure.
-    """
-    if type(node) is int:
-        return leaf(node)
-    if node is ABSENT:
-        return ABSENT
-    if _is_chunks(node):
-        return leaf(Chunks.from_node(node))
-    _, children = _open(node, 0)
-    position = 1 if node[0] == "list" else 2
-    return [*node[:position], [map_leaves(child, leaf) for child in children], *node[position + 1 :]]
 
 
 def _is_chunks(node: Node) -> bool:

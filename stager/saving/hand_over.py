@@ -1,0 +1,186 @@
+"""Handing the staged pieces of a save over to the workers.
+
+    1. A piece's tensors are in its slab: add the plan and the objects.
+    2. Submit one write task for each part that the piece holds. From now on the workers read the slab.
+    3. The piece's parts are done: release the slab, which the next piece may be waiting for.
+    4. The last piece is out: resolve ``staging_completion``, and offer the snapshot for replication.
+    5. ``completion.py`` waits for all parts and ends the save.
+
+Step 2 follows step 1 because a worker begins to read at once. Step 4 follows step 2 because "staged" promises that the
+workers commit the checkpoint even if this process is killed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from stager.arena.arena import Arena, Lease, SlabState
+from stager.ranks.rank_group import RankGroup
+from stager.replication.replicator import Replicator
+from stager.saving.completion import SaveCompletion, when_all_done
+from stager.saving.options import SaverOptions
+from stager.saving.save import Save
+from stager.snapshot.pieces import Piece, Pieces
+from stager.snapshot.slab_writer import SlabWriter
+from stager.snapshot.taker import Snapshot
+from stager.telemetry.report import SaveState
+from stager.workers._version import __version__
+from stager.workers.checkpoint.commit.persist import PartResult, persist_part
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import WriteTask
+from stager.workers.errors import LeftRunningError
+from stager.workers.faults import point
+from stager.workers.pool.pool import WorkerPool
+
+
+@dataclass(eq=False)
+class Staging:
+    """One save while it is staged. The trainer's thread and the staging thread share it.
+
+    Attributes:
+        save, snapshot, pieces: what is staged.
+        claim: see NOTE [ Ctrl-C in save() ] in ``saver.py``.
+        given_up: set when ``save()`` was interrupted: no further piece is to be copied.
+        copied: resolved when the sources are not read any more.
+        tasks: one for each piece that was handed over.
+        futures: of the parts that were handed over.
+        leases: of the slabs that these parts use.
+        failure: why a part could not be handed over.
+    """
+
+    save: Save
+    snapshot: Snapshot
+    pieces: Pieces
+    claim: threading.Lock = field(default_factory=threading.Lock)
+    given_up: threading.Event = field(default_factory=threading.Event)
+    copied: Future[None] = field(default_factory=Future)
+    tasks: list[WriteTask] = field(default_factory=list)
+    futures: list[Future[PartResult]] = field(default_factory=list)
+    leases: list[Lease] = field(default_factory=list)
+    failure: BaseException | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every part was handed over."""
+        return len(self.futures) == self.pieces.num_parts
+
+    def is_lost(self) -> bool:
+        """Whether the save cannot be committed any more, so that a further piece would be for nothing."""
+        failed = any(future.done() and future.exception() is not None for future in self.futures)
+        return failed or self.failure is not None or self.given_up.is_set()
+
+
+class HandOver:
+    """Gives staged pieces to the workers, and the whole save to its completion."""
+
+    def __init__(
+        self,
+        options: SaverOptions,
+        arena: Arena,
+        pool: WorkerPool,
+        group: RankGroup,
+        completion: SaveCompletion,
+        replicator: Replicator | None,
+    ) -> None:
+        self._options = options
+        self._arena = arena
+        self._pool = pool
+        self._group = group
+        self._completion = completion
+        self._replicator = replicator
+        self._slab_writer = SlabWriter()
+
+    def begin_copying(self, pieces: Pieces, lease: Lease) -> None:
+        """Tell that tensors are about to be copied into a slab."""
+        self._slab_writer.begin(pieces, lease.slab)
+
+    def hand_over(self, staging: Staging, piece: Piece, lease: Lease) -> None:
+        """Hand one piece over, whose tensors are in the slab. The slab is released when its parts are done.
+
+        Raises:
+            Exception: no part of the piece could be handed over; the caller still has the lease.
+        """
+        started = time.time()
+        save, pieces = staging.save, staging.pieces
+        lease.move(SlabState.STAGED)
+        if piece is pieces.pieces[-1]:
+            save.move(SaveState.STAGED)
+            point("save.copied")
+        spec = staging.tasks[0].spec if staging.tasks else self._spec(save, pieces)
+        task = self._slab_writer.write(spec, pieces, piece, lease.slab, self._arena.live_slabs())
+        futures: list[Future[PartResult]] = []
+        try:
+            for part in piece.parts:
+                futures.append(self._pool.hand_over(persist_part, replace(task, writing=self._options.writing), part))
+        except Exception as error:
+            if not futures:
+                raise
+            staging.failure = error  # the parts that are out use the slab until they are done
+        staging.tasks.append(task)
+        staging.futures += futures
+        staging.leases.append(lease)
+        lease.move(SlabState.PERSISTING)
+        save.timeline.event("hand over", started)
+        if piece is not pieces.pieces[-1]:  # the completion releases that of the last piece: nothing here waits for it
+            when_all_done(futures, lambda: _release(staging, futures, lease))
+
+    def finish(self, staging: Staging, error: BaseException | None) -> None:
+        """Hand the save over to its completion: no further piece will come.
+
+        Args:
+            error: why not every piece was handed over; None: every piece was, or a part has failed.
+        """
+        save = staging.save
+        error = error or staging.failure
+        if not staging.tasks:
+            assert error is not None  # the first piece was handed over, or raised
+            self.fail(save, error)
+            return
+        if staging.is_complete:
+            save.move(SaveState.PERSISTING)
+            point("save.handed-over")
+            save.complete_staging()
+            self._arena.prepare_in_background(staging.leases[0].nbytes)
+        if self._replicator is not None and staging.pieces.is_whole:
+            self._replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
+        self._completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
+
+    def fail(self, save: Save, error: BaseException) -> None:
+        """End a save of which nothing was handed over."""
+        self._completion.fail(save, error)
+        self.do_not_replicate(save, error)
+
+    def do_not_replicate(self, save: Save, why: BaseException) -> None:
+        """Tell the partner rank that it will not get this snapshot. Does nothing if the snapshot was offered."""
+        if self._replicator is not None:
+            self._replicator.skip(save.timeline, why)
+
+    def _spec(self, save: Save, pieces: Pieces) -> SaveSpec:
+        return SaveSpec(
+            directory=self._options.directory,
+            step=save.step,
+            save_id=save.save_id,
+            kind=self._options.kind,
+            num_parts=pieces.num_parts,
+            fsync=self._options.fsync,
+            created=time.time(),
+            stager=__version__,
+            torch=str(torch.__version__),  # of a class of torch's, which a worker would have to import
+            whole_bytes=pieces.whole_bytes,
+            base_step=self._completion.base_step,
+            full_every=self._options.full_every,
+            rank=self._group.rank,
+            num_ranks=self._group.num_ranks,
+        )
+
+
+def _release(staging: Staging, futures: list[Future[PartResult]], lease: Lease) -> None:
+    """Workers that finish alone still read the slab; but without all parts there is nothing that they could commit."""
+    is_detached = any(isinstance(future.exception(), LeftRunningError) for future in futures)
+    if not (is_detached and staging.is_complete):
+        lease.release()
