@@ -53,7 +53,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     list_checkpoints,
     parse_checkpoint,
 )
-from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
 from stager.workers.errors import ClosedError, UsageError
 
 logger = logging.getLogger("stager")
@@ -299,7 +299,7 @@ class Checkpointer:
 
     def _on_pruned(self, report: PruneReport) -> None:
         assert self._saver is not None
-        self._saver.settler.forget_base({*report.damaged, *report.steps(Fate.REMOVED)})
+        self._saver.settler.forget_base({*report.damaged, *report.steps(PruneFate.REMOVED)})
 
     # -- looking ------------------------------------------------------------------------------------------------
 

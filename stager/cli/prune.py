@@ -37,14 +37,14 @@ def prune(
 
     Exit 1 if one that no rule keeps could not be removed, or one that would count is damaged.
     """
-    from stager.workers.checkpoint.maintenance.retention import Fate, RetentionRules
+    from stager.workers.checkpoint.maintenance.retention import PruneFate, RetentionRules
     from stager.workers.errors import UsageError
 
     if keep_latest is None and keep_every is None:
         raise UsageError("without --keep-latest or --keep-every all checkpoints are kept; give at least one of them")
     rules = RetentionRules(keep_latest, keep_every, frozenset(protect or ()), full=not quick)
     report = run_prune(os.path.abspath(run), rules, dry_run)
-    ok = not report.steps(Fate.LEFT)
+    ok = not report.steps(PruneFate.LEFT)
     if as_json:
         print_json({"directory": os.path.abspath(run), "ok": ok, **_as_json(report)})
     else:
@@ -82,14 +82,14 @@ def _as_json(report: PruneReport) -> dict[str, object]:
 
 def _print(run: str, report: PruneReport) -> None:
     from stager.config.sizes import format_bytes
-    from stager.workers.checkpoint.maintenance.retention import Fate
+    from stager.workers.checkpoint.maintenance.retention import PruneFate
 
     console = stdout()
     if not report.verdicts:
         console.print(f"no checkpoints in {printable(run)}", markup=False, soft_wrap=True)
         return
     removed = "would remove" if report.dry_run else "removed"
-    words = {Fate.KEPT: "kept", Fate.REMOVED: removed, Fate.LEFT: "left"}
+    words = {PruneFate.KEPT: "kept", PruneFate.REMOVED: removed, PruneFate.LEFT: "left"}
     for verdict in report.verdicts:
         line = f"{words[verdict.fate]:<{len(removed)}}  step {verdict.step}: {printable(verdict.reason)}"
         console.print(line, markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from stager.cli.options import JsonOption
 from stager.cli.selection import is_checkpoint, require_directory
 
 if TYPE_CHECKING:
-    from stager.workers.checkpoint.maintenance.recover import Recovered
+    from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory
 
 
 def recover(
@@ -36,7 +36,7 @@ def recover(
         raise typer.Exit(1)
 
 
-def run_recover(directory: str, dry_run: bool) -> list[Recovered]:
+def run_recover(directory: str, dry_run: bool) -> list[RecoveredDirectory]:
     """
     Raises:
         CheckpointNotFoundError: no such directory.
@@ -60,7 +60,7 @@ def run_recover(directory: str, dry_run: bool) -> list[Recovered]:
         os.close(lock_fd)
 
 
-def _print(run: str, found: list[Recovered], dry_run: bool) -> None:
+def _print(run: str, found: list[RecoveredDirectory], dry_run: bool) -> None:
     console = stdout()
     if not found:
         console.print(f"nothing to recover in {printable(run)}", markup=False, soft_wrap=True)

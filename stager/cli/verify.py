@@ -13,7 +13,7 @@ from stager.cli.options import JsonOption
 from stager.cli.selection import directory_nbytes, select_checkpoints
 
 if TYPE_CHECKING:
-    from stager.workers.checkpoint.read.verify import VerifyResult
+    from stager.workers.checkpoint.read.verify import VerifyReport
 
 
 def verify(
@@ -39,7 +39,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[VerifyResult]:
+def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[VerifyReport]:
     """Verify each directory, with one progress bar over the bytes of all."""
     from stager.workers.checkpoint.read.verify import verify_checkpoint
 
@@ -56,7 +56,7 @@ def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[Verif
     return results
 
 
-def _with_place(result: VerifyResult) -> VerifyResult:
+def _with_place(result: VerifyReport) -> VerifyReport:
     """A whole checkpoint under the name of another step is not what was committed there."""
     from stager.workers.checkpoint.directory.run_directory import committed_steps, read_checkpoint
     from stager.workers.errors import CorruptCheckpointError
@@ -72,7 +72,7 @@ def _with_place(result: VerifyResult) -> VerifyResult:
     return result
 
 
-def _print(result: VerifyResult, quick: bool) -> None:
+def _print(result: VerifyReport, quick: bool) -> None:
     from stager.config.sizes import format_bytes
 
     console = stdout()

@@ -11,7 +11,7 @@ from stager.loading.match import match, refuse
 from stager.loading.restore import settle, sharing_memory
 from stager.loading.selection import Selection
 from stager.state.flatten import flatten
-from stager.workers.checkpoint.directory.manifest import Header, Manifest
+from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, Layout
 from stager.workers.checkpoint.layout.structure import build
@@ -37,7 +37,7 @@ def restore_values(
     """
     flat = flatten(state)
     items = tuple(map(_item, flat.leaves))
-    manifest = Manifest(Header("", 0, "", 0.0, "", ""), Layout((), items, flat.structure, 1), (), ())
+    manifest = Manifest(ManifestHeader("", 0, "", 0.0, "", ""), Layout((), items, flat.structure, 1), (), ())
     found = match(manifest, path, target, strict, selection)
     values = dict(enumerate(flat.leaves))
     refuse(path, [problem for check in found.checks if (problem := check(values)) is not None])

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, RetentionRules, prune
 from stager.workers.errors import ClosedError
 from stager.workers.pool.pool import WorkerPool
 
@@ -76,9 +76,9 @@ class Retainer:
             self._submit()
 
     def _report(self, report: PruneReport) -> None:
-        if removed := report.steps(Fate.REMOVED):
+        if removed := report.steps(PruneFate.REMOVED):
             logger.info("removed checkpoints of steps %s", ", ".join(map(str, removed)))
         for verdict in report.verdicts:
-            if verdict.fate is Fate.LEFT:
+            if verdict.fate is PruneFate.LEFT:
                 logger.warning("retention left the checkpoint of step %d: %s", verdict.step, verdict.reason)
         self._on_report(report)

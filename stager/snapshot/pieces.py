@@ -17,7 +17,7 @@ import torch
 from stager.snapshot.slab_writer import object_items
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import SnapshotPlan
-from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, deal
+from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, partition
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
 from stager.workers.errors import MemoryBudgetError
 
@@ -45,7 +45,7 @@ class Pieces:
     pieces: in order of their parts.
     items: the objects' places.
     slab_nbytes: what a slab for any of them needs.
-    whole_bytes: files up to this size are in one piece (:func:`stager.workers.checkpoint.layout.layout.deal`).
+    whole_bytes: files up to this size are in one piece (:func:`stager.workers.checkpoint.layout.layout.partition`).
     """
 
     pieces: tuple[Piece, ...]
@@ -90,7 +90,7 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incre
 
 
 def _pieces(layout: Layout, num_parts: int, whole_bytes: int) -> Iterator[Piece]:
-    for part, segments in enumerate(deal(layout, num_parts, whole_bytes)):
+    for part, segments in enumerate(partition(layout, num_parts, whole_bytes)):
         ranges = [_in_slab(layout.items[segment.index], segment) for segment in segments]
         ranges = [(start, end) for start, end in ranges if start < end]
         if ranges:

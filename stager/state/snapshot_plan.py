@@ -28,7 +28,7 @@ from stager.state.placement import (
     span_nbytes,
 )
 from stager.workers.checkpoint.formats import Format
-from stager.workers.checkpoint.formats.contract import Closing, Split, TensorSpec, evenly
+from stager.workers.checkpoint.formats.contract import Split, TensorSpec, Trailer, evenly
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
@@ -46,7 +46,7 @@ class SnapshotPlan:
     layout: what the workers need.
     document: ``layout`` as it lies in a slab.
     plan_id: hash of the document.
-    closing: what ends the files, made from the pickled objects; None: nothing.
+    trailer: makes the blobs that follow the pickled objects: the format's trailer, or none.
     leaves: which leaves are tensors; the next three are in this order.
     addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
     spans: bytes that each tensor reaches over.
@@ -59,7 +59,7 @@ class SnapshotPlan:
     layout: LayoutPlan
     document: bytes
     plan_id: str
-    closing: Closing | None
+    trailer: Trailer
     leaves: tuple[int, ...]
     addresses: tuple[int, ...]
     devices: tuple[torch.device, ...] | None
@@ -73,7 +73,7 @@ class SnapshotPlan:
 
     def closed(self, blobs: list[bytes]) -> list[bytes]:
         """The pickled objects, and what the format puts behind them, if anything."""
-        return blobs if self.closing is None else [*blobs, self.closing(blobs)]
+        return [*blobs, *self.trailer(blobs)]
 
 
 class Planner:
@@ -171,7 +171,7 @@ class Planner:
             layout=layout,
             document=document,
             plan_id=xxhash.xxh3_128_hexdigest(document),
-            closing=self._format.closing(layout),
+            trailer=self._format.trailer(layout),
             leaves=tuple(leaf for leaf, _ in rows),
             addresses=tuple(p.address for _, p in rows),
             devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,

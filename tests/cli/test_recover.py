@@ -11,7 +11,7 @@ from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory.run_directory import lock_directory
 from stager.workers.errors import DirectoryInUseError
 from tests.cli.conftest import Outcome
-from tests.persistence.jobs import make_job
+from tests.persistence.tasks import make_task
 from tests.persistence.test_recover import stop_before_publishing, stop_before_renaming
 from tests.retention.runs import everything_in, make_run, steps_of
 
@@ -19,7 +19,7 @@ from tests.retention.runs import everything_in, make_run, steps_of
 def test_finishes_and_removes(run_dir: Path) -> None:
     make_run(run_dir, (1, 2))
     whole = [Path(partial_path(stop(run_dir, step=step).spec)).name for step, stop in _STOPS.items()]
-    torn = make_job(run_dir, step=7)
+    torn = make_task(run_dir, step=7)
     persist_part(torn, 0)
     (run_dir / "step-00000001").rename(run_dir / "step-00000001.removing-ab")
     before = everything_in(run_dir)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stager import Checkpointer, ClosedError, UsageError
-from stager.workers.checkpoint.maintenance.retention import Fate
+from stager.workers.checkpoint.maintenance.retention import PruneFate
 from tests.faults import Faults
 from tests.retention.runs import damage, everything_in, make_run, steps_of
 
@@ -33,7 +33,7 @@ def test_without_rules_all_stay(run_dir: Path) -> None:
     with Checkpointer(run_dir, config()) as ckpt:
         for step in range(4):
             ckpt.save(step, state_of(step))
-        assert ckpt.prune().steps(Fate.REMOVED) == []
+        assert ckpt.prune().steps(PruneFate.REMOVED) == []
     assert steps_of(run_dir) == [0, 1, 2, 3]
 
 
@@ -45,10 +45,10 @@ def test_protected_steps_stay_in_this_run_and_the_next(run_dir: Path) -> None:
             ckpt.save(step, state_of(step))
     assert steps_of(run_dir) == [1, 2, 3]
     with Checkpointer(run_dir, config(keep_latest=1)) as ckpt:
-        assert ckpt.prune().steps(Fate.REMOVED) == [1]
+        assert ckpt.prune().steps(PruneFate.REMOVED) == [1]
         ckpt.unprotect(2)
         ckpt.unprotect(5)
-        assert ckpt.prune().steps(Fate.REMOVED) == [2]
+        assert ckpt.prune().steps(PruneFate.REMOVED) == [2]
     assert steps_of(run_dir) == [3]
 
 
@@ -56,14 +56,14 @@ def test_dry_run_changes_nothing_and_needs_no_run(run_dir: Path) -> None:
     make_run(run_dir, (1, 2, 3))
     before = everything_in(run_dir)
     with Checkpointer(run_dir, config(keep_latest=1), read_only=True) as reader:
-        assert reader.prune(dry_run=True).steps(Fate.REMOVED) == [2, 1]
+        assert reader.prune(dry_run=True).steps(PruneFate.REMOVED) == [2, 1]
         with pytest.raises(ClosedError, match="read_only"):
             reader.prune()
         with pytest.raises(ClosedError, match="read_only"):
             reader.protect(1)
     assert everything_in(run_dir) == before
     with Checkpointer(run_dir, config(keep_latest=1)) as ckpt:
-        assert ckpt.prune(dry_run=True).steps(Fate.REMOVED) == [2, 1]
+        assert ckpt.prune(dry_run=True).steps(PruneFate.REMOVED) == [2, 1]
         assert steps_of(run_dir) == [1, 2, 3]
         with pytest.raises(ValueError, match="step must be an integer"):
             ckpt.protect(-1)
@@ -78,7 +78,7 @@ def test_what_is_left_is_logged_and_the_save_has_not_failed(run_dir: Path, caplo
         handle = ckpt.save(3, state_of(3))
         handle.upload_completion.result()
         report = ckpt.prune()
-    assert report.steps(Fate.LEFT) == [] and report.damaged == []  # only the newest is hashed
+    assert report.steps(PruneFate.LEFT) == [] and report.damaged == []  # only the newest is hashed
     assert handle.upload_completion.exception() is None
     (run_dir / ".stager.protected").write_bytes(b"?")
     with Checkpointer(run_dir, config(keep_latest=1)) as ckpt:

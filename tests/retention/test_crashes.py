@@ -16,12 +16,12 @@ import torch
 
 from stager import Checkpointer
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints, removing_names
-from stager.workers.checkpoint.maintenance.recover import Outcome, recover
-from stager.workers.checkpoint.maintenance.retention import Fate, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
+from stager.workers.checkpoint.maintenance.retention import PruneFate, RetentionRules, prune
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import StorageError
 from tests.faults import Faults
-from tests.persistence.jobs import Crash, failing_call, in_turn
+from tests.persistence.tasks import Crash, failing_call, in_turn
 from tests.retention.runs import make_run, steps_of
 
 RULES = RetentionRules(keep_latest=1)
@@ -43,7 +43,7 @@ def test_crash_at_each_system_call_leaves_only_whole_checkpoints(tmp_path: Path)
         assert 3 in whole(run_dir)
         if number % 2:  # who comes next: a run, or another prune
             found = recover(str(run_dir))
-            assert {item.outcome for item in found} <= {Outcome.REMOVED}
+            assert {item.outcome for item in found} <= {RecoverOutcome.REMOVED}
             assert not removing_names(str(run_dir))
         prune(str(run_dir), RULES)
         assert steps_of(run_dir) == [3] and os.listdir(run_dir) == ["step-00000003"]
@@ -59,7 +59,7 @@ def test_error_at_each_system_call_is_told_and_harms_nothing(tmp_path: Path) -> 
         left = None
         with failing_call(number, lambda name: OSError(errno.EIO, os.strerror(errno.EIO))) as reached:
             with suppress(StorageError):  # the directory cannot be read, or synced
-                left = prune(str(run_dir), RULES).steps(Fate.LEFT)
+                left = prune(str(run_dir), RULES).steps(PruneFate.LEFT)
         remaining = whole(run_dir)
         assert 2 in remaining
         assert left != [] or remaining == [2]  # it says so when something is left
@@ -137,7 +137,7 @@ def test_two_prune_at_once(run_dir: Path, faults: Faults) -> None:
         handle = ckpt.save(4, state_of(4))
         hold.wait()
         handle.upload_completion.result()
-        assert prune(str(run_dir), RULES).steps(Fate.REMOVED) == [3]
+        assert prune(str(run_dir), RULES).steps(PruneFate.REMOVED) == [3]
         hold.release()
     assert steps_of(run_dir) == [4]
     assert sorted(os.listdir(run_dir)) == [".stager.lock", "step-00000004"]

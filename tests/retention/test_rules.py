@@ -18,11 +18,11 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.protected import PROTECTED_NAME, read_protected, write_protected
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import committed_steps, partial_names, removing_names
-from stager.workers.checkpoint.maintenance.retention import Fate, PruneReport, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, RetentionRules, prune
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import CorruptCheckpointError
 from tests.incremental.states import save_incrementally
-from tests.persistence.jobs import make_job, save
+from tests.persistence.tasks import make_task, save
 from tests.retention.runs import damage, everything_in, make_run, steps_of
 
 STEPS = (10, 20, 30, 35, 40, 45)
@@ -50,8 +50,8 @@ def test_rules(run_dir: Path, rules: RetentionRules, kept: list[int]) -> None:
     planned = prune(str(run_dir), rules, dry_run=True)
     assert everything_in(run_dir) == before
     report = prune(str(run_dir), rules)
-    assert steps_of(run_dir) == kept == sorted(report.steps(Fate.KEPT))
-    assert sorted(report.steps(Fate.REMOVED)) == sorted({*STEPS} - {*kept})
+    assert steps_of(run_dir) == kept == sorted(report.steps(PruneFate.KEPT))
+    assert sorted(report.steps(PruneFate.REMOVED)) == sorted({*STEPS} - {*kept})
     assert (planned.verdicts, planned.freed_bytes, planned.dry_run) == (report.verdicts, report.freed_bytes, True)
     assert sorted(os.listdir(run_dir)) == [f"step-{step:08d}" for step in kept]
 
@@ -188,7 +188,7 @@ def test_export_holds_what_it_reads(run_dir: Path, tmp_path: Path) -> None:
 
 def test_partial_directories_are_not_touched(run_dir: Path) -> None:
     make_run(run_dir, (1, 2))
-    job = make_job(run_dir, step=1, num_parts=2)
+    job = make_task(run_dir, step=1, num_parts=2)
     persist_part(job, 0)
     prune(str(run_dir), RetentionRules(keep_latest=1))
     (partial,) = partial_names(str(run_dir))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from stager.workers.checkpoint.formats.torch_save import object_blob, tensor_frame
+from stager.workers.checkpoint.formats.torch_save import header_and_tail, object_blob
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
-from stager.workers.checkpoint.layout.layout import contiguous_stride
+from stager.workers.checkpoint.layout.layout import contiguous_stride, is_dense
 from stager.workers.memory.pages import bytes_at
 
 
@@ -49,11 +49,11 @@ def payload_of(value: torch.Tensor | io.BytesIO) -> Payload:
     shape = tuple(tensor.shape)
     stride = contiguous_stride(shape)
     if tensor.numel() and tensor.stride() != stride:
-        if _is_dense(shape, tensor.stride()):
+        if is_dense(shape, tensor.stride()):
             stride = tensor.stride()
         else:
             tensor = tensor.contiguous()
-    head, tail = tensor_frame(dtype, shape, stride)
+    head, tail = header_and_tail(dtype, shape, stride)
     data = bytes_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     return Payload("tensor", dtype, shape, stride, head, data, tail, tensor)
 
@@ -72,14 +72,4 @@ def _is_raw(tensor: torch.Tensor, dtype: str) -> bool:
         dtype_of(dtype)
     except ValueError:
         return False
-    return True
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Each element has a place of its own, and no place between them is unused."""
-    expected = 1
-    for step, length in sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1):
-        if step != expected:
-            return False
-        expected *= length
     return True

@@ -41,10 +41,16 @@ from typing import NoReturn
 import xxhash
 
 from stager.workers.checkpoint.commit.in_threads import in_threads
-from stager.workers.checkpoint.commit.merge import Share, merge
+from stager.workers.checkpoint.commit.merge import RankContribution, merge
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Header, IndexFile, Manifest, parse_manifest
+from stager.workers.checkpoint.directory.manifest import (
+    MANIFEST_NAME,
+    IndexFile,
+    Manifest,
+    ManifestHeader,
+    parse_manifest,
+)
 from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
 from stager.workers.checkpoint.directory.run_directory import (
@@ -90,7 +96,7 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
     """Commit if every part's receipt, of every rank, is there; None when some are missing.
 
     Args:
-        spec, layout: of one rank's share.
+        spec, layout: of one rank's contribution.
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
@@ -149,15 +155,15 @@ def manifest_of(spec: SaveSpec, layout: Layout, directory_fd: int) -> Manifest |
     data = files.read_if_exists(path)
     if data is not None:
         return parse_manifest(data, path)
-    shares = read_shares(spec, layout, os.listdir(directory_fd))
-    return None if shares is None else _write_manifest(shares, directory_fd, partial)
+    contributions = read_contributions(spec, layout, os.listdir(directory_fd))
+    return None if contributions is None else _write_manifest(contributions, directory_fd, partial)
 
 
-def read_shares(spec: SaveSpec, layout: Layout, names: list[str]) -> list[Share] | None:
+def read_contributions(spec: SaveSpec, layout: Layout, names: list[str]) -> list[RankContribution] | None:
     """Every rank's; None when some are not written yet.
 
     Args:
-        spec, layout: of the share that is known without being read.
+        spec, layout: of the contribution that is known without being read.
         names: of what is in the partial directory.
     """
     if sum(rank < spec.num_ranks for rank in finished_ranks(names)) < spec.num_ranks:
@@ -165,13 +171,13 @@ def read_shares(spec: SaveSpec, layout: Layout, names: list[str]) -> list[Share]
 
     parsing = threading.Lock()
 
-    def read(rank: int) -> Share | None:
+    def read(rank: int) -> RankContribution | None:
         own = (spec, layout) if rank == spec.rank else _read_record(spec, rank, parsing)
-        return _read_share(*own, parsing)
+        return _read_contribution(*own, parsing)
 
     found = in_threads(read, range(spec.num_ranks), num_threads(spec.num_ranks))
-    shares = [share for share in found if share is not None]
-    return shares if len(shares) == len(found) else None  # or some were taken away meanwhile
+    contributions = [contribution for contribution in found if contribution is not None]
+    return contributions if len(contributions) == len(found) else None  # or some were taken away meanwhile
 
 
 def num_threads(num_ranks: int) -> int:
@@ -193,7 +199,7 @@ def _read_record(spec: SaveSpec, rank: int, parsing: threading.Lock) -> tuple[Sa
     return theirs, layout
 
 
-def _read_share(spec: SaveSpec, layout: Layout, parsing: threading.Lock) -> Share | None:
+def _read_contribution(spec: SaveSpec, layout: Layout, parsing: threading.Lock) -> RankContribution | None:
     partial = partial_path(spec)
     receipts = []
     for part in range(spec.num_parts):
@@ -201,20 +207,20 @@ def _read_share(spec: SaveSpec, layout: Layout, parsing: threading.Lock) -> Shar
         if receipt is None:
             return None
         receipts.append(receipt)
-    return Share(spec, layout, tuple(receipts))
+    return RankContribution(spec, layout, tuple(receipts))
 
 
-def _write_manifest(shares: list[Share], directory_fd: int, partial: str) -> Manifest:
+def _write_manifest(contributions: list[RankContribution], directory_fd: int, partial: str) -> Manifest:
     point("commit.begin")
-    spec = shares[0].spec
-    layout, hashes = merge(shares, partial)
+    spec = contributions[0].spec
+    layout, hashes = merge(contributions, partial)
     final = os.path.join(spec.directory, checkpoint_name(spec.step))
     index_files = []
     for name, data in get_format(spec.kind).index_files(layout, spec.save_id, final).items():
         files.write_atomically(directory_fd, partial, name, data, spec.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
-    manifest = build_manifest(shares, layout, hashes, tuple(index_files))
+    manifest = build_manifest(contributions, layout, hashes, tuple(index_files))
     document = manifest.to_bytes()
     if len(document) > files.DOCUMENT_BYTES:  # it would be committed, and never be read
         raise StorageError(
@@ -229,18 +235,21 @@ def _write_manifest(shares: list[Share], directory_fd: int, partial: str) -> Man
 
 
 def build_manifest(
-    shares: list[Share], layout: Layout, hashes: tuple[tuple[str, ...], ...], index_files: tuple[IndexFile, ...]
+    contributions: list[RankContribution],
+    layout: Layout,
+    hashes: tuple[tuple[str, ...], ...],
+    index_files: tuple[IndexFile, ...],
 ) -> Manifest:
     """What the receipts prove, as a manifest.
 
     Args:
-        layout, hashes: of all shares together.
+        layout, hashes: of all contributions together.
 
     Raises:
         CorruptCheckpointError: records or receipts, each possible, are not together: nobody would read the manifest.
     """
-    spec = shares[0].spec
-    receipts = [receipt for share in shares for receipt in share.receipts]
+    spec = contributions[0].spec
+    receipts = [receipt for contribution in contributions for receipt in contribution.receipts]
     linked_bytes = sum(receipt.linked_bytes for receipt in receipts)
     try:
         check_count(linked_bytes)
@@ -248,7 +257,7 @@ def build_manifest(
     except ValueError as error:
         raise CorruptCheckpointError(partial_path(spec), f"cannot be committed: {error}") from error
     return Manifest(
-        header=Header(
+        header=ManifestHeader(
             kind=spec.kind,
             step=spec.step,
             save_id=spec.save_id,

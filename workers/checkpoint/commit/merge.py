@@ -12,10 +12,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, deal_once, num_segments
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, num_segments, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often
-from stager.workers.checkpoint.layout.plan_cache import Memo
-from stager.workers.checkpoint.layout.structure import ABSENT, Chunks, Key, Node, Path, absent, describe, leaves
+from stager.workers.checkpoint.layout.plan_cache import PlanCache
+from stager.workers.checkpoint.layout.structure import (
+    ABSENT,
+    Chunks,
+    Key,
+    Node,
+    Path,
+    absent,
+    describe,
+    leaves,
+    map_leaves,
+)
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import CorruptCheckpointError, InconsistentRanksError
 
@@ -26,7 +36,7 @@ Hashes = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankContribution:
     """Attributes:
     spec, layout: of the rank.
     receipts: of all of its parts, in order.
@@ -51,7 +61,7 @@ class Share:
         if actual != expected:
             raise CorruptCheckpointError(partial, f"its receipts have {actual} hashes for {expected} segments")
         hashes: list[list[str]] = [[] for _ in layout.items]
-        parts = deal_once(layout, len(self.receipts), self.spec.whole_bytes)
+        parts = partition_once(layout, len(self.receipts), self.spec.whole_bytes)
         for receipt, part in zip(self.receipts, parts, strict=True):
             if len(receipt.hashes) != len(part):
                 raise CorruptCheckpointError(
@@ -63,32 +73,36 @@ class Share:
         return tuple(map(tuple, hashes))
 
 
-def merge(shares: Sequence[Share], partial: str) -> tuple[Layout, Hashes]:
+def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layout, Hashes]:
     """The layout of the checkpoint, and its items' hashes.
 
     Args:
-        shares: of every rank, in order.
+        contributions: of every rank, in order.
         partial: the directory, for error messages.
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
-        CorruptCheckpointError: receipts are not of their share.
+        CorruptCheckpointError: receipts are not of their contribution.
     """
-    if len(shares) == 1:
-        return shares[0].layout, shares[0].hashes(partial)
-    sizes = {share.layout.segment_bytes for share in shares}
+    if len(contributions) == 1:
+        return contributions[0].layout, contributions[0].hashes(partial)
+    sizes = {contribution.layout.segment_bytes for contribution in contributions}
     if len(sizes) > 1:
         raise InconsistentRanksError(f"persistence.segment_bytes differs between ranks: {sorted(sizes)}")
-    numbering = _Numbering([share.layout for share in shares])
-    structure = lay_over([numbering.renumber(rank, share.layout.structure) for rank, share in enumerate(shares)])
+    numbering = _Numbering([contribution.layout for contribution in contributions])
+    structure = overlay(
+        [numbering.renumber(rank, contribution.layout.structure) for rank, contribution in enumerate(contributions)]
+    )
     hashes: list[tuple[str, ...]] = [()] * len(numbering.items)
-    for rank, share in enumerate(shares):
-        for index, values in enumerate(share.hashes(partial)):
+    for rank, contribution in enumerate(contributions):
+        for index, values in enumerate(contribution.hashes(partial)):
             hashes[numbering.number(rank, index)] = values
-    # Of the share that came with the job, and not from a record: whoever commits need not import torch.
-    templates = next((made for share in shares if (made := share.layout.memo.templates) is not None), None)
-    memo = Memo(numbering.num_tensors, templates)
-    layout = Layout(numbering.files, numbering.items, structure, sizes.pop()).sharing(memo)
+    # Of the contribution that came with the task, and not from a record: whoever commits need not import torch.
+    templates = next(
+        (made for contribution in contributions if (made := contribution.layout.cache.templates) is not None), None
+    )
+    cache = PlanCache(numbering.num_tensors, templates)
+    layout = Layout(numbering.files, numbering.items, structure, sizes.pop()).with_cache(cache)
     _check_whole(layout)
     return layout, tuple(hashes)
 
@@ -121,19 +135,19 @@ class _Numbering:
     def number(self, rank: int, index: int) -> int:
         return self._numbers[rank][index]
 
-    def renumber(self, rank: int, node: Node) -> Node:
-        if type(node) is int:
-            return self._numbers[rank][node]
-        if node is ABSENT:
-            return ABSENT
-        if node[0] == "chunks":
-            return ["chunks", node[1], [[offsets, self._numbers[rank][index]] for offsets, index in node[2]]]
-        position = 1 if node[0] == "list" else 2
-        children = [self.renumber(rank, child) for child in node[position]]
-        return [*node[:position], children, *node[position + 1 :]]
+    def renumber(self, rank: int, structure: Node) -> Node:
+        """A rank's structure with the numbers that its items have in the whole."""
+        numbers = self._numbers[rank]
+
+        def leaf(found: int | Chunks) -> Node:
+            if isinstance(found, Chunks):
+                return Chunks(found.shape, tuple((at, numbers[index]) for at, index in found.parts)).to_node()
+            return numbers[found]
+
+        return map_leaves(structure, leaf)
 
 
-def lay_over(nodes: Sequence[Node], path: Path = ()) -> Node:
+def overlay(nodes: Sequence[Node], path: Path = ()) -> Node:
     """One structure of what the ranks have, in the order of the ranks. What no rank has stays absent.
 
     Raises:
@@ -193,12 +207,19 @@ def _is_container(node: Node) -> bool:
 
 
 def _check_whole(layout: Layout) -> None:
-    """Of what its readers check (``layout_check.check_layout``), all that need not be so although it is so of each share:
-    nothing that a rank left to others is missing, chunks fill their tensors, and no chunk is one of too many tensors."""
+    """Check what the contributions only promise together; ``layout_check.check_layout`` would refuse the result otherwise.
+
+    1. Some rank wrote each leaf that another rank left out.
+    2. The chunks of a tensor fill it, and have one dtype.
+    3. No item is a chunk of too many tensors.
+
+    Raises:
+        InconsistentRanksError
+    """
     lost = [describe(path) for path in absent(layout.structure)]
     if lost:
         raise InconsistentRanksError(
-            f"{_some(lost)}: each rank took another one to write it; the ranks' states have not the same names"
+            f"{_some(lost)}: no rank wrote it, because each rank expects another to; give all ranks states of the same keys"
         )
     wholes: dict[Chunks, Path] = {}
     for path, chunks in _all_chunks(layout.structure):

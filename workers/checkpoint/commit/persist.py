@@ -18,7 +18,7 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
 from stager.workers.checkpoint.directory.run_directory import partial_name, removing_name, unfinished_name
-from stager.workers.checkpoint.layout.layout import Layout, deal_once
+from stager.workers.checkpoint.layout.layout import Layout, partition_once
 from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.write.part_writer import PartWriter
 from stager.workers.checkpoint.write.save_record import record_name, to_record
@@ -45,24 +45,24 @@ class PartResult:
     note: str = ""
 
 
-def persist_part(job: WriteTask, part: int) -> PartResult:
-    """Write part ``part`` of ``job``; commit if it was the last one.
+def persist_part(task: WriteTask, part: int) -> PartResult:
+    """Write part ``part`` of ``task``; commit if it was the last one.
 
     Raises:
         StorageError: a system call failed; nothing that looks like a checkpoint is left.
         CorruptCheckpointError: somebody else writes into the partial directory.
     """
-    detach_all_but(job.live_slabs)
+    detach_all_but(task.live_slabs)
     with (
-        storage_errors("save", partial_path(job.spec)),
+        storage_errors("save", partial_path(task.spec)),
         no_collection(),
     ):  # the last net: what is below says more precisely what failed
         point("part.begin")
-        layout = read_layout(job)
-        done = _write_part(job, layout, part)
+        layout = read_layout(task)
+        done = _write_part(task, layout, part)
         if isinstance(done, Committed):
             return PartResult(part, os.getpid(), done.started, done.started, done.started, done)
-        committed = try_commit(job.spec, layout)
+        committed = try_commit(task.spec, layout)
     return PartResult(part, done.pid, done.started, done.written, done.synced, committed, done.note)
 
 
@@ -87,7 +87,7 @@ def discard_partial(directory: str, step: int, save_id: str) -> None:
         _remove_when_alone(removed)
 
 
-def set_aside(directory: str, step: int, save_id: str) -> None:
+def quarantine(directory: str, step: int, save_id: str) -> None:
     """Keep what there is of a save that is given up, under a name from which nobody commits it. Nothing, if it was committed
     after all."""
     partial = os.path.join(directory, partial_name(step, save_id))
@@ -104,7 +104,7 @@ def set_aside(directory: str, step: int, save_id: str) -> None:
 
 
 def discard_unfinished(directory: str, step: int, save_id: str) -> None:
-    """What :func:`set_aside` kept is not needed any more."""
+    """What :func:`quarantine` kept is not needed any more."""
     path = os.path.join(directory, unfinished_name(step, save_id))
     with storage_errors("remove", path):
         _remove_when_alone(path)
@@ -146,9 +146,9 @@ def _lock_alone(directory_fd: int) -> bool:
     return False
 
 
-def _write_part(job: WriteTask, layout: Layout, part: int) -> Receipt | Committed:
+def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committed:
     """The part's receipt; or the commit, when this task was run before and the save needed no more than that."""
-    spec, partial = job.spec, partial_path(job.spec)
+    spec, partial = task.spec, partial_path(task.spec)
     directory_fd = _open_partial(partial)
     try:
         point("part.opened")
@@ -160,7 +160,7 @@ def _write_part(job: WriteTask, layout: Layout, part: int) -> Receipt | Committe
         if not is_still(partial, directory_fd):
             vanished(partial)
         receipt = read_receipt(partial, spec.rank, part, spec.num_parts, spec.save_id)
-        return receipt or _write_and_sign(job, layout, part, directory_fd)
+        return receipt or _write_and_sign(task, layout, part, directory_fd)
     finally:
         os.close(directory_fd)
 
@@ -176,14 +176,14 @@ def _open_partial(partial: str) -> int:
     vanished(partial)
 
 
-def _write_and_sign(job: WriteTask, layout: Layout, part: int, directory_fd: int) -> Receipt:
-    spec, partial = job.spec, partial_path(job.spec)
+def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: int) -> Receipt:
+    spec, partial = task.spec, partial_path(task.spec)
     started = time.time()
     if part == 0:
-        files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(job), spec.fsync)
+        files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(task), spec.fsync)
     with ExitStack() as opened:
-        writer = PartWriter(job, layout, directory_fd, partial, opened)
-        segments = deal_once(layout, spec.num_parts, spec.whole_bytes)[part]
+        writer = PartWriter(task, layout, directory_fd, partial, opened)
+        segments = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
         reused = reuse(spec, layout, whole, writer.hash, directory_fd)
         rest = reused.rest(layout, segments)

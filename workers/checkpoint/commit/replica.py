@@ -1,5 +1,5 @@
 """The copy of a rank's snapshot that its partner keeps: the slab as it was, and beside it what a worker has to know to write
-the rank's share of the checkpoint from it.
+the rank's contribution of the checkpoint from it.
 
     rank-3.0        the slab's bytes
     rank-3.0.json   the header, sealed; there only while the bytes are whole
@@ -47,13 +47,13 @@ class ReplicaHeader:
     digest: str
 
     @staticmethod
-    def of(job: WriteTask) -> ReplicaHeader:
+    def of(task: WriteTask) -> ReplicaHeader:
         """Of a whole snapshot. Hashes it."""
-        nbytes = job.objects.offset + job.objects.nbytes
-        digest = digest_of(job.slab.view, nbytes)
+        nbytes = task.objects.offset + task.objects.nbytes
+        digest = digest_of(task.slab.view, nbytes)
         # No links into checkpoints that may be gone when it is needed.
-        spec = replace(job.spec, directory="", base_step=None)
-        return ReplicaHeader(spec, job.plan, job.plan_id, job.objects, nbytes, digest)
+        spec = replace(task.spec, directory="", base_step=None)
+        return ReplicaHeader(spec, task.plan, task.plan_id, task.objects, nbytes, digest)
 
     def to_bytes(self) -> bytes:
         return seal(asdict(self))
@@ -120,15 +120,15 @@ def persist_replica(path: str, part: int, directory: str, save_id: str) -> PartR
 
     Args:
         directory: of the run.
-        save_id: under which the share is to be written: the save's own, where other ranks' parts of it are still there.
+        save_id: of the save to write. It is the replica's own where other ranks' parts of that save still exist.
 
     Raises:
         StorageError, CorruptCheckpointError
     """
     header, slab = _open(path)
     spec = replace(header.spec, directory=directory, save_id=save_id)
-    job = WriteTask(spec, slab, header.plan, header.plan_id, header.objects, frozenset())
-    return persist_part(job, part)
+    task = WriteTask(spec, slab, header.plan, header.plan_id, header.objects, frozenset())
+    return persist_part(task, part)
 
 
 def _open(path: str) -> tuple[ReplicaHeader, AttachedSlab]:

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 
-from stager.workers.checkpoint.commit.commit import build_manifest, manifest_of, publish, put_in_place, read_shares
+from stager.workers.checkpoint.commit.commit import (
+    build_manifest,
+    manifest_of,
+    publish,
+    put_in_place,
+    read_contributions,
+)
 from stager.workers.checkpoint.commit.merge import merge
 from stager.workers.checkpoint.commit.persist import discard_unfinished
 from stager.workers.checkpoint.directory import files
@@ -40,18 +46,18 @@ from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, InconsistentRanksError, StorageError
 
 
-class Outcome(Enum):
+class RecoverOutcome(Enum):
     COMMITTED = "committed"
     REMOVED = "removed"
     LEFT = "left as it is"
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
+class RecoveredDirectory:
     """A partial directory that was found: its name, what became of it, and why."""
 
     name: str
-    outcome: Outcome
+    outcome: RecoverOutcome
     reason: str
 
 
@@ -59,7 +65,7 @@ class _UnfinishedError(CorruptCheckpointError):
     """Parts of it are missing, and nothing is wrong with the others, as far as can be seen."""
 
 
-def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = False) -> list[Recovered]:
+def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = False) -> list[RecoveredDirectory]:
     """Deal with every partial directory. What the file system does not let us deal with is left: it is in nobody's way.
 
     Args:
@@ -78,37 +84,39 @@ def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = F
     ]
 
 
-def _recover_one(directory: str, name: str, dry_run: bool, leave_unfinished: bool) -> Recovered:
+def _recover_one(directory: str, name: str, dry_run: bool, leave_unfinished: bool) -> RecoveredDirectory:
     try:
         try:
-            return Recovered(name, Outcome.COMMITTED, _finish(directory, name, dry_run))
+            return RecoveredDirectory(name, RecoverOutcome.COMMITTED, _finish(directory, name, dry_run))
         except (CorruptCheckpointError, CheckpointNotFoundError, InconsistentRanksError) as error:
             if leave_unfinished and isinstance(error, _UnfinishedError):
-                return Recovered(name, Outcome.LEFT, str(error))
+                return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
             if not dry_run:
                 remove_partial(directory, name)
-            return Recovered(name, Outcome.REMOVED, str(error))
+            return RecoveredDirectory(name, RecoverOutcome.REMOVED, str(error))
     except StorageError as error:
-        return Recovered(name, Outcome.LEFT, str(error))
+        return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
 
 
-def _take_up(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinished: bool) -> Recovered:
-    """What was set aside (``persist.set_aside``)."""
+def _take_up(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinished: bool) -> RecoveredDirectory:
+    """What was set aside (``persist.quarantine``)."""
     name, path = unfinished_name(*save), os.path.join(directory, unfinished_name(*save))
     try:
         if not leave_unfinished:
             if not dry_run:
                 discard_unfinished(directory, *save)
-            return Recovered(name, Outcome.REMOVED, "parts of it did not come in time, and it was given up")
+            return RecoveredDirectory(
+                name, RecoverOutcome.REMOVED, "parts of it did not come in time, and it was given up"
+            )
         if not dry_run:
             with storage_errors("rename", path):
                 os.rename(path, os.path.join(directory, partial_name(*save)))
     except StorageError as error:
-        return Recovered(name, Outcome.LEFT, str(error))
-    return Recovered(name, Outcome.LEFT, "replicas may have what is missing of it")
+        return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
+    return RecoveredDirectory(name, RecoverOutcome.LEFT, "replicas may have what is missing of it")
 
 
-def _go_on_removing(directory: str, name: str, dry_run: bool) -> Recovered:
+def _go_on_removing(directory: str, name: str, dry_run: bool) -> RecoveredDirectory:
     """See NOTE [ How a checkpoint goes ] in ``removal.py``."""
     path = os.path.join(directory, name)
     try:
@@ -116,8 +124,10 @@ def _go_on_removing(directory: str, name: str, dry_run: bool) -> Recovered:
             with storage_errors("remove", path):
                 files.remove(path)
     except StorageError as error:
-        return Recovered(name, Outcome.LEFT, str(error))
-    return Recovered(name, Outcome.REMOVED, "it was being removed, by retention or because its save had failed")
+        return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
+    return RecoveredDirectory(
+        name, RecoverOutcome.REMOVED, "it was being removed, by retention or because its save had failed"
+    )
 
 
 def _finish(directory: str, name: str, dry_run: bool) -> str:
@@ -166,7 +176,7 @@ def _locked(partial: str) -> Iterator[int]:
 
 
 def _read_record(directory: str, partial: str) -> tuple[SaveSpec, Layout]:
-    """Of any rank's share: it says what makes up the save."""
+    """Of any rank's contribution: it says what makes up the save."""
     ranks = recorded_ranks(os.listdir(partial))
     path = os.path.join(partial, record_name(ranks[0] if ranks else 0))
     data = files.read_if_exists(path)
@@ -183,8 +193,8 @@ def _read_manifest(partial: str) -> Manifest | None:
 
 def _from_receipts(partial: str, spec: SaveSpec, layout: Layout, directory_fd: int, dry_run: bool) -> Manifest:
     if dry_run:  # as it would be, without the files that would be written
-        shares = read_shares(spec, layout, os.listdir(directory_fd))
-        manifest = None if shares is None else build_manifest(shares, *merge(shares, partial), ())
+        contributions = read_contributions(spec, layout, os.listdir(directory_fd))
+        manifest = None if contributions is None else build_manifest(contributions, *merge(contributions, partial), ())
     else:
         manifest = manifest_of(spec, layout, directory_fd)
     if manifest is None:

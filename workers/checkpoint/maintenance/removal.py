@@ -27,14 +27,14 @@ from stager.workers.errors import StorageError
 from stager.workers.faults import point
 
 
-class Fate(Enum):
+class PruneFate(Enum):
     KEPT = "kept"
     REMOVED = "removed"
     LEFT = "left"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PruneVerdict:
     """What became of one checkpoint, or would become of it.
 
     Attributes:
@@ -46,21 +46,21 @@ class Verdict:
 
     step: int
     path: str
-    fate: Fate
+    fate: PruneFate
     reason: str
     damaged: bool = False
 
 
-def remove(directory: str, doomed: list[Verdict]) -> tuple[dict[int, Verdict], int]:
+def remove(directory: str, doomed: list[PruneVerdict]) -> tuple[dict[int, PruneVerdict], int]:
     """See NOTE [ How a checkpoint goes ]. The verdicts as they turned out, and the bytes that are free now."""
-    verdicts: dict[int, Verdict] = {}
+    verdicts: dict[int, PruneVerdict] = {}
     renamed: dict[int, str] = {}
     for verdict in doomed:
         try:
             outcome = _take_name(directory, verdict)
         except StorageError as error:
             outcome = _left(verdict, str(error))
-        if isinstance(outcome, Verdict):
+        if isinstance(outcome, PruneVerdict):
             verdicts[verdict.step] = outcome
         else:
             renamed[verdict.step] = outcome
@@ -80,24 +80,24 @@ def remove(directory: str, doomed: list[Verdict]) -> tuple[dict[int, Verdict], i
     return verdicts, freed_bytes
 
 
-def _left(verdict: Verdict, reason: str) -> Verdict:
-    return Verdict(verdict.step, verdict.path, Fate.LEFT, reason)
+def _left(verdict: PruneVerdict, reason: str) -> PruneVerdict:
+    return PruneVerdict(verdict.step, verdict.path, PruneFate.LEFT, reason)
 
 
-def _take_name(directory: str, verdict: Verdict) -> str | Verdict:
+def _take_name(directory: str, verdict: PruneVerdict) -> str | PruneVerdict:
     """Where it is now; or why it stays."""
     path = verdict.path
     with storage_errors("remove", path):
         try:
             directory_fd = files.open_directory(path, follow=False)
         except FileNotFoundError:
-            return Verdict(verdict.step, path, Fate.REMOVED, "somebody else removed it")
+            return PruneVerdict(verdict.step, path, PruneFate.REMOVED, "somebody else removed it")
         try:
             fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not is_still(path, directory_fd):
                 return _left(verdict, "it was replaced just now")
             if verdict.step in read_protected(directory):  # since we looked; who protects holds the lock meanwhile
-                return Verdict(verdict.step, path, Fate.KEPT, "protected")
+                return PruneVerdict(verdict.step, path, PruneFate.KEPT, "protected")
             aside = os.path.join(directory, removing_name(verdict.step, secrets.token_hex(8)))
             os.rename(path, aside)
             # A commit that replaces it waits for our lock (``publish``), unless we were stopped for seconds right here.

@@ -18,11 +18,11 @@ from stager.workers.checkpoint.commit.commit import has_manifest
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.protected import read_protected
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps, removing_names
-from stager.workers.checkpoint.maintenance.removal import Fate, Verdict, delete, exclusive_bytes, remove
+from stager.workers.checkpoint.maintenance.removal import PruneFate, PruneVerdict, delete, exclusive_bytes, remove
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.faults import point
 
-__all__ = ["Fate", "PruneReport", "RetentionRules", "Verdict", "prune"]
+__all__ = ["PruneFate", "PruneReport", "PruneVerdict", "RetentionRules", "prune"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,11 @@ class PruneReport:
     dry_run: nothing was changed; ``removed`` means "would be".
     """
 
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[PruneVerdict, ...]
     freed_bytes: int
     dry_run: bool
 
-    def steps(self, fate: Fate) -> list[int]:
+    def steps(self, fate: PruneFate) -> list[int]:
         return [verdict.step for verdict in self.verdicts if verdict.fate is fate]
 
     @property
@@ -79,9 +79,9 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
             delete(os.path.join(directory, name))
     steps = committed_steps(directory)
     verdicts = _judge(directory, steps, rules, _trusted)
-    if any(verdict.fate is Fate.REMOVED for verdict in verdicts.values()):  # damage found now only lets more stay
+    if any(verdict.fate is PruneFate.REMOVED for verdict in verdicts.values()):  # damage found now only lets more stay
         verdicts = _judge(directory, steps, rules, _verified)
-    doomed = [step for step in steps if verdicts[step].fate is Fate.REMOVED]
+    doomed = [step for step in steps if verdicts[step].fate is PruneFate.REMOVED]
     point("prune.verified")
     if dry_run or not doomed:
         freed_bytes = exclusive_bytes(verdicts[step].path for step in doomed)
@@ -110,38 +110,40 @@ def _verified(directory: str, step: int, rules: RetentionRules, first: bool) -> 
     return None if result.step == step else f"it was renamed: it is of step {result.step}"
 
 
-def _judge(directory: str, steps: list[int], rules: RetentionRules, check: _Check) -> dict[int, Verdict]:
+def _judge(directory: str, steps: list[int], rules: RetentionRules, check: _Check) -> dict[int, PruneVerdict]:
     """By step. ``steps`` are the newest first."""
 
-    def verdict(step: int, fate: Fate, reason: str, *, damaged: bool = False) -> Verdict:
-        return Verdict(step, os.path.join(directory, checkpoint_name(step)), fate, reason, damaged)
+    def verdict(step: int, fate: PruneFate, reason: str, *, damaged: bool = False) -> PruneVerdict:
+        return PruneVerdict(step, os.path.join(directory, checkpoint_name(step)), fate, reason, damaged)
 
     if rules.keep_all:
-        return {step: verdict(step, Fate.KEPT, "there is no rule: all are kept") for step in steps}
-    verdicts: dict[int, Verdict] = {}
+        return {step: verdict(step, PruneFate.KEPT, "there is no rule: all are kept") for step in steps}
+    verdicts: dict[int, PruneVerdict] = {}
     wanted = rules.keep_latest or 1
     latest, damaged = _newest_valid(directory, steps, wanted, rules, check)
     protected = rules.protected | read_protected(directory)
     youngest = _youngest(directory, steps, wanted)
     for step in steps:
         if step in protected:
-            verdicts[step] = verdict(step, Fate.KEPT, "protected", damaged=step in damaged)
+            verdicts[step] = verdict(step, PruneFate.KEPT, "protected", damaged=step in damaged)
         elif step in latest:
-            verdicts[step] = verdict(step, Fate.KEPT, f"one of the newest {wanted}")
+            verdicts[step] = verdict(step, PruneFate.KEPT, f"one of the newest {wanted}")
         elif step in damaged:
-            verdicts[step] = verdict(step, Fate.LEFT, f"damaged: {damaged[step]}", damaged=True)
+            verdicts[step] = verdict(step, PruneFate.LEFT, f"damaged: {damaged[step]}", damaged=True)
         elif rules.keep_every is not None and step % rules.keep_every == 0:
-            verdicts[step] = verdict(step, Fate.KEPT, f"a multiple of {rules.keep_every}")
+            verdicts[step] = verdict(step, PruneFate.KEPT, f"a multiple of {rules.keep_every}")
         elif step in youngest:
-            verdicts[step] = verdict(step, Fate.KEPT, f"one of the {wanted} that were committed last")
+            verdicts[step] = verdict(step, PruneFate.KEPT, f"one of the {wanted} that were committed last")
         elif not latest:
-            verdicts[step] = verdict(step, Fate.LEFT, "no valid checkpoint would remain")
+            verdicts[step] = verdict(step, PruneFate.LEFT, "no valid checkpoint would remain")
         elif os.path.islink(os.path.join(directory, checkpoint_name(step))):
-            verdicts[step] = verdict(step, Fate.LEFT, "it is a link to somewhere else: not ours to remove")
+            verdicts[step] = verdict(step, PruneFate.LEFT, "it is a link to somewhere else: not ours to remove")
         elif not has_manifest(os.path.join(directory, checkpoint_name(step))):
-            verdicts[step] = verdict(step, Fate.LEFT, "it has no manifest: it may not be a checkpoint", damaged=True)
+            verdicts[step] = verdict(
+                step, PruneFate.LEFT, "it has no manifest: it may not be a checkpoint", damaged=True
+            )
         else:
-            verdicts[step] = verdict(step, Fate.REMOVED, "no rule keeps it")
+            verdicts[step] = verdict(step, PruneFate.REMOVED, "no rule keeps it")
     return verdicts
 
 

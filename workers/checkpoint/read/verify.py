@@ -21,7 +21,7 @@ from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointErro
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyResult:
+class VerifyReport:
     """Attributes:
     path: the checkpoint.
     ok: nothing is wrong.
@@ -47,7 +47,7 @@ def verify_checkpoint(
     full: bool = True,
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> VerifyResult:
+) -> VerifyReport:
     """Check one checkpoint directory. Problems are returned, not raised.
 
     Args:
@@ -69,7 +69,7 @@ def verify_checkpoint(
             problems += check_files(path, manifest, full=full, num_threads=num_threads, progress=progress)
     except (CorruptCheckpointError, CheckpointNotFoundError, StorageError) as error:
         problems.append(str(error))
-    return VerifyResult(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started, step)
+    return VerifyReport(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started, step)
 
 
 def check_files(

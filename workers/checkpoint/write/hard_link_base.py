@@ -37,7 +37,7 @@ class CannotLinkError(Exception):
     """This file has to be written; the text says why."""
 
 
-class Base:
+class HardLinkBase:
     """An open checkpoint directory and what its manifest says of each file.
 
     Use :meth:`open`. What has been removed or replaced under its name since does no harm: everything goes by the descriptor.
@@ -55,7 +55,7 @@ class Base:
         }
 
     @staticmethod
-    def open(directory: str, step: int) -> Base:
+    def open(directory: str, step: int) -> HardLinkBase:
         """
         Raises:
             CannotLinkError: it is not there, or its manifest cannot be read.
@@ -131,7 +131,7 @@ def _checked(row: list[Any]) -> list[Any]:
     return row
 
 
-def _read(directory_fd: int, name: str) -> Base:
+def _read(directory_fd: int, name: str) -> HardLinkBase:
     """By its manifest, of which only what is compared is looked at: the hashes in it prove the rest."""
     try:
         fd = os.open(MANIFEST_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
@@ -140,7 +140,7 @@ def _read(directory_fd: int, name: str) -> Base:
             mtime_ns = os.fstat(fd).st_mtime_ns
         if body["version"] != VERSION or body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
             raise CannotLinkError(f"{name} was written by another version of stager")
-        return Base(directory_fd, name, body, mtime_ns)
+        return HardLinkBase(directory_fd, name, body, mtime_ns)
     except OSError as error:
         raise CannotLinkError(f"the manifest of {name} cannot be read ({error.strerror})") from error
     except (CorruptCheckpointError, KeyError, IndexError, TypeError, ValueError) as error:

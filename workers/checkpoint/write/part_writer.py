@@ -31,22 +31,22 @@ class PartWriter:
         opened: closes the files.
     """
 
-    def __init__(self, job: WriteTask, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
-        self._view = job.slab.view
-        self._base = job.base
+    def __init__(self, task: WriteTask, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
+        self._view = task.slab.view
+        self._base = task.base
         self._layout = layout
-        self._frames = get_format(job.spec.kind).frames(layout)
-        self._small = SmallItems(layout, job.slab.view, job.base, self._frame)
+        self._frames = get_format(task.spec.kind).headers_and_tails(layout)
+        self._small = SmallItems(layout, task.slab.view, task.base, self._frame)
         self._ends = layout.ends()
         self._directory_fd = directory_fd
         self._directory = directory
         self._opened = opened
         self._fds: dict[int, int] = {}
         self._write_back: dict[int, WriteBack] = {}
-        self._fsync = job.spec.fsync
-        self._drop_page_cache = job.writing.drop_page_cache
-        self._pace = Pace(job.writing.max_bytes_per_sec)
-        self._direct_io = job.writing.direct_io
+        self._fsync = task.spec.fsync
+        self._drop_page_cache = task.writing.drop_page_cache
+        self._pace = Pace(task.writing.max_bytes_per_sec)
+        self._direct_io = task.writing.direct_io
         self._direct: DirectWriter | None = None
         self._batch: list[bytes | memoryview] = []
         self._batch_nbytes = 0

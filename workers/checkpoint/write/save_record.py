@@ -31,13 +31,13 @@ def recorded_ranks(names: Iterable[str]) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
 
 
-def to_record(job: WriteTask) -> bytes:
-    """The job without its memory, sealed: with the receipts, all that a commit after a crash needs."""
-    spec = asdict(job.spec)
+def to_record(task: WriteTask) -> bytes:
+    """The task without its memory, sealed: with the receipts, all that a commit after a crash needs."""
+    spec = asdict(task.spec)
     del spec["directory"]  # it may be mounted elsewhere by then
     head = json.dumps(spec, separators=(",", ":")).encode()
-    plan, _, _ = read_extent(job, job.plan).partition(b"\n")
-    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(job, job.objects)))
+    plan, _, _ = read_extent(task, task.plan).partition(b"\n")
+    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(task, task.objects)))
 
 
 def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layout]:
@@ -51,7 +51,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layou
         spec = check_spec(SaveSpec(directory=directory, **body["facts"]))
         objects = [Item.from_row(row[:-1]) for row in body["objects"]]
         layout = LayoutPlan.from_body(body["plan"]).with_objects(objects)
-        check_layout(layout, is_share=spec.num_ranks > 1)
+        check_layout(layout, of_one_rank=spec.num_ranks > 1)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"not the record of a save: {error!r}") from error
     return spec, layout

@@ -52,9 +52,9 @@ class SmallItems:
         self._view = view
         self._base = base
         self._frame = frame
-        num_fixed = layout.memo.num_fixed
-        self._kept: list[_Frame | None] = layout.memo.of_plan("frames", lambda: [None] * num_fixed)
-        self._tails: dict[tuple[bytes, int], bytes] = layout.memo.of_plan("tails", dict)
+        num_fixed = layout.cache.num_fixed
+        self._kept: list[_Frame | None] = layout.cache.once_per_plan("frames", lambda: [None] * num_fixed)
+        self._tails: dict[tuple[bytes, int], bytes] = layout.cache.once_per_plan("tails", dict)
 
     def pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
         """The bytes of a run of whole spans, and the hash of each, hex."""

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.layout.layout import Layout, Segment
-from stager.workers.checkpoint.write.hard_link_base import Base, CannotLinkError
+from stager.workers.checkpoint.write.hard_link_base import CannotLinkError, HardLinkBase
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.faults import point
 
@@ -18,7 +18,7 @@ HashAll = Callable[[Sequence[Segment]], Iterable[str]]
 
 
 @dataclass(slots=True)
-class Reused:
+class UnchangedFiles:
     """Attributes:
     linked: files of the layout that are in place: not to be written, nor opened for writing.
     hashes: those that are known already: all of the linked files', some of others'.
@@ -63,7 +63,7 @@ def reuse(
     whole: dict[int, list[Segment]],
     hash_all: HashAll,
     directory_fd: int,
-) -> Reused:
+) -> UnchangedFiles:
     """Link every file of ``whole`` that the base has, byte for byte.
 
     Args:
@@ -72,11 +72,11 @@ def reuse(
     Raises:
         StorageError
     """
-    reused = Reused()
+    reused = UnchangedFiles()
     if spec.base_step is None or not whole:
         return reused
     try:
-        base = Base.open(spec.directory, spec.base_step)
+        base = HardLinkBase.open(spec.directory, spec.base_step)
     except CannotLinkError as error:
         reused.note = f"not incremental: {error}"
         return reused
@@ -94,12 +94,12 @@ def reuse(
 
 
 def _is_unchanged(
-    base: Base,
+    base: HardLinkBase,
     layout: Layout,
     file: int,
     segments: list[Segment],
     hash_all: HashAll,
-    reused: Reused,
+    reused: UnchangedFiles,
 ) -> bool:
     """Whether every hash is the base's. What was hashed up to the first that is not need not be hashed again."""
     expected = base.hashes(layout, file, range(segments[0].index, segments[-1].index + 1))
@@ -112,7 +112,7 @@ def _is_unchanged(
     return True
 
 
-def _link(base: Base, layout: Layout, file: int, directory_fd: int, reused: Reused) -> None:
+def _link(base: HardLinkBase, layout: Layout, file: int, directory_fd: int, reused: UnchangedFiles) -> None:
     spec = layout.files[file]
     with storage_errors("link", os.path.join(base.name, spec.name)):
         try:

@@ -52,17 +52,17 @@ class WriteTask:
 _plans: OrderedDict[str, LayoutPlan] = OrderedDict()
 
 
-def read_layout(job: WriteTask) -> Layout:
-    """The layout of a job, from its slab."""
-    plan = _plans.get(job.plan_id)
+def read_layout(task: WriteTask) -> Layout:
+    """The layout of a task, from its slab."""
+    plan = _plans.get(task.plan_id)
     if plan is None:
         with no_collection():
-            plan = _plans[job.plan_id] = LayoutPlan.from_document(read_extent(job, job.plan))
+            plan = _plans[task.plan_id] = LayoutPlan.from_document(read_extent(task, task.plan))
         while len(_plans) > _CACHED_PLANS:
             _plans.popitem(last=False)
-    rows = json.loads(read_extent(job, job.objects))
+    rows = json.loads(read_extent(task, task.objects))
     return plan.with_objects([Item.from_row(row[:-1], row[-1]) for row in rows])
 
 
-def read_extent(job: WriteTask, extent: Extent) -> bytes:
-    return bytes(job.slab.view[extent.offset : extent.offset + extent.nbytes])
+def read_extent(task: WriteTask, extent: Extent) -> bytes:
+    return bytes(task.slab.view[extent.offset : extent.offset + extent.nbytes])
