@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stager.cli.recover import run_recover
+from stager.operations import recover
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory.run_directory import lock_directory
@@ -82,6 +82,6 @@ def test_dry_run_beside_ranks_that_share_the_lock_is_refused(tmp_path: Path) -> 
     lock_fd = lock_directory(str(tmp_path), 0, shared=True)
     try:
         with pytest.raises(DirectoryInUseError):
-            run_recover(str(tmp_path), dry_run=True)
+            recover(tmp_path, dry_run=True)
     finally:
         os.close(lock_fd)

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
-from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError, UsageError
 
 LOCK_NAME = ".stager.lock"
 
@@ -130,6 +130,29 @@ def parse_checkpoint(name: str) -> int | None:
     """The step of a checkpoint's directory; None: it is the name of something else."""
     match = _COMMITTED.fullmatch(name)
     return int(match[1]) if match is not None and name == checkpoint_name(int(match[1])) else None
+
+
+def is_checkpoint_directory(path: str) -> bool:
+    """Return whether ``path`` is one checkpoint, not a run: by its name, or because it was renamed and has a manifest."""
+    name = os.path.basename(path)
+    named = any(pattern.fullmatch(name) for pattern in (_COMMITTED, _PARTIAL, _REMOVING))
+    return named or os.path.exists(os.path.join(path, MANIFEST_NAME))
+
+
+def require_run_directory(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a run's directory.
+
+    Raises:
+        CheckpointNotFoundError: ``path`` is not a directory.
+        UsageError: ``path`` is one checkpoint.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.isdir(path):
+        reason = "is not a directory" if os.path.exists(path) else "no such directory"
+        raise CheckpointNotFoundError(None, reason, path)
+    if is_checkpoint_directory(path):
+        raise UsageError(f"{path} is one checkpoint; name the run's directory")
+    return path
 
 
 def partial_names(directory: str) -> list[str]:
