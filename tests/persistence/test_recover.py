@@ -162,7 +162,7 @@ def test_older_save_of_a_step_does_not_replace_the_newer_one(run_dir: Path, stop
     stop(run_dir)
     save(run_dir, OLD)
     (found,) = recover(str(run_dir))
-    assert found.outcome is RecoverOutcome.REMOVED and "older than the" in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and "is older than" in found.reason
     assert same(states_of(run_dir)[1], OLD)
 
 

@@ -1,8 +1,10 @@
-"""What one rank contributes to a checkpoint, and how the contributions of all ranks become one layout.
+"""What each rank contributes to a checkpoint, and how the contributions are merged into one layout.
 
-Each rank lays out its own files, and says in its structure which leaves it has: whole, in chunks, or not at all
-(``structure.ABSENT``; what rank 0 names, other ranks may leave out). Put together, files and items are numbered through,
-tensors of every rank before the objects of any, and the structures are laid over each other.
+1. Each rank lays out its own files. Its structure says which leaves it writes: whole, in chunks, or not at all
+   (``structure.ABSENT``). Rank 0 names every leaf; other ranks may leave out those that they do not write.
+2. Files and items are numbered anew: the tensors of all ranks first, then the objects of all ranks.
+3. The structures are overlaid: each leaf comes from the rank that writes it, chunks from several ranks become one list.
+4. The result is checked as a whole: no leaf is missing, and chunks fill their tensors.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ from stager.workers.errors import CorruptCheckpointError, InconsistentRanksError
 _OfRank = tuple[int, Node]
 
 Hashes = tuple[tuple[str, ...], ...]
-"""Of each item, those of its segments."""
+"""For each item, the hashes of its segments."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankContribution:
-    """Attributes:
-    spec, layout: of the rank.
-    receipts: of all of its parts, in order.
+    """What one rank contributes.
+
+    Attributes:
+        spec, layout: from the rank's save record.
+        receipts: of all its parts, in order.
     """
 
     spec: SaveSpec
@@ -47,15 +51,16 @@ class RankContribution:
     receipts: tuple[Receipt, ...]
 
     def hashes(self, partial: str) -> Hashes:
-        """
+        """Return the hashes of each item's segments, from the receipts.
+
         Args:
-            partial: the directory, for error messages.
+            partial: the partial directory, for error messages.
 
         Raises:
             CorruptCheckpointError: the receipts are not of this layout.
         """
         layout = self.layout
-        # A record that lies may speak of more segments than there is memory for.
+        # Compare counts first: a hostile record may claim more segments than fit into memory.
         expected = sum(num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans())
         actual = sum(len(receipt.hashes) for receipt in self.receipts)
         if actual != expected:
@@ -66,7 +71,7 @@ class RankContribution:
             if len(receipt.hashes) != len(part):
                 raise CorruptCheckpointError(
                     os.path.join(partial, receipt_name(receipt.rank, receipt.part, receipt.num_parts)),
-                    f"has {len(receipt.hashes)} hashes for {len(part)} parts",
+                    f"has {len(receipt.hashes)} hashes for {len(part)} segments",
                 )
             for segment, value in zip(part, receipt.hashes, strict=True):
                 hashes[segment.index].append(value)
@@ -74,15 +79,15 @@ class RankContribution:
 
 
 def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layout, Hashes]:
-    """The layout of the checkpoint, and its items' hashes.
+    """Merge the contributions of all ranks. Returns the layout of the checkpoint, and the hashes of its items.
 
     Args:
         contributions: of every rank, in order.
-        partial: the directory, for error messages.
+        partial: the partial directory, for error messages.
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
-        CorruptCheckpointError: receipts are not of their contribution.
+        CorruptCheckpointError: receipts do not match their contribution.
     """
     if len(contributions) == 1:
         return contributions[0].layout, contributions[0].hashes(partial)
@@ -97,7 +102,7 @@ def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layo
     for rank, contribution in enumerate(contributions):
         for index, values in enumerate(contribution.hashes(partial)):
             hashes[numbering.number(rank, index)] = values
-    # Of the contribution that came with the task, and not from a record: whoever commits need not import torch.
+    # Only the contribution of this process's own rank has templates. With them the commit runs without torch.
     templates = next(
         (made for contribution in contributions if (made := contribution.layout.cache.templates) is not None), None
     )
@@ -148,10 +153,10 @@ class _Numbering:
 
 
 def overlay(nodes: Sequence[Node], path: Path = ()) -> Node:
-    """One structure of what the ranks have, in the order of the ranks. What no rank has stays absent.
+    """Overlay the structures of all ranks, in their order. A leaf that no rank writes stays absent.
 
     Raises:
-        InconsistentRanksError: two ranks have different things in one place.
+        InconsistentRanksError: two ranks have different kinds of nodes in one place.
     """
     return _lay_over(list(enumerate(nodes)), path)
 
@@ -165,7 +170,9 @@ def _lay_over(nodes: Sequence[_OfRank], path: Path) -> Node:
     kinds = {_kind(node) for _, node in there}
     if len(kinds) > 1 or "value" in kinds:
         what = "; ".join(f"{_kind(node)} on rank {rank}" for rank, node in there[:4])
-        raise InconsistentRanksError(f"{describe(path)} is not the same on all ranks: {what}")
+        raise InconsistentRanksError(
+            f"{describe(path)} is not the same on all ranks: {what}; give all ranks states of the same structure"
+        )
     first = there[0][1]
     if first[0] == "chunks":
         return _chunks([(rank, Chunks.from_node(node)) for rank, node in there], path).to_node()
@@ -192,7 +199,7 @@ def _chunks(parts: list[tuple[int, Chunks]], path: Path) -> Chunks:
     shapes = {chunks.shape for _, chunks in parts}
     if len(shapes) > 1:
         what = "; ".join(f"{chunks.shape} on rank {rank}" for rank, chunks in parts[:4])
-        raise InconsistentRanksError(f"{describe(path)} has not the same shape on all ranks: {what}")
+        raise InconsistentRanksError(f"{describe(path)} has different shapes on the ranks: {what}")
     return Chunks(shapes.pop(), tuple(part for _, chunks in parts for part in chunks.parts))
 
 
@@ -228,7 +235,7 @@ def _check_whole(layout: Layout) -> None:
         wholes[chunks] = path
         items = [layout.items[index] for _, index in chunks.parts]
         if len({item.dtype for item in items}) > 1:
-            raise InconsistentRanksError(f"{describe(path)} has not the same dtype on all ranks")
+            raise InconsistentRanksError(f"{describe(path)} has different dtypes on the ranks")
         try:
             check_tiling([(at, item.shape) for (at, _), item in zip(chunks.parts, items, strict=True)], chunks.shape)
         except ValueError as error:
