@@ -30,7 +30,7 @@ from stager.workers.checkpoint.layout.layout import Layout, partition_once
 from stager.workers.checkpoint.layout.plan_cache import no_collection
 from stager.workers.checkpoint.write.part_writer import PartWriter
 from stager.workers.checkpoint.write.save_record import record_name, to_record
-from stager.workers.checkpoint.write.unchanged_files import reuse, sync_linked, whole_files
+from stager.workers.checkpoint.write.unchanged_files import link_unchanged, sync_linked, whole_files
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 from stager.workers.faults import point
 from stager.workers.memory.attached import detach_all_but
@@ -206,15 +206,15 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
         writer = PartWriter(task, layout, directory_fd, partial, opened)
         segments = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
-        reused = reuse(spec, layout, whole, writer.hash, directory_fd)
-        rest = reused.rest(layout, segments)
-        writer.prepare(whole, reused.hashes)
-        hashes = reused.all_hashes(segments, rest, writer.write(rest))
+        unchanged = link_unchanged(spec, layout, whole, writer.hash, directory_fd)
+        rest = unchanged.rest(layout, segments)
+        writer.prepare(whole, unchanged.hashes)
+        hashes = unchanged.all_hashes(segments, rest, writer.write(rest))
         written = time.time()
         point("part.written")
         if spec.fsync:
             writer.sync()
-            sync_linked(layout, reused.linked, directory_fd, partial)
+            sync_linked(layout, unchanged.linked, directory_fd, partial)
     if spec.fsync:  # step 5: names before the receipt
         with storage_errors("sync", partial):
             os.fsync(directory_fd)
@@ -229,9 +229,9 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
         started=started,
         written=written,
         synced=synced,
-        linked_bytes=reused.nbytes,
-        generation=reused.generation,
-        note=reused.note,
+        linked_bytes=unchanged.nbytes,
+        generation=unchanged.generation,
+        note=unchanged.note,
         rank=spec.rank,
     )
     receipt.write(directory_fd, partial, spec.fsync)
