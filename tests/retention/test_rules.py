@@ -93,7 +93,7 @@ def test_renamed_one_does_not_count(run_dir: Path) -> None:
     (run_dir / "step-00000003").rename(run_dir / "step-00000009")
     report = prune(str(run_dir), RetentionRules(keep_latest=1))
     assert fates(report) == {9: "left", 2: "kept", 1: "removed"}
-    assert report.verdicts[0].reason == "damaged: it was renamed: it is of step 3"
+    assert report.verdicts[0].reason == "damaged: its manifest is of step 3: the directory was renamed"
 
 
 def test_after_a_return_to_an_earlier_step_the_new_branch_stays(run_dir: Path) -> None:
