@@ -236,7 +236,7 @@ def test_links_to_directories_elsewhere_are_not_followed(run_dir: Path, tmp_path
     planned = prune(str(run_dir), RetentionRules(keep_latest=1), dry_run=True)
     report = prune(str(run_dir), RetentionRules(keep_latest=1))
     assert fates(planned) == fates(report) == {3: "kept", 2: "removed", 1: "left"}
-    assert "it is a link" in report.verdicts[-1].reason
+    assert "it is a symbolic link" in report.verdicts[-1].reason
     assert everything_in(elsewhere)[1:] == before and not removing_names(str(run_dir))
 
 
