@@ -25,6 +25,7 @@ _HOME = {
     "stager.exporting.export": ("Exported", "export_checkpoint"),
     "stager.loading.foreign": ("load_checkpoint",),
     "stager.loading.loaded": ("Loaded",),
+    "stager.operations": ("RecoverReport", "prune", "recover", "verify"),
     "stager.state.per_rank": ("PerRank",),
     "stager.saving.save_handle": ("SaveHandle",),
     "stager.telemetry.report": ("SaveReport", "SaveState"),
@@ -68,8 +69,10 @@ _HOME = {
         "WorkerError",
         "WorkerStartError",
     ),
+    "stager.workers.checkpoint.maintenance.recover": ("RecoverOutcome", "RecoveredDirectory"),
     "stager.workers.checkpoint.maintenance.removal": ("PruneFate", "PruneVerdict"),
     "stager.workers.checkpoint.maintenance.retention": ("PruneReport",),
+    "stager.workers.checkpoint.read.verify": ("VerifyReport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -98,6 +101,10 @@ if TYPE_CHECKING:
     from stager.exporting.export import export_checkpoint as export_checkpoint
     from stager.loading.foreign import load_checkpoint as load_checkpoint
     from stager.loading.loaded import Loaded as Loaded
+    from stager.operations import RecoverReport as RecoverReport
+    from stager.operations import prune as prune
+    from stager.operations import recover as recover
+    from stager.operations import verify as verify
     from stager.saving.preemption import Preemption as Preemption
     from stager.saving.save_handle import SaveHandle as SaveHandle
     from stager.state.per_rank import PerRank as PerRank
@@ -117,9 +124,12 @@ if TYPE_CHECKING:
     from stager.torch_api.storage import StagerStorageWriter as StagerStorageWriter
     from stager.workers.checkpoint.directory.run_directory import CheckpointInfo as CheckpointInfo
     from stager.workers.checkpoint.directory.run_directory import SkippedCheckpoint as SkippedCheckpoint
+    from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory as RecoveredDirectory
+    from stager.workers.checkpoint.maintenance.recover import RecoverOutcome as RecoverOutcome
     from stager.workers.checkpoint.maintenance.removal import PruneFate as PruneFate
     from stager.workers.checkpoint.maintenance.removal import PruneVerdict as PruneVerdict
     from stager.workers.checkpoint.maintenance.retention import PruneReport as PruneReport
+    from stager.workers.checkpoint.read.verify import VerifyReport as VerifyReport
     from stager.workers.errors import ArenaFullError as ArenaFullError
     from stager.workers.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from stager.workers.errors import ClosedError as ClosedError

@@ -18,10 +18,10 @@ from stager.cli.export import export
 from stager.cli.inspect import inspect
 from stager.cli.ls import ls
 from stager.cli.plan import plan
-from stager.cli.prune import prune
-from stager.cli.recover import recover
+from stager.cli.prune_command import prune
+from stager.cli.recover_command import recover
 from stager.cli.stress import stress
-from stager.cli.verify import verify
+from stager.cli.verify_command import verify
 from stager.workers._version import __version__
 
 EXIT_NO = 1

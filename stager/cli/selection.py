@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-
-_CHECKPOINT_NAME = re.compile(r"step-\d{8,}(\.(partial|removing)-[0-9a-f]+)?")
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether ``path`` is named as a checkpoint is, or has a manifest."""
-    return bool(_CHECKPOINT_NAME.fullmatch(os.path.basename(path))) or os.path.exists(f"{path}/manifest.json")
+    """By its name, or because it was renamed and has a manifest."""
+    from stager.workers.checkpoint.directory.run_directory import is_checkpoint_directory
+
+    return is_checkpoint_directory(path)
 
 
 def select_checkpoints(path: str, step: int | None, every: bool = False) -> list[str]:

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 import torch
 
 from stager.exporting.output import new_file
-from stager.exporting.source import Contents, Part, Runs, Source, c_stride, contents_of, is_c_order, runs_of
+from stager.exporting.source import Contents, Part, Runs, Source, contents_of, is_c_order, runs_of
 from stager.exporting.stream import ItemStream
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
-from stager.workers.checkpoint.formats import Format, get_format, safetensors_file
+from stager.workers.checkpoint.formats import Format, get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.layout import Item, Layout, align
+from stager.workers.checkpoint.layout.layout import Item, Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.layout.structure import Node, describe
+from stager.workers.checkpoint.layout.structure import Node, describe, map_leaves
 from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
 from stager.workers.memory.pages import bytes_at
 
@@ -166,15 +166,12 @@ class _Export:
             if not self._format.holds(source.dtype):
                 raise UnstageableError(source.name, f"is {source.dtype}, which this format does not have")
         laid_out = self._format.lay_out([self._spec(source) for source in sources], 0, evenly(1))
-        order = {number: place for place, number in enumerate(laid_out.order)}
-        count = len(sources)
-        structure = _renumbered(self.contents.structure, lambda n: order[n] if n < count else n)
+        order: dict[Node, int] = {number: place for place, number in enumerate(laid_out.order)}
+        structure = map_leaves(self.contents.structure, lambda n: order.get(n, n))
         plan = LayoutPlan(
             laid_out.files, self._format.object_file_name(0), laid_out.items, structure, self._segment_bytes
         )
-        closing = self._format.closing(plan)
-        if closing is not None:
-            self._blobs.append(closing(self._blobs))
+        self._blobs += self._format.trailer(plan)(self._blobs)
         file, offset = plan.object_place
         items = []
         for number, blob in enumerate(self._blobs):
@@ -184,15 +181,15 @@ class _Export:
         return plan.with_objects(items), [sources[number] for number in laid_out.order]
 
     def _spec(self, source: Source) -> TensorSpec:
-        stride = c_stride(source.shape) if self._format.row_major else source.stride
+        stride = contiguous_stride(source.shape) if self._format.row_major else source.stride
         return TensorSpec(tuple(source.paths), source.dtype, source.shape, stride)
 
     def write(self, fd: int) -> None:
         if not self._layout.files:  # safetensors of a state without tensors
-            files.write_all(fd, [safetensors_file.header([])], 0)
+            files.write_all(fd, [safetensors_format.header([])], 0)
             return
         os.ftruncate(fd, self._layout.files[0].nbytes)
-        frame = self._format.frames(self._layout)
+        frame = self._format.headers_and_tails(self._layout)
         for index, item in enumerate(self._layout.items):
             if item.kind != "tensor":
                 files.write_all(fd, [self._blobs[index - len(self._sources)]], item.offset)
@@ -244,11 +241,3 @@ def _put(fd: int, offset: int, runs: Runs, position: int, data: memoryview) -> N
         count = min(len(data), runs.nbytes - within)
         files.write_all(fd, [data[:count]], offset + runs.place(run) + within)
         data, position = data[count:], position + count
-
-
-def _renumbered(node: Node, number: Callable[[int], int]) -> Node:
-    if type(node) is int:
-        return number(node)
-    position = 1 if node[0] == "list" else 2
-    children = [_renumbered(child, number) for child in node[position]]
-    return [*node[:position], children, *node[position + 1 :]]

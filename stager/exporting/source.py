@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
-from stager.workers.checkpoint.layout.layout import Item
-from stager.workers.checkpoint.layout.structure import Chunks, Node, Path, describe, leaves
+from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
+from stager.workers.checkpoint.layout.structure import Chunks, Node, Path, describe, leaves, map_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,8 @@ def contents_of(manifest: Manifest) -> Contents:
         keys.append(leaf)
     numbers: dict[object, int] = {key: number for number, key in enumerate(tensors)}
     numbers |= {("object", leaf): len(tensors) + number for number, leaf in enumerate(objects)}
-    structure = _renumber(manifest.layout.structure, iter([numbers[key] for key in keys]))
+    following = iter(keys)
+    structure = map_leaves(manifest.layout.structure, lambda _: numbers[next(following)])
     return Contents(list(tensors.values()), list(objects), list(objects.values()), structure)
 
 
@@ -79,26 +79,13 @@ def _source(leaf: int | Chunks, items: tuple[Item, ...]) -> Source:
     if isinstance(leaf, Chunks):
         dtype = items[leaf.parts[0][1]].dtype
         parts = tuple(Part(offsets, index) for offsets, index in leaf.parts)
-        return Source([], dtype, leaf.shape, c_stride(leaf.shape), parts)
+        return Source([], dtype, leaf.shape, contiguous_stride(leaf.shape), parts)
     item = items[leaf]
     return Source([], item.dtype, item.shape, item.stride, (Part((0,) * len(item.shape), leaf),))
 
 
-def _renumber(node: Node, numbers: Iterator[int]) -> Node:
-    if type(node) is int or node[0] == "chunks":
-        return next(numbers)
-    position = 1 if node[0] == "list" else 2
-    children = [_renumber(child, numbers) for child in node[position]]
-    return [*node[:position], children, *node[position + 1 :]]
-
-
-def c_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In elements, last dimension fastest."""
-    return tuple(math.prod(max(1, length) for length in shape[dim + 1 :]) for dim in range(len(shape)))
-
-
 def is_c_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    return all(n == 1 or a == b for n, a, b in zip(shape, stride, c_stride(shape), strict=True)) or 0 in shape
+    return all(n == 1 or a == b for n, a, b in zip(shape, stride, contiguous_stride(shape), strict=True)) or 0 in shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +113,7 @@ def runs_of(whole: tuple[int, ...], part: tuple[int, ...], offsets: tuple[int, .
         offsets: of the part in the whole.
     """
     size = dtype_of(dtype).itemsize
-    strides = tuple(stride * size for stride in c_stride(whole))
+    strides = tuple(stride * size for stride in contiguous_stride(whole))
     outer = len(whole)
     while outer > 0 and part[outer:] == whole[outer:]:
         outer -= 1

@@ -22,7 +22,7 @@ from stager.loading.safetensors_reader import is_safetensors, load_safetensors
 from stager.loading.selection import Selection
 from stager.state.flatten import flatten
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Header, Manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, ManifestHeader, read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.checkpoint.layout.dtypes import name_of
@@ -106,7 +106,7 @@ def _restore_values(
         assert selection is not None
         return build(selection.of(flat.structure, path), flat.leaves.__getitem__)
     layout = Layout((), tuple(map(_item_of, flat.leaves)), flat.structure, 1)
-    plan = match(Manifest(Header("", 0, "", 0.0, "", ""), layout, (), ()), path, into, strict, selection)
+    plan = match(Manifest(ManifestHeader("", 0, "", 0.0, "", ""), layout, (), ()), path, into, strict, selection)
     values = dict(enumerate(flat.leaves))
     plan.refuse_failed_checks(path, values)
     copy_to_targets(values, plan.targets)

@@ -17,8 +17,8 @@ import torch
 
 from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import Header, Manifest
-from stager.workers.checkpoint.formats.safetensors_file import DTYPES
+from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
+from stager.workers.checkpoint.formats.safetensors_format import DTYPES
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout, check_shape, check_text
@@ -81,7 +81,7 @@ def read_header(path: str) -> Manifest:
         layout = _layout(json.loads(data, object_pairs_hook=_distinct), path, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
         raise CorruptCheckpointError(path, f"its header is impossible: {error}") from error
-    return Manifest(Header("safetensors", 0, "", 0.0, "", ""), layout, (), ())
+    return Manifest(ManifestHeader("safetensors", 0, "", 0.0, "", ""), layout, (), ())
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

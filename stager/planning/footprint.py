@@ -15,7 +15,7 @@ from stager.snapshot.pieces import Pieces, cut, object_items, segment_bytes_for,
 from stager.state.flatten import StateTree, flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.workers._version import __version__
-from stager.workers.checkpoint.directory.manifest import Header, IndexFile, Manifest
+from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.layout import Layout, num_segments
 from stager.workers.errors import UnstageableError
@@ -108,7 +108,7 @@ class Measured:
     def _manifest(self, layout: Layout, index: Mapping[str, bytes]) -> Manifest:
         """The manifest of a save, but for hashes and time."""
         return Manifest(
-            header=Header(self._kind, 10**8, _HASH[:16], 1e9 + 0.123456, torch.__version__, __version__),
+            header=ManifestHeader(self._kind, 10**8, _HASH[:16], 1e9 + 0.123456, torch.__version__, __version__),
             layout=layout,
             hashes=tuple(
                 (_HASH,) * num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans()

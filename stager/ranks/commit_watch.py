@@ -44,7 +44,7 @@ from stager.ranks.notes import Note, Notes, end_by
 from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.ranks.rendezvous import poll_secs
 from stager.workers.checkpoint.commit.commit import Committed, already_committed, commit_recorded, partial_path
-from stager.workers.checkpoint.commit.persist import discard_partial, discard_unfinished, set_aside
+from stager.workers.checkpoint.commit.persist import discard_partial, discard_unfinished, quarantine
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.receipt import finished_ranks
 from stager.workers.checkpoint.write.save_spec import SaveSpec
@@ -298,7 +298,7 @@ class CommitWatch:
             # Once it has lost its name, nobody can commit it. Most often another rank has taken care of that already.
             keeps = is_unfinished and self._keep_unfinished
             if not _is_gone(partial_path(one.spec)):
-                self._take_away(one.spec, set_aside if keeps else discard_partial)
+                self._take_away(one.spec, quarantine if keeps else discard_partial)
             if keeps:
                 with self._changed:
                     self._unfinished.append(one.spec)

@@ -25,7 +25,7 @@ import torch
 
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import SnapshotPlan
-from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, deal
+from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, partition
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
 from stager.workers.errors import MemoryBudgetError
 
@@ -65,7 +65,7 @@ class Pieces:
         items: where the pickled objects and the trailer lie, in the files and in a whole snapshot's slab.
         plan_offset: where each slab has the plan.
         slab_nbytes: bytes that a slab for any of the pieces needs.
-        whole_bytes: files up to this size are in one part (:func:`stager.workers.checkpoint.layout.layout.deal`).
+        whole_bytes: files up to this size are in one part (:func:`stager.workers.checkpoint.layout.layout.partition`).
     """
 
     plan: SnapshotPlan
@@ -157,7 +157,7 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incre
 
 
 def _pieces(layout: Layout, num_parts: int, whole_bytes: int) -> Iterator[Piece]:
-    for part, segments in enumerate(deal(layout, num_parts, whole_bytes)):
+    for part, segments in enumerate(partition(layout, num_parts, whole_bytes)):
         ranges = [_in_slab(layout.items[segment.index], segment) for segment in segments]
         ranges = [(start, end) for start, end in ranges if start < end]
         if ranges:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from stager.state.fingerprint import Fingerprint
-from stager.workers.checkpoint.layout.layout import align, contiguous_stride
+from stager.workers.checkpoint.layout.layout import align
+from stager.workers.checkpoint.layout.layout import is_dense as is_dense_stride
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
 
 LARGE_BYTES = 1 << 20  # from here on the place in the file counts
@@ -146,20 +146,8 @@ def _merge(rows: list[Row]) -> list[_Extent]:
 
 
 def is_dense(p: Fingerprint) -> bool:
-    """The density test: whether a tensor's elements tile one stretch of memory, which holds its values as they are."""
-    return not p.is_lazy and _tiles(p.shape, p.stride)
-
-
-@lru_cache(maxsize=4096)  # models have many tensors and few shapes
-def _tiles(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    if stride == contiguous_stride(shape):
-        return True
-    expected = 1
-    for length, step in sorted(((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda e: e[1]):
-        if length and step != expected:
-            return False
-        expected *= length
-    return True
+    """Whether the tensor's bytes are exactly one stretch of memory, and mean what they say."""
+    return not p.is_lazy and is_dense_stride(p.shape, p.stride)
 
 
 def span_nbytes(p: Fingerprint) -> int:

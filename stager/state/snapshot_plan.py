@@ -26,7 +26,7 @@ from stager.state.placement import (
     span_nbytes,
 )
 from stager.workers.checkpoint.formats import Format
-from stager.workers.checkpoint.formats.contract import Closing, Split, TensorSpec, evenly
+from stager.workers.checkpoint.formats.contract import Split, TensorSpec, Trailer, evenly
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
@@ -47,7 +47,7 @@ class SnapshotPlan:
         layout: where items lie in the files; what the workers need.
         document: ``layout`` as it lies in a slab.
         plan_id: hash of the document.
-        closing: makes the format's trailer from the pickled objects; None: the format has none.
+        trailer: makes the blobs that follow the pickled objects: the format's trailer, or none.
         leaves: numbers of the leaves that are tensors. The next three are in this order.
         addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
         spans: bytes from the first to the last byte of each tensor.
@@ -60,7 +60,7 @@ class SnapshotPlan:
     layout: LayoutPlan
     document: bytes
     plan_id: str
-    closing: Closing | None
+    trailer: Trailer
     leaves: tuple[int, ...]
     addresses: tuple[int, ...]
     devices: tuple[torch.device, ...] | None
@@ -74,7 +74,7 @@ class SnapshotPlan:
 
     def with_trailer(self, blobs: list[bytes]) -> list[bytes]:
         """Add the format's trailer, if it has one, to the pickled objects."""
-        return blobs if self.closing is None else [*blobs, self.closing(blobs)]
+        return [*blobs, *self.trailer(blobs)]
 
 
 class Planner:
@@ -173,7 +173,7 @@ class Planner:
             layout=layout,
             document=document,
             plan_id=xxhash.xxh3_128_hexdigest(document),
-            closing=self._format.closing(layout),
+            trailer=self._format.trailer(layout),
             leaves=tuple(leaf for leaf, _ in rows),
             addresses=tuple(p.address for _, p in rows),
             devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,

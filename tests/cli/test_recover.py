@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from stager.cli.recover import run_recover
+from stager.operations import recover
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory.run_directory import lock_directory
 from stager.workers.errors import DirectoryInUseError
 from tests.cli.conftest import Outcome
-from tests.persistence.jobs import make_job
+from tests.persistence.tasks import make_task
 from tests.persistence.test_recover import stop_before_publishing, stop_before_renaming
 from tests.retention.runs import everything_in, make_run, steps_of
 
@@ -19,7 +19,7 @@ from tests.retention.runs import everything_in, make_run, steps_of
 def test_finishes_and_removes(run_dir: Path) -> None:
     make_run(run_dir, (1, 2))
     whole = [Path(partial_path(stop(run_dir, step=step).spec)).name for step, stop in _STOPS.items()]
-    torn = make_job(run_dir, step=7)
+    torn = make_task(run_dir, step=7)
     persist_part(torn, 0)
     (run_dir / "step-00000001").rename(run_dir / "step-00000001.removing-ab")
     before = everything_in(run_dir)
@@ -82,6 +82,6 @@ def test_dry_run_beside_ranks_that_share_the_lock_is_refused(tmp_path: Path) -> 
     lock_fd = lock_directory(str(tmp_path), 0, shared=True)
     try:
         with pytest.raises(DirectoryInUseError):
-            run_recover(str(tmp_path), dry_run=True)
+            recover(tmp_path, dry_run=True)
     finally:
         os.close(lock_fd)

@@ -12,7 +12,7 @@ import torch
 
 from stager import Checkpointer
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints, lock_directory
-from stager.workers.checkpoint.maintenance.recover import Recovered, recover
+from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.crash.trainers import ORPHAN_TIMEOUT_SECS, value_of
 from tests.leaks import worker_processes
@@ -60,7 +60,7 @@ def committed_steps(run_dir: Path) -> list[int]:
     return [info.step for info in found]
 
 
-def recover_as_the_next_run(run_dir: Path) -> list[Recovered]:
+def recover_as_the_next_run(run_dir: Path) -> list[RecoveredDirectory]:
     """The directory is free, and what was left of a save is finished or removed; what that was.
 
     It waits for the lock, as a run does: a worker that was being forked when its trainer was killed is not to be told from

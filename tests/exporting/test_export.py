@@ -30,7 +30,7 @@ from stager.workers.checkpoint.formats import FORMATS
 from stager.workers.errors import MemoryBudgetError
 from tests.cli.conftest import Outcome, flip_bit
 from tests.exporting.sharded import chunked_checkpoint
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.states import everything, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch.load of quantized tensors

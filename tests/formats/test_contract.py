@@ -28,7 +28,7 @@ from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.formats.stock import read_stock
-from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job, run, save
+from tests.persistence.tasks import Crash, failing_call, in_turn, load, make_task, run, save
 from tests.persistence.test_write import _STATES, with_tensors
 from tests.states import everything, same
 
@@ -88,7 +88,7 @@ def test_parts_in_any_order_give_the_same_files(tmp_path: Path, kind: str) -> No
     for number, order in enumerate(itertools.permutations(range(3))):
         directory = tmp_path / str(number)
         directory.mkdir()
-        job = make_job(directory, everything(), kind=kind, num_parts=3, num_files=2, segment_bytes=256)
+        job = make_task(directory, everything(), kind=kind, num_parts=3, num_files=2, segment_bytes=256)
         committed = [persist_part(job, part).committed for part in order]
         assert [c is not None for c in committed] == [False, False, True]
         path = Path(committed[-1].info.path)
@@ -182,7 +182,7 @@ def test_crash_at_any_system_call_and_the_next_run_recovers(tmp_path: Path, kind
     def attempt(number: int) -> bool:
         directory = tmp_path / str(number)
         save(directory, old, kind=kind, step=1, fsync=False)
-        job = make_job(directory, new, kind=kind, step=2, num_files=2, segment_bytes=100)
+        job = make_task(directory, new, kind=kind, step=2, num_files=2, segment_bytes=100)
         with failing_call(number, Crash) as fired:
             with suppress(Crash):
                 run(job)
@@ -261,7 +261,7 @@ def test_staged_in_pieces_is_the_same_checkpoint(run_dir: Path, kind: str) -> No
 def test_name_that_safetensors_cannot_hold_is_refused_by_its_key_path(run_dir: Path, key: str) -> None:
     run_dir.mkdir()
     with pytest.raises(UnstageableError) as caught:
-        make_job(run_dir, {key: torch.ones(1)}, kind="safetensors")
+        make_task(run_dir, {key: torch.ones(1)}, kind="safetensors")
     assert caught.value.key_path == f"state[{key!r}]" if " " in key else key
 
 
@@ -272,7 +272,7 @@ def test_dtype_that_torch_save_cannot_write_is_refused_by_its_key_path(run_dir: 
     if odd is None:
         pytest.skip("this torch has no such dtype")
     with pytest.raises(UnstageableError) as caught:
-        make_job(run_dir, {"a": [odd]}, kind=kind)
+        make_task(run_dir, {"a": [odd]}, kind=kind)
     assert caught.value.key_path == "a[0]"
 
 

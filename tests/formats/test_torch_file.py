@@ -13,7 +13,7 @@ from stager.workers.checkpoint.formats import torch_file
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.states import same
 
 
@@ -23,13 +23,13 @@ def write_sparse(path: Path, shapes: Sequence[tuple[int, ...]], data: Callable[[
     laid_out = torch_file.lay_out(specs, 0, evenly(1))
     structure = ["dict", ["t"], [["list", list(range(len(specs)))]]]
     plan = LayoutPlan(laid_out.files, "state.pt", laid_out.items, structure, 1 << 20)
-    closing = torch_file.closing(plan)([])
+    [trailer] = torch_file.trailer(plan)([])
     layout = plan.with_objects([])
-    frame = torch_file.frames(layout)
+    frame = torch_file.headers_and_tails(layout)
     with open(path, "wb") as file:
         for index, item in enumerate(layout.items):
             os.pwrite(file.fileno(), frame(index)[0] + data(index), item.offset)
-        os.pwrite(file.fileno(), closing, layout.files[0].nbytes)
+        os.pwrite(file.fileno(), trailer, layout.files[0].nbytes)
     return layout
 
 

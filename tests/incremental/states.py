@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
-from tests.persistence.jobs import make_job, run
+from tests.persistence.tasks import make_task, run
 
 FROZEN_FILES = ("__0_0.distcp", "__0_1.distcp")
 ADAPTER_FILE = "__0_2.distcp"
@@ -31,7 +31,7 @@ def save_incrementally(
     directory: Path, value: float, step: int, base_step: int | None, **options: Any
 ) -> CheckpointInfo:
     directory.mkdir(exist_ok=True)
-    job = make_job(directory, frozen_and_adapter(value), step=step, incremental=True, base_step=base_step, **options)
+    job = make_task(directory, frozen_and_adapter(value), step=step, incremental=True, base_step=base_step, **options)
     return run(job).info
 
 

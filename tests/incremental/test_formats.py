@@ -14,7 +14,7 @@ from stager.workers.checkpoint.formats import FORMATS
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.formats.stock import read_stock
 from tests.incremental.states import frozen_and_adapter, save_incrementally, shared_files
-from tests.persistence.jobs import load, make_job, run
+from tests.persistence.tasks import load, make_task, run
 from tests.states import same
 
 
@@ -40,7 +40,7 @@ def test_safetensors_of_mixed_sizes_within_a_role_are_aligned(run_dir: Path) -> 
     state["empty"] = torch.ones(0, 3)
     run_dir.mkdir()
     for step, base in ((1, None), (2, 1)):
-        job = make_job(run_dir, state, kind="safetensors", step=step, incremental=True, base_step=base)
+        job = make_task(run_dir, state, kind="safetensors", step=step, incremental=True, base_step=base)
         info = run(job).info
         assert verify_checkpoint(info.path).ok and same(load(info), state)
     assert info.linked_bytes > 0.99 * info.nbytes - 10_000  # all but index and manifest

@@ -15,13 +15,13 @@ import pytest
 from stager.workers.checkpoint.commit import persist
 from stager.workers.checkpoint.directory.receipt import Receipt
 from stager.workers.checkpoint.directory.run_directory import read_checkpoint
-from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write import part_writer
 from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.errors import StorageError
 from tests.incremental.states import ADAPTER_FILE, FROZEN_FILES, frozen_and_adapter, save_incrementally, shared_files
-from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job, run
+from tests.persistence.tasks import Crash, failing_call, in_turn, load, make_task, run
 from tests.states import same
 
 
@@ -131,7 +131,7 @@ def test_base_that_is_not_what_was_committed_is_not_linked_to(
     run_dir: Path, harm: Callable[[Path], None], words: str
 ) -> None:
     harm(Path(save_incrementally(run_dir, 1.0, 1, None).path))
-    job = make_job(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1)
+    job = make_task(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1)
     results = [persist.persist_part(job, part) for part in range(2)]
     assert any(words in result.note for result in results), [result.note for result in results]
     info, _ = read_checkpoint(str(run_dir), 2)
@@ -144,7 +144,7 @@ def test_base_that_is_not_what_was_committed_is_not_linked_to(
 def test_file_system_without_hard_links(run_dir: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     save_incrementally(run_dir, 1.0, 1, None)
     monkeypatch.setattr(os, "link", _refuse(code))
-    job = make_job(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1, num_parts=1)
+    job = make_task(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1, num_parts=1)
     result = persist.persist_part(job, 0)
     assert (
         result.note == f"written although unchanged: files of step-00000001 cannot be linked here ({os.strerror(code)})"
@@ -155,7 +155,7 @@ def test_file_system_without_hard_links(run_dir: Path, code: int, monkeypatch: p
 def test_full_disk_while_linking_is_an_error_like_any_other(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_incrementally(run_dir, 1.0, 1, None)
     monkeypatch.setattr(os, "link", _refuse(errno.ENOSPC))
-    job = make_job(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1)
+    job = make_task(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1)
     with pytest.raises(StorageError, match="cannot link; free space") as caught:
         persist.persist_part(job, 0)
     assert caught.value.errno == errno.ENOSPC
@@ -177,7 +177,7 @@ def test_crash_at_each_system_call_harms_neither_base_nor_successor(tmp_path: Pa
     def attempt(number: int) -> bool:
         run_dir = tmp_path / str(number)
         save_incrementally(run_dir, 1.0, 1, None, fsync=False)
-        job = make_job(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1)
+        job = make_task(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1)
         with failing_call(number, Crash) as reached, suppress(Crash):
             run(job)
         if then == "another worker":  # does every part that has no answer again
@@ -196,7 +196,7 @@ def test_crash_at_each_system_call_harms_neither_base_nor_successor(tmp_path: Pa
         return reached()
 
     assert in_turn(attempt) > 50
-    assert outcomes == (set() if then == "another worker" else {Outcome.COMMITTED, Outcome.REMOVED})
+    assert outcomes == (set() if then == "another worker" else {RecoverOutcome.COMMITTED, RecoverOutcome.REMOVED})
 
 
 @pytest.mark.parametrize("direct_io", [False, True])
@@ -206,7 +206,7 @@ def test_part_that_is_run_again_never_writes_to_what_it_linked(
     """1. a worker links, and dies before its receipt. 2. the base is not to be trusted now. 3. the part is run again."""
     base = Path(save_incrementally(run_dir, 1.0, 1, None).path)
     monkeypatch.setattr(part_writer, "_DIRECT_FROM_BYTES", 1)
-    job = make_job(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1, num_parts=1)
+    job = make_task(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1, num_parts=1)
     job = replace(job, writing=Writing(direct_io=direct_io))
     with monkeypatch.context() as patch:
         patch.setattr(Receipt, "write", _crash)

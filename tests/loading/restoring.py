@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stager import StateMismatchError
-from tests.persistence.jobs import restorer, save
+from tests.persistence.tasks import restorer, save
 from tests.states import bits
 
 

@@ -15,7 +15,7 @@ from stager import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError
 from stager.loading.restore import Restorer
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.states import same
 
 

@@ -25,7 +25,7 @@ from stager import (
 )
 from tests.cli.conftest import Outcome
 from tests.exporting.sharded import chunked_checkpoint
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.states import everything, same
 
 pytestmark = [

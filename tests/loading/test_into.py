@@ -13,7 +13,7 @@ from torch import nn
 from stager import CorruptCheckpointError, StateMismatchError, UnsafePickleError
 from stager.workers.checkpoint.formats import FORMATS
 from tests.loading.restoring import contents, refused, restore
-from tests.persistence.jobs import restorer, save
+from tests.persistence.tasks import restorer, save
 from tests.states import bits, same
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from stager import Checkpointer, CorruptCheckpointError, StateMismatchError, load_checkpoint
 from stager.workers.checkpoint.directory.manifest import read_manifest
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.states import same
 
 STATE: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch
 
 from stager import CorruptCheckpointError, StateMismatchError, UsageError, export_checkpoint, load_checkpoint
 from tests.cli.conftest import Outcome
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.states import same
 
 STATE = {

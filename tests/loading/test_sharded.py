@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from stager import Checkpointer, CorruptCheckpointError, StateMismatchError
 from stager.torch_api.storage import StagerStorageWriter
 from stager.workers.checkpoint.directory.manifest import read_manifest
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.staging.ranks import run_ranks
 
 WHOLE = torch.arange(35.0).view(7, 5)

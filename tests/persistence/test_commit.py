@@ -23,7 +23,7 @@ from stager.workers.checkpoint.directory.run_directory import partial_names, rea
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 from stager.workers.errors import CorruptCheckpointError, StorageError
-from tests.persistence.jobs import load, make_job, run, save
+from tests.persistence.tasks import load, make_task, run, save
 from tests.states import same
 
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": 2}
@@ -65,7 +65,7 @@ def only_checkpoint(run_dir: Path, job: WriteTask, state: dict[str, object]) -> 
 
 def test_existing_step_is_replaced(run_dir: Path, exchange: bool) -> None:
     save(run_dir, OLD)
-    job = make_job(run_dir, NEW)
+    job = make_task(run_dir, NEW)
     run(job)
     only_checkpoint(run_dir, job, NEW)
 
@@ -76,7 +76,7 @@ def test_file_system_that_cannot_exchange_says_so_by_its_error(run_dir: Path, mo
         with monkeypatch.context() as patch:
             patch.setattr(files, "_libc", type("Libc", (), {"renameat2": staticmethod(lambda *_: -1)}))
             patch.setattr("ctypes.get_errno", lambda code=code: code)
-            job = make_job(run_dir, NEW)
+            job = make_task(run_dir, NEW)
             run(job)
         only_checkpoint(run_dir, job, NEW)
 
@@ -95,7 +95,7 @@ def test_failed_second_rename_puts_the_old_one_back(run_dir: Path, monkeypatch: 
 
     moved: list[str] = []
     monkeypatch.setattr(os, "rename", rename)
-    job = make_job(run_dir, NEW)
+    job = make_task(run_dir, NEW)
     with pytest.raises(StorageError) as raised:
         run(job)
     assert raised.value.errno == errno.EIO and moved
@@ -118,7 +118,7 @@ def test_what_is_in_the_way_and_is_no_checkpoint_is_moved_aside_and_kept(
         final.write_text("mine")
     else:
         final.symlink_to(mine if kind == "link" else tmp_path / "none")
-    job = make_job(run_dir, NEW)
+    job = make_task(run_dir, NEW)
     info = run(job).info
     assert verify_checkpoint(info.path).ok and same(load(info), NEW)
     (aside,) = [p for p in run_dir.iterdir() if p != final]
@@ -129,7 +129,7 @@ def test_what_is_in_the_way_and_is_no_checkpoint_is_moved_aside_and_kept(
 
 def test_damaged_checkpoint_is_replaced(run_dir: Path) -> None:
     Path(save(run_dir, OLD).path, "manifest.json").write_text("damaged")
-    job = make_job(run_dir, NEW)
+    job = make_task(run_dir, NEW)
     run(job)
     only_checkpoint(run_dir, job, NEW)
 
@@ -141,7 +141,7 @@ def test_part_that_is_run_again_during_the_commit_waits_and_learns_of_it(
     answered, opens the directory and waits for the lock; 3. part 1 renames; 4. part 0 has the lock of a directory that is
     called otherwise now."""
     save(run_dir, OLD)
-    job = make_job(run_dir, NEW, num_parts=2)
+    job = make_task(run_dir, NEW, num_parts=2)
     persist_part(job, 0)
     results: list[PartResult] = []
     again = threading.Thread(target=lambda: results.append(persist_part(job, 0)))
@@ -177,7 +177,7 @@ def test_part_that_is_run_again_just_before_the_rename_leaves_nothing(
     run_dir.mkdir()
     if replacing:
         save(run_dir, OLD)
-    job = make_job(run_dir, NEW, num_parts=2)
+    job = make_task(run_dir, NEW, num_parts=2)
     persist_part(job, 0)
     at(where, lambda: run_part(job, 1))
     late = persist_part(job, 0)
@@ -196,7 +196,7 @@ def test_older_checkpoint_under_the_partial_name_is_never_taken_for_this_save(
     """Between the exchange of names and the removal of the old one, somebody late opens the partial name: it is the old
     checkpoint, with a manifest, and with nobody holding its lock. Publishing that would lose the new one."""
     save(run_dir, OLD)
-    job = make_job(run_dir, NEW, num_parts=2)
+    job = make_task(run_dir, NEW, num_parts=2)
     persist_part(job, 0)
     seen: list[object] = []
 
@@ -220,7 +220,7 @@ def test_many_parts_at_once_commit_exactly_once(run_dir: Path) -> None:
     save(run_dir, OLD, step=0)
     for number in range(30):
         state = {"x": torch.full((500,), float(number))}
-        job = make_job(run_dir, state, step=number // 2, num_parts=6, fsync=False)
+        job = make_task(run_dir, state, step=number // 2, num_parts=6, fsync=False)
         start = threading.Barrier(6)
         results: list[PartResult] = []
         runs = [rng.choice((1, 1, 2, 3)) for _ in range(6)]
@@ -266,7 +266,7 @@ def change_receipt(job: WriteTask, **changes: object) -> None:
 )
 def test_receipt_of_something_else_is_refused(run_dir: Path, changes: dict[str, object]) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir, num_parts=2)
+    job = make_task(run_dir, num_parts=2)
     persist_part(job, 0)
     change_receipt(job, **changes)
     with pytest.raises(CorruptCheckpointError, match="receipt"):
@@ -279,7 +279,7 @@ def test_partial_directory_removed_while_it_is_written_is_an_error_with_its_path
     run_dir: Path, at: Callable[[str, Callable[[], None]], None]
 ) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir, num_parts=1)
+    job = make_task(run_dir, num_parts=1)
     at("part.receipt", lambda: remove_partial(str(run_dir), Path(partial_path(job.spec)).name))
     with pytest.raises(StorageError, match="was removed while it was being written") as raised:
         persist_part(job, 0)
@@ -293,7 +293,7 @@ def test_what_was_discarded_is_not_committed_by_whoever_still_writes(
     """Another rank, which has told that the save failed. Who wrote until then removes what is left."""
     monkeypatch.setattr(persist, "_DISCARD_SECS", 0.05)
     run_dir.mkdir()
-    job = make_job(run_dir, NEW, num_parts=1)
+    job = make_task(run_dir, NEW, num_parts=1)
     at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.spec.save_id))
     with pytest.raises(StorageError, match="was removed while it was being written"):
         persist_part(job, 0)
@@ -306,7 +306,7 @@ def test_manifest_that_nobody_would_read_is_not_committed(run_dir: Path, monkeyp
     state: dict[str, object] = {str(i): torch.ones(3) for i in range(50)}
     nbytes = Path(save(run_dir, state).path, "manifest.json").stat().st_size
     monkeypatch.setattr(files, "DOCUMENT_BYTES", nbytes - 100)  # times differ in length
-    job = make_job(run_dir, state, step=2)
+    job = make_task(run_dir, state, step=2)
     with pytest.raises(StorageError, match=r"docs/scale\.md") as raised:
         run(job)
     assert raised.value.errno == errno.EFBIG
@@ -316,7 +316,7 @@ def test_manifest_that_nobody_would_read_is_not_committed(run_dir: Path, monkeyp
 
 def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir: Path) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir, NEW, num_parts=2)
+    job = make_task(run_dir, NEW, num_parts=2)
     persist_part(job, 0)
     partial = Path(partial_path(job.spec))
     (partial / "manifest.json.1.tmp").touch()
@@ -328,7 +328,7 @@ def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir:
 
 def test_two_saves_of_one_step_leave_the_later_one(run_dir: Path) -> None:
     run_dir.mkdir()
-    first, second = make_job(run_dir, OLD), make_job(run_dir, NEW)
+    first, second = make_task(run_dir, OLD), make_task(run_dir, NEW)
     persist_part(first, 0)
     persist_part(second, 0)
     persist_part(first, 1)

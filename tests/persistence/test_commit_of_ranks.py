@@ -33,7 +33,7 @@ from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import CorruptCheckpointError, StorageError
 from stager.workers.memory.slab import Slab
-from tests.persistence.jobs import load, save
+from tests.persistence.tasks import load, save
 
 NUM_RANKS = 23
 

@@ -29,7 +29,7 @@ from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.structure import fqn, walk
 from stager.workers.checkpoint.write.write_task import read_layout
-from tests.persistence.jobs import make_job
+from tests.persistence.tasks import make_task
 from tests.states import everything
 
 SHARED = torch.arange(6.0)
@@ -79,7 +79,7 @@ def _raw_paths(node: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | 
 
 @pytest.mark.parametrize("state", [*ODD, everything()], ids=range(len(ODD) + 1))
 def test_equal_to_the_dataclasses_also_from_what_was_kept(run_dir: Path, tmp_path: Path, state: dict[str, Any]) -> None:
-    layout = read_layout(make_job(run_dir, state, num_files=3))
+    layout = read_layout(make_task(run_dir, state, num_files=3))
     for save_id, directory in (("0a", "/one"), ("b" * 16, "/two/ä\udc80/" + "x" * 300)):
         files = index_files(layout, save_id, directory)
         (tmp_path / ".metadata").write_bytes(files[".metadata"])
@@ -95,9 +95,9 @@ def test_equal_to_the_dataclasses_also_from_what_was_kept(run_dir: Path, tmp_pat
 def test_objects_of_other_sizes_move_and_the_rest_is_kept(run_dir: Path) -> None:
     """The second layout of a plan: only what is pickled has another length."""
     state = {"a": torch.ones(3), "text": "short", "model": {"b": torch.ones(2, 2), "n": [1, 2]}, "last": "x"}
-    first = read_layout(make_job(run_dir, state))
-    second = read_layout(make_job(run_dir, {**state, "text": "long " * 5000}))
-    assert second.memo is first.memo and second.items != first.items
+    first = read_layout(make_task(run_dir, state))
+    second = read_layout(make_task(run_dir, {**state, "text": "long " * 5000}))
+    assert second.cache is first.cache and second.items != first.items
     for layout in (first, second, first):
         data = index_files(layout, "0a", "/d")[".metadata"]
         assert pickle.loads(data) == as_dataclasses(layout, "0a", "/d")
@@ -105,9 +105,9 @@ def test_objects_of_other_sizes_move_and_the_rest_is_kept(run_dir: Path) -> None
 
 def test_tensors_without_a_plan(run_dir: Path) -> None:
     """A layout that comes from a file has nothing to share, and no templates."""
-    kept = read_layout(make_job(run_dir, everything()))
+    kept = read_layout(make_task(run_dir, everything()))
     alone = Layout(kept.files, kept.items, kept.structure, kept.segment_bytes)
-    assert alone.memo is not kept.memo
+    assert alone.cache is not kept.cache
     assert pickle.loads(index_files(alone, "0a", "/d")[".metadata"]) == as_dataclasses(kept, "0a", "/d")
 
 

@@ -23,7 +23,7 @@ from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES, BUFFER_BYTES,
 from stager.workers.checkpoint.write.part_writer import PartWriter
 from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.errors import StorageError
-from tests.persistence.jobs import load, make_job, run
+from tests.persistence.tasks import load, make_task, run
 from tests.persistence.test_writing import cache_can_be_dropped, num_cached
 from tests.states import same
 
@@ -196,7 +196,7 @@ def test_checkpoints_are_the_same_either_way(tmp_path: Path, kind: str) -> None:
     for direct_io in (False, True):
         directory = tmp_path / str(direct_io)
         directory.mkdir()
-        info = run(replace(make_job(directory, state, kind=kind), writing=Writing(direct_io=direct_io))).info
+        info = run(replace(make_task(directory, state, kind=kind), writing=Writing(direct_io=direct_io))).info
         assert verify_checkpoint(info.path).ok and same(load(info), state)
         data = [path for path in Path(info.path).rglob("*") if path.stat().st_size > MIB]
         found.append({path.name: path.read_bytes() for path in data})
@@ -231,7 +231,7 @@ def test_setting_decides(room: Path, monkeypatch: pytest.MonkeyPatch, direct_io:
     directory.mkdir()
     monkeypatch.setattr(direct, "is_worth_it", lambda directory_fd: False)
     state = {"big": torch.arange(6.0 * MIB)}
-    info = run(replace(make_job(directory, state), writing=Writing(direct_io=direct_io))).info
+    info = run(replace(make_task(directory, state), writing=Writing(direct_io=direct_io))).info
     cached = sum(map(num_cached, Path(info.path).glob("__0_[0-9].distcp")))
     assert cached < 10 if direct_io else cached * BLOCK_BYTES >= 24 * MIB
 
@@ -241,7 +241,7 @@ def test_full_disk_names_the_file(run_dir: Path, monkeypatch: pytest.MonkeyPatch
     run_dir.mkdir()
     full = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(PartWriter, "_open_direct", lambda self, file: full)
-    job = replace(make_job(run_dir, {"big": torch.arange(6.0 * MIB)}), writing=Writing(direct_io=True))
+    job = replace(make_task(run_dir, {"big": torch.arange(6.0 * MIB)}), writing=Writing(direct_io=True))
     with pytest.raises(StorageError, match=r"__0_0\.distcp.*No space left"):
         run(job)
     os.close(full)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stager.workers.checkpoint.formats.torch_save import tensor_frame
+from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 
 # Those that torch.save can write; int1 to uint7 it cannot, quantized tensors are saved as objects.
@@ -37,7 +37,7 @@ def test_framed_bytes_are_a_tensor_to_torch_load(name: str) -> None:
     dtype = dtype_of(name)
     for shape in _SHAPES:
         stride = contiguous(shape)
-        head, tail = tensor_frame(name, shape, stride)
+        head, tail = header_and_tail(name, shape, stride)
         nbytes = math.prod(shape) * dtype.itemsize
         raw = bytes(nbytes) if name == "bool" else os.urandom(nbytes)
         assert not nbytes or len(head) % 64 == 0
@@ -50,7 +50,7 @@ def test_framed_bytes_are_a_tensor_to_torch_load(name: str) -> None:
 
 @pytest.mark.parametrize("shape, stride", [((3, 5), (1, 3)), ((2, 3, 4, 5), (60, 1, 15, 3)), ((1, 4), (77, 1))])
 def test_dense_strides_are_kept(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    head, tail = tensor_frame("float64", shape, stride)
+    head, tail = header_and_tail("float64", shape, stride)
     raw = os.urandom(math.prod(shape) * 8)
     tensor = torch.load(io.BytesIO(head + raw + tail), weights_only=True)
     assert tensor.stride() == stride and bytes(tensor.untyped_storage()) == raw
@@ -59,7 +59,7 @@ def test_dense_strides_are_kept(shape: tuple[int, ...], stride: tuple[int, ...])
 def test_tensor_of_more_than_4_gib_is_a_zip64_archive(tmp_path: Path) -> None:
     """Sparse: it takes neither memory nor disk."""
     count = (4 << 30) // 4 + 5
-    head, tail = tensor_frame("int32", (count,), (1,))
+    head, tail = header_and_tail("int32", (count,), (1,))
     path = tmp_path / "blob"
     with open(path, "wb") as file:
         file.write(head)
@@ -70,7 +70,7 @@ def test_tensor_of_more_than_4_gib_is_a_zip64_archive(tmp_path: Path) -> None:
 
 
 def digest() -> str:
-    frames = [tensor_frame(name, (3, 4), (4, 1)) for name in ("float32", "bool", "complex64", "uint16")]
+    frames = [header_and_tail(name, (3, 4), (4, 1)) for name in ("float32", "bool", "complex64", "uint16")]
     return hashlib.sha256(b"".join(b"".join(frame) for frame in frames)).hexdigest()
 
 
@@ -84,7 +84,7 @@ def test_what_the_user_set_for_torch_does_not_change_them() -> None:
     """The trainer computes sizes and the workers write bytes: settings of the trainer's process must not part them."""
     config = pytest.importorskip("torch.utils.serialization", reason="torch 2.7 has these settings").config
     expected = digest()
-    tensor_frame.cache_clear()
+    header_and_tail.cache_clear()
     torch.use_deterministic_algorithms(True)
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.float64)
@@ -96,7 +96,7 @@ def test_what_the_user_set_for_torch_does_not_change_them() -> None:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("cpu")
         torch.use_deterministic_algorithms(False)
-        tensor_frame.cache_clear()
+        header_and_tail.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["float33", "nn", "_C", "onnx", "__path__", "", "qint8", "float", None, 3, []])

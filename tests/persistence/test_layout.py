@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, deal, num_segments, segments
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, num_segments, partition, segments
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
@@ -54,14 +54,14 @@ def test_parts_hold_every_segment_once_in_order_and_are_balanced(
     files: list[list[int]], segment_bytes: int, num_parts: int
 ) -> None:
     layout = layout_of(files, segment_bytes)
-    parts = deal(layout, num_parts)
+    parts = partition(layout, num_parts)
     assert len(parts) == num_parts
     assert [segment for part in parts for segment in part] == list(segments(layout))
     largest = max((s.end - s.start for s in segments(layout)), default=0)
     total = sum(spec.nbytes for spec in layout.files)
     for part in parts:
         assert sum(s.end - s.start for s in part) <= total / num_parts + largest
-    assert deal(layout, num_parts) == parts
+    assert partition(layout, num_parts) == parts
 
 
 @settings(deadline=None)
@@ -72,7 +72,7 @@ def test_files_that_are_dealt_whole_are_in_one_part(
     files: list[list[int]], segment_bytes: int, num_parts: int, whole_bytes: int
 ) -> None:
     layout = layout_of(files, segment_bytes)
-    parts = deal(layout, num_parts, whole_bytes)
+    parts = partition(layout, num_parts, whole_bytes)
     assert [segment for part in parts for segment in part] == list(segments(layout))
     unit = segment_bytes
     for number, spec in enumerate(layout.files):

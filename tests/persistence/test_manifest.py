@@ -17,7 +17,7 @@ from stager.workers.checkpoint.directory.envelope import seal, seal_json
 from stager.workers.checkpoint.directory.manifest import parse_manifest, read_manifest
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from stager.workers.errors import CorruptCheckpointError
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.tensor(1), {"c": torch.empty(0, 3)}], "d": {"o": "object"}}
 KIND, FILE, OFFSET, NBYTES, DATA_OFFSET, DATA_NBYTES, DTYPE, SHAPE, STRIDE, HASHES = range(10)

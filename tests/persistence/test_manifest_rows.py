@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from stager.workers.checkpoint.directory.manifest import Header, IndexFile, Manifest, parse_manifest
+from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader, parse_manifest
 from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, Layout, num_segments
 from stager.workers.checkpoint.write.write_task import read_layout
-from tests.persistence.jobs import make_job
+from tests.persistence.tasks import make_task
 from tests.states import everything
 
-HEADER = Header("dcp", 7, "0a", 1.5, "2.6", 'odd "version" ä')
+HEADER = ManifestHeader("dcp", 7, "0a", 1.5, "2.6", 'odd "version" ä')
 
 
 def manifest_of(layout: Layout, value: str) -> Manifest:
@@ -32,7 +32,7 @@ def plain(manifest: Manifest) -> object:
 @pytest.mark.parametrize("value", ["0" * 32, 'no "hash", [but] text', "ä", ""])
 @pytest.mark.parametrize("segment_bytes", [256, 64 << 20])
 def test_rows_are_what_json_gives(run_dir: Path, value: str, segment_bytes: int) -> None:
-    layout = read_layout(make_job(run_dir, everything(), segment_bytes=segment_bytes))
+    layout = read_layout(make_task(run_dir, everything(), segment_bytes=segment_bytes))
     for manifest in (manifest_of(layout, value), manifest_of(layout, value + "1")):  # the second from what was kept
         data = manifest.to_bytes()
         body = json.loads(data)["body"]
@@ -44,9 +44,9 @@ def test_rows_are_what_json_gives(run_dir: Path, value: str, segment_bytes: int)
 
 def test_objects_of_other_sizes_are_in_the_next_manifest(run_dir: Path) -> None:
     state = everything()
-    first = read_layout(make_job(run_dir, {**state, "text": "short"}))
-    second = read_layout(make_job(run_dir, {**state, "text": "long " * 5000}))
-    assert second.memo is first.memo and second.items != first.items
+    first = read_layout(make_task(run_dir, {**state, "text": "short"}))
+    second = read_layout(make_task(run_dir, {**state, "text": "long " * 5000}))
+    assert second.cache is first.cache and second.items != first.items
     for layout in (first, second, first):
         manifest = manifest_of(layout, "0" * 32)
         assert json.loads(manifest.to_bytes())["body"]["rows"] == plain(manifest)["rows"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stager.workers.checkpoint.commit.commit import partial_path
-from stager.workers.checkpoint.commit.persist import discard_unfinished, persist_part, set_aside
+from stager.workers.checkpoint.commit.persist import discard_unfinished, persist_part, quarantine
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.directory.run_directory import (
@@ -22,10 +22,10 @@ from stager.workers.checkpoint.directory.run_directory import (
     read_checkpoint,
     unfinished_name,
 )
-from stager.workers.checkpoint.maintenance.recover import Outcome, Recovered, recover
+from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, RecoverOutcome, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write.write_task import WriteTask
-from tests.persistence.jobs import Crash, failing_call, in_turn, load, make_job, run, save
+from tests.persistence.tasks import Crash, failing_call, in_turn, load, make_task, run, save
 from tests.states import same
 
 OLD, NEW = {"x": torch.zeros(100)}, {"x": torch.ones(100), "y": {"z": torch.arange(9)}, "o": 2}
@@ -46,20 +46,20 @@ def states_of(run_dir: Path) -> dict[int, Any]:
     return {info.step: load(info) for info in committed}
 
 
-def crashes(run_dir: Path, number: int, job: WriteTask) -> bool:
-    """Whether the ``number``-th system call of the job was reached; the process dies there."""
+def crashes(run_dir: Path, number: int, task: WriteTask) -> bool:
+    """Whether the ``number``-th system call of the task was reached; the process dies there."""
     with failing_call(number, Crash) as reached, suppress(Crash):
-        run(job)
+        run(task)
     return reached()
 
 
 def test_crash_at_each_system_call_leaves_the_whole_checkpoint_or_none(tmp_path: Path) -> None:
-    outcomes: set[Outcome] = set()
+    outcomes: set[RecoverOutcome] = set()
 
     def attempt(number: int) -> bool:
         run_dir = tmp_path / str(number)
         save(run_dir, OLD, step=1, fsync=False)
-        reached = crashes(run_dir, number, make_job(run_dir, NEW, step=2, num_parts=2))
+        reached = crashes(run_dir, number, make_task(run_dir, NEW, step=2, num_parts=2))
         # A reader of this moment sees the old one, or the new one whole.
         for info in list_checkpoints(run_dir)[0]:
             assert verify_checkpoint(info.path).ok
@@ -69,13 +69,13 @@ def test_crash_at_each_system_call_leaves_the_whole_checkpoint_or_none(tmp_path:
         assert same(states.pop(1), OLD)
         assert not states or same(states[2], NEW)
         if found:  # else it crashed before the partial directory was made, or after it was renamed
-            assert bool(states) == (found[0].outcome is Outcome.COMMITTED)
+            assert bool(states) == (found[0].outcome is RecoverOutcome.COMMITTED)
         assert recover(str(run_dir)) == []
         shutil.rmtree(run_dir)
         return reached
 
     assert in_turn(attempt) > 40
-    assert outcomes == {Outcome.COMMITTED, Outcome.REMOVED}
+    assert outcomes == {RecoverOutcome.COMMITTED, RecoverOutcome.REMOVED}
 
 
 def test_crash_at_each_system_call_of_a_replacement_leaves_one_of_the_two(tmp_path: Path, exchange: None) -> None:
@@ -84,7 +84,7 @@ def test_crash_at_each_system_call_of_a_replacement_leaves_one_of_the_two(tmp_pa
     def attempt(number: int) -> bool:
         run_dir = tmp_path / str(number)
         save(run_dir, OLD, fsync=False)
-        reached = crashes(run_dir, number, make_job(run_dir, NEW))
+        reached = crashes(run_dir, number, make_task(run_dir, NEW))
         recover(str(run_dir))
         states = states_of(run_dir)
         assert len(states) == 1
@@ -116,22 +116,22 @@ def test_crash_at_each_system_call_of_a_recovery_can_be_recovered_from(tmp_path:
 
 def stop_before_publishing(run_dir: Path, **options: Any) -> WriteTask:
     """Every receipt is there, the commit is not."""
-    job = make_job(run_dir, NEW, **options)
+    task = make_task(run_dir, NEW, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stager.workers.checkpoint.commit.persist.try_commit", lambda *_: None)
-        for part in range(job.spec.num_parts):
-            persist_part(job, part)
-    return job
+        for part in range(task.spec.num_parts):
+            persist_part(task, part)
+    return task
 
 
 def stop_before_renaming(run_dir: Path, **options: Any) -> WriteTask:
     """The manifest is there, the name is not."""
-    job = make_job(run_dir, NEW, **options)
+    task = make_task(run_dir, NEW, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", _crash)
         with pytest.raises(Crash):
-            run(job)
-    return job
+            run(task)
+    return task
 
 
 def _crash(*_: object) -> None:
@@ -144,15 +144,15 @@ def test_moved_run_is_recovered_where_it_is_now(run_dir: Path, tmp_path: Path, s
     stop(run_dir)
     moved = run_dir.rename(tmp_path / "moved")
     (found,) = recover(str(moved))
-    assert found.outcome is Outcome.COMMITTED
+    assert found.outcome is RecoverOutcome.COMMITTED
     assert same(states_of(moved)[1], NEW)
 
 
 def test_missing_part_is_named(run_dir: Path) -> None:
     run_dir.mkdir()
-    persist_part(make_job(run_dir, num_parts=3), 0)
+    persist_part(make_task(run_dir, num_parts=3), 0)
     (found,) = recover(str(run_dir))
-    assert found.outcome is Outcome.REMOVED and found.reason.endswith("never finished: 2 of 3 parts are missing")
+    assert found.outcome is RecoverOutcome.REMOVED and found.reason.endswith("never finished: 2 of 3 parts are missing")
     assert os.listdir(run_dir) == []
 
 
@@ -162,7 +162,7 @@ def test_older_save_of_a_step_does_not_replace_the_newer_one(run_dir: Path, stop
     stop(run_dir)
     save(run_dir, OLD)
     (found,) = recover(str(run_dir))
-    assert found.outcome is Outcome.REMOVED and "older than the" in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and "is older than" in found.reason
     assert same(states_of(run_dir)[1], OLD)
 
 
@@ -173,20 +173,20 @@ def test_what_was_being_replaced_comes_back_when_its_successor_is_damaged(run_di
     old.rename(f"{partial}.replaced")
     path = partial / "__0_0.distcp"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-    assert [found.outcome for found in recover(str(run_dir))] == [Outcome.REMOVED, Outcome.COMMITTED]
+    assert [found.outcome for found in recover(str(run_dir))] == [RecoverOutcome.REMOVED, RecoverOutcome.COMMITTED]
     assert same(states_of(run_dir)[1], OLD)
 
 
 def test_clock_that_was_set_back_does_not_bring_an_old_checkpoint_back(run_dir: Path) -> None:
     """Killed after the exchange of names: the old one lies under the partial name, and its date is the later one."""
-    old = make_job(run_dir, OLD)
+    old = make_task(run_dir, OLD)
     run_dir.mkdir()
     old = replace(old, spec=replace(old.spec, created=old.spec.created + 1e6))
     new = Path(partial_path(stop_before_renaming(run_dir).spec))
     run(old)
     assert files.exchange(str(new), str(run_dir / "step-00000001"))
     (found,) = recover(str(run_dir))
-    assert found.outcome is Outcome.REMOVED and "was replaced by" in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and "was replaced by" in found.reason
     assert same(states_of(run_dir)[1], NEW)
 
 
@@ -200,9 +200,9 @@ def test_files_lost_in_a_power_failure_are_not_committed(run_dir: Path, stop: An
         path.unlink() if harm == "missing" else path.write_bytes(path.read_bytes()[:-1])
     found = recover(str(run_dir))
     if name == ".metadata" and stop is stop_before_publishing:  # it is written at commit
-        assert found[0].outcome is Outcome.COMMITTED
+        assert found[0].outcome is RecoverOutcome.COMMITTED
         return
-    assert found[0].outcome is Outcome.REMOVED and name in found[0].reason
+    assert found[0].outcome is RecoverOutcome.REMOVED and name in found[0].reason
     assert read_checkpoint(str(run_dir), 1)[0] == old
 
 
@@ -212,7 +212,7 @@ def test_without_fsync_the_bytes_are_checked_before_they_are_trusted(run_dir: Pa
     path = partial / "__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))  # what a power failure makes of a file that was never synced
     (found,) = recover(str(run_dir))
-    assert found.outcome is Outcome.REMOVED and "damaged" in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and "damaged" in found.reason
 
 
 def change_record(partial: Path, section: str, **changes: object) -> None:
@@ -256,7 +256,7 @@ def test_hostile_record_is_removed(run_dir: Path, tmp_path: Path, section: str, 
     run_dir.mkdir()
     change_record(Path(partial_path(stop_before_publishing(run_dir).spec)), section, **changes)
     (found,) = recover(str(run_dir))
-    assert found.outcome is Outcome.REMOVED
+    assert found.outcome is RecoverOutcome.REMOVED
     assert os.listdir(run_dir) == [] and os.listdir(tmp_path) == ["run"]
 
 
@@ -266,7 +266,7 @@ def test_damaged_documents_are_removed(run_dir: Path, name: str, content: bytes)
     run_dir.mkdir()
     Path(partial_path(stop_before_publishing(run_dir).spec), name).write_bytes(content)
     (found,) = recover(str(run_dir))
-    assert found.outcome is Outcome.REMOVED and name in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and name in found.reason
     assert os.listdir(run_dir) == []
 
 
@@ -286,7 +286,9 @@ def test_what_is_called_partial_and_is_no_directory_is_removed_and_nothing_behin
     os.mkfifo(run_dir / "step-00000007.partial-ab")
     (run_dir / "step-00000008.partial-ab").symlink_to("/none")
     found = recover(str(run_dir))
-    assert [(f.outcome, f.reason.rpartition(": ")[2]) for f in found] == [(Outcome.REMOVED, "is not a directory")] * 4
+    assert [(f.outcome, f.reason.rpartition(": ")[2]) for f in found] == [
+        (RecoverOutcome.REMOVED, "is not a directory")
+    ] * 4
     assert os.listdir(run_dir) == []
     assert sorted(elsewhere.rglob("*")) == before
 
@@ -307,14 +309,14 @@ def test_names_that_are_not_quite_ours_are_left_alone(run_dir: Path) -> None:
 
 def test_what_cannot_be_dealt_with_is_left_and_stands_in_nobodys_way(run_dir: Path) -> None:
     run_dir.mkdir()
-    job = stop_before_publishing(run_dir)
+    task = stop_before_publishing(run_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", _eio)
         found = recover(str(run_dir))
-    assert found == [Recovered(Path(partial_path(job.spec)).name, Outcome.LEFT, found[0].reason)]
+    assert found == [RecoveredDirectory(Path(partial_path(task.spec)).name, RecoverOutcome.LEFT, found[0].reason)]
     assert "see dmesg" in found[0].reason
     assert partial_names(str(run_dir))
-    assert recover(str(run_dir))[0].outcome is Outcome.COMMITTED
+    assert recover(str(run_dir))[0].outcome is RecoverOutcome.COMMITTED
 
 
 def _eio(*_: object, **__: object) -> None:
@@ -324,11 +326,11 @@ def _eio(*_: object, **__: object) -> None:
 def test_every_save_in_flight_is_recovered_and_the_newest_of_a_step_wins(run_dir: Path) -> None:
     run_dir.mkdir()
     for step in (1, 2, 2):
-        job = stop_before_publishing(run_dir, step=step)
-    assert {f.outcome for f in recover(str(run_dir))} <= {Outcome.COMMITTED, Outcome.REMOVED}
+        task = stop_before_publishing(run_dir, step=step)
+    assert {f.outcome for f in recover(str(run_dir))} <= {RecoverOutcome.COMMITTED, RecoverOutcome.REMOVED}
     assert sorted(os.listdir(run_dir)) == ["step-00000001", "step-00000002"]
-    assert read_checkpoint(str(run_dir), 2)[0].save_id == job.spec.save_id
-    assert asdict(job.spec)["step"] == 2
+    assert read_checkpoint(str(run_dir), 2)[0].save_id == task.spec.save_id
+    assert asdict(task.spec)["step"] == 2
 
 
 def test_no_directory_is_nothing_to_recover(run_dir: Path) -> None:
@@ -338,10 +340,10 @@ def test_no_directory_is_nothing_to_recover(run_dir: Path) -> None:
 def give_up(run_dir: Path) -> WriteTask:
     """One of three parts was written, and what is there was set aside."""
     run_dir.mkdir()
-    job = make_job(run_dir, NEW, num_parts=3)
-    persist_part(job, 0)
-    set_aside(str(run_dir), job.spec.step, job.spec.save_id)
-    return job
+    task = make_task(run_dir, NEW, num_parts=3)
+    persist_part(task, 0)
+    quarantine(str(run_dir), task.spec.step, task.spec.save_id)
+    return task
 
 
 def test_what_was_given_up_is_not_committed_by_a_part_that_comes_late(run_dir: Path) -> None:
@@ -349,16 +351,18 @@ def test_what_was_given_up_is_not_committed_by_a_part_that_comes_late(run_dir: P
     for part in (1, 2):
         assert persist_part(given_up, part).committed is None
     assert list_checkpoints(run_dir)[0] == []
-    set_aside(str(run_dir), given_up.spec.step, given_up.spec.save_id)  # of the rank that was late
+    quarantine(str(run_dir), given_up.spec.step, given_up.spec.save_id)  # of the rank that was late
     assert os.listdir(run_dir) == [unfinished_name(given_up.spec.step, given_up.spec.save_id)]
 
 
 def test_what_was_given_up_can_be_taken_up_again(run_dir: Path) -> None:
     given_up = give_up(run_dir)
     before = os.listdir(run_dir)
-    assert {found.outcome for found in recover(str(run_dir), dry_run=True, leave_unfinished=True)} == {Outcome.LEFT}
+    assert {found.outcome for found in recover(str(run_dir), dry_run=True, leave_unfinished=True)} == {
+        RecoverOutcome.LEFT
+    }
     assert os.listdir(run_dir) == before
-    assert {found.outcome for found in recover(str(run_dir), leave_unfinished=True)} == {Outcome.LEFT}
+    assert {found.outcome for found in recover(str(run_dir), leave_unfinished=True)} == {RecoverOutcome.LEFT}
     assert partial_names(str(run_dir)) == os.listdir(run_dir)
     for part in (1, 2):
         done = persist_part(given_up, part)
@@ -370,7 +374,7 @@ def test_what_was_given_up_goes_where_there_are_no_replicas(run_dir: Path) -> No
     give_up(run_dir)
     before = os.listdir(run_dir)
     (found,) = recover(str(run_dir), dry_run=True)
-    assert (found.name, found.outcome, os.listdir(run_dir)) == (before[0], Outcome.REMOVED, before)
+    assert (found.name, found.outcome, os.listdir(run_dir)) == (before[0], RecoverOutcome.REMOVED, before)
     assert recover(str(run_dir)) == [found]
     assert os.listdir(run_dir) == []
 
@@ -380,11 +384,11 @@ def test_what_was_given_up_is_removed_when_it_is_not_needed_any_more(run_dir: Pa
     for _ in range(2):  # the second time it is gone
         discard_unfinished(str(run_dir), given_up.spec.step, given_up.spec.save_id)
         assert os.listdir(run_dir) == []
-    set_aside(str(run_dir), given_up.spec.step, given_up.spec.save_id)
+    quarantine(str(run_dir), given_up.spec.step, given_up.spec.save_id)
 
 
 def test_what_is_committed_cannot_be_set_aside(run_dir: Path) -> None:
     save(run_dir, NEW)
     (info,) = list_checkpoints(run_dir)[0]
-    set_aside(str(run_dir), info.step, info.save_id)
+    quarantine(str(run_dir), info.step, info.save_id)
     assert same(states_of(run_dir)[1], NEW)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from stager.workers.checkpoint.directory.run_directory import read_checkpoint
-from stager.workers.checkpoint.layout.layout import Segment, deal, deal_once, segments
+from stager.workers.checkpoint.layout.layout import Segment, partition, partition_once, segments
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write import small_items
 from stager.workers.checkpoint.write.small_items import runs
 from stager.workers.checkpoint.write.write_task import read_layout
-from tests.persistence.jobs import load, make_job, run
+from tests.persistence.tasks import load, make_task, run
 from tests.states import same
 
 
@@ -36,7 +36,7 @@ def test_files_are_the_same_with_and_without_runs(
         monkeypatch.setattr(small_items, "_RUN_BYTES", run_bytes)
         (tmp_path / name).mkdir()
         for _ in range(2):  # the second from what was kept
-            info = run(make_job(tmp_path / name, mixture(seed), num_parts=3, num_files=2, segment_bytes=70_000)).info
+            info = run(make_task(tmp_path / name, mixture(seed), num_parts=3, num_files=2, segment_bytes=70_000)).info
             assert verify_checkpoint(info.path).problems == ()
             assert same(load(info), mixture(seed))
         manifest = read_checkpoint(str(tmp_path / name), 1)[1]
@@ -48,7 +48,7 @@ def test_files_are_the_same_with_and_without_runs(
 @pytest.mark.parametrize("seed", range(4))
 def test_runs_are_the_segments_in_order_and_tile(run_dir: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_items, "_RUN_BYTES", 30_000)
-    layout = read_layout(make_job(run_dir, mixture(seed), num_files=3, segment_bytes=50_000))
+    layout = read_layout(make_task(run_dir, mixture(seed), num_files=3, segment_bytes=50_000))
     every = list(segments(layout))
     found = list(runs(layout, every))
     assert [segment for _, part in found for segment in part] == every
@@ -66,10 +66,10 @@ def is_whole(ends: list[int], offset: int, segment: Segment) -> bool:
 
 
 def test_parts_are_dealt_anew_when_an_object_grows(run_dir: Path) -> None:
-    first = read_layout(make_job(run_dir, {"a": torch.ones(1000), "text": "short"}))
-    second = read_layout(make_job(run_dir, {"a": torch.ones(1000), "text": "long " * 5000}))
-    assert second.memo is first.memo
+    first = read_layout(make_task(run_dir, {"a": torch.ones(1000), "text": "short"}))
+    second = read_layout(make_task(run_dir, {"a": torch.ones(1000), "text": "long " * 5000}))
+    assert second.cache is first.cache
     for layout in (first, second, first):
-        assert deal_once(layout, 2) == deal(layout, 2)
+        assert partition_once(layout, 2) == partition(layout, 2)
         assert layout.ends() == [end for _, _, end in layout.spans()]
-    assert deal(first, 2) != deal(second, 2)
+    assert partition(first, 2) != partition(second, 2)

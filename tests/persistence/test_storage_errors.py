@@ -22,12 +22,12 @@ from stager.workers.checkpoint.directory.run_directory import (
     partial_names,
     read_checkpoint,
 )
-from stager.workers.checkpoint.formats.torch_save import tensor_frame
+from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.layout import align
-from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import DirectoryInUseError, StorageError
-from tests.persistence.jobs import failing_call, in_turn, load, make_job, run, save
+from tests.persistence.tasks import failing_call, in_turn, load, make_task, run, save
 from tests.small_disk import small_disk_at
 from tests.states import same
 
@@ -45,7 +45,7 @@ def test_error_at_each_system_call(tmp_path: Path, step: int, code: int) -> None
         nonlocal failures
         run_dir = tmp_path / str(number)
         save(run_dir, OLD, step=1, fsync=False)
-        job = make_job(run_dir, NEW, step=step)
+        job = make_task(run_dir, NEW, step=step)
         with failing_call(number, lambda name: OSError(code, os.strerror(code))) as reached:
             try:
                 run(job)
@@ -56,12 +56,12 @@ def test_error_at_each_system_call(tmp_path: Path, step: int, code: int) -> None
                 discard_partial(str(run_dir), step, job.spec.save_id)  # as the trainer has it done
         if partial_names(str(run_dir)):  # only the replaced one, when what failed was its removal
             assert read_checkpoint(str(run_dir), step)[0].save_id == job.spec.save_id
-            assert [found.outcome for found in recover(str(run_dir))] == [Outcome.REMOVED]
+            assert [found.outcome for found in recover(str(run_dir))] == [RecoverOutcome.REMOVED]
         committed, skipped = list_checkpoints(run_dir)
         assert not skipped and all(verify_checkpoint(info.path).ok for info in committed)
         for info in committed:
             assert same(load(info), NEW if info.save_id == job.spec.save_id else OLD)
-        run(make_job(run_dir, NEW, step=step, fsync=False))
+        run(make_task(run_dir, NEW, step=step, fsync=False))
         assert same(load(read_checkpoint(str(run_dir), step)[0]), NEW)
         shutil.rmtree(run_dir)
         return reached()
@@ -73,7 +73,7 @@ def test_error_at_each_system_call(tmp_path: Path, step: int, code: int) -> None
 @pytest.mark.parametrize("code", CODES, ids=errno.errorcode.get)
 def test_message_says_what_to_do(run_dir: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir, NEW)
+    job = make_task(run_dir, NEW)
 
     def pwritev(*_: object) -> int:
         raise OSError(code, os.strerror(code))
@@ -99,7 +99,7 @@ def test_write_that_gets_nowhere_is_an_error_and_no_endless_loop(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir)
+    job = make_task(run_dir)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", lambda *_: 0)
         with pytest.raises(StorageError, match="dmesg"):
@@ -126,9 +126,9 @@ def test_full_disk(small_disk: Path, where: str) -> None:
     pages_left = {"data": 0, "receipt": 1, "index": 2, "manifest": 3}[where]
     old = save(small_disk, OLD, step=1)
     stats = os.statvfs(small_disk)
-    frame = sum(map(len, tensor_frame("uint8", (1 << 19,), (1,))))
+    frame = sum(map(len, header_and_tail("uint8", (1 << 19,), (1,))))
     num_bytes = (stats.f_bavail - pages_left) * stats.f_frsize - align(frame)
-    job = make_job(small_disk, {"x": torch.ones(num_bytes, dtype=torch.uint8)}, step=2, num_parts=1)
+    job = make_task(small_disk, {"x": torch.ones(num_bytes, dtype=torch.uint8)}, step=2, num_parts=1)
     with pytest.raises(StorageError, match="free space on this file system") as raised:
         run(job)
     name = {
@@ -148,7 +148,7 @@ def test_read_only_file_system(small_disk: Path) -> None:
     save(small_disk, OLD, step=1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(StorageError, match="mounted read-only"):
-        run(make_job(small_disk, step=2))
+        run(make_task(small_disk, step=2))
     with pytest.raises(StorageError, match="mounted read-only"):
         lock_directory(str(small_disk), 0)
     assert [info.step for info in list_checkpoints(small_disk)[0]] == [1]
@@ -157,7 +157,7 @@ def test_read_only_file_system(small_disk: Path) -> None:
 def test_run_directory_that_was_removed_is_not_made_again(run_dir: Path) -> None:
     """Nobody holds the lock of a new one."""
     run_dir.mkdir()
-    job = make_job(run_dir)
+    job = make_task(run_dir)
     run_dir.rmdir()
     with pytest.raises(StorageError, match="was removed or renamed") as raised:
         run(job)
@@ -169,7 +169,7 @@ def test_run_directory_that_was_removed_is_not_made_again(run_dir: Path) -> None
 def test_file_where_the_run_directory_should_be(run_dir: Path) -> None:
     run_dir.touch()
     with pytest.raises(StorageError) as raised:
-        run(make_job(run_dir))
+        run(make_task(run_dir))
     assert raised.value.errno == errno.ENOTDIR
     with pytest.raises(StorageError):
         list_checkpoints(run_dir)
@@ -180,7 +180,7 @@ def test_file_where_the_run_directory_should_be(run_dir: Path) -> None:
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_something_else_where_the_partial_directory_should_be(run_dir: Path, tmp_path: Path, kind: str) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir)
+    job = make_task(run_dir)
     partial = run_dir / f"step-00000001.partial-{job.spec.save_id}"
     partial.touch() if kind == "file" else partial.symlink_to(tmp_path)
     with pytest.raises(StorageError) as raised:
@@ -239,7 +239,7 @@ def test_lock_where_locks_do_not_work(run_dir: Path, monkeypatch: pytest.MonkeyP
 
     run_dir.mkdir()
     monkeypatch.setattr(fcntl, "flock", flock)
-    for use in (lambda: lock_directory(str(run_dir), 0), lambda: run(make_job(run_dir))):
+    for use in (lambda: lock_directory(str(run_dir), 0), lambda: run(make_task(run_dir))):
         with pytest.raises(StorageError) as raised:
             use()
         assert raised.value.errno == errno.ENOLCK
@@ -258,7 +258,7 @@ def test_path_that_is_too_long(tmp_path: Path) -> None:
     while len(str(deep)) < 4090:
         deep = deep / ("d" * 200)
     with pytest.raises(StorageError) as raised:
-        run(make_job(deep))
+        run(make_task(deep))
     assert raised.value.errno == errno.ENAMETOOLONG
 
 

@@ -15,7 +15,7 @@ import torch
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.read.verify import check_files, fingerprint, verify_checkpoint
 from stager.workers.errors import CheckpointNotFoundError
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 
 STATE = {"a": torch.arange(4, dtype=torch.int16), "b": {"c": torch.tensor(1.5), "d": torch.empty(0)}, "e": "text"}
 

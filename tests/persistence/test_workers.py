@@ -16,7 +16,7 @@ from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests import scripts
 from tests.faults import Faults
-from tests.persistence.jobs import load, save
+from tests.persistence.tasks import load, save
 from tests.states import same
 
 # Every point of a part and of a commit, in order; "after=1" is the second visit of the process that gets there.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory.run_directory import partial_names, read_checkpoint
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from tests.persistence.jobs import load, make_job, run, save
+from tests.persistence.tasks import load, make_task, run, save
 from tests.states import bits, everything, same
 
 
@@ -74,7 +74,7 @@ def test_parts_in_any_order_give_the_same_files(run_dir: Path, tmp_path: Path) -
     for number, order in enumerate(itertools.permutations(range(3))):
         directory = tmp_path / str(number)
         directory.mkdir()
-        job = make_job(directory, state, num_parts=3, num_files=2, segment_bytes=256)
+        job = make_task(directory, state, num_parts=3, num_files=2, segment_bytes=256)
         committed = [persist_part(job, part).committed for part in order]
         assert [c is not None for c in committed] == [False, False, True]
         path = Path(committed[-1].info.path)
@@ -168,7 +168,7 @@ def test_index_names_no_process_local_path_that_a_copy_would_break(run_dir: Path
 
 def test_a_part_that_is_run_again_changes_nothing(run_dir: Path) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir, num_parts=2)
+    job = make_task(run_dir, num_parts=2)
     first = persist_part(job, 0)
     again = persist_part(job, 0)
     assert (first.pid, first.started, first.written) == (again.pid, again.started, again.written)
@@ -177,4 +177,4 @@ def test_a_part_that_is_run_again_changes_nothing(run_dir: Path) -> None:
     assert persist_part(job, 0).committed is not None  # it learns what the other one did
     assert persist_part(job, 1).committed is not None
     assert not partial_names(str(run_dir))
-    assert run(make_job(run_dir, step=2)).info.step == 2
+    assert run(make_task(run_dir, step=2)).info.step == 2

@@ -18,7 +18,7 @@ from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write import part_writer
 from stager.workers.checkpoint.write import write_back as writing
 from stager.workers.checkpoint.write.write_back import Pace, WriteBack, Writing, drop_cached
-from tests.persistence.jobs import load, make_job, run
+from tests.persistence.tasks import load, make_task, run
 from tests.states import same
 
 MIB = 1 << 20
@@ -79,7 +79,7 @@ def test_every_byte_of_a_part_counts_against_the_limit(run_dir: Path, monkeypatc
 
     monkeypatch.setattr(part_writer, "Pace", pace)
     state = {"big": torch.ones(3 * MIB), "small": [torch.ones(9) for _ in range(50)], "text": "x"}
-    job = replace(make_job(run_dir, state, num_parts=3), writing=Writing(max_bytes_per_sec=MIB))
+    job = replace(make_task(run_dir, state, num_parts=3), writing=Writing(max_bytes_per_sec=MIB))
     info = run(job).info
     nbytes = sum(path.stat().st_size for path in Path(info.path).glob("*.distcp"))
     assert len(clocks) == 3
@@ -144,7 +144,7 @@ def test_what_was_synced_leaves_the_page_cache_if_wanted(run_dir: Path, drop: bo
     if not cache_can_be_dropped(run_dir):
         pytest.skip("this file system keeps its pages in memory")
     state = {"big": torch.arange(6.0 * MIB), "text": "x"}
-    info = run(replace(make_job(run_dir, state), writing=Writing(drop, direct_io=False))).info
+    info = run(replace(make_task(run_dir, state), writing=Writing(drop, direct_io=False))).info
     cached = sum(map(num_cached, Path(info.path).glob("__0_[0-9].distcp")))
     assert cached == 0 if drop else cached * mmap.PAGESIZE >= 24 * MIB
     assert verify_checkpoint(info.path).ok and same(load(info), state)

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-from stager.workers.checkpoint.commit.merge import lay_over
+from stager.workers.checkpoint.commit.merge import overlay
 from stager.workers.checkpoint.layout.structure import ABSENT, Node, absent
 from stager.workers.errors import InconsistentRanksError
 
 
 def test_what_one_rank_has() -> None:
     nodes: list[Node] = [["dict", ["a", "b"], [0, ABSENT]], ["dict", ["a", "b"], [ABSENT, 1]]]
-    assert lay_over(nodes) == ["dict", ["a", "b"], [0, 1]]
+    assert overlay(nodes) == ["dict", ["a", "b"], [0, 1]]
 
 
 def test_keys_of_each_rank_and_lists_of_other_lengths() -> None:
     nodes: list[Node] = [["dict", ["l", "r0"], [["list", [0]], 1]], ["dict", ["l", "r1"], [["list", [ABSENT, 2]], 3]]]
-    assert lay_over(nodes) == ["dict", ["l", "r0", "r1"], [["list", [0, 2]], 1, 3]]
+    assert overlay(nodes) == ["dict", ["l", "r0", "r1"], [["list", [0, 2]], 1, 3]]
 
 
 def test_chunks_of_all_ranks() -> None:
     nodes: list[Node] = [["chunks", [4], [[[0], 0]]], ABSENT, ["chunks", [4], [[[2], 1]]]]
-    assert lay_over(nodes) == ["chunks", [4], [[[0], 0], [[2], 1]]]
+    assert overlay(nodes) == ["chunks", [4], [[[0], 0], [[2], 1]]]
 
 
 def test_metadata_of_the_first_that_has_some() -> None:
     nodes: list[Node] = [["odict", ["a"], [ABSENT], None], ["odict", ["a"], [0], {"": {"version": 1}}]]
-    assert lay_over(nodes) == ["odict", ["a"], [0], {"": {"version": 1}}]
+    assert overlay(nodes) == ["odict", ["a"], [0], {"": {"version": 1}}]
 
 
 def test_what_no_rank_has_stays_absent() -> None:
-    merged = lay_over([["dict", ["a", "b"], [ABSENT, 0]], ["dict", ["a", "b"], [ABSENT, ABSENT]]])
+    merged = overlay([["dict", ["a", "b"], [ABSENT, 0]], ["dict", ["a", "b"], [ABSENT, ABSENT]]])
     assert list(absent(merged)) == [("a",)]
 
 
@@ -46,11 +46,11 @@ def test_what_no_rank_has_stays_absent() -> None:
 )
 def test_two_things_in_one_place(first: Node, second: Node, message: str) -> None:
     with pytest.raises(InconsistentRanksError, match=message) as caught:
-        lay_over([["dict", ["x"], [first]], ["dict", ["x"], [second]]])
+        overlay([["dict", ["x"], [first]], ["dict", ["x"], [second]]])
     assert str(caught.value).startswith("state['x']" if "state[" in str(caught.value) else "x")
 
 
 def test_the_ranks_that_do_not_agree_are_named() -> None:
     nodes: list[Node] = [["dict", [], []], ["dict", ["l"], [["list", [0]]]], ["dict", ["l"], [["list", [1]]]]]
     with pytest.raises(InconsistentRanksError, match="value on rank 1; value on rank 2"):
-        lay_over(nodes)
+        overlay(nodes)

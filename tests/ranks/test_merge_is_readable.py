@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pytest
 
 from stager.workers.checkpoint.commit.commit import build_manifest
-from stager.workers.checkpoint.commit.merge import Share, merge
+from stager.workers.checkpoint.commit.merge import RankContribution, merge
 from stager.workers.checkpoint.directory.manifest import parse_manifest
 from stager.workers.checkpoint.directory.receipt import Receipt
 from stager.workers.checkpoint.formats import dcp
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
-from stager.workers.checkpoint.layout.layout import FileSpec, Layout, deal_once
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
 from stager.workers.checkpoint.write.save_spec import SaveSpec
@@ -23,7 +23,7 @@ SAVE_ID = "0123456789abcdef"
 NAMES = ["a", "b", "c", "d", "e"]
 
 
-def _share(rank: int, num_ranks: int, items_of: Sequence[int | None], linked_bytes: int = 0) -> Share:
+def _share(rank: int, num_ranks: int, items_of: Sequence[int | None], linked_bytes: int = 0) -> RankContribution:
     """A rank with its row of each of some tensors of shape (number of ranks, 4).
 
     Args:
@@ -35,13 +35,13 @@ def _share(rank: int, num_ranks: int, items_of: Sequence[int | None], linked_byt
         ABSENT if item is None else ["chunks", [num_ranks, 4], [[[rank, 0], item]]] for item in items_of
     ]
     layout = Layout(laid_out.files, laid_out.items, ["dict", NAMES[: len(nodes)], nodes], 64 << 20)
-    check_layout(layout, is_share=True)
+    check_layout(layout, of_one_rank=True)
     spec = SaveSpec("/run", 1, SAVE_ID, "dcp", 1, False, 1e9, "0", "2", rank=rank, num_ranks=num_ranks)
-    hashes = tuple(f"{number:032x}" for number in range(len(deal_once(layout, 1)[0])))
-    return Share(spec, layout, (Receipt(0, 1, SAVE_ID, hashes, 1, 1e9, 1e9, 1e9, linked_bytes, rank=rank),))
+    hashes = tuple(f"{number:032x}" for number in range(len(partition_once(layout, 1)[0])))
+    return RankContribution(spec, layout, (Receipt(0, 1, SAVE_ID, hashes, 1, 1e9, 1e9, 1e9, linked_bytes, rank=rank),))
 
 
-def _read(shares: list[Share]) -> None:
+def _read(shares: list[RankContribution]) -> None:
     """By way of the manifest: as whoever reads the checkpoint does."""
     layout, hashes = merge(shares, "partial")
     text = build_manifest(shares, layout, hashes, ()).to_bytes()

@@ -165,7 +165,7 @@ def test_a_header_that_promises_too_much_is_refused(replicas: Replicas) -> None:
     Source(replicas).send(b"1" * 10, 1)
     path = replicas.slot(3, 0)
     os.truncate(path, 5)
-    with pytest.raises(CorruptCheckpointError, match="has not the 10 bytes"):
+    with pytest.raises(CorruptCheckpointError, match="is shorter than the 10 bytes"):
         check_replica(path)
 
 

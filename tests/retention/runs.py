@@ -9,7 +9,7 @@ import torch
 
 from stager.workers.checkpoint.directory.run_directory import committed_steps, list_checkpoints
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 
 
 def make_run(directory: Path, steps: Iterable[int]) -> Path:

@@ -15,13 +15,13 @@ import torch
 
 from stager import Checkpointer
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints, removing_names
-from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
 from stager.workers.checkpoint.maintenance.retention import PruneFate, RetentionRules, prune
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import StorageError
 from tests import scripts
 from tests.faults import Faults
-from tests.persistence.jobs import Crash, failing_call, in_turn
+from tests.persistence.tasks import Crash, failing_call, in_turn
 from tests.retention.runs import make_run, steps_of
 
 RULES = RetentionRules(keep_latest=1)
@@ -43,7 +43,7 @@ def test_crash_at_each_system_call_leaves_only_whole_checkpoints(tmp_path: Path)
         assert 3 in whole(run_dir)
         if number % 2:  # who comes next: a run, or another prune
             found = recover(str(run_dir))
-            assert {item.outcome for item in found} <= {Outcome.REMOVED}
+            assert {item.outcome for item in found} <= {RecoverOutcome.REMOVED}
             assert not removing_names(str(run_dir))
         prune(str(run_dir), RULES)
         assert steps_of(run_dir) == [3] and os.listdir(run_dir) == ["step-00000003"]

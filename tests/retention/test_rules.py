@@ -22,7 +22,7 @@ from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneRepo
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import CorruptCheckpointError
 from tests.incremental.states import save_incrementally
-from tests.persistence.jobs import make_job, save
+from tests.persistence.tasks import make_task, save
 from tests.retention.runs import damage, everything_in, make_run, steps_of
 
 STEPS = (10, 20, 30, 35, 40, 45)
@@ -93,7 +93,7 @@ def test_renamed_one_does_not_count(run_dir: Path) -> None:
     (run_dir / "step-00000003").rename(run_dir / "step-00000009")
     report = prune(str(run_dir), RetentionRules(keep_latest=1))
     assert fates(report) == {9: "left", 2: "kept", 1: "removed"}
-    assert report.verdicts[0].reason == "damaged: it was renamed: it is of step 3"
+    assert report.verdicts[0].reason == "damaged: its manifest is of step 3: the directory was renamed"
 
 
 def test_after_a_return_to_an_earlier_step_the_new_branch_stays(run_dir: Path) -> None:
@@ -188,7 +188,7 @@ def test_export_holds_what_it_reads(run_dir: Path, tmp_path: Path) -> None:
 
 def test_partial_directories_are_not_touched(run_dir: Path) -> None:
     make_run(run_dir, (1, 2))
-    job = make_job(run_dir, step=1, num_parts=2)
+    job = make_task(run_dir, step=1, num_parts=2)
     persist_part(job, 0)
     prune(str(run_dir), RetentionRules(keep_latest=1))
     (partial,) = partial_names(str(run_dir))
@@ -236,7 +236,7 @@ def test_links_to_directories_elsewhere_are_not_followed(run_dir: Path, tmp_path
     planned = prune(str(run_dir), RetentionRules(keep_latest=1), dry_run=True)
     report = prune(str(run_dir), RetentionRules(keep_latest=1))
     assert fates(planned) == fates(report) == {3: "kept", 2: "removed", 1: "left"}
-    assert "it is a link" in report.verdicts[-1].reason
+    assert "it is a symbolic link" in report.verdicts[-1].reason
     assert everything_in(elsewhere)[1:] == before and not removing_names(str(run_dir))
 
 

@@ -14,7 +14,7 @@ from stager.workers.checkpoint.directory.envelope import seal
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.checkpoint.formats import FORMATS
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.states import DTYPES, random_tensor
 
 _OBJECTS: list[Any] = [None, True, 7, -1.5, "text", "grüße", b"\0\xff", (1, "two"), {}, [], {"a": [1, 2]}, 2**70]

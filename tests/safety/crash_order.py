@@ -34,7 +34,7 @@ from stager.workers.checkpoint.write import part_writer
 from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.checkpoint.write.write_task import WriteTask
 from tests.incremental.states import frozen_and_adapter, save_incrementally
-from tests.persistence.jobs import Crash, load, make_job, run, save
+from tests.persistence.tasks import Crash, load, make_task, run, save
 from tests.safety.disk import digest, disk_after, outcomes, write_out
 from tests.safety.recording import Recorder, Turns
 from tests.states import same
@@ -83,7 +83,7 @@ def _in_threads(job: WriteTask, seed: int) -> Callable[[Recorder], None]:
 
 def _unpublished(run_dir: Path, **options: Any) -> None:
     """A save whose workers ended between the last receipt and the commit."""
-    job = make_job(run_dir, NEW, **options)
+    job = make_task(run_dir, NEW, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stager.workers.checkpoint.commit.persist.try_commit", lambda *_: None)
         for part in range(job.spec.num_parts):
@@ -97,7 +97,7 @@ def _unnamed(run_dir: Path, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", crash)
         with suppress(Crash):
-            run(make_job(run_dir, NEW, **options))
+            run(make_task(run_dir, NEW, **options))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ Make = Callable[[Path, int], Callable[[Recorder], object]]
 
 def _alone(step: int, **options: Any) -> Make:
     def make(run_dir: Path, seed: int) -> Callable[[Recorder], object]:
-        job = make_job(run_dir, NEW, step=step, num_parts=1, **options)
+        job = make_task(run_dir, NEW, step=step, num_parts=1, **options)
         return lambda _: run(job)
 
     return make
@@ -129,7 +129,7 @@ def _alone(step: int, **options: Any) -> Make:
 
 def _several(step: int, count: int, **options: Any) -> Make:
     def make(run_dir: Path, seed: int) -> Callable[[Recorder], object]:
-        return _in_threads(make_job(run_dir, NEW, step=step, num_parts=count, num_files=count, **options), seed)
+        return _in_threads(make_task(run_dir, NEW, step=step, num_parts=count, num_files=count, **options), seed)
 
     return make
 
@@ -140,14 +140,14 @@ def _base(run_dir: Path) -> None:
 
 def _incremental(step: int) -> Make:
     def make(run_dir: Path, seed: int) -> Callable[[Recorder], object]:
-        return _in_threads(make_job(run_dir, LINKED[2], step=step, num_parts=2, incremental=True, base_step=1), seed)
+        return _in_threads(make_task(run_dir, LINKED[2], step=step, num_parts=2, incremental=True, base_step=1), seed)
 
     return make
 
 
 def _past_the_page_cache(run_dir: Path, seed: int) -> Callable[[Recorder], object]:
     """``O_DIRECT`` where the file system takes it, from a thread beside the worker's; blocks, and what is less than one."""
-    job = make_job(run_dir, BLOCKS, step=2, num_parts=1)
+    job = make_task(run_dir, BLOCKS, step=2, num_parts=1)
 
     def work(_: Recorder) -> None:
         with pytest.MonkeyPatch.context() as patch:

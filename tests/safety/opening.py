@@ -19,8 +19,8 @@ from stager.cli.inspect import _print as print_inspect
 from stager.cli.inspect import facts_of
 from stager.cli.ls import _print_table as print_table
 from stager.cli.ls import list_rows
-from stager.cli.verify import _print as print_verify
-from stager.cli.verify import run_verify
+from stager.cli.verify_command import _print as print_verify
+from stager.cli.verify_command import run_verify
 from stager.config import LoadingConfig
 from stager.exporting.export import export_checkpoint
 from stager.loading.loader import Loader

@@ -20,7 +20,7 @@ from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory.envelope import seal
 from stager.workers.checkpoint.directory.manifest import read_manifest
-from tests.persistence.jobs import Crash, make_job, run, save
+from tests.persistence.tasks import Crash, make_task, run, save
 from tests.safety.mutate import mutate_archive, mutate_bytes, mutate_file, mutate_json, mutate_pickle, sealed
 
 STATE: dict[str, Any] = {
@@ -108,7 +108,7 @@ def _chunks(run_dir: Path) -> None:
 
 def _receipts(run_dir: Path) -> None:
     """Every part written, nothing committed."""
-    job = make_job(run_dir, STATE, step=STEP, segment_bytes=1000, fsync=False)
+    job = make_task(run_dir, STATE, step=STEP, segment_bytes=1000, fsync=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stager.workers.checkpoint.commit.persist.try_commit", lambda *_: None)
         for part in range(job.spec.num_parts):
@@ -122,7 +122,7 @@ def _unnamed(run_dir: Path) -> None:
         raise Crash
 
     save(run_dir, {"a": torch.zeros(2)}, step=STEP, fsync=False)
-    job = make_job(run_dir, STATE, step=STEP, fsync=False)
+    job = make_task(run_dir, STATE, step=STEP, fsync=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", crash)
         with pytest.raises(Crash):

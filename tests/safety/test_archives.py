@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from stager import CorruptCheckpointError, UsageError, load_checkpoint
 from stager.loading.pickles.archive_check import check_archive
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.safety.mutate import lengthen_storages
 from tests.states import everything, same
 

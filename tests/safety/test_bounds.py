@@ -25,9 +25,9 @@ from stager.workers.checkpoint.directory.files import read_small
 from stager.workers.checkpoint.directory.manifest import parse_manifest, read_manifest
 from stager.workers.checkpoint.directory.run_directory import read_checkpoint
 from stager.workers.checkpoint.layout.layout_check import _tile
-from stager.workers.checkpoint.maintenance.recover import Outcome, recover
+from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
 from stager.workers.memory.slab import Slab
-from tests.persistence.jobs import make_job, restorer, save
+from tests.persistence.tasks import make_task, restorer, save
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(6.0).reshape(2, 3), "e": torch.empty(0), "o": "object"}
 
@@ -124,7 +124,7 @@ def _cut(rng: random.Random, shape: tuple[int, ...]) -> list[tuple[tuple[int, ..
 
 def test_record_of_a_million_billion_segments_is_removed_without_counting_them(run_dir: Path) -> None:
     run_dir.mkdir()
-    job = make_job(run_dir, {"a": torch.zeros(100)}, num_parts=2)
+    job = make_task(run_dir, {"a": torch.zeros(100)}, num_parts=2)
     persist_part(job, 0)
     partial = Path(partial_path(job.spec))
     body = unseal((partial / "save-0.json").read_bytes(), "")
@@ -134,7 +134,7 @@ def test_record_of_a_million_billion_segments_is_removed_without_counting_them(r
     receipt = unseal((partial / "receipt-0-0-of-2.json").read_bytes(), "")
     (partial / "receipt-0-1-of-2.json").write_bytes(seal({**receipt, "part": 1}))
     (found,) = recover(str(run_dir))
-    assert found.outcome is Outcome.REMOVED and f"for {1 << 50} segments" in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and f"for {1 << 50} segments" in found.reason
 
 
 @pytest.mark.parametrize("name", ["manifest.json", ".metadata"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stager.workers.checkpoint.formats import FORMATS
-from tests.persistence.jobs import save
+from tests.persistence.tasks import save
 from tests.safety.damage import Tally, attack, every_value, run
 
 

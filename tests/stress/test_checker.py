@@ -15,7 +15,7 @@ from stager.stress.damage import inflict_damage
 from stager.stress.digest import digest
 from stager.stress.fault_kinds import Damage
 from stager.stress.training import Training, digests_of
-from stager.workers.checkpoint.read.verify import VerifyResult
+from stager.workers.checkpoint.read.verify import VerifyReport
 from tests.stress.plans import config, training
 
 STEPS = 7  # leaves come, grow and go in these
@@ -110,7 +110,7 @@ def test_verification_that_misses_known_damage_is_found(
 ) -> None:
     damaged = inflict_damage(directory, Damage("flip", True, 0.2, 0.5))
     assert damaged is not None
-    blind = VerifyResult("", True, (), 0, 0, 0.0)
+    blind = VerifyReport("", True, (), 0, 0, 0.0)
     monkeypatch.setattr(checker, "verify_checkpoint", lambda *_, **__: blind)
     with pytest.raises(checker.UnnoticedDamageError):
         check_directory(directory, replace(expected, damaged={damaged.step: damaged.save_id}))

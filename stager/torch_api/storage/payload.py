@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from stager.workers.checkpoint.formats.torch_save import object_blob, tensor_frame
+from stager.workers.checkpoint.formats.torch_save import header_and_tail, object_blob
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
-from stager.workers.checkpoint.layout.layout import contiguous_stride
-from stager.workers.checkpoint.layout.layout_check import is_dense
+from stager.workers.checkpoint.layout.layout import contiguous_stride, is_dense
 from stager.workers.memory.pages import bytes_at
 
 
@@ -57,7 +56,7 @@ def payload_of(value: torch.Tensor | io.BytesIO) -> Payload:
             stride = tensor.stride()
         else:
             tensor = tensor.contiguous()
-    head, tail = tensor_frame(dtype, shape, stride)
+    head, tail = header_and_tail(dtype, shape, stride)
     data = bytes_at(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     return Payload("tensor", dtype, shape, stride, head, data, tail, tensor)
 

@@ -13,7 +13,7 @@ import xxhash
 from stager.workers.checkpoint.commit.commit import put_in_place
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Header, IndexFile, Manifest
+from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.errors import StorageError, UsageError
@@ -90,7 +90,7 @@ class Target:
 
     def commit(
         self,
-        header: Header,
+        header: ManifestHeader,
         layout: Layout,
         hashes: tuple[tuple[str, ...], ...],
         index: Mapping[str, bytes],

@@ -34,7 +34,7 @@ from stager.torch_api.storage.spans import SpanWriter, Written
 from stager.torch_api.storage.target import Target
 from stager.workers._version import __version__
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Header
+from stager.workers.checkpoint.directory.manifest import ManifestHeader
 from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import UnstageableError, UsageError
@@ -187,7 +187,9 @@ class StagerStorageWriter(StorageWriter):
             index: _StorageInfo(one.file, one.item.offset, one.item.nbytes) for index, one in written
         }
         metadata.storage_meta = self.storage_meta()
-        header = Header("dcp", self._target.step, self._save_id, time.time(), str(torch.__version__), __version__)
+        header = ManifestHeader(
+            "dcp", self._target.step, self._save_id, time.time(), str(torch.__version__), __version__
+        )
         index = {METADATA_NAME: pickle.dumps(metadata)}
         self._target.commit(header, assembly.layout, assembly.hashes, index, self._fsync)
         self._save_id = uuid.uuid4().hex

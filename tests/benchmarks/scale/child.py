@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from stager.workers.checkpoint.commit.commit import build_manifest, partial_path, read_shares
+from stager.workers.checkpoint.commit.commit import build_manifest, partial_path, read_contributions
 from stager.workers.checkpoint.commit.merge import merge
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, read_manifest
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, partial_names
@@ -36,7 +36,7 @@ def measure_commit(directory: str, size: Size) -> Commit:
     )
     with no_collection():
         stages = Stages()
-        shares = read_shares(spec, layout, names)
+        shares = read_contributions(spec, layout, names)
         assert shares is not None
         read_secs = stages.lap()
         whole, hashes = merge(shares, partial)

@@ -13,10 +13,10 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.receipt import Receipt
 from stager.workers.checkpoint.formats import dcp
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, deal_once
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, partition_once
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan, objects_to_json
+from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
-from stager.workers.checkpoint.layout.templates import Templates
 from stager.workers.checkpoint.write.save_record import record_name, to_record
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import Extent, WriteTask
@@ -127,7 +127,7 @@ def _write(job: WriteTask, layout: Layout) -> None:
     directory_fd = files.open_directory(partial)
     try:
         files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(job), spec.fsync)
-        hashes = tuple(f"{number:032x}" for number in range(len(deal_once(layout, 1)[0])))
+        hashes = tuple(f"{number:032x}" for number in range(len(partition_once(layout, 1)[0])))
         receipt = Receipt(0, 1, spec.save_id, hashes, os.getpid(), 1e9, 1e9, 1e9, rank=spec.rank)
         receipt.write(directory_fd, partial, spec.fsync)
     finally:

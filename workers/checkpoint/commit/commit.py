@@ -1,29 +1,32 @@
-"""Commit: from a full set of receipts to a checkpoint, in the order that survives a crash at any point.
+"""Commit: turn a full set of receipts into a checkpoint, in an order that survives a crash at any point.
 
-    1. each part of each rank: data written, fsync, receipt (stager.workers.checkpoint.commit.persist)
-    2. index files (.metadata) and manifest.json, each synced
-    3. everything that the manifest does not name (receipts, save.json, leftovers) removed, directory synced
-    4. rename step-N.partial-<id> -> step-N, parent directory synced
+    1. Each part of each rank writes its data, syncs it, and leaves a receipt (``persist.py``).
+    2. Whoever sees the last receipt writes the index files (.metadata), then manifest.json, and syncs each. The manifest
+       comes last: its presence proves that every receipt was there.
+    3. It removes everything that the manifest does not name (receipts, save records, leftovers), and syncs the directory.
+       This comes before the rename, so a committed directory contains the checkpoint's files and nothing else.
+    4. It renames step-N.partial-<id> to step-N, and syncs the parent directory. Only now is there a checkpoint.
+    5. If step-N existed, it removes the old one. After the sync of 4: before it, a power failure could undo the rename.
 
-Up to 4 the directory has a name that nothing takes for a checkpoint. Killed in 1 or 2, a commit can be done again from the
-receipts; in 3 or 4, from the manifest, which is there only when every receipt was.
+Until 4 the directory has a name that no reader takes for a checkpoint. After a crash in 1 or 2 the commit starts again from
+the receipts; after a crash in 3 or 4, from the manifest.
 
 NOTE [ The lock on a partial directory ]
-A part holds the directory's flock shared from before it looks for its receipt until the receipt is written; a commit needs
-it exclusively and does not wait for it. So nobody writes into a directory that is being committed (a part that is run
-again after its worker died, say), and the commit is not missed: whoever is refused sees that another part or commit is
-going on, and the last one to let go of the shared lock either gets the exclusive one or is refused by somebody who got it
-after that, and who therefore sees every receipt.
+A part holds the directory's flock shared, from before it looks for its receipt until the receipt is written. A commit takes
+the lock exclusively, and gives up at once if it cannot. So nobody writes into a directory that is being committed, not even
+a part that runs again because its worker died. And no commit is missed. Who is refused knows that another part or commit
+is going on. The last part to release the shared lock either gets the exclusive lock, or is refused by a process that got it
+later and therefore sees every receipt.
 
-The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or, when an
-older checkpoint of the step was replaced, that older one until it is removed. So whoever has the lock asks next whether
-he is too late (``is_still``, ``already_committed``), and a manifest is only published if it is this save's.
+The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or an older
+checkpoint of the step until it is removed. So after taking the lock, a process first checks that it is not too late
+(``is_still``, ``already_committed``). It publishes a manifest only if the manifest is this save's.
 
 NOTE [ The threads of a commit ]
-Of many ranks there are many small files, and each is a wait for the file system. So records and receipts are read, and
-removed, in threads (``num_threads``), which have all ended before the next step: what is removed is removed before the
-sync, and that before the rename. What was read is parsed by one thread at a time: more would only take the interpreter from
-each other, which costs a fifth of the time.
+Many ranks leave many small files, and for each one the process waits for the file system. So several threads
+(``num_threads``) read and remove save records and receipts. All of them end before the next step begins, so the order
+above holds. Only one thread at a time parses what was read: more would compete for the interpreter, which costs a fifth of
+the time.
 """
 
 from __future__ import annotations
@@ -41,10 +44,16 @@ from typing import NoReturn
 import xxhash
 
 from stager.workers.checkpoint.commit.in_threads import in_threads
-from stager.workers.checkpoint.commit.merge import Share, merge
+from stager.workers.checkpoint.commit.merge import RankContribution, merge
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Header, IndexFile, Manifest, parse_manifest
+from stager.workers.checkpoint.directory.manifest import (
+    MANIFEST_NAME,
+    IndexFile,
+    Manifest,
+    ManifestHeader,
+    parse_manifest,
+)
 from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
 from stager.workers.checkpoint.directory.run_directory import (
@@ -63,12 +72,12 @@ from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointErro
 from stager.workers.faults import point
 
 _MAX_THREADS = 32
-_RANKS_PER_THREAD = 4  # fewer are read in less time than a thread is worth
+_RANKS_PER_THREAD = 4  # for fewer ranks, starting a thread costs more than it saves
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A commit that is done: what is there now, and when (``time.time()``) it began and ended."""
+    """A finished commit: the checkpoint, when the commit began and ended (``time.time()``), and the process that did it."""
 
     info: CheckpointInfo
     started: float
@@ -77,7 +86,7 @@ class Committed:
 
 
 def already_committed(spec: SaveSpec) -> Committed | None:
-    """The commit of this very save, when it has happened."""
+    """Return the commit of this very save if it has happened, else None."""
     try:
         info, _ = read_checkpoint(spec.directory, spec.step)
     except (CheckpointNotFoundError, CorruptCheckpointError):
@@ -87,10 +96,10 @@ def already_committed(spec: SaveSpec) -> Committed | None:
 
 
 def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
-    """Commit if every part's receipt, of every rank, is there; None when some are missing.
+    """Commit if every receipt of every rank is there. Returns None if some are missing, or if another process commits.
 
     Args:
-        spec, layout: of one rank's share.
+        spec, layout: of one rank's contribution.
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
@@ -121,7 +130,7 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
 
 
 def commit_recorded(spec: SaveSpec) -> Committed | None:
-    """As :func:`try_commit`, for who has no layout: what is needed is in the partial directory.
+    """Commit as :func:`try_commit` does, without a layout: reads it from the save record in the partial directory.
 
     Raises:
         StorageError, CorruptCheckpointError, InconsistentRanksError
@@ -129,58 +138,66 @@ def commit_recorded(spec: SaveSpec) -> Committed | None:
     with storage_errors("commit", partial_path(spec)):
         try:
             own, layout = _read_record(spec, spec.rank, threading.Lock())
-        except FileNotFoundError:  # gone, as it is when the manifest is there and only the rename is missing
+        except FileNotFoundError:  # step 3 has removed it: the manifest is there, only the rename is missing
             own, layout = spec, Layout((), (), None, 1)
     return try_commit(own, layout)
 
 
 def partial_path(spec: SaveSpec) -> str:
+    """Return the path of the save's partial directory."""
     return os.path.join(spec.directory, partial_name(spec.step, spec.save_id))
 
 
 def vanished(partial: str) -> NoReturn:
+    """Raise that somebody removed the partial directory.
+
+    Raises:
+        StorageError
+    """
     raise StorageError(errno.ENOENT, "the partial checkpoint was removed while it was being written", partial)
 
 
 def manifest_of(spec: SaveSpec, layout: Layout, directory_fd: int) -> Manifest | None:
-    """The manifest that is there, or a new one if every receipt is there. The caller holds the lock."""
+    """Return the manifest; write it first if all receipts are there, else return None. The caller holds the lock."""
     partial = partial_path(spec)
     path = os.path.join(partial, MANIFEST_NAME)
     data = files.read_if_exists(path)
     if data is not None:
         return parse_manifest(data, path)
-    shares = read_shares(spec, layout, os.listdir(directory_fd))
-    return None if shares is None else _write_manifest(shares, directory_fd, partial)
+    contributions = read_contributions(spec, layout, os.listdir(directory_fd))
+    return None if contributions is None else _write_manifest(contributions, directory_fd, partial)
 
 
-def read_shares(spec: SaveSpec, layout: Layout, names: list[str]) -> list[Share] | None:
-    """Every rank's; None when some are not written yet.
+def read_contributions(spec: SaveSpec, layout: Layout, names: list[str]) -> list[RankContribution] | None:
+    """Read every rank's contribution. Returns None if receipts are missing.
 
     Args:
-        spec, layout: of the share that is known without being read.
-        names: of what is in the partial directory.
+        spec, layout: of the one rank whose contribution need not be read.
+        names: of the files in the partial directory.
     """
     if sum(rank < spec.num_ranks for rank in finished_ranks(names)) < spec.num_ranks:
         return None
 
     parsing = threading.Lock()
 
-    def read(rank: int) -> Share | None:
+    def read(rank: int) -> RankContribution | None:
         own = (spec, layout) if rank == spec.rank else _read_record(spec, rank, parsing)
-        return _read_share(*own, parsing)
+        return _read_contribution(*own, parsing)
 
     found = in_threads(read, range(spec.num_ranks), num_threads(spec.num_ranks))
-    shares = [share for share in found if share is not None]
-    return shares if len(shares) == len(found) else None  # or some were taken away meanwhile
+    contributions = [contribution for contribution in found if contribution is not None]
+    return (
+        contributions if len(contributions) == len(found) else None
+    )  # else: another process has removed some meanwhile
 
 
 def num_threads(num_ranks: int) -> int:
-    """See NOTE [ The threads of a commit ]."""
+    """Return how many threads read and remove the files of so many ranks. See NOTE [ The threads of a commit ]."""
     return max(1, min(_MAX_THREADS, num_ranks // _RANKS_PER_THREAD))
 
 
 def _read_record(spec: SaveSpec, rank: int, parsing: threading.Lock) -> tuple[SaveSpec, Layout]:
-    """What a rank of this save contributes."""
+    """Read the save record of a rank of this save."""
     partial = partial_path(spec)
     path = os.path.join(partial, record_name(rank))
     data = files.read_small(path)
@@ -189,11 +206,13 @@ def _read_record(spec: SaveSpec, rank: int, parsing: threading.Lock) -> tuple[Sa
     expected = spec.step, spec.save_id, spec.kind, spec.num_ranks, rank
     found = theirs.step, theirs.save_id, theirs.kind, theirs.num_ranks, theirs.rank
     if found != expected:
-        raise CorruptCheckpointError(path, f"is a record of {found}, not of {expected}")
+        raise CorruptCheckpointError(
+            path, f"is the record of another save: (step, id, format, ranks, rank) is {found}, expected {expected}"
+        )
     return theirs, layout
 
 
-def _read_share(spec: SaveSpec, layout: Layout, parsing: threading.Lock) -> Share | None:
+def _read_contribution(spec: SaveSpec, layout: Layout, parsing: threading.Lock) -> RankContribution | None:
     partial = partial_path(spec)
     receipts = []
     for part in range(spec.num_parts):
@@ -201,26 +220,27 @@ def _read_share(spec: SaveSpec, layout: Layout, parsing: threading.Lock) -> Shar
         if receipt is None:
             return None
         receipts.append(receipt)
-    return Share(spec, layout, tuple(receipts))
+    return RankContribution(spec, layout, tuple(receipts))
 
 
-def _write_manifest(shares: list[Share], directory_fd: int, partial: str) -> Manifest:
+def _write_manifest(contributions: list[RankContribution], directory_fd: int, partial: str) -> Manifest:
     point("commit.begin")
-    spec = shares[0].spec
-    layout, hashes = merge(shares, partial)
+    spec = contributions[0].spec
+    layout, hashes = merge(contributions, partial)
     final = os.path.join(spec.directory, checkpoint_name(spec.step))
     index_files = []
     for name, data in get_format(spec.kind).index_files(layout, spec.save_id, final).items():
         files.write_atomically(directory_fd, partial, name, data, spec.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
-    manifest = build_manifest(shares, layout, hashes, tuple(index_files))
+    manifest = build_manifest(contributions, layout, hashes, tuple(index_files))
     document = manifest.to_bytes()
-    if len(document) > files.DOCUMENT_BYTES:  # it would be committed, and never be read
+    if len(document) > files.DOCUMENT_BYTES:  # readers would refuse it, so it must not be committed
         raise StorageError(
             errno.EFBIG,
-            f"the manifest of {len(layout.items):,} items takes {len(document):,} bytes, and {files.DOCUMENT_BYTES:,} "
-            "are read; save fewer tensors, or shard within groups of ranks and replicate between them (docs/scale.md)",
+            f"the manifest of {len(layout.items):,} items takes {len(document):,} bytes; readers accept at most "
+            f"{files.DOCUMENT_BYTES:,}; save fewer tensors, or shard within groups of ranks and "
+            "replicate between them (docs/scale.md)",
             partial,
         )
     files.write_atomically(directory_fd, partial, MANIFEST_NAME, document, spec.fsync)
@@ -229,18 +249,21 @@ def _write_manifest(shares: list[Share], directory_fd: int, partial: str) -> Man
 
 
 def build_manifest(
-    shares: list[Share], layout: Layout, hashes: tuple[tuple[str, ...], ...], index_files: tuple[IndexFile, ...]
+    contributions: list[RankContribution],
+    layout: Layout,
+    hashes: tuple[tuple[str, ...], ...],
+    index_files: tuple[IndexFile, ...],
 ) -> Manifest:
-    """What the receipts prove, as a manifest.
+    """Make the manifest that the receipts prove.
 
     Args:
-        layout, hashes: of all shares together.
+        layout, hashes: of all contributions together.
 
     Raises:
-        CorruptCheckpointError: records or receipts, each possible, are not together: nobody would read the manifest.
+        CorruptCheckpointError: records and receipts do not fit together; readers would refuse the manifest.
     """
-    spec = shares[0].spec
-    receipts = [receipt for share in shares for receipt in share.receipts]
+    spec = contributions[0].spec
+    receipts = [receipt for contribution in contributions for receipt in contribution.receipts]
     linked_bytes = sum(receipt.linked_bytes for receipt in receipts)
     try:
         check_count(linked_bytes)
@@ -248,7 +271,7 @@ def build_manifest(
     except ValueError as error:
         raise CorruptCheckpointError(partial_path(spec), f"cannot be committed: {error}") from error
     return Manifest(
-        header=Header(
+        header=ManifestHeader(
             kind=spec.kind,
             step=spec.step,
             save_id=spec.save_id,
@@ -265,7 +288,7 @@ def build_manifest(
 
 
 def publish(spec: SaveSpec, manifest: Manifest, directory_fd: int) -> str:
-    """Steps 3 and 4: the directory has its manifest; give it its name. Returns the final path."""
+    """Do steps 3 to 5 for a partial directory that has its manifest. Returns the final path."""
     final = os.path.join(spec.directory, checkpoint_name(spec.step))
     threads = num_threads(spec.num_ranks)
     put_in_place(partial_path(spec), final, manifest, directory_fd, spec.fsync, num_threads=threads)
@@ -274,6 +297,7 @@ def publish(spec: SaveSpec, manifest: Manifest, directory_fd: int) -> str:
 
 
 def has_manifest(path: str) -> bool:
+    """Return whether there is a manifest in the directory ``path``."""
     return os.path.lexists(os.path.join(path, MANIFEST_NAME))
 
 
@@ -286,7 +310,7 @@ def put_in_place(
     replaceable: Callable[[str], bool] = has_manifest,
     num_threads: int = 1,
 ) -> None:
-    """Steps 3 and 4, whatever the directory is called. What is at ``final`` is removed if it is ``replaceable``."""
+    """Do steps 3 to 5 for a directory of any name. Whatever is at ``final`` is removed if it is ``replaceable``."""
     with storage_errors("commit", final):
         unnamed = sorted(set(os.listdir(directory_fd)) - manifest.file_names)
         in_threads(lambda name: files.remove(os.path.join(partial, name)), unnamed, num_threads)
@@ -295,18 +319,19 @@ def put_in_place(
         replaced = _rename_over(partial, final, replaceable)
         if fsync:
             files.sync_directory(os.path.dirname(final))
-        if replaced is not None:  # only now: until then a power failure may bring it back under its old name
-            with suppress(OSError):  # it is a partial directory by its name; the next run tries again
+        if replaced is not None:  # step 5
+            with suppress(OSError):  # its name is that of a partial directory now; the next run removes it
                 files.remove(replaced)
 
 
 def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -> str | None:
-    """``final`` becomes what ``partial`` is. Returns where the older checkpoint of the step is now, if there was one.
+    """Rename ``partial`` to ``final``. Returns the new path of the older checkpoint of the step, if there was one.
 
-    It is replaced in one step where the file system can exchange two names; elsewhere there is a moment with neither,
-    which ``recover`` puts right. What is in the way and is no checkpoint is not ours to remove: it is moved aside.
+    Where the file system can exchange two names, the replacement is one step. Elsewhere ``final`` does not exist for a
+    moment; after a crash right then, ``recover`` renames the old one back. Anything else that is at ``final`` is not ours
+    to remove, so it is renamed to ``.not-a-checkpoint-<id>``.
     """
-    with holding(final):  # or retention, about to remove the old one, could take the new one in its place
+    with holding(final):  # else retention, which is about to remove the old one, could remove the new one
         if _rename_onto_nothing(partial, final):
             return None
         ours = not os.path.islink(final) and replaceable(final)
@@ -326,7 +351,7 @@ def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -
 
 
 def _rename_onto_nothing(partial: str, final: str) -> bool:
-    """False: something is in the way."""
+    """Rename if nothing is at ``final``. Returns whether it did."""
     try:
         os.rename(partial, final)
     except OSError as error:

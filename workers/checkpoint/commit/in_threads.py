@@ -1,4 +1,4 @@
-"""The same for many things, in several threads: for what mostly waits, for a file system far away for example."""
+"""Apply a function to many arguments in several threads, for functions that mostly wait for a file system."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def in_threads(action: Callable[[A], T], arguments: Sequence[A], num_threads: int) -> list[T]:
-    """What ``action`` returns for each, in order.
+    """Return the results of ``action`` for each of ``arguments``, in order.
 
     Args:
-        num_threads: at most, this one among them; with 1 none is started.
+        num_threads: the most threads to use, the caller's included.
 
     Raises:
-        BaseException: that of the first of ``arguments``, in their order, for which ``action`` raised, as in one thread. It
-            comes when no thread is left; what comes after it may have been done or not.
+        BaseException: the error of the first argument, in their order, for which ``action`` raised, as in one thread. It is
+            raised when all threads have ended. ``action`` may or may not have run for later arguments.
     """
     if num_threads < 2:
         return [action(argument) for argument in arguments]
@@ -29,13 +29,13 @@ def in_threads(action: Callable[[A], T], arguments: Sequence[A], num_threads: in
 
     def work() -> None:
         while not errors:
-            with taking:  # in order: whatever comes before an error was begun before it
+            with taking:  # in order: an argument before a failed one was begun before it
                 number = next(left, None)
             if number is None:
                 return
             try:
                 results[number] = action(arguments[number])
-            except BaseException as error:  # noqa: BLE001  # it is the caller's
+            except BaseException as error:  # noqa: BLE001  # raised in the caller's thread below
                 errors[number] = error
 
     started: list[threading.Thread] = []
@@ -44,7 +44,7 @@ def in_threads(action: Callable[[A], T], arguments: Sequence[A], num_threads: in
             thread = threading.Thread(target=work, name="stager-at-once", daemon=True)
             try:
                 thread.start()
-            except RuntimeError:  # the process may have no more: those that there are do all of it
+            except RuntimeError:  # the process may not start more; the others do the work
                 break
             started.append(thread)
         work()

@@ -1,8 +1,10 @@
-"""What one rank contributes to a checkpoint, and how the contributions of all ranks become one layout.
+"""What each rank contributes to a checkpoint, and how the contributions are merged into one layout.
 
-Each rank lays out its own files, and says in its structure which leaves it has: whole, in chunks, or not at all
-(``structure.ABSENT``; what rank 0 names, other ranks may leave out). Put together, files and items are numbered through,
-tensors of every rank before the objects of any, and the structures are laid over each other.
+1. Each rank lays out its own files. Its structure says which leaves it writes: whole, in chunks, or not at all
+   (``structure.ABSENT``). Rank 0 names every leaf; other ranks may leave out those that they do not write.
+2. Files and items are numbered anew: the tensors of all ranks first, then the objects of all ranks.
+3. The structures are overlaid: each leaf comes from the rank that writes it, chunks from several ranks become one list.
+4. The result is checked as a whole: no leaf is missing, and chunks fill their tensors.
 """
 
 from __future__ import annotations
@@ -12,24 +14,36 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, deal_once, num_segments
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, num_segments, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often
-from stager.workers.checkpoint.layout.plan_cache import Memo
-from stager.workers.checkpoint.layout.structure import ABSENT, Chunks, Key, Node, Path, absent, describe, leaves
+from stager.workers.checkpoint.layout.plan_cache import PlanCache
+from stager.workers.checkpoint.layout.structure import (
+    ABSENT,
+    Chunks,
+    Key,
+    Node,
+    Path,
+    absent,
+    describe,
+    leaves,
+    map_leaves,
+)
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import CorruptCheckpointError, InconsistentRanksError
 
 _OfRank = tuple[int, Node]
 
 Hashes = tuple[tuple[str, ...], ...]
-"""Of each item, those of its segments."""
+"""For each item, the hashes of its segments."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """Attributes:
-    spec, layout: of the rank.
-    receipts: of all of its parts, in order.
+class RankContribution:
+    """What one rank contributes.
+
+    Attributes:
+        spec, layout: from the rank's save record.
+        receipts: of all its parts, in order.
     """
 
     spec: SaveSpec
@@ -37,58 +51,63 @@ class Share:
     receipts: tuple[Receipt, ...]
 
     def hashes(self, partial: str) -> Hashes:
-        """
+        """Return the hashes of each item's segments, from the receipts.
+
         Args:
-            partial: the directory, for error messages.
+            partial: the partial directory, for error messages.
 
         Raises:
             CorruptCheckpointError: the receipts are not of this layout.
         """
         layout = self.layout
-        # A record that lies may speak of more segments than there is memory for.
+        # Compare counts first: a hostile record may claim more segments than fit into memory.
         expected = sum(num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans())
         actual = sum(len(receipt.hashes) for receipt in self.receipts)
         if actual != expected:
             raise CorruptCheckpointError(partial, f"its receipts have {actual} hashes for {expected} segments")
         hashes: list[list[str]] = [[] for _ in layout.items]
-        parts = deal_once(layout, len(self.receipts), self.spec.whole_bytes)
+        parts = partition_once(layout, len(self.receipts), self.spec.whole_bytes)
         for receipt, part in zip(self.receipts, parts, strict=True):
             if len(receipt.hashes) != len(part):
                 raise CorruptCheckpointError(
                     os.path.join(partial, receipt_name(receipt.rank, receipt.part, receipt.num_parts)),
-                    f"has {len(receipt.hashes)} hashes for {len(part)} parts",
+                    f"has {len(receipt.hashes)} hashes for {len(part)} segments",
                 )
             for segment, value in zip(part, receipt.hashes, strict=True):
                 hashes[segment.index].append(value)
         return tuple(map(tuple, hashes))
 
 
-def merge(shares: Sequence[Share], partial: str) -> tuple[Layout, Hashes]:
-    """The layout of the checkpoint, and its items' hashes.
+def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layout, Hashes]:
+    """Merge the contributions of all ranks. Returns the layout of the checkpoint, and the hashes of its items.
 
     Args:
-        shares: of every rank, in order.
-        partial: the directory, for error messages.
+        contributions: of every rank, in order.
+        partial: the partial directory, for error messages.
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
-        CorruptCheckpointError: receipts are not of their share.
+        CorruptCheckpointError: receipts do not match their contribution.
     """
-    if len(shares) == 1:
-        return shares[0].layout, shares[0].hashes(partial)
-    sizes = {share.layout.segment_bytes for share in shares}
+    if len(contributions) == 1:
+        return contributions[0].layout, contributions[0].hashes(partial)
+    sizes = {contribution.layout.segment_bytes for contribution in contributions}
     if len(sizes) > 1:
         raise InconsistentRanksError(f"persistence.segment_bytes differs between ranks: {sorted(sizes)}")
-    numbering = _Numbering([share.layout for share in shares])
-    structure = lay_over([numbering.renumber(rank, share.layout.structure) for rank, share in enumerate(shares)])
+    numbering = _Numbering([contribution.layout for contribution in contributions])
+    structure = overlay(
+        [numbering.renumber(rank, contribution.layout.structure) for rank, contribution in enumerate(contributions)]
+    )
     hashes: list[tuple[str, ...]] = [()] * len(numbering.items)
-    for rank, share in enumerate(shares):
-        for index, values in enumerate(share.hashes(partial)):
+    for rank, contribution in enumerate(contributions):
+        for index, values in enumerate(contribution.hashes(partial)):
             hashes[numbering.number(rank, index)] = values
-    # Of the share that came with the job, and not from a record: whoever commits need not import torch.
-    templates = next((made for share in shares if (made := share.layout.memo.templates) is not None), None)
-    memo = Memo(numbering.num_tensors, templates)
-    layout = Layout(numbering.files, numbering.items, structure, sizes.pop()).sharing(memo)
+    # Only the contribution of this process's own rank has templates. With them the commit runs without torch.
+    templates = next(
+        (made for contribution in contributions if (made := contribution.layout.cache.templates) is not None), None
+    )
+    cache = PlanCache(numbering.num_tensors, templates)
+    layout = Layout(numbering.files, numbering.items, structure, sizes.pop()).with_cache(cache)
     _check_whole(layout)
     return layout, tuple(hashes)
 
@@ -121,23 +140,23 @@ class _Numbering:
     def number(self, rank: int, index: int) -> int:
         return self._numbers[rank][index]
 
-    def renumber(self, rank: int, node: Node) -> Node:
-        if type(node) is int:
-            return self._numbers[rank][node]
-        if node is ABSENT:
-            return ABSENT
-        if node[0] == "chunks":
-            return ["chunks", node[1], [[offsets, self._numbers[rank][index]] for offsets, index in node[2]]]
-        position = 1 if node[0] == "list" else 2
-        children = [self.renumber(rank, child) for child in node[position]]
-        return [*node[:position], children, *node[position + 1 :]]
+    def renumber(self, rank: int, structure: Node) -> Node:
+        """A rank's structure with the numbers that its items have in the whole."""
+        numbers = self._numbers[rank]
+
+        def leaf(found: int | Chunks) -> Node:
+            if isinstance(found, Chunks):
+                return Chunks(found.shape, tuple((at, numbers[index]) for at, index in found.parts)).to_node()
+            return numbers[found]
+
+        return map_leaves(structure, leaf)
 
 
-def lay_over(nodes: Sequence[Node], path: Path = ()) -> Node:
-    """One structure of what the ranks have, in the order of the ranks. What no rank has stays absent.
+def overlay(nodes: Sequence[Node], path: Path = ()) -> Node:
+    """Overlay the structures of all ranks, in their order. A leaf that no rank writes stays absent.
 
     Raises:
-        InconsistentRanksError: two ranks have different things in one place.
+        InconsistentRanksError: two ranks have different kinds of nodes in one place.
     """
     return _lay_over(list(enumerate(nodes)), path)
 
@@ -151,7 +170,9 @@ def _lay_over(nodes: Sequence[_OfRank], path: Path) -> Node:
     kinds = {_kind(node) for _, node in there}
     if len(kinds) > 1 or "value" in kinds:
         what = "; ".join(f"{_kind(node)} on rank {rank}" for rank, node in there[:4])
-        raise InconsistentRanksError(f"{describe(path)} is not the same on all ranks: {what}")
+        raise InconsistentRanksError(
+            f"{describe(path)} is not the same on all ranks: {what}; give all ranks states of the same structure"
+        )
     first = there[0][1]
     if first[0] == "chunks":
         return _chunks([(rank, Chunks.from_node(node)) for rank, node in there], path).to_node()
@@ -178,7 +199,7 @@ def _chunks(parts: list[tuple[int, Chunks]], path: Path) -> Chunks:
     shapes = {chunks.shape for _, chunks in parts}
     if len(shapes) > 1:
         what = "; ".join(f"{chunks.shape} on rank {rank}" for rank, chunks in parts[:4])
-        raise InconsistentRanksError(f"{describe(path)} has not the same shape on all ranks: {what}")
+        raise InconsistentRanksError(f"{describe(path)} has different shapes on the ranks: {what}")
     return Chunks(shapes.pop(), tuple(part for _, chunks in parts for part in chunks.parts))
 
 
@@ -193,12 +214,19 @@ def _is_container(node: Node) -> bool:
 
 
 def _check_whole(layout: Layout) -> None:
-    """Of what its readers check (``layout_check.check_layout``), all that need not be so although it is so of each share:
-    nothing that a rank left to others is missing, chunks fill their tensors, and no chunk is one of too many tensors."""
+    """Check what the contributions only promise together; ``layout_check.check_layout`` would refuse the result otherwise.
+
+    1. Some rank wrote each leaf that another rank left out.
+    2. The chunks of a tensor fill it, and have one dtype.
+    3. No item is a chunk of too many tensors.
+
+    Raises:
+        InconsistentRanksError
+    """
     lost = [describe(path) for path in absent(layout.structure)]
     if lost:
         raise InconsistentRanksError(
-            f"{_some(lost)}: each rank took another one to write it; the ranks' states have not the same names"
+            f"{_some(lost)}: no rank wrote it, because each rank expects another to; give all ranks states of the same keys"
         )
     wholes: dict[Chunks, Path] = {}
     for path, chunks in _all_chunks(layout.structure):
@@ -207,7 +235,7 @@ def _check_whole(layout: Layout) -> None:
         wholes[chunks] = path
         items = [layout.items[index] for _, index in chunks.parts]
         if len({item.dtype for item in items}) > 1:
-            raise InconsistentRanksError(f"{describe(path)} has not the same dtype on all ranks")
+            raise InconsistentRanksError(f"{describe(path)} has different dtypes on the ranks")
         try:
             check_tiling([(at, item.shape) for (at, _), item in zip(chunks.parts, items, strict=True)], chunks.shape)
         except ValueError as error:

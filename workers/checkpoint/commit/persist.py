@@ -1,6 +1,14 @@
-"""What a worker does with its part of a save: reconstruct the bytes from the slab, hash, write, sync, leave a receipt.
+"""How a worker persists its part of a save.
 
-Every step can be done again by another worker after a crash: the same bytes go to the same places.
+    1. Open the partial directory; make it if needed. Take its flock shared: NOTE [ The lock on a partial directory ].
+    2. Return at once if the save is committed, or if this part has a receipt: the task ran before, in a worker that died.
+    3. Part 0 of each rank writes the save record. Without it, nobody could tell after a crash what is missing.
+    4. Link unchanged files of an incremental save; hash and write everything else.
+    5. Sync the data files, then the directory: the files' names must be durable, too, before a receipt vouches for them.
+    6. Write the receipt under a temporary name, sync it, rename it. It exists only when all of the above is durable.
+    7. Release the lock, then try to commit (``commit.py``). The last part to get here succeeds.
+
+A worker may die at any step. Another one then runs the same task: it writes the same bytes to the same places.
 """
 
 from __future__ import annotations
@@ -18,10 +26,10 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
 from stager.workers.checkpoint.directory.run_directory import partial_name, removing_name, unfinished_name
-from stager.workers.checkpoint.layout.layout import Layout, deal_once
+from stager.workers.checkpoint.layout.layout import Layout, partition_once
 from stager.workers.checkpoint.write.part_writer import PartWriter
 from stager.workers.checkpoint.write.save_record import record_name, to_record
-from stager.workers.checkpoint.write.unchanged_files import reuse, sync_linked, whole_files
+from stager.workers.checkpoint.write.unchanged_files import link_unchanged, sync_linked, whole_files
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 from stager.workers.faults import point
 from stager.workers.gc_pause import no_collection
@@ -34,7 +42,7 @@ _POLL_SECS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class PartResult:
-    """What a part's task returns: its receipt's times and note, and the commit if this part completed the set."""
+    """What :func:`persist_part` returns: the receipt's times and note, and the commit if this part did it."""
 
     part: int
     pid: int
@@ -45,66 +53,79 @@ class PartResult:
     note: str = ""
 
 
-def persist_part(job: WriteTask, part: int) -> PartResult:
-    """Write part ``part`` of ``job``; commit if it was the last one.
+def persist_part(task: WriteTask, part: int) -> PartResult:
+    """Write part ``part`` of ``task``; commit if it is the last part.
 
     Raises:
-        StorageError: a system call failed; nothing that looks like a checkpoint is left.
-        CorruptCheckpointError: somebody else writes into the partial directory.
+        StorageError: a system call failed. Nothing that looks like a checkpoint is left.
+        CorruptCheckpointError: another program has written into the partial directory.
     """
-    detach_all_but(job.live_slabs)
+    detach_all_but(task.live_slabs)
     with (
-        storage_errors("save", partial_path(job.spec)),
+        storage_errors("save", partial_path(task.spec)),
         no_collection(),
-    ):  # the last net: what is below says more precisely what failed
+    ):  # for errors to which no inner block has given a more precise message
         point("part.begin")
-        layout = read_layout(job)
-        done = _write_part(job, layout, part)
+        layout = read_layout(task)
+        done = _write_part(task, layout, part)
         if isinstance(done, Committed):
             return PartResult(part, os.getpid(), done.started, done.started, done.started, done)
-        committed = try_commit(job.spec, layout)
+        committed = try_commit(task.spec, layout)
     return PartResult(part, done.pid, done.started, done.written, done.synced, committed, done.note)
 
 
 def prepare_worker() -> int:
-    """Nothing but proof that this worker is up."""
+    """Return the pid: the proof that this worker has started."""
     return os.getpid()
 
 
 def discard_partial(directory: str, step: int, save_id: str) -> None:
-    """Remove what a failed save left, unless it is committed after all. Runs in a worker, when no part of this rank's runs
-    any more.
+    """Remove the partial directory of a failed save, unless the save is committed after all.
 
-    Another rank may still write its part, or be about to commit. So the directory loses its name first, in one step: from
-    then on it cannot be committed (or it was just before, and there is nothing to remove). Who still writes to it is waited
-    for. If that takes too long, it is left to that rank, whose part then fails, or to the next run.
+    Runs in a worker, when no part of this rank runs any more. Another rank may still write, or be about to commit. So:
+
+    1. Rename the directory. From then on nobody can commit it. If it was committed just before, there is nothing to do.
+    2. Wait until nobody writes to it: until the lock is free.
+    3. Remove it. If the wait takes too long, the other rank or the next run removes it.
+
+    Raises:
+        StorageError
     """
     partial = os.path.join(directory, partial_name(step, save_id))
     removed = os.path.join(directory, removing_name(step, save_id))
     with storage_errors("remove", partial):
-        with suppress(FileNotFoundError):  # committed, or another rank was first
+        with suppress(FileNotFoundError):  # it is committed, or another rank was first
             removed = _rename_away(partial, removed)
         _remove_when_alone(removed)
 
 
-def set_aside(directory: str, step: int, save_id: str) -> None:
-    """Keep what there is of a save that is given up, under a name from which nobody commits it. Nothing, if it was committed
-    after all."""
+def quarantine(directory: str, step: int, save_id: str) -> None:
+    """Quarantine an incomplete save: rename it so that nobody commits it, and keep it for replicas to complete.
+
+    Does nothing if the save is committed after all.
+
+    Raises:
+        StorageError
+    """
     partial = os.path.join(directory, partial_name(step, save_id))
     kept = os.path.join(directory, unfinished_name(step, save_id))
     with storage_errors("rename", partial):
         try:
             os.rename(partial, kept)
-        except FileNotFoundError:  # committed, or another rank was first
+        except FileNotFoundError:  # it is committed, or another rank was first
             pass
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            discard_partial(directory, step, save_id)  # a rank that began late has made a new one
+            discard_partial(directory, step, save_id)  # a rank that began late has made the directory again
 
 
 def discard_unfinished(directory: str, step: int, save_id: str) -> None:
-    """What :func:`set_aside` kept is not needed any more."""
+    """Remove what :func:`quarantine` kept.
+
+    Raises:
+        StorageError
+    """
     path = os.path.join(directory, unfinished_name(step, save_id))
     with storage_errors("remove", path):
         _remove_when_alone(path)
@@ -116,7 +137,7 @@ def _rename_away(partial: str, removed: str) -> str:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise
-        removed += secrets.token_hex(4)  # a rank that began late has made a new one
+        removed += secrets.token_hex(4)  # a rank that began late has made the directory again
         os.rename(partial, removed)
     return removed
 
@@ -126,7 +147,7 @@ def _remove_when_alone(path: str) -> None:
         directory_fd = files.open_directory(path, follow=False)
     except FileNotFoundError:
         return
-    except OSError:  # no directory: whatever it is, it goes
+    except OSError:  # something that is not a directory
         files.remove(path)
         return
     try:
@@ -146,55 +167,55 @@ def _lock_alone(directory_fd: int) -> bool:
     return False
 
 
-def _write_part(job: WriteTask, layout: Layout, part: int) -> Receipt | Committed:
-    """The part's receipt; or the commit, when this task was run before and the save needed no more than that."""
-    spec, partial = job.spec, partial_path(job.spec)
+def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committed:
+    """Do steps 1 to 6. Returns the receipt, or the commit if this task ran before and the save is committed."""
+    spec, partial = task.spec, partial_path(task.spec)
     directory_fd = _open_partial(partial)
     try:
         point("part.opened")
         fcntl.flock(directory_fd, fcntl.LOCK_SH)  # see NOTE [ The lock on a partial directory ] in commit.py
         committed = already_committed(spec)
         if committed is not None:
-            files.remove(partial)  # empty, or the checkpoint that this save replaced
+            files.remove(partial)  # an empty directory, or the checkpoint that this save replaced
             return committed
         if not is_still(partial, directory_fd):
             vanished(partial)
         receipt = read_receipt(partial, spec.rank, part, spec.num_parts, spec.save_id)
-        return receipt or _write_and_sign(job, layout, part, directory_fd)
+        return receipt or _write_and_sign(task, layout, part, directory_fd)
     finally:
         os.close(directory_fd)
 
 
 def _open_partial(partial: str) -> int:
-    """Make it if it is not there (its parent has to be: a run's directory that was removed is not made again)."""
+    """Open the partial directory; make it if needed. The run's directory must exist: it is not made again here."""
     with storage_errors("create", partial):
         for _ in range(_OPEN_ATTEMPTS):
             with suppress(FileExistsError):
                 os.mkdir(partial)
-            with suppress(FileNotFoundError):  # committed, or removed, between the two calls
+            with suppress(FileNotFoundError):  # it was committed, or removed, between the two calls
                 return files.open_directory(partial, follow=False)
     vanished(partial)
 
 
-def _write_and_sign(job: WriteTask, layout: Layout, part: int, directory_fd: int) -> Receipt:
-    spec, partial = job.spec, partial_path(job.spec)
+def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: int) -> Receipt:
+    spec, partial = task.spec, partial_path(task.spec)
     started = time.time()
     if part == 0:
-        files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(job), spec.fsync)
+        files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(task), spec.fsync)
     with ExitStack() as opened:
-        writer = PartWriter(job, layout, directory_fd, partial, opened)
-        segments = deal_once(layout, spec.num_parts, spec.whole_bytes)[part]
+        writer = PartWriter(task, layout, directory_fd, partial, opened)
+        segments = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
-        reused = reuse(spec, layout, whole, writer.hash, directory_fd)
-        rest = reused.rest(layout, segments)
-        writer.prepare(whole, reused.hashes)
-        hashes = reused.all_hashes(segments, rest, writer.write(rest))
+        unchanged = link_unchanged(spec, layout, whole, writer.hash, directory_fd)
+        rest = unchanged.rest(layout, segments)
+        writer.prepare(whole, unchanged.hashes)
+        hashes = unchanged.all_hashes(segments, rest, writer.write(rest))
         written = time.time()
         point("part.written")
         if spec.fsync:
             writer.sync()
-            sync_linked(layout, reused.linked, directory_fd, partial)
-    if spec.fsync:  # the files' names, too, before a receipt says that they are there
+            sync_linked(layout, unchanged.linked, directory_fd, partial)
+    if spec.fsync:  # step 5: names before the receipt
         with storage_errors("sync", partial):
             os.fsync(directory_fd)
     synced = time.time()
@@ -208,9 +229,9 @@ def _write_and_sign(job: WriteTask, layout: Layout, part: int, directory_fd: int
         started=started,
         written=written,
         synced=synced,
-        linked_bytes=reused.nbytes,
-        generation=reused.generation,
-        note=reused.note,
+        linked_bytes=unchanged.nbytes,
+        generation=unchanged.generation,
+        note=unchanged.note,
         rank=spec.rank,
     )
     receipt.write(directory_fd, partial, spec.fsync)

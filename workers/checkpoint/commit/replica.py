@@ -1,11 +1,10 @@
-"""The copy of a rank's snapshot that its partner keeps: the slab as it was, and beside it what a worker has to know to write
-the rank's share of the checkpoint from it.
+"""The replica of a rank's snapshot, which its partner keeps: the slab's bytes, and a header with the write task's facts.
 
     rank-3.0        the slab's bytes
-    rank-3.0.json   the header, sealed; there only while the bytes are whole
+    rank-3.0.json   the header, sealed; it exists only while the bytes are whole
 
-A replica becomes part of a checkpoint as a snapshot does: by ``persist_part``, which leaves the same files and receipts as
-the rank itself would have left.
+``persist_part`` writes a checkpoint from a replica as it does from a snapshot: with the files and receipts that the rank
+itself would have written.
 """
 
 from __future__ import annotations
@@ -32,11 +31,13 @@ _HASHED_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class ReplicaHeader:
-    """Attributes:
-    spec: of the save; without its directory, which may be mounted elsewhere.
-    plan, plan_id, objects: see :class:`stager.workers.checkpoint.write.save_spec.WriteTask`.
-    nbytes: of the slab that are used.
-    digest: xxh3_128 of these, hex.
+    """What a write task says, for a snapshot that is a replica.
+
+    Attributes:
+        spec: of the save; without its directory, which may be mounted elsewhere.
+        plan, plan_id, objects: see :class:`stager.workers.checkpoint.write.write_task.WriteTask`.
+        nbytes: how many bytes of the slab are used.
+        digest: xxh3_128 of these bytes, hex.
     """
 
     spec: SaveSpec
@@ -47,20 +48,22 @@ class ReplicaHeader:
     digest: str
 
     @staticmethod
-    def of(job: WriteTask) -> ReplicaHeader:
-        """Of a whole snapshot. Hashes it."""
-        nbytes = job.objects.offset + job.objects.nbytes
-        digest = digest_of(job.slab.view, nbytes)
-        # No links into checkpoints that may be gone when it is needed.
-        spec = replace(job.spec, directory="", base_step=None)
-        return ReplicaHeader(spec, job.plan, job.plan_id, job.objects, nbytes, digest)
+    def of(task: WriteTask) -> ReplicaHeader:
+        """Make the header of a whole snapshot; hashes its bytes."""
+        nbytes = task.objects.offset + task.objects.nbytes
+        digest = digest_of(task.slab.view, nbytes)
+        # No hard-link base: that checkpoint may be gone when the replica is needed.
+        spec = replace(task.spec, directory="", base_step=None)
+        return ReplicaHeader(spec, task.plan, task.plan_id, task.objects, nbytes, digest)
 
     def to_bytes(self) -> bytes:
-        return seal(asdict(self))
+        """Serialise the header, sealed."""
+        fields = asdict(self)
+        return seal({"facts": fields.pop("spec"), **fields})  # "facts": the key of version 0.1
 
     @staticmethod
     def from_bytes(data: bytes, path: str) -> ReplicaHeader:
-        """What :meth:`to_bytes` wrote.
+        """Parse what :meth:`to_bytes` wrote.
 
         Raises:
             CorruptCheckpointError: ``path`` is not such a header.
@@ -78,7 +81,7 @@ class ReplicaHeader:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpointError(path, f"not the header of a replica: {error!r}") from error
         if max(extent.offset + extent.nbytes for extent in (header.plan, header.objects)) > header.nbytes:
-            raise CorruptCheckpointError(path, "speaks of more bytes than the replica has")
+            raise CorruptCheckpointError(path, "names more bytes than the replica has")
         return header
 
 
@@ -87,7 +90,7 @@ def _extent(body: dict[str, Any]) -> Extent:
 
 
 def digest_of(view: memoryview, nbytes: int) -> str:
-    """xxh3_128 of the first ``nbytes`` bytes, hex. In steps, without the GIL."""
+    """Return the xxh3_128 of the first ``nbytes`` bytes, hex. Releases the GIL while it hashes."""
     hasher = xxhash.xxh3_128()
     for start in range(0, nbytes, _HASHED_BYTES):
         hasher.update(view[start : min(nbytes, start + _HASHED_BYTES)])
@@ -95,7 +98,7 @@ def digest_of(view: memoryview, nbytes: int) -> str:
 
 
 def read_header(path: str) -> ReplicaHeader | None:
-    """Of the replica at ``path``; None: there is none, or it is not whole.
+    """Read the header of the replica at ``path``. Returns None if it is missing: no replica, or an incomplete one.
 
     Raises:
         StorageError, CorruptCheckpointError
@@ -105,41 +108,42 @@ def read_header(path: str) -> ReplicaHeader | None:
 
 
 def check_replica(path: str) -> None:
-    """
+    """Check the bytes of the replica at ``path`` against its header.
+
     Raises:
-        CorruptCheckpointError: it is not as it was sent, or not there.
+        CorruptCheckpointError: the replica is missing, incomplete or damaged.
         StorageError
     """
     header, slab = _open(path)
     if digest_of(slab.view, header.nbytes) != header.digest:
-        raise CorruptCheckpointError(path, "its bytes are not those that were sent")
+        raise CorruptCheckpointError(path, "is damaged: its bytes do not match the hash in its header")
 
 
 def persist_replica(path: str, part: int, directory: str, save_id: str) -> PartResult:
-    """As :func:`stager.workers.checkpoint.commit.persist.persist_part`, from a replica that was checked.
+    """Write a part from a checked replica, as :func:`stager.workers.checkpoint.commit.persist.persist_part` does.
 
     Args:
         directory: of the run.
-        save_id: under which the share is to be written: the save's own, where other ranks' parts of it are still there.
+        save_id: of the save to write. It is the replica's own where other ranks' parts of that save still exist.
 
     Raises:
         StorageError, CorruptCheckpointError
     """
     header, slab = _open(path)
     spec = replace(header.spec, directory=directory, save_id=save_id)
-    job = WriteTask(spec, slab, header.plan, header.plan_id, header.objects, frozenset())
-    return persist_part(job, part)
+    task = WriteTask(spec, slab, header.plan, header.plan_id, header.objects, frozenset())
+    return persist_part(task, part)
 
 
 def _open(path: str) -> tuple[ReplicaHeader, AttachedSlab]:
     header = read_header(path)
     if header is None:
-        raise CorruptCheckpointError(path, "is no whole replica")
+        raise CorruptCheckpointError(path, "is not a complete replica: it has no header")
     with storage_errors("open", path):
         fd = files.open_regular(path, os.O_RDWR)
         try:
             if os.fstat(fd).st_size < header.nbytes:
-                raise CorruptCheckpointError(path, f"has not the {header.nbytes:,} bytes of its header")
+                raise CorruptCheckpointError(path, f"is shorter than the {header.nbytes:,} bytes that its header says")
             return header, AttachedSlab(path, fd, header.nbytes)
         finally:
             os.close(fd)

@@ -1,9 +1,9 @@
-"""JSON documents that notice any changed byte.
+"""Sealed JSON documents: any changed byte is noticed.
 
     {"xxh3_128":"<32 hex digits>","body":<the body, compact JSON>}\\n
 
-The hash is over the body's bytes as they stand in the file, and everything around them is compared literally, so there is
-no byte whose change goes unseen. It is still plain JSON for every other reader.
+The hash covers the body's bytes as they are in the file, and the bytes around them are compared literally. So no byte can
+change unnoticed. Other readers see plain JSON.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def seal(body: Any) -> bytes:
 
 
 def seal_json(data: bytes) -> bytes:
-    """Seal what is JSON already."""
+    """Seal a body that is JSON already."""
     return b"".join((_HEAD, xxhash.xxh3_128_hexdigest(data).encode(), _MIDDLE, data, _END))
 
 
 def unseal(data: bytes, path: str) -> Any:
-    """The body of a sealed document.
+    """Check a sealed document, and return its body.
 
     Raises:
         CorruptCheckpointError: a byte is not as it was written; ``path`` names the file.
@@ -43,10 +43,10 @@ def unseal(data: bytes, path: str) -> Any:
         raise CorruptCheckpointError(path, f"its checksum does not match its {len(data)} bytes")
     try:
         return json.loads(body, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:  # only if it was sealed by something else
+    except (ValueError, RecursionError) as error:  # only if another program sealed it
         raise CorruptCheckpointError(path, f"not valid JSON: {error}") from error
 
 
 def _refuse(constant: str) -> Any:
-    """NaN and Infinity, which Python's json reads although they are no JSON."""
+    """Refuse NaN and Infinity: Python's json reads them, but they are not JSON."""
     raise ValueError(f"{constant} is not JSON")

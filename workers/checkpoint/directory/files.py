@@ -43,10 +43,10 @@ _WHAT_TO_DO = {
 
 @contextmanager
 def storage_errors(action: str, path: str) -> Iterator[None]:
-    """Turn an ``OSError`` into a :class:`StorageError` that says what was being done to which path."""
+    """Turn an ``OSError`` into a :class:`StorageError` that names the action, the path, and what to do."""
     try:
         yield
-    except StorageError:  # said already, by whoever was closer to it
+    except StorageError:  # an inner block has named a more precise action
         raise
     except OSError as error:
         advice = _WHAT_TO_DO.get(error.errno or 0)
@@ -54,12 +54,12 @@ def storage_errors(action: str, path: str) -> Iterator[None]:
 
 
 def open_directory(path: str, *, follow: bool = True) -> int:
-    """A descriptor of a directory. With ``follow=False`` a symbolic link to one is refused (ENOTDIR or ELOOP)."""
+    """Open a directory; returns its descriptor. With ``follow=False`` a symbolic link is refused (ENOTDIR or ELOOP)."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
 
 
 def is_still(path: str, directory_fd: int) -> bool:
-    """Whether the opened directory has this name (still)."""
+    """Return whether the opened directory still has this path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(directory_fd))
     except FileNotFoundError:
@@ -67,10 +67,10 @@ def is_still(path: str, directory_fd: int) -> bool:
 
 
 def open_regular(path: str, access: int = os.O_RDONLY) -> int:
-    """A regular file. A checkpoint is files: no link that leads elsewhere, no FIFO that never answers.
+    """Open a regular file; returns its descriptor. Links (they lead elsewhere) and FIFOs (they block) are refused.
 
     Raises:
-        CorruptCheckpointError: it is something else.
+        CorruptCheckpointError: ``path`` is not a regular file.
         OSError: from ``open``.
     """
     try:
@@ -88,10 +88,10 @@ def open_regular(path: str, access: int = os.O_RDONLY) -> int:
 
 
 def read_small(path: str) -> bytes:
-    """The whole of a small file (manifest, record, receipt, index).
+    """Read the whole of a small file (manifest, save record, receipt, index).
 
     Raises:
-        CorruptCheckpointError: it is too large to be one, or no regular file.
+        CorruptCheckpointError: it is too large, has holes, or is not a regular file.
         OSError: from ``open`` or ``read``.
     """
     with open(open_regular(path), "rb") as file:
@@ -99,18 +99,20 @@ def read_small(path: str) -> bytes:
         if nbytes > DOCUMENT_BYTES:
             raise CorruptCheckpointError(path, f"is {nbytes} bytes long, which is too much for a file of its kind")
         if nbytes > _HOLE_BYTES and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < nbytes:
-            raise CorruptCheckpointError(path, "has a hole: it is not as long as it seems")  # it would take memory
+            raise CorruptCheckpointError(
+                path, "has a hole: it is not as long as it seems"
+            )  # reading a hole takes memory, but no disk
         file.seek(0)
         return file.read(nbytes)
 
 
 def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> None:
-    """``pwritev`` until everything is written: a short write is no error to the kernel."""
+    """Write all buffers at ``offset``: repeat ``pwritev``, which may write less than it was given."""
     pending = [memoryview(b) for b in buffers if len(b)]
     while pending:
         written = os.pwritev(fd, pending[:IOV_MAX], offset)
         if written == 0:
-            raise OSError(errno.EIO, "the file system takes no more bytes, and gives no reason")
+            raise OSError(errno.EIO, "the file system accepts no more bytes, and gives no reason")
         offset += written
         while pending and written >= len(pending[0]):
             written -= len(pending.pop(0))
@@ -119,7 +121,11 @@ def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> No
 
 
 def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, fsync: bool) -> None:
-    """Create ``name`` with ``data``: it is there whole, or not at all."""
+    """Create ``name`` with ``data``, whole or not at all: write a temporary file, sync it, rename it.
+
+    Raises:
+        StorageError
+    """
     temporary = f"{name}.{os.getpid()}.tmp"
     with storage_errors("write", os.path.join(directory, name)):
         try:
@@ -138,7 +144,7 @@ def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, 
 
 
 def read_if_exists(path: str) -> bytes | None:
-    """As :func:`read_small`; None when there is no such file.
+    """Read a small file as :func:`read_small` does. Returns None if it does not exist.
 
     Raises:
         StorageError, CorruptCheckpointError
@@ -151,17 +157,17 @@ def read_if_exists(path: str) -> bytes | None:
 
 
 def remove(path: str) -> None:
-    """Remove a file, a link or a whole directory, if it is there; another process may be doing the same."""
+    """Remove a file, a link or a whole directory, if it exists. Another process may remove it at the same time."""
     with suppress(FileNotFoundError):
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
             return
-        shutil.rmtree(path, ignore_errors=True)  # what vanishes under our hands is no error
-        shutil.rmtree(path)  # and what is still there says why
+        shutil.rmtree(path, ignore_errors=True)  # another process may remove files at the same time
+        shutil.rmtree(path)  # raises for what could not be removed
 
 
 def exchange(first: str, second: str) -> bool:
-    """Swap two paths in one step (``renameat2``); False where the file system cannot."""
+    """Swap two paths in one step (``renameat2``). Returns False where the file system cannot."""
     call = getattr(_libc, "renameat2", None)
     if call is None:
         return False
@@ -174,6 +180,7 @@ def exchange(first: str, second: str) -> bool:
 
 
 def sync_directory(path: str) -> None:
+    """Sync a directory, so that renames in it are durable."""
     fd = open_directory(path)
     try:
         os.fsync(fd)

@@ -57,7 +57,7 @@ class IndexFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class ManifestHeader:
     """The facts of a checkpoint that are not about a single item.
 
     Attributes:
@@ -84,7 +84,7 @@ class Manifest:
     index_files: the files written at commit.
     """
 
-    header: Header
+    header: ManifestHeader
     layout: Layout
     hashes: tuple[tuple[str, ...], ...]
     index_files: tuple[IndexFile, ...]
@@ -169,7 +169,7 @@ def _build(body: dict[str, Any]) -> Manifest:
     if body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
         raise ValueError("unknown columns")
     linked_bytes, generation = body.get("linked", (0, 0))
-    header = Header(
+    header = ManifestHeader(
         kind=check_text(body["kind"]),
         step=check_step(body["step"]),
         save_id=check_text(body["save_id"]),

@@ -17,8 +17,8 @@ def rows_json(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
     Args:
         hashes: of each item's segments.
     """
-    fixed = layout.memo.of_plan("rows", lambda: _texts(layout.items[: layout.memo.num_fixed]))
-    texts = [*fixed, *_texts(layout.items[layout.memo.num_fixed :])]
+    fixed = layout.cache.once_per_plan("rows", lambda: _texts(layout.items[: layout.cache.num_fixed]))
+    texts = [*fixed, *_texts(layout.items[layout.cache.num_fixed :])]
     if all(map(str.isalnum, map("".join, hashes))) and "".join(map("".join, hashes)).isascii():
         lists = ['["' + '","'.join(values) + '"]' for values in hashes]
     else:  # no hashes, but that is for whoever reads them to find out
@@ -27,7 +27,7 @@ def rows_json(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
 
 
 def structure_json(layout: Layout) -> str:
-    return layout.memo.of_plan(
+    return layout.cache.once_per_plan(
         "structure", lambda: json.dumps(layout.structure, separators=(",", ":"), allow_nan=False)
     )
 

@@ -1,4 +1,4 @@
-"""Steps that retention is to keep, whatever the rules say: a sealed list in the run's directory, ``.stager.protected``."""
+"""Protected steps: retention keeps them, whatever its rules. A sealed list in the run's directory, ``.stager.protected``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ PROTECTED_NAME = ".stager.protected"
 
 
 def read_protected(directory: str) -> frozenset[int]:
-    """
+    """Read the protected steps.
+
     Raises:
         CorruptCheckpointError: the list is damaged. Nothing may be removed then.
         StorageError
@@ -27,11 +28,14 @@ def read_protected(directory: str) -> frozenset[int]:
     try:
         return frozenset(map(check_step, unseal(data, path)))
     except (TypeError, ValueError) as error:
-        raise CorruptCheckpointError(path, f"not a list of steps: {error}; remove it, and protect again") from error
+        raise CorruptCheckpointError(
+            path, f"is not a list of steps: {error}; remove this file, and protect the steps again"
+        ) from error
 
 
 def write_protected(directory: str, steps: Collection[int]) -> None:
-    """
+    """Write the protected steps, durably.
+
     Raises:
         StorageError
     """

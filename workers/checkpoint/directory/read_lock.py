@@ -1,9 +1,9 @@
-"""Who reads a checkpoint holds it: retention does not remove it under his hands.
+"""The read lock: retention does not remove a checkpoint while it is read.
 
-Readers hold the directory's flock shared; who removes it needs it exclusively and does not wait (``removal.py``). He holds
-it while he takes the directory's name away, no longer, and a commit holds it for the moment after the rename. So a reader
-has to wait for moments only; if somebody was stopped right there, or where the file system has no locks, he goes on
-without: what he reads is checked anyway.
+Readers hold the directory's flock shared. A remover takes it exclusively, without waiting (``removal.py``), and holds it
+only while it renames the directory. A commit that replaces a checkpoint holds it for a moment, too. So a reader waits for
+moments only. If a remover was stopped right then, or the file system has no locks, the reader goes on without the lock:
+what it reads is checked by hashes anyway.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ _POLL_SECS = 0.02
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Hold the checkpoint at ``path``. What cannot be opened at all is left for the reader to find out.
+    """Hold the read lock of the checkpoint at ``path``. If it cannot be opened, the reader inside will raise why.
 
     Raises:
-        CheckpointNotFoundError: it was removed, or replaced, just now.
+        CheckpointNotFoundError: it was removed or replaced while the lock was taken.
         StorageError
     """
     with holding(path) as there:
         if not there:
-            raise CheckpointNotFoundError(None, "the checkpoint was removed, or replaced, just now", path)
+            raise CheckpointNotFoundError(
+                None, "the checkpoint was removed or replaced just now; list the checkpoints again", path
+            )
         yield
 
 
 @contextmanager
 def holding(path: str) -> Iterator[bool]:
-    """The same for who does not mind. Gives False when what was there has lost its name meanwhile.
+    """Hold the read lock as :func:`reading` does, but yield False if the directory was renamed or removed meanwhile.
 
     Raises:
         StorageError

@@ -1,9 +1,8 @@
-"""What a worker leaves in the partial directory when its part is written and synced:
-``receipt-<rank>-<part>-of-<parts of this rank>.json``.
+"""The receipt: a worker's proof that its part is written and synced, ``receipt-<rank>-<part>-of-<parts of rank>.json``.
 
-The hashes are those of the part's segments, in the order ``deal`` gives. A receipt that is there is
-whole and true (written to a temporary name, synced, renamed). With every rank's record (``save_spec``), a full set of
-receipts is all that a commit needs, and the names alone tell whether it is full.
+Its hashes are those of the part's segments, in the order of ``layout.partition``. It is written under a temporary name,
+synced, and renamed, so a receipt that exists is whole and true. Every rank's save record and a full set of receipts are all
+that a commit needs. The names of the receipts alone tell whether the set is full.
 """
 
 from __future__ import annotations
@@ -24,15 +23,18 @@ _NAME = re.compile(r"receipt-([0-9]{1,9})-([0-9]{1,9})-of-([0-9]{1,9})\.json")
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Attributes:
-    part, num_parts: which part of how many of this rank.
-    save_id: of the save it belongs to.
-    hashes: xxh3_128 of each segment, hex.
-    pid: the worker.
-    started, written, synced: ``time.time()`` stamps.
-    linked_bytes: of the files that were linked to those of an earlier checkpoint, and not written.
-    generation: how many saves ago the oldest of these may have been written.
-    note: why less was linked than could have been; "": no such reason.
+    """What one part of a save has become.
+
+    Attributes:
+        part, num_parts: which part, of how many of this rank.
+        save_id: of the save.
+        hashes: xxh3_128 of each segment, hex.
+        pid: of the worker.
+        started, written, synced: ``time.time()`` stamps.
+        linked_bytes: size of the unchanged files, which were linked and not written.
+        generation: how many saves ago the oldest of these may have been written.
+        note: why unchanged files were written all the same; "": none were.
+        rank: whose part it is.
     """
 
     part: int
@@ -49,16 +51,22 @@ class Receipt:
     rank: int = 0
 
     def write(self, directory_fd: int, directory: str, fsync: bool) -> None:
+        """Write the receipt into the partial directory.
+
+        Raises:
+            StorageError
+        """
         name = receipt_name(self.rank, self.part, self.num_parts)
         files.write_atomically(directory_fd, directory, name, seal(asdict(self)), fsync)
 
 
 def receipt_name(rank: int, part: int, num_parts: int) -> str:
+    """Return the name of a receipt's file."""
     return f"receipt-{rank}-{part}-of-{num_parts}.json"
 
 
 def finished_ranks(names: Iterable[str]) -> set[int]:
-    """The ranks whose every receipt is among the names of a partial directory's files."""
+    """Return the ranks whose receipts are all among ``names``, the files of a partial directory."""
     parts: dict[tuple[int, int], set[int]] = {}
     for name in names:
         if match := _NAME.fullmatch(name):
@@ -75,10 +83,10 @@ def read_receipt(
     save_id: str,
     parsing: AbstractContextManager[object] | None = None,
 ) -> Receipt | None:
-    """The receipt of ``part``, or None when it has none yet.
+    """Read the receipt of ``part``. Returns None if it does not exist yet.
 
     Args:
-        parsing: held when it is read and not yet parsed.
+        parsing: entered while the receipt is parsed: a lock, if several threads read.
 
     Raises:
         CorruptCheckpointError: it is damaged, or of another save.
@@ -95,7 +103,7 @@ def read_receipt(
         check_count(receipt.linked_bytes)
         check_count(receipt.generation)
     except (TypeError, KeyError, ValueError) as error:
-        raise CorruptCheckpointError(path, f"not a receipt: {error!r}") from error
+        raise CorruptCheckpointError(path, f"is not a valid receipt: {error!r}") from error
     found = receipt.rank, receipt.part, receipt.num_parts, receipt.save_id
     if found != (rank, part, num_parts, save_id):
         raise CorruptCheckpointError(

@@ -1,19 +1,19 @@
-"""The directory of a run: names, what is committed, what is left over.
+"""The directory of a run: its names, its lock, and which checkpoints are committed.
 
     <run>/step-00000100/                      a committed checkpoint
-    <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never taken for a checkpoint
+    <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never a checkpoint
     <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
                                               system cannot exchange two names
     <run>/step-00000100.removing-<nonce>/     being removed, by retention or because its save failed
-    <run>/step-00000100.unfinished-<save_id>/   given up, because parts did not come in time, and kept: partners may have
-                                              replicas of what is missing (``stager/replication``)
+    <run>/step-00000100.unfinished-<save_id>/   quarantined: parts did not arrive in time, and partners may have replicas
+                                              of them (``stager/replication``)
     <run>/.stager.lock                        held (flock) by the trainer and its workers
-    <run>/.stager.protected                   steps that retention keeps (workers/checkpoint/directory/protected.py)
+    <run>/.stager.protected                   steps that retention keeps (``protected.py``)
 
 NOTE [ The lock ]
-The lock belongs to an open file description that the trainer's workers inherit. It is released when the last of them is
-gone, so a run that starts while the workers of a killed trainer still finish its last checkpoint waits for them, and then
-sees that checkpoint. Several ranks of one run share it (``stager/ranks/opening.py``).
+The lock belongs to an open file description, which the trainer's workers inherit. It is released when the last of these
+processes has ended. So a run that starts while workers of a killed trainer finish its last checkpoint waits for them, and
+then sees that checkpoint. Several ranks of one run share it (``stager/ranks/opening.py``).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
-from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError, UsageError
 
 LOCK_NAME = ".stager.lock"
 
@@ -70,6 +70,7 @@ class CheckpointInfo:
 
     @staticmethod
     def of(path: str, manifest: Manifest) -> CheckpointInfo:
+        """Make the info of the checkpoint at ``path`` from its manifest."""
         header = manifest.header
         return CheckpointInfo(
             step=header.step,
@@ -86,64 +87,95 @@ class CheckpointInfo:
 
 @dataclass(frozen=True, slots=True)
 class SkippedCheckpoint:
-    """A directory that looks like a checkpoint and is not taken for one: its name, and why."""
+    """A directory that looks like a checkpoint but does not count as one: its name, and why."""
 
     name: str
     reason: str
 
 
 def checkpoint_name(step: int) -> str:
+    """Return the directory name of a committed checkpoint."""
     return f"step-{step:08d}"
 
 
 def partial_name(step: int, save_id: str) -> str:
+    """Return the name of a save's partial directory."""
     return f"{checkpoint_name(step)}.partial-{save_id}"
 
 
 def removing_name(step: int, nonce: str) -> str:
+    """Return the name that a checkpoint has while it is removed."""
     return f"{checkpoint_name(step)}.removing-{nonce}"
 
 
 def removing_names(directory: str) -> list[str]:
-    """What retention has begun to remove."""
+    """Return the names of the directories whose removal has begun."""
     found = ((name, _REMOVING.fullmatch(name)) for name in _names(directory))
     return sorted(name for name, match in found if match and name == removing_name(int(match[1]), match[2]))
 
 
 def unfinished_name(step: int, save_id: str) -> str:
+    """Return the name of a save's directory in quarantine."""
     return f"{checkpoint_name(step)}.unfinished-{save_id}"
 
 
 def unfinished_saves(directory: str) -> list[tuple[int, str]]:
-    """(step, save_id) of what was given up and kept, oldest step first."""
+    """Return (step, save_id) of each save in quarantine, oldest step first."""
     found = ((name, _UNFINISHED.fullmatch(name)) for name in _names(directory))
     saves = [(name, int(match[1]), match[2]) for name, match in found if match]
     return sorted((step, save_id) for name, step, save_id in saves if name == unfinished_name(step, save_id))
 
 
 def committed_steps(directory: str) -> list[int]:
-    """Steps that have a directory of their own, newest first; nothing of it is read."""
+    """Return the steps that have a checkpoint's directory, newest first. Reads names only."""
     return sorted((step for name in _names(directory) if (step := parse_checkpoint(name)) is not None), reverse=True)
 
 
 def parse_checkpoint(name: str) -> int | None:
-    """The step of a checkpoint's directory; None: it is the name of something else."""
+    """Return the step of a checkpoint's directory name; None for any other name."""
     match = _COMMITTED.fullmatch(name)
     return int(match[1]) if match is not None and name == checkpoint_name(int(match[1])) else None
 
 
+def is_checkpoint_directory(path: str) -> bool:
+    """Return whether ``path`` is one checkpoint, not a run: by its name, or because it was renamed and has a manifest."""
+    name = os.path.basename(path)
+    named = any(pattern.fullmatch(name) for pattern in (_COMMITTED, _PARTIAL, _REMOVING))
+    return named or os.path.exists(os.path.join(path, MANIFEST_NAME))
+
+
+def require_run_directory(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a run's directory.
+
+    Raises:
+        CheckpointNotFoundError: ``path`` is not a directory.
+        UsageError: ``path`` is one checkpoint.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.isdir(path):
+        reason = "is not a directory" if os.path.exists(path) else "no such directory"
+        raise CheckpointNotFoundError(None, reason, path)
+    if is_checkpoint_directory(path):
+        raise UsageError(f"{path} is one checkpoint; name the run's directory")
+    return path
+
+
 def partial_names(directory: str) -> list[str]:
-    """Partial directories, those of ``REPLACED`` checkpoints behind the ones that replace them."""
+    """Return the names of partial directories; ``REPLACED`` checkpoints come after their replacements."""
     return sorted(filter(is_partial, _names(directory)))
 
 
 def is_partial(name: str) -> bool:
-    """Whether it is the name of such a directory."""
+    """Return whether ``name`` is a partial directory's."""
     return _PARTIAL.fullmatch(name) is not None and _is_canonical(name)
 
 
 def parse_partial(name: str) -> tuple[int, str]:
-    """(step, save_id) of a partial directory's name."""
+    """Return (step, save_id) of a partial directory's name.
+
+    Raises:
+        ValueError: it is not a partial directory's name.
+    """
     match = _PARTIAL.fullmatch(name)
     if match is None:
         raise ValueError(f"not a partial directory: {name}")
@@ -163,7 +195,7 @@ def _names(directory: str) -> list[str]:
 
 
 def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest]:
-    """The checkpoint of ``step``, by its manifest.
+    """Read the manifest of the checkpoint of ``step``.
 
     Raises:
         CheckpointNotFoundError, CorruptCheckpointError
@@ -176,11 +208,11 @@ def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest
 
 
 def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
-    """(committed checkpoints, oldest first; what was skipped and why). Manifests are read, data files are not."""
+    """Return the committed checkpoints, oldest first, and what was skipped. Reads manifests, but no data files."""
     directory = os.path.abspath(os.fspath(directory))
     committed: list[CheckpointInfo] = []
     skipped = [
-        SkippedCheckpoint(name, "partial: it was never committed, or is being written now")
+        SkippedCheckpoint(name, "partial: it was not committed, or is being written now")
         for name in partial_names(directory)
     ]
     skipped += [SkippedCheckpoint(name, "being removed") for name in removing_names(directory)]
@@ -193,7 +225,7 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[Checkpoint
 
 
 def remove_partial(directory: str, name: str) -> None:
-    """Remove a partial directory. The caller knows that nobody writes to it."""
+    """Remove a partial directory. The caller makes sure that nobody writes to it."""
     parse_partial(name)
     path = os.path.join(directory, name)
     with storage_errors("remove", path):
@@ -205,12 +237,12 @@ def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: b
 
     Args:
         timeout: seconds.
-        nonce: of the run, to be found in the file by its other ranks.
-        shared: as one of several ranks.
+        nonce: of the run; written into the lock file, where the run's other ranks read it.
+        shared: take the lock shared, as one of several ranks.
 
     Raises:
         DirectoryInUseError: another run still holds it after ``timeout`` seconds.
-        StorageError: the lock file cannot be made.
+        StorageError: the lock file cannot be created.
     """
     path = os.path.join(directory, LOCK_NAME)
     with storage_errors("lock", path):
@@ -228,10 +260,10 @@ def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: b
 
 
 def share_lock(fd: int, directory: str) -> None:
-    """From holding the run's lock alone to sharing it with the run's other ranks.
+    """Turn an exclusive lock of the run into a shared one, so that its other ranks can take it, too.
 
     Raises:
-        DirectoryInUseError: another run took it in between (the kernel lets go of the one before it takes the other).
+        DirectoryInUseError: another run took the lock in between: the kernel releases the old lock before it takes the new.
     """
     with storage_errors("lock", os.path.join(directory, LOCK_NAME)):
         _acquire(fd, 0, directory, fcntl.LOCK_SH)
@@ -239,7 +271,7 @@ def share_lock(fd: int, directory: str) -> None:
 
 @contextmanager
 def unused_directory(directory: str) -> Iterator[None]:
-    """Nobody writes into it meanwhile, for who only looks: nothing is made or changed.
+    """Hold the run's lock for a reader that changes nothing; not even the lock file is created.
 
     Raises:
         DirectoryInUseError: a run holds the lock, alone or shared by its ranks.
@@ -277,6 +309,6 @@ def _acquire(fd: int, timeout: float, directory: str, kind: int = fcntl.LOCK_EX)
 def _in_use(fd: int, timeout: float) -> str:
     owner = os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"
     return (
-        f"another run (trainer process {owner}, or the workers it left) still writes checkpoints here after "
+        f"another run (trainer process {owner}, or workers that it left) still writes checkpoints here after "
         f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True"
     )

@@ -1,15 +1,15 @@
-"""What an on-disk format has to say. Ranges, hashes, receipts, commit and reading are the same for all of them.
+"""The contract of an on-disk format. Partition, hashes, receipts, commit and reading are the same for all formats.
 
-    trainer   lay_out     tensors -> items and files, before the first byte is written; kept as long as the plan
-              templates   the tensors' items -> what workers would need torch for, made once and sent along
-              object_blob a value -> the bytes of its item
-              closing     the objects' blobs -> the blob that ends the file, for a format that needs one
-    worker    frames      an item -> the bytes before and after its raw bytes
-    commit    index_files small files that readers of the format start from
+    trainer   lay_out            tensors -> items and files, before the first byte is written; kept as long as the plan
+              templates          the tensors' items -> bytes that only torch can make; made once, sent to the workers
+              object_blob        a value -> the bytes of its item
+              trailer            the objects' blobs -> the blob that ends the file, for a format that needs one
+    worker    headers_and_tails  an item -> the bytes before and after its raw bytes
+    commit    index_files        small files that readers of the format start from
 
-Whoever computes bytes has the layout and the templates only, so trainer and workers come to the same ones. Workers do
-without torch: importing it takes more than a second and more memory than everything else they need. So what needs it (the
-trainer's part, and making templates for a layout that came without) imports it when it is called.
+All bytes follow from the layout and the templates, so trainer and workers compute the same ones. Workers run without
+torch: importing it takes more than a second, and more memory than everything else they need. A function that needs torch
+(those of the trainer, and making templates for a layout that came without) imports it when it is called.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from typing import TYPE_CHECKING, Protocol
 
 from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
 from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout, align
+from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.checkpoint.layout.structure import Path, describe, fqn
-from stager.workers.checkpoint.layout.templates import Templates
 
 if TYPE_CHECKING:
     from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
-SMALLEST_FILE_BYTES = 1 << 20  # below this a file of its own costs more than it brings
+SMALLEST_FILE_BYTES = 1 << 20  # a smaller file costs more time than a second writer saves
 
 Split = Callable[[Sequence["TensorSpec"], Sequence[int]], list[list[int]]]
-"""From tensors and what each takes in a file, bytes, to the files they go into: numbers of tensors, none without any."""
+"""From tensors, and the bytes that each takes, to files: the indices of each file's tensors. No file is empty."""
 
-Frames = Callable[[int], tuple[bytes, bytes]]
-"""From an item's number to the bytes before and after its raw bytes; ``(b"", b"")`` for what is no tensor."""
+HeadersAndTails = Callable[[int], tuple[bytes, bytes]]
+"""From an item's index to the bytes before and after its raw bytes; ``(b"", b"")`` if it is not a tensor."""
 
-Closing = Callable[[Sequence[bytes]], bytes]
-"""From the objects' blobs to the blob that comes behind them. It is in the checkpoint as an item of the kind "frame"."""
+Trailer = Callable[[Sequence[bytes]], Sequence[bytes]]
+"""From the objects' blobs to the blobs that follow them: one, an item of kind "frame" (a trailer); or none."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that is to be an item.
+    """A tensor that will be an item.
 
     Attributes:
-        paths: every place that it has in the state; more than one if it is tied.
+        paths: its key paths in the state; more than one if it is tied.
         dtype, shape, stride: as in :class:`stager.workers.checkpoint.layout.layout.Item`.
     """
 
@@ -55,24 +55,27 @@ class TensorSpec:
 
     @property
     def name(self) -> str:
-        """Its first name in the checkpoint."""
+        """Its name in the checkpoint: the first of its key paths, joined by dots."""
         return fqn(self.paths[0])
 
     @property
     def nbytes(self) -> int:
+        """Number of its raw bytes."""
         return math.prod(self.shape) * itemsize_of(self.dtype)
 
     def describe(self) -> str:
-        """As a user would write it."""
+        """Return its first key path as a user would write it."""
         return describe(self.paths[0])
 
 
 @dataclass(frozen=True, slots=True)
-class LaidOut:
-    """Attributes:
-    order: of each item, its number among the tensors that were given.
-    items: in file order; without places in a slab.
-    files: what they are in.
+class TensorLayout:
+    """Where a format puts tensors.
+
+    Attributes:
+        order: of each item, the index of its tensor among those that were given.
+        items: in file order; without places in a slab.
+        files: the files that contain them.
     """
 
     order: Sequence[int]
@@ -81,45 +84,57 @@ class LaidOut:
 
 
 class Format(Protocol):
-    """Attributes:
-    row_major: tensors lie in C order, whatever their strides were.
-    one_file: it has no other, so that any change is a change of that one: no incremental saves.
+    """What a format module provides.
+
+    Attributes:
+        row_major: tensors are stored in C order, whatever their strides were.
+        one_file: everything is in one file. A change anywhere changes that file, so there are no incremental saves.
     """
 
     row_major: bool
     one_file: bool
 
     def holds(self, dtype: str) -> bool:
-        """Whether a tensor of this dtype is stored as a tensor. Others are stored as objects."""
+        """Return whether tensors of this dtype are stored as tensors; the others are stored as objects."""
 
-    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
-        """
+    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+        """Decide where each tensor goes.
+
         Args:
-            split: which tensors share a file, where the format has more than one.
+            rank: of the trainer process; part of the file names.
+            split: which tensors share a file, if the format has more than one file.
 
         Raises:
-            UnstageableError: a tensor that cannot be written; names its key path.
+            UnstageableError: the format cannot hold a tensor; the error names its key path.
         """
 
-    def templates(self, tensors: Sequence[Item]) -> Templates: ...
+    def templates(self, tensors: Sequence[Item]) -> Templates:
+        """Make the bytes that only torch can make. Needs torch."""
 
-    def frames(self, layout: Layout) -> Frames: ...
+    def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
+        """Return the function that gives the bytes around an item's raw bytes."""
 
     def object_blob(self, value: object, leaf: int) -> bytes:
-        """A pickled object. ``leaf`` is the same in every save of a state, and no other leaf of it has it."""
+        """Pickle an object. ``leaf`` is unique in the state, and the same in every save of it."""
 
     def object_file_name(self, rank: int) -> str:
-        """Where objects go: behind the tensors' files, or at the end of the last one if it is that one's name."""
+        """Return the name of the objects' file. If it is the last tensor file's, objects go to the end of that file."""
 
-    def closing(self, plan: LayoutPlan) -> Closing | None: ...
+    def trailer(self, plan: LayoutPlan) -> Trailer:
+        """Return the function that makes the trailer, or :func:`no_trailer`."""
 
     def index_files(self, layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
-        """By name."""
+        """Return the bytes of each index file, by name.
+
+        Args:
+            save_id: of the save.
+            directory: the final path of the checkpoint.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class Framed:
-    """A tensor as it will be in a file: bytes before, of, and after its values."""
+class BlobSizes:
+    """A tensor and the sizes of its blob: header, raw bytes and tail, in bytes."""
 
     spec: TensorSpec
     head: int
@@ -128,11 +143,17 @@ class Framed:
 
     @property
     def nbytes(self) -> int:
+        """Size of the blob."""
         return self.head + self.data + self.tail
 
 
+def no_trailer(blobs: Sequence[bytes]) -> Sequence[bytes]:
+    """Add nothing: the trailer of a format whose files end with the last object."""
+    return ()
+
+
 def evenly(num_files: int) -> Split:
-    """Runs of about the same number of bytes, at most ``num_files``."""
+    """Split tensors into at most ``num_files`` runs of about the same number of bytes."""
     return lambda tensors, nbytes: _runs(nbytes, num_files)
 
 
@@ -150,7 +171,7 @@ def _runs(nbytes: Sequence[int], num_files: int) -> list[list[int]]:
 
 
 def tensor_item(spec: TensorSpec, file: int, offset: int, head: int, data: int, tail: int) -> Item:
-    """The item of a tensor whose blob starts at ``offset``; ``head``, ``data``, ``tail`` are lengths in bytes."""
+    """Make the item of a tensor whose blob starts at ``offset``; ``head``, ``data`` and ``tail`` are lengths in bytes."""
     return Item(
         kind="tensor",
         file=file,
@@ -164,16 +185,16 @@ def tensor_item(spec: TensorSpec, file: int, offset: int, head: int, data: int, 
     )
 
 
-def lay_out_blobs(framed: Sequence[Framed], names: Callable[[int], str], split: Split) -> LaidOut:
-    """Blobs one after the other at multiples of 64 bytes."""
+def lay_out_blobs(sizes: Sequence[BlobSizes], names: Callable[[int], str], split: Split) -> TensorLayout:
+    """Lay out blobs one after the other, each at a multiple of 64 bytes."""
     items: list[Item] = []
     files: list[FileSpec] = []
-    runs = split([one.spec for one in framed], [align(one.nbytes) for one in framed])
+    runs = split([one.spec for one in sizes], [align(one.nbytes) for one in sizes])
     for file, run in enumerate(runs):
         offset = 0
         for number in run:
-            one = framed[number]
+            one = sizes[number]
             items.append(tensor_item(one.spec, file, offset, one.head, one.data, one.tail))
             offset = align(offset + one.nbytes, BLOB_ALIGN_BYTES)
         files.append(FileSpec(names(file), offset))
-    return LaidOut([number for run in runs for number in run], tuple(items), tuple(files))
+    return TensorLayout([number for run in runs for number in run], tuple(items), tuple(files))

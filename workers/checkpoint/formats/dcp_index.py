@@ -1,12 +1,11 @@
-"""``.metadata``: the pickled ``Metadata`` that stock DCP starts from, put together from templates (``dcp_templates.py``).
+"""``.metadata``: the pickled ``Metadata`` that stock DCP starts from, filled in from templates (``dcp_templates.py``).
 
-It is equal to what pickling the dataclasses would give, which a test compares. All but the objects' places and the
-checkpoint's identity is the same from save to save and is kept with the plan.
+Unpickled, it equals the dataclasses that DCP itself would have pickled; a test compares them. From save to save only the
+places of the objects and the identity of the checkpoint change. The rest is made once per plan (:class:`_Stem`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stager.workers.checkpoint.formats.pickle_template import (
@@ -21,36 +20,38 @@ from stager.workers.checkpoint.formats.pickle_template import (
     tuple_of,
 )
 from stager.workers.checkpoint.layout.layout import Item, Layout
-from stager.workers.checkpoint.layout.structure import Chunks, Node, fqn
-from stager.workers.checkpoint.layout.templates import Templates
+from stager.workers.checkpoint.layout.plan_cache import Templates
+from stager.workers.checkpoint.layout.structure import Chunks, Path, fqn, leaves
 from stager.workers.gc_pause import no_collection
-
-_DcpPath = tuple[str | int, ...]
 
 
 def tensor_name(item: Item) -> str:
-    """Of the template of a tensor's ``TensorStorageMetadata``: the lengths of its shape, then its list of chunks."""
+    """Name the template of a tensor's ``TensorStorageMetadata``. To fill in: its lengths, its list of chunks."""
     return f"tensor {item.dtype} {len(item.shape)}"
 
 
 def chunk_name(dims: int) -> str:
-    """Of that of a ``ChunkStorageMetadata``: offsets, then lengths."""
+    """Name the template of a ``ChunkStorageMetadata``. To fill in: offsets, lengths."""
     return f"chunk {dims}"
 
 
 def index_name(dims: int | None) -> str:
-    """Of that of the ``MetadataIndex`` of a tensor of so many dimensions: name, then offsets; None: of an object."""
+    """Name the template of the ``MetadataIndex`` of a tensor of ``dims`` dimensions, or of an object (None).
+
+    To fill in: the name, the offsets.
+    """
     return "index of an object" if dims is None else f"index {dims}"
 
 
 def dcp_index(layout: Layout, templates: Templates, save_id: str, directory: str) -> bytes:
-    """
+    """Make ``.metadata``.
+
     Args:
-        templates: of ``dcp_templates.index_templates``.
+        templates: from ``dcp_templates.index_templates``.
         save_id: of the save.
-        directory: that the checkpoint will have.
+        directory: the final path of the checkpoint.
     """
-    stem = layout.memo.of_plan("dcp index", lambda: _Stem.of(layout, templates))
+    stem = layout.cache.once_per_plan("dcp index", lambda: _Stem.of(layout, templates))
     pieces = [stem.before]
     for index, key in stem.rest:
         item = layout.items[index]
@@ -62,7 +63,7 @@ def dcp_index(layout: Layout, templates: Templates, save_id: str, directory: str
 
 @dataclass(frozen=True, slots=True)
 class _Info:
-    """Template of a ``_StorageInfo``."""
+    """Template of a ``_StorageInfo``: where an item is."""
 
     pieces: tuple[bytes, ...]
 
@@ -73,11 +74,13 @@ class _Info:
 
 @dataclass(frozen=True, slots=True)
 class _Stem:
-    """Attributes:
-    before: the pickle up to the places of what is not fixed.
-    rest: (item, its ``MetadataIndex``) of what is not.
-    info: template of their places.
-    ids: what comes before, between and after the checkpoint's path and the save's id.
+    """What of ``.metadata`` stays the same from save to save.
+
+    Attributes:
+        before: the pickle up to the places of the objects.
+        rest: (index of the item, its ``MetadataIndex``) of each object.
+        info: template of their places.
+        ids: the bytes before, between and after the checkpoint's path and the save's id.
     """
 
     before: bytes
@@ -98,27 +101,29 @@ class _StemWriter:
         self._start, first_string = templates["start"]
         self._strings = Strings(int.from_bytes(first_string, "little"))
         self._states: dict[tuple[str, tuple[int, ...]], bytes] = {}
-        self._in_one: dict[int, tuple[bytes, bytes]] = {}  # by dimensions: around the name of what has no offsets
+        self._in_one: dict[
+            int, tuple[bytes, bytes]
+        ] = {}  # by dimensions: the bytes around the name of an item that is not in chunks
 
     def write(self) -> _Stem:
         layout, strings = self._layout, self._strings
         state, paths, storage, *ids = self._templates["metadata"]
         info = _Info(self._templates["storage info"])
-        leaves = [(path, fqn(path), leaf) for path, leaf in _dcp_walk(layout.structure)]
+        named = [(path, fqn(path), leaf) for path, leaf in leaves(layout.structure, text_keys=True)]
         pieces = [self._start, state, DICT_START]
-        for _, name, leaf in leaves:
+        for _, name, leaf in named:
             pieces += (strings.piece(name), self._state(leaf))
         pieces += (DICT_END, paths, DICT_START)
-        for path, name, _ in leaves:
+        for path, name, _ in named:
             pieces += (strings.piece(name), self._path(path))
         pieces += (DICT_END, storage, DICT_START)
         rest = []
         names = [plain_string(file.name) for file in layout.files]
-        for _, name, leaf in leaves:
+        for _, name, leaf in named:
             parts = leaf.parts if isinstance(leaf, Chunks) else ((None, leaf),)
             for offsets, index in parts:
                 item, key = layout.items[index], self._index(name, layout.items[index], offsets)
-                if index >= layout.memo.num_fixed:
+                if index >= layout.cache.num_fixed:
                     rest.append((index, key))
                 else:
                     pieces += (key, *info.of(names[item.file], item))
@@ -145,8 +150,8 @@ class _StemWriter:
     def _chunk(self, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> bytes:
         return fill(self._templates[chunk_name(len(lengths))], map(integer, (*offsets, *lengths)))
 
-    def _path(self, path: _DcpPath) -> bytes:
-        return tuple_of([self._strings.piece(key) if isinstance(key, str) else integer(key) for key in path])
+    def _path(self, path: Path) -> bytes:
+        return tuple_of([self._strings.piece(key) if isinstance(key, str) else integer(int(key or 0)) for key in path])
 
     def _index(self, name: str, item: Item, offsets: tuple[int, ...] | None) -> bytes:
         if offsets is not None:
@@ -158,17 +163,3 @@ class _StemWriter:
             self._in_one[dims] = before, fill(after, [integer(0)] * dims)
         before, end = self._in_one[dims]
         return b"%b%b%b" % (before, self._strings.piece(name), end)
-
-
-def _dcp_walk(node: Node, path: _DcpPath = ()) -> Iterator[tuple[_DcpPath, int | Chunks]]:
-    """As ``structure.leaves``, with the paths DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
-    if type(node) is int:
-        yield path, node
-    elif node[0] == "chunks":
-        yield path, Chunks.from_node(node)
-    elif node[0] == "list":
-        for position, child in enumerate(node[1]):
-            yield from _dcp_walk(child, (*path, position))
-    else:
-        for key, child in zip(node[1], node[2], strict=True):
-            yield from _dcp_walk(child, (*path, str(key)))

@@ -12,11 +12,11 @@ from stager.workers.checkpoint.formats.dcp_index import chunk_name, index_name, 
 from stager.workers.checkpoint.formats.pickle_template import TemplateMaker, mark, number_mark
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Item
-from stager.workers.checkpoint.layout.templates import Templates
+from stager.workers.checkpoint.layout.plan_cache import Templates
 
 
 def index_templates(tensors: Sequence[Item]) -> Templates:
-    """A template for each dtype and number of dimensions, and those that every ``.metadata`` needs."""
+    """Make a template for each dtype and number of dimensions, and those that every ``.metadata`` needs."""
     kinds = {tensor_name(item): (item.dtype, len(item.shape)) for item in tensors}
     properties = {
         dtype: dcp_metadata.TensorProperties(dtype=dtype_of(dtype)) for dtype in {dtype for dtype, _ in kinds.values()}

@@ -1,16 +1,16 @@
-"""Pickles of many similar objects, put together from pieces that the pickler made once.
+"""Templates: pickles of many similar objects, joined from pieces that the pickler made once.
 
 Pickling 20,000 dataclasses one by one takes half a second. Instead one specimen of each kind is pickled, with marks where
-the specimens differ, and the pickle is cut at the marks; filling in strings and numbers is then a join of bytes. What a
-specimen looks like in a pickle is left to the pickler, so this keeps up with fields that a class gains.
+specimens differ, and the pickle is cut at the marks. Filling in strings and numbers is then a join of bytes. The pickler
+decides how a specimen is pickled, so a field that a class gains later is no trouble.
 
 The stream is of protocol 2, whose memo has explicit numbers:
 
-    prelude      classes, field names, whatever is used often: put into the memo once, then dropped from the stack
-    templates    refer to the prelude, and put nothing into the memo that they do not need themselves
-    strings      numbered from behind both on: each in full where it comes first, by its number afterwards
+    prelude      classes, field names and other frequent objects: put into the memo once, then dropped from the stack
+    templates    refer to the prelude, and put into the memo only what they need themselves
+    strings      have the memo numbers that follow: the first use has the whole string, later ones its number
 
-The first two take the classes, and what they are from; filling in takes bytes only, and may happen in another process.
+Making prelude and templates needs the classes (and torch). Filling in needs only bytes, so workers can do it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _TUPLES = (b")", b"\x85", b"\x86", b"\x87")
 
 
 def mark(number: int) -> str:
-    """What stands in a specimen for the ``number``-th of the strings that are filled in, or anything in a string's place."""
+    """Return the placeholder for the ``number``-th value to fill in."""
     return f"\0mark {number}\0"
 
 
 def number_mark(number: int) -> int:
-    """The same for a number, in a place where only a number may stand."""
+    """Return the placeholder for a value where the class accepts only a number."""
     return 0x5EA1C000 + number
 
 
@@ -49,8 +49,8 @@ class TemplateMaker:
         prelude: objects whose parts templates refer to.
 
     Attributes:
-        start: what the pickle begins with.
-        first_string: for :class:`Strings`.
+        start: the first bytes of the pickle: header and prelude.
+        first_string: the first memo number that is free for :class:`Strings`.
     """
 
     def __init__(self, prelude: list[Any]) -> None:
@@ -63,18 +63,18 @@ class TemplateMaker:
         self.first_string = len(self._memo) + _RESERVED
 
     def constant(self, value: Any) -> bytes:
-        """``value``, to be used any number of times."""
+        """Pickle ``value`` to bytes that may be used any number of times."""
         return self.template(value, ())[0]
 
     def template(self, specimen: Any, marks: Sequence[str | int]) -> tuple[bytes, ...]:
-        """The pieces of ``specimen`` before, between and after its ``marks``, which are in it once each, in this order."""
+        """Pickle ``specimen`` and cut it at its ``marks``; each is in it once, in this order."""
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, _PROTOCOL)
         pickler.memo = self._memo.copy()
         pickler.dump(specimen)
         data, largest = _without_unused_puts(buffer.getvalue())
         if largest >= self.first_string:
-            raise InternalError(f"{type(specimen).__name__} has too many parts in common for a template")
+            raise InternalError(f"the pickle of {type(specimen).__name__} needs more than {_RESERVED} memo entries")
         rest = data[len(_HEADER) : -len(END)]
         pieces = []
         for number, text in enumerate(marks):
@@ -86,13 +86,14 @@ class TemplateMaker:
 
 
 class Strings:
-    """Strings of one pickle, to be used in the order in which they were made."""
+    """Strings of one pickle. The pieces must be used in the order in which they were made."""
 
     def __init__(self, first_string: int) -> None:
         self._first = first_string
         self._strings: dict[str, bytes] = {}
 
     def piece(self, text: str) -> bytes:
+        """Return the pickle of a string: in full at its first use, then by its memo number."""
         known = self._strings.get(text)
         if known is not None:
             return known
@@ -102,8 +103,10 @@ class Strings:
 
 
 def _without_unused_puts(data: bytes) -> tuple[bytes, int]:
-    """A template that is used again must not put anything into the memo again, unless it needs it. Returns the largest
-    number of what it does, too."""
+    """Drop the memo entries that nothing refers to, so that a template can be used again.
+
+    Returns the pickle, and the largest memo number that it still puts.
+    """
     got: set[Any] = set()
     puts: list[tuple[Any, int, int]] = []
     for (operation, argument, start), (_, _, end) in pairwise(pickletools.genops(data)):
@@ -121,11 +124,13 @@ def _without_unused_puts(data: bytes) -> tuple[bytes, int]:
 
 
 def plain_string(text: str) -> bytes:
+    """Pickle a string without a memo entry."""
     data = text.encode("utf-8", "surrogatepass")
     return b"X%b%b" % (len(data).to_bytes(4, "little"), data)
 
 
 def integer(value: int) -> bytes:
+    """Pickle an integer."""
     if -(1 << 31) <= value < 1 << 31:
         return b"J" + value.to_bytes(4, "little", signed=True)
     data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
@@ -133,19 +138,21 @@ def integer(value: int) -> bytes:
 
 
 def tuple_of(elements: list[bytes]) -> bytes:
+    """Pickle a tuple of pickled elements."""
     if len(elements) < len(_TUPLES):
         return b"".join(elements) + _TUPLES[len(elements)]
     return b"(%bt" % b"".join(elements)
 
 
 def list_of(elements: list[bytes]) -> bytes:
+    """Pickle a list of pickled elements."""
     if len(elements) == 1:
         return b"]%ba" % elements[0]
     return b"](%be" % b"".join(elements)
 
 
 def fill(pieces: Sequence[bytes], values: Iterable[bytes]) -> bytes:
-    """A template's pieces, with values between them."""
+    """Join a template's pieces with values between them."""
     first, *others = pieces
     return first + b"".join(value + piece for value, piece in zip(values, others, strict=True))
 

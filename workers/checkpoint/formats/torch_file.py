@@ -2,14 +2,14 @@
 
     data/0 data/1 ...            a record for each tensor: zip header, raw bytes at a multiple of 64
     objects                      each a small torch.save archive of its own, in no record of the outer one
-    data.pkl byteorder version   and the zip's directory: the *closing*
+    data.pkl byteorder version   and the zip's directory: the trailer
 
-torch finds records by the zip's directory, at the end, and does not mind their order; so ``data.pkl``, whose length changes
-with the objects in it, comes last, and the tensors stay where they are from save to save. The objects' pickles stand in
-``data.pkl`` (``torch_pickle.py``), and the directory points to their storages inside the objects' archives: no tensor is
-there twice.
+torch finds records by the zip's directory, at the end, so their order does not matter. ``data.pkl`` comes last, because its
+length changes with the objects in it; so tensors keep their offsets from save to save. The objects' pickles are parts of
+``data.pkl`` (``torch_pickle.py``), and the directory points to the objects' storages inside their archives, so no tensor is
+stored twice.
 
-The checksum field of a tensor's record is 0: it stands in the header before the bytes are known. torch does not check it
+The checksum field of a tensor's record is 0: the header is written before the bytes are known. torch does not check it
 (its zip reader is built with MINIZ_DISABLE_ZIP_READER_CRC32_CHECKS); ``unzip`` and Python's ``zipfile`` do, and complain.
 stager's own hashes cover every byte. There is no ``.format_version``: with it, and ``calculate_storage_offsets`` set, torch
 would compute where records are instead of looking. There is no ``.data/serialization_id``, which torch only logs.
@@ -24,7 +24,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from stager.workers.checkpoint.formats.contract import Closing, Frames, LaidOut, Split, TensorSpec, tensor_item
+from stager.workers.checkpoint.formats.contract import (
+    HeadersAndTails,
+    Split,
+    TensorLayout,
+    TensorSpec,
+    Trailer,
+    tensor_item,
+)
 from stager.workers.checkpoint.formats.zip_records import (
     DIRECTORY,
     Record,
@@ -35,7 +42,7 @@ from stager.workers.checkpoint.formats.zip_records import (
     put_records,
 )
 from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align
-from stager.workers.checkpoint.layout.templates import Templates
+from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.errors import UnstageableError
 
 if TYPE_CHECKING:
@@ -45,19 +52,21 @@ if TYPE_CHECKING:
 row_major = False
 one_file = True
 
-_SMALL_RECORDS = (("byteorder", sys.byteorder.encode()), ("version", b"3\n"))  # 3: what torch.save writes since 1.6
+_SMALL_RECORDS = (("byteorder", sys.byteorder.encode()), ("version", b"3\n"))  # torch.save writes 3 since torch 1.6
 
 
 def holds(dtype: str) -> bool:
+    """``torch.save`` writes every dtype."""
     return True
 
 
 def object_file_name(rank: int) -> str:
+    """Objects go to the end of the one file."""
     return "state.pt" if rank == 0 else f"state-rank{rank:05d}.pt"
 
 
-def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
-    """Records without gaps, in one file."""
+def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+    """Put the tensors into one file, as zip records without gaps."""
     from stager.workers.checkpoint.formats import torch_pickle
 
     items = []
@@ -71,21 +80,24 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
         items.append(tensor_item(spec, 0, offset, head, spec.nbytes, 0))
         offset = items[-1].offset + items[-1].nbytes
     files = (FileSpec(object_file_name(rank), align(offset)),) if items else ()
-    return LaidOut(range(len(items)), tuple(items), files)
+    return TensorLayout(range(len(items)), tuple(items), files)
 
 
 def templates(tensors: Sequence[Item]) -> Templates:
+    """None are needed: zip headers are made without torch."""
     return {}
 
 
-def frames(layout: Layout) -> Frames:
-    def frame(index: int) -> tuple[bytes, bytes]:
+def headers_and_tails(layout: Layout) -> HeadersAndTails:
+    """Give each tensor its zip header; no item has a tail."""
+
+    def around(index: int) -> tuple[bytes, bytes]:
         item = layout.items[index]
         if item.kind != "tensor":
             return b"", b""
         return local_header(_record(index, item.data_nbytes, item.offset)), b""
 
-    return frame
+    return around
 
 
 def _record(number: int, nbytes: int, offset: int) -> Record:
@@ -93,18 +105,19 @@ def _record(number: int, nbytes: int, offset: int) -> Record:
 
 
 def object_blob(value: object, leaf: int) -> bytes:
-    """An archive of its own, that ``torch.load`` reads. Its storages are ``data/o<leaf>.0`` and so on."""
+    """Make an archive that ``torch.load`` reads. Its storages are ``data/o<leaf>.0`` and so on."""
     from stager.workers.checkpoint.formats import torch_pickle
 
     return archive([*torch_pickle.pickle_object(value, f"o{leaf}"), *_SMALL_RECORDS])
 
 
 def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
+    """None are needed: the zip has its own directory."""
     return {}
 
 
-def closing(plan: LayoutPlan) -> Closing:
-    """What stays the same from save to save is made here, once."""
+def trailer(plan: LayoutPlan) -> Trailer:
+    """Make ``data.pkl`` and the zip's directory. What stays the same from save to save is made here, once per plan."""
     from stager.workers.checkpoint.formats import torch_pickle
 
     tensors = plan.tensors
@@ -120,13 +133,10 @@ def closing(plan: LayoutPlan) -> Closing:
     entries = b"".join(directory_entry(_record(i, item.data_nbytes, item.offset)) for i, item in enumerate(tensors))
     start = plan.files[0].nbytes if plan.files else 0
 
-    def close(blobs: Sequence[bytes]) -> bytes:
-        return _close(pieces, entries, count, start, blobs)
-
-    return close
+    return lambda blobs: [_trailer(pieces, entries, count, start, blobs)]
 
 
-def _close(pieces: list[Piece], tensor_entries: bytes, count: int, offset: int, blobs: Sequence[bytes]) -> bytes:
+def _trailer(pieces: list[Piece], tensor_entries: bytes, count: int, offset: int, blobs: Sequence[bytes]) -> bytes:
     records: list[Record] = []
     fragments: list[bytes] = []
     for blob in blobs:
@@ -157,5 +167,5 @@ def _open_small(blob: bytes) -> tuple[bytes, tuple[Record, ...]]:
 
 
 def _open_object(blob: bytes) -> tuple[bytes, tuple[Record, ...]]:
-    """Its fragment, and where its storages are in it."""
+    """Return an object's fragment of ``data.pkl``, and the records of its storages in the archive."""
     return _open_small(blob) if len(blob) < 4096 else _open_small.__wrapped__(blob)

@@ -1,8 +1,8 @@
-"""``data.pkl`` of a ``torch.save`` archive, put together from pieces that are pickled apart.
+"""``data.pkl`` of a ``torch.save`` archive, joined from values that are pickled apart.
 
 A *fragment* is a pickle without its first two bytes (the protocol) and its last one (the end): code that leaves one value on
-the stack. A fragment refers only to memo entries that it made itself, so fragments can stand one after the other. A tensor's
-is taken from ``torch.save``'s own output for its dtype, shape and stride, with another storage key.
+the stack. A fragment refers only to memo entries of its own, so fragments can follow each other. A tensor's fragment is
+``torch.save``'s own output for its dtype, shape and stride, with another storage key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from stager.workers.checkpoint.formats.torch_save import tensor_frame
+from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.structure import Node
 from stager.workers.errors import InternalError
 from stager.workers.memory.pages import bytes_at
@@ -29,24 +29,24 @@ START = b"\x80\x02"
 END = b"."
 
 Piece = bytes | int
-"""A stretch of ``data.pkl``, or the number of an object whose fragment stands there."""
+"""Bytes of ``data.pkl``, or the index of the object whose fragment goes there."""
 
 
 def fragment(value: object) -> bytes:
-    """Of a value without tensors."""
+    """Return the fragment of a value without tensors."""
     return pickle.dumps(value, _PROTOCOL)[len(START) : -len(END)]
 
 
 def tensor_fragment(key: str, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
-    """Of a tensor whose values are all of the storage ``key``."""
+    """Return the fragment of a tensor whose values are all of the storage ``key``."""
     before, after = _around_key(dtype, shape, stride)
     return b"".join((before, b"X", struct.pack("<I", len(key)), key.encode(), after))
 
 
 @lru_cache(maxsize=65536)
 def _around_key(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
-    head, _ = tensor_frame(dtype, shape, stride)
-    name_nbytes, extra_nbytes = struct.unpack_from("<2H", head, 26)  # of the first record, which is data.pkl
+    head, _ = header_and_tail(dtype, shape, stride)
+    name_nbytes, extra_nbytes = struct.unpack_from("<2H", head, 26)  # of the archive's first record, data.pkl
     data = head[30 + name_nbytes + extra_nbytes :]
     ops = [(op.name, arg, position or 0) for op, arg, position in pickletools.genops(data)]
     key = _storage_key(ops)
@@ -55,7 +55,7 @@ def _around_key(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> 
 
 
 def _storage_key(ops: list[tuple[str, Any, int]]) -> int:
-    """Which operation pushes the key of ``("storage", type, key, location, size)``."""
+    """Return the index of the operation that pushes ``key`` of ``("storage", type, key, location, size)``."""
     try:
         last = next(i for i, op in enumerate(ops) if op[0] == "BINPERSID")
         first = max(i for i in range(last) if ops[i][0] == "MARK")
@@ -64,11 +64,11 @@ def _storage_key(ops: list[tuple[str, Any, int]]) -> int:
             return elements[2]
     except (StopIteration, ValueError, IndexError):
         pass
-    raise InternalError("torch.save pickles a tensor in a way that is not known here")
+    raise InternalError("this torch pickles tensors in an unknown way; upgrade stager, or use another format")
 
 
 def pieces(structure: Node, leaf: Callable[[int], Piece]) -> list[Piece]:
-    """The whole of ``data.pkl``; what ``leaf`` gives as bytes is joined with what stands around it."""
+    """Return the whole of ``data.pkl`` as few pieces: neighbouring bytes are joined."""
     joined: list[Piece] = []
     run: list[bytes] = []
     for piece in (START, *_visit(structure, leaf), END):
@@ -95,15 +95,15 @@ def _visit(node: Node, leaf: Callable[[int], Piece]) -> Iterator[Piece]:
         yield fragment(key)
         yield from _visit(child, leaf)
     yield b"u"
-    if node[0] == "odict" and node[3] is not None:  # what nn.Module.state_dict() hangs on its result
+    if node[0] == "odict" and node[3] is not None:  # nn.Module.state_dict() sets it on its result
         yield fragment({"_metadata": OrderedDict(node[3])}) + b"b"
 
 
 class ObjectPickler(pickle.Pickler):
-    """Pickles an object as ``torch.save`` does. The keys of its storages begin with ``prefix``: they are no other's.
+    """Pickles an object as ``torch.save`` does. Its storage keys begin with ``prefix``, which no other object has.
 
     Attributes:
-        storages: by key.
+        storages: the object's storages, by key.
     """
 
     def __init__(self, file: io.BytesIO, prefix: str) -> None:
@@ -121,14 +121,14 @@ class ObjectPickler(pickle.Pickler):
             kind, size, storage = torch.UntypedStorage, obj.nbytes(), obj
         else:
             return None
-        # Not a string of one character, which Python has only once: the memo would mix it up with the user's.
+        # Not a string of one character, which Python has only once: the cache would mix it up with the user's.
         key = self._keys.setdefault((storage._cdata, kind), f"{self._prefix}.{len(self._keys)}")
         self.storages[key] = storage
         return "storage", kind, key, torch.serialization.location_tag(storage), size
 
 
 def pickle_object(value: object, prefix: str) -> list[tuple[str, bytes | memoryview]]:
-    """The records of an object: its ``data.pkl``, and its storages. They are copied; nothing of ``value`` is kept."""
+    """Return the zip records of an object: ``data.pkl`` and its storages. All bytes are copies."""
     buffer = io.BytesIO()
     pickler = ObjectPickler(buffer, prefix)
     pickler.dump(value)

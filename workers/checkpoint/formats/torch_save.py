@@ -1,8 +1,8 @@
-"""What ``torch.save`` writes for one tensor or object, with torch: trainer only.
+"""What ``torch.save`` writes for one tensor or object. Needs torch, so it runs in the trainer only.
 
-The archive around a tensor's raw bytes depends on dtype, shape and stride only, so it is taken once from ``torch.save``
-itself, with ``torch.serialization.skip_data`` in place of the bytes. The checksum field of the storage's record is then that
-of nothing: torch's reader does not check it (torch/csrc/.../inline_container: MZ_ZIP_FLAG_DO_NOT_COMPUTE_CRC32 and its
+The archive around a tensor's raw bytes depends on dtype, shape and stride only. So it is taken once from ``torch.save``
+itself, which ``torch.serialization.skip_data`` makes leave out the bytes. The checksum in the storage's record is then
+that of no bytes: torch's reader does not check it (torch/csrc/.../inline_container: MZ_ZIP_FLAG_DO_NOT_COMPUTE_CRC32 and its
 reader built without CRC checks), and stager's own hashes cover every byte.
 """
 
@@ -32,7 +32,7 @@ _SPARSE_FROM_BYTES = 64 << 20
 
 
 class _Sink(io.RawIOBase):
-    """Keeps what is written; what is skipped over leaves a hole that takes no memory."""
+    """A stream that keeps what is written. Skipped bytes take no memory."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, bytes]] = []
@@ -49,7 +49,7 @@ class _Sink(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_END:
-            raise OSError("the size of this stream is not known")
+            raise OSError("this stream has no known size; cannot seek from its end")
         self._position = offset + (self._position if whence == os.SEEK_CUR else 0)
         return self._position
 
@@ -60,13 +60,13 @@ class _Sink(io.RawIOBase):
 
 
 @lru_cache(maxsize=65536)
-def tensor_frame(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """The bytes before and after the raw bytes of a dense tensor."""
+def header_and_tail(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """Return the bytes that ``torch.save`` writes before and after the raw bytes of a dense tensor."""
     torch_dtype = dtype_of(dtype)
     nbytes = torch_dtype.itemsize
     for length in shape:
         nbytes *= length
-    # Never touched, so it takes no memory, however large: not torch.empty, which deterministic mode fills.
+    # Memory that is never touched, so it takes no pages. Not torch.empty: deterministic mode would fill it.
     small = nbytes < _SPARSE_FROM_BYTES
     storage: torch.UntypedStorage = _untyped(nbytes) if small else Slab.create(nbytes).storage
     tensor = tensor_over(storage, torch_dtype, shape, stride)
@@ -82,33 +82,34 @@ def tensor_frame(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) ->
         target[at : at + len(data)] = data
     if start is not None:
         if len(head) > start:
-            raise InternalError("torch.save wrote where skip_data promised a hole")
+            raise InternalError("torch.save wrote where skip_data makes it skip; this torch is not supported")
         head.extend(b"\0" * (start - len(head)))
     return bytes(head), bytes(tail)
 
 
 def _standard_alignment() -> AbstractContextManager[Any]:
-    """What the user set for his own ``torch.save`` must not matter: trainer and workers have to agree on every byte."""
+    """Override the alignment that users may set for ``torch.save``: trainer and workers must agree on every byte."""
     if _save_config is None or not hasattr(_save_config.save, "storage_alignment"):
         return nullcontext()
     return cast(AbstractContextManager[Any], _save_config.patch("save.storage_alignment", BLOB_ALIGN_BYTES))
 
 
 def _data_start(sink: _Sink, nbytes: int) -> int:
-    """Where the storage's bytes belong: the hole of ``nbytes`` that torch.save skipped."""
+    """Return the offset of the storage's bytes: the ``nbytes`` that torch.save skipped."""
     end = 0
     for position, data in sink.pieces:
         if position - end >= nbytes and position > end:
             # Padding before the storage (it is aligned to 64 bytes) is written, so the hole is exactly the storage.
             return position - nbytes
         end = max(end, position + len(data))
-    raise InternalError(f"torch.save left no hole for {nbytes} bytes")
+    raise InternalError(f"torch.save did not skip the storage's {nbytes} bytes; this torch is not supported")
 
 
 _untyped: Any = torch.UntypedStorage  # its constructor has no types
 
 
 def object_blob(value: object) -> bytes:
+    """Pickle an object as ``torch.save`` does."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

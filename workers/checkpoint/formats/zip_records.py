@@ -1,10 +1,10 @@
-"""Zip archives by the byte: stored records whose data starts at a multiple of 64, as ``torch.save`` makes them.
+"""Zip archives, byte by byte: uncompressed records whose data starts at a multiple of 64, as ``torch.save`` makes them.
 
-The parts are made one by one, because the data between them is written by several workers at once. Format: PKWARE's
+Headers, entries and end are separate functions: several workers write the data between them at once. Format: PKWARE's
 APPNOTE.TXT 6.3.10, sections 4.3 (records), 4.4.2 (versions), 4.5.3 (zip64). Padding goes into an extra field ``FB``, as in
 PyTorch's caffe2/serialize/inline_container.cc.
 
-Record names here are those inside the archive's one directory, ``archive/``, where torch looks for them.
+Record names are relative to the archive's one directory, ``archive/``, where torch looks for them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ _END = struct.Struct("<4s4H2IH")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Attributes:
-    name: without ``archive/``.
-    nbytes: of its data.
-    offset: of its local header.
-    crc32: of its data; 0 where nobody computed it.
+    """A file inside the archive.
+
+    Attributes:
+        name: without ``archive/``.
+        nbytes: size of its data.
+        offset: where its local header starts.
+        crc32: of its data; 0 if not computed.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Record:
 
 
 def local_header(record: Record) -> bytes:
-    """What stands before a record's data, which then starts at a multiple of 64 in its file."""
+    """Make the header before a record's data, padded so that the data starts at a multiple of 64 of the file."""
     name = (DIRECTORY + record.name).encode()
     large = record.nbytes >= _MAX_32
     extra = struct.pack("<2H2Q", 1, 16, record.nbytes, record.nbytes) if large else b""
@@ -58,7 +60,7 @@ def local_header(record: Record) -> bytes:
 
 
 def directory_entry(record: Record) -> bytes:
-    """A record's line in the central directory."""
+    """Make a record's entry in the central directory."""
     name = (DIRECTORY + record.name).encode()
     wide: list[int] = []
     size, offset = record.nbytes, record.offset
@@ -76,7 +78,7 @@ def directory_entry(record: Record) -> bytes:
 
 
 def directory_end(count: int, nbytes: int, offset: int) -> bytes:
-    """What ends an archive with a central directory of ``count`` entries, ``nbytes`` bytes, at ``offset``."""
+    """Make the end of an archive whose central directory has ``count`` entries and ``nbytes`` bytes, at ``offset``."""
     wide = b""
     if count >= _MAX_16 or offset + nbytes >= _MAX_32:
         version = _VERSION_ZIP64
@@ -87,7 +89,7 @@ def directory_end(count: int, nbytes: int, offset: int) -> bytes:
 
 
 def put_records(contents: Sequence[tuple[str, bytes | memoryview]], offset: int) -> tuple[list[bytes], list[Record]]:
-    """Whole records one after the other from ``offset`` on: their bytes, and where they are."""
+    """Make whole records one after the other from ``offset`` on. Returns their bytes, and the records."""
     pieces: list[bytes] = []
     records: list[Record] = []
     for name, data in contents:
@@ -99,7 +101,7 @@ def put_records(contents: Sequence[tuple[str, bytes | memoryview]], offset: int)
 
 
 def archive(contents: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
-    """A whole archive of small records."""
+    """Make a whole archive of small records."""
     pieces, records = put_records(contents, 0)
     start = sum(map(len, pieces))
     entries = b"".join(map(directory_entry, records))

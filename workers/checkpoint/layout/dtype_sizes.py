@@ -1,8 +1,8 @@
-"""Sizes of dtypes by their names: what a worker has to know of them, without torch."""
+"""The element sizes of dtypes, by name. Workers need them and start without torch."""
 
 from __future__ import annotations
 
-# What every torch that stager runs on has. Others, and what is no dtype at all, are torch's to judge.
+# The dtypes that every supported torch has. For any other name, torch decides.
 SIZES = {
     "bool": 1,
     "uint8": 1,
@@ -28,10 +28,10 @@ SIZES = {
 
 
 def itemsize_of(name: str) -> int:
-    """Bytes of one element of the dtype called ``name`` ("float32").
+    """Return the bytes of one element of the dtype called ``name`` ("float32").
 
     Raises:
-        ValueError: this torch has none of that name whose tensors are raw bytes.
+        ValueError: this torch has no dtype of that name, or its tensors are more than raw bytes.
     """
     size = SIZES.get(name) if isinstance(name, str) else None
     if size is None:

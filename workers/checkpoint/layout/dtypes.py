@@ -1,4 +1,4 @@
-"""dtypes by the names that stand in plans and manifests, and tensors over memory that is there."""
+"""Torch dtypes by the names that plans and manifests use, and tensors over memory that exists already."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _SMALL_BYTES = 64 << 10
 
 _untyped: Any = torch.UntypedStorage  # its constructor has no types
 
-# Only what is a dtype of torch's own: a name comes from a file, and ``getattr(torch, name)`` would import whatever it says.
-# Quantized dtypes need more than raw bytes; such tensors are saved as objects.
+# A fixed table: names come from files, and ``getattr(torch, name)`` would import whatever a hostile file names.
+# Quantized dtypes are left out: they need more than raw bytes, so their tensors are saved as objects.
 _BY_NAME = {
     name: value
     for value in vars(torch).values()
@@ -21,26 +21,29 @@ _BY_NAME = {
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """``float32``, as it stands in manifests."""
+    """Return the name of a dtype as manifests have it: ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype called ``name`` ("float32").
+    """Return the dtype called ``name`` ("float32").
 
     Raises:
-        ValueError: this torch has none of that name whose tensors are raw bytes.
+        ValueError: this torch has no dtype of that name, or its tensors are more than raw bytes.
     """
     dtype = _BY_NAME.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise ValueError(f"torch {torch.__version__} has no dtype {name!r}")
+        raise ValueError(f"torch {torch.__version__} has no dtype {name!r}; load the checkpoint with a newer torch")
     return dtype
 
 
 def tensor_over(
     storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
-    """A tensor over CPU memory; ``torch.empty_strided`` would ask the default device and fill it in deterministic mode."""
+    """Make a tensor over CPU memory.
+
+    Not ``torch.empty_strided``: it would use the default device, and in deterministic mode overwrite the memory.
+    """
     if dtype is not torch.complex32:
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
     with warnings.catch_warnings():  # "ComplexHalf support is experimental": moving its bytes is not
@@ -49,7 +52,7 @@ def tensor_over(
 
 
 def new_tensor(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], nbytes: int) -> torch.Tensor:
-    """A dense CPU tensor over ``nbytes`` bytes of new memory, not initialised."""
+    """Make a dense CPU tensor over ``nbytes`` bytes of new, uninitialised memory."""
     if nbytes < _SMALL_BYTES and dtype is not torch.complex32:
         return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")  # half the time, and nothing to fill
     return tensor_over(_untyped(nbytes, device="cpu"), dtype, shape, stride)

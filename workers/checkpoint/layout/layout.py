@@ -1,15 +1,15 @@
-"""Where every byte of a checkpoint comes from and goes to: decided by the trainer before the first byte is written.
+"""The layout of a checkpoint: where every byte comes from and goes to. The trainer fixes it before the first write.
 
-Contract between ``stager.state.snapshot_plan`` (makes it), ``persist`` (writes by it) and ``manifest``
-(records it).
+Three sides agree on it: ``stager.state.snapshot_plan`` makes it, ``persist`` writes by it, ``manifest`` records it.
 
-An *item* is one tensor, one pickled object, or a *frame*: bytes that a format needs at the end of a file and no leaf of
-the state names. In its file it is a *blob*: for a tensor a header, the raw bytes, and a tail (in the ``dcp`` format each
-blob is a complete ``torch.save`` file); for the others only bytes. An item's *span* runs from its blob's start to the next
-item's, padding included, so that the spans of a file tile it. Spans are cut into *segments* of at most ``segment_bytes``;
-each segment is written by one worker and has one hash. Hence every byte of every file is covered by exactly one hash.
+    item      one tensor, one pickled object, or one *trailer*: bytes that a format puts at the end of a file
+    blob      the item in its file. A tensor's blob is a header, the raw bytes, and a tail; in the ``dcp`` format it is a
+              complete ``torch.save`` file. An object's or a trailer's blob is only its bytes
+    span      from the start of a blob to the start of the next one, padding included; the spans of a file tile it
+    segment   a run of a span, of at most ``segment_bytes``. One worker writes it, and it has one hash
 
-As JSON, items are rows (``ROW_COLUMNS``), because there can be hundreds of thousands.
+Hence exactly one hash covers each byte of each file. In JSON, items are rows (``ROW_COLUMNS``), because a checkpoint can
+have hundreds of thousands of them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
-from stager.workers.checkpoint.layout.plan_cache import Memo
+from stager.workers.checkpoint.layout.plan_cache import PlanCache
 from stager.workers.checkpoint.layout.structure import Node
 
 BLOB_ALIGN_BYTES = 64  # what torch.save aligns a storage to within its file
@@ -30,18 +31,18 @@ ROW_COLUMNS = ("kind", "file", "offset", "nbytes", "data_offset", "data_nbytes",
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One tensor, object or frame.
+    """One tensor, object or trailer.
 
     Attributes:
-        kind: "tensor", "object" or "frame".
+        kind: "tensor", "object", or "frame" for a trailer. Manifests of version 0.1 say "frame", so the literal stays.
         file: index into ``Layout.files``.
-        offset: of the blob in its file, bytes.
-        nbytes: length of the blob.
-        data_offset: of the raw bytes in the file.
-        data_nbytes: length of the raw bytes.
-        dtype: "float32", ...; "" for the others.
-        shape, stride: in elements; () for the others.
-        slab_offset: of the raw bytes in the slab; -1 when not known (a manifest).
+        offset: where the blob starts in its file, in bytes.
+        nbytes: length of the blob, in bytes.
+        data_offset: where the raw bytes start in the file.
+        data_nbytes: number of raw bytes.
+        dtype: of a tensor, "float32" for example; else "".
+        shape, stride: of a tensor, in elements; else ().
+        slab_offset: where the raw bytes start in the slab; -1 in a layout that was read from a manifest.
     """
 
     kind: str
@@ -56,30 +57,23 @@ class Item:
     slab_offset: int = -1
 
     def to_row(self) -> list[Any]:
-        """As ``ROW_COLUMNS``."""
-        return [
-            self.kind,
-            self.file,
-            self.offset,
-            self.nbytes,
-            self.data_offset,
-            self.data_nbytes,
-            self.dtype,
-            self.shape,
-            self.stride,
-        ]
+        """Return the values of ``ROW_COLUMNS``."""
+        return list(_row_of(self))
 
     @staticmethod
     def from_row(row: Sequence[Any], slab_offset: int = -1) -> Item:
+        """Make the item of a row, as :meth:`to_row` gives it."""
         kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride = row
-        return Item(
-            kind, file, offset, nbytes, data_offset, data_nbytes, dtype, tuple(shape), tuple(stride), slab_offset
-        )
+        shape, stride = tuple(shape), tuple(stride)
+        return Item(kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, slab_offset)
+
+
+_row_of = attrgetter(*ROW_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSpec:
-    """A file of the checkpoint: its name inside the directory and its exact size."""
+    """A data file of the checkpoint: its name inside the directory, and its exact size in bytes."""
 
     name: str
     nbytes: int
@@ -87,38 +81,38 @@ class FileSpec:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The whole checkpoint.
+    """The layout of a whole checkpoint, or of what one rank contributes to it.
 
     Attributes:
         files: data files, in order; each item's ``file`` points here.
         items: in file order, then by offset.
         structure: see :mod:`stager.workers.checkpoint.layout.structure`; its leaves are indices into ``items``.
-        segment_bytes: the largest stretch that one hash covers.
-        memo: shared by the layouts of one plan.
+        segment_bytes: the most bytes that one hash covers.
+        cache: what was worked out for the plan of this layout; the layouts of one plan share it.
     """
 
     files: tuple[FileSpec, ...]
     items: tuple[Item, ...]
     structure: Node
     segment_bytes: int
-    memo: Memo = field(default_factory=Memo, init=False, compare=False, repr=False)
+    cache: PlanCache = field(default_factory=PlanCache, init=False, compare=False, repr=False)
 
-    def sharing(self, memo: Memo) -> Layout:
-        """This new layout, with what is known of its plan."""
-        object.__setattr__(self, "memo", memo)
+    def with_cache(self, cache: PlanCache) -> Layout:
+        """Attach the cache of this new layout's plan, and return the layout."""
+        object.__setattr__(self, "cache", cache)
         return self
 
     def ends(self) -> list[int]:
-        """Of each item: where its span ends in the file."""
-        return self.memo.of_save("ends", self.varying, lambda: [end for _, _, end in self.spans()])
+        """Return where each item's span ends in its file."""
+        return self.cache.until_changed("ends", self.varying, lambda: [end for _, _, end in self.spans()])
 
     @property
     def varying(self) -> tuple[Any, ...]:
-        """What of this layout is its own, and not its plan's."""
-        return self.files, self.items[self.memo.num_fixed :]
+        """What differs between two layouts of one plan: file sizes, objects, trailer."""
+        return self.files, self.items[self.cache.num_fixed :]
 
     def spans(self) -> Iterator[tuple[int, Item, int]]:
-        """(index, item, end of its span in the file)."""
+        """Iterate over (index, item, end of the item's span in its file)."""
         for index, item in enumerate(self.items):
             following = index + 1
             if following < len(self.items) and self.items[following].file == item.file:
@@ -129,7 +123,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes ``start`` to ``end`` of a file, all within the span of item ``index``."""
+    """Bytes ``start`` to ``end`` of a file, within the span of item ``index``."""
 
     index: int
     start: int
@@ -137,7 +131,7 @@ class Segment:
 
 
 def segments(layout: Layout) -> Iterator[Segment]:
-    """Every segment, in file order; their number per item is what :func:`num_segments` says."""
+    """Iterate over every segment, in file order; :func:`num_segments` says how many an item has."""
     step = layout.segment_bytes
     for index, item, end in layout.spans():
         if end - item.offset <= step:  # most
@@ -148,16 +142,17 @@ def segments(layout: Layout) -> Iterator[Segment]:
 
 
 def num_segments(span_nbytes: int, segment_bytes: int) -> int:
+    """Return into how many segments a span is cut; an empty span is one segment."""
     return max(1, -(-span_nbytes // segment_bytes))
 
 
-def deal(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list[Segment]]:
-    """Cut the segments into ``num_parts`` runs of about the same number of bytes.
+def partition(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list[Segment]]:
+    """Partition the segments into ``num_parts`` parts of about the same number of bytes.
 
-    Runs are contiguous, so a part mostly has a file of its own (two writers of one file wait for its inode's lock).
+    A part is contiguous, so it mostly has files of its own: two writers of one file would wait for its inode's lock.
 
     Args:
-        whole_bytes: files up to this size go to one part as a whole: only who has all of a file can link it.
+        whole_bytes: files up to this size are not cut. Only the writer of a whole file can link it to an older one.
     """
     total = sum(file.nbytes for file in layout.files)
     parts: list[list[Segment]] = [[] for _ in range(num_parts)]
@@ -173,7 +168,7 @@ def deal(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list[Segm
 
 
 def _units(layout: Layout, whole_bytes: int) -> Iterator[list[Segment]]:
-    """What goes to one part: a segment, or all those of a file."""
+    """Iterate over what must stay in one part: a segment, or all segments of a small file."""
     if not whole_bytes:
         yield from ([segment] for segment in segments(layout))
         return
@@ -184,15 +179,15 @@ def _units(layout: Layout, whole_bytes: int) -> Iterator[list[Segment]]:
             yield from ([segment] for segment in group)
 
 
-def deal_once(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list[Segment]]:
-    """As :func:`deal`, kept for the next save of the plan. Not to be changed."""
+def partition_once(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list[Segment]]:
+    """Return the result of :func:`partition`, kept for the next save of the plan; do not modify it."""
     key = num_parts, whole_bytes, layout.varying
-    return layout.memo.of_save("deal", key, lambda: deal(layout, num_parts, whole_bytes))
+    return layout.cache.until_changed("partition", key, lambda: partition(layout, num_parts, whole_bytes))
 
 
 @lru_cache(maxsize=4096)  # models have many tensors and few shapes
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """In elements, last dimension fastest."""
+    """Return the strides of a C-ordered tensor (last dimension fastest), in elements."""
     strides: list[int] = []
     step = 1
     for length in reversed(shape):
@@ -201,5 +196,19 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+@lru_cache(maxsize=4096)
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Return whether the elements fill one stretch of memory: each has a place of its own, and none is unused."""
+    if 0 in shape or stride == contiguous_stride(shape):
+        return True
+    expected = 1
+    for step, length in sorted((s, n) for n, s in zip(shape, stride, strict=True) if n != 1):
+        if step != expected:
+            return False
+        expected *= length
+    return True
+
+
 def align(offset: int, to: int = BLOB_ALIGN_BYTES) -> int:
+    """Round ``offset`` up to a multiple of ``to`` bytes."""
     return -(-offset // to) * to

@@ -1,7 +1,7 @@
-"""Whether a layout that comes from a file is possible at all.
+"""Check that a layout which was read from a file is possible.
 
-Everything is checked before anything is allocated, opened or written, so that a hostile manifest or record can neither name
-a path outside its directory nor ask for more memory than its files hold.
+The checks come before any allocation, open or write. So a hostile manifest or save record can neither name a path outside
+its directory nor ask for more memory than its files hold.
 """
 
 from __future__ import annotations
@@ -15,99 +15,132 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
-from stager.workers.checkpoint.layout.layout import Item, Layout
+from stager.workers.checkpoint.layout.layout import Item, Layout, is_dense
 from stager.workers.checkpoint.layout.structure import Chunks, absent, leaves
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
-_LARGEST = (1 << 63) - 1  # what torch and the kernel count in
-_MAX_DIMS = 256  # multiplying more lengths than any tensor has would take longer with each
-_MAX_WHOLES = 4  # that an item is a chunk of; tied tensors have equal chunks, and are one
-_MANY_CORNERS = 1 << 20  # of the chunks of a tensor; beside 8 of each, which is what chunks along 3 dimensions have
+_LARGEST = (1 << 63) - 1  # torch and the kernel count in signed 64-bit numbers
+_MAX_DIMS = 256  # bounds the time that multiplying the lengths takes
+_MAX_WHOLES = 4  # of so many tensors an item may be a chunk; tied tensors have equal chunks and count as one
+_MANY_CORNERS = 1 << 20  # so many corners the chunks of one tensor may have, or 8 per chunk (chunks along 3 dimensions)
 
 
-def check_layout(layout: Layout, *, is_share: bool = False) -> None:
-    """
+def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
+    """Check that ``layout`` can be the layout of a checkpoint.
+
     Args:
-        is_share: it is what one rank of several contributes: the other ranks have the rest.
+        of_one_rank: one rank of several contributes this layout; the other ranks have the rest.
 
     Raises:
-        ValueError, TypeError, IndexError: it cannot be the layout of a checkpoint.
+        ValueError, TypeError, IndexError: the layout is impossible.
     """
     check_count(layout.segment_bytes)
     if layout.segment_bytes < 1:
-        raise ValueError("segment_bytes is 0")
+        raise ValueError("segment_bytes is 0, must be positive")
     for spec in layout.files:
         check_file_name(spec.name)
         check_count(spec.nbytes)
     check_distinct([spec.name for spec in layout.files])
     _check_items(layout)
-    _check_structure(layout, is_share)
+    _check_structure(layout, of_one_rank)
 
 
 def check_file_name(value: Any) -> str:
-    """``value``, when it names a file inside the checkpoint's directory."""
+    """Return ``value`` if it names a file inside the checkpoint's directory.
+
+    Raises:
+        ValueError
+    """
     if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
-        raise ValueError(f"not a file name: {value!r}")
+        raise ValueError(f"{value!r} is not a file name")
     return value
 
 
 def check_distinct(names: Sequence[str]) -> None:
-    """That no two files of a checkpoint have one name."""
+    """Check that no two files of a checkpoint have the same name.
+
+    Raises:
+        ValueError
+    """
     if len(set(names)) != len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
         raise ValueError(f"two files are called {twice}")
 
 
 def check_count(value: Any) -> int:
-    """``value``, when it is a number of bytes, or elements."""
+    """Return ``value`` if it can be a number of bytes or elements.
+
+    Raises:
+        ValueError
+    """
     if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise ValueError(f"not a count: {str(value)[:60]}")
+        raise ValueError(f"{str(value)[:60]} is not a count (an integer from 0 to 2**63 - 1)")
     return value
 
 
 def check_shape(value: Any) -> tuple[int, ...]:
-    """``value``, when it can be the shape, stride or offsets of a tensor."""
+    """Return ``value`` as a tuple if it can be the shape, strides or offsets of a tensor.
+
+    Raises:
+        ValueError
+    """
     numbers = tuple(map(check_count, value))
     if len(numbers) > _MAX_DIMS:
-        raise ValueError(f"{len(numbers)} dimensions are too many")
+        raise ValueError(f"{len(numbers)} dimensions are too many; at most {_MAX_DIMS} are allowed")
     return numbers
 
 
 def check_step(value: Any) -> int:
+    """Return ``value`` if it can be a training step.
+
+    Raises:
+        ValueError
+    """
     if type(value) is not int or value < 0:
-        raise ValueError(f"not a step: {str(value)[:60]}")
+        raise ValueError(f"{str(value)[:60]} is not a step (an integer from 0 on)")
     return value
 
 
 def check_text(value: Any) -> str:
+    """Return ``value`` if it is a string.
+
+    Raises:
+        ValueError
+    """
     if not isinstance(value, str):
-        raise ValueError(f"not a string: {str(value)[:60]}")
+        raise ValueError(f"{str(value)[:60]} is not a string")
     return value
 
 
 def check_time(value: Any) -> float:
+    """Return ``value`` if it can be a time in seconds.
+
+    Raises:
+        ValueError
+    """
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"not a time: {str(value)[:60]}")
+        raise ValueError(f"{str(value)[:60]} is not a time in seconds")
     return float(value)
 
 
 def _check_items(layout: Layout) -> None:
-    """Spans tile the files, each file in one run; the raw bytes lie in the blob; shape, stride and size agree."""
+    """Check: spans tile the files, each file in one run; raw bytes lie in their blob; shape, stride and size agree."""
     _check_counts(layout.items)
-    # Most items have one of a few kinds. Equal is not the same, though: True == 1, and is no length.
+    # Most items have one of a few (dtype, shape, stride): check each of these once. But True == 1, and True is not a
+    # length, so the short cut is only taken where every number is an int.
     lengths = itertools.chain.from_iterable((*item.shape, *item.stride) for item in layout.items)
     known: set[object] | None = set() if set(map(type, lengths)) <= {int} else None
     position, file = 0, -1
     for index, item, end in layout.spans():
         if item.file != file:
-            # A file that came back would be read, and take memory, once more each time.
+            # Files come in order and once: a file that recurred would be read, and take memory, again each time.
             if item.file != file + 1 or (file >= 0 and position != layout.files[file].nbytes):
-                raise ValueError(f"item {index}: its file is not the next one")
+                raise ValueError(f"item {index} is in file {item.file}, but the items of file {file} do not end there")
             position, file = 0, item.file
         if item.offset != position or item.offset + item.nbytes > end:
-            raise ValueError(f"item {index}: its span does not follow the one before it")
+            raise ValueError(f"item {index}: its span starts at {item.offset}, the one before it ends at {position}")
         if not item.offset <= item.data_offset <= item.data_offset + item.data_nbytes <= item.offset + item.nbytes:
-            raise ValueError(f"item {index}: its data is not inside its blob")
+            raise ValueError(f"item {index}: its raw bytes are not inside its blob")
         kind = (item.dtype, item.shape, item.stride, item.data_nbytes) if item.kind == "tensor" else None
         if kind is None or known is None or kind not in known:
             _check_kind(index, item)
@@ -115,11 +148,11 @@ def _check_items(layout: Layout) -> None:
                 known.add(kind)
         position = end
     if file + 1 != len(layout.files):
-        raise ValueError(f"{layout.files[file + 1].name} holds no item")
+        raise ValueError(f"{layout.files[file + 1].name} contains no item")
 
 
 def _check_counts(items: Sequence[Item]) -> None:
-    """Every number of every row, a column at a time."""
+    """Check every number of every row, a column at a time, which is faster."""
     for name in ("file", "offset", "nbytes", "data_offset", "data_nbytes"):
         column = list(map(operator.attrgetter(name), items))
         if set(map(type, column)) - {int} or min(column, default=0) < 0 or max(column, default=0) > _LARGEST:
@@ -130,9 +163,9 @@ def _check_counts(items: Sequence[Item]) -> None:
 def _check_kind(index: int, item: Item) -> None:
     if item.kind in ("object", "frame"):
         if (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
-            raise ValueError(f"item {index}: an item of the kind {item.kind} is all data")
+            raise ValueError(f"item {index}: an item of kind {item.kind} must have no header and no tail")
         if (item.dtype, item.shape, item.stride) != ("", (), ()):
-            raise ValueError(f"item {index}: an item of the kind {item.kind} has neither dtype nor shape")
+            raise ValueError(f"item {index}: an item of kind {item.kind} must have no dtype, shape or stride")
         return
     if item.kind != "tensor":
         raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
@@ -146,26 +179,12 @@ def _check_kind(index: int, item: Item) -> None:
         raise ValueError(f"item {index}: stride {item.stride} does not cover shape {item.shape}")
 
 
-def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether each element has a place of its own in memory, and no place between them is unused."""
-    if 0 in shape:
-        return True
-    expected = 1
-    for length, step in sorted(
-        ((n, s) for n, s in zip(shape, stride, strict=True) if n != 1), key=lambda pair: pair[1]
-    ):
-        if step != expected:
-            return False
-        expected *= length
-    return True
-
-
-def _check_structure(layout: Layout, is_share: bool) -> None:
+def _check_structure(layout: Layout, of_one_rank: bool) -> None:
     structure = layout.structure
     if not isinstance(structure, list) or not structure or structure[0] == "list":
-        raise ValueError("the state is not a mapping")
-    if not is_share and (path := next(absent(structure), None)) is not None:
-        raise ValueError(f"leaf {path} is nowhere")
+        raise ValueError("the structure of the state is not a mapping")
+    if not of_one_rank and (path := next(absent(structure), None)) is not None:
+        raise ValueError(f"no rank wrote the leaf {path}")
     used = [False] * len(layout.items)
     wholes: dict[Chunks, None] = {}
     for path, leaf in leaves(structure):
@@ -173,43 +192,43 @@ def _check_structure(layout: Layout, is_share: bool) -> None:
             if not 0 <= index < len(used):
                 raise ValueError(f"leaf {path} names item {index} of {len(used)}")
             if layout.items[index].kind == "frame":
-                raise ValueError(f"leaf {path} names item {index}, which is a frame")
+                raise ValueError(f"leaf {path} names item {index}, which is a trailer")
             used[index] = True
         if isinstance(leaf, Chunks) and leaf not in wholes:
             wholes[leaf] = None
             boxes = _check_chunks(layout, leaf)
-            if not is_share:
+            if not of_one_rank:
                 check_tiling(boxes, leaf.shape)
     if (shared := shared_too_often(wholes)) is not None:
-        raise ValueError(f"item {shared} is a chunk of too many tensors")
+        raise ValueError(f"item {shared} is a chunk of too many tensors; at most {_MAX_WHOLES} are allowed")
     for index, item in enumerate(layout.items):
         if not used[index] and item.kind != "frame":
-            raise ValueError(f"item {index} is in no place of the structure")
+            raise ValueError(f"item {index} is not in the structure of the state")
 
 
 def shared_too_often(wholes: Iterable[Chunks]) -> int | None:
-    """An item that is a chunk of more tensors than there may be; each whole takes memory.
+    """Return an item that is a chunk of too many tensors, or None. Each whole tensor takes memory.
 
     Args:
-        wholes: tensors, of which no two are equal.
+        wholes: the tensors in chunks, no two of them equal.
     """
     times = Counter([index for chunks in wholes for _, index in chunks.parts])
     return next((index for index, number in times.items() if number > _MAX_WHOLES), None)
 
 
 def _check_chunks(layout: Layout, chunks: Chunks) -> list[Box]:
-    """The parts lie in the whole. Whether they fill it has to be checked, too, before memory for it is taken."""
+    """Check that the chunks lie in the whole. :func:`check_tiling` must follow before memory for the whole is taken."""
     check_shape(chunks.shape)
     boxes: list[Box] = []
     for offsets, index in chunks.parts:
         item, first = layout.items[index], layout.items[chunks.parts[0][1]]
         if item.kind != "tensor" or item.dtype != first.dtype:
-            raise ValueError(f"item {index}: not a part of a {first.dtype} tensor")
+            raise ValueError(f"item {index} cannot be a chunk of a {first.dtype} tensor")
         if not len(chunks.shape) == len(offsets) == len(item.shape) or not all(
             0 <= offset <= offset + length <= whole
             for offset, length, whole in zip(offsets, item.shape, chunks.shape, strict=True)
         ):
-            raise ValueError(f"item {index}: not inside a tensor of shape {chunks.shape}")
+            raise ValueError(f"item {index} at {offsets} is not inside a tensor of shape {chunks.shape}")
         boxes.append((offsets, item.shape))
     return boxes
 
@@ -218,24 +237,24 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths
 
 
 def check_tiling(boxes: list[Box], shape: tuple[int, ...]) -> None:
-    """That boxes which lie in a tensor of ``shape`` fill it, each element once.
+    """Check that boxes inside a tensor of ``shape`` cover each of its elements exactly once.
 
     Raises:
-        ValueError
+        ValueError: there are gaps or overlaps.
     """
     num_elements = sum(math.prod(lengths) for _, lengths in boxes)
     if num_elements != math.prod(shape) or math.prod(filter(None, shape)) > _LARGEST:
-        raise ValueError(f"{num_elements} elements are not a tensor of shape {shape}")
+        raise ValueError(f"its chunks have {num_elements} elements, a tensor of shape {shape} has {math.prod(shape)}")
     if num_elements and not _tile(boxes, shape):
         raise ValueError(f"the chunks of a tensor of shape {shape} overlap")
 
 
 def _tile(boxes: list[Box], shape: tuple[int, ...]) -> bool:
-    """Whether boxes of as many elements as the whole fill it without overlap.
+    """Return whether boxes, which have as many elements as the whole, fill it without overlap.
 
-    Counted modulo 2, what boxes cover is determined by their corners, modulo 2 as well (a box is the running sum of its
-    corners along each dimension). So if the corners that are left over are those of the whole, every element is covered an
-    odd number of times, which is once, or there would be more elements than in the whole.
+    A box is the running sum of its corners along each dimension. So, modulo 2, the corners determine what boxes cover.
+    If all corners of the boxes and of the whole cancel, the boxes cover each element an odd number of times. That is
+    once, because otherwise the boxes would have more elements than the whole.
     """
     boxes = [box for box in boxes if 0 not in box[1]]
     split = [dim for dim, whole in enumerate(shape) if any(lengths[dim] != whole for _, lengths in boxes)]

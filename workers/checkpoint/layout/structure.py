@@ -4,17 +4,16 @@
           | ["dict",  [key, ...], [node, ...]]
           | ["odict", [key, ...], [node, ...], metadata or null]     collections.OrderedDict
           | ["list",  [node, ...]]
-          | ["chunks", [length, ...], [[[offset, ...], index], ...]]  a tensor that several ranks wrote in parts (Chunks)
-          | null                     another rank writes it; only in what one rank says of its share, never in a checkpoint
+          | ["chunks", [length, ...], [[[offset, ...], index], ...]]  a tensor that several ranks wrote in chunks (Chunks)
+          | null                     another rank writes it; only in one rank's save record, never in a checkpoint
 
-A key is a str, int, finite float, bool or null and keeps its type; no two of a container are equal. ``metadata`` is the
-``_metadata`` attribute that ``nn.Module.state_dict()`` hangs on its result (module versions). Two leaves that are the same
-bytes (tied weights) name the same item. No code runs to read this, whatever it says.
+A key is a str, int, finite float, bool or null and keeps its type; no two keys of a container are equal. ``metadata`` is the
+``_metadata`` attribute that ``nn.Module.state_dict()`` sets on its result (module versions). Two leaves that are the same
+bytes (tied weights) name the same item. Reading a structure runs no code from it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -28,31 +27,33 @@ Path = tuple[Key, ...]
 Node = Any  # recursive; see above
 
 ABSENT: Node = None
-"""The node of what another rank writes."""
+"""The node of a leaf that another rank writes."""
 
 _MAX_DEPTH = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """A tensor in parts.
+    """A tensor that is stored in chunks.
 
     Attributes:
-        shape: of the whole, in elements.
-        parts: (offsets of the part in the whole, its item).
+        shape: of the whole tensor, in elements.
+        parts: (offsets of the chunk in the whole, index of its item) of each chunk.
     """
 
     shape: tuple[int, ...]
     parts: tuple[tuple[tuple[int, ...], int], ...]
 
     def to_node(self) -> Node:
+        """Return the chunks as a structure node."""
         return ["chunks", list(self.shape), [[list(offsets), index] for offsets, index in self.parts]]
 
     @staticmethod
     def from_node(node: Node) -> Chunks:
-        """
+        """Parse a structure node.
+
         Raises:
-            ValueError: ``node`` is none.
+            ValueError: ``node`` is not a tensor in chunks.
         """
         try:
             _, shape, parts = node
@@ -66,7 +67,7 @@ class Chunks:
 
 
 def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Every item: the path of its leaf, and its index. A tensor in chunks comes once for each.
+    """Iterate over (key path of a leaf, index of its item); a tensor in chunks comes once per chunk.
 
     Raises:
         ValueError: ``node`` is not a structure.
@@ -79,8 +80,11 @@ def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
             yield at, leaf
 
 
-def leaves(node: Node, path: Path = ()) -> Iterator[tuple[Path, int | Chunks]]:
-    """Every leaf: its path, and its item or its chunks. What another rank writes is passed over.
+def leaves(node: Node, path: Path = (), *, text_keys: bool = False) -> Iterator[tuple[Path, int | Chunks]]:
+    """Iterate over (key path of a leaf, its item or chunks). Leaves that another rank writes are left out.
+
+    Args:
+        text_keys: give the keys of mappings as ``str``, as DCP does.
 
     Raises:
         ValueError: ``node`` is not a structure.
@@ -94,15 +98,16 @@ def leaves(node: Node, path: Path = ()) -> Iterator[tuple[Path, int | Chunks]]:
         yield path, Chunks.from_node(node)
         return
     keys, children = _open(node, len(path))
-    for key, child in zip(keys, children, strict=True):
+    named = map(str, keys) if text_keys and node[0] != "list" else keys
+    for key, child in zip(named, children, strict=True):
         if type(child) is int:  # most are: save the generator
             yield (*path, key), child
         else:
-            yield from leaves(child, (*path, key))
+            yield from leaves(child, (*path, key), text_keys=text_keys)
 
 
 def absent(node: Node, path: Path = ()) -> Iterator[Path]:
-    """What another rank writes.
+    """Iterate over the key paths of the leaves that another rank writes.
 
     Raises:
         ValueError: ``node`` is not a structure.
@@ -132,16 +137,16 @@ def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
 
 
 def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
-    """The state, with ``leaf(index)`` in each place.
+    """Build the nested state, with the value ``leaf(index)`` for each leaf.
 
     Raises:
         ValueError: ``node`` is not a structure.
-        UsageError: a tensor is in chunks.
+        UsageError: a tensor is stored in chunks.
     """
     if type(node) is int:
         return leaf(node)
     if _is_chunks(node):
-        raise UsageError("a tensor is stored in chunks, as several ranks saved it: load it by torch's dcp.load")
+        raise UsageError("several ranks saved this tensor in chunks; load it with torch's dcp.load")
     keys, children = _open(node, depth)
     values = [build(child, leaf, depth + 1) for child in children]
     if node[0] == "list":
@@ -159,9 +164,9 @@ def _is_chunks(node: Node) -> bool:
 
 
 def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
-    """Keys and children of a container, after checking that it is one."""
+    """Return the keys and the children of a container node, after checking it."""
     if depth > _MAX_DEPTH:
-        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+        raise ValueError(f"the state is nested deeper than {_MAX_DEPTH} containers")
     if not isinstance(node, list) or not node:
         raise ValueError(f"not a structure node: {str(node)[:60]}")
     kind, *rest = node
@@ -190,19 +195,15 @@ def _is_metadata(metadata: Any) -> bool:
 
 
 def fqn(path: Path) -> str:
-    """The name DCP gives a leaf: its keys joined by dots."""
+    """Return the name that DCP gives a leaf: its keys joined by dots."""
     return ".".join(map(str, path))
 
 
 def describe(path: Path) -> str:
-    """A leaf as a user would write it: ``optimizer['state'][3]['exp_avg']``."""
+    """Return a key path as a user would write it: ``optimizer['state'][3]['exp_avg']``."""
     if not path:
         return "state"
     head, *rest = path
     return f"{head if isinstance(head, str) and head.isidentifier() else f'state[{head!r}]'}" + "".join(
         f"[{key!r}]" for key in rest
     )
-
-
-def to_json(node: Node) -> str:
-    return json.dumps(node, separators=(",", ":"), allow_nan=False)

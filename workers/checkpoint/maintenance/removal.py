@@ -1,11 +1,12 @@
-"""How checkpoints go, once it is decided which.
+"""Remove checkpoints, after ``retention.py`` has decided which.
 
-NOTE [ How a checkpoint goes ]
-    1. its directory's lock, exclusively and without waiting: nobody reads it
-    2. rename step-N -> step-N.removing-<nonce>; the lock is let go; when all are renamed the parent directory is synced
-    3. its files are unlinked, then the directory
-Killed before 2 it is there as ever, later it is no checkpoint by its name, and whoever prunes or recovers next goes on with
-3. Files that other checkpoints share (incremental saves) only lose a name. Two processes may prune at once: the second
+NOTE [ How a checkpoint is removed ]
+    1. Take its directory's lock exclusively, without waiting. Refused: somebody reads it, so it stays.
+    2. Rename step-N to step-N.removing-<nonce>, and release the lock.
+    3. When all are renamed, sync the parent directory. Without it, a power failure could bring back names without files.
+    4. Unlink the files, then the directory.
+A crash before 2 changes nothing. After it, the name is not a checkpoint's, and the next prune or recover goes on with 4.
+Files that other checkpoints share (incremental saves) only lose a name. Two processes may prune at once: the second one
 finds that a name is gone.
 """
 
@@ -28,7 +29,7 @@ from stager.workers.faults import point
 
 
 class PruneFate(Enum):
-    """What became of a checkpoint when old ones were removed."""
+    """What became of a checkpoint."""
 
     KEPT = "kept"
     REMOVED = "removed"
@@ -37,11 +38,11 @@ class PruneFate(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PruneVerdict:
-    """What became of one checkpoint, or would become of it.
+    """What became of one checkpoint, or would become of it in a dry run.
 
     Attributes:
         step, path: which.
-        fate: kept: by the rules; removed; left: the rules do not keep it, or would count it, but something is in the way.
+        fate: KEPT by the rules; REMOVED; or LEFT: no rule keeps it, but it could not be removed, or it is damaged.
         reason: why.
         damaged: it was found to be damaged.
     """
@@ -54,7 +55,7 @@ class PruneVerdict:
 
 
 def remove(directory: str, doomed: list[PruneVerdict]) -> tuple[dict[int, PruneVerdict], int]:
-    """See NOTE [ How a checkpoint goes ]. The verdicts as they turned out, and the bytes that are free now."""
+    """Remove checkpoints: NOTE [ How a checkpoint is removed ]. Returns final verdicts by step, and the bytes freed."""
     verdicts: dict[int, PruneVerdict] = {}
     renamed: dict[int, str] = {}
     for verdict in doomed:
@@ -68,7 +69,7 @@ def remove(directory: str, doomed: list[PruneVerdict]) -> tuple[dict[int, PruneV
             renamed[verdict.step] = outcome
     if renamed:
         with storage_errors("sync", directory):
-            files.sync_directory(directory)  # or a power failure could bring names back whose files are gone
+            files.sync_directory(directory)  # step 3: before any file is unlinked
     point("prune.renamed")
     freed_bytes = exclusive_bytes(renamed.values())
     for verdict in doomed:
@@ -77,7 +78,9 @@ def remove(directory: str, doomed: list[PruneVerdict]) -> tuple[dict[int, PruneV
                 delete(renamed[verdict.step])
                 verdicts[verdict.step] = verdict
             except StorageError as error:
-                verdicts[verdict.step] = _left(verdict, f"it has lost its name, and is not all gone: {error}")
+                verdicts[verdict.step] = _left(
+                    verdict, f"it was renamed, but not all its files could be removed: {error}"
+                )
     point("prune.removed")
     return verdicts, freed_bytes
 
@@ -87,7 +90,7 @@ def _left(verdict: PruneVerdict, reason: str) -> PruneVerdict:
 
 
 def _take_name(directory: str, verdict: PruneVerdict) -> str | PruneVerdict:
-    """Where it is now; or why it stays."""
+    """Do steps 1 and 2. Returns the new path, or the verdict why it stays."""
     path = verdict.path
     with storage_errors("remove", path):
         try:
@@ -98,11 +101,13 @@ def _take_name(directory: str, verdict: PruneVerdict) -> str | PruneVerdict:
             fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not is_still(path, directory_fd):
                 return _left(verdict, "it was replaced just now")
-            if verdict.step in read_protected(directory):  # since we looked; who protects holds the lock meanwhile
+            if verdict.step in read_protected(
+                directory
+            ):  # asked again under the lock, which protecting a step holds, too
                 return PruneVerdict(verdict.step, path, PruneFate.KEPT, "protected")
             aside = os.path.join(directory, removing_name(verdict.step, secrets.token_hex(8)))
             os.rename(path, aside)
-            # A commit that replaces it waits for our lock (``publish``), unless we were stopped for seconds right here.
+            # A commit that replaces it waits for our lock, but only for seconds: we may have been stopped for longer.
             if not is_still(aside, directory_fd):
                 os.rename(aside, path)
                 return _left(verdict, "it was replaced just now")
@@ -114,12 +119,13 @@ def _take_name(directory: str, verdict: PruneVerdict) -> str | PruneVerdict:
 
 
 def delete(path: str) -> None:
-    """
+    """Remove a renamed checkpoint: step 4.
+
     Raises:
         StorageError
     """
     with storage_errors("remove", path):
-        with suppress(FileNotFoundError, NotADirectoryError):  # a link to a directory is no directory
+        with suppress(FileNotFoundError, NotADirectoryError):  # a link to a directory is removed, not followed
             _unlink_all(files.open_directory(path, follow=False))
         files.remove(path)
 
@@ -135,12 +141,12 @@ def _unlink_all(directory_fd: int) -> None:
 
 
 def exclusive_bytes(paths: Iterable[str]) -> int:
-    """Of the files in these directories, those that have all their names there."""
+    """Return the bytes that removing these directories frees: of files that have no name elsewhere."""
     seen: dict[tuple[int, int], tuple[int, int, int]] = {}
     for path in paths:
         try:
             stats = [entry.stat(follow_symlinks=False) for entry in os.scandir(path)]
-        except OSError:  # it goes while we look
+        except OSError:  # somebody removes it at this moment
             continue
         for stat in stats:
             identity = (stat.st_dev, stat.st_ino)

@@ -1,11 +1,13 @@
-"""Which checkpoints stay, and how the others go.
+"""Retention: decide which checkpoints stay, and have ``removal.py`` remove the others.
 
-    rules        the newest ``keep_latest``, every step that ``keep_every`` divides, what is protected; no rule: all stay
-    safety       only what passes quick verification counts as one of the newest, and the newest that counts must pass full
-                 verification before anything goes. So the last valid one is never removed
-    not touched  partial directories; what is damaged and would count; what is being read (``read_lock.py``)
+    1. Finish removals that a crash interrupted.
+    2. Judge by the rules, without reading any checkpoint: the newest ``keep_latest``, the steps that ``keep_every`` divides,
+       and protected steps stay. Without rules all stay.
+    3. If one is to be removed, judge again, now with verification. Only a checkpoint that passes quick verification counts
+       as one of the newest, and the newest must pass full verification. So the last valid checkpoint is never removed.
+    4. Remove those that no rule keeps.
 
-How the others go: ``removal.py``.
+Never touched: partial directories, damaged checkpoints that would count, checkpoints that are being read (``read_lock.py``).
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ __all__ = ["PruneFate", "PruneReport", "PruneVerdict", "RetentionRules", "prune"
 
 @dataclass(frozen=True, slots=True)
 class RetentionRules:
-    """Attributes:
-    keep_latest: so many of the newest stay; None: no such rule.
-    keep_every: steps that are multiples of it stay; None: no such rule. Without ``keep_latest`` the newest stays as well.
-    protected: these stay, besides those of :mod:`stager.workers.checkpoint.directory.protected`.
-    full: the newest that counts is hashed before anything is removed; else its names and sizes are looked at.
-    num_threads: that hash; None: the cores this process may use, at most 8.
+    """Which checkpoints to keep.
+
+    Attributes:
+        keep_latest: keep so many of the newest; None: no such rule.
+        keep_every: keep the steps that it divides; None: no such rule. The newest stays as well.
+        protected: keep these steps, in addition to those of :mod:`stager.workers.checkpoint.directory.protected`.
+        full: hash the newest before any other is removed; otherwise check its names and sizes.
+        num_threads: threads that hash; None: one per usable core, at most 8.
     """
 
     keep_latest: int | None = None
@@ -43,17 +47,18 @@ class RetentionRules:
 
     @property
     def keep_all(self) -> bool:
+        """Whether there is no rule, so that all stay."""
         return self.keep_latest is None and self.keep_every is None
 
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What a retention pass did, or would do.
+    """What :func:`prune` did.
 
     Attributes:
-        verdicts: one for each checkpoint, newest first.
-        freed_bytes: size of the removed files that no other checkpoint shares.
-        dry_run: nothing was changed; ``removed`` means that it would be.
+        verdicts: one per checkpoint, newest first.
+        freed_bytes: bytes of removed files that no other checkpoint shares.
+        dry_run: nothing was changed; REMOVED means "would be removed".
     """
 
     verdicts: tuple[PruneVerdict, ...]
@@ -61,15 +66,17 @@ class PruneReport:
     dry_run: bool
 
     def steps(self, fate: PruneFate) -> list[int]:
+        """Return the steps that had this fate, newest first."""
         return [verdict.step for verdict in self.verdicts if verdict.fate is fate]
 
     @property
     def damaged(self) -> list[int]:
+        """The steps whose checkpoints were found to be damaged."""
         return [verdict.step for verdict in self.verdicts if verdict.damaged]
 
 
 def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> PruneReport:
-    """Apply ``rules`` to the checkpoints of a run. Needs no lock of the run's; safe to be run again after a crash.
+    """Apply ``rules`` to the checkpoints of a run. Safe beside a live run, and safe to repeat after a crash.
 
     Raises:
         StorageError: the directory cannot be read.
@@ -77,11 +84,13 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
     """
     point("prune.begin")
     if not dry_run:
-        for name in removing_names(directory):  # of one who was killed
+        for name in removing_names(directory):  # a crash interrupted their removal
             delete(os.path.join(directory, name))
     steps = committed_steps(directory)
     verdicts = _judge(directory, steps, rules, _trusted)
-    if any(verdict.fate is PruneFate.REMOVED for verdict in verdicts.values()):  # damage found now only lets more stay
+    if any(
+        verdict.fate is PruneFate.REMOVED for verdict in verdicts.values()
+    ):  # step 3; damage can only let more of them stay
         verdicts = _judge(directory, steps, rules, _verified)
     doomed = [step for step in steps if verdicts[step].fate is PruneFate.REMOVED]
     point("prune.verified")
@@ -97,7 +106,7 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
 
 
 _Check = Callable[[str, int, RetentionRules, bool], str | None]
-"""(directory, step, rules, whether it is the first that would count) -> what is wrong with it."""
+"""(directory, step, rules, whether it is the newest that would count) -> the problem, or None."""
 
 
 def _trusted(directory: str, step: int, rules: RetentionRules, first: bool) -> str | None:
@@ -109,11 +118,11 @@ def _verified(directory: str, step: int, rules: RetentionRules, first: bool) -> 
     result = verify_checkpoint(path, full=rules.full and first, num_threads=rules.num_threads)
     if not result.ok:
         return result.problems[0]
-    return None if result.step == step else f"it was renamed: it is of step {result.step}"
+    return None if result.step == step else f"its manifest is of step {result.step}: the directory was renamed"
 
 
 def _judge(directory: str, steps: list[int], rules: RetentionRules, check: _Check) -> dict[int, PruneVerdict]:
-    """By step. ``steps`` are the newest first."""
+    """Return the verdict on each step. ``steps`` are newest first."""
 
     def verdict(step: int, fate: PruneFate, reason: str, *, damaged: bool = False) -> PruneVerdict:
         return PruneVerdict(step, os.path.join(directory, checkpoint_name(step)), fate, reason, damaged)
@@ -139,7 +148,7 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, check: _Chec
         elif not latest:
             verdicts[step] = verdict(step, PruneFate.LEFT, "no valid checkpoint would remain")
         elif os.path.islink(os.path.join(directory, checkpoint_name(step))):
-            verdicts[step] = verdict(step, PruneFate.LEFT, "it is a link to somewhere else: not ours to remove")
+            verdicts[step] = verdict(step, PruneFate.LEFT, "it is a symbolic link; remove the link yourself")
         elif not has_manifest(os.path.join(directory, checkpoint_name(step))):
             verdicts[step] = verdict(
                 step, PruneFate.LEFT, "it has no manifest: it may not be a checkpoint", damaged=True
@@ -152,7 +161,7 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, check: _Chec
 def _newest_valid(
     directory: str, steps: list[int], wanted: int, rules: RetentionRules, check: _Check
 ) -> tuple[set[int], dict[int, str]]:
-    """Up to ``wanted`` steps that count; and those that would have, with what is wrong."""
+    """Return up to ``wanted`` valid steps, newest first; and the damaged ones among them, with their problems."""
     valid: set[int] = set()
     damaged: dict[int, str] = {}
     for step in steps:
@@ -167,8 +176,11 @@ def _newest_valid(
 
 
 def _youngest(directory: str, steps: list[int], count: int) -> set[int]:
-    """The steps committed last. After a return to an earlier step these are not the highest: without this the first save of
-    the new branch would be removed at once."""
+    """Return the steps that were committed last.
+
+    After a run went back to an earlier step, they are not the highest: by the step alone, the first save of the new branch
+    would be removed at once.
+    """
     times = []
     for step in steps:
         try:

@@ -1,7 +1,7 @@
-"""Is a checkpoint what was committed? Every byte of every file, or only names and sizes.
+"""Verify that a checkpoint is what was committed: every byte of every file, or only names and sizes.
 
-Full verification catches any changed, missing or extra byte or file: the manifest is sealed, and the hashes in it cover
-every byte of every file it names.
+Full verification catches every changed, missing or extra byte or file: the manifest is sealed, and its hashes cover every
+byte of every file that it names.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointErro
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyResult:
-    """Attributes:
-    path: the checkpoint.
-    ok: nothing is wrong.
-    problems: what is, one line each, with the file.
-    nbytes: bytes that were looked at (hashed, when full).
-    num_items: tensors and objects in it.
-    secs: how long it took.
-    step: of its manifest; None: that cannot be read.
+class VerifyReport:
+    """What verification of one checkpoint found.
+
+    Attributes:
+        path: the checkpoint's directory.
+        ok: there are no problems.
+        problems: one line each, with the file.
+        nbytes: size of the files that were checked (hashed, if full).
+        num_items: number of items in the checkpoint.
+        secs: how long it took.
+        step: in its manifest; None if the manifest cannot be read.
     """
 
     path: str
@@ -47,7 +49,7 @@ def verify_checkpoint(
     full: bool = True,
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
-) -> VerifyResult:
+) -> VerifyReport:
     """Check one checkpoint directory. Problems are returned, not raised.
 
     Args:
@@ -69,7 +71,7 @@ def verify_checkpoint(
             problems += check_files(path, manifest, full=full, num_threads=num_threads, progress=progress)
     except (CorruptCheckpointError, CheckpointNotFoundError, StorageError) as error:
         problems.append(str(error))
-    return VerifyResult(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started, step)
+    return VerifyReport(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started, step)
 
 
 def check_files(
@@ -80,7 +82,7 @@ def check_files(
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """What is wrong with the files that the manifest names. For the arguments see :func:`verify_checkpoint`."""
+    """Return the problems of the files that the manifest names. Arguments are those of :func:`verify_checkpoint`."""
     problems: list[str] = []
     for index_file in manifest.index_files:
         try:
@@ -100,10 +102,10 @@ def check_files(
 
 
 def fingerprint(path: str) -> tuple[tuple[str, int, int, int, int], ...]:
-    """Changes whenever a file of the checkpoint is written to or replaced: name, inode, size, mtime and ctime (ns) of each.
+    """Return name, inode, size, mtime and ctime (ns) of each file: they change when a file is written to or replaced.
 
-    What was verified once and still has this fingerprint need not be verified again. (A bit that rots on the disk is no
-    write; the reader's own hashes catch it.)
+    A checkpoint that was verified and has the same fingerprint need not be verified again. (It misses a bit that flips on
+    the disk, but readers check hashes anyway.)
 
     Raises:
         OSError: a file is missing.
@@ -113,7 +115,7 @@ def fingerprint(path: str) -> tuple[tuple[str, int, int, int, int], ...]:
 
 
 def extra_files(path: str, manifest: Manifest) -> list[str]:
-    """What lies in the directory and is not the checkpoint's.
+    """Return a problem for each file in the directory that does not belong to the checkpoint.
 
     Raises:
         StorageError
@@ -129,8 +131,9 @@ def _check_index_file(path: str, expected: IndexFile) -> None:
     if len(data) != expected.nbytes:
         raise CorruptCheckpointError(path, f"is {len(data)} bytes long, should be {expected.nbytes}")
     if xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
-        raise CorruptCheckpointError(path, "its hash does not match")
+        raise CorruptCheckpointError(path, "is damaged: its xxh3 hash does not match")
 
 
 def default_threads() -> int:
+    """Return how many threads read: one per usable core, at most 8."""
     return min(8, len(os.sched_getaffinity(0)))

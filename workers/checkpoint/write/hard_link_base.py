@@ -1,14 +1,15 @@
-"""The base of an incremental save: an earlier checkpoint, whose files are linked where nothing changed.
+"""The hard-link base of an incremental save: an earlier checkpoint, whose unchanged files are linked.
 
 NOTE [ What may be linked ]
-A file of the base is linked (``link(2)``: one more name for the same inode) when the bytes that would be written have the
-hashes that the base's manifest has for it, at the same offsets, and when it is still the file that was committed as far as
-can be told without reading it: a regular file of that size that nobody wrote to after the manifest was written. A bit that
-rots on the disk is not seen here; every checkpoint that shares the file then has it (``verify`` names each of them), which
-is why every ``full_every``-th save is written without links.
+A file of the base is linked (``link(2)``: one more name for the same inode) if both hold:
+    1. The bytes to write have the hashes that the base's manifest lists for the file, at the same offsets.
+    2. It is still the committed file, as far as can be told without reading it: a regular file of that size, not modified
+       after the manifest was written.
+A bit that flipped on the disk is not noticed here. Every checkpoint that shares the file then has it (``verify`` names each
+of them). That is why every ``full_every``-th save is written without links.
 
-A linked file belongs to several checkpoints, so it is never opened for writing: a part that links removes what has the
-name and links, or removes what has the name and creates the file anew (``O_EXCL``).
+A linked file belongs to several checkpoints, so it is never opened for writing. A part that may link first removes any file
+of that name; then it links, or creates the file anew (``O_EXCL``).
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, Layout
 from stager.workers.checkpoint.layout.layout_check import check_count
 from stager.workers.errors import CorruptCheckpointError
 
-# The file system has no hard links, takes no more of them, forbids them, or the base is another one's.
+# No hard links on this file system, too many of them, forbidden, or the base belongs to another user.
 _CANNOT_LINK = (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL)
 
 
 class CannotLinkError(Exception):
-    """This file has to be written; the text says why."""
+    """A file cannot be linked and must be written; the text says why."""
 
 
-class Base:
-    """An open checkpoint directory and what its manifest says of each file.
+class HardLinkBase:
+    """An open checkpoint directory, and what its manifest says of each file.
 
-    Use :meth:`open`. What has been removed or replaced under its name since does no harm: everything goes by the descriptor.
+    Made by :meth:`open`. All access is by the directory's descriptor, so removing or replacing its name does no harm.
     """
 
     def __init__(self, directory_fd: int, name: str, body: dict[str, Any], manifest_mtime_ns: int) -> None:
@@ -55,10 +56,11 @@ class Base:
         }
 
     @staticmethod
-    def open(directory: str, step: int) -> Base:
-        """
+    def open(directory: str, step: int) -> HardLinkBase:
+        """Open the checkpoint of ``step``.
+
         Raises:
-            CannotLinkError: it is not there, or its manifest cannot be read.
+            CannotLinkError: the checkpoint is missing, or its manifest cannot be read.
             StorageError
         """
         name = checkpoint_name(step)
@@ -74,13 +76,15 @@ class Base:
             raise
 
     def close(self) -> None:
+        """Close the directory."""
         os.close(self._directory_fd)
 
     def hashes(self, layout: Layout, file: int, indices: range) -> list[str] | None:
-        """The hashes of the segments of a file that lies in the base just as in ``layout``; None: there is no such file.
+        """Return the hashes of a file's segments, or None if the base has no file of this name with the same items.
 
         Args:
-            indices: the file's items.
+            file: index of the file in ``layout``.
+            indices: of the file's items.
         """
         rows = self._rows.get(layout.files[file].name)
         if rows is None or self._segment_bytes != layout.segment_bytes or len(rows) != len(indices):
@@ -95,13 +99,13 @@ class Base:
         return hashes
 
     def link(self, name: str, nbytes: int, target_fd: int) -> None:
-        """Give the base's file ``name`` the same name in the directory ``target_fd``, in place of what has it there.
+        """Link the base's file ``name`` into the directory ``target_fd``, in place of any file of that name.
 
         Raises:
             CannotLinkError: see NOTE [ What may be linked ].
             OSError
         """
-        with suppress(FileNotFoundError):  # of a worker that died here: half written, or linked
+        with suppress(FileNotFoundError):  # a worker that died has left it, half written or linked
             os.unlink(name, dir_fd=target_fd)
         try:
             found = os.stat(name, dir_fd=self._directory_fd, follow_symlinks=False)
@@ -127,12 +131,12 @@ class Base:
 
 def _checked(row: list[Any]) -> list[Any]:
     if len(row) != len(ROW_COLUMNS) + 1 or not isinstance(row[-1], list):
-        raise ValueError("a row that is none")
+        raise ValueError("a row of items has the wrong columns")
     return row
 
 
-def _read(directory_fd: int, name: str) -> Base:
-    """By its manifest, of which only what is compared is looked at: the hashes in it prove the rest."""
+def _read(directory_fd: int, name: str) -> HardLinkBase:
+    """Read the manifest. Only what is compared is checked; the hashes in it prove the rest."""
     try:
         fd = os.open(MANIFEST_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
         with storage_errors("read", name), open(fd, "rb") as file:
@@ -140,7 +144,7 @@ def _read(directory_fd: int, name: str) -> Base:
             mtime_ns = os.fstat(fd).st_mtime_ns
         if body["version"] != VERSION or body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
             raise CannotLinkError(f"{name} was written by another version of stager")
-        return Base(directory_fd, name, body, mtime_ns)
+        return HardLinkBase(directory_fd, name, body, mtime_ns)
     except OSError as error:
         raise CannotLinkError(f"the manifest of {name} cannot be read ({error.strerror})") from error
     except (CorruptCheckpointError, KeyError, IndexError, TypeError, ValueError) as error:

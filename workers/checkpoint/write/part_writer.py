@@ -1,4 +1,4 @@
-"""The bytes of a part of a save: reconstructed from the slab, hashed, written, synced."""
+"""Write the bytes of a part of a save: take them from the slab, hash, write, sync."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import InternalError
 from stager.workers.faults import point
 
-_WRITE_BYTES = 4 << 20  # hashed and written while it is in the cache
-_DIRECT_FROM_BYTES = 4 << 20  # of a part; below this there is nothing to gain
+_WRITE_BYTES = 4 << 20  # a piece stays in the CPU's cache between hashing and writing
+_DIRECT_FROM_BYTES = 4 << 20  # smaller parts gain nothing
 
 
 class PartWriter:
-    """Writes segments, opening each file once. Consecutive small items leave in one ``pwritev``.
+    """Writes segments, opening each file once. Consecutive small items go into one ``pwritev``.
 
     Args:
-        opened: closes the files.
+        opened: the exit stack that closes the files.
     """
 
-    def __init__(self, job: WriteTask, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
-        self._view = job.slab.view
-        self._base = job.base
+    def __init__(self, task: WriteTask, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
+        self._view = task.slab.view
+        self._base = task.base
         self._layout = layout
-        self._frames = get_format(job.spec.kind).frames(layout)
-        self._small = SmallItems(layout, job.slab.view, job.base, self._frame)
+        self._around = get_format(task.spec.kind).headers_and_tails(layout)
+        self._small = SmallItems(layout, task.slab.view, task.base, self._header_and_tail)
         self._ends = layout.ends()
         self._directory_fd = directory_fd
         self._directory = directory
         self._opened = opened
         self._fds: dict[int, int] = {}
         self._write_back: dict[int, WriteBack] = {}
-        self._fsync = job.spec.fsync
-        self._drop_page_cache = job.writing.drop_page_cache
-        self._pace = Pace(job.writing.max_bytes_per_sec)
-        self._direct_io = job.writing.direct_io
+        self._fsync = task.spec.fsync
+        self._drop_page_cache = task.writing.drop_page_cache
+        self._pace = Pace(task.writing.max_bytes_per_sec)
+        self._direct_io = task.writing.direct_io
         self._direct: DirectWriter | None = None
         self._batch: list[bytes | memoryview] = []
         self._batch_nbytes = 0
@@ -55,15 +55,16 @@ class PartWriter:
         self._known: Mapping[Segment, str] = {}
 
     def prepare(self, own_files: Collection[int], known: Mapping[Segment, str]) -> None:
-        """
+        """Say what is special in this part.
+
         Args:
-            own_files: which nobody else writes, and which are made anew: what has their name may be linked (``base.py``).
+            own_files: files that only this part writes. They are created anew: an existing one may be a link.
             known: hashes that need not be computed again.
         """
         self._own_files, self._known = own_files, known
 
     def hash(self, segments: Sequence[Segment]) -> Iterator[str]:
-        """Of what would be written, hex."""
+        """Iterate over the hashes of the segments, hex, without writing."""
         for small, run in runs(self._layout, segments):
             yield from self._small.pack(run)[1] if small else map(self._hash_one, run)
 
@@ -74,7 +75,7 @@ class PartWriter:
         return hasher.hexdigest()
 
     def write(self, segments: list[Segment]) -> list[str]:
-        """The segments' hashes, hex."""
+        """Write the segments. Returns their hashes, hex."""
         if self._goes_direct(sum(segment.end - segment.start for segment in segments)):
             self._direct = DirectWriter(self._open, self._open_direct, self._before_write)
         hashes: list[str] = []
@@ -83,7 +84,7 @@ class PartWriter:
                 hashes += self._write_small(run) if small else map(self._write_one, run)
             self._flush()
         finally:
-            if self._direct is not None:  # nothing is written any more when the descriptors are closed
+            if self._direct is not None:  # its writes must end before the files are closed
                 self._direct.close()
         return hashes
 
@@ -111,6 +112,11 @@ class PartWriter:
         return known or hasher.hexdigest()
 
     def sync(self) -> None:
+        """Sync every file that was written.
+
+        Raises:
+            StorageError
+        """
         for file, fd in self._fds.items():
             with storage_errors("sync", self._path(file)):
                 point("part.sync")
@@ -119,8 +125,8 @@ class PartWriter:
                     drop_cached(fd)
 
     def _pieces(self, item: Item, segment: Segment) -> Iterator[bytes | memoryview]:
-        """The bytes of a segment: what of the header, the raw bytes, the tail and the padding lies in it."""
-        head, tail = self._frame(segment.index)
+        """Iterate over the bytes of a segment: the parts of header, raw bytes, tail and padding inside it."""
+        head, tail = self._header_and_tail(segment.index)
         start, end = segment.start, segment.end
         data_end = item.data_offset + item.data_nbytes
         if start < item.data_offset:
@@ -135,11 +141,13 @@ class PartWriter:
             tail += b"\0" * (self._ends[segment.index] - data_end - len(tail))
             yield tail[max(0, start - data_end) : end - data_end]
 
-    def _frame(self, index: int) -> tuple[bytes, bytes]:
+    def _header_and_tail(self, index: int) -> tuple[bytes, bytes]:
         item = self._layout.items[index]
-        head, tail = self._frames(index)
+        head, tail = self._around(index)
         if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
-            raise InternalError(f"{item} is framed in {len(head)} and {len(tail)} bytes here")
+            raise InternalError(
+                f"{item} has a header of {len(head)} and a tail of {len(tail)} bytes here, unlike in the plan"
+            )
         return head, tail
 
     def _put(self, file: int, offset: int, piece: bytes | memoryview, in_place: bool = False) -> None:

@@ -1,6 +1,6 @@
-"""A rank's record in the partial directory: what it contributes to the checkpoint.
+"""The save record: a rank's file in the partial directory that says what it contributes to the checkpoint.
 
-With the receipts, the records are all that a commit after a crash needs.
+Save records and receipts are all that a commit after a crash needs. The key "facts" is version 0.1's name of the save spec.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ _RECORD = re.compile(r"save-([0-9]{1,9})\.json")
 
 
 def record_name(rank: int) -> str:
-    """Of the file in the partial directory that says what a rank contributes."""
+    """Return the name of a rank's save record."""
     return f"save-{rank}.json"
 
 
 def recorded_ranks(names: Iterable[str]) -> list[int]:
-    """The ranks whose record is among the names of a partial directory's files."""
+    """Return the ranks whose save record is among ``names``, the files of a partial directory."""
     return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
 
 
-def to_record(job: WriteTask) -> bytes:
-    """The job without its memory, sealed: with the receipts, all that a commit after a crash needs."""
-    spec = asdict(job.spec)
+def to_record(task: WriteTask) -> bytes:
+    """Serialise a task without its memory, sealed."""
+    spec = asdict(task.spec)
     del spec["directory"]  # it may be mounted elsewhere by then
     head = json.dumps(spec, separators=(",", ":")).encode()
-    plan, _, _ = read_extent(job, job.plan).partition(b"\n")
-    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(job, job.objects)))
+    plan, _, _ = read_extent(task, task.plan).partition(b"\n")
+    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(task, task.objects)))
 
 
 def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layout]:
-    """What :func:`to_record` wrote.
+    """Parse what :func:`to_record` wrote.
 
     Raises:
         CorruptCheckpointError: ``path`` is not such a record.
@@ -51,7 +51,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layou
         spec = check_spec(SaveSpec(directory=directory, **body["facts"]))
         objects = [Item.from_row(row[:-1]) for row in body["objects"]]
         layout = LayoutPlan.from_body(body["plan"]).with_objects(objects)
-        check_layout(layout, is_share=spec.num_ranks > 1)
+        check_layout(layout, of_one_rank=spec.num_ranks > 1)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"not the record of a save: {error!r}") from error
+        raise CorruptCheckpointError(path, f"is not a valid save record: {error!r}") from error
     return spec, layout

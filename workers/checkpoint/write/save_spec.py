@@ -1,4 +1,4 @@
-"""What a save is, beside its layout: all that a commit has to know."""
+"""The save spec: what a save is, beside its layout."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _MAX_RANKS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class SaveSpec:
-    """What a commit has to know beside the layout.
+    """What workers and commit must know of a save, beside its layout.
 
     Attributes:
         directory: of the run; absolute.
         step, save_id: which save; ``save_id`` is unique, a nonce.
         kind: the on-disk format.
-        num_parts: how many parts this rank's share of the save is dealt into.
+        num_parts: into how many parts this rank's contribution is partitioned.
         fsync: sync files and directories before each rename.
         created: unix time of the snapshot.
         stager, torch: versions, for the manifest.
-        whole_bytes: files up to this size are dealt whole (``deal``); 0: the save is not incremental.
-        base_step: the checkpoint whose files may be linked where nothing changed; None: there is none.
+        whole_bytes: files up to this size are not cut (``partition``); 0: the save is not incremental.
+        base_step: the hard-link base, whose unchanged files may be linked; None: all files are written.
         full_every: of so many saves in a row, one is written without links.
-        rank, num_ranks: whose share this is, of how many that make up the checkpoint.
+        rank, num_ranks: which rank contributes this, of how many that make the checkpoint.
     """
 
     directory: str
@@ -46,7 +46,7 @@ class SaveSpec:
 
 
 def check_spec(spec: SaveSpec) -> SaveSpec:
-    """``spec``, when they can be those of a save.
+    """Return ``spec`` if it can be the spec of a save.
 
     Raises:
         ValueError, TypeError
@@ -58,11 +58,11 @@ def check_spec(spec: SaveSpec) -> SaveSpec:
     if spec.kind not in FORMATS:
         raise ValueError(f"unknown format {spec.kind!r}")
     if not 1 <= check_count(spec.num_parts) <= _MAX_PARTS or type(spec.fsync) is not bool:
-        raise ValueError("impossible facts")
+        raise ValueError(f"num_parts {spec.num_parts} or fsync {spec.fsync} is impossible")
     check_count(spec.whole_bytes)
     check_count(spec.full_every)
     if not 1 <= check_count(spec.num_ranks) <= _MAX_RANKS or check_count(spec.rank) >= spec.num_ranks:
-        raise ValueError("impossible ranks")
+        raise ValueError(f"rank {spec.rank} of {spec.num_ranks} is impossible")
     if spec.base_step is not None:
         check_step(spec.base_step)
     return spec

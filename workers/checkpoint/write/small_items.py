@@ -1,6 +1,6 @@
-"""Many small items as one write: their spans are put together in one buffer, and each is hashed in it.
+"""Write many small items at once: join their spans in one buffer, and hash each span in it.
 
-Piece by piece (header, bytes, tail; hasher, vector of buffers) an item costs 8 microseconds of Python, here about 1.
+Piece by piece (header, bytes, tail; hasher, vector of buffers) an item costs 8 microseconds of Python; here about 1.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from stager.workers.checkpoint.layout.layout import Layout, Segment
 _SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
 _RUN_BYTES = 2 << 20  # stays in the cache
 
-_Frame = tuple[bytes, int, int, bytes]  # header, the raw bytes' start and end in the slab, tail and padding
+_Around = tuple[bytes, int, int, bytes]  # header, the raw bytes' start and end in the slab, tail and padding
 
 
 def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Sequence[Segment]]]:
-    """``segments`` in runs: (True, whole spans that are small and follow each other in a file), (False, any others)."""
+    """Cut ``segments`` into runs: (True, small whole spans that follow each other in a file) or (False, any others)."""
     items, ends = layout.items, layout.ends()
     first, nbytes = 0, 0
     was_small = False
@@ -37,46 +37,47 @@ def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Se
 
 
 class SmallItems:
-    """
+    """Joins small items. Their headers and tails are made once per plan (``plan_cache.py``).
+
     Args:
         layout: of the save.
         view: the slab.
-        base: where a whole snapshot's slab has the first byte of this one.
-        frame: (header, tail) of an item.
+        base: the offset in the whole snapshot of the slab's first byte.
+        header_and_tail: from an item's index to its header and tail.
     """
 
     def __init__(
-        self, layout: Layout, view: memoryview, base: int, frame: Callable[[int], tuple[bytes, bytes]]
+        self, layout: Layout, view: memoryview, base: int, header_and_tail: Callable[[int], tuple[bytes, bytes]]
     ) -> None:
         self._layout = layout
         self._view = view
         self._base = base
-        self._frame = frame
-        num_fixed = layout.memo.num_fixed
-        self._kept: list[_Frame | None] = layout.memo.of_plan("frames", lambda: [None] * num_fixed)
-        self._tails: dict[tuple[bytes, int], bytes] = layout.memo.of_plan("tails", dict)
+        self._header_and_tail = header_and_tail
+        num_fixed = layout.cache.num_fixed
+        self._kept: list[_Around | None] = layout.cache.once_per_plan("headers and tails", lambda: [None] * num_fixed)
+        self._tails: dict[tuple[bytes, int], bytes] = layout.cache.once_per_plan("tails", dict)
 
     def pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
-        """The bytes of a run of whole spans, and the hash of each, hex."""
+        """Return the bytes of a run of whole spans, and the hash of each span, hex."""
         view, base, kept = self._view, self._base, self._kept
         num_kept = len(kept)
         pieces: list[bytes | memoryview] = []
         for segment in run:
             index = segment.index
-            frame = (kept[index] if index < num_kept else None) or self._make(segment)
-            head, start, end, tail = frame
+            around = (kept[index] if index < num_kept else None) or self._make(segment)
+            head, start, end, tail = around
             pieces += (head, view[start - base : end - base], tail)
         data = b"".join(pieces)
         spans, position = memoryview(data), run[0].start
         return data, [xxhash.xxh3_128_hexdigest(spans[s.start - position : s.end - position]) for s in run]
 
-    def _make(self, segment: Segment) -> _Frame:
+    def _make(self, segment: Segment) -> _Around:
         index = segment.index
         item = self._layout.items[index]
-        head, tail = self._frame(index)
+        head, tail = self._header_and_tail(index)
         padding = segment.end - item.offset - item.nbytes
         padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are the same: kept once
-        frame = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
+        around = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
         if index < len(self._kept):
-            self._kept[index] = frame
-        return frame
+            self._kept[index] = around
+        return around

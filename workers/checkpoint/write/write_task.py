@@ -1,4 +1,4 @@
-"""One save as the workers see it: small enough for a message, complete enough to finish without the trainer.
+"""The write task: what a worker is sent. It fits a message, and lets workers finish a save without the trainer.
 
 slab:  | tensor bytes ... | plan JSON, newline, templates | object bytes ... | objects JSON |
 """
@@ -16,7 +16,7 @@ from stager.workers.checkpoint.write.write_back import PLAIN, Writing
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import Memory
 
-_CACHED_PLANS = 2  # what is saved in turn; each takes about 1 KiB a tensor
+_CACHED_PLANS = 2  # for states that are saved in turn; a plan takes about 1 KiB per tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,16 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class WriteTask:
-    """Attributes:
-    spec: which save this is.
-    slab: the snapshot.
-    plan, plan_id: where the plan lies, and its hash (equal plans are parsed once).
-    objects: where the objects document lies.
-    live_slabs: what the trainer still holds; workers unmap the others.
-    base: where a whole snapshot's slab has the first byte of this one, which may hold a piece of it only.
-    writing: how the bytes get to the disk.
+    """A save, as workers write it.
+
+    Attributes:
+        spec: which save this is.
+        slab: the memory of the snapshot, or of one piece of it.
+        plan, plan_id: where the layout plan lies, and its hash (equal plans are parsed once).
+        objects: where the objects document lies.
+        live_slabs: the slabs that the trainer still uses; workers unmap the others.
+        base: the offset in the whole snapshot of the slab's first byte; 0 unless the slab has a later piece.
+        writing: how the bytes get to the disk.
     """
 
     spec: SaveSpec
@@ -52,17 +54,18 @@ class WriteTask:
 _plans: OrderedDict[str, LayoutPlan] = OrderedDict()
 
 
-def read_layout(job: WriteTask) -> Layout:
-    """The layout of a job, from its slab."""
-    plan = _plans.get(job.plan_id)
+def read_layout(task: WriteTask) -> Layout:
+    """Return the layout of a task; parses its plan if this worker does not have it yet."""
+    plan = _plans.get(task.plan_id)
     if plan is None:
         with no_collection():
-            plan = _plans[job.plan_id] = LayoutPlan.from_document(read_extent(job, job.plan))
+            plan = _plans[task.plan_id] = LayoutPlan.from_document(read_extent(task, task.plan))
         while len(_plans) > _CACHED_PLANS:
             _plans.popitem(last=False)
-    rows = json.loads(read_extent(job, job.objects))
+    rows = json.loads(read_extent(task, task.objects))
     return plan.with_objects([Item.from_row(row[:-1], row[-1]) for row in rows])
 
 
-def read_extent(job: WriteTask, extent: Extent) -> bytes:
-    return bytes(job.slab.view[extent.offset : extent.offset + extent.nbytes])
+def read_extent(task: WriteTask, extent: Extent) -> bytes:
+    """Return the bytes of an extent of the task's slab."""
+    return bytes(task.slab.view[extent.offset : extent.offset + extent.nbytes])

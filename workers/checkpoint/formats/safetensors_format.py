@@ -5,12 +5,12 @@
     objects.bin                              what safetensors cannot hold: torch.save archives, one after the other
 
 A file is an 8-byte length, a JSON header, and the raw bytes without a gap (github.com/huggingface/safetensors). The
-header depends on names, dtypes and shapes only, so every worker can compute it; it is the head of the file's first item.
-Tensors go by the size of their elements, largest first, so that each is aligned; the header is padded to 64 bytes.
+file's header is the header of its first item. It depends on names, dtypes and shapes only, so every worker can compute it.
+It is padded to 64 bytes, and tensors are sorted by element size, largest first, so that each tensor is aligned.
 
-A tensor is called by its keys joined by dots. Of tied tensors the first name is stored; ``__metadata__`` maps the others to
-it, as ``safetensors.torch.save_model`` does. Tensors are stored in C order. Dtypes that safetensors lacks are objects.
-Containers and the types of keys are in the manifest only.
+A tensor's name is its keys joined by dots. Of tied tensors the first name is stored; ``__metadata__`` maps the others to
+it, as ``safetensors.torch.save_model`` does. Tensors are stored in C order. Tensors of dtypes that safetensors lacks are
+stored as objects. Containers and the types of keys are in the manifest only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stager.workers.checkpoint.formats.contract import Frames, LaidOut, Split, TensorSpec, tensor_item
+from stager.workers.checkpoint.formats.contract import (
+    HeadersAndTails,
+    Split,
+    TensorLayout,
+    TensorSpec,
+    Trailer,
+    no_trailer,
+    tensor_item,
+)
 from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
 from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout
+from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.checkpoint.layout.structure import Path, fqn, walk
-from stager.workers.checkpoint.layout.templates import Templates
 from stager.workers.errors import UnstageableError
 
 if TYPE_CHECKING:
@@ -53,44 +61,53 @@ DTYPES = {
     "complex64": "C64",
 }
 _METADATA = "__metadata__"
-_LARGEST_HEADER_BYTES = 100_000_000  # what safetensors' own reader takes
+_LARGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 
 
 def holds(dtype: str) -> bool:
+    """Return whether safetensors has this dtype."""
     return dtype in DTYPES
 
 
 def object_file_name(rank: int) -> str:
+    """Objects have a file of their own, which safetensors does not read."""
     return "objects.bin" if rank == 0 else f"objects-rank{rank:05d}.bin"
 
 
-def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> LaidOut:
-    """
+def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+    """Put the tensors into files, in each by element size.
+
     Raises:
-        UnstageableError: a name that safetensors keeps for itself, or too many tensors for one file.
+        UnstageableError: safetensors reserves a name or cannot store it, or one file would have too many tensors.
     """
     for spec in tensors:
         if any(fqn(path) == _METADATA for path in spec.paths):
-            raise UnstageableError(spec.describe(), f"{_METADATA} is no name for a tensor in a safetensors file")
+            raise UnstageableError(spec.describe(), f"safetensors reserves the name {_METADATA}; rename this tensor")
         if any(not _is_text(fqn(path)) for path in spec.paths):
-            raise UnstageableError(spec.describe(), "a name in a safetensors file has to be valid Unicode")
+            raise UnstageableError(
+                spec.describe(),
+                "safetensors stores names as UTF-8, and this name is not valid Unicode; rename this tensor",
+            )
     order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(tensors[number].dtype))
     runs = split([tensors[number] for number in order], [tensors[number].nbytes for number in order])
-    order = [order[number] for run in runs for number in sorted(run)]  # within a file, too, the largest come first
+    order = [order[number] for run in runs for number in sorted(run)]  # sorted within each file, too
     items: list[Item] = []
     files: list[FileSpec] = []
     for file, run in enumerate(runs):
         specs = [tensors[number] for number in order[len(items) : len(items) + len(run)]]
         head = len(header([(spec.paths, spec.dtype, spec.shape) for spec in specs]))
         if head > _LARGEST_HEADER_BYTES:
-            raise UnstageableError(specs[0].describe(), f"{len(specs)} tensors are too many for one safetensors file")
+            raise UnstageableError(
+                specs[0].describe(),
+                f"safetensors readers accept headers of {_LARGEST_HEADER_BYTES:,} bytes; {len(specs)} tensors need {head:,}",
+            )
         offset = 0
         for spec in specs:
             items.append(tensor_item(spec, file, offset, head, spec.nbytes, 0))
             offset += head + spec.nbytes
             head = 0
         files.append(FileSpec(_file_name(rank, file, len(runs)), offset))
-    return LaidOut(order, tuple(items), tuple(files))
+    return TensorLayout(order, tuple(items), tuple(files))
 
 
 def _is_text(name: str) -> bool:
@@ -103,10 +120,10 @@ def _file_name(rank: int, file: int, count: int) -> str:
 
 
 def header(tensors: Iterable[tuple[Sequence[Path], str, tuple[int, ...]]]) -> bytes:
-    """Length and JSON of the file's header.
+    """Make a file's header: its length, then JSON.
 
     Args:
-        tensors: (every path, dtype, shape) of each, in file order.
+        tensors: (every key path, dtype, shape) of each tensor, in file order.
     """
     entries: dict[str, object] = {}
     tied: dict[str, str] = {}
@@ -124,13 +141,15 @@ def header(tensors: Iterable[tuple[Sequence[Path], str, tuple[int, ...]]]) -> by
 
 
 def templates(tensors: Sequence[Item]) -> Templates:
+    """None are needed: headers are JSON."""
     return {}
 
 
-def frames(layout: Layout) -> Frames:
-    headers: dict[int, bytes] = layout.memo.of_plan("safetensors headers", dict)  # by file
+def headers_and_tails(layout: Layout) -> HeadersAndTails:
+    """Give the first item of each file the file's header; no item has a tail."""
+    headers: dict[int, bytes] = layout.cache.once_per_plan("safetensors headers", dict)  # by file
 
-    def frame(index: int) -> tuple[bytes, bytes]:
+    def around(index: int) -> tuple[bytes, bytes]:
         item = layout.items[index]
         if item.kind != "tensor" or item.offset > 0:
             return b"", b""
@@ -138,12 +157,12 @@ def frames(layout: Layout) -> Frames:
             headers[item.file] = header(_rows(layout, index))
         return headers[item.file], b""
 
-    return frame
+    return around
 
 
 def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[Path], str, tuple[int, ...]]]:
-    """Of the tensors of a file, ``first`` being the first of them."""
-    paths = layout.memo.of_plan("paths", lambda: _paths(layout))
+    """Iterate over (key paths, dtype, shape) of a file's tensors, from its first item, ``first``, on."""
+    paths = layout.cache.once_per_plan("paths", lambda: _paths(layout))
     file = layout.items[first].file
     for index, item in enumerate(layout.items[first:], first):
         if item.file != file:
@@ -152,7 +171,7 @@ def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[Path], str, tup
 
 
 def _paths(layout: Layout) -> dict[int, list[Path]]:
-    """Of each item, in the order of the state."""
+    """Return the key paths of each item, in the order of the state."""
     paths: dict[int, list[Path]] = {}
     for path, index in walk(layout.structure):
         paths.setdefault(index, []).append(path)
@@ -160,7 +179,7 @@ def _paths(layout: Layout) -> dict[int, list[Path]]:
 
 
 def object_blob(value: object, leaf: int) -> bytes:
-    """As ``torch.save`` writes it. A tensor, which is here for its dtype, takes only its own values along."""
+    """Pickle an object as ``torch.save`` does. A tensor is stored without the rest of its storage."""
     import torch
 
     from stager.workers.checkpoint.formats import torch_save
@@ -170,12 +189,13 @@ def object_blob(value: object, leaf: int) -> bytes:
     return torch_save.object_blob(value)
 
 
-def closing(plan: LayoutPlan) -> None:
-    return None
+def trailer(plan: LayoutPlan) -> Trailer:
+    """None: a file of objects ends with the last of them."""
+    return no_trailer
 
 
 def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
-    """Which file holds which tensor, where there is more than one."""
+    """Make the index that says which file has which tensor, if there is more than one file."""
     names = [spec.name for spec in layout.files if spec.name.endswith(".safetensors")]
     if len(names) < 2:
         return {}

@@ -31,7 +31,7 @@ from stager.workers.memory.slab import Slab
 SMALL_STATE = {"a": torch.arange(40, dtype=torch.float32), "b": {"c": torch.arange(7), "n": 3}}
 
 
-def make_job(
+def make_task(
     directory: Path,
     state: Mapping[str, Any] = SMALL_STATE,
     *,
@@ -83,7 +83,7 @@ def run(job: WriteTask) -> Committed:
 
 def save(directory: Path, state: Mapping[str, Any] = SMALL_STATE, **options: Any) -> CheckpointInfo:
     directory.mkdir(exist_ok=True)
-    return run(make_job(directory, state, **options)).info
+    return run(make_task(directory, state, **options)).info
 
 
 def restorer(info: CheckpointInfo, *, allow_pickle: bool = False, num_threads: int = 2) -> Restorer:

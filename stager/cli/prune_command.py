@@ -9,10 +9,9 @@ import typer
 
 from stager.cli.console import print_json, printable, stdout
 from stager.cli.options import JsonOption
-from stager.cli.selection import is_checkpoint, require_directory
 
 if TYPE_CHECKING:
-    from stager.workers.checkpoint.maintenance.retention import PruneReport, RetentionRules
+    from stager.workers.checkpoint.maintenance.retention import PruneReport
 
 
 def prune(
@@ -37,13 +36,15 @@ def prune(
 
     Exit 1 if one that no rule keeps could not be removed, or one that would count is damaged.
     """
-    from stager.workers.checkpoint.maintenance.retention import PruneFate, RetentionRules
+    from stager.operations import prune as run_prune
+    from stager.workers.checkpoint.maintenance.retention import PruneFate
     from stager.workers.errors import UsageError
 
     if keep_latest is None and keep_every is None:
         raise UsageError("without --keep-latest or --keep-every all checkpoints are kept; give at least one of them")
-    rules = RetentionRules(keep_latest, keep_every, frozenset(protect or ()), full=not quick)
-    report = run_prune(os.path.abspath(run), rules, dry_run)
+    report = run_prune(
+        run, keep_latest=keep_latest, keep_every=keep_every, protect=protect or (), full=not quick, dry_run=dry_run
+    )
     ok = not report.steps(PruneFate.LEFT)
     if as_json:
         print_json({"directory": os.path.abspath(run), "ok": ok, **_as_json(report)})
@@ -51,22 +52,6 @@ def prune(
         _print(run, report)
     if not ok:
         raise typer.Exit(1)
-
-
-def run_prune(directory: str, rules: RetentionRules, dry_run: bool) -> PruneReport:
-    """
-    Raises:
-        CheckpointNotFoundError: no such directory.
-        UsageError: it is a checkpoint itself.
-        CorruptCheckpointError, StorageError: nothing was removed.
-    """
-    from stager.workers.checkpoint.maintenance.retention import prune as prune_run
-    from stager.workers.errors import UsageError
-
-    require_directory(directory)
-    if is_checkpoint(directory):
-        raise UsageError(f"{directory} is one checkpoint; name the run's directory")
-    return prune_run(directory, rules, dry_run=dry_run)
 
 
 def _as_json(report: PruneReport) -> dict[str, object]:

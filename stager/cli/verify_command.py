@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +13,7 @@ from stager.cli.options import JsonOption
 from stager.cli.selection import directory_nbytes, select_checkpoints
 
 if TYPE_CHECKING:
-    from stager.workers.checkpoint.read.verify import VerifyResult
+    from stager.workers.checkpoint.read.verify import VerifyReport
 
 
 def verify(
@@ -39,9 +39,9 @@ def verify(
         raise typer.Exit(1)
 
 
-def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[VerifyResult]:
+def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[VerifyReport]:
     """Verify each directory, with one progress bar over the bytes of all."""
-    from stager.workers.checkpoint.read.verify import verify_checkpoint
+    from stager.operations import verify as verify_one
 
     results = []
     with byte_progress() as progress:
@@ -49,30 +49,14 @@ def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[Verif
         bar = progress.add_task("verify", total=total)
         for path in paths:
             progress.update(bar, description=f"verify {os.path.basename(path)}")
-            result = verify_checkpoint(
+            result = verify_one(
                 path, full=not quick, num_threads=threads, progress=lambda nbytes: progress.advance(bar, nbytes)
             )
-            results.append(_with_place(result))
+            results.append(result)
     return results
 
 
-def _with_place(result: VerifyResult) -> VerifyResult:
-    """A whole checkpoint under the name of another step is not what was committed there."""
-    from stager.workers.checkpoint.directory.run_directory import committed_steps, read_checkpoint
-    from stager.workers.errors import CorruptCheckpointError
-
-    directory, name = os.path.split(result.path)
-    step = name.removeprefix("step-")
-    if not result.ok or not step.isdigit() or int(step) not in committed_steps(directory):
-        return result
-    try:
-        read_checkpoint(directory, int(step))
-    except CorruptCheckpointError as error:
-        return replace(result, ok=False, problems=(str(error),))
-    return result
-
-
-def _print(result: VerifyResult, quick: bool) -> None:
+def _print(result: VerifyReport, quick: bool) -> None:
     from stager.config.sizes import format_bytes
 
     console = stdout()

@@ -1,0 +1,127 @@
+"""Operations on the checkpoints of a run that need no Checkpointer: verify, recover, prune.
+
+The commands ``stager verify``, ``stager recover`` and ``stager prune`` print what these functions return.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from stager.workers.checkpoint.directory.run_directory import (
+    lock_directory,
+    parse_checkpoint,
+    read_checkpoint,
+    require_run_directory,
+    unused_directory,
+)
+from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, RecoverOutcome
+from stager.workers.checkpoint.maintenance.recover import recover as recover_all
+from stager.workers.checkpoint.maintenance.retention import PruneReport, RetentionRules
+from stager.workers.checkpoint.maintenance.retention import prune as prune_by_rules
+from stager.workers.checkpoint.read.verify import VerifyReport, verify_checkpoint
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverReport:
+    """What :func:`recover` found in a run's directory.
+
+    Attributes:
+        directory: of the run; absolute.
+        found: each unfinished or half-removed directory, what became of it, and why.
+        dry_run: nothing was changed; the outcomes are what would have been done.
+    """
+
+    directory: str
+    found: tuple[RecoveredDirectory, ...]
+    dry_run: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether every directory was committed or removed: none was left as it is."""
+        return not any(item.outcome is RecoverOutcome.LEFT for item in self.found)
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    full: bool = True,
+    num_threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> VerifyReport:
+    """Check that one checkpoint is what was committed. Problems are in the report; they are not raised.
+
+    Args:
+        path: the checkpoint's directory (``.../step-00000100``).
+        full: hash every byte; otherwise check only the manifest's seal, and the files' names and sizes.
+        num_threads: threads that hash; None: one per usable core, at most 8.
+        progress: called with the number of bytes just checked, from several threads.
+    """
+    report = verify_checkpoint(path, full=full, num_threads=num_threads, progress=progress)
+    directory, name = os.path.split(report.path)
+    step = parse_checkpoint(name)
+    if report.ok and step is not None:
+        try:
+            read_checkpoint(directory, step)  # a whole checkpoint under another step's name was not committed there
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            return replace(report, ok=False, problems=(str(error),))
+    return report
+
+
+def recover(directory: str | os.PathLike[str], *, dry_run: bool = False) -> RecoverReport:
+    """Commit the saves that a crash left complete, and remove the incomplete ones. A new run does so by itself.
+
+    Args:
+        directory: of the run.
+        dry_run: change nothing; report what would be done.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory.
+        UsageError: ``directory`` is a checkpoint, not a run.
+        DirectoryInUseError: a run is alive there, or workers of a killed run still write.
+        StorageError: the directory cannot be read or locked.
+    """
+    directory = require_run_directory(directory)
+    if dry_run:
+        with unused_directory(directory):
+            return RecoverReport(directory, tuple(recover_all(directory, dry_run=True)), dry_run)
+    lock_fd = lock_directory(directory, 0)
+    try:
+        return RecoverReport(directory, tuple(recover_all(directory)), dry_run)
+    finally:
+        os.close(lock_fd)
+
+
+def prune(
+    directory: str | os.PathLike[str],
+    *,
+    keep_latest: int | None = None,
+    keep_every: int | None = None,
+    protect: Iterable[int] = (),
+    full: bool = True,
+    dry_run: bool = False,
+) -> PruneReport:
+    """Remove the checkpoints that no rule keeps. The newest valid one always stays. Safe beside a live run.
+
+    Args:
+        directory: of the run.
+        keep_latest: keep so many of the newest valid checkpoints.
+        keep_every: keep the steps that it divides.
+        protect: keep these steps, in addition to those that ``Checkpointer.protect()`` recorded.
+        full: hash the newest checkpoint before any other is removed; otherwise check only names and sizes.
+        dry_run: change nothing; report what would be removed.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory.
+        UsageError: ``directory`` is a checkpoint, not a run; or no rule is given, or one is not positive.
+        CorruptCheckpointError: the list of protected steps is damaged; nothing was removed.
+        StorageError: the directory cannot be read.
+    """
+    if keep_latest is None and keep_every is None:
+        raise UsageError("without keep_latest and keep_every all checkpoints are kept; give at least one of them")
+    if any(rule is not None and rule < 1 for rule in (keep_latest, keep_every)):
+        raise UsageError(f"keep_latest ({keep_latest}) and keep_every ({keep_every}) must be at least 1")
+    rules = RetentionRules(keep_latest, keep_every, frozenset(protect), full=full)
+    return prune_by_rules(require_run_directory(directory), rules, dry_run=dry_run)
