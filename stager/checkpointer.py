@@ -22,7 +22,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from stager.config import StagerConfig, load_config
-from stager.loading.joint_loader import LoadTogether
+from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loader import Loaded, Loader
 from stager.loading.selection import Selection
 from stager.ranks.opening import take_directory
@@ -97,9 +97,7 @@ class Checkpointer:
             False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs
         )
         self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
-        self._together = (
-            None if self._job.rendezvous is None else LoadTogether(self._job, self._directory, self._loader)
-        )
+        self._together = JointLoader(self._job, self._directory, self._loader)
         if not read_only:
             self._open_for_writing()
             _live.add(self)
@@ -128,8 +126,7 @@ class Checkpointer:
         options = saver_options(config, job, self._directory, segment_bytes)
         replicator = self._replication.replicator
         self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done, replicator)
-        if self._together is not None:
-            self._together.restore = self._replication.restore
+        self._together.restore = self._replication.restore
         self._retainer = Retainer(self._pool, self._directory, retention_rules(config.retention), self._on_pruned)
 
     # -- saving -------------------------------------------------------------------------------------------------
@@ -158,13 +155,13 @@ class Checkpointer:
         self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
-            if self._job.rendezvous is None:
+            if self._job.is_alone:
                 self._unread.raise_oldest()
             handle = saver.save(step, state)
             self._unread.add(handle)
             # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
             # because of that, which would then fail here, and so on.
-            if self._job.rendezvous is not None:
+            if not self._job.is_alone:
                 self._unread.raise_oldest()
             return handle
 
@@ -313,7 +310,7 @@ class Checkpointer:
         Each candidate is verified as ``loading.verify`` says. What was passed over is in :attr:`skipped`, with the
         reason, and logged.
         """
-        found = self._loader.latest() if self._together is None else self._together.latest(self._loader.latest)
+        found = self._together.latest(self._loader.latest)
         self._forget_damaged_base()
         return found
 
@@ -373,7 +370,7 @@ class Checkpointer:
         def load(step: int | None) -> Loaded | None:
             return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
 
-        loaded = load(step) if self._together is None or into is None else self._together.load(step, load)
+        loaded = load(step) if into is None else self._together.load(step, load)
         self._forget_damaged_base()
         if self._saver is not None and not self._closed and loaded is not None:
             if into is not None:
@@ -408,8 +405,7 @@ class Checkpointer:
             _live.discard(self)
             if self._saver is None:
                 return
-            if self._together is not None:
-                self._together.restore = None  # load() still works, but nothing is written any more
+            self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
             with ExitStack() as left:  # done from the last to the first, whatever is raised
                 if self._preemption is not None:
                     left.callback(self._preemption.restore)

@@ -7,7 +7,6 @@ Runs in the pool's supervisor thread and, where it had to wait for other ranks, 
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
@@ -15,11 +14,11 @@ from contextlib import suppress
 from functools import partial
 
 from stager.arena.arena import Lease
-from stager.ranks.commit_watch import CommitWatch, found_committed
+from stager.ranks.commit_watch import CommitWatch
 from stager.ranks.rank_group import RankGroup
 from stager.saving.answers import PartResults
 from stager.saving.save import SaveHandle
-from stager.workers.checkpoint.commit.commit import Committed, partial_path
+from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.commit.persist import PartResult, discard_partial
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import ClosedError, StorageError
@@ -52,9 +51,7 @@ class SaveCompletion:
         self._pool = pool
         self._on_done = on_done
         self._incremental = incremental
-        self._outcomes = (
-            CommitWatch(group, pool, keep_unfinished=keep_unfinished) if group.rendezvous is not None else None
-        )
+        self._commit_watch = CommitWatch(group, pool, keep_unfinished=keep_unfinished)
         self._in_flight: set[SaveHandle] = set()
         self._lock = threading.Lock()
         self.base_step: int | None = None
@@ -84,9 +81,8 @@ class SaveCompletion:
         PartResults(futures, partial(self._finish, spec, handle, lease, failure))
 
     def tell(self, handle: SaveHandle, error: BaseException) -> None:
-        """The other ranks, that this one's part will not come."""
-        if self._outcomes is not None:
-            self._outcomes.notes.post_failed(handle.save_id, error)
+        """Tell the other ranks that this rank's part will not arrive."""
+        self._commit_watch.messages.post_failed(handle.save_id, error)
 
     def fail(self, handle: SaveHandle, error: BaseException) -> None:
         """Before anything was handed over."""
@@ -106,23 +102,14 @@ class SaveCompletion:
             lease.release()
         committed = next((result.committed for result in results if result.committed), None)
         if committed is not None:  # whatever befell another part afterwards
-            if self._outcomes is not None:
-                self._outcomes.notes.post_committed(committed)
+            self._commit_watch.messages.post_committed(committed)
             self._commit(handle, results, committed)
             return
         why = failure or error
-        if why is None and self._outcomes is not None:
-            self._outcomes.expect(spec, partial(self._commit, handle, results), partial(self._give_up, handle))
-            return
         if why is None:
-            # The last part to be written sees every receipt, unless somebody took some away: see ``commit.py``.
-            why = StorageError(
-                errno.ENOENT,
-                "every part was written, but not all are there: the partial checkpoint was removed while it was written",
-                partial_path(spec),
-            )
-        if self._outcomes is not None:
-            why = self._outcomes.notes.reason(spec, why)
+            self._commit_watch.expect(spec, partial(self._commit, handle, results), partial(self._give_up, handle))
+            return
+        why = self._commit_watch.messages.reason(spec, why)
         self.tell(handle, why)
         self._discard(spec, partial(self._end_failed, spec, handle, results, why))
 
@@ -139,7 +126,7 @@ class SaveCompletion:
 
     def _end_failed(self, spec: SaveSpec, handle: SaveHandle, results: list[PartResult], error: BaseException) -> None:
         """Nothing is left of it, unless another rank has committed it: what failed here came after this rank's receipts."""
-        committed = found_committed(spec) if self._outcomes is not None else None
+        committed = self._commit_watch.found_by_others(spec)
         if committed is None:
             self._give_up(handle, error)
         else:
@@ -147,8 +134,7 @@ class SaveCompletion:
 
     def _commit(self, handle: SaveHandle, results: list[PartResult], committed: Committed) -> None:
         self.set_base(handle.step)
-        if self._outcomes is not None:
-            self._outcomes.remove_unfinished(committed.info.created)
+        self._commit_watch.remove_unfinished(committed.info.created)
         if not handle.upload_completion.done():  # it may have been left to the workers while it waited for other ranks
             self._settle(handle, lambda: handle._commit(results, committed))
 
@@ -179,13 +165,12 @@ class SaveCompletion:
     @property
     def in_callback(self) -> bool:
         """Whether this thread runs a callback of a save's Future."""
-        return self._pool.in_callback or (self._outcomes is not None and self._outcomes.in_callback)
+        return self._pool.in_callback or self._commit_watch.in_callback
 
     def wait_for_ranks(self, timeout: float | None = None) -> bool:
         """Until the saves that this rank has written have ended on all ranks; False: after ``timeout`` seconds some have
         not."""
-        return self._outcomes is None or self._outcomes.drain(timeout)
+        return self._commit_watch.drain(timeout)
 
     def close(self) -> None:
-        if self._outcomes is not None:
-            self._outcomes.close(ClosedError("closed before the other ranks had finished their parts of the save"))
+        self._commit_watch.close(ClosedError("closed before the other ranks had finished their parts of the save"))

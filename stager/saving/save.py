@@ -196,6 +196,10 @@ class SaveHandle:
         with self._lock:
             self._times.events.append(Event(name, process, start, time.time() if end is None else end))
 
+    def event(self, name: str, start: float) -> None:
+        """Record a step of this save that took from ``start`` (seconds since the epoch) until now."""
+        self._event(name, start)
+
     def _unblocked(self) -> None:
         with self._lock:
             self._times.blocked = time.time()

@@ -25,7 +25,7 @@ import torch
 from stager.arena.arena import Arena, Lease, SlabState
 from stager.ranks.rank_group import WARM_UP
 from stager.ranks.rank_group import RankGroup as RankJob
-from stager.replication.replicator import Replicator
+from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
 from stager.saving.options import SaverOptions
 from stager.saving.save import SaveHandle, SaveState
@@ -69,21 +69,21 @@ class Saver:
         pool: WorkerPool,
         sharing: SharingOptions,
         on_done: Callable[[SaveHandle], None],
-        ranks: RankJob | None = None,
-        replicator: Replicator | None = None,
+        ranks: RankJob,
+        replicator: Replicator | NoReplication,
     ) -> None:
         self._options = options
         self._arena = arena
         self._copier = copier
         self._pool = pool
-        self._ranks = ranks or RankJob()
+        self._ranks = ranks
         self._replicator = replicator
         self.settler = SaveCompletion(
             pool,
             self._ranks,
             on_done,
             incremental=options.incremental,
-            keep_unfinished=replicator is not None,
+            keep_unfinished=replicator.is_on,
         )
         rank = self._ranks.rank
         self._planner = Planner(
@@ -110,12 +110,11 @@ class Saver:
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
         handle = SaveHandle(step, self._ranks.save_id(step))
         try:
-            if self._replicator is not None:
-                self._replicator.begin(handle)
+            self._replicator.begin(handle)
             self._save(handle, state)
         except BaseException as error:
             self.settler.tell(handle, error)
-            self._not_replicated(handle, error)
+            self._replicator.skip(handle, error)
             raise
         return handle
 
@@ -246,13 +245,8 @@ class Saver:
         if failure is None:
             handle._staged()
             self._arena.prepare_in_background(lease.nbytes)
-        if self._replicator is not None:
-            self._replicator.offer(handle, job, lease.hold())
+        self._replicator.offer(handle, job, lease.hold())
         self.settler.await_parts(futures, spec, handle, lease, failure)
-
-    def _not_replicated(self, handle: SaveHandle, why: BaseException) -> None:
-        if self._replicator is not None:
-            self._replicator.skip(handle, why)
 
     def _hand_over(self, job: WriteTask) -> tuple[list[Future[PartResult]], BaseException | None]:
         """The parts that are out, and why not all are. One that is out uses the slab until it is done."""
@@ -289,13 +283,13 @@ class Saver:
         """Before anything was handed over."""
         lease.release()
         self.settler.fail(handle, error)
-        self._not_replicated(handle, error)
+        self._replicator.skip(handle, error)
 
     # -- in pieces ----------------------------------------------------------------------------------------------
 
     def _save_in_pieces(self, handle: SaveHandle, flat: StateTree) -> None:
         in_pieces = UsageError("the snapshot is larger than arena.max_host_bytes, and is staged in pieces")
-        self._not_replicated(handle, in_pieces)
+        self._replicator.skip(handle, in_pieces)
         snapshot = self._taker.begin(handle, flat, self._piece_planner)
         pieces = cut(snapshot.plan, snapshot.blobs, self._piece_nbytes, incremental=self._options.incremental)
         lease = self._lease(handle, pieces.slab_nbytes)
@@ -304,7 +298,7 @@ class Saver:
         handle._note(
             f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
             f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"
-            + (", and it is not replicated" if self._replicator is not None else "")
+            + (", and it is not replicated" if self._replicator.is_on else "")
         )
         claim, given_up = threading.Lock(), threading.Event()
         staged: Future[None] | None = None

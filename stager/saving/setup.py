@@ -20,7 +20,7 @@ from stager.config import (
 )
 from stager.config.host import available_memory_bytes
 from stager.ranks.rank_group import RankGroup
-from stager.replication.replicator import Replicator
+from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.options import SaverOptions
 from stager.saving.save import SaveHandle
 from stager.saving.saver import Saver
@@ -43,7 +43,7 @@ def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
     Raises:
         ConfigError
     """
-    if group.rendezvous is None:
+    if group.is_alone:
         return
     advice = "or ranks.together to false, with a directory of its own for each rank"
     if config.persistence.format != "dcp":
@@ -68,7 +68,7 @@ def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
 
 def _of_rank(path: str | os.PathLike[str] | None, group: RankGroup) -> str | None:
     """The name of this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
-    if path is None or group.rendezvous is None:
+    if path is None or group.is_alone:
         return None if path is None else os.fspath(path)
     stem, suffix = os.path.splitext(os.fspath(path))
     return f"{stem}.rank-{group.rank}{suffix}"
@@ -94,7 +94,7 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
         RankFailedError: a rank did not come.
     """
     own = persistence.segment_bytes
-    if group.rendezvous is None:
+    if group.is_alone:
         return own
     return group.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
 
@@ -156,7 +156,7 @@ def make_saver(
     pool: WorkerPool,
     group: RankGroup,
     on_done: Callable[[SaveHandle], None],
-    replicator: Replicator | None,
+    replicator: Replicator | NoReplication,
 ) -> Saver:
     sharing = SharingOptions(staging.location, staging.share_min_bytes)
     copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())

@@ -118,7 +118,6 @@ def save_without_collectives(rank: int, directory: str, layout: str) -> int:
         with no_collectives():
             ckpt.save(1, state).upload_completion.result(60)
         rendezvous = ckpt._job.rendezvous
-        assert rendezvous is not None
         here: list[str] = []
         asked = mock.patch.multiple(
             rendezvous,

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from stager import Checkpointer, PerRank, RankFailedError, StagerError
+from stager.ranks import keys
 from stager.ranks.rank_group import RankGroup
 from tests.faults import faults_of_this_process
 from tests.ranks.bodies import CONFIG
@@ -183,12 +184,9 @@ def tied_on_one_rank(rank: int, directory: str, sharded: bool) -> str:
 
 def _wait_for(rank: int, ckpt: Checkpointer) -> None:
     """Until it has come to settle the first save of step 1."""
-    group = ckpt._group
-    assert group.rendezvous is not None
-    counted = RankGroup(group.rank, group.num_ranks, group.rendezvous, nonce=group.nonce).save_id(
-        1
-    )  # of the save to come
-    assert group.rendezvous.wait(f"agreement/{counted}/here/{rank}", 60) is not None
+    group = ckpt._job
+    to_come = RankGroup(group.rank, group.num_ranks, group.rendezvous, nonce=group.nonce).save_id(1)
+    assert group.rendezvous.wait(f"{keys.agreement(to_come)}/here/{rank}", 60) is not None
 
 
 def slow_rank(rank: int, directory: str) -> dict[str, Any]:
@@ -197,8 +195,7 @@ def slow_rank(rank: int, directory: str) -> dict[str, Any]:
     with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": 2}}) as ckpt:
         state = {"own": PerRank(torch.ones(1000))}
         ckpt.save(1, state).upload_completion.result(60)
-        rendezvous = ckpt._group.rendezvous
-        assert rendezvous is not None
+        rendezvous = ckpt._job.rendezvous
         hold = faults.hold("part.write") if faults is not None else None
         dist.barrier()
         handle = ckpt.save(2, state)

@@ -38,7 +38,7 @@ class Four:
     def receive(self, ranks: list[int], step: int) -> None:
         for rank in ranks:
             one, data = self.replicators[rank], bytes([step]) * 1000
-            one._look_whether_whole()
+            one._update_whole_id()
             for target in one._keeper.begin(header_of(data, step, owner=one._owner).to_bytes()):
                 target.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
             one._count(one._keeper.finish().spec.save_id)
@@ -168,7 +168,7 @@ def test_a_receiver_that_fails_halfway_costs_one_replica(
     assert pair.steps()[who] == {1, 3}
     assert 3 in pair.steps()[1 - who]
     for one in pair.ranks:
-        one._look_whether_whole()
+        one._update_whole_id()
         assert one._whole_id == "save 3"
     assert f"no new replica of rank {1 - who}: no header" in caplog.text
 

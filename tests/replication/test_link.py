@@ -14,7 +14,7 @@ import torch.distributed as dist
 from stager import ReplicationError
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
-from stager.replication.exchange import Exchange, Outcome, Unpacking
+from stager.replication.exchange import Exchange, ExchangeResult, Unpacking
 from stager.replication.link import PartnerLink
 from stager.replication.parcel import pack
 
@@ -33,8 +33,8 @@ class Two:
         with ThreadPoolExecutor(2) as threads:
             return list(threads.map(do, range(2)))
 
-    def exchange(self, save_id: str) -> list[Outcome]:
-        def one(rank: int) -> Outcome:
+    def exchange(self, save_id: str) -> list[ExchangeResult]:
+        def one(rank: int) -> ExchangeResult:
             peer = self.links[rank].barrier(save_id)
             return Exchange(torch.device("cpu"), timedelta(seconds=20)).run(
                 pack({"of": rank, "x": torch.full((5,), rank)}), peer, peer, Unpacking()
@@ -56,26 +56,26 @@ def two() -> Any:
     made.close()
 
 
-def received(outcomes: list[Outcome]) -> list[int]:
+def received(outcomes: list[ExchangeResult]) -> list[int]:
     assert all(outcome.not_sent is outcome.not_received is None for outcome in outcomes)
     return [outcome.received["of"] for outcome in outcomes]
 
 
 def test_the_connection_is_made_once_and_used_again(two: Two) -> None:
     assert received(two.exchange("a")) == [1, 0]
-    groups = [link._group for link in two.links]
+    groups = [link._process_group for link in two.links]
     assert received(two.exchange("b")) == [1, 0]
-    assert [link._group for link in two.links] == groups
+    assert [link._process_group for link in two.links] == groups
 
 
 @pytest.mark.parametrize("who", [[0], [1], [0, 1]])
 def test_after_a_failure_that_one_side_may_not_know_of_both_connect_anew(two: Two, who: list[int]) -> None:
     two.exchange("a")
-    groups = [link._group for link in two.links]
+    groups = [link._process_group for link in two.links]
     for rank in who:
         two.links[rank].drop()
     assert received(two.exchange("b")) == [1, 0]
-    assert all(link._group is not group for link, group in zip(two.links, groups, strict=True))
+    assert all(link._process_group is not group for link, group in zip(two.links, groups, strict=True))
 
 
 def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> None:
@@ -91,7 +91,7 @@ def test_a_rank_that_does_not_come_is_named_and_the_next_exchange_works() -> Non
 
 def test_a_rank_that_closes_lets_nobody_wait(two: Two) -> None:
     with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(two.links[0].meet, "a")
+        waiting = thread.submit(two.links[0].barrier, "a")
         two.links[1].cancel_barrier("a", "closing")
         with pytest.raises(ReplicationError, match="closing"):
             waiting.result(10)

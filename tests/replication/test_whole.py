@@ -29,7 +29,7 @@ def three(tmp_path: Path) -> Iterator[list[Replicator]]:
 
 def whole(ranks: list[Replicator]) -> set[str]:
     for rank in ranks:
-        rank._look_whether_whole()
+        rank._update_whole_id()
     return {rank._whole_id for rank in ranks}
 
 

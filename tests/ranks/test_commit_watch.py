@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +16,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from stager.ranks import commit_watch as outcome
+from stager.ranks import commit_watch, keys
 from stager.ranks.commit_watch import CommitWatch
+from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, partial_path
@@ -67,11 +67,11 @@ class Ranks:
     def __init__(self, num_ranks: int, timeout_secs: float, store: dist.Store | None = None) -> None:
         store = store or dist.HashStore()
         self.num_ranks = num_ranks
-        self.boards: list[Any] = [Rendezvous(store, "test", num_ranks) for _ in range(num_ranks)]
-        self._jobs = [
-            RankGroup(rank, num_ranks, rendezvous, timeout_secs, "nonce") for rank, rendezvous in enumerate(self.boards)
+        self.groups = [
+            RankGroup(rank, num_ranks, Rendezvous(store, "test", num_ranks), timeout_secs, "nonce")
+            for rank in range(num_ranks)
         ]
-        self.all = [CommitWatch(group, _NoPool()) for group in self._jobs]
+        self.all = [CommitWatch(group, _NoPool()) for group in self.groups]
 
     def expect(self, spec: SaveSpec, ranks: Iterable[int]) -> list[Future[Committed]]:
         """The parts of these ranks are written. How the save ends on each."""
@@ -83,7 +83,7 @@ class Ranks:
         return ends
 
     def close(self) -> None:
-        for group, one in zip(self._jobs, self.all, strict=True):
+        for group, one in zip(self.groups, self.all, strict=True):
             one.close(ClosedError("the test is over"))
             group.close()
 
@@ -97,8 +97,8 @@ def make_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ranks]
         made.append(Ranks(*args))
         return made[-1]
 
-    monkeypatch.setattr(outcome, "_LOOK_SECS", 0.05)
-    monkeypatch.setattr(outcome, "_TURN_SECS", 0.4)
+    monkeypatch.setattr(commit_watch, "_LOOK_SECS", 0.05)
+    monkeypatch.setattr(commit_watch, "_TURN_SECS", 0.4)
     yield make
     for ranks in made:
         ranks.close()
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_was_removed_before_this_rank_looked_was_committed(
     ranks: list[CommitWatch], tmp_path: Path
 ) -> None:
     info = CheckpointInfo(3, "/elsewhere/step-00000003", 10, 1.0, "ab", 1, 0, "dcp")
-    ranks[1].notes.post_committed(Committed(info, 1.0, 2.0, 77))
+    ranks[1].messages.post_committed(Committed(info, 1.0, 2.0, 77))
     end = _end(ranks[0], _spec(tmp_path))
     assert end.info.path == str(tmp_path / "step-00000003")
     assert (end.info.nbytes, end.pid) == (10, 77)
@@ -152,8 +152,8 @@ def test_a_directory_that_cannot_be_read_now_fails_no_save(
     def refuse(_: SaveSpec) -> None:
         raise StorageError(errno.EIO, "cannot read", str(tmp_path))
 
-    monkeypatch.setattr(outcome, "already_committed", refuse)
-    ranks[1].notes.post_failed("ab", ValueError("mine"))
+    monkeypatch.setattr(commit_watch, "already_committed", refuse)
+    ranks[1].messages.post_failed("ab", ValueError("mine"))
     with pytest.raises(RankFailedError, match="the save of step 3 failed on rank 1: ValueError: mine"):
         _end(ranks[0], _spec(tmp_path))
 
@@ -190,11 +190,11 @@ def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_sa
     spec = _written(tmp_path, [0, 1])
 
     def listdir(path: str) -> list[str]:
-        ranks.all[0].notes.post_failure(spec.save_id, "was given up", [2])
+        ranks.all[0].messages.post_failure(spec.save_id, "was given up", [2])
         raise FileNotFoundError(path)
 
-    monkeypatch.setattr(outcome, "_LOOK_SECS", 60.0)  # only at the deadline
-    monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+    monkeypatch.setattr(commit_watch, "_LOOK_SECS", 60.0)  # only at the deadline
+    monkeypatch.setattr(commit_watch, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
     (end,) = ranks.expect(spec, [1])
     error = end.exception(60)
     assert isinstance(error, RankFailedError)
@@ -213,9 +213,9 @@ def test_one_rank_lists_the_directory_for_all_at_the_deadline(
         return os.listdir(path)
 
     ranks = make_ranks(8, 0.3)
-    monkeypatch.setattr(outcome, "_LOOK_SECS", 60.0)
-    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)
-    monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+    monkeypatch.setattr(commit_watch, "_LOOK_SECS", 60.0)
+    monkeypatch.setattr(commit_watch, "_TURN_SECS", 60.0)
+    monkeypatch.setattr(commit_watch, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
     ends = ranks.expect(_written(tmp_path, range(7)), range(7))
     assert {str(end.exception(60)) for end in ends} == {str(ends[0].exception(0))}
     assert len(listed) == 1
@@ -225,12 +225,13 @@ def test_a_commit_that_nobody_posts_is_found_posted_and_known_to_all(
     make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 committed, and died before it said so."""
-    monkeypatch.setattr(outcome, "already_committed", lambda _: _committed(tmp_path))
+    monkeypatch.setattr(commit_watch, "already_committed", lambda _: _committed(tmp_path))
     ranks = make_ranks(3, 60.0)
     ends = ranks.expect(_spec(tmp_path), [1, 2])
     assert [end.result(20).info.save_id for end in ends] == ["ab", "ab"]
-    rendezvous = ranks.boards[2]
-    assert rendezvous.read("newest") == b"3" and json.loads(rendezvous.read("saves/ab"))["info"]["step"] == 3
+    group = ranks.groups[2]
+    assert group.read(keys.NEWEST) == NewestStep(3)
+    assert group.read(keys.save_end("ab")) == SaveCommitted(_committed(tmp_path))
 
 
 @pytest.mark.parametrize("has_manifest", [False, True])
@@ -251,8 +252,8 @@ def test_a_save_that_only_has_to_be_committed_is_committed_by_who_looks(
 
 
 def test_few_ranks_help_to_commit(make_ranks: Callable[..., Ranks]) -> None:
-    notes = [one.notes for one in make_ranks(8, 60.0).all]
-    assert [one.claims_commit("ab") for one in notes] == [True] * 3 + [False] * 5
+    messages = [one.messages for one in make_ranks(8, 60.0).all]
+    assert [one.claims_commit("ab") for one in messages] == [True] * 3 + [False] * 5
 
 
 @pytest.mark.parametrize("alive", [[0, 1], [1, 2]], ids=["rank 0 lives", "rank 0 is dead"])
@@ -266,7 +267,7 @@ def test_what_nobody_can_commit_fails_after_twice_the_time(
         error = end.exception(60)
         assert isinstance(error, RankFailedError) and error.ranks == ()
         assert "nobody committed it" in str(error)
-    assert ranks.boards[2].read("saves/ab/every-part") is not None
+    assert ranks.groups[2].read(keys.every_part("ab")) == EveryPartWritten()
     assert not Path(partial_path(spec)).exists()
 
 
@@ -278,19 +279,21 @@ def test_the_removal_of_receipts_is_not_taken_for_missing_parts_at_the_deadline(
     spec = _written(tmp_path, [1])
     Path(partial_path(spec), "manifest.json").touch()
     (end,) = ranks.expect(spec, [0])
-    assert ranks.boards[1].wait("saves/ab/every-part", 20) is not None
+    assert ranks.groups[1].rendezvous.wait(keys.every_part("ab"), 20) is not None
     done = _committed(tmp_path)
     os.rename(partial_path(spec), done.info.path)
-    ranks.all[1].notes.post_committed(done)
+    ranks.all[1].messages.post_committed(done)
     assert end.result(20).pid == 77
 
 
 def test_without_the_store_each_rank_looks_for_itself(
     make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)  # nobody is waited for
+    monkeypatch.setattr(commit_watch, "_TURN_SECS", 60.0)  # nobody is waited for
     committed = threading.Event()
-    monkeypatch.setattr(outcome, "already_committed", lambda _: _committed(tmp_path) if committed.is_set() else None)
+    monkeypatch.setattr(
+        commit_watch, "already_committed", lambda _: _committed(tmp_path) if committed.is_set() else None
+    )
     ranks = make_ranks(500, 60.0, _Gone())
     ends = ranks.expect(_spec(tmp_path), [200, 499])
     committed.set()
@@ -300,14 +303,14 @@ def test_without_the_store_each_rank_looks_for_itself(
 def test_without_the_store_a_rank_that_is_missing_is_named_by_who_sees_it_first(
     make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcome, "_TURN_SECS", 60.0)
+    monkeypatch.setattr(commit_watch, "_TURN_SECS", 60.0)
     ranks = make_ranks(3, 0.3, _Gone())
     spec = _written(tmp_path, [0, 2])
     (first,) = ranks.expect(spec, [2])
     error = first.exception(60)
     assert isinstance(error, RankFailedError) and error.ranks == (1,)
     (second,) = ranks.expect(spec, [0])
-    assert "another rank has given it up, and removed it" in str(second.exception(60))
+    assert "another rank gave the save up, and removed its directory" in str(second.exception(60))
 
 
 def test_who_reads_that_a_save_failed_sees_to_it_that_it_cannot_be_committed(
@@ -316,7 +319,7 @@ def test_who_reads_that_a_save_failed_sees_to_it_that_it_cannot_be_committed(
     """The rank that posted it died before it had removed what was there."""
     ranks = make_ranks(2, 60.0)
     spec = _written(tmp_path, [0])
-    ranks.all[1].notes.post_failed("ab", ValueError("mine"))
+    ranks.all[1].messages.post_failed("ab", ValueError("mine"))
     (end,) = ranks.expect(spec, [0])
     assert "failed on rank 1: ValueError: mine" in str(end.exception(20))
     assert not Path(partial_path(spec)).exists()
