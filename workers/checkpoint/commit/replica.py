@@ -56,7 +56,8 @@ class ReplicaHeader:
         return ReplicaHeader(spec, job.plan, job.plan_id, job.objects, nbytes, digest)
 
     def to_bytes(self) -> bytes:
-        return seal(asdict(self))
+        # "facts" is the spec's name in headers since 0.1.
+        return seal({"facts" if name == "spec" else name: value for name, value in asdict(self).items()})
 
     @staticmethod
     def from_bytes(data: bytes, path: str) -> ReplicaHeader:
