@@ -111,7 +111,7 @@ class Agreement:
         if index == 0:
             group.contribute(f"{head}/kinds", KindOfRank(kind, tuple(plain)))
         values = LeafDigests(dict(digests()))
-        values_key = f"{head}/values/{_hash(encode(values))}"
+        values_key = f"{head}/values/{hash_of(encode(values))}"
         if group.count(values_key) == 1:
             group.contribute(f"{head}/values", values, at_most=COMPARED_VALUES)
         group.barrier(head, _WHY)
@@ -199,12 +199,13 @@ def answers(kinds: Sequence[KindOfRank], sizes: Mapping[str, int]) -> dict[str, 
 
 def kind_of(plain: Sequence[LeafEntry], outline: str) -> str:
     """A digest of a rank's plain leaves and outline: the same on two ranks that differ only in their shards."""
-    return _hash(encode(KindOfRank(outline, tuple(plain))))
+    return hash_of(encode(KindOfRank(outline, tuple(plain))))
 
 
 def _digest(entries: Sequence[LeafEntry]) -> str:
-    return _hash(encode(KindOfRank("", tuple(entries))))
+    return hash_of(encode(KindOfRank("", tuple(entries))))
 
 
-def _hash(data: bytes) -> str:
+def hash_of(data: bytes) -> str:
+    """A digest, as it is part of a key."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 
 from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, checkpointer
+from stager.ranks import keys
+from stager.ranks.messages import ReplicaFate
+from stager.replication.replicator import Replicator
 from tests.faults import Faults, faults_of_this_process
 from tests.ranks.bodies import CONFIG, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
@@ -63,10 +66,8 @@ def expected_at(directory: str, step: int) -> Any:
 
 def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
     """Until every rank's partner has this save's snapshot."""
-    rendezvous = ckpt._job.rendezvous
-    assert rendezvous is not None
     deadline = time.monotonic() + _PATIENCE_SECS
-    while rendezvous.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
+    while ckpt._job.read(keys.replica_fate(handle.save_id)) != ReplicaFate(is_whole=True):
         assert time.monotonic() < deadline, "the snapshot was not replicated"
         time.sleep(0.01)
 
@@ -360,8 +361,9 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
 
 def whole_when_opened(rank: int, directory: str) -> str:
     with open_run(directory) as ckpt:
-        assert ckpt._replication.replicator is not None
-        return ckpt._replication.replicator._whole_id
+        replicator = ckpt._replication.replicator
+        assert isinstance(replicator, Replicator)
+        return replicator._whole_id
 
 
 def refuse_once(rank: int, directory: str) -> dict[str, Any]:
