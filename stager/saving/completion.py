@@ -1,6 +1,6 @@
 """From the workers' answers to the Futures: how a save that was handed over ends, here and on the other ranks.
 
-all parts done -> release the slab -> committed; or wait for other ranks (``ranks/outcome.py``); or remove what is there
+all parts done -> release the slab -> committed; or wait for other ranks (``ranks/commit_watch.py``); or remove what is there
 
 Runs in the pool's supervisor thread and, where it had to wait for other ranks, in theirs.
 """
