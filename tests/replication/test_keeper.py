@@ -175,13 +175,13 @@ def test_a_place_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     replicas.create()  # the next run
     of_user = Path(replicas.path).parent
     of_user.chmod(0o777)
-    with pytest.raises(ConfigError, match="not a directory of this user's alone"):
+    with pytest.raises(ConfigError, match="not a directory that only this user can use"):
         replicas.create()
     shutil.rmtree(of_user)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     of_user.symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match="not a directory of this user's alone"):
+    with pytest.raises(ConfigError, match="not a directory that only this user can use"):
         replicas.create()
     with pytest.raises(ConfigError, match="is no directory"):
         Replicas(str(tmp_path / "nothing"), "/somewhere/run").create()
