@@ -4,8 +4,8 @@
     a DTensor               the local shard; where other ranks hold the same shard, a partition of it
     anything else           is the same on all ranks: the tensors are divided by size, rank 0 writes the objects
 
-What several ranks hold is cut into partitions of about the same number of bytes, one for each of them. A large tensor is
-cut between rows, and is then stored in chunks, which every reader of the format knows.
+What several ranks hold is cut into partitions of about the same number of bytes, one for each of them (``cutting.py``). A
+tensor that is cut is stored in chunks, which every reader of the format knows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from stager.ranks.agreement import Agreement, Partition, Settlement
+from stager.ranks.cutting import WrittenLeaf, cut_leaves, is_stored_raw
 from stager.ranks.messages import LeafEntry
 from stager.ranks.naming import name_all, name_written, outline
 from stager.ranks.rank_group import RankGroup
 from stager.state.flatten import PLAIN_TENSORS, StateTree
-from stager.state.shards import Shard, is_sharded, local_of, locals_of, shard_of, spread_of
+from stager.state.shards import Shard, is_sharded, locals_of, shard_of, spread_of
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node, fqn
 from stager.workers.errors import UnstageableError
 
-_CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of their own
 _COMPARED_BYTES = 64 << 10
 _STRETCHES = 16  # that are compared of a larger tensor
 _COMPARED_DEPTH = 4
@@ -35,24 +35,11 @@ _Tensor: Any = torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _WrittenLeaf:
-    """What this rank writes of a leaf.
-
-    Attributes:
-        leaf: number in the whole state.
-        rows: the half-open range [first, last) of the rows that this rank has; None: all of them.
-    """
-
-    leaf: int
-    rows: tuple[int, int] | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Division:
     """How a state was divided: what that depends on, and the result."""
 
     signature: tuple[Any, ...]
-    written: tuple[_WrittenLeaf, ...]
+    written: tuple[WrittenLeaf, ...]
     structure: Node
     kinds: frozenset[tuple[str, int]]
 
@@ -64,23 +51,6 @@ class _Settled:
     entries: tuple[list[LeafEntry], list[list[LeafEntry]]]
     outline: str
     settlement: Settlement
-
-
-@dataclass(slots=True)
-class _Unit:
-    """Leaves that are the same memory seen the same way (tied): one rank writes all of them.
-
-    Attributes:
-        leaves: their numbers.
-        shape: of what this rank has.
-        nbytes: of the same.
-        can_cut: whether it may be cut between rows.
-    """
-
-    leaves: list[int]
-    shape: tuple[int, ...]
-    nbytes: int
-    can_cut: bool
 
 
 class Partitioner:
@@ -147,12 +117,12 @@ class Partitioner:
             elif (shard is not None or leaf not in shards) and leaf not in tree.private:
                 plain.append(leaf)  # or a DTensor without elements, which is the same everywhere
         settled = self._settle(tree, names, plain, list(spreads.values()), shards, save_id)
-        parts: dict[int, _WrittenLeaf] = {leaf: _WrittenLeaf(leaf, None) for leaf in tree.private}
+        parts: dict[int, WrittenLeaf] = {leaf: WrittenLeaf(leaf, None) for leaf in tree.private}
         for leaves, partition in [
             *_by_holders(plain, settled.plain),
             *zip(spreads.values(), settled.spreads, strict=True),
         ]:
-            for part in _cut(tree, leaves, partition, shards):
+            for part in cut_leaves(tree, leaves, partition, shards):
                 parts[part.leaf] = part
         for leaf, shard in shards.items():
             if shard is not None and 0 in shard.lengths and 0 not in shard.shape:
@@ -207,11 +177,6 @@ def _check_complete(names: Sequence[str], shards: dict[int, Shard | None]) -> No
             )
 
 
-def _is_bytes(tensor: torch.Tensor) -> bool:
-    """Whether it is stored as such, and not as a pickled object."""
-    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
-
-
 def _sharded_leaves(tree: StateTree) -> list[int]:
     leaves = tree.leaves
     kinds = set(map(type, leaves))
@@ -237,8 +202,8 @@ def _signature(tree: StateTree, sharded: Sequence[int], here: Sequence[Any]) -> 
         addresses: list[int] = list(map(_Tensor.data_ptr, held))
     except (RuntimeError, NotImplementedError):  # sparse, nested and the like have none
         sizes = [None if x.is_nested else x.size() for x in tensors]
-        strides = [x.stride() if _is_bytes(x) else None for x in held]
-        addresses = [x.data_ptr() if _is_bytes(x) else 0 for x in held]
+        strides = [x.stride() if is_stored_raw(x) else None for x in held]
+        addresses = [x.data_ptr() if is_stored_raw(x) else 0 for x in held]
     return (
         tree.structure,
         tree.odd_keys,
@@ -276,7 +241,7 @@ def _shard_entry(name: str, value: torch.Tensor, shard: Shard | None) -> LeafEnt
 def _digest_of(value: Any) -> str | None:
     """Of what can be compared: host tensors (of large ones, some stretches), and values of Python's own types."""
     if isinstance(value, torch.Tensor):
-        if not value.is_cpu or type(value) not in PLAIN_TENSORS or not _is_bytes(value) or not value.nbytes:
+        if not value.is_cpu or type(value) not in PLAIN_TENSORS or not is_stored_raw(value) or not value.nbytes:
             return None
         flat = value.detach().resolve_conj().resolve_neg()
         if value.nbytes > _COMPARED_BYTES:
@@ -309,73 +274,7 @@ def _by_holders(leaves: Sequence[int], partitions: Sequence[Partition]) -> list[
     return list(groups.values())
 
 
-def _cut(
-    tree: StateTree, leaves: Sequence[int], partition: Partition, shards: dict[int, Shard | None]
-) -> list[_WrittenLeaf]:
-    """This rank's partition of leaves that ``partition.count`` ranks hold."""
-    units = _units(tree, leaves, shards)
-    total, parts = sum(unit.nbytes for unit in units), []
-    low = total * partition.index // partition.count
-    high = total * (partition.index + 1) // partition.count
-    is_last = partition.index == partition.count - 1
-    end = 0
-    for unit in units:
-        start, end = end, end + unit.nbytes
-        rows: tuple[int, int] | None = None
-        if not unit.nbytes:  # an object, or an empty tensor
-            is_ours = partition.index == 0
-        elif unit.can_cut and partition.count > 1:
-            num_rows = unit.shape[0]
-            row_nbytes = unit.nbytes // num_rows
-            rows = _row(low, start, row_nbytes, num_rows), _row(high, start, row_nbytes, num_rows)
-            if is_last:
-                rows = rows[0], num_rows
-            is_ours = rows[0] < rows[1]
-            rows = None if rows == (0, num_rows) else rows
-        else:  # whole, to the rank that has its middle
-            middle = (start + end) // 2
-            is_ours = low <= middle < high or (is_last and middle >= high)
-        if is_ours:
-            parts += [_WrittenLeaf(leaf, rows) for leaf in unit.leaves]
-    return parts
-
-
-def _row(boundary: int, start: int, row_nbytes: int, num_rows: int) -> int:
-    """The row at which a tensor that starts at ``start`` is cut for a boundary between two ranks' bytes.
-
-    Not so near its ends that the piece would not be worth it."""
-    row = round((boundary - start) / row_nbytes)
-    margin = -(-_CUT_BYTES // row_nbytes)
-    if row < margin:
-        return 0 if 2 * row < margin or num_rows < 2 * margin else margin
-    if num_rows - row < margin:
-        return num_rows if 2 * (num_rows - row) < margin or num_rows < 2 * margin else num_rows - margin
-    return row
-
-
-def _units(tree: StateTree, leaves: Sequence[int], shards: dict[int, Shard | None]) -> list[_Unit]:
-    units: dict[Hashable, _Unit] = {}
-    for leaf in leaves:
-        value = tree.leaves[leaf]
-        if not isinstance(value, torch.Tensor) or not _is_bytes(value):
-            units[leaf] = _Unit([leaf], (), 0, can_cut=False)
-            continue
-        tensor = local_of(value) if is_sharded(value) else value
-        nbytes = tensor.numel() * tensor.dtype.itemsize
-        key: Hashable = leaf
-        if nbytes and not tensor.is_meta:
-            shard = shards.get(leaf)
-            offsets = shard.offsets if shard is not None else ()
-            key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, offsets, tuple(value.shape)
-        if key in units:
-            units[key].leaves.append(leaf)
-            continue
-        can_cut = nbytes >= 2 * _CUT_BYTES and tensor.dim() > 0 and tensor.is_contiguous() and not tensor.is_meta
-        units[key] = _Unit([leaf], tuple(tensor.shape), nbytes, can_cut)
-    return list(units.values())
-
-
-def _leaf_node(part: _WrittenLeaf, number: int, tree: StateTree, shard: Shard | None) -> Node:
+def _leaf_node(part: WrittenLeaf, number: int, tree: StateTree, shard: Shard | None) -> Node:
     first = part.rows[0] if part.rows is not None else 0
     if shard is None:
         if part.rows is None:
@@ -392,5 +291,7 @@ def _leaf_node(part: _WrittenLeaf, number: int, tree: StateTree, shard: Shard | 
 
 def _kinds(tree: StateTree) -> frozenset[tuple[str, int]]:
     return frozenset(
-        (name_of(leaf.dtype), leaf.dim()) for leaf in tree.leaves if isinstance(leaf, torch.Tensor) and _is_bytes(leaf)
+        (name_of(leaf.dtype), leaf.dim())
+        for leaf in tree.leaves
+        if isinstance(leaf, torch.Tensor) and is_stored_raw(leaf)
     )
