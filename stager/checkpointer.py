@@ -23,7 +23,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from stager.config import StagerConfig, load_config
-from stager.loading.joint_loader import LoadTogether
+from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
 from stager.loading.selection import Selection
@@ -106,9 +106,7 @@ class Checkpointer:
             False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs
         )
         self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
-        self._together = (
-            None if self._job.rendezvous is None else LoadTogether(self._job, self._directory, self._loader)
-        )
+        self._together = JointLoader(self._job, self._directory, self._loader)
         if not read_only:
             self._open_for_writing()
             _live.add(self)
@@ -137,8 +135,7 @@ class Checkpointer:
         options = saver_options(config, job, self._directory, segment_bytes)
         replicator = self._replication.replicator
         self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done, replicator)
-        if self._together is not None:
-            self._together.restore = self._replication.restore
+        self._together.restore = self._replication.restore
         self._retainer = Retainer(self._pool, self._directory, retention_rules(config.retention), self._on_pruned)
 
     # -- saving -------------------------------------------------------------------------------------------------
@@ -166,13 +163,13 @@ class Checkpointer:
         self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
-            if self._job.rendezvous is None:
+            if self._job.is_alone:
                 self._unread.raise_oldest()
             save = saver.save(step, state)
             self._unread.add(save)
             # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
             # because of that, which would then fail here, and so on.
-            if self._job.rendezvous is not None:
+            if not self._job.is_alone:
                 self._unread.raise_oldest()
             return SaveHandle(save)
 
@@ -322,7 +319,7 @@ class Checkpointer:
         Each candidate is verified as ``loading.verify`` says. Candidates that are skipped are logged, and listed with the
         reason in :attr:`skipped`.
         """
-        found = self._loader.latest() if self._together is None else self._together.latest(self._loader.latest)
+        found = self._together.latest(self._loader.latest)
         self._forget_damaged_base()
         return found
 
@@ -382,7 +379,7 @@ class Checkpointer:
         def load(step: int | None) -> Loaded | None:
             return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
 
-        loaded = load(step) if self._together is None or into is None else self._together.load(step, load)
+        loaded = load(step) if into is None else self._together.load(step, load)
         self._forget_damaged_base()
         if self._is_open and loaded is not None:
             if into is not None and loaded.info is not None:
@@ -415,8 +412,7 @@ class Checkpointer:
             _live.discard(self)
             if not was_open:
                 return
-            if self._together is not None:
-                self._together.restore = None  # load() still works, but nothing is written any more
+            self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
             with ExitStack() as left:  # done from the last to the first, whatever is raised
                 if self._preemption is not None:
                     left.callback(self._preemption.restore)

@@ -1,13 +1,14 @@
 """Loading on all ranks: one checkpoint for all of them, whatever each sees of the file system at that moment.
 
-rank 0 says which checkpoint -> every rank loads it -> all meet and see how the others fared
-damaged on any rank: it is restored from replicas, if there are any, or rank 0 says the one before it, and so on; failed for
-another reason: every rank raises
+1. Rank 0 broadcasts which checkpoint to load (``StepToLoad``).
+2. Every rank waits until it sees that checkpoint, and loads it. A rank on which that fails posts ``LoadFailed``.
+3. All come to a barrier. Only then does each read what failed on any rank.
+4. Nothing failed: done. Damaged on any rank: the ranks restore it from replicas, if there are any; if not, rank 0 goes on
+   to the checkpoint before it (step 1). Failed for another reason: every rank raises.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from contextlib import suppress
 
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
+from stager.ranks import keys
+from stager.ranks.messages import LoadFailed, NewestStep, StepToLoad
 from stager.ranks.rank_group import RankGroup
-from stager.ranks.rendezvous import Rendezvous
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_name
 from stager.workers.errors import (
@@ -29,89 +31,95 @@ from stager.workers.errors import (
 _POLL_SECS = 0.02
 _VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
 
-Load = Callable[[int], Loaded | None]
+
+def nothing_to_restore(step: int) -> bool:
+    """Restore nothing: there are no replicas."""
+    return False
 
 
-class LoadTogether:
-    """
+class JointLoader:
+    """Loads the same checkpoint on every rank of a group.
+
     Args:
-        group: with a rendezvous.
+        group: a group of one leaves everything to ``loader``, which falls back by itself.
         directory: of the run, absolute.
         loader: of this rank.
 
     Attributes:
-        restore: writes the checkpoint of a step that is damaged, or a newer one, from replicas; whether it did. Every rank
-            calls it. None: there are none.
+        restore: restores the checkpoint of a damaged step, or a newer one, from replicas; returns whether it did. Every rank
+            calls it.
     """
 
     def __init__(self, group: RankGroup, directory: str, loader: Loader) -> None:
-        assert group.rendezvous is not None
         self._group = group
-        self._rendezvous: Rendezvous = group.rendezvous
         self._directory = directory
         self._loader = loader
-        self._rounds = 0
+        self._num_tries = 0
         self._awaited: set[int] = set()
         self._restored: set[int] = set()
-        self.restore: Callable[[int], bool] | None = None
+        self.restore: Callable[[int], bool] = nothing_to_restore
 
-    def load(self, step: int | None, load: Load) -> Loaded | None:
-        """Every rank calls it.
+    def load(self, step: int | None, load: Callable[[int | None], Loaded | None]) -> Loaded | None:
+        """Load a checkpoint on all ranks. Every rank calls it.
 
         Args:
             step: which checkpoint; None: the newest that is valid on every rank.
-            load: loads the checkpoint of a step on this rank.
+            load: loads the checkpoint of a step on this rank; None: the newest valid one.
 
         Raises:
             RankFailedError: it failed on another rank, or a rank did not come.
             CorruptCheckpointError, CheckpointNotFoundError: ``step`` was given, and is damaged or not there.
             StagerError: whatever ``load`` raised here.
         """
+        if self._group.is_alone:
+            return load(step)
         below: int | None = None
         damaged: StagerError | None = None
         while True:
-            self._rounds += 1
-            head = f"load/{self._rounds}"
-            chosen = self._choose(head, below) if step is None else step
-            is_there = step is None or self._is_there(head, step)
+            self._num_tries += 1
+            key = keys.load(self._num_tries)
+            choice = self._choose(key, step, below)
+            chosen = choice.step if step is None else step
             if chosen is None:
                 if damaged is not None:
                     raise damaged  # nothing is left, and what it was loaded into may be partly overwritten
                 return None
-            loaded: Loaded | None = None
-            error: BaseException | None = None
-            try:
-                if is_there:
-                    self._await_visible(chosen)
-                loaded = load(chosen)
-            except BaseException as problem:
-                error = problem
-                is_damaged = isinstance(problem, (CorruptCheckpointError, CheckpointNotFoundError))
-                self._post(head, "damaged" if is_damaged else "failed", problem)
-                if not isinstance(problem, Exception):
-                    self._group.cancel_barrier(
-                        head, f"interrupted on rank {self._group.rank}: {problem!r}", [self._group.rank]
-                    )
-                    raise
-            self._group.barrier(head, f"loading the checkpoint of step {chosen}")
-            failed, hurt = self._read(f"{head}/failed"), self._read(f"{head}/damaged")
-            if failed is None and hurt is None:
+            loaded, error = self._try(key, chosen, choice.is_there, load)
+            self._group.barrier(key, f"loading the checkpoint of step {chosen}")
+            failed = self._group.first(f"{key}/failed", LoadFailed)
+            found_damage = self._group.first(f"{key}/damaged", LoadFailed)
+            cause = failed or found_damage
+            if cause is None:
                 return loaded
             if error is None:
-                note = failed or hurt
-                assert note is not None
                 error = RankFailedError(
-                    f"the checkpoint of step {chosen} was not loaded on rank {note['rank']}: {note['error']}",
-                    (int(str(note["rank"])),),
+                    f"the checkpoint of step {chosen} was not loaded on rank {cause.rank}: {cause.error}", (cause.rank,)
                 )
             if failed is not None or step is not None:
                 raise error
             assert isinstance(error, StagerError)
             damaged, below = error, None if self._restores(chosen) else chosen
 
+    def _try(
+        self, key: str, step: int, is_there: bool, load: Callable[[int | None], Loaded | None]
+    ) -> tuple[Loaded | None, Exception | None]:
+        """Load on this rank, and post a failure. Returns what was loaded, or the error."""
+        try:
+            if is_there:
+                self._await_visible(step)
+            return load(step), None
+        except BaseException as error:
+            is_damaged = isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError))
+            failure = LoadFailed(self._group.rank, f"{type(error).__name__}: {error}")
+            self._group.post_first(f"{key}/damaged" if is_damaged else f"{key}/failed", failure)
+            if not isinstance(error, Exception):  # Ctrl-C: this rank does not come to the barrier
+                self._group.cancel_barrier(key, f"interrupted on rank {failure.rank}: {error!r}", (failure.rank,))
+                raise
+            return None, error
+
     def _restores(self, step: int) -> bool:
-        """Once for each step: what is damaged again then is no replica's to mend."""
-        if self.restore is None or step in self._restored:
+        """Restore a step once: if it is damaged again, its replicas are damaged, too."""
+        if step in self._restored:
             return False
         self._restored.add(step)
         return self.restore(step)
@@ -119,44 +127,29 @@ class LoadTogether:
     def latest(self, find: Callable[[], CheckpointInfo | None]) -> CheckpointInfo | None:
         """What ``find`` finds, once it sees every commit that any rank knew of when this was called."""
         with suppress(RankFailedError):  # without the rendezvous: what this rank sees
-            note = self._rendezvous.read("newest")
-            if note is not None:
-                self._await_visible(int(note))
+            newest = self._group.read(keys.NEWEST)
+            if isinstance(newest, NewestStep):
+                self._await_visible(newest.step)
         return find()
 
-    def _choose(self, head: str, below: int | None) -> int | None:
-        if self._group.is_coordinator:
-            try:
-                found = self._loader.newest(below)
-            except BaseException as error:
-                self._rendezvous.post(f"{head}/step", json.dumps(f"{type(error).__name__}: {error}").encode())
-                raise
-            self._rendezvous.post(f"{head}/step", json.dumps(None if found is None else found.step).encode())
-            return None if found is None else found.step
-        note = self._rendezvous.wait(f"{head}/step", self._group.timeout_secs)
-        if note is None:
-            raise RankFailedError(
-                f"rank 0 did not say which checkpoint to load within {self._group.timeout_secs:g} s; every rank has to call "
-                "load()",
-                (0,),
-            )
-        step = json.loads(note)
-        if isinstance(step, str):
-            raise RankFailedError(f"rank 0 found no checkpoint to load: {step}", (0,))
-        return int(step) if step is not None else None
+    def _choose(self, key: str, step: int | None, below: int | None) -> StepToLoad:
+        """Rank 0's choice; of a given step, whether it is there."""
 
-    def _is_there(self, head: str, step: int) -> bool:
-        """Whether rank 0 sees the checkpoint of a step; or it is the newest of this run, which rank 0 may not see yet."""
-        if self._group.is_coordinator:
-            is_there = self._rendezvous.read("newest") == str(step).encode() or self._sees(step)
-            self._rendezvous.post(f"{head}/is-there", json.dumps(is_there).encode())
-            return is_there
-        note = self._rendezvous.wait(f"{head}/is-there", self._group.timeout_secs)
-        return note is not None and bool(json.loads(note))
+        def choose() -> StepToLoad:
+            if step is None:
+                found = self._loader.newest(below)
+                return StepToLoad(None if found is None else found.step, is_there=True)
+            # The newest of this run may be there before rank 0 sees it.
+            is_newest = self._group.read(keys.NEWEST) == NewestStep(step)
+            return StepToLoad(step, is_newest or self._sees(step))
+
+        return self._group.broadcast(f"{key}/step", StepToLoad, choose, "choose the checkpoint to load")
 
     def _await_visible(self, step: int) -> None:
-        """A network file system may show it to this host a little later; then it is not missing yet. But what does not come,
-        or was there before, has been removed."""
+        """Wait until this host sees a checkpoint: a network file system may show it later.
+
+        A step that does not come in time, or that was seen before, has been removed, and is not waited for again.
+        """
         deadline = time.monotonic() + min(_VISIBLE_SECS, self._group.timeout_secs)
         while not self._sees(step) and step not in self._awaited and time.monotonic() < deadline:
             time.sleep(_POLL_SECS)
@@ -164,14 +157,3 @@ class LoadTogether:
 
     def _sees(self, step: int) -> bool:
         return os.path.lexists(os.path.join(self._directory, checkpoint_name(step), MANIFEST_NAME))
-
-    def _post(self, head: str, how: str, error: BaseException) -> None:
-        note = {"rank": self._group.rank, "error": f"{type(error).__name__}: {error}"}
-        if self._rendezvous.add(f"{head}/{how}/count") == 1:
-            self._rendezvous.post(f"{head}/{how}", json.dumps(note).encode())
-
-    def _read(self, key: str) -> dict[str, object] | None:
-        if self._rendezvous.add(f"{key}/count", 0) == 0:
-            return None
-        note = self._rendezvous.wait(key, self._group.timeout_secs)
-        return None if note is None else dict(json.loads(note))

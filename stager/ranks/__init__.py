@@ -1,13 +1,15 @@
-"""Several ranks that make one checkpoint.
+"""The ranks that make one checkpoint together. One rank is a group of one. In reading order:
 
-job        who takes part: rank, number of ranks, their notice rendezvous
-rendezvous      short notes in the job's key-value store; nobody waits for another but where it says so
-opening    rank 0 takes the run's lock and tidies up, then the others join
-per_rank   ``PerRank``: a value of which each rank has its own
-shards     a DTensor: what this rank holds of it, and who holds the same
-agreement  which ranks have which replicated value; settled once for each structure of the state
-share      which leaves, or rows of them, this rank writes
-naming     which of them, and of those that others write, its structure names
-notes      what they tell each other of a save
-outcome    how a save ends: the same way on every rank, in bounded time
+rank_group     ``RankGroup``: barrier, broadcast, gather, the first message for all; which ranks there are
+messages       every message that ranks send, and the one place that encodes them
+keys           every key under which they post, count and meet
+rendezvous     the key-value store that carries the messages
+launch         how many ranks share this host, from the launcher's environment
+opening        rank 0 takes the run's lock and tidies up, then all ranks hold the lock
+agreement      which ranks hold which leaves; agreed once for each structure of the state
+partition      which leaves, or rows of leaves, this rank writes
+cutting        how the ranks that hold the same leaves cut them into partitions
+naming         which names this rank's structure has: what it writes, and, on one rank, what it leaves to others
+save_messages  what a rank posts and reads of a save
+commit_watch   how a save ends: the same way on every rank, in bounded time
 """

@@ -1,36 +1,41 @@
-"""How a save of several ranks ends: the same way on every rank, in bounded time.
+"""How a save ends after this rank has written its parts: the same way on every rank, in bounded time.
 
-    committed   a worker of some rank saw the last receipt and committed; its rank posts that. Whoever sees no note sees the
-                checkpoint
-    failed      a rank posts why; the others remove what is there of the save, and fail with that rank's reason
-    neither     within ``ranks.timeout_secs``: failed, and the ranks whose receipts are missing are named
+1. A rank's parts are written, and none of its workers committed: the rank expects the end (``CommitWatch.expect``).
+2. The worker that sees the last receipt, on any rank, commits. Its rank posts ``SaveCommitted``.
+3. A rank whose part fails posts ``SaveFailed``. The others remove what is there of the save, and fail with that reason.
+4. Neither comes within ``ranks.timeout_secs``: the save fails, and the ranks whose receipts are missing are named.
 
-What is in the directory decides: a save that is committed has not failed, whatever was posted.
+The directory decides, not the messages: a save that is committed has not failed, whatever was posted. So a rank looks for
+the commit after it has removed the save's partial directory, and only then fails.
+
+In a group of one, step 1 happens only if somebody removed receipts. There is no rank to wait for, so the watch looks once:
+the save is committed, or fails.
 
 NOTE [ Who looks at the directory ]
-Asking the store costs nearly nothing, looking at the directory costs the file system. So while the store answers,
+A request to the store costs nearly nothing. A look at the directory costs the file system. So while the store answers:
 
     rank 0             looks once a second, and posts the commit that it finds
-    the others         take turns: each looks once in as many seconds as there are ranks, and posts what it finds. So if the
-                       rank that committed dies before it says so, and rank 0, too, the end comes seconds later
-    who looks          commits, if every part is written and nobody does: always, if it is rank 0; of the others a few, and
-                       whoever is first at the deadline
+    other ranks        take turns: each looks once in as many seconds as there are ranks, and posts what it finds. So if the
+                       rank that committed dies before it posts that, and rank 0 dies, too, the end comes seconds later
+    who looks          commits, if every part is written and nobody has committed: rank 0 always does, of the others a few
+                       do, and whoever is first at the deadline
     at the deadline    rank 0 looks, and posts who is missing, or that every part is written: then all wait as long again,
-                       once. Where it does not, it is dead, or late itself: rank 1 does so 5 s after its own deadline,
-                       ranks 2 and 3 after 10 s, 4 to 7 after 15 s, and so on, each unless one before it has
+                       once. If rank 0 posts neither, it is dead or late: rank 1 looks 5 s after its own deadline, ranks 2
+                       and 3 after 10 s, ranks 4 to 7 after 15 s, and so on, each unless one before it has posted
 
-A rank that the store does not answer (a silent server is given up after 30 s) looks once a second and at its deadline, as
+A rank that the store does not answer (a silent server is given up after 30 s) looks once a second, and at its deadline, as
 rank 0 does. So every rank knows the end within ``ranks.timeout_secs`` and 5 s for each binary digit of its number; within
 twice that, if only the commit is missing.
 
 NOTE [ Unfinished saves ]
-Of a save whose ranks did not all finish, what is there is removed. Where partners keep replicas it is set aside, under
-another name: the next run writes what is missing from those, and needs the rest. It is removed when a later save is
-committed, or then.
+A save whose ranks did not all finish leaves a partial directory. The watch removes it. Where partners keep replicas, the
+watch quarantines it instead, under another name: the next run may complete it from the replicas. It is removed when a
+later save is committed, or by that run.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -40,9 +45,10 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from stager.ranks.notes import Note, Notes, end_by
+from stager.ranks.messages import SaveFailed
 from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.ranks.rendezvous import poll_secs
+from stager.ranks.save_messages import SaveMessages, rank_failure
 from stager.workers.checkpoint.commit.commit import Committed, already_committed, commit_recorded, partial_path
 from stager.workers.checkpoint.commit.persist import discard_partial, discard_unfinished, quarantine
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
@@ -61,7 +67,14 @@ _TURN_SECS = 5.0  # for a rank to look, and to post what it found, before the ne
 
 @dataclass(slots=True)
 class _Pending:
-    """A save whose parts of this rank are written."""
+    """A save that this rank has written its parts of.
+
+    Attributes:
+        committed, failed: one of them is called at the end.
+        deadline, looks_at: when to give up, and when to look at the directory next (``time.monotonic()``).
+        commit: the commit that this rank's worker tries.
+        has_every_part: only the commit is missing.
+    """
 
     spec: SaveSpec
     committed: Callable[[Committed], None]
@@ -72,25 +85,25 @@ class _Pending:
     has_every_part: bool = False
 
     def wait_for_commit(self, timeout_secs: float) -> None:
-        """Every part is written: it only has to be committed, which is worth as long again, once."""
+        """Wait as long again, once: every part is written, and only the commit is missing."""
         self.has_every_part = True
         self.deadline += timeout_secs
 
 
 class CommitWatch:
-    """The saves of this rank that wait for the others'. One thread looks after them, while there are any.
+    """Waits for the ends of this rank's saves. One thread does, while there are any.
 
     Args:
-        group: with a rendezvous.
+        group: whose ranks save together.
         pool: whose workers tidy up and finish commits.
         keep_unfinished: see NOTE [ Unfinished saves ].
 
     Attributes:
-        notes: what this rank posts of a save.
+        messages: what this rank posts of its saves.
     """
 
     def __init__(self, group: RankGroup, pool: WorkerPool, *, keep_unfinished: bool = False) -> None:
-        self.notes = Notes(group)
+        self.messages = SaveMessages(group)
         self._keep_unfinished = keep_unfinished
         self._unfinished: list[SaveSpec] = []
         self._group = group
@@ -102,7 +115,7 @@ class CommitWatch:
 
     @property
     def in_callback(self) -> bool:
-        """Whether the caller is a callback, which must not wait for the thread that runs it."""
+        """Whether the calling thread is the watch's own, and must not wait for itself."""
         return threading.current_thread() is self._thread
 
     def expect(
@@ -111,9 +124,13 @@ class CommitWatch:
         committed: Callable[[Committed], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        """This rank's parts are written; call one of the two when the save has ended."""
+        """Wait for the end of a save whose parts of this rank are written. Returns at once.
+
+        Args:
+            committed, failed: one of them is called when the save has ended, in the watch's thread.
+        """
         now = time.monotonic()
-        first_look_secs = (1 + self._group.rank) * _LOOK_SECS
+        first_look_secs = 0.0 if self._group.is_alone else (1 + self._group.rank) * _LOOK_SECS
         pending = _Pending(spec, committed, failed, now + self._group.timeout_secs, now + first_look_secs)
         with self._changed:
             if self._closed is None:
@@ -125,8 +142,12 @@ class CommitWatch:
                 return
         failed(self._closed)
 
+    def found_by_others(self, spec: SaveSpec) -> Committed | None:
+        """The commit of this save by another rank, if it is to be seen in the directory."""
+        return None if self._group.is_alone else _found_committed(spec)
+
     def remove_unfinished(self, before: float) -> None:
-        """Of saves before this time (unix): a later one is committed. Does not wait."""
+        """Remove the quarantined saves from before this time (unix): a later one is committed. Does not wait."""
         with self._changed:
             left = [spec for spec in self._unfinished if spec.created < before]
             self._unfinished = [spec for spec in self._unfinished if spec.created >= before]
@@ -136,12 +157,12 @@ class CommitWatch:
                     self._pool.submit(discard_unfinished, spec.directory, spec.step, spec.save_id)
 
     def drain(self, timeout: float | None) -> bool:
-        """Wait until no save is pending; False: after ``timeout`` seconds some are."""
+        """Wait until no save is pending. False if some are after ``timeout`` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._pending, timeout)
 
     def close(self, error: BaseException) -> None:
-        """Nobody waits any more: what is pending fails with ``error``."""
+        """End the thread. Saves that are pending fail with ``error``."""
         with self._changed:
             self._closed = error
             left, self._pending = self._pending, []
@@ -185,7 +206,7 @@ class CommitWatch:
         try:
             end()
         except Exception as error:
-            logger.exception("the end of the save of step %d", one.spec.step)
+            logger.exception("a callback at the end of the save of step %d failed", one.spec.step)
             with suppress(Exception):  # it has ended
                 one.failed(error)
         with self._changed:
@@ -194,28 +215,27 @@ class CommitWatch:
             self._changed.notify_all()
 
     def _end_of(self, one: _Pending) -> Callable[[], None] | None:
-        """What to call, now that the save has ended; None: it has not."""
-        helped = self._helped(one)
-        if helped is not None:
+        """What to call now that the save has ended; None if it has not ended."""
+        # Its own commit first: then messages, which cost little; then the directory, which costs more.
+        if (helped := self._helped(one)) is not None:
             return helped
         try:
-            note, is_told = self.notes.read(one.spec.save_id), True
+            end, is_told = self.messages.end(one.spec), True
         except RankFailedError:  # the directory is still there
-            note, is_told = None, False
-        return self._look(one, is_told) if note is None else self._ending(one, note)
+            end, is_told = None, False
+        return self._look(one, is_told) if end is None else self._ending(one, end)
 
-    def _ending(self, one: _Pending, note: Note) -> Callable[[], None]:
-        """As the note says."""
-        end = end_by(note, one.spec)
-        if isinstance(end, RankFailedError):
-            return self._failing(one, end, is_unfinished=bool(note.get("unfinished")))
+    def _ending(self, one: _Pending, end: Committed | SaveFailed) -> Callable[[], None]:
+        """End the save as another rank has posted."""
+        if isinstance(end, SaveFailed):
+            return self._failing(one, rank_failure(end, one.spec), is_unfinished=end.is_unfinished)
         return lambda: one.committed(end)
 
     def _look(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
-        """At the directory, if it is this rank's turn: see NOTE [ Who looks at the directory ].
+        """Look at the directory if it is this rank's turn: see NOTE [ Who looks at the directory ].
 
         Args:
-            is_told: the store answers.
+            is_told: whether the store answers.
         """
         now, rank = time.monotonic(), self._group.rank
         if not is_told:
@@ -223,13 +243,15 @@ class CommitWatch:
         is_late = now >= one.deadline + (rank.bit_length() * _TURN_SECS if is_told else 0.0)
         if not is_late and now < one.looks_at:
             return None
-        if is_late and is_told and not one.has_every_part and self.notes.every_part_is_written(one.spec.save_id):
+        if is_late and is_told and not one.has_every_part and self.messages.every_part_is_written(one.spec.save_id):
             one.wait_for_commit(self._group.timeout_secs)
             return None
-        found = found_committed(one.spec)
+        found = _found_committed(one.spec)
         if found is not None:
-            self.notes.post_found(found)
+            self.messages.post_found(found)
             return lambda: one.committed(found)
+        if self._group.is_alone:  # nobody else is going to commit it
+            return self._failing(one, _receipts_lost(one.spec))
         one.looks_at = now + (1 if self._group.is_coordinator else self._group.num_ranks) * _LOOK_SECS
         if is_late:
             return self._too_late(one, is_told)
@@ -238,27 +260,27 @@ class CommitWatch:
         return None
 
     def _helped(self, one: _Pending) -> Callable[[], None] | None:
-        """The end that ``_help`` has brought about."""
+        """What to call when the commit that this rank tried has ended the save; None if it has not."""
         if one.commit is None or not one.commit.done():
             return None
         commit, one.commit = one.commit, None
         error = commit.exception()
         if error is None and (done := commit.result()) is not None:
-            self.notes.post_committed(done)
+            self.messages.post_committed(done)
             return lambda: one.committed(done)
         if isinstance(error, StagerError) and not isinstance(error, (StorageError, ClosedError)):
-            self.notes.post_failed(one.spec.save_id, error)
+            self.messages.post_failed(one.spec.save_id, error)
             return self._failing(one, error)
         return None
 
     def _help(self, one: _Pending) -> None:
-        """Every receipt is there, and no commit: its worker was killed, or locks do not reach from host to host."""
+        """Commit if every receipt is there: the committing worker was killed, or locks do not reach from host to host."""
         if one.commit is not None:
             return
         with suppress(OSError):
             names = os.listdir(partial_path(one.spec))
             is_written = MANIFEST_NAME in names or len(finished_ranks(names)) >= one.spec.num_ranks
-            if is_written and (self._group.is_coordinator or self.notes.claims_commit(one.spec.save_id)):
+            if is_written and (self._group.is_coordinator or self.messages.claims_commit(one.spec.save_id)):
                 self._commit(one)
 
     def _commit(self, one: _Pending) -> None:
@@ -266,6 +288,7 @@ class CommitWatch:
             one.commit = one.commit or self._pool.submit(commit_recorded, one.spec)
 
     def _too_late(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
+        """Post what is missing at the deadline, and fail; or wait once more, if that is only the commit."""
         missing: list[int] = []
         try:
             names = os.listdir(partial_path(one.spec))
@@ -273,36 +296,37 @@ class CommitWatch:
                 missing = sorted(set(range(one.spec.num_ranks)) - finished_ranks(names))
             what = f"rank {some_ranks(missing)} did not finish its part" if missing else "nobody committed it"
         except FileNotFoundError:
-            with suppress(RankFailedError):  # who removed it has said why, first
-                if (note := self.notes.read(one.spec.save_id)) is not None:
-                    return self._ending(one, note)
-            what = "another rank has given it up, and removed it"
+            with suppress(RankFailedError):  # the rank that removed it had posted why
+                if (end := self.messages.end(one.spec)) is not None:
+                    return self._ending(one, end)
+            what = "another rank gave the save up, and removed its directory"
         except OSError as error:
-            what = f"not committed, and its directory cannot be read ({error.strerror})"
+            what = f"it is not committed, and its directory cannot be read ({error.strerror})"
         else:
             if not missing and not one.has_every_part:
                 one.wait_for_commit(self._group.timeout_secs)
-                self.notes.post_every_part(one.spec.save_id)
+                self.messages.post_every_part(one.spec.save_id)
                 if self._group.is_coordinator or is_told:
                     self._commit(one)
                 return None
         why = f"was not complete within {self._group.timeout_secs:g} s (ranks.timeout_secs): {what}"
-        self.notes.post_failure(one.spec.save_id, why, missing, is_unfinished=bool(missing))
+        self.messages.post_failure(one.spec.save_id, why, missing, is_unfinished=bool(missing))
         failure = RankFailedError(f"the save of step {one.spec.step} {why}", tuple(missing))
         return self._failing(one, failure, is_unfinished=bool(missing))
 
     def _failing(self, one: _Pending, error: BaseException, *, is_unfinished: bool = False) -> Callable[[], None]:
-        """Fail, when what is there of the save is removed; unless it was committed just now."""
+        """What to call to fail a save: remove its directory, then fail, unless it was committed just now."""
 
         def fail() -> None:
-            # Once it has lost its name, nobody can commit it. Most often another rank has taken care of that already.
+            # In this order: once the directory has lost its name, nobody can commit it. Most often another rank has
+            # removed it already.
             keeps = is_unfinished and self._keep_unfinished
             if not _is_gone(partial_path(one.spec)):
-                self._take_away(one.spec, quarantine if keeps else discard_partial)
+                self._remove(one.spec, quarantine if keeps else discard_partial)
             if keeps:
                 with self._changed:
                     self._unfinished.append(one.spec)
-            found = found_committed(one.spec)
+            found = self.found_by_others(one.spec)
             if found is None:
                 one.failed(error)
             else:
@@ -310,15 +334,15 @@ class CommitWatch:
 
         return fail
 
-    def _take_away(self, spec: SaveSpec, how: Callable[[str, int, str], None]) -> None:
-        leftovers = spec.directory, spec.step, spec.save_id
+    def _remove(self, spec: SaveSpec, how: Callable[[str, int, str], None]) -> None:
+        partial = spec.directory, spec.step, spec.save_id
         try:
-            self._pool.submit(how, *leftovers).result()
+            self._pool.submit(how, *partial).result()
         except ClosedError:
             with suppress(StorageError):
-                how(*leftovers)
+                how(*partial)
         except Exception as failure:  # noqa: BLE001  # the next run tries again
-            logger.warning("what is left of the save of step %d was not removed: %s", spec.step, failure)
+            logger.warning("the partial directory of step %d was not removed: %s", spec.step, failure)
 
 
 def _is_gone(path: str) -> bool:
@@ -326,14 +350,23 @@ def _is_gone(path: str) -> bool:
         os.lstat(path)
     except FileNotFoundError:
         return True
-    except OSError:  # who knows
-        pass
+    except OSError:  # it cannot be told: try to remove it
+        return False
     return False
 
 
-def found_committed(spec: SaveSpec) -> Committed | None:
-    """The commit of this save, when it is to be seen in the directory."""
+def _found_committed(spec: SaveSpec) -> Committed | None:
+    """The commit of this save, if it is to be seen in the directory."""
     try:
         return already_committed(spec)
-    except StorageError:  # not now, that is
+    except StorageError:  # the directory cannot be read now
         return None
+
+
+def _receipts_lost(spec: SaveSpec) -> StorageError:
+    # The last part to be written sees every receipt, unless somebody took some away: see commit.py.
+    return StorageError(
+        errno.ENOENT,
+        "every part was written, but not all are there: the partial checkpoint was removed while it was written",
+        partial_path(spec),
+    )

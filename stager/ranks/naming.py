@@ -1,9 +1,10 @@
-"""Which names a rank's structure has: those of what it writes, and, on one rank, those of what it leaves to others, too.
+"""Which names a rank's structure has: the leaves that it writes, and, on rank 0, those that it leaves to other ranks.
 
-Somebody has to name what is left to others, or nobody would miss what each rank left to another. Where all ranks have the
-same names, rank 0 does, and its order of keys is that of the checkpoint. In what the others say, these names would cost
-whoever commits more than all that is written. Where the ranks have not the same names (stages of a pipeline), each names
-all of its own.
+Rank 0 lists every leaf; otherwise a leaf that each rank left to another would vanish unnoticed. Its order of keys is that of
+the checkpoint. The other ranks list only the leaves that they write: more names would cost the committing worker more time
+than all the rest of a commit.
+
+Where the ranks do not have the same names (stages of a pipeline), each rank lists all of its own leaves.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from stager.workers.checkpoint.layout.structure import ABSENT, Node
 
 
 def outline(structure: Node, private: Set[int]) -> str:
-    """A digest of the names and containers of what the ranks have in common. In which order the keys are does not count.
+    """A digest of the names and containers that the ranks have in common. The order of keys does not count.
 
     Args:
-        private: leaves of which each rank has its own. They do not count, nor does what is empty.
+        private: leaves in ``PerRank``. They do not count, nor do empty containers.
     """
     text = json.dumps(_outline(structure, private), separators=(",", ":"), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _outline(node: Node, private: Set[int]) -> Any:
-    """None: there is nothing in it that counts."""
+    """The node without what does not count; None if nothing in it counts."""
     if type(node) is int:
         return None if node in private else 0
     is_list = node[0] == "list"
@@ -39,9 +40,10 @@ def _outline(node: Node, private: Set[int]) -> Any:
 
 
 def name_all(node: Node, leaf: Callable[[int], Node]) -> Node:
-    """
+    """The structure with every name.
+
     Args:
-        leaf: the node of what this rank writes of a leaf; ``ABSENT``: nothing.
+        leaf: returns the node of what this rank writes of a leaf; ``ABSENT`` if it writes nothing.
     """
     if type(node) is int:
         return leaf(node)
@@ -50,8 +52,10 @@ def name_all(node: Node, leaf: Callable[[int], Node]) -> Node:
 
 
 def name_written(structure: Node, leaf: Callable[[int], Node]) -> Node:
-    """As :func:`name_all`, without what this rank does not write, and the containers in which there is nothing else. What is
-    empty anyway stays, for another rank may have something else in its place."""
+    """The structure without the leaves that this rank does not write, and without containers that hold nothing else.
+
+    An empty container stays, because another rank may have something else in its place. Arguments as for :func:`name_all`.
+    """
     written = _written(structure, leaf)
     return [structure[0], [], [], *structure[3:]] if written is ABSENT else written
 

@@ -1,22 +1,25 @@
-"""How the ranks of a group take the run's directory: one makes sure that nobody else has it, then they hold it together.
+"""How the ranks of a group take the run's directory: rank 0 makes sure that no other run has it, then all hold it together.
 
-    rank 0    lock, alone -> finish or remove what an earlier run left -> share the lock -> post the nonce
-    others    wait for the nonce -> see it in the lock file -> share the lock
-    all       wait for all: then they know how many of them share a host, too
+1. Rank 0 takes the lock alone. It finishes or removes what an earlier run left.
+2. Rank 0 shares the lock, and broadcasts ``DirectoryOpened`` with the run's nonce.
+3. The other ranks wait until they see the nonce in the lock file, which shows that all see one directory. Then each of
+   them takes the shared lock.
+4. All come to a barrier. From then on every rank knows how many ranks share its host.
 
-A run that starts while any rank, or any rank's workers, still hold the lock waits for all of them.
+A run that starts while any rank, or any rank's workers, still hold the lock waits for all of them. A group of one keeps the
+lock for itself.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import secrets
 import socket
 import time
 from contextlib import suppress
 
+from stager.ranks import keys
+from stager.ranks.messages import DirectoryOpened
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.run_directory import LOCK_NAME, lock_directory, share_lock
@@ -31,9 +34,10 @@ _POLL_SECS = 0.02
 def take_directory(
     directory: str, group: RankGroup, lock_timeout_secs: float, *, leave_unfinished: bool = False
 ) -> int:
-    """Lock the directory for this rank; returns the lock's descriptor.
+    """Lock the directory for this rank; returns the lock's descriptor. Every rank calls it.
 
     Args:
+        lock_timeout_secs: how long to wait for another run's lock.
         leave_unfinished: of what an earlier run left, only finish what can be finished: replicas may complete the rest.
 
     Raises:
@@ -43,85 +47,64 @@ def take_directory(
         UsageError: the ranks do not see one directory.
         StorageError
     """
-    if group.rendezvous is None:
-        return _lock(directory, lock_timeout_secs, leave_unfinished=leave_unfinished)
-    host = f"host/{socket.gethostname()}"
-    group.rendezvous.add(host)
+    host = keys.host(socket.gethostname())
+    held: list[int] = []
     try:
-        if group.is_coordinator:
-            lock_fd = _lead(directory, group, lock_timeout_secs, leave_unfinished)
-        else:
-            lock_fd = _follow(directory, group, lock_timeout_secs, leave_unfinished)
+        group.count(host)
+        opened = group.broadcast(
+            keys.OPENED,
+            DirectoryOpened,
+            lambda: _lead(directory, group, lock_timeout_secs, leave_unfinished, held),
+            f"open {directory}",
+            more_secs=lock_timeout_secs,
+        )
+        if not group.is_coordinator:
+            held.append(_follow(opened, directory, group, lock_timeout_secs, leave_unfinished))
+        group.barrier(keys.OPENING, f"opening {directory}")
+        group.local_size = max(group.local_size, group.count(host, 0))
     except BaseException as error:
+        for lock_fd in held:
+            os.close(lock_fd)
         with suppress(RankFailedError):
-            group.cancel_barrier(
-                "opening", f"failed on rank {group.rank}: {type(error).__name__}: {error}", [group.rank]
-            )
+            group.leave_barrier(keys.OPENING, error)
         raise
-    try:
-        group.barrier("opening", f"opening {directory}")
-        group.local_size = group.rendezvous.add(host, 0)
-    except BaseException:
-        os.close(lock_fd)
-        raise
-    return lock_fd
+    return held[0]
 
 
-def _lock(directory: str, lock_timeout_secs: float, nonce: str = "", *, leave_unfinished: bool) -> int:
+def _lead(
+    directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool, held: list[int]
+) -> DirectoryOpened:
+    """Steps 1 and 2, on rank 0.
+
+    Args:
+        held: the lock's descriptor is added.
+    """
     with storage_errors("create", directory):
         os.makedirs(directory, exist_ok=True)
-    lock_fd = lock_directory(directory, lock_timeout_secs, nonce)
-    try:
-        for found in recover(directory, leave_unfinished=leave_unfinished):
-            logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
-    except BaseException:
-        os.close(lock_fd)
-        raise
-    return lock_fd
+    held.append(lock_directory(directory, lock_timeout_secs, group.nonce))
+    for found in recover(directory, leave_unfinished=leave_unfinished):
+        logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
+    if not group.is_alone:  # the kernel lets go of the lock for a moment, so it is not done without need
+        share_lock(held[0], directory)
+    return DirectoryOpened(group.nonce, directory, leave_unfinished)
 
 
-def _lead(directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool) -> int:
-    assert group.rendezvous is not None
-    group.nonce = secrets.token_hex(8)
-    try:
-        lock_fd = _lock(directory, lock_timeout_secs, group.nonce, leave_unfinished=leave_unfinished)
-        try:
-            share_lock(lock_fd, directory)
-        except BaseException:
-            os.close(lock_fd)
-            raise
-    except BaseException as error:
-        group.rendezvous.post("opened", json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
-        raise
-    note = {"nonce": group.nonce, "directory": directory, "replicas": leave_unfinished}
-    group.rendezvous.post("opened", json.dumps(note).encode())
-    return lock_fd
-
-
-def _follow(directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool) -> int:
-    assert group.rendezvous is not None
-    note = group.rendezvous.wait("opened", lock_timeout_secs + group.timeout_secs)
-    if note is None:
-        raise RankFailedError(
-            f"rank 0 did not open {directory} within {lock_timeout_secs + group.timeout_secs:g} s; every rank has to make "
-            "its Checkpointer",
-            (0,),
-        )
-    body = json.loads(note)
-    if "error" in body:
-        raise RankFailedError(f"rank 0 could not open {directory}: {body['error']}", (0,))
-    if body["replicas"] != leave_unfinished:
+def _follow(
+    opened: DirectoryOpened, directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool
+) -> int:
+    """Step 3, on the other ranks. Returns the lock's descriptor."""
+    if opened.replicates != leave_unfinished:
         raise ConfigError(
-            f"replication.partners is {int(leave_unfinished)} on rank {group.rank}, and not on rank 0: it has "
-            "to be the same on all"
+            f"replication.partners is {int(leave_unfinished)} on rank {group.rank} and {int(opened.replicates)} on rank 0; "
+            "set it to the same on all ranks"
         )
-    group.nonce = body["nonce"]
+    group.nonce = opened.nonce
     path = os.path.join(directory, LOCK_NAME)
     deadline = time.monotonic() + group.timeout_secs
-    while group.nonce not in _content(path):
+    while group.nonce not in _content(path):  # a network file system may show it later
         if time.monotonic() >= deadline:
             raise UsageError(
-                f"rank {group.rank} does not see in {directory} what rank 0 wrote in {body['directory']}; all ranks must "
+                f"rank {group.rank} does not see in {directory} what rank 0 wrote in {opened.directory}; all ranks must "
                 "use one directory of one shared file system, or set ranks.together to false"
             )
         time.sleep(_POLL_SECS)

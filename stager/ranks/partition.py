@@ -1,11 +1,11 @@
-"""Which part of a state this rank writes: from all leaves that it has to those, or the rows of those, that are its share.
+"""What this rank writes of a state: from all its leaves to those, or the rows of those, that are its partition.
 
     PerRank values          all of them
-    a DTensor               the local shard; where other ranks hold the same one, a part of it
-    anything else           it is the same on all ranks: the tensors are dealt out by size, objects go to rank 0
+    a DTensor               the local shard; where other ranks hold the same shard, a partition of it
+    anything else           is the same on all ranks: the tensors are divided by size, rank 0 writes the objects
 
-What several ranks hold is cut into runs of about the same number of bytes, one for each of them; a large tensor is cut
-between rows, and is then stored in chunks, which every reader of the format knows.
+What several ranks hold is cut into partitions of about the same number of bytes, one for each of them (``cutting.py``). A
+tensor that is cut is stored in chunks, which every reader of the format knows.
 """
 
 from __future__ import annotations
@@ -17,185 +17,168 @@ from typing import Any
 
 import torch
 
-from stager.ranks.agreement import ALONE, Agreement, Entry, Holding, Settled
+from stager.ranks.agreement import Agreement, Partition, Settlement
+from stager.ranks.cutting import WrittenLeaf, cut_leaves, is_stored_raw
+from stager.ranks.messages import LeafEntry
 from stager.ranks.naming import name_all, name_written, outline
 from stager.ranks.rank_group import RankGroup
 from stager.state.flatten import PLAIN_TENSORS, StateTree
-from stager.state.shards import Shard, is_sharded, local_of, locals_of, shard_of, spread_of
+from stager.state.shards import Shard, is_sharded, locals_of, shard_of, spread_of
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node, fqn
 from stager.workers.errors import UnstageableError
 
-_CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of their own
 _COMPARED_BYTES = 64 << 10
 _STRETCHES = 16  # that are compared of a larger tensor
 _COMPARED_DEPTH = 4
 _Tensor: Any = torch.Tensor
 
-_Question = tuple[list[Entry], list[list[Entry]]]
-
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """What this rank writes of a leaf.
-
-    Attributes:
-        leaf: number in the whole state.
-        rows: first and last but one, of what this rank has; None: all of it.
-    """
-
-    leaf: int
-    rows: tuple[int, int] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What was worked out for a state: what it depends on, and the result."""
+class _Division:
+    """How a state was divided: what that depends on, and the result."""
 
     signature: tuple[Any, ...]
-    parts: tuple[_Part, ...]
+    written: tuple[WrittenLeaf, ...]
     structure: Node
     kinds: frozenset[tuple[str, int]]
 
 
-@dataclass(slots=True)
-class _Unit:
-    """Leaves that are the same memory seen the same way (tied): they are dealt as one.
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What the ranks were asked, this rank's outline then, and the answer."""
 
-    Attributes:
-        leaves: their numbers.
-        shape: of what this rank has.
-        nbytes: of the same.
-        cuttable: between rows.
-    """
-
-    leaves: list[int]
-    shape: tuple[int, ...]
-    nbytes: int
-    cuttable: bool
+    entries: tuple[list[LeafEntry], list[list[LeafEntry]]]
+    outline: str
+    settlement: Settlement
 
 
 class Partitioner:
-    """Takes this rank's share of states. The last one's division is kept.
+    """Takes this rank's partition of states. It keeps how it divided the last one.
 
     Args:
-        group: of which this rank is one.
+        group: whose ranks write one checkpoint together.
     """
 
     def __init__(self, group: RankGroup) -> None:
         self._group = group
-        self._agreement = None if group.rendezvous is None else Agreement(group)
-        self._known: _Known | None = None
-        self._settled: tuple[_Question, str, Settled] | None = None
+        self._agreement = Agreement(group)
+        self._division: _Division | None = None
+        self._settled: _Settled | None = None
 
-    def take(self, flat: StateTree, occasion: str) -> StateTree:
-        """The leaves that this rank writes. Called by every rank: where the structure is new, it waits for all.
-
-        Args:
-            occasion: the save's id.
+    def take(self, tree: StateTree, save_id: str) -> StateTree:
+        """The leaves that this rank writes. Every rank calls it: where the structure is new, it waits for all.
 
         Raises:
             UnstageableError: a DTensor that cannot be stored; two leaves of one name.
             RankFailedError, InconsistentRanksError: see :class:`Agreement`.
         """
-        sharded = _sharded_leaves(flat)
-        if self._agreement is None and not sharded:
-            return flat
-        here = flat.leaves
+        sharded = _sharded_leaves(tree)
+        if self._group.is_alone and not sharded:
+            return tree
+        here = tree.leaves
         if sharded:
             here = list(here)
             for leaf, local in zip(sharded, locals_of([here[leaf] for leaf in sharded]), strict=True):
                 # One without elements has its shape here, too.
                 here[leaf] = local if here[leaf].numel() else torch.empty(tuple(here[leaf].shape), dtype=local.dtype)
-        signature = _signature(flat, sharded, here)
-        if self._known is None or self._known.signature != signature:
-            self._known = self._divide(flat, sharded, signature, occasion)
-        known = self._known
+        signature = _signature(tree, sharded, here)
+        if self._division is None or self._division.signature != signature:
+            self._division = self._divide(tree, sharded, signature, save_id)
+        division = self._division
         leaves = [
             here[part.leaf]
             if part.rows is None
             else here[part.leaf].detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
-            for part in known.parts
+            for part in division.written
         ]
-        return StateTree(leaves, known.structure, flat.odd_keys, kinds=known.kinds)
+        return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds)
 
     def forget(self) -> None:
-        self._known = self._settled = None
+        """Let go of what was kept."""
+        self._division = self._settled = None
 
-    def _divide(self, flat: StateTree, sharded: Sequence[int], signature: tuple[Any, ...], occasion: str) -> _Known:
-        flat.check_names()
+    def _divide(self, tree: StateTree, sharded: Sequence[int], signature: tuple[Any, ...], save_id: str) -> _Division:
+        tree.check_names()
         for leaf in sharded:
-            if leaf in flat.private:
+            if leaf in tree.private:
                 raise UnstageableError(
-                    flat.name(leaf),
+                    tree.name(leaf),
                     "is a DTensor in PerRank: it belongs to all ranks of its mesh; take it out of there",
                 )
-        shards = {leaf: shard_of(flat.leaves[leaf], flat.name(leaf)) for leaf in sharded}
-        names = [fqn(path) for path in flat.paths]
-        groups: dict[Hashable, list[int]] = {}
+        shards = {leaf: shard_of(tree.leaves[leaf], tree.name(leaf)) for leaf in sharded}
+        names = [fqn(path) for path in tree.paths]
+        spreads: dict[Hashable, list[int]] = {}
         plain: list[int] = []
         for leaf in sorted(range(len(names)), key=names.__getitem__):
             shard = shards.get(leaf)
             if shard is not None and 0 not in shard.shape:
-                groups.setdefault(shard.spread, []).append(leaf)
-            elif (shard is not None or leaf not in shards) and leaf not in flat.private:
-                plain.append(leaf)  # or a DTensor without elements, which are the same everywhere
-        settled = self._settle(flat, names, plain, list(groups.values()), shards, occasion)
-        parts: dict[int, _Part] = {leaf: _Part(leaf, None) for leaf in flat.private}
-        for leaves, holding in [*_by_holding(plain, settled.plain), *zip(groups.values(), settled.groups, strict=True)]:
-            for part in _deal(flat, leaves, holding, shards):
+                spreads.setdefault(shard.spread, []).append(leaf)
+            elif (shard is not None or leaf not in shards) and leaf not in tree.private:
+                plain.append(leaf)  # or a DTensor without elements, which is the same everywhere
+        settled = self._settle(tree, names, plain, list(spreads.values()), shards, save_id)
+        parts: dict[int, WrittenLeaf] = {leaf: WrittenLeaf(leaf, None) for leaf in tree.private}
+        for leaves, partition in [
+            *_by_holders(plain, settled.plain),
+            *zip(spreads.values(), settled.spreads, strict=True),
+        ]:
+            for part in cut_leaves(tree, leaves, partition, shards):
                 parts[part.leaf] = part
         for leaf, shard in shards.items():
             if shard is not None and 0 in shard.lengths and 0 not in shard.shape:
-                parts.pop(leaf, None)  # nothing of it is here
+                parts.pop(leaf, None)  # this rank holds no element of it
         written = tuple(parts[leaf] for leaf in sorted(parts))
         numbers = {part.leaf: number for number, part in enumerate(written)}
 
         def node_of(leaf: int) -> Node:
-            return _leaf_node(parts[leaf], numbers[leaf], flat, shards.get(leaf)) if leaf in parts else ABSENT
+            return _leaf_node(parts[leaf], numbers[leaf], tree, shards.get(leaf)) if leaf in parts else ABSENT
 
-        name = name_written if settled.alike and not self._group.is_coordinator else name_all
-        return _Known(signature, written, name(flat.structure, node_of), _kinds(flat))
+        name = name_written if settled.same_names and not self._group.is_coordinator else name_all
+        return _Division(signature, written, name(tree.structure, node_of), _kinds(tree))
 
     def _settle(
         self,
-        flat: StateTree,
+        tree: StateTree,
         names: Sequence[str],
         plain: Sequence[int],
-        groups: Sequence[Sequence[int]],
+        spreads: Sequence[Sequence[int]],
         shards: dict[int, Shard | None],
-        occasion: str,
-    ) -> Settled:
-        if self._agreement is None:
-            for leaf, shard in shards.items():
-                if shard is None or (shard.lengths != shard.shape and 0 not in shard.shape):
-                    raise UnstageableError(
-                        names[leaf],
-                        "is a DTensor of which other ranks have the rest, and this one saves for itself: let them save "
-                        "together (ranks.together, and init_process_group() before the Checkpointer is made), or save its "
-                        "full or local tensor",
-                    )
-            return Settled([ALONE] * len(plain), [ALONE] * len(groups), alike=False)
-        entries = [_plain_entry(names[leaf], flat.leaves[leaf]) for leaf in plain]
-        of_groups = [[_shard_entry(names[leaf], flat.leaves[leaf], shards[leaf]) for leaf in group] for group in groups]
-        question, own_outline = (entries, of_groups), outline(flat.structure, flat.private)
-        # What a rank has for itself (``PerRank``), and what its objects are, may change there alone: no other would come.
-        if self._settled is None or self._settled[0] != question:
-            values = {names[leaf]: value for leaf in plain if (value := _digest_of(flat.leaves[leaf])) is not None}
-            answer = self._agreement.settle(occasion, entries, of_groups, values, own_outline)
-            self._settled = question, own_outline, answer
-        _, known_outline, settled = self._settled
-        # Other containers of the same names: nobody was asked, so nobody else is relied on to name what is in them.
-        return settled if own_outline == known_outline else replace(settled, alike=False)
+        save_id: str,
+    ) -> Settlement:
+        if self._group.is_alone:
+            _check_complete(names, shards)
+        entries = (
+            [_plain_entry(names[leaf], tree.leaves[leaf]) for leaf in plain],
+            [[_shard_entry(names[leaf], tree.leaves[leaf], shards[leaf]) for leaf in spread] for spread in spreads],
+        )
+        own_outline = outline(tree.structure, tree.private)
+        # A rank's PerRank values and the types of its objects may change on that rank alone: no other rank would come.
+        if self._settled is None or self._settled.entries != entries:
+
+            def digests() -> dict[str, str]:
+                return {names[leaf]: value for leaf in plain if (value := _digest_of(tree.leaves[leaf])) is not None}
+
+            settlement = self._agreement.settle(save_id, *entries, digests, own_outline)
+            self._settled = _Settled(entries, own_outline, settlement)
+        settled = self._settled
+        # The same names in other containers: no rank was asked, so this rank names everything itself.
+        return settled.settlement if own_outline == settled.outline else replace(settled.settlement, same_names=False)
 
 
-def _is_bytes(tensor: torch.Tensor) -> bool:
-    """Whether it is stored as such, and not as a pickled object."""
-    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+def _check_complete(names: Sequence[str], shards: dict[int, Shard | None]) -> None:
+    """Raise UnstageableError for a DTensor of which other ranks have the rest."""
+    for leaf, shard in shards.items():
+        if shard is None or (shard.lengths != shard.shape and 0 not in shard.shape):
+            raise UnstageableError(
+                names[leaf],
+                "is a DTensor of which other ranks have the rest, and this one saves for itself: let them save "
+                "together (ranks.together, and init_process_group() before the Checkpointer is made), or save its "
+                "full or local tensor",
+            )
 
 
-def _sharded_leaves(flat: StateTree) -> list[int]:
-    leaves = flat.leaves
+def _sharded_leaves(tree: StateTree) -> list[int]:
+    leaves = tree.leaves
     kinds = set(map(type, leaves))
     kinds = {kind for kind in kinds - PLAIN_TENSORS if hasattr(kind, "__tensor_flatten__")}
     if not kinds:
@@ -203,13 +186,13 @@ def _sharded_leaves(flat: StateTree) -> list[int]:
     return [number for number, leaf in enumerate(leaves) if type(leaf) in kinds and is_sharded(leaf)]
 
 
-def _signature(flat: StateTree, sharded: Sequence[int], here: Sequence[Any]) -> tuple[Any, ...]:
+def _signature(tree: StateTree, sharded: Sequence[int], here: Sequence[Any]) -> tuple[Any, ...]:
     """What the division depends on: everything but where the tensors are, and what is in them.
 
     Args:
         here: the leaves, with local tensors in the place of DTensors.
     """
-    leaves = flat.leaves
+    leaves = tree.leaves
     kinds = list(map(type, leaves))
     tensors = leaves if PLAIN_TENSORS.issuperset(kinds) else [x for x in leaves if isinstance(x, torch.Tensor)]
     held = tensors if not sharded and tensors is leaves else [x for x in here if isinstance(x, torch.Tensor)]
@@ -219,12 +202,12 @@ def _signature(flat: StateTree, sharded: Sequence[int], here: Sequence[Any]) -> 
         addresses: list[int] = list(map(_Tensor.data_ptr, held))
     except (RuntimeError, NotImplementedError):  # sparse, nested and the like have none
         sizes = [None if x.is_nested else x.size() for x in tensors]
-        strides = [x.stride() if _is_bytes(x) else None for x in held]
-        addresses = [x.data_ptr() if _is_bytes(x) else 0 for x in held]
+        strides = [x.stride() if is_stored_raw(x) else None for x in held]
+        addresses = [x.data_ptr() if is_stored_raw(x) else 0 for x in held]
     return (
-        flat.structure,
-        flat.odd_keys,
-        flat.private,
+        tree.structure,
+        tree.odd_keys,
+        tree.private,
         kinds,
         sizes,
         [tensor.dtype for tensor in tensors],
@@ -243,22 +226,22 @@ def _ties(addresses: Sequence[int]) -> list[int]:
     return [first.setdefault(address or -number - 1, number) for number, address in enumerate(addresses)]
 
 
-def _plain_entry(name: str, value: Any) -> Entry:
+def _plain_entry(name: str, value: Any) -> LeafEntry:
     if isinstance(value, torch.Tensor) and not value.is_nested:
-        return Entry(name, name_of(value.dtype), tuple(value.shape))
-    return Entry(name, "object")
+        return LeafEntry(name, name_of(value.dtype), tuple(value.shape))
+    return LeafEntry(name, "object")
 
 
-def _shard_entry(name: str, value: torch.Tensor, shard: Shard | None) -> Entry:
+def _shard_entry(name: str, value: torch.Tensor, shard: Shard | None) -> LeafEntry:
     assert shard is not None
     dtype = name_of(value.dtype)
-    return Entry(name, dtype, shard.shape, shard.offsets, shard.lengths)
+    return LeafEntry(name, dtype, shard.shape, shard.offsets, shard.lengths)
 
 
 def _digest_of(value: Any) -> str | None:
     """Of what can be compared: host tensors (of large ones, some stretches), and values of Python's own types."""
     if isinstance(value, torch.Tensor):
-        if not value.is_cpu or type(value) not in PLAIN_TENSORS or not _is_bytes(value) or not value.nbytes:
+        if not value.is_cpu or type(value) not in PLAIN_TENSORS or not is_stored_raw(value) or not value.nbytes:
             return None
         flat = value.detach().resolve_conj().resolve_neg()
         if value.nbytes > _COMPARED_BYTES:
@@ -283,85 +266,20 @@ def _is_simple(value: Any, depth: int = 0) -> bool:
     return type(value) in (type(None), bool, int, float, complex, str, bytes)
 
 
-def _by_holding(leaves: Sequence[int], holdings: Sequence[Holding]) -> list[tuple[list[int], Holding]]:
-    """What the same ranks hold: all of them deal with the same leaves, in the same order."""
-    groups: dict[int, tuple[list[int], Holding]] = {}
-    for leaf, holding in zip(leaves, holdings, strict=True):
-        groups.setdefault(holding.holders, ([], holding))[0].append(leaf)
+def _by_holders(leaves: Sequence[int], partitions: Sequence[Partition]) -> list[tuple[list[int], Partition]]:
+    """Leaves that the same ranks hold: all of these ranks cut the same leaves, in the same order."""
+    groups: dict[int, tuple[list[int], Partition]] = {}
+    for leaf, partition in zip(leaves, partitions, strict=True):
+        groups.setdefault(partition.holders, ([], partition))[0].append(leaf)
     return list(groups.values())
 
 
-def _deal(flat: StateTree, leaves: Sequence[int], holding: Holding, shards: dict[int, Shard | None]) -> list[_Part]:
-    """This rank's run of what ``holding.total`` ranks have."""
-    units = _units(flat, leaves, shards)
-    total, parts = sum(unit.nbytes for unit in units), []
-    low = total * holding.position // holding.total
-    high = total * (holding.position + 1) // holding.total
-    is_last = holding.position == holding.total - 1
-    done = 0
-    for unit in units:
-        start, end = done, done + unit.nbytes
-        done = end
-        if not unit.nbytes:  # an object, or an empty tensor
-            rows = (0, 1) if holding.position == 0 else (0, 0)
-        elif unit.cuttable and holding.total > 1:
-            row_nbytes = unit.nbytes // unit.shape[0]
-            first = _row(low, start, row_nbytes, unit.shape[0])
-            last = unit.shape[0] if is_last else _row(high, start, row_nbytes, unit.shape[0])
-            rows = (first, last)
-            if (first, last) != (0, unit.shape[0]):
-                if first < last:
-                    parts += [_Part(leaf, rows) for leaf in unit.leaves]
-                continue
-        else:
-            middle = (start + end) // 2
-            rows = (0, 1) if low <= middle < high or (is_last and middle >= high) else (0, 0)
-        if rows[0] < rows[1]:
-            parts += [_Part(leaf, None) for leaf in unit.leaves]
-    return parts
-
-
-def _row(boundary: int, start: int, row_nbytes: int, num_rows: int) -> int:
-    """The row at which a tensor that starts at ``start`` is cut for a boundary between two ranks' bytes.
-
-    Not so near its ends that the piece would not be worth it."""
-    row = round((boundary - start) / row_nbytes)
-    margin = -(-_CUT_BYTES // row_nbytes)
-    if row < margin:
-        return 0 if 2 * row < margin or num_rows < 2 * margin else margin
-    if num_rows - row < margin:
-        return num_rows if 2 * (num_rows - row) < margin or num_rows < 2 * margin else num_rows - margin
-    return row
-
-
-def _units(flat: StateTree, leaves: Sequence[int], shards: dict[int, Shard | None]) -> list[_Unit]:
-    units: dict[Hashable, _Unit] = {}
-    for leaf in leaves:
-        value = flat.leaves[leaf]
-        if not isinstance(value, torch.Tensor) or not _is_bytes(value):
-            units[leaf] = _Unit([leaf], (), 0, cuttable=False)
-            continue
-        tensor = local_of(value) if is_sharded(value) else value
-        nbytes = tensor.numel() * tensor.dtype.itemsize
-        key: Hashable = leaf
-        if nbytes and not tensor.is_meta:
-            shard = shards.get(leaf)
-            offsets = shard.offsets if shard is not None else ()
-            key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, offsets, tuple(value.shape)
-        if key in units:
-            units[key].leaves.append(leaf)
-            continue
-        cuttable = nbytes >= 2 * _CUT_BYTES and tensor.dim() > 0 and tensor.is_contiguous() and not tensor.is_meta
-        units[key] = _Unit([leaf], tuple(tensor.shape), nbytes, cuttable)
-    return list(units.values())
-
-
-def _leaf_node(part: _Part, number: int, flat: StateTree, shard: Shard | None) -> Node:
+def _leaf_node(part: WrittenLeaf, number: int, tree: StateTree, shard: Shard | None) -> Node:
     first = part.rows[0] if part.rows is not None else 0
     if shard is None:
         if part.rows is None:
             return number
-        shape = list(flat.leaves[part.leaf].shape)
+        shape = list(tree.leaves[part.leaf].shape)
         return ["chunks", shape, [[[first] + [0] * (len(shape) - 1), number]]]
     if part.rows is None and (shard.shape == shard.lengths or 0 in shard.shape):
         return number
@@ -371,7 +289,9 @@ def _leaf_node(part: _Part, number: int, flat: StateTree, shard: Shard | None) -
     return ["chunks", list(shard.shape), [[offsets, number]]]
 
 
-def _kinds(flat: StateTree) -> frozenset[tuple[str, int]]:
+def _kinds(tree: StateTree) -> frozenset[tuple[str, int]]:
     return frozenset(
-        (name_of(leaf.dtype), leaf.dim()) for leaf in flat.leaves if isinstance(leaf, torch.Tensor) and _is_bytes(leaf)
+        (name_of(leaf.dtype), leaf.dim())
+        for leaf in tree.leaves
+        if isinstance(leaf, torch.Tensor) and is_stored_raw(leaf)
     )

@@ -1,22 +1,36 @@
-"""Who takes part in a checkpoint: this rank, how many there are, and their notice rendezvous."""
+"""The ranks that make checkpoints together, as one of them sees them: ``RankGroup``.
+
+A process that saves for itself is a group of one: every method answers at once.
+
+    barrier             all ranks come, or all learn who did not
+    broadcast           the coordinator (rank 0) posts a message, the others wait for it
+    contribute, gather  ranks add messages to a list; after a barrier, any rank reads the list
+    post_first, first   the first rank's message stands for all
+    smallest            of one number per rank
+
+Messages are the dataclasses of ``messages.py``; keys come from ``keys.py``. No method is a collective of torch's.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from stager.ranks.launch import local_world_size
-from stager.ranks.rendezvous import Rendezvous
-from stager.workers.errors import ConfigError, RankFailedError
+from stager.ranks.messages import Arrived, BarrierEnd, BroadcastFailed, Message, Number, decode, encode
+from stager.ranks.rendezvous import LocalRendezvous, Rendezvous
+from stager.workers.errors import ConfigError, InternalError, RankFailedError
+
+M = TypeVar("M", bound=Message)
 
 WARM_UP = -1
 """In place of a step, see :meth:`RankGroup.save_id`."""
@@ -27,109 +41,223 @@ _instances = itertools.count()
 
 @dataclass
 class RankGroup:
-    """Attributes:
-    rank, num_ranks: of those that make a checkpoint together; 0 of 1 for one that saves for itself.
-    rendezvous: None when there is one rank only.
-    nonce: the same on all ranks, and different in every run; "" until it is agreed (``opening.py``).
-    timeout_secs: how long a rank waits for another.
-    local_size: ranks on this host.
-    own_rank: in the process group, whether they save together or not: whose values those of ``PerRank`` are.
+    """One rank, and how it reaches the others.
+
+    Every method raises RankFailedError when the rendezvous cannot be reached.
+
+    Attributes:
+        rank, num_ranks: of those that make a checkpoint together; 0 of 1 for a process that saves for itself.
+        rendezvous: where the ranks meet.
+        timeout_secs: how long a rank waits for another.
+        nonce: the same on all ranks, and different in every run. Rank 0 broadcasts its own (``opening.py``).
+        local_size: ranks on this host, whether they save together or not.
+        own_rank: in the process group, whether they save together or not: whose values those of ``PerRank`` are.
     """
 
     rank: int = 0
     num_ranks: int = 1
-    rendezvous: Rendezvous | None = None
+    rendezvous: Rendezvous = field(default_factory=LocalRendezvous)
     timeout_secs: float = 600.0
-    nonce: str = ""
+    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
     local_size: int = 1
     own_rank: int = 0
     _saves: Counter[int] = field(default_factory=Counter)
 
     @property
     def is_coordinator(self) -> bool:
-        """Whether it does what one rank does for all."""
+        """Whether this rank decides for all: rank 0 does."""
         return self.rank == 0
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether this is a group of one."""
+        return self.num_ranks == 1
+
     def close(self) -> None:
-        if self.rendezvous is not None:
-            self.rendezvous.close()
+        """Let go of the rendezvous."""
+        self.rendezvous.close()
 
     def save_id(self, step: int) -> str:
-        """Of the next save of a step: the same on all ranks."""
-        if self.rendezvous is None:
-            return secrets.token_hex(8)
+        """The id of the next save of a step (``WARM_UP``: of no save): the same on all ranks, without a message."""
         self._saves[step] += 1
         return hashlib.blake2b(f"{self.nonce} {step} {self._saves[step]}".encode(), digest_size=8).hexdigest()
 
-    def barrier(self, key: str, why: str, ranks: Sequence[int] | None = None, note: bytes = b"") -> None:
-        """Until every rank has come here. It ends the same way for all that come, however late: the first to see that all
-        are here, or to give up, decides.
+    # -- single messages ----------------------------------------------------------------------------------------
+
+    def post(self, key: str, message: Message) -> None:
+        """Post a message, in the place of any that was there."""
+        self.rendezvous.post(key, encode(message))
+
+    def read(self, key: str) -> Message | None:
+        """The message at a key; None if there is none yet."""
+        data = self.rendezvous.read(key)
+        return None if data is None else decode(data)
+
+    def receive(self, key: str, kind: type[M], missing: str) -> M:
+        """Wait for the message at a key.
 
         Args:
-            key: of the meeting; each is held once.
-            ranks: those that come; None: all.
-            note: left for the others, at ``<key>/here/<rank>``.
+            missing: the error's first words, as in "rank 0 did not say who writes what".
 
         Raises:
-            RankFailedError: some did not come within ``timeout_secs`` of another; they are named, and ``why`` they were
-                waited for. Or the meeting was called off.
+            RankFailedError: nobody posted it within ``timeout_secs``.
         """
-        rendezvous = self.rendezvous
-        if rendezvous is None:
-            return
-        expected = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
-        rendezvous.post(f"{key}/here/{self.rank}", note)
-        if rendezvous.add(f"{key}/arrived") == len(expected):
-            self._decide(key, None)
-        end = rendezvous.wait(f"{key}/end", self.timeout_secs)
-        if end is None:
-            missing = tuple(rank for rank in expected if rendezvous.read(f"{key}/here/{rank}") is None)
-            error = f"rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)"
-            self._decide(key, {"ranks": missing, "error": error})
-            end = rendezvous.wait(f"{key}/end", self.timeout_secs)
-        failure: dict[str, Any] | None = {"ranks": (), "error": "a rank died there"} if end is None else json.loads(end)
-        if failure is not None:
-            raise RankFailedError(f"{why}: {failure['error']}", tuple(failure["ranks"]))
+        data = self.rendezvous.wait(key, self.timeout_secs)
+        if data is None:
+            raise RankFailedError(f"{missing} within {self.timeout_secs:g} s (ranks.timeout_secs)", (0,))
+        return _expect(kind, decode(data))
+
+    def count(self, key: str, amount: int = 1) -> int:
+        """Add to a counter that all ranks share. Returns the new count."""
+        return self.rendezvous.add(key, amount)
+
+    # -- messages of one rank for all ---------------------------------------------------------------------------
+
+    def broadcast(self, key: str, kind: type[M], make: Callable[[], M], task: str, more_secs: float = 0.0) -> M:
+        """The message that the coordinator makes. Every rank calls it.
+
+        Args:
+            make: called on the coordinator only.
+            task: what the coordinator does here, for error messages: "open the directory".
+            more_secs: to wait for it, beside ``timeout_secs``.
+
+        Raises:
+            RankFailedError: ``make`` raised on the coordinator, or it did not come in time.
+            BaseException: on the coordinator, whatever ``make`` raised.
+        """
+        if self.is_coordinator:
+            try:
+                message = make()
+            except BaseException as error:
+                with suppress(RankFailedError):
+                    self.post(key, BroadcastFailed(f"{type(error).__name__}: {error}"))
+                raise
+            self.post(key, message)
+            return message
+        secs = self.timeout_secs + more_secs
+        data = self.rendezvous.wait(key, secs)
+        if data is None:
+            raise RankFailedError(f"rank 0 did not {task} within {secs:g} s; every rank has to take part", (0,))
+        answer = decode(data)
+        if isinstance(answer, BroadcastFailed):
+            raise RankFailedError(f"rank 0 could not {task}: {answer.error}", (0,))
+        return _expect(kind, answer)
+
+    def post_first(self, key: str, message: Message) -> bool:
+        """Post a message unless another rank was first. Returns whether this rank was."""
+        is_first = self.count(f"{key}/count") == 1
+        if is_first:
+            self.post(key, message)
+        return is_first
+
+    def first(self, key: str, kind: type[M]) -> M | None:
+        """What a rank has posted by :meth:`post_first`; None if no rank has."""
+        if self.count(f"{key}/count", 0) == 0:
+            return None
+        return self.receive(key, kind, f"a rank that began to post {key} did not finish")
+
+    # -- messages of many ranks ---------------------------------------------------------------------------------
+
+    def contribute(self, key: str, message: Message, at_most: int | None = None) -> None:
+        """Add a message to the list at a key.
+
+        Args:
+            at_most: leave it out if so many are there, unless this rank is the coordinator.
+        """
+        number = self.count(f"{key}/count")
+        if at_most is None or number <= at_most or self.is_coordinator:
+            self.post(f"{key}/{number}", message)
+
+    def num_contributed(self, key: str) -> int:
+        """How many messages the list at a key has."""
+        return self.count(f"{key}/count", 0)
+
+    def gather(self, key: str, kind: type[M], at_most: int | None = None) -> list[M]:
+        """The list at a key. Call it after a barrier to which each rank came when it had contributed.
+
+        Args:
+            at_most: as many of them.
+        """
+        num = self.num_contributed(key)
+        return [
+            self.receive(f"{key}/{number}", kind, f"a rank did not post number {number} of {key}")
+            for number in range(1, min(num, at_most or num) + 1)
+        ]
 
     def smallest(self, name: str, own: int) -> int:
-        """Of what the ranks have under a name. Every rank calls it, once.
+        """The smallest of one number per rank. Every rank calls it, once for each name.
 
         Raises:
-            RankFailedError: see :meth:`meet`.
+            RankFailedError: as :meth:`barrier`.
         """
-        rendezvous = self.rendezvous
-        if rendezvous is None:
-            return own
-        if rendezvous.add(f"{name}/of/{own}") == 1:  # most often all have the same
-            rendezvous.post(f"{name}/{rendezvous.add(f'{name}/different')}", str(own).encode())
+        if self.count(f"{name}/of/{own}") == 1:  # most often all have the same, and one contributes
+            self.contribute(name, Number(own))
         self.barrier(name, f"agreeing on {name}")
-        notes = [
-            rendezvous.wait(f"{name}/{n}", self.timeout_secs)
-            for n in range(1, rendezvous.add(f"{name}/different", 0) + 1)
-        ]
-        return min(int(note) for note in notes if note is not None)
+        return min(number.value for number in self.gather(name, Number))
+
+    # -- the barrier --------------------------------------------------------------------------------------------
+
+    def barrier(self, key: str, why: str, ranks: Sequence[int] | None = None, arrived: Arrived = Arrived()) -> None:  # noqa: B008  # frozen
+        """Wait until every rank has come. It ends the same way for all, however late they come:
+
+        1. each rank posts that it is here, and counts itself
+        2. the rank that completes the count decides: all came
+        3. a rank whose time is up decides instead: it names those that are not here
+        4. the first decision stands, and every rank reads it
+
+        Args:
+            key: of the barrier; each is used once.
+            why: what the ranks do here, for error messages.
+            ranks: those that come; None: all.
+            arrived: what the others read of this rank at ``<key>/here/<rank>``.
+
+        Raises:
+            RankFailedError: some did not come within ``timeout_secs`` of another, and are named; or the barrier was
+                cancelled.
+        """
+        expected = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
+        self.post(f"{key}/here/{self.rank}", arrived)  # before the count, which promises that it is there
+        if self.count(f"{key}/arrived") == len(expected):
+            self.post_first(f"{key}/end", BarrierEnd())
+        data = self.rendezvous.wait(f"{key}/end", self.timeout_secs)
+        if data is None:
+            missing = tuple(rank for rank in expected if self.rendezvous.read(f"{key}/here/{rank}") is None)
+            self.cancel_barrier(
+                key,
+                f"rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)",
+                missing,
+            )
+            data = self.rendezvous.wait(f"{key}/end", self.timeout_secs)
+        end = BarrierEnd("a rank died there") if data is None else _expect(BarrierEnd, decode(data))
+        if end.error:
+            raise RankFailedError(f"{why}: {end.error}", end.ranks)
 
     def cancel_barrier(self, key: str, error: str, ranks: Sequence[int]) -> None:
-        """This rank does not come, and nobody is to wait for it; nothing if the meeting has ended."""
-        if self.rendezvous is not None:
-            self._decide(key, {"ranks": ranks, "error": error})
+        """End a barrier with an error, for all that come. No effect if the barrier has ended."""
+        self.post_first(f"{key}/end", BarrierEnd(error, tuple(ranks)))
 
-    def _decide(self, key: str, note: dict[str, Any] | None) -> None:
-        assert self.rendezvous is not None
-        if self.rendezvous.add(f"{key}/decided") == 1:
-            self.rendezvous.post(f"{key}/end", json.dumps(note).encode())
+    def leave_barrier(self, key: str, error: BaseException) -> None:
+        """Tell the others that this rank does not come to a barrier, because of an error."""
+        self.cancel_barrier(key, f"failed on rank {self.rank}: {type(error).__name__}: {error}", (self.rank,))
+
+
+def _expect(kind: type[M], message: Message) -> M:
+    if not isinstance(message, kind):
+        raise InternalError(f"expected a {kind.__name__} of another rank, got {message}")
+    return message
 
 
 def some_ranks(ranks: Sequence[int]) -> str:
-    """The first few, for a message."""
+    """The first few ranks, for a message."""
     return ", ".join(map(str, ranks[:_SHOWN_RANKS])) + (", ..." if len(ranks) > _SHOWN_RANKS else "")
 
 
 def find_rank_group(together: bool | str, timeout_secs: float) -> RankGroup:
-    """From the process group, if there is one.
+    """The group that this process belongs to, from torch's process group; a group of one if there is none.
 
     Args:
         together: see ``ranks.together`` in the configuration.
+        timeout_secs: see ``ranks.timeout_secs``.
 
     Raises:
         ConfigError: the ranks are to save together, and there is no process group.
@@ -140,10 +268,10 @@ def find_rank_group(together: bool | str, timeout_secs: float) -> RankGroup:
             "ranks.together is true, but torch.distributed is not initialized; call init_process_group() before the "
             "Checkpointer is made"
         )
+    own = dist.get_rank() if initialized else 0
     if together is False or not initialized or dist.get_world_size() == 1:
-        own = dist.get_rank() if initialized else 0
         return RankGroup(timeout_secs=timeout_secs, local_size=local_world_size(os.environ), own_rank=own)
+    num_ranks = dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
     rendezvous = Rendezvous(store, f"stager/{next(_instances)}", num_ranks)
-    return RankGroup(rank, num_ranks, rendezvous, timeout_secs, own_rank=rank)
+    return RankGroup(own, num_ranks, rendezvous, timeout_secs, own_rank=own)

@@ -1,9 +1,11 @@
-"""The ranks' notice rendezvous: short notes in the key-value store that the job's process group was made with.
+"""The rendezvous of the ranks: a key-value store in which they post, read and count.
 
-Nothing here is a collective: a note is posted or read by one request to the store's server, and whoever waits for a note
-says for how long. A server that does not answer (its process was stopped, its host froze) is given up after a while:
-torch's TCPStore, as of 2.13, then waits for ever, whatever its timeout. So requests are made by a thread of the board's,
-which nobody has to wait for.
+The store is the one that the job's process group was made with. Nothing here is a collective: a rank posts or reads by one
+request to the store's server, and whoever waits for a key says for how long.
+
+A server may stop answering, because its process was stopped or its host froze. A rank gives such a server up after a while.
+torch's TCPStore (2.13) does not: it waits for ever, whatever its timeout. So a thread of the rendezvous makes the requests,
+and nobody has to wait for that thread.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stager.workers.errors import RankFailedError
@@ -27,21 +30,22 @@ _FIRST_POLL_SECS = 0.001
 _LAST_POLL_SECS = 0.05
 _POLL_SECS_PER_RANK = 2e-5  # all ranks together ask 50,000 times a second at most, which is what a server can answer
 
-_Request = tuple[Callable[[], Any], "Future[Any]"]
+_dist: Any = dist  # not all of it is annotated
 
 
 def poll_secs(num_ranks: int, at_least: float) -> float:
-    """Between two questions of a rank to the store, when all ranks may be asking."""
+    """Seconds between two requests of a rank that polls, when all ranks may be polling."""
     return max(at_least, num_ranks * _POLL_SECS_PER_RANK)
 
 
 class Rendezvous:
-    """
+    """The store, as one rank uses it.
+
     Args:
         store: of the job; shared with others, who use other keys.
         prefix: of the keys.
-        num_ranks: that ask the store's server.
-        answer_secs: how long the store's server may take to answer.
+        num_ranks: that send requests to the store's server.
+        answer_secs: how long the server may take to answer, seconds.
 
     Every method raises RankFailedError when the store cannot be reached: the process that serves it is gone, or silent.
     """
@@ -50,7 +54,7 @@ class Rendezvous:
         self._store: Any = PrefixStore(prefix, store)
         self._num_ranks = num_ranks
         self._answer_secs = answer_secs
-        self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._process = -1  # that the thread is in
@@ -58,34 +62,32 @@ class Rendezvous:
 
     @property
     def store(self) -> Store:
-        """The job's, with the prefix: for a process group of one's own."""
+        """The job's store with the prefix, to make a process group with."""
         store: Store = self._store
         return store
 
-    def post(self, key: str, note: bytes) -> None:
-        self._ask(lambda: self._store.set(key, note))
+    def post(self, key: str, data: bytes) -> None:
+        """Set a key."""
+        self._ask(lambda: self._store.set(key, data))
 
     def read(self, key: str) -> bytes | None:
-        """The note; None if there is none yet."""
+        """The data of a key; None if nobody has posted it yet."""
         return self._ask(lambda: bytes(self._store.get(key)) if self._store.check([key]) else None)
 
     def add(self, key: str, amount: int = 1) -> int:
-        """Count up; the new count."""
+        """Add to a counter. Returns the new count."""
         return self._ask(lambda: int(self._store.add(key, amount)))
 
     def wait(self, key: str, timeout_secs: float) -> bytes | None:
-        """The note; None if nobody has posted one within ``timeout_secs``. Ctrl-C gets through."""
-        deadline, poll, longest = (
-            time.monotonic() + timeout_secs,
-            _FIRST_POLL_SECS,
-            poll_secs(self._num_ranks, _LAST_POLL_SECS),
-        )
-        while (note := self.read(key)) is None:
+        """The data of a key; None if nobody posts it within ``timeout_secs``. Ctrl-C gets through."""
+        deadline = time.monotonic() + timeout_secs
+        poll, longest = _FIRST_POLL_SECS, poll_secs(self._num_ranks, _LAST_POLL_SECS)
+        while (data := self.read(key)) is None:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(poll)
             poll = min(longest, poll * 2)
-        return note
+        return data
 
     def _ask(self, request: Callable[[], T]) -> T:
         with self._lock:
@@ -93,7 +95,9 @@ class Rendezvous:
                 raise self._silent()
             if self._thread is None or self._process != os.getpid():
                 self._process = os.getpid()
-                self._thread = threading.Thread(target=_serve, args=(self._requests,), name="stager-board", daemon=True)
+                self._thread = threading.Thread(
+                    target=_serve, args=(self._requests,), name="stager-rendezvous", daemon=True
+                )
                 self._thread.start()
         answer: Future[T] = Future()
         self._requests.put((request, answer))
@@ -120,24 +124,29 @@ class Rendezvous:
         )
 
     def close(self) -> None:
-        """End the thread. It is begun again by the next request."""
+        """End the thread. The next request starts it again."""
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None and self._process == os.getpid():
-            self._requests.put((_stop, Future()))
+            self._requests.put(None)
             thread.join(0 if self._is_stuck() else None)
 
 
-def _stop() -> None:
-    raise SystemExit
+class LocalRendezvous(Rendezvous):
+    """The rendezvous of a group of one: in this process, answers at once, and needs no thread."""
+
+    def __init__(self) -> None:
+        super().__init__(_dist.HashStore(), "stager", num_ranks=1)
+
+    def _ask(self, request: Callable[[], T]) -> T:
+        return request()
 
 
-def _serve(requests: queue.SimpleQueue[_Request]) -> None:
-    while True:
-        request, answer = requests.get()
-        if request is _stop:
-            return
+def _serve(requests: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
+    while (entry := requests.get()) is not None:
+        request, answer = entry
         try:
             answer.set_result(request())
         except BaseException as error:  # noqa: BLE001  # it is the asker's
             answer.set_exception(error)
+        del entry, request, answer  # the answer is not kept while this thread waits

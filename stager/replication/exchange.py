@@ -1,7 +1,14 @@
 """Sending one parcel to a rank and receiving one from another, in bounded time, naming the rank that fails.
 
-Messages from one rank to another, in order: (a) two int64: what follows and its length in bytes; (b) a header, or the
-text of the error that keeps the sender from sending; (c) the slabs that the header lists.
+Messages from one rank to another, in this order:
+
+1. two int64: the kind of what follows (a header or a failure), and its length in bytes
+2. the header; or the text of the error that keeps the sender from sending, and nothing more
+3. the slabs that the header lists
+
+NOTE [ Who keeps whose replica ]
+In a group of n ranks, rank r sends to (r + n//2) mod n and receives from (r - n//2) mod n (:func:`partners`). For even n
+these are the same rank and the ranks form pairs, as in torch; for odd n they form a ring.
 """
 
 # mypy: allow-untyped-calls
@@ -18,8 +25,13 @@ from typing import Any, Protocol
 
 import torch
 
-from stager.replication.parcel import Header, Parcel, as_bytes, open_header, unpack
+from stager.replication.parcel import Parcel, ParcelHeader, as_bytes, open_header, unpack
 from stager.workers.errors import ReplicationError
+
+
+def partners(rank: int, num_ranks: int) -> tuple[int, int]:
+    """Which rank keeps a rank's replica, and whose replica that rank keeps. See NOTE [ Who keeps whose replica ]."""
+    return (rank + num_ranks // 2) % num_ranks, (rank - num_ranks // 2) % num_ranks
 
 
 class _Kind(IntEnum):
@@ -32,9 +44,9 @@ class Peer:
     """Another rank, and how it is reached.
 
     Attributes:
-        group: it and this process are members.
-        group_rank: its rank in there.
-        rank: in the job, for messages.
+        group: a process group of this process and the other rank.
+        group_rank: the other's rank in that group.
+        rank: the other's rank in the job, for messages.
     """
 
     group: Any  # dist.ProcessGroup, or one of its backends, of which torch's annotations do not say what they can
@@ -43,20 +55,20 @@ class Peer:
 
 
 class Receiver(Protocol):
-    """Takes one parcel in."""
+    """Receives one parcel."""
 
     def begin(self, header: bytes) -> Iterable[torch.Tensor]:
-        """Where to receive to: for each message that follows a uint8 tensor of its length."""
+        """The memory to receive to: for each slab that follows a uint8 tensor of its length."""
 
     def finish(self) -> Any:
-        """Everything is there: what has been received."""
+        """Return what was received. Called when every slab is there."""
 
 
 class Unpacking:
-    """Receives what :func:`stager.replication.parcel.pack` made: the state dict."""
+    """Receives what :func:`stager.replication.parcel.pack` made, and returns the state dict."""
 
     def __init__(self) -> None:
-        self._header = Header((), b"")
+        self._header = ParcelHeader((), b"")
         self._slabs: list[torch.UntypedStorage] = []
 
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
@@ -70,8 +82,13 @@ class Unpacking:
 
 
 @dataclass
-class Outcome:
-    """``arrived``: ``received`` is whole. ``not_received``, ``not_sent``: what went wrong in either direction."""
+class ExchangeResult:
+    """How an exchange ended.
+
+    Attributes:
+        received: what the receiver returned, if it ``arrived``.
+        not_received, not_sent: what went wrong in either direction.
+    """
 
     received: Any = None
     arrived: bool = False
@@ -82,7 +99,11 @@ class Outcome:
 class Exchange:
     """One exchange: a parcel to one rank, and one from another, which may be the same.
 
-    A group whose exchange failed may have lost connections; make a new one before the next exchange.
+    A process group whose exchange failed may have lost connections: make a new one before the next exchange.
+
+    Args:
+        device: where messages travel.
+        timeout: for the whole exchange.
     """
 
     def __init__(self, device: torch.device, timeout: timedelta) -> None:
@@ -93,18 +114,20 @@ class Exchange:
 
     def run(
         self, parcel: Parcel | Exception, destination: Peer | None, source: Peer | None, receiver: Receiver
-    ) -> Outcome:
-        """Send ``parcel`` (or the news that there is none), and let ``receiver`` have what ``source`` sends.
+    ) -> ExchangeResult:
+        """Send ``parcel``, and receive what ``source`` sends.
 
-        Both directions run to their end even if one fails, so that a dead rank costs its neighbours nothing that they did
-        not need from it.
+        Both directions run to their end even if one fails: a dead rank then costs a neighbour only what that one needed
+        from the dead rank.
 
         Args:
+            parcel: what to send; an exception: why there is nothing to send.
             destination, source: None: nothing goes in that direction.
+            receiver: receives what ``source`` sends.
         """
         # With CPU tensors all sends can be posted first. Device backends run one queue per pair of ranks: of two
         # ranks that send to each other one must receive first, or each waits for the other.
-        outcome = Outcome()
+        result = ExchangeResult()
         send_first = (
             self._device.type == "cpu" or destination is None or _own_rank(destination) < destination.group_rank
         )
@@ -115,20 +138,20 @@ class Exchange:
                     if sending and destination is not None:
                         pending = self._post(parcel, destination)
                     elif not sending and source is not None:
-                        outcome.received, outcome.arrived = self._receive(source, receiver), True
+                        result.received, result.arrived = self._receive(source, receiver), True
                 except ReplicationError as error:
                     if sending:
-                        outcome.not_sent = error
+                        result.not_sent = error
                     else:
-                        outcome.not_received = error
-        finally:  # the memory is the caller's again afterwards
+                        result.not_received = error
+        finally:  # wait for the sends: the memory is the caller's again afterwards
             try:
                 for work, _ in pending:
                     assert destination is not None
                     self._wait(work, destination, "sending to")
             except ReplicationError as error:
-                outcome.not_sent = error
-        return outcome
+                result.not_sent = error
+        return result
 
     def _post(self, parcel: Parcel | Exception, peer: Peer) -> list[tuple[Any, Any]]:
         works = []
@@ -181,7 +204,7 @@ class Exchange:
 
 
 class NothingSentError(ReplicationError):
-    """The other rank said that it has nothing to send. The connection is whole."""
+    """The other rank has nothing to send, and said so. The connection is whole."""
 
 
 def _own_rank(peer: Peer) -> int:

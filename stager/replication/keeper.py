@@ -1,7 +1,7 @@
 """Receives one rank's snapshots into two files in turn.
 
-Of the two, the one that holds the newest snapshot that *every* rank's partner has is not touched: whatever happens while the
-next one arrives, here or anywhere else in the job, a whole state stays in memory.
+The newest save of which every rank's partner has the snapshot is *whole*. The file that holds this rank's part of it is not
+overwritten: whatever happens while the next snapshot arrives, on any rank, a whole state stays in memory.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _SPARE_BYTES = 1 << 20
 
 
 def messages(nbytes: int) -> Iterator[tuple[int, int]]:
-    """Where the messages that ``nbytes`` bytes travel in begin and end."""
+    """The byte ranges of the messages that a snapshot of ``nbytes`` bytes travels in."""
     for start in range(0, nbytes, MESSAGE_BYTES):
         yield start, min(nbytes, start + MESSAGE_BYTES)
 
 
 class Keeper:
-    """A :class:`~stager.replication.exchange.Receiver`, used again for each snapshot.
+    """Keeps the newest snapshots of one other rank. A :class:`~stager.replication.exchange.Receiver`, used for each of them.
 
     Args:
         replicas: of this host.
         owner: whose snapshots these are.
-        whole_id: the id of the newest save of which every rank's replica is there, as far as is known.
-        give_up: asked before the replica of another save is overwritten; no: by now every rank's is there.
+        whole_id: returns the id of the newest save that is known to be whole.
+        give_up: asked with a save id before its replica is overwritten; False: that save is whole by now.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Keeper:
 
     @contextmanager
     def holding_still(self) -> Iterator[None]:
-        """Meanwhile no replica is overwritten: they are being read. What arrives is thrown away."""
+        """Overwrite no replica meanwhile, because they are being read. A snapshot that arrives is received and dropped."""
         with self._choosing:
             self._is_still = True
         try:
@@ -69,10 +69,11 @@ class Keeper:
             self._is_still = False
 
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
-        """What there is no memory for is received all the same, and thrown away: the connection stays whole."""
+        """The memory to receive a snapshot into. A snapshot without memory is received all the same, and dropped:
+        the connection stays whole."""
         self._data, self._problem = header, None
         try:
-            nbytes = ReplicaHeader.from_bytes(header, f"what rank {self._owner} has sent").nbytes
+            nbytes = ReplicaHeader.from_bytes(header, f"the header that rank {self._owner} sent").nbytes
         except CorruptCheckpointError as error:
             raise ReplicationError(str(error), self._owner) from error
         try:
@@ -89,9 +90,10 @@ class Keeper:
             yield whole[start:end]
 
     def finish(self) -> ReplicaHeader:
-        """
+        """Write the header, which makes the file a replica.
+
         Raises:
-            ReplicationError: it was thrown away.
+            ReplicationError: the snapshot was dropped, or the header cannot be written.
         """
         if self._problem is not None:
             raise self._problem
@@ -108,7 +110,7 @@ class Keeper:
         return ReplicaHeader.from_bytes(self._data, self._path)
 
     def forget(self) -> None:
-        """Unmap everything."""
+        """Unmap the files."""
         self._maps.clear()
 
     def _not_kept(self, error: Exception) -> ReplicationError:
@@ -119,11 +121,11 @@ class Keeper:
         return problem
 
     def _free_one(self) -> str:
-        """The file that is overwritten next; it is no replica from now on."""
+        """Choose the file to overwrite, and remove its header: it is no replica from now on."""
         with self._choosing:
             if self._is_still:
                 raise ReplicationError(
-                    f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from those before it"
+                    f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from the earlier ones"
                 )
             path = self._choose()
             with storage_errors("write", path):
@@ -166,13 +168,15 @@ class Keeper:
 
 
 def capacity(nbytes: int) -> int:
-    """Of the file for a snapshot of so many bytes. Those of a run differ by a little: pickled objects grow."""
+    """Bytes of the file for a snapshot: a little more than it has, because pickled objects grow from save to save."""
     return nbytes + nbytes // 64 + _SPARE_BYTES
 
 
 def _allocate(path: str, fd: int, nbytes: int) -> None:
-    """All of a file's memory now: a write to what the file system cannot hold would end the process (SIGBUS)."""
+    """Allocate all of a file's memory now: a later write that finds no memory would end the process (SIGBUS)."""
     missing, available = nbytes - os.fstat(fd).st_blocks * 512, available_memory_bytes()
     if missing > available:
-        raise StorageError(errno.ENOMEM, f"it needs {missing:,} bytes of memory, and this host has {available:,}", path)
+        raise StorageError(
+            errno.ENOMEM, f"the replica needs {missing:,} more bytes of memory, and this host has {available:,}", path
+        )
     os.posix_fallocate(fd, 0, nbytes)

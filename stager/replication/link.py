@@ -7,17 +7,20 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from stager.ranks import keys
+from stager.ranks.messages import Arrived
 from stager.ranks.rank_group import RankGroup
 from stager.replication.exchange import Peer
 from stager.workers.errors import RankFailedError, ReplicationError
 
-_CONNECT_SECS = 20.0  # both are there by then. Less than the rendezvous waits for the store, which is in use meanwhile
+_CONNECT_SECS = 20.0  # both ranks are there by then. Less than the rendezvous waits for the store, which is in use
 
 
 class PartnerLink:
-    """
+    """Connects this rank to one partner.
+
     Args:
-        group: with a rendezvous.
+        group: of several ranks.
         other: the other rank.
     """
 
@@ -28,26 +31,21 @@ class PartnerLink:
         self._process_group: dist.ProcessGroupGloo | None = None
 
     def barrier(self, save_id: str) -> Peer:
-        """Wait for the other rank's exchange of this save.
+        """Wait for the other rank's exchange of this save. Returns the connection.
 
         Raises:
-            ReplicationError: it does not come, in time or at all, or cannot be reached.
+            ReplicationError: the other rank does not come, in time or at all, or cannot be reached.
         """
-        rendezvous = self._group.rendezvous
-        assert rendezvous is not None
-        key = self._key(save_id)
+        key = keys.exchange(self.ranks, save_id)
+        own = Arrived(connects=self._process_group is None)
         try:
-            self._group.barrier(
-                key,
-                f"the exchange of replicas with rank {self._other}",
-                self.ranks,
-                b"new" if self._process_group is None else b"",
-            )
-            # One of the two may know of a failure that the other has not noticed.
-            if self._process_group is None or rendezvous.read(f"{key}/here/{self._other}") == b"new":
+            self._group.barrier(key, f"the exchange of replicas with rank {self._other}", self.ranks, own)
+            # Either may know of a failure that the other has not noticed, and then both connect anew.
+            if own.connects or self._group.read(f"{key}/here/{self._other}") == Arrived(connects=True):
                 self.drop()
-                own, timeout = self.ranks.index(self._group.rank), timedelta(seconds=_CONNECT_SECS)
-                self._process_group = dist.ProcessGroupGloo(PrefixStore(key, rendezvous.store), own, 2, timeout)
+                index, timeout = self.ranks.index(self._group.rank), timedelta(seconds=_CONNECT_SECS)
+                store = PrefixStore(key, self._group.rendezvous.store)
+                self._process_group = dist.ProcessGroupGloo(store, index, 2, timeout)
             return Peer(self._process_group, self.ranks.index(self._other), self._other)
         except RankFailedError as error:
             raise ReplicationError(str(error), self._other) from error
@@ -55,12 +53,9 @@ class PartnerLink:
             raise ReplicationError(f"rank {self._other} cannot be reached: {error}", self._other) from error
 
     def cancel_barrier(self, save_id: str, why: str) -> None:
-        """This rank does not come; nothing if both have."""
-        self._group.cancel_barrier(self._key(save_id), why, [self._group.rank])
+        """Tell the other rank that this one does not come to an exchange. No effect if both have come."""
+        self._group.cancel_barrier(keys.exchange(self.ranks, save_id), why, (self._group.rank,))
 
     def drop(self) -> None:
         """Close the connection, after a failure or at the end."""
         self._process_group = None
-
-    def _key(self, save_id: str) -> str:
-        return f"replicas/{self.ranks[0]}-{self.ranks[1]}/{save_id}"

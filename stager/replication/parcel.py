@@ -33,22 +33,27 @@ Place = tuple[int, int, int]  # slab, start, bytes
 
 @dataclass(frozen=True)
 class Parcel:
-    """``header`` and the used bytes of the slabs it refers to (uint8 CPU tensors)."""
+    """A header, and the used bytes of the slabs it refers to (uint8 CPU tensors)."""
 
     header: bytes
     slabs: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Header:
-    """What travels first, pickled. ``slab_bytes`` are the sizes of the messages that follow."""
+class ParcelHeader:
+    """What travels first, pickled.
+
+    Attributes:
+        slab_bytes: sizes of the slabs that follow.
+        structure: the pickled state dict, whose storages are ranges of the slabs.
+    """
 
     slab_bytes: tuple[int, ...]
     structure: bytes
 
 
 def pack(state_dict: Any) -> Parcel:
-    """Copy ``state_dict`` into slabs. Raises UnstageableError for what cannot be copied or pickled."""
+    """Copy a state dict into slabs. Raises UnstageableError for what cannot be copied or pickled."""
     packer = _SlabPacker()
     staged = OffloadCopier(packer).deepcopy_with_tensor_offload(state_dict)
     file = io.BytesIO()
@@ -57,18 +62,19 @@ def pack(state_dict: Any) -> Parcel:
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UnstageableError("state_dict", f"holds an object that cannot be sent: {error}") from error
     slabs = tuple(as_bytes(slab)[:used] for slab, used in zip(packer.slabs, packer.used, strict=True))
-    header = Header(tuple(slab.nbytes for slab in slabs), file.getvalue())
+    header = ParcelHeader(tuple(slab.nbytes for slab in slabs), file.getvalue())
     return Parcel(pickle.dumps(header), slabs)
 
 
-def open_header(data: bytes) -> Header:
+def open_header(data: bytes) -> ParcelHeader:
+    """Unpickle a header. Raises UnpicklingError for anything else."""
     header = pickle.loads(data)
-    if not isinstance(header, Header):
+    if not isinstance(header, ParcelHeader):
         raise pickle.UnpicklingError(f"expected a parcel's header, got a {type(header).__name__}")
     return header
 
 
-def unpack(header: Header, slabs: list[torch.UntypedStorage]) -> Any:
+def unpack(header: ParcelHeader, slabs: list[torch.UntypedStorage]) -> Any:
     """The state dict over received slabs, which it keeps alive."""
     return _StructureUnpickler(io.BytesIO(header.structure), slabs).load()
 
@@ -84,7 +90,7 @@ def _aligned(nbytes: int) -> int:
 
 
 class _SlabPacker:
-    """A StorageStager that packs."""
+    """A StorageStager (``workers/offload``) that packs storages into slabs."""
 
     def __init__(self) -> None:
         self.slabs: list[torch.UntypedStorage] = []
@@ -95,7 +101,7 @@ class _SlabPacker:
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
         nbytes = storage.nbytes()
-        if nbytes == 0:  # none of a slab's: it would lie where its neighbour begins, and seem to alias it
+        if nbytes == 0:  # in no slab: it would lie where its neighbour begins, and seem to alias it
             return self._keep(torch.UntypedStorage(0, device="cpu"), (_EMPTY, len(self._kept), 0))
         slab, start = self._reserve(nbytes)
         staged: torch.UntypedStorage = self.slabs[slab][start : start + nbytes]
@@ -103,7 +109,7 @@ class _SlabPacker:
         return self._keep(staged, (slab, start, nbytes))
 
     def place_of(self, storage: torch.UntypedStorage) -> Place:
-        """Where a storage lies, packing it now if it came in with something that is shared and not copied."""
+        """Where a storage lies. One that came with an object that is shared, not copied, is packed now."""
         if id(storage) not in self._places:
             self._kept.append(storage)
             self._places[id(storage)] = self._places[id(self.stage(storage, False))]

@@ -2,8 +2,8 @@
 
     <replication.directory>/stager-<user>/<run>-<hash of its directory>/rank-<r>.<0 or 1>[.json]
 
-They are there until a newer one takes their place, or the run ends with everything committed. After a reboot they are
-gone. Nothing is synced: it is memory.
+A replica stays until a newer one takes its place, or the run ends with everything committed. A reboot removes all of them.
+Nothing is synced: it is memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAME = re.compile(r"rank-([0-9]{1,9})\.[0-9]")
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """One that is whole: where it is, whose, and what it says of itself."""
+    """A replica that is whole: its path, whose snapshot it is, and its header."""
 
     path: str
     owner: int
@@ -37,13 +37,14 @@ class Replica:
 
 
 class Replicas:
-    """
+    """The directory of one run's replicas on this host.
+
     Args:
         root: ``replication.directory``.
         run_directory: absolute.
 
     Attributes:
-        path: of the directory that the files are in.
+        path: of the directory.
     """
 
     def __init__(self, root: str, run_directory: str) -> None:
@@ -61,59 +62,62 @@ class Replicas:
         """
         if not os.path.isdir(self._root):
             raise ConfigError(
-                f"replication.directory is {self._root}, which is no directory; name one whose files are in memory"
+                f"replication.directory is {self._root}, which is not a directory; set it to one whose files are in "
+                "memory, as /dev/shm"
             )
         for path in (self._of_user, self.path):
             with storage_errors("create", path):
                 with suppress(FileExistsError):
                     os.mkdir(path, 0o700)
                 found = os.lstat(path)
-            # /dev/shm is everybody's: what is read from here is written to the run's directory.
+            # Every user may write to /dev/shm, and what is read from here is written to the run's directory.
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
                 raise ConfigError(
-                    f"{path} is not a directory of this user's alone, and replicas are kept there: remove it, or set "
+                    f"{path} is not a directory that only this user can use, and replicas are kept there: remove it, or set "
                     "replication.directory to another place"
                 )
 
     def slot(self, owner: int, number: int) -> str:
-        """The path of one of an owner's files."""
+        """The path of one of the files for an owner."""
         return os.path.join(self.path, f"rank-{owner}.{number}")
 
     def slots(self, owner: int) -> list[str]:
+        """The paths of all files for an owner."""
         return [self.slot(owner, number) for number in range(NUM_SLOTS)]
 
     def read(self, path: str) -> ReplicaHeader | None:
-        """Of the replica at ``path``; None: there is none that is whole. What is damaged is none."""
+        """The header of the replica at ``path``; None if the replica is missing, incomplete or damaged."""
         try:
             return read_header(path)
         except (CorruptCheckpointError, StorageError) as error:
-            logger.warning("a replica is passed over: %s", error)
+            logger.warning("a damaged replica is not used: %s", error)
             return None
 
     def whole(self) -> Iterator[Replica]:
-        """Those that are whole, by their headers."""
+        """The replicas that are whole, by their headers."""
         for path, owner in self.files():
             if (header := self.read(path)) is not None:
                 yield Replica(path, owner, header)
 
     def files(self) -> Iterator[tuple[str, int]]:
-        """Path and owner of everything that is, or was to be, a replica."""
+        """Path and owner of every replica, whole or not."""
         for name in self._names():
             if match := _NAME.fullmatch(name):
                 yield os.path.join(self.path, name), int(match[1])
 
     def remove(self, path: str) -> None:
+        """Remove a replica and its header."""
         self.remove_header(path)
         with suppress(FileNotFoundError):
             os.unlink(path)
 
     def remove_header(self, path: str) -> None:
-        """It is no replica from now on."""
+        """Remove a header: the file is no replica from now on."""
         with suppress(FileNotFoundError):
             os.unlink(path + HEADER_SUFFIX)
 
     def remove_owner(self, owner: int, up_to_step: int) -> None:
-        """An owner's replicas up to a step, and what never became one."""
+        """Remove an owner's replicas up to a step, and its incomplete ones."""
         for path in self.slots(owner):
             header = self.read(path)
             if header is None or header.spec.step <= up_to_step:

@@ -1,15 +1,19 @@
 """After each save this rank's snapshot goes to its partner, and another rank's comes from there. One thread does that.
 
-    save()            begin(): a place in the queue
-    staging thread    offer(snapshot), or whoever knows skip(why), and goes on
-    this thread       meets the partner -> sends, receives -> lets go of the buffer
+1. ``save()`` takes a place in the queue (``begin``). Exchanges are held in this order, which is the same on all ranks.
+2. The staging thread offers the snapshot (``offer``), or whoever gives it up says why there is none (``skip``).
+3. The replicator's thread meets the partners of the next save in the queue, and waits for them.
+4. It sends this rank's snapshot from its slab, and receives the other rank's into the memory of a replica (``Keeper``).
+5. It releases the slab, and counts the replica that arrived: see the note below.
 
-It is no part of the save: a snapshot whose replica did not arrive is committed all the same, and says so in the log.
+Replication is no part of the save: a snapshot whose replica did not arrive is committed all the same, and a warning is
+logged.
 
 NOTE [ Which save is whole in memory ]
-Each rank counts what arrives, and the last one says that the save is whole, after which no rank overwrites it before a newer
-one is. But a rank that is ahead may overwrite a save that others have not received yet, and which must not become whole
-then. So each save's end is decided once, by whoever is first: the last to receive it, or the first to overwrite it.
+A save is *whole* when every rank has received its replica of it. No rank overwrites a replica of the newest whole save. The
+last rank to receive decides that the save is whole. But a rank that is ahead may need the memory of a save that others have
+not received yet, and that save must not become whole afterwards. So the fate of each save is decided once, by the first
+rank that posts it: the last one to receive a replica, or the first one to overwrite one.
 """
 
 from __future__ import annotations
@@ -20,28 +24,38 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 
+from stager.ranks import keys
+from stager.ranks.messages import ReplicaFate
 from stager.ranks.rank_group import RankGroup
-from stager.replication.exchange import Exchange, NothingSentError, Outcome, Peer
+from stager.replication.exchange import Exchange, ExchangeResult, NothingSentError, Peer, partners
 from stager.replication.keeper import Keeper, messages
 from stager.replication.link import PartnerLink
 from stager.replication.parcel import Parcel
-from stager.replication.partners import partners
 from stager.replication.replicas import Replicas
-from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.commit.replica import ReplicaHeader
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
 
 logger = logging.getLogger("stager")
 
-_LEAVE_SECS = 0.5
-_WHOLE, _GIVEN_UP = b"whole", b"given up"
+_CANCEL_SECS = 0.5
+
+
+class ReplicatedSave(Protocol):
+    """What the replicator needs of a save: which one it is, and a place to record when the replica was sent."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def save_id(self) -> str: ...
+    def event(self, name: str, start: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,59 +71,86 @@ class _Offer:
     release: Callable[[], None]
 
 
+class NoReplication:
+    """Replicates nothing: the methods of :class:`Replicator` for a rank without partners."""
+
+    is_on = False
+
+    def begin(self, save: ReplicatedSave) -> None:
+        """Do nothing."""
+
+    def offer(self, save: ReplicatedSave, snapshot: WriteTask, release: Callable[[], None]) -> None:
+        """Release the slab at once."""
+        release()
+
+    def skip(self, save: ReplicatedSave, why: BaseException) -> None:
+        """Do nothing."""
+
+    def holding_still(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def close(self, timeout: float) -> None:
+        """Do nothing."""
+
+    def remove(self, up_to_step: int) -> None:
+        """Do nothing."""
+
+
 class Replicator:
-    """
+    """Exchanges snapshots with this rank's partners.
+
     Args:
-        job: with a rendezvous.
+        group: of several ranks.
         replicas: of this host.
         whole_id: the id of the save whose replicas are all there already.
     """
 
-    def __init__(self, job: RankGroup, replicas: Replicas, whole_id: str) -> None:
-        assert job.rendezvous is not None
-        self._job = job
-        self._rendezvous = job.rendezvous
+    is_on = True
+
+    def __init__(self, group: RankGroup, replicas: Replicas, whole_id: str) -> None:
+        self._group = group
         self._replicas = replicas
         self._whole_id = whole_id
         self._latest_id = ""
-        destination, source = partners(job.rank, job.num_ranks)
+        destination, source = partners(group.rank, group.num_ranks)
         self._owner = source
-        self._destination = PartnerLink(job, destination)
-        self._source = self._destination if source == destination else PartnerLink(job, source)
+        self._destination = PartnerLink(group, destination)
+        self._source = self._destination if source == destination else PartnerLink(group, source)
         self._keeper = Keeper(replicas, source, lambda: self._whole_id, self._give_up)
-        self._saves: queue.SimpleQueue[Timeline | None] = queue.SimpleQueue()
-        self._offers: dict[Timeline, Future[_Offer]] = {}  # of the saves that are in the queue, or in the exchange
+        self._saves: queue.SimpleQueue[ReplicatedSave | None] = queue.SimpleQueue()
+        self._offers: dict[ReplicatedSave, Future[_Offer]] = {}  # of the saves in the queue, or in the exchange
         self._lock = threading.Lock()
-        self._current: Timeline | None = None
+        self._current: ReplicatedSave | None = None
         self._stopping = False
         self._given_up = False
         self._thread: threading.Thread | None = None
 
     # -- the trainer's threads ----------------------------------------------------------------------------------
 
-    def begin(self, handle: Timeline) -> None:
-        """A save begins. Exchanges are held in this order, which is the same on all ranks, whatever becomes of the saves."""
+    def begin(self, save: ReplicatedSave) -> None:
+        """Take a place in the queue. Each save that begins has to be offered or skipped."""
         with self._lock:
             if self._stopping or (self._thread is None and not self._start()):
                 return
-            self._offers[handle] = Future()
-            self._saves.put(handle)
+            self._offers[save] = Future()
+            self._saves.put(save)
 
-    def offer(self, handle: Timeline, snapshot: WriteTask, release: Callable[[], None]) -> None:
-        """Its snapshot, staged.
+    def offer(self, save: ReplicatedSave, snapshot: WriteTask, release: Callable[[], None]) -> None:
+        """Offer a save's staged snapshot.
 
         Args:
             release: called when its memory is not needed any more.
         """
-        self._resolve(handle, _Offer(snapshot, None, release))
+        self._resolve(save, _Offer(snapshot, None, release))
 
-    def skip(self, handle: Timeline, why: BaseException) -> None:
-        """There will be none, and the partner is not to wait for it; nothing if there was one."""
-        self._resolve(handle, _Offer(None, why, lambda: None))
+    def skip(self, save: ReplicatedSave, why: BaseException) -> None:
+        """Let the partner not wait for a save's snapshot. No effect if it was offered."""
+        self._resolve(save, _Offer(None, why, lambda: None))
 
-    def _resolve(self, handle: Timeline, offer: _Offer) -> None:
+    def _resolve(self, save: ReplicatedSave, offer: _Offer) -> None:
         with self._lock:
-            future = self._offers.get(handle)
+            future = self._offers.get(save)
             if future is not None and not future.done():
                 future.set_result(offer)
                 return
@@ -130,7 +171,7 @@ class Replicator:
         return self._keeper.holding_still()
 
     def close(self, timeout: float) -> None:
-        """Finish what was offered; after ``timeout`` seconds the rest is dropped, and the partners are told."""
+        """Finish what was offered. After ``timeout`` seconds, drop the rest, and tell the partners."""
         with self._lock:
             self._stopping = True
             thread = self._thread
@@ -138,28 +179,28 @@ class Replicator:
             self._saves.put(None)
             thread.join(timeout)
             if thread.is_alive():
-                self._give_the_rest_up()
-                thread.join(_LEAVE_SECS)
+                self._cancel_rest()
+                thread.join(_CANCEL_SECS)
         self._keeper.forget()
         self._destination.drop()
         self._source.drop()
 
-    def _give_the_rest_up(self) -> None:
+    def _cancel_rest(self) -> None:
         self._given_up = True
         with self._lock:
             left, current = list(self._offers), self._current
-        for handle in left:  # none of them is waited for any more
-            self.skip(handle, ClosedError("this rank closes its Checkpointer"))
+        for save in left:  # the thread must not wait for their offers
+            self.skip(save, ClosedError("this rank closes its Checkpointer"))
         if current is not None:
-            self._call_off(current)
+            self._cancel(current)
 
-    def _call_off(self, handle: Timeline) -> None:
+    def _cancel(self, save: ReplicatedSave) -> None:
         for link in {self._destination, self._source}:
             with suppress(RankFailedError):
-                link.cancel_barrier(handle.save_id, f"rank {self._job.rank} closes its Checkpointer")
+                link.cancel_barrier(save.save_id, f"rank {self._group.rank} closes its Checkpointer")
 
     def remove(self, up_to_step: int) -> None:
-        """What this rank keeps of saves up to this one: they are committed.
+        """Remove the replicas that this rank keeps of saves up to this step: they are committed.
 
         Raises:
             StorageError
@@ -170,60 +211,63 @@ class Replicator:
     # -- the thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (handle := self._saves.get()) is not None:
-            offer = self._offers[handle].result()
+        while (save := self._saves.get()) is not None:
+            offer = self._offers[save].result()
             try:
-                self._current = handle
+                self._current = save
                 if self._given_up:
-                    self._call_off(handle)
+                    self._cancel(save)
                 else:
-                    self._replicate(handle, offer)
-            except Exception:  # it must not end: the next save has another try
-                logger.exception("the snapshot of step %d was not replicated", handle.step)
+                    self._replicate(save, offer)
+            except Exception:  # the thread must not end: the next save has another try
+                logger.exception("the snapshot of step %d was not replicated", save.step)
             finally:
                 self._current = None
                 with self._lock:
-                    del self._offers[handle]
+                    del self._offers[save]
                 offer.release()
-                del offer  # nobody else holds the slab, perhaps
+                del offer  # it may hold the last reference to the slab, and the next save may be long in coming
 
-    def _replicate(self, handle: Timeline, offer: _Offer) -> None:
+    def _replicate(self, save: ReplicatedSave, offer: _Offer) -> None:
         started = time.time()
-        self._look_whether_whole()
-        outcome = self._exchange(handle.save_id, _parcel_of(offer))
+        self._update_whole_id()
+        result = self._exchange(save.save_id, _parcel_of(offer))
         if offer.snapshot is None:
-            outcome.not_sent = None  # nothing was to be
-        elif outcome.not_sent is None:
-            handle.event("replicate", started)
-        if outcome.not_sent is not None and not self._given_up:
-            logger.warning("step %d is not replicated: %s", handle.step, str(outcome.not_sent))
-        if outcome.not_received is not None and not self._given_up:
-            logger.warning("no new replica of rank %d: %s", self._owner, str(outcome.not_received))
-        if outcome.arrived:
-            self._count(outcome.received.spec.save_id)
+            result.not_sent = None  # there was nothing to send
+        elif result.not_sent is None:
+            save.event("replicate", started)
+        if result.not_sent is not None and not self._given_up:
+            logger.warning("step %d is not replicated: %s", save.step, str(result.not_sent))
+        if result.not_received is not None and not self._given_up:
+            logger.warning("no new replica of rank %d: %s", self._owner, str(result.not_received))
+        if result.arrived:
+            self._count(result.received.spec.save_id)
 
-    def _exchange(self, save_id: str, parcel: Parcel | Exception) -> Outcome:
+    def _exchange(self, save_id: str, parcel: Parcel | Exception) -> ExchangeResult:
         destination, source = self._meet(save_id)
-        exchange = Exchange(torch.device("cpu"), timedelta(seconds=self._job.timeout_secs))
-        outcome = exchange.run(
+        result = Exchange(torch.device("cpu"), timedelta(seconds=self._group.timeout_secs)).run(
             parcel,
             destination if isinstance(destination, Peer) else None,
             source if isinstance(source, Peer) else None,
             self._keeper,
         )
-        if outcome.not_sent is not None:
+        # A connection that failed halfway may still bring bytes of this save: the next exchange needs a new one.
+        if result.not_sent is not None:
             self._destination.drop()
-        failure = outcome.not_received
+        failure = result.not_received
         if failure is not None and failure.rank is not None and not isinstance(failure, NothingSentError):
             self._source.drop()
         if isinstance(destination, ReplicationError):
-            outcome.not_sent = destination
+            result.not_sent = destination
         if isinstance(source, ReplicationError):
-            outcome.not_received = source
-        return outcome
+            result.not_received = source
+        return result
 
     def _meet(self, save_id: str) -> tuple[Peer | ReplicationError, Peer | ReplicationError]:
-        """In the order of the links, which is the same for all: else each rank of a ring could wait for the next."""
+        """Meet both partners, in the order of the links, which is the same on all ranks.
+
+        In another order, each rank of a ring could wait for the next one.
+        """
         met: dict[PartnerLink, Peer | ReplicationError] = {}
         for link in sorted({self._destination, self._source}, key=lambda link: link.ranks):
             try:
@@ -232,43 +276,44 @@ class Replicator:
                 met[link] = error
         return met[self._destination], met[self._source]
 
+    # -- NOTE [ Which save is whole in memory ] -----------------------------------------------------------------
+
     def _count(self, save_id: str) -> None:
+        """Count that this rank has received its replica of a save."""
         self._latest_id = save_id
         with suppress(RankFailedError):
-            if self._rendezvous.add(f"replicas/whole/{save_id}") == self._job.num_ranks:
-                self._decide(save_id, _WHOLE)
+            if self._group.count(f"{keys.replica_fate(save_id)}/received") == self._group.num_ranks:
+                self._decide(save_id, ReplicaFate(is_whole=True))
 
-    def _look_whether_whole(self) -> None:
+    def _update_whole_id(self) -> None:
         if self._latest_id not in ("", self._whole_id):
             with suppress(RankFailedError):
-                if self._rendezvous.read(f"replicas/whole/{self._latest_id}/end") == _WHOLE:
+                if self._group.read(keys.replica_fate(self._latest_id)) == ReplicaFate(is_whole=True):
                     self._whole_id = self._latest_id
 
     def _give_up(self, save_id: str) -> bool:
-        """This rank's replica of a save is in the way; False: it has to stay, as the save is whole."""
+        """Whether this rank's replica of a save may be overwritten: if not, every rank has received its own by now."""
         with suppress(RankFailedError):
-            return self._decide(save_id, _GIVEN_UP) != _WHOLE
-        return True  # without the store nobody says any more that it is whole
+            return not self._decide(save_id, ReplicaFate(is_whole=False)).is_whole
+        return True  # without the store no rank decides any more that a save is whole
 
-    def _decide(self, save_id: str, end: bytes) -> bytes:
-        """See NOTE [ Which save is whole in memory ]. Returns what was decided."""
-        key = f"replicas/whole/{save_id}"
-        if self._rendezvous.add(f"{key}/decided") == 1:
-            self._rendezvous.post(f"{key}/end", end)
-        else:
-            end = self._rendezvous.wait(f"{key}/end", self._job.timeout_secs) or b""
-        if end == _WHOLE:
+    def _decide(self, save_id: str, fate: ReplicaFate) -> ReplicaFate:
+        """Decide the fate of a save, unless another rank has. Returns what was decided."""
+        key = keys.replica_fate(save_id)
+        if not self._group.post_first(key, fate):
+            fate = self._group.receive(key, ReplicaFate, "the rank that decides which replicas stay did not do so")
+        if fate.is_whole:
             self._whole_id = save_id
-        return end
+        return fate
 
 
 def _parcel_of(offer: _Offer) -> Parcel | Exception:
-    """The snapshot as it lies in its slab, not copied; or the news that there is none."""
+    """The snapshot as it lies in its slab, not copied; or why there is none."""
     if offer.snapshot is None:
         return offer.why if isinstance(offer.why, Exception) else ReplicationError(repr(offer.why))
     try:
         header = ReplicaHeader.of(offer.snapshot)
-    except Exception as error:  # noqa: BLE001  # the partner is not to wait for it
+    except Exception as error:  # noqa: BLE001  # the partner must not wait for it
         return error
     data = torch.frombuffer(offer.snapshot.slab.view, dtype=torch.uint8)
     return Parcel(header.to_bytes(), tuple(data[start:end] for start, end in messages(header.nbytes)))

@@ -12,7 +12,6 @@ Runs in the pool's supervisor thread and, where the save had to wait for other r
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -20,10 +19,10 @@ from contextlib import suppress
 from functools import partial
 
 from stager.arena.arena import Lease
-from stager.ranks.commit_watch import CommitWatch, found_committed
+from stager.ranks.commit_watch import CommitWatch
 from stager.ranks.rank_group import RankGroup
 from stager.saving.save import Save
-from stager.workers.checkpoint.commit.commit import Committed, partial_path
+from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.commit.persist import PartResult, discard_partial
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import ClosedError, LeftRunningError, StorageError
@@ -56,9 +55,7 @@ class SaveCompletion:
         self._pool = pool
         self._on_done = on_done
         self._incremental = incremental
-        self._outcomes = (
-            CommitWatch(group, pool, keep_unfinished=keep_unfinished) if group.rendezvous is not None else None
-        )
+        self._commit_watch = CommitWatch(group, pool, keep_unfinished=keep_unfinished)
         self._in_flight: set[Save] = set()
         self._lock = threading.Lock()
         self.base_step: int | None = None
@@ -102,8 +99,7 @@ class SaveCompletion:
 
     def tell(self, save: Save, error: BaseException) -> None:
         """Tell the other ranks that this rank's part of the save will not arrive."""
-        if self._outcomes is not None:
-            self._outcomes.notes.post_failed(save.save_id, error)
+        self._commit_watch.messages.post_failed(save.save_id, error)
 
     def fail(self, save: Save, error: BaseException) -> None:
         """End a save of which nothing was handed over."""
@@ -113,22 +109,13 @@ class SaveCompletion:
     def _finish(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException | None) -> None:
         committed = next((result.committed for result in results if result.committed), None)
         if committed is not None:  # whatever happened to another part afterwards
-            if self._outcomes is not None:
-                self._outcomes.notes.post_committed(committed)
+            self._commit_watch.messages.post_committed(committed)
             self._commit(save, results, committed)
             return
-        if error is None and self._outcomes is not None:
-            self._outcomes.expect(spec, partial(self._commit, save, results), partial(self._give_up, save))
-            return
         if error is None:
-            # The last part to be written sees every receipt, unless somebody removed some: see ``commit.py``.
-            error = StorageError(
-                errno.ENOENT,
-                "every part was written, but not all are there: the partial checkpoint was removed while it was written",
-                partial_path(spec),
-            )
-        if self._outcomes is not None:
-            error = self._outcomes.notes.reason(spec, error)
+            self._commit_watch.expect(spec, partial(self._commit, save, results), partial(self._give_up, save))
+            return
+        error = self._commit_watch.messages.reason(spec, error)
         self.tell(save, error)
         self._discard(spec, partial(self._end_failed, spec, save, results, error))
 
@@ -145,7 +132,7 @@ class SaveCompletion:
 
     def _end_failed(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException) -> None:
         """Fail, unless another rank has committed: then what failed here came after this rank's receipts."""
-        committed = found_committed(spec) if self._outcomes is not None else None
+        committed = self._commit_watch.found_by_others(spec)
         if committed is None:
             self._give_up(save, error)
         else:
@@ -153,8 +140,7 @@ class SaveCompletion:
 
     def _commit(self, save: Save, results: list[PartResult], committed: Committed) -> None:
         self.set_base(save.step)
-        if self._outcomes is not None:
-            self._outcomes.remove_unfinished(committed.info.created)
+        self._commit_watch.remove_unfinished(committed.info.created)
         if not save.upload_completion.done():  # it may have been detached while it waited for other ranks
             self._settle(save, lambda: save.commit(results, committed))
 
@@ -185,7 +171,7 @@ class SaveCompletion:
     @property
     def in_callback(self) -> bool:
         """Whether this thread runs a callback of a save's Future."""
-        return self._pool.in_callback or (self._outcomes is not None and self._outcomes.in_callback)
+        return self._pool.in_callback or self._commit_watch.in_callback
 
     def wait_for_ranks(self, timeout: float | None = None) -> bool:
         """Wait until the saves that this rank has written have ended on all ranks.
@@ -196,12 +182,11 @@ class SaveCompletion:
         Returns:
             False if some have not ended by then.
         """
-        return self._outcomes is None or self._outcomes.drain(timeout)
+        return self._commit_watch.drain(timeout)
 
     def close(self) -> None:
         """End what still waits for other ranks."""
-        if self._outcomes is not None:
-            self._outcomes.close(ClosedError("closed before the other ranks had finished their parts of the save"))
+        self._commit_watch.close(ClosedError("closed before the other ranks had finished their parts of the save"))
 
 
 def when_all_done(futures: Sequence[Future[PartResult]], then: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from stager.arena.arena import Arena, Lease, SlabState
 from stager.ranks.rank_group import RankGroup
-from stager.replication.replicator import Replicator
+from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion, when_all_done
 from stager.saving.options import SaverOptions
 from stager.saving.save import Save
@@ -85,7 +85,7 @@ class HandOver:
         pool: WorkerPool,
         group: RankGroup,
         completion: SaveCompletion,
-        replicator: Replicator | None,
+        replicator: Replicator | NoReplication,
     ) -> None:
         self._options = options
         self._arena = arena
@@ -146,7 +146,7 @@ class HandOver:
             point("save.handed-over")
             save.complete_staging()
             self._arena.prepare_in_background(staging.leases[0].nbytes)
-        if self._replicator is not None and staging.pieces.is_whole:
+        if staging.pieces.is_whole:
             self._replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
         self._completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
 
@@ -157,8 +157,7 @@ class HandOver:
 
     def do_not_replicate(self, save: Save, why: BaseException) -> None:
         """Tell the partner rank that it will not get this snapshot. Does nothing if the snapshot was offered."""
-        if self._replicator is not None:
-            self._replicator.skip(save.timeline, why)
+        self._replicator.skip(save.timeline, why)
 
     def _spec(self, save: Save, pieces: Pieces) -> SaveSpec:
         return SaveSpec(

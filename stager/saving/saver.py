@@ -28,13 +28,13 @@ from typing import Any
 
 from stager.arena.arena import Arena, Lease
 from stager.ranks.rank_group import WARM_UP, RankGroup
-from stager.replication.replicator import Replicator
+from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
 from stager.saving.hand_over import HandOver, Staging
 from stager.saving.options import SaverOptions
 from stager.saving.save import Save
 from stager.saving.staging_thread import StagingThread
-from stager.sharing.sharer import SharingOptions, SourceSharer
+from stager.sharing.sharer import SharingOptions, make_sharer
 from stager.snapshot.copying import Copier, wait_uninterrupted
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Pieces, cut, segment_bytes_for, whole
@@ -72,7 +72,7 @@ class Saver:
         sharing: SharingOptions,
         on_done: Callable[[Save], None],
         group: RankGroup,
-        replicator: Replicator | None,
+        replicator: Replicator | NoReplication,
     ) -> None:
         self._options = options
         self._arena = arena
@@ -85,7 +85,7 @@ class Saver:
             group,
             on_done,
             incremental=options.incremental,
-            keep_unfinished=replicator is not None,
+            keep_unfinished=replicator.is_on,
         )
         self._hand_over = HandOver(options, arena, pool, group, self.completion, replicator)
         self._thread = StagingThread()
@@ -93,8 +93,8 @@ class Saver:
         self._planner = planner(options.segment_bytes)
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, options.segment_bytes), in_order=True)
         self.guard = Guard(self.wait_for_staging)
-        sharer = SourceSharer(pool, options.num_parts, sharing) if sharing.location != "trainer" else None
-        self._taker = SnapshotTaker(file_format, copier, self.guard, sharer, verify=options.verify, group=group)
+        sharer = make_sharer(pool, options.num_parts, sharing)
+        self._taker = SnapshotTaker(file_format, copier, self.guard, sharer, group, verify=options.verify)
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 
@@ -102,8 +102,7 @@ class Saver:
         """Take a snapshot, and have it written. Arguments and errors: :meth:`stager.Checkpointer.save`."""
         save = Save(step, self._group.save_id(step))
         try:
-            if self._replicator is not None:
-                self._replicator.begin(save.timeline)
+            self._replicator.begin(save.timeline)
             self._save(save, state)
         except BaseException as error:
             self.completion.tell(save, error)
@@ -139,7 +138,7 @@ class Saver:
             timeline.note(
                 f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
                 f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"
-                + (", and it is not replicated" if self._replicator is not None else "")
+                + (", and it is not replicated" if self._replicator.is_on else "")
             )
         return snapshot, pieces
 

@@ -20,7 +20,7 @@ from stager.config import (
 )
 from stager.config.host import available_memory_bytes
 from stager.ranks.rank_group import RankGroup
-from stager.replication.replicator import Replicator
+from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.options import SaverOptions
 from stager.saving.save import Save
 from stager.saving.saver import Saver
@@ -43,7 +43,7 @@ def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
     Raises:
         ConfigError: names the setting, and what to set it to.
     """
-    if group.rendezvous is None:
+    if group.is_alone:
         return
     advice = "or ranks.together to false, with a directory of its own for each rank"
     if config.persistence.format != "dcp":
@@ -69,7 +69,7 @@ def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
 
 def _of_rank(path: str | os.PathLike[str] | None, group: RankGroup) -> str | None:
     """Name this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
-    if path is None or group.rendezvous is None:
+    if path is None or group.is_alone:
         return None if path is None else os.fspath(path)
     stem, suffix = os.path.splitext(os.fspath(path))
     return f"{stem}.rank-{group.rank}{suffix}"
@@ -96,7 +96,7 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
         RankFailedError: a rank did not answer in time.
     """
     own = persistence.segment_bytes
-    if group.rendezvous is None:
+    if group.is_alone:
         return own
     return group.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
 
@@ -160,7 +160,7 @@ def make_saver(
     pool: WorkerPool,
     group: RankGroup,
     on_done: Callable[[Save], None],
-    replicator: Replicator | None,
+    replicator: Replicator | NoReplication,
 ) -> Saver:
     """Make the Saver."""
     sharing = SharingOptions(staging.location, staging.share_min_bytes)

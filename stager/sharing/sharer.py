@@ -112,7 +112,7 @@ class SourceSharer:
 
     # -- before planning ----------------------------------------------------------------------------------------
 
-    def share(self, leaves: Sequence[Any], may_move: bool) -> None:
+    def share(self, leaves: Sequence[Any], may_move: bool) -> bool:
         """Find, or put, the large CPU storages of ``leaves`` into shared memory. The largest come first.
 
         Changes addresses, so it is called before planning.
@@ -121,6 +121,9 @@ class SourceSharer:
             leaves: of the state, in order; what is no tensor is passed over.
             may_move: no snapshot is being taken; see NOTE [ What a move changes ]. Nothing is moved all the same unless the
                 user asked for it: :attr:`SharingOptions.may_move`.
+
+        Returns:
+            Whether addresses may have changed, so that the snapshot has to be planned again.
         """
         may_move = may_move and self._options.may_move
         with self._lock:
@@ -135,6 +138,7 @@ class SourceSharer:
             for leaf, storage in found:
                 if not storage.is_shared():
                     self._enter(leaf, storage, self._move(leaves[leaf], may_move))
+        return True
 
     def _find(self, leaves: Sequence[Any]) -> list[tuple[int, torch.UntypedStorage]]:
         """(leaf, storage) of every large CPU storage that is not known, once each, largest first."""
@@ -306,8 +310,9 @@ def _is_on_cpu(tensor: torch.Tensor) -> bool:
 class NoSharing:
     """Stands in for :class:`SourceSharer` where ``staging.location`` is ``trainer``: no worker copies anything."""
 
-    def share(self, leaves: Sequence[Any], may_move: bool) -> None:
-        """Leave every storage where it is."""
+    def share(self, leaves: Sequence[Any], may_move: bool) -> bool:
+        """Leave every storage where it is: no address changes."""
+        return False
 
     def notes(self, names: Callable[[int], str]) -> tuple[str, ...]:
         """Return no notes: the user chose that the trainer copies everything."""

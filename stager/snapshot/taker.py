@@ -19,7 +19,7 @@ import torch
 
 from stager.ranks.partition import Partitioner
 from stager.ranks.rank_group import RankGroup
-from stager.sharing.sharer import SourceSharer
+from stager.sharing.sharer import Sharer
 from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
 from stager.snapshot.device import SideStreams
@@ -86,9 +86,9 @@ class SnapshotTaker:
         file_format: how objects are pickled.
         copier: copies in this process.
         guard: what may be copied later.
-        sharer: has workers copy; None: the trainer copies everything.
+        sharer: has workers copy, if any do.
+        group: the ranks that make one checkpoint together.
         verify: compare each copy with its source.
-        group: the ranks that make one checkpoint together; None: this process alone.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class SnapshotTaker:
         file_format: Format,
         copier: Copier,
         guard: Guard,
-        sharer: SourceSharer | None = None,
+        sharer: Sharer,
+        group: RankGroup,
         *,
         verify: bool,
-        group: RankGroup | None = None,
     ) -> None:
         self._format = file_format
         self._copier = copier
         self._guard = guard
         self._sharer = sharer
         self._verify = verify
-        self._group = group or RankGroup()
+        self._group = group
         self._partitioner = Partitioner(self._group)
         self._shared_for: SnapshotPlan | None = None
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
@@ -140,16 +140,16 @@ class SnapshotTaker:
             UnstageableError: a value cannot be saved; names its key path.
         """
         plan = planner.plan(tree)
-        if self._sharer is not None and may_move is not None and plan is not self._shared_for:
-            self._sharer.share(tree.leaves, may_move)
-            plan = planner.plan(tree)  # what was moved has another address now
+        if may_move is not None and plan is not self._shared_for:
+            if self._sharer.share(tree.leaves, may_move):
+                plan = planner.plan(tree)  # what was moved has another address now
             self._shared_for = plan if may_move else None
         blobs = plan.with_trailer([self._pickle(tree, leaf) for leaf in plan.objects])
         return Snapshot(timeline, tree, plan, blobs, SideStreams(set(plan.devices or ())))
 
     def notes(self, snapshot: Snapshot) -> Sequence[str]:
         """Say which large tensors the trainer copies although workers were to, and why."""
-        return () if self._sharer is None else self._sharer.notes(snapshot.tree.name)
+        return self._sharer.notes(snapshot.tree.name)
 
     def split(self, snapshot: Snapshot, pieces: Pieces, piece: Piece) -> tuple[Assignment, Assignment]:
         """Decide which copies of a piece must be done now, and which may wait.
@@ -162,7 +162,7 @@ class SnapshotTaker:
             of_piece, kept = copies_of(piece, plan, leaves)
             return Assignment(tuple(of_piece), batch(of_piece), (), tuple(kept)), Assignment()
         protected = self._guard.protects(plan) if self._guard else []
-        sources = self._sharer.live_sources() if self._sharer is not None else frozenset[int]()
+        sources = self._sharer.live_sources()
         if self._split is not None and self._split[0] is plan and self._split[1:3] == (protected, sources):
             return self._split[3:]
         may_wait = {leaf for leaf, is_protected in zip(plan.leaves, protected, strict=False) if is_protected}
@@ -173,9 +173,7 @@ class SnapshotTaker:
         return both
 
     def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Assignment:
-        by_trainer, by_workers = copies, list[Copy]()
-        if self._sharer is not None:
-            by_trainer, by_workers = self._sharer.split(copies, leaves, guarded=guarded)
+        by_trainer, by_workers = self._sharer.split(copies, leaves, guarded=guarded)
         return Assignment(tuple(copies), batch(by_trainer), tuple(by_workers))
 
     def copy(self, snapshot: Snapshot, work: Assignment, slab: Slab, *, cold: bool, background: bool) -> None:
@@ -194,7 +192,7 @@ class SnapshotTaker:
             self._copier.copy(batches, leaves, slab, snapshot.streams, cold=cold, background=background)
 
         with timeline.timed("stage"):
-            if work.by_workers and self._sharer is not None:
+            if work.by_workers:
                 meanwhile = work.by_trainer.copies
                 copied = self._sharer.copy(
                     work.by_workers,

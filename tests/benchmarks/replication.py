@@ -32,6 +32,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from stager import Checkpointer, PerRank
+from stager.ranks import keys
+from stager.ranks.messages import ReplicaFate
 
 _SAVES = 5
 _TENSORS = 24
@@ -66,13 +68,12 @@ def _save(rank: int, num_ranks: int, directory: str, memory: str, mib: int) -> N
     _begin(rank, num_ranks, directory)
     secs = []
     with suppress(_FailError), _open(directory, memory) as ckpt:
-        rendezvous = ckpt._job.rendezvous
-        assert rendezvous is not None
+        group = ckpt._job
         for step in range(1, _SAVES + 1):
             dist.barrier()
             handle = ckpt.save(step, _state(mib, float(step)))
             handle.upload_completion.result()
-            while rendezvous.read(f"replicas/whole/{handle.save_id}/end") != b"whole":
+            while group.read(keys.replica_fate(handle.save_id)) != ReplicaFate(is_whole=True):
                 time.sleep(0.005)
             sent = [event for event in handle.report.events if event.name == "replicate"]
             secs += [event.end - event.start for event in sent]

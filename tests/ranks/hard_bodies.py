@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from stager import Checkpointer, PerRank, RankFailedError, StagerError
 from stager.loading import joint_loader as loading
+from stager.ranks import keys
 from stager.ranks.rank_group import RankGroup
 from tests.faults import faults_of_this_process
 from tests.ranks.bodies import CONFIG, FOR_EVER_SECS, board_of
@@ -184,9 +185,9 @@ def tied_on_one_rank(rank: int, directory: str, sharded: bool) -> str:
 
 def _wait_for(rank: int, ckpt: Checkpointer) -> None:
     """Until it has come to settle the first save of step 1."""
-    rendezvous, group = board_of(ckpt), ckpt._group
-    counted = RankGroup(group.rank, group.num_ranks, rendezvous, nonce=group.nonce).save_id(1)  # of the save to come
-    assert rendezvous.wait(f"agreement/{counted}/here/{rank}", 60) is not None
+    group = ckpt._job
+    to_come = RankGroup(group.rank, group.num_ranks, group.rendezvous, nonce=group.nonce).save_id(1)
+    assert group.rendezvous.wait(f"{keys.agreement(to_come)}/here/{rank}", 60) is not None
 
 
 def slow_rank(rank: int, directory: str) -> dict[str, Any]:

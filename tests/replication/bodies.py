@@ -19,8 +19,11 @@ import torch
 import torch.distributed as dist
 
 from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, checkpointer
+from stager.ranks import keys
+from stager.ranks.messages import ReplicaFate
+from stager.replication.replicator import Replicator
 from tests.faults import Faults, faults_of_this_process
-from tests.ranks.bodies import CONFIG, board_of, flip, no_collectives, state_of
+from tests.ranks.bodies import CONFIG, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
 from tests.replication.opinion import whole_id
 from tests.waiting import wait_until, wait_until_blocked
@@ -65,8 +68,8 @@ def expected_at(directory: str, step: int) -> Any:
 
 def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
     """Until every rank's partner has this save's snapshot."""
-    end = board_of(ckpt).wait(f"replicas/whole/{handle.save_id}/end", _PATIENCE_SECS)
-    assert end == b"whole", f"the snapshot was not replicated: {end!r}"
+    fate = ckpt._job.wait(keys.replica_fate(handle.save_id), _PATIENCE_SECS)
+    assert fate == ReplicaFate(is_whole=True), f"the snapshot was not replicated: {fate!r}"
 
 
 def save_and_die(rank: int, directory: str, steps: int) -> None:
@@ -358,7 +361,7 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
 def whole_when_opened(rank: int, directory: str) -> str:
     with open_run(directory) as ckpt:
         replicator = ckpt._replication.replicator
-        assert replicator is not None
+        assert isinstance(replicator, Replicator)
         return whole_id(replicator)
 
 

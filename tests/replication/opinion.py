@@ -17,5 +17,5 @@ def make_room(rank: Replicator, save_id: str) -> bool:
 
 def whole_id(rank: Replicator) -> str:
     """The newest save of which it knows that every partner has it."""
-    rank._look_whether_whole()
+    rank._update_whole_id()
     return rank._whole_id

@@ -9,19 +9,21 @@ import pytest
 import torch
 
 from stager import Checkpointer
-from stager.replication.candidates import Candidates, Offered, Plan
+from stager.ranks.messages import OfferedReplica, RestorePlan
+from stager.replication.candidates import Candidates
 
 
-def offered(step: int, *owners: int, num_ranks: int = 2, created: float = 0.0, name: str = "") -> list[Offered]:
+def offered(step: int, *owners: int, num_ranks: int = 2, created: float = 0.0, name: str = "") -> list[OfferedReplica]:
     """Each owner's by a host of its own."""
     return [
-        Offered(owner + 1, owner, step, name or f"save {step}", num_ranks, created or 4e9 + step) for owner in owners
+        OfferedReplica(f"host-{owner}", owner, step, name or f"save {step}", num_ranks, created or 4e9 + step)
+        for owner in owners
     ]
 
 
 def pick(
-    run: Path, *saves: list[Offered], damaged: tuple[int, ...] = (), tried: list[Plan] | None = None
-) -> Plan | None:
+    run: Path, *saves: list[OfferedReplica], damaged: tuple[int, ...] = (), tried: list[RestorePlan] | None = None
+) -> RestorePlan | None:
     return Candidates(str(run), list(itertools.chain(*saves)), damaged).pick(tried or [])
 
 
@@ -37,7 +39,7 @@ def run(tmp_path: Path) -> Path:
 def test_the_newest_that_is_whole_is_taken(run: Path) -> None:
     plan = pick(run, offered(3, 0, 1), offered(5, 0), offered(4, 0, 1))
     assert plan is not None
-    assert (plan.step, plan.save_id, plan.owners) == (4, "save 4", {1: [0], 2: [1]})
+    assert (plan.step, plan.save_id, plan.owners) == (4, "save 4", {"host-0": (0,), "host-1": (1,)})
     assert plan.written_as != plan.save_id  # nothing is there of it
 
 
@@ -67,11 +69,11 @@ def test_what_was_tried_is_not_tried_again_and_what_was_there_of_it_not_trusted(
     save = offered(3, 0, 1, name="ab")
     first = pick(run, save)
     assert first is not None
-    assert (first.written_as, first.owners) == ("ab", {2: [1]})
+    assert (first.written_as, first.owners) == ("ab", {"host-1": (1,)})
     second = pick(run, save, tried=[first])
     assert second is not None
     assert second.written_as != "ab"
-    assert second.owners == {1: [0], 2: [1]}
+    assert second.owners == {"host-0": (0,), "host-1": (1,)}
     assert pick(run, save, tried=[first, second]) is None
     partial.joinpath("receipt-0-0-of-1.json").unlink()
     partial.rmdir()

@@ -153,7 +153,7 @@ def test_what_is_no_header_is_refused(replicas: Replicas) -> None:
     source = Source(replicas)
     good = header_of(b"1" * 10, 1).to_bytes()
     for bad in (b"", good[:-1], good.replace(b"dcp", b"dcq"), good + b" "):
-        with pytest.raises(ReplicationError, match="what rank 3 has sent"):
+        with pytest.raises(ReplicationError, match="the header that rank 3 sent"):
             next(iter(source.keeper.begin(bad)))
 
 
@@ -175,15 +175,15 @@ def test_a_place_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
     replicas.create()  # the next run
     of_user = Path(replicas.path).parent
     of_user.chmod(0o777)
-    with pytest.raises(ConfigError, match="not a directory of this user's alone"):
+    with pytest.raises(ConfigError, match="not a directory that only this user can use"):
         replicas.create()
     shutil.rmtree(of_user)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     of_user.symlink_to(elsewhere)
-    with pytest.raises(ConfigError, match="not a directory of this user's alone"):
+    with pytest.raises(ConfigError, match="not a directory that only this user can use"):
         replicas.create()
-    with pytest.raises(ConfigError, match="is no directory"):
+    with pytest.raises(ConfigError, match="is not a directory"):
         Replicas(str(tmp_path / "nothing"), "/somewhere/run").create()
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from stager import ReplicationError
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
-from stager.replication.exchange import Exchange, Outcome, Unpacking
+from stager.replication.exchange import Exchange, ExchangeResult, Unpacking
 from stager.replication.link import PartnerLink
 from stager.replication.parcel import pack
 
@@ -35,8 +35,8 @@ class Two:
         with ThreadPoolExecutor(2) as threads:
             return list(threads.map(do, range(2)))
 
-    def exchange(self, save_id: str) -> list[Outcome]:
-        def one(rank: int) -> Outcome:
+    def exchange(self, save_id: str) -> list[ExchangeResult]:
+        def one(rank: int) -> ExchangeResult:
             peer = self.links[rank].barrier(save_id)
             self.groups[rank] = peer.group
             return Exchange(torch.device("cpu"), timedelta(seconds=20)).run(
@@ -60,7 +60,7 @@ def two() -> Any:
     made.close()
 
 
-def received(outcomes: list[Outcome]) -> list[int]:
+def received(outcomes: list[ExchangeResult]) -> list[int]:
     assert all(outcome.not_sent is outcome.not_received is None for outcome in outcomes)
     return [outcome.received["of"] for outcome in outcomes]
 

@@ -47,7 +47,7 @@ def test_a_job_whose_disk_is_gone_goes_on_from_its_partners_memory(before: int, 
     for rank, result in enumerate(results):
         assert (result["step"], result["steps"], result["problems"]) == (2, [2], [])
         assert result["own"] == rank  # the second job's own where the first had fewer ranks
-    assert any(f"shares of {before} ranks were written from their partners' memory" in s for s in results[0]["said"])
+    assert any(f"the parts of {before} ranks were written from their partners' memory" in s for s in results[0]["said"])
     with Checkpointer(tmp_path / "run", read_only=True) as ckpt:
         found = ckpt.latest()
     assert found is not None and found.step == 2
@@ -99,7 +99,7 @@ def test_a_host_dies_before_its_part_is_written(tmp_path: Path) -> None:
     results = ranks("resume", 2, tmp_path, 2)
     for result in results:
         assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
-    assert any("shares of 1 ranks were written" in text for text in results[0]["said"])
+    assert any("the parts of 1 ranks were written" in text for text in results[0]["said"])
 
 
 def test_a_host_dies_and_the_others_live_until_the_save_has_failed(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_host_dies_and_the_others_live_until_the_save_has_failed(tmp_path: Pat
     results = ranks("resume", 2, tmp_path, 2)
     for result in results:
         assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
-    assert any("shares of 1 ranks were written" in text for text in results[0]["said"])
+    assert any("the parts of 1 ranks were written" in text for text in results[0]["said"])
 
 
 def test_what_is_there_of_a_save_that_failed_is_removed_when_the_next_is_committed(tmp_path: Path) -> None:

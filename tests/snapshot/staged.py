@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from stager.ranks.rank_group import RankGroup
+from stager.sharing.sharer import NoSharing
 from stager.snapshot.copying import Copier
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import whole
@@ -28,7 +30,7 @@ class Bench:
         self.planner = Planner(get_format("dcp"), 2, 1 << 20)
         self.copier = Copier(num_threads)
         self.guard = guard or Guard(lambda: None)
-        self.taker = SnapshotTaker(get_format("dcp"), self.copier, self.guard, verify=True)
+        self.taker = SnapshotTaker(get_format("dcp"), self.copier, self.guard, NoSharing(), RankGroup(), verify=True)
 
     def begin(self, state: Mapping[str, Any]) -> Snapshot:
         return self.taker.begin(Timeline(0, "nonce"), flatten(state), self.planner)

@@ -1,9 +1,7 @@
 """``ReplicationStager``: each rank's state is also kept by another rank, in memory and on that rank's disk.
 
-NOTE [ Who keeps whose replica ]
-In a group of n ranks, rank r sends to (r + n//2) mod n and receives from (r - n//2) mod n (:func:`partners`). For even n
-these are the same rank and the ranks form pairs, as in torch; for odd n they form a ring. Ranks in file names and messages
-are global, so that several groups may share a directory.
+Which rank keeps whose replica: see NOTE [ Who keeps whose replica ] in ``stager/replication/exchange.py``. Ranks in file
+names and messages are global, so that several groups may share a directory.
 
 A ``Checkpointer`` with ``replication.partners`` set keeps its snapshots with the same partners, by the same exchange, in the
 background (``stager/replication/``).
@@ -21,9 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stager.replication.exchange import Exchange, Outcome, Peer, Unpacking
+from stager.replication.exchange import Exchange, ExchangeResult, Peer, Unpacking, partners
 from stager.replication.parcel import Parcel, pack
-from stager.replication.partners import partners
 from stager.torch_api.staging.contracts import AsyncStager, StateDict
 from stager.workers.errors import ClosedError, ReplicationError, StagerError, UsageError
 
@@ -69,10 +66,10 @@ class ReplicationStager(AsyncStager):
         if not dist.is_initialized():
             return state_dict
         rank, destination, source = self._partners()
-        outcome = self._exchange(lambda: pack(state_dict), destination, source)
-        if outcome.arrived:  # kept even if sending failed: its owner may need it all the more
-            self._persist_state_dict(outcome.received, self._global(rank), self._global(source))
-        received: StateDict = _received(outcome)
+        result = self._exchange(lambda: pack(state_dict), destination, source)
+        if result.arrived:  # kept even if sending failed: its owner may need it all the more
+            self._persist_state_dict(result.received, self._global(rank), self._global(source))
+        received: StateDict = _received(result)
         return received
 
     def load_replica(self, rank: int | None = None, *, weights_only: bool = True) -> StateDict:
@@ -105,16 +102,16 @@ class ReplicationStager(AsyncStager):
             ReplicationError: the keeper died, or has no replica; its rank is named.
         """
         _, keeper, kept = self._partners()
-        # What goes out is what this rank keeps, to its owner; what comes in is ours, from its keeper.
-        outcome = self._exchange(lambda: pack(self.load_replica(weights_only=weights_only)), kept, keeper)
-        own: StateDict = _received(outcome)
+        # This rank sends the replica that it keeps to its owner, and receives its own from the rank that keeps it.
+        result = self._exchange(lambda: pack(self.load_replica(weights_only=weights_only)), kept, keeper)
+        own: StateDict = _received(result)
         return own
 
     def synchronize_staging(self) -> None:
-        """Nothing to wait for: ``stage()`` blocks."""
+        """Do nothing: ``stage()`` blocks."""
 
     def close(self) -> None:
-        """Replicas stay on disk, to be found by :meth:`load_replica`."""
+        """Refuse more work. Replicas stay on disk for :meth:`load_replica`."""
         self._closed = True
 
     def __enter__(self) -> ReplicationStager:
@@ -123,13 +120,13 @@ class ReplicationStager(AsyncStager):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _exchange(self, make_parcel: Callable[[], Parcel], destination: int, source: int) -> Outcome:
+    def _exchange(self, make_parcel: Callable[[], Parcel], destination: int, source: int) -> ExchangeResult:
         exchange = Exchange(self._device, self._timeout)
         to, of = self._peer(destination), self._peer(source)
         try:
             parcel = make_parcel()
         except StagerError as error:
-            exchange.run(error, to, of, Unpacking())  # ours is the error that matters; its outcome follows from it
+            exchange.run(error, to, of, Unpacking())  # the partners are told; this rank's error is raised
             raise
         return exchange.run(parcel, to, of, Unpacking())
 
@@ -186,11 +183,11 @@ class ReplicationStager(AsyncStager):
 _ReplicationStager = ReplicationStager
 
 
-def _received(outcome: Outcome) -> Any:
-    failure = outcome.not_received or outcome.not_sent
+def _received(result: ExchangeResult) -> Any:
+    failure = result.not_received or result.not_sent
     if failure is not None:
         raise failure
-    return outcome.received
+    return result.received
 
 
 def _sync_directory(path: str) -> None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-
+from stager.ranks import keys
 from stager.ranks.commit_watch import _FIRST_POLL_SECS, _LOOK_SECS, _TURN_SECS
+from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted, SaveFailed, encode
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from tests.benchmarks.scale.filesystem import Call
 from tests.benchmarks.scale.simulation import Actor, Steps
-from tests.benchmarks.scale.store import Rendezvous
+from tests.benchmarks.scale.store import SimulatedGroup
 from tests.benchmarks.scale.world import World
 
 _INFO = CheckpointInfo(
     1000, "/checkpoints/run/step-00001000", 1 << 40, 1764300000.25, "0123456789abcdef", 99999, 999, "dcp"
 )
 COMMITTED = Committed(_INFO, 1764300000.25, 1764300000.75, 12345)
-NOTE = json.dumps(asdict(COMMITTED)).encode()
-_FAILED = b"failed"  # how it fails is not simulated
-_END = f"saves/{_INFO.save_id}"
-_EVERY_PART = f"{_END}/every-part"
+_FAILED = SaveFailed("", ())  # how it fails is not simulated
+_END = keys.save_end(_INFO.save_id)
+_EVERY_PART = keys.every_part(_INFO.save_id)
 
 
 class Ending:
@@ -37,52 +35,52 @@ class Ending:
     def tell(self, rank: int, actor: Actor) -> Steps[None]:
         """By the rank whose worker committed."""
         self.trainers[rank] = actor
-        yield from self._post(self._rendezvous(actor))
+        yield from self._post(self._group(actor))
         self.ended_at[rank] = actor.now
 
     def watch(self, rank: int, actor: Actor) -> Steps[None]:
-        """By a rank whose parts are written. See NOTE [ Who looks at the directory ] in ``outcome.py``."""
+        """By a rank whose parts are written. See NOTE [ Who looks at the directory ] in ``commit_watch.py``."""
         self.trainers[rank] = actor
         self.ended_at[rank] = None
-        rendezvous, timeout_secs = self._rendezvous(actor), self._world.parameters.timeout_secs
+        group, timeout_secs = self._group(actor), self._world.parameters.timeout_secs
         deadline = actor.now + timeout_secs
         looks_at = actor.now + (1 + rank) * _LOOK_SECS
         has_every_part = False
         poll = _FIRST_POLL_SECS
         while True:
-            if (note := (yield from rendezvous.read(_END))) is not None:
-                self.ended_at[rank] = None if note == _FAILED else actor.now
+            if (note := (yield from group.read(_END))) is not None:
+                self.ended_at[rank] = None if note == encode(_FAILED) else actor.now
                 return
             now = actor.now
             is_late = now >= deadline + rank.bit_length() * _TURN_SECS
-            if is_late and not has_every_part and (yield from rendezvous.read(_EVERY_PART)) is not None:
+            if is_late and not has_every_part and (yield from group.read(_EVERY_PART)) is not None:
                 has_every_part = True
                 deadline += timeout_secs
             elif is_late or now >= looks_at:
                 if (yield from self.look(actor)):
-                    yield from self._post_found(rendezvous)
+                    yield from self._post_found(group)
                     self.ended_at[rank] = actor.now
                     return
                 looks_at = now + (self._world.num_ranks if rank else 1) * _LOOK_SECS
                 if is_late:
                     if has_every_part or not (yield from self._is_written(actor)):
-                        yield from rendezvous.post(_END, _FAILED)
+                        yield from group.post(_END, _FAILED)
                         return
                     has_every_part = True
                     deadline += timeout_secs
-                    yield from rendezvous.post(_EVERY_PART, b"")
+                    yield from group.post(_EVERY_PART, EveryPartWritten())
                 else:
-                    yield from self._help(rank, actor, rendezvous)
+                    yield from self._help(rank, actor, group)
             actor.now += poll
             poll = min(self._world.end_poll_secs, poll * 1.5)
 
-    def _post(self, rendezvous: Rendezvous) -> Steps[None]:
-        yield from rendezvous.post(_END, NOTE)
-        yield from rendezvous.post("newest", str(_INFO.step).encode())
+    def _post(self, group: SimulatedGroup) -> Steps[None]:
+        yield from group.post(_END, SaveCommitted(COMMITTED))
+        yield from group.post(keys.NEWEST, NewestStep(_INFO.step))
 
-    def _post_found(self, rendezvous: Rendezvous) -> Steps[None]:
-        if (yield from rendezvous.read(_END)) is None:
-            yield from self._post(rendezvous)
+    def _post_found(self, group: SimulatedGroup) -> Steps[None]:
+        if (yield from group.read(_END)) is None:
+            yield from self._post(group)
 
     def look(self, actor: Actor) -> Steps[bool]:
         """Whether the checkpoint is there: ``stager.workers.checkpoint.commit.commit.already_committed``."""
@@ -98,12 +96,12 @@ class Ending:
         yield from self._world.files.list(actor, self._world.directory)
         return self._world.directory.has_every_receipt()
 
-    def _help(self, rank: int, actor: Actor, rendezvous: Rendezvous) -> Steps[None]:
+    def _help(self, rank: int, actor: Actor, group: SimulatedGroup) -> Steps[None]:
         """Were there all receipts and no commit, it would commit. (That somebody else does, its worker sees by the lock:
         these calls are left out.)"""
         if not self._world.directory.is_committed():
             if (yield from self._is_written(actor)) and rank:
-                yield from rendezvous.add(f"{_END}/helpers")
+                yield from group.count(keys.commit_helpers(_INFO.save_id))
 
-    def _rendezvous(self, actor: Actor) -> Rendezvous:
-        return Rendezvous(self._world.store, actor, self._world.wait_poll_secs)
+    def _group(self, actor: Actor) -> SimulatedGroup:
+        return SimulatedGroup(self._world.store, actor, self._world.wait_poll_secs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from stager.ranks.agreement import Entry
+from stager.ranks.messages import LeafEntry
 from stager.workers.checkpoint.directory.files import DOCUMENT_BYTES
 from stager.workers.gc_pause import no_collection
 from tests.benchmarks.scale.agreement import Kind, settle
@@ -17,7 +17,7 @@ from tests.benchmarks.scale.saving import Save
 from tests.benchmarks.scale.simulation import Actor, Steps
 from tests.benchmarks.scale.size import Size
 from tests.benchmarks.scale.stock import StockSave, stock_save
-from tests.benchmarks.scale.store import Rendezvous
+from tests.benchmarks.scale.store import SimulatedGroup
 from tests.benchmarks.scale.world import World
 
 
@@ -25,9 +25,9 @@ from tests.benchmarks.scale.world import World
 class AgreementFigures:
     """Attributes:
     requests, busiest_requests: of all ranks, and of the one that sends most, to the store.
-    store_bytes: keys and notes.
+    store_bytes: keys and messages.
     store_load: share of the time that the store's server works, from the first rank's coming to the end.
-    secs: from the last rank's coming until the last one knows.
+    secs: from the arrival of the last rank until the last one knows.
     """
 
     requests: int
@@ -113,7 +113,7 @@ def _starts(parameters: Parameters, num_ranks: int) -> list[float]:
 def kinds_of(parameters: Parameters) -> list[Kind]:
     """Objects that are called alike, and are alike, on the ranks of a kind."""
     names = [[f"stage_{kind}.value_{number}" for number in range(parameters.plain)] for kind in range(parameters.kinds)]
-    return [Kind.of([Entry(name, "object") for name in some], dict.fromkeys(some, f"{0:032x}")) for some in names]
+    return [Kind.of([LeafEntry(name, "object") for name in some], dict.fromkeys(some, f"{0:032x}")) for some in names]
 
 
 def _agreement(world: World) -> AgreementFigures:
@@ -123,9 +123,9 @@ def _agreement(world: World) -> AgreementFigures:
     num_shards = parameters.num_shards(num_ranks)
 
     def one(rank: int) -> Steps[None]:
-        rendezvous = Rendezvous(world.store, actors[rank], world.wait_poll_secs)
-        groups = [f"{rank % num_shards:032x}"]
-        yield from settle(rendezvous, rank, num_ranks, kinds, kinds[rank * len(kinds) // num_ranks], groups)
+        group = SimulatedGroup(world.store, actors[rank], world.wait_poll_secs)
+        spreads = [f"{rank % num_shards:032x}"]
+        yield from settle(group, rank, num_ranks, kinds, kinds[rank * len(kinds) // num_ranks], spreads)
 
     for rank, start in enumerate(starts):
         world.simulation.start(one(rank), start)

@@ -1,10 +1,11 @@
-"""The job's key-value store, and a rank's notice board on it: ``rendezvous.py`` and ``Job.meet`` in simulated time.
+"""The job's key-value store, and how a rank uses it: ``rendezvous.py`` and ``rank_group.py`` in simulated time.
 
-Bytes are those of keys and notes, either way; not counted: the protocol's own, and counters.
+Bytes are those of keys and messages, either way; not counted: the store protocol's own, and counters.
 """
 
 from __future__ import annotations
 
+from stager.ranks.messages import Arrived, BarrierEnd, Message, encode
 from tests.benchmarks.scale.parameters import Parameters
 from tests.benchmarks.scale.simulation import Actor, Server, Simulation, Steps
 
@@ -39,11 +40,11 @@ class Store:
         self.nbytes += nbytes
 
 
-class Rendezvous:
-    """A rank's.
+class SimulatedGroup:
+    """One rank, as ``RankGroup`` sees it.
 
     Args:
-        last_poll_secs: between two looks for a note that is waited for, in the end.
+        last_poll_secs: between two looks for a message that is waited for, in the end.
     """
 
     def __init__(self, store: Store, actor: Actor, last_poll_secs: float) -> None:
@@ -51,13 +52,13 @@ class Rendezvous:
         self._actor = actor
         self._last_poll_secs = last_poll_secs
 
-    def post(self, key: str, note: bytes) -> Steps[None]:
-        key = PREFIX + key
+    def post(self, key: str, message: Message) -> Steps[None]:
+        key, note = PREFIX + key, encode(message)
         yield from self._store.request(self._actor, len(key) + len(note))
         self._store.notes[key] = note
 
     def read(self, key: str) -> Steps[bytes | None]:
-        """One request; where there is a note, two."""
+        """One request; where there is a message, two."""
         key = PREFIX + key
         yield from self._store.request(self._actor, len(key))
         if key not in self._store.notes:
@@ -65,13 +66,13 @@ class Rendezvous:
         yield from self._store.request(self._actor, len(key) + len(self._store.notes[key]))
         return self._store.notes[key]
 
-    def add(self, key: str, amount: int = 1) -> Steps[int]:
+    def count(self, key: str, amount: int = 1) -> Steps[int]:
         key = PREFIX + key
         yield from self._store.request(self._actor, len(key))
         count = self._store.counts[key] = self._store.counts.get(key, 0) + amount
         return count
 
-    def wait(self, key: str) -> Steps[bytes]:
+    def receive(self, key: str) -> Steps[bytes]:
         """For as long as it takes: nobody fails to come in this simulation."""
         poll = FIRST_POLL_SECS
         while (note := (yield from self.read(key))) is None:
@@ -79,8 +80,22 @@ class Rendezvous:
             poll = min(self._last_poll_secs, poll * 2)
         return note
 
-    def meet(self, key: str, rank: int, num_ranks: int) -> Steps[None]:
-        yield from self.post(f"{key}/here/{rank}", b"")
-        if (yield from self.add(f"{key}/arrived")) == num_ranks and (yield from self.add(f"{key}/decided")) == 1:
-            yield from self.post(f"{key}/end", b"null")
-        yield from self.wait(f"{key}/end")
+    def post_first(self, key: str, message: Message) -> Steps[None]:
+        if (yield from self.count(f"{key}/count")) == 1:
+            yield from self.post(key, message)
+
+    def contribute(self, key: str, message: Message, at_most: int | None = None) -> Steps[None]:
+        number = yield from self.count(f"{key}/count")
+        if at_most is None or number <= at_most:
+            yield from self.post(f"{key}/{number}", message)
+
+    def gather(self, key: str, at_most: int | None = None) -> Steps[None]:
+        num = yield from self.count(f"{key}/count", 0)
+        for number in range(1, min(num, at_most or num) + 1):
+            yield from self.receive(f"{key}/{number}")
+
+    def barrier(self, key: str, rank: int, num_ranks: int) -> Steps[None]:
+        yield from self.post(f"{key}/here/{rank}", Arrived())
+        if (yield from self.count(f"{key}/arrived")) == num_ranks:
+            yield from self.post_first(f"{key}/end", BarrierEnd())
+        yield from self.receive(f"{key}/end")

@@ -23,9 +23,10 @@ from typing import Any
 import pytest
 import torch
 
-from stager.ranks import commit_watch as outcome
-from stager.ranks import rendezvous as board_module
-from stager.ranks.agreement import Agreement, Entry
+from stager.ranks import commit_watch
+from stager.ranks import rendezvous as rendezvous_module
+from stager.ranks.agreement import Agreement
+from stager.ranks.messages import LeafEntry
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.snapshot.batches import batch
@@ -41,7 +42,7 @@ from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.memory.slab import Slab
 from tests.benchmarks.scale.__main__ import main
-from tests.benchmarks.scale.agreement import OCCASION, Kind, settle
+from tests.benchmarks.scale.agreement import SAVE_ID, Kind, settle
 from tests.benchmarks.scale.costs import Costs
 from tests.benchmarks.scale.ending import COMMITTED, Ending
 from tests.benchmarks.scale.fit import fit
@@ -51,7 +52,7 @@ from tests.benchmarks.scale.run import kinds_of
 from tests.benchmarks.scale.saving import Save
 from tests.benchmarks.scale.simulation import Actor, Steps
 from tests.benchmarks.scale.size import Size
-from tests.benchmarks.scale.store import Rendezvous as SimulatedBoard
+from tests.benchmarks.scale.store import SimulatedGroup
 from tests.benchmarks.scale.turns import NothingPendingError, TurnCondition, TurnDirectory, Turns, TurnStore
 from tests.benchmarks.scale.world import World
 
@@ -84,12 +85,13 @@ def test_agreement_sends_what_the_code_sends_and_takes_as_long(
 
     turns, ended = Turns(), [0.0] * num_ranks
     store = TurnStore(turns, PARAMETERS)
-    monkeypatch.setattr(board_module, "time", turns)
+    monkeypatch.setattr(rendezvous_module, "time", turns)
 
     def real(rank: int) -> None:
-        shard = Entry("w", "float32", (num_shards,), (rank % num_shards,), (1,))
-        with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks))) as job:
-            Agreement(job).settle(OCCASION, kind_of[rank].entries, [[shard]], kind_of[rank].values)
+        shard = LeafEntry("w", "float32", (num_shards,), (rank % num_shards,), (1,))
+        with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks))) as group:
+            kind = kind_of[rank]
+            Agreement(group).settle(SAVE_ID, kind.plain.entries, [[shard]], lambda: kind.values.digests)
         ended[rank] = turns.now
 
     turns.run(starts, real)
@@ -104,8 +106,8 @@ def test_agreement_sends_what_the_code_sends_and_takes_as_long(
 
 
 def _settle(world: World, actor: Actor, rank: int, kinds: list[Kind], kind: Kind, num_shards: int) -> Steps[None]:
-    rendezvous = SimulatedBoard(world.store, actor, world.wait_poll_secs)
-    return settle(rendezvous, rank, world.num_ranks, kinds, kind, [f"{rank % num_shards:032x}"])
+    group = SimulatedGroup(world.store, actor, world.wait_poll_secs)
+    return settle(group, rank, world.num_ranks, kinds, kind, [f"{rank % num_shards:032x}"])
 
 
 # -- how a save ends ---------------------------------------------------------------------------------------------
@@ -126,20 +128,20 @@ def test_ranks_ask_as_often_as_the_code_does_and_hear_of_the_commit_when_it_does
     store = TurnStore(turns, parameters)
     names = [receipt_name(rank, 0, 1) for rank in range(num_ranks)]
     directory = TurnDirectory(turns, parameters, COSTS, COMMITTED, names)
-    for module in (board_module, outcome):
+    for module in (rendezvous_module, commit_watch):
         monkeypatch.setattr(module, "time", turns)
-    monkeypatch.setattr(outcome, "already_committed", directory.already_committed)
-    monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=directory.listdir, path=os.path))
+    monkeypatch.setattr(commit_watch, "already_committed", directory.already_committed)
+    monkeypatch.setattr(commit_watch, "os", SimpleNamespace(listdir=directory.listdir, path=os.path))
 
     def real(rank: int) -> None:
-        with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks), timeout_secs)) as job:
-            end_on(job)
+        with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks), timeout_secs)) as group:
+            end_on(group)
 
-    def end_on(job: RankGroup) -> None:
+    def end_on(group: RankGroup) -> None:
         pool: Any = _IdlePool()
-        rank, outcomes = job.rank, outcome.CommitWatch(job, pool)
-        outcomes._changed = TurnCondition(turns)
-        outcomes._thread = threading.current_thread()  # this one watches
+        rank, watch = group.rank, commit_watch.CommitWatch(group, pool)
+        watch._changed = TurnCondition(turns)
+        watch._thread = threading.current_thread()  # this one watches
 
         def end(_: object) -> None:
             ended[rank] = turns.now
@@ -147,12 +149,12 @@ def test_ranks_ask_as_often_as_the_code_does_and_hear_of_the_commit_when_it_does
         if rank == committer:
             directory.committed = True
             if tells:
-                outcomes.notes.post_committed(COMMITTED)
+                watch.messages.post_committed(COMMITTED)
             end(None)
         else:
-            outcomes.expect(_spec(rank, num_ranks), end, lambda error: pytest.fail(str(error)))
+            watch.expect(_spec(rank, num_ranks), end, lambda error: pytest.fail(str(error)))
             with suppress(NothingPendingError):
-                outcomes._watch()
+                watch._watch()
 
     turns.run(starts, real)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from stager.ranks import commit_watch as outcome
-from stager.ranks import rendezvous
+from stager.ranks import commit_watch, rendezvous
 from stager.ranks.rendezvous import poll_secs
 from tests.benchmarks.scale.costs import Costs
 from tests.benchmarks.scale.filesystem import Directory, FileSystem
@@ -18,7 +17,7 @@ class World:
         costs: of a commit of this size.
 
     Attributes:
-        wait_poll_secs: between two looks for a note that is waited for, in the end (``Rendezvous.wait``).
+        wait_poll_secs: between two looks for a message that is waited for, in the end (``Rendezvous.wait``).
         end_poll_secs: between two looks for the end of a save, in the end (``CommitWatch``).
     """
 
@@ -27,7 +26,7 @@ class World:
         self.num_ranks = num_ranks
         self.costs = costs
         self.wait_poll_secs = poll_secs(num_ranks, rendezvous._LAST_POLL_SECS)
-        self.end_poll_secs = poll_secs(num_ranks, outcome._LAST_POLL_SECS)
+        self.end_poll_secs = poll_secs(num_ranks, commit_watch._LAST_POLL_SECS)
         self.simulation = Simulation()
         self.store = Store(self.simulation, parameters)
         self.files = FileSystem(self.simulation, parameters)

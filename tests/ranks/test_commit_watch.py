@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,8 +16,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from stager.ranks import commit_watch as outcome
+from stager.ranks import commit_watch, keys
 from stager.ranks.commit_watch import CommitWatch
+from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, partial_path
@@ -67,11 +67,11 @@ class Ranks:
     def __init__(self, num_ranks: int, timeout_secs: float, store: dist.Store | None = None) -> None:
         store = store or dist.HashStore()
         self.num_ranks = num_ranks
-        self.boards: list[Any] = [Rendezvous(store, "test", num_ranks) for _ in range(num_ranks)]
-        self._jobs = [
-            RankGroup(rank, num_ranks, rendezvous, timeout_secs, "nonce") for rank, rendezvous in enumerate(self.boards)
+        self.groups = [
+            RankGroup(rank, num_ranks, Rendezvous(store, "test", num_ranks), timeout_secs, "nonce")
+            for rank in range(num_ranks)
         ]
-        self.all = [CommitWatch(group, _NoPool()) for group in self._jobs]
+        self.all = [CommitWatch(group, _NoPool()) for group in self.groups]
 
     def expect(self, spec: SaveSpec, ranks: Iterable[int]) -> list[Future[Committed]]:
         """The parts of these ranks are written. How the save ends on each."""
@@ -83,7 +83,7 @@ class Ranks:
         return ends
 
     def close(self) -> None:
-        for group, one in zip(self._jobs, self.all, strict=True):
+        for group, one in zip(self.groups, self.all, strict=True):
             one.close(ClosedError("the test is over"))
             group.close()
 
@@ -96,14 +96,14 @@ class Directory:
 
     def every(self, *, look_secs: float = 0.05, turn_secs: float = 0.4) -> None:
         """Seconds between two looks, and for a rank's turn; 60: a test does not come to that."""
-        self._monkeypatch.setattr(outcome, "_LOOK_SECS", look_secs)
-        self._monkeypatch.setattr(outcome, "_TURN_SECS", turn_secs)
+        self._monkeypatch.setattr(commit_watch, "_LOOK_SECS", look_secs)
+        self._monkeypatch.setattr(commit_watch, "_TURN_SECS", turn_secs)
 
     def list_by(self, listdir: Callable[[str], list[str]]) -> None:
-        self._monkeypatch.setattr(outcome, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+        self._monkeypatch.setattr(commit_watch, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
 
     def commit_by(self, already_committed: Callable[[SaveSpec], Committed | None]) -> None:
-        self._monkeypatch.setattr(outcome, "already_committed", already_committed)
+        self._monkeypatch.setattr(commit_watch, "already_committed", already_committed)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_was_removed_before_this_rank_looked_was_committed(
     ranks: list[CommitWatch], tmp_path: Path
 ) -> None:
     info = CheckpointInfo(3, "/elsewhere/step-00000003", 10, 1.0, "ab", 1, 0, "dcp")
-    ranks[1].notes.post_committed(Committed(info, 1.0, 2.0, 77))
+    ranks[1].messages.post_committed(Committed(info, 1.0, 2.0, 77))
     end = _end(ranks[0], _spec(tmp_path))
     assert end.info.path == str(tmp_path / "step-00000003")
     assert (end.info.nbytes, end.pid) == (10, 77)
@@ -175,7 +175,7 @@ def test_a_directory_that_cannot_be_read_now_fails_no_save(
         raise StorageError(errno.EIO, "cannot read", str(tmp_path))
 
     directory.commit_by(refuse)
-    ranks[1].notes.post_failed("ab", ValueError("mine"))
+    ranks[1].messages.post_failed("ab", ValueError("mine"))
     with pytest.raises(RankFailedError, match="the save of step 3 failed on rank 1: ValueError: mine"):
         _end(ranks[0], _spec(tmp_path))
 
@@ -212,7 +212,7 @@ def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_sa
     spec = _written(tmp_path, [0, 1])
 
     def listdir(path: str) -> list[str]:
-        ranks.all[0].notes.post_failure(spec.save_id, "was given up", [2])
+        ranks.all[0].messages.post_failure(spec.save_id, "was given up", [2])
         raise FileNotFoundError(path)
 
     directory.every(look_secs=60.0)  # only at the deadline
@@ -250,8 +250,9 @@ def test_a_commit_that_nobody_posts_is_found_posted_and_known_to_all(
     ranks = make_ranks(3, 60.0)
     ends = ranks.expect(_spec(tmp_path), [1, 2])
     assert [end.result(20).info.save_id for end in ends] == ["ab", "ab"]
-    rendezvous = ranks.boards[2]
-    assert rendezvous.read("newest") == b"3" and json.loads(rendezvous.read("saves/ab"))["info"]["step"] == 3
+    group = ranks.groups[2]
+    assert group.read(keys.NEWEST) == NewestStep(3)
+    assert group.read(keys.save_end("ab")) == SaveCommitted(_committed(tmp_path))
 
 
 @pytest.mark.parametrize("has_manifest", [False, True])
@@ -272,8 +273,8 @@ def test_a_save_that_only_has_to_be_committed_is_committed_by_who_looks(
 
 
 def test_few_ranks_help_to_commit(make_ranks: Callable[..., Ranks]) -> None:
-    notes = [one.notes for one in make_ranks(8, 60.0).all]
-    assert [one.claims_commit("ab") for one in notes] == [True] * 3 + [False] * 5
+    messages = [one.messages for one in make_ranks(8, 60.0).all]
+    assert [one.claims_commit("ab") for one in messages] == [True] * 3 + [False] * 5
 
 
 @pytest.mark.parametrize("alive", [[0, 1], [1, 2]], ids=["rank 0 lives", "rank 0 is dead"])
@@ -287,7 +288,7 @@ def test_what_nobody_can_commit_fails_after_twice_the_time(
         error = end.exception(60)
         assert isinstance(error, RankFailedError) and error.ranks == ()
         assert "nobody committed it" in str(error)
-    assert ranks.boards[2].read("saves/ab/every-part") is not None
+    assert ranks.groups[2].read(keys.every_part("ab")) == EveryPartWritten()
     assert not Path(partial_path(spec)).exists()
 
 
@@ -299,10 +300,10 @@ def test_the_removal_of_receipts_is_not_taken_for_missing_parts_at_the_deadline(
     spec = _written(tmp_path, [1])
     Path(partial_path(spec), "manifest.json").touch()
     (end,) = ranks.expect(spec, [0])
-    assert ranks.boards[1].wait("saves/ab/every-part", 20) is not None
+    assert ranks.groups[1].rendezvous.wait(keys.every_part("ab"), 20) is not None
     done = _committed(tmp_path)
     os.rename(partial_path(spec), done.info.path)
-    ranks.all[1].notes.post_committed(done)
+    ranks.all[1].messages.post_committed(done)
     assert end.result(20).pid == 77
 
 
@@ -328,7 +329,7 @@ def test_without_the_store_a_rank_that_is_missing_is_named_by_who_sees_it_first(
     error = first.exception(60)
     assert isinstance(error, RankFailedError) and error.ranks == (1,)
     (second,) = ranks.expect(spec, [0])
-    assert "another rank has given it up, and removed it" in str(second.exception(60))
+    assert "another rank gave the save up, and removed its directory" in str(second.exception(60))
 
 
 def test_who_reads_that_a_save_failed_sees_to_it_that_it_cannot_be_committed(
@@ -337,7 +338,7 @@ def test_who_reads_that_a_save_failed_sees_to_it_that_it_cannot_be_committed(
     """The rank that posted it died before it had removed what was there."""
     ranks = make_ranks(2, 60.0)
     spec = _written(tmp_path, [0])
-    ranks.all[1].notes.post_failed("ab", ValueError("mine"))
+    ranks.all[1].messages.post_failed("ab", ValueError("mine"))
     (end,) = ranks.expect(spec, [0])
     assert "failed on rank 1: ValueError: mine" in str(end.exception(20))
     assert not Path(partial_path(spec)).exists()

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from stager.ranks import rendezvous as board_module
+from stager.ranks import rendezvous as module
 from stager.ranks.rendezvous import Rendezvous
 from stager.workers.errors import RankFailedError
 from tests.waiting import wait_until
 
 
 class Frozen(dist.Store):
-    """PartResults when it is told to. (PrefixStore calls the C++ store behind it, so this one takes its place.)"""
+    """Answers when it is told to. (PrefixStore calls the C++ store behind it, so this one takes its place.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class Frozen(dist.Store):
         return int(self.inner.add(key, amount))
 
 
-def frozen_board() -> tuple[Rendezvous, Frozen]:
+def frozen_rendezvous() -> tuple[Rendezvous, Frozen]:
     rendezvous: Any = Rendezvous(dist.HashStore(), "x", 2, answer_secs=0.1)
     rendezvous._store = Frozen()
     return rendezvous, rendezvous._store
 
 
 def test_a_server_that_does_not_answer_is_given_up() -> None:
-    rendezvous, store = frozen_board()
+    rendezvous, store = frozen_rendezvous()
     with pytest.raises(RankFailedError, match=r"has not answered for 0\.1 s"):
         rendezvous.add("a")
     with pytest.raises(RankFailedError, match="has not answered"):
@@ -59,7 +59,7 @@ def test_a_server_that_does_not_answer_is_given_up() -> None:
 def test_the_thread_ends_with_close() -> None:
     rendezvous = Rendezvous(dist.HashStore(), "x", 2)
     assert rendezvous.add("a") == 1
-    (thread,) = [t for t in threading.enumerate() if t.name == "stager-board"]
+    (thread,) = [t for t in threading.enumerate() if t.name == "stager-rendezvous"]
     rendezvous.close()
     assert not thread.is_alive()
     assert rendezvous.add("a") == 2  # and comes back
@@ -83,7 +83,7 @@ def test_who_waits_asks_the_less_often_the_more_ranks_may_be_waiting(
     num_ranks: int, longest: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr(board_module, "time", clock)
+    monkeypatch.setattr(module, "time", clock)
     rendezvous = Rendezvous(dist.HashStore(), "x", num_ranks)
     assert rendezvous.wait("a", 10.0) is None
     rendezvous.close()

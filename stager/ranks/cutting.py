@@ -1,0 +1,119 @@
+"""Cutting leaves that several ranks hold into partitions of about the same number of bytes.
+
+All these ranks cut the same leaves, in the same order, at the same places, so they agree without a message. A large tensor
+is cut between rows. Anything else is written whole, by the rank whose partition has its middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stager.ranks.agreement import Partition
+from stager.state.flatten import StateTree
+from stager.state.shards import Shard, is_sharded, local_of
+
+_CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of their own
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenLeaf:
+    """What this rank writes of a leaf.
+
+    Attributes:
+        leaf: number in the whole state.
+        rows: the half-open range [first, last) of the rows that this rank has; None: all of them.
+    """
+
+    leaf: int
+    rows: tuple[int, int] | None
+
+
+@dataclass(slots=True)
+class _Unit:
+    """Leaves that are the same memory seen the same way (tied): one rank writes all of them.
+
+    Attributes:
+        leaves: their numbers.
+        shape: of what this rank has.
+        nbytes: of the same.
+        can_cut: whether it may be cut between rows.
+    """
+
+    leaves: list[int]
+    shape: tuple[int, ...]
+    nbytes: int
+    can_cut: bool
+
+
+def is_stored_raw(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is stored as its bytes, and not as a pickled object."""
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_nested)
+
+
+def cut_leaves(
+    tree: StateTree, leaves: Sequence[int], partition: Partition, shards: dict[int, Shard | None]
+) -> list[WrittenLeaf]:
+    """This rank's partition of leaves that ``partition.count`` ranks hold."""
+    units = _units(tree, leaves, shards)
+    total, parts = sum(unit.nbytes for unit in units), []
+    low = total * partition.index // partition.count
+    high = total * (partition.index + 1) // partition.count
+    is_last = partition.index == partition.count - 1
+    end = 0
+    for unit in units:
+        start, end = end, end + unit.nbytes
+        rows: tuple[int, int] | None = None
+        if not unit.nbytes:  # an object, or an empty tensor
+            is_ours = partition.index == 0
+        elif unit.can_cut and partition.count > 1:
+            num_rows = unit.shape[0]
+            row_nbytes = unit.nbytes // num_rows
+            rows = _row(low, start, row_nbytes, num_rows), _row(high, start, row_nbytes, num_rows)
+            if is_last:
+                rows = rows[0], num_rows
+            is_ours = rows[0] < rows[1]
+            rows = None if rows == (0, num_rows) else rows
+        else:  # whole, to the rank that has its middle
+            middle = (start + end) // 2
+            is_ours = low <= middle < high or (is_last and middle >= high)
+        if is_ours:
+            parts += [WrittenLeaf(leaf, rows) for leaf in unit.leaves]
+    return parts
+
+
+def _row(boundary: int, start: int, row_nbytes: int, num_rows: int) -> int:
+    """The row at which a tensor that starts at ``start`` is cut for a boundary between two ranks' bytes.
+
+    Not so near its ends that the piece would not be worth it."""
+    row = round((boundary - start) / row_nbytes)
+    margin = -(-_CUT_BYTES // row_nbytes)
+    if row < margin:
+        return 0 if 2 * row < margin or num_rows < 2 * margin else margin
+    if num_rows - row < margin:
+        return num_rows if 2 * (num_rows - row) < margin or num_rows < 2 * margin else num_rows - margin
+    return row
+
+
+def _units(tree: StateTree, leaves: Sequence[int], shards: dict[int, Shard | None]) -> list[_Unit]:
+    units: dict[Hashable, _Unit] = {}
+    for leaf in leaves:
+        value = tree.leaves[leaf]
+        if not isinstance(value, torch.Tensor) or not is_stored_raw(value):
+            units[leaf] = _Unit([leaf], (), 0, can_cut=False)
+            continue
+        tensor = local_of(value) if is_sharded(value) else value
+        nbytes = tensor.numel() * tensor.dtype.itemsize
+        key: Hashable = leaf
+        if nbytes and not tensor.is_meta:
+            shard = shards.get(leaf)
+            offsets = shard.offsets if shard is not None else ()
+            key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, offsets, tuple(value.shape)
+        if key in units:
+            units[key].leaves.append(leaf)
+            continue
+        can_cut = nbytes >= 2 * _CUT_BYTES and tensor.dim() > 0 and tensor.is_contiguous() and not tensor.is_meta
+        units[key] = _Unit([leaf], tuple(tensor.shape), nbytes, can_cut)
+    return list(units.values())

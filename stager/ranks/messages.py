@@ -1,0 +1,327 @@
+"""What the ranks of a group tell each other: every message, and the one place that encodes them.
+
+A message is posted to a key of the rendezvous (``keys.py``). It is a line of text: the name of its class, a space, its
+fields as JSON. Each class says who posts it, when, and what answers it. "Rank 0" is the coordinator.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
+
+from stager.workers.checkpoint.commit.commit import Committed
+from stager.workers.errors import InternalError
+
+# -- rows of messages ---------------------------------------------------------------------------------------------
+
+
+class LeafEntry(NamedTuple):
+    """A leaf that other ranks may hold, too: name, what it is (dtype, or "object"), shape of the whole, place in it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def what(self) -> str:
+        """The leaf's type, for an error message."""
+        return self.kind if self.kind == "object" else f"{self.kind} of shape {self.shape}"
+
+
+class HolderRange(NamedTuple):
+    """Of the ranks that hold a leaf: the position of the first one of a kind, how many hold it, which set they are."""
+
+    begin: int
+    total: int
+    holders: int
+
+
+class OfferedReplica(NamedTuple):
+    """A replica that some host keeps: in which memory (see ``ReplicaOffer``), whose, and of which save."""
+
+    place: str
+    owner: int
+    step: int
+    save_id: str
+    num_ranks: int
+    created: float
+
+
+# -- messages of the group (rank_group.py) ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Each rank, when it comes to a barrier. ``BarrierEnd`` answers it.
+
+    ``connects``: of an exchange of replicas, whether this rank needs a new connection.
+    """
+
+    connects: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BarrierEnd:
+    """The first rank that sees that all came, or gives up. ``error`` is "" if all came; else ``ranks`` are to blame."""
+
+    error: str = ""
+    ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastFailed:
+    """Rank 0, in the place of what it was to broadcast. The other ranks raise ``RankFailedError``."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """The first rank that has this number, where the ranks look for the smallest. All ranks gather them."""
+
+    value: int
+
+
+# -- messages of the opening (opening.py) -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryOpened:
+    """Rank 0, when it holds the run's lock. The others then take the lock, too, and come to the barrier.
+
+    ``nonce``: of the run, also in the lock file. ``replicates``: whether ``replication.partners`` is set on rank 0.
+    """
+
+    nonce: str
+    directory: str
+    replicates: bool
+
+
+# -- messages of an agreement (agreement.py) ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KindOfRank:
+    """The first rank of each kind: the leaves that are no DTensors, which all ranks of the kind have.
+
+    ``WhoHolds`` answers it where there are several kinds. One kind needs no answer.
+    """
+
+    digest: str
+    entries: tuple[LeafEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeafDigests:
+    """The first rank that has these values: digests of leaves by name. Rank 0 warns where they differ."""
+
+    digests: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class WhoHolds:
+    """Rank 0, to the ranks of one kind: for each of their entries who holds it; or the ``problem``, for all."""
+
+    problem: str
+    holders: tuple[HolderRange, ...]
+
+
+# -- messages of a save (save_messages.py) ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SaveCommitted:
+    """The rank whose worker committed, or any rank that finds the commit. The others resolve their Futures."""
+
+    committed: Committed
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFailed:
+    """The first rank on which a save fails, or that finds ``ranks`` missing at its deadline. The others fail, too.
+
+    ``is_unfinished``: nothing failed but the ranks whose parts are missing.
+    """
+
+    error: str
+    ranks: tuple[int, ...]
+    is_unfinished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EveryPartWritten:
+    """The rank that looks at the directory at its deadline: only the commit is missing. All wait once more."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewestStep:
+    """Who posts ``SaveCommitted``; and rank 0 after a restore. Ranks then wait until they see it; -1: there is none."""
+
+    step: int
+
+
+# -- messages of a load (loading/joint_loader.py) -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepToLoad:
+    """Rank 0, at the begin of each try. All ranks load it and come to the barrier.
+
+    ``step``: None if there is nothing to load. ``is_there``: False where a rank need not wait to see it.
+    """
+
+    step: int | None
+    is_there: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The first rank on which a load failed, and the first that found damage. All ranks read it after the barrier."""
+
+    rank: int
+    error: str
+
+
+# -- messages of a restore (replication/restorer.py) --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlace:
+    """Each rank: which memory it sees. The ranks that post the same place share one directory of replicas."""
+
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOffer:
+    """The first rank of each place: the whole replicas there. Rank 0 gathers them; ``RestoreChoice`` answers."""
+
+    replicas: tuple[OfferedReplica, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """What is to be written, in a ``RestoreChoice``.
+
+    Attributes:
+        step, save_id: of the save.
+        written_as: the id of the partial directory; the save's own where parts of it are on the disk already.
+        owners: by place, the ranks whose parts are written from the replicas there.
+    """
+
+    step: int
+    save_id: str
+    written_as: str
+    owners: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreChoice:
+    """Rank 0: what is restored next. All write what the plan asks of them. ``RestoreEnd`` follows; without a plan, nothing.
+
+    ``whole_id``: of the newest save that is whole in memory; "" if there is none.
+    """
+
+    plan: RestorePlan | None
+    whole_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreFailed:
+    """The first rank that could not write what the plan asked of it. ``errno`` is 0 if no file system failed."""
+
+    errno: int
+    message: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreEnd:
+    """Rank 0, when all have written: whether the checkpoint is whole now. If not, rank 0 makes another choice."""
+
+    is_done: bool
+
+
+# -- messages between partners (replication/replicator.py) --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFate:
+    """The last rank to receive its replica of a save, or the first to overwrite one. See replicator.py."""
+
+    is_whole: bool
+
+
+Message = (
+    Arrived
+    | BarrierEnd
+    | BroadcastFailed
+    | Number
+    | DirectoryOpened
+    | KindOfRank
+    | LeafDigests
+    | WhoHolds
+    | SaveCommitted
+    | SaveFailed
+    | EveryPartWritten
+    | NewestStep
+    | StepToLoad
+    | LoadFailed
+    | MemoryPlace
+    | ReplicaOffer
+    | RestoreChoice
+    | RestoreFailed
+    | RestoreEnd
+    | ReplicaFate
+)
+
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
+_hints = cache(get_type_hints)
+
+
+def encode(message: Message) -> bytes:
+    """The text of a message, as it is posted. ASCII, so that file names that are no UTF-8 survive it."""
+    return f"{type(message).__name__} {json.dumps(message, default=_fields, separators=(',', ':'))}".encode()
+
+
+def decode(data: bytes) -> Message:
+    """The message that :func:`encode` made.
+
+    Raises:
+        InternalError: the text is no message: another version of stager runs on another rank, or this is a defect.
+    """
+    name, _, body = data.partition(b" ")
+    try:
+        message: Message = _value(_KINDS[name.decode()], json.loads(body))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InternalError(
+            f"a rank posted {data[:80]!r}, which is no message of this version of stager; all ranks need the same version"
+        ) from error
+    return message
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _value(hint: Any, value: Any) -> Any:
+    """A field of the type ``hint``, from what JSON made of it: an object of a dataclass, a list of a tuple."""
+    if is_dataclass(hint):
+        kind = cast(Any, hint)
+        return kind(**{name: _value(_hints(kind)[name], one) for name, one in value.items()})
+    if get_origin(hint) is UnionType:  # of None and one type
+        return None if value is None else _value(get_args(hint)[0], value)
+    if hasattr(hint, "_fields"):
+        return hint(*map(_value, _hints(hint).values(), value))
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        return tuple(value) if item in (int, str) else tuple(_value(item, one) for one in value)
+    if get_origin(hint) is dict:
+        item = get_args(hint)[1]
+        return {key: _value(item, one) for key, one in value.items()}
+    return value

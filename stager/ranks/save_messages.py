@@ -1,0 +1,113 @@
+"""What this rank tells the others of a save, and what it hears from them.
+
+Nothing is posted while the store cannot be reached: the other ranks then see the directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from stager.ranks import keys
+from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted, SaveFailed
+from stager.ranks.rank_group import RankGroup
+from stager.workers.checkpoint.commit.commit import Committed
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.errors import InternalError, RankFailedError, StorageError
+
+_MAX_HELPERS = 3  # where locks do not reach from host to host, each commits anew
+
+
+class SaveMessages:
+    """The messages of saves, posted to a group and read from it.
+
+    Args:
+        group: whose ranks save together. A group of one has nobody to tell.
+    """
+
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
+
+    def post_committed(self, committed: Committed) -> None:
+        """Post the whole commit: the checkpoint may be replaced or removed before another rank has looked."""
+        if self._group.is_alone:  # else a message per save would stay in memory
+            return
+        with suppress(RankFailedError):
+            self._group.post(keys.save_end(committed.info.save_id), SaveCommitted(committed))
+            self._group.post(keys.NEWEST, NewestStep(committed.info.step))
+
+    def post_found(self, committed: Committed) -> None:
+        """Post a commit that this rank found, unless its end was posted already.
+
+        Then ``NEWEST`` may be a later step by now, and must not be set back.
+        """
+        with suppress(RankFailedError):
+            if self._group.read(keys.save_end(committed.info.save_id)) is None:
+                self.post_committed(committed)
+
+    def post_failed(self, save_id: str, error: BaseException) -> None:
+        """Post that the save failed on this rank."""
+        rank = self._group.rank
+        self.post_failure(save_id, f"failed on rank {rank}: {type(error).__name__}: {error}", (rank,))
+
+    def post_failure(self, save_id: str, why: str, ranks: Sequence[int], *, is_unfinished: bool = False) -> None:
+        """Post why a save failed. The first rank's reason stands.
+
+        Args:
+            ranks: that are to blame.
+            is_unfinished: nothing went wrong, but that these ranks' parts are missing.
+        """
+        with suppress(RankFailedError):
+            # The others may still wait for this rank to agree on who writes what.
+            self._group.cancel_barrier(keys.agreement(save_id), f"the save {why}", ranks)
+            self._group.post_first(keys.save_end(save_id), SaveFailed(why, tuple(ranks), is_unfinished))
+
+    def post_every_part(self, save_id: str) -> None:
+        """Post that only the commit is missing."""
+        with suppress(RankFailedError):
+            self._group.post(keys.every_part(save_id), EveryPartWritten())
+
+    def every_part_is_written(self, save_id: str) -> bool:
+        """Whether another rank has posted that only the commit is missing."""
+        with suppress(RankFailedError):
+            return self._group.read(keys.every_part(save_id)) is not None
+        return False
+
+    def claims_commit(self, save_id: str) -> bool:
+        """Whether this rank may help to commit: several may, because a helper may die, too."""
+        with suppress(RankFailedError):
+            return self._group.count(keys.commit_helpers(save_id)) <= _MAX_HELPERS
+        return False
+
+    def end(self, spec: SaveSpec) -> Committed | SaveFailed | None:
+        """How a save ended, with the path as this host sees it; None if no rank has posted its end.
+
+        Raises:
+            RankFailedError: the store cannot be reached.
+        """
+        message = self._group.read(keys.save_end(spec.save_id))
+        if message is None or isinstance(message, SaveFailed):
+            return message
+        if not isinstance(message, SaveCommitted):
+            raise InternalError(f"{message} is no end of a save")
+        info = message.committed.info
+        path = os.path.join(spec.directory, checkpoint_name(spec.step))
+        return replace(message.committed, info=replace(info, path=path))
+
+    def reason(self, spec: SaveSpec, error: BaseException) -> BaseException:
+        """Why this rank's part failed: its own error, or what another rank has posted before it removed the directory."""
+        if isinstance(error, StorageError) and error.errno == errno.ENOENT:
+            with suppress(RankFailedError):
+                end = self.end(spec)
+                if isinstance(end, SaveFailed):
+                    return rank_failure(end, spec)
+        return error
+
+
+def rank_failure(end: SaveFailed, spec: SaveSpec) -> RankFailedError:
+    """The error of a save that failed on another rank."""
+    return RankFailedError(f"the save of step {spec.step} {end.error}", end.ranks)
