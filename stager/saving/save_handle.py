@@ -12,6 +12,7 @@ class SaveHandle:
 
     Attributes:
         step: the training step.
+        save_id: a nonce, the same on all ranks that save together; it names the partial directory.
         staging_completion: resolves when the snapshot is whole and the workers have it. From then on the state may be
             mutated, and the checkpoint will be committed even if this process is killed.
         upload_completion: resolves to the :class:`~stager.CheckpointInfo` when the checkpoint is durable and committed.
@@ -21,6 +22,7 @@ class SaveHandle:
     def __init__(self, save: Save) -> None:
         self._save = save
         self.step: int = save.step
+        self.save_id: str = save.save_id
         self.staging_completion: ReadTrackingFuture[None] = save.staging_completion
         self.upload_completion: ReadTrackingFuture[CheckpointInfo] = save.upload_completion
 

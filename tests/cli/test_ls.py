@@ -44,7 +44,7 @@ def test_what_does_not_count_is_listed_with_the_reason(run: Path) -> None:
         "step-00000400.partial-0abc": "partial",
         "step-00000500": "invalid",
     }
-    assert "never committed" in rows["step-00000400.partial-0abc"]["reason"]
+    assert "not committed" in rows["step-00000400.partial-0abc"]["reason"]
     assert (rows["step-00000400.partial-0abc"]["nbytes"], rows["step-00000400.partial-0abc"]["step"]) == (5000, 400)
     assert "renamed" in rows["step-00000002"]["reason"]
     assert "manifest" in rows["step-00000500"]["reason"]

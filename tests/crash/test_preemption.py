@@ -143,7 +143,7 @@ def test_other_thread_than_the_main_one_is_refused() -> None:
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    assert len(errors) == 1 and "main one" in str(errors[0])
+    assert len(errors) == 1 and "main thread" in str(errors[0])
     assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
     with pytest.raises(ValueError, match="deadline_secs"):
         Preemption([signal.SIGUSR2], float("nan"))

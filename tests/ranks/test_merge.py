@@ -40,7 +40,7 @@ def test_what_no_rank_has_stays_absent() -> None:
         (0, 1, "value on rank 0; value on rank 1"),
         (0, ["dict", [], []], "a mapping"),
         (["chunks", [4], [[[0], 0]]], 1, "a tensor in chunks on rank 0; value on rank 1"),
-        (["chunks", [4], [[[0], 0]]], ["chunks", [5], [[[4], 1]]], "not the same shape"),
+        (["chunks", [4], [[[0], 0]]], ["chunks", [5], [[[4], 1]]], "has different shapes on the ranks"),
         (["list", []], ["dict", [], []], "a list on rank 0"),
     ],
 )

@@ -60,6 +60,6 @@ def test_what_was_not_per_rank_when_it_was_saved_does_not_fit(run_dir: Path) -> 
 @pytest.mark.parametrize("inner", [{"position": PerRank(3)}, {"deep": [{"x": PerRank(torch.ones(1))}]}, PerRank(3)])
 def test_inside_the_state_of_an_object_it_is_refused(inner: Any, run_dir: Path) -> None:
     with Checkpointer(run_dir) as ckpt:
-        with pytest.raises(UnstageableError, match="PerRank inside the state of a Loader"):
+        with pytest.raises(UnstageableError, match="PerRank value inside the state of a Loader"):
             ckpt.save(1, {"loader": Loader(inner)})
         ckpt.save(2, {"loader": PerRank(Loader({"x": 1})), "after": PerRank(1)}).upload_completion.result()

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, checkpointer
 from stager.ranks import keys
-from stager.ranks.messages import ReplicaFate
+from stager.ranks.messages import ReplicaFate, decode
 from stager.replication.replicator import Replicator
 from tests.faults import Faults, faults_of_this_process
-from tests.ranks.bodies import CONFIG, flip, no_collectives, state_of
+from tests.ranks.bodies import CONFIG, board_of, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
 from tests.replication.opinion import whole_id
 from tests.waiting import wait_until, wait_until_blocked
@@ -68,8 +68,8 @@ def expected_at(directory: str, step: int) -> Any:
 
 def await_replicas(ckpt: Checkpointer, handle: SaveHandle) -> None:
     """Until every rank's partner has this save's snapshot."""
-    fate = ckpt._job.wait(keys.replica_fate(handle.save_id), _PATIENCE_SECS)
-    assert fate == ReplicaFate(is_whole=True), f"the snapshot was not replicated: {fate!r}"
+    fate = board_of(ckpt).wait(keys.replica_fate(handle.save_id), _PATIENCE_SECS)
+    assert fate is not None and decode(fate) == ReplicaFate(is_whole=True), f"the snapshot was not replicated: {fate!r}"
 
 
 def save_and_die(rank: int, directory: str, steps: int) -> None:
