@@ -28,6 +28,7 @@ _HOME = {
     "stager.operations": ("RecoverReport", "prune", "recover", "verify"),
     "stager.state.per_rank": ("PerRank",),
     "stager.saving.save_handle": ("SaveHandle",),
+    "stager.telemetry.event": ("Event",),
     "stager.telemetry.report": ("SaveReport", "SaveState"),
     "stager.torch_api.staging": (
         "AsyncStager",
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from stager.saving.preemption import Preemption as Preemption
     from stager.saving.save_handle import SaveHandle as SaveHandle
     from stager.state.per_rank import PerRank as PerRank
+    from stager.telemetry.event import Event as Event
     from stager.telemetry.report import SaveReport as SaveReport
     from stager.telemetry.report import SaveState as SaveState
     from stager.torch_api.staging import AsyncStager as AsyncStager

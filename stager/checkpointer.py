@@ -61,10 +61,15 @@ logger = logging.getLogger("stager")
 
 
 class _Lifecycle(Enum):
-    """What a Checkpointer may do. READ_ONLY and OPEN become CLOSED; a closed one still loads."""
+    """What a Checkpointer may do.
+
+    READ_ONLY --------------> CLOSED        a closed one still loads
+    OPEN ------> CLOSING ---> CLOSED        while it is CLOSING, saves in flight end, and callbacks of their Futures run
+    """
 
     READ_ONLY = "was opened with read_only=True"
     OPEN = "is open"
+    CLOSING = "is being closed"
     CLOSED = "is closed"
 
 
@@ -230,7 +235,8 @@ class Checkpointer:
         self._writer().wait_for_staging(timeout)
 
     def _refuse_in_callback(self, what: str) -> None:
-        if self._is_open and self._saver.in_callback:
+        has_saves = self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING)
+        if has_saves and self._saver.in_callback:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 "let the callback set a flag, and call it from the training loop"
@@ -408,12 +414,14 @@ class Checkpointer:
             return
         self._refuse_in_callback("close()")
         with self._lock:
-            was_open, self._lifecycle = self._is_open, _Lifecycle.CLOSED
             _live.discard(self)
-            if not was_open:
+            if not self._is_open:
+                self._lifecycle = _Lifecycle.CLOSED
                 return
+            self._lifecycle = _Lifecycle.CLOSING
             self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
             with ExitStack() as left:  # done from the last to the first, whatever is raised
+                left.callback(setattr, self, "_lifecycle", _Lifecycle.CLOSED)
                 if self._preemption is not None:
                     left.callback(self._preemption.restore)
                 left.callback(self._job.close)

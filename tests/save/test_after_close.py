@@ -37,7 +37,7 @@ POOL: dict[str, tuple[Callable[[WorkerPool], Any], Callable[[Any], bool] | None]
     "health": (lambda p: p.health(), lambda rows: rows == ()),
     "in_callback": (lambda p: p.in_callback, lambda answer: answer is False),
     "drain": (lambda p: p.drain(), lambda drained: drained is True),
-    "leave": (lambda p: p.leave(), lambda nothing: nothing is None),
+    "detach": (lambda p: p.detach(), lambda nothing: nothing is None),
     "close": (lambda p: p.close(), lambda nothing: nothing is None),
 }
 
