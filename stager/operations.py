@@ -122,6 +122,8 @@ def prune(
     if keep_latest is None and keep_every is None:
         raise UsageError("without keep_latest and keep_every all checkpoints are kept; give at least one of them")
     if any(rule is not None and rule < 1 for rule in (keep_latest, keep_every)):
-        raise UsageError(f"keep_latest ({keep_latest}) and keep_every ({keep_every}) must be at least 1")
+        raise UsageError(
+            f"keep_latest ({keep_latest}) and keep_every ({keep_every}) must be at least 1 where they are given"
+        )
     rules = RetentionRules(keep_latest, keep_every, frozenset(protect), full=full)
     return prune_by_rules(require_run_directory(directory), rules, dry_run=dry_run)

@@ -50,7 +50,10 @@ class Prefaulter:
             self._warm(buffer, lambda: not self._slabs.closed, num_threads)
 
     def start(self, nbytes: int) -> None:
-        """As :meth:`run`, in a low-priority thread, without taking the place of other slabs. With the lock held."""
+        """Prefault ``nbytes`` bytes in a low-priority thread. The caller holds the lock.
+
+        Does nothing while one is running, if slabs would have to go to make room, or for some starts after a failure.
+        """
         busy = self._thread is not None and self._thread.is_alive()
         if busy or not self._slabs.has_room(nbytes):
             return

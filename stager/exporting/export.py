@@ -164,7 +164,11 @@ class _Export:
         sources = self.contents.tensors
         for source in sources:
             if not self._format.holds(source.dtype):
-                raise UnstageableError(source.name, f"is {source.dtype}, which this format does not have")
+                raise UnstageableError(
+                    source.name,
+                    f"has dtype {source.dtype}, which this format cannot store; "
+                    "convert the tensor, or export to another format",
+                )
         laid_out = self._format.lay_out([self._spec(source) for source in sources], 0, evenly(1))
         order: dict[Node, int] = {number: place for place, number in enumerate(laid_out.order)}
         structure = map_leaves(self.contents.structure, lambda n: order.get(n, n))

@@ -67,7 +67,7 @@ class ItemStream:
             while chunk:
                 count = os.preadv(self._fds[file], [chunk], position)
                 if count == 0:
-                    raise CorruptCheckpointError(self._paths[file], f"ends at byte {position}")
+                    raise CorruptCheckpointError(self._paths[file], f"is cut short: it ends at byte {position}")
                 chunk, position = chunk[count:], position + count
 
     def close(self) -> None:

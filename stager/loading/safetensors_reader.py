@@ -80,7 +80,7 @@ def read_header(path: str) -> Manifest:
     try:
         layout = _layout(json.loads(data, object_pairs_hook=_distinct), path, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise CorruptCheckpointError(path, f"its header is impossible: {error}") from error
+        raise CorruptCheckpointError(path, f"its safetensors header is not valid: {error}") from error
     return Manifest(ManifestHeader("safetensors", 0, "", 0.0, "", ""), layout, (), ())
 
 

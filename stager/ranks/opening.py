@@ -92,7 +92,7 @@ def _lead(
 def _follow(
     opened: DirectoryOpened, directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool
 ) -> int:
-    """Step 3, on the other ranks. Returns the lock's descriptor."""
+    """On ranks other than 0: check that this rank sees rank 0's directory, and share its lock. Returns the descriptor."""
     if opened.replicates != leave_unfinished:
         raise ConfigError(
             f"replication.partners is {int(leave_unfinished)} on rank {group.rank} and {int(opened.replicates)} on rank 0; "

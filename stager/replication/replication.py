@@ -108,4 +108,7 @@ class Replication:
 
 def _check_gloo() -> None:
     if not dist.is_gloo_available():
-        raise ConfigError("replication.partners is 1, and this torch has no gloo, which takes snapshots to partners")
+        raise ConfigError(
+            "replication.partners is 1, which needs the gloo backend, and this torch is built "
+            "without it; set it to 0, or install a torch that has gloo"
+        )

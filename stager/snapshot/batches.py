@@ -64,7 +64,7 @@ EMPTY = Batches((), (), ())
 
 
 def batch(copies: Sequence[Copy]) -> Batches:
-    """Batch copies.
+    """Group copies by how they are done: large ones in host memory, small ones in host memory, all others.
 
     Args:
         copies: in slab order, not overlapping.

@@ -105,7 +105,7 @@ def object_items(plan: SnapshotPlan, blobs: Sequence[bytes], slab_offset: int) -
 
 
 def whole(plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_bytes: int = 0) -> Pieces:
-    """Stage the snapshot as one piece.
+    """Divide the snapshot into one piece: tensors, then the plan, then the objects, with room for objects to grow.
 
     Args:
         num_parts: into how many parts the save is divided.
@@ -126,12 +126,12 @@ def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
 
 
 def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incremental: bool = False) -> Pieces:
-    """Stage the snapshot as pieces, each of which fits a slab of ``budget_nbytes`` bytes.
+    """Divide the snapshot into pieces, each of which fits a slab of ``budget_nbytes`` bytes.
 
     Args:
         plan: one that keeps to the files' order (``Planner(in_order=True)``).
-        budget_nbytes: for one slab.
-        incremental: do not cut files that are small beside a piece, so that unchanged ones can be hard-linked.
+        budget_nbytes: bytes of one slab, at most.
+        incremental: keep files that are much smaller than a piece whole, so that unchanged ones can be hard-linked.
 
     Raises:
         MemoryBudgetError: not even a piece fits.

@@ -75,7 +75,10 @@ def _clear_error() -> None:
 
 
 def _clear_error_by_launch() -> None:
-    """Without the runtime's handle: launch a kernel that nobody needs; its launch check takes the error."""
+    """Clear the CUDA error that a failed call left, where ``cudaGetLastError`` cannot be called.
+
+    torch checks for errors after it launches a kernel, and thereby clears them. So launch one, and ignore what it raises.
+    """
     try:
         torch.zeros(1, device="cuda")
     except RuntimeError:

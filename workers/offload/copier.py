@@ -191,7 +191,10 @@ class OffloadCopier:
             if storage.device.type == "meta":
                 staged = torch.UntypedStorage(storage.nbytes(), device="meta")
             elif storage.nbytes() and not _has_memory(storage):
-                raise LocatedError("its storage has no memory behind it: a fake, functional or wrapped tensor")
+                raise LocatedError(
+                    "its storage has no memory behind it (a fake, functional or wrapped tensor); "
+                    "replace it with a real tensor, or leave it out of the state"
+                )
             else:
                 staged = self._stage_untyped_storage(storage, non_blocking)
             memo[id(storage)] = staged
@@ -319,7 +322,7 @@ class OffloadCopier:
                 raise
 
     def _keep_alive(self, x: Any, memo: Memo) -> None:
-        """Hold ``x`` as long as the memo: an id in it must not be given to another object meanwhile."""
+        """Keep a reference to ``x`` in the memo, whose keys are ids: freed, ``x`` could leave its id to another object."""
         kept = _memo_get(memo, id(memo))
         if kept is None:
             memo[id(memo)] = [x]

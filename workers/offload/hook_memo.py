@@ -77,6 +77,7 @@ class HookMemo(dict[int, Any]):
                 yield leaf
 
     def get(self, key: int, default: Any = None) -> Any:
+        """Return the copy of the object with id ``key``. A leaf that has none is offloaded now."""
         if dict.__contains__(self, key):
             return dict.__getitem__(self, key)
         leaf = self.found.get(key)

@@ -50,7 +50,10 @@ def _rebuild(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking: bool) ->
     elif x.is_nested:
         y = _rebuild_nested(copier, x, memo, non_blocking)
     elif not torch._C._has_storage(x):
-        raise LocatedError(f"a {_describe(x)} has no storage that could be copied")
+        raise LocatedError(
+            f"a {_describe(x)} has no storage that could be copied; "
+            "convert it to a plain tensor, or leave it out of the state"
+        )
     elif x.is_quantized:
         y = _rebuild_quantized(copier, x, memo, non_blocking)
     else:
@@ -88,7 +91,8 @@ def _check_extent(x: torch.Tensor, storage: torch.UntypedStorage) -> None:
     if storage.nbytes() < needed:
         raise LocatedError(
             f"its storage holds {storage.nbytes()} bytes and the tensor needs {needed}: it was freed or resized "
-            "(by FSDP after use, for instance); take the state dict with the library's own call"
+            "(by FSDP after use, for instance); "
+            "take the state dict with torch.distributed.checkpoint.state_dict.get_state_dict()"
         )
 
 

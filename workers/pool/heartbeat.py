@@ -60,7 +60,10 @@ class HeartbeatClock:
         return lost
 
     def look(self, now: float) -> float | None:
-        """The seconds since the last look, never more than an interval; None: it is not time yet."""
+        """Return None if it is not yet time to look, else the seconds to count for each worker: one interval.
+
+        However long the supervisor could not look, it counts as one interval: see *lost* above.
+        """
         elapsed = now - self._last_look
         if elapsed < self.interval:
             return None

@@ -88,7 +88,7 @@ def parse_stock_metadata(data: bytes, path: str) -> Metadata:
     except Exception as error:
         raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from error
     if type(metadata) is not Metadata:
-        raise CorruptCheckpointError(path, "is not the metadata of a checkpoint")
+        raise CorruptCheckpointError(path, "is not the .metadata of a torch.distributed.checkpoint")
     try:
         _check(metadata, os.path.dirname(path))
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
@@ -114,7 +114,7 @@ def _memory_format(value: object) -> _MEM_FORMAT_ENCODING:
 
 def _check(metadata: Metadata, directory: str) -> None:
     if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("it has no mapping of names")
+        raise ValueError("it has no planner_data, which maps names to key paths")
     if not isinstance(getattr(metadata, "storage_meta", None), StorageMeta | None):
         raise ValueError("its storage_meta is not a StorageMeta")
     if not isinstance(metadata.planner_data, dict | None):
@@ -135,14 +135,18 @@ def _check_paths(paths: dict[Any, Any], num_names: int) -> None:
     for name, path in paths.items():
         check_text(name)
         if type(path) is not tuple or not 0 < len(path) <= _MAX_DEPTH:
-            raise ValueError(f"not a key path: {str(path)[:60]}")
+            raise ValueError(
+                f"its planner_data has an entry that is not a key path of strings and integers: {str(path)[:60]}"
+            )
         for position, key in enumerate(path):
             if type(key) is int and key >= 0:
                 lengths[path[:position]] = max(lengths.get(path[:position], 0), key + 1)
             elif type(key) is not str:
-                raise ValueError(f"not a key path: {str(path)[:60]}")
+                raise ValueError(
+                    f"its planner_data has an entry that is not a key path of strings and integers: {str(path)[:60]}"
+                )
         if fqn(path) != name:
-            raise ValueError(f"{name[:60]} has a key path that belongs to another name")
+            raise ValueError(f"{name[:60]} has the key path of another name: two names cannot stand in one place")
     if sum(lengths.values()) > _MANY_PLACES + _PLACES_PER_NAME * num_names:
         raise ValueError("its lists have many more positions than it has names")
 

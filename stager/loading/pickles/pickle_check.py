@@ -215,7 +215,10 @@ class _Walk:
         name = _name_of(called)
         asked = max((value.largest for value in arguments), default=0)
         if name in _ALLOCATE and asked > self._most_asked:
-            raise ValueError(f"it asks for memory for {asked} elements, far more than its own length")
+            raise ValueError(
+                f"the pickle asks for memory for {asked} elements, far more than its bytes can "
+                "describe: it is damaged or hostile"
+            )
 
     def _check_storage(self, parts: list[_Value]) -> None:
         """``parts``: the tuple ("storage", class, key, device, number of elements). A class is given by its name."""
@@ -236,7 +239,7 @@ class _Walk:
 
     def _push(self, value: _Value) -> None:
         if value.depth > _MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
+            raise ValueError(f"the pickle is nested deeper than {_MAX_DEPTH} containers: it is damaged or hostile")
         self._stack.append(value)
 
     def _grow(self, name: str, parts: list[_Value]) -> None:
@@ -261,7 +264,7 @@ class _Walk:
         for _ in range(num_fixed):
             parts.append(stack.pop())
         if _MARK in parts:
-            raise ValueError("it has a mark in place of a value")
+            raise ValueError("the pickle is malformed: a MARK opcode stands where a value belongs")
         parts.reverse()
         return parts
 
@@ -269,7 +272,7 @@ class _Walk:
         for value in values:
             self._hashed += value.hashed(depth) if depth and value.children else value.size
         if self._hashed > _MAX_HASHED + _HASHED_PER_OPCODE * self._num_opcodes:
-            raise ValueError("its keys and arguments take far more hashing than its length allows")
+            raise ValueError("the keys and arguments of the pickle are made to take very long to hash: it is hostile")
 
 
 def _name_of(called: _Value) -> str:

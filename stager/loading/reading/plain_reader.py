@@ -73,7 +73,7 @@ class PlainReader:
                 count = os.preadv(self._fds[item.file], [view], position)
                 if count == 0:
                     raise CorruptCheckpointError(
-                        self._paths[item.file], f"ends at byte {position}, in the middle of a value"
+                        self._paths[item.file], f"is cut short: it ends at byte {position}, in the middle of a value"
                     )
                 view, position = view[count:], position + count
 

@@ -48,7 +48,10 @@ def assemble(metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]
         parts.setdefault(index.fqn, []).append((tuple(index.offset or ()), number))
     missing = next((name for name in metadata.state_dict_metadata if name not in parts), None)
     if missing is not None:
-        raise UsageError(f"{missing}: the save planner announced this value, and no rank wrote it")
+        raise UsageError(
+            f"{missing}: the save planner's metadata has this value, and no rank wrote it; check that "
+            "create_local_plan() of one rank returns it"
+        )
     layout = Layout(tuple(FileSpec(*entry) for entry in sizes.items()), items, None, SEGMENT_BYTES)
     nodes = {name: _node(name, parts[name], metadata, layout) for name in metadata.state_dict_metadata}
     layout = replace(layout, structure=nest(nodes, metadata.planner_data))

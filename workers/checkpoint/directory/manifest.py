@@ -156,7 +156,8 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
         raise CorruptCheckpointError(path, "not a stager manifest")
     if body.get("version") != VERSION:
         raise CorruptCheckpointError(
-            path, f"manifest version {body.get('version')!r}; this stager reads version {VERSION}: upgrade it"
+            path,
+            f"manifest version {body.get('version')!r}, and this stager reads version {VERSION}: install a newer stager",
         )
     try:
         with no_collection():

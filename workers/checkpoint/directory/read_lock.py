@@ -41,8 +41,10 @@ def reading(path: str) -> Iterator[None]:
 def holding(path: str) -> Iterator[bool]:
     """Hold the read lock as :func:`reading` does, but yield False if the directory was renamed or removed meanwhile.
 
+    If the directory cannot be opened, yields True without a lock: whoever reads it then reports the error.
+
     Raises:
-        StorageError
+        StorageError: the directory cannot be looked at.
     """
     try:
         directory_fd = open_directory(path)

@@ -103,7 +103,9 @@ def read_receipt(
         check_count(receipt.linked_bytes)
         check_count(receipt.generation)
     except (TypeError, KeyError, ValueError) as error:
-        raise CorruptCheckpointError(path, f"is not a valid receipt: {error!r}") from error
+        raise CorruptCheckpointError(
+            path, f"is not a valid receipt (what a worker leaves when its part is written): {error!r}"
+        ) from error
     found = receipt.rank, receipt.part, receipt.num_parts, receipt.save_id
     if found != (rank, part, num_parts, save_id):
         raise CorruptCheckpointError(

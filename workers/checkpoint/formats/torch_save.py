@@ -102,7 +102,10 @@ def _data_start(sink: _Sink, nbytes: int) -> int:
             # Padding before the storage (it is aligned to 64 bytes) is written, so the hole is exactly the storage.
             return position - nbytes
         end = max(end, position + len(data))
-    raise InternalError(f"torch.save did not skip the storage's {nbytes} bytes; this torch is not supported")
+    raise InternalError(
+        f"torch.save wrote the {nbytes} bytes of a storage that it was told to skip; "
+        "stager does not support this version of torch"
+    )
 
 
 _untyped: Any = torch.UntypedStorage  # its constructor has no types

@@ -59,10 +59,14 @@ class Chunks:
             _, shape, parts = node
             chunks = Chunks(tuple(shape), tuple((tuple(offsets), index) for offsets, index in parts))
         except TypeError as error:
-            raise ValueError(f"not a tensor in chunks: {str(node)[:60]}") from error
+            raise ValueError(
+                f"the structure of the state has a malformed entry for a tensor in chunks: {str(node)[:60]}"
+            ) from error
         numbers = [*chunks.shape, *(n for offsets, index in chunks.parts for n in (*offsets, index))]
         if not chunks.parts or any(type(number) is not int for number in numbers):
-            raise ValueError(f"not a tensor in chunks: {str(node)[:60]}")
+            raise ValueError(
+                f"the structure of the state has a malformed entry for a tensor in chunks: {str(node)[:60]}"
+            )
         return chunks
 
 
@@ -123,7 +127,7 @@ def absent(node: Node, path: Path = ()) -> Iterator[Path]:
 def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
     """Return a structure of the same containers and keys, with ``leaf(item or chunks)`` in place of each leaf.
 
-    Leaves that another rank writes stay absent. The nodes are trusted to be a structure.
+    Leaves that another rank writes stay absent. The nodes are not checked: ``node`` has to be a structure.
     """
     if type(node) is int:
         return leaf(node)
@@ -168,7 +172,7 @@ def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
     if depth > _MAX_DEPTH:
         raise ValueError(f"the state is nested deeper than {_MAX_DEPTH} containers")
     if not isinstance(node, list) or not node:
-        raise ValueError(f"not a structure node: {str(node)[:60]}")
+        raise ValueError(f"the structure of the state has a malformed entry: {str(node)[:60]}")
     kind, *rest = node
     if kind == "list" and len(rest) == 1 and isinstance(rest[0], list):
         return list(range(len(rest[0]))), rest[0]
@@ -177,7 +181,7 @@ def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
         if isinstance(keys, list) and isinstance(children, list) and len(keys) == len(children):
             if all(map(_is_key, keys)) and len(set(keys)) == len(keys) and all(map(_is_metadata, rest[2:])):
                 return keys, children
-    raise ValueError(f"not a structure node: {str(node)[:60]}")
+    raise ValueError(f"the structure of the state has a malformed entry: {str(node)[:60]}")
 
 
 def _is_key(key: Any) -> bool:

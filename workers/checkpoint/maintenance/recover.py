@@ -196,7 +196,7 @@ def _read_record(directory: str, partial: str) -> tuple[SaveSpec, Layout]:
     path = os.path.join(partial, record_name(ranks[0] if ranks else 0))
     data = files.read_if_exists(path)
     if data is None:
-        raise _UnfinishedError(partial, "was never finished: it has no save record")
+        raise _UnfinishedError(partial, "was never finished, because it has no save record; it can be removed")
     return from_record(data, path, directory)
 
 
@@ -233,7 +233,9 @@ def _finish_replacement(
     """
     final = os.path.join(directory, checkpoint_name(step))
     if os.path.lexists(final):
-        raise CorruptCheckpointError(partial, f"was replaced by the {final} that is there")
+        raise CorruptCheckpointError(
+            partial, f"cannot be resumed: {final} exists already, and is of a later save of the same step"
+        )
     if manifest is None or manifest.header.step != step:
         raise CorruptCheckpointError(partial, "has no manifest of its step")
     if not partial.endswith(REPLACED):

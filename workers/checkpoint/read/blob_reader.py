@@ -244,7 +244,7 @@ class BlobReader:
             while pending:
                 count = os.preadv(self._fds[file], pending, offset)
                 if count == 0:
-                    raise CorruptCheckpointError(self.file_path(file), f"ends at byte {offset}")
+                    raise CorruptCheckpointError(self.file_path(file), f"is cut short: it ends at byte {offset}")
                 offset += count
                 while pending and count >= len(pending[0]):
                     count -= len(pending.pop(0))
