@@ -233,9 +233,7 @@ def _finish_replacement(
     """
     final = os.path.join(directory, checkpoint_name(step))
     if os.path.lexists(final):
-        raise CorruptCheckpointError(
-            partial, f"cannot be resumed: {final} exists already, and is of a later save of the same step"
-        )
+        raise CorruptCheckpointError(partial, f"cannot be resumed: {final} took its place")
     if manifest is None or manifest.header.step != step:
         raise CorruptCheckpointError(partial, "has no manifest of its step")
     if not partial.endswith(REPLACED):
