@@ -13,15 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["module", "package"])
-def project(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with the README's examples in a script, and modules that have the names of our folders."""
-    for name in ("workers", "tests"):
-        if request.param == "module":
-            (tmp_path / f"{name}.py").write_text("MINE = True\n")
-        else:
-            (tmp_path / name).mkdir()
-            (tmp_path / name / "__init__.py").write_text("MINE = True\n")
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with the README's examples in a script, beside a module and a package that have names of our folders."""
+    (tmp_path / "workers.py").write_text("MINE = True\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").write_text("MINE = True\n")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     script = "\n".join(["import workers", "assert workers.MINE", *blocks, "assert workers.MINE", "print('all done')"])
     (tmp_path / "train.py").write_text(script)
