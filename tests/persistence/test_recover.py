@@ -186,7 +186,7 @@ def test_clock_that_was_set_back_does_not_bring_an_old_checkpoint_back(run_dir: 
     run(old)
     assert files.exchange(str(new), str(run_dir / "step-00000001"))
     (found,) = recover(str(run_dir))
-    assert found.outcome is RecoverOutcome.REMOVED and "was replaced by" in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and "took its place" in found.reason
     assert same(states_of(run_dir)[1], NEW)
 
 
