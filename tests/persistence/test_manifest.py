@@ -170,7 +170,9 @@ def test_other_documents_are_refused(body_json: bytes) -> None:
 
 
 def test_newer_version_says_upgrade(body: dict[str, Any]) -> None:
-    with pytest.raises(CorruptCheckpointError, match="version 2, and this stager reads version 1: install a newer stager"):
+    with pytest.raises(
+        CorruptCheckpointError, match="version 2, and this stager reads version 1: install a newer stager"
+    ):
         parse_manifest(seal({**body, "version": 2}), "p")
 
 
