@@ -1,4 +1,4 @@
-"""Opens hostile checkpoints: sealed documents that lie, archives, pickles, files that are none.
+"""Opens hostile checkpoints: sealed documents that lie, archives, pickles, and files that are not checkpoints at all.
 
     python -m tests.safety.fuzz --count 100000 --seed 1
 
