@@ -64,6 +64,7 @@ _HOME = {
         "TaskTimeoutError",
         "TornSnapshotError",
         "UnsafePickleError",
+        "UnloadableError",
         "UnstageableError",
         "UsageError",
         "WorkerDiedError",
@@ -149,6 +150,7 @@ if TYPE_CHECKING:
     from stager.workers.errors import StorageError as StorageError
     from stager.workers.errors import TaskTimeoutError as TaskTimeoutError
     from stager.workers.errors import TornSnapshotError as TornSnapshotError
+    from stager.workers.errors import UnloadableError as UnloadableError
     from stager.workers.errors import UnsafePickleError as UnsafePickleError
     from stager.workers.errors import UnstageableError as UnstageableError
     from stager.workers.errors import UsageError as UsageError

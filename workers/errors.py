@@ -5,6 +5,7 @@
     |   |-- ConfigError               an unknown key, a wrong type or a bad value in YAML, environment or --set
     |   |-- UnstageableError          a value of the state cannot be saved; names its key path
     |   |-- StateMismatchError        load(into=...): keys, shapes or dtypes differ
+    |   |-- UnloadableError           intact bytes that cannot be made into the object here; names its key path
     |   |-- MemoryBudgetError         the snapshot does not fit arena.max_host_bytes
     |   |-- ArenaFullError            every slab is in flight and arena.when_full is "raise"
     |   |-- UnsafePickleError         the checkpoint holds a pickled object and allow_pickle is off
@@ -65,6 +66,23 @@ class UnstageableError(UsageError, TypeError):
 
 class StateMismatchError(UsageError, RuntimeError):
     """The caller's mistake: load into a state like the saved one. The target was not changed."""
+
+
+class UnloadableError(UsageError, RuntimeError):
+    """The program's fault: correct its class or ``load_state_dict()``. The checkpoint is intact, and none older was tried.
+
+    Attributes:
+        key_path: where the value is in the checkpoint.
+        reason: what failed, and what to do. The original error is the ``__cause__``.
+    """
+
+    def __init__(self, key_path: str, reason: str) -> None:
+        super().__init__(f"{key_path}: {reason}")
+        self.key_path = key_path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.key_path, self.reason)
 
 
 class MemoryBudgetError(UsageError, MemoryError):

@@ -198,6 +198,9 @@ class LoadingConfig(Section):
     )
     threads: Count = Field(default="auto", description="Threads that read; auto: the cores the trainer may use.")
     allow_pickle: bool = Field(default=False, description="Unpickle any object: runs code from the checkpoint.")
+    safe_globals: tuple[str, ...] = Field(
+        default=(), description="Classes that checkpoints may hold, as package.module.Class, beside plain data."
+    )
 
 
 class RanksConfig(Section):

@@ -27,7 +27,7 @@ from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import Item, Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.layout.structure import Node, describe, map_leaves
+from stager.workers.checkpoint.layout.structure import Node, describe, map_leaves, names_of
 from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
 from stager.workers.memory.pages import bytes_at
 
@@ -154,7 +154,7 @@ class _Export:
                 )
             value = unpickle(b"".join(map(bytes, self._stream.data(index))), name, self._path, self._allow_pickle)
             try:
-                blobs.append(self._format.object_blob(value, number))
+                blobs.append(self._format.object_blob(value, number).blob)
             except Exception as error:
                 raise UnstageableError(name, f"cannot be pickled again: {error}") from error
         return blobs
@@ -186,7 +186,7 @@ class _Export:
 
     def _spec(self, source: Source) -> TensorSpec:
         stride = contiguous_stride(source.shape) if self._format.row_major else source.stride
-        return TensorSpec(tuple(source.paths), source.dtype, source.shape, stride)
+        return TensorSpec(tuple(source.paths), tuple(names_of(source.paths)), source.dtype, source.shape, stride)
 
     def write(self, fd: int) -> None:
         if not self._layout.files:  # safetensors of a state without tensors

@@ -15,7 +15,7 @@ from stager.loading.dcp.stock import StockReader
 from stager.loading.loaded import Loaded
 from stager.loading.match import match
 from stager.loading.pickles.archive_check import check_archive
-from stager.loading.pickles.unpickle import load_archive
+from stager.loading.pickles.unpickle import load_unverified
 from stager.loading.reading.direct_read import overlapping
 from stager.loading.restore import Restorer, copy_to_targets
 from stager.loading.safetensors_reader import is_safetensors, load_safetensors
@@ -160,7 +160,7 @@ def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu") ->
         file = open(open_regular(path), "rb")  # noqa: SIM115  (the next statement closes it)
     with file, storage_errors("read", path):
         check_archive(file, os.fstat(file.fileno()).st_size, name, path, pickles=not allow_pickle)
-        return load_archive(f"/proc/self/fd/{file.fileno()}", name, path, allow_pickle, map_location)
+        return load_unverified(f"/proc/self/fd/{file.fileno()}", name, path, allow_pickle, map_location)
 
 
 def load_dcp(path: str, allow_pickle: bool) -> dict[str, Any]:

@@ -118,7 +118,15 @@ class Loader:
         with self._lock:
             found = self._find(step, first)
             while found is not None and (damaged is None or strict):
-                restorer = Restorer(found.info.path, found.manifest, self._threads(), allowed, selection, self._rank)
+                restorer = Restorer(
+                    found.info.path,
+                    found.manifest,
+                    self._threads(),
+                    allowed,
+                    selection,
+                    self._rank,
+                    self._config.safe_globals,
+                )
                 try:
                     with reading(found.info.path):
                         state = restorer.restore(into, strict)

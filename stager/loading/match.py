@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from stager.loading.difference import difference, fits, object_difference, obstacle
 from stager.loading.match_torch import match_module, match_optimizer
-from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, tensors_of
-from stager.loading.restore_plan import RestorePlan
+from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, names_and_children, tensors_of
+from stager.loading.restore_plan import RestorePlan, Values
 from stager.loading.selection import Selection
 from stager.state.flatten import is_stateful
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded
 from stager.workers.checkpoint.directory.manifest import Manifest
-from stager.workers.checkpoint.layout.structure import Key, Node, Path, build, describe, walk
+from stager.workers.checkpoint.layout.structure import Key, Node, Path, build, describe, is_with_recipe, walk
 
 logger = logging.getLogger("stager")
 
@@ -53,12 +53,12 @@ def match(
     """
     matcher = _Matcher(manifest, strict, selection, rank)
     structure = manifest.layout.structure if selection is None else selection.of(manifest.layout.structure, path)
-    nodes = children_of(structure)
-    for name in target:
+    names, nodes = names_and_children(structure, target)
+    for key, name in names.items():
         if name in nodes:
-            matcher.entry(nodes[name], target, name, (name,))
+            matcher.entry(nodes[name], target, key, (key,))
         else:
-            matcher.missing(target[name], (name,))
+            matcher.missing(target[key], (key,))
     matcher.plan.refuse_mismatches(path, strict)
     return matcher.plan
 
@@ -92,6 +92,8 @@ class _Matcher:
             self._mapping(node, value, path)
         elif isinstance(value, list) and is_list(node):
             self._list(node, value, path)
+        elif isinstance(container, (MutableMapping, list)) and self._is_whole(node) and not _holds_state(value):
+            self._replace(node, container, key)
         elif isinstance(value, Mapping) or (isinstance(value, list) and any(map(_is_container_or_tensor, value))):
             self.plan.add_problem(
                 path, f"is a {type(value).__name__} in the target and {kind_of(node)} in the checkpoint"
@@ -100,6 +102,10 @@ class _Matcher:
             self._replace(node, container, key)
         else:
             self.plan.add_problem(path, f"is in a {type(container).__name__}, which cannot be changed")
+
+    def _is_whole(self, node: Node) -> bool:
+        """Whether a container was stored as one value: it is built anew."""
+        return is_with_recipe(node) or (type(node) is int and self._items[node].kind == "object")
 
     def _per_rank(self, node: Node, value: PerRank, path: Path) -> None:
         key = rank_key(self._rank)
@@ -122,17 +128,33 @@ class _Matcher:
         self.plan.steps.append(lambda values: container.__setitem__(key, build(node, values.__getitem__)))
 
     def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path) -> None:
-        nodes = children_of(node)
-        for key in value:
-            if key in nodes:
-                self.entry(nodes[key], value, key, (*path, key))
+        names, nodes = names_and_children(node, value)
+        for key, name in names.items():
+            if name in nodes:
+                self.entry(nodes[name], value, key, (*path, key))
             else:
                 self.missing(value[key], (*path, key))
-        for key, child in nodes.items():
-            if key not in value:
-                self.plan.unexpected.append(describe((*path, key)))
+        present = set(names.values())
+        for position, (name, child) in enumerate(nodes.items()):
+            if name not in present:
+                self.plan.unexpected.append(describe((*path, name)))
                 if isinstance(value, MutableMapping):
-                    self._replace(child, value, key)
+                    self._add(node, position, child, value, name)
+
+    def _add(self, node: Node, position: int, child: Node, mapping: MutableMapping[Any, Any], name: Any) -> None:
+        """Plan to put an entry of the checkpoint into a mapping that lacks it."""
+        self.plan.want(child)
+        if node[0] != "mapping":
+            self._replace(child, mapping, name)
+            return
+        recipe = node[2][0]
+        self.plan.want(recipe)
+
+        def add(values: Values) -> None:
+            _, keys = values[recipe]
+            mapping[name if keys is None else keys[position]] = build(child, values.__getitem__)
+
+        self.plan.steps.append(add)
 
     def _list(self, node: Node, value: list[Any], path: Path) -> None:
         children = node[1]
@@ -148,7 +170,24 @@ class _Matcher:
         self.plan.want(node)
         self.plan.steps.append(lambda values: value.append(build(node, values.__getitem__)))
 
+    def _wrapper(self, node: Node, value: torch.Tensor, path: Path) -> None:
+        """Match a tensor that is made of others: it is built anew, and copied into the target."""
+        recipe = node[2][0]
+        self.plan.want(node)
+
+        def check(values: Values) -> str | None:
+            shape = list(values[recipe][2])
+            if shape == list(value.shape):
+                return None
+            return f"{describe(path)}: has shape {list(value.shape)} in the target and {shape} in the checkpoint"
+
+        self.plan.checks.append(check)
+        self.plan.steps.append(lambda values: _copy(build(node, values.__getitem__), value))
+
     def _tensor(self, node: Node, value: torch.Tensor, path: Path) -> None:
+        if isinstance(node, list) and node[0] == "wrapper":
+            self._wrapper(node, value, path)
+            return
         if type(node) is not int:
             self.plan.add_problem(path, f"is a tensor in the target and {kind_of(node)} in the checkpoint")
             return
@@ -216,6 +255,15 @@ def _has_sharded(value: Any) -> bool:
 def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:
     with torch.no_grad():
         tensor.copy_(loaded)
+
+
+def _holds_state(value: Any) -> bool:
+    """Whether a plain container of the target has something in it that is to be restored in place."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_state, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_state, value))
+    return isinstance(value, (torch.Tensor, PerRank)) or is_stateful(value)
 
 
 def _is_container_or_tensor(value: Any) -> bool:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from stager.workers.checkpoint.layout.structure import Key, Node, Path
+from stager.workers.checkpoint.layout.structure import Key, Node, Path, key_names
 
 
 def is_mapping(node: Node) -> bool:
-    """Whether the node is a dict or OrderedDict."""
-    return isinstance(node, list) and node[0] in ("dict", "odict")
+    """Whether the node is a mapping of any class."""
+    return isinstance(node, list) and node[0] in ("dict", "odict", "mapping")
+
+
+def names_and_children(node: Node, keys: Iterable[Any]) -> tuple[dict[Any, Any], dict[Any, Node]]:
+    """Bring the keys of a target together with the nodes of a mapping in the checkpoint.
+
+    Returns:
+        The name of each of the ``keys``; the nodes by name. Where the mapping has a recipe, names are text.
+    """
+    keys = list(keys)
+    if node[0] != "mapping":
+        return dict(zip(keys, keys, strict=True)), children_of(node)
+    return dict(zip(keys, key_names(keys), strict=True)), dict(zip(node[1][1:], node[2][1:], strict=True))
 
 
 def is_list(node: Node) -> bool:
@@ -29,7 +41,7 @@ def kind_of(node: Node) -> str:
     """What the node is, for messages."""
     if type(node) is int:
         return "a single value"
-    return "a list" if node[0] == "list" else "a mapping"
+    return {"list": "a list", "sequence": "a list", "wrapper": "a tensor made of others"}.get(node[0], "a mapping")
 
 
 def tensors_of(value: Any, path: Path = ()) -> dict[Path, torch.Tensor]:

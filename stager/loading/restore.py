@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,7 @@ class Restorer:
         allow_pickle: unpickle any object, which runs code from the checkpoint.
         selection: restore only this part.
         rank: selects the values of ``PerRank``.
+        safe_globals: classes that may be unpickled, beside plain data.
 
     Attributes:
         has_overwritten: reading straight into tensors of the target has begun. They are whole when ``load_into`` returns.
@@ -60,8 +61,10 @@ class Restorer:
         allow_pickle: bool,
         selection: Selection | None = None,
         rank: int = 0,
+        safe_globals: Sequence[str] = (),
     ) -> None:
         self._rank = rank
+        self._safe_globals = safe_globals
         self._path = path
         self._stored = manifest
         wholes = with_wholes(manifest)
@@ -204,7 +207,7 @@ class Restorer:
     def _unpickle(self, blobs: dict[int, bytearray]) -> dict[int, Any]:
         names = {leaf: path for path, leaf in self._manifest.paths()} if blobs else {}
         return {
-            index: unpickle(bytes(blob), describe(names[index]), self._path, self._allow_pickle)
+            index: unpickle(bytes(blob), describe(names[index]), self._path, self._allow_pickle, self._safe_globals)
             for index, blob in blobs.items()
         }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stager.state.flatten import is_stateful
-from stager.workers.checkpoint.layout.structure import Node, Path, fqn, walk
+from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_with_recipe, walk
 from stager.workers.errors import StateMismatchError
 
 
@@ -43,7 +43,7 @@ class Selection:
     def _visit(self, node: Node, path: Path) -> Node | None:
         if type(node) is int or node[0] == "chunks":
             return node if self.takes(path) else None
-        if node[0] == "list":
+        if node[0] == "list" or is_with_recipe(node):
             return node if any(self.takes(leaf) for leaf, _ in walk(node, path)) else None
         kept = [
             (key, child)

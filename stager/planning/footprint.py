@@ -90,14 +90,14 @@ class Measured:
         if isinstance(value, PickledObject):
             return self._stand_in(value.nbytes, leaf)
         try:
-            return self._format.object_blob(value, leaf)
+            return self._format.object_blob(value, leaf).blob
         except Exception as error:
             raise UnstageableError(flat.name(leaf), f"{type(value).__name__} cannot be pickled: {error}") from error
 
     def _stand_in(self, nbytes: int, leaf: int) -> bytes:
         """A blob of about this size, or of the smallest possible size."""
-        smallest = len(self._format.object_blob("", leaf))
-        return self._format.object_blob("x" * max(0, nbytes - smallest), leaf)
+        smallest = len(self._format.object_blob("", leaf).blob)
+        return self._format.object_blob("x" * max(0, nbytes - smallest), leaf).blob
 
     def _on_disk(self, plan: SnapshotPlan) -> int:
         layout = plan.layout.with_objects(object_items(plan, self._blobs, 0))

@@ -25,7 +25,7 @@ from stager.ranks.rank_group import RankGroup
 from stager.state.flatten import PLAIN_TENSORS, StateTree
 from stager.state.shards import Shard, is_sharded, locals_of, shard_of, spread_of
 from stager.workers.checkpoint.layout.dtypes import name_of
-from stager.workers.checkpoint.layout.structure import ABSENT, Node, fqn
+from stager.workers.checkpoint.layout.structure import ABSENT, Node, Path, describe, fqn
 from stager.workers.errors import UnstageableError
 
 _COMPARED_BYTES = 64 << 10
@@ -99,7 +99,8 @@ class Partitioner:
         self._division = self._settled = None
 
     def _divide(self, tree: StateTree, sharded: Sequence[int], signature: tuple[Any, ...], save_id: str) -> _Division:
-        tree.check_names()
+        if not self._group.is_alone:
+            _check_names(tree)
         for leaf in sharded:
             if leaf in tree.private:
                 raise UnstageableError(
@@ -107,7 +108,7 @@ class Partitioner:
                     "is a DTensor in PerRank: it belongs to all ranks of its mesh; take it out of there",
                 )
         shards = {leaf: shard_of(tree.leaves[leaf], tree.name(leaf)) for leaf in sharded}
-        names = [fqn(path) for path in tree.paths]
+        names = tree.names
         spreads: dict[Hashable, list[int]] = {}
         plain: list[int] = []
         for leaf in sorted(range(len(names)), key=names.__getitem__):
@@ -163,6 +164,19 @@ class Partitioner:
         settled = self._settled
         # The same names in other containers: no rank was asked, so this rank names everything itself.
         return settled.settlement if own_outline == settled.outline else replace(settled.settlement, same_names=False)
+
+
+def _check_names(tree: StateTree) -> None:
+    """Raise UnstageableError for two leaves of one name: a rank that writes one of them does not see the other."""
+    seen: dict[str, Path] = {}
+    for path in tree.paths:
+        name = fqn(path)
+        if name in seen:
+            raise UnstageableError(
+                describe(path),
+                f"has the same name in the checkpoint as {describe(seen[name])}: {name!r}; rename one",
+            )
+        seen[name] = path
 
 
 def _check_complete(names: Sequence[str], shards: dict[int, Shard | None]) -> None:

@@ -17,6 +17,7 @@ class SaverOptions:
         num_parts: into how many parts a save in one piece is divided: one for each worker.
         fsync, check_free_space, segment_bytes, incremental, full_every: see the configuration's section persistence.
         verify: see the section staging.
+        safe_globals: see the section loading; what it lacks is warned of when it is saved.
         writing: how one worker writes.
     """
 
@@ -30,3 +31,4 @@ class SaverOptions:
     writing: Writing = PLAIN
     incremental: bool = False
     full_every: int = 0
+    safe_globals: tuple[str, ...] = ()

@@ -94,7 +94,9 @@ class Saver:
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, options.segment_bytes), in_order=True)
         self.guard = Guard(self.wait_for_staging)
         sharer = make_sharer(pool, options.num_parts, sharing)
-        self._taker = SnapshotTaker(file_format, copier, self.guard, sharer, group, verify=options.verify)
+        self._taker = SnapshotTaker(
+            file_format, copier, self.guard, sharer, group, verify=options.verify, safe_globals=options.safe_globals
+        )
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 

@@ -140,6 +140,7 @@ def saver_options(config: StagerConfig, group: RankGroup, directory: str, segmen
         writing=_writing(persistence, num_parts),
         incremental=persistence.incremental,
         full_every=persistence.full_every,
+        safe_globals=config.loading.safe_globals,
     )
 
 

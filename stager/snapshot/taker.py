@@ -9,7 +9,6 @@ Who copies what is decided here, once for as long as the plan, the guarded memor
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +29,12 @@ from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format
+from stager.workers.checkpoint.formats.safe_globals import refusal_of
 from stager.workers.errors import UnstageableError
 from stager.workers.memory.slab import Slab
 
 logger = logging.getLogger("stager")
 
-_SAFE_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, list, tuple, set)
 _CACHED_TYPES = (type(None), bool, int, str)  # hashable, and equal only when they are the same in every bit
 _CACHED_BLOBS = 4096
 
@@ -89,6 +88,7 @@ class SnapshotTaker:
         sharer: has workers copy, if any do.
         group: the ranks that make one checkpoint together.
         verify: compare each copy with its source.
+        safe_globals: classes that loading will allow, beside plain data.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class SnapshotTaker:
         group: RankGroup,
         *,
         verify: bool,
+        safe_globals: Sequence[str] = (),
     ) -> None:
         self._format = file_format
         self._copier = copier
@@ -112,6 +113,8 @@ class SnapshotTaker:
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
+        self._warned: set[str] = set()
+        self._safe_globals = safe_globals
 
     def flatten(self, state: Mapping[str, Any], occasion: str) -> StateTree:
         """Find the leaves that this rank writes.
@@ -124,7 +127,9 @@ class SnapshotTaker:
             UnstageableError: a state that cannot be saved.
             RankFailedError, InconsistentRanksError: see :class:`stager.ranks.partition.Partitioner`.
         """
-        return self._partitioner.take(flatten(state, self._group.own_rank), occasion)
+        return self._partitioner.take(
+            flatten(state, self._group.own_rank, has_recipes=self._format.has_recipes), occasion
+        )
 
     def begin(self, timeline: Timeline, tree: StateTree, planner: Planner, *, may_move: bool | None = None) -> Snapshot:
         """Plan and pickle; nothing is copied yet.
@@ -222,26 +227,25 @@ class SnapshotTaker:
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
             return blob
         try:
-            blob = self._format.object_blob(value, leaf)
+            blob, kinds = self._format.object_blob(value, leaf)
         except Exception as error:
-            raise UnstageableError(tree.name(leaf), f"{kind.__name__} cannot be pickled: {error}") from error
+            reason = str(error).partition("\n")[0]
+            raise UnstageableError(
+                tree.name(leaf), f"{kind.__name__} cannot be pickled, as torch.save would: {reason}"
+            ) from error
         if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:
             self._blobs[kind, value] = blob
-        if kind not in _SAFE_TYPES and kind not in self._pickle_checked:
-            self._pickle_checked.add(kind)
-            _warn_if_unsafe(tree.name(leaf), kind, blob)
+        if not kinds <= self._pickle_checked:
+            self._pickle_checked |= kinds
+            self._warn_if_refused(tree.name(leaf), blob)
         return blob
 
-
-def _warn_if_unsafe(name: str, kind: type, blob: bytes) -> None:
-    """Say at save time, not weeks later, that loading this will need permission."""
-    try:
-        torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu")
-    except Exception as error:  # noqa: BLE001  (torch raises several types; each means that it is refused)
-        logger.warning(
-            "%s holds a %s.%s, which is pickled; loading it will need allow_pickle=True (%s)",
-            name,
-            kind.__module__,
-            kind.__qualname__,
-            str(error).splitlines()[0],
-        )
+    def _warn_if_refused(self, name: str, blob: bytes) -> None:
+        """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
+        if (reason := refusal_of(blob, self._safe_globals)) is not None and reason not in self._warned:
+            self._warned.add(reason)
+            logger.warning(
+                "%s is pickled, and %s: loading it will need allow_pickle=True, or the class in loading.safe_globals",
+                name,
+                reason,
+            )

@@ -17,6 +17,7 @@ import torch
 
 from stager.state.flatten import PLAIN_TENSORS, StateTree
 from stager.workers.errors import UnstageableError
+from stager.workers.memory.tensor_memory import problem_of, storage_nbytes
 
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
 
@@ -55,6 +56,7 @@ class _Block:
     Attributes:
         devices: None when all are in host memory.
         lazy: None when none is a conjugate or negative view.
+        held: bytes of each tensor's storage. A storage that was resized is told by it: see :func:`_check_storages`.
     """
 
     addresses: list[int]
@@ -63,6 +65,7 @@ class _Block:
     strides: list[tuple[int, ...]]
     devices: list[torch.device] | None
     lazy: list[bool] | None
+    held: list[int]
 
     def rows(self) -> Iterator[Fingerprint]:
         count = len(self.addresses)
@@ -105,13 +108,12 @@ def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> Fin
     else:
         numbers = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in numbers]
-        if not PLAIN_TENSORS.issuperset(map(type, tensors)):
-            _refuse_wrappers(tree, numbers)
-    try:
-        return _read(numbers, tensors, known)
-    except (RuntimeError, NotImplementedError):  # sparse, nested and the like have no address or strides
-        pass
-    numbers = [i for i in numbers if _is_plain(leaves[i])]
+    if PLAIN_TENSORS.issuperset(map(type, tensors)):
+        try:
+            return _read(numbers, tensors, known)
+        except (RuntimeError, NotImplementedError):  # some of them are not just bytes and strides, or are not in memory
+            pass
+    numbers = [i for i in numbers if _is_raw(leaves[i], tree, i)]
     return _read(numbers, [leaves[i] for i in numbers], known)
 
 
@@ -121,7 +123,11 @@ def _read(numbers: Sequence[int], tensors: Sequence[torch.Tensor], known: Finger
     # In blocks, because each column touches every tensor again: 1,024 of them stay in the processor's cache.
     for i, start in enumerate(range(0, len(tensors), _BLOCK)):
         block = _read_block(tensors[start : start + _BLOCK])
-        blocks.append(old[i] if i < len(old) and block == old[i] else block)
+        if i < len(old) and block == old[i]:
+            block = old[i]
+        else:
+            _check_storages(tensors[start : start + _BLOCK], block)
+        blocks.append(block)
     if known is not None and len(old) == len(blocks) and known.leaves == numbers and all(map(is_, old, blocks)):
         return known
     return Fingerprints(numbers, tuple(blocks))
@@ -144,24 +150,32 @@ def _read_block(tensors: Sequence[torch.Tensor]) -> _Block:
         strides=list(map(_Tensor.stride, tensors)),
         devices=devices,
         lazy=lazy if any(lazy) else None,
+        held=list(map(torch.UntypedStorage.nbytes, map(_Tensor.untyped_storage, tensors))),
     )
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is bytes and strides. All others are rare; they are pickled, which keeps them exactly."""
+def _check_storages(tensors: Sequence[torch.Tensor], block: _Block) -> None:
+    """Check that each storage has all bytes of its tensor.
+
+    Once per block is enough: torch makes no tensor that reaches beyond its storage, and a storage that is resized later
+    changes ``held``.
+
+    Raises:
+        RuntimeError: one has not; nothing was read.
+    """
+    for tensor, held in zip(tensors, block.held, strict=True):
+        if storage_nbytes(tensor) > held:
+            raise RuntimeError("a tensor reaches beyond its storage")
+
+
+def _is_raw(tensor: torch.Tensor, tree: StateTree, leaf: int) -> bool:
+    """Tell whether a tensor is bytes and strides. All others are rare; they are pickled, which keeps them exactly.
+
+    Raises:
+        UnstageableError: the tensor's values are not in memory.
+    """
+    if (problem := problem_of(tensor)) is not None:
+        raise UnstageableError(tree.name(leaf), problem)
+    if type(tensor) not in PLAIN_TENSORS:
+        return False
     return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
-
-
-def _refuse_wrappers(tree: StateTree, numbers: Sequence[int]) -> None:
-    for leaf in numbers:
-        tensor = tree.leaves[leaf]
-        if type(tensor) not in PLAIN_TENSORS and _is_wrapper(tensor):
-            raise UnstageableError(
-                tree.name(leaf),
-                f"is a {type(tensor).__name__}, a wrapper around other tensors, which cannot be saved; "
-                "save its local or full tensor instead",
-            )
-
-
-def _is_wrapper(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "__tensor_flatten__") or torch._C._functorch.is_functorch_wrapped_tensor(tensor)

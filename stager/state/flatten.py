@@ -2,8 +2,19 @@
 
 What is a container and what a leaf follows ``torch.distributed.checkpoint`` (``_traverse.traverse_state_dict``), so that a
 stock ``dcp.load`` with the same state finds the same names: mappings are containers; a list is one if a tensor, a mapping
-or such a list is in it; everything else, tuples included, is a leaf. In addition, any value with ``state_dict()`` and
-``load_state_dict()`` stands for its state dict, at any depth.
+or such a list is in it; everything else, tuples included, is a leaf. In addition:
+
+    any value with state_dict() and      stands for its state dict, at any depth, whatever else it is
+    load_state_dict()
+    a mapping that is no dict or         a container with a recipe (``structure.build``), if its class builds it item by
+    OrderedDict, or has other keys       item, as pickle would; else a leaf
+    a tensor made of other tensors       a container with a recipe (``__tensor_flatten__``)
+    more than 64 leaves without a        one leaf: thousands of small values would cost each save a pickle apiece.
+    tensor among them                    An optimizer's ``param_groups`` stay apart, as stock readers want them
+    a container in itself, or deeper     one leaf
+    than 100 levels
+
+A leaf that is no plain tensor is pickled, which keeps its class, and what it has of references to itself.
 """
 
 from __future__ import annotations
@@ -18,10 +29,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from stager.state.per_rank import PerRank, rank_key
-from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, fqn, walk
+from stager.state.shards import is_sharded
+from stager.workers.checkpoint.layout.structure import RECIPE, Node, Path, describe, key_names, names_of, walk
 from stager.workers.errors import UnstageableError
+from stager.workers.memory.tensor_memory import problem_of
 
 _MAX_DEPTH = 100
+_MAX_APART = 64  # so many leaves without a tensor are stored apart; with more, their container is one leaf
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 """The plain-tensor test: tensors of these types are nothing but their bytes, unless their layout says otherwise."""
 
@@ -36,11 +50,11 @@ class Stateful(Protocol):
 
 
 def is_stateful(value: object) -> bool:
-    """Tell whether a value that is no container and no tensor is Stateful. ``isinstance(value, Stateful)`` is slow."""
+    """Tell whether a value that is no tensor is Stateful. ``isinstance(value, Stateful)`` is slow."""
     return (
         hasattr(value, "state_dict")
         and hasattr(value, "load_state_dict")
-        and not isinstance(value, (Mapping, list, torch.Tensor, type))
+        and not isinstance(value, (torch.Tensor, type))
     )
 
 
@@ -64,6 +78,7 @@ class StateTree:
         kinds: the kinds of tensors that other ranks write.
         rank: the rank whose ``PerRank`` values these are.
         owners: the Stateful objects whose state is being visited, outermost first.
+        has_recipes: whether the format stores containers with recipes; without, they are leaves.
     """
 
     leaves: list[Any] = field(default_factory=list)
@@ -73,6 +88,7 @@ class StateTree:
     kinds: frozenset[TensorKind] = frozenset()
     rank: int = 0
     owners: list[Any] = field(default_factory=list)
+    has_recipes: bool = True
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -83,122 +99,260 @@ class StateTree:
         """Write the key path of a leaf as a user would."""
         return describe(self.paths[leaf])
 
-    def check_names(self) -> None:
-        """Check that no two leaves have the same name in the checkpoint.
-
-        Raises:
-            UnstageableError: two have.
-        """
-        names = [fqn(path) for path in self.paths]
-        if len(set(names)) == len(names):
-            return
-        seen: dict[str, Path] = {}
-        for name, path in zip(names, self.paths, strict=True):
-            if name in seen:
-                raise UnstageableError(
-                    describe(path),
-                    f"has the same name in the checkpoint as {describe(seen[name])}: {name!r}; rename one",
-                )
-            seen[name] = path
+    @cached_property
+    def names(self) -> list[str]:
+        """The name that each leaf has in the checkpoint."""
+        return names_of(self.paths)
 
 
-def flatten(state: Mapping[str, Any], rank: int = 0) -> StateTree:
+def flatten(state: Mapping[str, Any], rank: int = 0, *, has_recipes: bool = True) -> StateTree:
     """Make the state tree of ``state``.
 
     Args:
         rank: the rank whose ``PerRank`` values these are.
+        has_recipes: whether the format stores containers with recipes.
 
     Raises:
-        UnstageableError: a key that cannot be stored, or a state that contains itself.
+        UnstageableError: the state is no mapping, or contains itself.
     """
     if not isinstance(state, Mapping):
         raise UnstageableError("state", f"must be a mapping of names to values, not {type(state).__name__}")
-    tree = StateTree(rank=rank)
-    tree.structure = _visit(tree, state, ())
+    tree = StateTree(rank=rank, has_recipes=has_recipes)
+    visitor = _Visitor(tree)
+    try:
+        tree.structure = visitor.visit_state(state)
+    except _ContainsItselfError:
+        raise UnstageableError("state", "contains itself; take the reference to the whole state out of it") from None
     return tree
 
 
-def _visit(tree: StateTree, value: Any, path: Path) -> Node:
-    leaves = tree.leaves
-    if isinstance(value, torch.Tensor):  # nearly every leaf, and the abstract base classes below are slow to ask
-        leaves.append(value)
-        return len(leaves) - 1
-    if len(path) > _MAX_DEPTH:
-        raise UnstageableError(
-            describe(path[:4]), f"is nested deeper than {_MAX_DEPTH} levels; does it contain itself?"
-        )
-    if type(value) is dict or not is_stateful(value):
-        return _visit_plain(tree, value, path)
-    tree.owners.append(value)
-    node = _visit_plain(tree, value.state_dict(), path)
-    tree.owners.pop()
-    return node
+class _ContainsItselfError(Exception):
+    """A container was met inside itself.
+
+    Attributes:
+        container: its identity.
+    """
+
+    def __init__(self, container: int) -> None:
+        super().__init__()
+        self.container = container
 
 
-def _visit_plain(tree: StateTree, value: Any, path: Path) -> Node:
-    """Visit a value that is not asked for its ``state_dict()``."""
-    if type(value) is PerRank:
-        return _visit_private(tree, value, path)
-    if isinstance(value, Mapping):
-        return _visit_mapping(tree, value, path)
-    leaves = tree.leaves
-    if isinstance(value, list) and not _is_terminal(value, len(path)):
-        return ["list", [_visit(tree, child, (*path, i)) for i, child in enumerate(value)]]
-    leaves.append(value)
-    return len(leaves) - 1
+class _NotApartError(Exception):
+    """A container cannot be stored as its parts: it becomes a leaf."""
 
 
-def _visit_private(tree: StateTree, value: PerRank, path: Path) -> Node:
-    if tree.owners:  # load_state_dict() would be given the values of all ranks
-        raise UnstageableError(
-            describe(path),
-            f"is a PerRank value inside the state of a {type(tree.owners[-1]).__name__}; wrap that whole object in PerRank",
-        )
-    key, first = rank_key(tree.rank), len(tree.leaves)
-    node = ["dict", [key], [_visit(tree, value.value, (*path, key))]]
-    tree.private.update(range(first, len(tree.leaves)))
-    return node
+class _Visitor:
+    """Visits a state, and fills its tree.
+
+    Attributes:
+        tree: what is filled.
+    """
+
+    def __init__(self, tree: StateTree) -> None:
+        self.tree = tree
+        self._open: set[int] = set()  # identities of the containers that are being visited
+        self._num_apart = 0  # how many tensors, Stateful and PerRank values were met: they cannot be put into one leaf
+
+    def visit_state(self, state: Mapping[str, Any]) -> Node:
+        """Visit the whole state. It is a container whatever its class."""
+        self._open.add(id(state))
+        try:
+            return self._mapping(state, ())
+        except _NotApartError:
+            pass
+        for key in state:
+            if not _is_plain_key(key):
+                raise UnstageableError(
+                    "state",
+                    f"has the key {key!r} of type {type(key).__name__}, which this format cannot have at the top; "
+                    "name each entry by a str, or set persistence.format to dcp",
+                )
+        return self._mapping(dict(state), ())  # the values count, whatever holds them
+
+    def visit(self, value: Any, path: Path) -> Node:
+        if isinstance(value, torch.Tensor):  # nearly every leaf, and the abstract base classes below are slow to ask
+            return self._tensor(value, path)
+        if type(value) is dict or not is_stateful(value):
+            return self._plain(value, path)
+        self._num_apart += 1
+        self.tree.owners.append(value)
+        try:
+            return self._plain(value.state_dict(), path)
+        finally:
+            self.tree.owners.pop()
+
+    def _leaf(self, value: Any) -> Node:
+        self.tree.leaves.append(value)
+        return len(self.tree.leaves) - 1
+
+    def _tensor(self, tensor: torch.Tensor, path: Path) -> Node:
+        self._num_apart += 1
+        if type(tensor) in PLAIN_TENSORS or not self.tree.has_recipes or not hasattr(tensor, "__tensor_flatten__"):
+            return self._leaf(tensor)
+        return self._wrapper(tensor, path)
+
+    def _wrapper(self, tensor: Any, path: Path) -> Node:
+        """Visit a tensor that is made of others: those are leaves; what binds them together is the recipe."""
+        if is_sharded(tensor) or tensor.is_nested or problem_of(tensor) is not None:
+            return self._leaf(tensor)  # each kind has a place of its own further down
+        names, context = tensor.__tensor_flatten__()
+        parts = [getattr(tensor, name) for name in names]
+        sizes = [*tensor.shape, *tensor.stride()]
+        if not all(type(size) is int for size in sizes) or not all(isinstance(part, torch.Tensor) for part in parts):
+            return self._leaf(tensor)
+        recipe = (type(tensor), context, tensor.shape, tuple(tensor.stride()), tensor.requires_grad)
+        return self._with_recipe("wrapper", recipe, list(names), parts, path)
+
+    def _with_recipe(self, kind: str, recipe: Any, names: list[str], values: list[Any], path: Path) -> Node:
+        first = self._leaf(recipe)
+        children = [self.visit(value, (*path, name)) for name, value in zip(names, values, strict=True)]
+        return [kind, [RECIPE, *names], [first, *children]]
+
+    def _plain(self, value: Any, path: Path) -> Node:
+        """Visit a value that is not asked for its ``state_dict()``."""
+        if type(value) is PerRank:
+            return self._per_rank(value, path)
+        if isinstance(value, Mapping) or (isinstance(value, list) and not _is_terminal(value, len(path))):
+            return self._container(value, path)
+        return self._leaf(value)
+
+    def _container(self, value: Mapping[Any, Any] | list[Any], path: Path) -> Node:
+        """Visit a mapping or a list; make it a leaf if it cannot be stored as its parts, or had better not be."""
+        tree, identity = self.tree, id(value)
+        if identity in self._open:
+            raise _ContainsItselfError(identity)
+        if len(path) >= _MAX_DEPTH:
+            return self._leaf(value)
+        before = len(tree.leaves), len(tree.odd_keys), self._num_apart
+        self._open.add(identity)
+        self._num_apart += _is_param_groups(value, path)
+        try:
+            node = self._sequence(value, path) if isinstance(value, list) else self._mapping(value, path)
+            if self._num_apart > before[2] or len(tree.leaves) - before[0] <= _MAX_APART:
+                return node
+        except _ContainsItselfError as error:
+            if error.container != identity:
+                raise
+        except _NotApartError:
+            pass
+        finally:
+            self._open.discard(identity)
+        # One leaf. What is in it was visited for nothing.
+        del tree.leaves[before[0] :]
+        del tree.odd_keys[before[1] :]
+        tree.private -= set(range(before[0], max(tree.private, default=-1) + 1))
+        return self._leaf(value)
+
+    def _per_rank(self, value: PerRank, path: Path) -> Node:
+        tree = self.tree
+        if tree.owners:  # load_state_dict() would be given the values of all ranks
+            raise UnstageableError(
+                describe(path),
+                f"is a PerRank value inside the state of a {type(tree.owners[-1]).__name__}; "
+                "wrap that whole object in PerRank",
+            )
+        self._num_apart += 1
+        key, first = rank_key(tree.rank), len(tree.leaves)
+        node = ["dict", [key], [self.visit(value.value, (*path, key))]]
+        tree.private.update(range(first, len(tree.leaves)))
+        return node
+
+    def _sequence(self, value: list[Any], path: Path) -> Node:
+        if type(value) is list:
+            return ["list", [self.visit(child, (*path, i)) for i, child in enumerate(value)]]
+        if not self.tree.has_recipes or (empty := _without_items(value, 3)) is None:
+            raise _NotApartError
+        return self._with_recipe("sequence", (empty,), list(map(str, range(len(value)))), list(value), path)
+
+    def _mapping(self, value: Mapping[Any, Any], path: Path) -> Node:
+        kind, keys = type(value), list(value)
+        kinds = set(map(type, keys))
+        has_names = not kinds - {str} or all(map(_is_plain_key, keys))
+        if kind not in _PLAIN or not has_names or (kind is OrderedDict and vars(value).keys() - {"_metadata"}):
+            return self._other_mapping(value, keys, has_names, path)
+        tree = self.tree
+        if kinds - {str}:
+            tree.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
+        leaves, values = tree.leaves, list(value.values())
+        if PLAIN_TENSORS.issuperset(map(type, values)):  # what most states are made of
+            children = list(range(len(leaves), len(leaves) + len(values)))
+            leaves += values
+            self._num_apart += len(values)
+        else:
+            children = [self.visit(child, (*path, key)) for key, child in zip(keys, values, strict=True)]
+        if kind is OrderedDict:
+            return ["odict", keys, children, _plain_metadata(getattr(value, "_metadata", None))]
+        return ["dict", keys, children]
+
+    def _other_mapping(self, value: Mapping[Any, Any], keys: list[Any], has_names: bool, path: Path) -> Node:
+        if not self.tree.has_recipes:
+            raise _NotApartError
+        empty = None
+        if type(value) is not dict and (empty := _without_items(value, 4)) is None:
+            raise _NotApartError
+        names = key_names(keys)
+        recipe = empty, None if names == keys else keys
+        return self._with_recipe("mapping", recipe, names, list(value.values()), path)
 
 
-def _visit_mapping(tree: StateTree, value: Mapping[Any, Any], path: Path) -> Node:
-    keys = list(value)
-    kinds = set(map(type, keys))
-    if kinds - {str}:
-        keys = [_check_key(key, path) for key in keys]
-        tree.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
-    leaves, values = tree.leaves, list(value.values())
-    if PLAIN_TENSORS.issuperset(map(type, values)):  # what most states are made of
-        children = list(range(len(leaves), len(leaves) + len(values)))
-        leaves += values
-    else:
-        children = [_visit(tree, child, (*path, key)) for key, child in zip(keys, values, strict=True)]
-    if isinstance(value, OrderedDict):
-        metadata = getattr(value, "_metadata", None)
-        return ["odict", keys, children, _plain(metadata)]
-    return ["dict", keys, children]
+_PLAIN = (dict, OrderedDict)
 
 
-def _check_key(key: Any, path: Path) -> Key:
-    if type(key) is str or key is None or type(key) in (int, bool) or (type(key) is float and math.isfinite(key)):
-        return key  # type: ignore[no-any-return]  # its type was just checked
-    raise UnstageableError(
-        describe(path), f"has the key {key!r} of type {type(key).__name__}; use str, int, float, bool or None"
-    )
+def _without_items(value: Any, position: int) -> Any:
+    """Make what pickle makes of a container before it puts the items in; None if its class does not do it that way.
+
+    Args:
+        position: of the items in what ``__reduce_ex__`` returns: 3 for a list, 4 for a mapping.
+    """
+    try:
+        reduced = value.__reduce_ex__(2)
+        if not isinstance(reduced, tuple) or len(reduced) <= position or reduced[position] is None:
+            return None
+        make, arguments, state = reduced[:3]
+        empty = make(*arguments)
+        if len(empty):  # its constructor puts some in already
+            return None
+        if state is not None:
+            if hasattr(empty, "__setstate__"):
+                empty.__setstate__(state)
+            else:
+                plain, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+                vars(empty).update(plain or {})
+                for name, slot in (slots or {}).items():
+                    setattr(empty, name, slot)
+    except Exception:  # noqa: BLE001  # the class's own code: then the value is pickled as a whole, which says more
+        return None
+    return empty
+
+
+def _is_plain_key(key: Any) -> bool:
+    """Tell whether JSON can hold a key."""
+    return type(key) in (str, int, bool) or key is None or (type(key) is float and math.isfinite(key))
+
+
+def _is_param_groups(value: Any, path: Path) -> bool:
+    return path[-1] == "param_groups" and isinstance(value, list)
 
 
 def _is_terminal(values: list[Any], depth: int) -> bool:
     """Tell whether DCP takes a list as a leaf: no tensor, mapping or such a list is in it."""
     if depth > _MAX_DEPTH:
         return True
-    for entry in values:
-        if isinstance(entry, (Mapping, torch.Tensor, PerRank)) or is_stateful(entry):
-            return False
-        if isinstance(entry, list) and not _is_terminal(entry, depth + 1):
-            return False
-    return True
+    kinds = set(map(type, values))  # a list may have a million entries, of few types
+    if kinds <= _SCALARS:
+        return True
+    if any(issubclass(kind, (Mapping, torch.Tensor, PerRank)) for kind in kinds):
+        return False
+    if any(map(is_stateful, values)):
+        return False
+    return not any(isinstance(entry, list) and not _is_terminal(entry, depth + 1) for entry in values)
 
 
-def _plain(metadata: Any) -> dict[str, dict[str, int]] | None:
+_SCALARS = {type(None), bool, int, float, complex, str, bytes}
+
+
+def _plain_metadata(metadata: Any) -> dict[str, dict[str, int]] | None:
     """Keep only the version numbers that ``nn.Module.state_dict`` adds to its result."""
     if not isinstance(metadata, Mapping):
         return None

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from stager.workers.checkpoint.formats.contract import TensorSpec
-from stager.workers.checkpoint.layout.structure import Path, fqn
 
 _MAX_ROLES = 128
 _SMALLEST_ROLE_BYTES = 64 << 10
@@ -25,14 +24,14 @@ _NUM_STRETCHES = 128
 _NUMBER = re.compile(r"\d+")
 
 
-def role(path: Path) -> str:
+def role(name: str) -> str:
     """Return a leaf's name without its numbers: ``model.layers.#.mlp.weight``."""
-    return _NUMBER.sub("#", fqn(path))
+    return _NUMBER.sub("#", name)
 
 
 def by_role(tensors: Sequence[TensorSpec], sizes: Sequence[int]) -> list[list[int]]:
     """Split by role, as a :data:`stager.workers.checkpoint.formats.contract.Split`."""
-    return group([role(spec.paths[0]) for spec in tensors], sizes)
+    return group([role(spec.names[0]) for spec in tensors], sizes)
 
 
 def group(roles: Sequence[str], sizes: Sequence[int]) -> list[list[int]]:

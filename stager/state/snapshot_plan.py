@@ -112,7 +112,7 @@ class Planner:
         """Return the plan for this state: the last one, if no structure and no fingerprint has changed.
 
         Raises:
-            UnstageableError: a tensor that cannot be snapshotted, with its key path; two leaves of one name.
+            UnstageableError: a tensor that cannot be snapshotted, with its key path.
         """
         key = (tree.structure, tree.odd_keys, len(tree.leaves))
         prints = read_fingerprints(tree, self._prints)
@@ -127,7 +127,6 @@ class Planner:
         self._plan = self._prints = self._key = None
 
     def _make(self, tree: StateTree, rows: list[Row]) -> SnapshotPlan:
-        tree.check_names()
         foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(name_of(p.dtype))]
         rows = [(leaf, p) for leaf, p in rows if self._format.holds(name_of(p.dtype))] if foreign else rows
         if self._format.row_major:
@@ -199,7 +198,8 @@ def _group(rows: Sequence[Row]) -> list[list[Row]]:
 def _spec(tree: StateTree, group: list[Row]) -> TensorSpec:
     p = group[0][1]
     stride = p.stride if is_dense(p) else contiguous_stride(p.shape)
-    return TensorSpec(tuple(tree.paths[leaf] for leaf, _ in group), name_of(p.dtype), tuple(p.shape), stride)
+    names = tuple(tree.names[leaf] for leaf, _ in group)
+    return TensorSpec(tuple(tree.paths[leaf] for leaf, _ in group), names, name_of(p.dtype), tuple(p.shape), stride)
 
 
 def _is_row_major(p: Fingerprint) -> bool:

@@ -19,7 +19,7 @@ from tests.states import same
 
 def write_sparse(path: Path, shapes: Sequence[tuple[int, ...]], data: Callable[[int], bytes]) -> Layout:
     """A state ``{"t": [int32 tensors]}`` of which only the first bytes of each tensor are written; the rest is a hole."""
-    specs = [TensorSpec((("t", i),), "int32", shape, (1,)) for i, shape in enumerate(shapes)]
+    specs = [TensorSpec((("t", i),), (f"t.{i}",), "int32", shape, (1,)) for i, shape in enumerate(shapes)]
     laid_out = torch_file.lay_out(specs, 0, evenly(1))
     structure = ["dict", ["t"], [["list", list(range(len(specs)))]]]
     plan = LayoutPlan(laid_out.files, "state.pt", laid_out.items, structure, 1 << 20)

@@ -52,7 +52,7 @@ def make_task(
             patch.setattr(contract, "SMALLEST_FILE_BYTES", 1)
         planner = Planner(file_format, num_files or num_parts, segment_bytes, incremental=incremental)
         plan = planner.plan(flat)
-    blobs = plan.with_trailer([file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects])
+    blobs = plan.with_trailer([file_format.object_blob(flat.leaves[leaf], leaf).blob for leaf in plan.objects])
     pieces = whole(plan, blobs, num_parts, 1 << 62 if incremental else 0)
     slab = Slab.create(pieces.slab_nbytes)
     Copier(1).copy(batch(plan.copies), flat.leaves, slab)

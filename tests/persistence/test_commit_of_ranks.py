@@ -42,7 +42,7 @@ def _job(directory: Path, rank: int) -> WriteTask:
     file_format = get_format("dcp")
     flat = flatten({"own": {f"rank-{rank}": {"weight": torch.full((50,), float(rank)), "number": rank}}})
     plan = Planner(file_format, 1, 64 << 20, rank).plan(flat)
-    blobs = [file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects]
+    blobs = [file_format.object_blob(flat.leaves[leaf], leaf).blob for leaf in plan.objects]
     pieces = whole(plan, blobs, 1)
     slab = Slab.create(pieces.slab_nbytes)
     Copier(1).copy(batch(plan.copies), flat.leaves, slab)

@@ -30,7 +30,7 @@ def _share(rank: int, num_ranks: int, items_of: Sequence[int | None], linked_byt
         items_of: for each tensor, which item its row is; equal: tied on this rank; None: the tensor is not here.
     """
     num_items = 1 + max((item for item in items_of if item is not None), default=-1)
-    laid_out = dcp.lay_out([TensorSpec((("w",),), "float32", (1, 4), (4, 1))] * num_items, rank, evenly(1))
+    laid_out = dcp.lay_out([TensorSpec((("w",),), ("w",), "float32", (1, 4), (4, 1))] * num_items, rank, evenly(1))
     nodes: list[Node] = [
         ABSENT if item is None else ["chunks", [num_ranks, 4], [[[rank, 0], item]]] for item in items_of
     ]

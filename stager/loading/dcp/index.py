@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.layout.structure import Chunks, Node, fqn, leaves
+from stager.workers.checkpoint.layout.structure import Chunks, Node, leaves, names_of
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 DcpPath = tuple[str | int, ...]
@@ -68,8 +68,8 @@ def index_of(path: str, manifest: Manifest) -> Index:
 def _metadata(layout: Layout) -> tuple[Metadata, dict[MetadataIndex, int]]:
     metadata = Metadata({}, planner_data={}, storage_data={})
     items: dict[MetadataIndex, int] = {}
-    for path, leaf in _dcp_leaves(layout.structure):
-        name = fqn(path)
+    names = names_of([path for path, _ in leaves(layout.structure)])
+    for (path, leaf), name in zip(_dcp_leaves(layout.structure), names, strict=True):
         metadata.planner_data[name] = path
         if isinstance(leaf, int) and layout.items[leaf].kind == "object":
             metadata.state_dict_metadata[name] = BytesStorageMetadata()

@@ -44,7 +44,13 @@ _ATOMS = {code.name for code in pickletools.opcodes if not code.stack_before and
     _GET | _GLOBALS | _CONTAINERS | {"MARK", "INST"}
 )
 # Callables that allocate as much as a number among their arguments says; "" is a name that came from the stack.
-_ALLOCATE = {"", "builtins bytearray", "__builtin__ bytearray", "torch Tensor", "torch.nn.parameter Parameter"}
+_ALLOCATE = {
+    "",
+    *(f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("bytearray", "bytes", "list", "tuple")),
+    *(f"{module} {name}" for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "dict")),
+    *("torch Tensor", "torch.nn.parameter Parameter", "collections deque", "collections Counter"),
+    *(f"{module}.multiarray {name}" for module in ("numpy.core", "numpy._core") for name in ("_reconstruct", "scalar")),
+}
 _TAKES = {  # what an opcode pops: a number of values, and whether it then pops everything down to a mark
     code.name: (
         code.stack_before.index(pickletools.markobject)

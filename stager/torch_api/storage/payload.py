@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stager.workers.checkpoint.formats.torch_save import header_and_tail, object_blob
+from stager.workers.checkpoint.formats.dcp import object_blob
+from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
 from stager.workers.checkpoint.layout.layout import contiguous_stride, is_dense
 from stager.workers.memory.pages import bytes_at
@@ -46,7 +47,7 @@ def payload_of(value: torch.Tensor | io.BytesIO) -> Payload:
     tensor = value.detach()
     dtype = name_of(tensor.dtype)
     if not _is_raw(tensor, dtype):
-        blob = object_blob(tensor if tensor.is_meta else tensor.cpu())
+        blob = object_blob(tensor if tensor.is_meta else tensor.cpu()).blob
         return _object(memoryview(blob), blob)
     tensor = tensor.resolve_conj().resolve_neg().cpu()
     shape = tuple(tensor.shape)

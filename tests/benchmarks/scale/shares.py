@@ -77,7 +77,7 @@ def _plan(size: Size, rank: int) -> LayoutPlan:
 
 @lru_cache
 def _laid_out(num_tensors: int) -> tuple[tuple[Item, ...], tuple[FileSpec, ...]]:
-    spec = TensorSpec((("w",),), "float32", _SHARD, (_SHARD[1], 1))
+    spec = TensorSpec((("w",),), ("w",), "float32", _SHARD, (_SHARD[1], 1))
     laid_out = dcp.lay_out([spec] * num_tensors, 0, evenly(1))
     return laid_out.items, laid_out.files
 

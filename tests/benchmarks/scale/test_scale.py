@@ -244,7 +244,7 @@ def _job(directory: Path, rank: int, num_ranks: int, num_parts: int) -> WriteTas
     tensors = {str(number): torch.full((1000,), float(rank)) for number in range(num_parts)}
     file_format, flat = get_format("dcp"), flatten({"own": {f"rank-{rank}": {**tensors, "object": "text"}}})
     plan = Planner(file_format, num_parts, 64 << 20, rank).plan(flat)
-    blobs = [file_format.object_blob(flat.leaves[leaf], leaf) for leaf in plan.objects]
+    blobs = [file_format.object_blob(flat.leaves[leaf], leaf).blob for leaf in plan.objects]
     pieces = whole(plan, blobs, num_parts)
     slab = Slab.create(pieces.slab_nbytes)
     Copier(1).copy(batch(plan.copies), flat.leaves, slab)

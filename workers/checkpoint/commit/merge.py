@@ -185,8 +185,8 @@ def _lay_over(nodes: Sequence[_OfRank], path: Path) -> Node:
         for key, child in zip(node[1], node[2], strict=True):
             by_key.setdefault(key, []).append((rank, child))
     children = [_lay_over_column(column, (*path, key)) for key, column in by_key.items()]
-    if first[0] == "dict":
-        return ["dict", list(by_key), children]
+    if first[0] != "odict":
+        return [first[0], list(by_key), children]
     metadata = next((node[3] for _, node in there if node[3] is not None), None)
     return ["odict", list(by_key), children, metadata]
 

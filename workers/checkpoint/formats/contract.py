@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Protocol
 from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
 from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout, align
 from stager.workers.checkpoint.layout.plan_cache import Templates
-from stager.workers.checkpoint.layout.structure import Path, describe, fqn
+from stager.workers.checkpoint.layout.structure import Path, describe
 
 if TYPE_CHECKING:
+    from stager.workers.checkpoint.formats.object_pickle import PickledObject
     from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
 SMALLEST_FILE_BYTES = 1 << 20  # a smaller file costs more time than a second writer saves
@@ -45,18 +46,15 @@ class TensorSpec:
 
     Attributes:
         paths: its key paths in the state; more than one if it is tied.
+        names: its names in the checkpoint, in the same order.
         dtype, shape, stride: as in :class:`stager.workers.checkpoint.layout.layout.Item`.
     """
 
     paths: tuple[Path, ...]
+    names: tuple[str, ...]
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """Its name in the checkpoint: the first of its key paths, joined by dots."""
-        return fqn(self.paths[0])
 
     @property
     def nbytes(self) -> int:
@@ -89,10 +87,13 @@ class Format(Protocol):
     Attributes:
         row_major: tensors are stored in C order, whatever their strides were.
         one_file: everything is in one file. A change anywhere changes that file, so there are no incremental saves.
+        has_recipes: mappings with a class or keys of their own, and tensors made of tensors, are stored as their parts
+            and a recipe. A format whose readers know the whole structure stores them as objects.
     """
 
     row_major: bool
     one_file: bool
+    has_recipes: bool
 
     def holds(self, dtype: str) -> bool:
         """Return whether tensors of this dtype are stored as tensors; the others are stored as objects."""
@@ -114,7 +115,7 @@ class Format(Protocol):
     def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
         """Return the function that gives the bytes around an item's raw bytes."""
 
-    def object_blob(self, value: object, leaf: int) -> bytes:
+    def object_blob(self, value: object, leaf: int) -> PickledObject:
         """Pickle an object. ``leaf`` is unique in the state, and the same in every save of it."""
 
     def object_file_name(self, rank: int) -> str:

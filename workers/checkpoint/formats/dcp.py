@@ -26,12 +26,14 @@ from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.errors import UnstageableError
 
 if TYPE_CHECKING:
+    from stager.workers.checkpoint.formats.object_pickle import PickledObject
     from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
 METADATA_NAME = ".metadata"
 
 row_major = False
 one_file = False
+has_recipes = True
 
 
 def holds(dtype: str) -> bool:
@@ -95,11 +97,11 @@ def headers_and_tails(layout: Layout) -> HeadersAndTails:
     return around
 
 
-def object_blob(value: object, leaf: int = 0) -> bytes:
-    """Pickle an object as ``torch.save`` does."""
-    from stager.workers.checkpoint.formats import torch_save
+def object_blob(value: object, leaf: int = 0) -> PickledObject:
+    """Pickle an object."""
+    from stager.workers.checkpoint.formats.object_pickle import pickle_object
 
-    return torch_save.object_blob(value)
+    return pickle_object(value, leaf)
 
 
 def trailer(plan: LayoutPlan) -> Trailer:

@@ -21,7 +21,7 @@ from stager.workers.checkpoint.formats.pickle_template import (
 )
 from stager.workers.checkpoint.layout.layout import Item, Layout
 from stager.workers.checkpoint.layout.plan_cache import Templates
-from stager.workers.checkpoint.layout.structure import Chunks, Path, fqn, leaves
+from stager.workers.checkpoint.layout.structure import Chunks, Path, leaves, names_of
 from stager.workers.gc_pause import no_collection
 
 
@@ -109,7 +109,8 @@ class _StemWriter:
         layout, strings = self._layout, self._strings
         state, paths, storage, *ids = self._templates["metadata"]
         info = _Info(self._templates["storage info"])
-        named = [(path, fqn(path), leaf) for path, leaf in leaves(layout.structure, text_keys=True)]
+        found = list(leaves(layout.structure, text_keys=True))
+        named = [(path, name, leaf) for (path, leaf), name in zip(found, self._names(), strict=True)]
         pieces = [self._start, state, DICT_START]
         for _, name, leaf in named:
             pieces += (strings.piece(name), self._state(leaf))
@@ -129,6 +130,9 @@ class _StemWriter:
                     pieces += (key, *info.of(names[item.file], item))
         middle, between, after = ids
         return _Stem(b"".join(pieces), tuple(rest), info, (DICT_END + middle, between, after + END))
+
+    def _names(self) -> list[str]:
+        return names_of([path for path, _ in leaves(self._layout.structure)])
 
     def _state(self, leaf: int | Chunks) -> bytes:
         items = self._layout.items

@@ -33,14 +33,16 @@ from stager.workers.checkpoint.formats.contract import (
 from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
 from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout
 from stager.workers.checkpoint.layout.plan_cache import Templates
-from stager.workers.checkpoint.layout.structure import Path, fqn, walk
+from stager.workers.checkpoint.layout.structure import Chunks, leaves, names_of
 from stager.workers.errors import UnstageableError
 
 if TYPE_CHECKING:
+    from stager.workers.checkpoint.formats.object_pickle import PickledObject
     from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
 row_major = True
 one_file = False
+has_recipes = True
 
 DTYPES = {
     "bool": "BOOL",
@@ -81,9 +83,9 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLay
         UnstageableError: safetensors reserves a name or cannot store it, or one file would have too many tensors.
     """
     for spec in tensors:
-        if any(fqn(path) == _METADATA for path in spec.paths):
+        if _METADATA in spec.names:
             raise UnstageableError(spec.describe(), f"safetensors reserves the name {_METADATA}; rename this tensor")
-        if any(not _is_text(fqn(path)) for path in spec.paths):
+        if not all(map(_is_text, spec.names)):
             raise UnstageableError(
                 spec.describe(),
                 "safetensors stores names as UTF-8, and this name is not valid Unicode; rename this tensor",
@@ -95,7 +97,7 @@ def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLay
     files: list[FileSpec] = []
     for file, run in enumerate(runs):
         specs = [tensors[number] for number in order[len(items) : len(items) + len(run)]]
-        head = len(header([(spec.paths, spec.dtype, spec.shape) for spec in specs]))
+        head = len(header([(spec.names, spec.dtype, spec.shape) for spec in specs]))
         if head > _LARGEST_HEADER_BYTES:
             raise UnstageableError(
                 specs[0].describe(),
@@ -119,17 +121,16 @@ def _file_name(rank: int, file: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{file + 1:05d}-of-{count:05d}.safetensors"
 
 
-def header(tensors: Iterable[tuple[Sequence[Path], str, tuple[int, ...]]]) -> bytes:
+def header(tensors: Iterable[tuple[Sequence[str], str, tuple[int, ...]]]) -> bytes:
     """Make a file's header: its length, then JSON.
 
     Args:
-        tensors: (every key path, dtype, shape) of each tensor, in file order.
+        tensors: (every name, dtype, shape) of each tensor, in file order.
     """
     entries: dict[str, object] = {}
     tied: dict[str, str] = {}
     offset = 0
-    for paths, dtype, shape in tensors:
-        name, *others = map(fqn, paths)
+    for (name, *others), dtype, shape in tensors:
         nbytes = math.prod(shape) * itemsize_of(dtype)
         entries[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": (offset, offset + nbytes)}
         tied.update(dict.fromkeys(others, name))
@@ -160,33 +161,35 @@ def headers_and_tails(layout: Layout) -> HeadersAndTails:
     return around
 
 
-def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[Path], str, tuple[int, ...]]]:
-    """Iterate over (key paths, dtype, shape) of a file's tensors, from its first item, ``first``, on."""
-    paths = layout.cache.once_per_plan("paths", lambda: _paths(layout))
+def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[str], str, tuple[int, ...]]]:
+    """Iterate over (names, dtype, shape) of a file's tensors, from its first item, ``first``, on."""
+    names = layout.cache.once_per_plan("names", lambda: _names(layout))
     file = layout.items[first].file
     for index, item in enumerate(layout.items[first:], first):
         if item.file != file:
             break
-        yield paths[index], item.dtype, item.shape
+        yield names[index], item.dtype, item.shape
 
 
-def _paths(layout: Layout) -> dict[int, list[Path]]:
-    """Return the key paths of each item, in the order of the state."""
-    paths: dict[int, list[Path]] = {}
-    for path, index in walk(layout.structure):
-        paths.setdefault(index, []).append(path)
-    return paths
+def _names(layout: Layout) -> dict[int, list[str]]:
+    """Return the names of each item, in the order of the state."""
+    found = list(leaves(layout.structure))
+    names: dict[int, list[str]] = {}
+    for (_, leaf), name in zip(found, names_of([path for path, _ in found]), strict=True):
+        for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
+            names.setdefault(index, []).append(name)
+    return names
 
 
-def object_blob(value: object, leaf: int) -> bytes:
-    """Pickle an object as ``torch.save`` does. A tensor is stored without the rest of its storage."""
+def object_blob(value: object, leaf: int) -> PickledObject:
+    """Pickle an object. A tensor is stored without the rest of its storage."""
     import torch
 
-    from stager.workers.checkpoint.formats import torch_save
+    from stager.workers.checkpoint.formats.object_pickle import pickle_object
 
     if isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta):
         value = value.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
-    return torch_save.object_blob(value)
+    return pickle_object(value, leaf)
 
 
 def trailer(plan: LayoutPlan) -> Trailer:
@@ -199,11 +202,11 @@ def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes
     names = [spec.name for spec in layout.files if spec.name.endswith(".safetensors")]
     if len(names) < 2:
         return {}
-    paths = _paths(layout)
+    names_by_item = _names(layout)
     tensors = [(i, item) for i, item in enumerate(layout.items) if item.kind == "tensor"]
     document = {
         "metadata": {"total_size": sum(item.data_nbytes for _, item in tensors)},
-        "weight_map": {fqn(paths[i][0]): layout.files[item.file].name for i, item in tensors},
+        "weight_map": {names_by_item[i][0]: layout.files[item.file].name for i, item in tensors},
     }
     stem = names[0].partition("-0")[0]
     return {f"{stem}.safetensors.index.json": json.dumps(document, indent=2).encode()}

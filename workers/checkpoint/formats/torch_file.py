@@ -18,7 +18,6 @@ would compute where records are instead of looking. There is no ``.data/serializ
 from __future__ import annotations
 
 import io
-import sys
 import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -35,7 +34,6 @@ from stager.workers.checkpoint.formats.contract import (
 from stager.workers.checkpoint.formats.zip_records import (
     DIRECTORY,
     Record,
-    archive,
     directory_end,
     directory_entry,
     local_header,
@@ -46,13 +44,13 @@ from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.errors import UnstageableError
 
 if TYPE_CHECKING:
+    from stager.workers.checkpoint.formats.object_pickle import PickledObject
     from stager.workers.checkpoint.formats.torch_pickle import Piece
     from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
 row_major = False
 one_file = True
-
-_SMALL_RECORDS = (("byteorder", sys.byteorder.encode()), ("version", b"3\n"))  # torch.save writes 3 since torch 1.6
+has_recipes = False
 
 
 def holds(dtype: str) -> bool:
@@ -104,11 +102,11 @@ def _record(number: int, nbytes: int, offset: int) -> Record:
     return Record(f"data/{number}", nbytes, offset)
 
 
-def object_blob(value: object, leaf: int) -> bytes:
-    """Make an archive that ``torch.load`` reads. Its storages are ``data/o<leaf>.0`` and so on."""
-    from stager.workers.checkpoint.formats import torch_pickle
+def object_blob(value: object, leaf: int) -> PickledObject:
+    """Pickle an object. The directory of the whole file will name its storages, too."""
+    from stager.workers.checkpoint.formats.object_pickle import pickle_object
 
-    return archive([*torch_pickle.pickle_object(value, f"o{leaf}"), *_SMALL_RECORDS])
+    return pickle_object(value, leaf)
 
 
 def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
@@ -137,6 +135,8 @@ def trailer(plan: LayoutPlan) -> Trailer:
 
 
 def _trailer(pieces: list[Piece], tensor_entries: bytes, count: int, offset: int, blobs: Sequence[bytes]) -> bytes:
+    from stager.workers.checkpoint.formats.object_pickle import SMALL_RECORDS
+
     records: list[Record] = []
     fragments: list[bytes] = []
     for blob in blobs:
@@ -145,7 +145,7 @@ def _trailer(pieces: list[Piece], tensor_entries: bytes, count: int, offset: int
         records += [Record(r.name, r.nbytes, offset + r.offset, r.crc32) for r in storages]
         offset = align(offset + len(blob))
     data = b"".join(piece if isinstance(piece, bytes) else fragments[piece] for piece in pieces)
-    written, small = put_records([("data.pkl", data), *_SMALL_RECORDS], offset)
+    written, small = put_records([("data.pkl", data), *SMALL_RECORDS], offset)
     records += small
     entries = b"".join((tensor_entries, *map(directory_entry, records)))
     start = offset + sum(map(len, written))

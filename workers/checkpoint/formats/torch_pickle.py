@@ -7,23 +7,19 @@ the stack. A fragment refers only to memo entries of its own, so fragments can f
 
 from __future__ import annotations
 
-import io
 import pickle
 import pickletools
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
-import torch
-
+from stager.workers.checkpoint.formats.object_pickle import PROTOCOL
 from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.structure import Node
 from stager.workers.errors import InternalError
-from stager.workers.memory.pages import bytes_at
 
-_PROTOCOL = 2  # torch.save's
 _PUTS = ("BINPUT", "LONG_BINPUT")
 START = b"\x80\x02"
 END = b"."
@@ -34,7 +30,7 @@ Piece = bytes | int
 
 def fragment(value: object) -> bytes:
     """Return the fragment of a value without tensors."""
-    return pickle.dumps(value, _PROTOCOL)[len(START) : -len(END)]
+    return pickle.dumps(value, PROTOCOL)[len(START) : -len(END)]
 
 
 def tensor_fragment(key: str, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
@@ -97,43 +93,3 @@ def _visit(node: Node, leaf: Callable[[int], Piece]) -> Iterator[Piece]:
     yield b"u"
     if node[0] == "odict" and node[3] is not None:  # nn.Module.state_dict() sets it on its result
         yield fragment({"_metadata": OrderedDict(node[3])}) + b"b"
-
-
-class ObjectPickler(pickle.Pickler):
-    """Pickles an object as ``torch.save`` does. Its storage keys begin with ``prefix``, which no other object has.
-
-    Attributes:
-        storages: the object's storages, by key.
-    """
-
-    def __init__(self, file: io.BytesIO, prefix: str) -> None:
-        super().__init__(file, _PROTOCOL)
-        self.storages: dict[str, torch.UntypedStorage] = {}
-        self._prefix = prefix
-        self._keys: dict[tuple[int, Any], str] = {}
-
-    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
-        kind: Any
-        if isinstance(obj, torch.storage.TypedStorage):
-            typed: Any = obj  # what torch's own pickler calls of it has no types
-            kind, size, storage = getattr(torch, typed._pickle_storage_type()), typed._size(), typed._untyped_storage
-        elif isinstance(obj, torch.UntypedStorage):
-            kind, size, storage = torch.UntypedStorage, obj.nbytes(), obj
-        else:
-            return None
-        # Not a string of one character, which Python has only once: the cache would mix it up with the user's.
-        key = self._keys.setdefault((storage._cdata, kind), f"{self._prefix}.{len(self._keys)}")
-        self.storages[key] = storage
-        return "storage", kind, key, torch.serialization.location_tag(storage), size
-
-
-def pickle_object(value: object, prefix: str) -> list[tuple[str, bytes | memoryview]]:
-    """Return the zip records of an object: ``data.pkl`` and its storages. All bytes are copies."""
-    buffer = io.BytesIO()
-    pickler = ObjectPickler(buffer, prefix)
-    pickler.dump(value)
-    records: list[tuple[str, bytes | memoryview]] = [("data.pkl", buffer.getvalue())]
-    for key, storage in pickler.storages.items():
-        on_host = cast(Any, storage).cpu()
-        records.append((f"data/{key}", bytes(bytes_at(on_host.data_ptr(), on_host.nbytes()))))
-    return records

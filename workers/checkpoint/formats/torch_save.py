@@ -109,10 +109,3 @@ def _data_start(sink: _Sink, nbytes: int) -> int:
 
 
 _untyped: Any = torch.UntypedStorage  # its constructor has no types
-
-
-def object_blob(value: object) -> bytes:
-    """Pickle an object as ``torch.save`` does."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()

@@ -4,10 +4,15 @@
           | ["dict",  [key, ...], [node, ...]]
           | ["odict", [key, ...], [node, ...], metadata or null]     collections.OrderedDict
           | ["list",  [node, ...]]
+          | ["mapping",  [RECIPE, name, ...], [item, node, ...]]     any other mapping: its class, its keys (Recipe)
+          | ["sequence", [RECIPE, name, ...], [item, node, ...]]     a subclass of list
+          | ["wrapper",  [RECIPE, name, ...], [item, node, ...]]     a tensor that is made of other tensors
           | ["chunks", [length, ...], [[[offset, ...], index], ...]]  a tensor that several ranks wrote in chunks (Chunks)
           | null                     another rank writes it; only in one rank's save record, never in a checkpoint
 
-A key is a str, int, finite float, bool or null and keeps its type; no two keys of a container are equal. ``metadata`` is the
+A key is a str, int, finite float, bool or null and keeps its type; no two keys of a container are equal. A mapping with
+other keys (tuples, bytes, enums) has a recipe, and ``str(key)`` as names. The item of a recipe is a pickled tuple: what
+:func:`build` makes the value from, beside its children. ``metadata`` is the
 ``_metadata`` attribute that ``nn.Module.state_dict()`` sets on its result (module versions). Two leaves that are the same
 bytes (tied weights) name the same item. Reading a structure runs no code from it.
 """
@@ -15,8 +20,8 @@ bytes (tied weights) name the same item. Reading a structure runs no code from i
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +34,10 @@ Node = Any  # recursive; see above
 ABSENT: Node = None
 """The node of a leaf that another rank writes."""
 
+RECIPE = "__recipe__"
+"""The first key of a container that has a recipe."""
+
+_WITH_RECIPE = ("mapping", "sequence", "wrapper")
 _MAX_DEPTH = 200
 
 
@@ -155,12 +164,57 @@ def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
     values = [build(child, leaf, depth + 1) for child in children]
     if node[0] == "list":
         return values
+    if node[0] in _WITH_RECIPE:
+        return _MAKERS[node[0]](values[0], keys[1:], values[1:])
     if node[0] == "dict":
         return dict(zip(keys, values, strict=True))
     result: OrderedDict[Key, Any] = OrderedDict(zip(keys, values, strict=True))
     if node[3] is not None:
         result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]  # where nn.Module looks for it
     return result
+
+
+def _make_mapping(recipe: Any, names: list[Key], values: list[Any]) -> Any:
+    """``recipe``: the mapping without its items, and its keys; both may be None: a dict, the names."""
+    mapping, keys = recipe
+    mapping = {} if mapping is None else mapping
+    for key, value in zip(names if keys is None else keys, values, strict=True):
+        mapping[key] = value
+    return mapping
+
+
+def _make_sequence(recipe: Any, names: list[Key], values: list[Any]) -> Any:
+    """``recipe``: the list without its elements."""
+    (sequence,) = recipe
+    sequence.extend(values)
+    return sequence
+
+
+def _make_wrapper(recipe: Any, names: list[Key], values: list[Any]) -> Any:
+    """``recipe``: class, context, shape and stride, as ``__tensor_flatten__`` and the tensor have them; requires_grad."""
+    kind, context, shape, stride, requires_grad = recipe
+    tensor = kind.__tensor_unflatten__(dict(zip(names, values, strict=True)), context, shape, stride)
+    return tensor.requires_grad_() if requires_grad and not tensor.requires_grad else tensor
+
+
+_MAKERS = {"mapping": _make_mapping, "sequence": _make_sequence, "wrapper": _make_wrapper}
+
+
+def is_with_recipe(node: Node) -> bool:
+    """Tell whether the node is a container that can be built only whole, by its recipe."""
+    return isinstance(node, list) and node[0] in _WITH_RECIPE
+
+
+def key_names(keys: Sequence[Any]) -> list[str]:
+    """Return the names of a mapping's keys, where they are not keys themselves: ``str(key)``, and a number if needed."""
+    names: dict[str, None] = {RECIPE: None}
+    for key in keys:
+        name, number = str(key), 1
+        while name in names:
+            number += 1
+            name = f"{key}~{number}"
+        names[name] = None
+    return list(names)[1:]
 
 
 def _is_chunks(node: Node) -> bool:
@@ -176,10 +230,16 @@ def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
     kind, *rest = node
     if kind == "list" and len(rest) == 1 and isinstance(rest[0], list):
         return list(range(len(rest[0]))), rest[0]
-    if (kind == "dict" and len(rest) == 2) or (kind == "odict" and len(rest) == 3):
+    if (kind in ("dict", *_WITH_RECIPE) and len(rest) == 2) or (kind == "odict" and len(rest) == 3):
         keys, children = rest[0], rest[1]
         if isinstance(keys, list) and isinstance(children, list) and len(keys) == len(children):
-            if all(map(_is_key, keys)) and len(set(keys)) == len(keys) and all(map(_is_metadata, rest[2:])):
+            is_right = kind not in _WITH_RECIPE or (keys[:1] == [RECIPE] and type(children[0]) is int)
+            if (
+                is_right
+                and all(map(_is_key, keys))
+                and len(set(keys)) == len(keys)
+                and all(map(_is_metadata, rest[2:]))
+            ):
                 return keys, children
     raise ValueError(f"the structure of the state has a malformed entry: {str(node)[:60]}")
 
@@ -196,6 +256,26 @@ def _is_metadata(metadata: Any) -> bool:
             for entry in metadata.values()
         )
     )
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return the names of leaves in the checkpoint: their keys joined by dots, as DCP has them.
+
+    Where two would have the same name (``x[1]`` and ``x['1']``, which DCP refuses), each is called ``describe(path)``.
+    """
+    names = list(map(fqn, paths))
+    if len(set(names)) == len(names):
+        return names
+    counts = Counter(names)
+    unique: dict[str, None] = {name: None for name, count in counts.items() if count == 1}
+    for position, path in enumerate(paths):
+        if counts[names[position]] > 1:
+            name = describe(path)
+            while name in unique:
+                name += "'"
+            unique[name] = None
+            names[position] = name
+    return names
 
 
 def fqn(path: Path) -> str:
