@@ -197,6 +197,7 @@ class Saver:
         for note in self._taker.notes(staging.snapshot):
             staging.save.timeline.note(note)
         self._copy(staging, now, lease)
+        self._taker.arm(staging.snapshot, later)
         return later
 
     def _copy(self, staging: Staging, copies: Assignment, lease: Lease, *, background: bool = False) -> None:

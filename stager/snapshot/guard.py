@@ -23,6 +23,7 @@ from stager.state.shards import is_sharded, local_of
 from stager.state.snapshot_plan import SnapshotPlan
 
 _HOST = torch.device("cpu")
+_WRAPPED = ("optimizer", "_optimizer", "base_optimizer", "optim", "inner_optimizer")
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
 
 
@@ -44,8 +45,7 @@ class Guard:
         Raises:
             TypeError: not a torch optimizer.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"guard() takes torch optimizers, not {type(optimizer).__name__}")
+        optimizer = _unwrapped(optimizer)
         if optimizer in self._optimizers:
             return
         self._optimizers.add(optimizer)
@@ -110,6 +110,24 @@ class _Ranges:
             return False
         start = self._starts[found]
         return address + nbytes <= start + self._reached[start]
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """Find the optimizer whose ``step()`` changes the parameters: wrappers (Accelerate's, Apex's) have it as an attribute.
+
+    Raises:
+        TypeError: there is none.
+    """
+    given, seen = optimizer, set()
+    while id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        inner = (vars(optimizer).get(name) for name in _WRAPPED) if hasattr(optimizer, "__dict__") else ()
+        optimizer = next((one for one in inner if isinstance(one, Optimizer)), optimizer)
+    if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"guard() takes torch optimizers, not {type(given).__name__}; give the optimizer that it works with"
+        )
+    return optimizer
 
 
 def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:

@@ -24,13 +24,14 @@ from stager.snapshot.copying import Copier, compare
 from stager.snapshot.device import SideStreams
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Piece, Pieces, copies_of
+from stager.snapshot.tripwires import Armed, Wires
 from stager.state.flatten import StateTree, flatten
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format
 from stager.workers.checkpoint.formats.safe_globals import refusal_of
-from stager.workers.errors import UnstageableError
+from stager.workers.errors import TornSnapshotError, UnstageableError
 from stager.workers.memory.slab import Slab
 
 logger = logging.getLogger("stager")
@@ -48,6 +49,7 @@ class Snapshot:
         tree: the state.
         blobs: the pickled objects, in the order of ``plan.objects``, and the format's trailer, if it has one.
         streams: order the copies from devices behind what the trainer's streams hold now.
+        armed: tripwires of the copies that are made after ``save()`` has returned.
     """
 
     timeline: Timeline
@@ -55,6 +57,7 @@ class Snapshot:
     plan: SnapshotPlan
     blobs: list[bytes]
     streams: SideStreams
+    armed: Armed | None = None
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +114,8 @@ class SnapshotTaker:
         self._partitioner = Partitioner(self._group)
         self._shared_for: SnapshotPlan | None = None
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
+        self._wires = Wires.of(())
+        self._torn: frozenset[str] = frozenset()  # names of tensors that somebody else wrote to, once
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
         self._warned: set[str] = set()
@@ -167,6 +172,12 @@ class SnapshotTaker:
             of_piece, kept = copies_of(piece, plan, leaves)
             return Assignment(tuple(of_piece), batch(of_piece), (), tuple(kept)), Assignment()
         protected = self._guard.protects(plan) if self._guard else []
+        if self._torn and protected:
+            names = snapshot.tree.names
+            protected = [
+                is_protected and names[leaf] not in self._torn
+                for leaf, is_protected in zip(plan.leaves, protected, strict=True)
+            ]
         sources = self._sharer.live_sources()
         if self._split is not None and self._split[0] is plan and self._split[1:3] == (protected, sources):
             return self._split[3:]
@@ -176,6 +187,32 @@ class SnapshotTaker:
         both = self._assign(now, leaves, guarded=False), self._assign(later, leaves, guarded=True)
         self._split = (plan, protected, sources, *both)
         return both
+
+    def arm(self, snapshot: Snapshot, later: Assignment) -> None:
+        """Set the tripwires of what is copied after ``save()`` has returned. Call it right before."""
+        if self._wires.copies != later.copies:
+            self._wires = Wires.of(later.copies)
+        snapshot.armed = self._wires.arm(snapshot.tree.leaves) if later.copies else None
+
+    def _check(self, snapshot: Snapshot, slab: Slab) -> None:
+        """Check the tripwires, now that everything is copied.
+
+        Raises:
+            TornSnapshotError: something else than a guarded step wrote to a guarded tensor.
+        """
+        armed, snapshot.armed = snapshot.armed, None
+        torn = armed.tripped(snapshot.tree.leaves, slab) if armed is not None else []
+        if not torn:
+            return
+        self._torn |= {snapshot.tree.names[leaf] for leaf in torn}
+        names = [snapshot.tree.name(leaf) for leaf in torn]
+        raise TornSnapshotError(
+            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} changed while the snapshot "
+            "was taken, although guarded: something other than the optimizer's step() wrote there (nn.Embedding with "
+            "max_norm, weights that are swapped by .data.copy_(), another optimizer). Nothing of this save is "
+            "committed. From the next save on, these tensors are copied before save() returns, so that it is whole; "
+            "write to them only in the guarded step() to have them overlapped again"
+        )
 
     def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Assignment:
         by_trainer, by_workers = self._sharer.split(copies, leaves, guarded=guarded)
@@ -189,7 +226,7 @@ class SnapshotTaker:
             background: the trainer does not wait for it.
 
         Raises:
-            TornSnapshotError: ``staging.verify`` is set, and something wrote to the sources meanwhile.
+            TornSnapshotError: something wrote to the sources meanwhile: a tripwire says so, or ``staging.verify``.
         """
         timeline, leaves = snapshot.timeline, snapshot.tree.leaves
 
@@ -211,6 +248,8 @@ class SnapshotTaker:
                     timeline.note(note)
             else:
                 copy_here(work.by_trainer)
+        if background:
+            self._check(snapshot, slab)
         if self._verify:
             with timeline.timed("verify"):
                 compare(work.copies, leaves, slab, snapshot.tree.name)
@@ -235,6 +274,13 @@ class SnapshotTaker:
             ) from error
         if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:
             self._blobs[kind, value] = blob
+        if isinstance(value, torch.Tensor) and value.is_meta and "meta" not in self._warned:
+            self._warned.add("meta")
+            logger.warning(
+                "%s is on the meta device: its shape is saved and no values, as torch.save does; if it was to have "
+                "values, materialize the model (to_empty() and load, or build it on a real device) before it is saved",
+                tree.name(leaf),
+            )
         if not kinds <= self._pickle_checked:
             self._pickle_checked |= kinds
             self._warn_if_refused(tree.name(leaf), blob)

@@ -111,7 +111,11 @@ def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> Fin
     if PLAIN_TENSORS.issuperset(map(type, tensors)):
         try:
             return _read(numbers, tensors, known)
-        except (RuntimeError, NotImplementedError):  # some of them are not just bytes and strides, or are not in memory
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+        ):  # some of them are not just bytes and strides, or are not in memory
             pass
     numbers = [i for i in numbers if _is_raw(leaves[i], tree, i)]
     return _read(numbers, [leaves[i] for i in numbers], known)

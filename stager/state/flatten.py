@@ -31,7 +31,7 @@ import torch
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded
 from stager.workers.checkpoint.layout.structure import RECIPE, Node, Path, describe, key_names, names_of, walk
-from stager.workers.errors import UnstageableError
+from stager.workers.errors import StagerError, UnstageableError
 from stager.workers.memory.tensor_memory import problem_of
 
 _MAX_DEPTH = 100
@@ -50,10 +50,15 @@ class Stateful(Protocol):
 
 
 def is_stateful(value: object) -> bool:
-    """Tell whether a value that is no tensor is Stateful. ``isinstance(value, Stateful)`` is slow."""
+    """Tell whether a value that is no tensor is Stateful. ``isinstance(value, Stateful)`` is slow.
+
+    The methods have to be the class's: an object that answers to every name, as a mock or a proxy does, is none.
+    """
+    kind = type(value)
     return (
-        hasattr(value, "state_dict")
-        and hasattr(value, "load_state_dict")
+        hasattr(kind, "state_dict")
+        and hasattr(kind, "load_state_dict")
+        and callable(kind.state_dict)
         and not isinstance(value, (torch.Tensor, type))
     )
 
@@ -178,7 +183,7 @@ class _Visitor:
         self._num_apart += 1
         self.tree.owners.append(value)
         try:
-            return self._plain(value.state_dict(), path)
+            return self._plain(_state_of(value, path), path)
         finally:
             self.tree.owners.pop()
 
@@ -294,6 +299,18 @@ class _Visitor:
         names = key_names(keys)
         recipe = empty, None if names == keys else keys
         return self._with_recipe("mapping", recipe, names, list(value.values()), path)
+
+
+def _state_of(value: Any, path: Path) -> Any:
+    try:
+        return value.state_dict()
+    except StagerError:
+        raise
+    except Exception as error:
+        raise UnstageableError(
+            describe(path),
+            f"{type(value).__name__}.state_dict() raised {type(error).__name__}: {error}; nothing was saved",
+        ) from error
 
 
 _PLAIN = (dict, OrderedDict)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import xxhash
 
-from stager import CorruptCheckpointError, StagerError, UnsafePickleError, UsageError
+from stager import StagerError, UnloadableError, UnsafePickleError, UsageError
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
@@ -78,7 +78,7 @@ def test_class_that_is_gone_is_the_users_to_find(run_dir: Path) -> None:
         info = save(run_dir, {"x": gone()})
     finally:
         del globals()["Gone"]
-    with pytest.raises(UsageError, match="its class cannot be imported"):
+    with pytest.raises(UsageError, match=r"intact, but the object cannot be made here .*Gone"):
         restorer(info, allow_pickle=True).load()
 
 
@@ -86,7 +86,7 @@ def test_warning_made_an_error_is_not_taken_for_damage(monkeypatch: pytest.Monke
     def torch_load(*_: object, **__: object) -> None:
         raise UserWarning("something")
 
-    monkeypatch.setattr(torch, "load", torch_load)
+    monkeypatch.setattr(torch.serialization, "_load", torch_load)
     with pytest.raises(UserWarning):
         unpickle(object_blob(1).blob, "n", "p", False)
 
@@ -130,7 +130,7 @@ BLOBS = {
 
 @pytest.mark.parametrize("name", BLOBS)
 def test_hostile_objects_are_refused_and_run_no_code(name: str) -> None:
-    with pytest.raises((CorruptCheckpointError, UnsafePickleError), match="thing"):
+    with pytest.raises((UnloadableError, UnsafePickleError), match="thing"):
         unpickle(BLOBS[name], "thing", "path", False)
 
 
@@ -138,7 +138,7 @@ def test_archive_that_lies_about_a_size_is_refused() -> None:
     blob = bytearray(object_blob({"a": 1}).blob)
     central = blob.index(b"PK\x01\x02")
     struct.pack_into("<I", blob, central + 24, 1 << 31)
-    with pytest.raises(CorruptCheckpointError):
+    with pytest.raises(UnsafePickleError):
         unpickle(bytes(blob), "thing", "path", False)
 
 

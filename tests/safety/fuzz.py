@@ -38,6 +38,7 @@ from stager.workers.errors import (
     CorruptCheckpointError,
     StateMismatchError,
     StorageError,
+    UnloadableError,
     UnsafePickleError,
     UnstageableError,
     UsageError,
@@ -45,7 +46,10 @@ from stager.workers.errors import (
 from tests.safety.opening import OPENINGS, draw_openings, openings_of
 from tests.safety.targets import Target, make_targets
 
-_ALLOWED = (CorruptCheckpointError, CheckpointNotFoundError, StorageError, UnsafePickleError, StateMismatchError)
+_ALLOWED = (
+    *(CorruptCheckpointError, CheckpointNotFoundError, StorageError),
+    *(UnsafePickleError, UnloadableError, StateMismatchError),
+)
 _MEMORY_BYTES = 1 << 30  # beside what the process has anyway
 _HANG_SECS = 20
 _POISONED = (MetadataIndex, pathlib.PosixPath, OrderedDict)

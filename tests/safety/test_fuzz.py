@@ -19,7 +19,7 @@ from stager.loading.dcp.stock_metadata import parse_stock_metadata
 from stager.loading.pickles.archive_check import check_archive
 from stager.loading.pickles.pickle_check import check_pickle
 from stager.loading.pickles.unpickle import unpickle
-from stager.workers.errors import CorruptCheckpointError, UnsafePickleError
+from stager.workers.errors import CorruptCheckpointError, UnloadableError, UnsafePickleError
 from tests.safety.fuzz import Findings, Fuzzer, quiet
 from tests.safety.mutate import HOSTILE_PICKLES
 from tests.states import everything
@@ -57,7 +57,7 @@ def test_each_hostile_pickle_is_refused(tmp_path: Path, number: int) -> None:
     """As an object of a checkpoint, and as the ``.metadata`` of a stock one."""
     mark = tmp_path / "mark"
     data = HOSTILE_PICKLES[number](mark)
-    refused = (CorruptCheckpointError, UnsafePickleError)
+    refused = (CorruptCheckpointError, UnloadableError, UnsafePickleError)
     with pytest.raises(refused):
         parse_stock_metadata(data, str(tmp_path / ".metadata"))
     archive = io.BytesIO()
