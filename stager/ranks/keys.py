@@ -8,20 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-OPENING = "opening"
-"""Barrier: every rank holds the run's lock."""
-
-OPENED = "opened"
-"""Broadcast of ``DirectoryOpened``."""
-
-NEWEST = "newest"
-"""``NewestStep``: the step of the last checkpoint that a rank knows of."""
-
-REPLICAS_NEWEST = "replicas/newest"
-"""Broadcast of ``NewestStep``, after a restore: the newest checkpoint on the disk."""
-
-REPLICAS_OPENED = "replicas/opened"
-"""Barrier: rank 0 has tidied the directory up after a restore."""
+OPENING = "opening"  # barrier: every rank holds the run's lock
+OPENED = "opened"  # broadcast of DirectoryOpened
+NEWEST = "newest"  # NewestStep: the step of the last checkpoint that a rank knows of
+REPLICAS_NEWEST = "replicas/newest"  # broadcast of NewestStep, after a restore: the newest checkpoint on the disk
+REPLICAS_OPENED = "replicas/opened"  # barrier: rank 0 has tidied the directory up after a restore
 
 
 def host(name: str) -> str:
@@ -45,10 +36,7 @@ def commit_helpers(save_id: str) -> str:
 
 
 def agreement(save_id: str) -> str:
-    """Barrier and head of the agreement on who writes what.
-
-    Keyed by save id and not by a count, because retry counts differ between ranks.
-    """
+    """Barrier and head of the agreement on who writes what. Keyed by save id, because retry counts differ between ranks."""
     return f"agreement/{save_id}"
 
 

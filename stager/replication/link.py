@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
 
 from stager.ranks import keys
 from stager.ranks.messages import Arrived
@@ -44,7 +43,7 @@ class PartnerLink:
             if own.connects or self._group.read(f"{key}/here/{self._other}") == Arrived(connects=True):
                 self.drop()
                 index, timeout = self.ranks.index(self._group.rank), timedelta(seconds=_CONNECT_SECS)
-                store = PrefixStore(key, self._group.rendezvous.store)
+                store = self._group.rendezvous.store_at(key)
                 self._process_group = dist.ProcessGroupGloo(store, index, 2, timeout)
             return Peer(self._process_group, self.ranks.index(self._other), self._other)
         except RankFailedError as error:
