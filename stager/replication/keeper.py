@@ -56,7 +56,7 @@ class Keeper:
         self._maps: dict[str, mmap.mmap] = {}  # kept: mapping them again would fault every page in again
         self._data = b""
         self._path = ""
-        self._problem: ReplicationError | None = None
+        self._problem: Exception | None = None
 
     @contextmanager
     def holding_still(self) -> Iterator[None]:
@@ -69,8 +69,10 @@ class Keeper:
             self._is_still = False
 
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
-        """The memory to receive a snapshot into. A snapshot without memory is received all the same, and dropped:
-        the connection stays whole."""
+        """The memory to receive a snapshot into.
+
+        If there is none, the snapshot is received all the same, and dropped: the connection stays whole.
+        """
         self._data, self._problem = header, None
         try:
             nbytes = ReplicaHeader.from_bytes(header, f"the header that rank {self._owner} sent").nbytes
@@ -80,14 +82,12 @@ class Keeper:
             self._path = self._free_one()
             memory = self._map(self._path, nbytes)
         except (OSError, ReplicationError) as error:
-            self._problem = self._not_kept(error)
+            self._problem = error
             scratch = torch.empty(min(nbytes, MESSAGE_BYTES), dtype=torch.uint8)
-            for start, end in messages(nbytes):
-                yield scratch[: end - start]
+            yield from (scratch[: end - start] for start, end in messages(nbytes))
             return
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        for start, end in messages(nbytes):
-            yield whole[start:end]
+        yield from (whole[start:end] for start, end in messages(nbytes))
 
     def finish(self) -> ReplicaHeader:
         """Write the header, which makes the file a replica.
@@ -95,8 +95,11 @@ class Keeper:
         Raises:
             ReplicationError: the snapshot was dropped, or the header cannot be written.
         """
-        if self._problem is not None:
+        if isinstance(self._problem, ReplicationError):
             raise self._problem
+        if self._problem is not None:
+            problem = f"this host has no memory for the replica of rank {self._owner}: {self._problem}"
+            raise ReplicationError(problem) from self._problem
         try:
             with storage_errors("write", self._path + HEADER_SUFFIX):
                 directory_fd = files.open_directory(self._replicas.path)
@@ -113,16 +116,9 @@ class Keeper:
         """Unmap the files."""
         self._maps.clear()
 
-    def _not_kept(self, error: Exception) -> ReplicationError:
-        if isinstance(error, ReplicationError):
-            return error
-        problem = ReplicationError(f"this host has no memory for the replica of rank {self._owner}: {error}")
-        problem.__cause__ = error
-        return problem
-
     def _free_one(self) -> str:
         """Choose the file to overwrite, and remove its header: it is no replica from now on."""
-        with self._choosing:
+        with self._choosing:  # so that no header goes while holding_still() begins
             if self._is_still:
                 raise ReplicationError(
                     f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from the earlier ones"
@@ -133,7 +129,7 @@ class Keeper:
             return path
 
     def _choose(self) -> str:
-        """The file that may be overwritten."""
+        """The file that may be overwritten: an empty one; else the older, unless only that one belongs to a whole save."""
         headers = {path: self._replicas.read(path) for path in self._replicas.slots(self._owner)}
         found = {path: header.spec for path, header in headers.items() if header is not None}
         if len(found) < len(headers):
@@ -150,15 +146,10 @@ class Keeper:
         with storage_errors("write", path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                known = self._maps.get(path)
-                if (
-                    known is not None
-                    and nbytes <= len(known) <= capacity(nbytes)
-                    and len(known) == os.fstat(fd).st_size
-                ):
-                    return known
-                self._maps.pop(path, None)
-                size = capacity(nbytes)
+                size, known_size = capacity(nbytes), len(self._maps.get(path, b""))
+                if nbytes <= known_size <= size and known_size == os.fstat(fd).st_size:
+                    return self._maps[path]
+                self._maps.pop(path, None)  # unmapped before the file changes its size
                 os.ftruncate(fd, size)
                 _allocate(path, fd, size)
                 self._maps[path] = mmap.mmap(fd, size)
