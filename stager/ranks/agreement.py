@@ -105,7 +105,7 @@ class Agreement:
             group.contribute(f"{head}/values", values, at_most=COMPARED_VALUES)
         # 3.
         group.barrier(head, _WHY)
-        # 4. The answer comes last: no rank waits for the comparison, unless there are several kinds.
+        # 4. Where there is one kind, no other rank waits for this.
         if group.is_coordinator and group.count(values_key, 0) < group.num_ranks:
             self._compare(head, values)
         held = [Partition(one, group.count(key, 0)) for one, key in zip(indexes, spread_keys, strict=True)]

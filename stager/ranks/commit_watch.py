@@ -73,22 +73,15 @@ class _Failed:
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A save that this rank has written its parts of.
-
-    Attributes:
-        committed, failed: one of them is called at the end.
-        deadline, looks_at: when to give up, and when to look at the directory next (``time.monotonic()``).
-        commit: the commit that this rank's worker tries.
-        has_every_part: only the commit is missing.
-    """
+    """A save that this rank has written its parts of."""
 
     spec: SaveSpec
     committed: Callable[[Committed], None]
     failed: Callable[[BaseException], None]
-    deadline: float
-    looks_at: float
-    commit: Future[Committed | None] | None = None
-    has_every_part: bool = False
+    deadline: float  # when to give up, and
+    looks_at: float  # when to look at the directory next (time.monotonic())
+    commit: Future[Committed | None] | None = None  # which this rank's worker tries
+    has_every_part: bool = False  # only the commit is missing
 
     def wait_for_commit(self, timeout_secs: float) -> None:
         """Wait as long again, once: every part is written, and only the commit is missing."""
@@ -100,7 +93,6 @@ class CommitWatch:
     """Waits for the ends of this rank's saves. One thread does, while there are any.
 
     Args:
-        group: whose ranks save together.
         pool: whose workers tidy up and finish commits.
         keep_unfinished: see NOTE [ Unfinished saves ].
 

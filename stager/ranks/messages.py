@@ -2,6 +2,9 @@
 
 A message is posted to a key of the rendezvous (``keys.py``). It is a line of text: the name of its class, a space, its
 fields as JSON. Each class says who posts it, when, and what answers it. "Rank 0" is the coordinator.
+
+The rows of messages come first. Then the messages of the group, of an opening, of an agreement, of a save, of a load
+(``loading/joint_loader.py``), of a restore from replicas, and of partners that exchange replicas.
 """
 
 from __future__ import annotations
@@ -29,9 +32,6 @@ class Message:
 
     def __init_subclass__(cls) -> None:
         KINDS[cls.__name__] = dataclass(frozen=True)(cls)
-
-
-# -- rows of messages
 
 
 class LeafEntry(NamedTuple):
@@ -68,9 +68,6 @@ class OfferedReplica(NamedTuple):
     created: float
 
 
-# -- the group (rank_group.py)
-
-
 class Arrived(Message):
     """Each rank, when it comes to a barrier. ``BarrierEnd`` answers it.
 
@@ -99,9 +96,6 @@ class Number(Message):
     value: int
 
 
-# -- the opening (opening.py)
-
-
 class DirectoryOpened(Message):
     """Rank 0, when it holds the run's lock. The others then take the lock, too, and come to the barrier.
 
@@ -111,9 +105,6 @@ class DirectoryOpened(Message):
     nonce: str
     directory: str
     replicates: bool
-
-
-# -- an agreement (agreement.py)
 
 
 class KindOfRank(Message):
@@ -137,9 +128,6 @@ class WhoHolds(Message):
 
     problem: str
     holders: tuple[HolderRange, ...]
-
-
-# -- a save (save_messages.py)
 
 
 class SaveCommitted(Message):
@@ -169,9 +157,6 @@ class NewestStep(Message):
     step: int
 
 
-# -- a load (loading/joint_loader.py)
-
-
 class StepToLoad(Message):
     """Rank 0, at the begin of each try. All ranks load it and come to the barrier.
 
@@ -187,9 +172,6 @@ class LoadFailed(Message):
 
     rank: int
     error: str
-
-
-# -- a restore (replication/replica_restorer.py)
 
 
 class MemoryPlace(Message):
@@ -242,16 +224,10 @@ class RestoreEnd(Message):
     is_done: bool
 
 
-# -- partners (replication/replicator.py)
-
-
 class ReplicaFate(Message):
     """The last rank to receive its replica of a save, or the first to overwrite one. See replicator.py."""
 
     is_whole: bool
-
-
-# -- encoding
 
 
 def encode(message: Message) -> bytes:

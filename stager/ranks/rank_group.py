@@ -140,8 +140,7 @@ class RankGroup:
         data = self.rendezvous.wait(key, secs)
         if data is None:
             raise RankFailedError(f"rank 0 did not {task} within {secs:g} s; every rank has to take part", (0,))
-        answer = decode(data)
-        if isinstance(answer, BroadcastFailed):
+        if isinstance(answer := decode(data), BroadcastFailed):
             raise RankFailedError(f"rank 0 could not {task}: {answer.error}", (0,))
         return _expect(kind, answer)
 

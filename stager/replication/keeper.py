@@ -11,7 +11,8 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -22,9 +23,7 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError, ReplicationError, StorageError
 
-MESSAGE_BYTES = 64 << 20
-"""A snapshot travels in messages of this size."""
-
+MESSAGE_BYTES = 64 << 20  # of the messages that a snapshot travels in
 _SPARE_BYTES = 1 << 20
 
 
@@ -38,7 +37,6 @@ class Keeper:
     """Keeps the newest snapshots of one other rank. A :class:`~stager.replication.exchange.Receiver`, used for each of them.
 
     Args:
-        replicas: of this host.
         owner: whose snapshots these are.
         whole_id: returns the id of the newest save that is known to be whole.
         give_up: asked with a save id before its replica is overwritten; False: that save is whole by now.
@@ -51,22 +49,15 @@ class Keeper:
         self._owner = owner
         self._whole_id = whole_id
         self._give_up = give_up
-        self._choosing = threading.Lock()
-        self._is_still = False
+        self._still = threading.Lock()  # held while a file is chosen, and while none may be
         self._maps: dict[str, mmap.mmap] = {}  # kept: mapping them again would fault every page in again
         self._data = b""
         self._path = ""
         self._problem: Exception | None = None
 
-    @contextmanager
-    def holding_still(self) -> Iterator[None]:
+    def holding_still(self) -> AbstractContextManager[Any]:
         """Overwrite no replica meanwhile, because they are being read. A snapshot that arrives is received and dropped."""
-        with self._choosing:
-            self._is_still = True
-        try:
-            yield
-        finally:
-            self._is_still = False
+        return self._still
 
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
         """The memory to receive a snapshot into.
@@ -118,15 +109,18 @@ class Keeper:
 
     def _free_one(self) -> str:
         """Choose the file to overwrite, and remove its header: it is no replica from now on."""
-        with self._choosing:  # so that no header goes while holding_still() begins
-            if self._is_still:
-                raise ReplicationError(
-                    f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from the earlier ones"
-                )
+        # Not a wait: the partner would wait, too, and its snapshot is dropped instead.
+        if not self._still.acquire(blocking=False):
+            raise ReplicationError(
+                f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from the earlier ones"
+            )
+        try:
             path = self._choose()
             with storage_errors("write", path):
                 self._replicas.remove_header(path)
             return path
+        finally:
+            self._still.release()
 
     def _choose(self) -> str:
         """The file that may be overwritten: an empty one; else the older, unless only that one belongs to a whole save."""

@@ -54,11 +54,7 @@ _VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
 class ReplicaRestorer:
     """Restores checkpoints from replicas. A group of one restores what several ranks left on its host, too.
 
-    Args:
-        group: every rank of it calls the same methods.
-        directory: of the run, absolute.
-        replicas: of this host.
-        pool: whose workers write.
+    Every rank of the group calls the same methods. The workers of ``pool`` write.
     """
 
     def __init__(self, group: RankGroup, directory: str, replicas: Replicas, pool: WorkerPool) -> None:

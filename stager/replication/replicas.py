@@ -69,13 +69,9 @@ class Replicas:
                     "replication.directory to another place"
                 )
 
-    def slot(self, owner: int, number: int) -> str:
-        """The path of one of the files for an owner."""
-        return os.path.join(self.path, f"rank-{owner}.{number}")
-
     def slots(self, owner: int) -> list[str]:
-        """The paths of all files for an owner."""
-        return [self.slot(owner, number) for number in range(NUM_SLOTS)]
+        """The paths of the files for an owner."""
+        return [os.path.join(self.path, f"rank-{owner}.{number}") for number in range(NUM_SLOTS)]
 
     def read(self, path: str) -> ReplicaHeader | None:
         """The header of the replica at ``path``; None if the replica is missing, incomplete or damaged."""

@@ -28,18 +28,18 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, auto
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from stager.ranks import keys
 from stager.ranks.messages import ReplicaFate
 from stager.ranks.rank_group import RankGroup
-from stager.replication.exchange import Exchange, ExchangeResult, NothingSentError, Peer, partners
+from stager.replication.exchange import Exchange, ExchangeResult, NothingSentError, PartnerLink, Peer, partners
 from stager.replication.keeper import Keeper, messages
-from stager.replication.link import PartnerLink
 from stager.replication.parcel import Parcel
 from stager.replication.replicas import Replicas
+from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.commit.replica import ReplicaHeader
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
@@ -47,16 +47,6 @@ from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
 logger = logging.getLogger("stager")
 
 _CANCEL_SECS = 0.5
-
-
-class ReplicatedSave(Protocol):
-    """What the replicator needs of a save: which one it is, and a place to record when the replica was sent."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def save_id(self) -> str: ...
-    def event(self, name: str, start: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +80,14 @@ class NoReplication:
 
     is_on = False
 
-    def begin(self, save: ReplicatedSave) -> None:
+    def begin(self, save: Timeline) -> None:
         """Do nothing."""
 
-    def offer(self, save: ReplicatedSave, snapshot: WriteTask, release: Callable[[], None]) -> None:
+    def offer(self, save: Timeline, snapshot: WriteTask, release: Callable[[], None]) -> None:
         """Release the slab at once."""
         release()
 
-    def skip(self, save: ReplicatedSave, why: BaseException) -> None:
+    def skip(self, save: Timeline, why: BaseException) -> None:
         """Do nothing."""
 
     def close(self, timeout: float) -> None:
@@ -128,31 +118,31 @@ class Replicator:
         self._destination = PartnerLink(group, destination)
         self._source = self._destination if source == destination else PartnerLink(group, source)
         self._keeper = Keeper(replicas, source, lambda: self._whole_id, self._give_up)
-        self._saves: queue.SimpleQueue[ReplicatedSave | None] = queue.SimpleQueue()
+        self._saves: queue.SimpleQueue[Timeline | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards what follows
-        self._offers: dict[ReplicatedSave, Future[_Offer]] = {}  # of the saves in the queue, or in the exchange
-        self._current: ReplicatedSave | None = None
+        self._offers: dict[Timeline, Future[_Offer]] = {}  # of the saves in the queue, or in the exchange
+        self._current: Timeline | None = None
         self._state = _State.OPEN
         self._thread: threading.Thread | None = None
 
     # -- the trainer's threads
 
-    def begin(self, save: ReplicatedSave) -> None:
+    def begin(self, save: Timeline) -> None:
         """Take a place in the queue. Each save that begins has to be offered or skipped."""
         with self._lock:
             if self._state is _State.OPEN and (self._thread is not None or self._start()):
                 self._offers[save] = Future()  # before the thread sees the save, which then waits for this
                 self._saves.put(save)
 
-    def offer(self, save: ReplicatedSave, snapshot: WriteTask, release: Callable[[], None]) -> None:
+    def offer(self, save: Timeline, snapshot: WriteTask, release: Callable[[], None]) -> None:
         """Offer a save's staged snapshot. ``release`` is called when its memory is not needed any more."""
         self._resolve(save, _Offer(snapshot, release))
 
-    def skip(self, save: ReplicatedSave, why: BaseException) -> None:
+    def skip(self, save: Timeline, why: BaseException) -> None:
         """Let the partner not wait for a save's snapshot. No effect if it was offered."""
         self._resolve(save, _Offer(why, lambda: None))
 
-    def _resolve(self, save: ReplicatedSave, offer: _Offer) -> None:
+    def _resolve(self, save: Timeline, offer: _Offer) -> None:
         with self._lock:  # a snapshot may be offered and given up at the same time: the first one stands
             future = self._offers.get(save)
             if future is not None and not future.done():
@@ -170,7 +160,7 @@ class Replicator:
         self._thread = thread
         return True
 
-    def holding_still(self) -> AbstractContextManager[None]:
+    def holding_still(self) -> AbstractContextManager[Any]:
         """While a checkpoint is restored: see :meth:`Keeper.holding_still`."""
         return self._keeper.holding_still()
 
@@ -201,7 +191,7 @@ class Replicator:
         if current is not None:
             self._cancel(current)
 
-    def _cancel(self, save: ReplicatedSave) -> None:
+    def _cancel(self, save: Timeline) -> None:
         for link in {self._destination, self._source}:
             with suppress(RankFailedError):
                 link.cancel_barrier(save.save_id, f"rank {self._group.rank} closes its Checkpointer")
@@ -235,7 +225,7 @@ class Replicator:
                 offer.release()
                 del offer  # it may hold the last reference to the slab, and the next save may be long in coming
 
-    def _replicate(self, save: ReplicatedSave, offer: _Offer) -> None:
+    def _replicate(self, save: Timeline, offer: _Offer) -> None:
         started = time.time()
         # Before the snapshot arrives, which may overwrite the replica of a save that has become whole.
         self._update_whole_id()
