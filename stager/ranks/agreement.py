@@ -29,9 +29,7 @@ from stager.workers.errors import InconsistentRanksError
 
 logger = logging.getLogger("stager")
 
-COMPARED_VALUES = 8
-"""Of so many different sets of values, rank 0 reads the digests."""
-
+COMPARED_VALUES = 8  # of so many different sets of values, rank 0 reads the digests
 _SHOWN_NAMES = 8
 _WHY = (
     "the structure of the state is new, and the ranks have to agree on who writes what; if it changed on some ranks only, "

@@ -135,7 +135,7 @@ class CommitWatch:
                     self._thread.start()
                 self._changed.notify_all()
                 return
-        failed(self._closed)  # without the lock: it may wait for other saves, or begin one
+        failed(self._closed)  # without the lock, which the callback may need
 
     def found_by_others(self, spec: SaveSpec) -> Committed | None:
         """The commit of this save by another rank, if it is to be seen in the directory."""

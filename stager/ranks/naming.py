@@ -9,12 +9,12 @@ Where the ranks do not have the same names (stages of a pipeline), each rank lis
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Set
 from operator import itemgetter
 from typing import Any
 
+from stager.ranks.agreement import hash_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
 
 
@@ -24,7 +24,7 @@ def outline(structure: Node, private: Set[int]) -> str:
     The order of keys does not count, nor do empty containers and the leaves in ``PerRank`` (``private``).
     """
     text = json.dumps(_outline(structure, private), separators=(",", ":"), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hash_of(text.encode())
 
 
 def _outline(node: Node, private: Set[int]) -> Any:

@@ -32,9 +32,7 @@ from stager.workers.errors import ConfigError, InternalError, RankFailedError
 
 M = TypeVar("M", bound=Message)
 
-WARM_UP = -1
-"""In place of a step, see :meth:`RankGroup.save_id`."""
-
+WARM_UP = -1  # in place of a step, see RankGroup.save_id
 _SHOWN_RANKS = 8
 _instances = itertools.count()
 
@@ -44,28 +42,20 @@ class RankGroup:
     """One rank, and how it reaches the others.
 
     Every method raises RankFailedError when the rendezvous cannot be reached.
-
-    Attributes:
-        rank, num_ranks: of those that make a checkpoint together; 0 of 1 for a process that saves for itself.
-        rendezvous: where the ranks meet.
-        timeout_secs: how long a rank waits for another.
-        nonce: the same on all ranks, and different in every run. Rank 0 broadcasts its own (``opening.py``).
-        local_size: ranks on this host, whether they save together or not.
-        own_rank: in the process group, whether they save together or not: whose values those of ``PerRank`` are.
-        look_secs, turn_secs: between two looks at the directory, and for a rank's turn to look: see ``commit_watch.py``.
-        discard_secs: how long the remover of a failed save waits for ranks that still write to it.
     """
 
-    rank: int = 0
+    rank: int = 0  # of those that make a checkpoint together
     num_ranks: int = 1
     rendezvous: Rendezvous = field(default_factory=LocalRendezvous)
-    timeout_secs: float = 600.0
-    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
-    local_size: int = 1
-    own_rank: int = 0
-    look_secs: float = 1.0
-    turn_secs: float = 5.0
-    discard_secs: float = 10.0
+    timeout_secs: float = 600.0  # how long a rank waits for another
+    nonce: str = field(
+        default_factory=lambda: secrets.token_hex(8)
+    )  # of the run: rank 0 broadcasts its own (opening.py)
+    local_size: int = 1  # ranks on this host, whether they save together or not
+    own_rank: int = 0  # in the process group, whether they save together or not: whose values those of PerRank are
+    look_secs: float = 1.0  # between two looks at the directory (commit_watch.py)
+    turn_secs: float = 5.0  # for a rank to look, and to post what it found, before the next ones do
+    discard_secs: float = 10.0  # how long the remover of a failed save waits for ranks that still write to it
     _saves: Counter[int] = field(default_factory=Counter)
 
     @property

@@ -42,12 +42,8 @@ def poll_secs(num_ranks: int, at_least: float) -> float:
 class Rendezvous:
     """The store, as one rank uses it.
 
-    Every method raises RankFailedError when the store cannot be reached: the process that serves it is gone, or silent.
-
-    Args:
-        store: of the job; shared with others, who use keys without ``prefix``.
-        num_ranks: that send requests to the store's server.
-        answer_secs: how long the server may take to answer.
+    Every method raises RankFailedError when the store cannot be reached: the process that serves it is gone, or has not
+    answered for ``answer_secs``. Others use the store, too, with keys of another prefix.
     """
 
     def __init__(self, store: Store, prefix: str, num_ranks: int, answer_secs: float = 30.0) -> None:

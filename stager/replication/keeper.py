@@ -37,7 +37,6 @@ class Keeper:
     """Keeps the newest snapshots of one other rank. A :class:`~stager.replication.exchange.Receiver`, used for each of them.
 
     Args:
-        owner: whose snapshots these are.
         whole_id: returns the id of the newest save that is known to be whole.
         give_up: asked with a save id before its replica is overwritten; False: that save is whole by now.
     """
