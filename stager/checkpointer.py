@@ -125,7 +125,7 @@ class Checkpointer:
                 self._directory,
                 job,
                 config.persistence.lock_timeout_secs,
-                leave_unfinished=config.replication.partners > 0,
+                replicates=config.replication.partners > 0,
             )
             opened.callback(os.close, self._lock_fd)
             self._telemetry = make_telemetry(config.telemetry, job)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stager.ranks import keys
@@ -29,9 +29,7 @@ from stager.workers.errors import InconsistentRanksError
 
 logger = logging.getLogger("stager")
 
-COMPARED_VALUES = 8
-"""Of so many different sets of values, rank 0 reads the digests."""
-
+COMPARED_VALUES = 8  # of so many different sets of values, rank 0 reads the digests
 _SHOWN_NAMES = 8
 _WHY = (
     "the structure of the state is new, and the ranks have to agree on who writes what; if it changed on some ranks only, "
@@ -43,8 +41,7 @@ _WHY = (
 class Partition:
     """Which part of some leaves this rank writes: number ``index`` of ``count``, one for each rank that holds them.
 
-    Attributes:
-        holders: which ranks these are; a number, the same on all of them.
+    ``holders``: which ranks these are; a number, the same on all of them.
     """
 
     index: int
@@ -57,12 +54,7 @@ WHOLE = Partition(0, 1)
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What the ranks agreed on.
-
-    Attributes:
-        plain, spreads: this rank's partition of each plain leaf, and of each spread.
-        same_names: whether all ranks have the same names, in the same containers.
-    """
+    """This rank's partition of each plain leaf, and of each spread; and whether all ranks have the same names."""
 
     plain: list[Partition]
     spreads: list[Partition]
@@ -70,11 +62,7 @@ class Settlement:
 
 
 class Agreement:
-    """Agrees with the other ranks on who holds what.
-
-    Args:
-        group: every rank of it has to call :meth:`settle` when its structure is new.
-    """
+    """Agrees with the other ranks on who holds what. Every rank calls :meth:`settle` when its structure is new."""
 
     def __init__(self, group: RankGroup) -> None:
         self._group = group
@@ -90,21 +78,20 @@ class Agreement:
         """Agree. Follows the steps at the head of this file.
 
         Args:
-            save_id: of the save that needs it.
             plain: what is no DTensor; sorted by name.
             spreads: DTensors, by their spread; each sorted by name.
             digests: of some of the values that should be the same on all ranks, by name. Rank 0 warns where they differ.
             outline: see :func:`stager.ranks.naming.outline`.
 
         Raises:
-            RankFailedError: a rank did not come within ``ranks.timeout_secs``, and is named, or failed before it could. Then
-                all fail.
+            RankFailedError: on all ranks, if one did not come within ``ranks.timeout_secs``, or failed before it could.
             InconsistentRanksError: a name stands for different tensors on different ranks.
         """
         group, head = self._group, keys.agreement(save_id)
         if group.is_alone:
             return Settlement([WHOLE] * len(plain), [WHOLE] * len(spreads), same_names=False)
-        spread_keys = [f"{head}/spread/{_digest(spread)}" for spread in spreads]
+        # 1. and 2. Contributions come before the barrier, because lists are read after it.
+        spread_keys = [f"{head}/spread/{kind_of(spread, '')}" for spread in spreads]
         indexes = [group.count(key) - 1 for key in spread_keys]
         kind = kind_of(plain, outline)
         index = group.count(f"{head}/kind/{kind}") - 1
@@ -114,10 +101,13 @@ class Agreement:
         values_key = f"{head}/values/{hash_of(encode(values))}"
         if group.count(values_key) == 1:
             group.contribute(f"{head}/values", values, at_most=COMPARED_VALUES)
+        # 3.
         group.barrier(head, _WHY)
+        # 4. Where there is one kind, no other rank waits for this.
         if group.is_coordinator and group.count(values_key, 0) < group.num_ranks:
             self._compare(head, values)
         held = [Partition(one, group.count(key, 0)) for one, key in zip(indexes, spread_keys, strict=True)]
+        # 5.
         if group.num_contributed(f"{head}/kinds") == 1:
             return Settlement([Partition(group.rank, group.num_ranks)] * len(plain), held, same_names=True)
         if group.is_coordinator:
@@ -161,12 +151,7 @@ class Agreement:
 
 
 def answers(kinds: Sequence[KindOfRank], sizes: Mapping[str, int]) -> dict[str, WhoHolds]:
-    """What rank 0 answers, by the kind's digest.
-
-    Args:
-        kinds: all that there are.
-        sizes: how many ranks are of each kind, by its digest.
-    """
+    """What rank 0 answers, by the kind's digest. ``sizes``: how many ranks are of each kind, by its digest."""
     known: dict[str, LeafEntry] = {}
     totals: dict[str, int] = {}
     begins: dict[str, list[int]] = {}
@@ -185,16 +170,12 @@ def answers(kinds: Sequence[KindOfRank], sizes: Mapping[str, int]) -> dict[str, 
             kinds_of.setdefault(entry.name, []).append(kind.digest)
     numbers: dict[tuple[str, ...], int] = {}
     number_of = {name: numbers.setdefault(tuple(held), len(numbers)) for name, held in kinds_of.items()}
-    return {
-        kind.digest: WhoHolds(
-            problem,
-            tuple(
-                HolderRange(begin, totals[entry.name], number_of[entry.name])
-                for begin, entry in zip(begins[kind.digest], kind.entries, strict=True)
-            ),
-        )
-        for kind in kinds
-    }
+
+    def holders(kind: KindOfRank) -> Iterator[HolderRange]:
+        for begin, entry in zip(begins[kind.digest], kind.entries, strict=True):
+            yield HolderRange(begin, totals[entry.name], number_of[entry.name])
+
+    return {kind.digest: WhoHolds(problem, tuple(holders(kind))) for kind in kinds}
 
 
 def kind_of(plain: Sequence[LeafEntry], outline: str) -> str:
@@ -202,10 +183,6 @@ def kind_of(plain: Sequence[LeafEntry], outline: str) -> str:
     return hash_of(encode(KindOfRank(outline, tuple(plain))))
 
 
-def _digest(entries: Sequence[LeafEntry]) -> str:
-    return hash_of(encode(KindOfRank("", tuple(entries))))
-
-
 def hash_of(data: bytes) -> str:
-    """A digest, as it is part of a key."""
+    """A digest of 32 characters, which may be part of a key."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

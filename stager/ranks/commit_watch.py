@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stager.ranks.messages import SaveFailed
 from stager.ranks.rank_group import RankGroup, some_ranks
@@ -61,28 +61,27 @@ logger = logging.getLogger("stager")
 
 _FIRST_POLL_SECS = 0.005
 _LAST_POLL_SECS = 0.25
-_LOOK_SECS = 1.0  # between two looks at the directory
-_TURN_SECS = 5.0  # for a rank to look, and to post what it found, before the next ones do
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """Why a save failed. ``is_unfinished``: only because parts of other ranks are missing."""
+
+    error: BaseException
+    is_unfinished: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class _Pending:
-    """A save that this rank has written its parts of.
-
-    Attributes:
-        committed, failed: one of them is called at the end.
-        deadline, looks_at: when to give up, and when to look at the directory next (``time.monotonic()``).
-        commit: the commit that this rank's worker tries.
-        has_every_part: only the commit is missing.
-    """
+    """A save that this rank has written its parts of."""
 
     spec: SaveSpec
     committed: Callable[[Committed], None]
     failed: Callable[[BaseException], None]
-    deadline: float
-    looks_at: float
-    commit: Future[Committed | None] | None = field(default=None)
-    has_every_part: bool = False
+    deadline: float  # when to give up, and
+    looks_at: float  # when to look at the directory next (time.monotonic())
+    commit: Future[Committed | None] | None = None  # which this rank's worker tries
+    has_every_part: bool = False  # only the commit is missing
 
     def wait_for_commit(self, timeout_secs: float) -> None:
         """Wait as long again, once: every part is written, and only the commit is missing."""
@@ -94,7 +93,6 @@ class CommitWatch:
     """Waits for the ends of this rank's saves. One thread does, while there are any.
 
     Args:
-        group: whose ranks save together.
         pool: whose workers tidy up and finish commits.
         keep_unfinished: see NOTE [ Unfinished saves ].
 
@@ -105,11 +103,11 @@ class CommitWatch:
     def __init__(self, group: RankGroup, pool: WorkerPool, *, keep_unfinished: bool = False) -> None:
         self.messages = SaveMessages(group)
         self._keep_unfinished = keep_unfinished
-        self._unfinished: list[SaveSpec] = []
         self._group = group
         self._pool = pool
+        self._changed = threading.Condition()  # guards what follows
+        self._unfinished: list[SaveSpec] = []
         self._pending: list[_Pending] = []
-        self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed: BaseException | None = None
 
@@ -119,10 +117,7 @@ class CommitWatch:
         return threading.current_thread() is self._thread
 
     def expect(
-        self,
-        spec: SaveSpec,
-        committed: Callable[[Committed], None],
-        failed: Callable[[BaseException], None],
+        self, spec: SaveSpec, committed: Callable[[Committed], None], failed: Callable[[BaseException], None]
     ) -> None:
         """Wait for the end of a save whose parts of this rank are written. Returns at once.
 
@@ -130,7 +125,7 @@ class CommitWatch:
             committed, failed: one of them is called when the save has ended, in the watch's thread.
         """
         now = time.monotonic()
-        first_look_secs = 0.0 if self._group.is_alone else (1 + self._group.rank) * _LOOK_SECS
+        first_look_secs = 0.0 if self._group.is_alone else (1 + self._group.rank) * self._group.look_secs
         pending = _Pending(spec, committed, failed, now + self._group.timeout_secs, now + first_look_secs)
         with self._changed:
             if self._closed is None:
@@ -140,7 +135,7 @@ class CommitWatch:
                     self._thread.start()
                 self._changed.notify_all()
                 return
-        failed(self._closed)
+        failed(self._closed)  # without the lock, which the callback may need
 
     def found_by_others(self, spec: SaveSpec) -> Committed | None:
         """The commit of this save by another rank, if it is to be seen in the directory."""
@@ -165,16 +160,17 @@ class CommitWatch:
         """End the thread. Saves that are pending fail with ``error``."""
         with self._changed:
             self._closed = error
-            left, self._pending = self._pending, []
+            left, self._pending = self._pending, []  # the thread ends no save that is not in the list any more
             self._changed.notify_all()
         for pending in left:
             pending.failed(error)
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and not self.in_callback:
             self._thread.join()
 
-    # -- the thread ---------------------------------------------------------------------------------------------
+    # -- the thread
 
     def _watch(self) -> None:
+        """While there are saves, ask for their ends; at first often, then ever more seldom."""
         poll = _FIRST_POLL_SECS
         longest = poll_secs(self._group.num_ranks, _LAST_POLL_SECS)
         while True:
@@ -185,173 +181,176 @@ class CommitWatch:
                     self._changed.wait()
                     poll = _FIRST_POLL_SECS
                 pending = list(self._pending)
-            ended = False
-            for one in pending:
-                try:
-                    end = self._end_of(one)
-                except Exception as error:  # noqa: BLE001  # whatever happens, nobody waits for ever
-                    end = self._failing(one, error)
-                if end is not None:
-                    ended = True
-                    self._finish(one, end)
+            # Without the lock: the store, the directory and the callbacks may take long, and expect() must not wait.
+            ends = [(one, end) for one in pending if (end := self._end_of(one)) is not None]
+            for one, end in ends:
+                self._finish(one, end)
             with self._changed:
-                if self._closed is None and not ended:
+                if self._closed is None and not ends:
                     self._changed.wait(poll)
-            poll = _FIRST_POLL_SECS if ended else min(longest, poll * 1.5)
+            poll = _FIRST_POLL_SECS if ends else min(longest, poll * 1.5)
 
-    def _finish(self, one: _Pending, end: Callable[[], None]) -> None:
+    def _finish(self, one: _Pending, end: Committed | _Failed) -> None:
+        """Call what waits for the end of a save."""
         with self._changed:
             if one not in self._pending:  # closed meanwhile
                 return
         try:
-            end()
+            committed = end if isinstance(end, Committed) else self._remove(one.spec, end)
+            if committed is not None:
+                one.committed(committed)
+            elif isinstance(end, _Failed):
+                one.failed(end.error)
         except Exception as error:
             logger.exception("a callback at the end of the save of step %d failed", one.spec.step)
             with suppress(Exception):  # it has ended
                 one.failed(error)
-        with self._changed:
+        with self._changed:  # after the callbacks: drain() promises that they have returned
             if one in self._pending:
                 self._pending.remove(one)
             self._changed.notify_all()
 
-    def _end_of(self, one: _Pending) -> Callable[[], None] | None:
-        """What to call now that the save has ended; None if it has not ended."""
-        # Its own commit first: then messages, which cost little; then the directory, which costs more.
-        if (helped := self._helped(one)) is not None:
-            return helped
+    def _end_of(self, one: _Pending) -> Committed | _Failed | None:
+        """How a save ended; None if it has not. Asks what costs least first."""
         try:
-            end, is_told = self.messages.end(one.spec), True
-        except RankFailedError:  # the directory is still there
-            end, is_told = None, False
-        return self._look(one, is_told) if end is None else self._ending(one, end)
+            # 1. The commit that this rank's own worker tried: it costs nothing.
+            end: Committed | _Failed | None = self._end_of_own_commit(one)
+            if end is not None:
+                return end
+            # 2. The messages: a request to the store. Without the store the directory is still there.
+            try:
+                end, is_told = self._posted_end(one.spec), True
+            except RankFailedError:
+                is_told = False
+            # 3. The directory, which costs the file system.
+            return self._look(one, is_told) if end is None else end
+        except Exception as error:  # noqa: BLE001  # whatever happens, nobody waits for ever
+            return _Failed(error)
 
-    def _ending(self, one: _Pending, end: Committed | SaveFailed) -> Callable[[], None]:
-        """End the save as another rank has posted."""
-        if isinstance(end, SaveFailed):
-            return self._failing(one, rank_failure(end, one.spec), is_unfinished=end.is_unfinished)
-        return lambda: one.committed(end)
-
-    def _look(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
-        """Look at the directory if it is this rank's turn: see NOTE [ Who looks at the directory ].
-
-        Args:
-            is_told: whether the store answers.
-        """
-        now, rank = time.monotonic(), self._group.rank
-        if not is_told:
-            one.looks_at = min(one.looks_at, now + _LOOK_SECS)
-        is_late = now >= one.deadline + (rank.bit_length() * _TURN_SECS if is_told else 0.0)
-        if not is_late and now < one.looks_at:
-            return None
-        if is_late and is_told and not one.has_every_part and self.messages.every_part_is_written(one.spec.save_id):
-            one.wait_for_commit(self._group.timeout_secs)
-            return None
-        found = _found_committed(one.spec)
-        if found is not None:
-            self.messages.post_found(found)
-            return lambda: one.committed(found)
-        if self._group.is_alone:  # nobody else is going to commit it
-            return self._failing(one, _receipts_lost(one.spec))
-        one.looks_at = now + (1 if self._group.is_coordinator else self._group.num_ranks) * _LOOK_SECS
-        if is_late:
-            return self._too_late(one, is_told)
-        if self._group.is_coordinator or is_told:
-            self._help(one)
-        return None
-
-    def _helped(self, one: _Pending) -> Callable[[], None] | None:
-        """What to call when the commit that this rank tried has ended the save; None if it has not."""
+    def _end_of_own_commit(self, one: _Pending) -> Committed | _Failed | None:
+        """How the commit that this rank tried ended the save; None if it has not."""
         if one.commit is None or not one.commit.done():
             return None
         commit, one.commit = one.commit, None
         error = commit.exception()
         if error is None and (done := commit.result()) is not None:
             self.messages.post_committed(done)
-            return lambda: one.committed(done)
+            return done
+        # A file system that fails here may not fail another rank's commit. Any other error would fail it, too.
         if isinstance(error, StagerError) and not isinstance(error, (StorageError, ClosedError)):
             self.messages.post_failed(one.spec.save_id, error)
-            return self._failing(one, error)
+            return _Failed(error)
         return None
 
-    def _help(self, one: _Pending) -> None:
-        """Commit if every receipt is there: the committing worker was killed, or locks do not reach from host to host."""
-        if one.commit is not None:
-            return
-        with suppress(OSError):
-            names = os.listdir(partial_path(one.spec))
-            is_written = MANIFEST_NAME in names or len(finished_ranks(names)) >= one.spec.num_ranks
-            if is_written and (self._group.is_coordinator or self.messages.claims_commit(one.spec.save_id)):
-                self._commit(one)
+    def _posted_end(self, spec: SaveSpec) -> Committed | _Failed | None:
+        """How a save ended, as another rank has posted. Raises RankFailedError if the store cannot be reached."""
+        end = self.messages.end(spec)
+        return _Failed(rank_failure(end, spec), end.is_unfinished) if isinstance(end, SaveFailed) else end
+
+    def _look(self, one: _Pending, is_told: bool) -> Committed | _Failed | None:
+        """Look at the directory if it is this rank's turn: see NOTE [ Who looks at the directory ].
+
+        Args:
+            is_told: whether the store answers.
+        """
+        now, group = time.monotonic(), self._group
+        if not is_told:
+            one.looks_at = min(one.looks_at, now + group.look_secs)
+        is_late = now >= one.deadline + (group.rank.bit_length() * group.turn_secs if is_told else 0.0)
+        if not is_late and now < one.looks_at:
+            return None
+        if is_late and is_told and not one.has_every_part and self.messages.every_part_is_written(one.spec.save_id):
+            one.wait_for_commit(group.timeout_secs)
+            return None
+        # The commit before anything else: a save that is committed has not failed.
+        found = _found_committed(one.spec)
+        if found is not None:
+            self.messages.post_found(found)
+            return found
+        if group.is_alone:
+            # The last part to be written sees every receipt (commit.py). So somebody took some away, and nobody commits.
+            lost = (
+                "every part was written, but not all are there: the partial checkpoint was removed while it was written"
+            )
+            return _Failed(StorageError(errno.ENOENT, lost, partial_path(one.spec)))
+        one.looks_at = now + (1 if group.is_coordinator else group.num_ranks) * group.look_secs
+        if is_late:
+            return self._too_late(one, is_told)
+        # Every receipt is there: the committing worker was killed, or locks do not reach from host to host.
+        if one.commit is None and (group.is_coordinator or is_told):
+            with suppress(OSError):
+                if not _missing_ranks(one.spec):
+                    if group.is_coordinator or self.messages.claims_commit(one.spec.save_id):
+                        self._commit(one)
+        return None
 
     def _commit(self, one: _Pending) -> None:
         with suppress(ClosedError):
             one.commit = one.commit or self._pool.submit(commit_recorded, one.spec)
 
-    def _too_late(self, one: _Pending, is_told: bool) -> Callable[[], None] | None:
+    def _too_late(self, one: _Pending, is_told: bool) -> Committed | _Failed | None:
         """Post what is missing at the deadline, and fail; or wait once more, if that is only the commit."""
         missing: list[int] = []
         try:
-            names = os.listdir(partial_path(one.spec))
-            if MANIFEST_NAME not in names:  # or every receipt was there, and they may be gone by now
-                missing = sorted(set(range(one.spec.num_ranks)) - finished_ranks(names))
+            missing = _missing_ranks(one.spec)
             what = f"rank {some_ranks(missing)} did not finish its part" if missing else "nobody committed it"
         except FileNotFoundError:
             with suppress(RankFailedError):  # the rank that removed it had posted why
-                if (end := self.messages.end(one.spec)) is not None:
-                    return self._ending(one, end)
+                if (end := self._posted_end(one.spec)) is not None:
+                    return end
             what = "another rank gave the save up, and removed its directory"
         except OSError as error:
             what = f"it is not committed, and its directory cannot be read ({error.strerror})"
         else:
             if not missing and not one.has_every_part:
                 one.wait_for_commit(self._group.timeout_secs)
+                # Post before the commit begins: it may take long, and the deadlines of the others come next.
                 self.messages.post_every_part(one.spec.save_id)
                 if self._group.is_coordinator or is_told:
                     self._commit(one)
                 return None
         why = f"was not complete within {self._group.timeout_secs:g} s (ranks.timeout_secs): {what}"
         self.messages.post_failure(one.spec.save_id, why, missing, is_unfinished=bool(missing))
-        failure = RankFailedError(f"the save of step {one.spec.step} {why}", tuple(missing))
-        return self._failing(one, failure, is_unfinished=bool(missing))
+        return _Failed(RankFailedError(f"the save of step {one.spec.step} {why}", tuple(missing)), bool(missing))
 
-    def _failing(self, one: _Pending, error: BaseException, *, is_unfinished: bool = False) -> Callable[[], None]:
-        """What to call to fail a save: remove its directory, then fail, unless it was committed just now."""
+    def _remove(self, spec: SaveSpec, failure: _Failed) -> Committed | None:
+        """Remove or quarantine the directory of a save that failed. Returns the commit if it was committed just now."""
+        keeps = failure.is_unfinished and self._keep_unfinished
+        # 1. Once the directory has lost its name, nobody can commit it. Most often another rank has removed it already.
+        if not _is_gone(partial_path(spec)):
+            try:
+                self._rename_away(spec, keeps)
+            except Exception as error:  # noqa: BLE001  # the next run tries again
+                logger.warning("the partial directory of step %d was not removed: %s", spec.step, error)
+        if keeps:
+            with self._changed:
+                self._unfinished.append(spec)
+        # 2. Only now look for the commit: before the rename, another rank could still have committed after the look.
+        return self.found_by_others(spec)
 
-        def fail() -> None:
-            # In this order: once the directory has lost its name, nobody can commit it. Most often another rank has
-            # removed it already.
-            keeps = is_unfinished and self._keep_unfinished
-            if not _is_gone(partial_path(one.spec)):
-                self._remove(one.spec, quarantine if keeps else discard_partial)
-            if keeps:
-                with self._changed:
-                    self._unfinished.append(one.spec)
-            found = self.found_by_others(one.spec)
-            if found is None:
-                one.failed(error)
-            else:
-                one.committed(found)
-
-        return fail
-
-    def _remove(self, spec: SaveSpec, how: Callable[[str, int, str], None]) -> None:
+    def _rename_away(self, spec: SaveSpec, keeps: bool) -> None:
         partial = spec.directory, spec.step, spec.save_id
+        task = (quarantine, *partial) if keeps else (discard_partial, *partial, self._group.discard_secs)
         try:
-            self._pool.submit(how, *partial).result()
-        except ClosedError:
+            self._pool.submit(*task).result()
+        except ClosedError:  # the workers are gone
             with suppress(StorageError):
-                how(*partial)
-        except Exception as failure:  # noqa: BLE001  # the next run tries again
-            logger.warning("the partial directory of step %d was not removed: %s", spec.step, failure)
+                task[0](*task[1:])
+
+
+def _missing_ranks(spec: SaveSpec) -> list[int]:
+    """The ranks whose receipts are not in the partial directory. Raises OSError if it cannot be listed."""
+    names = os.listdir(partial_path(spec))
+    if MANIFEST_NAME in names:  # every receipt was there; the committer may have removed some by now
+        return []
+    return sorted(set(range(spec.num_ranks)) - finished_ranks(names))
 
 
 def _is_gone(path: str) -> bool:
     try:
         os.lstat(path)
-    except FileNotFoundError:
-        return True
-    except OSError:  # it cannot be told: try to remove it
-        return False
+    except OSError as error:  # any other than this one does not tell
+        return isinstance(error, FileNotFoundError)
     return False
 
 
@@ -361,12 +360,3 @@ def _found_committed(spec: SaveSpec) -> Committed | None:
         return already_committed(spec)
     except StorageError:  # the directory cannot be read now
         return None
-
-
-def _receipts_lost(spec: SaveSpec) -> StorageError:
-    # The last part to be written sees every receipt, unless somebody took some away: see commit.py.
-    return StorageError(
-        errno.ENOENT,
-        "every part was written, but not all are there: the partial checkpoint was removed while it was written",
-        partial_path(spec),
-    )

@@ -20,12 +20,7 @@ _CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of thei
 
 @dataclass(frozen=True, slots=True)
 class WrittenLeaf:
-    """What this rank writes of a leaf.
-
-    Attributes:
-        leaf: number in the whole state.
-        rows: the half-open range [first, last) of the rows that this rank has; None: all of them.
-    """
+    """What this rank writes of a leaf: the half-open range [first, last) of its ``rows``; None: all of them."""
 
     leaf: int
     rows: tuple[int, int] | None
@@ -35,11 +30,7 @@ class WrittenLeaf:
 class _Unit:
     """Leaves that are the same memory seen the same way (tied): one rank writes all of them.
 
-    Attributes:
-        leaves: their numbers.
-        shape: of what this rank has.
-        nbytes: of the same.
-        can_cut: whether it may be cut between rows.
+    ``shape``, ``nbytes``: of what this rank has. ``can_cut``: whether it may be cut between rows.
     """
 
     leaves: list[int]
@@ -58,24 +49,22 @@ def cut_leaves(
 ) -> list[WrittenLeaf]:
     """This rank's partition of leaves that ``partition.count`` ranks hold."""
     units = _units(tree, leaves, shards)
-    total, parts = sum(unit.nbytes for unit in units), []
-    low = total * partition.index // partition.count
-    high = total * (partition.index + 1) // partition.count
-    is_last = partition.index == partition.count - 1
+    total, index, count = sum(unit.nbytes for unit in units), partition.index, partition.count
+    low, high, is_last = total * index // count, total * (index + 1) // count, index == count - 1
+    parts = []
     end = 0
     for unit in units:
         start, end = end, end + unit.nbytes
         rows: tuple[int, int] | None = None
         if not unit.nbytes:  # an object, or an empty tensor
-            is_ours = partition.index == 0
-        elif unit.can_cut and partition.count > 1:
+            is_ours = index == 0
+        elif unit.can_cut and count > 1:
             num_rows = unit.shape[0]
             row_nbytes = unit.nbytes // num_rows
-            rows = _row(low, start, row_nbytes, num_rows), _row(high, start, row_nbytes, num_rows)
-            if is_last:
-                rows = rows[0], num_rows
-            is_ours = rows[0] < rows[1]
-            rows = None if rows == (0, num_rows) else rows
+            first = _row(low, start, row_nbytes, num_rows)
+            last = num_rows if is_last else _row(high, start, row_nbytes, num_rows)
+            is_ours = first < last
+            rows = None if (first, last) == (0, num_rows) else (first, last)
         else:  # whole, to the rank that has its middle
             middle = (start + end) // 2
             is_ours = low <= middle < high or (is_last and middle >= high)
@@ -85,9 +74,10 @@ def cut_leaves(
 
 
 def _row(boundary: int, start: int, row_nbytes: int, num_rows: int) -> int:
-    """The row at which a tensor that starts at ``start`` is cut for a boundary between two ranks' bytes.
+    """The row at which a tensor that starts at byte ``start`` is cut for a boundary between two ranks' bytes.
 
-    Not so near its ends that the piece would not be worth it."""
+    No piece is smaller than ``_CUT_BYTES``: near an end of the tensor, the cut moves to that end or away from it.
+    """
     row = round((boundary - start) / row_nbytes)
     margin = -(-_CUT_BYTES // row_nbytes)
     if row < margin:

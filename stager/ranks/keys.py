@@ -4,69 +4,22 @@ A key that ends in a save id, a round or a step belongs to one save, one load or
 Save ids come from :meth:`stager.ranks.rank_group.RankGroup.save_id`: every rank derives the same one.
 """
 
-from __future__ import annotations
+OPENING = "opening"  # barrier: every rank holds the run's lock
+OPENED = "opened"  # broadcast of DirectoryOpened
+host = "host/{}".format  # count of the ranks on a host
 
-from collections.abc import Sequence
+NEWEST = "newest"  # NewestStep: the step of the last checkpoint that a rank knows of
+agreement = "agreement/{}".format  # by save id, as retry counts differ between ranks: barrier and head of the agreement
+save_end = "saves/{}".format  # by save id: SaveCommitted or SaveFailed, how the save ended
+every_part = "saves/{}/every-part".format  # by save id: EveryPartWritten, at a deadline only the commit was missing
+commit_helpers = "saves/{}/helpers".format  # by save id: count of the ranks but 0 that found every part and no commit
 
-OPENING = "opening"
-"""Barrier: every rank holds the run's lock."""
+load = "load/{}".format  # by number of the try: barrier and head of a load
 
-OPENED = "opened"
-"""Broadcast of ``DirectoryOpened``."""
-
-NEWEST = "newest"
-"""``NewestStep``: the step of the last checkpoint that a rank knows of."""
-
-REPLICAS_NEWEST = "replicas/newest"
-"""Broadcast of ``NewestStep``, after a restore: the newest checkpoint on the disk."""
-
-REPLICAS_OPENED = "replicas/opened"
-"""Barrier: rank 0 has tidied the directory up after a restore."""
-
-
-def host(name: str) -> str:
-    """Count of the ranks on a host."""
-    return f"host/{name}"
-
-
-def save_end(save_id: str) -> str:
-    """``SaveCommitted`` or ``SaveFailed``: how a save ended."""
-    return f"saves/{save_id}"
-
-
-def every_part(save_id: str) -> str:
-    """``EveryPartWritten``: at a deadline, only the commit was missing."""
-    return f"saves/{save_id}/every-part"
-
-
-def commit_helpers(save_id: str) -> str:
-    """Count of the ranks, other than rank 0, that found every part and no commit."""
-    return f"saves/{save_id}/helpers"
-
-
-def agreement(save_id: str) -> str:
-    """Barrier and head of the agreement on who writes what.
-
-    Keyed by save id and not by a count, because retry counts differ between ranks.
-    """
-    return f"agreement/{save_id}"
-
-
-def load(number: int) -> str:
-    """Barrier and head of the ``number``-th try to load."""
-    return f"load/{number}"
-
-
-def restore(number: int) -> str:
-    """Barrier and head of the ``number``-th restore from replicas; the first is number 1."""
-    return f"replicas/restore/{number}"
-
-
-def exchange(ranks: Sequence[int], save_id: str) -> str:
-    """Barrier of two partners before they exchange the replicas of a save."""
-    return f"replicas/{ranks[0]}-{ranks[1]}/{save_id}"
-
-
-def replica_fate(save_id: str) -> str:
-    """``ReplicaFate`` of a save; ``/received`` under it counts the ranks that hold their replica."""
-    return f"replicas/whole/{save_id}"
+restore = "replicas/restore/{}".format  # by number, from 1: barrier and head of a restore from replicas
+REPLICAS_NEWEST = "replicas/newest"  # broadcast of NewestStep, after a restore: the newest checkpoint on the disk
+REPLICAS_OPENED = "replicas/opened"  # barrier: rank 0 has tidied the directory up after a restore
+exchange = (
+    "replicas/{0[0]}-{0[1]}/{1}".format
+)  # by both ranks and save id: barrier of two partners before they exchange
+replica_fate = "replicas/whole/{}".format  # by save id: ReplicaFate; /received under it counts the ranks with a replica

@@ -2,6 +2,9 @@
 
 A message is posted to a key of the rendezvous (``keys.py``). It is a line of text: the name of its class, a space, its
 fields as JSON. Each class says who posts it, when, and what answers it. "Rank 0" is the coordinator.
+
+The rows of messages come first. Then the messages of the group, of an opening, of an agreement, of a save, of a load
+(``loading/joint_loader.py``), of a restore from replicas, and of partners that exchange replicas.
 """
 
 from __future__ import annotations
@@ -12,10 +15,23 @@ from functools import cache
 from types import UnionType
 from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
 
+from typing_extensions import dataclass_transform
+
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.errors import InternalError
 
-# -- rows of messages ---------------------------------------------------------------------------------------------
+KINDS: dict[str, type[Message]] = {}
+"""Every kind of message, by the name that it is posted under."""
+
+_hints = cache(get_type_hints)
+
+
+@dataclass_transform(frozen_default=True)
+class Message:
+    """Makes each subclass a frozen dataclass, and a kind of message that :func:`decode` knows."""
+
+    def __init_subclass__(cls) -> None:
+        KINDS[cls.__name__] = dataclass(frozen=True)(cls)
 
 
 class LeafEntry(NamedTuple):
@@ -52,11 +68,7 @@ class OfferedReplica(NamedTuple):
     created: float
 
 
-# -- messages of the group (rank_group.py) ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(Message):
     """Each rank, when it comes to a barrier. ``BarrierEnd`` answers it.
 
     ``connects``: of an exchange of replicas, whether this rank needs a new connection.
@@ -65,33 +77,26 @@ class Arrived:
     connects: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BarrierEnd:
+class BarrierEnd(Message):
     """The first rank that sees that all came, or gives up. ``error`` is "" if all came; else ``ranks`` are to blame."""
 
     error: str = ""
     ranks: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BroadcastFailed:
+class BroadcastFailed(Message):
     """Rank 0, in the place of what it was to broadcast. The other ranks raise ``RankFailedError``."""
 
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class Number:
+class Number(Message):
     """The first rank that has this number, where the ranks look for the smallest. All ranks gather them."""
 
     value: int
 
 
-# -- messages of the opening (opening.py) -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class DirectoryOpened:
+class DirectoryOpened(Message):
     """Rank 0, when it holds the run's lock. The others then take the lock, too, and come to the barrier.
 
     ``nonce``: of the run, also in the lock file. ``replicates``: whether ``replication.partners`` is set on rank 0.
@@ -102,11 +107,7 @@ class DirectoryOpened:
     replicates: bool
 
 
-# -- messages of an agreement (agreement.py) ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class KindOfRank:
+class KindOfRank(Message):
     """The first rank of each kind: the leaves that are no DTensors, which all ranks of the kind have.
 
     ``WhoHolds`` answers it where there are several kinds. One kind needs no answer.
@@ -116,36 +117,29 @@ class KindOfRank:
     entries: tuple[LeafEntry, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LeafDigests:
+class LeafDigests(Message):
     """The first rank that has these values: digests of leaves by name. Rank 0 warns where they differ."""
 
     digests: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class WhoHolds:
+class WhoHolds(Message):
     """Rank 0, to the ranks of one kind: for each of their entries who holds it; or the ``problem``, for all."""
 
     problem: str
     holders: tuple[HolderRange, ...]
 
 
-# -- messages of a save (save_messages.py) ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SaveCommitted:
+class SaveCommitted(Message):
     """The rank whose worker committed, or any rank that finds the commit. The others resolve their Futures."""
 
     committed: Committed
 
 
-@dataclass(frozen=True, slots=True)
-class SaveFailed:
+class SaveFailed(Message):
     """The first rank on which a save fails, or that finds ``ranks`` missing at its deadline. The others fail, too.
 
-    ``is_unfinished``: nothing failed but the ranks whose parts are missing.
+    ``is_unfinished``: nothing failed, but the parts of ``ranks`` are missing.
     """
 
     error: str
@@ -153,23 +147,17 @@ class SaveFailed:
     is_unfinished: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class EveryPartWritten:
+class EveryPartWritten(Message):
     """The rank that looks at the directory at its deadline: only the commit is missing. All wait once more."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewestStep:
+class NewestStep(Message):
     """Who posts ``SaveCommitted``; and rank 0 after a restore. Ranks then wait until they see it; -1: there is none."""
 
     step: int
 
 
-# -- messages of a load (loading/joint_loader.py) -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StepToLoad:
+class StepToLoad(Message):
     """Rank 0, at the begin of each try. All ranks load it and come to the barrier.
 
     ``step``: None if there is nothing to load. ``is_there``: False where a rank need not wait to see it.
@@ -179,39 +167,31 @@ class StepToLoad:
     is_there: bool
 
 
-@dataclass(frozen=True, slots=True)
-class LoadFailed:
+class LoadFailed(Message):
     """The first rank on which a load failed, and the first that found damage. All ranks read it after the barrier."""
 
     rank: int
     error: str
 
 
-# -- messages of a restore (replication/restorer.py) --------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlace:
+class MemoryPlace(Message):
     """Each rank: which memory it sees. The ranks that post the same place share one directory of replicas."""
 
     place: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaOffer:
+class ReplicaOffer(Message):
     """The first rank of each place: the whole replicas there. Rank 0 gathers them; ``RestoreChoice`` answers."""
 
     replicas: tuple[OfferedReplica, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RestorePlan:
-    """What is to be written, in a ``RestoreChoice``.
+    """What is to be written of a save, in a ``RestoreChoice``.
 
-    Attributes:
-        step, save_id: of the save.
-        written_as: the id of the partial directory; the save's own where parts of it are on the disk already.
-        owners: by place, the ranks whose parts are written from the replicas there.
+    ``written_as``: the id of the partial directory; the save's own where parts of the save are on the disk already.
+    ``owners``: by place, the ranks whose parts are written from the replicas there.
     """
 
     step: int
@@ -220,8 +200,7 @@ class RestorePlan:
     owners: dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreChoice:
+class RestoreChoice(Message):
     """Rank 0: what is restored next. All write what the plan asks of them. ``RestoreEnd`` follows; without a plan, nothing.
 
     ``whole_id``: of the newest save that is whole in memory; "" if there is none.
@@ -231,8 +210,7 @@ class RestoreChoice:
     whole_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreFailed:
+class RestoreFailed(Message):
     """The first rank that could not write what the plan asked of it. ``errno`` is 0 if no file system failed."""
 
     errno: int
@@ -240,48 +218,16 @@ class RestoreFailed:
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreEnd:
+class RestoreEnd(Message):
     """Rank 0, when all have written: whether the checkpoint is whole now. If not, rank 0 makes another choice."""
 
     is_done: bool
 
 
-# -- messages between partners (replication/replicator.py) --------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaFate:
+class ReplicaFate(Message):
     """The last rank to receive its replica of a save, or the first to overwrite one. See replicator.py."""
 
     is_whole: bool
-
-
-Message = (
-    Arrived
-    | BarrierEnd
-    | BroadcastFailed
-    | Number
-    | DirectoryOpened
-    | KindOfRank
-    | LeafDigests
-    | WhoHolds
-    | SaveCommitted
-    | SaveFailed
-    | EveryPartWritten
-    | NewestStep
-    | StepToLoad
-    | LoadFailed
-    | MemoryPlace
-    | ReplicaOffer
-    | RestoreChoice
-    | RestoreFailed
-    | RestoreEnd
-    | ReplicaFate
-)
-
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
-_hints = cache(get_type_hints)
 
 
 def encode(message: Message) -> bytes:
@@ -297,7 +243,7 @@ def decode(data: bytes) -> Message:
     """
     name, _, body = data.partition(b" ")
     try:
-        message: Message = _value(_KINDS[name.decode()], json.loads(body))
+        message: Message = _value(KINDS[name.decode()], json.loads(body))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InternalError(
             f"a rank posted {data[:80]!r}, which is no message of this version of stager; all ranks need the same version"
@@ -314,14 +260,13 @@ def _value(hint: Any, value: Any) -> Any:
     if is_dataclass(hint):
         kind = cast(Any, hint)
         return kind(**{name: _value(_hints(kind)[name], one) for name, one in value.items()})
-    if get_origin(hint) is UnionType:  # of None and one type
-        return None if value is None else _value(get_args(hint)[0], value)
     if hasattr(hint, "_fields"):
         return hint(*map(_value, _hints(hint).values(), value))
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        return tuple(value) if item in (int, str) else tuple(_value(item, one) for one in value)
-    if get_origin(hint) is dict:
-        item = get_args(hint)[1]
-        return {key: _value(item, one) for key, one in value.items()}
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is UnionType:  # of one type and None
+        return None if value is None else _value(arguments[0], value)
+    if origin is tuple:
+        return tuple(value) if arguments[0] in (int, str) else tuple(_value(arguments[0], one) for one in value)
+    if origin is dict:
+        return {key: _value(arguments[1], one) for key, one in value.items()}
     return value

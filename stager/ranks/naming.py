@@ -9,23 +9,22 @@ Where the ranks do not have the same names (stages of a pipeline), each rank lis
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Set
 from operator import itemgetter
 from typing import Any
 
+from stager.ranks.agreement import hash_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
 
 
 def outline(structure: Node, private: Set[int]) -> str:
-    """A digest of the names and containers that the ranks have in common. The order of keys does not count.
+    """A digest of the names and containers that the ranks have in common.
 
-    Args:
-        private: leaves in ``PerRank``. They do not count, nor do empty containers.
+    The order of keys does not count, nor do empty containers and the leaves in ``PerRank`` (``private``).
     """
     text = json.dumps(_outline(structure, private), separators=(",", ":"), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hash_of(text.encode())
 
 
 def _outline(node: Node, private: Set[int]) -> Any:
@@ -40,11 +39,7 @@ def _outline(node: Node, private: Set[int]) -> Any:
 
 
 def name_all(node: Node, leaf: Callable[[int], Node]) -> Node:
-    """The structure with every name.
-
-    Args:
-        leaf: returns the node of what this rank writes of a leaf; ``ABSENT`` if it writes nothing.
-    """
+    """The structure with every name. ``leaf`` returns the node of what this rank writes of a leaf, or ``ABSENT``."""
     if type(node) is int:
         return leaf(node)
     position = 1 if node[0] == "list" else 2
@@ -54,7 +49,7 @@ def name_all(node: Node, leaf: Callable[[int], Node]) -> Node:
 def name_written(structure: Node, leaf: Callable[[int], Node]) -> Node:
     """The structure without the leaves that this rank does not write, and without containers that hold nothing else.
 
-    An empty container stays, because another rank may have something else in its place. Arguments as for :func:`name_all`.
+    An empty container stays, because another rank may have something else in its place. ``leaf``: as for :func:`name_all`.
     """
     written = _written(structure, leaf)
     return [structure[0], [], [], *structure[3:]] if written is ABSENT else written

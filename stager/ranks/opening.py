@@ -31,17 +31,15 @@ logger = logging.getLogger("stager")
 _POLL_SECS = 0.02
 
 
-def take_directory(
-    directory: str, group: RankGroup, lock_timeout_secs: float, *, leave_unfinished: bool = False
-) -> int:
+def take_directory(directory: str, group: RankGroup, lock_timeout_secs: float, *, replicates: bool = False) -> int:
     """Lock the directory for this rank; returns the lock's descriptor. Every rank calls it.
 
     Args:
         lock_timeout_secs: how long to wait for another run's lock.
-        leave_unfinished: of what an earlier run left, only finish what can be finished: replicas may complete the rest.
+        replicates: whether partners keep replicas. Then what an earlier run left unfinished stays: replicas may complete it.
 
     Raises:
-        ConfigError: the ranks' configurations do not go together.
+        ConfigError: ``replicates`` is not the same on all ranks.
         DirectoryInUseError: another run holds it.
         RankFailedError: another rank could not take it, or did not say in time that it has.
         UsageError: the ranks do not see one directory.
@@ -49,17 +47,28 @@ def take_directory(
     """
     host = keys.host(socket.gethostname())
     held: list[int] = []
+
+    def open_as_coordinator() -> DirectoryOpened:
+        with storage_errors("create", directory):
+            os.makedirs(directory, exist_ok=True)
+        # 1. The lock before recover(): what an earlier run left may still be written by its workers, which hold the lock.
+        held.append(lock_directory(directory, lock_timeout_secs, group.nonce))
+        for found in recover(directory, leave_unfinished=replicates):
+            logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
+        # 2. The kernel lets go of the lock for a moment while it changes, so a group of one does not share it.
+        if not group.is_alone:
+            share_lock(held[0], directory)
+        return DirectoryOpened(group.nonce, directory, replicates)
+
     try:
         group.count(host)
         opened = group.broadcast(
-            keys.OPENED,
-            DirectoryOpened,
-            lambda: _lead(directory, group, lock_timeout_secs, leave_unfinished, held),
-            f"open {directory}",
-            more_secs=lock_timeout_secs,
+            keys.OPENED, DirectoryOpened, open_as_coordinator, f"open {directory}", more_secs=lock_timeout_secs
         )
-        if not group.is_coordinator:
-            held.append(_follow(opened, directory, group, lock_timeout_secs, leave_unfinished))
+        if not group.is_coordinator:  # 3.
+            _check_that_it_is_the_same(opened, directory, group, replicates)
+            held.append(lock_directory(directory, lock_timeout_secs, shared=True))
+        # 4. Each rank has counted itself at its host before it comes, so the count is final after the barrier.
         group.barrier(keys.OPENING, f"opening {directory}")
         group.local_size = max(group.local_size, group.count(host, 0))
     except BaseException as error:
@@ -71,44 +80,22 @@ def take_directory(
     return held[0]
 
 
-def _lead(
-    directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool, held: list[int]
-) -> DirectoryOpened:
-    """Steps 1 and 2, on rank 0.
-
-    Args:
-        held: the lock's descriptor is added.
-    """
-    with storage_errors("create", directory):
-        os.makedirs(directory, exist_ok=True)
-    held.append(lock_directory(directory, lock_timeout_secs, group.nonce))
-    for found in recover(directory, leave_unfinished=leave_unfinished):
-        logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
-    if not group.is_alone:  # the kernel lets go of the lock for a moment, so it is not done without need
-        share_lock(held[0], directory)
-    return DirectoryOpened(group.nonce, directory, leave_unfinished)
-
-
-def _follow(
-    opened: DirectoryOpened, directory: str, group: RankGroup, lock_timeout_secs: float, leave_unfinished: bool
-) -> int:
-    """On ranks other than 0: check that this rank sees rank 0's directory, and share its lock. Returns the descriptor."""
-    if opened.replicates != leave_unfinished:
+def _check_that_it_is_the_same(opened: DirectoryOpened, directory: str, group: RankGroup, replicates: bool) -> None:
+    """On ranks other than 0: wait until this rank sees the directory that rank 0 has opened. Takes over its nonce."""
+    if opened.replicates != replicates:
         raise ConfigError(
-            f"replication.partners is {int(leave_unfinished)} on rank {group.rank} and {int(opened.replicates)} on rank 0; "
+            f"replication.partners is {int(replicates)} on rank {group.rank} and {int(opened.replicates)} on rank 0; "
             "set it to the same on all ranks"
         )
     group.nonce = opened.nonce
-    path = os.path.join(directory, LOCK_NAME)
     deadline = time.monotonic() + group.timeout_secs
-    while group.nonce not in _content(path):  # a network file system may show it later
+    while group.nonce not in _content(os.path.join(directory, LOCK_NAME)):  # a network file system may show it later
         if time.monotonic() >= deadline:
             raise UsageError(
                 f"rank {group.rank} does not see in {directory} what rank 0 wrote in {opened.directory}; all ranks must "
                 "use one directory of one shared file system, or set ranks.together to false"
             )
         time.sleep(_POLL_SECS)
-    return lock_directory(directory, lock_timeout_secs, shared=True)
 
 
 def _content(path: str) -> str:

@@ -10,14 +10,13 @@ tensor that is cut is stored in chunks, which every reader of the format knows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from stager.ranks.agreement import Agreement, Partition, Settlement
+from stager.ranks.agreement import Agreement, Partition, Settlement, hash_of
 from stager.ranks.cutting import WrittenLeaf, cut_leaves, is_stored_raw
 from stager.ranks.messages import LeafEntry
 from stager.ranks.naming import name_all, name_written, outline
@@ -54,11 +53,7 @@ class _Settled:
 
 
 class Partitioner:
-    """Takes this rank's partition of states. It keeps how it divided the last one.
-
-    Args:
-        group: whose ranks write one checkpoint together.
-    """
+    """Takes this rank's partition of states. It keeps how it divided the last one."""
 
     def __init__(self, group: RankGroup) -> None:
         self._group = group
@@ -99,14 +94,12 @@ class Partitioner:
         self._division = self._settled = None
 
     def _divide(self, tree: StateTree, sharded: Sequence[int], signature: tuple[Any, ...], save_id: str) -> _Division:
+        # 1. Which leaves other ranks may hold, too: DTensors by their spread, and plain ones, each sorted by name.
         if not self._group.is_alone:
             _check_names(tree)
-        for leaf in sharded:
-            if leaf in tree.private:
-                raise UnstageableError(
-                    tree.name(leaf),
-                    "is a DTensor in PerRank: it belongs to all ranks of its mesh; take it out of there",
-                )
+        for leaf in tree.private.intersection(sharded):
+            why = "is a DTensor in PerRank: it belongs to all ranks of its mesh; take it out of there"
+            raise UnstageableError(tree.name(leaf), why)
         shards = {leaf: shard_of(tree.leaves[leaf], tree.name(leaf)) for leaf in sharded}
         names = tree.names
         spreads: dict[Hashable, list[int]] = {}
@@ -117,25 +110,21 @@ class Partitioner:
                 spreads.setdefault(shard.spread, []).append(leaf)
             elif (shard is not None or leaf not in shards) and leaf not in tree.private:
                 plain.append(leaf)  # or a DTensor without elements, which is the same everywhere
+        # 2. Ask the other ranks who holds them.
         settled = self._settle(tree, names, plain, list(spreads.values()), shards, save_id)
-        parts: dict[int, WrittenLeaf] = {leaf: WrittenLeaf(leaf, None) for leaf in tree.private}
-        for leaves, partition in [
-            *_by_holders(plain, settled.plain),
-            *zip(spreads.values(), settled.spreads, strict=True),
-        ]:
-            for part in cut_leaves(tree, leaves, partition, shards):
-                parts[part.leaf] = part
+        # 3. Cut what several ranks hold. Values in PerRank are written whole, and shards without elements not at all.
+        parts = {leaf: WrittenLeaf(leaf, None) for leaf in tree.private}
+        by_spread = zip(spreads.values(), settled.spreads, strict=True)
+        for leaves, partition in [*_by_holders(plain, settled.plain), *by_spread]:
+            parts.update((part.leaf, part) for part in cut_leaves(tree, leaves, partition, shards))
         for leaf, shard in shards.items():
             if shard is not None and 0 in shard.lengths and 0 not in shard.shape:
-                parts.pop(leaf, None)  # this rank holds no element of it
+                parts.pop(leaf, None)
+        # 4. The structure with a number, or a chunk, in the place of each leaf that this rank writes.
         written = tuple(parts[leaf] for leaf in sorted(parts))
-        numbers = {part.leaf: number for number, part in enumerate(written)}
-
-        def node_of(leaf: int) -> Node:
-            return _leaf_node(parts[leaf], numbers[leaf], tree, shards.get(leaf)) if leaf in parts else ABSENT
-
+        nodes = {part.leaf: _node(part, number, tree, shards.get(part.leaf)) for number, part in enumerate(written)}
         name = name_written if settled.same_names and not self._group.is_coordinator else name_all
-        return _Division(signature, written, name(tree.structure, node_of), _kinds(tree))
+        return _Division(signature, written, name(tree.structure, lambda leaf: nodes.get(leaf, ABSENT)), _kinds(tree))
 
     def _settle(
         self,
@@ -146,11 +135,12 @@ class Partitioner:
         shards: dict[int, Shard | None],
         save_id: str,
     ) -> Settlement:
+        """Agree with the other ranks, unless they have answered the same question before."""
         if self._group.is_alone:
             _check_complete(names, shards)
         entries = (
-            [_plain_entry(names[leaf], tree.leaves[leaf]) for leaf in plain],
-            [[_shard_entry(names[leaf], tree.leaves[leaf], shards[leaf]) for leaf in spread] for spread in spreads],
+            [_entry(names[leaf], tree.leaves[leaf]) for leaf in plain],
+            [[_entry(names[leaf], tree.leaves[leaf], shards[leaf]) for leaf in spread] for spread in spreads],
         )
         own_outline = outline(tree.structure, tree.private)
         # A rank's PerRank values and the types of its objects may change on that rank alone: no other rank would come.
@@ -192,12 +182,10 @@ def _check_complete(names: Sequence[str], shards: dict[int, Shard | None]) -> No
 
 
 def _sharded_leaves(tree: StateTree) -> list[int]:
-    leaves = tree.leaves
-    kinds = set(map(type, leaves))
-    kinds = {kind for kind in kinds - PLAIN_TENSORS if hasattr(kind, "__tensor_flatten__")}
+    kinds = {kind for kind in set(map(type, tree.leaves)) - PLAIN_TENSORS if hasattr(kind, "__tensor_flatten__")}
     if not kinds:
         return []
-    return [number for number, leaf in enumerate(leaves) if type(leaf) in kinds and is_sharded(leaf)]
+    return [number for number, leaf in enumerate(tree.leaves) if type(leaf) in kinds and is_sharded(leaf)]
 
 
 def _signature(tree: StateTree, sharded: Sequence[int], here: Sequence[Any]) -> tuple[Any, ...]:
@@ -218,18 +206,10 @@ def _signature(tree: StateTree, sharded: Sequence[int], here: Sequence[Any]) -> 
         sizes = [None if x.is_nested else x.size() for x in tensors]
         strides = [x.stride() if is_stored_raw(x) else None for x in held]
         addresses = [x.data_ptr() if is_stored_raw(x) else 0 for x in held]
-    return (
-        tree.structure,
-        tree.odd_keys,
-        tree.private,
-        kinds,
-        sizes,
-        [tensor.dtype for tensor in tensors],
-        strides,
-        sharded,
-        [spread_of(leaves[number]) for number in sharded],
-        _ties(addresses),
-    )
+    dtypes = [tensor.dtype for tensor in tensors]
+    places = [spread_of(leaves[number]) for number in sharded]
+    ties = _ties(addresses)
+    return tree.structure, tree.odd_keys, tree.private, kinds, sizes, dtypes, strides, sharded, places, ties
 
 
 def _ties(addresses: Sequence[int]) -> list[int]:
@@ -240,44 +220,34 @@ def _ties(addresses: Sequence[int]) -> list[int]:
     return [first.setdefault(address or -number - 1, number) for number, address in enumerate(addresses)]
 
 
-def _plain_entry(name: str, value: Any) -> LeafEntry:
+def _entry(name: str, value: Any, shard: Shard | None = None) -> LeafEntry:
+    if shard is not None:
+        return LeafEntry(name, name_of(value.dtype), shard.shape, shard.offsets, shard.lengths)
     if isinstance(value, torch.Tensor) and not value.is_nested:
         return LeafEntry(name, name_of(value.dtype), tuple(value.shape))
     return LeafEntry(name, "object")
 
 
-def _shard_entry(name: str, value: torch.Tensor, shard: Shard | None) -> LeafEntry:
-    assert shard is not None
-    dtype = name_of(value.dtype)
-    return LeafEntry(name, dtype, shard.shape, shard.offsets, shard.lengths)
-
-
 def _digest_of(value: Any) -> str | None:
     """Of what can be compared: host tensors (of large ones, some stretches), and values of Python's own types."""
-    if isinstance(value, torch.Tensor):
-        if not value.is_cpu or type(value) not in PLAIN_TENSORS or not is_stored_raw(value) or not value.nbytes:
-            return None
-        flat = value.detach().resolve_conj().resolve_neg()
-        if value.nbytes > _COMPARED_BYTES:
-            if not flat.is_contiguous():
-                return None
-            whole, length = flat.view(-1).view(torch.uint8), _COMPARED_BYTES // _STRETCHES
-            starts = [(len(whole) - length) * number // (_STRETCHES - 1) for number in range(_STRETCHES)]
-            data = torch.cat([whole.narrow(0, start, length) for start in starts])
-        else:
-            data = flat.contiguous().view(-1).view(torch.uint8)
-        return hashlib.blake2b(data.numpy().tobytes(), digest_size=16).hexdigest()
-    if not _is_simple(value):
+    if not isinstance(value, torch.Tensor):
+        return hash_of(repr(value).encode("utf-8", "surrogatepass")) if _is_simple(value) else None
+    if not value.is_cpu or type(value) not in PLAIN_TENSORS or not is_stored_raw(value) or not value.nbytes:
         return None
-    return hashlib.blake2b(repr(value).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    flat = value.detach().resolve_conj().resolve_neg()
+    if value.nbytes <= _COMPARED_BYTES:
+        return hash_of(flat.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    if not flat.is_contiguous():
+        return None
+    whole, length = flat.view(-1).view(torch.uint8), _COMPARED_BYTES // _STRETCHES
+    starts = [(len(whole) - length) * number // (_STRETCHES - 1) for number in range(_STRETCHES)]
+    return hash_of(torch.cat([whole.narrow(0, start, length) for start in starts]).numpy().tobytes())
 
 
 def _is_simple(value: Any, depth: int = 0) -> bool:
-    if type(value) in (list, tuple):
-        return (
-            depth < _COMPARED_DEPTH and len(value) <= _COMPARED_BYTES and all(_is_simple(e, depth + 1) for e in value)
-        )
-    return type(value) in (type(None), bool, int, float, complex, str, bytes)
+    if type(value) not in (list, tuple):
+        return type(value) in (type(None), bool, int, float, complex, str, bytes)
+    return depth < _COMPARED_DEPTH and len(value) <= _COMPARED_BYTES and all(_is_simple(e, depth + 1) for e in value)
 
 
 def _by_holders(leaves: Sequence[int], partitions: Sequence[Partition]) -> list[tuple[list[int], Partition]]:
@@ -288,24 +258,17 @@ def _by_holders(leaves: Sequence[int], partitions: Sequence[Partition]) -> list[
     return list(groups.values())
 
 
-def _leaf_node(part: WrittenLeaf, number: int, tree: StateTree, shard: Shard | None) -> Node:
-    first = part.rows[0] if part.rows is not None else 0
-    if shard is None:
-        if part.rows is None:
-            return number
-        shape = list(tree.leaves[part.leaf].shape)
-        return ["chunks", shape, [[[first] + [0] * (len(shape) - 1), number]]]
-    if part.rows is None and (shard.shape == shard.lengths or 0 in shard.shape):
+def _node(part: WrittenLeaf, number: int, tree: StateTree, shard: Shard | None) -> Node:
+    """What the structure says of a leaf: the number of the item that holds all of it, or one chunk and its place."""
+    if part.rows is None and (shard is None or shard.shape == shard.lengths or 0 in shard.shape):
         return number
-    offsets = list(shard.offsets)
-    if offsets:
-        offsets[0] += first
-    return ["chunks", list(shard.shape), [[offsets, number]]]
+    shape = list(tree.leaves[part.leaf].shape)  # of the whole DTensor, if it is one
+    offsets = [0] * len(shape) if shard is None else list(shard.offsets)
+    if part.rows is not None:
+        offsets[0] += part.rows[0]
+    return ["chunks", shape, [[offsets, number]]]
 
 
 def _kinds(tree: StateTree) -> frozenset[tuple[str, int]]:
-    return frozenset(
-        (name_of(leaf.dtype), leaf.dim())
-        for leaf in tree.leaves
-        if isinstance(leaf, torch.Tensor) and is_stored_raw(leaf)
-    )
+    tensors = (leaf for leaf in tree.leaves if isinstance(leaf, torch.Tensor) and is_stored_raw(leaf))
+    return frozenset((name_of(tensor.dtype), tensor.dim()) for tensor in tensors)

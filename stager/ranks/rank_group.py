@@ -32,9 +32,7 @@ from stager.workers.errors import ConfigError, InternalError, RankFailedError
 
 M = TypeVar("M", bound=Message)
 
-WARM_UP = -1
-"""In place of a step, see :meth:`RankGroup.save_id`."""
-
+WARM_UP = -1  # in place of a step, see RankGroup.save_id
 _SHOWN_RANKS = 8
 _instances = itertools.count()
 
@@ -44,23 +42,20 @@ class RankGroup:
     """One rank, and how it reaches the others.
 
     Every method raises RankFailedError when the rendezvous cannot be reached.
-
-    Attributes:
-        rank, num_ranks: of those that make a checkpoint together; 0 of 1 for a process that saves for itself.
-        rendezvous: where the ranks meet.
-        timeout_secs: how long a rank waits for another.
-        nonce: the same on all ranks, and different in every run. Rank 0 broadcasts its own (``opening.py``).
-        local_size: ranks on this host, whether they save together or not.
-        own_rank: in the process group, whether they save together or not: whose values those of ``PerRank`` are.
     """
 
-    rank: int = 0
+    rank: int = 0  # of those that make a checkpoint together
     num_ranks: int = 1
     rendezvous: Rendezvous = field(default_factory=LocalRendezvous)
-    timeout_secs: float = 600.0
-    nonce: str = field(default_factory=lambda: secrets.token_hex(8))
-    local_size: int = 1
-    own_rank: int = 0
+    timeout_secs: float = 600.0  # how long a rank waits for another
+    nonce: str = field(
+        default_factory=lambda: secrets.token_hex(8)
+    )  # of the run: rank 0 broadcasts its own (opening.py)
+    local_size: int = 1  # ranks on this host, whether they save together or not
+    own_rank: int = 0  # in the process group, whether they save together or not: whose values those of PerRank are
+    look_secs: float = 1.0  # between two looks at the directory (commit_watch.py)
+    turn_secs: float = 5.0  # for a rank to look, and to post what it found, before the next ones do
+    discard_secs: float = 10.0  # how long the remover of a failed save waits for ranks that still write to it
     _saves: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -82,7 +77,7 @@ class RankGroup:
         self._saves[step] += 1
         return hashlib.blake2b(f"{self.nonce} {step} {self._saves[step]}".encode(), digest_size=8).hexdigest()
 
-    # -- single messages ----------------------------------------------------------------------------------------
+    # -- single messages
 
     def post(self, key: str, message: Message) -> None:
         """Post a message, in the place of any that was there."""
@@ -94,13 +89,10 @@ class RankGroup:
         return None if data is None else decode(data)
 
     def receive(self, key: str, kind: type[M], missing: str) -> M:
-        """Wait for the message at a key.
+        """Wait for the message at a key. Raises RankFailedError if nobody posts it within ``timeout_secs``.
 
         Args:
             missing: the error's first words, as in "rank 0 did not say who writes what".
-
-        Raises:
-            RankFailedError: nobody posted it within ``timeout_secs``.
         """
         data = self.rendezvous.wait(key, self.timeout_secs)
         if data is None:
@@ -111,7 +103,7 @@ class RankGroup:
         """Add to a counter that all ranks share. Returns the new count."""
         return self.rendezvous.add(key, amount)
 
-    # -- messages of one rank for all ---------------------------------------------------------------------------
+    # -- messages of one rank for all
 
     def broadcast(self, key: str, kind: type[M], make: Callable[[], M], task: str, more_secs: float = 0.0) -> M:
         """The message that the coordinator makes. Every rank calls it.
@@ -122,14 +114,14 @@ class RankGroup:
             more_secs: to wait for it, beside ``timeout_secs``.
 
         Raises:
-            RankFailedError: ``make`` raised on the coordinator, or it did not come in time.
-            BaseException: on the coordinator, whatever ``make`` raised.
+            RankFailedError: ``make`` raised on the coordinator, which raises that error itself; or the message did not
+                come in time.
         """
         if self.is_coordinator:
             try:
                 message = make()
             except BaseException as error:
-                with suppress(RankFailedError):
+                with suppress(RankFailedError):  # the others must not wait for what does not come
                     self.post(key, BroadcastFailed(f"{type(error).__name__}: {error}"))
                 raise
             self.post(key, message)
@@ -138,14 +130,13 @@ class RankGroup:
         data = self.rendezvous.wait(key, secs)
         if data is None:
             raise RankFailedError(f"rank 0 did not {task} within {secs:g} s; every rank has to take part", (0,))
-        answer = decode(data)
-        if isinstance(answer, BroadcastFailed):
+        if isinstance(answer := decode(data), BroadcastFailed):
             raise RankFailedError(f"rank 0 could not {task}: {answer.error}", (0,))
         return _expect(kind, answer)
 
     def post_first(self, key: str, message: Message) -> bool:
         """Post a message unless another rank was first. Returns whether this rank was."""
-        is_first = self.count(f"{key}/count") == 1
+        is_first = self.count(f"{key}/count") == 1  # the store counts one rank after the other: only one sees 1
         if is_first:
             self.post(key, message)
         return is_first
@@ -156,14 +147,10 @@ class RankGroup:
             return None
         return self.receive(key, kind, f"a rank that began to post {key} did not finish")
 
-    # -- messages of many ranks ---------------------------------------------------------------------------------
+    # -- messages of many ranks
 
     def contribute(self, key: str, message: Message, at_most: int | None = None) -> None:
-        """Add a message to the list at a key.
-
-        Args:
-            at_most: leave it out if so many are there, unless this rank is the coordinator.
-        """
+        """Add a message to the list at a key; not if ``at_most`` are there, unless this rank is the coordinator."""
         number = self.count(f"{key}/count")
         if at_most is None or number <= at_most or self.is_coordinator:
             self.post(f"{key}/{number}", message)
@@ -173,11 +160,7 @@ class RankGroup:
         return self.count(f"{key}/count", 0)
 
     def gather(self, key: str, kind: type[M], at_most: int | None = None) -> list[M]:
-        """The list at a key. Call it after a barrier to which each rank came when it had contributed.
-
-        Args:
-            at_most: as many of them.
-        """
+        """The list at a key, or its first ``at_most``. Call it after a barrier to which the ranks came with it."""
         num = self.num_contributed(key)
         return [
             self.receive(f"{key}/{number}", kind, f"a rank did not post number {number} of {key}")
@@ -185,17 +168,13 @@ class RankGroup:
         ]
 
     def smallest(self, name: str, own: int) -> int:
-        """The smallest of one number per rank. Every rank calls it, once for each name.
-
-        Raises:
-            RankFailedError: as :meth:`barrier`.
-        """
+        """The smallest of one number per rank. Every rank calls it, once for each name. Raises as :meth:`barrier`."""
         if self.count(f"{name}/of/{own}") == 1:  # most often all have the same, and one contributes
             self.contribute(name, Number(own))
         self.barrier(name, f"agreeing on {name}")
         return min(number.value for number in self.gather(name, Number))
 
-    # -- the barrier --------------------------------------------------------------------------------------------
+    # -- the barrier
 
     def barrier(self, key: str, why: str, ranks: Sequence[int] | None = None, arrived: Arrived = Arrived()) -> None:  # noqa: B008  # frozen
         """Wait until every rank has come. It ends the same way for all, however late they come:
@@ -206,27 +185,26 @@ class RankGroup:
         4. the first decision stands, and every rank reads it
 
         Args:
-            key: of the barrier; each is used once.
             why: what the ranks do here, for error messages.
             ranks: those that come; None: all.
             arrived: what the others read of this rank at ``<key>/here/<rank>``.
 
         Raises:
-            RankFailedError: some did not come within ``timeout_secs`` of another, and are named; or the barrier was
+            RankFailedError: ranks that did not come within ``timeout_secs`` of another, and are named; or the barrier was
                 cancelled.
         """
-        expected = tuple(range(self.num_ranks)) if ranks is None else tuple(ranks)
-        self.post(f"{key}/here/{self.rank}", arrived)  # before the count, which promises that it is there
+        expected = range(self.num_ranks) if ranks is None else ranks
+        # 1. "Here" before the count: who reads the full count, or is told that all came, finds what each rank posted.
+        self.post(f"{key}/here/{self.rank}", arrived)
+        # 2. The store counts one rank after the other, so exactly one rank sees the full count.
         if self.count(f"{key}/arrived") == len(expected):
             self.post_first(f"{key}/end", BarrierEnd())
         data = self.rendezvous.wait(f"{key}/end", self.timeout_secs)
-        if data is None:
-            missing = tuple(rank for rank in expected if self.rendezvous.read(f"{key}/here/{rank}") is None)
-            self.cancel_barrier(
-                key,
-                f"rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)",
-                missing,
-            )
+        if data is None:  # 3.
+            missing = [rank for rank in expected if self.rendezvous.read(f"{key}/here/{rank}") is None]
+            late = f"rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)"
+            self.cancel_barrier(key, late, missing)
+            # 4. Not this rank's own decision counts, but the first: a late rank may have completed the barrier meanwhile.
             data = self.rendezvous.wait(f"{key}/end", self.timeout_secs)
         end = BarrierEnd("a rank died there") if data is None else _expect(BarrierEnd, decode(data))
         if end.error:
@@ -255,9 +233,7 @@ def some_ranks(ranks: Sequence[int]) -> str:
 def find_rank_group(together: bool | str, timeout_secs: float) -> RankGroup:
     """The group that this process belongs to, from torch's process group; a group of one if there is none.
 
-    Args:
-        together: see ``ranks.together`` in the configuration.
-        timeout_secs: see ``ranks.timeout_secs``.
+    ``together`` and ``timeout_secs`` are those of the section ``ranks`` of the configuration.
 
     Raises:
         ConfigError: the ranks are to save together, and there is no process group.

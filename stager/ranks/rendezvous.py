@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -25,6 +25,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from stager.workers.errors import RankFailedError
 
 T = TypeVar("T")
+_Requests: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]"  # None ends the thread
 
 _FIRST_POLL_SECS = 0.001
 _LAST_POLL_SECS = 0.05
@@ -41,30 +42,24 @@ def poll_secs(num_ranks: int, at_least: float) -> float:
 class Rendezvous:
     """The store, as one rank uses it.
 
-    Args:
-        store: of the job; shared with others, who use other keys.
-        prefix: of the keys.
-        num_ranks: that send requests to the store's server.
-        answer_secs: how long the server may take to answer, seconds.
-
-    Every method raises RankFailedError when the store cannot be reached: the process that serves it is gone, or silent.
+    Every method raises RankFailedError when the store cannot be reached: the process that serves it is gone, or has not
+    answered for ``answer_secs``. Others use the store, too, with keys of another prefix.
     """
 
     def __init__(self, store: Store, prefix: str, num_ranks: int, answer_secs: float = 30.0) -> None:
         self._store: Any = PrefixStore(prefix, store)
         self._num_ranks = num_ranks
         self._answer_secs = answer_secs
-        self._requests: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._requests: _Requests = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the thread, and which request it is stuck in
         self._thread: threading.Thread | None = None
         self._process = -1  # that the thread is in
-        self._stuck: Future[Any] | None = None
+        self._unanswered: Future[Any] = Future()  # the request that was given up
+        self._unanswered.cancel()
 
-    @property
-    def store(self) -> Store:
-        """The job's store with the prefix, to make a process group with."""
-        store: Store = self._store
-        return store
+    def store_at(self, key: str) -> Store:
+        """The job's store for what is under a key, to make a process group with."""
+        return PrefixStore(key, self._store)
 
     def post(self, key: str, data: bytes) -> None:
         """Set a key."""
@@ -91,9 +86,11 @@ class Rendezvous:
 
     def _ask(self, request: Callable[[], T]) -> T:
         with self._lock:
-            if self._is_stuck():
+            # While the thread is stuck in one request, all that come behind it fail at once. When the server answers that
+            # one after all, the thread serves again.
+            if not self._unanswered.done():
                 raise self._silent()
-            if self._thread is None or self._process != os.getpid():
+            if self._thread is None or self._process != os.getpid():  # a fork has no threads
                 self._process = os.getpid()
                 self._thread = threading.Thread(
                     target=_serve, args=(self._requests,), name="stager-rendezvous", daemon=True
@@ -107,20 +104,17 @@ class Rendezvous:
             if answer.done():  # the store's own error is of this type
                 raise
             with self._lock:
-                self._stuck = answer
+                self._unanswered = answer
             raise self._silent() from None
         except RuntimeError as error:
             raise RankFailedError(
                 f"the job's store cannot be reached; the process that serves it is gone ({error})", ()
             ) from error
 
-    def _is_stuck(self) -> bool:
-        return self._stuck is not None and not self._stuck.done()
-
     def _silent(self) -> RankFailedError:
+        secs = f"{self._answer_secs:g} s"
         return RankFailedError(
-            f"the job's store has not answered for {self._answer_secs:g} s; the process that serves it is stopped",
-            (),
+            f"the job's store has not answered for {secs}; the process that serves it is stopped", ()
         )
 
     def close(self) -> None:
@@ -129,7 +123,7 @@ class Rendezvous:
             thread, self._thread = self._thread, None
         if thread is not None and self._process == os.getpid():
             self._requests.put(None)
-            thread.join(0 if self._is_stuck() else None)
+            thread.join(None if self._unanswered.done() else 0)  # a thread that is stuck may never end
 
 
 class LocalRendezvous(Rendezvous):
@@ -142,7 +136,7 @@ class LocalRendezvous(Rendezvous):
         return request()
 
 
-def _serve(requests: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]) -> None:
+def _serve(requests: _Requests) -> None:
     while (entry := requests.get()) is not None:
         request, answer = entry
         try:

@@ -23,11 +23,7 @@ _MAX_HELPERS = 3  # where locks do not reach from host to host, each commits ane
 
 
 class SaveMessages:
-    """The messages of saves, posted to a group and read from it.
-
-    Args:
-        group: whose ranks save together. A group of one has nobody to tell.
-    """
+    """The messages of saves, posted to a group and read from it. A group of one has nobody to tell."""
 
     def __init__(self, group: RankGroup) -> None:
         self._group = group
@@ -37,14 +33,12 @@ class SaveMessages:
         if self._group.is_alone:  # else a message per save would stay in memory
             return
         with suppress(RankFailedError):
+            # The end first: a rank that reads NEWEST may already ask how that save ended.
             self._group.post(keys.save_end(committed.info.save_id), SaveCommitted(committed))
             self._group.post(keys.NEWEST, NewestStep(committed.info.step))
 
     def post_found(self, committed: Committed) -> None:
-        """Post a commit that this rank found, unless its end was posted already.
-
-        Then ``NEWEST`` may be a later step by now, and must not be set back.
-        """
+        """Post a commit that this rank found, unless its end is posted: then ``NEWEST`` may be a later step by now."""
         with suppress(RankFailedError):
             if self._group.read(keys.save_end(committed.info.save_id)) is None:
                 self.post_committed(committed)
@@ -55,14 +49,9 @@ class SaveMessages:
         self.post_failure(save_id, f"failed on rank {rank}: {type(error).__name__}: {error}", (rank,))
 
     def post_failure(self, save_id: str, why: str, ranks: Sequence[int], *, is_unfinished: bool = False) -> None:
-        """Post why a save failed. The first rank's reason stands.
-
-        Args:
-            ranks: that are to blame.
-            is_unfinished: nothing went wrong, but that these ranks' parts are missing.
-        """
+        """Post why a save failed, and which ranks are to blame. The first rank's message stands: see ``SaveFailed``."""
         with suppress(RankFailedError):
-            # The others may still wait for this rank to agree on who writes what.
+            # The barrier first: the others may still wait there for this rank to agree on who writes what.
             self._group.cancel_barrier(keys.agreement(save_id), f"the save {why}", ranks)
             self._group.post_first(keys.save_end(save_id), SaveFailed(why, tuple(ranks), is_unfinished))
 
@@ -94,16 +83,17 @@ class SaveMessages:
             return message
         if not isinstance(message, SaveCommitted):
             raise InternalError(f"{message} is no end of a save")
-        info = message.committed.info
         path = os.path.join(spec.directory, checkpoint_name(spec.step))
-        return replace(message.committed, info=replace(info, path=path))
+        return replace(message.committed, info=replace(message.committed.info, path=path))
 
-    def reason(self, spec: SaveSpec, error: BaseException) -> BaseException:
-        """Why this rank's part failed: its own error, or what another rank has posted before it removed the directory."""
+    def first_failure(self, spec: SaveSpec, error: BaseException) -> BaseException:
+        """The error that made a save fail: another rank's, if this rank's ``error`` is that its directory was removed.
+
+        A rank posts why a save fails before it removes the directory, so that reason can be read by now.
+        """
         if isinstance(error, StorageError) and error.errno == errno.ENOENT:
             with suppress(RankFailedError):
-                end = self.end(spec)
-                if isinstance(end, SaveFailed):
+                if isinstance(end := self.end(spec), SaveFailed):
                     return rank_failure(end, spec)
         return error
 

@@ -2,8 +2,7 @@
 
 replication       what a Checkpointer has of all this
 replicator        after each save: this rank's snapshot to its partner, another rank's from there; in a thread
-exchange          one parcel to one rank, and one from another; which rank is whose partner
-link              the connection to one partner
+exchange          one parcel to one rank, and one from another; which rank is whose partner, and the connection to it
 parcel            a state dict as a header and a few slabs (for torch's ``ReplicationStager``)
 replicas          the replicas on this host: files in memory, which outlive the trainer
 keeper            receives one rank's snapshots into two such files in turn

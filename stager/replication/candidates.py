@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 
@@ -36,15 +37,18 @@ class Candidates:
     def __init__(self, directory: str, offered: Iterable[OfferedReplica], damaged: Collection[int]) -> None:
         self._directory = directory
         self._damaged = damaged
-        self._saves: dict[str, dict[int, OfferedReplica]] = {}  # by id; of each, the replicas by owner
+        by_id: defaultdict[str, dict[int, OfferedReplica]] = defaultdict(dict)  # of each save, the replicas by owner
         for one in offered:
-            self._saves.setdefault(one.save_id, {})[one.owner] = one
+            by_id[one.save_id][one.owner] = one
+        self._newest_first = sorted(by_id.values(), key=lambda save: _first(save).created, reverse=True)
 
     def newest_in_memory(self) -> str:
         """The id of the newest save that is whole in memory; "": there is none."""
-        whole = [save for save in self._saves.values() if set(save) >= set(range(_first(save).num_ranks))]
-        newest = max(whole, key=lambda save: _first(save).created, default=None)
-        return "" if newest is None else _first(newest).save_id
+        for save in self._newest_first:
+            one = _first(save)
+            if all(rank in save for rank in range(one.num_ranks)):
+                return one.save_id
+        return ""
 
     def pick(self, tried: Collection[RestorePlan]) -> RestorePlan | None:
         """The plan for the newest save that can be restored; None: there is none.
@@ -56,40 +60,39 @@ class Candidates:
             StorageError: the directory cannot be listed.
         """
         newest = newest_whole(self._directory, self._damaged)
-        completed = {plan.save_id for plan in tried if plan.written_as == plan.save_id}
-        written = {plan.save_id for plan in tried if plan.written_as != plan.save_id}
-        for save in sorted(self._saves.values(), key=lambda save: _first(save).created, reverse=True):
+        for save in self._newest_first:
             one = _first(save)
-            if one.save_id in written:
-                continue
             # The run has turned back from a save that is older than the checkpoint of an earlier step.
-            if newest is not None and (one.step <= newest.step or one.created <= newest.created):
-                continue
-            # Parts that are on the disk may be damaged: then all are written from memory.
-            is_usable = one.step not in self._damaged and one.save_id not in completed
-            there = self._written(one) if is_usable else None
-            missing = [rank for rank in range(one.num_ranks) if rank not in (there or ())]
-            lost = [rank for rank in missing if rank not in save]
-            if lost:
-                logger.warning(
-                    "step %d is newer than the newest checkpoint, and is in memory in part only: the part of rank %s is "
-                    "missing",
-                    one.step,
-                    some_ranks(lost),
-                )
-                continue
-            owners: dict[str, list[int]] = {}
-            for rank in missing:
-                owners.setdefault(save[rank].place, []).append(rank)
-            return RestorePlan(
-                one.step,
-                one.save_id,
-                one.save_id if there is not None else secrets.token_hex(8),
-                {place: tuple(ranks) for place, ranks in owners.items()},
-            )
+            if newest is None or (one.step > newest.step and one.created > newest.created):
+                if (plan := self._plan(save, one, tried)) is not None:
+                    return plan
         return None
 
-    def _written(self, save: OfferedReplica) -> set[int] | None:
+    def _plan(
+        self, save: dict[int, OfferedReplica], one: OfferedReplica, tried: Collection[RestorePlan]
+    ) -> RestorePlan | None:
+        """How to restore a save; None: it was tried in every way, or parts of it are lost."""
+        tried_as = {plan.written_as for plan in tried if plan.save_id == one.save_id}
+        if tried_as - {one.save_id}:  # all parts were written from memory, and that did not work
+            return None
+        # Parts that are on the disk may be damaged: then all are written from memory, under another id.
+        on_disk = None if one.step in self._damaged or tried_as else self._ranks_on_disk(one)
+        missing = [rank for rank in range(one.num_ranks) if rank not in (on_disk or ())]
+        if lost := [rank for rank in missing if rank not in save]:
+            logger.warning(
+                "step %d is newer than the newest checkpoint, but memory holds only a part of it: the part of rank %s is "
+                "missing",
+                one.step,
+                some_ranks(lost),
+            )
+            return None
+        owners: defaultdict[str, tuple[int, ...]] = defaultdict(tuple)
+        for rank in missing:
+            owners[save[rank].place] += (rank,)
+        written_as = one.save_id if on_disk is not None else secrets.token_hex(8)
+        return RestorePlan(one.step, one.save_id, written_as, dict(owners))
+
+    def _ranks_on_disk(self, save: OfferedReplica) -> set[int] | None:
         """The ranks whose parts are in the save's partial directory; None: there is no such directory."""
         with suppress(OSError):
             return finished_ranks(os.listdir(os.path.join(self._directory, partial_name(save.step, save.save_id))))
@@ -97,10 +100,7 @@ class Candidates:
 
 
 def newest_whole(directory: str, damaged: Collection[int]) -> CheckpointInfo | None:
-    """The newest checkpoint whose files are there, with their sizes; None: there is none.
-
-    Args:
-        damaged: steps known to be damaged.
+    """The newest checkpoint, but for ``damaged`` steps, whose files are there with their sizes; None: there is none.
 
     Raises:
         StorageError: the directory cannot be listed.

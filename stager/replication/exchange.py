@@ -24,9 +24,15 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
-from stager.replication.parcel import Parcel, ParcelHeader, as_bytes, open_header, unpack
-from stager.workers.errors import ReplicationError
+from stager.ranks import keys
+from stager.ranks.messages import Arrived
+from stager.ranks.rank_group import RankGroup
+from stager.replication.parcel import Parcel, as_bytes, open_header, unpack
+from stager.workers.errors import RankFailedError, ReplicationError
+
+_CONNECT_SECS = 20.0  # both ranks are there by then. Less than the rendezvous waits for the store, which is in use
 
 
 def partners(rank: int, num_ranks: int) -> tuple[int, int]:
@@ -34,20 +40,18 @@ def partners(rank: int, num_ranks: int) -> tuple[int, int]:
     return (rank + num_ranks // 2) % num_ranks, (rank - num_ranks // 2) % num_ranks
 
 
-class _Kind(IntEnum):
+class _ParcelKind(IntEnum):
     HEADER = 1
     FAILURE = 2
 
 
+class NothingSentError(ReplicationError):
+    """The other rank has nothing to send, and said so. The connection is whole."""
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another rank, and how it is reached.
-
-    Attributes:
-        group: a process group of this process and the other rank.
-        group_rank: the other's rank in that group.
-        rank: the other's rank in the job, for messages.
-    """
+    """Another rank: its number in a process group of both, through which it is reached, and its ``rank`` in the job."""
 
     group: Any  # dist.ProcessGroup, or one of its backends, of which torch's annotations do not say what they can
     group_rank: int
@@ -67,15 +71,10 @@ class Receiver(Protocol):
 class Unpacking:
     """Receives what :func:`stager.replication.parcel.pack` made, and returns the state dict."""
 
-    def __init__(self) -> None:
-        self._header = ParcelHeader((), b"")
-        self._slabs: list[torch.UntypedStorage] = []
-
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
         self._header = open_header(header)
-        for nbytes in self._header.slab_bytes:
-            self._slabs.append(torch.UntypedStorage(nbytes, device="cpu"))
-            yield as_bytes(self._slabs[-1])
+        self._slabs = [torch.UntypedStorage(nbytes, device="cpu") for nbytes in self._header.slab_bytes]
+        yield from map(as_bytes, self._slabs)
 
     def finish(self) -> Any:
         return unpack(self._header, self._slabs)
@@ -83,15 +82,9 @@ class Unpacking:
 
 @dataclass
 class ExchangeResult:
-    """How an exchange ended.
-
-    Attributes:
-        received: what the receiver returned, if it ``arrived``.
-        not_received, not_sent: what went wrong in either direction.
-    """
+    """How an exchange ended: what the receiver returned, and what went wrong in either direction."""
 
     received: Any = None
-    arrived: bool = False
     not_received: ReplicationError | None = None
     not_sent: ReplicationError | None = None
 
@@ -113,7 +106,11 @@ class Exchange:
         self._tag = 0
 
     def run(
-        self, parcel: Parcel | Exception, destination: Peer | None, source: Peer | None, receiver: Receiver
+        self,
+        parcel: Parcel | Exception,
+        destination: Peer | ReplicationError,
+        source: Peer | ReplicationError,
+        receiver: Receiver,
     ) -> ExchangeResult:
         """Send ``parcel``, and receive what ``source`` sends.
 
@@ -122,33 +119,38 @@ class Exchange:
 
         Args:
             parcel: what to send; an exception: why there is nothing to send.
-            destination, source: None: nothing goes in that direction.
-            receiver: receives what ``source`` sends.
+            destination, source: an error: why that rank cannot be reached. It is returned for that direction.
         """
-        # With CPU tensors all sends can be posted first. Device backends run one queue per pair of ranks: of two
-        # ranks that send to each other one must receive first, or each waits for the other.
         result = ExchangeResult()
-        send_first = (
-            self._device.type == "cpu" or destination is None or _own_rank(destination) < destination.group_rank
-        )
         pending: list[tuple[Any, Any]] = []
+
+        def send() -> None:
+            nonlocal pending
+            try:
+                pending = self._post(parcel, _reachable(destination))
+            except ReplicationError as error:
+                result.not_sent = error
+
+        def receive() -> None:
+            try:
+                result.received = self._receive(_reachable(source), receiver)
+            except ReplicationError as error:
+                result.not_received = error
+
+        # With CPU tensors all sends can be posted first. Device backends run one queue per pair of ranks: of two ranks that
+        # send to each other one must receive first, or each waits for the other.
+        receives_first = (
+            self._device.type != "cpu"
+            and isinstance(destination, Peer)
+            and destination.group.rank() > destination.group_rank
+        )
         try:
-            for sending in (True, False) if send_first else (False, True):
-                try:
-                    if sending and destination is not None:
-                        pending = self._post(parcel, destination)
-                    elif not sending and source is not None:
-                        result.received, result.arrived = self._receive(source, receiver), True
-                except ReplicationError as error:
-                    if sending:
-                        result.not_sent = error
-                    else:
-                        result.not_received = error
+            for step in (receive, send) if receives_first else (send, receive):
+                step()
         finally:  # wait for the sends: the memory is the caller's again afterwards
             try:
                 for work, _ in pending:
-                    assert destination is not None
-                    self._wait(work, destination, "sending to")
+                    self._wait(work, _reachable(destination), "sending to")
             except ReplicationError as error:
                 result.not_sent = error
         return result
@@ -157,10 +159,8 @@ class Exchange:
         works = []
         try:
             for tag, tensor in enumerate(_messages(parcel)):
-                wire = tensor.to(self._device)
-                works.append(
-                    (peer.group.send([wire], peer.group_rank, tag), wire)
-                )  # the memory must outlive the sending
+                wire = tensor.to(self._device)  # kept beside the work: the memory must outlive the sending
+                works.append((peer.group.send([wire], peer.group_rank, tag), wire))
         except RuntimeError as error:
             raise self._peer_failed(peer, "sending to", error) from error
         return works
@@ -169,7 +169,7 @@ class Exchange:
         self._tag = 0
         kind, nbytes = self._receive_tensor(torch.zeros(2, dtype=torch.int64), peer).tolist()
         data = self._receive_tensor(torch.empty(nbytes, dtype=torch.uint8), peer).numpy().tobytes()
-        if kind == _Kind.FAILURE:
+        if kind == _ParcelKind.FAILURE:
             raise NothingSentError(f"rank {peer.rank} has nothing to send: {data.decode()}", peer.rank)
         for tensor in receiver.begin(data):
             self._receive_tensor(tensor, peer)
@@ -203,20 +203,58 @@ class Exchange:
         )
 
 
-class NothingSentError(ReplicationError):
-    """The other rank has nothing to send, and said so. The connection is whole."""
-
-
-def _own_rank(peer: Peer) -> int:
-    return int(peer.group.rank())
+def _reachable(peer: Peer | ReplicationError) -> Peer:
+    if isinstance(peer, ReplicationError):
+        raise peer
+    return peer
 
 
 def _messages(parcel: Parcel | Exception) -> Iterator[torch.Tensor]:
     if isinstance(parcel, Parcel):
-        kind, data = _Kind.HEADER, parcel.header
+        kind, data = _ParcelKind.HEADER, parcel.header
     else:
-        kind, data = _Kind.FAILURE, f"{type(parcel).__name__}: {parcel}".encode()
+        kind, data = _ParcelKind.FAILURE, f"{type(parcel).__name__}: {parcel}".encode()
     yield torch.tensor([kind, len(data)], dtype=torch.int64)
     yield torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if isinstance(parcel, Parcel):
         yield from parcel.slabs
+
+
+class PartnerLink:
+    """The connection to one other rank: a gloo group of two, made when it is first needed, and again after a failure."""
+
+    def __init__(self, group: RankGroup, other: int) -> None:
+        self._group = group
+        self.ranks = min(group.rank, other), max(group.rank, other)
+        self._other = other
+        self._process_group: dist.ProcessGroupGloo | None = None
+
+    def barrier(self, save_id: str) -> Peer:
+        """Wait for the other rank's exchange of this save. Returns the connection.
+
+        Raises:
+            ReplicationError: the other rank does not come, in time or at all, or cannot be reached.
+        """
+        key = keys.exchange(self.ranks, save_id)
+        own = Arrived(connects=self._process_group is None)
+        try:
+            self._group.barrier(key, f"the exchange of replicas with rank {self._other}", self.ranks, own)
+            # Either may know of a failure that the other has not noticed, and then both connect anew.
+            if own.connects or self._group.read(f"{key}/here/{self._other}") == Arrived(connects=True):
+                self.drop()
+                index, timeout = self.ranks.index(self._group.rank), timedelta(seconds=_CONNECT_SECS)
+                store = self._group.rendezvous.store_at(key)
+                self._process_group = dist.ProcessGroupGloo(store, index, 2, timeout)
+            return Peer(self._process_group, self.ranks.index(self._other), self._other)
+        except RankFailedError as error:
+            raise ReplicationError(str(error), self._other) from error
+        except RuntimeError as error:
+            raise ReplicationError(f"rank {self._other} cannot be reached: {error}", self._other) from error
+
+    def cancel_barrier(self, save_id: str, why: str) -> None:
+        """Tell the other rank that this one does not come to an exchange. No effect if both have come."""
+        self._group.cancel_barrier(keys.exchange(self.ranks, save_id), why, (self._group.rank,))
+
+    def drop(self) -> None:
+        """Close the connection, after a failure or at the end."""
+        self._process_group = None

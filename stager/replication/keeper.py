@@ -11,7 +11,8 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -22,9 +23,7 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError, ReplicationError, StorageError
 
-MESSAGE_BYTES = 64 << 20
-"""A snapshot travels in messages of this size."""
-
+MESSAGE_BYTES = 64 << 20  # of the messages that a snapshot travels in
 _SPARE_BYTES = 1 << 20
 
 
@@ -38,8 +37,6 @@ class Keeper:
     """Keeps the newest snapshots of one other rank. A :class:`~stager.replication.exchange.Receiver`, used for each of them.
 
     Args:
-        replicas: of this host.
-        owner: whose snapshots these are.
         whole_id: returns the id of the newest save that is known to be whole.
         give_up: asked with a save id before its replica is overwritten; False: that save is whole by now.
     """
@@ -51,26 +48,21 @@ class Keeper:
         self._owner = owner
         self._whole_id = whole_id
         self._give_up = give_up
-        self._choosing = threading.Lock()
-        self._is_still = False
+        self._still = threading.Lock()  # held while a file is chosen, and while none may be
         self._maps: dict[str, mmap.mmap] = {}  # kept: mapping them again would fault every page in again
         self._data = b""
         self._path = ""
-        self._problem: ReplicationError | None = None
+        self._problem: Exception | None = None
 
-    @contextmanager
-    def holding_still(self) -> Iterator[None]:
+    def holding_still(self) -> AbstractContextManager[Any]:
         """Overwrite no replica meanwhile, because they are being read. A snapshot that arrives is received and dropped."""
-        with self._choosing:
-            self._is_still = True
-        try:
-            yield
-        finally:
-            self._is_still = False
+        return self._still
 
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
-        """The memory to receive a snapshot into. A snapshot without memory is received all the same, and dropped:
-        the connection stays whole."""
+        """The memory to receive a snapshot into.
+
+        If there is none, the snapshot is received all the same, and dropped: the connection stays whole.
+        """
         self._data, self._problem = header, None
         try:
             nbytes = ReplicaHeader.from_bytes(header, f"the header that rank {self._owner} sent").nbytes
@@ -80,14 +72,12 @@ class Keeper:
             self._path = self._free_one()
             memory = self._map(self._path, nbytes)
         except (OSError, ReplicationError) as error:
-            self._problem = self._not_kept(error)
+            self._problem = error
             scratch = torch.empty(min(nbytes, MESSAGE_BYTES), dtype=torch.uint8)
-            for start, end in messages(nbytes):
-                yield scratch[: end - start]
+            yield from (scratch[: end - start] for start, end in messages(nbytes))
             return
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        for start, end in messages(nbytes):
-            yield whole[start:end]
+        yield from (whole[start:end] for start, end in messages(nbytes))
 
     def finish(self) -> ReplicaHeader:
         """Write the header, which makes the file a replica.
@@ -95,8 +85,11 @@ class Keeper:
         Raises:
             ReplicationError: the snapshot was dropped, or the header cannot be written.
         """
-        if self._problem is not None:
+        if isinstance(self._problem, ReplicationError):
             raise self._problem
+        if self._problem is not None:
+            problem = f"this host has no memory for the replica of rank {self._owner}: {self._problem}"
+            raise ReplicationError(problem) from self._problem
         try:
             with storage_errors("write", self._path + HEADER_SUFFIX):
                 directory_fd = files.open_directory(self._replicas.path)
@@ -113,27 +106,23 @@ class Keeper:
         """Unmap the files."""
         self._maps.clear()
 
-    def _not_kept(self, error: Exception) -> ReplicationError:
-        if isinstance(error, ReplicationError):
-            return error
-        problem = ReplicationError(f"this host has no memory for the replica of rank {self._owner}: {error}")
-        problem.__cause__ = error
-        return problem
-
     def _free_one(self) -> str:
         """Choose the file to overwrite, and remove its header: it is no replica from now on."""
-        with self._choosing:
-            if self._is_still:
-                raise ReplicationError(
-                    f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from the earlier ones"
-                )
+        # Not a wait: the partner would wait, too, and its snapshot is dropped instead.
+        if not self._still.acquire(blocking=False):
+            raise ReplicationError(
+                f"the replica of rank {self._owner} is not kept: a checkpoint is being restored from the earlier ones"
+            )
+        try:
             path = self._choose()
             with storage_errors("write", path):
                 self._replicas.remove_header(path)
             return path
+        finally:
+            self._still.release()
 
     def _choose(self) -> str:
-        """The file that may be overwritten."""
+        """The file that may be overwritten: an empty one; else the older, unless only that one belongs to a whole save."""
         headers = {path: self._replicas.read(path) for path in self._replicas.slots(self._owner)}
         found = {path: header.spec for path, header in headers.items() if header is not None}
         if len(found) < len(headers):
@@ -150,15 +139,10 @@ class Keeper:
         with storage_errors("write", path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                known = self._maps.get(path)
-                if (
-                    known is not None
-                    and nbytes <= len(known) <= capacity(nbytes)
-                    and len(known) == os.fstat(fd).st_size
-                ):
-                    return known
-                self._maps.pop(path, None)
-                size = capacity(nbytes)
+                size, known_size = capacity(nbytes), len(self._maps.get(path, b""))
+                if nbytes <= known_size <= size and known_size == os.fstat(fd).st_size:
+                    return self._maps[path]
+                self._maps.pop(path, None)  # unmapped before the file changes its size
                 os.ftruncate(fd, size)
                 _allocate(path, fd, size)
                 self._maps[path] = mmap.mmap(fd, size)

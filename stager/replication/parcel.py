@@ -41,12 +41,7 @@ class Parcel:
 
 @dataclass(frozen=True)
 class ParcelHeader:
-    """What travels first, pickled.
-
-    Attributes:
-        slab_bytes: sizes of the slabs that follow.
-        structure: the pickled state dict, whose storages are ranges of the slabs.
-    """
+    """What travels first, pickled: sizes of the slabs, and the pickled state dict, whose storages are ranges of them."""
 
     slab_bytes: tuple[int, ...]
     structure: bytes
@@ -111,8 +106,7 @@ class _SlabPacker:
     def place_of(self, storage: torch.UntypedStorage) -> Place:
         """Where a storage lies. One that came with an object that is shared, not copied, is packed now."""
         if id(storage) not in self._places:
-            self._kept.append(storage)
-            self._places[id(storage)] = self._places[id(self.stage(storage, False))]
+            self._keep(storage, self._places[id(self.stage(storage, False))])
         return self._places[id(storage)]
 
     def _keep(self, staged: torch.UntypedStorage, place: Place) -> torch.UntypedStorage:
@@ -157,11 +151,11 @@ class _StructureUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         place, dtype = pid
-        storage = self._storages.get(place)
-        if storage is None:
+        if place not in self._storages:
             slab, start, nbytes = place
-            whole = self._slabs[slab] if nbytes else torch.UntypedStorage(0, device="cpu")
-            storage = self._storages[place] = whole[start : start + nbytes] if nbytes else whole
+            empty = torch.UntypedStorage(0, device="cpu")
+            self._storages[place] = self._slabs[slab][start : start + nbytes] if nbytes else empty
+        storage = self._storages[place]
         if dtype is None:
             return storage
         return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)

@@ -18,8 +18,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 
 from stager.ranks import keys
 from stager.ranks.messages import (
@@ -35,7 +36,7 @@ from stager.ranks.messages import (
 from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.replication.candidates import Candidates, if_whole, newest_whole
 from stager.replication.exchange import partners
-from stager.replication.replicas import Replica, Replicas
+from stager.replication.replicas import Replicas
 from stager.workers.checkpoint.commit.persist import discard_partial
 from stager.workers.checkpoint.commit.replica import check_replica, persist_replica
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
@@ -53,11 +54,7 @@ _VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
 class ReplicaRestorer:
     """Restores checkpoints from replicas. A group of one restores what several ranks left on its host, too.
 
-    Args:
-        group: every rank of it calls the same methods.
-        directory: of the run, absolute.
-        replicas: of this host.
-        pool: whose workers write.
+    Every rank of the group calls the same methods. The workers of ``pool`` write.
     """
 
     def __init__(self, group: RankGroup, directory: str, replicas: Replicas, pool: WorkerPool) -> None:
@@ -80,6 +77,7 @@ class ReplicaRestorer:
         whole_id, _ = self._restore(())
 
         def tidy_up() -> NewestStep:
+            # Only after the restore: until then, parts that the last run left may complete a checkpoint.
             for found in recover(self._directory):
                 logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
             newest = newest_whole(self._directory, ())
@@ -104,30 +102,38 @@ class ReplicaRestorer:
         group = self._group
         self._num_restores += 1
         key = keys.restore(self._num_restores)
+        # 1. The offers come before the barrier, so the list is complete after it.
         place, number = self._offer(key)
         group.barrier(key, "looking for replicas")
         offers = group.gather(f"{key}/offers", ReplicaOffer) if group.is_coordinator else []
         candidates = Candidates(self._directory, [one for offer in offers for one in offer.replicas], damaged)
+        num_here = group.count(f"{key}/places/{place}", 0)
         tried: list[RestorePlan] = []
+
+        def choose() -> RestoreChoice:
+            plan = None
+            try:
+                plan = candidates.pick(tried)
+            except StagerError as error:
+                logger.warning("nothing is restored from memory: %s", error)
+            return RestoreChoice(plan, candidates.newest_in_memory())
+
         while True:
             at = f"{key}/{len(tried)}"
-            choice = group.broadcast(
-                f"{at}/choice",
-                RestoreChoice,
-                lambda: RestoreChoice(self._choose(candidates, tried), candidates.newest_in_memory()),
-                "choose what to restore from memory",
-            )
+            # 2.
+            choice = group.broadcast(f"{at}/choice", RestoreChoice, choose, "choose what to restore from memory")
             plan = choice.plan
             if plan is None:
                 return choice.whole_id, False
+            # 3. The ranks of one memory divide the work.
             try:
-                self._write(
-                    plan, self._own_part(f"{key}/places/{place}", plan.owners.get(place, ()), number, plan.save_id)
-                )
+                self._write(plan, plan.owners.get(place, ())[number::num_here])
             except StagerError as error:
                 self._post_failure(at, plan.step, error)
+            # 4. A failure is posted before its rank comes, so every rank reads the same one after the barrier.
             group.barrier(f"{at}/written", f"restoring step {plan.step} from memory")
             failed = group.first(f"{at}/failed", RestoreFailed)
+            # 5.
             if self._ended(at, plan, failed):
                 return choice.whole_id, True
             tried.append(plan)
@@ -145,12 +151,9 @@ class ReplicaRestorer:
         Raises:
             StorageError: a file system did not take it.
         """
-        end = self._group.broadcast(
-            f"{at}/end",
-            RestoreEnd,
-            lambda: RestoreEnd(self._check(plan, has_failed=failed is not None)),
-            f"look whether step {plan.step} was restored from memory",
-        )
+        task = f"look whether step {plan.step} was restored from memory"
+        check = partial(self._check, plan, has_failed=failed is not None)
+        end = self._group.broadcast(f"{at}/end", RestoreEnd, lambda: RestoreEnd(check()), task)
         if end.is_done or failed is None or not failed.errno:
             return end.is_done
         raise StorageError(  # to go on from an older step would lose what is in memory
@@ -170,19 +173,13 @@ class ReplicaRestorer:
             time.sleep(_POLL_SECS)
         found = if_whole(self._directory, plan.step)
         if found is not None and found.save_id == plan.written_as:
-            num_parts = sum(map(len, plan.owners.values()))
-            logger.warning(
-                "%s was not whole on the disk; the parts of %d ranks were written from their partners' memory",
-                name,
-                num_parts,
-            )
+            told = "%s was not whole on the disk; the parts of %d ranks were written from their partners' memory"
+            logger.warning(told, name, sum(map(len, plan.owners.values())))
             return True
         if plan.written_as != plan.save_id:
             with suppress(StorageError):
                 discard_partial(self._directory, plan.step, plan.written_as)
         return False
-
-    # -- what there is ------------------------------------------------------------------------------------------
 
     def _offer(self, key: str) -> tuple[str, int]:
         """Offer what is in this host's memory. Returns which memory that is, and this rank's number among its ranks."""
@@ -199,38 +196,18 @@ class ReplicaRestorer:
             self._group.contribute(f"{key}/offers", ReplicaOffer(tuple(rows)))
         return place, number
 
-    def _own_part(self, ranks_key: str, owners: Sequence[int], number: int, save_id: str) -> list[Replica]:
-        """The replicas that this rank writes: the ranks of one memory divide the work.
-
-        Args:
-            ranks_key: counts the ranks that see this memory.
-            owners: whose replicas are to be written from there.
-            number: of this rank among them.
-        """
-        own = owners[number :: self._group.count(ranks_key, 0)]
-        if not own:
-            return []
-        found = {r.owner: r for r in self._replicas.whole() if r.header.spec.save_id == save_id}
-        lost = [owner for owner in own if owner not in found]
-        if lost:
-            raise ReplicationError(f"the replicas of rank {some_ranks(lost)} are not there any more")
-        return [found[owner] for owner in own]
-
-    # -- what to do ---------------------------------------------------------------------------------------------
-
-    def _choose(self, candidates: Candidates, tried: Collection[RestorePlan]) -> RestorePlan | None:
-        try:
-            return candidates.pick(tried)
-        except StagerError as error:
-            logger.warning("nothing is restored from memory: %s", error)
-            return None
-
-    def _write(self, plan: RestorePlan, replicas: Collection[Replica]) -> None:
-        """Write the parts of these replicas' owners.
+    def _write(self, plan: RestorePlan, owners: Collection[int]) -> None:
+        """Write the parts of these owners from this host's replicas.
 
         Raises:
             StagerError
         """
+        if not owners:
+            return
+        found = {one.owner: one for one in self._replicas.whole() if one.header.spec.save_id == plan.save_id}
+        if lost := [owner for owner in owners if owner not in found]:
+            raise ReplicationError(f"the replicas of rank {some_ranks(lost)} are not there any more")
+        replicas = [found[owner] for owner in owners]
         # All are checked before any is written: a part that is written is not written again.
         for checked in [self._pool.submit(check_replica, replica.path) for replica in replicas]:
             checked.result()
@@ -239,8 +216,8 @@ class ReplicaRestorer:
             for replica in replicas
             for part in range(replica.header.spec.num_parts)
         ]
-        errors = [error for part in parts if (error := part.exception()) is not None]
-        if errors:
+        # All have ended before one is raised: rank 0 may then remove what they have written.
+        if errors := [error for part in parts if (error := part.exception()) is not None]:
             raise errors[0]
 
     def _remove_strangers(self, whole_id: str, newest: int) -> None:
@@ -250,16 +227,16 @@ class ReplicaRestorer:
             whole_id: of the newest save that is whole in memory, which stays if the disk does not have it.
             newest: step of the newest checkpoint on the disk.
         """
-        key, num_ranks = keys.restore(self._num_restores), self._group.num_ranks
-        here = self._group.read(f"{key}/place/{self._group.rank}")
+        place_of, num_ranks = f"{keys.restore(self._num_restores)}/place", self._group.num_ranks
+        here = self._group.read(f"{place_of}/{self._group.rank}")
         for path, owner in self._replicas.files():
-            is_kept_here = owner < num_ranks > 1 and (
-                self._group.read(f"{key}/place/{partners(owner, num_ranks)[0]}") == here
-            )
-            if not is_kept_here:
-                header = self._replicas.read(path)
-                if header is None or header.spec.save_id != whole_id or header.spec.step <= newest:
-                    self._replicas.remove(path)
+            if owner < num_ranks > 1:
+                keeper, _ = partners(owner, num_ranks)
+                if self._group.read(f"{place_of}/{keeper}") == here:
+                    continue
+            header = self._replicas.read(path)
+            if header is None or header.spec.save_id != whole_id or header.spec.step <= newest:
+                self._replicas.remove(path)
 
 
 def _boot_id() -> str:

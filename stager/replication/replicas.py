@@ -37,15 +37,7 @@ class Replica:
 
 
 class Replicas:
-    """The directory of one run's replicas on this host.
-
-    Args:
-        root: ``replication.directory``.
-        run_directory: absolute.
-
-    Attributes:
-        path: of the directory.
-    """
+    """The directory of one run's replicas on this host: ``path``. ``root`` is ``replication.directory``."""
 
     def __init__(self, root: str, run_directory: str) -> None:
         digest = hashlib.blake2b(os.fsencode(run_directory), digest_size=8).hexdigest()
@@ -77,13 +69,9 @@ class Replicas:
                     "replication.directory to another place"
                 )
 
-    def slot(self, owner: int, number: int) -> str:
-        """The path of one of the files for an owner."""
-        return os.path.join(self.path, f"rank-{owner}.{number}")
-
     def slots(self, owner: int) -> list[str]:
-        """The paths of all files for an owner."""
-        return [self.slot(owner, number) for number in range(NUM_SLOTS)]
+        """The paths of the files for an owner."""
+        return [os.path.join(self.path, f"rank-{owner}.{number}") for number in range(NUM_SLOTS)]
 
     def read(self, path: str) -> ReplicaHeader | None:
         """The header of the replica at ``path``; None if the replica is missing, incomplete or damaged."""
@@ -94,19 +82,22 @@ class Replicas:
             return None
 
     def whole(self) -> Iterator[Replica]:
-        """The replicas that are whole, by their headers."""
+        """The replicas whose headers are there and whole."""
         for path, owner in self.files():
             if (header := self.read(path)) is not None:
                 yield Replica(path, owner, header)
 
     def files(self) -> Iterator[tuple[str, int]]:
         """Path and owner of every replica, whole or not."""
-        for name in self._names():
+        names: list[str] = []
+        with storage_errors("list", self.path), suppress(FileNotFoundError):
+            names = sorted(os.listdir(self.path))
+        for name in names:
             if match := _NAME.fullmatch(name):
                 yield os.path.join(self.path, name), int(match[1])
 
     def remove(self, path: str) -> None:
-        """Remove a replica and its header."""
+        """Remove a replica and its header, the header first: it says that the replica is whole."""
         self.remove_header(path)
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -129,10 +120,3 @@ class Replicas:
         for path in (self.path, self._of_user):
             with suppress(OSError):
                 os.rmdir(path)
-
-    def _names(self) -> list[str]:
-        with storage_errors("list", self.path):
-            try:
-                return sorted(os.listdir(self.path))
-            except FileNotFoundError:
-                return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -23,24 +24,19 @@ logger = logging.getLogger("stager")
 _LAST_SECS = 5.0  # for snapshots on their way to partners, in a run that has failed
 
 
+@dataclass(frozen=True, slots=True)
 class Replication:
     """A rank's replicator, and the way back from replicas.
 
-    Args:
+    Attributes:
         directory: of the run, absolute.
         replicator: sends snapshots to the partner.
         restore: restores a damaged step from replicas; see :class:`~stager.loading.joint_loader.JointLoader`.
     """
 
-    def __init__(
-        self,
-        directory: str,
-        replicator: Replicator | NoReplication,
-        restore: Callable[[int], bool] = lambda damaged: False,
-    ) -> None:
-        self._directory = directory
-        self.replicator = replicator
-        self.restore = restore
+    directory: str
+    replicator: Replicator | NoReplication
+    restore: Callable[[int], bool] = lambda damaged: False
 
     @staticmethod
     def open(config: ReplicationConfig, directory: str, group: RankGroup, pool: WorkerPool) -> Replication:
@@ -54,10 +50,14 @@ class Replication:
             return Replication(directory, NoReplication())
         replicas = Replicas(config.directory, directory)
         try:
-            _check_gloo()
+            if not dist.is_gloo_available():
+                raise ConfigError(  # noqa: TRY301  # the other ranks are told of it, too
+                    "replication.partners is 1, which needs the gloo backend, and this torch is built without it; set it "
+                    "to 0, or install a torch that has gloo"
+                )
             replicas.create()
         except BaseException as error:
-            with suppress(RankFailedError):
+            with suppress(RankFailedError):  # the others wait there for this rank
                 group.leave_barrier(keys.restore(1), error)
             raise
         if group.is_alone:
@@ -101,14 +101,6 @@ class Replication:
             self.replicator.close(min(limit for limit in limits if limit is not None))
         if self.replicator.is_on and not has_failed:
             with suppress(StorageError):
-                newest = max(committed_steps(self._directory), default=None)
+                newest = max(committed_steps(self.directory), default=None)
                 if newest is not None:
                     self.replicator.remove(newest)
-
-
-def _check_gloo() -> None:
-    if not dist.is_gloo_available():
-        raise ConfigError(
-            "replication.partners is 1, which needs the gloo backend, and this torch is built "
-            "without it; set it to 0, or install a torch that has gloo"
-        )

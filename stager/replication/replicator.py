@@ -24,21 +24,22 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from enum import Enum, auto
+from typing import Any
 
 import torch
 
 from stager.ranks import keys
 from stager.ranks.messages import ReplicaFate
 from stager.ranks.rank_group import RankGroup
-from stager.replication.exchange import Exchange, ExchangeResult, NothingSentError, Peer, partners
+from stager.replication.exchange import Exchange, ExchangeResult, NothingSentError, PartnerLink, Peer, partners
 from stager.replication.keeper import Keeper, messages
-from stager.replication.link import PartnerLink
 from stager.replication.parcel import Parcel
 from stager.replication.replicas import Replicas
+from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.commit.replica import ReplicaHeader
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
@@ -48,27 +49,30 @@ logger = logging.getLogger("stager")
 _CANCEL_SECS = 0.5
 
 
-class ReplicatedSave(Protocol):
-    """What the replicator needs of a save: which one it is, and a place to record when the replica was sent."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def save_id(self) -> str: ...
-    def event(self, name: str, start: float) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """A save's snapshot, or why there is none.
+    """A save's snapshot, or why there is none; and what lets go of its slab."""
 
-    Attributes:
-        release: lets go of its slab.
-    """
-
-    snapshot: WriteTask | None
-    why: BaseException | None
+    snapshot: WriteTask | BaseException
     release: Callable[[], None]
+
+    def parcel(self) -> Parcel | Exception:
+        """What travels to the partner: the snapshot as it lies in its slab, not copied; or why there is none."""
+        snapshot = self.snapshot
+        if isinstance(snapshot, BaseException):
+            return snapshot if isinstance(snapshot, Exception) else ReplicationError(repr(snapshot))
+        try:
+            header = ReplicaHeader.of(snapshot)
+        except Exception as error:  # noqa: BLE001  # the partner must not wait for it
+            return error
+        data = torch.frombuffer(snapshot.slab.view, dtype=torch.uint8)
+        return Parcel(header.to_bytes(), tuple(data[start:end] for start, end in messages(header.nbytes)))
+
+
+class _State(Enum):
+    OPEN = auto()
+    FINISHING = auto()  # no save may begin; the thread finishes those that did
+    CANCELLED = auto()  # the thread exchanges nothing any more
 
 
 class NoReplication:
@@ -76,19 +80,15 @@ class NoReplication:
 
     is_on = False
 
-    def begin(self, save: ReplicatedSave) -> None:
+    def begin(self, save: Timeline) -> None:
         """Do nothing."""
 
-    def offer(self, save: ReplicatedSave, snapshot: WriteTask, release: Callable[[], None]) -> None:
+    def offer(self, save: Timeline, snapshot: WriteTask, release: Callable[[], None]) -> None:
         """Release the slab at once."""
         release()
 
-    def skip(self, save: ReplicatedSave, why: BaseException) -> None:
+    def skip(self, save: Timeline, why: BaseException) -> None:
         """Do nothing."""
-
-    def holding_still(self) -> AbstractContextManager[None]:
-        """Do nothing."""
-        return nullcontext()
 
     def close(self, timeout: float) -> None:
         """Do nothing."""
@@ -118,38 +118,32 @@ class Replicator:
         self._destination = PartnerLink(group, destination)
         self._source = self._destination if source == destination else PartnerLink(group, source)
         self._keeper = Keeper(replicas, source, lambda: self._whole_id, self._give_up)
-        self._saves: queue.SimpleQueue[ReplicatedSave | None] = queue.SimpleQueue()
-        self._offers: dict[ReplicatedSave, Future[_Offer]] = {}  # of the saves in the queue, or in the exchange
-        self._lock = threading.Lock()
-        self._current: ReplicatedSave | None = None
-        self._stopping = False
-        self._given_up = False
+        self._saves: queue.SimpleQueue[Timeline | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards what follows
+        self._offers: dict[Timeline, Future[_Offer]] = {}  # of the saves in the queue, or in the exchange
+        self._current: Timeline | None = None
+        self._state = _State.OPEN
         self._thread: threading.Thread | None = None
 
-    # -- the trainer's threads ----------------------------------------------------------------------------------
+    # -- the trainer's threads
 
-    def begin(self, save: ReplicatedSave) -> None:
+    def begin(self, save: Timeline) -> None:
         """Take a place in the queue. Each save that begins has to be offered or skipped."""
         with self._lock:
-            if self._stopping or (self._thread is None and not self._start()):
-                return
-            self._offers[save] = Future()
-            self._saves.put(save)
+            if self._state is _State.OPEN and (self._thread is not None or self._start()):
+                self._offers[save] = Future()  # before the thread sees the save, which then waits for this
+                self._saves.put(save)
 
-    def offer(self, save: ReplicatedSave, snapshot: WriteTask, release: Callable[[], None]) -> None:
-        """Offer a save's staged snapshot.
+    def offer(self, save: Timeline, snapshot: WriteTask, release: Callable[[], None]) -> None:
+        """Offer a save's staged snapshot. ``release`` is called when its memory is not needed any more."""
+        self._resolve(save, _Offer(snapshot, release))
 
-        Args:
-            release: called when its memory is not needed any more.
-        """
-        self._resolve(save, _Offer(snapshot, None, release))
-
-    def skip(self, save: ReplicatedSave, why: BaseException) -> None:
+    def skip(self, save: Timeline, why: BaseException) -> None:
         """Let the partner not wait for a save's snapshot. No effect if it was offered."""
-        self._resolve(save, _Offer(None, why, lambda: None))
+        self._resolve(save, _Offer(why, lambda: None))
 
-    def _resolve(self, save: ReplicatedSave, offer: _Offer) -> None:
-        with self._lock:
+    def _resolve(self, save: Timeline, offer: _Offer) -> None:
+        with self._lock:  # a snapshot may be offered and given up at the same time: the first one stands
             future = self._offers.get(save)
             if future is not None and not future.done():
                 future.set_result(offer)
@@ -166,17 +160,17 @@ class Replicator:
         self._thread = thread
         return True
 
-    def holding_still(self) -> AbstractContextManager[None]:
+    def holding_still(self) -> AbstractContextManager[Any]:
         """While a checkpoint is restored: see :meth:`Keeper.holding_still`."""
         return self._keeper.holding_still()
 
     def close(self, timeout: float) -> None:
         """Finish what was offered. After ``timeout`` seconds, drop the rest, and tell the partners."""
         with self._lock:
-            self._stopping = True
+            self._state = _State.FINISHING
             thread = self._thread
         if thread is not None:
-            self._saves.put(None)
+            self._saves.put(None)  # behind every save that began, because none begins any more
             thread.join(timeout)
             if thread.is_alive():
                 self._cancel_rest()
@@ -186,15 +180,18 @@ class Replicator:
         self._source.drop()
 
     def _cancel_rest(self) -> None:
-        self._given_up = True
+        # 1. The thread cancels, from now on, whatever it comes to.
         with self._lock:
+            self._state = _State.CANCELLED
             left, current = list(self._offers), self._current
-        for save in left:  # the thread must not wait for their offers
+        # 2. It must not wait for the offers of what is left.
+        for save in left:
             self.skip(save, ClosedError("this rank closes its Checkpointer"))
+        # 3. Nor for a partner of the save that it is at.
         if current is not None:
             self._cancel(current)
 
-    def _cancel(self, save: ReplicatedSave) -> None:
+    def _cancel(self, save: Timeline) -> None:
         for link in {self._destination, self._source}:
             with suppress(RankFailedError):
                 link.cancel_barrier(save.save_id, f"rank {self._group.rank} closes its Checkpointer")
@@ -208,14 +205,14 @@ class Replicator:
         self._replicas.remove_owner(self._owner, up_to_step)
         self._replicas.tidy()
 
-    # -- the thread ---------------------------------------------------------------------------------------------
+    # -- the thread
 
     def _run(self) -> None:
         while (save := self._saves.get()) is not None:
             offer = self._offers[save].result()
             try:
-                self._current = save
-                if self._given_up:
+                self._current = save  # before the state is read: _cancel_rest() sets the state before it reads this
+                if self._state is _State.CANCELLED:
                     self._cancel(save)
                 else:
                     self._replicate(save, offer)
@@ -228,55 +225,37 @@ class Replicator:
                 offer.release()
                 del offer  # it may hold the last reference to the slab, and the next save may be long in coming
 
-    def _replicate(self, save: ReplicatedSave, offer: _Offer) -> None:
+    def _replicate(self, save: Timeline, offer: _Offer) -> None:
         started = time.time()
+        # Before the snapshot arrives, which may overwrite the replica of a save that has become whole.
         self._update_whole_id()
-        result = self._exchange(save.save_id, _parcel_of(offer))
-        if offer.snapshot is None:
-            result.not_sent = None  # there was nothing to send
-        elif result.not_sent is None:
+        result = self._exchange(save.save_id, offer.parcel())
+        has_snapshot = not isinstance(offer.snapshot, BaseException)
+        if has_snapshot and result.not_sent is None:
             save.event("replicate", started)
-        if result.not_sent is not None and not self._given_up:
-            logger.warning("step %d is not replicated: %s", save.step, str(result.not_sent))
-        if result.not_received is not None and not self._given_up:
-            logger.warning("no new replica of rank %d: %s", self._owner, str(result.not_received))
-        if result.arrived:
+        if self._state is not _State.CANCELLED:
+            if has_snapshot and result.not_sent is not None:
+                logger.warning("step %d is not replicated: %s", save.step, str(result.not_sent))
+            if result.not_received is not None:
+                logger.warning("no new replica of rank %d: %s", self._owner, str(result.not_received))
+        if result.not_received is None:
             self._count(result.received.spec.save_id)
 
     def _exchange(self, save_id: str, parcel: Parcel | Exception) -> ExchangeResult:
-        destination, source = self._meet(save_id)
-        result = Exchange(torch.device("cpu"), timedelta(seconds=self._group.timeout_secs)).run(
-            parcel,
-            destination if isinstance(destination, Peer) else None,
-            source if isinstance(source, Peer) else None,
-            self._keeper,
-        )
-        # A connection that failed halfway may still bring bytes of this save: the next exchange needs a new one.
-        if result.not_sent is not None:
-            self._destination.drop()
-        failure = result.not_received
-        if failure is not None and failure.rank is not None and not isinstance(failure, NothingSentError):
-            self._source.drop()
-        if isinstance(destination, ReplicationError):
-            result.not_sent = destination
-        if isinstance(source, ReplicationError):
-            result.not_received = source
+        # 1. Meet both partners in the order of the links, which is the same on all ranks. In another order, each rank of a
+        #    ring could wait for the next one.
+        links = sorted({self._destination, self._source}, key=lambda link: link.ranks)
+        met = {link: _meet(link, save_id) for link in links}
+        # 2. Send and receive.
+        exchange = Exchange(torch.device("cpu"), timedelta(seconds=self._group.timeout_secs))
+        result = exchange.run(parcel, met[self._destination], met[self._source], self._keeper)
+        # 3. A connection that failed halfway may still bring bytes of this save: the next exchange needs a new one.
+        for link, failure in ((self._destination, result.not_sent), (self._source, result.not_received)):
+            if failure is not None and failure.rank is not None and not isinstance(failure, NothingSentError):
+                link.drop()
         return result
 
-    def _meet(self, save_id: str) -> tuple[Peer | ReplicationError, Peer | ReplicationError]:
-        """Meet both partners, in the order of the links, which is the same on all ranks.
-
-        In another order, each rank of a ring could wait for the next one.
-        """
-        met: dict[PartnerLink, Peer | ReplicationError] = {}
-        for link in sorted({self._destination, self._source}, key=lambda link: link.ranks):
-            try:
-                met[link] = link.barrier(save_id)
-            except ReplicationError as error:
-                met[link] = error
-        return met[self._destination], met[self._source]
-
-    # -- NOTE [ Which save is whole in memory ] -----------------------------------------------------------------
+    # -- NOTE [ Which save is whole in memory ]
 
     def _count(self, save_id: str) -> None:
         """Count that this rank has received its replica of a save."""
@@ -307,13 +286,8 @@ class Replicator:
         return fate
 
 
-def _parcel_of(offer: _Offer) -> Parcel | Exception:
-    """The snapshot as it lies in its slab, not copied; or why there is none."""
-    if offer.snapshot is None:
-        return offer.why if isinstance(offer.why, Exception) else ReplicationError(repr(offer.why))
+def _meet(link: PartnerLink, save_id: str) -> Peer | ReplicationError:
     try:
-        header = ReplicaHeader.of(offer.snapshot)
-    except Exception as error:  # noqa: BLE001  # the partner must not wait for it
+        return link.barrier(save_id)
+    except ReplicationError as error:
         return error
-    data = torch.frombuffer(offer.snapshot.slab.view, dtype=torch.uint8)
-    return Parcel(header.to_bytes(), tuple(data[start:end] for start, end in messages(header.nbytes)))

@@ -115,7 +115,7 @@ class SaveCompletion:
         if error is None:
             self._commit_watch.expect(spec, partial(self._commit, save, results), partial(self._give_up, save))
             return
-        error = self._commit_watch.messages.reason(spec, error)
+        error = self._commit_watch.messages.first_failure(spec, error)
         self.tell(save, error)
         self._discard(spec, partial(self._end_failed, spec, save, results, error))
 

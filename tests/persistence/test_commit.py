@@ -288,13 +288,12 @@ def test_partial_directory_removed_while_it_is_written_is_an_error_with_its_path
 
 
 def test_what_was_discarded_is_not_committed_by_whoever_still_writes(
-    run_dir: Path, at: Callable[[str, Callable[[], None]], None], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, at: Callable[[str, Callable[[], None]], None]
 ) -> None:
     """Another rank, which has told that the save failed. Who wrote until then removes what is left."""
-    monkeypatch.setattr(persist, "_DISCARD_SECS", 0.05)
     run_dir.mkdir()
     job = make_task(run_dir, NEW, num_parts=1)
-    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.spec.save_id))
+    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.spec.save_id, wait_secs=0.05))
     with pytest.raises(StorageError, match="was removed while it was being written"):
         persist_part(job, 0)
     assert os.listdir(run_dir) == [f"step-00000001.removing-{job.spec.save_id}"]

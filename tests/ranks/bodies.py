@@ -164,6 +164,7 @@ def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str,
     trained = build("fsdp", seed=3)
     state = state_of(trained, rank)
     with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": timeout_secs}}) as ckpt:
+        ckpt._job.turn_secs = ckpt._job.discard_secs = 0.2
         ckpt.save(1, state).upload_completion.result(60)
         dist.barrier()
         if faults is not None:

@@ -64,11 +64,20 @@ class _Gone(dist.Store):
 class Ranks:
     """Of a group, in this process: those that are alive."""
 
-    def __init__(self, num_ranks: int, timeout_secs: float, store: dist.Store | None = None) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        timeout_secs: float,
+        store: dist.Store | None = None,
+        *,
+        look_secs: float = 0.05,
+        turn_secs: float = 0.4,
+    ) -> None:
         store = store or dist.HashStore()
+        secs = {"look_secs": look_secs, "turn_secs": turn_secs}  # 60: a test does not come to that
         self.num_ranks = num_ranks
         self.groups = [
-            RankGroup(rank, num_ranks, Rendezvous(store, "test", num_ranks), timeout_secs, "nonce")
+            RankGroup(rank, num_ranks, Rendezvous(store, "test", num_ranks), timeout_secs, "nonce", **secs)  # type: ignore[arg-type]
             for rank in range(num_ranks)
         ]
         self.all = [CommitWatch(group, _NoPool()) for group in self.groups]
@@ -89,15 +98,10 @@ class Ranks:
 
 
 class Directory:
-    """How ranks look at the directory of a save, and what they find there."""
+    """What ranks find when they look at the directory of a save."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-
-    def every(self, *, look_secs: float = 0.05, turn_secs: float = 0.4) -> None:
-        """Seconds between two looks, and for a rank's turn; 60: a test does not come to that."""
-        self._monkeypatch.setattr(commit_watch, "_LOOK_SECS", look_secs)
-        self._monkeypatch.setattr(commit_watch, "_TURN_SECS", turn_secs)
 
     def list_by(self, listdir: Callable[[str], list[str]]) -> None:
         self._monkeypatch.setattr(commit_watch, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
@@ -112,15 +116,14 @@ def directory(monkeypatch: pytest.MonkeyPatch) -> Directory:
 
 
 @pytest.fixture
-def make_ranks(directory: Directory) -> Iterator[Callable[..., Ranks]]:
+def make_ranks() -> Iterator[Callable[..., Ranks]]:
     """Ranks whose turns are short."""
     made: list[Ranks] = []
 
-    def make(*args: Any) -> Ranks:
-        made.append(Ranks(*args))
+    def make(*args: Any, **secs: float) -> Ranks:
+        made.append(Ranks(*args, **secs))
         return made[-1]
 
-    directory.every()
     yield make
     for ranks in made:
         ranks.close()
@@ -208,14 +211,13 @@ def test_who_finds_the_directory_removed_says_what_the_one_who_removed_it_has_sa
     make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
 ) -> None:
     """1. Rank 1 sees no note. 2. Rank 0 posts one, and removes the directory. 3. Rank 1 looks for the directory."""
-    ranks = make_ranks(3, 0.3)
+    ranks = make_ranks(3, 0.3, look_secs=60.0)  # they look only at the deadline
     spec = _written(tmp_path, [0, 1])
 
     def listdir(path: str) -> list[str]:
         ranks.all[0].messages.post_failure(spec.save_id, "was given up", [2])
         raise FileNotFoundError(path)
 
-    directory.every(look_secs=60.0)  # only at the deadline
     directory.list_by(listdir)
     (end,) = ranks.expect(spec, [1])
     error = end.exception(60)
@@ -234,8 +236,7 @@ def test_one_rank_lists_the_directory_for_all_at_the_deadline(
         listed.append(threading.current_thread().name)
         return os.listdir(path)
 
-    ranks = make_ranks(8, 0.3)
-    directory.every(look_secs=60.0, turn_secs=60.0)
+    ranks = make_ranks(8, 0.3, look_secs=60.0, turn_secs=60.0)
     directory.list_by(listdir)
     ends = ranks.expect(_written(tmp_path, range(7)), range(7))
     assert {str(end.exception(60)) for end in ends} == {str(ends[0].exception(0))}
@@ -310,20 +311,18 @@ def test_the_removal_of_receipts_is_not_taken_for_missing_parts_at_the_deadline(
 def test_without_the_store_each_rank_looks_for_itself(
     make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
 ) -> None:
-    directory.every(turn_secs=60.0)  # nobody is waited for
     committed = threading.Event()
     directory.commit_by(lambda _: _committed(tmp_path) if committed.is_set() else None)
-    ranks = make_ranks(500, 60.0, _Gone())
+    ranks = make_ranks(500, 60.0, _Gone(), turn_secs=60.0)  # nobody is waited for
     ends = ranks.expect(_spec(tmp_path), [200, 499])
     committed.set()
     assert [end.result(20).pid for end in ends] == [77, 77]
 
 
 def test_without_the_store_a_rank_that_is_missing_is_named_by_who_sees_it_first(
-    make_ranks: Callable[..., Ranks], tmp_path: Path, directory: Directory
+    make_ranks: Callable[..., Ranks], tmp_path: Path
 ) -> None:
-    directory.every(turn_secs=60.0)
-    ranks = make_ranks(3, 0.3, _Gone())
+    ranks = make_ranks(3, 0.3, _Gone(), turn_secs=60.0)
     spec = _written(tmp_path, [0, 2])
     (first,) = ranks.expect(spec, [2])
     error = first.exception(60)

@@ -85,7 +85,7 @@ def test_a_save_has_one_place_in_the_queue_whatever_is_said_of_it(four: Four, mo
     assert released.is_set()
     assert [one._saves.get_nowait() for _ in range(2)] == [first, second]
     assert one._saves.empty()
-    assert all(offer.result().why is why for offer in one._offers.values())
+    assert all(offer.result().snapshot is why for offer in one._offers.values())
 
 
 def test_no_thread_can_be_started(

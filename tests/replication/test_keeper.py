@@ -163,7 +163,7 @@ def test_a_header_that_promises_too_much_is_refused(replicas: Replicas) -> None:
     with pytest.raises(CorruptCheckpointError, match="more bytes than the replica has"):
         ReplicaHeader.from_bytes(lie, "somewhere")
     Source(replicas).send(b"1" * 10, 1)
-    path = replicas.slot(3, 0)
+    path = replicas.slots(3)[0]
     os.truncate(path, 5)
     with pytest.raises(CorruptCheckpointError, match="is shorter than the 10 bytes"):
         check_replica(path)
@@ -198,7 +198,7 @@ def test_removing_keeps_what_is_newer(replicas: Replicas) -> None:
     replicas.remove_owner(3, up_to_step=1)
     replicas.tidy()
     assert kept(replicas) == [2]
-    assert read_header(replicas.slot(3, 0)) is None
+    assert read_header(replicas.slots(3)[0]) is None
     replicas.remove_owner(3, up_to_step=2)
     replicas.tidy()
     assert not os.path.exists(os.path.dirname(replicas.path))

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from stager import ReplicationError
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
-from stager.replication.exchange import Exchange, ExchangeResult, Unpacking
-from stager.replication.link import PartnerLink
+from stager.replication.exchange import Exchange, ExchangeResult, PartnerLink, Unpacking
 from stager.replication.parcel import pack
 
 _dist: Any = dist  # not all of it is annotated

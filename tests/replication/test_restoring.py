@@ -171,7 +171,7 @@ def test_a_replica_that_is_damaged_is_not_used(what: str, tmp_path: Path) -> Non
     results = ranks("resume", 2, tmp_path, 2)
     for result in results:
         assert (result["step"], result["steps"], result["problems"]) == (2, [1, 2], [])
-    expected = "do not match the hash in its header" if what == "bytes" else "is in memory in part only"
+    expected = "do not match the hash in its header" if what == "bytes" else "memory holds only a part of it"
     said = results[0]["said"] + results[1]["said"]  # one of them speaks for the host
     assert any(expected in text for text in said), said
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name or "removing" in name]

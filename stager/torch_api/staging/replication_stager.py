@@ -67,7 +67,7 @@ class ReplicationStager(AsyncStager):
             return state_dict
         rank, destination, source = self._partners()
         result = self._exchange(lambda: pack(state_dict), destination, source)
-        if result.arrived:  # kept even if sending failed: its owner may need it all the more
+        if result.not_received is None:  # kept even if sending failed: its owner may need it all the more
             self._persist_state_dict(result.received, self._global(rank), self._global(source))
         received: StateDict = _received(result)
         return received

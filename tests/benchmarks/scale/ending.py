@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from stager.ranks import keys
-from stager.ranks.commit_watch import _FIRST_POLL_SECS, _LOOK_SECS, _TURN_SECS
+from stager.ranks.commit_watch import _FIRST_POLL_SECS
 from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted, SaveFailed, encode
+from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from tests.benchmarks.scale.filesystem import Call
@@ -44,7 +45,7 @@ class Ending:
         self.ended_at[rank] = None
         group, timeout_secs = self._group(actor), self._world.parameters.timeout_secs
         deadline = actor.now + timeout_secs
-        looks_at = actor.now + (1 + rank) * _LOOK_SECS
+        looks_at = actor.now + (1 + rank) * RankGroup.look_secs
         has_every_part = False
         poll = _FIRST_POLL_SECS
         while True:
@@ -52,7 +53,7 @@ class Ending:
                 self.ended_at[rank] = None if note == encode(_FAILED) else actor.now
                 return
             now = actor.now
-            is_late = now >= deadline + rank.bit_length() * _TURN_SECS
+            is_late = now >= deadline + rank.bit_length() * RankGroup.turn_secs
             if is_late and not has_every_part and (yield from group.read(_EVERY_PART)) is not None:
                 has_every_part = True
                 deadline += timeout_secs
@@ -61,7 +62,7 @@ class Ending:
                     yield from self._post_found(group)
                     self.ended_at[rank] = actor.now
                     return
-                looks_at = now + (self._world.num_ranks if rank else 1) * _LOOK_SECS
+                looks_at = now + (self._world.num_ranks if rank else 1) * RankGroup.look_secs
                 if is_late:
                     if has_every_part or not (yield from self._is_written(actor)):
                         yield from group.post(_END, _FAILED)

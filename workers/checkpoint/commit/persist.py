@@ -79,13 +79,13 @@ def prepare_worker() -> int:
     return os.getpid()
 
 
-def discard_partial(directory: str, step: int, save_id: str) -> None:
+def discard_partial(directory: str, step: int, save_id: str, wait_secs: float = _DISCARD_SECS) -> None:
     """Remove the partial directory of a failed save, unless the save is committed after all.
 
     Runs in a worker, when no part of this rank runs any more. Another rank may still write, or be about to commit. So:
 
     1. Rename the directory. From then on nobody can commit it. If it was committed just before, there is nothing to do.
-    2. Wait until nobody writes to it: until the lock is free.
+    2. Wait until nobody writes to it: until the lock is free, for at most ``wait_secs``.
     3. Remove it. If the wait takes too long, the other rank or the next run removes it.
 
     Raises:
@@ -96,7 +96,7 @@ def discard_partial(directory: str, step: int, save_id: str) -> None:
     with storage_errors("remove", partial):
         with suppress(FileNotFoundError):  # it is committed, or another rank was first
             removed = _rename_away(partial, removed)
-        _remove_when_alone(removed)
+        _remove_when_alone(removed, wait_secs)
 
 
 def quarantine(directory: str, step: int, save_id: str) -> None:
@@ -128,7 +128,7 @@ def discard_unfinished(directory: str, step: int, save_id: str) -> None:
     """
     path = os.path.join(directory, unfinished_name(step, save_id))
     with storage_errors("remove", path):
-        _remove_when_alone(path)
+        _remove_when_alone(path, _DISCARD_SECS)
 
 
 def _rename_away(partial: str, removed: str) -> str:
@@ -142,7 +142,7 @@ def _rename_away(partial: str, removed: str) -> str:
     return removed
 
 
-def _remove_when_alone(path: str) -> None:
+def _remove_when_alone(path: str, wait_secs: float) -> None:
     try:
         directory_fd = files.open_directory(path, follow=False)
     except FileNotFoundError:
@@ -151,14 +151,14 @@ def _remove_when_alone(path: str) -> None:
         files.remove(path)
         return
     try:
-        if _lock_alone(directory_fd):
+        if _lock_alone(directory_fd, wait_secs):
             files.remove(path)
     finally:
         os.close(directory_fd)
 
 
-def _lock_alone(directory_fd: int) -> bool:
-    deadline = time.monotonic() + _DISCARD_SECS
+def _lock_alone(directory_fd: int, wait_secs: float) -> bool:
+    deadline = time.monotonic() + wait_secs
     while time.monotonic() < deadline:
         with suppress(BlockingIOError):
             fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
