@@ -46,17 +46,6 @@ def test_snapshot_by_workers_equals_the_source(pool: WorkerPool) -> None:
     assert snapshots.take(state, slab=taken.slab).equals_source()
 
 
-def test_warm_up_maps_and_changes_nothing(lone_pool: WorkerPool) -> None:
-    snapshots, state = Snapshots(lone_pool), {"w": random_bytes(17 * MIB)}
-    first = snapshots.take(state)
-    (kept,) = lone_pool.submit(attached_sources).result()
-    other = Slab.create(first.slab.nbytes)
-    other.view[:] = b"7" * other.nbytes
-    snapshots.sharer.warm_up([first.slab, other])
-    assert first.equals_source() and bytes(other.view) == b"7" * other.nbytes
-    assert lone_pool.submit(attached_sources).result() == snapshots.sharer.live_sources() == {kept}
-
-
 # -- what changes between two snapshots -----------------------------------------------------------------------------
 
 

@@ -48,7 +48,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -58,8 +57,7 @@ from typing import Any, TypeVar
 from stager.workers.errors import ClosedError
 from stager.workers.pool import codec
 from stager.workers.pool.handle import WorkerHealth
-from stager.workers.pool.heartbeat import look_interval
-from stager.workers.pool.options import PoolOptions, WorkerSettings
+from stager.workers.pool.options import PoolOptions
 from stager.workers.pool.supervisor import Supervisor
 from stager.workers.pool.work_item import WorkItem
 
@@ -93,18 +91,9 @@ class WorkerPool:
     ) -> None:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        options = options or PoolOptions()
-        settings = WorkerSettings(
-            nonce=secrets.token_hex(8),
-            parent_pid=os.getpid(),
-            nice=options.nice,
-            ionice=options.ionice,
-            orphan_timeout_secs=options.orphan_timeout_secs,
-            beat_secs=look_interval(options.heartbeat_timeout_secs),
-        )
         self._owner = os.getpid()
-        self._options = options
-        self._supervisor = Supervisor(count, settings, options, inherit_fds)
+        self._options = options or PoolOptions()
+        self._supervisor = Supervisor(count, self._options, inherit_fds)
         self._roster = self._supervisor.roster
         self._close_lock = threading.Lock()
         _live_pools.add(self)
@@ -129,7 +118,6 @@ class WorkerPool:
         Ctrl-C can interrupt :meth:`submit` after it has sent the task: the caller would then never get its Future.
         """
         self._roster.enqueue(self._make_item(fn, args, kwargs, future, handed_over=False))
-        self._supervisor.wake()
 
     def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Send the call to a worker now, busy or not; return when the kernel holds the message.
@@ -140,7 +128,6 @@ class WorkerPool:
         """
         item = self._make_item(fn, args, kwargs, Future(), handed_over=True)
         self._roster.place(item)
-        self._supervisor.wake()  # to watch the deadline of the task, and the socket if it is full
         self._roster.wait_delivered(item)
         return item.future
 
@@ -156,7 +143,7 @@ class WorkerPool:
         self._check_owner()
         payload, fds = codec.dumps((fn, args, kwargs))
         label = getattr(fn, "__qualname__", None) or type(fn).__name__
-        return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over=handed_over)
+        return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -197,8 +184,7 @@ class WorkerPool:
         """
         if self._owner != os.getpid():
             return
-        if self._roster.in_callback:
-            self._roster.refuse_in_callback("close()")
+        self._roster.refuse_in_callback("close()")
         with self._close_lock:
             self._roster.stop_accepting()
             self._roster.drain(timeout)
@@ -217,15 +203,11 @@ class WorkerPool:
         """
         if self._owner != os.getpid():
             return
-        if self._roster.in_callback:
-            self._roster.refuse_in_callback("detach()")
+        self._roster.refuse_in_callback("detach()")
         with self._close_lock:
             self._roster.stop_accepting()
             if not self._roster.wait_all_delivered(_DELIVERY_SECS):
-                logger.error(
-                    "a task that was handed over reached no worker within %g s; it is lost",
-                    _DELIVERY_SECS,
-                )
+                logger.error("a task that was handed over reached no worker within %g s; it is lost", _DELIVERY_SECS)
             self._supervisor.detach()
         _live_pools.discard(self)
 
@@ -241,9 +223,6 @@ class WorkerPool:
                 f"this WorkerPool belongs to process {self._owner}; a forked child cannot use it: make a new one there"
             )
 
-    def _after_fork_in_child(self) -> None:
-        self._supervisor.abandon()
-
 
 # Strong references: a pool that was dropped without close() still has work, threads and processes.
 _live_pools: set[WorkerPool] = set()
@@ -252,7 +231,7 @@ _live_pools: set[WorkerPool] = set()
 def _abandon_all() -> None:
     for pool in list(_live_pools):
         with suppress(OSError):
-            pool._after_fork_in_child()
+            pool._roster.abandon()
     _live_pools.clear()
 
 

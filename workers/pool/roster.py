@@ -13,11 +13,12 @@ section, so ``drain`` misses none.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import NoReturn
 
 from stager.workers.errors import ClosedError, UsageError
 from stager.workers.pool import codec
@@ -46,10 +47,10 @@ class Roster:
     Attributes:
         lock: guards everything here, and the workers' handles.
         workers: alive, or dead and not yet reaped; only the supervisor adds and removes.
+        wakeup: an eventfd that ends the supervisor's wait; -1 once it is closed.
     """
 
-    def __init__(self, nonce: str) -> None:
-        self._nonce = nonce
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self._changed = threading.Condition(self.lock)
         self.workers: list[WorkerHandle] = []
@@ -58,6 +59,7 @@ class Roster:
         self._ending = 0
         self._state = PoolState.OPEN
         self._reason = ""
+        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.local()
 
     # -- called by the pool's users -----------------------------------------------------------------------------
@@ -66,6 +68,7 @@ class Roster:
         with self.lock:
             self._admit(item)
             self._pending.append(item)
+            self._wake()
 
     def place(self, item: WorkItem) -> None:
         """Send the task now, to the worker that is likely to be free first."""
@@ -74,6 +77,7 @@ class Roster:
             item.claim()
             self._unplaced.append(item)
             self._place_all()
+            self._wake()  # to watch the deadline of the task, and the socket if it is full
 
     def wait_delivered(self, item: WorkItem) -> None:
         """Until the kernel holds the message of ``item`` for a worker that is alive, or its Future is done."""
@@ -93,8 +97,7 @@ class Roster:
             raise ClosedError(f"this WorkerPool is closed{self._reason}; {item.label} was not submitted")
 
     def drain(self, timeout: float | None) -> bool:
-        if self.in_callback:
-            self.refuse_in_callback("drain()")
+        self.refuse_in_callback("drain()")
         with self.lock:
             return self._changed.wait_for(lambda: not self._is_busy(), timeout)
 
@@ -107,12 +110,12 @@ class Roster:
         """Whether this thread is resolving one of the pool's Futures: it runs a callback."""
         return getattr(self._thread, "resolving", False)
 
-    @staticmethod
-    def refuse_in_callback(what: str) -> NoReturn:
-        raise UsageError(
-            f"{what} was called by a callback of one of this WorkerPool's Futures; it would wait for that very callback. "
-            "Call it from another thread"
-        )
+    def refuse_in_callback(self, what: str) -> None:
+        if self.in_callback:
+            raise UsageError(
+                f"{what} was called by a callback of one of this WorkerPool's Futures; it would wait for that very "
+                "callback. Call it from another thread"
+            )
 
     # -- called by the supervisor -------------------------------------------------------------------------------
 
@@ -127,7 +130,7 @@ class Roster:
             for worker in self.workers:
                 item = self._next_pending() if worker.idle else None
                 if item is not None:
-                    worker.send_task(self._nonce, item)
+                    worker.send_task(item)
             self._changed.notify_all()
 
     def take_finished(self, worker: WorkerHandle, task_id: int) -> WorkItem | None:
@@ -140,11 +143,7 @@ class Roster:
             return item
 
     def reap(self, worker: WorkerHandle, max_restarts: int, max_timeouts: int) -> list[WorkItem]:
-        """Remove a worker whose process has ended; return its tasks that have no attempt left, ending.
-
-        Its first task was running: that costs the task an attempt. The others had only been sent. Every task with
-        attempts left is queued again, before all tasks that wait, in the old order.
-        """
+        """Remove a worker whose process has ended; return its tasks that have no attempt left, ending."""
         with self.lock:
             was_ready = worker.state is WorkerState.READY
             self.workers.remove(worker)
@@ -152,15 +151,18 @@ class Roster:
             worker.items.clear()
             worker.move(WorkerState.DEAD)
             worker.process.release()
+            # 1. The first task was running: that costs it an attempt. The others had only been sent.
             if items and was_ready:
                 items[0].attempts += 1
-                items[0].timeouts += worker.overdue is items[0]
+                items[0].timeouts += worker.overdue_id == items[0].task_id
             for item in items:
-                item.started = None
+                item.started = math.inf
+            # 2. What has attempts left is queued again: before all tasks that wait, and in the old order.
             lost = [item for item in items if item.attempts > max_restarts or item.timeouts >= max_timeouts]
             kept = [item for item in reversed(items) if item not in lost]
             self._unplaced.extendleft(item for item in kept if item.handed_over)
             self._pending.extendleft(item for item in kept if not item.handed_over)
+            # 3. In the same critical section, or drain() would find the lost tasks nowhere before their Futures resolve.
             self._ending += len(lost)
             return lost
 
@@ -212,6 +214,7 @@ class Roster:
         with self.lock:
             if self._state is not PoolState.STOPPED:
                 self._move(PoolState.STOPPED)
+            self._wake()
 
     @property
     def stopped(self) -> bool:
@@ -219,7 +222,7 @@ class Roster:
             return self._state is PoolState.STOPPED
 
     def clear(self) -> list[WorkItem]:
-        """Return every task that is not done, ending, and forget the workers. Legal when no worker is watched any more."""
+        """Return every task that is not done, ending; forget the workers. Legal when no worker is watched any more."""
         with self.lock:
             items = self._take_waiting()
             for worker in self.workers:
@@ -227,11 +230,13 @@ class Roster:
                 self._ending += len(worker.items)
                 worker.items.clear()
             self.workers.clear()
+            self._close_wakeup()
             self._changed.notify_all()
             return items
 
     def abandon(self) -> None:
         """In a forked child: close the copied descriptors. The lock may be held by a thread that does not exist here."""
+        self._close_wakeup()
         for worker in self.workers:
             worker.process.abandon()
         for item in [*self._pending, *self._unplaced, *(i for w in self.workers for i in w.items.values())]:
@@ -243,6 +248,14 @@ class Roster:
         assert to in _TRANSITIONS[self._state]
         self._state = to
 
+    def _wake(self) -> None:
+        if self.wakeup >= 0:  # closed: the number may be another file's by now, so only look at it with the lock held
+            os.eventfd_write(self.wakeup, 1)
+
+    def _close_wakeup(self) -> None:
+        codec.close_fds([self.wakeup])
+        self.wakeup = -1
+
     def _is_busy(self) -> bool:
         return bool(self._pending or self._unplaced or self._ending or any(w.items for w in self.workers))
 
@@ -252,7 +265,7 @@ class Roster:
             if not usable:
                 return
             worker = min(usable, key=lambda w: (w.load, w.state is not WorkerState.READY))
-            worker.send_task(self._nonce, self._unplaced.popleft())
+            worker.send_task(self._unplaced.popleft())
 
     def _next_pending(self) -> WorkItem | None:
         while self._pending:

@@ -22,11 +22,11 @@ from stager.workers.pool.messages import Shutdown
 logger = logging.getLogger("stager")
 
 
-def stop_workers(workers: Sequence[WorkerHandle], nonce: str, rung_secs: float) -> None:
+def stop_workers(workers: Sequence[WorkerHandle], rung_secs: float) -> None:
     """Ask, join, kill, join; then close the descriptors. When this returns, no worker runs any task."""
     for worker in workers:
         if worker.state is WorkerState.READY and not worker.items:
-            worker.send(Shutdown(nonce), [])
+            worker.send(Shutdown(), [])
         else:
             worker.kill()
     for worker in _join(workers, rung_secs):
