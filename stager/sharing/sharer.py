@@ -174,7 +174,7 @@ class SourceSharer:
         )
 
     def notes(self, names: Callable[[int], str]) -> tuple[str, ...]:
-        """What the trainer copies although it is large, and why, as of the last :meth:`share`. ``names``: key paths of leaves."""
+        """What the trainer copies although it is large, and why, as of the last :meth:`share`. ``names`` gives key paths."""
         with self._lock:
             refused = {reason: list(leaves) for reason, leaves in self._refused.items()}
         if self._options.location != "workers":

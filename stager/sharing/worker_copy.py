@@ -1,8 +1,8 @@
 """Copies from shared sources into a slab, divided among the idle workers by bytes.
 
-Each worker gets the same number of equal tasks; one, if that is not too large. Messages cost time: for 1.5 GiB, 24 tasks took
-a quarter more processor time than two. Only idle workers get tasks. A worker that still writes the last checkpoint would
-begin seconds later, and ``save()``, or the optimizer's next step, waits for the slowest task.
+Each worker gets the same number of equal tasks; one, if that is not too large. Messages cost time: for 1.5 GiB, 24 tasks
+took a quarter more processor time than two. Only idle workers get tasks. A worker that still writes the last checkpoint
+would begin seconds later, and ``save()``, or the optimizer's next step, waits for the slowest task.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class WorkerCopier:
             if meanwhile:
                 copy_here(list(meanwhile))
         finally:
-            # 2. Also after an error or Ctrl-C: a worker that wrote into a slab after its lease would spoil the next snapshot.
+            # 2. Also after an error or Ctrl-C: a worker that writes after the lease has ended would spoil the next snapshot.
             _wait(tasks)
         # 3. Now only the trainer writes: it copies what no worker did.
         return _finish(tasks, failure, copy_here)

@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from stager.sharing import movable
 from stager.workers import WorkerPool
 from stager.workers.memory.shared_source import attached_sources
-from stager.workers.memory.slab import Slab
 from tests.pool import tasks
 from tests.sharing.snapshots import MIB, Snapshots, random_bytes
 

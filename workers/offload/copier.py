@@ -31,33 +31,13 @@ from stager.workers.offload.key_path import Argument, Attribute, Item, LocatedEr
 from stager.workers.offload.tensors import Memo, offload_tensor
 
 _MISSING = object()
-_memo_get = dict.get  # the engine's own look-ups must not make HookMemo stage anything
-# What an object's own copying code may raise without it being ours or the system's failure.
+_memo_get = dict.get  # for the engine's own look-ups, which must not make HookMemo stage anything
+# What an object's own copying code may raise. Other errors are the engine's or the system's, and pass through.
 _HOOK_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, pickle.PickleError, copy.Error)
 
-_ATOMIC_TYPES = frozenset(
-    {
-        type(None),
-        type(Ellipsis),
-        type(NotImplemented),
-        int,
-        float,
-        bool,
-        complex,
-        bytes,
-        str,
-        type,
-        range,
-        property,
-        types.CodeType,
-        types.BuiltinFunctionType,
-        types.FunctionType,
-        weakref.ref,
-        torch.dtype,
-        torch.layout,
-        torch.memory_format,
-    }
-)
+_VALUE_TYPES = {type(None), type(Ellipsis), type(NotImplemented), int, float, bool, complex, bytes, str, range}
+_CODE_TYPES = {type, property, types.CodeType, types.BuiltinFunctionType, types.FunctionType, weakref.ref}
+_ATOMIC_TYPES = _VALUE_TYPES | _CODE_TYPES | {torch.dtype, torch.layout, torch.memory_format}
 _COPIERS = {
     list: "_deepcopy_list",
     tuple: "_deepcopy_tuple",
@@ -91,9 +71,10 @@ class OffloadCopier:
 
         Args:
             x: any object.
-            memo: what was copied before, as for ``copy.deepcopy``; one memo for several objects keeps what they share.
+            memo: what was copied before, as for ``copy.deepcopy``. With one memo for several objects, the copies share what
+                the objects share.
             _nil: unused; torch's signature has it.
-            non_blocking: device copies may be under way on return; the caller synchronises.
+            non_blocking: copies from a device may still be under way on return; the caller synchronises.
 
         Raises:
             UnstageableError: something in ``x`` cannot be copied; ``key_path`` names it.
@@ -137,7 +118,7 @@ class OffloadCopier:
         memo[id(x)] = y
         try:
             for item in x:
-                y.append(self._copy(item, memo, non_blocking))  # cycles must find the list growing
+                y.append(self._copy(item, memo, non_blocking))  # one by one: a cycle finds what is there so far
         except LocatedError as error:
             error.prepend(Item(len(y)))
             raise
@@ -175,24 +156,24 @@ class OffloadCopier:
             raise
 
     def _offload_tensor(self, x: torch.Tensor, memo: Memo, non_blocking: bool = False) -> torch.Tensor:
-        """A CPU copy of a tensor over staged storage, entered into ``memo``."""
+        """Return a CPU copy of a tensor over staged storage, and enter it into ``memo``."""
         try:
             return offload_tensor(self, x, memo, non_blocking)
-        except NotImplementedError as error:  # the dispatcher: this kind of tensor lacks what rebuilding it needs
+        except NotImplementedError as error:  # from torch's dispatcher: this kind of tensor lacks an operation
             raise LocatedError(_describe_failure(x, error)) from error
 
     def _stage_untyped_storage(self, storage: torch.UntypedStorage, non_blocking: bool = False) -> torch.UntypedStorage:
         return self._storages.stage(storage, non_blocking)
 
     def _staged_storage(self, storage: torch.UntypedStorage, memo: Memo, non_blocking: bool) -> torch.UntypedStorage:
-        """The staged storage that stands for ``storage`` in this copy: staged on first sight, the same one after."""
+        """Return the staged copy of ``storage``; it is staged once in each copy of a state."""
         staged: torch.UntypedStorage | None = _memo_get(memo, id(storage))
         if staged is None:
             if storage.device.type == "meta":
                 staged = torch.UntypedStorage(storage.nbytes(), device="meta")
             elif storage.nbytes() and not _has_memory(storage):
                 raise LocatedError(
-                    "its storage has no memory behind it (a fake, functional or wrapped tensor); "
+                    "its storage has no memory (it is a fake, functional or wrapped tensor); "
                     "replace it with a real tensor, or leave it out of the state"
                 )
             else:
@@ -210,7 +191,7 @@ class OffloadCopier:
         return torch.TypedStorage(wrap_storage=staged, dtype=x.dtype, _internal=True)
 
     def _offload_leaf(self, leaf: Leaf, memo: Memo, non_blocking: bool) -> Leaf:
-        """What :class:`HookMemo` calls for a tensor or storage that an object's ``__deepcopy__`` asks for."""
+        """Copy a tensor or storage that an object's ``__deepcopy__`` asks :class:`HookMemo` for."""
         copied: Leaf = self._copy(leaf, memo, non_blocking)
         return copied
 
@@ -227,23 +208,19 @@ class OffloadCopier:
         return self._reconstruct(x, memo, func, args, state, listiter, dictiter, non_blocking, setter)
 
     def _copy_by_hook(self, x: Any, hook: Callable[[Memo], Any], memo: Memo, non_blocking: bool) -> Any:
-        """NOTE [ Objects that copy themselves ]."""
+        """The steps of NOTE [ Objects that copy themselves ] in ``hook_memo.py``."""
         hook_memo = memo if isinstance(memo, HookMemo) else HookMemo(memo.items())
-        found = hook_memo.find(x)
-        previous = hook_memo.arm(self, non_blocking)
-        try:
-            with _located(x):
-                y = hook(hook_memo)
-        finally:
-            hook_memo.disarm(previous)
-        if y is not x and found:
+        num_found = hook_memo.find(x)
+        with hook_memo.staging(self, non_blocking), _located(x):
+            y = hook(hook_memo)
+        if y is not x and num_found:
             self._adopt(hook_memo, y, non_blocking)
         if hook_memo is not memo:
             memo.update(hook_memo)
         return y
 
     def _adopt(self, memo: HookMemo, y: Any, non_blocking: bool) -> None:
-        """Move tensors that ``__deepcopy__`` made by itself into staged memory, as the objects they are."""
+        """Move tensors that ``__deepcopy__`` made by itself into staged memory; they stay the same objects."""
         for stranger in memo.strangers(y):
             if isinstance(stranger, torch.Tensor) and type(stranger) in (torch.Tensor, torch.nn.Parameter):
                 stranger.data = self._copy(stranger.detach(), memo, non_blocking)
@@ -265,7 +242,7 @@ class OffloadCopier:
         non_blocking: bool = False,
         state_setter: Callable[[Any, Any], Any] | None = None,
     ) -> Any:
-        """Build an object from what ``__reduce_ex__`` says, two to six items. ``memo=None`` makes it shallow."""
+        """Build an object from the two to six items of ``__reduce_ex__``. With ``memo=None`` the copy is shallow."""
         if memo is not None and args:
             args = self._copy_arguments(x, args, memo, non_blocking)
         with _located(x):
@@ -322,7 +299,7 @@ class OffloadCopier:
                 raise
 
     def _keep_alive(self, x: Any, memo: Memo) -> None:
-        """Keep a reference to ``x`` in the memo, whose keys are ids: freed, ``x`` could leave its id to another object."""
+        # The keys of the memo are ids: if ``x`` were freed, another object could get its id. copy.deepcopy uses this key.
         kept = _memo_get(memo, id(memo))
         if kept is None:
             memo[id(memo)] = [x]
@@ -331,7 +308,7 @@ class OffloadCopier:
 
 
 class _located:
-    """Turns what an object's own code raises into a :class:`LocatedError` that says whose code it was."""
+    """Turns what the code of ``x`` raises into a :class:`LocatedError` that names its type."""
 
     __slots__ = ("_x",)
 
@@ -352,7 +329,7 @@ class _located:
 def _has_memory(storage: torch.UntypedStorage) -> bool:
     try:
         return storage.data_ptr() != 0
-    except RuntimeError:  # torch's word for it, inside functional and fake tensors
+    except RuntimeError:  # what torch raises inside functional and fake tensors
         return False
 
 

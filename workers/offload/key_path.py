@@ -1,7 +1,7 @@
-"""Where in a nested state something is: ``optimizer.state[3]['exp_avg']``.
+"""Where a value is in a nested state: ``optimizer.state[3]['exp_avg']``.
 
-The path is not carried along while copying, which would cost every element. An error starts without one and each
-container it passes through on its way up adds its own segment.
+To carry the path along while copying would cost time for every value. So an error starts without a path, and each container
+that it passes through on its way up adds its own segment.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument that an object gives for its own reconstruction (``__reduce_ex__``)."""
+    """An argument with which an object has itself reconstructed (``__reduce_ex__``)."""
 
     index: int
 
@@ -62,15 +62,12 @@ class LocatedError(UnstageableError):
         self.segments.insert(0, segment)
 
     def enter_object(self, has_slots: bool) -> None:
-        """The path so far leads into an object's pickled state; make it read as that object's attributes."""
-        if has_slots and self.segments:  # state is (dict, dict of slots)
+        """Turn a path into an object's pickled state into one that reads as that object's attributes."""
+        if has_slots and self.segments:  # the state is (dict, dict of slots): drop the index into this tuple
             self.segments.pop(0)
         first = self.segments[0] if self.segments else None
         if isinstance(first, Item) and isinstance(first.key, str):
             self.segments[0] = Attribute(first.key)
-
-    def __str__(self) -> str:
-        return f"{format_path(self.segments)}: {self.reason}"
 
     def resolve(self) -> UnstageableError:
         error = UnstageableError(format_path(self.segments), self.reason)
@@ -79,13 +76,10 @@ class LocatedError(UnstageableError):
 
 
 def format_path(segments: list[Segment]) -> str:
-    """The outermost key is written bare, as the name it is; the rest as Python would index it."""
-    if not segments:
-        return ROOT
-    first = segments[0]
-    bare = isinstance(first, Item) and isinstance(first.key, str)
-    parts = [str(first.key) if isinstance(first, Item) and bare else f"{ROOT}{first}"]
-    parts += [str(segment) for segment in segments[1:]]
+    """Write the path as Python would index it. A name as outermost key is written bare: ``model[0]``."""
+    parts = [ROOT, *map(str, segments)]
+    if segments and isinstance(segments[0], Item) and isinstance(segments[0].key, str):
+        parts[:2] = [segments[0].key]
     if len(parts) > _MAX_SEGMENTS:
         half = _MAX_SEGMENTS // 2
         parts = [*parts[:half], "...", *parts[-half:]]
