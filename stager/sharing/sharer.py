@@ -47,20 +47,14 @@ _ids = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class SharingOptions:
-    """Attributes:
-    location: ``staging.location``.
-    min_bytes: smaller storages are left alone.
-    fd_budget: storages that are shared at a time, each with a descriptor; None: an eighth of ``ulimit -n``.
+    """What to share. ``location`` is ``staging.location``; storages smaller than ``min_bytes`` are left alone.
+
+    ``fd_budget``: storages that are shared at a time, each with a descriptor; None: an eighth of ``ulimit -n``.
     """
 
     location: Location = "auto"
     min_bytes: int = 1 << 20
     fd_budget: int | None = None
-
-    @property
-    def may_move(self) -> bool:
-        """Whether the user's memory may be moved: only if they said so."""
-        return self.location == "workers"
 
     def may_copy(self, *, guarded: bool) -> bool:
         """Whether workers copy what lies in shared memory.
@@ -94,13 +88,7 @@ class _Entry:
 
 
 class SourceSharer:
-    """Knows the sources that workers can read, and has them copy.
-
-    Args:
-        pool: whose workers copy.
-        num_parts: most workers that copy one snapshot at a time.
-        options: see :class:`SharingOptions`.
-    """
+    """Knows the sources that workers can read, and has at most ``num_parts`` workers copy one snapshot at a time."""
 
     def __init__(self, pool: WorkerPool, num_parts: int, options: SharingOptions) -> None:
         self._pool = pool
@@ -119,15 +107,15 @@ class SourceSharer:
 
         Args:
             leaves: of the state, in order; what is no tensor is passed over.
-            may_move: no snapshot is being taken; see NOTE [ What a move changes ]. Nothing is moved all the same unless the
-                user asked for it: :attr:`SharingOptions.may_move`.
+            may_move: no snapshot is being taken; see NOTE [ What a move changes ]. Nothing is moved unless the user asked
+                for it with ``location: workers``.
 
         Returns:
             Whether addresses may have changed, so that the snapshot has to be planned again.
         """
         if self._options.location == "trainer":
             return False
-        may_move = may_move and self._options.may_move
+        may_move = may_move and self._options.location == "workers"
         with self._lock:
             self._forget_the_dead()
             self._refused = {}

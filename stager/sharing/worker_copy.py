@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stager.state.snapshot_plan import Copy
 from stager.workers.errors import WorkerError
@@ -40,19 +40,23 @@ class SharedCopy:
     source: SharedSource
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """``nbytes`` bytes at ``offset`` of a copy."""
-
-    shared: SharedCopy
-    offset: int
-    nbytes: int
-
-
 @dataclass(slots=True)
 class _Task:
-    pieces: list[_Piece]
+    """What one worker is asked to copy: stretches of numbered sources. ``copies`` are those that it does, or a part of."""
+
+    sources: dict[int, SharedSource] = field(default_factory=dict)  # by id, in the order of their numbers
+    numbers: dict[int, int] = field(default_factory=dict)
+    stretches: list[Stretch] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     future: Future[CopyResult] | None = None  # None: no worker was given the task
+
+    def add(self, shared: SharedCopy, offset: int, nbytes: int) -> None:
+        """Add ``nbytes`` bytes at ``offset`` of a copy."""
+        source, copy = shared.source, shared.copy
+        self.sources[source.source_id] = source
+        number = self.numbers.setdefault(source.source_id, len(self.numbers))
+        self.stretches.append((number, copy.address - source.address + offset, copy.slab_offset + offset, nbytes))
+        self.copies.append(copy)
 
 
 class WorkerCopier:
@@ -78,8 +82,9 @@ class WorkerCopier:
         """
         num_workers = min(self._num_workers, self._count_idle()) if shared else 0
         if num_workers == 0:
-            copy_here([*meanwhile, *(s.copy for s in shared)])
-            return Copied(notes=(_note(shared, "no worker was idle"),) if shared else ())
+            copies = [s.copy for s in shared]
+            copy_here([*meanwhile, *copies])
+            return Copied(notes=(_note(copies, "no worker was idle"),) if copies else ())
         tasks = _divide(shared, num_workers)
         try:
             # 1. The workers begin before the trainer does its part.
@@ -100,9 +105,10 @@ class WorkerCopier:
         task = tasks[0]
         try:
             for task in tasks:
-                sources, stretches = _describe(task.pieces)
                 task.future = Future()  # before the task is sent: Ctrl-C must not leave a running task without a Future
-                self._pool.submit_to(task.future, copy_shared, slab, sources, stretches, live_sources)
+                self._pool.submit_to(
+                    task.future, copy_shared, slab, list(task.sources.values()), task.stretches, live_sources
+                )
         except _UNAVAILABLE as error:  # out of descriptors, say
             if task.future is not None and task.future.cancel():
                 task.future = None
@@ -131,25 +137,13 @@ def _divide(shared: Sequence[SharedCopy], num_workers: int) -> list[_Task]:
         offset = 0
         while offset < one.copy.nbytes:
             if room == 0:
-                tasks.append(_Task([]))
+                tasks.append(_Task())
                 room = task_bytes
             nbytes = min(room, one.copy.nbytes - offset)
-            tasks[-1].pieces.append(_Piece(one, offset, nbytes))
+            tasks[-1].add(one, offset, nbytes)
             offset += nbytes
             room -= nbytes
     return tasks
-
-
-def _describe(pieces: Sequence[_Piece]) -> tuple[list[SharedSource], list[Stretch]]:
-    """A task's arguments: the sources that it needs, and stretches that number them."""
-    sources = list({piece.shared.source.source_id: piece.shared.source for piece in pieces}.values())
-    numbers = {source.source_id: number for number, source in enumerate(sources)}
-    stretches: list[Stretch] = []
-    for piece in pieces:
-        source, copy = piece.shared.source, piece.shared.copy
-        start = copy.address - source.address + piece.offset
-        stretches.append((numbers[source.source_id], start, copy.slab_offset + piece.offset, piece.nbytes))
-    return sources, stretches
 
 
 def _wait(tasks: Sequence[_Task]) -> None:
@@ -169,22 +163,22 @@ def _wait(tasks: Sequence[_Task]) -> None:
 def _finish(tasks: list[_Task], failure: BaseException | None, copy_here: Callable[[list[Copy]], None]) -> Copied:
     """Collect the results. The trainer copies what no worker did, and notes it."""
     results: list[CopyResult] = []
-    left: dict[int, SharedCopy] = {}
+    left: dict[int, Copy] = {}
     for task in tasks:
         error = task.future.exception() if task.future is not None else failure
         if error is not None and not isinstance(error, _UNAVAILABLE):
             raise error
         if error is not None:
             failure = error
-            left.update((id(piece.shared), piece.shared) for piece in task.pieces)
+            left.update((id(copy), copy) for copy in task.copies)  # a large copy is in several tasks
         elif task.future is not None:
             results.append(task.future.result())
     if not left:
         return Copied(tuple(results))
-    copy_here([shared.copy for shared in left.values()])
-    return Copied(tuple(results), (_note(list(left.values()), f"{type(failure).__name__}: {failure}"),))
+    copies = list(left.values())
+    copy_here(copies)
+    return Copied(tuple(results), (_note(copies, f"{type(failure).__name__}: {failure}"),))
 
 
-def _note(shared: Sequence[SharedCopy], reason: str) -> str:
-    nbytes = sum(s.copy.nbytes for s in shared)
-    return f"{nbytes:,} bytes in shared memory copied by the trainer: {reason}"
+def _note(copies: Sequence[Copy], reason: str) -> str:
+    return f"{sum(copy.nbytes for copy in copies):,} bytes in shared memory copied by the trainer: {reason}"

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from stager.sharing import movable
 from stager.workers import WorkerPool
-from stager.workers.memory.shared_source import attached_sources
+from stager.workers.memory import shared_source
 from tests.pool import tasks
 from tests.sharing.snapshots import MIB, Snapshots, random_bytes
 
@@ -43,6 +43,11 @@ def test_snapshot_by_workers_equals_the_source(pool: WorkerPool) -> None:
     state["matrix"].zero_()
     assert not taken.equals_source()
     assert snapshots.take(state, slab=taken.slab).equals_source()
+
+
+def attached_sources() -> set[int]:
+    """In a worker: ids of the sources that it has mapped."""
+    return set(shared_source._attached)
 
 
 # -- what changes between two snapshots -----------------------------------------------------------------------------

@@ -87,10 +87,6 @@ class BufferPool:
                 count += 1
         return count
 
-    def release_all(self) -> None:
-        for buffer in self._all.values():
-            buffer.released = True
-
     def close(self) -> None:
         """Forget every buffer. Leased ones live on with their results."""
         self._all.clear()

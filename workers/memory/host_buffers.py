@@ -25,7 +25,6 @@ range; in the receiver it is a slice of the same memory. Plain ``pickle`` and ``
 from __future__ import annotations
 
 import mmap
-import os
 import resource
 import weakref
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from torch.multiprocessing import get_sharing_strategy
 from torch.multiprocessing.reductions import reduce_storage
 
 from stager.workers.memory.pinning import pin
+from stager.workers.memory.slab import new_shared_memory
 
 OWN_REGION_BYTES = 1 << 20
 _MIN_SLAB_BYTES = 4 << 20
@@ -101,7 +101,7 @@ class HostBuffers:
     def _new_region(self, nbytes: int) -> tuple[torch.UntypedStorage, int]:
         """Return a storage, and the offset in it at which ``nbytes`` page-aligned bytes begin."""
         if self.shared:
-            region, start = new_shared_mapping(nbytes), 0
+            region, start = _new_shared_mapping(nbytes), 0
         else:  # whole pages, so that no other registration overlaps this one
             region = torch.UntypedStorage(_round_up(nbytes, mmap.PAGESIZE) + mmap.PAGESIZE, device="cpu")
             start = -region.data_ptr() % mmap.PAGESIZE
@@ -110,17 +110,11 @@ class HostBuffers:
         return region, start
 
 
-def new_shared_mapping(nbytes: int) -> torch.UntypedStorage:
-    """Return zeroed shared memory: anonymous, with one file descriptor. It is freed with its last user."""
+def _new_shared_mapping(nbytes: int) -> torch.UntypedStorage:
     if get_sharing_strategy() == "file_system":  # the user's choice; torch then sends only named memory without a copy
         named: torch.UntypedStorage = torch.UntypedStorage._new_shared(nbytes)
         return named
-    fd = os.memfd_create("stager", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, nbytes)
-        return torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[no-any-return, attr-defined]  # not in its stubs
-    finally:
-        os.close(fd)  # torch maps and keeps a duplicate
+    return new_shared_memory("stager", nbytes)
 
 
 def default_fd_budget() -> int:

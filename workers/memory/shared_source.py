@@ -160,8 +160,3 @@ def detach_all_but(live: frozenset[int]) -> None:
     """In a worker: unmap the attached sources that the trainer no longer has. That frees their memory."""
     for source_id in _attached.keys() - live:
         del _attached[source_id]
-
-
-def attached_sources() -> frozenset[int]:
-    """In a worker: ids of the sources that are mapped here."""
-    return frozenset(_attached)

@@ -49,13 +49,7 @@ class Slab(Memory):
         Raises:
             OSError: out of descriptors or address space.
         """
-        fd = os.memfd_create("stager-slab", os.MFD_CLOEXEC)
-        try:
-            os.fchmod(fd, 0o600)  # memfd_create lets every process open it that can read /proc/<pid>/fd
-            os.ftruncate(fd, max(1, nbytes))
-            return Slab(f"{os.getpid()}-{next(_ids)}", _map(fd, max(1, nbytes)))
-        finally:
-            os.close(fd)  # the storage keeps its own
+        return Slab(f"{os.getpid()}-{next(_ids)}", new_shared_memory("stager-slab", max(1, nbytes)))
 
     def prefault(self, keep_going: Callable[[], bool] = lambda: True, num_threads: int = 1) -> None:
         """Allocate every page now, in steps, without the GIL. Legal while nobody uses the slab. What is in it stays.
@@ -91,7 +85,17 @@ class Slab(Memory):
         return attach_slab, (self.slab_id, reduction.DupFd(self.fd), self.nbytes)
 
 
-def _map(fd: int, nbytes: int) -> torch.UntypedStorage:
-    new_shared: Any = torch.UntypedStorage
-    storage: torch.UntypedStorage = new_shared._new_shared_fd_cpu(fd, nbytes)
-    return storage
+def new_shared_memory(name: str, nbytes: int) -> torch.UntypedStorage:
+    """Return zeroed shared memory: anonymous, with one file descriptor. It is freed with its last user.
+
+    ``name`` is what ``/proc/<pid>/maps`` shows.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o600)  # memfd_create lets every process open it that can read /proc/<pid>/fd
+        os.ftruncate(fd, nbytes)
+        new_shared: Any = torch.UntypedStorage
+        storage: torch.UntypedStorage = new_shared._new_shared_fd_cpu(fd, nbytes)
+        return storage
+    finally:
+        os.close(fd)  # torch maps and keeps a duplicate

@@ -19,15 +19,15 @@ import copy
 import pickle
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from copyreg import dispatch_table
 from typing import Any, Protocol
 
 import torch
 
 from stager.workers.errors import StagerError, UnstageableError
-from stager.workers.offload.hook_memo import HookMemo, Leaf
-from stager.workers.offload.key_path import Argument, Attribute, Item, LocatedError
+from stager.workers.offload.hook_memo import HookMemo
+from stager.workers.offload.key_path import Argument, Attribute, Item, LocatedError, Segment
 from stager.workers.offload.tensors import Memo, offload_tensor
 
 _MISSING = object()
@@ -91,7 +91,7 @@ class OffloadCopier:
     def _copy(self, x: Any, memo: Memo, non_blocking: bool) -> Any:
         cls = type(x)
         if cls in _ATOMIC_TYPES:
-            return self._deepcopy_atomic(x, memo)
+            return x
         y = _memo_get(memo, id(x), _MISSING)
         if y is not _MISSING:
             return y
@@ -110,45 +110,48 @@ class OffloadCopier:
             self._keep_alive(x, memo)
         return y
 
-    def _deepcopy_atomic(self, x: Any, memo: Memo) -> Any:
-        return x
-
-    def _deepcopy_list(self, x: list[Any], memo: Memo, non_blocking: bool = False) -> list[Any]:
+    def _deepcopy_list(self, x: list[Any], memo: Memo, non_blocking: bool) -> list[Any]:
         y: list[Any] = []
         memo[id(x)] = y
-        try:
-            for item in x:
-                y.append(self._copy(item, memo, non_blocking))  # one by one: a cycle finds what is there so far
-        except LocatedError as error:
-            error.prepend(Item(len(y)))
-            raise
+        self._copy_each(x, y, memo, non_blocking)
         return y
 
-    def _deepcopy_tuple(self, x: tuple[Any, ...], memo: Memo, non_blocking: bool = False) -> tuple[Any, ...]:
+    def _deepcopy_tuple(self, x: tuple[Any, ...], memo: Memo, non_blocking: bool) -> tuple[Any, ...]:
         y: list[Any] = []
-        try:
-            for item in x:
-                y.append(self._copy(item, memo, non_blocking))  # its length is the index of a failure
-        except LocatedError as error:
-            error.prepend(Item(len(y)))
-            raise
+        self._copy_each(x, y, memo, non_blocking)
         copied: tuple[Any, ...] | None = _memo_get(memo, id(x))
         if copied is not None:  # the tuple is part of a cycle that came back to it
             return copied
         return tuple(y) if any(old is not new for old, new in zip(x, y, strict=True)) else x
 
-    def _deepcopy_dict(self, x: dict[Any, Any], memo: Memo, non_blocking: bool = False) -> dict[Any, Any]:
+    def _deepcopy_dict(self, x: dict[Any, Any], memo: Memo, non_blocking: bool) -> dict[Any, Any]:
         y: dict[Any, Any] = {}
         memo[id(x)] = y
-        for key, value in x.items():
-            try:
-                y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
-            except LocatedError as error:
-                error.prepend(Item(key))
-                raise
+        self._copy_pairs(x.items(), y, memo, non_blocking)
         return y
 
-    def _deepcopy_method(self, x: types.MethodType, memo: Memo, non_blocking: bool = False) -> types.MethodType:
+    def _copy_each(
+        self, items: Iterable[Any], y: Any, memo: Memo, non_blocking: bool, segment: Callable[[int], Segment] = Item
+    ) -> None:
+        """Append the copies of ``items`` to ``y``, one by one: a cycle that comes back to ``y`` finds those made so far."""
+        index = 0
+        try:
+            for index, item in enumerate(items):  # noqa: B007  (for the path of an error)
+                y.append(self._copy(item, memo, non_blocking))
+        except LocatedError as error:
+            error.prepend(segment(index))
+            raise
+
+    def _copy_pairs(self, pairs: Iterable[tuple[Any, Any]], y: Any, memo: Memo, non_blocking: bool) -> None:
+        key = None
+        try:
+            for key, value in pairs:
+                y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
+        except LocatedError as error:
+            error.prepend(Item(key))
+            raise
+
+    def _deepcopy_method(self, x: types.MethodType, memo: Memo, non_blocking: bool) -> types.MethodType:
         try:
             return type(x)(x.__func__, self._copy(x.__self__, memo, non_blocking))
         except LocatedError as error:
@@ -190,11 +193,6 @@ class OffloadCopier:
         staged = self._staged_storage(x._untyped_storage, memo, non_blocking)
         return torch.TypedStorage(wrap_storage=staged, dtype=x.dtype, _internal=True)
 
-    def _offload_leaf(self, leaf: Leaf, memo: Memo, non_blocking: bool) -> Leaf:
-        """Copy a tensor or storage that an object's ``__deepcopy__`` asks :class:`HookMemo` for."""
-        copied: Leaf = self._copy(leaf, memo, non_blocking)
-        return copied
-
     def _copy_object(self, x: Any, memo: Memo, non_blocking: bool) -> Any:
         hook = getattr(x, "__deepcopy__", None)
         if hook is not None:
@@ -204,8 +202,7 @@ class OffloadCopier:
             reduced = reductor(x) if reductor is not None else x.__reduce_ex__(4)
         if isinstance(reduced, str):
             return x
-        func, args, state, listiter, dictiter, setter = (*reduced, None, None, None, None)[:6]
-        return self._reconstruct(x, memo, func, args, state, listiter, dictiter, non_blocking, setter)
+        return self._reconstruct(x, reduced, memo, non_blocking)
 
     def _copy_by_hook(self, x: Any, hook: Callable[[Memo], Any], memo: Memo, non_blocking: bool) -> Any:
         """The steps of NOTE [ Objects that copy themselves ] in ``hook_memo.py``."""
@@ -230,46 +227,30 @@ class OffloadCopier:
                     f"{stranger.device}, which cannot be moved; let it use copy.deepcopy(x, memo)"
                 )
 
-    def _reconstruct(  # torch's order of parameters
-        self,
-        x: Any,
-        memo: Memo | None,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        state: Any = None,
-        listiter: Iterator[Any] | None = None,
-        dictiter: Iterator[tuple[Any, Any]] | None = None,
-        non_blocking: bool = False,
-        state_setter: Callable[[Any, Any], Any] | None = None,
-    ) -> Any:
-        """Build an object from the two to six items of ``__reduce_ex__``. With ``memo=None`` the copy is shallow."""
-        if memo is not None and args:
-            args = self._copy_arguments(x, args, memo, non_blocking)
+    def _reconstruct(self, x: Any, reduced: tuple[Any, ...], memo: Memo, non_blocking: bool) -> Any:
+        """Build an object from the two to six items of ``__reduce_ex__``."""
+        func, args, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
+        args = self._copy_arguments(x, args, memo, non_blocking)
         with _located(x):
             y = func(*args)
-        if memo is not None:
-            memo[id(x)] = y
+        memo[id(x)] = y  # before its contents: they may refer to the object
         if state is not None:
-            if memo is not None:
-                state = self._copy_state(state, memo, non_blocking)
+            state = self._copy_state(state, memo, non_blocking)
             with _located(x):
-                _set_state(y, state, state_setter)
-        if listiter is not None:
-            self._fill_list(y, listiter, memo, non_blocking)
-        if dictiter is not None:
-            self._fill_dict(y, dictiter, memo, non_blocking)
+                _set_state(y, state, setter)
+        if items is not None:
+            self._copy_each(items, y, memo, non_blocking)
+        if pairs is not None:
+            self._copy_pairs(pairs, y, memo, non_blocking)
         return y
 
     def _copy_arguments(self, x: Any, args: tuple[Any, ...], memo: Memo, non_blocking: bool) -> tuple[Any, ...]:
-        copied: list[Any] = []
-        try:
-            for arg in args:
-                copied.append(self._copy(arg, memo, non_blocking))  # its length names a failure
-        except LocatedError as error:
+        def segment(index: int) -> Segment:
             fields = getattr(x, "_fields", None) if isinstance(x, tuple) else None
-            index = len(copied) - 1  # the first argument of a named tuple is its class
-            error.prepend(Attribute(fields[index]) if fields and index >= 0 else Argument(len(copied)))
-            raise
+            return Attribute(fields[index - 1]) if fields and index > 0 else Argument(index)  # the class comes first
+
+        copied: list[Any] = []
+        self._copy_each(args, copied, memo, non_blocking, segment)
         return tuple(copied)
 
     def _copy_state(self, state: Any, memo: Memo, non_blocking: bool) -> Any:
@@ -278,25 +259,6 @@ class OffloadCopier:
         except LocatedError as error:
             error.enter_object(has_slots=isinstance(state, tuple) and len(state) == 2)
             raise
-
-    def _fill_list(self, y: Any, items: Iterator[Any], memo: Memo | None, non_blocking: bool) -> None:
-        for index, item in enumerate(items):
-            try:
-                y.append(item if memo is None else self._copy(item, memo, non_blocking))
-            except LocatedError as error:
-                error.prepend(Item(index))
-                raise
-
-    def _fill_dict(self, y: Any, items: Iterator[tuple[Any, Any]], memo: Memo | None, non_blocking: bool) -> None:
-        for key, value in items:
-            try:
-                if memo is None:
-                    y[key] = value
-                else:
-                    y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
-            except LocatedError as error:
-                error.prepend(Item(key))
-                raise
 
     def _keep_alive(self, x: Any, memo: Memo) -> None:
         # The keys of the memo are ids: if ``x`` were freed, another object could get its id. copy.deepcopy uses this key.
@@ -316,14 +278,14 @@ class _located:
         self._x = x
 
     def __enter__(self) -> None:
-        return None
+        pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, LocatedError | RecursionError | torch.OutOfMemoryError):
+        ours = isinstance(error, StagerError) and not isinstance(error, UnstageableError)
+        if ours or isinstance(error, LocatedError | RecursionError | torch.OutOfMemoryError):
             return
-        if isinstance(error, UnstageableError) or not isinstance(error, StagerError):
-            if isinstance(error, _HOOK_ERRORS):
-                raise LocatedError(_describe_failure(self._x, error)) from error
+        if isinstance(error, _HOOK_ERRORS):
+            raise LocatedError(_describe_failure(self._x, error)) from error
 
 
 def _has_memory(storage: torch.UntypedStorage) -> bool:

@@ -42,7 +42,7 @@ Leaf = torch.Tensor | torch.UntypedStorage
 
 
 class _Stager(Protocol):
-    def _offload_leaf(self, leaf: Leaf, memo: dict[int, Any], non_blocking: bool) -> Leaf: ...
+    def _copy(self, x: Any, memo: dict[int, Any], non_blocking: bool) -> Any: ...
 
 
 class HookMemo(dict[int, Any]):
@@ -84,7 +84,7 @@ class HookMemo(dict[int, Any]):
     def __missing__(self, key: int) -> Any:
         if self._stager is None:
             raise KeyError(key)
-        return self._stager._offload_leaf(self._reachable[key], self, self._non_blocking)
+        return self._stager._copy(self._reachable[key], self, self._non_blocking)
 
     def __contains__(self, key: object) -> bool:
         return dict.__contains__(self, key) or (self._stager is not None and key in self._reachable)

@@ -33,7 +33,7 @@ class PoolOptions:
         heartbeat_timeout_secs: a worker that holds a task and shows no sign of life is killed by then; ``None``: no such
             limit. See NOTE [ When a worker is stuck ] in ``workers/pool/heartbeat.py``.
         orphan_timeout_secs: how long workers may finish what was handed over when the trainer is gone.
-        shutdown_timeout_secs: each rung of the shutdown ladder (``workers/pool/shutdown.py``).
+        shutdown_timeout_secs: each rung of the shutdown ladder (``workers/pool/supervisor.py``).
         env: environment variables for the workers, on top of this process's. Torch has one thread in each worker, unless
             ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` are set here.
 

@@ -71,15 +71,13 @@ _DELIVERY_SECS = 10.0  # a worker that died is replaced within that
 
 
 class WorkerPool:
-    """Runs callables in long-lived worker processes.
+    """Runs callables in ``count`` long-lived worker processes.
 
     ``fn`` may be a lambda, a closure, or a function of the main module (cloudpickle). Arguments and results that hold
-    CPU tensors share their storages (torch.multiprocessing), they are not copied. Worker start-up does not import the
-    main module, so no ``if __name__ == "__main__"`` is needed.
+    CPU tensors share their storages (torch.multiprocessing), they are not copied. Workers do not import the main module, so
+    no ``if __name__ == "__main__"`` is needed.
 
     Args:
-        count: number of worker processes.
-        options: see :class:`PoolOptions`.
         inherit_fds: descriptors that the workers keep open as long as they live (a lock on a directory, say).
 
     Raises:
@@ -122,9 +120,9 @@ class WorkerPool:
     def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Send the call to a worker now, busy or not; return when the kernel holds the message.
 
-        From then on the task runs even if this process is killed. Keep the message small (descriptors, not data): a busy
-        worker reads a larger one than fits its socket, some 200 KB, only when it is done. In a Future's callback it does
-        not wait, so that only a small message is sure to be there.
+        From then on the task runs even if this process is killed. Keep the message below some 200 KB (descriptors, not
+        data): that fits the socket, and a busy worker reads the rest only when it is done. In a Future's callback this does
+        not wait, so that only a small message is sure to be sent.
         """
         item = self._make_item(fn, args, kwargs, Future(), handed_over=True)
         self._roster.place(item)
@@ -170,14 +168,13 @@ class WorkerPool:
         return self._roster.drain(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish what was submitted, then stop the workers. Idempotent, from any thread; nothing in a forked child.
+        """Finish what was submitted, then stop the workers. Idempotent, from any thread; does nothing in a forked child.
 
-        See NOTE [ The shutdown ladder ] in ``workers/pool/shutdown.py``. A pool that nobody closes is closed at interpreter
-        exit, without a timeout.
+        See NOTE [ The shutdown ladder ] in ``supervisor.py``. A pool that is still open at interpreter exit is closed then.
 
         Args:
-            timeout: seconds to wait for running and pending tasks; ``None`` waits as long as they take. The Futures of
-                tasks that are not done by then fail with :class:`~stager.ClosedError`, when their worker is dead.
+            timeout: seconds to wait for tasks; ``None``: as long as they take. The Futures of tasks that are not done by
+                then fail with :class:`~stager.ClosedError`, when their worker is dead.
 
         Raises:
             UsageError: called by a callback of one of the pool's Futures.
@@ -186,17 +183,17 @@ class WorkerPool:
             return
         self._roster.refuse_in_callback("close()")
         with self._close_lock:
+            # First no new tasks: otherwise a caller that goes on submitting would keep drain() waiting.
             self._roster.stop_accepting()
             self._roster.drain(timeout)
             self._supervisor.stop()
         _live_pools.discard(self)
 
     def detach(self) -> None:
-        """Stop without waiting for tasks: the workers finish the tasks they have, and end by themselves.
+        """Stop now, without waiting for tasks: the workers finish the tasks they have, and end by themselves.
 
-        For a process that must end now. The Future of a task that a worker has fails with :class:`~stager.LeftRunningError`.
-        The Future of a task that no worker has fails with ClosedError: that task is lost. Waits at most ten seconds until
-        every task that was handed over has reached a worker.
+        The Future of a task that a worker has fails with :class:`~stager.LeftRunningError`. A task that no worker has is
+        lost, and its Future fails with ClosedError. Waits at most ten seconds for the delivery of what was handed over.
 
         Raises:
             UsageError: called by a callback of one of the pool's Futures.

@@ -34,13 +34,6 @@ class PoolState(Enum):
     STOPPED = "stopped"
 
 
-_TRANSITIONS = {
-    PoolState.OPEN: {PoolState.CLOSING, PoolState.STOPPED},
-    PoolState.CLOSING: {PoolState.STOPPED},
-    PoolState.STOPPED: set(),
-}
-
-
 class Roster:
     """The workers of a pool and every task that is not done.
 
@@ -206,14 +199,13 @@ class Roster:
     def stop_accepting(self, reason: str = "") -> None:
         with self.lock:
             if self._state is PoolState.OPEN:
-                self._move(PoolState.CLOSING)
+                self._state = PoolState.CLOSING
                 self._reason = reason
 
     def stop(self) -> None:
         """The supervisor is to return."""
         with self.lock:
-            if self._state is not PoolState.STOPPED:
-                self._move(PoolState.STOPPED)
+            self._state = PoolState.STOPPED
             self._wake()
 
     @property
@@ -243,10 +235,6 @@ class Roster:
             codec.close_fds(item.fds)
 
     # -- with the lock held -------------------------------------------------------------------------------------
-
-    def _move(self, to: PoolState) -> None:
-        assert to in _TRANSITIONS[self._state]
-        self._state = to
 
     def _wake(self) -> None:
         if self.wakeup >= 0:  # closed: the number may be another file's by now, so only look at it with the lock held

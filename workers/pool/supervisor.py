@@ -6,6 +6,16 @@ Each turn waits until a socket, a sentinel, a deadline or a caller calls, and th
   3. kills each worker that missed a deadline, or whose heartbeat stopped (``heartbeat.py``);
   4. starts workers for those that are missing (``restart_budget.py`` says when);
   5. sends waiting tasks to idle workers.
+
+NOTE [ The shutdown ladder ]
+    drain    (pool.py)   every task done, or the caller's timeout over
+    ask                  Shutdown to the workers that have nothing to do
+    join                 until the timeout of a rung
+    kill, join           SIGKILL to what is left: nothing can refuse it
+
+Workers that are still starting, or whose task did not end in time, would not read the request: they are killed at once.
+There is no rung for SIGTERM, because workers ignore it (``worker_main.py`` says why). SIGKILL loses nothing: the task
+of a killed worker can run again, and the next run cleans up what it left.
 """
 
 from __future__ import annotations
@@ -30,7 +40,6 @@ from stager.workers.pool.options import PoolOptions
 from stager.workers.pool.process import WorkerProcess
 from stager.workers.pool.restart_budget import RestartBudget
 from stager.workers.pool.roster import Roster
-from stager.workers.pool.shutdown import stop_workers
 from stager.workers.pool.work_item import WorkItem
 
 logger = logging.getLogger("stager")
@@ -91,7 +100,19 @@ class Supervisor:
         self._fail(self.roster.clear(), lambda item: _detached_error(item, item.task_id in left))
 
     def _stop_workers(self) -> None:
-        stop_workers(self.roster.workers, self._options.shutdown_timeout_secs)
+        """Climb the shutdown ladder from "ask" on. When this returns, no worker runs any task."""
+        workers, rung_secs = self.roster.workers, self._options.shutdown_timeout_secs
+        for worker in workers:
+            if worker.state is WorkerState.READY and not worker.items:
+                worker.send(Shutdown(), [])
+            else:
+                worker.kill()
+        for worker in _join(workers, rung_secs):
+            worker.kill()
+        for worker in _join(workers, rung_secs):  # stuck in the kernel, in a hung file system for example
+            logger.error("worker %d does not end although it was killed; it is left behind", worker.pid)
+        for worker in workers:
+            worker.process.release()
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
@@ -236,7 +257,7 @@ class Supervisor:
     # -- failing ------------------------------------------------------------------------------------------------
 
     def _fail(self, items: list[WorkItem], error_of: Callable[[WorkItem], StagerError]) -> None:
-        self.roster.resolve([partial(_fail_item, item, error_of) for item in items])
+        self.roster.resolve([partial(item.fail, error_of(item)) for item in items])
 
     def _break(self, cause: BaseException) -> None:
         """After a bug nobody knows which worker runs what: stop all workers, and fail all tasks."""
@@ -249,8 +270,10 @@ class Supervisor:
         self._fail(self.roster.clear(), lambda item: _internal_error(item, cause))
 
 
-def _fail_item(item: WorkItem, error_of: Callable[[WorkItem], StagerError]) -> None:
-    item.fail(error_of(item))
+def _join(workers: list[WorkerHandle], timeout: float) -> list[WorkerHandle]:
+    """Wait for all together; return those that have not ended."""
+    deadline = time.monotonic() + timeout
+    return [w for w in workers if not w.process.join(max(0.0, deadline - time.monotonic()))]
 
 
 def _detached_error(item: WorkItem, has_worker: bool) -> ClosedError:
