@@ -174,7 +174,7 @@ class Arena:
                 buffer.move(SlabState.LEASED)
                 self._slabs.leased(nbytes)
                 return buffer
-            if not (is_first and self._is_soon_free(nbytes)):
+            if not (is_first and self._slabs.is_soon_free(nbytes)):
                 if when_full == "skip":
                     return None
                 if when_full == "raise":
@@ -198,27 +198,23 @@ class Arena:
         """See NOTE [ Which slab a lease gets ]."""
         slabs = self._slabs
         while True:
-            free = sorted((b for b in slabs.free() if b.nbytes >= nbytes), key=lambda buffer: buffer.nbytes)
-            if free and free[0].fits(nbytes):
-                return free[0]
+            free = min((b for b in slabs.free() if b.nbytes >= nbytes), key=lambda b: b.nbytes, default=None)
+            if free is not None and free.fits(nbytes):
+                return free
             has_room = slabs.has_room(nbytes)
+            # Asked at the last moment: other processes take memory, too.
             shortage = slabs.shortage(nbytes) if has_room else None
             if has_room and shortage is None:
                 return slabs.create(nbytes)
-            if free:
-                return free[0]
+            if free is not None:
+                return free
             if not slabs.make_room(nbytes, as_much_as_possible=shortage is not None):
                 break
-        if shortage is not None and not self._is_soon_free(nbytes):
+        if shortage is not None and not self._slabs.is_soon_free(nbytes):
             if not slabs.buffers:  # no buffer would give memory back, however long the lease waited
                 raise MemoryBudgetError(shortage)
             self._warn_once("shortage", "%s. Until then fewer snapshots can be in flight", shortage)
         return None
-
-    def _is_soon_free(self, nbytes: int) -> bool:
-        """Whether a slab is being prepared, or memory freed: a lease waits for these, whatever the policy."""
-        preparing = any(buffer.state is SlabState.PREPARING for buffer in self._slabs.buffers)
-        return preparing or self._slabs.soon_has_room(nbytes)
 
     def _check_budget(self, nbytes: int) -> None:
         num_buffers, max_bytes = self._slabs.limit, self._slabs.max_bytes

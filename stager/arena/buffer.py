@@ -55,10 +55,11 @@ class Buffer:
         self.state = SlabState.FREE
         self.pinned_nbytes: int | None = None
 
-    def move(self, to: SlabState) -> None:
+    def move(self, to: SlabState) -> Buffer:
         if to not in _TRANSITIONS[self.state]:
             raise InternalError(f"slab {self.slab.slab_id} cannot go from {self.state.value} to {to.value}")
         self.state = to
+        return self
 
     def fits(self, nbytes: int) -> bool:
         """Neither too small for a snapshot of ``nbytes`` bytes nor far too large."""

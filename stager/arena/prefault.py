@@ -85,7 +85,7 @@ class Prefaulter:
             shortage = slabs.shortage(nbytes)
             if shortage is not None:
                 raise MemoryBudgetError(shortage)
-            return self._take(slabs.create(nbytes))
+            return slabs.create(nbytes).move(SlabState.PREPARING)
 
     def _next(self, nbytes: int) -> Buffer | None:
         """Take a free slab that fits and is not ready, or a new one; None: nothing is left to do."""
@@ -95,30 +95,24 @@ class Prefaulter:
                 fitting = [b for b in slabs.buffers if b.fits(nbytes)]
                 for buffer in fitting:
                     if buffer.state is SlabState.FREE and not self._is_ready(buffer):
-                        return self._take(buffer)
+                        return buffer.move(SlabState.PREPARING)
                 slabs.make_room(nbytes)
                 if slabs.has_room(nbytes):
                     shortage = slabs.shortage(nbytes)
                     if shortage is None:
-                        return self._take(slabs.create(nbytes))
+                        return slabs.create(nbytes).move(SlabState.PREPARING)
                     if fitting:
                         logger.warning("%d of %d buffers are prepared: %s", len(fitting), slabs.limit, shortage)
                         return None
                     if not slabs.make_room(nbytes, as_much_as_possible=True):
                         raise MemoryBudgetError(shortage)
-                busy = any(b.state is SlabState.PREPARING for b in slabs.buffers)
-                if not busy and not slabs.soon_has_room(nbytes):
+                if not slabs.is_soon_free(nbytes):
                     return None
                 slabs.changed.wait()
             return None
 
     def _is_ready(self, buffer: Buffer) -> bool:
         return buffer.slab.warm_nbytes >= buffer.nbytes and not (self._pin and buffer.pinned_nbytes is None)
-
-    @staticmethod
-    def _take(buffer: Buffer) -> Buffer:
-        buffer.move(SlabState.PREPARING)
-        return buffer
 
     def _warm(self, buffer: Buffer, keep_going: Callable[[], bool], num_threads: int) -> None:
         started = time.monotonic()

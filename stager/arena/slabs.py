@@ -53,8 +53,10 @@ class Slabs:
         """Whether the limits allow one more of ``nbytes`` bytes."""
         return len(self.buffers) < self.limit and self.nbytes + nbytes <= self.max_bytes
 
-    def soon_has_room(self, nbytes: int) -> bool:
-        """Whether they will allow it when the retired slabs have been freed."""
+    def is_soon_free(self, nbytes: int) -> bool:
+        """Whether a slab is being prepared, or memory freed for one: a lease waits for these, whatever the policy."""
+        if any(buffer.state is SlabState.PREPARING for buffer in self.buffers):
+            return True
         return self._retired_nbytes > 0 and len(self.buffers) < self.limit and self._used() + nbytes <= self.max_bytes
 
     def shortage(self, nbytes: int) -> str | None:

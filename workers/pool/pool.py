@@ -115,7 +115,7 @@ class WorkerPool:
 
         Ctrl-C can interrupt :meth:`submit` after it has sent the task: the caller would then never get its Future.
         """
-        self._roster.enqueue(self._make_item(fn, args, kwargs, future, handed_over=False))
+        self._roster.enqueue(self._make_item((fn, args, kwargs), future, handed_over=False))
 
     def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Send the call to a worker now, busy or not; return when the kernel holds the message.
@@ -124,23 +124,19 @@ class WorkerPool:
         data): that fits the socket, and a busy worker reads the rest only when it is done. In a Future's callback this does
         not wait, so that only a small message is sure to be sent.
         """
-        item = self._make_item(fn, args, kwargs, Future(), handed_over=True)
+        future: Future[T] = Future()
+        item = self._make_item((fn, args, kwargs), future, handed_over=True)
+        # 1. Send what the socket takes at once. If that is not all, the supervisor sends the rest.
         self._roster.place(item)
+        # 2. Without the lock, which the supervisor needs to send.
         self._roster.wait_delivered(item)
-        return item.future
+        return future
 
-    def _make_item(
-        self,
-        fn: Callable[..., T],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        future: Future[T],
-        *,
-        handed_over: bool,
-    ) -> WorkItem:
+    def _make_item(self, call: tuple[Any, ...], future: Future[Any], *, handed_over: bool) -> WorkItem:
         self._check_owner()
-        payload, fds = codec.dumps((fn, args, kwargs))
-        label = getattr(fn, "__qualname__", None) or type(fn).__name__
+        # In the caller's thread, so that a mistake in the call is raised where it was made.
+        payload, fds = codec.dumps(call)
+        label = getattr(call[0], "__qualname__", None) or type(call[0]).__name__
         return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over)
 
     @property
@@ -181,6 +177,7 @@ class WorkerPool:
         """
         if self._owner != os.getpid():
             return
+        # Before the lock: another thread may hold it and wait for this very callback.
         self._roster.refuse_in_callback("close()")
         with self._close_lock:
             # First no new tasks: otherwise a caller that goes on submitting would keep drain() waiting.
@@ -203,6 +200,7 @@ class WorkerPool:
         self._roster.refuse_in_callback("detach()")
         with self._close_lock:
             self._roster.stop_accepting()
+            # While the supervisor still lives: only it replaces a worker that died before it had its message.
             if not self._roster.wait_all_delivered(_DELIVERY_SECS):
                 logger.error("a task that was handed over reached no worker within %g s; it is lost", _DELIVERY_SECS)
             self._supervisor.detach()

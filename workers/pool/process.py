@@ -45,13 +45,13 @@ class WorkerProcess:
     def __init__(self, options: PoolOptions, inherit_fds: tuple[int, ...] = ()) -> None:
         self.sentinel = self._beats = -1
         try:
-            self.sock, theirs = map(_above_stdio, socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+            self.sock, theirs = map(_socket_above_stdio, socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
             self.sock.setblocking(False)
             self.outbox, self.inbox = Outbox(self.sock), Inbox(self.sock)
             try:
                 # The trainer closes its copy of the worker's end, so that the worker's death is an end-of-file here.
                 with theirs:
-                    self._beats = _make_eventfd()
+                    self._beats = _above_stdio(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
                     self._popen = _start(theirs, self._beats, options, inherit_fds)
                 self.pid = self._popen.pid
                 self.sentinel = self._open_sentinel()
@@ -164,17 +164,13 @@ def _stderr_fd() -> int:
     return subprocess.DEVNULL
 
 
-def _make_eventfd() -> int:
-    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+def _above_stdio(fd: int) -> int:
+    """Duplicate a descriptor to a number above 2, and close it: a daemon may have closed its standard streams."""
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
         os.close(fd)
 
 
-def _above_stdio(sock: socket.socket) -> socket.socket:
-    """The same socket with a number above 2: in a daemon that closed its standard streams, it may have got one of theirs."""
-    if sock.fileno() > 2:
-        return sock
-    with sock:
-        return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
+def _socket_above_stdio(sock: socket.socket) -> socket.socket:
+    return sock if sock.fileno() > 2 else socket.socket(fileno=_above_stdio(sock.detach()))

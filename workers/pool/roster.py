@@ -49,7 +49,7 @@ class Roster:
         self.workers: list[WorkerHandle] = []
         self._pending: deque[WorkItem] = deque()
         self._unplaced: deque[WorkItem] = deque()
-        self._ending = 0
+        self._ending = 0  # tasks
         self._state = PoolState.OPEN
         self._reason = ""
         self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -67,7 +67,7 @@ class Roster:
         """Send the task now, to the worker that is likely to be free first."""
         with self.lock:
             self._admit(item)
-            item.claim()
+            item.claim()  # before a worker has it: from then on nobody can cancel it
             self._unplaced.append(item)
             self._place_all()
             self._wake()  # to watch the deadline of the task, and the socket if it is full
@@ -82,6 +82,7 @@ class Roster:
         holders = [w for w in self.workers if item.task_id in w.items]
         if not holders:
             return item not in self._unplaced  # then it is ending, or has ended
+        # A worker that is no longer usable does not read: its task is sent again when it has been reaped.
         return holders[0].usable and not holders[0].process.outbox
 
     def _admit(self, item: WorkItem) -> None:
@@ -119,6 +120,7 @@ class Roster:
     def feed(self) -> None:
         """Send waiting tasks to the workers that can take them."""
         with self.lock:
+            # What was handed over goes first: its caller waits, and the trainer may end at any moment.
             self._place_all()
             for worker in self.workers:
                 item = self._next_pending() if worker.idle else None
@@ -129,9 +131,10 @@ class Roster:
     def take_finished(self, worker: WorkerHandle, task_id: int) -> WorkItem | None:
         """Take the task that a worker has replied to; the caller resolves it. None: the worker does not have that task."""
         with self.lock:
+            # Out of the items and into the ending ones in one critical section: drain() must find it in one of them.
             item = worker.items.pop(task_id, None)
             self._ending += item is not None
-            worker.start_clock()
+            worker.start_clock()  # of the next task, which the worker begins now
             worker.process.pulse.silent_secs = 0.0
             return item
 
@@ -171,15 +174,16 @@ class Roster:
             return bool(self._unplaced or self._pending)
 
     def resolve(self, resolutions: Iterable[Callable[[], None]]) -> None:
-        """Resolve ending tasks' Futures, and with that run their callbacks, without the lock."""
+        """Resolve ending tasks' Futures without the lock: that runs their callbacks, which may submit."""
         for resolution in resolutions:
             self._thread.resolving = True
             try:
                 resolution()
-            except BaseException:  # a callback's SystemExit: it is not this thread that is to end
+            except BaseException:  # a callback's SystemExit must not end this thread
                 logger.exception("a callback of a Future raised; the pool goes on")
             finally:
                 self._thread.resolving = False
+                # After the callbacks: when drain() returns, they have run.
                 with self.lock:
                     self._ending -= 1
                     self._changed.notify_all()
@@ -252,6 +256,7 @@ class Roster:
             usable = [worker for worker in self.workers if worker.usable]
             if not usable:
                 return
+            # The worker that is likely to be free first.
             worker = min(usable, key=lambda w: (w.load, w.state is not WorkerState.READY))
             worker.send_task(self._unplaced.popleft())
 

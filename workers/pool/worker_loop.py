@@ -16,6 +16,7 @@ from stager.workers.pool.messages import Done, Failed, Ready, Shutdown, Task
 
 def serve(channel: TrainerChannel) -> None:
     """Serve the trainer at the other end until there is nothing more to do."""
+    # Tasks may have been sent before. Ready says that this worker runs them now: their deadlines begin.
     point("worker.start")
     channel.send(Ready())
     point("worker.ready")
@@ -39,6 +40,7 @@ def _answer(channel: TrainerChannel, task: Task, task_fds: list[int], whole: boo
     except BaseException as error:  # noqa: BLE001  (the edge of the process: a task's SystemExit is a reply, too)
         reply = Failed(task.task_id, _dump_error(task, error), traceback.format_exc())
         codec.close_fds(fds)
+    # The kernel duplicates the descriptors when it takes the message: they can be closed after that, and not before.
     channel.send(reply, fds)
     codec.close_fds(fds)
 
