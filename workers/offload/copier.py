@@ -27,7 +27,7 @@ import torch
 
 from stager.workers.errors import StagerError, UnstageableError
 from stager.workers.offload.hook_memo import HookMemo
-from stager.workers.offload.key_path import Argument, Attribute, Item, LocatedError, Segment
+from stager.workers.offload.key_path import LocatedError, Segment, at_argument, at_attribute, at_item
 from stager.workers.offload.tensors import Memo, offload_tensor
 
 _MISSING = object()
@@ -131,7 +131,7 @@ class OffloadCopier:
         return y
 
     def _copy_each(
-        self, items: Iterable[Any], y: Any, memo: Memo, non_blocking: bool, segment: Callable[[int], Segment] = Item
+        self, items: Iterable[Any], y: Any, memo: Memo, non_blocking: bool, segment: Callable[[int], Segment] = at_item
     ) -> None:
         """Append the copies of ``items`` to ``y``, one by one: a cycle that comes back to ``y`` finds those made so far."""
         index = 0
@@ -148,14 +148,14 @@ class OffloadCopier:
             for key, value in pairs:
                 y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
         except LocatedError as error:
-            error.prepend(Item(key))
+            error.prepend(at_item(key))
             raise
 
     def _deepcopy_method(self, x: types.MethodType, memo: Memo, non_blocking: bool) -> types.MethodType:
         try:
             return type(x)(x.__func__, self._copy(x.__self__, memo, non_blocking))
         except LocatedError as error:
-            error.prepend(Attribute("__self__"))
+            error.prepend(at_attribute("__self__"))
             raise
 
     def _offload_tensor(self, x: torch.Tensor, memo: Memo, non_blocking: bool = False) -> torch.Tensor:
@@ -247,7 +247,9 @@ class OffloadCopier:
     def _copy_arguments(self, x: Any, args: tuple[Any, ...], memo: Memo, non_blocking: bool) -> tuple[Any, ...]:
         def segment(index: int) -> Segment:
             fields = getattr(x, "_fields", None) if isinstance(x, tuple) else None
-            return Attribute(fields[index - 1]) if fields and index > 0 else Argument(index)  # the class comes first
+            return (
+                at_attribute(fields[index - 1]) if fields and index > 0 else at_argument(index)
+            )  # the class comes first
 
         copied: list[Any] = []
         self._copy_each(args, copied, memo, non_blocking, segment)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from stager.workers.offload.key_path import Attribute, LocatedError
+from stager.workers.offload.key_path import LocatedError, at_attribute
 
 Memo = dict[int, Any]
 _HAS_NAMES = getattr(torch.Tensor, "has_names", None)  # named dimensions: gone from newer torch
@@ -179,7 +179,7 @@ def _rebuild_wrapper(copier: Copier, x: Any, memo: Memo, non_blocking: bool) -> 
         try:  # a part that is no tensor (a DTensor's device mesh) is shared, as torch.compile shares it
             inner[name] = copier._copy(value, memo, non_blocking) if isinstance(value, torch.Tensor) else value
         except LocatedError as error:
-            error.prepend(Attribute(name))
+            error.prepend(at_attribute(name))
             raise
     y: torch.Tensor = type(x).__tensor_unflatten__(inner, context, x.size(), x.stride())
     if not _same_size(x.size(), y.size()):
@@ -211,5 +211,5 @@ def _copy_attributes(copier: Copier, x: torch.Tensor, y: torch.Tensor, memo: Mem
         try:
             setattr(y, name, copier._copy(value, memo, non_blocking))
         except LocatedError as error:
-            error.prepend(Attribute(name))
+            error.prepend(at_attribute(name))
             raise

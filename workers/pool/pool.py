@@ -94,6 +94,7 @@ class WorkerPool:
         self._supervisor = Supervisor(count, self._options, inherit_fds)
         self._roster = self._supervisor.roster
         self._close_lock = threading.Lock()
+        # When all is there, so that a pool that could not be made is not closed at exit.
         _live_pools.add(self)
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -135,6 +136,7 @@ class WorkerPool:
     def _make_item(self, call: tuple[Any, ...], future: Future[Any], *, handed_over: bool) -> WorkItem:
         self._check_owner()
         # In the caller's thread, so that a mistake in the call is raised where it was made.
+        # The descriptors are duplicates: the caller may close its own as soon as this returns.
         payload, fds = codec.dumps(call)
         label = getattr(call[0], "__qualname__", None) or type(call[0]).__name__
         return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over)
@@ -182,7 +184,9 @@ class WorkerPool:
         with self._close_lock:
             # First no new tasks: otherwise a caller that goes on submitting would keep drain() waiting.
             self._roster.stop_accepting()
+            # Then the tasks, while the supervisor still resolves their Futures and replaces workers that die.
             self._roster.drain(timeout)
+            # Then the workers; what is not done by now fails.
             self._supervisor.stop()
         _live_pools.discard(self)
 
@@ -199,6 +203,7 @@ class WorkerPool:
             return
         self._roster.refuse_in_callback("detach()")
         with self._close_lock:
+            # First no new tasks: a task that is handed over later would find no supervisor to deliver it.
             self._roster.stop_accepting()
             # While the supervisor still lives: only it replaces a worker that died before it had its message.
             if not self._roster.wait_all_delivered(_DELIVERY_SECS):
@@ -224,6 +229,7 @@ _live_pools: set[WorkerPool] = set()
 
 
 def _abandon_all() -> None:
+    # In a forked child: its copies would keep the sockets, and the memory of tasks, open when the trainer is gone.
     for pool in list(_live_pools):
         with suppress(OSError):
             pool._roster.abandon()
@@ -239,4 +245,5 @@ def _close_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
-atexit.register(_close_all)  # daemon threads still run here, so what was submitted is finished, not lost
+# Daemon threads still run when these handlers are called, so that what was submitted is finished, not lost.
+atexit.register(_close_all)

@@ -54,6 +54,7 @@ class WorkerProcess:
                     self._beats = _above_stdio(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
                     self._popen = _start(theirs, self._beats, options, inherit_fds)
                 self.pid = self._popen.pid
+                # At once, while the process was surely not reaped yet: the pid is still its own.
                 self.sentinel = self._open_sentinel()
             except BaseException:
                 self.release()
@@ -65,7 +66,8 @@ class WorkerProcess:
     def _open_sentinel(self) -> int:
         try:
             return os.pidfd_open(self.pid)
-        except OSError:  # out of descriptors: do not leave a process that nobody can watch
+        except OSError:
+            # Out of descriptors. A process that the pool cannot watch must not be left.
             self._popen.kill()
             self._popen.wait()
             raise
@@ -81,7 +83,8 @@ class WorkerProcess:
         return any(events & select.POLLIN for _, events in poll.poll(0))
 
     def kill(self) -> None:
-        """SIGKILL. Through the pidfd: the pid may be somebody else's if a SIGCHLD handler has reaped the process."""
+        """Send SIGKILL."""
+        # Through the pidfd: if a SIGCHLD handler of the user reaped the process, another one may have its pid.
         if self.sentinel >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.sentinel, signal.SIGKILL)
@@ -94,7 +97,8 @@ class WorkerProcess:
         poll.register(self.sentinel, select.POLLIN)
         if not poll.poll(timeout * 1000):
             return False
-        self._popen.wait()  # at once: it only has to be reaped
+        # Returns at once: the process has ended, and only has to be reaped.
+        self._popen.wait()
         return True
 
     def release(self) -> None:
@@ -113,7 +117,8 @@ class WorkerProcess:
     def abandon(self) -> None:
         """After fork(), in the child: give up the descriptors without touching the process, which is not ours."""
         self.release()
-        self._popen.returncode = 0  # or Popen.__del__ warns about a process it thinks is still running
+        # Otherwise Popen.__del__ would warn about a process that it takes for running.
+        self._popen.returncode = 0
 
 
 def _start(
@@ -132,9 +137,11 @@ def _start(
         options.orphan_timeout_secs,
         look_interval(options.heartbeat_timeout_secs),
     )
-    path = [os.path.abspath(os.fsdecode(entry)) for entry in sys.path]  # '' means the directory of today
+    # Absolute, because '' and relative entries mean the directory at this moment.
+    path = [os.path.abspath(os.fsdecode(entry)) for entry in sys.path]
     arguments = ["-c", _BOOTSTRAP.format(path=path), str(theirs.fileno()), str(beats), settings.to_json()]
-    output = _stderr_fd()  # stdout goes there, too: the trainer's stdout is often a pipe with a format of its own
+    # Standard output goes there, too: the trainer's is often a pipe with a format of its own.
+    output = _stderr_fd()
     return subprocess.Popen(
         [os.fsdecode(executable), *_interpreter_flags(), *arguments],
         stdin=subprocess.DEVNULL,
@@ -142,7 +149,8 @@ def _start(
         stderr=output,
         pass_fds=(theirs.fileno(), beats, *inherit_fds),
         env={**os.environ, **_ONE_THREAD, **(options.env or {})},
-        start_new_session=True,  # Ctrl-C and a launcher's killpg are for the trainer; its workers drain first
+        # Ctrl-C and a launcher's killpg are for the trainer. Its workers drain first.
+        start_new_session=True,
     )
 
 

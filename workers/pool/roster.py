@@ -61,16 +61,20 @@ class Roster:
         with self.lock:
             self._admit(item)
             self._pending.append(item)
+            # With the lock, here and below: afterwards the pool may be closed, and with it the eventfd.
             self._wake()
 
     def place(self, item: WorkItem) -> None:
         """Send the task now, to the worker that is likely to be free first."""
         with self.lock:
             self._admit(item)
-            item.claim()  # before a worker has it: from then on nobody can cancel it
+            # 1. Before a worker has it: from then on nobody can cancel it.
+            item.claim()
+            # 2. At the end of the queue: what was handed over before and found no worker goes first.
             self._unplaced.append(item)
             self._place_all()
-            self._wake()  # to watch the deadline of the task, and the socket if it is full
+            # 3. The supervisor watches the deadline of the task, and the socket if it is full.
+            self._wake()
 
     def wait_delivered(self, item: WorkItem) -> None:
         """Until the kernel holds the message of ``item`` for a worker that is alive, or its Future is done."""
@@ -134,13 +138,15 @@ class Roster:
             # Out of the items and into the ending ones in one critical section: drain() must find it in one of them.
             item = worker.items.pop(task_id, None)
             self._ending += item is not None
-            worker.start_clock()  # of the next task, which the worker begins now
+            # The worker begins its next task now, and its reply was a sign of life.
+            worker.start_clock()
             worker.process.pulse.silent_secs = 0.0
             return item
 
     def reap(self, worker: WorkerHandle, max_restarts: int, max_timeouts: int) -> list[WorkItem]:
         """Remove a worker whose process has ended; return its tasks that have no attempt left, ending."""
         with self.lock:
+            # The process has ended and was collected, so that nothing it did overlaps with another attempt.
             was_ready = worker.state is WorkerState.READY
             self.workers.remove(worker)
             items = list(worker.items.values())
@@ -179,7 +185,8 @@ class Roster:
             self._thread.resolving = True
             try:
                 resolution()
-            except BaseException:  # a callback's SystemExit must not end this thread
+            except BaseException:
+                # A callback's SystemExit must not end this thread, which watches all workers.
                 logger.exception("a callback of a Future raised; the pool goes on")
             finally:
                 self._thread.resolving = False
@@ -196,7 +203,8 @@ class Roster:
             return self._changed.wait_for(self._is_all_delivered, timeout)
 
     def _is_all_delivered(self) -> bool:
-        if self._state is PoolState.STOPPED:  # nobody would deliver anything any more
+        # After the stop, no thread delivers anything: do not wait for it.
+        if self._state is PoolState.STOPPED:
             return True
         return not self._unplaced and all(w.usable and not w.process.outbox for w in self.workers if w.items)
 
@@ -231,7 +239,8 @@ class Roster:
             return items
 
     def abandon(self) -> None:
-        """In a forked child: close the copied descriptors. The lock may be held by a thread that does not exist here."""
+        """In a forked child: close the copied descriptors."""
+        # Without the lock: a thread of the parent, which does not exist here, may have held it at the fork.
         self._close_wakeup()
         for worker in self.workers:
             worker.process.abandon()
@@ -241,7 +250,8 @@ class Roster:
     # -- with the lock held -------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        if self.wakeup >= 0:  # closed: the number may be another file's by now, so only look at it with the lock held
+        # After the close the number may be that of another file: never write to it then.
+        if self.wakeup >= 0:
             os.eventfd_write(self.wakeup, 1)
 
     def _close_wakeup(self) -> None:

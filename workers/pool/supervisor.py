@@ -67,6 +67,7 @@ class Supervisor:
         try:
             for _ in range(count):
                 self._spawn()
+            # Last: until the thread runs, this one alone uses the roster, and can undo everything.
             self._thread.start()
         except BaseException:
             for worker in self.roster.workers:
@@ -91,17 +92,21 @@ class Supervisor:
 
     def detach(self) -> None:
         """Stop watching; the workers finish the tasks they have, and then end by themselves. Idempotent."""
+        # 1. The thread first: it would take a worker that ends for one that died, and replace it.
         self.roster.stop()
         self._thread.join()
+        # 2. A worker reads Shutdown after the tasks that were sent before, so it finishes these.
         for worker in self.roster.workers:
             worker.send(Shutdown(), [])
             worker.process.detach()
+        # 3. No reply is read any more: tell which tasks are in good hands, and which are lost.
         left = {item.task_id for worker in self.roster.workers for item in worker.items.values()}
         self._fail(self.roster.clear(), lambda item: _detached_error(item, item.task_id in left))
 
     def _stop_workers(self) -> None:
         """Climb the shutdown ladder from "ask" on. When this returns, no worker runs any task."""
         workers, rung_secs = self.roster.workers, self._options.shutdown_timeout_secs
+        # Ask all before waiting for any: they end at the same time.
         for worker in workers:
             if worker.state is WorkerState.READY and not worker.items:
                 worker.send(Shutdown(), [])
@@ -109,7 +114,8 @@ class Supervisor:
                 worker.kill()
         for worker in _join(workers, rung_secs):
             worker.kill()
-        for worker in _join(workers, rung_secs):  # stuck in the kernel, in a hung file system for example
+        # What is left now is stuck in the kernel, in a hung file system for example.
+        for worker in _join(workers, rung_secs):
             logger.error("worker %d does not end although it was killed; it is left behind", worker.pid)
         for worker in workers:
             worker.process.release()
@@ -120,11 +126,13 @@ class Supervisor:
         try:
             while not self.roster.stopped:
                 self._turn()
-        except BaseException as error:  # the edge of the thread: a Future must not wait for ever
+        except BaseException as error:
+            # The edge of the thread: without it, every Future would wait for ever.
             logger.exception("the thread that watches the workers failed; the pool is closed")
             self._break(error)
 
     def _turn(self) -> None:
+        # A copy, because reaping removes workers. Without the lock, because only this thread adds and removes them.
         workers = list(self.roster.workers)
         ready = self._wait(workers)
         for worker in workers:
@@ -137,7 +145,9 @@ class Supervisor:
             elif events & select.POLLOUT or worker.process.outbox.throttled:
                 with self.roster.lock:
                     worker.flush()
+        # After the replies, which may show that a worker is not stuck at all.
         self._kill_stuck()
+        # Last: tasks of a dead worker find its replacement, and those that waited find the workers that are idle now.
         self._replace_missing()
         self.roster.feed()
 
@@ -146,8 +156,8 @@ class Supervisor:
         poll = select.poll()
         poll.register(self.roster.wakeup, select.POLLIN)
         until = self._next_replacement()
-        # With the lock, so that no message is queued after its worker's socket was judged to have nothing to send. A message
-        # that is queued right after this block wakes the poll.
+        # With the lock, so that no caller's thread queues a message for a worker while this thread asks whether it has one. A
+        # message that is queued after this block ends the wait, by the wakeup.
         with self.roster.lock:
             for worker in workers:
                 until = min(until, self._register(poll, worker))
@@ -220,6 +230,7 @@ class Supervisor:
         with self.roster.lock:
             for worker in self.roster.workers:
                 worker.kill_if_overdue(now)
+                # A worker that was just killed for its deadline holds no task in this sense, and is not judged again.
                 if worker.holds_task and elapsed > 0:
                     worker.kill_if_silent(elapsed, self._heartbeats.limit_secs)
 
@@ -229,7 +240,8 @@ class Supervisor:
         """``time.monotonic()`` at which a worker is to be started; infinite: none is missing, or wanted."""
         if len(self.roster.workers) >= self._count:
             return math.inf
-        if self._restart_budget.broken:  # one more attempt at a time, and only if there is work
+        # After too many failed starts: one attempt at a time, and only if there is work.
+        if self._restart_budget.broken:
             starting = any(worker.state is WorkerState.STARTING for worker in self.roster.workers)
             if starting or not self.roster.has_waiting():
                 return math.inf

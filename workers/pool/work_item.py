@@ -99,10 +99,9 @@ def _remote_error(message: Failed, label: str) -> BaseException:
     """What the task raised, with the worker's traceback as cause."""
     error: BaseException
     try:
-        error = codec.loads(message.payload, [])
+        loaded: object = codec.loads(message.payload, [])
+        error = loaded if isinstance(loaded, BaseException) else WorkerError(f"{label} raised {loaded!r}")
     except BaseException as problem:  # noqa: BLE001  (a user's exception class can fail in any way)
         error = WorkerError(f"{label} raised an exception that cannot be unpickled here: {problem!r}")
-    if not isinstance(error, BaseException):
-        error = WorkerError(f"{label} raised {error!r}")
     error.__cause__ = RemoteTraceback(message.traceback)
     return error

@@ -26,7 +26,8 @@ def serve(channel: TrainerChannel) -> None:
             return
         if isinstance(frame.message, Task):
             _answer(channel, frame.message, frame.fds, frame.whole)
-        del frame  # or the last task's arguments would stay in memory while the worker waits for the next
+        # Otherwise the last task's arguments would stay in memory while the worker waits for the next.
+        del frame
 
 
 def _answer(channel: TrainerChannel, task: Task, task_fds: list[int], whole: bool) -> None:
@@ -52,6 +53,7 @@ def _run(task: Task, fds: list[int], whole: bool) -> object:
             f"{os.strerror(errno.EMFILE)}: the worker could not take all descriptors of the task's tensors; "
             "send fewer storages in one task, or raise `ulimit -n`",
         )
+    # Unpickling runs the user's code and may import torch: what it raises is the task's error.
     point("task.receive")
     function, args, kwargs = codec.loads(task.payload, fds)
     point("task.run")

@@ -62,12 +62,13 @@ def main(fd: str, beats: str, settings_json: str) -> None:
         channel = TrainerChannel(int(fd), parent)
         serve(channel)
         exitcode = 0
-    except BaseException:  # noqa: BLE001  (the edge of the process: what escapes is printed, and the exit code says so)
+    except BaseException:  # noqa: BLE001  (the edge of the process: the error is printed, and the exit code says so)
         traceback.print_exc()
     finally:
         # Not sys.exit: atexit handlers of imported libraries have no business in a worker, and take time.
         for stream in (sys.stdout, sys.stderr):
-            with suppress(AttributeError, OSError, ValueError):  # whoever read our stderr may be gone
+            # The process that reads standard error may be gone.
+            with suppress(AttributeError, OSError, ValueError):
                 stream.flush()
         os._exit(exitcode)
 
@@ -128,7 +129,8 @@ def _set_up_descriptors() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the descriptor of the listing itself
+        # The descriptor of the listing itself is closed by now.
+        with suppress(OSError):
             if int(name) > 2:
                 os.set_inheritable(int(name), False)
 
@@ -158,7 +160,8 @@ def _lower_autogroup(nice: int) -> None:
         try:
             with open("/proc/self/autogroup", "w") as file:
                 file.write(str(nice))
-        except BlockingIOError:  # the kernel takes one change in 100 ms from all unprivileged processes together
+        except BlockingIOError:
+            # The kernel takes one change in 100 ms from all unprivileged processes together.
             time.sleep(_AUTOGROUP_PAUSE_SECS)
         else:
             return
