@@ -156,8 +156,8 @@ class Supervisor:
         poll = select.poll()
         poll.register(self.roster.wakeup, select.POLLIN)
         until = self._next_replacement()
-        # With the lock, so that no caller's thread queues a message for a worker while this thread asks whether it has one. A
-        # message that is queued after this block ends the wait, by the wakeup.
+        # With the lock, so that no caller's thread queues a message for a worker while this thread asks whether it has one.
+        # A message that is queued after this block ends the wait, by the wakeup.
         with self.roster.lock:
             for worker in workers:
                 until = min(until, self._register(poll, worker))
