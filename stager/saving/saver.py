@@ -34,7 +34,7 @@ from stager.saving.hand_over import HandOver, Staging
 from stager.saving.options import SaverOptions
 from stager.saving.save import Save
 from stager.saving.staging_thread import StagingThread
-from stager.sharing.sharer import SharingOptions, make_sharer
+from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.snapshot.copying import Copier, wait_uninterrupted
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Pieces, cut, segment_bytes_for, whole
@@ -93,7 +93,7 @@ class Saver:
         self._planner = planner(options.segment_bytes)
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, options.segment_bytes), in_order=True)
         self.guard = Guard(self.wait_for_staging)
-        sharer = make_sharer(pool, options.num_parts, sharing)
+        sharer = SourceSharer(pool, options.num_parts, sharing)
         self._taker = SnapshotTaker(file_format, copier, self.guard, sharer, group, verify=options.verify)
 
     # -- the trainer's thread -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, St
 from stager.torch_api.staging.staging_options import CheckpointStagerConfig, StagingOptions, auto_options, resolve
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.errors import ClosedError
-from stager.workers.offload import HookMemo
+from stager.workers.offload.hook_memo import HookMemo
 
 
 class _State(Enum):

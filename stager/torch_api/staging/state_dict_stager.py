@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from stager.workers.offload import BufferPool, HostBuffers, OffloadCopier, StorageStager, reachable_leaves
+from stager.workers.memory.buffer_pool import BufferPool
+from stager.workers.memory.host_buffers import HostBuffers
+from stager.workers.offload.copier import OffloadCopier, StorageStager
+from stager.workers.offload.hook_memo import reachable_leaves
 
 _MISSING = object()
 
