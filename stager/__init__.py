@@ -27,7 +27,7 @@ _HOME = {
     "stager.loading.loaded": ("Loaded",),
     "stager.operations": ("RecoverReport", "prune", "recover", "verify"),
     "stager.state.per_rank": ("PerRank",),
-    "stager.saving.save_handle": ("SaveHandle",),
+    "stager.saving.save": ("SaveHandle",),
     "stager.telemetry.event": ("Event",),
     "stager.telemetry.report": ("SaveReport", "SaveState"),
     "stager.torch_api.staging": (
@@ -107,7 +107,7 @@ if TYPE_CHECKING:
     from stager.operations import recover as recover
     from stager.operations import verify as verify
     from stager.saving.preemption import Preemption as Preemption
-    from stager.saving.save_handle import SaveHandle as SaveHandle
+    from stager.saving.save import SaveHandle as SaveHandle
     from stager.state.per_rank import PerRank as PerRank
     from stager.telemetry.event import Event as Event
     from stager.telemetry.report import SaveReport as SaveReport

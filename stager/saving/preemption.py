@@ -29,6 +29,8 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 class Preemption:
     """Whether the end was announced, and how much time is left. Made by :meth:`stager.Checkpointer.on_preemption`.
 
+    Without signals only :meth:`request` announces it, and any thread may make it.
+
     An earlier Python handler of the signal is called as well, after ours. The default action, which would end the process,
     is not taken. Only the first signal counts. Python runs signal handlers in the main thread, between two instructions, so
     a long call into C delays them.
@@ -42,10 +44,11 @@ class Preemption:
         ValueError: no such signal, or a deadline below 0.
     """
 
-    def __init__(self, signals: Iterable[int], deadline_secs: float | None) -> None:
+    def __init__(self, signals: Iterable[int] = (), deadline_secs: float | None = None) -> None:
         if deadline_secs is not None and not deadline_secs >= 0:
             raise ValueError(f"deadline_secs must be 0 or more, got {deadline_secs}")
-        if threading.current_thread() is not threading.main_thread():
+        signals = tuple(signals)
+        if signals and threading.current_thread() is not threading.main_thread():
             raise UsageError(
                 "on_preemption() was not called in the main thread, the only one in which Python can set a signal handler; "
                 "call it there"
@@ -95,10 +98,11 @@ class Preemption:
         if threading.current_thread() is threading.main_thread():
             for number, previous in self._previous.items():
                 if signal.getsignal(number) == self._handle:
-                    signal.signal(number, _settable(previous))
+                    # None: it was not set from Python and cannot be set again, so take the default action
+                    signal.signal(number, signal.SIG_DFL if previous is None else previous)
             _installed.discard(self)
 
-    # -- the handler: it only sets attributes, because it may interrupt code that holds a lock, a logger's say -------
+    # -- the handler: it only sets attributes, because it may interrupt code that holds a lock (of a logger, say) ----
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         previous = self._previous.get(number)
@@ -120,11 +124,6 @@ class Preemption:
         if self._applies and self._requested_at is None:
             self._signal = signal.Signals(number)
             self.request()
-
-
-def _settable(handler: _Handler) -> Callable[[int, FrameType | None], Any] | int:
-    """None stands for a handler that was not set from Python. It cannot be restored, so take the default action."""
-    return signal.SIG_DFL if handler is None else handler
 
 
 def _restore_all() -> None:
