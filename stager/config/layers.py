@@ -5,8 +5,7 @@ A layer holds what was written and where; it knows no models. ``loading.py`` put
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,39 +45,31 @@ def file_layer(path: str) -> Layer:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            values, lines = _parse(file.read(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
-    return text_layer(text, path)
-
-
-def text_layer(text: str, source: str) -> Layer:
-    """The settings of YAML text, which ``source`` names in errors.
-
-    Raises:
-        ConfigError: see :func:`file_layer`.
-    """
-    loader = yaml.SafeLoader("")
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        lines = _lines_of(node, source)
-        values = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from error
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: must be a mapping of sections such as 'arena:', not a {type(values).__name__}")
+    return Layer(path, values or {}, lines)
+
+
+def _parse(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Return the document, and the line of each section and key."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        lines = _lines_of(node, source)  # first: it refuses a key given twice, of which the document has only the last
+        return None if node is None else loader.construct_document(node), lines
     finally:
         loader.dispose()
-    if values is None:
-        return Layer(source, {})
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: must be a mapping of sections such as 'arena:', not a {type(values).__name__}")
-    return Layer(source, values, lines)
 
 
 def environment_layers(environ: Mapping[str, str]) -> Iterator[Layer]:
@@ -106,15 +97,6 @@ def override_layer(text: str) -> Layer:
     if not (equals and dot and section and key):
         raise ConfigError(f"{source}: must have the form section.key=value, for example arena.buffers=3")
     return Layer(source, {section: {key: _scalar(value, source)}})
-
-
-def mapping_layer(values: Mapping[Any, Any], source: str = "mapping") -> Layer:
-    return Layer(source, values)
-
-
-def as_path(config: object) -> str | None:
-    """The path that ``config`` is, or None."""
-    return os.fsdecode(config) if isinstance(config, str | os.PathLike) else None
 
 
 def _scalar(text: str, source: str) -> Any:
@@ -150,12 +132,10 @@ def _lines_of(root: yaml.Node | None, source: str) -> dict[KeyPath, int]:
 
 
 def _children(node: yaml.MappingNode, prefix: KeyPath, source: str) -> list[tuple[KeyPath, int, yaml.Node]]:
-    first_lines: dict[Hashable, int] = {}
+    first_lines: dict[tuple[str, str], int] = {}
     children = []
     for key, value in node.value:
-        line = key.start_mark.line + 1
-        path = (*prefix, str(key.value))
-        identity = (key.tag, str(key.value))
+        line, path, identity = key.start_mark.line + 1, (*prefix, str(key.value)), (key.tag, str(key.value))
         if identity in first_lines:
             message = f"{'.'.join(path)}: given twice, first on line {first_lines[identity]}; keep one"
             raise ConfigError(f"{source}:{line}: {message}")

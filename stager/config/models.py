@@ -18,11 +18,8 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number o
 SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a number of seconds")]
 
 
-def _as_text(value: object) -> object:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-FilePath = Annotated[str, Field(min_length=1), BeforeValidator(_as_text), Allowed("the path of a file")]
+_as_text = BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
+FilePath = Annotated[str, Field(min_length=1), _as_text, Allowed("the path of a file")]
 
 
 class Section(BaseModel):
@@ -59,15 +56,11 @@ class WorkersConfig(Section):
     )
 
     def resolve_count(self, local_world_size: int = 1, cores: int | None = None) -> int:
-        """The number of worker processes of this trainer.
+        """Return how many worker processes this trainer has.
 
         Args:
             local_world_size: trainers on this host, which share its cores.
-            cores: cores of the host that may be used; measured when None.
-
-        Returns:
-            ``count`` as written; for ``auto``: 2 below 8 cores, else ``min(4, cores // 4)``, divided by the local
-            world size, at least 1.
+            cores: cores of the host that may be used; None: measure them.
         """
         if self.count != "auto":
             return self.count
@@ -90,12 +83,7 @@ class ArenaConfig(Section):
     )
 
     def resolve_max_host_bytes(self, available_bytes: int, local_world_size: int = 1) -> int:
-        """The memory budget of this trainer, in bytes.
-
-        Args:
-            available_bytes: what the host, or the cgroup, has to give.
-            local_world_size: trainers on this host. A share is divided between them; a number of bytes is for each.
-        """
+        """Return the memory budget of this trainer, in bytes. Trainers on one host divide a share, not a number of bytes."""
         if isinstance(self.max_host_bytes, int):
             return self.max_host_bytes
         share = parse_share(self.max_host_bytes)
@@ -121,11 +109,11 @@ class StagingConfig(Section):
     )
 
     def resolve_copy_threads(self) -> int:
-        """Threads that copy while the trainer waits; more than 8 gain nothing: memory is the limit."""
+        """Return how many threads copy while the trainer waits; more than 8 gain nothing: memory is the limit."""
         return min(8, usable_cores()) if self.copy_threads == "auto" else self.copy_threads
 
     def resolve_background_threads(self) -> int:
-        """Threads that copy while the trainer goes on."""
+        """Return how many threads copy while the trainer goes on."""
         if self.background_threads == "auto":
             return max(1, min(4, self.resolve_copy_threads() // 2))
         return self.background_threads
