@@ -274,8 +274,7 @@ class Checkpointer:
     def unprotect(self, step: int) -> None:
         """Let the rules of ``retention`` decide on ``step`` again. Nothing happens if it was not protected.
 
-        Raises:
-            CorruptCheckpointError, StorageError, ClosedError
+        Errors: as of :meth:`protect`.
         """
         self._change_protected(step, keep=False)
 

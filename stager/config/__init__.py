@@ -19,13 +19,10 @@ from stager.config.models import (
     TelemetryConfig,
     WorkersConfig,
 )
-from stager.config.sizes import Bytes, MemoryLimit, format_bytes, parse_bytes
 
 __all__ = [
     "ArenaConfig",
-    "Bytes",
     "LoadingConfig",
-    "MemoryLimit",
     "PersistenceConfig",
     "RanksConfig",
     "ReplicationConfig",
@@ -35,7 +32,5 @@ __all__ = [
     "StagingConfig",
     "TelemetryConfig",
     "WorkersConfig",
-    "format_bytes",
     "load_config",
-    "parse_bytes",
 ]

@@ -27,12 +27,7 @@ def available_memory_bytes() -> int:
 
 
 class Cgroup:
-    """The control group of a process, v2 or v1, and the limits set on it or on any group above it.
-
-    Args:
-        membership: the text of ``/proc/<pid>/cgroup``.
-        mount: where the hierarchies are mounted.
-    """
+    """The control group of a process (``/proc/<pid>/cgroup``), v2 or v1, and the limits on it and on groups above it."""
 
     def __init__(self, membership: str, mount: Path = _CGROUP_MOUNT) -> None:
         self._mount = mount
@@ -65,10 +60,7 @@ class Cgroup:
         return min(limits, default=None)
 
     def memory_headroom_bytes(self) -> int | None:
-        """The limit less what is used and cannot be given back (page cache can), in bytes; None without a limit.
-
-        The tightest group counts, which may be one above this process's own.
-        """
+        """The limit less what is used and cannot be given back (page cache can), in bytes; None without a limit."""
         directories = (*self._directories(""), *self._directories("memory"))
         return min((room for d in directories if (room := _headroom(d)) is not None), default=None)
 

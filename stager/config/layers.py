@@ -38,11 +38,7 @@ class Layer:
 
 
 def file_layer(path: str) -> Layer:
-    """The settings of a YAML file; an empty file has none.
-
-    Raises:
-        ConfigError: unreadable, not YAML, a key given twice, or not a mapping.
-    """
+    """Return the settings of a YAML file; an empty file has none. ConfigError says why it is no such file."""
     try:
         with open(path, encoding="utf-8") as file:
             values, lines = _parse(file.read(), path)
@@ -73,11 +69,7 @@ def _parse(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def environment_layers(environ: Mapping[str, str]) -> Iterator[Layer]:
-    """One layer for each ``STAGER_<SECTION>__<KEY>``, in the order of their names.
-
-    Raises:
-        ConfigError: a value is not a YAML scalar.
-    """
+    """Make one layer for each ``STAGER_<SECTION>__<KEY>``, in the order of their names; ConfigError if it is not YAML."""
     for name in sorted(environ):
         section, separator, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name.startswith(ENV_PREFIX) and separator:
@@ -86,11 +78,7 @@ def environment_layers(environ: Mapping[str, str]) -> Iterator[Layer]:
 
 
 def override_layer(text: str) -> Layer:
-    """The layer of one ``--set section.key=value``.
-
-    Raises:
-        ConfigError: not of that form, or the value is not a YAML scalar.
-    """
+    """Make the layer of one ``--set section.key=value``; ConfigError if it has another form, or is not YAML."""
     path, equals, value = text.partition("=")
     section, dot, key = path.strip().partition(".")
     source = f"--set {text}"
