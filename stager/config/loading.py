@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, Generic
 
 from pydantic import BaseModel, ValidationError
+from typing_extensions import TypeVar
 
 from stager.config import layers, problems
 from stager.config.layers import KeyPath, Layer
@@ -22,21 +23,7 @@ COMMAND_SECTIONS = frozenset({"demo", "stress"})
 """Sections that belong to one command. A file may be written for a command and read by a ``Checkpointer`` as well, so
 whoever does not know these sections passes over them; the command's own model checks them."""
 
-_M = TypeVar("_M", bound=StagerConfig)
-
-
-@overload
-def load_config(
-    config: ConfigSource = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
-) -> StagerConfig: ...
-@overload
-def load_config(
-    config: ConfigSource = None,
-    overrides: Sequence[str] = (),
-    environ: Mapping[str, str] | None = None,
-    *,
-    model: type[_M],
-) -> _M: ...
+_M = TypeVar("_M", bound=StagerConfig, default=StagerConfig)
 
 
 def load_config(
@@ -44,8 +31,8 @@ def load_config(
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     *,
-    model: type[StagerConfig] = StagerConfig,
-) -> StagerConfig:
+    model: type[_M] = StagerConfig,  # type: ignore[assignment]  # the default of _M
+) -> _M:
     """Return the configuration to run with.
 
     Args:
@@ -84,10 +71,10 @@ def _base_layers(config: object) -> list[Layer]:
     raise ConfigError(f"config: expected a path, a mapping, a StagerConfig or None, got {problems.shown(config)}")
 
 
-class _Merged:
+class _Merged(Generic[_M]):
     """Layers put on top of each other, each value with the layer it came from."""
 
-    def __init__(self, model: type[StagerConfig]) -> None:
+    def __init__(self, model: type[_M]) -> None:
         self._model = model
         self._values: dict[str, Any] = {}
         self._owners: dict[KeyPath, Layer] = {}
@@ -123,7 +110,7 @@ class _Merged:
             else:
                 self._note(layer, (section, str(key)), problems.unknown_key(section, key, self._model))
 
-    def validate(self) -> StagerConfig:
+    def validate(self) -> _M:
         """Return the checked configuration; ConfigError lists every problem found in any layer."""
         try:
             config = self._model.model_validate(self._values)

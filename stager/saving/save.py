@@ -108,17 +108,18 @@ class Save:
                 raise InternalError(f"save of step {self.step} cannot go from {before} to {to}")
             self._report = replace(self._report, state=to)
 
-    def describe(self, nbytes: int, num_tensors: int, num_objects: int) -> None:
-        """Record how much the snapshot holds, in bytes and items."""
-        self._set(nbytes=nbytes, num_tensors=num_tensors, num_objects=num_objects)
+    def record(self, **figures: Any) -> None:
+        """Fill in figures of the report, by their names."""
+        with self._lock:
+            self._report = replace(self._report, **figures)
 
-    def unblock(self) -> None:
-        """Record that ``save()`` returns now."""
-        self._set(blocked_secs=self._now())
+    def elapsed_secs(self) -> float:
+        """Return how long ago ``save()`` was called."""
+        return time.time() - self.timeline.started
 
     def complete_staging(self) -> None:
         """Resolve ``staging_completion``: the snapshot is whole, and the workers have it."""
-        self._set(staged_secs=self._now())
+        self.record(staged_secs=self.elapsed_secs())
         self.staging_completion.set_result(None)
 
     def skip(self) -> None:
@@ -153,7 +154,7 @@ class Save:
         for note in dict.fromkeys(result.note for result in results if result.note):
             self.timeline.note(note)
         since = self.timeline.started
-        self._set(
+        self.record(
             written_secs=max((r.written for r in results), default=committed.ended) - since,
             synced_secs=max((r.synced for r in results), default=committed.ended) - since,
             committed_secs=committed.ended - since,
@@ -163,13 +164,6 @@ class Save:
         # The figures are whole before the Future is done: whoever waited for it may read the report.
         self.move(SaveState.COMMITTED)
         self.upload_completion.set_result(committed.info)
-
-    def _now(self) -> float:
-        return time.time() - self.timeline.started
-
-    def _set(self, **figures: Any) -> None:
-        with self._lock:
-            self._report = replace(self._report, **figures)
 
 
 class SaveHandle:

@@ -128,12 +128,13 @@ class Saver:
         lease = self._lease(save, pieces.slab_nbytes)
         if lease is not None:
             self._stage(Staging(save, snapshot, pieces), lease)
-        save.unblock()
+        save.record(blocked_secs=save.elapsed_secs())
 
     def _plan(self, save: Save, tree: StateTree) -> tuple[Snapshot, Pieces]:
         timeline = save.timeline
         snapshot = self._taker.begin(timeline, tree, self._planner, may_move=not self._thread.is_busy)
-        save.describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.plan.objects))
+        plan = snapshot.plan
+        save.record(nbytes=snapshot.nbytes, num_tensors=plan.num_tensors, num_objects=len(plan.objects))
         timeline.event("plan", timeline.started)
         pieces = whole(snapshot.plan, snapshot.blobs, self._num_parts, _ANY_SIZE if self._incremental else 0)
         if pieces.slab_nbytes > self._arena.max_slab_nbytes:

@@ -76,14 +76,7 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
 
 
 def start_pool(workers: WorkersConfig, group: RankGroup, lock_fd: int) -> WorkerPool:
-    """Start the worker processes.
-
-    Args:
-        lock_fd: the workers keep it open, see NOTE [ The lock ] in ``workers/checkpoint/directory/run_directory.py``.
-
-    Raises:
-        WorkerStartError
-    """
+    """Start the worker processes, which keep the lock open: NOTE [ The lock ] in ``directory/run_directory.py``."""
     settings = workers.model_dump(exclude={"count"})
     options = PoolOptions(**settings, env={"CUDA_VISIBLE_DEVICES": ""})  # workers never create a CUDA context
     return WorkerPool(workers.resolve_count(group.local_size), options, inherit_fds=(lock_fd,))
@@ -119,11 +112,7 @@ def writing(persistence: PersistenceConfig, num_workers: int) -> Writing:
 
 
 def retention_rules(retention: RetentionConfig, num_threads: int | None = 1) -> RetentionRules:
-    """Read the retention rules from the configuration.
-
-    Args:
-        num_threads: threads that verify. One in a worker, because it competes with the trainer; None: all cores.
-    """
+    """Read the retention rules. One thread verifies in a worker, which competes with the trainer; None: all cores."""
     return RetentionRules(
         keep_latest=retention.keep_latest,
         keep_every=retention.keep_every,
