@@ -127,13 +127,13 @@ class Checkpointer:
             self._pool = setup.start_pool(config.workers, job, self._lock_fd)
             try:  # not one of the resources: how the pool ends depends on the saves in flight (saving/ending.py)
                 self._replication = Replication.open(config.replication, self._directory, job, self._pool)
+                shared = self._arena, self._pool, job, self._replication.replicator
+                self._saver = Saver(config, self._directory, segment_bytes, *shared, on_done=self._on_done)
             except BaseException:
                 self._pool.close(0)
                 raise
+            opened.callback(self._saver.close)
             self._resources = opened.pop_all()
-        shared = self._arena, self._pool, job, self._replication.replicator
-        self._saver = Saver(config, self._directory, segment_bytes, *shared, on_done=self._on_done)
-        self._resources.callback(self._saver.close)
         self._together.restore = self._replication.restore
         rules = setup.retention_rules(config.retention)
         self._retainer = Retainer(self._pool, self._directory, rules, self._on_pruned)
@@ -181,8 +181,9 @@ class Checkpointer:
         ``wait_for_staging()`` first.
         """
         with self._lock:
+            saver = self._writer()
             for optimizer in optimizers:
-                self._writer().guard.add(optimizer)
+                saver.guard.add(optimizer)
 
     def warmup(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save of such a state would have to do: plan, allocate, start workers. Waits for it."""
@@ -227,8 +228,7 @@ class Checkpointer:
         self._writer().wait_for_staging(timeout)
 
     def _refuse_in_callback(self, what: str) -> None:
-        has_saves = self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING)
-        if has_saves and self._saver.in_callback:
+        if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._saver.in_callback:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 "let the callback set a flag, and call it from the training loop"
@@ -269,16 +269,13 @@ class Checkpointer:
             CorruptCheckpointError: the list of protected steps is damaged.
             StorageError, ClosedError
         """
-        self._change_protected(step, keep=True)
+        self._protect(step, keep=True)
 
     def unprotect(self, step: int) -> None:
-        """Let the rules of ``retention`` decide on ``step`` again. Nothing happens if it was not protected.
+        """Let the rules of ``retention`` decide on ``step`` again, if it was protected. Errors: as of :meth:`protect`."""
+        self._protect(step, keep=False)
 
-        Errors: as of :meth:`protect`.
-        """
-        self._change_protected(step, keep=False)
-
-    def _change_protected(self, step: int, *, keep: bool) -> None:
+    def _protect(self, step: int, *, keep: bool) -> None:
         _check_step(step)
         with self._lock:
             self._writer()
@@ -314,8 +311,7 @@ class Checkpointer:
     def latest(self) -> CheckpointInfo | None:
         """Find the newest checkpoint that is committed and valid; None if there is none.
 
-        Each candidate is verified as ``loading.verify`` says. Candidates that are skipped are logged, and listed with the
-        reason in :attr:`skipped`.
+        Each candidate is verified as ``loading.verify`` says. What is skipped is logged, and listed in :attr:`skipped`.
         """
         found = self._together.latest(self._loader.latest)
         self._forget_damaged_base()
@@ -380,8 +376,8 @@ class Checkpointer:
         loaded = load(step) if into is None else self._together.load(step, load)
         self._forget_damaged_base()
         if self._is_open and loaded is not None:
-            if into is not None and loaded.info is not None:
-                self._saver.expect(loaded.info.nbytes // self._job.num_ranks)  # about its share
+            if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
+                self._saver.expect(loaded.info.nbytes // self._job.num_ranks)
             if self._loader.knows_whole(loaded.path):
                 self._saver.completion.set_base(loaded.step)
         return loaded
