@@ -71,34 +71,26 @@ class Staging:
         return failed or self.failure is not None or self.given_up.is_set()
 
 
+@dataclass(eq=False)
 class HandOver:
     """Gives staged pieces to the workers, and the whole save to its completion.
 
-    Args:
+    Attributes:
         template: what the save specs of this rank have in common.
         writing: how one worker writes.
     """
 
-    def __init__(
-        self,
-        template: SaveSpec,
-        writing: Writing,
-        arena: Arena,
-        pool: WorkerPool,
-        completion: SaveCompletion,
-        replicator: Replicator | NoReplication,
-    ) -> None:
-        self._template = template
-        self._writing = writing
-        self._arena = arena
-        self._pool = pool
-        self._completion = completion
-        self._replicator = replicator
-        self._slab_writer = SlabWriter()
+    template: SaveSpec
+    writing: Writing
+    arena: Arena
+    pool: WorkerPool
+    completion: SaveCompletion
+    replicator: Replicator | NoReplication
+    slab_writer: SlabWriter = field(default_factory=SlabWriter)
 
     def begin_copying(self, pieces: Pieces, lease: Lease) -> None:
         """Tell that tensors are about to be copied into a slab."""
-        self._slab_writer.begin(pieces, lease.slab)
+        self.slab_writer.begin(pieces, lease.slab)
 
     def hand_over(self, staging: Staging, piece: Piece, lease: Lease) -> None:
         """Hand one piece over, whose tensors are in the slab. The slab is released when its parts are done.
@@ -110,17 +102,17 @@ class HandOver:
         save, pieces = staging.save, staging.pieces
         is_last = piece is pieces.pieces[-1]
         lease.move(SlabState.STAGED)
-        if is_last:
+        if is_last:  # every tensor is in a slab; no worker has the last piece yet, so the save is not safe yet
             save.move(SaveState.STAGED)
             point("save.copied")
         # 1. One spec for all pieces: its time and its hard-link base are those of the whole checkpoint.
         spec = staging.tasks[0].spec if staging.tasks else self._spec(save, pieces)
-        task = self._slab_writer.write(spec, pieces, piece, lease.slab, self._arena.live_slabs())
+        task = self.slab_writer.write(spec, pieces, piece, lease.slab, self.arena.live_slabs())
         # 2. After the first part is out, a worker reads the slab: from there on the lease is the save's, whatever fails.
         futures: list[Future[PartResult]] = []
         try:
             for part in piece.parts:
-                futures.append(self._pool.hand_over(persist_part, replace(task, writing=self._writing), part))
+                futures.append(self.pool.hand_over(persist_part, replace(task, writing=self.writing), part))
         except Exception as error:
             if not futures:
                 raise
@@ -147,33 +139,35 @@ class HandOver:
             self.fail(save, error)
             return
         if staging.is_complete:
+            # "Staged" is a promise, so the workers must have every part before the Future says so. And the state comes
+            # before the Future, because who waits for the Future may look at the state.
             save.move(SaveState.PERSISTING)
             point("save.handed-over")
             save.complete_staging()
-            self._arena.prepare_in_background(staging.leases[0].nbytes)
+            self.arena.prepare_in_background(staging.leases[0].nbytes)
         # 4. before 5.: the completion releases the slab when the parts are done, and the replicator needs its own hold.
         if staging.pieces.is_whole:
-            self._replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
-        self._completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
+            self.replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
+        self.completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
 
     def fail(self, save: Save, error: BaseException) -> None:
         """End a save of which nothing was handed over."""
-        self._completion.fail(save, error)
+        self.completion.fail(save, error)
         self.do_not_replicate(save, error)
 
     def do_not_replicate(self, save: Save, why: BaseException) -> None:
         """Tell the partner rank that it will not get this snapshot. Does nothing if the snapshot was offered."""
-        self._replicator.skip(save.timeline, why)
+        self.replicator.skip(save.timeline, why)
 
     def _spec(self, save: Save, pieces: Pieces) -> SaveSpec:
         return replace(
-            self._template,
+            self.template,
             step=save.step,
             save_id=save.save_id,
             num_parts=pieces.num_parts,
             created=time.time(),
             whole_bytes=pieces.whole_bytes,
-            base_step=self._completion.base_step,
+            base_step=self.completion.base_step,
         )
 
 

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from stager.workers.checkpoint.directory.protected import read_protected, write_protected
@@ -28,30 +29,28 @@ class _Phase(Enum):
     RUNNING_AND_ONE_MORE = auto()
 
 
+@dataclass(eq=False)
 class Retainer:
     """Removes the checkpoints that the rules do not keep.
 
     An error is logged, and the removal is tried again after the next commit: a committed save has not failed because an
     older checkpoint could not be removed.
 
-    Args:
+    Attributes:
         directory: of the run, absolute.
         on_report: called with every report, in the pool's thread.
     """
 
-    def __init__(
-        self, pool: WorkerPool, directory: str, rules: RetentionRules, on_report: Callable[[PruneReport], None]
-    ) -> None:
-        self._pool = pool
-        self._directory = directory
-        self._rules = rules
-        self._on_report = on_report
-        self._lock = threading.Lock()
-        self._phase = _Phase.IDLE
+    pool: WorkerPool
+    directory: str
+    rules: RetentionRules
+    on_report: Callable[[PruneReport], None]
+    _phase: _Phase = _Phase.IDLE
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def after_commit(self) -> None:
         """Start a run, or let the current one be followed by another."""
-        if self._rules.keep_all:
+        if self.rules.keep_all:
             return
         with self._lock:
             is_idle = self._phase is _Phase.IDLE
@@ -61,13 +60,13 @@ class Retainer:
 
     def run(self, *, dry_run: bool) -> PruneReport:
         """Apply the rules now, and wait for it. With ``dry_run`` nothing is removed."""
-        report = self._pool.submit(prune, self._directory, self._rules, dry_run=dry_run).result()
-        self._on_report(report)
+        report = self.pool.submit(prune, self.directory, self.rules, dry_run=dry_run).result()
+        self.on_report(report)
         return report
 
     def _submit(self) -> None:
         try:
-            future = self._pool.submit(prune, self._directory, self._rules)
+            future = self.pool.submit(prune, self.directory, self.rules)
         except ClosedError:  # the next run does it
             with self._lock:
                 self._phase = _Phase.IDLE
@@ -78,7 +77,7 @@ class Retainer:
         error = future.exception()
         if error is None:
             self._log(future.result())
-            self._on_report(future.result())
+            self.on_report(future.result())
         elif not isinstance(error, ClosedError):
             logger.warning("old checkpoints were not removed: %s", error)
         with self._lock:

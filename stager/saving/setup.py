@@ -41,16 +41,9 @@ def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
 
 
 def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
-    """Open the files for events and traces; OSError if one cannot be opened."""
-    return Telemetry(_of_rank(telemetry.events, group), _of_rank(telemetry.trace, group))
-
-
-def _of_rank(path: str | None, group: RankGroup) -> str | None:
-    """Name this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
-    if path is None or group.is_alone:
-        return path
-    stem, suffix = os.path.splitext(path)
-    return f"{stem}.rank-{group.rank}{suffix}"
+    """Open the files for events and traces: of several ranks, rank 3 has ``events.rank-3.jsonl``; OSError if it cannot."""
+    rank = "" if group.is_alone else f".rank-{group.rank}"
+    return Telemetry(*(path and rank.join(os.path.splitext(path)) for path in (telemetry.events, telemetry.trace)))
 
 
 def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
