@@ -1,6 +1,6 @@
 """One source of settings: a file, a mapping, an environment variable or a ``--set``.
 
-A layer holds what was written and where; it knows no models. ``loading.py`` puts layers on top of each other.
+A layer holds what was written and where; it knows no models. ``precedence.py`` puts layers on top of each other.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class HandOver:
         """
         save = staging.save
         error = error or staging.failure
-        if not staging.tasks:
+        if not staging.tasks:  # no worker has anything of it: there is no part to wait for, and nothing to remove
             assert error is not None  # the first piece was handed over, or raised
             self.fail(save, error)
             return
@@ -144,6 +144,7 @@ class HandOver:
             save.move(SaveState.PERSISTING)
             point("save.handed-over")
             save.complete_staging()
+            # Only now: before, prefaulting would compete with the copy for the memory's bandwidth.
             self.arena.prepare_in_background(staging.leases[0].nbytes)
         # 4. before 5.: the completion releases the slab when the parts are done, and the replicator needs its own hold.
         if staging.pieces.is_whole:

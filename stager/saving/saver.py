@@ -119,6 +119,7 @@ class Saver:
 
     def _save(self, save: Save, state: Mapping[str, Any]) -> None:
         snapshot, pieces = self._plan(save, self._taker.flatten(state, save.save_id))
+        # Before a slab is leased: a save that cannot be written must not hold one.
         if self._checks_free_space and self.completion.base_step is None:  # with a base, less is written than that
             self._check_free_space(snapshot.nbytes)
         if not pieces.is_whole:
@@ -136,6 +137,7 @@ class Saver:
         plan = snapshot.plan
         save.record(nbytes=snapshot.nbytes, num_tensors=plan.num_tensors, num_objects=len(plan.objects))
         timeline.event("plan", timeline.started)
+        # In one piece if it fits a slab. Only the plan of the whole snapshot says how large it is.
         pieces = whole(snapshot.plan, snapshot.blobs, self._num_parts, _ANY_SIZE if self._incremental else 0)
         if pieces.slab_nbytes > self._arena.max_slab_nbytes:
             snapshot = self._taker.begin(timeline, tree, self._piece_planner)
@@ -184,7 +186,8 @@ class Saver:
             self._copy(staging, now, lease)
             waits = not later.copies
             if waits and len(staging.pieces.pieces) == 1:
-                staging.copied.set_result(None)
+                staging.copied.set_result(None)  # an interrupt from here on need not wait for the staging thread
+            # Whether this thread or the staging thread deals with the lease from here on, the claim decides.
             staged = self._thread.run(lambda: self._stage_rest(staging, lease, later))
             if waits:
                 staged.result()
@@ -209,12 +212,14 @@ class Saver:
         Raises:
             Exception: of the staging, if ``save()`` waits for it. It ends the save in any case.
         """
+        # 1. of the NOTE. From here on this thread ends the save, whatever happens to the trainer's.
         if not staging.claim.acquire(blocking=False):
             return  # the trainer's thread was interrupted, and has given the save up
         error: BaseException | None = None
         try:
             self._stage_pieces(staging, lease, later)
             if staging.given_up.is_set() and not staging.is_complete:
+                # 2. of the NOTE. A save whose every part is out goes on: the workers commit it anyway.
                 error = KeyboardInterrupt("save() was interrupted")
         except BaseException as raised:
             error = raised
@@ -246,7 +251,7 @@ class Saver:
                 point("save.overlapped")
                 self._copy(staging, later, lease, background=True)
             self._hand_over.hand_over(staging, piece, lease)
-        except BaseException:
+        except BaseException:  # nothing of this piece is out: no worker reads the slab
             lease.release()
             raise
 
