@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stager.config.reference import reference
+from tests.house.reference import reference
 
 ROOT = Path(__file__).parents[2]
 NOT_OF_THE_TREE = {"docs/results/NAME"}  # a place that the reader chooses
