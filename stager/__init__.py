@@ -71,8 +71,7 @@ _HOME = {
         "WorkerStartError",
     ),
     "stager.workers.checkpoint.maintenance.recover": ("RecoverOutcome", "RecoveredDirectory"),
-    "stager.workers.checkpoint.maintenance.removal": ("PruneFate", "PruneVerdict"),
-    "stager.workers.checkpoint.maintenance.retention": ("PruneReport",),
+    "stager.workers.checkpoint.maintenance.retention": ("PruneFate", "PruneReport", "PruneVerdict"),
     "stager.workers.checkpoint.read.verify": ("VerifyReport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -128,9 +127,9 @@ if TYPE_CHECKING:
     from stager.workers.checkpoint.directory.run_directory import SkippedCheckpoint as SkippedCheckpoint
     from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory as RecoveredDirectory
     from stager.workers.checkpoint.maintenance.recover import RecoverOutcome as RecoverOutcome
-    from stager.workers.checkpoint.maintenance.removal import PruneFate as PruneFate
-    from stager.workers.checkpoint.maintenance.removal import PruneVerdict as PruneVerdict
+    from stager.workers.checkpoint.maintenance.retention import PruneFate as PruneFate
     from stager.workers.checkpoint.maintenance.retention import PruneReport as PruneReport
+    from stager.workers.checkpoint.maintenance.retention import PruneVerdict as PruneVerdict
     from stager.workers.checkpoint.read.verify import VerifyReport as VerifyReport
     from stager.workers.errors import ArenaFullError as ArenaFullError
     from stager.workers.errors import CheckpointNotFoundError as CheckpointNotFoundError

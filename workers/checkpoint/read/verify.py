@@ -84,12 +84,13 @@ def check_files(
 ) -> list[str]:
     """Return the problems of the files that the manifest names. Arguments are those of :func:`verify_checkpoint`."""
     problems: list[str] = []
+    progress = progress or (lambda nbytes: None)
     for index_file in manifest.index_files:
         try:
             _check_index_file(os.path.join(path, index_file.name), index_file)
         except (CorruptCheckpointError, StorageError) as error:
             problems.append(str(error))
-        if full and progress is not None:
+        if full:
             progress(index_file.nbytes)
     try:
         with BlobReader(path, manifest, num_threads or default_threads(), progress) as reader:

@@ -1,6 +1,7 @@
-"""The save record: a rank's file in the partial directory that says what it contributes to the checkpoint.
+"""The save record: a rank's file in the partial directory, which says what the rank contributes to the checkpoint.
 
-Save records and receipts are all that a commit after a crash needs. The key "facts" is version 0.1's name of the save spec.
+After a crash, a commit needs save records and receipts, and nothing else. The key "facts" is version 0.1's name of the save
+spec.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write many small items at once: join their spans in one buffer, and hash each span in it.
 
-Piece by piece (header, bytes, tail; hasher, vector of buffers) an item costs 8 microseconds of Python; here about 1.
+Written piece by piece (header, bytes, tail), an item costs 8 microseconds of Python. Joined, it costs about 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class SmallItems:
     """Joins small items. Their headers and tails are made once per plan (``plan_cache.py``).
 
     Args:
-        layout: of the save.
         view: the slab.
         base: the offset in the whole snapshot of the slab's first byte.
         header_and_tail: from an item's index to its header and tail.
@@ -76,7 +75,7 @@ class SmallItems:
         item = self._layout.items[index]
         head, tail = self._header_and_tail(index)
         padding = segment.end - item.offset - item.nbytes
-        padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are the same: kept once
+        padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are equal: keep one
         around = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
         if index < len(self._kept):
             self._kept[index] = around

@@ -1,4 +1,4 @@
-"""The write task: what a worker is sent. It fits a message, and lets workers finish a save without the trainer.
+"""The write task: what a worker is sent. It fits a message, and with it workers finish a save without the trainer.
 
 slab:  | tensor bytes ... | plan JSON, newline, templates | object bytes ... | objects JSON |
 """
@@ -32,13 +32,11 @@ class WriteTask:
     """A save, as workers write it.
 
     Attributes:
-        spec: which save this is.
         slab: the memory of the snapshot, or of one piece of it.
         plan, plan_id: where the layout plan lies, and its hash (equal plans are parsed once).
         objects: where the objects document lies.
         live_slabs: the slabs that the trainer still uses; workers unmap the others.
         base: the offset in the whole snapshot of the slab's first byte; 0 unless the slab has a later piece.
-        writing: how the bytes get to the disk.
     """
 
     spec: SaveSpec
