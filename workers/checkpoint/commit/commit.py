@@ -43,7 +43,7 @@ import xxhash
 
 from stager.workers.checkpoint.commit.in_threads import in_threads
 from stager.workers.checkpoint.commit.merge import RankContribution, merge
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory import files, run_directory
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.manifest import (
     MANIFEST_NAME,
@@ -54,18 +54,12 @@ from stager.workers.checkpoint.directory.manifest import (
 )
 from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
-from stager.workers.checkpoint.directory.run_directory import (
-    REPLACED,
-    CheckpointInfo,
-    checkpoint_name,
-    partial_name,
-    read_checkpoint,
-)
+from stager.workers.checkpoint.directory.run_directory import REPLACED, CheckpointInfo, checkpoint_name, partial_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_count, check_distinct
-from stager.workers.checkpoint.write.save_record import from_record, record_name
 from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import from_record, record_name
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from stager.workers.faults import point
 
@@ -91,7 +85,7 @@ def partial_path(spec: SaveSpec) -> str:
 def already_committed(spec: SaveSpec) -> Committed | None:
     """Return the commit of this very save if it has happened, else None."""
     try:
-        info, _ = read_checkpoint(spec.directory, spec.step)
+        info, _ = run_directory.read_checkpoint(spec.directory, spec.step)
     except (CheckpointNotFoundError, CorruptCheckpointError):
         return None
     now = time.time()

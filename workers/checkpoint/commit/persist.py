@@ -35,8 +35,7 @@ from stager.workers.checkpoint.directory.run_directory import partial_name, remo
 from stager.workers.checkpoint.layout.layout import Layout, partition_once
 from stager.workers.checkpoint.write.hard_link_base import link_unchanged, whole_files
 from stager.workers.checkpoint.write.part_writer import PartWriter
-from stager.workers.checkpoint.write.save_record import record_name, to_record
-from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
+from stager.workers.checkpoint.write.write_task import WriteTask, read_layout, record_name, to_record
 from stager.workers.faults import point
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import detach_all_but
@@ -163,9 +162,6 @@ def discard_partial(directory: str, step: int, save_id: str) -> None:
     """Remove the partial directory of a failed save, unless the save is committed after all.
 
     Runs in a worker, when no part of this rank runs any more. Another rank may still write, or be about to commit.
-
-    Raises:
-        StorageError
     """
     partial = os.path.join(directory, partial_name(step, save_id))
     removed = os.path.join(directory, removing_name(step, save_id))
@@ -183,9 +179,6 @@ def quarantine(directory: str, step: int, save_id: str) -> None:
     """Quarantine an incomplete save: rename it so that nobody commits it, and keep it for replicas to complete.
 
     Does nothing if the save is committed after all.
-
-    Raises:
-        StorageError
     """
     partial = os.path.join(directory, partial_name(step, save_id))
     with storage_errors("rename", partial), suppress(FileNotFoundError):  # it is committed, or another rank was first
@@ -194,11 +187,7 @@ def quarantine(directory: str, step: int, save_id: str) -> None:
 
 
 def discard_unfinished(directory: str, step: int, save_id: str) -> None:
-    """Remove what :func:`quarantine` kept.
-
-    Raises:
-        StorageError
-    """
+    """Remove what :func:`quarantine` kept."""
     path = os.path.join(directory, unfinished_name(step, save_id))
     with storage_errors("remove", path):
         _remove_when_alone(path)

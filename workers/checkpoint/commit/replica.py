@@ -89,11 +89,7 @@ def digest_of(view: memoryview, nbytes: int) -> str:
 
 
 def read_header(path: str) -> ReplicaHeader | None:
-    """Read the header of the replica at ``path``. Returns None if it is missing: no replica, or an incomplete one.
-
-    Raises:
-        StorageError, CorruptCheckpointError
-    """
+    """Read the header of the replica at ``path``. Returns None if it is missing: no replica, or an incomplete one."""
     data = files.read_if_exists(path + HEADER_SUFFIX)
     return None if data is None else ReplicaHeader.from_bytes(data, path + HEADER_SUFFIX)
 
@@ -116,9 +112,6 @@ def persist_replica(path: str, part: int, directory: str, save_id: str) -> PartR
     Args:
         directory: of the run.
         save_id: of the save to write. It is the replica's own if other ranks' parts of that save still exist.
-
-    Raises:
-        StorageError, CorruptCheckpointError
     """
     header, slab = _open(path)
     spec = replace(header.spec, directory=directory, save_id=save_id)

@@ -33,8 +33,8 @@ from stager.workers.checkpoint.directory.run_directory import REPLACED, checkpoi
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.maintenance.retention import delete
 from stager.workers.checkpoint.read.verify import check_files
-from stager.workers.checkpoint.write.save_record import from_record, record_name, recorded_ranks
 from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import from_record, record_name, recorded_ranks
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, InconsistentRanksError, StorageError
 
 _RENAME_MISSING = "its manifest was written, only the rename was missing"

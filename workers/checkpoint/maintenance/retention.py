@@ -275,11 +275,7 @@ def _take_name(directory: str, verdict: PruneVerdict, aside: str) -> PruneVerdic
 
 
 def delete(path: str) -> None:
-    """Remove a renamed checkpoint: step 4.
-
-    Raises:
-        StorageError
-    """
+    """Remove a renamed checkpoint: step 4."""
     with storage_errors("remove", path):
         with suppress(FileNotFoundError, NotADirectoryError):  # a link to a directory is removed, not followed
             directory_fd = files.open_directory(path, follow=False)

@@ -116,11 +116,7 @@ def fingerprint(path: str) -> tuple[tuple[str, int, int, int, int], ...]:
 
 
 def extra_files(path: str, manifest: Manifest) -> list[str]:
-    """Return a problem for each file in the directory that does not belong to the checkpoint.
-
-    Raises:
-        StorageError
-    """
+    """Return a problem for each file in the directory that does not belong to the checkpoint."""
     with storage_errors("list", path):
         extra = sorted(set(os.listdir(path)) - manifest.file_names)
     return [f"{os.path.join(path, name)}: does not belong to this checkpoint" for name in extra]

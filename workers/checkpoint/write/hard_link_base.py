@@ -61,11 +61,7 @@ class UnchangedFiles:
     note: str = ""
 
     def sync(self, layout: Layout, directory_fd: int, directory: str) -> None:
-        """Sync the linked files: the base may have been written without ``fsync``, and a link needs a durable inode.
-
-        Raises:
-            StorageError
-        """
+        """Sync the linked files: the base may have been written without ``fsync``, and a link needs a durable inode."""
         for file in self.linked:
             name = layout.files[file].name
             with storage_errors("sync", os.path.join(directory, name)):
@@ -94,9 +90,6 @@ def link_unchanged(
 
     Args:
         hash_all: hashes segments of the slab, one after the other.
-
-    Raises:
-        StorageError
     """
     unchanged = UnchangedFiles()
     if spec.base_step is None or not whole:

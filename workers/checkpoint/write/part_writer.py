@@ -1,9 +1,13 @@
-"""Write the bytes of a part of a save: take them from the slab, hash, write, sync."""
+"""Write the bytes of a part of a save: take them from the slab, hash, write, sync.
+
+Many small items are written at once: their spans are joined in one buffer, and hashed there. Written piece by piece (header,
+bytes, tail), an item costs 8 microseconds of Python. Joined, it costs about 1.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import groupby
 
@@ -14,13 +18,16 @@ from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.layout import Item, Layout, Segment
 from stager.workers.checkpoint.write import direct_io
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES, DirectWriter
-from stager.workers.checkpoint.write.small_items import SmallItems, runs
 from stager.workers.checkpoint.write.write_back import WRITE_BYTES, CachedWriter, Pace, drop_cached
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import InternalError
 from stager.workers.faults import point
 
 _DIRECT_FROM_BYTES = 4 << 20  # smaller parts gain nothing
+_SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
+_RUN_BYTES = 2 << 20  # stays in the cache
+
+_Around = tuple[bytes, int, int, bytes]  # header, the raw bytes' start and end in the slab, tail and padding
 
 
 class PartWriter:
@@ -35,7 +42,7 @@ class PartWriter:
         self._view = task.slab.view
         self._layout = layout
         self._around = get_format(task.spec.kind).headers_and_tails(layout)
-        self._small = SmallItems(layout, task.slab.view, task.base, self._header_and_tail)
+        self._small = _SmallItems(layout, task.slab.view, task.base, self._header_and_tail)
         self._ends = layout.ends()
         self._directory_fd = directory_fd
         self._directory = directory
@@ -55,9 +62,6 @@ class PartWriter:
         Args:
             own_files: files that only this part writes. They are created anew: an existing one may be a link.
             known: hashes that need not be computed again.
-
-        Raises:
-            StorageError
         """
         self._own_files = own_files
         hashes: list[str] = []
@@ -76,11 +80,7 @@ class PartWriter:
         return hashes
 
     def sync(self) -> None:
-        """Sync every file that was written.
-
-        Raises:
-            StorageError
-        """
+        """Sync every file that was written."""
         for file, fd in self._fds.items():
             with storage_errors("sync", self._path(file)):
                 point("part.sync")
@@ -168,3 +168,68 @@ class PartWriter:
 
     def _path(self, file: int) -> str:
         return os.path.join(self._directory, self._layout.files[file].name)
+
+
+def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Sequence[Segment]]]:
+    """Cut ``segments`` into runs: (True, small whole spans that follow each other in a file) or (False, any others)."""
+    items, ends = layout.items, layout.ends()
+    first, nbytes = 0, 0
+    was_small = False
+    for position, segment in enumerate(segments):
+        length = segment.end - segment.start
+        item = items[segment.index]
+        small = length <= _SMALL_BYTES and segment.start == item.offset and segment.end == ends[segment.index]
+        follows = small and was_small and nbytes + length <= _RUN_BYTES and segment.start != 0
+        if position and not (follows or (not small and not was_small)):
+            yield was_small, segments[first:position]
+            first, nbytes = position, 0
+        was_small = small
+        nbytes += length
+    if segments:
+        yield was_small, segments[first:]
+
+
+class _SmallItems:
+    """Joins small items. Their headers and tails are made once per plan (``plan_cache.py``).
+
+    Args:
+        view: the slab.
+        base: the offset in the whole snapshot of the slab's first byte.
+        header_and_tail: from an item's index to its header and tail.
+    """
+
+    def __init__(
+        self, layout: Layout, view: memoryview, base: int, header_and_tail: Callable[[int], tuple[bytes, bytes]]
+    ) -> None:
+        self._layout = layout
+        self._view = view
+        self._base = base
+        self._header_and_tail = header_and_tail
+        num_fixed = layout.cache.num_fixed
+        self._kept: list[_Around | None] = layout.cache.once_per_plan("headers and tails", lambda: [None] * num_fixed)
+        self._tails: dict[tuple[bytes, int], bytes] = layout.cache.once_per_plan("tails", dict)
+
+    def pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
+        """Return the bytes of a run of whole spans, and the hash of each span, hex."""
+        view, base, kept = self._view, self._base, self._kept
+        num_kept = len(kept)
+        pieces: list[bytes | memoryview] = []
+        for segment in run:
+            index = segment.index
+            around = (kept[index] if index < num_kept else None) or self._make(segment)
+            head, start, end, tail = around
+            pieces += (head, view[start - base : end - base], tail)
+        data = b"".join(pieces)
+        spans, position = memoryview(data), run[0].start
+        return data, [xxhash.xxh3_128_hexdigest(spans[s.start - position : s.end - position]) for s in run]
+
+    def _make(self, segment: Segment) -> _Around:
+        index = segment.index
+        item = self._layout.items[index]
+        head, tail = self._header_and_tail(index)
+        padding = segment.end - item.offset - item.nbytes
+        padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are equal: keep one
+        around = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
+        if index < len(self._kept):
+            self._kept[index] = around
+        return around

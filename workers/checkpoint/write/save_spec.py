@@ -46,11 +46,7 @@ class SaveSpec:
 
 
 def check_spec(spec: SaveSpec) -> SaveSpec:
-    """Return ``spec``, which was read from a file, if it can be the spec of a save.
-
-    Raises:
-        ValueError, TypeError
-    """
+    """Return ``spec``, which was read from a file, if it can be the spec of a save."""
     check_step(spec.step)
     check_time(spec.created)
     for text in (spec.save_id, spec.kind, spec.stager, spec.torch):
