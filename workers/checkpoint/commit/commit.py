@@ -8,23 +8,6 @@
 
 Until 4 the directory has a name that no reader takes for a checkpoint. After a crash in 1 or 2 the commit starts again from
 the receipts; after a crash in 3 or 4, from the manifest.
-
-NOTE [ The lock on a partial directory ]
-A part holds the directory's flock shared, from before it looks for its receipt until the receipt is written. A commit takes
-the lock exclusively, and gives up at once if it cannot. So nobody writes into a directory that is being committed, not even
-a part that runs again because its worker died. And no commit is missed. Who is refused knows that another part or commit
-is going on. The last part to release the shared lock either gets the exclusive lock, or is refused by a process that got it
-later and therefore sees every receipt.
-
-The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or an older
-checkpoint of the step until it is removed. So after taking the lock, a process first checks that it is not too late
-(``is_still``, ``already_committed``). It publishes a manifest only if the manifest is this save's.
-
-NOTE [ The threads of a commit ]
-Many ranks leave many small files, and for each one the process waits for the file system. So several threads
-(``num_threads``) read and remove save records and receipts. All of them end before the next step begins, so the order
-above holds. Only one thread at a time parses what was read: more would compete for the interpreter, which costs a fifth of
-the time.
 """
 
 from __future__ import annotations
@@ -63,6 +46,11 @@ from stager.workers.checkpoint.write.write_task import from_record, record_name
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from stager.workers.faults import point
 
+# NOTE [ The threads of a commit ]
+# Many ranks leave many small files, and for each one the process waits for the file system. So several threads
+# (``num_threads``) read and remove save records and receipts. All of them end before the next step begins, so the order
+# above holds. Only one thread at a time parses what was read: more would compete for the interpreter, which costs a fifth of
+# the time.
 _MAX_THREADS = 32
 _RANKS_PER_THREAD = 4  # for fewer ranks, starting a thread costs more than it saves
 
@@ -97,6 +85,16 @@ def vanished(partial: str) -> NoReturn:
     raise StorageError(errno.ENOENT, "the partial checkpoint was removed while it was being written", partial)
 
 
+# NOTE [ The lock on a partial directory ]
+# A part holds the directory's flock shared, from before it looks for its receipt until the receipt is written. A commit
+# takes the lock exclusively, and gives up at once if it cannot. So nobody writes into a directory that is being
+# committed, not even a part that runs again because its worker died. And no commit is missed. Who is refused knows that
+# another part or commit is going on. The last part to release the shared lock either gets the exclusive lock, or is
+# refused by a process that got it later and therefore sees every receipt.
+#
+# The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or an
+# older checkpoint of the step until it is removed. So after taking the lock, a process first checks that it is not too
+# late (``is_still``, ``already_committed``). It publishes a manifest only if the manifest is this save's.
 @contextmanager
 def locked(path: str) -> Iterator[int]:
     """Open the directory ``path`` and take its flock exclusively, without waiting. Yields the descriptor.
@@ -121,7 +119,6 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
-        StorageError, CorruptCheckpointError
     """
     started = time.time()
     partial, final = partial_path(spec), os.path.join(spec.directory, checkpoint_name(spec.step))
@@ -146,11 +143,7 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
 
 
 def commit_recorded(spec: SaveSpec) -> Committed | None:
-    """Commit as :func:`try_commit` does, without a layout: reads it from the save record in the partial directory.
-
-    Raises:
-        StorageError, CorruptCheckpointError, InconsistentRanksError
-    """
+    """Commit as :func:`try_commit` does, without a layout: reads it from the save record in the partial directory."""
     with storage_errors("commit", partial_path(spec)):
         try:
             own, layout = _read_record(spec, spec.rank, threading.Lock())
@@ -251,19 +244,12 @@ def build_manifest(
     hashes: tuple[tuple[str, ...], ...],
     index_files: tuple[IndexFile, ...],
 ) -> Manifest:
-    """Make the manifest that the receipts prove.
-
-    Args:
-        layout, hashes: of all contributions together.
-
-    Raises:
-        CorruptCheckpointError: records and receipts do not fit together; readers would refuse the manifest.
-    """
+    """Make the manifest that the receipts prove, given layout and hashes of all contributions together."""
     spec = contributions[0].spec
     receipts = [receipt for contribution in contributions for receipt in contribution.receipts]
     linked_bytes = sum(receipt.linked_bytes for receipt in receipts)
     generation = max(receipt.generation for receipt in receipts)
-    try:
+    try:  # records and receipts may not fit together, and readers would refuse the manifest
         check_count(linked_bytes)
         check_distinct([MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)])
     except ValueError as error:

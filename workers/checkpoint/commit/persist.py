@@ -73,7 +73,8 @@ def persist_part(task: WriteTask, part: int) -> PartResult:
         done = _write_part(task, layout, part)
         if isinstance(done, Committed):
             return PartResult(part, os.getpid(), done.started, done.started, done.started, done)
-        # 7. Without the shared lock: with it, this part would refuse itself the exclusive one.
+        # 7. After the shared lock is released: with it, this part would refuse itself the exclusive one. Every part tries,
+        #    because none knows whether it is the last.
         committed = try_commit(task.spec, layout)
     return PartResult(part, done.pid, done.started, done.written, done.synced, committed, done.note)
 
@@ -98,6 +99,7 @@ def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committ
             return committed
         if not is_still(partial, directory_fd):
             vanished(partial)
+        # A worker that died after its receipt has done everything but the commit.
         receipt = read_receipt(partial, spec.rank, part, spec.num_parts, spec.save_id)
         return receipt or _write_and_sign(task, layout, part, directory_fd)
     finally:
@@ -125,7 +127,7 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
     with ExitStack() as opened:
         writer = PartWriter(task, layout, directory_fd, partial, opened)
         segments = rest = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
-        # 4. Links first: what was linked must not be opened for writing.
+        # 4. Links first: what was linked must not be opened for writing, because other checkpoints share it.
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
         unchanged = link_unchanged(spec, layout, whole, writer.hash, directory_fd)
         if unchanged.linked:
@@ -181,6 +183,7 @@ def quarantine(directory: str, step: int, save_id: str) -> None:
     Does nothing if the save is committed after all.
     """
     partial = os.path.join(directory, partial_name(step, save_id))
+    # One rename decides between this and a commit: whichever comes first takes the name away from the other.
     with storage_errors("rename", partial), suppress(FileNotFoundError):  # it is committed, or another rank was first
         if not rename_onto_nothing(partial, os.path.join(directory, unfinished_name(step, save_id))):
             discard_partial(directory, step, save_id)  # a rank that began late has made the directory again
@@ -202,6 +205,8 @@ def _remove_when_alone(path: str) -> None:
     except OSError:  # something that is not a directory
         files.remove(path)
         return
+    # A part holds the lock shared while it writes. So the exclusive lock proves that nobody writes any more, and nobody
+    # will: the directory has lost the name under which parts look for it.
     deadline = time.monotonic() + _DISCARD_SECS
     try:
         while time.monotonic() < deadline:

@@ -113,8 +113,10 @@ def _recover_partial(directory: str, name: str, dry_run: bool, leave_unfinished:
     try:
         return RecoverOutcome.COMMITTED, _finish(directory, name, dry_run)
     except (CorruptCheckpointError, CheckpointNotFoundError, InconsistentRanksError) as error:
+        # 3. Only a save that is not known to be damaged is worth completing.
         if leave_unfinished and isinstance(error, _UnfinishedError):
             return RecoverOutcome.LEFT, str(error)
+        # 3 and 4. The lock is released by now. That is safe, because the caller holds the run's lock.
         if not dry_run:
             run_directory.remove_partial(directory, name)
         return RecoverOutcome.REMOVED, str(error)
@@ -126,23 +128,25 @@ def _finish(directory: str, name: str, dry_run: bool) -> str:
     path, final = os.path.join(directory, name), os.path.join(directory, checkpoint_name(step))
     with ExitStack() as stack:
         directory_fd = _lock(path, stack)
-        # A manifest first: once it is written, the commit removes receipts.
+        # 1. A manifest first. Once it is written, the commit removes receipts, so their number says nothing any more.
         data = files.read_if_exists(os.path.join(path, MANIFEST_NAME))
         manifest = None if data is None else parse_manifest(data, os.path.join(path, MANIFEST_NAME))
         if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
             return _finish_replacement(path, final, step, manifest, directory_fd, dry_run)
         if manifest is not None:
             _check_place(path, manifest.header, step, save_id)
-            # It does not say whether the save synced its files: hash them.
+            # The manifest does not say whether the save synced its files. If not, a power failure may have spoiled them:
+            # hash them before the rename, after which they would count as committed.
             _check_files(path, manifest, full=True)
             if not dry_run:
                 commit.put_in_place(path, final, manifest, directory_fd, fsync=True)
             return _RENAME_MISSING
         spec, layout = _read_record(directory, path)
+        # Before the receipts are read: an older save is removed, whether it is complete or not.
         _check_place(path, spec, step, save_id)
         manifest = _from_receipts(path, spec, layout, directory_fd, dry_run)
-        # A receipt proves nothing after a power failure if the save did not sync its files. And any file may have been
-        # damaged since.
+        # 2. A receipt proves nothing after a power failure if the save did not sync its files: then check every hash.
+        #    Otherwise sizes are enough. Again before the rename.
         _check_files(path, manifest, full=not spec.fsync)
         if not dry_run:
             threads = commit.num_threads(spec.num_ranks)
@@ -166,6 +170,7 @@ def _finish_replacement(
         if not dry_run:
             commit.put_in_place(path, final, manifest, directory_fd, fsync=True)
         return _RENAME_MISSING
+    # Nothing is checked here: it was a committed checkpoint, and whoever reads it checks its hashes.
     if not dry_run:
         with storage_errors("commit", final):
             os.rename(path, final)

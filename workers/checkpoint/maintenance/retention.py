@@ -8,15 +8,6 @@
     4. Remove those that no rule keeps.
 
 Never touched: partial directories, damaged checkpoints that would count, checkpoints that are being read (``read_lock.py``).
-
-NOTE [ How a checkpoint is removed ]
-    1. Take its directory's lock exclusively, without waiting. Refused: somebody reads it, so it stays.
-    2. Rename step-N to step-N.removing-<nonce>, and release the lock.
-    3. When all are renamed, sync the parent directory.
-    4. Unlink the files, then the directory.
-A crash before 2 changes nothing. After it, the name is not a checkpoint's, and the next prune or recover goes on with 4.
-Files that other checkpoints share (incremental saves) only lose a name. Two processes may prune at once: the second one
-finds that a name is gone.
 """
 
 from __future__ import annotations
@@ -77,10 +68,7 @@ class PruneVerdict:
     """What became of one checkpoint, or would become of it in a dry run.
 
     Attributes:
-        step, path: which.
         fate: KEPT by the rules; REMOVED; or LEFT: no rule keeps it, but it could not be removed, or it is damaged.
-        reason: why.
-        damaged: it was found to be damaged.
     """
 
     step: int
@@ -127,6 +115,7 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
         for name in run_directory.removing_names(directory):
             delete(os.path.join(directory, name))
     steps = run_directory.committed_steps(directory)
+    # 2. Names only: a run prunes after each commit, and mostly nothing has to go.
     verdicts = _judge(directory, steps, rules, verified=False)
     # 3. Only if needed, because it reads. Damage that it finds can only let more of them stay.
     if any(verdict.fate is PruneFate.REMOVED for verdict in verdicts.values()):
@@ -157,6 +146,7 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified:
     verdicts: dict[int, PruneVerdict] = {}
     for step, path in paths.items():
         fate = PruneFate.KEPT
+        # In this order. "damaged" comes before ``keep_every``, so that a damaged checkpoint is reported as such.
         if step in protected:
             reason = "protected"
         elif step in latest:
@@ -193,7 +183,6 @@ def _newest_valid(
     for step, path in paths.items():
         if len(valid) == wanted:
             break
-        # Only the newest valid one is read: the next save would have to be lost before another is needed.
         problem = _problem(step, path, rules.full and not valid, rules.num_threads) if verified else None
         if problem is None:
             valid.add(step)
@@ -222,7 +211,17 @@ def _youngest(paths: dict[int, str], count: int) -> set[int]:
     return {step for _, step in sorted(times, reverse=True)[:count]}
 
 
-# -- how it goes: NOTE [ How a checkpoint is removed ] ----------------------------------------------------------
+# -- how it goes ------------------------------------------------------------------------------------------------
+
+
+# NOTE [ How a checkpoint is removed ]
+#     1. Take its directory's lock exclusively, without waiting. Refused: somebody reads it, so it stays.
+#     2. Rename step-N to step-N.removing-<nonce>, and release the lock.
+#     3. When all are renamed, sync the parent directory.
+#     4. Unlink the files, then the directory.
+# A crash before 2 changes nothing. After it, the name is not a checkpoint's, and the next prune or recover goes on with 4.
+# Files that other checkpoints share (incremental saves) only lose a name. Two processes may prune at once: the second one
+# finds that a name is gone.
 
 
 def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, PruneVerdict]) -> int:

@@ -25,12 +25,8 @@ class VerifyReport:
     """What verification of one checkpoint found.
 
     Attributes:
-        path: the checkpoint's directory.
-        ok: there are no problems.
         problems: one line each, with the file.
         nbytes: size of the files that were checked (hashed, if full).
-        num_items: number of items in the checkpoint.
-        secs: how long it took.
         step: in its manifest; None if the manifest cannot be read.
     """
 

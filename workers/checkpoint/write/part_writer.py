@@ -7,7 +7,7 @@ bytes, tail), an item costs 8 microseconds of Python. Joined, it costs about 1.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import groupby
 
@@ -42,7 +42,6 @@ class PartWriter:
         self._view = task.slab.view
         self._layout = layout
         self._around = get_format(task.spec.kind).headers_and_tails(layout)
-        self._small = _SmallItems(layout, task.slab.view, task.base, self._header_and_tail)
         self._ends = layout.ends()
         self._directory_fd = directory_fd
         self._directory = directory
@@ -50,11 +49,22 @@ class PartWriter:
         self._fds: dict[int, int] = {}
         self._pace = Pace(task.writing.max_bytes_per_sec)
         self._own_files: Collection[int] = ()
+        # Of small items. Made once per plan (``plan_cache.py``), for the items that are the same in each of its saves.
+        cache, num_fixed = layout.cache, layout.cache.num_fixed
+        self._kept: list[_Around | None] = cache.once_per_plan("headers and tails", lambda: [None] * num_fixed)
+        self._tails: dict[tuple[bytes, int], bytes] = cache.once_per_plan("tails", dict)
 
     def hash(self, segments: Sequence[Segment]) -> Iterator[str]:
         """Iterate over the hashes of the segments, hex, without writing."""
         for small, run in runs(self._layout, segments):
-            yield from self._small.pack(run)[1] if small else map(self._hash_one, run)
+            if small:
+                yield from self._pack(run)[1]
+                continue
+            for segment in run:
+                hasher = xxhash.xxh3_128()
+                for piece in self._pieces(self._layout.items[segment.index], segment):
+                    hasher.update(piece)
+                yield hasher.hexdigest()
 
     def write(self, segments: Sequence[Segment], own_files: Collection[int], known: Mapping[Segment, str]) -> list[str]:
         """Write the segments. Returns their hashes, hex.
@@ -71,7 +81,7 @@ class PartWriter:
                 with storage_errors("write", self._path(file)):
                     for small, run in runs(self._layout, list(of_file)):
                         if small:
-                            data, of_run = self._small.pack(run)
+                            data, of_run = self._pack(run)
                             sink.put(file, run[0].start, data)
                             hashes += of_run
                         else:
@@ -96,11 +106,28 @@ class PartWriter:
             return DirectWriter(self._open, self._open_direct, self._before_write)
         return CachedWriter(self._open, self._before_write, early=self._task.spec.fsync)
 
-    def _hash_one(self, segment: Segment) -> str:
-        hasher = xxhash.xxh3_128()
-        for piece in self._pieces(self._layout.items[segment.index], segment):
-            hasher.update(piece)
-        return hasher.hexdigest()
+    def _pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
+        """Return the bytes of a run of small whole spans, and the hash of each span, hex."""
+        view, base, kept = self._view, self._task.base, self._kept
+        num_kept = len(kept)
+        pieces: list[bytes | memoryview] = []
+        for segment in run:
+            index = segment.index
+            head, start, end, tail = (kept[index] if index < num_kept else None) or self._make(segment)
+            pieces += (head, view[start - base : end - base], tail)
+        data = b"".join(pieces)
+        spans, position = memoryview(data), run[0].start
+        return data, [xxhash.xxh3_128_hexdigest(spans[s.start - position : s.end - position]) for s in run]
+
+    def _make(self, segment: Segment) -> _Around:
+        item = self._layout.items[segment.index]
+        head, tail = self._header_and_tail(segment.index)
+        padding = segment.end - item.offset - item.nbytes
+        padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are equal: keep one
+        around = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
+        if segment.index < len(self._kept):
+            self._kept[segment.index] = around
+        return around
 
     def _write_one(self, sink: CachedWriter | DirectWriter, segment: Segment, known: str | None) -> str:
         item = self._layout.items[segment.index]
@@ -187,49 +214,3 @@ def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Se
         nbytes += length
     if segments:
         yield was_small, segments[first:]
-
-
-class _SmallItems:
-    """Joins small items. Their headers and tails are made once per plan (``plan_cache.py``).
-
-    Args:
-        view: the slab.
-        base: the offset in the whole snapshot of the slab's first byte.
-        header_and_tail: from an item's index to its header and tail.
-    """
-
-    def __init__(
-        self, layout: Layout, view: memoryview, base: int, header_and_tail: Callable[[int], tuple[bytes, bytes]]
-    ) -> None:
-        self._layout = layout
-        self._view = view
-        self._base = base
-        self._header_and_tail = header_and_tail
-        num_fixed = layout.cache.num_fixed
-        self._kept: list[_Around | None] = layout.cache.once_per_plan("headers and tails", lambda: [None] * num_fixed)
-        self._tails: dict[tuple[bytes, int], bytes] = layout.cache.once_per_plan("tails", dict)
-
-    def pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
-        """Return the bytes of a run of whole spans, and the hash of each span, hex."""
-        view, base, kept = self._view, self._base, self._kept
-        num_kept = len(kept)
-        pieces: list[bytes | memoryview] = []
-        for segment in run:
-            index = segment.index
-            around = (kept[index] if index < num_kept else None) or self._make(segment)
-            head, start, end, tail = around
-            pieces += (head, view[start - base : end - base], tail)
-        data = b"".join(pieces)
-        spans, position = memoryview(data), run[0].start
-        return data, [xxhash.xxh3_128_hexdigest(spans[s.start - position : s.end - position]) for s in run]
-
-    def _make(self, segment: Segment) -> _Around:
-        index = segment.index
-        item = self._layout.items[index]
-        head, tail = self._header_and_tail(index)
-        padding = segment.end - item.offset - item.nbytes
-        padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are equal: keep one
-        around = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
-        if index < len(self._kept):
-            self._kept[index] = around
-        return around
