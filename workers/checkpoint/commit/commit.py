@@ -82,7 +82,8 @@ def already_committed(spec: SaveSpec) -> Committed | None:
 
 def vanished(partial: str) -> NoReturn:
     """Raise a StorageError: somebody removed the partial directory."""
-    raise StorageError(errno.ENOENT, "the partial checkpoint was removed while it was being written", partial)
+    message = "the partial checkpoint was removed while it was being written; find out by whom, then save again"
+    raise StorageError(errno.ENOENT, message, partial)
 
 
 # NOTE [ The lock on a partial directory ]

@@ -46,10 +46,7 @@ class RankContribution:
     receipts: tuple[Receipt, ...]
 
     def hashes(self, partial: str) -> Hashes:
-        """Return the hashes of each item's segments, from the receipts.
-
-        Args:
-            partial: the partial directory, for error messages.
+        """Return the hashes of each item's segments, from the receipts. ``partial`` is for error messages.
 
         Raises:
             CorruptCheckpointError: the receipts are not of this layout.
@@ -74,11 +71,7 @@ class RankContribution:
 
 
 def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layout, Hashes]:
-    """Merge the contributions of all ranks. Returns the layout of the checkpoint, and the hashes of its items.
-
-    Args:
-        contributions: of every rank, in order.
-        partial: the partial directory, for error messages.
+    """Merge the contributions of all ranks, in their order. Returns the checkpoint's layout, and the hashes of its items.
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.

@@ -80,7 +80,7 @@ def persist_part(task: WriteTask, part: int) -> PartResult:
 
 
 def prepare_worker() -> int:
-    """Return the pid: the proof that this worker has started."""
+    """Return the pid. A worker that answers has started, and has imported this module, which the first part needs."""
     return os.getpid()
 
 

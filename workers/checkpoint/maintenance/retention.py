@@ -83,7 +83,7 @@ class PruneReport:
     """What :func:`prune` did.
 
     Attributes:
-        verdicts: one per checkpoint, newest first.
+        verdicts: newest first.
         freed_bytes: bytes of removed files that no other checkpoint shares.
         dry_run: nothing was changed; REMOVED means "would be removed".
     """
@@ -175,8 +175,7 @@ def _newest_valid(
 ) -> tuple[set[int], dict[int, str]]:
     """Return up to ``wanted`` valid steps, newest first; and the damaged ones among them, with their problems.
 
-    Args:
-        verified: verify them; otherwise each counts as valid.
+    Unless they are ``verified``, each counts as valid.
     """
     valid: set[int] = set()
     damaged: dict[int, str] = {}

@@ -112,11 +112,7 @@ class CachedWriter:
 
 
 class Pace:
-    """A limit of bytes per second, which any stretch of time exceeds by at most one write.
-
-    Args:
-        bytes_per_sec: None: no limit.
-    """
+    """A limit of bytes per second, which any stretch of time exceeds by at most one write; or None: no limit."""
 
     def __init__(
         self,
