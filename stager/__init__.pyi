@@ -33,9 +33,9 @@ from stager.workers.checkpoint.directory.run_directory import CheckpointInfo as 
 from stager.workers.checkpoint.directory.run_directory import SkippedCheckpoint as SkippedCheckpoint
 from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory as RecoveredDirectory
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome as RecoverOutcome
-from stager.workers.checkpoint.maintenance.removal import PruneFate as PruneFate
-from stager.workers.checkpoint.maintenance.removal import PruneVerdict as PruneVerdict
+from stager.workers.checkpoint.maintenance.retention import PruneFate as PruneFate
 from stager.workers.checkpoint.maintenance.retention import PruneReport as PruneReport
+from stager.workers.checkpoint.maintenance.retention import PruneVerdict as PruneVerdict
 from stager.workers.checkpoint.read.verify import VerifyReport as VerifyReport
 from stager.workers.errors import ArenaFullError as ArenaFullError
 from stager.workers.errors import CheckpointNotFoundError as CheckpointNotFoundError

@@ -9,8 +9,7 @@ import torch
 
 from stager.workers.checkpoint.formats import FORMATS, dcp
 from stager.workers.checkpoint.layout.plan_cache import templates_from_bytes, templates_to_bytes
-from stager.workers.checkpoint.write.save_record import from_record, record_name, to_record
-from stager.workers.checkpoint.write.write_task import read_layout
+from stager.workers.checkpoint.write.write_task import from_record, read_layout, record_name, to_record
 from tests.persistence.tasks import make_task
 from tests.states import everything
 

@@ -17,9 +17,8 @@ from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, alig
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan, objects_to_json
 from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
-from stager.workers.checkpoint.write.save_record import record_name, to_record
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.checkpoint.write.write_task import Extent, WriteTask
+from stager.workers.checkpoint.write.write_task import Extent, WriteTask, record_name, to_record
 from tests.benchmarks.scale.size import Size
 
 _SHARD = (4, 8192)  # lengths of each tensor's shard, float32

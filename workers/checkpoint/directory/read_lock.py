@@ -1,6 +1,6 @@
 """The read lock: retention does not remove a checkpoint while it is read.
 
-Readers hold the directory's flock shared. A remover takes it exclusively, without waiting (``removal.py``), and holds it
+Readers hold the directory's flock shared. A remover takes it exclusively, without waiting (``retention.py``), and holds it
 only while it renames the directory. A commit that replaces a checkpoint holds it for a moment, too. So a reader waits for
 moments only. If a remover was stopped right then, or the file system has no locks, the reader goes on without the lock:
 what it reads is checked by hashes anyway.
