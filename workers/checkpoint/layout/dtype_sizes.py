@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-# The dtypes that every supported torch has. For any other name, torch decides.
-SIZES = {
-    "bool": 1,
-    "uint8": 1,
-    "int8": 1,
-    "uint16": 2,
-    "int16": 2,
-    "uint32": 4,
-    "int32": 4,
-    "uint64": 8,
-    "int64": 8,
-    "float8_e4m3fn": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2": 1,
-    "float8_e5m2fnuz": 1,
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "float64": 8,
-    "complex32": 4,
-    "complex64": 8,
-    "complex128": 16,
+# The dtypes that every supported torch has, by bytes. For any other name, torch decides.
+_BY_SIZE = {
+    1: "bool uint8 int8 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz",
+    2: "uint16 int16 float16 bfloat16",
+    4: "uint32 int32 float32 complex32",
+    8: "uint64 int64 float64 complex64",
+    16: "complex128",
 }
+SIZES = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
 
 
 def itemsize_of(name: str) -> int:
@@ -33,9 +19,8 @@ def itemsize_of(name: str) -> int:
     Raises:
         ValueError: this torch has no dtype of that name, or its tensors are more than raw bytes.
     """
-    size = SIZES.get(name) if isinstance(name, str) else None
-    if size is None:
-        from stager.workers.checkpoint.layout.dtypes import dtype_of
+    if isinstance(name, str) and (size := SIZES.get(name)):
+        return size
+    from stager.workers.checkpoint.layout.dtypes import dtype_of
 
-        return dtype_of(name).itemsize
-    return size
+    return dtype_of(name).itemsize

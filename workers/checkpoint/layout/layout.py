@@ -14,19 +14,23 @@ have hundreds of thousands of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
-from stager.workers.checkpoint.layout.plan_cache import PlanCache
 from stager.workers.checkpoint.layout.structure import Node
 
 BLOB_ALIGN_BYTES = 64  # what torch.save aligns a storage to within its file
 
 ROW_COLUMNS = ("kind", "file", "offset", "nbytes", "data_offset", "data_nbytes", "dtype", "shape", "stride")
+
+Templates = Mapping[str, tuple[bytes, ...]]
+"""Pieces of bytes by name. The format says what each is for (``formats/dcp.py``)."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,37 @@ class FileSpec:
     nbytes: int
 
 
+class PlanCache:
+    """Values that were worked out for a plan, by name; see NOTE [ Once per plan ] in ``layout_plan.py``.
+
+    Attributes:
+        num_fixed: the first so many items are the same in every layout that shares this cache: the tensors.
+        templates: what the trainer made; None in a process that got the layout from elsewhere (a save record, a manifest).
+    """
+
+    __slots__ = ("_changing", "_fixed", "num_fixed", "templates")
+
+    def __init__(self, num_fixed: int = 0, templates: Templates | None = None) -> None:
+        self.num_fixed = num_fixed
+        self.templates = templates
+        self._fixed: dict[str, Any] = {}
+        self._changing: dict[str, tuple[Any, Any]] = {}
+
+    def once_per_plan(self, name: str, make: Callable[[], T]) -> T:
+        """Return the value ``name``; ``make`` it at the first call. It may depend on fixed items and the structure only."""
+        if name not in self._fixed:
+            self._fixed[name] = make()
+        value: T = self._fixed[name]
+        return value
+
+    def until_changed(self, name: str, key: Any, make: Callable[[], T]) -> T:
+        """Return the value ``name``; ``make`` it again whenever ``key`` is another than at the last call."""
+        if name not in self._changing or self._changing[name][0] != key:
+            self._changing[name] = (key, make())
+        value: T = self._changing[name][1]
+        return value
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The layout of a whole checkpoint, or of what one rank contributes to it.
@@ -86,7 +121,7 @@ class Layout:
     Attributes:
         files: data files, in order; each item's ``file`` points here.
         items: in file order, then by offset.
-        structure: see :mod:`stager.workers.checkpoint.layout.structure`; its leaves are indices into ``items``.
+        structure: see ``structure.py``; its leaves are indices into ``items``.
         segment_bytes: the most bytes that one hash covers.
         cache: what was worked out for the plan of this layout; the layouts of one plan share it.
     """
@@ -113,10 +148,9 @@ class Layout:
 
     def spans(self) -> Iterator[tuple[int, Item, int]]:
         """Iterate over (index, item, end of the item's span in its file)."""
-        for index, item in enumerate(self.items):
-            following = index + 1
-            if following < len(self.items) and self.items[following].file == item.file:
-                yield index, item, self.items[following].offset
+        for index, (item, following) in enumerate(zip_longest(self.items, self.items[1:])):
+            if following is not None and following.file == item.file:
+                yield index, item, following.offset
             else:
                 yield index, item, self.files[item.file].nbytes
 
@@ -169,9 +203,6 @@ def partition(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list
 
 def _units(layout: Layout, whole_bytes: int) -> Iterator[list[Segment]]:
     """Iterate over what must stay in one part: a segment, or all segments of a small file."""
-    if not whole_bytes:
-        yield from ([segment] for segment in segments(layout))
-        return
     for file, group in groupby(segments(layout), key=lambda segment: layout.items[segment.index].file):
         if layout.files[file].nbytes <= whole_bytes:
             yield list(group)

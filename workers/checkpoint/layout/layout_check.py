@@ -1,7 +1,8 @@
 """Check that a layout which was read from a file is possible.
 
 The checks come before any allocation, open or write. So a hostile manifest or save record can neither name a path outside
-its directory nor ask for more memory than its files hold.
+its directory nor ask for more memory than its files hold. A ``check_`` function of a value returns the value. All of them
+raise ValueError for what is impossible.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _MAX_DIMS = 256  # bounds the time that multiplying the lengths takes
 _MAX_WHOLES = 4  # of so many tensors an item may be a chunk; tied tensors have equal chunks and count as one
 _MANY_CORNERS = 1 << 20  # so many corners the chunks of one tensor may have, or 8 per chunk (chunks along 3 dimensions)
 
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths
+
 
 def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
     """Check that ``layout`` can be the layout of a checkpoint.
@@ -34,8 +37,7 @@ def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
     Raises:
         ValueError, TypeError, IndexError: the layout is impossible.
     """
-    check_count(layout.segment_bytes)
-    if layout.segment_bytes < 1:
+    if check_count(layout.segment_bytes) < 1:
         raise ValueError("segment_bytes is 0, must be positive")
     for spec in layout.files:
         check_file_name(spec.name)
@@ -46,44 +48,28 @@ def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
 
 
 def check_file_name(value: Any) -> str:
-    """Return ``value`` if it names a file inside the checkpoint's directory.
-
-    Raises:
-        ValueError
-    """
-    if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
-        raise ValueError(f"{value!r} is not a file name")
-    return value
+    """Check that ``value`` names a file inside the checkpoint's directory."""
+    if isinstance(value, str) and _FILE_NAME.fullmatch(value):
+        return value
+    raise ValueError(f"{value!r} is not a file name")
 
 
 def check_distinct(names: Sequence[str]) -> None:
-    """Check that no two files of a checkpoint have the same name.
-
-    Raises:
-        ValueError
-    """
+    """Check that no two files of a checkpoint have the same name."""
     if len(set(names)) != len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
         raise ValueError(f"two files are called {twice}")
 
 
 def check_count(value: Any) -> int:
-    """Return ``value`` if it can be a number of bytes or elements.
-
-    Raises:
-        ValueError
-    """
-    if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise ValueError(f"{str(value)[:60]} is not a count (an integer from 0 to 2**63 - 1)")
-    return value
+    """Check that ``value`` can be a number of bytes or elements."""
+    if type(value) is int and 0 <= value <= _LARGEST:
+        return value
+    raise ValueError(f"{str(value)[:60]} is not a count (an integer from 0 to 2**63 - 1)")
 
 
 def check_shape(value: Any) -> tuple[int, ...]:
-    """Return ``value`` as a tuple if it can be the shape, strides or offsets of a tensor.
-
-    Raises:
-        ValueError
-    """
+    """Check that ``value`` can be the shape, strides or offsets of a tensor; returns a tuple."""
     numbers = tuple(map(check_count, value))
     if len(numbers) > _MAX_DIMS:
         raise ValueError(f"{len(numbers)} dimensions are too many; at most {_MAX_DIMS} are allowed")
@@ -91,36 +77,24 @@ def check_shape(value: Any) -> tuple[int, ...]:
 
 
 def check_step(value: Any) -> int:
-    """Return ``value`` if it can be a training step.
-
-    Raises:
-        ValueError
-    """
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:60]} is not a step (an integer from 0 on)")
-    return value
+    """Check that ``value`` can be a training step."""
+    if type(value) is int and value >= 0:
+        return value
+    raise ValueError(f"{str(value)[:60]} is not a step (an integer from 0 on)")
 
 
 def check_text(value: Any) -> str:
-    """Return ``value`` if it is a string.
-
-    Raises:
-        ValueError
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:60]} is not a string")
-    return value
+    """Check that ``value`` is a string."""
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{str(value)[:60]} is not a string")
 
 
 def check_time(value: Any) -> float:
-    """Return ``value`` if it can be a time in seconds.
-
-    Raises:
-        ValueError
-    """
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:60]} is not a time in seconds")
-    return float(value)
+    """Check that ``value`` can be a time in seconds."""
+    if type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"{str(value)[:60]} is not a time in seconds")
 
 
 def _check_items(layout: Layout) -> None:
@@ -129,7 +103,8 @@ def _check_items(layout: Layout) -> None:
     # Most items have one of a few (dtype, shape, stride): check each of these once. But True == 1, and True is not a
     # length, so the short cut is only taken where every number is an int.
     lengths = itertools.chain.from_iterable((*item.shape, *item.stride) for item in layout.items)
-    known: set[object] | None = set() if set(map(type, lengths)) <= {int} else None
+    may_know = set(map(type, lengths)) <= {int}
+    known: set[object] = set()
     position, file = 0, -1
     for index, item, end in layout.spans():
         if item.file != file:
@@ -141,11 +116,11 @@ def _check_items(layout: Layout) -> None:
             raise ValueError(f"item {index}: its span starts at {item.offset}, the one before it ends at {position}")
         if not item.offset <= item.data_offset <= item.data_offset + item.data_nbytes <= item.offset + item.nbytes:
             raise ValueError(f"item {index}: its raw bytes are not inside its blob")
-        kind = (item.dtype, item.shape, item.stride, item.data_nbytes) if item.kind == "tensor" else None
-        if kind is None or known is None or kind not in known:
+        if item.kind != "tensor" or not may_know:
             _check_kind(index, item)
-            if kind is not None and known is not None:
-                known.add(kind)
+        elif (kind := (item.dtype, item.shape, item.stride, item.data_nbytes)) not in known:
+            _check_kind(index, item)
+            known.add(kind)
         position = end
     if file + 1 != len(layout.files):
         raise ValueError(f"{layout.files[file + 1].name} contains no item")
@@ -161,14 +136,18 @@ def _check_counts(items: Sequence[Item]) -> None:
 
 
 def _check_kind(index: int, item: Item) -> None:
-    if item.kind in ("object", "frame"):
-        if (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
-            raise ValueError(f"item {index}: an item of kind {item.kind} must have no header and no tail")
-        if (item.dtype, item.shape, item.stride) != ("", (), ()):
-            raise ValueError(f"item {index}: an item of kind {item.kind} must have no dtype, shape or stride")
-        return
-    if item.kind != "tensor":
+    """Check what depends on the kind of an item alone."""
+    if item.kind == "tensor":
+        _check_tensor(index, item)
+    elif item.kind not in ("object", "frame"):
         raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
+    elif (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
+        raise ValueError(f"item {index}: an item of kind {item.kind} must have no header and no tail")
+    elif (item.dtype, item.shape, item.stride) != ("", (), ()):
+        raise ValueError(f"item {index}: an item of kind {item.kind} must have no dtype, shape or stride")
+
+
+def _check_tensor(index: int, item: Item) -> None:
     check_shape(item.shape)
     check_shape(item.stride)
     if math.prod(item.shape) * itemsize_of(item.dtype) != item.data_nbytes:
@@ -180,12 +159,13 @@ def _check_kind(index: int, item: Item) -> None:
 
 
 def _check_structure(layout: Layout, of_one_rank: bool) -> None:
+    """Check: it is a mapping, no leaf is missing, each item is in it, and chunks fill their tensors."""
     structure = layout.structure
-    if not isinstance(structure, list) or not structure or structure[0] == "list":
+    if not isinstance(structure, list) or structure[:1] not in (["dict"], ["odict"]):
         raise ValueError("the structure of the state is not a mapping")
     if not of_one_rank and (path := next(absent(structure), None)) is not None:
         raise ValueError(f"no rank wrote the leaf {path}")
-    used = [False] * len(layout.items)
+    used = [item.kind == "frame" for item in layout.items]
     wholes: dict[Chunks, None] = {}
     for path, leaf in leaves(structure):
         for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
@@ -201,17 +181,12 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
                 check_tiling(boxes, leaf.shape)
     if (shared := shared_too_often(wholes)) is not None:
         raise ValueError(f"item {shared} is a chunk of too many tensors; at most {_MAX_WHOLES} are allowed")
-    for index, item in enumerate(layout.items):
-        if not used[index] and item.kind != "frame":
-            raise ValueError(f"item {index} is not in the structure of the state")
+    if not all(used):
+        raise ValueError(f"item {used.index(False)} is not in the structure of the state")
 
 
 def shared_too_often(wholes: Iterable[Chunks]) -> int | None:
-    """Return an item that is a chunk of too many tensors, or None. Each whole tensor takes memory.
-
-    Args:
-        wholes: the tensors in chunks, no two of them equal.
-    """
+    """Return an item that is a chunk of too many of ``wholes``, or None. Each whole tensor takes memory."""
     times = Counter([index for chunks in wholes for _, index in chunks.parts])
     return next((index for index, number in times.items() if number > _MAX_WHOLES), None)
 
@@ -233,15 +208,8 @@ def _check_chunks(layout: Layout, chunks: Chunks) -> list[Box]:
     return boxes
 
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths
-
-
 def check_tiling(boxes: list[Box], shape: tuple[int, ...]) -> None:
-    """Check that boxes inside a tensor of ``shape`` cover each of its elements exactly once.
-
-    Raises:
-        ValueError: there are gaps or overlaps.
-    """
+    """Check that boxes inside a tensor of ``shape`` cover each of its elements exactly once."""
     num_elements = sum(math.prod(lengths) for _, lengths in boxes)
     if num_elements != math.prod(shape) or math.prod(filter(None, shape)) > _LARGEST:
         raise ValueError(f"its chunks have {num_elements} elements, a tensor of shape {shape} has {math.prod(shape)}")

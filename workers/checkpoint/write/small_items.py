@@ -37,7 +37,7 @@ def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Se
 
 
 class SmallItems:
-    """Joins small items. Their headers and tails are made once per plan (``plan_cache.py``).
+    """Joins small items. Their headers and tails are made once per plan (``layout_plan.py``).
 
     Args:
         layout: of the save.
