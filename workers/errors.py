@@ -32,10 +32,19 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any, ClassVar
 
 
 class StagerError(Exception):
     """Base of every error that stager raises on purpose: catch it to catch them all."""
+
+    _arguments: ClassVar[tuple[str, ...]] = ()
+    """The attributes that ``__init__`` takes. An error that comes from a worker is made again from them."""
+
+    def __reduce__(self) -> Any:
+        if not self._arguments:
+            return super().__reduce__()
+        return type(self), tuple(getattr(self, name) for name in self._arguments)
 
 
 class UsageError(StagerError):
@@ -54,13 +63,12 @@ class UnstageableError(UsageError, TypeError):
         reason: why it cannot be saved, and what to do.
     """
 
+    _arguments = ("key_path", "reason")
+
     def __init__(self, key_path: str, reason: str) -> None:
         super().__init__(f"{key_path}: {reason}")
         self.key_path = key_path
         self.reason = reason
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.key_path, self.reason)
 
 
 class StateMismatchError(UsageError, RuntimeError):
@@ -105,6 +113,8 @@ class WorkerDiedError(WorkerError):
         hint: more about the cause, for the message.
     """
 
+    _arguments = ("pid", "exitcode", "task", "hint")
+
     def __init__(self, pid: int, exitcode: int | None, task: str, hint: str = "") -> None:
         message = f"worker {pid} {describe_exit(exitcode)} while running {task}"
         super().__init__(f"{message}; {hint}" if hint else message)
@@ -112,9 +122,6 @@ class WorkerDiedError(WorkerError):
         self.exitcode = exitcode
         self.task = task
         self.hint = hint
-
-    def __reduce__(self) -> tuple[type, tuple[int, int | None, str, str]]:
-        return type(self), (self.pid, self.exitcode, self.task, self.hint)
 
 
 class WorkerStartError(WorkerError):
@@ -136,12 +143,12 @@ class ReplicationError(StagerError, RuntimeError):
         rank: global rank of the other process that failed; None if this process failed.
     """
 
+    _arguments = ("message", "rank")
+
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)
+        self.message = message
         self.rank = rank
-
-    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
-        return type(self), (str(self), self.rank)
 
 
 class StorageError(StagerError, OSError):
@@ -153,13 +160,12 @@ class StorageError(StagerError, OSError):
         message: what was attempted.
     """
 
+    _arguments = ("errno", "message", "path")
+
     def __init__(self, errno: int | None, message: str, path: str) -> None:
         super().__init__(errno, message, path)
         self.message = message
         self.path = path
-
-    def __reduce__(self) -> tuple[type, tuple[int | None, str, str]]:
-        return type(self), (self.errno, self.message, self.path)
 
     def __str__(self) -> str:
         name = f" [{os.strerror(self.errno)}]" if self.errno else ""
@@ -182,13 +188,12 @@ class CorruptCheckpointError(StagerError):
         problem: how it differs.
     """
 
+    _arguments = ("path", "problem")
+
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
         self.path = path
         self.problem = problem
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.path, self.problem)
 
 
 class RankFailedError(StagerError, RuntimeError):
@@ -198,12 +203,12 @@ class RankFailedError(StagerError, RuntimeError):
         ranks: global ranks that failed.
     """
 
+    _arguments = ("message", "ranks")
+
     def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
         super().__init__(message)
+        self.message = message
         self.ranks = ranks
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
 
 
 class InternalError(StagerError, AssertionError):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -18,6 +20,8 @@ from stager.workers.errors import CorruptCheckpointError, StorageError
 IOV_MAX = 1024  # Linux
 DOCUMENT_BYTES = 1 << 30  # that are read at once, at most; a manifest has about 130 bytes per item
 _HOLE_BYTES = 1 << 20  # below this a hole costs nothing; no file of these kinds has as many zeros in a row
+
+_LOCK_POLL_SECS = 0.02
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -99,9 +103,8 @@ def read_small(path: str) -> bytes:
         if nbytes > DOCUMENT_BYTES:
             raise CorruptCheckpointError(path, f"is {nbytes} bytes long, which is too much for a file of its kind")
         if nbytes > _HOLE_BYTES and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < nbytes:
-            raise CorruptCheckpointError(
-                path, "has a hole: it is not as long as it seems"
-            )  # reading a hole takes memory, but no disk
+            # Reading a hole takes memory, but no disk.
+            raise CorruptCheckpointError(path, "has a hole: it is not as long as it seems")
         file.seek(0)
         return file.read(nbytes)
 
@@ -177,6 +180,20 @@ def exchange(first: str, second: str) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):
         return False
     raise OSError(code, os.strerror(code), second)
+
+
+def flock(fd: int, kind: int, timeout: float) -> bool:
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``). Returns False if others hold it for ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOCK_POLL_SECS)
+        else:
+            return True
 
 
 def sync_directory(path: str) -> None:
