@@ -32,19 +32,18 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any, ClassVar
+from typing import Any
 
 
 class StagerError(Exception):
     """Base of every error that stager raises on purpose: catch it to catch them all."""
 
-    _arguments: ClassVar[tuple[str, ...]] = ()
-    """The attributes that ``__init__`` takes. An error that comes from a worker is made again from them."""
-
     def __reduce__(self) -> Any:
-        if not self._arguments:
+        # Each argument of an __init__ below is an attribute, too. The copy of an error in another process is made from them.
+        code = getattr(type(self).__init__, "__code__", None)
+        if code is None:  # no __init__ of our own
             return super().__reduce__()
-        return type(self), tuple(getattr(self, name) for name in self._arguments)
+        return type(self), tuple(getattr(self, name) for name in code.co_varnames[1 : code.co_argcount])
 
 
 class UsageError(StagerError):
@@ -62,8 +61,6 @@ class UnstageableError(UsageError, TypeError):
         key_path: where the value is, ``optimizer.state[3]['exp_avg']`` for example.
         reason: why it cannot be saved, and what to do.
     """
-
-    _arguments = ("key_path", "reason")
 
     def __init__(self, key_path: str, reason: str) -> None:
         super().__init__(f"{key_path}: {reason}")
@@ -113,8 +110,6 @@ class WorkerDiedError(WorkerError):
         hint: more about the cause, for the message.
     """
 
-    _arguments = ("pid", "exitcode", "task", "hint")
-
     def __init__(self, pid: int, exitcode: int | None, task: str, hint: str = "") -> None:
         message = f"worker {pid} {describe_exit(exitcode)} while running {task}"
         super().__init__(f"{message}; {hint}" if hint else message)
@@ -143,8 +138,6 @@ class ReplicationError(StagerError, RuntimeError):
         rank: global rank of the other process that failed; None if this process failed.
     """
 
-    _arguments = ("message", "rank")
-
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -159,8 +152,6 @@ class StorageError(StagerError, OSError):
         path: the file or directory, also in ``filename``.
         message: what was attempted.
     """
-
-    _arguments = ("errno", "message", "path")
 
     def __init__(self, errno: int | None, message: str, path: str) -> None:
         super().__init__(errno, message, path)
@@ -188,8 +179,6 @@ class CorruptCheckpointError(StagerError):
         problem: how it differs.
     """
 
-    _arguments = ("path", "problem")
-
     def __init__(self, path: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
         self.path = path
@@ -202,8 +191,6 @@ class RankFailedError(StagerError, RuntimeError):
     Attributes:
         ranks: global ranks that failed.
     """
-
-    _arguments = ("message", "ranks")
 
     def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
         super().__init__(message)

@@ -13,7 +13,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 from stager.workers.errors import CorruptCheckpointError, StorageError
 
@@ -83,11 +83,9 @@ def open_regular(path: str, access: int = os.O_RDONLY) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise CorruptCheckpointError(path, "is not a regular file") from error
         raise
-    with ExitStack() as on_error:
-        on_error.callback(os.close, fd)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CorruptCheckpointError(path, "is not a regular file")
-        on_error.pop_all()
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CorruptCheckpointError(path, "is not a regular file")
     return fd
 
 
@@ -124,11 +122,7 @@ def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> No
 
 
 def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, fsync: bool) -> None:
-    """Create ``name`` with ``data``, whole or not at all: write a temporary file, sync it, rename it.
-
-    Raises:
-        StorageError
-    """
+    """Create ``name`` with ``data``, whole or not at all: write a temporary file, sync it, rename it."""
     temporary = f"{name}.{os.getpid()}.tmp"
     with storage_errors("write", os.path.join(directory, name)):
         try:
@@ -147,11 +141,7 @@ def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, 
 
 
 def read_if_exists(path: str) -> bytes | None:
-    """Read a small file as :func:`read_small` does. Returns None if it does not exist.
-
-    Raises:
-        StorageError, CorruptCheckpointError
-    """
+    """Read a small file as :func:`read_small` does. Returns None if it does not exist."""
     with storage_errors("read", path):
         try:
             return read_small(path)

@@ -178,11 +178,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 @no_collection()
 def parse_manifest(data: bytes, path: str) -> Manifest:
-    """Parse and check a manifest; ``path`` is for error messages.
-
-    Raises:
-        CorruptCheckpointError
-    """
+    """Parse and check a manifest; ``path`` is for error messages."""
     body = unseal(data, path)
     if not isinstance(body, dict) or body.get("format") != "stager":
         raise CorruptCheckpointError(path, "not a stager manifest")

@@ -25,7 +25,6 @@ def reading(path: str) -> Iterator[None]:
 
     Raises:
         CheckpointNotFoundError: it was removed or replaced while the lock was taken.
-        StorageError
     """
     with holding(path) as there:
         if not there:

@@ -49,11 +49,7 @@ class Receipt:
     rank: int = 0
 
     def write(self, directory_fd: int, directory: str, fsync: bool) -> None:
-        """Write the receipt into the partial directory.
-
-        Raises:
-            StorageError
-        """
+        """Write the receipt into the partial directory."""
         name = receipt_name(self.rank, self.part, self.num_parts)
         files.write_atomically(directory_fd, directory, name, seal(asdict(self)), fsync)
 
@@ -88,7 +84,6 @@ def read_receipt(
 
     Raises:
         CorruptCheckpointError: it is damaged, or of another save.
-        StorageError
     """
     path = os.path.join(directory, receipt_name(rank, part, num_parts))
     data = files.read_if_exists(path)

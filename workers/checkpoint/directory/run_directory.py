@@ -185,11 +185,7 @@ def _names(directory: str) -> list[str]:
 
 
 def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest]:
-    """Read the manifest of the checkpoint of ``step``.
-
-    Raises:
-        CheckpointNotFoundError, CorruptCheckpointError
-    """
+    """Read the manifest of the checkpoint of ``step``."""
     path = os.path.join(directory, checkpoint_name(step))
     manifest = read_manifest(path)
     if manifest.header.step != step:
@@ -265,7 +261,6 @@ def unused_directory(directory: str) -> Iterator[None]:
 
     Raises:
         DirectoryInUseError: a run holds the lock, alone or shared by its ranks.
-        StorageError
     """
     path = os.path.join(directory, LOCK_NAME)
     with ExitStack() as opened:

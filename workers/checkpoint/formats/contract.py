@@ -20,8 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, Templates
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, Templates, itemsize_of
 from stager.workers.checkpoint.layout.structure import Path, describe
 
 if TYPE_CHECKING:

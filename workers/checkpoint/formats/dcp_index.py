@@ -31,23 +31,18 @@ from stager.workers.checkpoint.layout.layout import Item, Layout, Templates
 from stager.workers.checkpoint.layout.structure import Chunks, Path, fqn, leaves
 from stager.workers.gc_pause import no_collection
 
+# Templates by name, and what to fill in:
+#   tensor <dtype> <dimensions>   a TensorStorageMetadata: its lengths, its list of chunks
+#   chunk <dimensions>            a ChunkStorageMetadata: offsets, lengths
+#   index <dimensions>            the MetadataIndex of a tensor: its name, offsets
+#   index of an object            its MetadataIndex: its name
+#   storage info                  a _StorageInfo: file name, offset, size
+#   metadata                      the whole: three dictionaries, path of the checkpoint, id of the save
+
 
 def tensor_name(item: Item) -> str:
-    """Name the template of a tensor's ``TensorStorageMetadata``. To fill in: its lengths, its list of chunks."""
+    """Name the template of a tensor's ``TensorStorageMetadata``."""
     return f"tensor {item.dtype} {len(item.shape)}"
-
-
-def _chunk_name(dims: int) -> str:
-    """Name the template of a ``ChunkStorageMetadata``. To fill in: offsets, lengths."""
-    return f"chunk {dims}"
-
-
-def _index_name(dims: int) -> str:
-    """Name the template of the ``MetadataIndex`` of a tensor of ``dims`` dimensions. To fill in: the name, the offsets."""
-    return f"index {dims}"
-
-
-_OBJECT_INDEX = "index of an object"  # the template of an object's MetadataIndex; to fill in: the name
 
 
 def index_templates(tensors: Sequence[Item]) -> Templates:
@@ -76,7 +71,7 @@ def index_templates(tensors: Sequence[Item]) -> Templates:
         "metadata": maker.template(dcp.Metadata(state, paths, storage, meta), marks),
         "storage info": maker.template(_StorageInfo(*marks[:3]), marks[:3]),
         "object": maker.template(dcp.BytesStorageMetadata(), ()),
-        _OBJECT_INDEX: maker.template(dcp.MetadataIndex(marks[0]), marks[:1]),
+        "index of an object": maker.template(dcp.MetadataIndex(marks[0]), marks[:1]),
     }
     for name, (dtype, dims) in kinds.items():
         lengths, chunks = [number_mark(number) for number in range(dims)], marks[0]
@@ -85,9 +80,9 @@ def index_templates(tensors: Sequence[Item]) -> Templates:
     for dims in {dims for _, dims in kinds.values()}:
         numbers = [number_mark(number) for number in range(2 * dims)]
         offsets, lengths = numbers[:dims], numbers[dims:]
-        templates[_chunk_name(dims)] = maker.template(dcp.ChunkStorageMetadata(Size(offsets), Size(lengths)), numbers)
+        templates[f"chunk {dims}"] = maker.template(dcp.ChunkStorageMetadata(Size(offsets), Size(lengths)), numbers)
         index = dcp.MetadataIndex(marks[0], Size(offsets))
-        templates[_index_name(dims)] = maker.template(index, [marks[0], *offsets])
+        templates[f"index {dims}"] = maker.template(index, [marks[0], *offsets])
     return templates
 
 
@@ -174,7 +169,7 @@ class _StemWriter:
         return self._whole_tensors[kind]
 
     def _tensor(self, item: Item, shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], ...]]) -> bytes:
-        template = self._templates[_chunk_name(len(shape))]
+        template = self._templates[f"chunk {len(shape)}"]
         filled = [fill(template, map(integer, (*offsets, *lengths))) for offsets, lengths in chunks]
         return fill(self._templates[tensor_name(item)], [*map(integer, shape), list_of(filled)])
 
@@ -184,6 +179,6 @@ class _StemWriter:
     def _index(self, name: str, item: Item, offsets: tuple[int, ...] | None) -> bytes:
         """Return the ``MetadataIndex`` of an item; ``offsets`` is None if the item is not a chunk."""
         if item.kind != "tensor":
-            return fill(self._templates[_OBJECT_INDEX], [self._strings.piece(name)])
+            return fill(self._templates["index of an object"], [self._strings.piece(name)])
         offsets = (0,) * len(item.shape) if offsets is None else offsets
-        return fill(self._templates[_index_name(len(offsets))], [self._strings.piece(name), *map(integer, offsets)])
+        return fill(self._templates[f"index {len(offsets)}"], [self._strings.piece(name), *map(integer, offsets)])

@@ -21,29 +21,15 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 from stager.workers.checkpoint.formats.contract import Format, HeadersAndTails, Split, TensorLayout, TensorSpec
-from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
-from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout
+from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout, itemsize_of
 from stager.workers.checkpoint.layout.structure import Path, fqn, walk
 from stager.workers.errors import UnstageableError
 
-DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-}
+_PAIRS = (
+    "bool=BOOL uint8=U8 uint16=U16 uint32=U32 uint64=U64 int8=I8 int16=I16 int32=I32 int64=I64 "
+    "float8_e4m3fn=F8_E4M3 float8_e5m2=F8_E5M2 float16=F16 bfloat16=BF16 float32=F32 float64=F64 complex64=C64"
+)
+DTYPES = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in _PAIRS.split())}
 _METADATA = "__metadata__"
 _LARGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 

@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
-from stager.workers.checkpoint.layout.layout import Item, Layout, is_dense
+from stager.workers.checkpoint.layout.layout import Item, Layout, is_dense, itemsize_of
 from stager.workers.checkpoint.layout.structure import Chunks, absent, leaves
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")

@@ -9,7 +9,7 @@
 
 A key is a str, int, finite float, bool or null and keeps its type; no two keys of a container are equal. ``metadata`` is the
 ``_metadata`` attribute that ``nn.Module.state_dict()`` sets on its result (module versions). Two leaves that are the same
-bytes (tied weights) name the same item. Reading a structure runs no code from it.
+bytes (tied weights) name the same item. Reading a structure runs no code from it; ValueError says that it is malformed.
 """
 
 from __future__ import annotations
@@ -78,11 +78,7 @@ class Chunks:
 
     @staticmethod
     def from_node(node: Node) -> Chunks:
-        """Parse a structure node.
-
-        Raises:
-            ValueError: ``node`` is not a tensor in chunks.
-        """
+        """Parse a structure node."""
         try:
             _, shape, parts = node
             chunks = Chunks(tuple(shape), tuple((tuple(offsets), index) for offsets, index in parts))
@@ -95,11 +91,7 @@ class Chunks:
 
 
 def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Iterate over (key path of a leaf, index of its item); a tensor in chunks comes once per chunk.
-
-    Raises:
-        ValueError: ``node`` is not a structure.
-    """
+    """Iterate over (key path of a leaf, index of its item); a tensor in chunks comes once per chunk."""
     for at, leaf in leaves(node, path):
         if isinstance(leaf, Chunks):
             yield from ((at, index) for _, index in leaf.parts)
@@ -112,9 +104,6 @@ def leaves(node: Node, path: Path = (), *, text_keys: bool = False) -> Iterator[
 
     Args:
         text_keys: give the keys of mappings as ``str``, as DCP does.
-
-    Raises:
-        ValueError: ``node`` is not a structure.
     """
     if type(node) is int:
         yield path, node
@@ -130,11 +119,7 @@ def leaves(node: Node, path: Path = (), *, text_keys: bool = False) -> Iterator[
 
 
 def absent(node: Node, path: Path = ()) -> Iterator[Path]:
-    """Iterate over the key paths of the leaves that another rank writes.
-
-    Raises:
-        ValueError: ``node`` is not a structure.
-    """
+    """Iterate over the key paths of the leaves that another rank writes."""
     if node is ABSENT:
         yield path
     elif type(node) is not int and not _is_chunks(node):
@@ -163,7 +148,6 @@ def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
     """Build the nested state, with the value ``leaf(index)`` for each leaf.
 
     Raises:
-        ValueError: ``node`` is not a structure.
         UsageError: a tensor is stored in chunks.
     """
     if type(node) is int:
