@@ -226,11 +226,7 @@ def describe_exit(exitcode: int | None) -> str:
     return f"was killed by {name}"
 
 
-def _show_as_public_names() -> None:
-    """Make tracebacks name the place that users import from, not this file."""
-    for value in list(globals().values()):
-        if isinstance(value, type) and issubclass(value, StagerError):
-            value.__module__ = "stager"
-
-
-_show_as_public_names()
+# Tracebacks name the place that users import from, not this file.
+for _class in [value for value in globals().values() if isinstance(value, type) and issubclass(value, StagerError)]:
+    _class.__module__ = "stager"
+del _class

@@ -112,7 +112,7 @@ def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> No
     pending = [memoryview(b) for b in buffers if len(b)]
     while pending:
         written = os.pwritev(fd, pending[:IOV_MAX], offset)
-        if written == 0:
+        if written == 0:  # or this loop would not end
             raise OSError(errno.EIO, "the file system accepts no more bytes, and gives no reason")
         offset += written
         while pending and written >= len(pending[0]):
@@ -129,6 +129,7 @@ def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, 
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=directory_fd)
             try:
                 write_all(fd, [data], 0)
+                # Before the rename: otherwise a power failure can leave the name without the bytes.
                 if fsync:
                     os.fsync(fd)
             finally:
@@ -155,8 +156,10 @@ def remove(path: str) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
             return
-        shutil.rmtree(path, ignore_errors=True)  # another process may remove files at the same time
-        shutil.rmtree(path)  # raises for what could not be removed
+        # First what can be removed, although another process may remove files at the same time. The second call raises
+        # for what is left.
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
 
 
 def exchange(first: str, second: str) -> bool:

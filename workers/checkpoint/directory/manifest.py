@@ -200,7 +200,7 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     header = ManifestHeader(
         **{name: check_text(body[name]) for name in ("kind", "save_id", "torch", "stager")},
         step=check_step(body["step"]),
-        created=check_time(body["created"]),
+        created=float(check_time(body["created"])),
         linked_bytes=check_count(linked_bytes),
         generation=check_count(generation),
     )

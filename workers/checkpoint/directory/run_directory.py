@@ -236,6 +236,7 @@ def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: b
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _acquire(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, directory, timeout)
+            # Only under the exclusive lock: the other ranks read what its holder wrote.
             if not shared:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{os.getpid()} {nonce}".rstrip().encode() + b"\n", 0)

@@ -93,6 +93,7 @@ class FileSpec:
     nbytes: int
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class PlanCache:
     """Values that were worked out for a plan, by name; see NOTE [ Once per plan ] in ``layout_plan.py``.
 
@@ -101,13 +102,10 @@ class PlanCache:
         templates: what the trainer made; None in a process that got the layout from elsewhere (a save record, a manifest).
     """
 
-    __slots__ = ("_changing", "_fixed", "num_fixed", "templates")
-
-    def __init__(self, num_fixed: int = 0, templates: Templates | None = None) -> None:
-        self.num_fixed = num_fixed
-        self.templates = templates
-        self._fixed: dict[str, Any] = {}
-        self._changing: dict[str, tuple[Any, Any]] = {}
+    num_fixed: int = 0
+    templates: Templates | None = None
+    _fixed: dict[str, Any] = field(default_factory=dict, init=False)
+    _changing: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False)
 
     def once_per_plan(self, name: str, make: Callable[[], T]) -> T:
         """Return the value ``name``; ``make`` it at the first call. It may depend on fixed items and the structure only."""

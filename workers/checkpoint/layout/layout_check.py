@@ -12,7 +12,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stager.workers.checkpoint.layout.layout import Item, Layout, is_dense, itemsize_of
@@ -25,6 +25,30 @@ _MAX_WHOLES = 4  # of so many tensors an item may be a chunk; tied tensors have 
 _MANY_CORNERS = 1 << 20  # so many corners the chunks of one tensor may have, or 8 per chunk (chunks along 3 dimensions)
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths
+
+
+def _check_of(what: str, is_possible: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if is_possible(value):
+            return value
+        raise ValueError(f"{str(value)[:60]} is not {what}")
+
+    return check
+
+
+# type(), not isinstance(): True and False are no numbers.
+check_count: Callable[[Any], int] = _check_of(
+    "a count (an integer from 0 to 2**63 - 1)", lambda n: type(n) is int and 0 <= n <= _LARGEST
+)
+check_step: Callable[[Any], int] = _check_of("a step (an integer from 0 on)", lambda n: type(n) is int and n >= 0)
+check_time: Callable[[Any], float] = _check_of(
+    "a time in seconds", lambda t: type(t) in (int, float) and math.isfinite(t)
+)
+check_text: Callable[[Any], str] = _check_of("a string", lambda text: isinstance(text, str))
+check_file_name: Callable[[Any], str] = _check_of(
+    "the name of a file inside the checkpoint's directory",
+    lambda name: isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None,
+)
 
 
 def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
@@ -46,25 +70,11 @@ def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
     _check_structure(layout, of_one_rank)
 
 
-def check_file_name(value: Any) -> str:
-    """Check that ``value`` names a file inside the checkpoint's directory."""
-    if isinstance(value, str) and _FILE_NAME.fullmatch(value):
-        return value
-    raise ValueError(f"{value!r} is not a file name")
-
-
 def check_distinct(names: Sequence[str]) -> None:
     """Check that no two files of a checkpoint have the same name."""
     if len(set(names)) != len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
         raise ValueError(f"two files are called {twice}")
-
-
-def check_count(value: Any) -> int:
-    """Check that ``value`` can be a number of bytes or elements."""
-    if type(value) is int and 0 <= value <= _LARGEST:
-        return value
-    raise ValueError(f"{str(value)[:60]} is not a count (an integer from 0 to 2**63 - 1)")
 
 
 def check_shape(value: Any) -> tuple[int, ...]:
@@ -73,27 +83,6 @@ def check_shape(value: Any) -> tuple[int, ...]:
     if len(numbers) > _MAX_DIMS:
         raise ValueError(f"{len(numbers)} dimensions are too many; at most {_MAX_DIMS} are allowed")
     return numbers
-
-
-def check_step(value: Any) -> int:
-    """Check that ``value`` can be a training step."""
-    if type(value) is int and value >= 0:
-        return value
-    raise ValueError(f"{str(value)[:60]} is not a step (an integer from 0 on)")
-
-
-def check_text(value: Any) -> str:
-    """Check that ``value`` is a string."""
-    if isinstance(value, str):
-        return value
-    raise ValueError(f"{str(value)[:60]} is not a string")
-
-
-def check_time(value: Any) -> float:
-    """Check that ``value`` can be a time in seconds."""
-    if type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    raise ValueError(f"{str(value)[:60]} is not a time in seconds")
 
 
 def _check_items(layout: Layout) -> None:
