@@ -127,6 +127,7 @@ class _StemWriter:
         self._templates = templates
         self._start, first_string = templates["start"]
         self._strings = Strings(int.from_bytes(first_string, "little"))
+        self._whole_indices: dict[int, tuple[bytes, bytes]] = {}  # by dimensions: the bytes around the name
         self._whole_tensors: dict[tuple[str, tuple[int, ...]], bytes] = {}  # by (dtype, shape): most have one of a few
 
     @no_collection()
@@ -144,6 +145,8 @@ class _StemWriter:
             pieces += (piece_of(name), self._path(path))
         pieces += (DICT_END, storage, DICT_START)
         objects = []
+        files = [plain_string(file.name) for file in self._layout.files]
+        before, after_file, after_offset, end = self._templates["storage info"]
         for _, name, leaf in named:
             for offsets, index in leaf.parts if isinstance(leaf, Chunks) else ((None, leaf),):
                 item = self._layout.items[index]
@@ -151,7 +154,8 @@ class _StemWriter:
                 if index >= self._layout.cache.num_fixed:
                     objects.append((index, key))
                 else:
-                    pieces += (key, _storage_info(self._templates, self._layout, item))
+                    pieces += (key, before, files[item.file], after_file, integer(item.offset), after_offset)
+                    pieces += (integer(item.nbytes), end)
         return _Stem(b"".join(pieces), objects, (DICT_END + middle, between, after + END))
 
     def _state(self, leaf: int | Chunks) -> bytes:
@@ -180,5 +184,11 @@ class _StemWriter:
         """Return the ``MetadataIndex`` of an item; ``offsets`` is None if the item is not a chunk."""
         if item.kind != "tensor":
             return fill(self._templates["index of an object"], [self._strings.piece(name)])
-        offsets = (0,) * len(item.shape) if offsets is None else offsets
-        return fill(self._templates[f"index {len(offsets)}"], [self._strings.piece(name), *map(integer, offsets)])
+        dims = len(item.shape)
+        if offsets is not None:
+            return fill(self._templates[f"index {dims}"], [self._strings.piece(name), *map(integer, offsets)])
+        if dims not in self._whole_indices:
+            before, *after = self._templates[f"index {dims}"]
+            self._whole_indices[dims] = before, fill(after, [integer(0)] * dims)
+        before, end = self._whole_indices[dims]
+        return b"%b%b%b" % (before, self._strings.piece(name), end)

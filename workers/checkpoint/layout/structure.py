@@ -46,12 +46,6 @@ class Container(NamedTuple):
     children: Sequence[Node]
     metadata: Any = None
 
-    def with_children(self, children: list[Node]) -> Node:
-        """Return the node of this container with other children."""
-        if self.kind == "list":
-            return ["list", children]
-        return [self.kind, self.keys, children, *([self.metadata] if self.kind == "odict" else ())]
-
 
 def container_of(node: Node) -> Container:
     """Take a container node apart. The node is not checked; ``_open`` does that."""
@@ -140,8 +134,9 @@ def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
         return ABSENT
     if _is_chunks(node):
         return leaf(Chunks.from_node(node))
-    container = container_of(node)
-    return container.with_children([map_leaves(child, leaf) for child in container.children])
+    position = 1 if node[0] == "list" else 2  # of the children; what stands around them stays
+    children = [map_leaves(child, leaf) for child in node[position]]
+    return [*node[:position], children, *node[position + 1 :]]
 
 
 def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
