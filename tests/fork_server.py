@@ -38,7 +38,7 @@ _PRELOADED = (
     "torch.distributed.tensor.parallel",
     "torch.testing",
     "stager",
-    "stager.workers.checkpoint.formats.dcp_templates",  # imported late by the first save
+    "stager.workers.checkpoint.formats.torch_save",  # imported late by the first save
     "pytest",
     "psutil",
 )

@@ -13,8 +13,8 @@ import torch
 from stager import Checkpointer
 from stager.workers import WorkerPool
 from stager.workers.checkpoint.formats import FORMATS
-from stager.workers.checkpoint.layout.dtype_sizes import SIZES
 from stager.workers.checkpoint.layout.dtypes import dtype_of
+from stager.workers.checkpoint.layout.layout import SIZES
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.observed import child_pids
 from tests.pool import tasks

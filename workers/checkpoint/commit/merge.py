@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, num_segments, partition_once
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, PlanCache, num_segments, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often
-from stager.workers.checkpoint.layout.plan_cache import PlanCache
 from stager.workers.checkpoint.layout.structure import (
     ABSENT,
     Chunks,

@@ -49,7 +49,7 @@ class PartWriter:
         self._fds: dict[int, int] = {}
         self._pace = Pace(task.writing.max_bytes_per_sec)
         self._own_files: Collection[int] = ()
-        # Of small items. Made once per plan (``plan_cache.py``), for the items that are the same in each of its saves.
+        # Of small items. Made once per plan (``layout_plan.py``), for the items that are the same in each of its saves.
         cache, num_fixed = layout.cache, layout.cache.num_fixed
         self._kept: list[_Around | None] = cache.once_per_plan("headers and tails", lambda: [None] * num_fixed)
         self._tails: dict[tuple[bytes, int], bytes] = cache.once_per_plan("tails", dict)
