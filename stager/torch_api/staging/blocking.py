@@ -28,7 +28,9 @@ class BlockingAsyncStager(AsyncStager):
         self.cache_staged_state_dict = cache_staged_state_dict
         self.type_check = type_check
         self.state_dict_cache: StateDict | None = None
-        self._stager: StateDictStager | None = None
+        # Leased buffers, all released before each pass, are found again by their size. A cache by source tensor would miss
+        # whenever state_dict() makes new tensors.
+        self._stager = StateDictStager(pin_memory=torch.cuda.is_available(), lease=True)
 
     def stage(self, state_dict: StateDict) -> StateDict:
         """Return a copy of ``state_dict`` on the CPU.
@@ -41,14 +43,10 @@ class BlockingAsyncStager(AsyncStager):
             _check_types(state_dict)
         if not self.cache_staged_state_dict:
             staged: StateDict = StateDictStager().stage(state_dict)
-            return staged
-        if self._stager is None:
-            # Leased buffers, all released before each pass, are found again by their size. A cache by source tensor would
-            # miss whenever state_dict() makes new tensors.
-            self._stager = StateDictStager(pin_memory=torch.cuda.is_available(), lease=True)
-        self._stager.release(self.state_dict_cache)
-        self.state_dict_cache = self._stager.stage(state_dict)
-        return self.state_dict_cache
+        else:
+            self._stager.release(self.state_dict_cache)
+            self.state_dict_cache = staged = self._stager.stage(state_dict)
+        return staged
 
     def synchronize_staging(self) -> None:
         """Return at once: ``stage()`` has copied everything."""
@@ -56,8 +54,7 @@ class BlockingAsyncStager(AsyncStager):
     def close(self) -> None:
         """Drop the buffers. The stager can be used again."""
         self.state_dict_cache = None
-        if self._stager is not None:
-            self._stager.close()
+        self._stager.close()
 
     def __enter__(self) -> BlockingAsyncStager:
         return self
