@@ -17,7 +17,7 @@ from stager.workers.errors import UsageError
 
 @contextmanager
 def new_file(path: str, *, force: bool) -> Iterator[int]:
-    """Open a new file for writing, as a descriptor. It gets its name when the block ends; if the block raises, it is removed.
+    """Open a new file for writing. It gets its name when the block ends; if the block raises, it is removed.
 
     Args:
         force: replace a file that has this name.
@@ -63,9 +63,7 @@ def _put_in_place(temporary: str, path: str, force: bool) -> None:
 
 
 def _refuse(path: str) -> None:
-    raise UsageError(
-        f"{path}: exists already, and was not changed; name another file, or replace it with force=True (--force)"
-    )
+    raise UsageError(f"{path}: exists already; name another file, or replace this one with force=True (--force)")
 
 
 @dataclass(frozen=True, slots=True)

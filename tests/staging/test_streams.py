@@ -95,10 +95,17 @@ def test_copies_wait_for_the_trainers_stream_and_run_on_the_stream_that_is_synch
     ]
 
 
-def test_without_a_thread_copies_run_on_the_callers_stream(fake: FakeAccelerator) -> None:
+def test_without_a_thread_the_caller_copies_in_the_same_order(fake: FakeAccelerator) -> None:
     with DefaultStager(StagingOptions(False, False, False, True)) as stager:
         stager.stage({"note": Noting(fake)})
-    assert fake.log == [("trainer", "copy", 1), ("trainer", "synchronize", "trainer-stream-1")]
+    assert fake.log == [
+        ("trainer", "wait", "side-1", "trainer-stream-1"),
+        ("trainer", "use", "side-1"),
+        ("trainer", "copy", 1),
+        ("trainer", "use", "trainer-stream-1"),
+        ("trainer", "use", "trainer-stream-1"),
+        ("trainer", "synchronize", "side-1"),
+    ]
 
 
 def test_side_stream_is_made_once_per_device(fake: FakeAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,11 +71,18 @@ class DefaultStager(CheckpointStager, AsyncStager):
 
     def __init__(self, config: StagingOptions | CheckpointStagerConfig | None = None) -> None:
         self._config = auto_options() if config is None else config
-        self._resolved = _resolve(self._config)
+        accelerator = torch.accelerator.is_available()
+        self._use_async_staging = _decide(self._config, "use_async_staging", accelerator)
+        self._use_non_blocking_copy = _decide(self._config, "use_non_blocking_copy", accelerator)
+        if self._use_non_blocking_copy and not accelerator:
+            raise AssertionError(
+                "use_non_blocking_copy=True needs an accelerator, and torch sees none: copies between CPU tensors cannot "
+                'be queued. Set it to False or "auto" (DefaultStager() without options does).'
+            )
         self._state_dict_stager = StateDictStager(
-            pin_memory=self._resolved.use_pinned_memory,
-            share_memory=self._resolved.use_shared_memory,
-            lease=self._resolved.use_leases,
+            pin_memory=_decide(self._config, "use_pinned_memory", torch.cuda.is_available()),
+            share_memory=_decide(self._config, "use_shared_memory", True),
+            lease=bool(getattr(self._config, "use_leases", False)),  # torch's own options class has no such field
         )
         # Starts its thread with the first asynchronous stage().
         self._staging_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stager-staging")
@@ -99,34 +106,20 @@ class DefaultStager(CheckpointStager, AsyncStager):
         """
         if self._closed:
             raise ClosedError("DefaultStager.stage() was called after close(); make a new stager")
-        if not self._resolved.use_async_staging:
-            return self._stage_here(state_dict)
         # In the caller's thread, which is the trainer's: NOTE [ Which stream copies what ] in stager/snapshot/device.py.
         streams = SideStreams(_devices_in_use())
+        if not self._use_async_staging:
+            return self._copy(state_dict, streams)
         self._staging_future = Future()
-        staging = self._staging_executor.submit(self._stage_behind, state_dict, streams)
+        staging = self._staging_executor.submit(self._copy, state_dict, streams)
         staging.add_done_callback(partial(_settle, self._staging_future))
         return staging
 
-    def _stage_here(self, state_dict: StateDict) -> StateDict:
-        memo = HookMemo()  # keeps the sources until the copies are done
-        staged = self._copy(state_dict, memo)
-        if self._resolved.use_non_blocking_copy:
-            for device in _devices_in_use():
-                torch.accelerator.current_stream(device).synchronize()
-        return staged
-
-    def _stage_behind(self, state_dict: StateDict, streams: SideStreams) -> StateDict:
+    def _copy(self, state_dict: StateDict, streams: SideStreams) -> StateDict:
         memo = HookMemo()  # keeps the sources until the copies are done: freed memory would be given to the trainer
         with streams.stream():
-            staged = self._copy(state_dict, memo)
+            staged: StateDict = self._state_dict_stager.stage(state_dict, self._use_non_blocking_copy, memo=memo)
         streams.synchronize()
-        return staged
-
-    def _copy(self, state_dict: StateDict, memo: HookMemo) -> StateDict:
-        staged: StateDict = self._state_dict_stager.stage(
-            state_dict, non_blocking=self._resolved.use_non_blocking_copy, memo=memo
-        )
         return staged
 
     def synchronize_staging(self) -> None:
@@ -153,34 +146,6 @@ class DefaultStager(CheckpointStager, AsyncStager):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    """Options with every ``"auto"`` decided for this host."""
-
-    use_pinned_memory: bool
-    use_shared_memory: bool
-    use_async_staging: bool
-    use_non_blocking_copy: bool
-    use_leases: bool
-
-
-def _resolve(options: StagingOptions) -> _Resolved:
-    accelerator = torch.accelerator.is_available()
-    resolved = _Resolved(
-        use_pinned_memory=_decide(options, "use_pinned_memory", torch.cuda.is_available()),
-        use_shared_memory=_decide(options, "use_shared_memory", True),
-        use_async_staging=_decide(options, "use_async_staging", accelerator),
-        use_non_blocking_copy=_decide(options, "use_non_blocking_copy", accelerator),
-        use_leases=bool(getattr(options, "use_leases", False)),  # torch's own options class has no such field
-    )
-    if resolved.use_non_blocking_copy and not accelerator:
-        raise AssertionError(
-            "use_non_blocking_copy=True needs an accelerator, and torch sees none: copies between CPU tensors cannot be "
-            'queued. Set it to False or "auto" (DefaultStager() without options does).'
-        )
-    return resolved
 
 
 def _decide(options: StagingOptions, name: str, automatic: bool) -> bool:

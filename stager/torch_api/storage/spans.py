@@ -93,10 +93,9 @@ class SpanWriter:
     def __init__(self, directory_fd: int, directory: str, name: str) -> None:
         self._name = name
         self._path = os.path.join(directory, name)
-        self._end = 0  # of what was appended, in bytes
-        self._batch: list[bytes | memoryview] = []
-        self._batch_nbytes = 0
-        self._owners: list[object] = []  # keep the memory of the batch alive
+        self._end = 0  # of the last span, in bytes
+        self._small = bytearray()  # small pieces, which are written together
+        self._num_written = 0  # bytes
         with storage_errors("create", self._path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(name, flags, 0o666, dir_fd=directory_fd)
@@ -112,11 +111,12 @@ class SpanWriter:
         pieces = (*payload.pieces, bytes(end - start - relative.nbytes))
         if end - start <= _JOIN_BYTES:
             pieces = (b"".join(pieces),)
-        hashes = tuple(self._write_segments(pieces, payload.owner))
+        hashes = tuple(self._write_segments(pieces))
+        self._end = end
         item = replace(relative, offset=start, data_offset=start + relative.data_offset)
         return Written(self._name, item, end, hashes)
 
-    def _write_segments(self, pieces: tuple[bytes | memoryview, ...], owner: object) -> Iterator[str]:
+    def _write_segments(self, pieces: tuple[bytes | memoryview, ...]) -> Iterator[str]:
         """Write a span, and yield the hash of each of its segments."""
         hasher, left = xxhash.xxh3_128(), SEGMENT_BYTES
         for piece in pieces:
@@ -124,7 +124,7 @@ class SpanWriter:
             while rest:
                 chunk = rest[: min(left, _WRITE_BYTES)]
                 hasher.update(chunk)
-                self._put(chunk, owner)
+                self._put(chunk)
                 rest, left = rest[len(chunk) :], left - len(chunk)
                 if left == 0:
                     yield hasher.hexdigest()
@@ -132,21 +132,22 @@ class SpanWriter:
         if left != SEGMENT_BYTES:
             yield hasher.hexdigest()
 
-    def _put(self, piece: memoryview, owner: object) -> None:
-        if self._batch_nbytes + len(piece) > _WRITE_BYTES or len(self._batch) >= files.IOV_MAX:
-            self._flush()
-        self._batch.append(piece)
-        self._owners.append(owner)
-        self._batch_nbytes += len(piece)
-        self._end += len(piece)
+    def _put(self, chunk: memoryview) -> None:
+        if len(chunk) <= _JOIN_BYTES:
+            self._small += chunk
+            chunk = chunk[:0]
+        if chunk or len(self._small) >= _WRITE_BYTES:
+            self._flush(chunk)
 
-    def _flush(self) -> None:
+    def _flush(self, chunk: bytes | memoryview = b"") -> None:
+        """Write the small pieces, and ``chunk`` behind them."""
         with storage_errors("write", self._path):
-            files.write_all(self._fd, self._batch, self._end - self._batch_nbytes)
-        self._batch, self._owners, self._batch_nbytes = [], [], 0
+            files.write_all(self._fd, [memoryview(self._small), chunk], self._num_written)
+        self._num_written += len(self._small) + len(chunk)
+        self._small = bytearray()
 
     def finish(self, fsync: bool) -> None:
-        """Write what is in the batch; with ``fsync``, sync the file."""
+        """Write what is left; with ``fsync``, sync the file."""
         self._flush()
         if fsync:
             with storage_errors("sync", self._path):
