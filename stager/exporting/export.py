@@ -42,15 +42,10 @@ _SEGMENT_BYTES = 1 << 20  # a layout needs it; nobody hashes the exported file
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A checkpoint that was exported to one file.
+    """A checkpoint that was exported to one file: the file, what is in it, and how long the export took.
 
     Attributes:
-        path, nbytes: the file.
-        format: its format.
-        step: of the checkpoint.
-        num_tensors, num_objects: in the file.
         left_out: objects that the format has no place for, as a user would write them.
-        secs: how long it took.
     """
 
     path: str
@@ -87,11 +82,11 @@ def export_checkpoint(
         progress: called with the number of bytes just read.
 
     Raises:
-        CheckpointNotFoundError, CorruptCheckpointError, StorageError: nothing is at ``out``.
+        CheckpointNotFoundError, CorruptCheckpointError, StorageError: ``out`` was not changed.
         UnsafePickleError: see ``allow_pickle``.
         UnstageableError: the format cannot hold a tensor, or an object cannot be pickled; names it.
         MemoryBudgetError: something does not fit ``max_memory_bytes``.
-        UsageError: ``out`` exists, or an unknown format.
+        UsageError: ``out`` exists, or the format is unknown.
     """
     started = time.monotonic()
     if file_format not in FORMATS:

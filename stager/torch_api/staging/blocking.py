@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from stager.torch_api.staging.state_dict_stager import StateDictStager
 _CHECKED_ATOMS = (int, float, str, bytes, io.BytesIO, type(None), torch.Tensor)
 
 
-class BlockingAsyncStager(AsyncStager):
+class BlockingAsyncStager(AsyncStager, AbstractContextManager["BlockingAsyncStager"]):
     """Copies to the CPU; the copy is complete when ``stage()`` returns.
 
     Args:
@@ -56,19 +57,13 @@ class BlockingAsyncStager(AsyncStager):
         self.state_dict_cache = None
         self._stager.close()
 
-    def __enter__(self) -> BlockingAsyncStager:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 def _check_types(value: Any) -> None:
-    if isinstance(value, dict):
-        for item in value.values():
-            _check_types(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
             _check_types(item)
     elif not isinstance(value, _CHECKED_ATOMS):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from stager.snapshot.device import SideStreams
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.errors import ClosedError
-from stager.workers.offload import HookMemo
+from stager.workers.offload.hook_memo import HookMemo
 
 Choice = bool | Literal["auto"]
 
@@ -53,7 +54,7 @@ def auto_options() -> StagingOptions:
     return StagingOptions("auto", "auto", "auto", "auto")
 
 
-class DefaultStager(CheckpointStager, AsyncStager):
+class DefaultStager(CheckpointStager, AsyncStager, AbstractContextManager["DefaultStager"]):
     """Stages state dicts, in the calling thread or in one background thread.
 
     Not thread-safe. Close it after the last save, or use it as a context manager.
@@ -140,9 +141,6 @@ class DefaultStager(CheckpointStager, AsyncStager):
         self._staging_executor.shutdown()
         self._staging_future = None
         self._state_dict_stager.close()
-
-    def __enter__(self) -> DefaultStager:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from stager.workers.checkpoint.directory.files import sync_directory
 from stager.workers.errors import ClosedError, ReplicationError, StagerError, UsageError
 
 
-class ReplicationStager(AsyncStager):
+class ReplicationStager(AsyncStager, AbstractContextManager["ReplicationStager"]):
     """Exchanges state dicts between ranks. ``stage()`` is collective over the group and blocks.
 
     Args:
@@ -68,7 +68,7 @@ class ReplicationStager(AsyncStager):
             return state_dict
         rank, keeper, kept = self._partners()
         result = self._exchange(lambda: pack(state_dict), keeper, kept)
-        if result.arrived:  # kept even if sending failed: its owner may need it all the more
+        if result.not_received is None:  # kept even if sending failed: its owner may need it all the more
             self._persist_state_dict(result.received, rank, kept.rank)
         received: StateDict = _received(result)
         return received
@@ -114,9 +114,6 @@ class ReplicationStager(AsyncStager):
     def close(self) -> None:
         """Refuse more work. Replicas stay on disk for :meth:`load_replica`."""
         self._closed = True
-
-    def __enter__(self) -> ReplicationStager:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -11,13 +11,16 @@ the same source copies into the same CPU storage. That is fast and takes no new 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from stager.workers.offload import BufferPool, HostBuffers, OffloadCopier, reachable_leaves
+from stager.workers.memory.buffer_pool import BufferPool
+from stager.workers.memory.host_buffers import HostBuffers
+from stager.workers.offload.copier import OffloadCopier
+from stager.workers.offload.hook_memo import reachable_leaves
 
 
 class _CachedStorages:
@@ -40,7 +43,7 @@ class _CachedStorages:
         return cached
 
     def release(self, storages: Iterable[torch.UntypedStorage]) -> int:
-        """Release nothing: results own no storages."""
+        """Do nothing: results own no storages."""
         return 0
 
     def close(self) -> None:
@@ -127,20 +130,18 @@ class StateDictStager(OffloadCopier):
         self._storages.close()
 
 
-def _storages_of(staged: Any) -> list[torch.UntypedStorage]:
+def _storages_of(staged: Any) -> Iterator[torch.UntypedStorage]:
     """The storages behind a staged object, including the local storages of wrapper subclasses."""
-    storages = []
     pending, walked = [staged], dict[int, object]()
     while pending:
         for leaf in reachable_leaves(pending.pop(), walked):
             if isinstance(leaf, torch.UntypedStorage):
-                storages.append(leaf)
+                yield leaf
                 continue
             inner = _inner_tensors(leaf)
             pending += [*inner, *vars(leaf).values()]
             if not inner:
-                storages.append(leaf.untyped_storage())
-    return storages
+                yield leaf.untyped_storage()
 
 
 def _inner_tensors(x: Any) -> list[Any]:

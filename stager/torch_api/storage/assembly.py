@@ -79,7 +79,7 @@ def nest(nodes: Mapping[str, Node], paths: Any) -> Node:
     for name, node in nodes.items():
         path = paths.get(name) if isinstance(paths, Mapping) else None
         if not _is_path(path, name) or not _insert(root, path, node):
-            root = dict(nodes)
+            root = {**nodes}
             break
     return ["dict", list(root), list(map(_to_node, root.values()))]
 
@@ -99,9 +99,10 @@ def _is_path(path: Any, name: str) -> TypeGuard[Path]:
 def _insert(branch: _Branch, path: Path, leaf: Node) -> bool:
     """Insert a leaf. False if another value is at its path or above it, as ranks may have different values under one key."""
     for key in path[:-1]:
-        branch = branch.setdefault(key, {})
-        if not isinstance(branch, dict):
+        child = branch.setdefault(key, {})
+        if not isinstance(child, dict):
             return False
+        branch = child
     is_free = path[-1] not in branch
     branch.setdefault(path[-1], leaf)
     return is_free
