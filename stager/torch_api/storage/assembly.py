@@ -79,8 +79,7 @@ def nest(nodes: Mapping[str, Node], paths: Any) -> Node:
     for name, node in nodes.items():
         path = paths.get(name) if isinstance(paths, Mapping) else None
         if not _is_path(path, name) or not _insert(root, path, node):
-            root = {**nodes}
-            break
+            return ["dict", list(nodes), list(nodes.values())]
     return ["dict", list(root), list(map(_to_node, root.values()))]
 
 
