@@ -18,7 +18,7 @@ import torch
 
 from stager.ranks.partition import Partitioner
 from stager.ranks.rank_group import RankGroup
-from stager.sharing.sharer import Sharer
+from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
 from stager.snapshot.device import SideStreams
@@ -99,7 +99,7 @@ class SnapshotTaker:
         file_format: Format,
         copier: Copier,
         guard: Guard,
-        sharer: Sharer,
+        sharer: SourceSharer,
         group: RankGroup,
         *,
         verify: bool,
