@@ -149,7 +149,7 @@ def _check_tensor(index: int, item: Item) -> None:
 def _check_structure(layout: Layout, of_one_rank: bool) -> None:
     """Check: it is a mapping, no leaf is missing, each item is in it, and chunks fill their tensors."""
     structure = layout.structure
-    if not isinstance(structure, list) or structure[:1] not in (["dict"], ["odict"]):
+    if not isinstance(structure, list) or structure[:1] not in (["dict"], ["odict"], ["mapping"]):
         raise ValueError("the structure of the state is not a mapping")
     if not of_one_rank and (path := next(absent(structure), None)) is not None:
         raise ValueError(f"no rank wrote the leaf {path}")
