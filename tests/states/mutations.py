@@ -1,4 +1,4 @@
-"""Hostile states by seed: freed, shrunk, faked, wrapped and expanded storages, and objects whose own code turns on the saver.
+"""Hostile states by seed: freed, shrunk, faked, wrapped and expanded storages, and objects whose own code is hostile.
 
     python -m tests.states.mutations --count 20000 --seed 1
 
@@ -26,7 +26,7 @@ from stager import Checkpointer, UnstageableError
 from tests.states import DTYPES
 from tests.states.corpus.wrappers import Silent, TwoTensors
 
-_TIMEOUT_SECS = 30
+_TIMEOUT_SECS = 150
 _STATES_PER_CHILD = 200
 
 Mutation = Callable[[random.Random, dict[str, Any]], Any]
@@ -365,7 +365,9 @@ class Stateful:
 
 @mutation
 def _hostile_key(rng: random.Random, state: dict[str, Any]) -> Any:
-    return {rng.choice([NoText(), 1e400, float("nan"), "\ud800", "", b"\0", (1, "a"), 2**200, "a" * 70_000]): state["w0"]}
+    return {
+        rng.choice([NoText(), 1e400, float("nan"), "\ud800", "", b"\0", (1, "a"), 2**200, "a" * 70_000]): state["w0"]
+    }
 
 
 class NoText:

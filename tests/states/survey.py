@@ -1,6 +1,6 @@
 """Every trial of the corpus on today's code, in children, so that one that crashes does not end the survey.
 
-    python -m tests.states.survey [--only WORD] [--format torch]      # one JSON line for each trial
+python -m tests.states.survey [--only WORD] [--format torch]      # one JSON line for each trial
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from tests.states.corpus import CORPUS, State
 from tests.states.trial import FORMATS, WAYS, Bench
 
-_TIMEOUT_SECS = 60
+_TIMEOUT_SECS = 150
 
 
 def survey(states: Sequence[State], formats: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -87,7 +87,10 @@ def _work(states: Sequence[State], file_format: str, out: Any) -> None:
                 for way in WAYS:
                     started = time.monotonic()
                     problems = bench.trial(state, way)
-                    out.write(json.dumps({**record, "way": way, "problems": problems, "secs": time.monotonic() - started}) + "\n")
+                    out.write(
+                        json.dumps({**record, "way": way, "problems": problems, "secs": time.monotonic() - started})
+                        + "\n"
+                    )
             except Exception as error:  # noqa: BLE001  # of the corpus itself
                 out.write(json.dumps({**record, "way": "corpus", "problems": [f"corpus: {error!r}"[:300]]}) + "\n")
             out.flush()

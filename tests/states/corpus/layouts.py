@@ -26,6 +26,11 @@ def _uncoalesced() -> torch.Tensor:
     return torch.sparse_coo_tensor([[1, 1, 0]], [1.0, 2.0, 3.0], (4,), check_invariants=False)
 
 
+def _csr_int32() -> torch.Tensor:
+    dense = torch.eye(4).to_sparse_csr()
+    return torch.sparse_csr_tensor(dense.crow_indices().int(), dense.col_indices().int(), dense.values(), (4, 4))
+
+
 values(
     "sparse",
     {
@@ -37,7 +42,7 @@ values(
             "sparse-coo-empty": lambda: torch.zeros(4, 4).to_sparse(),
             "sparse-coo-parameter": lambda: torch.nn.Parameter(torch.eye(3).to_sparse()),
             "sparse-csr": lambda: torch.eye(4).to_sparse_csr(),
-            "sparse-csr-int32": lambda: _csr_int32(),
+            "sparse-csr-int32": _csr_int32,
             "sparse-csc": lambda: torch.eye(4).to_sparse_csc(),
             "sparse-bsr": lambda: rand(4, 4).to_sparse_bsr((2, 2)),
             "sparse-bsc": lambda: rand(4, 4).to_sparse_bsc((2, 2)),
@@ -45,11 +50,6 @@ values(
         }.items()
     },
 )
-
-
-def _csr_int32() -> torch.Tensor:
-    dense = torch.eye(4).to_sparse_csr()
-    return torch.sparse_csr_tensor(dense.crow_indices().int(), dense.col_indices().int(), dense.values(), (4, 4))
 
 
 def _per_channel(axis: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tests.states.corpus.registry import Expect, state, values
-from tests.states.corpus.tensors import rand
+from tests.states.corpus.registry import state, values
+from tests.states.corpus.tensors import linear, rand
 
 
 class Colour(Enum):
@@ -141,9 +141,9 @@ values(
         "defaultdict-none": lambda: defaultdict(None, a=rand(1)),
         "counter": lambda: Counter("hello"),
         "empty-dict": lambda: {},
-        "empty-ordered-dict": lambda: OrderedDict(),
+        "empty-ordered-dict": OrderedDict,
         "empty-in-list": lambda: [{}, [], (), OrderedDict()],
-        "module-dict-state": lambda: torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}).state_dict(),
+        "module-dict-state": lambda: torch.nn.ModuleDict({"a": linear()}).state_dict(),
     },
 )
 values(
@@ -160,7 +160,11 @@ values(
         "parameter-dict": lambda: torch.nn.ParameterDict({"a": rand(2)}).state_dict(),
     },
 )
-values("mappings", {"mapping-proxy": lambda: types.MappingProxyType({"a": rand(1)})}, expect=Expect.REFUSED)
+
+
+@state("mapping-proxy", "mappings", plain=lambda: {"x": {"a": rand(1)}})  # dcp.save takes it as a mapping
+def _proxy() -> dict[str, Any]:
+    return {"x": types.MappingProxyType({"a": rand(1)})}
 
 
 @state("dict-with-own-state-dict", "mappings", plain=lambda: {"x": {"items": {"w": rand(2)}, "version": 2}})

@@ -54,7 +54,7 @@ values(
         "log-history-in-list": lambda: [rand(1), [{"loss": i / 7, "step": i} for i in range(1000)]],
         "ragged-dict-of-lists": lambda: {f"k{i}": [j / 3 for j in range(i)] for i in range(50)},
         "python-random-state": lambda: random.Random(3).getstate(),
-        "torch-rng-state": lambda: torch.get_rng_state(),
+        "torch-rng-state": torch.get_rng_state,
     },
 )
 values(
@@ -96,11 +96,11 @@ values(
         "lambda": lambda: lambda: 1,
         "lambda-in-list": lambda: [rand(1), lambda: 1],
         "generator-object": lambda: (i for i in range(3)),
-        "lock": lambda: threading.Lock(),
+        "lock": threading.Lock,
         "file": lambda: io.TextIOWrapper(io.BytesIO()),
         "module-object": lambda: torch,
         "weak-lock-in-dict": lambda: {"a": {"b": [threading.RLock()]}},
-        "iterator-of-dict": lambda: {"a": 1}.items(),
+        "iterator-of-dict": {"a": 1}.items,
     },
     expect=Expect.REFUSED,
 )

@@ -71,8 +71,10 @@ _SETTINGS: dict[str, Callable[[], Any]] = {
     "mmap": lambda: _attribute(config.load, "mmap", True),
     "calculate-offsets": lambda: _attribute(config.load, "calculate_storage_offsets", True),
     "storage-alignment": lambda: _attribute(config.save, "storage_alignment", 4096),
-    "skip-data": lambda: torch.serialization.skip_data(),
-    "overwrite-params-on-conversion": lambda: _set(torch.__future__.set_overwrite_module_params_on_conversion, True, False),
+    "skip-data": torch.serialization.skip_data,
+    "overwrite-params-on-conversion": lambda: _set(
+        torch.__future__.set_overwrite_module_params_on_conversion, True, False
+    ),
     "swap-module-params": lambda: _set(torch.__future__.set_swap_module_params_on_conversion, True, False),
     "vmap-fallback-off": lambda: _set(torch._C._functorch._set_vmap_fallback_enabled, False, True),
     "fake-mode": lambda: __import__("torch._subclasses.fake_tensor", fromlist=["x"]).FakeTensorMode(

@@ -18,6 +18,12 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed))
 
 
+def linear() -> torch.nn.Linear:
+    """A layer with the same weights at each call."""
+    torch.manual_seed(0)
+    return torch.nn.Linear(2, 2)
+
+
 def _of_dtype(dtype: torch.dtype) -> Any:
     return lambda: random_tensor(dtype, (3, 5), generator())
 
@@ -38,7 +44,9 @@ values(
     "shapes and strides",
     {
         "scalar": lambda: torch.tensor(3.5),
-        "nan-payloads": lambda: torch.tensor([0x7FC00001, 0xFFC12345 - (1 << 32)], dtype=torch.int32).view(torch.float32),
+        "nan-payloads": lambda: torch.tensor([0x7FC00001, 0xFFC12345 - (1 << 32)], dtype=torch.int32).view(
+            torch.float32
+        ),
         "empty": lambda: torch.empty(0),
         "empty-of-shape": lambda: torch.empty(4, 0, 3),
         "empty-transposed": lambda: torch.empty(4, 0, 3).transpose(0, 2),
@@ -96,6 +104,11 @@ def _frozen_parameter() -> torch.Tensor:
     return torch.nn.Parameter(rand(3), requires_grad=False)
 
 
+def _in_inference_mode() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(3) * 2
+
+
 values(
     "flags of tensors",
     {
@@ -105,18 +118,13 @@ values(
         "requires-grad": lambda: rand(3).requires_grad_(),
         "non-leaf": lambda: rand(3).requires_grad_() * 2,
         "non-leaf-view": lambda: rand(3, 3).requires_grad_()[1],
-        "inference-tensor": lambda: _in_inference_mode(),
+        "inference-tensor": _in_inference_mode,
         "buffer": lambda: torch.nn.Buffer(rand(3)),
         "python-attributes": _with_attributes,
         "backward-hook": _with_hook,
         "parameter-transposed": lambda: torch.nn.Parameter(rand(3, 2).t()),
     },
 )
-
-
-def _in_inference_mode() -> torch.Tensor:
-    with torch.inference_mode():
-        return torch.ones(3) * 2
 
 
 @state("every-kind-of-tensor", "shapes and strides")

@@ -32,17 +32,17 @@ def stepped(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> torc
 _OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p),
+    "adamw": torch.optim.AdamW,
     "adamw-capturable": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), capturable=False, foreach=False),
-    "adamax": lambda p: torch.optim.Adamax(p),
-    "adagrad": lambda p: torch.optim.Adagrad(p),
-    "adadelta": lambda p: torch.optim.Adadelta(p),
-    "adafactor": lambda p: torch.optim.Adafactor(p),
-    "asgd": lambda p: torch.optim.ASGD(p),
-    "nadam": lambda p: torch.optim.NAdam(p),
-    "radam": lambda p: torch.optim.RAdam(p),
+    "adamax": torch.optim.Adamax,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "adafactor": torch.optim.Adafactor,
+    "asgd": torch.optim.ASGD,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
     "rmsprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
-    "rprop": lambda p: torch.optim.Rprop(p),
+    "rprop": torch.optim.Rprop,
     "lbfgs": lambda p: torch.optim.LBFGS(p, max_iter=2),
     "groups": lambda p: torch.optim.AdamW([{"params": p[:1], "lr": 0.1, "name": "a"}, {"params": p[1:]}]),
 }
@@ -60,7 +60,9 @@ class Lookahead(torch.optim.SGD):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        state["slow"] = {(g, i): p.detach() for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+        state["slow"] = {
+            (g, i): p.detach() for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])
+        }
         return state
 
 
@@ -80,7 +82,7 @@ _SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
     "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
     "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 0.2),
-    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o),
+    "plateau": torch.optim.lr_scheduler.ReduceLROnPlateau,
     "warm-restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
     "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, _half),
     "lambda-object": lambda o: torch.optim.lr_scheduler.LambdaLR(o, Warmup(3)),

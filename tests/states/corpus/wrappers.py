@@ -131,7 +131,7 @@ values(
         "subclass-own-reduce": lambda: rand(3).as_subclass(OwnReduce),
         "subclass-in-tuple": lambda: (1, _named()),
         "subclass-parameter": lambda: torch.nn.Parameter(_named()),
-        "uninitialized-parameter": lambda: torch.nn.UninitializedParameter(),
+        "uninitialized-parameter": torch.nn.UninitializedParameter,
     },
 )
 
@@ -239,7 +239,7 @@ def _quiet() -> Iterator[None]:
 
 def _quantized_linear(config: str, **arguments: Any) -> dict[str, Any]:
     with _quiet():
-        import torchao.quantization as quantization
+        from torchao import quantization
 
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)).to(torch.bfloat16)
