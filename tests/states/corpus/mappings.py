@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tests.states.corpus.registry import state, values
-from tests.states.corpus.tensors import linear, rand
+from tests.states.corpus.tensors import rand
 
 
 class Colour(Enum):
@@ -143,7 +143,7 @@ values(
         "empty-dict": lambda: {},
         "empty-ordered-dict": OrderedDict,
         "empty-in-list": lambda: [{}, [], (), OrderedDict()],
-        "module-dict-state": lambda: torch.nn.ModuleDict({"a": linear()}).state_dict(),
+        "module-dict-state": lambda: torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)}).state_dict(),
     },
 )
 values(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.states.corpus.registry import Expect, state, values
-from tests.states.corpus.tensors import linear, rand
+from tests.states.corpus.tensors import rand
 
 
 @dataclasses.dataclass
@@ -223,7 +223,7 @@ values(
         "tuple-subclass": lambda: OddTuple((1, rand(2))),
         "set-subclass": lambda: OddSet({1, 2}),
         "nested-class": lambda: Outer.Inner(4),
-        "module-as-object": lambda: (linear(),),
+        "module-as-object": lambda: (torch.nn.Linear(2, 2),),
         "return-type": lambda: torch.max(rand(3, 3), 0),
     },
 )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
+
 Build = Callable[[], dict[str, Any]]
 
 
@@ -56,12 +58,23 @@ class State:
 _STATES: dict[str, State] = {}
 
 
+def _seeded(build: Build) -> Build:
+    """Let ``build`` give the same values at each call."""
+
+    def build_seeded() -> dict[str, Any]:
+        torch.manual_seed(0)
+        return build()
+
+    return build_seeded
+
+
 def state(name: str, kind: str, **properties: Any) -> Callable[[Build], Build]:
     """Register the decorated function: it builds the state ``name``."""
 
     def register(build: Build) -> Build:
         assert name not in _STATES, f"two states are called {name}"
-        _STATES[name] = State(name, kind, build, **properties)
+        plain = properties.pop("plain", None)
+        _STATES[name] = State(name, kind, _seeded(build), plain=plain and _seeded(plain), **properties)
         return build
 
     return register

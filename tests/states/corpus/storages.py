@@ -121,9 +121,3 @@ def _typed() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {"x": rand(4).storage()}
-
-
-@state("storage-beside-its-tensor", "storages as values")
-def _beside() -> dict[str, Any]:
-    tensor = rand(4)
-    return {"tensor": tensor, "storage": tensor.untyped_storage()}

@@ -18,12 +18,6 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator(seed))
 
 
-def linear() -> torch.nn.Linear:
-    """A layer with the same weights at each call."""
-    torch.manual_seed(0)
-    return torch.nn.Linear(2, 2)
-
-
 def _of_dtype(dtype: torch.dtype) -> Any:
     return lambda: random_tensor(dtype, (3, 5), generator())
 

@@ -15,7 +15,6 @@ from tests.states.corpus.tensors import rand
 
 
 def model() -> nn.Module:
-    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
 
 
@@ -135,14 +134,12 @@ def _parametrized() -> Any:
 
 
 def _spectral() -> Any:
-    torch.manual_seed(0)
     return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)).state_dict()
 
 
 def _pruned() -> Any:
     from torch.nn.utils import prune
 
-    torch.manual_seed(0)
     layer = nn.Linear(3, 2)
     prune.l1_unstructured(layer, "weight", 0.5)
     return layer.state_dict()
@@ -162,7 +159,6 @@ def _lora() -> dict[str, Any]:
 
 
 def _tied_model() -> dict[str, Any]:
-    torch.manual_seed(0)
     embed, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
     head.weight = embed.weight
     return nn.ModuleDict({"embed": embed, "head": head}).state_dict()

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils import _pytree as pytree
@@ -131,7 +132,6 @@ values(
         "subclass-own-reduce": lambda: rand(3).as_subclass(OwnReduce),
         "subclass-in-tuple": lambda: (1, _named()),
         "subclass-parameter": lambda: torch.nn.Parameter(_named()),
-        "uninitialized-parameter": torch.nn.UninitializedParameter,
     },
 )
 
@@ -140,6 +140,9 @@ def _masked() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.masked.masked_tensor(rand(3), torch.tensor([True, False, True]))
+
+
+values("subclasses", {"uninitialized-parameter": torch.nn.UninitializedParameter}, expect=Expect.REFUSED)
 
 
 @state("uninitialized-lazy-linear", "subclasses", expect=Expect.REFUSED)
@@ -241,7 +244,6 @@ def _quantized_linear(config: str, **arguments: Any) -> dict[str, Any]:
     with _quiet():
         from torchao import quantization
 
-        torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)).to(torch.bfloat16)
         quantization.quantize_(model, getattr(quantization, config)(**arguments))
         return model.state_dict()
@@ -254,17 +256,21 @@ def _nf4() -> Any:
         return to_nf4(rand(256, 256).to(torch.bfloat16))
 
 
+def _not_compiled(function: Any = None, **options: Any) -> Any:
+    """In place of torch.compile, which would start a compiler."""
+    return _not_compiled if function is None else function
+
+
 def _low_bit(name: str) -> dict[str, Any]:
     """The state of a low-bit optimizer after a step."""
     with _quiet():
         from torchao import optim
 
-        torch.manual_seed(0)
         model = torch.nn.Linear(64, 64)
         optimizer = getattr(optim, name)(model.parameters(), lr=1e-3)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        with torch._dynamo.config.patch(disable=True):
+        with mock.patch("torch.compile", _not_compiled):
             optimizer.step()
         return optimizer.state_dict()
 
@@ -286,6 +292,9 @@ values(
         "torchao-float8-weight-only": lambda: _quantized_linear("Float8WeightOnlyConfig"),
         "torchao-int8-dynamic": lambda: _quantized_linear("Int8DynamicActivationInt8WeightConfig"),
         "torchao-nf4": _nf4,
+        "torchao-adamw-8bit": lambda: _low_bit("AdamW8bit"),
+        "torchao-adamw-4bit": lambda: _low_bit("AdamW4bit"),
+        "torchao-adamw-fp8": lambda: _low_bit("AdamWFp8"),
         "torchao-optim-state-4bit": lambda: _low_bit_tensor("4bit"),
         "torchao-optim-state-8bit": lambda: _low_bit_tensor("8bit"),
         "torchao-optim-state-fp8": lambda: _low_bit_tensor("fp8"),
