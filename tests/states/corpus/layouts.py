@@ -81,7 +81,6 @@ values(
         name: _quiet(make)
         for name, make in {
             "nested-strided": lambda: torch.nested.nested_tensor([rand(2, 3), rand(4, 3)]),
-            "nested-strided-empty": lambda: torch.nested.nested_tensor([]),
             "nested-jagged": lambda: torch.nested.nested_tensor([rand(2, 3), rand(4, 3)], layout=torch.jagged),
             "nested-jagged-grad": lambda: torch.nested.nested_tensor(
                 [rand(2), rand(4)], layout=torch.jagged, requires_grad=True
@@ -91,6 +90,13 @@ values(
             ),
         }.items()
     },
+)
+
+
+values(  # torch.save writes it, and torch.load fails an assertion
+    "nested",
+    {"nested-strided-empty": _quiet(lambda: torch.nested.nested_tensor([]))},
+    expect=Expect.UNLOADABLE,
 )
 
 
