@@ -38,6 +38,7 @@ FORMATS = ("dcp", "torch", "safetensors")
 WAYS = ("fresh", "pickled", "into", "stock")
 """fresh: load(); pickled: load(allow_pickle=True); into: load(into=target, allow_pickle=True); stock: without stager."""
 
+_ROOM_BYTES = 64 << 20
 _OLDER_STEP, _STEP = 0, 1  # an older checkpoint, which no load may fall back to; each state's replaces the last one's
 
 
@@ -67,7 +68,10 @@ class Bench:
         }
         self.file_format = file_format
         self._checkpointer = Checkpointer(directory, settings)
-        self._checkpointer.save(_OLDER_STEP, {"x": 0}).upload_completion.result()
+        # Both slabs are made now, larger than any state: what grew later would look like a leak of the test that needed it.
+        large = {"x": 0, "room": torch.zeros(_ROOM_BYTES, dtype=torch.uint8)}
+        for save in [self._checkpointer.save(_OLDER_STEP, large) for _ in range(2)]:
+            save.upload_completion.result()
         self._saved: dict[str, _Saved] = {}
 
     def trial(self, state: State, way: str) -> list[str]:
