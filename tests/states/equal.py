@@ -272,6 +272,7 @@ _PARTS = {
 
 def _reduced(value: Any) -> Any:
     """The parts that pickle takes a value apart into, with its iterators as lists."""
+    getattr(value, "__dict__", None)  # some types make it when it is first asked for, and pickle None before
     reduced = value.__reduce_ex__(4)
     if isinstance(reduced, str):
         return reduced

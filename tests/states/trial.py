@@ -220,8 +220,9 @@ def _stock_dcp(state: State, saved: _Saved) -> list[str]:
         want = _dcp_load(theirs)
     except (Exception, CheckpointException):  # noqa: BLE001  # DCP does not take it, so its reader cannot be asked to
         want = None
-    got = _dcp_load(saved.path or "")
-    return [] if want is None else [f"stock: {line}" for line in differences(got, want, VALUES_ONLY)]
+    if want is None:
+        return []
+    return [f"stock: {line}" for line in differences(_dcp_load(saved.path or ""), want, VALUES_ONLY)]
 
 
 def _dcp_load(path: str) -> dict[str, Any]:
