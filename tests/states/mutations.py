@@ -452,6 +452,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first state; the others follow")
     parser.add_argument("--format", default="dcp", choices=["dcp", "torch", "safetensors"])
     options = parser.parse_args()
+    torch.set_num_threads(1)  # a child cannot use the threads that its parent has made
     counts: Counter[str] = Counter()
     bad = 0
     for seed, what in run(range(options.seed, options.seed + options.count), options.format):

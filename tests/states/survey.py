@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
+
 from tests.states.corpus import CORPUS, State
 from tests.states.trial import FORMATS, WAYS, Bench
 
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only states whose name or kind has this in it")
     parser.add_argument("--format", choices=FORMATS, action="append", help="only this one; may be given several times")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # a child cannot use the threads that its parent has made
     chosen = [state for state in CORPUS.values() if options.only in state.name or options.only in state.kind]
     for record in survey(chosen, options.format or FORMATS):
         print(json.dumps(record), flush=True)
