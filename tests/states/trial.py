@@ -241,12 +241,14 @@ _SAFETENSORS_DTYPES = frozenset({*DTYPES} - {torch.complex128})
 
 
 def _stock_safetensors(state: State, saved: _Saved) -> list[str]:
-    """Each plain tensor of the oracle's mappings is there under its dotted name."""
+    """Each plain tensor of the oracle's mappings is there under its dotted name, tied ones under one of their names."""
     from safetensors.torch import load_file
 
     want = {name: tensor for name, tensor in _dotted(saved.oracle.value, ()) if tensor.dtype in _SAFETENSORS_DTYPES}
     path = os.path.join(saved.path or "", "state.safetensors")
     got = load_file(path) if want or os.path.exists(path) else {}
+    there = {want[name].untyped_storage()._cdata for name in want if name in got}
+    want = {n: tensor for n, tensor in want.items() if n in got or tensor.untyped_storage()._cdata not in there}
     return [f"stock: {line}" for line in differences({n: got[n] for n in want if n in got}, want, VALUES_ONLY)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict
 from enum import Enum, IntEnum
 from typing import Any
@@ -160,11 +159,6 @@ values(
         "parameter-dict": lambda: torch.nn.ParameterDict({"a": rand(2)}).state_dict(),
     },
 )
-
-
-@state("mapping-proxy", "mappings", plain=lambda: {"x": {"a": rand(1)}})  # dcp.save takes it as a mapping
-def _proxy() -> dict[str, Any]:
-    return {"x": types.MappingProxyType({"a": rand(1)})}
 
 
 @state("dict-with-own-state-dict", "mappings", plain=lambda: {"x": {"items": {"w": rand(2)}, "version": 2}})

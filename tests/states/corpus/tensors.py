@@ -130,7 +130,7 @@ def _everything() -> dict[str, Any]:
 
 @state("many-small-tensors", "shapes and strides")
 def _many() -> dict[str, Any]:
-    return {f"layer{i}.weight": torch.full((3,), float(i)) for i in range(2000)}
+    return {f"layer{i}.weight": torch.full((3,), float(i)) for i in range(300)}
 
 
 @state("large-and-small", "shapes and strides")
