@@ -28,7 +28,7 @@ from stager.workers.checkpoint.formats.pickle_template import (
     tuple_of,
 )
 from stager.workers.checkpoint.layout.layout import Item, Layout, Templates
-from stager.workers.checkpoint.layout.structure import Chunks, Path, leaves, names_of
+from stager.workers.checkpoint.layout.structure import RECIPE, Chunks, Path, leaves, names_of
 from stager.workers.gc_pause import no_collection
 
 # Templates by name, and what to fill in:
@@ -138,7 +138,9 @@ class _StemWriter:
         state, paths, storage, middle, between, after = self._templates["metadata"]
         names = names_of([path for path, _ in leaves(self._layout.structure)])
         found = leaves(self._layout.structure, text_keys=True)
-        named = [(path, name, leaf) for (path, leaf), name in zip(found, names, strict=True)]
+        named = [  # recipes are stager's own: a stock reader would take one for an entry of its mapping
+            (path, name, leaf) for (path, leaf), name in zip(found, names, strict=True) if path[-1] != RECIPE
+        ]
         pieces = [self._start, state, DICT_START]
         for _, name, leaf in named:
             pieces += (piece_of(name), self._state(leaf))

@@ -114,11 +114,20 @@ def leaves(node: Node, path: Path = (), *, text_keys: bool = False) -> Iterator[
         yield path, Chunks.from_node(node)
     elif node is not ABSENT:
         kind, keys, children, _ = _open(node, len(path))
-        for key, child in zip(map(str, keys) if text_keys and kind != "list" else keys, children, strict=True):
+        if text_keys:
+            keys = _dcp_keys(kind, keys)
+        for key, child in zip(keys, children, strict=True):
             if type(child) is int:  # most are: save the generator
                 yield (*path, key), child
             else:
                 yield from leaves(child, (*path, key), text_keys=text_keys)
+
+
+def _dcp_keys(kind: str, keys: Sequence[Key]) -> Sequence[Key]:
+    """Return the keys as DCP has them: positions in a list, else text."""
+    if kind == "list":
+        return keys
+    return [keys[0], *range(len(keys) - 1)] if kind == "sequence" else list(map(str, keys))
 
 
 def absent(node: Node, path: Path = ()) -> Iterator[Path]:
