@@ -134,7 +134,9 @@ class SourceSharer:
         """(leaf, storage) of every large CPU storage that is not known, once each, largest first."""
         found: dict[int, tuple[int, torch.UntypedStorage]] = {}
         for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, torch.Tensor) or leaf.numel() < _MIN_ELEMENTS or not _is_on_cpu(leaf):
+            if not isinstance(leaf, torch.Tensor) or torch.nn.parameter.is_lazy(leaf) or leaf.numel() < _MIN_ELEMENTS:
+                continue
+            if not _is_on_cpu(leaf):
                 continue
             storage = leaf.untyped_storage()
             if storage.nbytes() < self._options.min_bytes or storage._cdata in found:
