@@ -15,9 +15,9 @@ Versions are read of the state's leaves and of the optimizers' tensors, because 
 their version. ``x.data`` has one of its own. So has the local tensor of a DTensor, or what another wrapper consists of, and
 writes to the wrapper do not count that one up.
 
-Samples are 16 bytes each, evenly spaced: one of a small tensor, up to 16 of a large one. numpy gathers them, in a third of the
-time that the system call of ``batches.py`` takes. Device memory has versions only. Packed copies have no samples either,
-so those from host memory are made before ``save()`` returns.
+Samples are 16 bytes each, evenly spaced: one of a small tensor, up to 16 of a large one. numpy gathers them, in a
+fifth of the time that the system call of ``batches.py`` takes. Device memory has versions only. Packed copies have no
+samples either, so those from host memory are made before ``save()`` returns.
 """
 
 from __future__ import annotations
