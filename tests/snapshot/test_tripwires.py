@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import methodcaller
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from stager.snapshot import tripwires
 from stager.snapshot.pieces import whole
 from stager.snapshot.tripwires import wait_until_call_is_left
 from stager.workers.memory.slab import Slab
+from tests import fork_server
 from tests.snapshot.staged import Bench, tensors_are_staged
 
 LARGE = 3 << 18  # elements: several samples
@@ -105,27 +107,34 @@ def test_tied_tensors_are_named_and_then_copied_at_once(bench: Bench) -> None:
     assert {snapshot.tree.name(leaf) for copy in later.copies for leaf in copy.leaves} == {"other"}
 
 
-def test_write_to_a_dtensor_trips_though_its_local_tensor_has_no_new_version(bench: Bench) -> None:
+def test_write_to_a_dtensor_trips_though_its_local_tensor_has_no_new_version(tmp_path: Path) -> None:
+    server, output = fork_server.shared(), tmp_path / "output"
+    pid = server.start(f"{__name__}:write_to_a_dtensor", stdout=output, stderr=output)
+    assert server.wait(pid) == 0, output.read_text()
+
+
+def write_to_a_dtensor() -> None:
+    """Runs in a child, which a process group leaves descriptors in."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        sharded = distribute_tensor(torch.zeros(300, 32), init_device_mesh("cpu", (1,)), [Shard(0)])
-        optimizer = torch.optim.SGD([torch.nn.Parameter(sharded)], lr=0.1)
-        bench.guard.add(optimizer)
-        parameter = optimizer.param_groups[0]["params"][0]
-        local = parameter.detach().to_local()
-        version = local._version
+    sharded = distribute_tensor(torch.zeros(300, 32), init_device_mesh("cpu", (1,)), [Shard(0)])
+    parameter = torch.nn.Parameter(sharded)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    bench = Bench(verify=False)
+    bench.guard.add(optimizer)
+    local = parameter.detach().to_local()
+    version = local._version
 
-        def write() -> None:
-            with torch.no_grad():
-                parameter.mul_(2)  # zeros stay zeros: no sample tells, as none need lie in a row that is written
+    def write() -> None:
+        with torch.no_grad():
+            parameter.mul_(2)  # zeros stay zeros: no sample tells, as none need lie in a row that is written
 
-        with pytest.raises(TornSnapshotError, match=r"^w changed"):
-            _stage(bench, {"w": local}, write)
-        assert local._version == version
-    finally:
-        dist.destroy_process_group()
+    with pytest.raises(TornSnapshotError, match=r"^w changed"):
+        _stage(bench, {"w": local}, write)
+    assert local._version == version
+    bench.close()
+    dist.destroy_process_group()
 
 
 def test_write_that_torch_has_not_ended_when_the_copy_ends_trips(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
