@@ -20,6 +20,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from stager.state.flatten import PLAIN_TENSORS
 from stager.state.shards import is_sharded, local_of
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.workers.checkpoint.layout.layout import is_dense
@@ -106,8 +107,11 @@ def _reach(guarded: Sequence[torch.Tensor]) -> dict[torch.device, dict[int, int]
     Tensors with gaps between their elements, or with elements that share memory, are left out: the bytes from their first
     one on are not all theirs.
     """
-    tensors = [here(tensor) for tensor in guarded]
-    tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
+    tensors = list(guarded)
+    if not PLAIN_TENSORS.issuperset(map(type, tensors)):
+        tensors = [here(tensor) for tensor in tensors]
+    if not all(layout is torch.strided for layout in map(_Tensor.layout.__get__, tensors)):
+        tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
     if not all(map(_Tensor.is_contiguous, tensors)):
         tensors = [tensor for tensor in tensors if is_dense(tuple(tensor.shape), tensor.stride())]
     addresses = map(_Tensor.data_ptr, tensors)
