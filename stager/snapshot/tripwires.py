@@ -38,9 +38,7 @@ from stager.workers.memory.slab import Slab
 _SAMPLE_BYTES = 16
 _MOST_SAMPLES = 16
 _BYTES_PER_SAMPLE = 1 << 20
-_CALL_SECS = (
-    0.25  # a write that takes longer than that after the copy has ended writes whole tensors, and changes samples
-)
+_CALL_SECS = 0.25  # a write that goes on for longer after the copy writes whole tensors, and changes samples
 _POLL_SECS = 0.001
 
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
@@ -126,7 +124,9 @@ class Wires:
             leaves: of the state.
             guarded: the optimizers' tensors.
         """
-        watched = [*map(leaves.__getitem__, self.leaves), *guarded]  # finding those that are in both would cost as much
+        watched = list(map(leaves.__getitem__, self.leaves))
+        known = set(map(id, watched))  # an optimizer's state_dict() has its very tensors; a module's has others
+        watched += [tensor for tensor in guarded if id(tensor) not in known]
         return Armed(self, watched, threading.get_ident(), _versions(watched), self.sources.read())
 
 

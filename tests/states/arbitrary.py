@@ -167,9 +167,7 @@ def main() -> None:
     parser.add_argument("--format", choices=("dcp", "torch", "safetensors"), default="dcp")
     chosen = parser.parse_args()
     run(chosen.format, chosen.count, chosen.seed)
-    print(
-        f"{chosen.count:,} states of format {chosen.format}, seed {chosen.seed}: all as torch.load gives them"
-    )
+    print(f"{chosen.count:,} states of format {chosen.format}, seed {chosen.seed}: all as torch.load gives them")
 
 
 if __name__ == "__main__":
