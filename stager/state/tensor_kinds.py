@@ -22,7 +22,8 @@ PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
 _Tensor: Any = torch.Tensor
 _requires_grad = _Tensor.requires_grad.__get__
-_attributes = _Tensor.__dict__["__dict__"].__get__
+# A tensor's attributes, if it has any. To ask for its __dict__ makes one: 20,000 of them cost more than the rest of a plan.
+_attributes: Any = getattr(object, "__getstate__", None) or _Tensor.__dict__["__dict__"].__get__  # Python 3.10 lacks it
 _FROM_TYPE: Any = torch._tensor._rebuild_from_type_v2
 _FROM_STATE: Any = torch._utils._rebuild_parameter_with_state
 _PARAMETER: Any = torch._utils._rebuild_parameter
