@@ -218,6 +218,8 @@ class _Visitor:
     def _tensor_with_more(self, tensor: torch.Tensor, path: Path) -> Node:
         """Visit a tensor that has attributes, or a class of its own."""
         has_recipes = self.tree.has_recipes
+        if torch.nn.parameter.is_lazy(tensor):  # it has no values, and says so to whoever asks
+            return self._leaf(WholeTensor(tensor))
         if is_sharded(tensor) or problem_of(tensor) is not None:
             return self._leaf(tensor)
         if hasattr(tensor, "__tensor_flatten__"):
@@ -309,8 +311,7 @@ class _Visitor:
         kinds = set(map(type, keys))
         has_names = not kinds - {str} or all(map(_is_plain_key, keys))
         metadata = _plain_metadata(value) if kind is OrderedDict else None
-        has_attributes = kind is OrderedDict and vars(value) != ({} if metadata is None else {"_metadata": metadata})
-        if kind not in _PLAIN or not has_names or has_attributes:
+        if kind not in _PLAIN or not has_names or (kind is OrderedDict and self._has_more(value, metadata)):
             return self._other_mapping(value, keys, has_names, path)
         tree = self.tree
         if kinds - {str}:
@@ -327,6 +328,15 @@ class _Visitor:
         if kind is OrderedDict:
             return ["odict", keys, children, metadata]
         return ["dict", keys, children]
+
+    def _has_more(self, value: Any, metadata: Any) -> bool:
+        """Tell whether an OrderedDict has attributes that its node cannot hold.
+
+        Without recipes, what else is in ``_metadata`` is dropped: a module's state dict must not become one pickled leaf.
+        """
+        if not self.tree.has_recipes:
+            return bool(vars(value).keys() - {"_metadata"})
+        return bool(vars(value) != ({} if metadata is None else {"_metadata": metadata}))
 
     def _other_mapping(self, value: Mapping[Any, Any], keys: list[Any], has_names: bool, path: Path) -> Node:
         if not self.tree.has_recipes:

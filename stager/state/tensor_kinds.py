@@ -47,7 +47,7 @@ class TensorRecipe(NamedTuple):
 
 
 class WholeTensor:
-    """A leaf: a tensor that is pickled whole, although its values are plain."""
+    """A leaf: a tensor that is pickled whole, although its class says that it is plain, or that it has values."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
