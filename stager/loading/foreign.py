@@ -21,13 +21,14 @@ from stager.loading.restore import Restorer, copy_to_targets
 from stager.loading.safetensors_reader import is_safetensors, load_safetensors
 from stager.loading.selection import Selection
 from stager.state.flatten import flatten
+from stager.state.tensor_kinds import WholeTensor
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, ManifestHeader, read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, Layout
-from stager.workers.checkpoint.layout.structure import build
 from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 
@@ -102,12 +103,13 @@ def _restore_values(
         UnstageableError: ``state`` has keys that a checkpoint of stager cannot have.
     """
     flat = flatten(state)
+    leaves = [leaf.tensor if type(leaf) is WholeTensor else leaf for leaf in flat.leaves]
     if into is None:
         assert selection is not None
-        return build(selection.of(flat.structure, path), flat.leaves.__getitem__)
-    layout = Layout((), tuple(map(_item_of, flat.leaves)), flat.structure, 1)
+        return build(selection.of(flat.structure, path), leaves.__getitem__)
+    layout = Layout((), tuple(map(_item_of, leaves)), flat.structure, 1)
     plan = match(Manifest(ManifestHeader("", 0, "", 0.0, "", ""), layout, (), ()), path, into, strict, selection)
-    values = dict(enumerate(flat.leaves))
+    values = dict(enumerate(leaves))
     plan.refuse_failed_checks(path, values)
     copy_to_targets(values, plan.targets)
     shared = overlapping(plan.targets)

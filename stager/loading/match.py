@@ -23,10 +23,13 @@ from stager.state.flatten import is_stateful
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded
 from stager.workers.checkpoint.directory.manifest import Manifest
-from stager.workers.checkpoint.layout.structure import Key, Node, Path, build, describe, is_with_recipe, walk
+from stager.workers.checkpoint.layout.building import build
+from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, is_with_recipe, walk
+from stager.workers.checkpoint.layout.tensor_node import without_flags
 
 logger = logging.getLogger("stager")
 
+_TORCH_LOADERS = (torch.nn.Module.load_state_dict, torch.optim.Optimizer.load_state_dict)
 _RANK_KEY = re.compile(r"rank-[0-9]+")
 
 
@@ -93,13 +96,13 @@ class _Matcher:
         elif isinstance(value, list) and is_list(node):
             self._list(node, value, path)
         elif isinstance(container, (MutableMapping, list)) and self._is_whole(node) and not _holds_state(value):
-            self._replace(node, container, key)
+            self._replace(node, container, key, path)
         elif isinstance(value, Mapping) or (isinstance(value, list) and any(map(_is_container_or_tensor, value))):
             self.plan.add_problem(
                 path, f"is a {type(value).__name__} in the target and {kind_of(node)} in the checkpoint"
             )
         elif isinstance(container, (MutableMapping, list)):
-            self._replace(node, container, key)
+            self._replace(node, container, key, path)
         else:
             self.plan.add_problem(path, f"is in a {type(container).__name__}, which cannot be changed")
 
@@ -123,9 +126,9 @@ class _Matcher:
         else:
             self.plan.add_problem(path, f"is a PerRank in the target and {kind_of(node)} in the checkpoint")
 
-    def _replace(self, node: Node, container: Any, key: Key) -> None:
+    def _replace(self, node: Node, container: Any, key: Key, path: Path) -> None:
         self.plan.want(node)
-        self.plan.steps.append(lambda values: container.__setitem__(key, build(node, values.__getitem__)))
+        self.plan.steps.append(lambda values: container.__setitem__(key, build(node, values.__getitem__, path)))
 
     def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path) -> None:
         names, nodes = names_and_children(node, value)
@@ -139,20 +142,21 @@ class _Matcher:
             if name not in present:
                 self.plan.unexpected.append(describe((*path, name)))
                 if isinstance(value, MutableMapping):
-                    self._add(node, position, child, value, name)
+                    self._add(node, position, child, value, (*path, name))
 
-    def _add(self, node: Node, position: int, child: Node, mapping: MutableMapping[Any, Any], name: Any) -> None:
-        """Plan to put an entry of the checkpoint into a mapping that lacks it."""
+    def _add(self, node: Node, position: int, child: Node, mapping: MutableMapping[Any, Any], path: Path) -> None:
+        """Plan to put an entry of the checkpoint into a mapping that lacks it. Its name is the last key of ``path``."""
+        name: Any = path[-1]
         self.plan.want(child)
         if node[0] != "mapping":
-            self._replace(child, mapping, name)
+            self._replace(child, mapping, name, path)
             return
         recipe = node[2][0]
         self.plan.want(recipe)
 
         def add(values: Values) -> None:
             _, keys = values[recipe]
-            mapping[name if keys is None else keys[position]] = build(child, values.__getitem__)
+            mapping[name if keys is None else keys[position]] = build(child, values.__getitem__, path)
 
         self.plan.steps.append(add)
 
@@ -164,11 +168,11 @@ class _Matcher:
             self.missing(value[index], (*path, index))
         for index in range(len(value), len(children)):
             self.plan.unexpected.append(describe((*path, index)))
-            self._append(children[index], value)
+            self._append(children[index], value, (*path, index))
 
-    def _append(self, node: Node, value: list[Any]) -> None:
+    def _append(self, node: Node, value: list[Any], path: Path) -> None:
         self.plan.want(node)
-        self.plan.steps.append(lambda values: value.append(build(node, values.__getitem__)))
+        self.plan.steps.append(lambda values: value.append(build(node, values.__getitem__, path)))
 
     def _wrapper(self, node: Node, value: torch.Tensor, path: Path) -> None:
         """Match a tensor that is made of others: it is built anew, and copied into the target."""
@@ -182,9 +186,10 @@ class _Matcher:
             return f"{describe(path)}: has shape {list(value.shape)} in the target and {shape} in the checkpoint"
 
         self.plan.checks.append(check)
-        self.plan.steps.append(lambda values: _copy(build(node, values.__getitem__), value))
+        self.plan.steps.append(lambda values: _copy(build(node, values.__getitem__, path), value))
 
     def _tensor(self, node: Node, value: torch.Tensor, path: Path) -> None:
+        node = without_flags(node)  # the target's tensor stays what it is
         if isinstance(node, list) and node[0] == "wrapper":
             self._wrapper(node, value, path)
             return
@@ -226,13 +231,15 @@ class _Matcher:
                 )
             self.plan.steps.append(lambda values: value.load_state_dict(state))
             return
+        if loader in _TORCH_LOADERS:  # they take the values only; any other may want what torch.load returns
+            node = without_flags(node)
         self.plan.want(node)
         if loader is torch.nn.Module.load_state_dict:
             match_module(self.plan, self._items, node, value, path, self.missing)
             arguments = {} if self._strict and self._selection is None else {"strict": False}
         elif loader is torch.optim.Optimizer.load_state_dict:
             match_optimizer(self.plan, self._items, node, value, path)
-        self.plan.steps.append(lambda values: value.load_state_dict(build(node, values.__getitem__), **arguments))
+        self.plan.steps.append(lambda values: value.load_state_dict(build(node, values.__getitem__, path), **arguments))
 
     def _is_cut(self, node: Node, path: Path) -> bool:
         """Whether the selection leaves out some leaf under ``path``."""
@@ -246,8 +253,7 @@ class _Matcher:
 
 def _has_sharded(value: Any) -> bool:
     """Whether an object with a ``load_state_dict()`` of its own has DTensors, which exist only in a process group."""
-    own = torch.nn.Module.load_state_dict, torch.optim.Optimizer.load_state_dict
-    if type(value).load_state_dict in own or not (dist.is_available() and dist.is_initialized()):
+    if type(value).load_state_dict in _TORCH_LOADERS or not (dist.is_available() and dist.is_initialized()):
         return False
     return any(map(is_sharded, tensors_of(value.state_dict()).values()))
 

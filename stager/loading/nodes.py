@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, key_names
+from stager.workers.checkpoint.layout.tensor_node import is_tensor_node
 
 
 def is_mapping(node: Node) -> bool:
@@ -34,12 +35,15 @@ def is_list(node: Node) -> bool:
 
 def children_of(node: Node) -> dict[Key, Node]:
     """The nodes of a mapping by key; of anything else, an empty dict."""
-    return dict(zip(node[1], node[2], strict=True)) if is_mapping(node) else {}
+    if not is_mapping(node):
+        return {}
+    first = 1 if node[0] == "mapping" else 0  # its recipe is no value of it
+    return dict(zip(node[1][first:], node[2][first:], strict=True))
 
 
 def kind_of(node: Node) -> str:
     """What the node is, for messages."""
-    if type(node) is int:
+    if type(node) is int or is_tensor_node(node):
         return "a single value"
     return {"list": "a list", "sequence": "a list", "wrapper": "a tensor made of others"}.get(node[0], "a mapping")
 

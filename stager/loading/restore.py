@@ -24,8 +24,9 @@ from stager.loading.restore_plan import RestorePlan
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
 from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.structure import build, describe, walk
+from stager.workers.checkpoint.layout.structure import describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.errors import CorruptCheckpointError, StorageError
 from stager.workers.gc_pause import no_collection
@@ -89,6 +90,7 @@ class Restorer:
 
         Raises:
             StateMismatchError: nothing is selected.
+            UnloadableError: a class of the state cannot make a value.
             CorruptCheckpointError, StorageError, UnsafePickleError
         """
         structure, selection = self._manifest.layout.structure, self._selection
@@ -97,7 +99,7 @@ class Restorer:
         plan = RestorePlan(wanted={index for _, index in walk(structure)})
         with no_collection():
             values = self._read(plan, check_unwanted=selection is None)
-        return build(structure, values.__getitem__)
+        return build(structure, distinct(values.__getitem__))
 
     def load_into(self, target: MutableMapping[str, Any], strict: bool) -> None:
         """Restore the values that ``target`` names, in place.

@@ -41,7 +41,7 @@ class Selection:
         return selected
 
     def _visit(self, node: Node, path: Path) -> Node | None:
-        if type(node) is int or node[0] == "chunks":
+        if type(node) is int or node[0] in ("chunks", "tensor"):
             return node if self.takes(path) else None
         if node[0] == "list" or is_with_recipe(node):
             return node if any(self.takes(leaf) for leaf, _ in walk(node, path)) else None

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 
 from stager.planning.optimizers import OptimizerKind, new_state, state_after_first_step
 from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Item
-from stager.workers.checkpoint.layout.structure import build, fqn
+from stager.workers.checkpoint.layout.structure import Chunks, fqn, leaves
+from stager.workers.checkpoint.layout.tensor_node import without_flags
 from stager.workers.errors import CorruptCheckpointError, UsageError
 
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
@@ -56,9 +58,11 @@ def from_checkpoint(path: str) -> StateSource:
     layout = read_manifest(path).layout
     values = [_value(path, item) for item in layout.items]
     try:
-        return StateSource(path, build(layout.structure, values.__getitem__))
-    except UsageError:  # tensors in chunks, by several ranks
+        return StateSource(path, build(without_flags(layout.structure), values.__getitem__))
+    except UsageError:  # tensors in chunks, by several ranks; or a class of which there is only the size
         state = {f"{index} {fqn(at)}": values[index] for at, index in read_manifest(path).paths()}
+        if not any(isinstance(leaf, Chunks) for _, leaf in leaves(layout.structure)):
+            return StateSource(path, state)
         return StateSource(path, state, ("one rank saves all that the ranks of this checkpoint saved together",))
 
 

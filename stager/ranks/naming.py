@@ -15,7 +15,8 @@ from operator import itemgetter
 from typing import Any
 
 from stager.ranks.agreement import hash_of
-from stager.workers.checkpoint.layout.structure import ABSENT, Node
+from stager.workers.checkpoint.layout.structure import ABSENT, Node, map_leaves
+from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, open_tensor
 
 
 def outline(structure: Node, private: Set[int]) -> str:
@@ -29,6 +30,8 @@ def outline(structure: Node, private: Set[int]) -> str:
 
 def _outline(node: Node, private: Set[int]) -> Any:
     """The node without what does not count; None if nothing in it counts."""
+    if is_tensor_node(node):  # that one rank freezes a parameter, and another does not, is no other name
+        node = open_tensor(node).node
     if type(node) is int:
         return None if node in private else 0
     is_list = node[0] == "list"
@@ -38,15 +41,17 @@ def _outline(node: Node, private: Set[int]) -> Any:
     return [node[0], sorted(counting, key=itemgetter(0)), *node[3:]] if counting else None
 
 
-def name_all(node: Node, leaf: Callable[[int], Node]) -> Node:
+def name_all(node: Node, leaf: Callable[[Any], Node]) -> Node:
     """The structure with every name. ``leaf`` returns the node of what this rank writes of a leaf, or ``ABSENT``."""
     if type(node) is int:
         return leaf(node)
+    if is_tensor_node(node):
+        return map_leaves(node, leaf)
     position = 1 if node[0] == "list" else 2
     return [*node[:position], [name_all(child, leaf) for child in node[position]], *node[position + 1 :]]
 
 
-def name_written(structure: Node, leaf: Callable[[int], Node]) -> Node:
+def name_written(structure: Node, leaf: Callable[[Any], Node]) -> Node:
     """The structure without the leaves that this rank does not write, and without containers that hold nothing else.
 
     An empty container stays, because another rank may have something else in its place. ``leaf``: as for :func:`name_all`.
@@ -55,9 +60,11 @@ def name_written(structure: Node, leaf: Callable[[int], Node]) -> Node:
     return [structure[0], [], [], *structure[3:]] if written is ABSENT else written
 
 
-def _written(node: Node, leaf: Callable[[int], Node]) -> Node:
+def _written(node: Node, leaf: Callable[[Any], Node]) -> Node:
     if type(node) is int:
         return leaf(node)
+    if is_tensor_node(node):
+        return map_leaves(node, leaf)
     is_list = node[0] == "list"
     children = [_written(child, leaf) for child in node[1 if is_list else 2]]
     if children and all(child is ABSENT for child in children):

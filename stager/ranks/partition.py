@@ -21,8 +21,9 @@ from stager.ranks.cutting import WrittenLeaf, cut_leaves, is_stored_raw
 from stager.ranks.messages import LeafEntry
 from stager.ranks.naming import name_all, name_written, outline
 from stager.ranks.rank_group import RankGroup
-from stager.state.flatten import PLAIN_TENSORS, StateTree
+from stager.state.flatten import StateTree
 from stager.state.shards import Shard, is_sharded, locals_of, shard_of, spread_of
+from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node, Path, describe, fqn
 from stager.workers.errors import UnstageableError
@@ -81,12 +82,15 @@ class Partitioner:
         if self._division is None or self._division.signature != signature:
             self._division = self._divide(tree, sharded, signature, save_id)
         division = self._division
-        leaves = [
-            here[part.leaf]
-            if part.rows is None
-            else here[part.leaf].detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
-            for part in division.written
-        ]
+        leaves = [here[part.leaf] if part.rows is None else None for part in division.written]
+        rows_of: dict[tuple[int, tuple[int, int]], torch.Tensor] = {}  # one tensor object stays one
+        for number, part in enumerate(division.written):
+            if part.rows is not None:
+                tensor, (first, last) = here[part.leaf], part.rows
+                key = id(tensor), part.rows
+                if key not in rows_of:
+                    rows_of[key] = tensor.detach().narrow(0, first, last - first)
+                leaves[number] = rows_of[key]
         return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds)
 
     def forget(self) -> None:

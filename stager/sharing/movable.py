@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from stager.state.flatten import PLAIN_TENSORS
+from stager.state.tensor_kinds import PLAIN_TENSORS
 
 logger = logging.getLogger("stager")
 

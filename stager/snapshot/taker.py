@@ -28,8 +28,10 @@ from stager.snapshot.tripwires import Armed, Wires
 from stager.state.flatten import StateTree, flatten
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.state.tensor_kinds import TensorRecipe, WholeTensor
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format
+from stager.workers.checkpoint.formats.object_pickle import PickledObject
 from stager.workers.checkpoint.formats.safe_globals import refusal_of
 from stager.workers.errors import TornSnapshotError, UnstageableError
 from stager.workers.memory.slab import Slab
@@ -281,11 +283,12 @@ class SnapshotTaker:
 
     def _pickle(self, tree: StateTree, leaf: int) -> bytes:
         value = tree.leaves[leaf]
+        value = value.tensor if type(value) is WholeTensor else value
         kind = type(value)
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
             return blob
         try:
-            blob, kinds = self._format.object_blob(value, leaf)
+            blob, kinds = self._object_blob(tree, leaf, value)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise UnstageableError(
@@ -304,6 +307,23 @@ class SnapshotTaker:
             self._pickle_checked |= kinds
             self._warn_if_refused(tree.name(leaf), blob)
         return blob
+
+    def _object_blob(self, tree: StateTree, leaf: int, value: Any) -> PickledObject:
+        if type(value) is not TensorRecipe:
+            return self._format.object_blob(value, leaf)
+        try:
+            return self._format.object_blob(tuple(value), leaf)  # a plain one: readers do not have our class
+        except Exception as error:  # noqa: BLE001  # whatever the attributes' classes raise
+            name, reason = tree.name(leaf), str(error).partition("\n")[0]
+            if name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    "%s cannot be pickled (%s): the tensor is saved without its attributes; "
+                    "remove those that need not be saved",
+                    name,
+                    reason,
+                )
+            return self._format.object_blob(tuple(value.without_attributes()), leaf)
 
     def _warn_if_refused(self, name: str, blob: bytes) -> None:
         """Say at save time, not weeks later, that loading this will need permission. Once for each class."""

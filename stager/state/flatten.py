@@ -9,6 +9,8 @@ or such a list is in it; everything else, tuples included, is a leaf. In additio
     a mapping that is no dict or         a container with a recipe (``structure.build``), if its class builds it item by
     OrderedDict, or has other keys       item, as pickle would; else a leaf
     a tensor made of other tensors       a container with a recipe (``__tensor_flatten__``)
+    a parameter, a tensor with grad,     a leaf with flags, and a recipe beside it if need be (``tensor_kinds``)
+    attributes or a class of its own
     more than 64 leaves without a        one leaf: thousands of small values would cost each save a pickle apiece.
     tensor among them                    An optimizer's ``param_groups`` stay apart, as stock readers want them
     a container in itself, or deeper     one leaf
@@ -30,14 +32,23 @@ import torch
 
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded
+from stager.state.tensor_kinds import (
+    PLAIN_TENSORS,
+    WholeTensor,
+    flags_of,
+    has_more,
+    node_of,
+    nodes_of,
+    recipe_of,
+    values_of,
+)
 from stager.workers.checkpoint.layout.structure import RECIPE, Node, Path, describe, key_names, names_of, walk
+from stager.workers.checkpoint.layout.tensor_node import TensorNode
 from stager.workers.errors import StagerError, UnstageableError
 from stager.workers.memory.tensor_memory import problem_of
 
 _MAX_DEPTH = 100
 _MAX_APART = 64  # so many leaves without a tensor are stored apart; with more, their container is one leaf
-PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-"""The plain-tensor test: tensors of these types are nothing but their bytes, unless their layout says otherwise."""
 
 
 @runtime_checkable
@@ -157,6 +168,7 @@ class _Visitor:
     def __init__(self, tree: StateTree) -> None:
         self.tree = tree
         self._open: set[int] = set()  # identities of the containers that are being visited
+        self._values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity: a tensor with more, its values
         self._num_apart = 0  # how many tensors, Stateful and PerRank values were met: they cannot be put into one leaf
 
     def visit_state(self, state: Mapping[str, Any]) -> Node:
@@ -173,7 +185,13 @@ class _Visitor:
                     f"has the key {key!r} of type {type(key).__name__}, which this format cannot have at the top; "
                     "name each entry by a str, or set persistence.format to dcp",
                 )
-        return self._mapping(dict(state), ())  # the values count, whatever holds them
+        # The values count, whatever holds them.
+        if not isinstance(state, OrderedDict):
+            return self._mapping(dict(state), ())
+        plain: Any = OrderedDict(state)
+        if (metadata := _plain_metadata(state)) is not None:
+            plain._metadata = metadata
+        return self._mapping(plain, ())
 
     def visit(self, value: Any, path: Path) -> Node:
         if isinstance(value, torch.Tensor):  # nearly every leaf, and the abstract base classes below are slow to ask
@@ -193,13 +211,31 @@ class _Visitor:
 
     def _tensor(self, tensor: torch.Tensor, path: Path) -> Node:
         self._num_apart += 1
-        if type(tensor) in PLAIN_TENSORS or not self.tree.has_recipes or not hasattr(tensor, "__tensor_flatten__"):
+        if has_more(tensor):
+            return self._tensor_with_more(tensor, path)
+        return node_of(self._leaf(tensor), tensor)
+
+    def _tensor_with_more(self, tensor: torch.Tensor, path: Path) -> Node:
+        """Visit a tensor that has attributes, or a class of its own."""
+        has_recipes = self.tree.has_recipes
+        if torch.nn.parameter.is_lazy(tensor):  # it has no values, and says so to whoever asks
+            return self._leaf(WholeTensor(tensor))
+        if is_sharded(tensor) or problem_of(tensor) is not None:
             return self._leaf(tensor)
-        return self._wrapper(tensor, path)
+        if hasattr(tensor, "__tensor_flatten__"):
+            return self._wrapper(tensor, path) if has_recipes else self._leaf(tensor)
+        found = recipe_of(tensor)
+        if found is None or not has_recipes:
+            return self._leaf(tensor if type(tensor) not in PLAIN_TENSORS else WholeTensor(tensor))
+        recipe, is_parameter = found
+        # The recipe comes first, as in the order of ``structure.leaves``.
+        recipes = [self._leaf(recipe)] if recipe.kind is not None or recipe.state else []
+        _, values = self._values.setdefault(id(tensor), (tensor, values_of(tensor)))  # one object stays one
+        return TensorNode(self._leaf(values), flags_of(tensor, is_parameter=is_parameter), recipes).to_node()
 
     def _wrapper(self, tensor: Any, path: Path) -> Node:
         """Visit a tensor that is made of others: those are leaves; what binds them together is the recipe."""
-        if is_sharded(tensor) or tensor.is_nested or problem_of(tensor) is not None:
+        if tensor.is_nested:
             return self._leaf(tensor)  # each kind has a place of its own further down
         names, context = tensor.__tensor_flatten__()
         parts = [getattr(tensor, name) for name in names]
@@ -274,21 +310,33 @@ class _Visitor:
         kind, keys = type(value), list(value)
         kinds = set(map(type, keys))
         has_names = not kinds - {str} or all(map(_is_plain_key, keys))
-        if kind not in _PLAIN or not has_names or (kind is OrderedDict and vars(value).keys() - {"_metadata"}):
+        metadata = _plain_metadata(value) if kind is OrderedDict else None
+        if kind not in _PLAIN or not has_names or (kind is OrderedDict and self._has_more(value, metadata)):
             return self._other_mapping(value, keys, has_names, path)
         tree = self.tree
         if kinds - {str}:
             tree.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
-        leaves, values = tree.leaves, list(value.values())
-        if PLAIN_TENSORS.issuperset(map(type, values)):  # what most states are made of
-            children = list(range(len(leaves), len(leaves) + len(values)))
-            leaves += values
+        values = list(value.values())
+        nodes = nodes_of(values, len(tree.leaves))
+        children: list[Node]
+        if nodes is not None:  # what most states are made of
+            children = nodes
+            tree.leaves += values
             self._num_apart += len(values)
         else:
             children = [self.visit(child, (*path, key)) for key, child in zip(keys, values, strict=True)]
         if kind is OrderedDict:
-            return ["odict", keys, children, _plain_metadata(getattr(value, "_metadata", None))]
+            return ["odict", keys, children, metadata]
         return ["dict", keys, children]
+
+    def _has_more(self, value: Any, metadata: Any) -> bool:
+        """Tell whether an OrderedDict has attributes that its node cannot hold.
+
+        Without recipes, what else is in ``_metadata`` is dropped: a module's state dict must not become one pickled leaf.
+        """
+        if not self.tree.has_recipes:
+            return bool(vars(value).keys() - {"_metadata"})
+        return bool(vars(value) != ({} if metadata is None else {"_metadata": metadata}))
 
     def _other_mapping(self, value: Mapping[Any, Any], keys: list[Any], has_names: bool, path: Path) -> Node:
         if not self.tree.has_recipes:
@@ -369,8 +417,9 @@ def _is_terminal(values: list[Any], depth: int) -> bool:
 _SCALARS = {type(None), bool, int, float, complex, str, bytes}
 
 
-def _plain_metadata(metadata: Any) -> dict[str, dict[str, int]] | None:
-    """Keep only the version numbers that ``nn.Module.state_dict`` adds to its result."""
+def _plain_metadata(value: Any) -> dict[str, dict[str, int]] | None:
+    """Keep only the version numbers that ``nn.Module.state_dict`` adds to its result as ``_metadata``."""
+    metadata = getattr(value, "_metadata", None)
     if not isinstance(metadata, Mapping):
         return None
     return {

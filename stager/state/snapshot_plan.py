@@ -31,6 +31,7 @@ from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import Chunks, Node, map_leaves
+from stager.workers.checkpoint.layout.tensor_node import TensorNode
 from stager.workers.gc_pause import no_collection
 
 __all__ = ["Copy", "Planner", "SnapshotPlan"]
@@ -107,6 +108,8 @@ class Planner:
         self._prints: Fingerprints | None = None
         self._key: tuple[Node, list[tuple[Any, ...]], int] | None = None
         self._plan: SnapshotPlan | None = None
+        self._tied: list[list[int]] = []  # leaves of the last plan that are one item
+        self._objects: dict[int, int] = {}
 
     def plan(self, tree: StateTree) -> SnapshotPlan:
         """Return the plan for this state: the last one, if no structure and no fingerprint has changed.
@@ -116,7 +119,12 @@ class Planner:
         """
         key = (tree.structure, tree.odd_keys, len(tree.leaves))
         prints = read_fingerprints(tree, self._prints)
-        if self._plan is None or prints is not self._prints or key != self._key:
+        if (
+            self._plan is None
+            or prints is not self._prints
+            or key != self._key
+            or _same_objects(tree.leaves, self._tied) != self._objects
+        ):
             with no_collection():
                 self._plan = self._make(tree, prints.rows())
             self._prints, self._key = prints, key
@@ -129,7 +137,9 @@ class Planner:
     def _make(self, tree: StateTree, rows: list[Row]) -> SnapshotPlan:
         foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(name_of(p.dtype))]
         rows = [(leaf, p) for leaf, p in rows if self._format.holds(name_of(p.dtype))] if foreign else rows
+        permuted: dict[int, list[int]] = {}
         if self._format.row_major:
+            permuted = {leaf: list(p.stride) for leaf, p in rows if is_dense(p) and not _is_row_major(p)}
             rows = [(leaf, p if _is_row_major(p) else replace(p, is_lazy=True)) for leaf, p in rows]
         same_as = {leaf: group[0][0] for group in _group(foreign) for leaf, _ in group[1:]}  # tied: one object
         no_objects = {leaf for leaf, _ in rows} | same_as.keys()
@@ -156,11 +166,16 @@ class Planner:
             item_of[leaf] = len(items) + number
         for leaf, first in same_as.items():
             item_of[leaf] = item_of[first]
+        self._tied = [[leaf for leaf, _ in group] for group in [*groups, *_group(foreign)] if len(group) > 1]
+        self._objects = _same_objects(tree.leaves, self._tied)
+        flags: dict[int, dict[str, Any]] = {leaf: {"object": number} for leaf, number in self._objects.items()}
+        for leaf, stride in permuted.items():
+            flags.setdefault(leaf, {})["stride"] = stride
         layout = LayoutPlan(
             files=laid_out.files,
             object_file=self._format.object_file_name(self._rank),
             tensors=tuple(items),
-            structure=_renumber(tree.structure, item_of),
+            structure=_renumber(tree.structure, item_of, flags),
             segment_bytes=self._segment_bytes,
             templates=self._format.templates([*items, *_of_others(tree)]),
         )
@@ -212,12 +227,29 @@ def _of_others(tree: StateTree) -> list[Item]:
     return [Item("tensor", 0, 0, 0, 0, 0, dtype, (0,) * dims, (1,) * dims) for dtype, dims in sorted(tree.kinds)]
 
 
-def _renumber(structure: Node, item_of: dict[int, int]) -> Node:
-    """Let the structure name items, not leaves."""
+def _same_objects(leaves: Sequence[Any], tied: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Find the leaves that are one tensor object, among those that are one item.
+
+    Returns a number for each such leaf, the same for the same object; other tied leaves share memory only.
+    """
+    numbers: dict[int, int] = {}
+    for group in tied:
+        objects: dict[int, list[int]] = {}
+        for leaf in group:
+            objects.setdefault(id(leaves[leaf]), []).append(leaf)
+        for number, same in enumerate(objects.values()):
+            numbers.update((leaf, number) for leaf in same[1:] and same)
+    return numbers
+
+
+def _renumber(structure: Node, item_of: dict[int, int], flags: dict[int, dict[str, Any]]) -> Node:
+    """Let the structure name items, not leaves, and add flags to leaves."""
 
     def renumbered(leaf: int | Chunks) -> Node:
         if isinstance(leaf, Chunks):
-            return replace(leaf, parts=tuple((offsets, item_of[index]) for offsets, index in leaf.parts)).to_node()
-        return item_of[leaf]
+            parts = tuple((offsets, item_of[index]) for offsets, index in leaf.parts)
+            numbers = {name: value for name, value in flags.get(leaf.parts[0][1], {}).items() if name == "object"}
+            return TensorNode(replace(leaf, parts=parts).to_node(), numbers, []).to_node()
+        return item_of[leaf] if leaf not in flags else TensorNode(item_of[leaf], flags[leaf], []).to_node()
 
     return map_leaves(structure, renumbered)

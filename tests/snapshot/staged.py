@@ -17,8 +17,8 @@ from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of, tensor_over
-from stager.workers.checkpoint.layout.structure import build
 from stager.workers.memory.slab import Slab
 from tests.states import same
 

@@ -20,10 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.layout.structure import RECIPE, Chunks, leaves, names_of
+from stager.workers.checkpoint.layout.structure import Chunks, is_recipe, leaves, names_of
 from stager.workers.checkpoint.read.blob_reader import BlobReader
-
-DcpPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ def _metadata(layout: Layout) -> tuple[Metadata, dict[MetadataIndex, int]]:
     items: dict[MetadataIndex, int] = {}
     names = names_of([path for path, _ in leaves(layout.structure)])
     for (path, leaf), name in zip(leaves(layout.structure, text_keys=True), names, strict=True):
-        if path[-1] == RECIPE:  # stager's own: a planner would take it for an entry of its mapping
+        if is_recipe(path):  # stager's own: a planner would take it for an entry of its mapping
             continue
         metadata.planner_data[name] = path
         if isinstance(leaf, int) and layout.items[leaf].kind == "object":

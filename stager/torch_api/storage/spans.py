@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from stager.ranks.cutting import is_stored_raw
-from stager.state.flatten import PLAIN_TENSORS
+from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.formats.object_pickle import pickle_object

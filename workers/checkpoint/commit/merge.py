@@ -26,7 +26,9 @@ from stager.workers.checkpoint.layout.structure import (
     describe,
     leaves,
     map_leaves,
+    recipe_path,
 )
+from stager.workers.checkpoint.layout.tensor_node import TensorNode, is_tensor_node, open_tensor
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import CorruptCheckpointError, InconsistentRanksError
 
@@ -170,8 +172,19 @@ def _lay_over(nodes: Sequence[_OfRank], path: Path) -> Node:
     return ["odict", list(by_key), children, metadata]
 
 
+def _tensor(there: Sequence[_OfRank], path: Path) -> Node:
+    """Overlay a leaf with flags. Flags, and the recipe, come from the first rank that has them."""
+    opened = [(rank, open_tensor(node)) for rank, node in there]
+    recipes = [(rank, one.recipes[0]) for rank, one in opened if one.recipes]
+    inner = _lay_over([(rank, one.node) for rank, one in opened], path)
+    flags = next((one.flags for _, one in opened if one.flags), {})
+    return TensorNode(inner, flags, [_lay_over(recipes, recipe_path(path))] if recipes else []).to_node()
+
+
 def _lay_over_column(column: list[_OfRank], path: Path) -> Node:
-    return column[0][1] if len(column) == 1 else _lay_over(column, path)
+    if len(column) == 1:
+        return column[0][1]
+    return _tensor(column, path) if any(is_tensor_node(node) for _, node in column) else _lay_over(column, path)
 
 
 def _chunks(parts: list[tuple[int, Chunks]], path: Path) -> Chunks:

@@ -28,7 +28,7 @@ from stager.workers.checkpoint.formats.pickle_template import (
     tuple_of,
 )
 from stager.workers.checkpoint.layout.layout import Item, Layout, Templates
-from stager.workers.checkpoint.layout.structure import RECIPE, Chunks, Path, leaves, names_of
+from stager.workers.checkpoint.layout.structure import Chunks, Path, is_recipe, leaves, names_of
 from stager.workers.gc_pause import no_collection
 
 # Templates by name, and what to fill in:
@@ -139,7 +139,7 @@ class _StemWriter:
         names = names_of([path for path, _ in leaves(self._layout.structure)])
         found = leaves(self._layout.structure, text_keys=True)
         named = [  # recipes are stager's own: a stock reader would take one for an entry of its mapping
-            (path, name, leaf) for (path, leaf), name in zip(found, names, strict=True) if path[-1] != RECIPE
+            (path, name, leaf) for (path, leaf), name in zip(found, names, strict=True) if not is_recipe(path)
         ]
         pieces = [self._start, state, DICT_START]
         for _, name, leaf in named:

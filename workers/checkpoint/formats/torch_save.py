@@ -42,6 +42,7 @@ from stager.workers.checkpoint.formats.pickle_template import (
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_storage, tensor_over
 from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES
 from stager.workers.checkpoint.layout.structure import Node, container_of
+from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, open_tensor
 from stager.workers.errors import InternalError, UnstageableError
 from stager.workers.memory.slab import Slab
 
@@ -192,6 +193,9 @@ def _fragments(node: Node, leaf: Callable[[int], Piece]) -> Iterator[Piece]:
     if type(node) is int:
         yield leaf(node)
         return
+    if is_tensor_node(node):
+        yield from _tensor_fragments(node, leaf)
+        return
     kind, keys, children, metadata = container_of(node)
     if kind == "list":
         yield LIST_START
@@ -207,6 +211,34 @@ def _fragments(node: Node, leaf: Callable[[int], Piece]) -> Iterator[Piece]:
     yield DICT_END
     if metadata is not None:  # BUILD sets the attribute, which nn.Module.state_dict() sets on its result
         yield _fragment({"_metadata": OrderedDict(metadata)}) + b"b"
+
+
+def _tensor_fragments(node: Node, leaf: Callable[[int], Piece]) -> Iterator[Piece]:
+    """Iterate over what pickles a tensor with flags. A recipe is left out: stock readers cannot follow it."""
+    inner, flags, _ = open_tensor(node)
+    fragment, requires_grad = leaf(inner), flags.get("requires_grad", False)
+    if isinstance(fragment, int):  # an object, which was pickled with all that it is
+        yield fragment
+    elif flags.get("parameter", False):
+        # _rebuild_parameter(tensor, requires_grad, OrderedDict()): the arguments become a tuple, and REDUCE calls it.
+        end = (b"\x88" if requires_grad else b"\x89") + b"ccollections\nOrderedDict\n)RtR"
+        yield b"ctorch._utils\n_rebuild_parameter\n(" + fragment + end
+    else:
+        yield _with_grad(fragment) if requires_grad else fragment
+
+
+def _with_grad(fragment: bytes) -> bytes:
+    """Return a tensor's fragment with True for its argument ``requires_grad``, the only bool in it.
+
+    Not for dtypes without a storage type of their own (float8): torch cannot load what it saves of those with grad.
+    """
+    if b"_rebuild_tensor_v3" in fragment:
+        return fragment
+    ops = [(op.name, position or 0) for op, _, position in pickletools.genops(fragment + END)]
+    places = [position for name, position in ops if name == "NEWFALSE"]
+    if len(places) != 1:
+        raise InternalError("this torch pickles tensors in an unknown way; upgrade stager, or use another format")
+    return fragment[: places[0]] + b"\x88" + fragment[places[0] + 1 :]
 
 
 def _fragment(value: object) -> bytes:

@@ -8,11 +8,12 @@
           | ["sequence", [RECIPE, name, ...], [item, node, ...]]     a subclass of list
           | ["wrapper",  [RECIPE, name, ...], [item, node, ...]]     a tensor that is made of other tensors
           | ["chunks", [length, ...], [[[offset, ...], index], ...]]  a tensor that several ranks wrote in chunks (Chunks)
+          | ["tensor", node, flags, item?]  a leaf that is more than its values: see :mod:`.tensor_node`
           | null                     another rank writes it; only in one rank's save record, never in a checkpoint
 
 A key is a str, int, finite float, bool or null and keeps its type; no two keys of a container are equal. A mapping with
 other keys (tuples, bytes, enums) has a recipe, and ``str(key)`` as names. The item of a recipe is a pickled tuple: what
-:func:`build` makes the value from, beside its children. ``metadata`` is the ``_metadata`` attribute that
+:func:`.building.build` makes the value from, beside its children. ``metadata`` is the ``_metadata`` attribute that
 ``nn.Module.state_dict()`` sets on its result (module versions). Two leaves that are the same bytes (tied weights) name the
 same item. Reading a structure runs no code from it; ValueError says that it is malformed.
 """
@@ -20,12 +21,12 @@ same item. Reading a structure runs no code from it; ValueError says that it is 
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from stager.workers.errors import UsageError
+from stager.workers.checkpoint.layout.tensor_node import TensorNode, is_tensor_node, open_tensor
 
 Key = str | int | float | bool | None
 Path = tuple[Key, ...]
@@ -37,7 +38,9 @@ ABSENT: Node = None
 RECIPE = "__recipe__"
 """The first key of a container that has a recipe."""
 
-_WITH_RECIPE = ("mapping", "sequence", "wrapper")
+WITH_RECIPE = ("mapping", "sequence", "wrapper")
+"""The kinds of containers that have a recipe."""
+
 _MAX_DEPTH = 200
 
 
@@ -57,7 +60,7 @@ class Container(NamedTuple):
 
 
 def container_of(node: Node) -> Container:
-    """Take a container node apart. The node is not checked; ``_open`` does that."""
+    """Take a container node apart. The node is not checked; ``open_container`` does that."""
     if node[0] == "list":
         return Container("list", range(len(node[1])), node[1])
     return Container(*node)
@@ -110,10 +113,14 @@ def leaves(node: Node, path: Path = (), *, text_keys: bool = False) -> Iterator[
     """
     if type(node) is int:
         yield path, node
-    elif _is_chunks(node):
+    elif is_chunks(node):
         yield path, Chunks.from_node(node)
+    elif is_tensor_node(node):
+        inner, _, recipes = open_tensor(node)
+        yield from ((recipe_path(path), recipe) for recipe in recipes if recipe is not ABSENT)
+        yield from leaves(inner, path)
     elif node is not ABSENT:
-        kind, keys, children, _ = _open(node, len(path))
+        kind, keys, children, _ = open_container(node, len(path))
         if text_keys:
             keys = _dcp_keys(kind, keys)
         for key, child in zip(keys, children, strict=True):
@@ -134,8 +141,11 @@ def absent(node: Node, path: Path = ()) -> Iterator[Path]:
     """Iterate over the key paths of the leaves that another rank writes."""
     if node is ABSENT:
         yield path
-    elif type(node) is not int and not _is_chunks(node):
-        _, keys, children, _ = _open(node, len(path))
+    elif is_tensor_node(node):
+        inner, _, recipes = open_tensor(node)
+        yield from (path if one is inner else recipe_path(path) for one in (*recipes, inner) if one is ABSENT)
+    elif type(node) is not int and not is_chunks(node):
+        _, keys, children, _ = open_container(node, len(path))
         for key, child in zip(keys, children, strict=True):
             if type(child) is not int:
                 yield from absent(child, (*path, key))
@@ -150,64 +160,19 @@ def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
         return leaf(node)
     if node is ABSENT:
         return ABSENT
-    if _is_chunks(node):
+    if is_chunks(node):
         return leaf(Chunks.from_node(node))
+    if is_tensor_node(node):
+        inner, flags, recipes = open_tensor(node)
+        return TensorNode(map_leaves(inner, leaf), flags, [map_leaves(recipe, leaf) for recipe in recipes]).to_node()
     position = 1 if node[0] == "list" else 2  # of the children; what stands around them stays
     children = [map_leaves(child, leaf) for child in node[position]]
     return [*node[:position], children, *node[position + 1 :]]
 
 
-def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
-    """Build the nested state, with the value ``leaf(index)`` for each leaf.
-
-    Raises:
-        UsageError: a tensor is stored in chunks.
-    """
-    if type(node) is int:
-        return leaf(node)
-    if _is_chunks(node):
-        raise UsageError("several ranks saved this tensor in chunks; load it with torch's dcp.load")
-    kind, keys, children, metadata = _open(node, depth)
-    values = [build(child, leaf, depth + 1) for child in children]
-    if kind == "list":
-        return values
-    if kind in _WITH_RECIPE:
-        return _MAKERS[kind](values[0], list(keys[1:]), values[1:])
-    result = (dict if kind == "dict" else OrderedDict)(zip(keys, values, strict=True))
-    if metadata is not None:
-        result._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # where nn.Module looks for it
-    return result
-
-
-def _make_mapping(recipe: Any, names: list[Key], values: list[Any]) -> Any:
-    """``recipe``: the mapping without its items, and its keys; both may be None: a dict, the names."""
-    mapping, keys = recipe
-    mapping = {} if mapping is None else mapping
-    for key, value in zip(names if keys is None else keys, values, strict=True):
-        mapping[key] = value
-    return mapping
-
-
-def _make_sequence(recipe: Any, names: list[Key], values: list[Any]) -> Any:
-    """``recipe``: the list without its elements."""
-    (sequence,) = recipe
-    sequence.extend(values)
-    return sequence
-
-
-def _make_wrapper(recipe: Any, names: list[Key], values: list[Any]) -> Any:
-    """``recipe``: class, context, shape and stride, as ``__tensor_flatten__`` and the tensor have them; requires_grad."""
-    kind, context, shape, stride, requires_grad = recipe
-    tensor = kind.__tensor_unflatten__(dict(zip(names, values, strict=True)), context, shape, stride)
-    return tensor.requires_grad_() if requires_grad and not tensor.requires_grad else tensor
-
-
-_MAKERS = {"mapping": _make_mapping, "sequence": _make_sequence, "wrapper": _make_wrapper}
-
-
 def is_with_recipe(node: Node) -> bool:
     """Tell whether the node is a container that can be built only whole, by its recipe."""
-    return isinstance(node, list) and node[0] in _WITH_RECIPE
+    return isinstance(node, list) and node[0] in WITH_RECIPE
 
 
 def key_names(keys: Sequence[Any]) -> list[str]:
@@ -222,11 +187,11 @@ def key_names(keys: Sequence[Any]) -> list[str]:
     return list(names)[1:]
 
 
-def _is_chunks(node: Node) -> bool:
+def is_chunks(node: Node) -> bool:
     return isinstance(node, list) and node[:1] == ["chunks"]
 
 
-def _open(node: Node, depth: int) -> Container:
+def open_container(node: Node, depth: int) -> Container:
     """Check a container node that may come from a file, and take it apart."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"the state is nested deeper than {_MAX_DEPTH} containers")
@@ -279,6 +244,16 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return names
 
 
+def recipe_path(path: Path) -> Path:
+    """Return the key path of a tensor's recipe: beside the whole state, because a reader may not look into a tensor."""
+    return (f"{fqn(path)}.{RECIPE}",)
+
+
+def is_recipe(path: Path) -> bool:
+    """Tell whether the leaf at a key path is the recipe of a container or of a tensor."""
+    return isinstance(path[-1], str) and (path[-1] == RECIPE or path[-1].endswith(f".{RECIPE}"))
+
+
 def fqn(path: Path) -> str:
     """Return the name that DCP gives a leaf: its keys joined by dots."""
     return ".".join(map(str, path))
@@ -289,5 +264,7 @@ def describe(path: Path) -> str:
     if not path:
         return "state"
     head, *rest = path
+    if not rest and isinstance(head, str) and head.endswith(f".{RECIPE}"):  # see ``recipe_path``
+        return f"{head.removesuffix(f'.{RECIPE}')} (its class and attributes)"
     first = head if isinstance(head, str) and head.isidentifier() else f"state[{head!r}]"
     return first + "".join(f"[{key!r}]" for key in rest)
