@@ -26,6 +26,7 @@ from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import Item, Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
@@ -99,7 +100,8 @@ def export_checkpoint(
         chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)
         with closing(Source(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))) as source:
             export = _Export(checkpoint, source, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
-            layout = export.lay_out()
+            with torch_defaults():
+                layout = export.lay_out()
             with new_file(out, force=force) as fd:
                 export.write(layout, fd)
     return Exported(

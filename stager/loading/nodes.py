@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from stager.workers.checkpoint.layout.structure import Key, Node, Path, key_names
+from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, key_names
+from stager.workers.errors import UnloadableError
 
 
 def is_mapping(node: Node) -> bool:
@@ -35,6 +36,22 @@ def is_list(node: Node) -> bool:
 def children_of(node: Node) -> dict[Key, Node]:
     """The nodes of a mapping by key; of anything else, an empty dict."""
     return dict(zip(node[1], node[2], strict=True)) if is_mapping(node) else {}
+
+
+def state_of(value: Any, path: Path) -> Any:
+    """Ask an object of the target for its ``state_dict()``.
+
+    Raises:
+        UnloadableError: it raised.
+    """
+    try:
+        return value.state_dict()
+    except Exception as error:
+        raise UnloadableError(
+            describe(path),
+            f"{type(value).__name__}.state_dict() of the target (what was given as into) raised "
+            f"{type(error).__name__}: {error}; nothing was changed",
+        ) from error
 
 
 def kind_of(node: Node) -> str:

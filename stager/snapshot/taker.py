@@ -31,6 +31,7 @@ from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format
 from stager.workers.checkpoint.formats.safe_globals import refusal_of
+from stager.workers.checkpoint.formats.torch_settings import real_tensors
 from stager.workers.errors import TornSnapshotError, UnstageableError
 from stager.workers.memory.slab import Slab
 
@@ -149,6 +150,10 @@ class SnapshotTaker:
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
         """
+        with real_tensors():
+            return self._begin(timeline, tree, planner, may_move)
+
+    def _begin(self, timeline: Timeline, tree: StateTree, planner: Planner, may_move: bool | None) -> Snapshot:
         plan = planner.plan(tree)
         if may_move is not None and plan is not self._shared_for:
             if self._sharer.share(tree.leaves, may_move):

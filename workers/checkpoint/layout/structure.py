@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from stager.workers.errors import UsageError
+from stager.workers.errors import UnloadableError, UsageError
 
 Key = str | int | float | bool | None
 Path = tuple[Key, ...]
@@ -148,26 +148,39 @@ def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
     return [*node[:position], children, *node[position + 1 :]]
 
 
-def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
+def build(node: Node, leaf: Callable[[int], Any], path: Path = ()) -> Any:
     """Build the nested state, with the value ``leaf(index)`` for each leaf.
+
+    Args:
+        path: of the node in the state.
 
     Raises:
         UsageError: a tensor is stored in chunks.
+        UnloadableError: the class of a container with a recipe raised.
     """
     if type(node) is int:
         return leaf(node)
     if _is_chunks(node):
         raise UsageError("several ranks saved this tensor in chunks; load it with torch's dcp.load")
-    kind, keys, children, metadata = _open(node, depth)
-    values = [build(child, leaf, depth + 1) for child in children]
+    kind, keys, children, metadata = _open(node, len(path))
+    values = [build(child, leaf, (*path, key)) for key, child in zip(keys, children, strict=True)]
     if kind == "list":
         return values
     if kind in _WITH_RECIPE:
-        return _MAKERS[kind](values[0], list(keys[1:]), values[1:])
+        return _made_by_recipe(kind, list(keys[1:]), values, path)
     result = (dict if kind == "dict" else OrderedDict)(zip(keys, values, strict=True))
     if metadata is not None:
         result._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # where nn.Module looks for it
     return result
+
+
+def _made_by_recipe(kind: str, names: list[Key], values: list[Any], path: Path) -> Any:
+    try:
+        return _MAKERS[kind](values[0], names, values[1:])
+    except Exception as error:  # whatever the container's class raises
+        raise UnloadableError(
+            describe(path), f"the {kind} cannot be made here ({type(error).__name__}: {error}); its class has changed"
+        ) from error
 
 
 def _make_mapping(recipe: Any, names: list[Key], values: list[Any]) -> Any:
