@@ -92,7 +92,7 @@ class RestorePlan:
         for number, step in enumerate(self.steps):
             try:
                 step.run(values)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # the user's code may raise anything
                 raise self._stopped(number, error, path) from (
                     error.__cause__ if isinstance(error, UnloadableError) else error
                 )

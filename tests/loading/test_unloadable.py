@@ -135,7 +135,10 @@ def test_a_module_that_its_own_hook_refuses(run_dir: Path) -> None:
         raise LookupError("no such head")
 
     net.register_load_state_dict_pre_hook(refuse)
-    with Checkpointer(run_dir, read_only=True) as ckpt, pytest.raises(UnloadableError, match="^net: Linear.load_st"):
+    with (
+        Checkpointer(run_dir, read_only=True) as ckpt,
+        pytest.raises(UnloadableError, match=r"^net: Linear\.load_state_dict"),
+    ):
         ckpt.load(into={"net": net})
 
 
@@ -150,7 +153,7 @@ def test_state_dict_of_the_target_raises(run_dir: Path) -> None:
     with Checkpointer(run_dir, read_only=True) as ckpt:
         with pytest.raises(
             UnloadableError,
-            match=r"^net: Linear\.state_dict\(\) of the target .* raised LookupError.*nothing was changed",
+            match=r"^net: Linear\.state_dict\(\) of the target .* raised LookupError: not built",
         ):
             ckpt.load(into={"net": net})
 
@@ -181,7 +184,7 @@ def test_setstate_raises_in_a_file_of_torch_save(tmp_path: Path, changed: Callab
     data = bytearray(path.read_bytes())
     data[data.index(b"Changed")] ^= 1
     path.write_bytes(data)  # the same error could come from this: nobody can tell any more
-    with pytest.raises(StagerError, match="other.pt"):
+    with pytest.raises(StagerError, match=r"other\.pt"):
         load_checkpoint(path, allow_pickle=True)
 
 

@@ -1,8 +1,8 @@
 """Unpickling the objects of a checkpoint, under ``weights_only`` rules unless the user allows any pickle.
 
 torch's own functions below ``torch.load`` are called, because settings of the process change what ``torch.load`` does: the
-variables TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD. ``torch_defaults()`` puts the others aside, once
-for all objects of a checkpoint.
+variables TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD. ``torch_defaults()`` puts other settings aside,
+once for all objects of a checkpoint.
 """
 
 from __future__ import annotations
