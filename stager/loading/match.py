@@ -271,12 +271,17 @@ def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 def _holds_state(value: Any) -> bool:
-    """Whether a plain container of the target has something in it that is to be restored in place."""
-    if isinstance(value, Mapping):
-        return any(map(_holds_state, value.values()))
-    if isinstance(value, list):
-        return any(map(_holds_state, value))
-    return isinstance(value, (torch.Tensor, PerRank)) or is_stateful(value)
+    """Whether a plain container of the target, which may be in itself, has in it what is to be restored in place."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, (torch.Tensor, PerRank)) or is_stateful(one):
+            return True
+        if isinstance(one, (Mapping, list)) and id(one) not in seen:
+            seen.add(id(one))
+            todo += one.values() if isinstance(one, Mapping) else one
+    return False
 
 
 def _is_container_or_tensor(value: Any) -> bool:

@@ -87,7 +87,7 @@ class Partitioner:
             else here[part.leaf].detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
             for part in division.written
         ]
-        return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds)
+        return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds, pickled=tree.pickled)
 
     def forget(self) -> None:
         """Let go of what was kept."""

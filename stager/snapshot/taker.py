@@ -271,7 +271,7 @@ class SnapshotTaker:
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
             return blob
         try:
-            blob, kinds = self._format.object_blob(value, leaf)
+            blob, kinds = tree.pickled.get(id(value)) or self._format.object_blob(value, leaf)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise UnstageableError(

@@ -18,7 +18,7 @@ from stager import StagerError, UnloadableError, UnsafePickleError, UsageError
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
-from stager.workers.checkpoint.formats.torch_save import object_blob
+from stager.workers.checkpoint.formats.object_pickle import pickle_object
 from tests.persistence.tasks import load, restorer, save
 from tests.states import everything, same
 
@@ -88,7 +88,7 @@ def test_warning_made_an_error_is_not_taken_for_damage(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.serialization, "_load", torch_load)
     with pytest.raises(UserWarning):
-        unpickle(object_blob(1).blob, "n", "p", False)
+        unpickle(pickle_object(1j, 0).blob, "n", "p", False)
 
 
 class RunsCode:
@@ -113,13 +113,13 @@ BLOBS = {
     "empty": b"",
     "zeros": bytes(500),
     "text": b"PK\x03\x04 and nothing more",
-    "half": object_blob({"a": 1}).blob[:200],
+    "half": pickle_object({"a": 1}, 0).blob[:200],
     "pickle": pickle.dumps({"a": 1}),
     "legacy format": legacy({"a": torch.ones(2)}),
     "no records": archive("other", b"x"),
     "no pickle": archive("archive/data.pkl", b"\xff\xfe"),
     "empty pickle": archive("archive/data.pkl", b""),
-    "code": object_blob(RunsCode()).blob,
+    "code": pickle_object(RunsCode(), 0).blob,
     "code in a bare pickle": archive("archive/data.pkl", pickle.dumps(RunsCode(), protocol=2)),
     "much memory": archive("archive/data.pkl", b"cbuiltins\nbytearray\n(L99999999999999999L\ntR."),
     "deep": archive("archive/data.pkl", b"(" * 10_000 + b"l" * 10_000 + b"."),
@@ -135,7 +135,7 @@ def test_hostile_objects_are_refused_and_run_no_code(name: str) -> None:
 
 
 def test_archive_that_lies_about_a_size_is_refused() -> None:
-    blob = bytearray(object_blob({"a": 1}).blob)
+    blob = bytearray(pickle_object({"a": 1}, 0).blob)
     central = blob.index(b"PK\x01\x02")
     struct.pack_into("<I", blob, central + 24, 1 << 31)
     with pytest.raises(UnsafePickleError):

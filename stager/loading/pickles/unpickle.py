@@ -18,6 +18,7 @@ from typing import IO, Any
 from torch import _weights_only_unpickler, serialization
 
 from stager.loading.pickles.archive_check import check_archive
+from stager.loading.pickles.plain_pickle import NOT_PLAIN, plain_value
 from stager.workers.checkpoint.formats.safe_globals import allowed, reason_of
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.errors import CorruptCheckpointError, UnloadableError, UnsafePickleError
@@ -40,7 +41,11 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool, safe_globals
         UnloadableError: the object cannot be made here, for example because its class cannot be imported.
     """
     try:
-        check_archive(io.BytesIO(blob), len(blob), name, path, pickles=not allow_pickle)
+        check_archive(io.BytesIO(blob), len(blob), name, path, pickles=False)
+        if (value := plain_value(blob)) is not NOT_PLAIN:
+            return value
+        if not allow_pickle:
+            check_archive(io.BytesIO(blob), len(blob), name, path)
     except CorruptCheckpointError as error:
         raise UnsafePickleError(f"{error}; nothing was changed. {_PERMISSION}") from error
     try:
