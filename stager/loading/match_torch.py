@@ -45,7 +45,7 @@ def match_module(
             missing(value, (*path, name))
     plan.unexpected += [describe((*path, key)) for key in nodes if key not in state]
     for key, child in nodes.items():
-        tensor = state.get(key)  # type: ignore[arg-type]  # any key of the checkpoint; the module has str only
+        tensor = state.get(key)  # any key of the checkpoint; the module has str only
         if type(child) is not int or items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
             continue
         item = items[child]

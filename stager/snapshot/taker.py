@@ -30,7 +30,7 @@ from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format
-from stager.workers.checkpoint.formats.safe_globals import refusal_of
+from stager.workers.checkpoint.formats.safe_globals import refusal_of, refused_classes
 from stager.workers.checkpoint.formats.torch_settings import real_tensors
 from stager.workers.errors import TornSnapshotError, UnstageableError
 from stager.workers.memory.slab import Slab
@@ -293,10 +293,15 @@ class SnapshotTaker:
 
     def _warn_if_refused(self, name: str, blob: bytes) -> None:
         """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
-        if (reason := refusal_of(blob, self._safe_globals)) is not None and reason not in self._warned:
-            self._warned.add(reason)
+        if (reason := refusal_of(blob, self._safe_globals)) is None:
+            return
+        new = set(refused_classes(blob, self._safe_globals) or [reason]) - self._warned
+        self._warned |= new
+        if new:
             logger.warning(
-                "%s is pickled, and %s: loading it will need allow_pickle=True, or the class in loading.safe_globals",
+                "%s is pickled, and weights_only rules do not allow it (%s): loading it will need allow_pickle=True, "
+                "or loading.safe_globals: [%s]",
                 name,
                 reason,
+                ", ".join(sorted(new)),
             )

@@ -52,7 +52,8 @@ def test_takes_the_fast_way(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [datetime.date(2026, 1, 1), deque([1]), OrderedDict(a=1), torch.ones(2), print, 1j, b"bytes", [ValueError()]]
+    "value",
+    [datetime.date(2026, 1, 1), deque([1]), OrderedDict(a=1), torch.ones(2), print, 1j, b"bytes", [ValueError()]],
 )
 def test_any_class_takes_the_slow_way(value: Any) -> None:
     assert plain_value(pickle_object(value, 0).blob) is NOT_PLAIN

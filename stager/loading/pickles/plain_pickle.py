@@ -34,6 +34,7 @@ _NAME = b"archive/data.pkl"
 _STORED, _MAX_32 = 0, 0xFFFFFFFF
 _START, _STOP = b"\x80\x02", b"."
 _SETS = {("__builtin__", "set"), ("__builtin__", "frozenset"), ("builtins", "set"), ("builtins", "frozenset")}
+_HAS_POSSESSIVE: bool = sys.version_info >= (3, 11)  # without, a match takes memory for each opcode
 _NESTS = (list, dict)
 _SHORT_TEXT = 64  # a longer one interrupts the match
 
@@ -70,7 +71,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _is_plain(data: bytes) -> bool:
-    if data[:2] != _START or sys.version_info < (3, 11):  # before, a match of a million opcodes takes memory for each
+    if data[:2] != _START or not _HAS_POSSESSIVE:
         return False
     magnitude = max(8, len(data).bit_length())
     return any(_runs_to_end(data, _opcodes(magnitude, with_tuples=with_tuples)) for with_tuples in (False, True))

@@ -21,7 +21,7 @@ from stager.loading.pickles.archive_check import check_archive
 from stager.loading.pickles.plain_pickle import NOT_PLAIN, plain_value
 from stager.workers.checkpoint.formats.safe_globals import allowed, reason_of
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
-from stager.workers.errors import CorruptCheckpointError, UnloadableError, UnsafePickleError
+from stager.workers.errors import ConfigError, CorruptCheckpointError, UnloadableError, UnsafePickleError
 
 _torch: Any = serialization
 
@@ -50,7 +50,7 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool, safe_globals
         raise UnsafePickleError(f"{error}; nothing was changed. {_PERMISSION}") from error
     try:
         return load_archive(io.BytesIO(blob), allow_pickle, safe_globals)
-    except Warning:  # the user turned warnings into errors
+    except (Warning, ConfigError):  # the user turned warnings into errors; a name in safe_globals is wrong
         raise
     except pickle.UnpicklingError as error:
         if allow_pickle:

@@ -106,6 +106,15 @@ def allowed(names: Iterable[str] = ()) -> Iterator[None]:
         yield
 
 
+def refused_classes(blob: bytes, names: Sequence[str] = ()) -> list[str]:
+    """List the classes and functions of an object's archive that are not allowed, by their names."""
+    with allowed(names):
+        try:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+        except Exception:  # noqa: BLE001  # an archive that torch cannot read: the caller has its reason
+            return []
+
+
 def refusal_of(blob: bytes, names: Sequence[str] = ()) -> str | None:
     """Say why ``weights_only`` rules refuse an object's archive, naming the classes; None if they accept it."""
     try:
