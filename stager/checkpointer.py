@@ -354,15 +354,17 @@ class Checkpointer:
         same checkpoint, each what it holds. Without ``into``, or with ``read_only=True``, a rank loads for itself.
 
         Returns:
-            None if ``step`` is None and there is no valid checkpoint.
+            None if ``step`` is None and there is no checkpoint.
 
         Raises:
             CheckpointNotFoundError: there is no ``step``.
-            CorruptCheckpointError: ``step`` is damaged; or, without ``step``, ``into`` is partly overwritten from a damaged
-                checkpoint, and there is none to overwrite all of that (see ``loading.verify_first``).
+            CorruptCheckpointError: ``step`` is damaged; or, without ``step``, every checkpoint is, or ``into`` is partly
+                overwritten from a damaged one, and there is none to overwrite all of that (see ``loading.verify_first``).
             StateMismatchError: it does not fit ``into``; nothing was changed.
             RankFailedError: it failed on another rank; what it was loaded into may be overwritten.
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
+            UnloadableError: the bytes are right, and an object cannot be made from them here, or its
+                ``load_state_dict()`` raised. No older checkpoint is tried. The cause is the original error.
             StorageError
         """
         if self._is_open:

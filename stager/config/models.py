@@ -169,8 +169,8 @@ class LoadingConfig(Section):
     )
     threads: Count = setting("auto", "Threads that read; auto: the cores the trainer may use.")
     allow_pickle: bool = setting(False, "Unpickle any object: runs code from the checkpoint.")
-    safe_globals: tuple[str, ...] = setting(
-        (), "Classes that checkpoints may hold, as package.module.Class, beside plain data."
+    safe_globals: list[str] = setting(
+        [], "Classes that checkpoints may hold, as package.module.Class, beside plain data."
     )
 
 

@@ -1,8 +1,8 @@
 """From a committed checkpoint, whatever its format and however many files it has, to one ``.pt`` or ``.safetensors`` file.
 
 1. Lay out the tensors, by the format that workers write (``workers/checkpoint/formats``).
-2. Read each object, unpickle it under the ``weights_only`` rules, and pickle it again for the file. This comes before the
-   first write, because the sizes of the objects complete the layout.
+2. Read each object, unpickle it under the ``weights_only`` rules, and pickle it again for the file. What a recipe makes is
+   an object, too (``whole.py``). This comes before the first write, because the sizes of the objects complete the layout.
 3. Copy the tensors, one after the other. A chunk is in memory at a time, and each hash is checked on the way.
 4. Sync the file, and only then give it its name.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +20,19 @@ import torch
 
 from stager.exporting.output import Runs, new_file, runs_of
 from stager.exporting.source import Source
+from stager.exporting.whole import Folded
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
+from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import Item, Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.layout.structure import map_leaves, names_of
+from stager.workers.checkpoint.layout.structure import RECIPE, describe, map_leaves, names_of, walk
 from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
 from stager.workers.memory.pages import bytes_at
 
@@ -70,13 +73,15 @@ def export_checkpoint(
 ) -> Exported:
     """Write one file that ``torch.load`` or ``safetensors.torch.load_file`` reads.
 
+    In a ``.pt`` file, a container with a class of its own and a tensor that is made of others are one pickled object each.
+
     Args:
         checkpoint: its directory (``.../step-00000100``).
         out: the file; it appears when it is whole.
         file_format: "torch": the nested state. "safetensors": the tensors by their names (keys joined by dots). It has no
             place for objects; the result lists them.
         max_memory_bytes: for data in memory, beside the manifest. Pickled objects, and each tensor that changes its memory
-            layout, must fit as a whole.
+            layout, must fit as a whole, as must a container with a class of its own.
         allow_pickle: unpickle any object (runs code from the checkpoint).
         force: replace ``out``.
         progress: called with the number of bytes just read.
@@ -98,8 +103,9 @@ def export_checkpoint(
         manifest = read_manifest(checkpoint)
         chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)
         with closing(Source(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))) as source:
-            export = _Export(checkpoint, source, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
-            layout = export.lay_out()
+            with torch_defaults():
+                export = _Export(checkpoint, source, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
+                layout = export.lay_out()
             with new_file(out, force=force) as fd:
                 export.write(layout, fd)
     return Exported(
@@ -109,9 +115,15 @@ def export_checkpoint(
         step=manifest.header.step,
         num_tensors=len(source.tensors),
         num_objects=len(export.objects),
-        left_out=() if export.objects else tuple(map(source.name, source.objects)),
+        left_out=() if export.objects else _names_of_objects(source),
         secs=time.monotonic() - started,
     )
+
+
+def _names_of_objects(source: Source) -> tuple[str, ...]:
+    """The objects as a user would write them. A recipe is named for its container, whose class it is."""
+    paths = (path[:-1] if path[-1:] == (RECIPE,) else path for path in (source.paths[n][0] for n in source.objects))
+    return tuple(dict.fromkeys(map(describe, paths)))
 
 
 class _Export:
@@ -127,24 +139,29 @@ class _Export:
         self._format = get_format(file_format)
         self._budget_bytes = budget_bytes
         self._allow_pickle = allow_pickle
-        self.objects = source.objects if file_format == "torch" else []
+        self._folded = Folded(source, self._unpickle) if file_format == "torch" else None
+        self.objects = [] if self._folded is None else self._folded.objects
         self._tensors: list[int] = []  # item numbers, in the order of the file
         self._blobs: list[bytes] = []  # of the objects, then the trailer
 
     def lay_out(self) -> Layout:
         """Do steps 1 and 2."""
-        source = self._source
-        for number in source.tensors:
+        source, folded = self._source, self._folded
+        structure, tensors = (
+            (source.structure, source.tensors) if folded is None else (folded.structure, folded.tensors)
+        )
+        for number in tensors:
             if not self._format.holds(source.items[number].dtype):
                 raise UnstageableError(
                     source.name(number),
                     f"has dtype {source.items[number].dtype}, which this format cannot store; "
                     "convert the tensor, or export to another format",
                 )
-        laid_out = self._format.lay_out(list(map(self._spec, source.tensors)), 0, evenly(1))
-        self._tensors = [source.tensors[place] for place in laid_out.order]
-        leaves: dict[Any, int] = {number: leaf for leaf, number in enumerate([*self._tensors, *source.objects])}
-        structure = map_leaves(source.structure, leaves.__getitem__)
+        laid_out = self._format.lay_out(list(map(self._spec, tensors)), 0, evenly(1))
+        self._tensors = [tensors[place] for place in laid_out.order]
+        objects = source.objects if folded is None else folded.objects
+        leaves: dict[Any, int] = {number: leaf for leaf, number in enumerate([*self._tensors, *objects])}
+        structure = map_leaves(structure, leaves.__getitem__)
         object_file = self._format.object_file_name(0)
         plan = LayoutPlan(laid_out.files, object_file, laid_out.items, structure, _SEGMENT_BYTES)
         self._blobs = self._read_objects()
@@ -165,22 +182,64 @@ class _Export:
 
     def _read_objects(self) -> list[bytes]:
         """Return the objects' blobs as the file has them. They stay in memory until the end."""
-        blobs = []
+        blobs: list[bytes] = []
         left = self._budget_bytes
+        if self._folded is None:
+            return blobs
         for position, number in enumerate(self.objects):
-            name = self._source.name(number)
-            left -= 4 * self._source.items[number].nbytes  # its blob, its value, its new blob, and that in data.pkl
+            name = self._folded.name(number)
+            left -= self._folded.nbytes(number)
             if left < 0:
                 raise MemoryBudgetError(
                     f"{name}: the pickled objects up to this one do not fit into {self._budget_bytes:,} bytes; "
                     "raise max_memory"
                 )
-            value = unpickle(b"".join(map(bytes, self._source.data(number))), name, self._path, self._allow_pickle)
+            value = self._whole(number) if number in self._folded.nodes else self._unpickle(number)
             try:
                 blobs.append(self._format.object_blob(value, position).blob)
             except Exception as error:
                 raise UnstageableError(name, f"cannot be pickled again: {error}") from error
         return blobs
+
+    def _unpickle(self, number: int) -> Any:
+        source = self._source
+        return unpickle(b"".join(map(bytes, source.data(number))), source.name(number), self._path, self._allow_pickle)
+
+    def _whole(self, number: int) -> Any:
+        """Build a container with a recipe."""
+        assert self._folded is not None
+        node, path = self._folded.nodes[number]
+        values: dict[int, Any] = {}
+        for _, index in walk(node, path):
+            if index not in values:
+                is_tensor = self._source.items[index].kind == "tensor"
+                values[index] = self._tensor(index) if is_tensor else self._unpickle(index)
+        return build(node, values.__getitem__, path)
+
+    def _tensor(self, number: int) -> torch.Tensor:
+        """Read a tensor as a whole, with the strides that it has in the checkpoint."""
+        ((first, part), *others) = self._source.parts(number)
+        if not others and self._source.items[part].shape == self._source.items[number].shape:
+            return self._read(part)
+        item = self._source.items[number]
+        whole = new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
+        for offsets, index in ((first, part), *others):
+            place = tuple(
+                slice(start, start + length)
+                for start, length in zip(offsets, self._source.items[index].shape, strict=True)
+            )
+            whole[place].copy_(self._read(index))
+        return whole
+
+    def _read(self, part: int) -> torch.Tensor:
+        """Read a stored item."""
+        stored = self._source.items[part]
+        tensor = new_tensor(dtype_of(stored.dtype), stored.shape, stored.stride, stored.data_nbytes)
+        view, position = bytes_at(tensor.data_ptr(), stored.data_nbytes), 0
+        for piece in self._source.data(part):
+            view[position : position + len(piece)] = piece
+            position += len(piece)
+        return tensor
 
     def write(self, layout: Layout, fd: int) -> None:
         """Do step 3: tensors with what the format puts around them; then objects and trailer."""
@@ -208,22 +267,18 @@ class _Export:
         if _is_c_order(stored):
             runs.write(fd, target.data_offset, data)
             return
-        dense = self._in_c_order(number, stored, data)
+        dense = self._in_c_order(number, part)
         runs.write(fd, target.data_offset, [bytes_at(dense.data_ptr(), stored.data_nbytes)])
 
-    def _in_c_order(self, number: int, stored: Item, data: Iterator[memoryview]) -> torch.Tensor:
+    def _in_c_order(self, number: int, part: int) -> torch.Tensor:
         """Read an item with other strides as a whole, and bring it into C order."""
+        stored = self._source.items[part]
         if 2 * stored.data_nbytes > self._budget_bytes:
             raise MemoryBudgetError(
                 f"{self._source.name(number)}: is stored with strides {list(stored.stride)}; bringing it into C order takes "
                 f"{2 * stored.data_nbytes:,} bytes of memory, and max_memory leaves {self._budget_bytes:,}; raise max_memory"
             )
-        tensor = new_tensor(dtype_of(stored.dtype), stored.shape, stored.stride, stored.data_nbytes)
-        view, position = bytes_at(tensor.data_ptr(), stored.data_nbytes), 0
-        for piece in data:
-            view[position : position + len(piece)] = piece
-            position += len(piece)
-        return tensor.contiguous()
+        return self._read(part).contiguous()
 
 
 def _is_c_order(item: Item) -> bool:

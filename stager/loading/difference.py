@@ -10,6 +10,7 @@ from stager.state.shards import is_sharded
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Path, describe
+from stager.workers.memory.tensor_memory import problem_of
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -24,13 +25,27 @@ def fits(item: Item, tensor: torch.Tensor) -> bool:
         and tensor.is_contiguous()
         and tensor.shape == item.shape
         and tensor.dtype is dtype_of(item.dtype)
+        and _is_all_there(tensor)
     )
+
+
+def _is_all_there(tensor: torch.Tensor) -> bool:
+    """Whether a contiguous tensor certainly has its memory: it may have been freed, or never made."""
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # a tensor of torch.func
+        return False
+    return tensor.storage_offset() * tensor.itemsize + tensor.nbytes <= held
 
 
 def obstacle(tensor: torch.Tensor) -> str | None:
     """Why a tensor cannot be loaded into, whatever the item is; None if it can."""
     if tensor.is_meta:
         return "is on the meta device, which has no memory to load into; materialize it first (Module.to_empty)"
+    plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
+    if not (plain and tensor.is_contiguous() and _is_all_there(tensor)) and not is_sharded(tensor):
+        if (problem := problem_of(tensor)) is not None:
+            return f"{problem.partition(';')[0]}; materialize the target before you load into it"
     if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
         return f"is a {type(tensor).__name__}, which stager cannot load into; load into its local or full tensor"
     if tensor.layout is torch.strided and not is_sharded(tensor) and torch._debug_has_internal_overlap(tensor) == 1:

@@ -114,8 +114,7 @@ def _restore_values(
     copy_to_targets(values, plan.targets)
     shared = overlapping(plan.targets)
     values |= {index: tensor for index, tensor in reversed(plan.targets) if index not in shared}
-    for step in plan.steps:
-        step(values)
+    plan.apply(values, path)
     return into
 
 

@@ -138,6 +138,8 @@ class JointLoader:
         def choose() -> StepToLoad:
             if step is None:
                 found = self._loader.newest(below)
+                if found is None and below is None:
+                    self._loader.refuse_if_unusable()
                 return StepToLoad(None if found is None else found.step, is_there=True)
             # The newest of this run may be there before rank 0 sees it.
             is_newest = self._group.read(keys.NEWEST) == NewestStep(step)

@@ -70,6 +70,9 @@ class Loader:
         self._lock = threading.RLock()
         self._verified: dict[str, object] = {}  # path -> fingerprint of checkpoints whose every byte was hashed here
         self._skipped: list[SkippedCheckpoint] = []
+        self._unusable: list[
+            StagerError
+        ] = []  # why committed checkpoints were skipped; those that were removed excepted
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
@@ -98,7 +101,7 @@ class Loader:
         """
         with self._lock:
             if below is None:
-                self._skipped = []
+                self._skipped, self._unusable = [], []
             found = self._find_newest(self._config.verify_first, below)
             return None if found is None else found.info
 
@@ -148,7 +151,27 @@ class Loader:
                     raise
             if damaged is not None:  # after None the caller would train with a partly overwritten ``into``
                 raise damaged
+            self.refuse_if_unusable()
             return None
+
+    def refuse_if_unusable(self) -> None:
+        """Raise if checkpoints are there and none can be used. None, or no error, means that there is none.
+
+        Raises:
+            CorruptCheckpointError: the newest of them is damaged.
+            StorageError: the newest of them cannot be read.
+        """
+        if not self._unusable:
+            return
+        newest = self._unusable[0]
+        advice = (
+            f"no older checkpoint of {self._directory} can be used either ({len(self._unusable)} were tried); restore one "
+            "from elsewhere, or remove them to begin anew"
+        )
+        if isinstance(newest, CorruptCheckpointError):
+            raise CorruptCheckpointError(newest.path, f"{newest.problem}; {advice}") from newest
+        if isinstance(newest, StorageError):
+            raise StorageError(newest.errno, f"{newest.message}; {advice}", newest.path) from newest
 
     def _find(self, step: int | None, full: bool) -> _Candidate | None:
         """Find the checkpoint of ``step``, or the newest valid one, and start the list of skipped ones anew."""
@@ -156,6 +179,7 @@ class Loader:
             SkippedCheckpoint(name, "partial: its save was never committed, or is still being written")
             for name in reversed(partial_names(self._directory))
         ]
+        self._unusable = []
         return self._find_newest(full) if step is None else self._check(step, full)
 
     def _find_newest(self, full: bool, below: int | None = None) -> _Candidate | None:
@@ -173,6 +197,8 @@ class Loader:
 
     def _skip(self, step: int, error: StagerError) -> None:
         self._skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
+        if not isinstance(error, CheckpointNotFoundError):
+            self._unusable.append(error)
         logger.warning("%s skipped: %s", checkpoint_name(step), error)
 
     def _check(self, step: int, full: bool) -> _Candidate:

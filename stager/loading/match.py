@@ -16,7 +16,15 @@ import torch.distributed as dist
 
 from stager.loading.difference import difference, fits, object_difference, obstacle
 from stager.loading.match_torch import match_module, match_optimizer
-from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, names_and_children, tensors_of
+from stager.loading.nodes import (
+    children_of,
+    is_list,
+    is_mapping,
+    kind_of,
+    names_and_children,
+    state_of,
+    tensors_of,
+)
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.loading.selection import Selection
 from stager.state.flatten import is_stateful
@@ -116,7 +124,7 @@ class _Matcher:
         if key in nodes:
             own = {key: value.value}
             self.entry(nodes[key], own, key, (*path, key))
-            self.plan.steps.append(lambda values: setattr(value, "value", own[key]))
+            self.plan.then(path, lambda values: setattr(value, "value", own[key]))
         elif any(isinstance(other, str) and _RANK_KEY.fullmatch(other) for other in nodes):
             logger.warning(
                 "%s: the checkpoint has no PerRank value of rank %d, so the rank keeps the value that it has",
@@ -128,7 +136,7 @@ class _Matcher:
 
     def _replace(self, node: Node, container: Any, key: Key, path: Path) -> None:
         self.plan.want(node)
-        self.plan.steps.append(lambda values: container.__setitem__(key, build(node, values.__getitem__, path)))
+        self.plan.then(path, lambda values: container.__setitem__(key, build(node, values.__getitem__, path)))
 
     def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path) -> None:
         names, nodes = names_and_children(node, value)
@@ -145,20 +153,19 @@ class _Matcher:
                     self._add(node, position, child, value, (*path, name))
 
     def _add(self, node: Node, position: int, child: Node, mapping: MutableMapping[Any, Any], path: Path) -> None:
-        """Plan to put an entry of the checkpoint into a mapping that lacks it. Its name is the last key of ``path``."""
-        name: Any = path[-1]
+        """Plan to put an entry of the checkpoint into a mapping that lacks it."""
         self.plan.want(child)
         if node[0] != "mapping":
-            self._replace(child, mapping, name, path)
+            self._replace(child, mapping, path[-1], path)
             return
         recipe = node[2][0]
         self.plan.want(recipe)
 
         def add(values: Values) -> None:
             _, keys = values[recipe]
-            mapping[name if keys is None else keys[position]] = build(child, values.__getitem__, path)
+            mapping[path[-1] if keys is None else keys[position]] = build(child, values.__getitem__, path)
 
-        self.plan.steps.append(add)
+        self.plan.then(path, add)
 
     def _list(self, node: Node, value: list[Any], path: Path) -> None:
         children = node[1]
@@ -172,7 +179,7 @@ class _Matcher:
 
     def _append(self, node: Node, value: list[Any], path: Path) -> None:
         self.plan.want(node)
-        self.plan.steps.append(lambda values: value.append(build(node, values.__getitem__, path)))
+        self.plan.then(path, lambda values: value.append(build(node, values.__getitem__, path)))
 
     def _wrapper(self, node: Node, value: torch.Tensor, path: Path) -> None:
         """Match a tensor that is made of others: it is built anew, and copied into the target."""
@@ -186,7 +193,7 @@ class _Matcher:
             return f"{describe(path)}: has shape {list(value.shape)} in the target and {shape} in the checkpoint"
 
         self.plan.checks.append(check)
-        self.plan.steps.append(lambda values: _copy(build(node, values.__getitem__, path), value))
+        self.plan.then(path, lambda values: _copy(build(node, values.__getitem__, path), value))
 
     def _tensor(self, node: Node, value: torch.Tensor, path: Path) -> None:
         node = without_flags(node)  # the target's tensor stays what it is
@@ -201,7 +208,7 @@ class _Matcher:
             self.plan.targets.append((node, value))
         elif self._items[node].kind == "object":  # perhaps a sparse or quantized tensor, which torch.save pickled
             self.plan.checks.append(lambda values: object_difference(values[node], value, path))
-            self.plan.steps.append(lambda values: _copy(values[node], value))
+            self.plan.then(path, lambda values: _copy(values[node], value))
         elif (problem := difference(self._items[node], value) or obstacle(value)) is not None:
             self.plan.add_problem(path, problem)
         else:
@@ -214,14 +221,15 @@ class _Matcher:
         are read in place. Another class might clear its tensors first, so it gets new ones.
         """
         loader, arguments = type(value).load_state_dict, {}
+        what = f"{type(value).__name__}.load_state_dict()"
         if loader is not torch.nn.Module.load_state_dict and self._is_cut(node, path):
             kind = type(value).__name__
             self.plan.add_problem(
                 path, f"is a {kind}, which can be restored only whole, and keys= selects a part of it"
             )
             return
-        if _has_sharded(value):
-            state = value.state_dict()
+        if _has_sharded(value, path):
+            state = state_of(value, path)
             if isinstance(state, Mapping) and is_mapping(node):
                 self._mapping(node, state, path)
             else:
@@ -229,7 +237,7 @@ class _Matcher:
                 self.plan.add_problem(
                     path, f"has a {kind} as its state in the target and {kind_of(node)} in the checkpoint"
                 )
-            self.plan.steps.append(lambda values: value.load_state_dict(state))
+            self.plan.then(path, lambda values: value.load_state_dict(state), what)
             return
         if loader in _TORCH_LOADERS:  # they take the values only; any other may want what torch.load returns
             node = without_flags(node)
@@ -239,7 +247,11 @@ class _Matcher:
             arguments = {} if self._strict and self._selection is None else {"strict": False}
         elif loader is torch.optim.Optimizer.load_state_dict:
             match_optimizer(self.plan, self._items, node, value, path)
-        self.plan.steps.append(lambda values: value.load_state_dict(build(node, values.__getitem__, path), **arguments))
+
+        def restore(values: Values) -> None:
+            value.load_state_dict(build(node, values.__getitem__, path), **arguments)
+
+        self.plan.then(path, restore, what)
 
     def _is_cut(self, node: Node, path: Path) -> bool:
         """Whether the selection leaves out some leaf under ``path``."""
@@ -251,11 +263,11 @@ class _Matcher:
         return len(list(walk(node, path))) != len(list(walk(whole, path)))
 
 
-def _has_sharded(value: Any) -> bool:
+def _has_sharded(value: Any, path: Path) -> bool:
     """Whether an object with a ``load_state_dict()`` of its own has DTensors, which exist only in a process group."""
     if type(value).load_state_dict in _TORCH_LOADERS or not (dist.is_available() and dist.is_initialized()):
         return False
-    return any(map(is_sharded, tensors_of(value.state_dict()).values()))
+    return any(map(is_sharded, tensors_of(state_of(value, path)).values()))
 
 
 def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:
@@ -264,12 +276,17 @@ def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:
 
 
 def _holds_state(value: Any) -> bool:
-    """Whether a plain container of the target has something in it that is to be restored in place."""
-    if isinstance(value, Mapping):
-        return any(map(_holds_state, value.values()))
-    if isinstance(value, list):
-        return any(map(_holds_state, value))
-    return isinstance(value, (torch.Tensor, PerRank)) or is_stateful(value)
+    """Whether a plain container of the target, which may be in itself, has in it what is to be restored in place."""
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, (torch.Tensor, PerRank)) or is_stateful(one):
+            return True
+        if isinstance(one, (Mapping, list)) and id(one) not in seen:
+            seen.add(id(one))
+            todo += one.values() if isinstance(one, Mapping) else one
+    return False
 
 
 def _is_container_or_tensor(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stager.loading.difference import difference, obstacle, shape_problem
-from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, tensors_of
+from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, state_of, tensors_of
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.state.shards import is_sharded
 from stager.workers.checkpoint.layout.dtypes import dtype_of
@@ -39,13 +39,13 @@ def match_module(
     if not is_mapping(node):
         plan.add_problem(path, f"is a {type(module).__name__} in the target and {kind_of(node)} in the checkpoint")
         return
-    nodes, state = children_of(node), module.state_dict()
+    nodes, state = children_of(node), state_of(module, path)
     for name, value in state.items():
         if name not in nodes:
             missing(value, (*path, name))
     plan.unexpected += [describe((*path, key)) for key in nodes if key not in state]
     for key, child in nodes.items():
-        tensor = state.get(key)  # type: ignore[arg-type]  # any key of the checkpoint; the module has str only
+        tensor = state.get(key)  # any key of the checkpoint; the module has str only
         if type(child) is not int or items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
             continue
         item = items[child]
@@ -76,7 +76,7 @@ def match_optimizer(
     for number, (saved, group) in enumerate(zip(groups[1], optimizer.param_groups, strict=True)):
         _match_parameter_group(plan, saved, group, (*path, "param_groups", number))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    existing = tensors_of(optimizer.state_dict(), path)
+    existing = tensors_of(state_of(optimizer, path), path)
     for leaf, index in walk(node, path):
         item = items[index]
         tensor = existing.get(leaf)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from stager.workers.checkpoint.layout.structure import Key, Node, Path, key_names
+from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, key_names
 from stager.workers.checkpoint.layout.tensor_node import is_tensor_node
+from stager.workers.errors import UnloadableError
 
 
 def is_mapping(node: Node) -> bool:
@@ -39,6 +40,22 @@ def children_of(node: Node) -> dict[Key, Node]:
         return {}
     first = 1 if node[0] == "mapping" else 0  # its recipe is no value of it
     return dict(zip(node[1][first:], node[2][first:], strict=True))
+
+
+def state_of(value: Any, path: Path) -> Any:
+    """Ask an object of the target for its ``state_dict()``.
+
+    Raises:
+        UnloadableError: it raised.
+    """
+    try:
+        return value.state_dict()
+    except Exception as error:
+        raise UnloadableError(
+            describe(path),
+            f"{type(value).__name__}.state_dict() of the target (what was given as into) raised "
+            f"{type(error).__name__}: {error}; nothing was changed",
+        ) from error
 
 
 def kind_of(node: Node) -> str:

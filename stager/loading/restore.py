@@ -24,6 +24,7 @@ from stager.loading.restore_plan import RestorePlan
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
 from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.structure import describe, walk
@@ -90,16 +91,15 @@ class Restorer:
 
         Raises:
             StateMismatchError: nothing is selected.
-            UnloadableError: a class of the state cannot make a value.
-            CorruptCheckpointError, StorageError, UnsafePickleError
+            CorruptCheckpointError, StorageError, UnsafePickleError, UnloadableError
         """
         structure, selection = self._manifest.layout.structure, self._selection
         if selection is not None:
             structure = selection.of(structure, self._path)
         plan = RestorePlan(wanted={index for _, index in walk(structure)})
-        with no_collection():
+        with no_collection(), torch_defaults():
             values = self._read(plan, check_unwanted=selection is None)
-        return build(structure, distinct(values.__getitem__))
+            return build(structure, distinct(values.__getitem__))
 
     def load_into(self, target: MutableMapping[str, Any], strict: bool) -> None:
         """Restore the values that ``target`` names, in place.
@@ -110,13 +110,14 @@ class Restorer:
         Raises:
             StateMismatchError: keys, shapes or dtypes differ; nothing was changed.
             UnsafePickleError: nothing was changed.
+            UnloadableError: an object cannot be made, or its ``load_state_dict()`` raised; says what was restored.
             CorruptCheckpointError, StorageError: some tensors are overwritten if ``has_overwritten``.
         """
         with no_collection():
             plan = match(self._manifest, self._path, target, strict, self._selection, self._rank)
-            values = self._read(plan)
-        for step in plan.steps:
-            step(values)
+            with torch_defaults():
+                values = self._read(plan)
+        plan.apply(values, self._path)
 
     def _read(self, plan: RestorePlan, check_unwanted: bool = False) -> dict[int, Any]:
         """Read the wanted items, and return them by number: a target tensor where there is one, else a new value.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from stager.loading.nodes import state_of
 from stager.state.flatten import is_stateful
 from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_with_recipe, walk
 from stager.workers.errors import StateMismatchError
@@ -55,7 +56,7 @@ class Selection:
     def in_value(self, value: Any, path: Path) -> Iterator[Path]:
         """Yield the paths of the selected leaves of ``value``, a value of the target."""
         if is_stateful(value):
-            value = value.state_dict()
+            value = state_of(value, path)
         if isinstance(value, Mapping):
             for key, child in value.items():
                 yield from self.in_value(child, (*path, key))

@@ -91,7 +91,7 @@ class Partitioner:
                 if key not in rows_of:
                     rows_of[key] = tensor.detach().narrow(0, first, last - first)
                 leaves[number] = rows_of[key]
-        return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds)
+        return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds, pickled=tree.pickled)
 
     def forget(self) -> None:
         """Let go of what was kept."""

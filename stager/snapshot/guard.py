@@ -20,9 +20,9 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stager.state.flatten import PLAIN_TENSORS
 from stager.state.shards import is_sharded, local_of
 from stager.state.snapshot_plan import SnapshotPlan
+from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.layout.layout import is_dense
 
 _HOST = torch.device("cpu")

@@ -32,7 +32,8 @@ from stager.state.tensor_kinds import TensorRecipe, WholeTensor
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format
 from stager.workers.checkpoint.formats.object_pickle import PickledObject
-from stager.workers.checkpoint.formats.safe_globals import refusal_of
+from stager.workers.checkpoint.formats.safe_globals import refusal_of, refused_classes
+from stager.workers.checkpoint.formats.torch_settings import real_tensors
 from stager.workers.errors import TornSnapshotError, UnstageableError
 from stager.workers.memory.slab import Slab
 
@@ -153,6 +154,10 @@ class SnapshotTaker:
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
         """
+        with real_tensors():
+            return self._begin(timeline, tree, planner, may_move)
+
+    def _begin(self, timeline: Timeline, tree: StateTree, planner: Planner, may_move: bool | None) -> Snapshot:
         plan = planner.plan(tree)
         if may_move is not None and plan is not self._shared_for:
             if self._sharer.share(tree.leaves, may_move):
@@ -288,7 +293,7 @@ class SnapshotTaker:
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
             return blob
         try:
-            blob, kinds = self._object_blob(tree, leaf, value)
+            blob, kinds = tree.pickled.get(id(value)) or self._object_blob(tree, leaf, value)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise UnstageableError(
@@ -327,12 +332,17 @@ class SnapshotTaker:
 
     def _warn_if_refused(self, name: str, blob: bytes) -> None:
         """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
-        if (reason := refusal_of(blob, self._safe_globals)) is not None and reason not in self._warned:
-            self._warned.add(reason)
+        if (reason := refusal_of(blob, self._safe_globals)) is None:
+            return
+        new = set(refused_classes(blob, self._safe_globals) or [reason]) - self._warned
+        self._warned |= new
+        if new:
             logger.warning(
-                "%s is pickled, and %s: loading it will need allow_pickle=True, or the class in loading.safe_globals",
+                "%s is pickled, and weights_only rules do not allow it (%s): loading it will need allow_pickle=True, "
+                "or loading.safe_globals: [%s]",
                 name,
                 reason,
+                ", ".join(sorted(new)),
             )
 
 

@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -42,6 +42,7 @@ from stager.state.tensor_kinds import (
     recipe_of,
     values_of,
 )
+from stager.workers.checkpoint.formats.object_pickle import PickledObject, pickle_object
 from stager.workers.checkpoint.layout.structure import RECIPE, Node, Path, describe, key_names, names_of, walk
 from stager.workers.checkpoint.layout.tensor_node import TensorNode
 from stager.workers.errors import StagerError, UnstageableError
@@ -65,13 +66,16 @@ def is_stateful(value: object) -> bool:
 
     The methods have to be the class's: an object that answers to every name, as a mock or a proxy does, is none.
     """
-    kind = type(value)
-    return (
-        hasattr(kind, "state_dict")
-        and hasattr(kind, "load_state_dict")
-        and callable(kind.state_dict)
-        and not isinstance(value, (torch.Tensor, type))
-    )
+    return _is_stateful_class(type(value)) and not isinstance(value, (torch.Tensor, type))
+
+
+def _is_stateful_class(kind: type) -> bool:
+    return hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict") and callable(kind.state_dict)
+
+
+def _is_apart(kind: type) -> bool:
+    """Tell whether values of a class, none of which is a tensor, have to be stored apart."""
+    return kind is PerRank or _is_stateful_class(kind)
 
 
 KeyTypes = tuple[Any, ...]
@@ -95,6 +99,7 @@ class StateTree:
         rank: the rank whose ``PerRank`` values these are.
         owners: the Stateful objects whose state is being visited, outermost first.
         has_recipes: whether the format stores containers with recipes; without, they are leaves.
+        pickled: large containers that were pickled to find out that they have no tensors, by identity.
     """
 
     leaves: list[Any] = field(default_factory=list)
@@ -105,6 +110,7 @@ class StateTree:
     rank: int = 0
     owners: list[Any] = field(default_factory=list)
     has_recipes: bool = True
+    pickled: dict[int, PickledObject] = field(default_factory=dict)
 
     @cached_property
     def paths(self) -> list[Path]:
@@ -154,6 +160,17 @@ class _ContainsItselfError(Exception):
         self.container = container
 
 
+class _ManyLeavesError(Exception):
+    """A container has many leaves, and perhaps none that has to be apart."""
+
+
+class _Start(NamedTuple):
+    """How many leaves, and values that have to be apart, there were before a container was visited."""
+
+    num_leaves: int
+    num_apart: int
+
+
 class _NotApartError(Exception):
     """A container cannot be stored as its parts: it becomes a leaf."""
 
@@ -170,6 +187,7 @@ class _Visitor:
         self._open: set[int] = set()  # identities of the containers that are being visited
         self._values: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by identity: a tensor with more, its values
         self._num_apart = 0  # how many tensors, Stateful and PerRank values were met: they cannot be put into one leaf
+        self._start: _Start | None = None  # of the innermost container; None if it has to be visited whole
 
     def visit_state(self, state: Mapping[str, Any]) -> Node:
         """Visit the whole state. It is a container whatever its class."""
@@ -247,7 +265,7 @@ class _Visitor:
 
     def _with_recipe(self, kind: str, recipe: Any, names: list[str], values: list[Any], path: Path) -> Node:
         first = self._leaf(recipe)
-        children = [self.visit(value, (*path, name)) for name, value in zip(names, values, strict=True)]
+        children = self._children(names, values, path)
         return [kind, [RECIPE, *names], [first, *children]]
 
     def _plain(self, value: Any, path: Path) -> Node:
@@ -267,9 +285,16 @@ class _Visitor:
             return self._leaf(value)
         before = len(tree.leaves), len(tree.odd_keys), self._num_apart
         self._open.add(identity)
-        self._num_apart += _is_param_groups(value, path)
+        outer, self._start = self._start, _Start(before[0], before[2])
         try:
-            node = self._sequence(value, path) if isinstance(value, list) else self._mapping(value, path)
+            try:
+                node = self._parts(value, path)
+            except _ManyLeavesError:
+                self._forget(before)
+                if self._pickle_whole(value):
+                    return self._leaf(value)
+                self._start = None  # something in it has to be apart: visit all of it
+                node = self._parts(value, path)
             if self._num_apart > before[2] or len(tree.leaves) - before[0] <= _MAX_APART:
                 return node
         except _ContainsItselfError as error:
@@ -279,11 +304,44 @@ class _Visitor:
             pass
         finally:
             self._open.discard(identity)
-        # One leaf. What is in it was visited for nothing.
+            self._start = outer
+        self._forget(before)
+        return self._leaf(value)
+
+    def _parts(self, value: Mapping[Any, Any] | list[Any], path: Path) -> Node:
+        self._num_apart += _is_param_groups(value, path)
+        return self._sequence(value, path) if isinstance(value, list) else self._mapping(value, path)
+
+    def _children(self, keys: Iterable[Any], values: Iterable[Any], path: Path) -> list[Node]:
+        """Visit the values of a container.
+
+        Raises:
+            _ManyLeavesError: there are many, and nothing among those that were visited has to be apart.
+        """
+        children, start, leaves = [], self._start, self.tree.leaves
+        for key, value in zip(keys, values, strict=True):
+            children.append(self.visit(value, (*path, key)))
+            if start is not None and len(leaves) - start.num_leaves > _MAX_APART and self._num_apart == start.num_apart:
+                raise _ManyLeavesError
+        return children
+
+    def _pickle_whole(self, value: Any) -> bool:
+        """Pickle a container, and tell whether it can be one leaf: that takes a tenth of the time of visiting it all."""
+        try:
+            pickled = pickle_object(value, 0, with_tensors=False)
+        except Exception:  # noqa: BLE001  # has tensors, or cannot be pickled: the visit says what it is, and where
+            return False
+        if b"param_groups" in pickled.blob or any(map(_is_apart, pickled.kinds)):
+            return False
+        self.tree.pickled[id(value)] = pickled
+        return True
+
+    def _forget(self, before: tuple[int, int, int]) -> None:
+        """Drop what was visited since: it becomes one leaf."""
+        tree = self.tree
         del tree.leaves[before[0] :]
         del tree.odd_keys[before[1] :]
         tree.private -= set(range(before[0], max(tree.private, default=-1) + 1))
-        return self._leaf(value)
 
     def _per_rank(self, value: PerRank, path: Path) -> Node:
         tree = self.tree
@@ -301,7 +359,7 @@ class _Visitor:
 
     def _sequence(self, value: list[Any], path: Path) -> Node:
         if type(value) is list:
-            return ["list", [self.visit(child, (*path, i)) for i, child in enumerate(value)]]
+            return ["list", self._children(range(len(value)), value, path)]
         if not self.tree.has_recipes or (empty := _without_items(value, 3)) is None:
             raise _NotApartError
         return self._with_recipe("sequence", (empty,), list(map(str, range(len(value)))), list(value), path)
@@ -309,7 +367,7 @@ class _Visitor:
     def _mapping(self, value: Mapping[Any, Any], path: Path) -> Node:
         kind, keys = type(value), list(value)
         kinds = set(map(type, keys))
-        has_names = not kinds - {str} or all(map(_is_plain_key, keys))
+        has_names = kinds <= _KEY_TYPES or all(map(_is_plain_key, keys))
         metadata = _plain_metadata(value) if kind is OrderedDict else None
         if kind not in _PLAIN or not has_names or (kind is OrderedDict and self._has_more(value, metadata)):
             return self._other_mapping(value, keys, has_names, path)
@@ -324,7 +382,7 @@ class _Visitor:
             tree.leaves += values
             self._num_apart += len(values)
         else:
-            children = [self.visit(child, (*path, key)) for key, child in zip(keys, values, strict=True)]
+            children = self._children(keys, values, path)
         if kind is OrderedDict:
             return ["odict", keys, children, metadata]
         return ["dict", keys, children]
@@ -362,6 +420,7 @@ def _state_of(value: Any, path: Path) -> Any:
 
 
 _PLAIN = (dict, OrderedDict)
+_KEY_TYPES = {str, int, bool, type(None)}  # JSON can hold any value of these
 
 
 def _without_items(value: Any, position: int) -> Any:

@@ -88,7 +88,7 @@ def test_warning_made_an_error_is_not_taken_for_damage(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.serialization, "_load", torch_load)
     with pytest.raises(UserWarning):
-        unpickle(pickle_object(1, 0).blob, "n", "p", False)
+        unpickle(pickle_object(1j, 0).blob, "n", "p", False)
 
 
 class RunsCode:

@@ -7,7 +7,9 @@ import io
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from stager.loading.pickles.unpickle import unpickle
-from stager.workers.errors import StagerError, UsageError
+from stager.workers.checkpoint.formats.safe_globals import allowed
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
+from stager.workers.errors import StagerError, UnloadableError
 
 
 def hand_over_object(planner: LoadPlanner, request: ReadItem, blob: bytes, path: str, allow_pickle: bool) -> None:
@@ -23,14 +25,21 @@ def hand_over_object(planner: LoadPlanner, request: ReadItem, blob: bytes, path:
     Raises:
         UnsafePickleError: the ``weights_only`` rules do not allow the object.
         CorruptCheckpointError: the blob is not what ``torch.save`` writes.
-        UsageError: the object cannot be loaded on this host, for example because a tensor's device is missing.
+        UnloadableError: the object cannot be made on this host, for example because a tensor's device is missing.
     """
     name = request.dest_index.fqn
-    if not allow_pickle:
-        unpickle(blob, name, path, allow_pickle=False)
-    try:
-        planner.load_bytes(request, io.BytesIO(blob))
-    except (StagerError, Warning):
-        raise
-    except RuntimeError as error:  # torch raises this for a device that the host does not have
-        raise UsageError(f"{name} in {path} cannot be loaded on this host: {error}") from error
+    with torch_defaults():
+        if not allow_pickle:
+            unpickle(blob, name, path, allow_pickle=False)
+        try:
+            # The planner calls torch.load(), which under TORCH_FORCE_WEIGHTS_ONLY_LOAD has to know what is allowed.
+            with allowed():
+                planner.load_bytes(request, io.BytesIO(blob))
+        except (StagerError, Warning):
+            raise
+        except Exception as error:  # the planner's code, the object's, or torch's: a device that the host does not have
+            reason = str(error).partition("\n")[0]
+            raise UnloadableError(
+                name,
+                f"its bytes in {path} cannot be made into an object on this host ({type(error).__name__}: {reason})",
+            ) from error

@@ -1,7 +1,8 @@
 """Unpickling the objects of a checkpoint, under ``weights_only`` rules unless the user allows any pickle.
 
 torch's own functions below ``torch.load`` are called, because settings of the process change what ``torch.load`` does: the
-variables TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD, and ``torch.utils.serialization.config.load``.
+variables TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD. ``torch_defaults()`` puts other settings aside,
+once for all objects of a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,22 +10,24 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
+import zipfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import IO, Any
 
-import torch
 from torch import _weights_only_unpickler, serialization
 
 from stager.loading.pickles.archive_check import check_archive
+from stager.loading.pickles.plain_pickle import NOT_PLAIN, plain_value
 from stager.workers.checkpoint.formats.safe_globals import allowed, reason_of
-from stager.workers.errors import CorruptCheckpointError, UnloadableError, UnsafePickleError
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
+from stager.workers.errors import ConfigError, CorruptCheckpointError, UnloadableError, UnsafePickleError
 
 _torch: Any = serialization
 
 
 def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool, safe_globals: Sequence[str] = ()) -> Any:
-    """Load an object from its archive, with its tensors on the CPU.
+    """Load an object from its archive, with its tensors on the CPU. To be called under ``torch_defaults()``.
 
     Args:
         blob: an archive of ``torch.save``. Its bytes are those that were saved: their hash was checked.
@@ -38,17 +41,21 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool, safe_globals
         UnloadableError: the object cannot be made here, for example because its class cannot be imported.
     """
     try:
-        check_archive(io.BytesIO(blob), len(blob), name, path, pickles=not allow_pickle)
+        check_archive(io.BytesIO(blob), len(blob), name, path, pickles=False)
+        if (value := plain_value(blob)) is not NOT_PLAIN:
+            return value
+        if not allow_pickle:
+            check_archive(io.BytesIO(blob), len(blob), name, path)
     except CorruptCheckpointError as error:
         raise UnsafePickleError(f"{error}; nothing was changed. {_PERMISSION}") from error
     try:
         return load_archive(io.BytesIO(blob), allow_pickle, safe_globals)
-    except Warning:  # the user turned warnings into errors
+    except (Warning, ConfigError):  # the user turned warnings into errors; a name in safe_globals is wrong
         raise
     except pickle.UnpicklingError as error:
         if allow_pickle:
             raise _unloadable(name, path, error) from error
-        reason = reason_of(error, blob, safe_globals)
+        reason = reason_of(error, io.BytesIO(blob), safe_globals)
         raise UnsafePickleError(
             f"{name} in {path} is a pickled object that could run code when loaded ({reason}); nothing was changed. "
             + _PERMISSION
@@ -75,7 +82,7 @@ def _unloadable(name: str, path: str, error: Exception) -> UnloadableError:
 def load_archive(
     source: IO[bytes] | str, allow_pickle: bool, safe_globals: Sequence[str] = (), map_location: str = "cpu"
 ) -> Any:
-    """Load an archive that was checked, as ``torch.load`` does without any setting.
+    """Load an archive that was checked, as ``torch.load`` does. To be called under ``torch_defaults()``.
 
     Args:
         source: an open file, or a path.
@@ -87,8 +94,8 @@ def load_archive(
     """
     rules: AbstractContextManager[None] = nullcontext() if allow_pickle else allowed(safe_globals)
     unpickler = pickle if allow_pickle else _weights_only_unpickler
-    # torch makes sparse tensors on the default device. It warns of what its own code for quantized tensors does.
-    with torch.device("cpu"), warnings.catch_warnings(), rules:
+    # torch warns of what its own code for quantized tensors does.
+    with warnings.catch_warnings(), rules:
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")
         with _torch._open_zipfile_reader(source) as archive:
             return _torch._load(archive, map_location, unpickler, encoding="utf-8")
@@ -101,24 +108,29 @@ def load_unverified(
 
     Raises:
         UnsafePickleError: the ``weights_only`` rules do not allow it.
-        CorruptCheckpointError: it cannot be loaded, for whatever reason: it may be damaged.
-        UnloadableError: one of its classes cannot be imported.
+        CorruptCheckpointError: it cannot be loaded, and its bytes are damaged, or tell nothing about that.
+        UnloadableError: it cannot be loaded here, although its bytes are those that were written: their checksums fit.
     """
     try:
-        return load_archive(source, allow_pickle, (), map_location)
+        with torch_defaults():
+            return load_archive(source, allow_pickle, (), map_location)
     except Warning:
         raise
-    except pickle.UnpicklingError as error:
-        if allow_pickle:
-            raise CorruptCheckpointError(path, f"{name} cannot be unpickled: {error}") from error
-        reason = str(error).partition("\n")[0]
-        raise UnsafePickleError(
-            f"{name} in {path} is a pickled object that could run code when loaded ({reason}); nothing was changed. "
-            + _PERMISSION
-        ) from error
-    except (ImportError, AttributeError) as error:
-        if allow_pickle:
-            raise _unloadable(name, path, error) from error
-        raise CorruptCheckpointError(path, f"{name} cannot be read: {error}") from error
     except Exception as error:  # a hostile pickle can raise anything
+        if isinstance(error, pickle.UnpicklingError) and not allow_pickle:
+            raise UnsafePickleError(
+                f"{name} in {path} is a pickled object that could run code when loaded ({reason_of(error, source)}); "
+                "nothing was changed. " + _PERMISSION
+            ) from error
+        if allow_pickle and (isinstance(error, (ImportError, AttributeError)) or _is_as_written(source)):
+            raise _unloadable(name, path, error) from error
         raise CorruptCheckpointError(path, f"{name} cannot be read: {error!r}") from error
+
+
+def _is_as_written(source: IO[bytes] | str) -> bool:
+    """Whether the checksum of each record of the archive fits."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            return archive.testzip() is None
+    except Exception:  # noqa: BLE001  # a damaged archive can make zipfile raise anything
+        return False

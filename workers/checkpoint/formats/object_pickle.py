@@ -100,33 +100,35 @@ class _TensorPickler(_Pickler):
         return "storage", kind, key, torch.serialization.location_tag(storage), size
 
 
-def pickle_object(value: object, leaf: int) -> PickledObject:
+def pickle_object(value: object, leaf: int, *, with_tensors: bool = True) -> PickledObject:
     """Pickle an object.
 
     Args:
         leaf: number of the object in its state. The names of its storages, ``data/o<leaf>.0`` and so on, begin with it.
+        with_tensors: False: raise if it has any.
 
     Raises:
         Exception: whatever ``pickle`` and the object's own methods raise.
     """
     try:
-        return _pickle(value, f"o{leaf}", exact=False)
+        return _pickle(value, f"o{leaf}", with_tensors, exact=False)
     except RecursionError:  # a deque in itself, for example, is no argument of its class
-        return _pickle(value, f"o{leaf}", exact=True)
+        return _pickle(value, f"o{leaf}", with_tensors, exact=True)
 
 
-def _pickle(value: object, prefix: str, *, exact: bool) -> PickledObject:
+def _pickle(value: object, prefix: str, with_tensors: bool, *, exact: bool) -> PickledObject:
     buffer = io.BytesIO()
     try:
         fast = _Pickler(buffer, exact=exact)
         fast.dump(value)
-        return PickledObject(archive([("data.pkl", buffer.getvalue()), *SMALL_RECORDS]), fast.kinds)
+        return PickledObject(archive([("data.pkl", buffer.getbuffer()), *SMALL_RECORDS]), fast.kinds)
     except _HasTensorError:
-        pass
+        if not with_tensors:
+            raise
     buffer = io.BytesIO()
     pickler = _TensorPickler(buffer, prefix, exact=exact)
     pickler.dump(value)
-    records: list[tuple[str, bytes | memoryview]] = [("data.pkl", buffer.getvalue())]
+    records: list[tuple[str, bytes | memoryview]] = [("data.pkl", buffer.getbuffer())]
     kept: list[torch.UntypedStorage] = []
     for key, storage in pickler.storages.items():
         on_host = cast(Any, storage).cpu()

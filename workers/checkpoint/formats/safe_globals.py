@@ -17,17 +17,17 @@ import decimal
 import importlib
 import io
 import pathlib
-import pickle
 import types
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from threading import RLock
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.errors import ConfigError
 
 _PLAIN: tuple[Any, ...] = (
@@ -106,22 +106,31 @@ def allowed(names: Iterable[str] = ()) -> Iterator[None]:
         yield
 
 
+def refused_classes(blob: bytes, names: Sequence[str] = ()) -> list[str]:
+    """List the classes and functions of an object's archive that are not allowed, by their names."""
+    with allowed(names):
+        try:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob)))
+        except Exception:  # noqa: BLE001  # an archive that torch cannot read: the caller has its reason
+            return []
+
+
 def refusal_of(blob: bytes, names: Sequence[str] = ()) -> str | None:
     """Say why ``weights_only`` rules refuse an object's archive, naming the classes; None if they accept it."""
     try:
-        with allowed(names):
+        with allowed(names), torch_defaults():
             torch.load(io.BytesIO(blob), weights_only=True, map_location="cpu", mmap=False)
     except Exception as error:  # noqa: BLE001  # torch raises several types; each means that it is refused
-        return reason_of(error, blob, names)
+        return reason_of(error, io.BytesIO(blob), names)
     return None
 
 
-def reason_of(error: Exception, blob: bytes, names: Sequence[str] = ()) -> str:
+def reason_of(error: Exception, archive: IO[bytes] | str, names: Sequence[str] = ()) -> str:
     """Say in one line why torch refused an archive: the classes that are not allowed, else torch's reason."""
     with allowed(names):
         try:
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(blob))
-        except (RuntimeError, ValueError, pickle.UnpicklingError):
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(cast(Any, archive))
+        except Exception:  # noqa: BLE001  # the archive may be hostile
             unsafe = []
     if unsafe:
         return f"its class {', '.join(sorted(unsafe))} is not allowed"

@@ -20,13 +20,11 @@ import pickletools
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import groupby
 from typing import IO, Any, cast
 
 import torch
-from torch.serialization import skip_data
 
 from stager.workers.checkpoint.formats.contract import TensorSpec
 from stager.workers.checkpoint.formats.pickle_template import (
@@ -39,18 +37,12 @@ from stager.workers.checkpoint.formats.pickle_template import (
     PROTOCOL,
     plain_string,
 )
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_storage, tensor_over
-from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES
 from stager.workers.checkpoint.layout.structure import Node, container_of
 from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, open_tensor
 from stager.workers.errors import InternalError, UnstageableError
 from stager.workers.memory.slab import Slab
-
-_save_config: Any
-try:
-    from torch.utils.serialization import config as _save_config
-except ImportError:  # older than torch 2.7
-    _save_config = None
 
 _SPARSE_FROM_BYTES = 64 << 20
 
@@ -94,7 +86,7 @@ def header_and_tail(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...])
     # Memory that is never touched, so it takes no pages. Not torch.empty: deterministic mode would fill it.
     storage = new_storage(nbytes) if nbytes < _SPARSE_FROM_BYTES else Slab.create(nbytes).storage
     sink = _Sink()
-    with skip_data(), _standard_alignment():
+    with torch_defaults(skips_data=True):
         torch.save(tensor_over(storage, torch_dtype, shape, stride), cast(IO[bytes], sink))
     start = _data_start(sink, nbytes)
     head, tail = bytearray(start), bytearray()
@@ -105,13 +97,6 @@ def header_and_tail(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...])
     if len(head) > start:
         raise InternalError("torch.save wrote where skip_data makes it skip; this torch is not supported")
     return bytes(head), bytes(tail)
-
-
-def _standard_alignment() -> AbstractContextManager[Any]:
-    """Override the alignment that users may set for ``torch.save``: trainer and workers must agree on every byte."""
-    if _save_config is None or not hasattr(_save_config.save, "storage_alignment"):
-        return nullcontext()
-    return cast(AbstractContextManager[Any], _save_config.patch("save.storage_alignment", BLOB_ALIGN_BYTES))
 
 
 def _data_start(sink: _Sink, nbytes: int) -> int:
