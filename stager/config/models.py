@@ -212,6 +212,9 @@ class RanksConfig(Section):
     timeout_secs: Seconds = Field(
         default=600.0, description="Seconds that a rank waits for the others before a save fails."
     )
+    differing: Literal["error", "warn"] = Field(
+        default="error", description="Tensors that are not sharded and differ between ranks: fail the save, or warn."
+    )
 
 
 class ReplicationConfig(Section):

@@ -18,6 +18,7 @@ class SaverOptions:
         fsync, check_free_space, segment_bytes, incremental, full_every: see the configuration's section persistence.
         verify: see the section staging.
         safe_globals: see the section loading; what it lacks is warned of when it is saved.
+        differing: see the section ranks.
         writing: how one worker writes.
     """
 
@@ -32,3 +33,4 @@ class SaverOptions:
     incremental: bool = False
     full_every: int = 0
     safe_globals: tuple[str, ...] = ()
+    differing: str = "error"

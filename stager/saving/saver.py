@@ -95,7 +95,14 @@ class Saver:
         self.guard = Guard(self.wait_for_staging)
         sharer = make_sharer(pool, options.num_parts, sharing)
         self._taker = SnapshotTaker(
-            file_format, copier, self.guard, sharer, group, verify=options.verify, safe_globals=options.safe_globals
+            file_format,
+            copier,
+            self.guard,
+            sharer,
+            group,
+            verify=options.verify,
+            safe_globals=options.safe_globals,
+            differing=options.differing,
         )
 
     # -- the trainer's thread -----------------------------------------------------------------------------------

@@ -141,6 +141,7 @@ def saver_options(config: StagerConfig, group: RankGroup, directory: str, segmen
         incremental=persistence.incremental,
         full_every=persistence.full_every,
         safe_globals=config.loading.safe_globals,
+        differing=config.ranks.differing,
     )
 
 

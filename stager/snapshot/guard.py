@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stager.state.shards import is_sharded, local_of
+from stager.state.shards import is_sharded, memory_of
 from stager.state.snapshot_plan import SnapshotPlan
 
 _HOST = torch.device("cpu")
@@ -132,12 +132,14 @@ def _unwrapped(optimizer: Any) -> Optimizer:
 
 def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
-        yield from map(_here, group["params"])
+        for parameter in group["params"]:
+            yield from _here(parameter)
     for state in optimizer.state.values():
         if isinstance(state, dict):
-            yield from (_here(value) for value in state.values() if isinstance(value, torch.Tensor))
+            for value in state.values():
+                yield from _here(value) if isinstance(value, torch.Tensor) else ()
 
 
-def _here(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor."""
-    return local_of(tensor) if is_sharded(tensor) else tensor
+def _here(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The tensors that have this rank's memory of a tensor."""
+    return memory_of(tensor) if is_sharded(tensor) else (tensor,)

@@ -92,6 +92,7 @@ class SnapshotTaker:
         group: the ranks that make one checkpoint together.
         verify: compare each copy with its source.
         safe_globals: classes that loading will allow, beside plain data.
+        differing: see :class:`stager.ranks.agreement.Agreement`.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class SnapshotTaker:
         *,
         verify: bool,
         safe_globals: Sequence[str] = (),
+        differing: str = "error",
     ) -> None:
         self._format = file_format
         self._copier = copier
@@ -111,7 +113,7 @@ class SnapshotTaker:
         self._sharer = sharer
         self._verify = verify
         self._group = group
-        self._partitioner = Partitioner(self._group)
+        self._partitioner = Partitioner(self._group, differing)
         self._shared_for: SnapshotPlan | None = None
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
         self._wires = Wires.of(())

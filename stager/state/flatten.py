@@ -29,7 +29,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from stager.state.per_rank import PerRank, rank_key
-from stager.state.shards import is_sharded
+from stager.state.shards import is_sharded, state_dict_of
 from stager.workers.checkpoint.layout.structure import RECIPE, Node, Path, describe, key_names, names_of, walk
 from stager.workers.errors import StagerError, UnstageableError
 from stager.workers.memory.tensor_memory import problem_of
@@ -303,7 +303,7 @@ class _Visitor:
 
 def _state_of(value: Any, path: Path) -> Any:
     try:
-        return value.state_dict()
+        return state_dict_of(value) if isinstance(value, torch.nn.Module) else value.state_dict()
     except StagerError:
         raise
     except Exception as error:

@@ -228,10 +228,18 @@ def what_is_not_visible_is_waited_for_for_ever() -> AbstractContextManager[objec
     return mock.patch.object(loading, "_VISIBLE_SECS", FOR_EVER_SECS)
 
 
+class _CannotTell:
+    def state_dict(self) -> dict[str, Any]:
+        raise ValueError("no state")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
 def unstageable_at_first(rank: int, directory: str) -> dict[str, Any]:
     """One rank's first save fails before it settles anything, and nobody waits for it."""
     state: dict[str, Any] = {"a": torch.ones(3)}
-    bad = {"b.c": torch.ones(1), "b": {"c": torch.ones(1)}} if rank == 1 else {}
+    bad = {"bad": _CannotTell()} if rank == 1 else {}
     with Checkpointer(Path(directory, "run"), PATIENT) as ckpt:
         try:
             ckpt.save(1, {**state, **bad}).upload_completion.result(60)
