@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from stager.ranks import keys
@@ -35,8 +36,8 @@ COMPARED_VALUES = 8  # of so many different sets of values of a kind, rank 0 rea
 _SHOWN_NAMES = 8
 _PROBLEM = (
     "these tensors have the same name and shape on several ranks, and other values: {}. Only one rank's would be stored, "
-    "and every rank would get them. FSDP1: save FSDP.state_dict() and FSDP.optim_state_dict(model, optimizer), not the plain "
-    "optimizer. A value of which each rank has its own: put it into stager.PerRank(...). If one rank's values are good for "
+    "and every rank would get them. FSDP1: save FSDP.state_dict() and FSDP.optim_state_dict(model, optimizer), not the "
+    "plain optimizer. A value of which each rank has its own: put it into stager.PerRank(...). If one rank's values are good for "
     "all: ranks.differing: warn"
 )
 _WHY = (
@@ -150,8 +151,10 @@ class Agreement:
             for kind in kinds
             for values in group.gather(f"{head}/values/{kind.digest}", LeafDigests, at_most=COMPARED_VALUES)
         ]
-        tensors = differing([(values.rank, values.tensors) for values in found])
-        others = differing([(values.rank, values.others) for values in found])
+        entries = Counter(entry.name for entry in {entry for kind in kinds for entry in kind.entries})
+        alike = {name for name, count in entries.items() if count == 1}  # the others are an error of their own
+        tensors = differing([(values.rank, values.tensors) for values in found], alike)
+        others = differing([(values.rank, values.others) for values in found], alike)
         if not self._is_error:
             tensors, others = {}, {**tensors, **others}
         if others:
@@ -209,17 +212,18 @@ def answers(kinds: Sequence[KindOfRank], sizes: Mapping[str, int]) -> dict[str, 
     return {kind.digest: WhoHolds(problem, tuple(holders(kind))) for kind in kinds}
 
 
-def differing(found: Sequence[tuple[int, Mapping[str, str]]]) -> dict[str, list[int]]:
+def differing(found: Sequence[tuple[int, Mapping[str, str]]], names: Set[str]) -> dict[str, list[int]]:
     """Find the names whose digests are not all the same; for each, the first rank that has each digest.
 
     Args:
         found: (rank, its digests by name).
+        names: those that count.
     """
     seen: dict[str, dict[str, int]] = {}
     for rank, digests in sorted(found, key=lambda one: one[0]):
         for name, digest in digests.items():
             seen.setdefault(name, {}).setdefault(digest, rank)
-    return {name: list(ranks.values()) for name, ranks in sorted(seen.items()) if len(ranks) > 1}
+    return {name: list(ranks.values()) for name, ranks in sorted(seen.items()) if len(ranks) > 1 and name in names}
 
 
 def _named(found: Mapping[str, Sequence[int]]) -> str:

@@ -27,7 +27,7 @@ _SAMPLES = 1024
 _GOLDEN = 0.6180339887498949  # a step of this share of the length visits every part of it, and every row and column
 _COMPARED_DEPTH = 4
 _COMPARED_ENTRIES = 64 << 10
-_OF_A_RANK = ("running_mean']", "running_var']", "num_batches_tracked']")
+_OF_A_RANK = {"running_mean", "running_var", "num_batches_tracked"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,7 +35,7 @@ def digests_of(values: Mapping[str, Any]) -> LeafDigests:
     """Digest what can be compared.
 
     Args:
-        values: by their key paths, as ``structure.describe`` writes them.
+        values: by their names.
     """
     others = {
         name: _digest(repr(value).encode("utf-8", "surrogatepass"))
@@ -47,7 +47,7 @@ def digests_of(values: Mapping[str, Any]) -> LeafDigests:
         if isinstance(value, torch.Tensor) and (sample := _sample(value)) is not None:
             by_device.setdefault(value.device, {})[name] = sample
     sampled = {name: digest for samples in by_device.values() for name, digest in _digests(samples).items()}
-    of_a_rank = {name for name in sampled if name.endswith(_OF_A_RANK)}
+    of_a_rank = {name for name in sampled if name.rpartition(".")[2] in _OF_A_RANK}
     others |= {name: sampled[name] for name in of_a_rank}
     tensors = {name: digest for name, digest in sampled.items() if name not in of_a_rank}
     return LeafDigests(0, dict(sorted(tensors.items())), dict(sorted(others.items())))

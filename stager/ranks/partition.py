@@ -26,7 +26,7 @@ from stager.ranks.rank_group import RankGroup
 from stager.state.flatten import PLAIN_TENSORS, StateTree
 from stager.state.shards import Shard, is_complete, is_sharded, pieces_of, shape_of, shard_of, spread_of
 from stager.workers.checkpoint.layout.dtypes import name_of
-from stager.workers.checkpoint.layout.structure import ABSENT, Node, describe
+from stager.workers.checkpoint.layout.structure import ABSENT, Node
 from stager.workers.errors import UnstageableError
 
 _Pieces = Mapping[int, Sequence[torch.Tensor]]
@@ -90,9 +90,7 @@ class Partitioner:
 
     def _divide(self, tree: StateTree, pieces: _Pieces, signature: tuple[Any, ...], save_id: str) -> _Division:
         # 1. Which leaves other ranks may hold, too: sharded ones by their spread, and plain ones, each sorted by name.
-        names = list(
-            map(describe, tree.paths)
-        )  # as in the checkpoint they depend on all leaves, which not all ranks have
+        names = tree.names
         for leaf in tree.private.intersection(pieces):
             why = "is sharded, and in PerRank: it belongs to all ranks that have a part of it; take it out of there"
             raise UnstageableError(tree.name(leaf), why)

@@ -1,9 +1,9 @@
 """DTensors: the boxes and the memory that a rank has of them.
 
 Where a local tensor lies in the whole comes from DCP's save planner, so that what is written is what ``dcp.load`` expects,
-on any mesh. But the planner knows one box only. ``_StridedShard`` (FSDP2 over tensor parallelism) can give a rank rows that are
-not side by side: of 8 rows on two ranks with ``split_factor=2``, rows 0, 1, 4 and 5 to the first one. Their true rows are
-found as torch itself finds them, by splitting: what is split here is not the tensor but the numbers of its rows.
+on any mesh. But the planner knows one box only. ``_StridedShard`` (FSDP2 over tensor parallelism) can give a rank rows that
+are not side by side: of 8 rows on two ranks with ``split_factor=2``, rows 0, 1, 4 and 5 to the first one. Their true rows
+are found as torch itself finds them, by splitting: what is split here is not the tensor but the numbers of its rows.
 """
 
 from __future__ import annotations

@@ -277,6 +277,12 @@ def save_unequal_values(rank: int, directory: str) -> list[str]:
     experts = torch.zeros(500_000)
     experts[250_000:] = rank
     state = {"experts": experts, "same": torch.ones(500_000), "nested": torch.nested.nested_tensor([torch.ones(2)])}
-    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
-        ckpt.save(1, state).upload_completion.result(60)
-    return [text for text in said if text.startswith("not the same")]
+    outcomes = []
+    for differing in ("error", "warn"):
+        with Checkpointer(Path(directory, differing), {**CONFIG, "ranks": {"differing": differing}}) as ckpt:
+            try:
+                ckpt.save(1, state).upload_completion.result(60)
+                outcomes.append("saved")
+            except StagerError as error:
+                outcomes.append(str(error))
+    return [*outcomes, *(text for text in said if text.startswith("not the same"))]
