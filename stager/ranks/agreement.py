@@ -37,8 +37,8 @@ _SHOWN_NAMES = 8
 _PROBLEM = (
     "these tensors have the same name and shape on several ranks, and other values: {}. Only one rank's would be stored, "
     "and every rank would get them. FSDP1: save FSDP.state_dict() and FSDP.optim_state_dict(model, optimizer), not the "
-    "plain optimizer. A value of which each rank has its own: put it into stager.PerRank(...). If one rank's values are good for "
-    "all: ranks.differing: warn"
+    "plain optimizer. A value of which each rank has its own: put it into stager.PerRank(...). If one rank's values are "
+    "good for all: ranks.differing: warn"
 )
 _WHY = (
     "the structure of the state is new, and the ranks have to agree on who writes what; if it changed on some ranks only, "

@@ -13,14 +13,15 @@ parameters, Adam's moments of them), nearly all elements do.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from stager.ranks.cutting import is_stored_raw
 from stager.ranks.messages import LeafDigests
-from stager.state.shards import is_sharded
 from stager.workers.memory.tensor_memory import problem_of
 
 _SAMPLES = 1024
@@ -55,18 +56,27 @@ def digests_of(values: Mapping[str, Any]) -> LeafDigests:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     """Some elements of a tensor, as bytes on its device; None if it cannot be compared."""
-    if is_sharded(tensor) or hasattr(tensor, "__tensor_flatten__") or not is_stored_raw(tensor):
-        return None
-    if tensor.is_meta or not tensor.numel() or problem_of(tensor) is not None:
+    if 0 in tensor.shape or hasattr(tensor, "global_shape") or hasattr(tensor, "__tensor_flatten__"):
+        return None  # a sharded tensor among the plain ones has no elements
+    if not is_stored_raw(tensor) or tensor.is_meta or problem_of(tensor) is not None:
         return None
     whole = tensor.detach().resolve_conj().resolve_neg()
     whole = torch.view_as_real(whole) if whole.is_complex() else whole
     whole = whole.view(_INTEGERS[whole.itemsize])  # torch does not take elements of every dtype
     count = whole.numel()
     if count > 2 * _SAMPLES:
-        places = torch.arange(_SAMPLES, device=whole.device).mul_(int(count * _GOLDEN)).remainder_(count)
+        places = torch.arange(_SAMPLES, device=whole.device).mul_(_step(count)).remainder_(count)
         whole = torch.take(whole, places)
     return whole.reshape(-1).view(torch.uint8)
+
+
+@lru_cache(maxsize=4096)
+def _step(count: int) -> int:
+    """The distance between two samples of ``count`` elements: it has no divisor in common with any number of columns."""
+    step = int(count * _GOLDEN)
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
 
 
 def _digests(samples: Mapping[str, torch.Tensor]) -> dict[str, str]:

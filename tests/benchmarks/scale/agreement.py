@@ -35,10 +35,15 @@ class Kind:
         return Kind(KindOfRank(kind_of(entries, ""), tuple(entries)), values, hash_of(encode(values)))
 
 
+def _gathered(group: SimulatedGroup, kinds: Sequence[Kind]) -> Steps[list[Kind]]:
+    """All kinds, in the order in which their ranks contributed them."""
+    by_note = {encode(kind.plain): kind for kind in kinds}
+    return [by_note[note] for note in (yield from group.gather(f"{HEAD}/kinds"))]
+
+
 def _compare(group: SimulatedGroup, rank: int, kinds: Sequence[Kind]) -> Steps[None]:
     if rank == 0:
-        yield from group.gather(f"{HEAD}/kinds")
-        for one in kinds:
+        for one in (yield from _gathered(group, kinds)):
             yield from group.gather(f"{HEAD}/values/{one.plain.digest}", COMPARED_VALUES)
         yield from group.post(f"{HEAD}/compared", ValuesCompared(""))
     else:
@@ -70,10 +75,10 @@ def settle(
     if (yield from group.count(f"{HEAD}/kinds/count", 0)) == 1:
         return
     if rank == 0:
-        yield from group.gather(f"{HEAD}/kinds")
+        gathered = yield from _gathered(group, kinds)
         sizes: dict[str, int] = {}
-        for one in kinds:
+        for one in gathered:
             sizes[one.plain.digest] = yield from group.count(f"{HEAD}/kind/{one.plain.digest}", 0)
-        for digest, answer in answers([one.plain for one in kinds], sizes).items():
+        for digest, answer in answers([one.plain for one in gathered], sizes).items():
             yield from group.post(f"{HEAD}/answer/{digest}", answer)
     yield from group.receive(f"{HEAD}/answer/{kind.plain.digest}")
