@@ -58,10 +58,12 @@ class Partitioner:
     Args:
         group: the ranks that make one checkpoint together.
         differing: see :class:`Agreement`.
+        has_chunks: whether the format stores tensors in chunks. It always does where there are several ranks.
     """
 
-    def __init__(self, group: RankGroup, differing: str = "error") -> None:
+    def __init__(self, group: RankGroup, differing: str = "error", *, has_chunks: bool = True) -> None:
         self._group = group
+        self._has_chunks = has_chunks
         self._agreement = Agreement(group, differing)
         self._division: _Division | None = None
         self._settled: _Settled | None = None
@@ -131,7 +133,7 @@ class Partitioner:
     ) -> Settlement:
         """Agree with the other ranks, unless they have answered the same question before."""
         if self._group.is_alone:
-            _check_complete(tree, shards)
+            _check_complete(tree, shards, self._has_chunks)
         entries = (
             [_entry(names[leaf], tree.leaves[leaf]) for leaf in plain],
             [
@@ -156,8 +158,12 @@ def _written(part: WrittenLeaf, leaves: Sequence[Any], pieces: _Pieces) -> Any:
     return value if part.rows is None else value.detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
 
 
-def _check_complete(tree: StateTree, shards: Mapping[int, Shard | None]) -> None:
-    """Raise UnstageableError for a tensor of which other ranks have the rest."""
+def _check_complete(tree: StateTree, shards: Mapping[int, Shard | None], has_chunks: bool) -> None:
+    """Check that a rank that saves for itself has all of each tensor, as the format needs it.
+
+    Raises:
+        UnstageableError: a tensor of which other ranks have the rest; or one in several boxes.
+    """
     for leaf, shard in shards.items():
         if not is_complete(shard):
             raise UnstageableError(
@@ -165,6 +171,12 @@ def _check_complete(tree: StateTree, shards: Mapping[int, Shard | None]) -> None
                 f"is a {_kind_name(tree.leaves[leaf])} of which other ranks have the rest, and this one saves for itself: "
                 "let them save together (ranks.together, and init_process_group() before the Checkpointer is made), or "
                 "save its full or local tensor",
+            )
+        if not has_chunks and shard is not None and len(shard.boxes) > 1:
+            raise UnstageableError(
+                tree.name(leaf),
+                f"is a {_kind_name(tree.leaves[leaf])} in {len(shard.boxes)} parts, and this format stores whole tensors "
+                "only: set persistence.format to dcp, or save the whole tensor",
             )
 
 

@@ -113,7 +113,7 @@ class SnapshotTaker:
         self._sharer = sharer
         self._verify = verify
         self._group = group
-        self._partitioner = Partitioner(self._group, differing)
+        self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
         self._wires = Wires.of(())

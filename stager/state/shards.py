@@ -11,7 +11,6 @@ The rest of stager sees boxes only, and does not know the kinds. The attributes 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 
 from stager.state.dtensors import boxes_of_dtensor, is_dtensor, local_of, pieces_of_dtensor
 from stager.state.dtensors import problem_of as problem_of_dtensor
+from stager.workers.checkpoint.layout.layout_check import check_tiling
 from stager.workers.errors import UnstageableError
 
 _ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
@@ -198,10 +198,14 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 
 def is_complete(shard: Shard | None) -> bool:
-    """Tell whether a rank holds all of a tensor."""
+    """Tell whether a rank holds all of a tensor, each element once."""
     if shard is None:
         return False
-    return shard.is_empty or sum(math.prod(box.lengths) for box in shard.boxes) == math.prod(shard.shape)
+    try:
+        check_tiling([(box.offsets, box.lengths) for box in shard.boxes], shard.shape)
+    except ValueError:
+        return False
+    return True
 
 
 def state_dict_of(module: torch.nn.Module) -> Any:

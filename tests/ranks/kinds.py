@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from stager import Checkpointer, StagerError
-from stager.state.shards import pieces_of
+from stager.state.shards import memory_of, pieces_of
 from tests.ranks.bodies import CONFIG
 from tests.ranks.wrapped import Wrapped
 
@@ -162,3 +162,38 @@ def refuse_kinds(rank: int, directory: str) -> dict[str, str]:
             except StagerError as error:
                 said[name] = f"{type(error).__name__}: {error}"
     return said
+
+
+def guarded(rank: int, directory: str) -> list[str]:
+    """Which kinds of parameters do not have the values of their step, when the next step follows the save at once."""
+    makes = {"strided": strided, "wrapped": wrapped, "half": half}
+    wrong = []
+    parameters = {name: make(WHOLE) for name, make in makes.items()}
+    optimizer = _AddsOne([{"params": [tensor]} for tensor in parameters.values()])
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.guard(optimizer)
+        for step in range(1, 4):
+            handle = ckpt.save(step, parameters)
+            optimizer.step()
+            handle.upload_completion.result(60)
+        for step in range(1, 4):
+            state = {name: make(torch.zeros(ROWS, 3)) for name, make in makes.items()}
+            ckpt.load(step, into=state)
+            wrong += [name for name, make in makes.items() if not _is_equal(state[name], make(WHOLE + step - 1))]
+        protected = ckpt._saver._taker._split
+        assert protected is not None and all(protected[1]), protected
+    return wrong
+
+
+class _AddsOne(torch.optim.Optimizer):
+    """Changes its parameters in place, whatever they are made of."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                for memory in memory_of(tensor):
+                    memory.add_(1)

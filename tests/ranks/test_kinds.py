@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from stager import Checkpointer
-from tests.ranks.kinds import KINDS, WHOLE
+from stager import Checkpointer, UnstageableError
+from tests.ranks.kinds import KINDS, WHOLE, mark
 from tests.staging.ranks import run_ranks
 
 _KINDS = "tests.ranks.kinds"
@@ -56,3 +57,40 @@ def test_a_sharded_tensor_that_is_not_made_of_boxes_is_refused_with_its_key_path
         assert said["two parts"].startswith(two_parts)
         assert said["does not fit"].startswith("UnstageableError: model['does not fit']: has global_shape (4, 3)")
         assert "model['overlap']: " in said["overlap"]
+
+
+_OFFSETS, _SIZES = ((2, 0), (0, 0)), ((2, 3), (2, 3))
+
+
+def _of_one_process(offsets: Any = _OFFSETS) -> torch.Tensor:
+    """Both halves of a whole, the second one first."""
+    tensor: torch.Tensor = mark(torch.arange(12.0).reshape(4, 3), (4, 3), offsets, ((0, 0), (2, 0)), _SIZES)
+    return tensor
+
+
+def test_a_process_alone_saves_all_boxes_of_a_tensor_as_one(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"workers": {"count": 1}}) as ckpt:
+        ckpt.save(1, {"x": _of_one_process()}).upload_completion.result(60)
+        loaded = ckpt.load()
+        part = mark(torch.zeros(1, 3), (4, 3), ((1, 0),), ((0, 0),), ((1, 3),))
+        ckpt.load(into={"x": part})
+    assert loaded is not None
+    assert loaded.state["x"].tolist() == [[6, 7, 8], [9, 10, 11], [0, 1, 2], [3, 4, 5]]
+    assert part.tolist() == [[9, 10, 11]]
+
+
+@pytest.mark.parametrize("file_format", ["torch", "safetensors"])
+def test_a_format_of_whole_tensors_refuses_one_in_several_boxes(file_format: str, tmp_path: Path) -> None:
+    config = {"workers": {"count": 1}, "persistence": {"format": file_format}}
+    with Checkpointer(tmp_path, config) as ckpt, pytest.raises(UnstageableError, match=r"^x: .* in 2 parts"):
+        ckpt.save(1, {"x": _of_one_process()})
+
+
+def test_a_process_alone_refuses_boxes_that_do_not_make_a_whole(tmp_path: Path) -> None:
+    for offsets in ((2, 0), (2, 0)), ((0, 0), (1, 0)):
+        with Checkpointer(tmp_path, {"workers": {"count": 1}}) as ckpt, pytest.raises(UnstageableError, match=r"^x: "):
+            ckpt.save(1, {"x": _of_one_process(offsets)})
+
+
+def test_what_is_guarded_is_copied_while_training_goes_on_whatever_its_kind(tmp_path: Path) -> None:
+    assert run_ranks(f"{_KINDS}:guarded", 2, tmp_path) == [[], []]

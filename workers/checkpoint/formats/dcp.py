@@ -34,6 +34,7 @@ METADATA_NAME = ".metadata"
 row_major = False
 one_file = False
 has_recipes = True
+has_chunks = True
 
 
 def holds(dtype: str) -> bool:

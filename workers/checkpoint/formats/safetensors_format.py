@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 row_major = True
 one_file = False
 has_recipes = True
+has_chunks = False
 
 DTYPES = {
     "bool": "BOOL",

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 row_major = False
 one_file = True
 has_recipes = False
+has_chunks = False
 
 
 def holds(dtype: str) -> bool:
