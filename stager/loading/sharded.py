@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from stager.loading.dcp.index import Index
 from stager.loading.dcp.read_plan import read_plan
-from stager.state.shards import pieces_of, shard_of
+from stager.state.shards import shard_of, views_of
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.structure import Chunks
@@ -74,20 +74,20 @@ class _Boxes:
     def __init__(self, path: str, manifest: Manifest) -> None:
         self.index = Index(path, manifest, Metadata({}), {})
         self.requests: list[ReadItem] = []
-        self._pieces: dict[MetadataIndex, torch.Tensor] = {}
+        self._views: dict[MetadataIndex, torch.Tensor] = {}
 
     def add(self, sharded: Sharded, chunks: Chunks) -> None:
         shard = shard_of(sharded.tensor, sharded.name)
         if shard is None:
             return
         # Two tensors may have one key path: an optimizer's and that of its state dict. So their number is in the name.
-        name = f"{sharded.name} {len(self._pieces)}"
+        name = f"{sharded.name} {len(self._views)}"
         stored = self._stored(name, chunks)
         wanted = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths)) for box in shard.boxes]
         self.requests += create_read_items_for_chunk_list(name, stored, wanted)
-        pieces: Sequence[Any] = pieces_of(sharded.tensor) if shard.boxes else ()
-        for box, piece in zip(shard.boxes, pieces, strict=True):
-            self._pieces[MetadataIndex(name, torch.Size(box.offsets))] = piece
+        views: Sequence[Any] = views_of(sharded.tensor) if shard.boxes else ()
+        for box, view in zip(shard.boxes, views, strict=True):
+            self._views[MetadataIndex(name, torch.Size(box.offsets))] = view
 
     def _stored(self, name: str, chunks: Chunks) -> TensorStorageMetadata:
         items = self.index.manifest.layout.items
@@ -100,8 +100,8 @@ class _Boxes:
         return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(chunks.shape), found)
 
     def resolve_tensor(self, request: ReadItem) -> torch.Tensor:
-        piece = self._pieces[MetadataIndex(request.dest_index.fqn, request.dest_index.offset)]
-        return narrow_tensor_by_index(piece, request.dest_offsets, request.lengths)
+        view = self._views[MetadataIndex(request.dest_index.fqn, request.dest_index.offset)]
+        return narrow_tensor_by_index(view, request.dest_offsets, request.lengths)
 
     def commit_tensor(self, request: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing is left to do: the tensor is a view of the target's memory."""

@@ -15,7 +15,7 @@ from stager.ranks.agreement import Partition
 from stager.state.flatten import StateTree
 from stager.state.shards import Shard
 
-_CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of their own
+_CUT_BYTES = 1 << 20  # smaller parts of a tensor are not worth an item of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +25,23 @@ class WrittenLeaf:
     Attributes:
         leaf: its number.
         rows: the half-open range [first, last) of rows; None: all of them.
-        piece: of a sharded tensor, the number of the box.
+        box: of a sharded tensor, the number of its box.
     """
 
     leaf: int
     rows: tuple[int, int] | None
-    piece: int = 0
+    box: int = 0
 
 
 @dataclass(slots=True)
 class _Unit:
     """What is the same memory seen the same way (tied): one rank writes all of it.
 
-    ``pieces``: (leaf, number of the box). ``shape``, ``nbytes``: of what this rank has. ``can_cut``: whether it may be cut
+    ``boxes``: (leaf, number of the box). ``shape``, ``nbytes``: of what this rank has. ``can_cut``: whether it may be cut
     between rows.
     """
 
-    pieces: list[tuple[int, int]]
+    boxes: list[tuple[int, int]]
     shape: tuple[int, ...]
     nbytes: int
     can_cut: bool
@@ -57,14 +57,14 @@ def cut_leaves(
     leaves: Sequence[int],
     partition: Partition,
     shards: Mapping[int, Shard | None],
-    pieces: Mapping[int, Sequence[torch.Tensor]],
+    views: Mapping[int, Sequence[torch.Tensor]],
 ) -> list[WrittenLeaf]:
     """This rank's partition of leaves that ``partition.count`` ranks hold.
 
     Args:
-        shards, pieces: of the sharded leaves, what this rank holds of each, and its memory.
+        shards, views: of the sharded leaves, what this rank holds of each, and its memory.
     """
-    units = _units(tree, leaves, shards, pieces)
+    units = _units(tree, leaves, shards, views)
     total, index, count = sum(unit.nbytes for unit in units), partition.index, partition.count
     low, high, is_last = total * index // count, total * (index + 1) // count, index == count - 1
     parts = []
@@ -85,14 +85,14 @@ def cut_leaves(
             middle = (start + end) // 2
             is_ours = low <= middle < high or (is_last and middle >= high)
         if is_ours:
-            parts += [WrittenLeaf(leaf, rows, piece) for leaf, piece in unit.pieces]
+            parts += [WrittenLeaf(leaf, rows, box) for leaf, box in unit.boxes]
     return parts
 
 
 def _row(boundary: int, start: int, row_nbytes: int, num_rows: int) -> int:
     """The row at which a tensor that starts at byte ``start`` is cut for a boundary between two ranks' bytes.
 
-    No piece is smaller than ``_CUT_BYTES``: near an end of the tensor, the cut moves to that end or away from it.
+    No part is smaller than ``_CUT_BYTES``: near an end of the tensor, the cut moves to that end or away from it.
     """
     row = round((boundary - start) / row_nbytes)
     margin = -(-_CUT_BYTES // row_nbytes)
@@ -107,14 +107,14 @@ def _units(
     tree: StateTree,
     leaves: Sequence[int],
     shards: Mapping[int, Shard | None],
-    pieces: Mapping[int, Sequence[torch.Tensor]],
+    views: Mapping[int, Sequence[torch.Tensor]],
 ) -> list[_Unit]:
     units: dict[Hashable, _Unit] = {}
     for leaf in leaves:
         value, shard = tree.leaves[leaf], shards.get(leaf)
         if shard is not None and not shard.is_empty:
-            for number, (piece, box) in enumerate(zip(pieces[leaf], shard.boxes, strict=True)):
-                _add(units, (leaf, number), piece, (box.offsets, shard.shape))
+            for number, (view, box) in enumerate(zip(views[leaf], shard.boxes, strict=True)):
+                _add(units, (leaf, number), view, (box.offsets, shard.shape))
         elif not isinstance(value, torch.Tensor) or leaf in shards or not is_stored_raw(value):
             units[leaf] = _Unit([(leaf, 0)], (), 0, can_cut=False)
         else:
@@ -122,14 +122,14 @@ def _units(
     return list(units.values())
 
 
-def _add(units: dict[Hashable, _Unit], piece: tuple[int, int], tensor: torch.Tensor, place: Hashable) -> None:
+def _add(units: dict[Hashable, _Unit], box: tuple[int, int], tensor: torch.Tensor, place: Hashable) -> None:
     """Add a plain tensor; to the unit that is the same memory, if there is one. ``place``: of the tensor in its whole."""
     nbytes = tensor.numel() * tensor.dtype.itemsize
-    key: Hashable = piece
+    key: Hashable = box
     if nbytes and not tensor.is_meta:
         key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, place
     if key in units:
-        units[key].pieces.append(piece)
+        units[key].boxes.append(box)
         return
     can_cut = nbytes >= 2 * _CUT_BYTES and tensor.dim() > 0 and tensor.is_contiguous() and not tensor.is_meta
-    units[key] = _Unit([piece], tuple(tensor.shape), nbytes, can_cut)
+    units[key] = _Unit([box], tuple(tensor.shape), nbytes, can_cut)

@@ -24,12 +24,12 @@ from stager.ranks.messages import LeafEntry
 from stager.ranks.naming import name_all, name_written, outline
 from stager.ranks.rank_group import RankGroup
 from stager.state.flatten import PLAIN_TENSORS, StateTree
-from stager.state.shards import Shard, is_complete, is_sharded, pieces_of, shape_of, shard_of, spread_of
+from stager.state.shards import Shard, is_complete, is_sharded, shape_of, shard_of, spread_of, views_of
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
 from stager.workers.errors import UnstageableError
 
-_Pieces = Mapping[int, Sequence[torch.Tensor]]
+_Views = Mapping[int, Sequence[torch.Tensor]]
 _Tensor: Any = torch.Tensor
 
 
@@ -78,25 +78,25 @@ class Partitioner:
         sharded = _sharded_leaves(tree)
         if self._group.is_alone and not sharded:
             return tree
-        pieces = {leaf: pieces_of(tree.leaves[leaf]) for leaf in sharded}
-        signature = _signature(tree, pieces)
+        views = {leaf: views_of(tree.leaves[leaf]) for leaf in sharded}
+        signature = _signature(tree, views)
         if self._division is None or self._division.signature != signature:
-            self._division = self._divide(tree, pieces, signature, save_id)
+            self._division = self._divide(tree, views, signature, save_id)
         division = self._division
-        leaves = [_written(part, tree.leaves, pieces) for part in division.written]
+        leaves = [_written(part, tree.leaves, views) for part in division.written]
         return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds)
 
     def forget(self) -> None:
         """Let go of what was kept."""
         self._division = self._settled = None
 
-    def _divide(self, tree: StateTree, pieces: _Pieces, signature: tuple[Any, ...], save_id: str) -> _Division:
+    def _divide(self, tree: StateTree, views: _Views, signature: tuple[Any, ...], save_id: str) -> _Division:
         # 1. Which leaves other ranks may hold, too: sharded ones by their spread, and plain ones, each sorted by name.
         names = tree.names
-        for leaf in tree.private.intersection(pieces):
+        for leaf in tree.private.intersection(views):
             why = "is sharded, and in PerRank: it belongs to all ranks that have a part of it; take it out of there"
             raise UnstageableError(tree.name(leaf), why)
-        shards = {leaf: shard_of(tree.leaves[leaf], tree.name(leaf)) for leaf in pieces}
+        shards = {leaf: shard_of(tree.leaves[leaf], tree.name(leaf)) for leaf in views}
         spreads: dict[Hashable, list[int]] = {}
         plain: list[int] = []
         for leaf in sorted(range(len(names)), key=names.__getitem__):
@@ -111,8 +111,8 @@ class Partitioner:
         written = [WrittenLeaf(leaf, None) for leaf in tree.private]
         by_spread = zip(spreads.values(), settled.spreads, strict=True)
         for leaves, partition in [*_by_holders(plain, settled.plain), *by_spread]:
-            written += cut_leaves(tree, leaves, partition, shards, pieces)
-        written.sort(key=lambda part: (part.leaf, part.piece))
+            written += cut_leaves(tree, leaves, partition, shards, views)
+        written.sort(key=lambda part: (part.leaf, part.box))
         # 4. The structure with a number, or chunks, in the place of each leaf that this rank writes.
         numbers: dict[int, list[int]] = {}
         for number, part in enumerate(written):
@@ -152,9 +152,9 @@ class Partitioner:
         return settled.settlement if own_outline == settled.outline else replace(settled.settlement, same_names=False)
 
 
-def _written(part: WrittenLeaf, leaves: Sequence[Any], pieces: _Pieces) -> Any:
+def _written(part: WrittenLeaf, leaves: Sequence[Any], views: _Views) -> Any:
     """What is written of a leaf: a value, or some rows of a tensor."""
-    value = pieces[part.leaf][part.piece] if part.leaf in pieces else leaves[part.leaf]
+    value = views[part.leaf][part.box] if part.leaf in views else leaves[part.leaf]
     return value if part.rows is None else value.detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
 
 
@@ -197,17 +197,17 @@ def _sharded_leaves(tree: StateTree) -> list[int]:
     return [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and is_sharded(leaf)]
 
 
-def _signature(tree: StateTree, pieces: _Pieces) -> tuple[Any, ...]:
+def _signature(tree: StateTree, views: _Views) -> tuple[Any, ...]:
     """What the division depends on: everything but where the tensors are, and what is in them.
 
     Args:
-        pieces: this rank's memory of each sharded leaf.
+        views: this rank's memory of each sharded leaf.
     """
     leaves = tree.leaves
     kinds = list(map(type, leaves))
-    if pieces:
-        held = [x for leaf, x in enumerate(leaves) if leaf not in pieces and isinstance(x, torch.Tensor)]
-        held += [piece for some in pieces.values() for piece in some]
+    if views:
+        held = [x for leaf, x in enumerate(leaves) if leaf not in views and isinstance(x, torch.Tensor)]
+        held += [view for some in views.values() for view in some]
     else:
         held = leaves if PLAIN_TENSORS.issuperset(kinds) else [x for x in leaves if isinstance(x, torch.Tensor)]
     try:
@@ -219,7 +219,7 @@ def _signature(tree: StateTree, pieces: _Pieces) -> tuple[Any, ...]:
         strides = [x.stride() if is_stored_raw(x) else None for x in held]
         addresses = list(map(_address, held))
     dtypes = [tensor.dtype for tensor in held]
-    places = [(leaf, shape_of(leaves[leaf]), leaves[leaf].dtype, spread_of(leaves[leaf])) for leaf in pieces]
+    places = [(leaf, shape_of(leaves[leaf]), leaves[leaf].dtype, spread_of(leaves[leaf])) for leaf in views]
     return tree.structure, tree.odd_keys, tree.private, kinds, sizes, dtypes, strides, places, _ties(addresses)
 
 
@@ -270,7 +270,7 @@ def _node(numbers: Sequence[int], written: Sequence[WrittenLeaf], value: Any, sh
     chunks = []
     for number in numbers:
         part = written[number]
-        offsets = list(shard.boxes[part.piece].offsets if shard is not None else (0,) * len(shape))
+        offsets = list(shard.boxes[part.box].offsets if shard is not None else (0,) * len(shape))
         if part.rows is not None:
             offsets[0] += part.rows[0]
         chunks.append([offsets, number])

@@ -73,7 +73,7 @@ def problem_of(tensor: DTensor) -> str | None:
     )
 
 
-def pieces_of_dtensor(tensor: DTensor) -> list[torch.Tensor]:
+def views_of_dtensor(tensor: DTensor) -> list[torch.Tensor]:
     """Return this rank's memory of each box; nothing if it has no elements."""
     local = local_of(tensor)
     if not local.numel():
@@ -85,7 +85,7 @@ def pieces_of_dtensor(tensor: DTensor) -> list[torch.Tensor]:
 
 
 def boxes_of_dtensor(tensor: DTensor, name: str) -> list[_Place] | None:
-    """Find the boxes, in the order of :func:`pieces_of_dtensor`; None: this rank is outside of the tensor's mesh.
+    """Find the boxes, in the order of :func:`views_of_dtensor`; None: this rank is outside of the tensor's mesh.
 
     Raises:
         UnstageableError: the local tensor is not the boxes that the placements say.

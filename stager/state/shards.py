@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stager.state.dtensors import boxes_of_dtensor, is_dtensor, local_of, pieces_of_dtensor
+from stager.state.dtensors import boxes_of_dtensor, is_dtensor, local_of, views_of_dtensor
 from stager.state.dtensors import problem_of as problem_of_dtensor
 from stager.workers.checkpoint.layout.layout_check import check_tiling
 from stager.workers.errors import UnstageableError
@@ -40,7 +40,7 @@ class Shard:
 
     Attributes:
         shape: of the whole tensor.
-        boxes: this rank's parts, in the order of :func:`pieces_of`.
+        boxes: this rank's parts, in the order of :func:`views_of`.
         spread: how the tensor lies on the ranks. The same ranks hold all tensors of one spread.
     """
 
@@ -91,26 +91,26 @@ def spread_of(tensor: torch.Tensor) -> Hashable:
     return tuple(tuple(map(_numbers, getattr(tensor, name))) for name in _ATTRIBUTES[1:])
 
 
-def pieces_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+def views_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return this rank's memory of each box, as plain tensors; of a tensor without elements, one of its shape."""
     shape = shape_of(tensor)
     if 0 in shape:
         return [torch.empty(shape, dtype=tensor.dtype)]
     if is_dtensor(tensor):
-        return pieces_of_dtensor(tensor)
+        return views_of_dtensor(tensor)
     if _is_sharded_tensor(tensor):
-        pieces: list[torch.Tensor] = [shard.tensor.detach() for shard in tensor.local_shards()]  # type: ignore[attr-defined]
+        views: list[torch.Tensor] = [shard.tensor.detach() for shard in tensor.local_shards()]  # type: ignore[attr-defined]
     else:
         whole, marked = tensor.detach(), _Marks.of(tensor)
-        pieces = [_narrowed(whole, *place) for place in zip(marked.local_offsets, marked.local_sizes, strict=True)]
-    return [piece for piece in pieces if piece.numel()]
+        views = [_narrowed(whole, *place) for place in zip(marked.local_offsets, marked.local_sizes, strict=True)]
+    return [view for view in views if view.numel()]
 
 
 def memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the plain tensors whose memory a rank has for a tensor of any kind."""
     if is_dtensor(tensor):
         return [local_of(tensor)]
-    return pieces_of(tensor) if _is_sharded_tensor(tensor) else [tensor]
+    return views_of(tensor) if _is_sharded_tensor(tensor) else [tensor]
 
 
 def problem_of_shard(tensor: torch.Tensor) -> str | None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from stager import Checkpointer, StagerError
-from stager.state.shards import memory_of, pieces_of
+from stager.state.shards import memory_of, views_of
 from tests.ranks.bodies import CONFIG
 from tests.ranks.wrapped import Wrapped
 
@@ -142,8 +142,8 @@ def save_and_load_kinds(rank: int, directory: str) -> list[str]:
 
 
 def _is_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    pieces = zip(pieces_of(actual), pieces_of(expected), strict=True)
-    return all(torch.equal(one, other) for one, other in pieces)
+    views = zip(views_of(actual), views_of(expected), strict=True)
+    return all(torch.equal(one, other) for one, other in views)
 
 
 def refuse_kinds(rank: int, directory: str) -> dict[str, str]:
