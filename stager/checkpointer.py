@@ -7,13 +7,10 @@ other's snapshots. ``workers/`` is what the worker processes run (``workers/pool
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import signal
-import sys
 import threading
-import weakref
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import Enum
@@ -30,23 +27,12 @@ from stager.loading.selection import Selection
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import find_rank_group
 from stager.replication.replication import Replication
+from stager.saving import at_exit, setup
 from stager.saving.ending import finish_saves
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer, change_protected
-from stager.saving.save import Save
-from stager.saving.save_handle import SaveHandle
+from stager.saving.save import Save, SaveHandle, UnreadErrors
 from stager.saving.saver import Saver
-from stager.saving.setup import (
-    agree_on_segment_bytes,
-    check_for_ranks,
-    make_arena,
-    make_saver,
-    make_telemetry,
-    retention_rules,
-    saver_options,
-    start_pool,
-)
-from stager.saving.unread import UnreadErrors
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
@@ -71,6 +57,9 @@ class _Lifecycle(Enum):
     OPEN = "is open"
     CLOSING = "is being closed"
     CLOSED = "is closed"
+
+
+_NOT_PREEMPTED = Preemption()  # until on_preemption() is called
 
 
 class Checkpointer:
@@ -104,44 +93,50 @@ class Checkpointer:
         self._lock = threading.RLock()
         self._lifecycle = _Lifecycle.READ_ONLY if read_only else _Lifecycle.OPEN
         self._unread = UnreadErrors()
-        self._lock_fd = -1
-        self._saver: Saver  # this and what else _open_for_writing() sets: not with read_only
-        self._preemption: Preemption | None = None
-        self._job = find_rank_group(
-            False if read_only else self._config.ranks.together, self._config.ranks.timeout_secs
-        )
+        self._preemption = _NOT_PREEMPTED
+        ranks = self._config.ranks
+        self._job = find_rank_group(False if read_only else ranks.together, ranks.timeout_secs)
         self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
         self._together = JointLoader(self._job, self._directory, self._loader)
         if not read_only:
             self._open_for_writing()
-            _live.add(self)
+            at_exit.watch(self, self._close, self._abandon)
 
     def _open_for_writing(self) -> None:
+        """Make what saves; a Checkpointer with ``read_only=True`` has none of it.
+
+        ``_resources`` lists what is to be closed, in the order of opening: the end closes it from the last to the first, and
+        so does a failure of a later step.
+        """
         config, job = self._config, self._job
-        check_for_ranks(config, job)
-        with ExitStack() as opened:  # undone where a later step fails
+        setup.check_for_ranks(config, job)
+        with ExitStack() as opened:
+            opened.callback(setattr, self, "_lifecycle", _Lifecycle.CLOSED)
+            opened.callback(lambda: self._preemption.restore())  # noqa: PLW0108  (on_preemption() sets it later)
             opened.callback(job.close)
+            replicates = config.replication.partners > 0
             self._lock_fd = take_directory(
-                self._directory,
-                job,
-                config.persistence.lock_timeout_secs,
-                replicates=config.replication.partners > 0,
+                self._directory, job, config.persistence.lock_timeout_secs, replicates=replicates
             )
             opened.callback(os.close, self._lock_fd)
-            self._telemetry = make_telemetry(config.telemetry, job)
+            self._telemetry = setup.make_telemetry(config.telemetry, job)
             opened.callback(self._telemetry.close)
-            self._arena = make_arena(config.arena, job)
+            self._arena = setup.make_arena(config.arena, job)
             opened.callback(self._arena.close)
-            segment_bytes = agree_on_segment_bytes(config.persistence, job, self._arena)
-            self._pool = start_pool(config.workers, job, self._lock_fd)
-            opened.callback(self._pool.close, 0)
-            self._replication = Replication.open(config.replication, self._directory, job, self._pool)
-            opened.pop_all()
-        options = saver_options(config, job, self._directory, segment_bytes)
-        replicator = self._replication.replicator
-        self._saver = make_saver(options, config.staging, self._arena, self._pool, job, self._on_done, replicator)
+            segment_bytes = setup.agree_on_segment_bytes(config.persistence, job, self._arena)
+            self._pool = setup.start_pool(config.workers, job, self._lock_fd)
+            try:  # not one of the resources: how the pool ends depends on the saves in flight (saving/ending.py)
+                self._replication = Replication.open(config.replication, self._directory, job, self._pool)
+                shared = self._arena, self._pool, job, self._replication.replicator
+                self._saver = Saver(config, self._directory, segment_bytes, *shared, on_done=self._on_done)
+            except BaseException:
+                self._pool.close(0)
+                raise
+            opened.callback(self._saver.close)
+            self._resources = opened.pop_all()
         self._together.restore = self._replication.restore
-        self._retainer = Retainer(self._pool, self._directory, retention_rules(config.retention), self._on_pruned)
+        rules = setup.retention_rules(config.retention)
+        self._retainer = Retainer(self._pool, self._directory, rules, self._on_pruned)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -186,8 +181,9 @@ class Checkpointer:
         ``wait_for_staging()`` first.
         """
         with self._lock:
+            saver = self._writer()
             for optimizer in optimizers:
-                self._writer().guard.add(optimizer)
+                saver.guard.add(optimizer)
 
     def warmup(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save of such a state would have to do: plan, allocate, start workers. Waits for it."""
@@ -215,7 +211,7 @@ class Checkpointer:
         """
         with self._lock:
             self._writer()
-            if self._preemption is not None:
+            if self._preemption is not _NOT_PREEMPTED:
                 raise UsageError("on_preemption() was called before; read the object that it returned")
             self._preemption = Preemption(signals, deadline_secs)
             if deadline_secs is not None:
@@ -225,18 +221,14 @@ class Checkpointer:
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Wait until every snapshot begun so far is taken. Then the state may be changed in any way.
 
-        Args:
-            timeout: seconds; None: as long as it takes.
-
         Raises:
-            TimeoutError: a snapshot is not taken by then.
+            TimeoutError: a snapshot is not taken within ``timeout`` seconds (None: as long as it takes).
         """
         self._refuse_in_callback("wait_for_staging()")
         self._writer().wait_for_staging(timeout)
 
     def _refuse_in_callback(self, what: str) -> None:
-        has_saves = self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING)
-        if has_saves and self._saver.in_callback:
+        if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._saver.in_callback:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 "let the callback set a flag, and call it from the training loop"
@@ -277,17 +269,13 @@ class Checkpointer:
             CorruptCheckpointError: the list of protected steps is damaged.
             StorageError, ClosedError
         """
-        self._change_protected(step, keep=True)
+        self._protect(step, keep=True)
 
     def unprotect(self, step: int) -> None:
-        """Let the rules of ``retention`` decide on ``step`` again. Nothing happens if it was not protected.
+        """Let the rules of ``retention`` decide on ``step`` again, if it was protected. Errors: as of :meth:`protect`."""
+        self._protect(step, keep=False)
 
-        Raises:
-            CorruptCheckpointError, StorageError, ClosedError
-        """
-        self._change_protected(step, keep=False)
-
-    def _change_protected(self, step: int, *, keep: bool) -> None:
+    def _protect(self, step: int, *, keep: bool) -> None:
         _check_step(step)
         with self._lock:
             self._writer()
@@ -306,7 +294,8 @@ class Checkpointer:
         """
         self._refuse_in_callback("prune()")
         if dry_run and self._lifecycle is _Lifecycle.READ_ONLY:
-            return prune(self._directory, retention_rules(self._config.retention, num_threads=None), dry_run=True)
+            rules = setup.retention_rules(self._config.retention, num_threads=None)
+            return prune(self._directory, rules, dry_run=True)
         self._writer()
         return self._retainer.run(dry_run=dry_run)
 
@@ -322,8 +311,7 @@ class Checkpointer:
     def latest(self) -> CheckpointInfo | None:
         """Find the newest checkpoint that is committed and valid; None if there is none.
 
-        Each candidate is verified as ``loading.verify`` says. Candidates that are skipped are logged, and listed with the
-        reason in :attr:`skipped`.
+        Each candidate is verified as ``loading.verify`` says. What is skipped is logged, and listed in :attr:`skipped`.
         """
         found = self._together.latest(self._loader.latest)
         self._forget_damaged_base()
@@ -388,8 +376,8 @@ class Checkpointer:
         loaded = load(step) if into is None else self._together.load(step, load)
         self._forget_damaged_base()
         if self._is_open and loaded is not None:
-            if into is not None and loaded.info is not None:
-                self._saver.expect(loaded.info.nbytes // self._job.num_ranks)  # about its share
+            if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
+                self._saver.expect(loaded.info.nbytes // self._job.num_ranks)
             if self._loader.knows_whole(loaded.path):
                 self._saver.completion.set_base(loaded.step)
         return loaded
@@ -407,35 +395,27 @@ class Checkpointer:
             KeyboardInterrupt: while it waited; what is staged is committed by the workers after this process is gone.
             Exception: the oldest error of a save that nobody has looked at; others follow it as its context.
         """
-        self._close(timeout, has_failed=False)
+        self._close(False, timeout)
 
-    def _close(self, timeout: float | None, *, has_failed: bool) -> None:
+    def _close(self, has_failed: bool, timeout: float | None = None) -> None:
         if self._owner != os.getpid():
             return
         self._refuse_in_callback("close()")
         with self._lock:
-            _live.discard(self)
+            at_exit.forget(self)
             if not self._is_open:
                 self._lifecycle = _Lifecycle.CLOSED
                 return
             self._lifecycle = _Lifecycle.CLOSING
             self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
-            with ExitStack() as left:  # done from the last to the first, whatever is raised
-                left.callback(setattr, self, "_lifecycle", _Lifecycle.CLOSED)
-                if self._preemption is not None:
-                    left.callback(self._preemption.restore)
-                left.callback(self._job.close)
-                left.callback(os.close, self._lock_fd)
-                left.callback(self._telemetry.close)
-                left.callback(self._arena.close)
-                left.callback(self._saver.close)
-                limits = (timeout, self._remaining_secs(), self._job.timeout_secs)
+            # 1. The saves end, and with them the pool. 2. The replicas of what is committed go. 3. Everything else is
+            # closed, whatever was raised: the slabs after the workers that read them, the lock after the last write.
+            with self._resources:
+                deadline_secs = self._preemption.remaining_secs()
+                limits = timeout, deadline_secs, self._job.timeout_secs
                 with self._replication.closing(limits, has_failed=has_failed):
-                    finish_saves(self._saver, self._pool, timeout, self._remaining_secs())
+                    finish_saves(self._saver, self._pool, timeout, deadline_secs)
             self._unread.raise_all()
-
-    def _remaining_secs(self) -> float | None:
-        return None if self._preemption is None else self._preemption.remaining_secs()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -447,7 +427,7 @@ class Checkpointer:
             self.close()
             return
         try:
-            self._close(None, has_failed=True)
+            self._close(True)
         except Exception:  # the exception that is on its way up comes first, whatever a worker's was
             logger.exception("a save failed as well")
 
@@ -461,23 +441,3 @@ class Checkpointer:
 def _check_step(step: int) -> None:
     if type(step) is not int or step < 0:
         raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
-
-
-_live: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    for checkpointer in list(_live):
-        try:
-            checkpointer._close(None, has_failed=getattr(sys, "last_value", None) is not None)
-        except Exception:
-            logger.exception("a save failed, and the program ended without looking at it")
-
-
-def _abandon_all() -> None:
-    for checkpointer in list(_live):
-        checkpointer._abandon()
-
-
-atexit.register(_close_all)  # runs before the pool's own: the last checkpoint is not lost when close() was forgotten
-os.register_at_fork(after_in_child=_abandon_all)

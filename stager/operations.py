@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from stager.workers.checkpoint.directory.run_directory import (
@@ -26,12 +27,9 @@ from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointErro
 
 @dataclass(frozen=True, slots=True)
 class RecoverReport:
-    """What :func:`recover` found in a run's directory.
+    """What :func:`recover` found in a run's directory: each unfinished or half-removed directory, and what became of it.
 
-    Attributes:
-        directory: of the run; absolute.
-        found: each unfinished or half-removed directory, what became of it, and why.
-        dry_run: nothing was changed; the outcomes are what would have been done.
+    With ``dry_run`` nothing was changed; the outcomes are what would have been done.
     """
 
     directory: str
@@ -84,14 +82,12 @@ def recover(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Reco
         StorageError: the directory cannot be read or locked.
     """
     directory = require_run_directory(directory)
-    if dry_run:
-        with unused_directory(directory):
-            return RecoverReport(directory, tuple(recover_all(directory, dry_run=True)), dry_run)
-    lock_fd = lock_directory(directory, 0)
-    try:
-        return RecoverReport(directory, tuple(recover_all(directory)), dry_run)
-    finally:
-        os.close(lock_fd)
+    with ExitStack() as held:
+        if dry_run:
+            held.enter_context(unused_directory(directory))  # takes no lock: that would change the lock file
+        else:
+            held.callback(os.close, lock_directory(directory, 0))
+        return RecoverReport(directory, tuple(recover_all(directory, dry_run=dry_run)), dry_run)
 
 
 def prune(
@@ -122,8 +118,7 @@ def prune(
     if keep_latest is None and keep_every is None:
         raise UsageError("without keep_latest and keep_every all checkpoints are kept; give at least one of them")
     if any(rule is not None and rule < 1 for rule in (keep_latest, keep_every)):
-        raise UsageError(
-            f"keep_latest ({keep_latest}) and keep_every ({keep_every}) must be at least 1 where they are given"
-        )
+        given = f"keep_latest ({keep_latest}) and keep_every ({keep_every})"
+        raise UsageError(f"{given} must be at least 1 where they are given")
     rules = RetentionRules(keep_latest, keep_every, frozenset(protect), full=full)
     return prune_by_rules(require_run_directory(directory), rules, dry_run=dry_run)

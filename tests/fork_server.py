@@ -38,7 +38,7 @@ _PRELOADED = (
     "torch.distributed.tensor.parallel",
     "torch.testing",
     "stager",
-    "stager.workers.checkpoint.formats.dcp_templates",  # imported late by the first save
+    "stager.workers.checkpoint.formats.torch_save",  # imported late by the first save
     "pytest",
     "psutil",
 )
@@ -79,6 +79,7 @@ class ForkServer:
         stderr: Path,
         environment: dict[str, str] | None = None,
         modules: Iterable[str] = (),
+        held: Iterable[Path] = (),
     ) -> int:
         """Fork a process that calls ``module:function``.
 
@@ -87,6 +88,7 @@ class ForkServer:
             stdout, stderr: what the process prints goes to the end of these files, or into these FIFOs.
             environment: its whole environment; by default that of the calling process at this moment.
             modules: further modules that the process needs.
+            held: FIFOs that somebody reads; the process holds a write end of each for as long as it lives.
 
         Returns:
             Its process id. It stays valid until :meth:`wait`.
@@ -97,6 +99,7 @@ class ForkServer:
             "environment": dict(os.environ) if environment is None else environment,
             "output": [str(stdout), str(stderr)],
             "modules": list(modules),
+            "held": list(map(str, held)),
         }
         pid = int(self._ask(request))
         self._running.add(pid)
@@ -213,8 +216,12 @@ def _handle(request: dict[str, Any]) -> tuple[Callable[[], object] | None, dict[
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # noqa: BLE001  # it goes to the test
         return None, {"error": f"{request['function']}: {error!r}"}
+    # Before the fork: when the reader has its answer, end-of-file means that the process is gone.
+    held = [os.open(path, os.O_WRONLY) for path in request["held"]]
     pid = os.fork()
     if pid:
+        for fd in held:
+            os.close(fd)
         return None, {"ok": str(pid)}
     _become_process(request)
     return lambda: function(*request["arguments"]), {}

@@ -1,7 +1,7 @@
 """The workers' side of stager: the pool, its protocol and supervision, and what workers run.
 
 Reading order: ``errors.py``; ``pool/``: ``pool.py`` (diagram), ``messages.py``, ``channel.py``, ``worker_main.py``,
-``worker_loop.py``, ``roster.py``, ``supervisor.py``, ``heartbeat.py``, ``shutdown.py``; ``memory/``, from ``slab.py`` on;
+``worker_loop.py``, ``roster.py``, ``supervisor.py``, ``heartbeat.py``; ``memory/``, from ``slab.py`` on;
 then what workers run: ``offload/`` (the deep copy) and ``checkpoint/`` (layout, write, commit, read, maintenance).
 
 This package never imports the rest of ``stager``. Names are imported when they are first used, so that

@@ -33,10 +33,18 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 
 class StagerError(Exception):
     """Base of every error that stager raises on purpose: catch it to catch them all."""
+
+    def __reduce__(self) -> Any:
+        # Each argument of an __init__ below is an attribute, too. The copy of an error in another process is made from them.
+        code = getattr(type(self).__init__, "__code__", None)
+        if code is None:  # no __init__ of our own
+            return super().__reduce__()
+        return type(self), tuple(getattr(self, name) for name in code.co_varnames[1 : code.co_argcount])
 
 
 class UsageError(StagerError):
@@ -59,9 +67,6 @@ class UnstageableError(UsageError, TypeError):
         super().__init__(f"{key_path}: {reason}")
         self.key_path = key_path
         self.reason = reason
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.key_path, self.reason)
 
 
 class StateMismatchError(UsageError, RuntimeError):
@@ -131,9 +136,6 @@ class WorkerDiedError(WorkerError):
         self.task = task
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type, tuple[int, int | None, str, str]]:
-        return type(self), (self.pid, self.exitcode, self.task, self.hint)
-
 
 class WorkerStartError(WorkerError):
     """A worker process did not become ready: read its standard error, and run ``stager doctor``."""
@@ -156,10 +158,8 @@ class ReplicationError(StagerError, RuntimeError):
 
     def __init__(self, message: str, rank: int | None = None) -> None:
         super().__init__(message)
+        self.message = message
         self.rank = rank
-
-    def __reduce__(self) -> tuple[type, tuple[str, int | None]]:
-        return type(self), (str(self), self.rank)
 
 
 class StorageError(StagerError, OSError):
@@ -175,9 +175,6 @@ class StorageError(StagerError, OSError):
         super().__init__(errno, message, path)
         self.message = message
         self.path = path
-
-    def __reduce__(self) -> tuple[type, tuple[int | None, str, str]]:
-        return type(self), (self.errno, self.message, self.path)
 
     def __str__(self) -> str:
         name = f" [{os.strerror(self.errno)}]" if self.errno else ""
@@ -205,9 +202,6 @@ class CorruptCheckpointError(StagerError):
         self.path = path
         self.problem = problem
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.path, self.problem)
-
 
 class RankFailedError(StagerError, RuntimeError):
     """A save failed or missed its deadline on some rank, and therefore on all: look at the ranks that are named.
@@ -218,10 +212,8 @@ class RankFailedError(StagerError, RuntimeError):
 
     def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
         super().__init__(message)
+        self.message = message
         self.ranks = ranks
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...]]]:
-        return type(self), (str(self), self.ranks)
 
 
 class InternalError(StagerError, AssertionError):
@@ -252,11 +244,7 @@ def describe_exit(exitcode: int | None) -> str:
     return f"was killed by {name}"
 
 
-def _show_as_public_names() -> None:
-    """Make tracebacks name the place that users import from, not this file."""
-    for value in list(globals().values()):
-        if isinstance(value, type) and issubclass(value, StagerError):
-            value.__module__ = "stager"
-
-
-_show_as_public_names()
+# Tracebacks name the place that users import from, not this file.
+for _class in [value for value in globals().values() if isinstance(value, type) and issubclass(value, StagerError)]:
+    _class.__module__ = "stager"
+del _class

@@ -1,15 +1,20 @@
-"""The arena: a few slabs, leased to snapshots in flight (``buffer.py`` has their states, ``slabs.py`` what there are).
+"""The arena: a few slabs, leased to snapshots in flight.
+
+``buffer.py`` has the states of a slab, ``slabs.py`` creates and frees them, ``prefault.py`` makes them ready.
 
 Guarantees
   * A slab in use is never written by another save: it is leased again only when every worker is done with it.
-  * Never more memory than ``max_bytes``: what does not fit is refused before anything is allocated.
+  * Slabs never take more memory than ``max_bytes``: what does not fit is refused before anything is allocated.
   * One descriptor per slab. Nothing has a name, so nothing can be left behind.
-  * Who waits for a slab gets it in the order of asking, and is woken by ``close()``.
+  * Saves that wait for a slab get it in the order of asking; ``close()`` wakes them.
 
 NOTE [ Which slab a lease gets ]
-The smallest free one that fits; else a new one, if the limits leave room; else a free one that is far too large; else a
-new one in place of free ones that are too small; else it is for ``when_full`` to say.
-A slab that fits none of the last 16 leases is the wrong size, and is dropped when it is free. So a state that alternates
+  1. The smallest free one that fits.
+  2. A new one, if the limits leave room.
+  3. A free one that is far too large.
+  4. A new one in place of free ones that are too small.
+  5. None: ``when_full`` decides.
+A slab that fits none of the last 16 leases has the wrong size, and is dropped when it is free. So a state that alternates
 between two sizes (all of it, weights only) keeps its slabs, and one that has changed for good gives the old memory back.
 """
 
@@ -34,15 +39,15 @@ _DEADLINE_POLL_SECS = 0.2
 
 
 class Arena:
-    """Args:
-    buffers: how many slabs at most.
-    max_bytes: how much memory they may take together.
-    when_full: "wait", "skip" or "raise".
-    prefault: allocate the pages of a slab ahead of its first use, in a background thread.
-    pin: register slabs with CUDA.
-    available_bytes: memory that the system can give; asked right before a slab is created, and at no other time.
+    """Owns the slabs. Every method may be called from any thread. After ``fork()`` the child cannot use it.
 
-    Thread safety: every method may be called from any thread. After ``fork()`` the child cannot use it.
+    Args:
+        buffers: how many slabs at most.
+        max_bytes: how much memory they may take together.
+        when_full: "wait", "skip" or "raise".
+        prefault: allocate the pages of a slab ahead of its first use, in a background thread.
+        pin: register slabs with CUDA.
+        available_bytes: memory that the system can give; asked right before a slab is created, and at no other time.
     """
 
     def __init__(
@@ -55,6 +60,9 @@ class Arena:
         pin: bool = False,
         available_bytes: Callable[[], int] = available_memory_bytes,
     ) -> None:
+        self.max_slab_nbytes = max_bytes  # the largest snapshot that can be staged in one slab
+        # Of larger snapshots: whole pages, and so small that every buffer can be in flight.
+        self.piece_nbytes = max(mmap.PAGESIZE, max_bytes // buffers // mmap.PAGESIZE * mmap.PAGESIZE)
         self._when_full = when_full
         self._prefault = prefault
         self._pin = pin
@@ -63,18 +71,7 @@ class Arena:
         self._changed = self._slabs.changed
         self._prefaulter = Prefaulter(self._slabs, pin)
         self._warned: set[str] = set()
-        self._remaining_secs: Callable[[], float | None] | None = None
-
-    @property
-    def max_slab_nbytes(self) -> int:
-        """The largest snapshot, in bytes, that can be staged in one slab."""
-        return self._slabs.max_bytes
-
-    @property
-    def piece_nbytes(self) -> int:
-        """Whole pages: what a larger snapshot is staged in pieces of, so that every buffer can be in flight."""
-        share = self._slabs.max_bytes // self._slabs.limit
-        return max(mmap.PAGESIZE, share // mmap.PAGESIZE * mmap.PAGESIZE)
+        self._remaining_secs: Callable[[], float | None] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -87,12 +84,12 @@ class Arena:
             return frozenset(buffer.slab.slab_id for buffer in self._slabs.buffers)
 
     def lease(self, nbytes: int, when_full: str | None = None) -> Lease | None:
-        """A slab of at least ``nbytes`` bytes; None when all are in use and the policy is "skip".
+        """Lease a slab of at least ``nbytes`` bytes; None: all are in use and the policy is "skip".
 
-        While others wait, the arena is full for who comes after them, even if a slab too small for them is free.
+        While other saves wait, the arena is full for a later one, even if a slab that is too small for the others is free.
 
         Args:
-            when_full: "wait", "skip" or "raise"; None: as the arena was told.
+            when_full: "wait", "skip" or "raise"; None: the arena's own.
 
         Raises:
             MemoryBudgetError: it can never fit; or the system has no memory for it, with no slab in flight to wait for.
@@ -112,19 +109,20 @@ class Arena:
         if buffer is None:
             return None
         lease = Lease(buffer, nbytes, self._give_back)
-        if self._pin:
-            self._pin_or_release(buffer, lease)
+        if self._pin:  # without the lock: this can take as long as allocating the memory
+            try:
+                buffer.pin()
+            except BaseException:
+                lease.release()
+                raise
         return lease
 
     def wait_no_longer_than(self, remaining_secs: Callable[[], float | None]) -> None:
-        """From now on a lease that waits asks how many seconds it may go on; None: as long as it takes.
-
-        When there are none left, it raises ArenaFullError.
-        """
+        """From now on a lease asks how long it may wait (None: without end). With no time left it raises ArenaFullError."""
         self._remaining_secs = remaining_secs
 
     def prepare(self, nbytes: int) -> None:
-        """Create and prefault every slab that states of ``nbytes`` bytes will need; waits until that is done.
+        """Create and prefault every slab that states of ``nbytes`` bytes will need; return when that is done.
 
         Raises:
             MemoryBudgetError: not even one fits, or the system has no memory for it.
@@ -151,13 +149,16 @@ class Arena:
         """Free all slabs. Those still leased are freed by their release. Idempotent."""
         if os.getpid() != self._owner:
             return
+        # 1. Wake all who wait, and have the background thread stop.
         with self._changed:
             self._slabs.closed = True
             self._changed.notify_all()
+        # 2. Without the lock, which both threads take.
         self._prefaulter.join()
         freeing = self._slabs.freeing()
         if freeing is not None:
             freeing.join()
+        # 3. No thread uses a free slab any more.
         with self._changed:
             for buffer in self._slabs.free():
                 self._slabs.drop(buffer)
@@ -173,7 +174,7 @@ class Arena:
                 buffer.move(SlabState.LEASED)
                 self._slabs.leased(nbytes)
                 return buffer
-            if not (is_first and self._is_soon_free(nbytes)):
+            if not (is_first and self._slabs.is_soon_free(nbytes)):
                 if when_full == "skip":
                     return None
                 if when_full == "raise":
@@ -184,50 +185,43 @@ class Arena:
             self._wait_for_change()
 
     def _wait_for_change(self) -> None:
-        if self._remaining_secs is None:
-            self._changed.wait()
-            return
         remaining = self._remaining_secs()
         if remaining is not None and remaining <= 0:
             raise ArenaFullError(
-                f"all {len(self._slabs.buffers)} buffers still held snapshots that are not committed when the deadline "
-                "given to on_preemption() had passed: this save is not taken; those before it are left to the workers"
+                f"all {len(self._slabs.buffers)} buffers still held uncommitted snapshots at the deadline given to "
+                "on_preemption(); this save is not taken, and the workers go on with those before it"
             )
-        # A signal can set the deadline at any moment, and its handler must not take this lock: so look again now and then.
+        # A signal handler can set the deadline at any moment. It must not take this lock, so look again now and then.
         self._changed.wait(_DEADLINE_POLL_SECS if remaining is None else min(remaining, _DEADLINE_POLL_SECS))
 
     def _take(self, nbytes: int) -> Buffer | None:
         """See NOTE [ Which slab a lease gets ]."""
         slabs = self._slabs
         while True:
-            free = sorted((b for b in slabs.free() if b.nbytes >= nbytes), key=lambda buffer: buffer.nbytes)
-            if free and free[0].fits(nbytes):
-                return free[0]
+            free = min((b for b in slabs.free() if b.nbytes >= nbytes), key=lambda b: b.nbytes, default=None)
+            if free is not None and free.fits(nbytes):
+                return free
             has_room = slabs.has_room(nbytes)
+            # Asked at the last moment: other processes take memory, too.
             shortage = slabs.shortage(nbytes) if has_room else None
             if has_room and shortage is None:
                 return slabs.create(nbytes)
-            if free:
-                return free[0]
+            if free is not None:
+                return free
             if not slabs.make_room(nbytes, as_much_as_possible=shortage is not None):
                 break
-        if shortage is not None and not self._is_soon_free(nbytes):
-            if not slabs.buffers:  # nothing to wait for that would give memory back
-                raise MemoryBudgetError(str(shortage))
+        if shortage is not None and not self._slabs.is_soon_free(nbytes):
+            if not slabs.buffers:  # no buffer would give memory back, however long the lease waited
+                raise MemoryBudgetError(shortage)
             self._warn_once("shortage", "%s. Until then fewer snapshots can be in flight", shortage)
         return None
-
-    def _is_soon_free(self, nbytes: int) -> bool:
-        """Whether a slab is only being prepared, or memory being freed: that is waited for, whatever the policy."""
-        preparing = any(buffer.state is SlabState.PREPARING for buffer in self._slabs.buffers)
-        return preparing or self._slabs.soon_has_room(nbytes)
 
     def _check_budget(self, nbytes: int) -> None:
         num_buffers, max_bytes = self._slabs.limit, self._slabs.max_bytes
         if nbytes > max_bytes:
             raise MemoryBudgetError(
-                f"the snapshot needs {nbytes:,} bytes of host memory, arena.max_host_bytes allows {max_bytes:,}; "
-                "raise it, or save a smaller state"
+                f"the snapshot needs {nbytes:,} bytes of host memory, and arena.max_host_bytes allows {max_bytes:,}; "
+                "raise arena.max_host_bytes, or save a smaller state"
             )
         if nbytes * num_buffers > max_bytes:
             self._warn_once(
@@ -250,17 +244,10 @@ class Arena:
             self._warned.add(what)
             logger.warning(message, *arguments)
 
-    # -- without it ---------------------------------------------------------------------------------------------
-
-    def _pin_or_release(self, buffer: Buffer, lease: Lease) -> None:
-        try:
-            buffer.pin()
-        except BaseException:
-            lease.release()
-            raise
+    # -- without the lock ---------------------------------------------------------------------------------------
 
     def _give_back(self, buffer: Buffer) -> None:
-        if os.getpid() != self._owner:  # the parent's slab, and a lock that may be held for ever
+        if os.getpid() != self._owner:  # the slab is the parent's, and its lock may be held for ever here
             return
         with self._changed:
             buffer.move(SlabState.FREE)

@@ -1,12 +1,13 @@
 """A buffer of the arena: a slab, what it is used for, and the lease on it.
 
             .-> PREPARING -.
-    FREE <--'              '-> (again)
+    FREE <--'              '-> FREE
      | ^ '---------------> RETIRED             its memory is given back to the system
      v |
     LEASED --snapshot whole--> STAGED --handed over--> PERSISTING --committed or failed--> FREE
 
-Invariant: who moves a buffer out of FREE owns it until it is FREE again; only the arena does, with its lock held.
+Invariant: only the arena moves a buffer out of FREE, with its lock held. What it moved the buffer for then owns it, until it
+is FREE again.
 """
 
 from __future__ import annotations
@@ -42,43 +43,40 @@ _SLACK_BYTES = 1 << 20
 
 
 class Buffer:
-    """Attributes:
-    slab: its memory.
-    state: see the diagram.
-    pinned_nbytes: so much of it is registered with CUDA, until its storage is collected; None: never tried.
+    """A slab and its state.
+
+    Attributes:
+        pinned_nbytes: so much of it is registered with CUDA, until its storage is collected; None: not tried yet.
     """
 
     def __init__(self, slab: Slab) -> None:
         self.slab = slab
+        self.nbytes = slab.nbytes
         self.state = SlabState.FREE
         self.pinned_nbytes: int | None = None
 
-    @property
-    def nbytes(self) -> int:
-        return self.slab.nbytes
-
-    def move(self, to: SlabState) -> None:
+    def move(self, to: SlabState) -> Buffer:
         if to not in _TRANSITIONS[self.state]:
             raise InternalError(f"slab {self.slab.slab_id} cannot go from {self.state.value} to {to.value}")
         self.state = to
+        return self
 
     def fits(self, nbytes: int) -> bool:
         """Neither too small for a snapshot of ``nbytes`` bytes nor far too large."""
         return nbytes <= self.nbytes <= nbytes + nbytes // 2 + _SLACK_BYTES
 
     def pin(self) -> None:
-        """Register it with CUDA, once. Only its owner may: this can take as long as allocating the memory."""
+        """Register it with CUDA, once. Only its owner may."""
         if self.pinned_nbytes is None:
-            self.pinned_nbytes = 0  # should the warning about a failure be an error, do not try again
+            self.pinned_nbytes = 0  # before the call: where its warning is raised as an error, do not try again
             self.pinned_nbytes = pin_in_chunks(self.slab.storage, self.slab.address, self.nbytes)
-            self.slab.warm_nbytes = max(self.slab.warm_nbytes, self.pinned_nbytes)  # which took their pages
+            self.slab.warm_nbytes = max(self.slab.warm_nbytes, self.pinned_nbytes)  # pinning allocates the pages
 
 
 class Lease:
-    """The right to a buffer until :meth:`release`, which is idempotent, and until nobody else holds it (:meth:`hold`).
+    """The right to a buffer, until :meth:`release` and all that :meth:`hold` returned were called. Each is idempotent.
 
-    Attributes:
-        nbytes: what was asked for; the slab may be larger.
+    ``nbytes`` is what was asked for; the slab may be larger.
     """
 
     def __init__(self, buffer: Buffer, nbytes: int, give_back: Callable[[Buffer], None]) -> None:
@@ -109,7 +107,7 @@ class Lease:
             slab.warm_nbytes = max(slab.warm_nbytes, self.nbytes)
 
     def hold(self) -> Callable[[], None]:
-        """For somebody else who reads the slab: it stays leased until what is returned was called, too."""
+        """Keep the slab leased for another reader, until what this returns is called."""
         holder = object()
         with self._lock:
             if self._buffer is None:
@@ -126,5 +124,5 @@ class Lease:
             if self._holders:
                 return
             buffer, self._buffer = self._buffer, None
-        if buffer is not None:
+        if buffer is not None:  # without the lock: the arena takes its own
             self._give_back(buffer)

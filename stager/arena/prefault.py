@@ -1,7 +1,7 @@
 """Slabs made ready ahead of their first use: their pages allocated, and pinned.
 
-A page that is not there yet costs a page fault when it is first written: 0.7 GB/s then, where memory that is there is
-copied to at 10 (2 cores, Linux 6.18).
+A page that is not allocated yet costs a page fault when it is first written. Copies into such memory run at 0.7 GB/s, and
+into memory with its pages at 10 (2 cores, Linux 6.18).
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ _SKIPPED_AFTER_REFUSAL = 16  # saves, before it is asked again whether the syste
 
 
 class Prefaulter:
-    """Work in the background stops as soon as a lease waits: a cold slab is better than none.
+    """Makes the slabs of an arena ready, and registers them with CUDA if ``pin``.
 
-    Args:
-        slabs: of the arena.
-        pin: register them with CUDA.
+    Work in the background stops as soon as a lease waits: a cold slab is better than none.
     """
 
     def __init__(self, slabs: Slabs, pin: bool) -> None:
@@ -40,7 +38,7 @@ class Prefaulter:
         self._starts_to_skip = 0
 
     def run(self, nbytes: int) -> None:
-        """Every slab that states of ``nbytes`` bytes will need, with several threads; returns when that is done.
+        """Prepare every slab that states of ``nbytes`` bytes will need, with several threads; return when that is done.
 
         Raises:
             MemoryBudgetError: the system has no memory for a single one, or ran out of it.
@@ -50,9 +48,9 @@ class Prefaulter:
             self._warm(buffer, lambda: not self._slabs.closed, num_threads)
 
     def start(self, nbytes: int) -> None:
-        """Prefault ``nbytes`` bytes in a low-priority thread. The caller holds the lock.
+        """Create and prefault slabs of ``nbytes`` bytes in a low-priority thread. The caller holds the lock.
 
-        Does nothing while one is running, if slabs would have to go to make room, or for some starts after a failure.
+        Does nothing while that thread runs, if there is no room for a new slab, or for some calls after a failure.
         """
         busy = self._thread is not None and self._thread.is_alive()
         if busy or not self._slabs.has_room(nbytes):
@@ -64,7 +62,7 @@ class Prefaulter:
         self._thread.start()
 
     def join(self) -> None:
-        """Without the lock. Close the arena first, or this takes as long as the work does."""
+        """Wait for the thread, without the lock. Close the arena first, or this takes as long as the work does."""
         if self._thread is not None:
             self._thread.join()
 
@@ -76,7 +74,7 @@ class Prefaulter:
                 self._warm(buffer, lambda: not (self._slabs.closed or self._slabs.waiting), 1)
         except (MemoryError, OSError) as error:
             self._starts_to_skip = _SKIPPED_AFTER_REFUSAL
-            # As text: the error's traceback would keep the slab mapped in whatever holds on to the log record.
+            # As text: the error's traceback would keep the slab mapped as long as a handler keeps the log record.
             logger.warning("no buffer was prepared ahead of the next save: %s", str(error))
 
     def _next_spare(self, nbytes: int) -> Buffer | None:
@@ -86,30 +84,29 @@ class Prefaulter:
                 return None
             shortage = slabs.shortage(nbytes)
             if shortage is not None:
-                raise MemoryBudgetError(str(shortage))
-            return self._take(slabs.create(nbytes))
+                raise MemoryBudgetError(shortage)
+            return slabs.create(nbytes).move(SlabState.PREPARING)
 
     def _next(self, nbytes: int) -> Buffer | None:
-        """A free slab that fits and is not ready, or a new one; None when there is nothing left to do."""
+        """Take a free slab that fits and is not ready, or a new one; None: nothing is left to do."""
         slabs = self._slabs
         with slabs.changed:
             while not slabs.closed:
                 fitting = [b for b in slabs.buffers if b.fits(nbytes)]
                 for buffer in fitting:
                     if buffer.state is SlabState.FREE and not self._is_ready(buffer):
-                        return self._take(buffer)
+                        return buffer.move(SlabState.PREPARING)
                 slabs.make_room(nbytes)
                 if slabs.has_room(nbytes):
                     shortage = slabs.shortage(nbytes)
                     if shortage is None:
-                        return self._take(slabs.create(nbytes))
+                        return slabs.create(nbytes).move(SlabState.PREPARING)
                     if fitting:
                         logger.warning("%d of %d buffers are prepared: %s", len(fitting), slabs.limit, shortage)
                         return None
                     if not slabs.make_room(nbytes, as_much_as_possible=True):
-                        raise MemoryBudgetError(str(shortage))
-                busy = any(b.state is SlabState.PREPARING for b in slabs.buffers)
-                if not busy and not slabs.soon_has_room(nbytes):
+                        raise MemoryBudgetError(shortage)
+                if not slabs.is_soon_free(nbytes):
                     return None
                 slabs.changed.wait()
             return None
@@ -117,14 +114,9 @@ class Prefaulter:
     def _is_ready(self, buffer: Buffer) -> bool:
         return buffer.slab.warm_nbytes >= buffer.nbytes and not (self._pin and buffer.pinned_nbytes is None)
 
-    @staticmethod
-    def _take(buffer: Buffer) -> Buffer:
-        buffer.move(SlabState.PREPARING)
-        return buffer
-
     def _warm(self, buffer: Buffer, keep_going: Callable[[], bool], num_threads: int) -> None:
         started = time.monotonic()
-        failed = False
+        slabs, failed = self._slabs, False
         try:
             buffer.slab.prefault(keep_going, num_threads)
             if self._pin and buffer.slab.warm_nbytes >= buffer.nbytes:
@@ -134,10 +126,9 @@ class Prefaulter:
             raise MemoryBudgetError(f"{error}; free memory on this host, or lower arena.max_host_bytes") from error
         finally:
             logger.debug("prefaulted %d bytes in %.2f s", buffer.slab.warm_nbytes, time.monotonic() - started)
-            slabs = self._slabs
             with slabs.changed:
                 buffer.move(SlabState.FREE)
-                if failed:  # memory that is only half there must not be leased
+                if failed:  # a slab without all of its pages must not be leased: writing to it could end in SIGBUS
                     slabs.retire(buffer)
                 elif slabs.closed:
                     slabs.drop(buffer)

@@ -1,7 +1,7 @@
-"""The slabs an arena has: what there is, what may be added, and what goes. All of it with the arena's lock held.
+"""The slabs of an arena: how many there may be, their creation, and their end. All of it with the arena's lock held.
 
-A slab that goes is *retired*: a thread gives its memory back to the system (9 GB/s measured), and until that is done
-its bytes count against the budget.
+A slab that is no longer needed is *retired*: a thread gives its memory back to the system (9 GB/s measured). Until that is
+done, its bytes count against the budget.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import errno
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from stager.arena.buffer import Buffer, SlabState
 from stager.workers.errors import MemoryBudgetError
@@ -19,41 +18,13 @@ from stager.workers.memory.slab import Slab
 _RECENT_LEASES = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Shortage:
-    """The system has less memory to give than a slab needs. All in bytes.
-
-    Attributes:
-        needed: by the slab.
-        available: of the host, or of its cgroup, now.
-        promised: of that, to slabs that are not filled yet.
-        budget: ``arena.max_host_bytes``.
-    """
-
-    needed: int
-    available: int
-    promised: int
-    budget: int
-
-    def __str__(self) -> str:
-        promised = f" ({self.promised:,} of them are promised to buffers not filled yet)" if self.promised else ""
-        return (
-            f"a buffer needs {self.needed:,} bytes of host memory, and {self.available:,} are available on this host or "
-            f"in its cgroup{promised}; arena.max_host_bytes allows {self.budget:,}. Free memory, save a smaller "
-            "state, or set arena.max_host_bytes to what is really there"
-        )
-
-
 class Slabs:
-    """Args:
-    limit: how many at most.
-    max_bytes: how much memory they may take together.
-    available_bytes: asked right before a slab is created, and at no other time.
+    """At most ``limit`` slabs that take at most ``max_bytes`` together.
 
     Attributes:
         changed: the lock; notified when anything changes that a lease may wait for.
         waiting: a ticket for each lease that is being asked for, oldest first.
-        closed: no more of them.
+        closed: no slab is created or leased any more.
     """
 
     def __init__(self, limit: int, max_bytes: int, available_bytes: Callable[[], int]) -> None:
@@ -66,7 +37,7 @@ class Slabs:
         self.closed = False
         self._recent: deque[int] = deque(maxlen=_RECENT_LEASES)
         self._retired: deque[Buffer] = deque()
-        self._retired_nbytes = 0  # also of the one that is being freed
+        self._retired_nbytes = 0  # with those of the one that is being freed
         self._thread: threading.Thread | None = None
 
     @property
@@ -76,64 +47,71 @@ class Slabs:
     def free(self) -> list[Buffer]:
         return [buffer for buffer in self.buffers if buffer.state is SlabState.FREE]
 
-    # -- more ---------------------------------------------------------------------------------------------------
+    # -- creating -----------------------------------------------------------------------------------------------
 
     def has_room(self, nbytes: int) -> bool:
         """Whether the limits allow one more of ``nbytes`` bytes."""
         return len(self.buffers) < self.limit and self.nbytes + nbytes <= self.max_bytes
 
-    def soon_has_room(self, nbytes: int) -> bool:
-        """Whether they will when what is retired has been freed."""
+    def is_soon_free(self, nbytes: int) -> bool:
+        """Whether a slab is being prepared, or memory freed for one: a lease waits for these, whatever the policy."""
+        if any(buffer.state is SlabState.PREPARING for buffer in self.buffers):
+            return True
         return self._retired_nbytes > 0 and len(self.buffers) < self.limit and self._used() + nbytes <= self.max_bytes
 
-    def shortage(self, nbytes: int) -> Shortage | None:
-        """Whether the system lacks memory for one more: the last moment to say so, before the out-of-memory killer does."""
+    def shortage(self, nbytes: int) -> str | None:
+        """Return why the system lacks memory for a slab of ``nbytes`` bytes, or None.
+
+        This is the last moment to say so, before the out-of-memory killer does.
+        """
         available = self._available_bytes()
         promised = sum(max(0, buffer.nbytes - buffer.slab.allocated_nbytes) for buffer in self.buffers)
         if nbytes + promised <= available:
             return None
-        return Shortage(nbytes, available, promised, self.max_bytes)
+        of_them = f" ({promised:,} of them are promised to buffers not filled yet)" if promised else ""
+        return (
+            f"a buffer needs {nbytes:,} bytes of host memory, and {available:,} are available on this host or "
+            f"in its cgroup{of_them}; arena.max_host_bytes allows {self.max_bytes:,}. Free memory, save a smaller "
+            "state, or set arena.max_host_bytes to what is really there"
+        )
 
     def create(self, nbytes: int) -> Buffer:
-        """
+        """Add a slab; it gets its memory when it is written.
+
         Raises:
             MemoryBudgetError: the kernel refuses the address space.
             OSError: no descriptor is left.
         """
         try:
-            slab = Slab.create(nbytes)
+            buffer = Buffer(Slab.create(nbytes))
         except (OSError, RuntimeError) as error:  # RuntimeError: torch could not map it
             if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE) or "duplicate" in str(error):
                 raise OSError(errno.EMFILE, "no descriptor is left for a buffer; raise `ulimit -n`") from error
             raise MemoryBudgetError(
                 f"the kernel refused a buffer of {nbytes:,} bytes: {error}; see `ulimit -v` and `ulimit -f`"
             ) from error
-        buffer = Buffer(slab)
         self.buffers.append(buffer)
         return buffer
 
-    # -- less ---------------------------------------------------------------------------------------------------
+    # -- retiring -----------------------------------------------------------------------------------------------
 
     def leased(self, nbytes: int) -> None:
-        """A snapshot of this size has got a slab."""
+        """Note that a snapshot of this size got a slab."""
         self._recent.append(nbytes)
         self.retire_wrong_sizes()
 
     def retire_wrong_sizes(self) -> None:
-        """Let go of free slabs that none of the last 16 leases would have fitted."""
+        """Retire free slabs that fit none of the last 16 leases."""
         if len(self._recent) == _RECENT_LEASES:
             for buffer in self.free():
                 if not any(buffer.fits(nbytes) for nbytes in self._recent):
                     self.retire(buffer)
 
     def make_room(self, nbytes: int, *, as_much_as_possible: bool = False) -> bool:
-        """Retire free slabs that are too small for ``nbytes``, if then the limits allow a new one.
+        """Retire free slabs that are too small for ``nbytes``, if the limits then allow a new one; return whether any was.
 
         Args:
-            as_much_as_possible: all of them, not only as many as the limits ask for.
-
-        Returns:
-            Whether any was.
+            as_much_as_possible: retire all of them, not only as many as the limits ask for.
         """
         small = [buffer for buffer in self.free() if buffer.nbytes < nbytes]
         kept_nbytes = self._used() - sum(buffer.nbytes for buffer in small)
@@ -159,11 +137,11 @@ class Slabs:
         self._thread = threading.Thread(target=self._free_retired, name="stager-free", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:  # no thread can be started: a limit, or the interpreter is on its way out
+        except RuntimeError:  # no thread can be started: a limit, or the interpreter is ending
             self._free_retired()
 
     def drop(self, buffer: Buffer) -> None:
-        """As :meth:`retire`, at once: after close."""
+        """Give the memory of a free slab back at once: after close, no lease waits for the lock meanwhile."""
         buffer.move(SlabState.RETIRED)
         self.buffers.remove(buffer)
         buffer.slab.give_back()
@@ -177,14 +155,17 @@ class Slabs:
 
     def _free_retired(self) -> None:
         while True:
+            # 1. With the lock: retire() starts a thread only if none is there, so this one must not end in between.
             with self.changed:
                 if not self._retired:
                     self._thread = None
                     return
                 buffer = self._retired.popleft()
+            # 2. Without the lock, because giving memory back takes long.
             nbytes = buffer.nbytes
             buffer.slab.give_back()
-            del buffer  # nobody else holds the slab: it is unregistered and unmapped here
+            del buffer  # the last reference: here the slab is unregistered and unmapped
+            # 3. Only now the bytes no longer count against the budget.
             with self.changed:
                 self._retired_nbytes -= nbytes
                 self.changed.notify_all()

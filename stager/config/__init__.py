@@ -1,11 +1,10 @@
 """Configuration: YAML, environment and ``--set``, checked against one pydantic model per component.
 
-Reading order: ``models.py`` (every key, its unit and default), ``sizes.py`` (``64MiB``, ``75%``), ``loading.py`` (where
+Reading order: ``models.py`` (every key, its unit and default), ``sizes.py`` (``64MiB``, ``75%``), ``precedence.py`` (where
 values come from and which wins), ``layers.py`` (one such source), ``problems.py`` (how an error is worded),
 ``host.py`` (what the ``auto`` values are computed from).
 """
 
-from stager.config.loading import load_config
 from stager.config.models import (
     ArenaConfig,
     LoadingConfig,
@@ -19,13 +18,11 @@ from stager.config.models import (
     TelemetryConfig,
     WorkersConfig,
 )
-from stager.config.sizes import Bytes, MemoryLimit, format_bytes, parse_bytes
+from stager.config.precedence import load_config
 
 __all__ = [
     "ArenaConfig",
-    "Bytes",
     "LoadingConfig",
-    "MemoryLimit",
     "PersistenceConfig",
     "RanksConfig",
     "ReplicationConfig",
@@ -35,7 +32,5 @@ __all__ = [
     "StagingConfig",
     "TelemetryConfig",
     "WorkersConfig",
-    "format_bytes",
     "load_config",
-    "parse_bytes",
 ]

@@ -27,12 +27,7 @@ def available_memory_bytes() -> int:
 
 
 class Cgroup:
-    """The control group of a process, v2 or v1, and the limits set on it or on any group above it.
-
-    Args:
-        membership: the text of ``/proc/<pid>/cgroup``.
-        mount: where the hierarchies are mounted.
-    """
+    """The control group of a process (``/proc/<pid>/cgroup``), v2 or v1, and the limits on it and on groups above it."""
 
     def __init__(self, membership: str, mount: Path = _CGROUP_MOUNT) -> None:
         self._mount = mount
@@ -50,7 +45,7 @@ class Cgroup:
 
     def cpu_quota_cores(self) -> float | None:
         """The CPU quota in cores; None without one."""
-        quotas = [q for text in self._read_v2("cpu.max") if (q := _parse_cpu_max(text)) is not None]
+        quotas = [q for d in self._directories("") if (q := _parse_cpu_max(_read_text(d / "cpu.max"))) is not None]
         for directory in self._directories("cpu"):
             quota, period = _read_int(directory / "cpu.cfs_quota_us"), _read_int(directory / "cpu.cfs_period_us")
             if quota is not None and period and quota > 0:
@@ -59,24 +54,15 @@ class Cgroup:
 
     def memory_limit_bytes(self) -> int | None:
         """The memory limit in bytes; None without one."""
-        limits = [int(text) for text in self._read_v2("memory.max") if text.isdigit()]
-        for directory in self._directories("memory"):
-            limit = _read_int(directory / "memory.limit_in_bytes")
-            if limit is not None and limit < _NO_LIMIT_BYTES:
-                limits.append(limit)
+        files = [directory / "memory.max" for directory in self._directories("")]
+        files += [directory / "memory.limit_in_bytes" for directory in self._directories("memory")]
+        limits = [limit for file in files if (limit := _read_int(file)) is not None and limit < _NO_LIMIT_BYTES]
         return min(limits, default=None)
 
     def memory_headroom_bytes(self) -> int | None:
-        """The limit less what is used and cannot be given back (page cache can), in bytes; None without a limit.
-
-        The tightest group counts, which may be one above this process's own.
-        """
-        rooms = [
-            room
-            for directory in (*self._directories(""), *self._directories("memory"))
-            if (room := _headroom(directory)) is not None
-        ]
-        return min(rooms, default=None)
+        """The limit less what is used and cannot be given back (page cache can), in bytes; None without a limit."""
+        directories = (*self._directories(""), *self._directories("memory"))
+        return min((room for d in directories if (room := _headroom(d)) is not None), default=None)
 
     def pids(self) -> tuple[int | None, int | None]:
         """(limit, used) in threads of the group that has the least left; (None, None) without a limit."""
@@ -86,9 +72,6 @@ class Cgroup:
             if limit is not None and used is not None:
                 rooms.append((limit - used, limit, used))
         return min(rooms)[1:] if rooms else (None, None)
-
-    def _read_v2(self, name: str) -> list[str]:
-        return [text for d in self._directories("") if (text := _read_text(d / name)) is not None]
 
     def _directories(self, controller: str) -> list[Path]:
         """The group's directory and those above it, up to the mount.
@@ -119,7 +102,7 @@ def _headroom(directory: Path) -> int | None:
 
 def _reclaimable_bytes(stat: Path) -> int:
     """Page cache that the kernel drops when memory is needed."""
-    fields = dict(line.split(" ", 1) for line in (_read_text(stat) or "").splitlines() if " " in line)
+    fields = dict(line.split(" ", 1) for line in _read_text(stat).splitlines() if " " in line)
     return int(fields.get("total_inactive_file", fields.get("inactive_file", "0")))
 
 
@@ -129,16 +112,16 @@ def _parse_cpu_max(text: str) -> float | None:
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
 
 
-def _read_text(path: Path) -> str | None:
+def _read_text(path: Path) -> str:
+    """The text of a file; empty if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
-        return None
+        return ""
 
 
 def _read_int(path: Path) -> int | None:
-    text = _read_text(path)
     try:
-        return int(text) if text is not None else None
-    except ValueError:
+        return int(_read_text(path))
+    except ValueError:  # "max", or no such file
         return None

@@ -1,12 +1,11 @@
 """One source of settings: a file, a mapping, an environment variable or a ``--set``.
 
-A layer holds what was written and where; it knows no models. ``loading.py`` puts layers on top of each other.
+A layer holds what was written and where; it knows no models. ``precedence.py`` puts layers on top of each other.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,54 +38,38 @@ class Layer:
 
 
 def file_layer(path: str) -> Layer:
-    """The settings of a YAML file; an empty file has none.
-
-    Raises:
-        ConfigError: unreadable, not YAML, a key given twice, or not a mapping.
-    """
+    """Return the settings of a YAML file; an empty file has none. ConfigError says why it is no such file."""
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            values, lines = _parse(file.read(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
-    return text_layer(text, path)
-
-
-def text_layer(text: str, source: str) -> Layer:
-    """The settings of YAML text, which ``source`` names in errors.
-
-    Raises:
-        ConfigError: see :func:`file_layer`.
-    """
-    loader = yaml.SafeLoader("")
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        lines = _lines_of(node, source)
-        values = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{line}: not valid YAML: {error.problem or error.context}") from error
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: must be a mapping of sections such as 'arena:', not a {type(values).__name__}")
+    return Layer(path, values or {}, lines)
+
+
+def _parse(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Return the document, and the line of each section and key."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        lines = _lines_of(node, source)  # first: it refuses a key given twice, of which the document has only the last
+        return None if node is None else loader.construct_document(node), lines
     finally:
         loader.dispose()
-    if values is None:
-        return Layer(source, {})
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: must be a mapping of sections such as 'arena:', not a {type(values).__name__}")
-    return Layer(source, values, lines)
 
 
 def environment_layers(environ: Mapping[str, str]) -> Iterator[Layer]:
-    """One layer for each ``STAGER_<SECTION>__<KEY>``, in the order of their names.
-
-    Raises:
-        ConfigError: a value is not a YAML scalar.
-    """
+    """Make one layer for each ``STAGER_<SECTION>__<KEY>``, in the order of their names; ConfigError if it is not YAML."""
     for name in sorted(environ):
         section, separator, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name.startswith(ENV_PREFIX) and separator:
@@ -95,26 +78,13 @@ def environment_layers(environ: Mapping[str, str]) -> Iterator[Layer]:
 
 
 def override_layer(text: str) -> Layer:
-    """The layer of one ``--set section.key=value``.
-
-    Raises:
-        ConfigError: not of that form, or the value is not a YAML scalar.
-    """
+    """Make the layer of one ``--set section.key=value``; ConfigError if it has another form, or is not YAML."""
     path, equals, value = text.partition("=")
     section, dot, key = path.strip().partition(".")
     source = f"--set {text}"
     if not (equals and dot and section and key):
         raise ConfigError(f"{source}: must have the form section.key=value, for example arena.buffers=3")
     return Layer(source, {section: {key: _scalar(value, source)}})
-
-
-def mapping_layer(values: Mapping[Any, Any], source: str = "mapping") -> Layer:
-    return Layer(source, values)
-
-
-def as_path(config: object) -> str | None:
-    """The path that ``config`` is, or None."""
-    return os.fsdecode(config) if isinstance(config, str | os.PathLike) else None
 
 
 def _scalar(text: str, source: str) -> Any:
@@ -150,12 +120,10 @@ def _lines_of(root: yaml.Node | None, source: str) -> dict[KeyPath, int]:
 
 
 def _children(node: yaml.MappingNode, prefix: KeyPath, source: str) -> list[tuple[KeyPath, int, yaml.Node]]:
-    first_lines: dict[Hashable, int] = {}
+    first_lines: dict[tuple[str, str], int] = {}
     children = []
     for key, value in node.value:
-        line = key.start_mark.line + 1
-        path = (*prefix, str(key.value))
-        identity = (key.tag, str(key.value))
+        line, path, identity = key.start_mark.line + 1, (*prefix, str(key.value)), (key.tag, str(key.value))
         if identity in first_lines:
             message = f"{'.'.join(path)}: given twice, first on line {first_lines[identity]}; keep one"
             raise ConfigError(f"{source}:{line}: {message}")

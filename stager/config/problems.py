@@ -33,8 +33,7 @@ def section_model(field: FieldInfo) -> type[BaseModel] | None:
 
 def unknown_section(name: object, model: type[BaseModel]) -> str:
     sections = list(model.model_fields)
-    elsewhere = [path for path in _key_paths(model) if path.partition(".")[2] == name]
-    suggestion = difflib.get_close_matches(str(name), sections, n=1) or elsewhere
+    suggestion = difflib.get_close_matches(str(name), sections, n=1) or _key_paths(model, name)
     return f"{name}: unknown section{_did_you_mean(suggestion)} (sections: {', '.join(sections)})"
 
 
@@ -42,13 +41,8 @@ def unknown_key(section: str, key: object, model: type[BaseModel]) -> str:
     fields = section_model(model.model_fields[section])
     keys = list(fields.model_fields) if fields else []
     near = [f"{section}.{k}" for k in difflib.get_close_matches(str(key), keys, n=1)]
-    elsewhere = [path for path in _key_paths(model) if path.partition(".")[2] == key]
-    suggestion = _did_you_mean(elsewhere or near)
+    suggestion = _did_you_mean(_key_paths(model, key) or near)
     return f"{section}.{key}: unknown key{suggestion} (keys of {section}: {', '.join(keys)})"
-
-
-def section_not_mapping(section: str, value: object) -> str:
-    return f"{section}: got {shown(value)}; a section is a mapping of keys to values"
 
 
 def wrong_value(path: Sequence[str], value: object, field: FieldInfo | None, reason: str) -> str:
@@ -75,9 +69,10 @@ def allowed_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         inner, *extra = get_args(annotation)
         return allowed_text(inner, [*metadata, *extra])
     marks = [mark for item in metadata for mark in (item.metadata if isinstance(item, FieldInfo) else [item])]
-    worded = next((mark.text for mark in marks if isinstance(mark, Allowed)), None)
     bounds = _bounds_text(marks)
-    return f"{worded}{',' if bounds else ''}{bounds}" if worded else _type_text(annotation) + bounds
+    for worded in (mark.text for mark in marks if isinstance(mark, Allowed)):
+        return f"{worded},{bounds}" if bounds else worded
+    return _type_text(annotation) + bounds
 
 
 def _type_text(annotation: Any) -> str:
@@ -105,13 +100,10 @@ def _joined(choices: Sequence[str]) -> str:
     return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
 
 
-def _key_paths(model: type[BaseModel]) -> list[str]:
-    return [
-        f"{section}.{key}"
-        for section, field in model.model_fields.items()
-        if (keys := section_model(field)) is not None
-        for key in keys.model_fields
-    ]
+def _key_paths(model: type[BaseModel], key: object) -> list[str]:
+    """The sections that have this key: ``["arena.pin"]``."""
+    sections = ((name, section_model(field)) for name, field in model.model_fields.items())
+    return [f"{name}.{key}" for name, section in sections if section is not None and key in section.model_fields]
 
 
 def _did_you_mean(suggestions: Sequence[str]) -> str:

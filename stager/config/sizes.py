@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-_DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
-_BINARY = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "PIB": 2**50}
-_UNITS = {**_DECIMAL, **_BINARY}
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "PIB": 2**50}
 
 _SIZE = re.compile(r"([+-]?\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 _SHARE = re.compile(r"([+-]?\d+(?:\.\d+)?)\s*%", re.ASCII)
@@ -28,35 +27,35 @@ class Allowed:
 
 
 def parse_bytes(value: Any) -> int:
-    """A number of bytes from an integer, or from text with a unit (``KiB`` is 1024, ``KB`` is 1000; any case).
+    """Read a number of bytes: an integer, or text with a unit (``KiB`` is 1024, ``KB`` is 1000; any case).
 
     Raises:
         ValueError: not a size, negative, or not a whole number of bytes.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return _not_negative(value, value)
+    nbytes = value if type(value) is int else _from_text(value)
+    if nbytes < 0:
+        raise ValueError(f"{value!r} is negative")
+    return nbytes
+
+
+def _from_text(value: Any) -> int:
     if not isinstance(value, str):
         raise ValueError("not a size")  # pydantic turns only ValueError into an error of the field
     match = _SIZE.fullmatch(value.strip())
     if match is None:
         raise ValueError(f"{value!r} is not a size")
-    number, unit = Decimal(match[1]), match[2].upper()
-    factor = _UNITS.get(unit or "B")
+    number, factor = Decimal(match[1]), _UNITS.get(match[2].upper() or "B")
     if factor is None:
         raise ValueError(
             f"{match[2]!r} is not a unit of size; units are B, KB, MB, GB, TB, PB, KiB, MiB, GiB, TiB, PiB"
         )
     if factor == 1 and number != number.to_integral_value():
         raise ValueError(f"{value!r} is not a whole number of bytes")
-    return _not_negative(int(number * factor), value)
+    return int(number * factor)
 
 
 def parse_share(value: str) -> Decimal | None:
-    """``"75%"`` as ``Decimal("0.75")``; None when the text is not a percentage.
-
-    Raises:
-        ValueError: a percentage outside (0, 100].
-    """
+    """Read ``"75%"`` as 0.75; None if the text is no percentage, ValueError if it is outside of 0% to 100%."""
     match = _SHARE.fullmatch(value.strip())
     if match is None:
         return None
@@ -67,11 +66,7 @@ def parse_share(value: str) -> Decimal | None:
 
 
 def parse_memory_limit(value: Any) -> int | str:
-    """A number of bytes, at least 1, or a share, returned as its text (``"75%"``).
-
-    Raises:
-        ValueError: neither, or out of range.
-    """
+    """Read a number of bytes, at least 1, or a share, which stays text (``"75%"``); ValueError for anything else."""
     if isinstance(value, str) and parse_share(value) is not None:
         return value.strip()
     nbytes = parse_bytes(value)
@@ -90,12 +85,6 @@ def format_bytes(nbytes: int) -> str:
         if abs(amount) < 1023.95:  # what rounds to 1024.0 is one of the next unit
             return f"{amount:.1f} {unit}"
     return f"{amount / 1024:.1f} PiB"
-
-
-def _not_negative(nbytes: int, written: object) -> int:
-    if nbytes < 0:
-        raise ValueError(f"{written!r} is negative")
-    return nbytes
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Allowed(SIZE_FORM)]

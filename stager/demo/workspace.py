@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from stager.config import format_bytes
+from stager.config.sizes import format_bytes
 from stager.demo.config import DemoConfig
 from stager.workers.errors import StorageError, UsageError
 

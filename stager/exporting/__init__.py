@@ -1,5 +1,4 @@
 """A committed checkpoint as one file for other programs: ``stager export``.
 
-Reading order: ``export.py`` (the whole story), ``source.py`` (tensors of the checkpoint, whole or in chunks), ``stream.py``
-(their bytes, checked), ``output.py`` (the file).
+Reading order: ``export.py`` (the whole story), ``source.py`` (the checkpoint), ``output.py`` (the file).
 """

@@ -1,33 +1,35 @@
 """From a committed checkpoint, whatever its format and however many files it has, to one ``.pt`` or ``.safetensors`` file.
 
-objects   read, unpickled under weights_only, pickled again for the file
-plan      the layout of the file, by the format that the workers write (workers/checkpoint/formats)
-stream    tensors one after the other, each hash checked on the way, a chunk in memory at a time
-commit    synced, and only then given its name
+1. Lay out the tensors, by the format that workers write (``workers/checkpoint/formats``).
+2. Read each object, unpickle it under the ``weights_only`` rules, and pickle it again for the file. This comes before the
+   first write, because the sizes of the objects complete the layout.
+3. Copy the tensors, one after the other. A chunk is in memory at a time, and each hash is checked on the way.
+4. Sync the file, and only then give it its name.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from stager.exporting.output import new_file
-from stager.exporting.source import Contents, Part, Runs, Source, contents_of, is_c_order, runs_of
-from stager.exporting.stream import ItemStream
+from stager.exporting.output import Runs, new_file, runs_of
+from stager.exporting.source import Source
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
-from stager.workers.checkpoint.formats import Format, get_format, safetensors_format
+from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import Item, Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.layout.structure import Node, describe, map_leaves, names_of
+from stager.workers.checkpoint.layout.structure import map_leaves, names_of
 from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
 from stager.workers.memory.pages import bytes_at
 
@@ -35,19 +37,15 @@ FORMATS = ("torch", "safetensors")
 
 _CHUNK_BYTES = 8 << 20
 _SMALLEST_BUDGET_BYTES = 1 << 20
+_SEGMENT_BYTES = 1 << 20  # a layout needs it; nobody hashes the exported file
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A checkpoint that was exported to one file.
+    """A checkpoint that was exported to one file: the file, what is in it, and how long the export took.
 
     Attributes:
-        path, nbytes: the file.
-        format: its format.
-        step: of the checkpoint.
-        num_tensors, num_objects: in the file.
         left_out: objects that the format has no place for, as a user would write them.
-        secs: how long it took.
     """
 
     path: str
@@ -75,173 +73,159 @@ def export_checkpoint(
     Args:
         checkpoint: its directory (``.../step-00000100``).
         out: the file; it appears when it is whole.
-        file_format: "torch": the nested state. "safetensors": the tensors by their names (keys joined by dots); objects
-            are left out, and listed in the result.
-        max_memory_bytes: for data in memory, beside the manifest. Only tensors that change their memory layout and
-            pickled objects need to be there as a whole.
+        file_format: "torch": the nested state. "safetensors": the tensors by their names (keys joined by dots). It has no
+            place for objects; the result lists them.
+        max_memory_bytes: for data in memory, beside the manifest. Pickled objects, and each tensor that changes its memory
+            layout, must fit as a whole.
         allow_pickle: unpickle any object (runs code from the checkpoint).
         force: replace ``out``.
         progress: called with the number of bytes just read.
 
     Raises:
-        CheckpointNotFoundError, CorruptCheckpointError, StorageError: nothing is at ``out``.
+        CheckpointNotFoundError, CorruptCheckpointError, StorageError: ``out`` was not changed.
         UnsafePickleError: see ``allow_pickle``.
-        UnstageableError: the format cannot hold a tensor; names it.
+        UnstageableError: the format cannot hold a tensor, or an object cannot be pickled; names it.
         MemoryBudgetError: something does not fit ``max_memory_bytes``.
-        UsageError: ``out`` exists, or an unknown format.
+        UsageError: ``out`` exists, or the format is unknown.
     """
     started = time.monotonic()
     if file_format not in FORMATS:
         raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
     if max_memory_bytes < _SMALLEST_BUDGET_BYTES:
-        raise UsageError(f"max_memory is {max_memory_bytes:,} bytes; it takes at least {_SMALLEST_BUDGET_BYTES:,}")
+        raise UsageError(f"max_memory is {max_memory_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
     checkpoint, out = os.path.abspath(os.fspath(checkpoint)), os.path.abspath(os.fspath(out))
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
         chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)
-        stream = ItemStream(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))
-        try:
-            export = _Export(checkpoint, manifest, stream, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
+        with closing(Source(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))) as source:
+            export = _Export(checkpoint, source, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
+            layout = export.lay_out()
             with new_file(out, force=force) as fd:
-                export.write(fd)
-        finally:
-            stream.close()
+                export.write(layout, fd)
     return Exported(
         path=out,
         nbytes=os.stat(out).st_size,
         format=file_format,
         step=manifest.header.step,
-        num_tensors=len(export.contents.tensors),
-        num_objects=len(export.contents.objects) - len(export.left_out),
-        left_out=export.left_out,
+        num_tensors=len(source.tensors),
+        num_objects=len(export.objects),
+        left_out=() if export.objects else tuple(map(source.name, source.objects)),
         secs=time.monotonic() - started,
     )
 
 
 class _Export:
-    def __init__(
-        self,
-        path: str,
-        manifest: Manifest,
-        stream: ItemStream,
-        file_format: str,
-        budget_bytes: int,
-        allow_pickle: bool,
-    ) -> None:
+    """One export: :meth:`lay_out`, then :meth:`write`.
+
+    Attributes:
+        objects: item numbers of the objects that go into the file.
+    """
+
+    def __init__(self, path: str, source: Source, file_format: str, budget_bytes: int, allow_pickle: bool) -> None:
         self._path = path
-        self._items = manifest.layout.items
-        self._segment_bytes = manifest.layout.segment_bytes
-        self._stream = stream
-        self._format: Format = get_format(file_format)
+        self._source = source
+        self._format = get_format(file_format)
         self._budget_bytes = budget_bytes
         self._allow_pickle = allow_pickle
-        self.contents: Contents = contents_of(manifest)
-        names = tuple(map(describe, self.contents.object_paths))
-        self.left_out = names if file_format == "safetensors" else ()
-        self._blobs = [] if file_format == "safetensors" else self._read_objects()
-        self._layout, self._sources = self._plan()
+        self.objects = source.objects if file_format == "torch" else []
+        self._tensors: list[int] = []  # item numbers, in the order of the file
+        self._blobs: list[bytes] = []  # of the objects, then the trailer
+
+    def lay_out(self) -> Layout:
+        """Do steps 1 and 2."""
+        source = self._source
+        for number in source.tensors:
+            if not self._format.holds(source.items[number].dtype):
+                raise UnstageableError(
+                    source.name(number),
+                    f"has dtype {source.items[number].dtype}, which this format cannot store; "
+                    "convert the tensor, or export to another format",
+                )
+        laid_out = self._format.lay_out(list(map(self._spec, source.tensors)), 0, evenly(1))
+        self._tensors = [source.tensors[place] for place in laid_out.order]
+        leaves: dict[Any, int] = {number: leaf for leaf, number in enumerate([*self._tensors, *source.objects])}
+        structure = map_leaves(source.structure, leaves.__getitem__)
+        object_file = self._format.object_file_name(0)
+        plan = LayoutPlan(laid_out.files, object_file, laid_out.items, structure, _SEGMENT_BYTES)
+        self._blobs = self._read_objects()
+        self._blobs += self._format.trailer(plan)(self._blobs)
+        file, offset = plan.object_place
+        items = []
+        for position, blob in enumerate(self._blobs):
+            kind = "object" if position < len(self.objects) else "frame"
+            items.append(Item(kind, file, offset, len(blob), offset, len(blob), "", (), ()))
+            offset = align(offset + len(blob))
+        return plan.with_objects(items)
+
+    def _spec(self, number: int) -> TensorSpec:
+        item = self._source.items[number]
+        stride = contiguous_stride(item.shape) if self._format.row_major else item.stride
+        paths = self._source.paths[number]
+        return TensorSpec(tuple(paths), tuple(names_of(paths)), item.dtype, item.shape, stride)
 
     def _read_objects(self) -> list[bytes]:
-        """As the file has them; held until the end."""
+        """Return the objects' blobs as the file has them. They stay in memory until the end."""
         blobs = []
         left = self._budget_bytes
-        for number, (index, path) in enumerate(zip(self.contents.objects, self.contents.object_paths, strict=True)):
-            name = describe(path)
-            left -= 4 * self._items[index].nbytes  # its blob, its value, its new blob, and that in data.pkl
+        for position, number in enumerate(self.objects):
+            name = self._source.name(number)
+            left -= 4 * self._source.items[number].nbytes  # its blob, its value, its new blob, and that in data.pkl
             if left < 0:
                 raise MemoryBudgetError(
-                    f"{name}: the pickled objects do not fit {self._budget_bytes:,} bytes; raise max_memory"
+                    f"{name}: the pickled objects up to this one do not fit into {self._budget_bytes:,} bytes; "
+                    "raise max_memory"
                 )
-            value = unpickle(b"".join(map(bytes, self._stream.data(index))), name, self._path, self._allow_pickle)
+            value = unpickle(b"".join(map(bytes, self._source.data(number))), name, self._path, self._allow_pickle)
             try:
-                blobs.append(self._format.object_blob(value, number).blob)
+                blobs.append(self._format.object_blob(value, position).blob)
             except Exception as error:
                 raise UnstageableError(name, f"cannot be pickled again: {error}") from error
         return blobs
 
-    def _plan(self) -> tuple[Layout, list[Source]]:
-        """The file's layout, and the source of each of its tensors."""
-        sources = self.contents.tensors
-        for source in sources:
-            if not self._format.holds(source.dtype):
-                raise UnstageableError(
-                    source.name,
-                    f"has dtype {source.dtype}, which this format cannot store; "
-                    "convert the tensor, or export to another format",
-                )
-        laid_out = self._format.lay_out([self._spec(source) for source in sources], 0, evenly(1))
-        order: dict[Node, int] = {number: place for place, number in enumerate(laid_out.order)}
-        structure = map_leaves(self.contents.structure, lambda n: order.get(n, n))
-        plan = LayoutPlan(
-            laid_out.files, self._format.object_file_name(0), laid_out.items, structure, self._segment_bytes
-        )
-        self._blobs += self._format.trailer(plan)(self._blobs)
-        file, offset = plan.object_place
-        items = []
-        for number, blob in enumerate(self._blobs):
-            kind = "object" if number < len(self.contents.objects) else "frame"
-            items.append(Item(kind, file, offset, len(blob), offset, len(blob), "", (), ()))
-            offset = align(offset + len(blob))
-        return plan.with_objects(items), [sources[number] for number in laid_out.order]
-
-    def _spec(self, source: Source) -> TensorSpec:
-        stride = contiguous_stride(source.shape) if self._format.row_major else source.stride
-        return TensorSpec(tuple(source.paths), tuple(names_of(source.paths)), source.dtype, source.shape, stride)
-
-    def write(self, fd: int) -> None:
-        if not self._layout.files:  # safetensors of a state without tensors
+    def write(self, layout: Layout, fd: int) -> None:
+        """Do step 3: tensors with what the format puts around them; then objects and trailer."""
+        if not layout.files:  # safetensors of a state without tensors
             files.write_all(fd, [safetensors_format.header([])], 0)
             return
-        os.ftruncate(fd, self._layout.files[0].nbytes)
-        frame = self._format.headers_and_tails(self._layout)
-        for index, item in enumerate(self._layout.items):
-            if item.kind != "tensor":
-                files.write_all(fd, [self._blobs[index - len(self._sources)]], item.offset)
-                continue
+        os.ftruncate(fd, layout.files[0].nbytes)
+        frame = self._format.headers_and_tails(layout)
+        for index, (item, number) in enumerate(zip(layout.items, self._tensors, strict=False)):
             head, tail = frame(index)
             files.write_all(fd, [head], item.offset)
             files.write_all(fd, [tail], item.data_offset + item.data_nbytes)
-            for part in self._sources[index].parts:
-                self._write_part(fd, item, part)
+            for offsets, part in self._source.parts(number):
+                self._write_part(fd, item, number, offsets, part)
+        for item, blob in zip(layout.items[len(self._tensors) :], self._blobs, strict=True):
+            files.write_all(fd, [blob], item.offset)
 
-    def _write_part(self, fd: int, target: Item, part: Part) -> None:
-        source = self._items[part.item]
-        if (target.shape, target.stride) == (source.shape, source.stride):
-            self._copy(fd, target.data_offset, Runs(max(1, source.data_nbytes), (), (), 0), part.item)
+    def _write_part(self, fd: int, target: Item, number: int, offsets: tuple[int, ...], part: int) -> None:
+        stored = self._source.items[part]
+        data = self._source.data(part)
+        if (target.shape, target.stride) == (stored.shape, stored.stride):
+            Runs(max(1, stored.data_nbytes)).write(fd, target.data_offset, data)
             return
-        runs = runs_of(target.shape, source.shape, part.offsets, source.dtype)
-        if is_c_order(source.shape, source.stride):
-            self._copy(fd, target.data_offset, runs, part.item)
-        else:
-            dense = self._in_c_order(part, source)
-            _put(fd, target.data_offset, runs, 0, bytes_at(dense.data_ptr(), source.data_nbytes))
+        runs = runs_of(target.shape, stored.shape, offsets, dtype_of(stored.dtype).itemsize)
+        if _is_c_order(stored):
+            runs.write(fd, target.data_offset, data)
+            return
+        dense = self._in_c_order(number, stored, data)
+        runs.write(fd, target.data_offset, [bytes_at(dense.data_ptr(), stored.data_nbytes)])
 
-    def _copy(self, fd: int, offset: int, runs: Runs, index: int) -> None:
-        position = 0
-        for data in self._stream.data(index):
-            _put(fd, offset, runs, position, data)
-            position += len(data)
-
-    def _in_c_order(self, part: Part, source: Item) -> torch.Tensor:
-        """The values of an item with other strides: as a whole in memory."""
-        if 2 * source.data_nbytes > self._budget_bytes:
-            name = next(s.name for s in self._sources if part in s.parts)
+    def _in_c_order(self, number: int, stored: Item, data: Iterator[memoryview]) -> torch.Tensor:
+        """Read an item with other strides as a whole, and bring it into C order."""
+        if 2 * stored.data_nbytes > self._budget_bytes:
             raise MemoryBudgetError(
-                f"{name}: is stored with strides {list(source.stride)}; bringing it into C order takes "
-                f"{2 * source.data_nbytes:,} bytes of memory, and {self._budget_bytes:,} are left of max_memory: raise it"
+                f"{self._source.name(number)}: is stored with strides {list(stored.stride)}; bringing it into C order takes "
+                f"{2 * stored.data_nbytes:,} bytes of memory, and max_memory leaves {self._budget_bytes:,}; raise max_memory"
             )
-        tensor = new_tensor(dtype_of(source.dtype), source.shape, source.stride, source.data_nbytes)
-        view, position = bytes_at(tensor.data_ptr(), source.data_nbytes), 0
-        for data in self._stream.data(part.item):
-            view[position : position + len(data)] = data
-            position += len(data)
+        tensor = new_tensor(dtype_of(stored.dtype), stored.shape, stored.stride, stored.data_nbytes)
+        view, position = bytes_at(tensor.data_ptr(), stored.data_nbytes), 0
+        for piece in data:
+            view[position : position + len(piece)] = piece
+            position += len(piece)
         return tensor.contiguous()
 
 
-def _put(fd: int, offset: int, runs: Runs, position: int, data: memoryview) -> None:
-    """Write ``data``, which is at ``position`` of a part, to where it is in the whole, which starts at ``offset``."""
-    while data:
-        run, within = divmod(position, runs.nbytes)
-        count = min(len(data), runs.nbytes - within)
-        files.write_all(fd, [data[:count]], offset + runs.place(run) + within)
-        data, position = data[count:], position + count
+def _is_c_order(item: Item) -> bool:
+    steps = zip(item.shape, item.stride, contiguous_stride(item.shape), strict=True)
+    return 0 in item.shape or all(length == 1 or stride == dense for length, stride, dense in steps)

@@ -1,30 +1,33 @@
-"""A file that is there whole and synced, or not at all."""
+"""The exported file: there whole and synced, or not at all; and where the bytes of a part of a tensor go in it."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.layout.layout import contiguous_stride
 from stager.workers.errors import UsageError
 
 
 @contextmanager
 def new_file(path: str, *, force: bool) -> Iterator[int]:
-    """A descriptor to write to. The file gets its name when the block ends, and is removed when it raises.
+    """Open a new file for writing. It gets its name when the block ends; if the block raises, it is removed.
 
     Args:
-        force: replace what is there.
+        force: replace a file that has this name.
 
     Raises:
-        UsageError: something is there.
+        UsageError: something has this name.
         StorageError
     """
     if os.path.isdir(path):
-        raise UsageError(f"{path}: is a directory; name the file that is to be made")
+        raise UsageError(f"{path}: is a directory; name the file to write")
     if not force and os.path.lexists(path):
         _refuse(path)
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -46,13 +49,13 @@ def new_file(path: str, *, force: bool) -> Iterator[int]:
 def _put_in_place(temporary: str, path: str, force: bool) -> None:
     if not force:
         try:
-            os.link(temporary, path)  # unlike a rename it replaces nothing, whoever came first
+            os.link(temporary, path)  # unlike a rename, it never replaces a file, not even one that came meanwhile
         except FileExistsError:
             _refuse(path)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            if os.path.lexists(path):  # a file system without links
+            if os.path.lexists(path):  # the file system has no hard links: look, and then rename
                 _refuse(path)
         else:
             return
@@ -60,4 +63,51 @@ def _put_in_place(temporary: str, path: str, force: bool) -> None:
 
 
 def _refuse(path: str) -> None:
-    raise UsageError(f"{path}: exists already; nothing was changed. Name another file, or use --force to replace it")
+    raise UsageError(f"{path}: exists already; name another file, or replace this one with force=True (--force)")
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A part in C order is runs of ``nbytes`` bytes, each in one place of the whole tensor, which is in C order too.
+
+    Attributes:
+        nbytes: of one run.
+        shape, strides: how many runs there are along each dimension, and how far apart they start in the whole, in bytes.
+        first: where the first run starts in the whole, in bytes.
+    """
+
+    nbytes: int
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    first: int = 0
+
+    def place(self, run: int) -> int:
+        """Where in the whole a run starts, in bytes."""
+        position = self.first
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            run, index = divmod(run, length)
+            position += index * stride
+        return position
+
+    def write(self, fd: int, offset: int, data: Iterable[memoryview]) -> None:
+        """Write the bytes of the part to where they are in the whole, which starts at ``offset`` of the file."""
+        position = 0  # in the part
+        for chunk in data:
+            done = 0
+            while done < len(chunk):
+                run, within = divmod(position, self.nbytes)
+                count = min(len(chunk) - done, self.nbytes - within)
+                files.write_all(fd, [chunk[done : done + count]], offset + self.place(run) + within)
+                done, position = done + count, position + count
+
+
+def runs_of(whole: tuple[int, ...], part: tuple[int, ...], offsets: tuple[int, ...], itemsize: int) -> Runs:
+    """Find the runs of a part. ``whole`` and ``part`` are shapes; ``offsets`` say where the part begins in the whole."""
+    strides = tuple(stride * itemsize for stride in contiguous_stride(whole))
+    outer = len(whole)
+    while outer > 0 and part[outer:] == whole[outer:]:
+        outer -= 1
+    # Below ``outer`` the part is as wide as the whole, so a step along ``outer`` continues where the one before ended.
+    nbytes = math.prod(part[outer:]) * itemsize
+    first = sum(offset * stride for offset, stride in zip(offsets, strides, strict=True))
+    return Runs(max(1, nbytes), part[:outer], strides[:outer], first)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from stager.workers.errors import UnstageableError
-from stager.workers.offload import OffloadCopier
+from stager.workers.offload.copier import OffloadCopier
 
 OWN_SLAB_BYTES = 8 << 20
 _MIN_SLAB_BYTES = 1 << 20

@@ -33,10 +33,7 @@ class SaveCompletion:
     """Ends saves, and knows which are in flight.
 
     Args:
-        pool: its workers write the parts, and remove what a failed save leaves.
-        group: the ranks that make one checkpoint together.
         on_done: called with every save that has ended.
-        incremental: keep the step of the last whole checkpoint.
         keep_unfinished: see :class:`CommitWatch`.
 
     Attributes:
@@ -50,7 +47,7 @@ class SaveCompletion:
         on_done: Callable[[Save], None],
         *,
         incremental: bool,
-        keep_unfinished: bool = False,
+        keep_unfinished: bool,
     ) -> None:
         self._pool = pool
         self._on_done = on_done
@@ -86,11 +83,11 @@ class SaveCompletion:
             failure: why not every part was handed over; None: every part was, or one of ``futures`` has failed.
         """
 
-        def end() -> None:
+        def end() -> None:  # 1. all parts are done
             errors = [error for future in futures if (error := future.exception()) is not None]
             if any(isinstance(error, LeftRunningError) for error in errors):
-                return
-            for lease in leases:
+                return  # their slabs and their directory are in use
+            for lease in leases:  # 2.
                 lease.release()
             results = [future.result() for future in futures if future.exception() is None]
             self._finish(spec, save, results, failure or next(iter(errors), None))
@@ -104,17 +101,18 @@ class SaveCompletion:
     def fail(self, save: Save, error: BaseException) -> None:
         """End a save of which nothing was handed over."""
         self.tell(save, error)
-        self._settle(save, lambda: save.fail(error))
+        self._give_up(save, error)
 
     def _finish(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException | None) -> None:
         committed = next((result.committed for result in results if result.committed), None)
-        if committed is not None:  # whatever happened to another part afterwards
+        if committed is not None:  # 3. whatever happened to another part afterwards
             self._commit_watch.messages.post_committed(committed)
             self._commit(save, results, committed)
             return
-        if error is None:
+        if error is None:  # 4.
             self._commit_watch.expect(spec, partial(self._commit, save, results), partial(self._give_up, save))
             return
+        # 5. Tell first: the other ranks need not wait for the removal.
         error = self._commit_watch.messages.first_failure(spec, error)
         self.tell(save, error)
         self._discard(spec, partial(self._end_failed, spec, save, results, error))
@@ -131,7 +129,8 @@ class SaveCompletion:
             cleaned.add_done_callback(lambda _: then())
 
     def _end_failed(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException) -> None:
-        """Fail, unless another rank has committed: then what failed here came after this rank's receipts."""
+        # Another rank may have committed after this rank's receipts, and before what failed here. The look comes after
+        # the removal: from then on nobody can commit this save any more.
         committed = self._commit_watch.found_by_others(spec)
         if committed is None:
             self._give_up(save, error)
@@ -139,19 +138,21 @@ class SaveCompletion:
             self._commit(save, results, committed)
 
     def _commit(self, save: Save, results: list[PartResult], committed: Committed) -> None:
-        self.set_base(save.step)
+        self.set_base(
+            save.step
+        )  # before the Future is done: who waits for it may save at once, and link this checkpoint
         self._commit_watch.remove_unfinished(committed.info.created)
-        if not save.upload_completion.done():  # it may have been detached while it waited for other ranks
-            self._settle(save, lambda: save.commit(results, committed))
+        self._settle(save, lambda: save.commit(results, committed))
 
     def _give_up(self, save: Save, error: BaseException) -> None:
-        if not save.upload_completion.done():
-            self._settle(save, lambda: save.fail(error))
+        self._settle(save, lambda: save.fail(error))
 
     def _settle(self, save: Save, resolve: Callable[[], None]) -> None:
+        if save.upload_completion.done():
+            return  # close() has detached from it while it waited for other ranks
         resolve()
         self._on_done(save)
-        with self._lock:
+        with self._lock:  # last: the save is in flight until its callbacks have run
             self._in_flight.discard(save)
 
     # -- the hard-link base (workers/checkpoint/write/hard_link_base.py) ----------------------------------------
@@ -174,14 +175,7 @@ class SaveCompletion:
         return self._pool.in_callback or self._commit_watch.in_callback
 
     def wait_for_ranks(self, timeout: float | None = None) -> bool:
-        """Wait until the saves that this rank has written have ended on all ranks.
-
-        Args:
-            timeout: seconds; None: as long as it takes.
-
-        Returns:
-            False if some have not ended by then.
-        """
+        """Wait until the saves that this rank has written have ended on all ranks; False after ``timeout`` seconds."""
         return self._commit_watch.drain(timeout)
 
     def close(self) -> None:
@@ -196,11 +190,11 @@ def when_all_done(futures: Sequence[Future[PartResult]], then: Callable[[], None
 
     def one_done(_: Future[PartResult]) -> None:
         nonlocal missing
-        with lock:
+        with lock:  # the parts end in several threads; only the last one goes on
             missing -= 1
             if missing:
                 return
-        then()
+        then()  # without the lock: it takes others
 
     for future in futures:
         future.add_done_callback(one_done)

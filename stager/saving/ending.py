@@ -21,7 +21,6 @@ import logging
 import time
 from contextlib import suppress
 
-from stager.saving.save import Save
 from stager.saving.saver import Saver
 from stager.workers.errors import InternalError, LeftRunningError
 from stager.workers.pool.pool import WorkerPool
@@ -43,16 +42,16 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
     """
     secs = min((limit for limit in (timeout, deadline_secs) if limit is not None), default=None)
     try:
-        with suppress(TimeoutError):
-            saver.wait_for_staging(secs)
+        with suppress(TimeoutError):  # then the steps that follow have no time left
+            saver.wait_for_staging(secs)  # 1.
         if _drain(saver, pool, secs):
-            pool.close()
+            pool.close()  # 5.
         elif deadline_secs is None:
             pool.close(0)
         else:
-            detach(saver, pool)
+            _detach(saver, pool)
     except (KeyboardInterrupt, SystemExit):
-        detach(saver, pool)
+        _detach(saver, pool)
         raise
 
 
@@ -66,7 +65,7 @@ def _drain(saver: Saver, pool: WorkerPool, timeout: float | None) -> bool:
     return pool.drain(rest()) and saver.completion.wait_for_ranks(rest()) and pool.drain(rest())
 
 
-def detach(saver: Saver, pool: WorkerPool) -> None:
+def _detach(saver: Saver, pool: WorkerPool) -> None:
     """Leave the workers to finish alone, and wait for no commit.
 
     ``upload_completion`` of what they finish fails with LeftRunningError, which ``close()`` does not raise: it is most
@@ -76,17 +75,14 @@ def detach(saver: Saver, pool: WorkerPool) -> None:
         saver.wait_for_staging(_STAGING_SECS)
     pool.detach()
     for save in saver.completion.in_flight():
-        if save.staging_completion.done():
-            _detach_from(save)
-
-
-def _detach_from(save: Save) -> None:
-    logger.warning("step %d is staged and not committed yet: the workers finish it on their own", save.step)
-    save.upload_completion.was_read = True
-    with suppress(InternalError):  # it ended just now: the other ranks' parts came
-        save.fail(
-            LeftRunningError(
-                f"the save of step {save.step} was staged, but not committed before this process had to go on; the "
-                "workers commit it, unless they are killed"
+        if not save.staging_completion.done():
+            continue
+        logger.warning("step %d is staged and not committed yet: the workers finish it on their own", save.step)
+        save.upload_completion.was_read = True  # before it fails: otherwise close() would raise it
+        with suppress(InternalError):  # it ended just now: the other ranks' parts came
+            save.fail(
+                LeftRunningError(
+                    f"the save of step {save.step} was staged, but not committed before this process had to go on; the "
+                    "workers commit it, unless they are killed"
+                )
             )
-        )

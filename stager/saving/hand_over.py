@@ -17,21 +17,17 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from stager.arena.arena import Arena, Lease, SlabState
-from stager.ranks.rank_group import RankGroup
 from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion, when_all_done
-from stager.saving.options import SaverOptions
 from stager.saving.save import Save
 from stager.snapshot.pieces import Piece, Pieces
 from stager.snapshot.slab_writer import SlabWriter
 from stager.snapshot.taker import Snapshot
 from stager.telemetry.report import SaveState
-from stager.workers._version import __version__
 from stager.workers.checkpoint.commit.persist import PartResult, persist_part
 from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import LeftRunningError
 from stager.workers.faults import point
@@ -43,7 +39,6 @@ class Staging:
     """One save while it is staged. The trainer's thread and the staging thread share it.
 
     Attributes:
-        save, snapshot, pieces: what is staged.
         claim: see NOTE [ Ctrl-C in save() ] in ``saver.py``.
         given_up: set when ``save()`` was interrupted: no further piece is to be copied.
         copied: resolved when the sources are not read any more.
@@ -69,35 +64,33 @@ class Staging:
         """Whether every part was handed over."""
         return len(self.futures) == self.pieces.num_parts
 
+    @property
     def is_lost(self) -> bool:
         """Whether the save cannot be committed any more, so that a further piece would be for nothing."""
         failed = any(future.done() and future.exception() is not None for future in self.futures)
         return failed or self.failure is not None or self.given_up.is_set()
 
 
+@dataclass(eq=False)
 class HandOver:
-    """Gives staged pieces to the workers, and the whole save to its completion."""
+    """Gives staged pieces to the workers, and the whole save to its completion.
 
-    def __init__(
-        self,
-        options: SaverOptions,
-        arena: Arena,
-        pool: WorkerPool,
-        group: RankGroup,
-        completion: SaveCompletion,
-        replicator: Replicator | NoReplication,
-    ) -> None:
-        self._options = options
-        self._arena = arena
-        self._pool = pool
-        self._group = group
-        self._completion = completion
-        self._replicator = replicator
-        self._slab_writer = SlabWriter()
+    Attributes:
+        template: what the save specs of this rank have in common.
+        writing: how one worker writes.
+    """
+
+    template: SaveSpec
+    writing: Writing
+    arena: Arena
+    pool: WorkerPool
+    completion: SaveCompletion
+    replicator: Replicator | NoReplication
+    slab_writer: SlabWriter = field(default_factory=SlabWriter)
 
     def begin_copying(self, pieces: Pieces, lease: Lease) -> None:
         """Tell that tensors are about to be copied into a slab."""
-        self._slab_writer.begin(pieces, lease.slab)
+        self.slab_writer.begin(pieces, lease.slab)
 
     def hand_over(self, staging: Staging, piece: Piece, lease: Lease) -> None:
         """Hand one piece over, whose tensors are in the slab. The slab is released when its parts are done.
@@ -107,26 +100,30 @@ class HandOver:
         """
         started = time.time()
         save, pieces = staging.save, staging.pieces
+        is_last = piece is pieces.pieces[-1]
         lease.move(SlabState.STAGED)
-        if piece is pieces.pieces[-1]:
+        if is_last:  # every tensor is in a slab; no worker has the last piece yet, so the save is not safe yet
             save.move(SaveState.STAGED)
             point("save.copied")
+        # 1. One spec for all pieces: its time and its hard-link base are those of the whole checkpoint.
         spec = staging.tasks[0].spec if staging.tasks else self._spec(save, pieces)
-        task = self._slab_writer.write(spec, pieces, piece, lease.slab, self._arena.live_slabs())
+        task = self.slab_writer.write(spec, pieces, piece, lease.slab, self.arena.live_slabs())
+        # 2. After the first part is out, a worker reads the slab: from there on the lease is the save's, whatever fails.
         futures: list[Future[PartResult]] = []
         try:
             for part in piece.parts:
-                futures.append(self._pool.hand_over(persist_part, replace(task, writing=self._options.writing), part))
+                futures.append(self.pool.hand_over(persist_part, replace(task, writing=self.writing), part))
         except Exception as error:
             if not futures:
                 raise
-            staging.failure = error  # the parts that are out use the slab until they are done
+            staging.failure = error
         staging.tasks.append(task)
         staging.futures += futures
         staging.leases.append(lease)
         lease.move(SlabState.PERSISTING)
         save.timeline.event("hand over", started)
-        if piece is not pieces.pieces[-1]:  # the completion releases that of the last piece: nothing here waits for it
+        # 3. The completion releases the slab of the last piece: nothing in this process waits for that one.
+        if not is_last:
             when_all_done(futures, lambda: _release(staging, futures, lease))
 
     def finish(self, staging: Staging, error: BaseException | None) -> None:
@@ -137,44 +134,41 @@ class HandOver:
         """
         save = staging.save
         error = error or staging.failure
-        if not staging.tasks:
+        if not staging.tasks:  # no worker has anything of it: there is no part to wait for, and nothing to remove
             assert error is not None  # the first piece was handed over, or raised
             self.fail(save, error)
             return
         if staging.is_complete:
+            # "Staged" is a promise, so the workers must have every part before the Future says so. And the state comes
+            # before the Future, because who waits for the Future may look at the state.
             save.move(SaveState.PERSISTING)
             point("save.handed-over")
             save.complete_staging()
-            self._arena.prepare_in_background(staging.leases[0].nbytes)
+            # Only now: before, prefaulting would compete with the copy for the memory's bandwidth.
+            self.arena.prepare_in_background(staging.leases[0].nbytes)
+        # 4. before 5.: the completion releases the slab when the parts are done, and the replicator needs its own hold.
         if staging.pieces.is_whole:
-            self._replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
-        self._completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
+            self.replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
+        self.completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
 
     def fail(self, save: Save, error: BaseException) -> None:
         """End a save of which nothing was handed over."""
-        self._completion.fail(save, error)
+        self.completion.fail(save, error)
         self.do_not_replicate(save, error)
 
     def do_not_replicate(self, save: Save, why: BaseException) -> None:
         """Tell the partner rank that it will not get this snapshot. Does nothing if the snapshot was offered."""
-        self._replicator.skip(save.timeline, why)
+        self.replicator.skip(save.timeline, why)
 
     def _spec(self, save: Save, pieces: Pieces) -> SaveSpec:
-        return SaveSpec(
-            directory=self._options.directory,
+        return replace(
+            self.template,
             step=save.step,
             save_id=save.save_id,
-            kind=self._options.kind,
             num_parts=pieces.num_parts,
-            fsync=self._options.fsync,
             created=time.time(),
-            stager=__version__,
-            torch=str(torch.__version__),  # of a class of torch's, which a worker would have to import
             whole_bytes=pieces.whole_bytes,
-            base_step=self._completion.base_step,
-            full_every=self._options.full_every,
-            rank=self._group.rank,
-            num_ranks=self._group.num_ranks,
+            base_step=self.completion.base_step,
         )
 
 

@@ -29,23 +29,22 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 class Preemption:
     """Whether the end was announced, and how much time is left. Made by :meth:`stager.Checkpointer.on_preemption`.
 
+    Without signals only :meth:`request` announces it, and any thread may make it.
+
     An earlier Python handler of the signal is called as well, after ours. The default action, which would end the process,
     is not taken. Only the first signal counts. Python runs signal handlers in the main thread, between two instructions, so
     a long call into C delays them.
-
-    Args:
-        signals: the signals that announce the end.
-        deadline_secs: seconds from the first signal until the process must be gone; None: no limit.
 
     Raises:
         UsageError: not called in the main thread, the only one where Python can set a signal's handler.
         ValueError: no such signal, or a deadline below 0.
     """
 
-    def __init__(self, signals: Iterable[int], deadline_secs: float | None) -> None:
+    def __init__(self, signals: Iterable[int] = (), deadline_secs: float | None = None) -> None:
         if deadline_secs is not None and not deadline_secs >= 0:
             raise ValueError(f"deadline_secs must be 0 or more, got {deadline_secs}")
-        if threading.current_thread() is not threading.main_thread():
+        signals = tuple(signals)
+        if signals and threading.current_thread() is not threading.main_thread():
             raise UsageError(
                 "on_preemption() was not called in the main thread, the only one in which Python can set a signal handler; "
                 "call it there"
@@ -54,7 +53,7 @@ class Preemption:
         self._owner = os.getpid()
         self._requested_at: float | None = None
         self._signal: signal.Signals | None = None
-        self._previous: dict[int, _Handler] = {}
+        self._previous: dict[int, _Handler] = {}  # signal -> the handler before ours
         self._active = True
         try:
             for number in signals:
@@ -86,45 +85,30 @@ class Preemption:
             self._requested_at = time.monotonic()
 
     def restore(self) -> None:
-        """Restore the earlier handlers. ``close()`` does this.
+        """Restore the earlier handlers, as ``close()`` does. A handler that somebody has set after ours stays.
 
-        A handler that somebody has set after ours stays. Outside of the main thread nothing can be restored: then our
-        handler stays, and does what the earlier one would have done.
+        Outside of the main thread nothing can be restored: our handler stays, and does what the earlier one would have done.
         """
         self._active = False
         if threading.current_thread() is threading.main_thread():
             for number, previous in self._previous.items():
                 if signal.getsignal(number) == self._handle:
-                    signal.signal(number, _settable(previous))
+                    # None: it was not set from Python and cannot be set again, so take the default action
+                    signal.signal(number, signal.SIG_DFL if previous is None else previous)
             _installed.discard(self)
 
-    # -- the handler: it only sets attributes, because it may interrupt code that holds a lock, a logger's say -------
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        previous = self._previous.get(number)
-        if callable(previous):
-            self._note(number)
-            previous(number, frame)
-        elif not self._applies and previous != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        else:
-            self._note(number)
-
-    @property
-    def _applies(self) -> bool:
-        """False after ``restore()``, and in a forked child before it reaches :func:`_restore_all`."""
-        return self._active and self._owner == os.getpid()
-
-    def _note(self, number: int) -> None:
-        if self._applies and self._requested_at is None:
+        # It only sets attributes, because it may interrupt code that holds a lock (of a logger, say).
+        applies = self._active and self._owner == os.getpid()  # not in a forked child before it reaches _restore_all()
+        if applies and self._requested_at is None:
             self._signal = signal.Signals(number)
             self.request()
-
-
-def _settable(handler: _Handler) -> Callable[[int, FrameType | None], Any] | int:
-    """None stands for a handler that was not set from Python. It cannot be restored, so take the default action."""
-    return signal.SIG_DFL if handler is None else handler
+        previous = self._previous.get(number)
+        if callable(previous):
+            previous(number, frame)
+        elif not applies and previous != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)  # what would have happened without us
+            os.kill(os.getpid(), number)
 
 
 def _restore_all() -> None:

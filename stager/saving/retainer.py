@@ -10,6 +10,8 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from stager.workers.checkpoint.directory.protected import read_protected, write_protected
 from stager.workers.checkpoint.directory.read_lock import reading
@@ -21,89 +23,80 @@ from stager.workers.pool.pool import WorkerPool
 logger = logging.getLogger("stager")
 
 
+class _Phase(Enum):
+    IDLE = auto()
+    RUNNING = auto()
+    RUNNING_AND_ONE_MORE = auto()
+
+
+@dataclass(eq=False)
 class Retainer:
     """Removes the checkpoints that the rules do not keep.
 
     An error is logged, and the removal is tried again after the next commit: a committed save has not failed because an
     older checkpoint could not be removed.
 
-    Args:
-        pool: its workers remove.
+    Attributes:
         directory: of the run, absolute.
-        rules: what to keep.
         on_report: called with every report, in the pool's thread.
     """
 
-    def __init__(
-        self, pool: WorkerPool, directory: str, rules: RetentionRules, on_report: Callable[[PruneReport], None]
-    ) -> None:
-        self._pool = pool
-        self._directory = directory
-        self._rules = rules
-        self._on_report = on_report
-        self._lock = threading.Lock()
-        self._running = False
-        self._again = False
+    pool: WorkerPool
+    directory: str
+    rules: RetentionRules
+    on_report: Callable[[PruneReport], None]
+    _phase: _Phase = _Phase.IDLE
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def after_commit(self) -> None:
         """Start a run, or let the current one be followed by another."""
-        if self._rules.keep_all:
+        if self.rules.keep_all:
             return
         with self._lock:
-            self._again = self._running
-            if self._running:
-                return
-            self._running = True
-        self._submit()
+            is_idle = self._phase is _Phase.IDLE
+            self._phase = _Phase.RUNNING if is_idle else _Phase.RUNNING_AND_ONE_MORE
+        if is_idle:  # without the lock: a run that ends at once takes it in this thread
+            self._submit()
 
     def run(self, *, dry_run: bool) -> PruneReport:
-        """Apply the rules now, and wait for it.
-
-        Args:
-            dry_run: remove nothing; only report.
-        """
-        report = self._pool.submit(prune, self._directory, self._rules, dry_run=dry_run).result()
-        self._on_report(report)
+        """Apply the rules now, and wait for it. With ``dry_run`` nothing is removed."""
+        report = self.pool.submit(prune, self.directory, self.rules, dry_run=dry_run).result()
+        self.on_report(report)
         return report
 
     def _submit(self) -> None:
         try:
-            future = self._pool.submit(prune, self._directory, self._rules)
+            future = self.pool.submit(prune, self.directory, self.rules)
         except ClosedError:  # the next run does it
             with self._lock:
-                self._running = False
+                self._phase = _Phase.IDLE
             return
         future.add_done_callback(self._done)
 
     def _done(self, future: Future[PruneReport]) -> None:
         error = future.exception()
         if error is None:
-            self._report(future.result())
+            self._log(future.result())
+            self.on_report(future.result())
         elif not isinstance(error, ClosedError):
             logger.warning("old checkpoints were not removed: %s", error)
         with self._lock:
-            self._running = again = self._again
-            self._again = False
+            again = self._phase is _Phase.RUNNING_AND_ONE_MORE
+            self._phase = _Phase.RUNNING if again else _Phase.IDLE
         if again:
             self._submit()
 
-    def _report(self, report: PruneReport) -> None:
+    @staticmethod
+    def _log(report: PruneReport) -> None:
         if removed := report.steps(PruneFate.REMOVED):
             logger.info("removed checkpoints of steps %s", ", ".join(map(str, removed)))
         for verdict in report.verdicts:
             if verdict.fate is PruneFate.LEFT:
                 logger.warning("retention left the checkpoint of step %d: %s", verdict.step, verdict.reason)
-        self._on_report(report)
 
 
 def change_protected(directory: str, step: int, *, keep: bool) -> None:
-    """Add a step to the run's list of protected steps, or remove it.
-
-    Raises:
-        CheckpointNotFoundError: the checkpoint is being removed right now.
-        CorruptCheckpointError: the list is damaged.
-        StorageError
-    """
+    """Add a step to the run's list of protected steps, or remove it. Errors: :meth:`stager.Checkpointer.protect`."""
     with reading(os.path.join(directory, checkpoint_name(step))):  # so that it is not removed meanwhile
         steps = read_protected(directory)
         write_protected(directory, steps | {step} if keep else steps - {step})

@@ -27,24 +27,25 @@ from functools import partial
 from typing import Any
 
 from stager.arena.arena import Arena, Lease
+from stager.config import StagerConfig
 from stager.ranks.rank_group import WARM_UP, RankGroup
 from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
 from stager.saving.hand_over import HandOver, Staging
-from stager.saving.options import SaverOptions
 from stager.saving.save import Save
+from stager.saving.setup import save_template, writing
 from stager.saving.staging_thread import StagingThread
-from stager.sharing.sharer import SharingOptions, make_sharer
+from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.snapshot.copying import Copier, wait_uninterrupted
 from stager.snapshot.guard import Guard
-from stager.snapshot.pieces import Pieces, cut, segment_bytes_for, whole
+from stager.snapshot.pieces import Piece, Pieces, cut, segment_bytes_for, whole
 from stager.snapshot.taker import Assignment, Snapshot, SnapshotTaker
 from stager.state.flatten import StateTree
 from stager.state.snapshot_plan import Planner
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.formats import Format
+from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
 from stager.workers.pool.pool import WorkerPool
@@ -57,6 +58,11 @@ _ANY_SIZE = (1 << 63) - 1
 class Saver:
     """Takes snapshots and hands them over to the workers.
 
+    Args:
+        directory: of the run, absolute.
+        segment_bytes: the same on all ranks.
+        on_done: called with every save that has ended, in the pool's or the commit watch's thread.
+
     Attributes:
         guard: which optimizers' memory may be copied while training goes on.
         completion: ends the saves that were handed over.
@@ -64,45 +70,46 @@ class Saver:
 
     def __init__(
         self,
-        options: SaverOptions,
-        file_format: Format,
+        config: StagerConfig,
+        directory: str,
+        segment_bytes: int,
         arena: Arena,
-        copier: Copier,
         pool: WorkerPool,
-        sharing: SharingOptions,
-        on_done: Callable[[Save], None],
         group: RankGroup,
         replicator: Replicator | NoReplication,
+        on_done: Callable[[Save], None],
     ) -> None:
-        self._options = options
+        staging, persistence = config.staging, config.persistence
+        self._directory = directory
+        self._checks_free_space = persistence.check_free_space
+        self._incremental = persistence.incremental
+        self._num_parts = config.workers.resolve_count(group.local_size)  # of a save in one piece: one for each worker
         self._arena = arena
-        self._copier = copier
         self._pool = pool
         self._group = group
         self._replicator = replicator
-        self.completion = SaveCompletion(
-            pool,
-            group,
-            on_done,
-            incremental=options.incremental,
-            keep_unfinished=replicator.is_on,
-        )
-        self._hand_over = HandOver(options, arena, pool, group, self.completion, replicator)
         self._thread = StagingThread()
-        planner = partial(Planner, file_format, options.num_parts, rank=group.rank, incremental=options.incremental)
-        self._planner = planner(options.segment_bytes)
-        self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, options.segment_bytes), in_order=True)
+        self.completion = SaveCompletion(
+            pool, group, on_done, incremental=self._incremental, keep_unfinished=replicator.is_on
+        )
+        template, how = save_template(persistence, directory, group), writing(persistence, self._num_parts)
+        self._hand_over = HandOver(template, how, arena, pool, self.completion, replicator)
+        file_format = get_format(persistence.format)
+        planner = partial(Planner, file_format, self._num_parts, rank=group.rank, incremental=self._incremental)
+        self._planner = planner(segment_bytes)
+        self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, segment_bytes), in_order=True)
         self.guard = Guard(self.wait_for_staging)
-        sharer = make_sharer(pool, options.num_parts, sharing)
+        self._copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
+        sharer = SourceSharer(pool, self._num_parts, SharingOptions(staging.location, staging.share_min_bytes))
         self._taker = SnapshotTaker(
             file_format,
-            copier,
+            self._copier,
             self.guard,
             sharer,
             group,
-            verify=options.verify,
-            safe_globals=options.safe_globals,
-            differing=options.differing,
+            verify=staging.verify,
+            safe_globals=config.loading.safe_globals,
+            differing=config.ranks.differing,
         )
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
@@ -121,9 +128,8 @@ class Saver:
 
     def _save(self, save: Save, state: Mapping[str, Any]) -> None:
         snapshot, pieces = self._plan(save, self._taker.flatten(state, save.save_id))
-        if (
-            self._options.check_free_space and self.completion.base_step is None
-        ):  # with one, what is written is not known
+        # Before a slab is leased: a save that cannot be written must not hold one.
+        if self._checks_free_space and self.completion.base_step is None:  # with a base, less is written than that
             self._check_free_space(snapshot.nbytes)
         if not pieces.is_whole:
             self._hand_over.do_not_replicate(
@@ -132,18 +138,19 @@ class Saver:
         lease = self._lease(save, pieces.slab_nbytes)
         if lease is not None:
             self._stage(Staging(save, snapshot, pieces), lease)
-        save.unblock()
+        save.record(blocked_secs=save.elapsed_secs())
 
     def _plan(self, save: Save, tree: StateTree) -> tuple[Snapshot, Pieces]:
-        timeline, incremental = save.timeline, self._options.incremental
-        started = timeline.started
+        timeline = save.timeline
         snapshot = self._taker.begin(timeline, tree, self._planner, may_move=not self._thread.is_busy)
-        save.describe(snapshot.nbytes, snapshot.plan.num_tensors, len(snapshot.plan.objects))
-        timeline.event("plan", started)
-        pieces = whole(snapshot.plan, snapshot.blobs, self._options.num_parts, _ANY_SIZE if incremental else 0)
+        plan = snapshot.plan
+        save.record(nbytes=snapshot.nbytes, num_tensors=plan.num_tensors, num_objects=len(plan.objects))
+        timeline.event("plan", timeline.started)
+        # In one piece if it fits a slab. Only the plan of the whole snapshot says how large it is.
+        pieces = whole(snapshot.plan, snapshot.blobs, self._num_parts, _ANY_SIZE if self._incremental else 0)
         if pieces.slab_nbytes > self._arena.max_slab_nbytes:
             snapshot = self._taker.begin(timeline, tree, self._piece_planner)
-            pieces = cut(snapshot.plan, snapshot.blobs, self._arena.piece_nbytes, incremental=incremental)
+            pieces = cut(snapshot.plan, snapshot.blobs, self._arena.piece_nbytes, incremental=self._incremental)
             timeline.note(
                 f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
                 f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"
@@ -152,15 +159,15 @@ class Saver:
         return snapshot, pieces
 
     def _check_free_space(self, nbytes: int) -> None:
-        with storage_errors("save", self._options.directory):
-            stats = os.statvfs(self._options.directory)
+        with storage_errors("save", self._directory):
+            stats = os.statvfs(self._directory)
         free = stats.f_bavail * stats.f_frsize
         if nbytes > free:
             raise StorageError(
                 errno.ENOSPC,
                 f"a checkpoint of {nbytes:,} bytes does not fit the {free:,} bytes that are free; nothing was written. "
                 "Free space, or set persistence.check_free_space to false if the file system reports it wrongly",
-                self._options.directory,
+                self._directory,
             )
 
     def _lease(self, save: Save, nbytes: int) -> Lease | None:
@@ -171,7 +178,7 @@ class Saver:
             logger.info("save of step %d skipped: every buffer is in flight", save.step)
             save.skip()
             return None
-        try:
+        try:  # the save counts as in flight from here to its end: close() waits for it
             point("save.planned")
             save.move(SaveState.STAGING)
             self.completion.begin(save)
@@ -182,30 +189,26 @@ class Saver:
 
     def _stage(self, staging: Staging, lease: Lease) -> None:
         try:
-            later = self._copy_first(staging, lease)
+            now, later = self._taker.split(staging.snapshot, staging.pieces, staging.pieces.pieces[0])
+            for note in self._taker.notes(staging.snapshot):
+                staging.save.timeline.note(note)
+            self._copy(staging, now, lease)
+            self._taker.arm(staging.snapshot, later)  # last: what is written from here on trips a wire
             waits = not later.copies
             if waits and len(staging.pieces.pieces) == 1:
-                staging.copied.set_result(None)
+                staging.copied.set_result(None)  # an interrupt from here on need not wait for the staging thread
+            # Whether this thread or the staging thread deals with the lease from here on, the claim decides.
             staged = self._thread.run(lambda: self._stage_rest(staging, lease, later))
             if waits:
                 staged.result()
         except BaseException as error:  # see NOTE [ Ctrl-C in save() ]
-            staging.given_up.set()
+            staging.given_up.set()  # 2. before 1.: a staging thread that has the claim must not begin another piece
             if staging.claim.acquire(blocking=False):
                 lease.release()
                 self._hand_over.fail(staging.save, error)
             else:
-                wait_uninterrupted([staging.copied])
+                wait_uninterrupted([staging.copied])  # 3.
             raise
-
-    def _copy_first(self, staging: Staging, lease: Lease) -> Assignment:
-        """Copy what must be copied of the first piece before ``save()`` returns. Returns the rest of it."""
-        now, later = self._taker.split(staging.snapshot, staging.pieces, staging.pieces.pieces[0])
-        for note in self._taker.notes(staging.snapshot):
-            staging.save.timeline.note(note)
-        self._copy(staging, now, lease)
-        self._taker.arm(staging.snapshot, later)
-        return later
 
     def _copy(self, staging: Staging, copies: Assignment, lease: Lease, *, background: bool = False) -> None:
         self._hand_over.begin_copying(staging.pieces, lease)
@@ -219,41 +222,48 @@ class Saver:
         Raises:
             Exception: of the staging, if ``save()`` waits for it. It ends the save in any case.
         """
+        # 1. of the NOTE. From here on this thread ends the save, whatever happens to the trainer's.
         if not staging.claim.acquire(blocking=False):
             return  # the trainer's thread was interrupted, and has given the save up
         error: BaseException | None = None
         try:
             self._stage_pieces(staging, lease, later)
             if staging.given_up.is_set() and not staging.is_complete:
+                # 2. of the NOTE. A save whose every part is out goes on: the workers commit it anyway.
                 error = KeyboardInterrupt("save() was interrupted")
         except BaseException as raised:
             error = raised
             if not later.copies:  # save() waits
                 raise
         finally:
+            # Before the hand-over to the completion, which may fail: an interrupted save() waits for it.
             if not staging.copied.done():
                 staging.copied.set_result(None)
             self._hand_over.finish(staging, error)
 
-    def _stage_pieces(self, staging: Staging, first: Lease, later: Assignment) -> None:
-        lease: Lease | None = first
-        pieces = staging.pieces
+    def _stage_pieces(self, staging: Staging, lease: Lease, later: Assignment) -> None:
+        first, *others = staging.pieces.pieces
+        self._stage_piece(staging, first, lease, later)
+        for piece in others:
+            if staging.is_lost:
+                break
+            # This waits for a slab of an earlier piece: the workers are done with them one by one.
+            next_lease = self._arena.lease(staging.pieces.slab_nbytes, when_full="wait")
+            assert next_lease is not None  # it waits
+            self._stage_piece(staging, piece, next_lease)
+
+    def _stage_piece(self, staging: Staging, piece: Piece, lease: Lease, later: Assignment | None = None) -> None:
+        """Copy a piece, or what is left of it to be copied later, and hand it over."""
         try:
-            if later.copies:
+            if later is None:
+                self._copy(staging, self._taker.split(staging.snapshot, staging.pieces, piece)[0], lease)
+            elif later.copies:
                 point("save.overlapped")
-                self._copy(staging, later, first, background=True)
-            for piece in pieces.pieces:
-                if lease is None:
-                    if staging.is_lost():
-                        break
-                    lease = self._arena.lease(pieces.slab_nbytes, when_full="wait")
-                    assert lease is not None  # it waits
-                    self._copy(staging, self._taker.split(staging.snapshot, pieces, piece)[0], lease)
-                self._hand_over.hand_over(staging, piece, lease)
-                lease = None
-        finally:
-            if lease is not None:
-                lease.release()
+                self._copy(staging, later, lease, background=True)
+            self._hand_over.hand_over(staging, piece, lease)
+        except BaseException:  # nothing of this piece is out: no worker reads the slab
+            lease.release()
+            raise
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
 
@@ -263,14 +273,7 @@ class Saver:
         return self.completion.in_callback or self._thread.is_current
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
-        """Wait until every snapshot that was begun is taken.
-
-        Args:
-            timeout: seconds; None: as long as it takes.
-
-        Raises:
-            TimeoutError: a snapshot is not taken by then.
-        """
+        """Wait until every snapshot that was begun is taken; TimeoutError after ``timeout`` seconds."""
         self._thread.wait(timeout)
 
     def warm_up(self, state: Mapping[str, Any]) -> None:
@@ -284,7 +287,7 @@ class Saver:
         snapshot, pieces = self._plan(save, tree)
         works = self._taker.split(snapshot, pieces, pieces.pieces[0])
         self._arena.prepare(pieces.slab_nbytes)
-        for future in [self._pool.hand_over(prepare_worker) for _ in range(self._options.num_parts)]:
+        for future in [self._pool.hand_over(prepare_worker) for _ in range(self._num_parts)]:
             future.result()
         if any(work.by_workers for work in works):
             self._rehearse(Staging(save, snapshot, pieces), works)
@@ -309,7 +312,7 @@ class Saver:
 
     def close(self) -> None:
         """Free what staging uses. Call it after the pool is closed: then nothing is in flight any more."""
-        self.completion.close()
+        self.completion.close()  # first: it ends saves, whose callbacks may still ask the rest
         self.guard.close()
         self._thread.close()
         self._copier.close()

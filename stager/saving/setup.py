@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 
 import torch
 
 from stager.arena.arena import Arena
-from stager.config import (
-    ArenaConfig,
-    PersistenceConfig,
-    RetentionConfig,
-    StagerConfig,
-    StagingConfig,
-    TelemetryConfig,
-    WorkersConfig,
-)
+from stager.config import ArenaConfig, PersistenceConfig, RetentionConfig, StagerConfig, TelemetryConfig, WorkersConfig
 from stager.config.host import available_memory_bytes
 from stager.ranks.rank_group import RankGroup
-from stager.replication.replicator import NoReplication, Replicator
-from stager.saving.options import SaverOptions
-from stager.saving.save import Save
-from stager.saving.saver import Saver
-from stager.sharing.sharer import SharingOptions
-from stager.snapshot.copying import Copier
 from stager.snapshot.pieces import segment_bytes_for
 from stager.telemetry.sinks import Telemetry
-from stager.workers.checkpoint.formats import get_format
+from stager.workers._version import __version__
 from stager.workers.checkpoint.maintenance.retention import RetentionRules
+from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.errors import ConfigError
 from stager.workers.pool.pool import PoolOptions, WorkerPool
@@ -38,11 +24,7 @@ logger = logging.getLogger("stager")
 
 
 def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
-    """Refuse settings that ranks which save together cannot have.
-
-    Raises:
-        ConfigError: names the setting, and what to set it to.
-    """
+    """Refuse settings that ranks which save together cannot have, with a ConfigError that says what to set."""
     if group.is_alone:
         return
     advice = "or ranks.together to false, with a directory of its own for each rank"
@@ -59,20 +41,9 @@ def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
 
 
 def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
-    """Open the files for events and traces.
-
-    Raises:
-        OSError: a file cannot be opened.
-    """
-    return Telemetry(_of_rank(telemetry.events, group), _of_rank(telemetry.trace, group))
-
-
-def _of_rank(path: str | os.PathLike[str] | None, group: RankGroup) -> str | None:
-    """Name this rank's file: ``events.jsonl`` is ``events.rank-3.jsonl`` on rank 3 of several."""
-    if path is None or group.is_alone:
-        return None if path is None else os.fspath(path)
-    stem, suffix = os.path.splitext(os.fspath(path))
-    return f"{stem}.rank-{group.rank}{suffix}"
+    """Open the files for events and traces: of several ranks, rank 3 has ``events.rank-3.jsonl``; OSError if it cannot."""
+    rank = "" if group.is_alone else f".rank-{group.rank}"
+    return Telemetry(*(path and rank.join(os.path.splitext(path)) for path in (telemetry.events, telemetry.trace)))
 
 
 def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
@@ -90,11 +61,7 @@ def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
 
 
 def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, arena: Arena) -> int:
-    """Choose one segment size for all ranks: the smallest, because a rank that saves in pieces needs small segments.
-
-    Raises:
-        RankFailedError: a rank did not answer in time.
-    """
+    """Choose one segment size for all ranks: the smallest, because a rank that saves in pieces needs small segments."""
     own = persistence.segment_bytes
     if group.is_alone:
         return own
@@ -102,50 +69,32 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
 
 
 def start_pool(workers: WorkersConfig, group: RankGroup, lock_fd: int) -> WorkerPool:
-    """Start the worker processes.
-
-    Args:
-        lock_fd: the workers keep it open, see NOTE [ The lock ] in ``workers/checkpoint/directory/run_directory.py``.
-
-    Raises:
-        WorkerStartError
-    """
-    options = PoolOptions(
-        nice=workers.nice,
-        ionice=workers.ionice,
-        start_timeout_secs=workers.start_timeout_secs,
-        max_restarts=workers.max_restarts,
-        max_timeouts=workers.max_timeouts,
-        task_timeout_secs=workers.task_timeout_secs,
-        heartbeat_timeout_secs=workers.heartbeat_timeout_secs,
-        orphan_timeout_secs=workers.orphan_timeout_secs,
-        shutdown_timeout_secs=workers.shutdown_timeout_secs,
-        env={"CUDA_VISIBLE_DEVICES": ""},  # workers never create a CUDA context
-    )
+    """Start the worker processes, which keep the lock open: NOTE [ The lock ] in ``directory/run_directory.py``."""
+    settings = workers.model_dump(exclude={"count"})
+    options = PoolOptions(**settings, env={"CUDA_VISIBLE_DEVICES": ""})  # workers never create a CUDA context
     return WorkerPool(workers.resolve_count(group.local_size), options, inherit_fds=(lock_fd,))
 
 
-def saver_options(config: StagerConfig, group: RankGroup, directory: str, segment_bytes: int) -> SaverOptions:
-    """Work out the Saver's settings."""
-    persistence = config.persistence
-    num_parts = config.workers.resolve_count(group.local_size)
-    return SaverOptions(
+def save_template(persistence: PersistenceConfig, directory: str, group: RankGroup) -> SaveSpec:
+    """Return what the specs of all saves have in common; each save fills in the rest."""
+    return SaveSpec(
         directory=directory,
+        step=0,
+        save_id="",
         kind=persistence.format,
-        num_parts=num_parts,
+        num_parts=0,
         fsync=persistence.fsync,
-        check_free_space=persistence.check_free_space,
-        segment_bytes=segment_bytes,
-        verify=config.staging.verify,
-        writing=_writing(persistence, num_parts),
-        incremental=persistence.incremental,
+        created=0.0,
+        stager=__version__,
+        torch=str(torch.__version__),  # of a class of torch's, which a worker would have to import
         full_every=persistence.full_every,
-        safe_globals=config.loading.safe_globals,
-        differing=config.ranks.differing,
+        rank=group.rank,
+        num_ranks=group.num_ranks,
     )
 
 
-def _writing(persistence: PersistenceConfig, num_workers: int) -> Writing:
+def writing(persistence: PersistenceConfig, num_workers: int) -> Writing:
+    """Return how one of the workers writes."""
     if persistence.drop_page_cache and not persistence.fsync:
         logger.warning(
             "persistence.drop_page_cache is true, but persistence.fsync is false: nothing is synced or dropped"
@@ -155,27 +104,8 @@ def _writing(persistence: PersistenceConfig, num_workers: int) -> Writing:
     return Writing(persistence.drop_page_cache, None if limit is None else limit / num_workers, direct_io)
 
 
-def make_saver(
-    options: SaverOptions,
-    staging: StagingConfig,
-    arena: Arena,
-    pool: WorkerPool,
-    group: RankGroup,
-    on_done: Callable[[Save], None],
-    replicator: Replicator | NoReplication,
-) -> Saver:
-    """Make the Saver."""
-    sharing = SharingOptions(staging.location, staging.share_min_bytes)
-    copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
-    return Saver(options, get_format(options.kind), arena, copier, pool, sharing, on_done, group, replicator)
-
-
 def retention_rules(retention: RetentionConfig, num_threads: int | None = 1) -> RetentionRules:
-    """Read the retention rules from the configuration.
-
-    Args:
-        num_threads: threads that verify. One in a worker, because it competes with the trainer; None: all cores.
-    """
+    """Read the retention rules. One thread verifies in a worker, which competes with the trainer; None: all cores."""
     return RetentionRules(
         keep_latest=retention.keep_latest,
         keep_every=retention.keep_every,

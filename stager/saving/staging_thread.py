@@ -1,6 +1,7 @@
 """The thread that finishes staging: what must not stop halfway runs here, where no signal handler runs.
 
-See NOTE [ Ctrl-C in save() ] in ``saver.py``.
+See NOTE [ Ctrl-C in save() ] in ``saver.py``. One thread runs the calls in the order of asking. So whoever waits for the
+newest call has waited for all.
 """
 
 from __future__ import annotations
@@ -11,46 +12,33 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class StagingThread:
-    """One thread, started when it is first needed. Calls run in the order of asking."""
+    """One thread, started by the first call. :meth:`run` is called by one thread at a time."""
 
     def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="stager-stage")
         self._ident = 0  # of the thread that runs a call now; 0: none does
-        self._pending: set[Future[None]] = set()
-        self._lock = threading.Lock()
+        self._newest = _done()
 
     def run(self, call: Callable[[], None]) -> Future[None]:
         """Run ``call`` in the thread, or at once if the interpreter is shutting down (an ``atexit`` handler saves)."""
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="stager-stage")
         try:
-            future = self._executor.submit(self._run, call)
-        except RuntimeError:  # no thread takes it any more
+            self._newest = self._executor.submit(self._run, call)
+        except RuntimeError:  # no thread takes it any more; what it took before is still waited for
             self._run(call)
-            future = Future()
-            future.set_result(None)
-            return future
-        with self._lock:
-            self._pending.add(future)
-        future.add_done_callback(self._forget)
-        return future
+            return _done()
+        return self._newest
 
     def _run(self, call: Callable[[], None]) -> None:
         self._ident = threading.get_ident()
         try:
             call()
         finally:
-            self._ident = 0
-
-    def _forget(self, future: Future[None]) -> None:
-        with self._lock:
-            self._pending.discard(future)
+            self._ident = 0  # the thread's number, or the main thread's, must not look like a callback's afterwards
 
     @property
     def is_busy(self) -> bool:
         """Whether a call runs or waits to run."""
-        with self._lock:
-            return bool(self._pending)
+        return not self._newest.done()
 
     @property
     def is_current(self) -> bool:
@@ -60,18 +48,19 @@ class StagingThread:
     def wait(self, timeout: float | None = None) -> None:
         """Wait until every call asked for so far has ended.
 
-        Args:
-            timeout: seconds; None: as long as it takes.
-
         Raises:
-            TimeoutError: a call has not ended by then.
+            TimeoutError: a call has not ended after ``timeout`` seconds.
         """
-        with self._lock:
-            pending = set(self._pending)
-        if pending and wait(pending, timeout).not_done:
+        # The Future is read once: a call that another thread asks for meanwhile is not waited for.
+        if wait([self._newest], timeout).not_done:
             raise TimeoutError(f"a snapshot was not taken within {timeout:g} s")
 
     def close(self) -> None:
         """Wait for the calls, and end the thread."""
-        if self._executor is not None:
-            self._executor.shutdown()
+        self._executor.shutdown()
+
+
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future

@@ -1,18 +1,18 @@
 """Moving a storage of the user's into shared memory: which may be moved, and how.
 
 NOTE [ What a move changes ]
-torch's ``_share_fd_cpu_`` (what ``share_memory_`` and sending a tensor to another process do, too) copies the bytes to a new
-shared mapping and exchanges the two inside the ``StorageImpl``. Tensors, views, aliases, optimizer state and saved tensors
-of autograd hold the ``StorageImpl``, so all of them see the new memory; the old memory is freed. Nothing else follows: who
-keeps a raw pointer (a C extension, DLPack, a numpy array over the memory) reads freed memory from then on. torch marks a
-storage as not resizable when it hands its memory to numpy, or when the memory was never its own, which is how these are
-told apart; a pointer taken in another way leaves no trace.
+torch's ``_share_fd_cpu_`` copies the bytes to a new shared mapping and exchanges the two inside the ``StorageImpl``, as
+``share_memory_`` and sending a tensor to another process do. Tensors, views, aliases, optimizer state and autograd's saved
+tensors hold the ``StorageImpl``, so all of them see the new memory; the old memory is freed. Nothing else follows: code with
+a raw pointer (a C extension, DLPack, a numpy array over the memory) reads freed memory from then on. torch marks a storage
+as not resizable when it hands its memory to numpy, or when the memory was never its own. Such a storage is not moved. A
+pointer that was taken in another way leaves no trace.
 
 The mapping is a file in ``/dev/shm`` that is unlinked as soon as it is mapped: a kill leaves nothing there. torch 2.13
-reserves its pages at once and raises when there is no room, leaving the name behind; older versions reserve none, and the
-process dies of SIGBUS when it first touches one. So there is a look at the free space before.
+reserves its pages at once; if there is no room, it raises and leaves the name behind. Older versions reserve none, and the
+process dies of SIGBUS when it first touches a page that is not there. So the free space is asked for before.
 
-A shared storage that is made larger crashes torch 2.13 (its mapping has no allocator; seen as SIGSEGV in ``resize_``). A
+torch 2.13 crashes when a shared storage is made larger (its mapping has no allocator; seen as SIGSEGV in ``resize_``). A
 storage that was moved here is marked as not resizable, so that it raises instead.
 """
 
@@ -54,7 +54,7 @@ class Reason(Enum):
 
 
 def why_not(tensor: torch.Tensor) -> Reason | None:
-    """Why the storage of a CPU tensor that is not shared may not be moved; None: it may."""
+    """Return why the storage of a CPU tensor that is not shared may not be moved; None: it may."""
     storage = tensor.untyped_storage()
     if type(tensor) not in PLAIN_TENSORS or type(storage) is not torch.UntypedStorage:
         return Reason.SUBCLASS
@@ -66,10 +66,11 @@ def why_not(tensor: torch.Tensor) -> Reason | None:
 
 
 def move(storage: torch.UntypedStorage) -> Reason | None:
-    """Move a storage that may be moved; see NOTE [ What a move changes ]. Why it stays where it was, or None.
+    """Move a storage into shared memory; return why that failed, or None. See NOTE [ What a move changes ].
 
-    Legal while nobody else reads or writes it: no other thread, and no snapshot that is being taken.
+    Legal if :func:`why_not` returns None, and while no other thread and no snapshot reads or writes it.
     """
+    # Before the move: see the second paragraph of the note.
     if storage.nbytes() > free_shm_bytes():
         return Reason.NO_ROOM
     try:
@@ -83,7 +84,7 @@ def move(storage: torch.UntypedStorage) -> Reason | None:
 
 
 def free_shm_bytes() -> int:
-    """Bytes that may still be taken from ``/dev/shm``: an eighth of it stays free for others (data loaders use it)."""
+    """Return how many bytes of ``/dev/shm`` may be taken. An eighth of it stays free for data loaders and others."""
     try:
         stats = os.statvfs(SHM_DIRECTORY)
     except OSError:
@@ -97,7 +98,7 @@ def _forbid_resizing(storage: torch.UntypedStorage) -> None:
 
 
 def _remove_leftover(message: str) -> None:
-    """The name that torch left in ``/dev/shm`` when there was no room for its pages."""
+    """Remove the name that torch left in ``/dev/shm`` when there was no room for its pages."""
     for name in _NAME.findall(message):
         with suppress(OSError):
             os.unlink(os.path.join(SHM_DIRECTORY, name))
@@ -107,11 +108,11 @@ def _remove_leftover(message: str) -> None:
 
 
 def sendable(storages: Iterable[torch.UntypedStorage]) -> list[Reason | None]:
-    """For storages that are shared already: None for those whose descriptor can be sent, else why not.
+    """Return, for each storage that is shared already, None if its descriptor can be sent, else why not.
 
-    ``is_shared()`` is also true for storages that are shared by name, which ``_share_fd_cpu_`` would *move* away from those
-    who share them, and for mapped files. Where the memory lies is in ``/proc/self/maps``: what has a descriptor and no name
-    is a shared mapping of a deleted file, from its first byte on (a named one begins with a count of its users).
+    ``is_shared()`` is also true for mapped files, and for storages that are shared by name. ``_share_fd_cpu_`` would *move*
+    the latter away from the processes that share them. ``/proc/self/maps`` tells them apart: a storage that has a descriptor
+    and no name is a shared mapping of a deleted file, from its first byte on (a named one begins with a count of its users).
     """
     mappings = dict(_shared_mappings())
     reasons: list[Reason | None] = []
@@ -130,7 +131,7 @@ def sendable(storages: Iterable[torch.UntypedStorage]) -> list[Reason | None]:
 
 
 def _shared_mappings() -> Iterator[tuple[int, str]]:
-    """First address and path of every shared mapping of a file in this process."""
+    """Yield the first address and the path of every shared mapping of a file in this process."""
     with open("/proc/self/maps") as maps:
         for line in maps:
             addresses, permissions, _, _, _, *path = line.split(maxsplit=5)

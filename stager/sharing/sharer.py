@@ -1,8 +1,10 @@
 """``staging.location``: which sources lie in shared memory, and their copy into the slab by the workers.
 
-    share()   before planning: large CPU storages into shared memory (``movable.py``), or those that are there noticed
+    share()   before planning: note the large CPU storages in shared memory, or move them there (``movable.py``)
     split()   which copies of a plan the workers can do
-    copy()    deal them by bytes -> idle workers copy -> all done, or the trainer does the rest
+    copy()    divide them by bytes -> idle workers copy -> all done, or the trainer does the rest
+
+With ``location: trainer`` nothing is ever shared: each step leaves all copies to the trainer.
 
 Invariants
   * A user's memory is held weakly; a storage that is gone is forgotten, and the workers are told to unmap it.
@@ -29,9 +31,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from stager.sharing.movable import Reason, move, sendable, why_not
 from stager.sharing.worker_copy import Copied, SharedCopy, WorkerCopier
 from stager.state.snapshot_plan import Copy
-from stager.workers.errors import ClosedError, InternalError, WorkerError
+from stager.workers.errors import ClosedError, InternalError
 from stager.workers.memory.host_buffers import default_fd_budget
-from stager.workers.memory.shared_source import SharedSource, detach_all_but, prepare_copy
+from stager.workers.memory.shared_source import SharedSource, detach_all_but
 from stager.workers.memory.slab import Slab
 from stager.workers.pool.pool import WorkerPool
 
@@ -45,27 +47,21 @@ _ids = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class SharingOptions:
-    """Attributes:
-    location: ``staging.location``.
-    min_bytes: smaller storages are left alone.
-    fd_budget: storages that are shared at a time, each with a descriptor; None: an eighth of ``ulimit -n``.
+    """What to share. ``location`` is ``staging.location``; storages smaller than ``min_bytes`` are left alone.
+
+    ``fd_budget``: storages that are shared at a time, each with a descriptor; None: an eighth of ``ulimit -n``.
     """
 
     location: Location = "auto"
     min_bytes: int = 1 << 20
     fd_budget: int | None = None
 
-    @property
-    def may_move(self) -> bool:
-        """Whether the user's memory may be moved: only if they said so."""
-        return self.location == "workers"
-
     def may_copy(self, *, guarded: bool) -> bool:
         """Whether workers copy what lies in shared memory.
 
-        The rule of ``auto``: large CPU tensors that are in shared memory anyway (``model.share_memory()``), and only when
-        they are guarded, so that training goes on meanwhile. For what ``save()`` waits for there are the trainer's own
-        threads, which are not niced. CUDA tensors, small ones and all others are the trainer's, wherever the copy runs.
+        With ``auto`` they copy large CPU tensors that are in shared memory anyway (``model.share_memory()``), and only if
+        these are guarded, so that training goes on meanwhile. When ``save()`` waits for the copy, the trainer's own threads
+        are faster: they are not niced. The trainer always copies CUDA tensors and small ones.
         """
         return self.location == "workers" or (self.location == "auto" and guarded)
 
@@ -92,13 +88,7 @@ class _Entry:
 
 
 class SourceSharer:
-    """Knows the sources that workers can read, and has them copy.
-
-    Args:
-        pool: whose workers copy.
-        num_parts: most workers that copy one snapshot at a time.
-        options: see :class:`SharingOptions`.
-    """
+    """Knows the sources that workers can read, and has at most ``num_parts`` workers copy one snapshot at a time."""
 
     def __init__(self, pool: WorkerPool, num_parts: int, options: SharingOptions) -> None:
         self._pool = pool
@@ -113,28 +103,28 @@ class SourceSharer:
     # -- before planning ----------------------------------------------------------------------------------------
 
     def share(self, leaves: Sequence[Any], may_move: bool) -> bool:
-        """Find, or put, the large CPU storages of ``leaves`` into shared memory. The largest come first.
-
-        Changes addresses, so it is called before planning.
+        """Find the large CPU storages of ``leaves`` that are in shared memory, or move them there; the largest first.
 
         Args:
             leaves: of the state, in order; what is no tensor is passed over.
-            may_move: no snapshot is being taken; see NOTE [ What a move changes ]. Nothing is moved all the same unless the
-                user asked for it: :attr:`SharingOptions.may_move`.
+            may_move: no snapshot is being taken; see NOTE [ What a move changes ]. Nothing is moved unless the user asked
+                for it with ``location: workers``.
 
         Returns:
             Whether addresses may have changed, so that the snapshot has to be planned again.
         """
-        may_move = may_move and self._options.may_move
+        if self._options.location == "trainer":
+            return False
+        may_move = may_move and self._options.location == "workers"
         with self._lock:
             self._forget_the_dead()
             self._refused = {}
             found = self._find(leaves)
-            shared = [i for i, storage in found if storage.is_shared()]
-            storages = dict(found)
-            reasons = sendable([storages[i] for i in shared]) if shared else []
-            for leaf, reason in zip(shared, reasons, strict=True):
-                self._enter(leaf, storages[leaf], reason or self._check_budget())
+            # Those that are shared already come first: they need no room, and the budget of descriptors may end.
+            shared = [(leaf, storage) for leaf, storage in found if storage.is_shared()]
+            reasons = sendable([storage for _, storage in shared]) if shared else []
+            for (leaf, storage), reason in zip(shared, reasons, strict=True):
+                self._enter(leaf, storage, reason or self._check_budget())
             for leaf, storage in found:
                 if not storage.is_shared():
                     self._enter(leaf, storage, self._move(leaves[leaf], may_move))
@@ -144,16 +134,16 @@ class SourceSharer:
         """(leaf, storage) of every large CPU storage that is not known, once each, largest first."""
         found: dict[int, tuple[int, torch.UntypedStorage]] = {}
         for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, torch.Tensor) or leaf.numel() < _MIN_ELEMENTS or not _is_on_cpu(leaf):
+            if not isinstance(leaf, torch.Tensor) or torch.nn.parameter.is_lazy(leaf) or leaf.numel() < _MIN_ELEMENTS:
+                continue
+            if not _is_on_cpu(leaf):
                 continue
             storage = leaf.untyped_storage()
             if storage.nbytes() < self._options.min_bytes or storage._cdata in found:
                 continue
             entry = self._entries.get(storage._cdata)
-            if entry is not None and not entry.is_still(storage):
-                entry = None
-                del self._entries[storage._cdata]
-            if entry is None:
+            if entry is None or not entry.is_still(storage):
+                self._entries.pop(storage._cdata, None)
                 found[storage._cdata] = (i, storage)
         return sorted(found.values(), key=lambda item: (-item[1].nbytes(), item[0]))
 
@@ -169,15 +159,12 @@ class SourceSharer:
         if reason is not None:
             self._refused.setdefault(reason, []).append(leaf)
             return
-        entry = _Entry(next(_ids), StorageWeakRef(storage), storage.data_ptr(), storage.nbytes())
-        self._entries[storage._cdata] = entry
+        self._entries[storage._cdata] = _Entry(
+            next(_ids), StorageWeakRef(storage), storage.data_ptr(), storage.nbytes()
+        )
 
     def notes(self, names: Callable[[int], str]) -> tuple[str, ...]:
-        """What the trainer copies although it is large, and why, as of the last :meth:`share`.
-
-        Args:
-            names: the key path of a leaf.
-        """
+        """What the trainer copies although it is large, and why, as of the last :meth:`share`. ``names`` gives key paths."""
         with self._lock:
             refused = {reason: list(leaves) for reason, leaves in self._refused.items()}
         if self._options.location != "workers":
@@ -193,7 +180,7 @@ class SourceSharer:
     def split(
         self, copies: Sequence[Copy], leaves: Sequence[Any], *, guarded: bool = True
     ) -> tuple[list[Copy], list[Copy]]:
-        """(what the trainer copies, what workers can copy: large, and wholly in one shared source).
+        """Divide ``copies`` into those of the trainer, and those of the workers: large, and wholly in one shared source.
 
         Args:
             guarded: whether training goes on while these are copied; see :meth:`SharingOptions.may_copy`.
@@ -220,7 +207,7 @@ class SourceSharer:
     def live_sources(self) -> frozenset[int]:
         """Ids of the sources that workers may keep mapped: each is, at this moment, alive and where it was.
 
-        While these and the plan are the same, what :meth:`split` said holds: its copies lie in these very mappings.
+        While these ids and the plan stay the same, :meth:`split` gives the same answer.
         """
         with self._lock:
             self._forget_the_dead()
@@ -230,28 +217,15 @@ class SourceSharer:
         return frozenset(entry.source_id for entry in self._entries.values())
 
     def _forget_the_dead(self) -> None:
-        """And those that somebody has moved elsewhere."""
+        """Drop the entries whose storage is gone, or was moved elsewhere, and have the workers unmap them."""
         dead = [key for key, entry in self._entries.items() if entry.storage() is None]
         for key in dead:
             del self._entries[key]
         if dead:
-            with suppress(ClosedError, OSError):  # then there is nobody to tell, or the next copy tells them
-                for _ in range(self._num_parts):  # equally loaded workers get one each
+            with suppress(ClosedError, OSError):  # no worker is left to tell, or the next copy tells them
+                # Once for each worker: hand_over() picks the worker with the fewest tasks, so that each gets one.
+                for _ in range(self._num_parts):
                     self._pool.hand_over(detach_all_but, self._live())
-
-    def warm_up(self, slabs: Sequence[Slab]) -> None:
-        """Have the workers map sources and slabs now, so that the first copy takes no longer than the others.
-
-        Changes nothing, so that the slabs may be in use. A worker that cannot will do it with its first copy.
-        """
-        sources, live = self._sources()
-        if not sources or not self._options.may_copy(guarded=True):
-            return
-        with suppress(WorkerError, OSError, MemoryError):
-            for slab in slabs:
-                asked = [self._pool.hand_over(prepare_copy, slab, sources, live) for _ in range(self._num_parts)]
-                for future in asked:  # equally loaded workers got one each
-                    future.result()
 
     # -- copying ------------------------------------------------------------------------------------------------
 
@@ -262,7 +236,7 @@ class SourceSharer:
         copy_here: Callable[[list[Copy]], None],
         meanwhile: Sequence[Copy] = (),
     ) -> Copied:
-        """Returns when every byte of ``copies`` and ``meanwhile`` is in the slab.
+        """Return when every byte of ``copies`` and ``meanwhile`` is in the slab.
 
         Args:
             copies: what :meth:`split` gave the workers; the caller keeps the tensors alive and unchanged.
@@ -277,7 +251,7 @@ class SourceSharer:
         return self._copier.copy(_locate(copies, sources), slab, live, copy_here, meanwhile)
 
     def _sources(self) -> tuple[list[SharedSource], frozenset[int]]:
-        """What is shared now, from here on held strongly, by address; and the ids of all."""
+        """Return the shared sources, sorted by address and held strongly from here on, and the ids of all."""
         with self._lock:
             live = self._live()
             found = [(entry.source_id, entry.storage()) for entry in self._entries.values()]
@@ -286,73 +260,22 @@ class SourceSharer:
 
 
 def _locate(copies: Sequence[Copy], sources: list[SharedSource]) -> list[SharedCopy]:
-    """Each copy with the source that it lies in."""
+    """Pair each copy with the source that it lies in. ``sources`` are sorted by address."""
     addresses = [source.address for source in sources]
     located = []
     for copy in copies:
         number = bisect_right(addresses, copy.address) - 1
         if number < 0 or copy.address + copy.nbytes > sources[number].address + sources[number].nbytes:
-            raise InternalError(f"the source of {copy} moved, or is gone, while its snapshot is taken")
+            raise InternalError(f"the source of {copy} moved, or was freed, while its snapshot was taken")
         located.append(SharedCopy(copy, sources[number]))
     return located
 
 
 def _is_on_cpu(tensor: torch.Tensor) -> bool:
-    """With a storage in host memory (sparse, quantized and nested tensors are pickled, not copied)."""
+    """Whether its storage in host memory can be copied (sparse, quantized and nested tensors are pickled instead)."""
     return (
         tensor.device.type == "cpu"
         and tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested
     )
-
-
-class NoSharing:
-    """Stands in for :class:`SourceSharer` where ``staging.location`` is ``trainer``: no worker copies anything."""
-
-    def share(self, leaves: Sequence[Any], may_move: bool) -> bool:
-        """Leave every storage where it is: no address changes."""
-        return False
-
-    def notes(self, names: Callable[[int], str]) -> tuple[str, ...]:
-        """Return no notes: the user chose that the trainer copies everything."""
-        return ()
-
-    def split(
-        self, copies: Sequence[Copy], leaves: Sequence[Any], *, guarded: bool = True
-    ) -> tuple[list[Copy], list[Copy]]:
-        """Give every copy to the trainer."""
-        return list(copies), []
-
-    def live_sources(self) -> frozenset[int]:
-        """Return the empty set: no source is shared."""
-        return frozenset()
-
-    def warm_up(self, slabs: Sequence[Slab]) -> None:
-        """Do nothing: the workers map no source."""
-
-    def copy(
-        self,
-        copies: Sequence[Copy],
-        slab: Slab,
-        copy_here: Callable[[list[Copy]], None],
-        meanwhile: Sequence[Copy] = (),
-    ) -> Copied:
-        """Have the trainer copy everything, ``meanwhile`` first."""
-        copy_here([*meanwhile, *copies])
-        return Copied()
-
-
-Sharer = SourceSharer | NoSharing
-"""What a saver works with; :func:`make_sharer` chooses."""
-
-
-def make_sharer(pool: WorkerPool, num_parts: int, options: SharingOptions) -> Sharer:
-    """Return the sharer that ``staging.location`` asks for.
-
-    Args:
-        pool: its workers copy.
-        num_parts: how many workers copy one snapshot at a time, at most.
-        options: see :class:`SharingOptions`.
-    """
-    return NoSharing() if options.location == "trainer" else SourceSharer(pool, num_parts, options)

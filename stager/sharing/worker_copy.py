@@ -1,8 +1,8 @@
-"""Copies from shared sources into a slab, dealt to the workers by bytes.
+"""Copies from shared sources into a slab, divided among the idle workers by bytes.
 
-Each worker gets as many equal tasks, one if that is not too large: messages cost time (for 1.5 GiB, 24 tasks took a
-quarter more processor time than two). Only idle workers are asked: one that still writes the last checkpoint would begin in
-seconds, and what waits for the copy (``save()``, or the optimizer's next step) waits for the slowest part.
+Each worker gets the same number of equal tasks; one, if that is not too large. Messages cost time: for 1.5 GiB, 24 tasks
+took a quarter more processor time than two. Only idle workers get tasks. A worker that still writes the last checkpoint
+would begin seconds later, and ``save()``, or the optimizer's next step, waits for the slowest task.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stager.state.snapshot_plan import Copy
 from stager.workers.errors import WorkerError
@@ -19,19 +19,14 @@ from stager.workers.memory.slab import Slab
 from stager.workers.pool.handle import WorkerState
 from stager.workers.pool.pool import WorkerPool
 
-_TASK_BYTES = 1 << 30  # beyond, an idle worker can do a part of what a slow one has not begun
-# Of a worker, or of the way to it; the bytes that were asked for are still right, and the trainer can copy them.
+_TASK_BYTES = 1 << 30  # no larger, so that an idle worker can take a task that a slow one has not begun
+# The fault of a worker, or of the way to it. The bytes are where they were, and the trainer can copy them.
 _UNAVAILABLE = (WorkerError, OSError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What was done for one snapshot.
-
-    Attributes:
-        results: of the workers' tasks.
-        notes: for the save's report: what the trainer had to copy itself, and why.
-    """
+    """What was done for one snapshot. ``notes``: what the trainer had to copy itself, and why; for the save's report."""
 
     results: tuple[CopyResult, ...] = ()
     notes: tuple[str, ...] = ()
@@ -45,28 +40,27 @@ class SharedCopy:
     source: SharedSource
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """``nbytes`` bytes at ``offset`` of a copy."""
-
-    shared: SharedCopy
-    offset: int
-    nbytes: int
-
-
 @dataclass(slots=True)
 class _Task:
-    pieces: list[_Piece]
-    future: Future[CopyResult] | None = None
+    """What one worker is asked to copy: stretches of numbered sources. ``copies`` are those that it does, or a part of."""
+
+    sources: dict[int, SharedSource] = field(default_factory=dict)  # by id, in the order of their numbers
+    numbers: dict[int, int] = field(default_factory=dict)
+    stretches: list[Stretch] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    future: Future[CopyResult] | None = None  # None: no worker was given the task
+
+    def add(self, shared: SharedCopy, offset: int, nbytes: int) -> None:
+        """Add ``nbytes`` bytes at ``offset`` of a copy."""
+        source, copy = shared.source, shared.copy
+        self.sources[source.source_id] = source
+        number = self.numbers.setdefault(source.source_id, len(self.numbers))
+        self.stretches.append((number, copy.address - source.address + offset, copy.slab_offset + offset, nbytes))
+        self.copies.append(copy)
 
 
 class WorkerCopier:
-    """Has workers copy.
-
-    Args:
-        pool: whose workers copy.
-        num_workers: most that copy at a time.
-    """
+    """Has at most ``num_workers`` workers of ``pool`` copy at a time."""
 
     def __init__(self, pool: WorkerPool, num_workers: int) -> None:
         self._pool = pool
@@ -80,36 +74,41 @@ class WorkerCopier:
         copy_here: Callable[[list[Copy]], None],
         meanwhile: Sequence[Copy],
     ) -> Copied:
-        """Returns when every byte is in the slab. Raises, and returns, only when no worker writes into it any more.
+        """Return when every byte is in the slab. Return, or raise, only when no worker writes into the slab any more.
 
         Args:
             live_sources: see :func:`stager.workers.memory.shared_source.copy_shared`.
-            copy_here, meanwhile: see :meth:`stager.sharing.SourceSharer.copy`.
+            copy_here, meanwhile: see :meth:`stager.sharing.sharer.SourceSharer.copy`.
         """
         num_workers = min(self._num_workers, self._count_idle()) if shared else 0
         if num_workers == 0:
-            copy_here([*meanwhile, *(s.copy for s in shared)])
-            return Copied(notes=(_note(shared, "no worker was idle"),) if shared else ())
-        tasks = _deal(shared, num_workers)
+            copies = [s.copy for s in shared]
+            copy_here([*meanwhile, *copies])
+            return Copied(notes=(_note(copies, "no worker was idle"),) if copies else ())
+        tasks = _divide(shared, num_workers)
         try:
+            # 1. The workers begin before the trainer does its part.
             failure = self._submit(tasks, slab, live_sources)
             if meanwhile:
                 copy_here(list(meanwhile))
         finally:
+            # 2. Also after an error or Ctrl-C: a worker that writes after the lease has ended would spoil the next snapshot.
             _wait(tasks)
+        # 3. Now only the trainer writes: it copies what no worker did.
         return _finish(tasks, failure, copy_here)
 
     def _count_idle(self) -> int:
         return sum(worker.state is WorkerState.READY and not worker.tasks for worker in self._pool.health())
 
     def _submit(self, tasks: list[_Task], slab: Slab, live_sources: frozenset[int]) -> Exception | None:
-        """Why not all tasks could be sent, or None. Whatever interrupts it, each task that a worker has has its Future."""
+        """Send the tasks; return why not all could be sent, or None."""
         task = tasks[0]
         try:
             for task in tasks:
-                sources, stretches = _describe(task.pieces)
-                task.future = Future()
-                self._pool.submit_to(task.future, copy_shared, slab, sources, stretches, live_sources)
+                task.future = Future()  # before the task is sent: Ctrl-C must not leave a running task without a Future
+                self._pool.submit_to(
+                    task.future, copy_shared, slab, list(task.sources.values()), task.stretches, live_sources
+                )
         except _UNAVAILABLE as error:  # out of descriptors, say
             if task.future is not None and task.future.cancel():
                 task.future = None
@@ -121,14 +120,14 @@ class WorkerCopier:
 
 
 def _cancel(tasks: Iterable[_Task]) -> None:
-    """Those that no worker has."""
+    """Cancel those that no worker has begun."""
     for task in tasks:
         if task.future is not None:
             task.future.cancel()
 
 
-def _deal(shared: Sequence[SharedCopy], num_workers: int) -> list[_Task]:
-    """Tasks of the same bytes (but the last), as many for each worker."""
+def _divide(shared: Sequence[SharedCopy], num_workers: int) -> list[_Task]:
+    """Make tasks of equal bytes (but the last), and of the same number for each worker."""
     total = sum(s.copy.nbytes for s in shared)
     num_tasks = num_workers * -(-total // (num_workers * _TASK_BYTES))
     task_bytes = -(-total // (num_tasks * mmap.PAGESIZE)) * mmap.PAGESIZE
@@ -138,32 +137,17 @@ def _deal(shared: Sequence[SharedCopy], num_workers: int) -> list[_Task]:
         offset = 0
         while offset < one.copy.nbytes:
             if room == 0:
-                tasks.append(_Task([]))
+                tasks.append(_Task())
                 room = task_bytes
             nbytes = min(room, one.copy.nbytes - offset)
-            tasks[-1].pieces.append(_Piece(one, offset, nbytes))
+            tasks[-1].add(one, offset, nbytes)
             offset += nbytes
             room -= nbytes
     return tasks
 
 
-def _describe(pieces: Iterable[_Piece]) -> tuple[list[SharedSource], list[Stretch]]:
-    """A task's arguments: the sources that it needs, and stretches that number them."""
-    sources: dict[int, SharedSource] = {}
-    numbers: dict[int, int] = {}
-    stretches: list[Stretch] = []
-    for piece in pieces:
-        source, copy = piece.shared.source, piece.shared.copy
-        sources[source.source_id] = source
-        number = numbers.setdefault(source.source_id, len(numbers))
-        start = copy.address - source.address + piece.offset
-        stretches.append((number, start, copy.slab_offset + piece.offset, piece.nbytes))
-    return list(sources.values()), stretches
-
-
 def _wait(tasks: Sequence[_Task]) -> None:
-    """Until none of them runs, whatever happens: a worker that writes into a slab that was given back would spoil the next
-    snapshot. On Ctrl-C those that wait for a worker are cancelled; those that run end in a moment."""
+    """Wait until none of them runs. Ctrl-C cancels those that wait for a worker; those that run end in a moment."""
     interrupt: BaseException | None = None
     while True:
         try:
@@ -177,24 +161,24 @@ def _wait(tasks: Sequence[_Task]) -> None:
 
 
 def _finish(tasks: list[_Task], failure: BaseException | None, copy_here: Callable[[list[Copy]], None]) -> Copied:
-    """Nothing runs any more: the trainer copies what was not done, and says so."""
+    """Collect the results. The trainer copies what no worker did, and notes it."""
     results: list[CopyResult] = []
-    left: dict[int, SharedCopy] = {}
+    left: dict[int, Copy] = {}
     for task in tasks:
         error = task.future.exception() if task.future is not None else failure
         if error is not None and not isinstance(error, _UNAVAILABLE):
             raise error
         if error is not None:
             failure = error
-            left.update((id(piece.shared), piece.shared) for piece in task.pieces)
+            left.update((id(copy), copy) for copy in task.copies)  # a large copy is in several tasks
         elif task.future is not None:
             results.append(task.future.result())
     if not left:
         return Copied(tuple(results))
-    copy_here([shared.copy for shared in left.values()])
-    return Copied(tuple(results), (_note(list(left.values()), f"{type(failure).__name__}: {failure}"),))
+    copies = list(left.values())
+    copy_here(copies)
+    return Copied(tuple(results), (_note(copies, f"{type(failure).__name__}: {failure}"),))
 
 
-def _note(shared: Sequence[SharedCopy], reason: str) -> str:
-    nbytes = sum(s.copy.nbytes for s in shared)
-    return f"{nbytes:,} bytes in shared memory copied by the trainer: {reason}"
+def _note(copies: Sequence[Copy], reason: str) -> str:
+    return f"{sum(copy.nbytes for copy in copies):,} bytes in shared memory copied by the trainer: {reason}"

@@ -1,4 +1,4 @@
-"""Copies from CUDA devices into a slab: on a side stream, behind what the trainer's stream holds now.
+"""Copies from devices to the host: on a side stream, behind what the trainer's stream holds now.
 
 This module has not been run on a GPU yet.
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import contextmanager
 
 import torch
 
@@ -23,25 +23,46 @@ _MAX_GAP_BYTES = 64
 
 
 class SideStreams:
-    """A side stream on each CUDA device involved, behind what the trainer's streams hold now; none on other devices.
+    """A side stream on each accelerator device involved, behind what the trainer's streams hold now. False if there is none.
 
-    Make it in the trainer's thread; any thread may copy with it. False if there is no stream.
+    NOTE [ Which stream copies what ]
+    Kernels that compute the state may still be running when the trainer hands it over.
+
+    1. trainer   make these streams: each waits for what the trainer's current stream on its device holds
+    2. copier    make them the current streams, and copy. So the copies see what the trainer enqueued before 1, and do not
+                 wait for what it enqueues later
+    3. copier    synchronize them: they are the streams that the copies were issued on
+
+    Args:
+        devices: all devices of the state. Only torch's current accelerator has streams.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._streams: list[torch.cuda.Stream] = []
+        self._streams: list[torch.Stream] = []
         for device in devices:
-            if device.type == "cuda":
+            if _has_streams(device):
                 stream = _side_stream(device)
-                stream.wait_stream(torch.cuda.current_stream(device))
+                stream.wait_stream(torch.accelerator.current_stream(device))
                 self._streams.append(stream)
+        if self._streams:
+            # The device of the last stream becomes the current one in 2. A thread starts on device 0, so that is not the
+            # trainer's device unless the trainer's stream comes last.
+            trainers = torch.accelerator.current_stream().device
+            self._streams.sort(key=lambda stream: stream.device == trainers)
 
-    def stream(self) -> AbstractContextManager[object]:
-        """Make these the current streams."""
-        stack = ExitStack()
-        for stream in self._streams:
-            stack.enter_context(torch.cuda.stream(stream))  # also makes the stream's device the current one
-        return stack
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Make these the current streams of the calling thread, and the trainer's device its current device."""
+        before = [torch.accelerator.current_stream(stream.device) for stream in self._streams]
+        if before:
+            before.append(torch.accelerator.current_stream())  # last, because it also restores the current device
+        try:
+            for stream in self._streams:
+                torch.accelerator.set_stream(stream)  # also makes the stream's device the current one
+            yield
+        finally:
+            for stream in before:
+                torch.accelerator.set_stream(stream)
 
     def synchronize(self) -> None:
         """Wait for what was enqueued."""
@@ -54,13 +75,18 @@ class SideStreams:
 
 NO_STREAMS = SideStreams(())
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[torch.device, torch.Stream] = {}
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _has_streams(device: torch.device) -> bool:
+    accelerator = None if device.type == "cpu" else torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == device.type
+
+
+def _side_stream(device: torch.device) -> torch.Stream:
     """Return one stream per device and process: a new stream for every save would use up torch's pool of streams."""
     if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
+        _streams[device] = torch.Stream(device)
     return _streams[device]
 
 

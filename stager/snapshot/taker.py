@@ -10,19 +10,20 @@ Who copies what is decided here, once for as long as the plan, the guarded memor
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
 from stager.ranks.partition import Partitioner
 from stager.ranks.rank_group import RankGroup
-from stager.sharing.sharer import Sharer
+from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
 from stager.snapshot.device import SideStreams
-from stager.snapshot.guard import Guard
+from stager.snapshot.guard import Guard, here
 from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.snapshot.tripwires import Armed, Wires
 from stager.state.flatten import StateTree, flatten
@@ -49,7 +50,8 @@ class Snapshot:
         tree: the state.
         blobs: the pickled objects, in the order of ``plan.objects``, and the format's trailer, if it has one.
         streams: order the copies from devices behind what the trainer's streams hold now.
-        armed: tripwires of the copies that are made after ``save()`` has returned.
+        guarded: the tensors of the guarded optimizers, until the tripwires are set.
+        armed: tripwires of the copies that are made then.
     """
 
     timeline: Timeline
@@ -57,6 +59,7 @@ class Snapshot:
     plan: SnapshotPlan
     blobs: list[bytes]
     streams: SideStreams
+    guarded: Sequence[torch.Tensor] = ()
     armed: Armed | None = None
 
     @property
@@ -100,7 +103,7 @@ class SnapshotTaker:
         file_format: Format,
         copier: Copier,
         guard: Guard,
-        sharer: Sharer,
+        sharer: SourceSharer,
         group: RankGroup,
         *,
         verify: bool,
@@ -173,28 +176,42 @@ class SnapshotTaker:
         if not pieces.is_whole:
             of_piece, kept = copies_of(piece, plan, leaves)
             return Assignment(tuple(of_piece), batch(of_piece), (), tuple(kept)), Assignment()
-        protected = self._guard.protects(plan) if self._guard else []
-        if self._torn and protected:
-            names = snapshot.tree.names
-            protected = [
-                is_protected and names[leaf] not in self._torn
-                for leaf, is_protected in zip(plan.leaves, protected, strict=True)
-            ]
+        protected = self._protected(snapshot)
         sources = self._sharer.live_sources()
         if self._split is not None and self._split[0] is plan and self._split[1:3] == (protected, sources):
             return self._split[3:]
         may_wait = {leaf for leaf, is_protected in zip(plan.leaves, protected, strict=False) if is_protected}
-        later = [copy for copy in plan.copies if may_wait.issuperset(copy.leaves)]
-        now = [copy for copy in plan.copies if not may_wait.issuperset(copy.leaves)]
+        now: list[Copy] = []
+        later: list[Copy] = []
+        for copy in plan.copies:
+            # A packed one from host memory has no samples: nobody would see a write through .data.
+            waits = may_wait.issuperset(copy.leaves) and (copy.address >= 0 or not copy.on_host)
+            (later if waits else now).append(copy)
         both = self._assign(now, leaves, guarded=False), self._assign(later, leaves, guarded=True)
         self._split = (plan, protected, sources, *both)
         return both
 
+    def _protected(self, snapshot: Snapshot) -> list[bool]:
+        """Tell for each tensor, in the order of ``plan.leaves``, whether its copy may wait; none if none may."""
+        if not self._guard:
+            return []
+        snapshot.guarded = self._guard.tensors()
+        protected = self._guard.protects(snapshot.plan, snapshot.guarded)
+        if not self._torn:
+            return protected
+        names = snapshot.tree.names
+        return [
+            is_protected and names[leaf] not in self._torn
+            for leaf, is_protected in zip(snapshot.plan.leaves, protected, strict=True)
+        ]
+
     def arm(self, snapshot: Snapshot, later: Assignment) -> None:
         """Set the tripwires of what is copied after ``save()`` has returned. Call it right before."""
-        if self._wires.copies != later.copies:
+        if self._wires.copies is not later.copies:
             self._wires = Wires.of(later.copies)
-        snapshot.armed = self._wires.arm(snapshot.tree.leaves) if later.copies else None
+        if later.copies:
+            snapshot.armed = self._wires.arm(snapshot.tree.leaves, snapshot.guarded)
+        snapshot.guarded = ()
 
     def _check(self, snapshot: Snapshot, slab: Slab) -> None:
         """Check the tripwires, now that everything is copied.
@@ -203,7 +220,10 @@ class SnapshotTaker:
             TornSnapshotError: something else than a guarded step wrote to a guarded tensor.
         """
         armed, snapshot.armed = snapshot.armed, None
-        torn = armed.tripped(snapshot.tree.leaves, slab) if armed is not None else []
+        if armed is None:
+            return
+        tripped = armed.tripped(slab)
+        torn = sorted(tripped.leaves.union(_leaves_over(tripped.tensors, snapshot.plan, armed.wires.leaves)))
         if not torn:
             return
         self._torn |= {snapshot.tree.names[leaf] for leaf in torn}
@@ -297,3 +317,17 @@ class SnapshotTaker:
                 name,
                 reason,
             )
+
+
+def _leaves_over(tensors: Sequence[torch.Tensor], plan: SnapshotPlan, among: Sequence[int]) -> Iterator[int]:
+    """Find the leaves whose memory overlaps that of these tensors."""
+    if not tensors:
+        return
+    watched = set(among)
+    places = [
+        (leaf, start, start + nbytes)
+        for leaf, start, nbytes in zip(plan.leaves, plan.addresses, plan.spans, strict=True)
+    ]
+    for tensor in chain.from_iterable(map(here, tensors)):
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        yield from (leaf for leaf, first, last in places if first < end and start < last and leaf in watched)

@@ -3,20 +3,28 @@
 ``guard()`` promises that only ``optimizer.step()`` writes to them. Programs break that promise, and do not know it: an
 ``nn.Embedding`` with ``max_norm`` writes in forward, an average of the weights is swapped in by ``param.data.copy_()``.
 
-    1. Before ``save()`` returns, in the trainer's thread: each tensor's version is read, and a few samples of its bytes.
+    1. Before ``save()`` returns, in the trainer's thread: read each tensor's version, and a few samples of its bytes.
     2. The staging thread and the workers copy.
-    3. Versions are read again: every write through torch counts it up, except one through ``.data``. And the samples are
-       compared with the slab: what writes through ``.data`` or numpy writes whole tensors.
+    3. Read the samples again, in the slab and at the source: what writes through ``.data`` or numpy writes whole tensors.
+    4. Wait until the trainer's thread has left the call that it is in.
+    5. Read the versions again: every write through torch counts one up, except one through ``.data``.
 
-Samples are 16 bytes each, evenly spaced: one of a small tensor, up to 16 of a large one. They are gathered as small tensors
-are (``batches.py``): many in one ``pwritev``. Device memory and packed copies have versions only.
+Step 4 is before step 5 because torch counts a version up when an operation ends, not when it begins to write.
+
+Versions are read of the state's leaves and of the optimizers' tensors, because not every two tensors over one memory share
+their version. ``x.data`` has one of its own. So has the local tensor of a DTensor, or what another wrapper consists of, and
+writes to the wrapper do not count that one up.
+
+Samples are 16 bytes each, evenly spaced: one of a small tensor, up to 16 of a large one. numpy gathers them, in a
+fifth of the time that the system call of ``batches.py`` takes. Device memory has versions only. Packed copies have no
+samples either, so those from host memory are made before ``save()`` returns.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,18 +33,52 @@ import numpy as np
 import torch
 
 from stager.state.placement import SMALL_BYTES, Copy
-from stager.workers.checkpoint.directory.files import IOV_MAX
-from stager.workers.errors import StorageError
 from stager.workers.memory.slab import Slab
 
 _SAMPLE_BYTES = 16
 _MOST_SAMPLES = 16
 _BYTES_PER_SAMPLE = 1 << 20
+_CALL_SECS = 0.25  # a write that goes on for longer after the copy writes whole tensors, and changes samples
+_POLL_SECS = 0.001
 
 _Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.pwritev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
-_libc.pwritev.restype = ctypes.c_ssize_t
+
+
+class _Memory:
+    """This process's memory as numpy sees it: words of 1 or 8 bytes, from ``_FIRST`` on."""
+
+    def __init__(self, word_bytes: int) -> None:
+        shape = (((1 << 47) - _FIRST) // word_bytes,)
+        typestr = np.dtype(f"u{word_bytes}").str
+        self.__array_interface__ = {"data": (_FIRST, True), "shape": shape, "typestr": typestr, "version": 3}
+
+
+_FIRST = 1 << 12  # nothing is mapped below
+_BYTES = np.asarray(_Memory(1))
+_WORDS = np.asarray(_Memory(8))
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """Where samples are.
+
+    Attributes:
+        words: addresses of 8-byte words, divided by 8; in a slab, their offsets.
+        bytes: addresses, or offsets, of single bytes.
+    """
+
+    words: Any
+    bytes: Any
+
+    def read(self, base: int = 0) -> Any:
+        """Read all of them: an array of 8-byte words.
+
+        Args:
+            base: a slab's address.
+        """
+        in_words = _WORDS[self.words + np.int64((base - _FIRST) >> 3)]
+        in_bytes = _BYTES[self.bytes + np.int64(base - _FIRST)]
+        return np.concatenate((in_words, in_bytes.astype(np.uint64)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,72 +88,102 @@ class Wires:
     Attributes:
         copies: what they watch.
         leaves: numbers of the leaves that the copies consist of.
-        sampled: for each sample, the position of its copy in ``copies``.
-        sources: address of each sample.
-        offsets: where the slab has it.
-        nbytes: length of each sample.
+        sources, targets: the samples, where the copies read them, and in the slab.
+        owners: for each word of the samples, the position of its copy in ``copies``.
     """
 
     copies: tuple[Copy, ...]
     leaves: tuple[int, ...]
-    sampled: Any
-    sources: Any
-    offsets: Any
-    nbytes: Any
+    sources: _Samples
+    targets: _Samples
+    owners: Any
 
     @staticmethod
     def of(copies: Sequence[Copy]) -> Wires:
         """Choose the samples of these copies."""
-        rows = [
-            (number, copy.address + at, copy.slab_offset + at, min(_SAMPLE_BYTES, copy.nbytes))
-            for number, copy in enumerate(copies)
-            if copy.on_host and copy.address >= 0
-            for at in _places(copy.nbytes)
-        ]
-        table = np.array(rows, dtype=np.uint64).reshape(len(rows), 4)
+        words: list[tuple[int, int, int]] = []  # position of the copy, address, where in the slab
+        others: list[tuple[int, int, int]] = []
+        for number, copy in enumerate(copies):
+            if not copy.on_host or copy.address < 0:
+                continue
+            is_aligned = (copy.address | copy.slab_offset) % 8 == 0 and copy.nbytes >= _SAMPLE_BYTES
+            step, rows = (8, words) if is_aligned else (1, others)
+            for place in _places(copy.nbytes):
+                for at in range(place, min(place + _SAMPLE_BYTES, copy.nbytes), step):
+                    rows.append((number, copy.address + at, copy.slab_offset + at))
+        w = np.array(words, dtype=np.int64).reshape(len(words), 3)
+        b = np.array(others, dtype=np.int64).reshape(len(others), 3)
         leaves = tuple(leaf for copy in copies for leaf in copy.leaves)
-        return Wires(tuple(copies), leaves, *(np.ascontiguousarray(table[:, column]) for column in range(4)))
+        sources, targets = (_Samples(w[:, column] >> 3, b[:, column].copy()) for column in (1, 2))
+        return Wires(tuple(copies), leaves, sources, targets, np.concatenate((w[:, 0], b[:, 0])))
 
-    def arm(self, leaves: Sequence[Any]) -> Armed:
-        """Read versions and samples now.
+    def arm(self, leaves: Sequence[Any], guarded: Sequence[torch.Tensor]) -> Armed:
+        """Read versions and samples now, in the trainer's thread.
 
         Args:
             leaves: of the state.
+            guarded: the optimizers' tensors.
         """
-        return Armed(self, _versions([leaves[leaf] for leaf in self.leaves]), _gather(self.sources, self.nbytes))
+        watched = list(map(leaves.__getitem__, self.leaves))
+        known = set(map(id, watched))  # an optimizer's state_dict() has its very tensors; a module's has others
+        watched += [tensor for tensor in guarded if id(tensor) not in known]
+        return Armed(self, watched, threading.get_ident(), _versions(watched), self.sources.read())
 
 
 @dataclass(frozen=True, slots=True)
 class Armed:
-    """Tripwires, and what was read before ``save()`` returned."""
+    """Tripwires, and what was read before ``save()`` returned.
+
+    Attributes:
+        watched: the tensors whose versions count: of each of ``wires.leaves``, then the optimizers'.
+        thread: the trainer's.
+    """
 
     wires: Wires
+    watched: list[torch.Tensor]
+    thread: int
     versions: list[int | None]
-    samples: bytes
+    samples: Any
 
-    def tripped(self, leaves: Sequence[Any], slab: Slab) -> list[int]:
-        """List the leaves that were written to since, in order; call it when all copies are done."""
+    def tripped(self, slab: Slab) -> Tripped:
+        """Find what was written to since; call it when all copies are done."""
         wires = self.wires
-        now = _versions([leaves[leaf] for leaf in wires.leaves])
-        found = set()
-        if now != self.versions:
-            found = {leaf for leaf, a, b in zip(wires.leaves, now, self.versions, strict=True) if a != b}
-        copied = _gather(wires.offsets + np.uint64(slab.address), wires.nbytes)
-        if copied != self.samples:
-            ends = np.cumsum(wires.nbytes).tolist()
-            for number, end, length in zip(wires.sampled.tolist(), ends, wires.nbytes.tolist(), strict=True):
-                if copied[end - length : end] != self.samples[end - length : end]:
-                    found.update(wires.copies[number].leaves)
-        return sorted(found)
+        now = wires.targets.read(slab.address), wires.sources.read()
+        positions = {position for samples in now for position in wires.owners[samples != self.samples].tolist()}
+        leaves = {leaf for position in positions for leaf in wires.copies[position].leaves}
+        if not leaves and not self._changed_versions():
+            wait_until_call_is_left(self.thread, _CALL_SECS)
+        changed = self._changed_versions()
+        leaves.update(wires.leaves[number] for number in changed if number < len(wires.leaves))
+        return Tripped(leaves, [self.watched[number] for number in changed if number >= len(wires.leaves)])
+
+    def _changed_versions(self) -> list[int]:
+        now = _versions(self.watched)
+        if now == self.versions:
+            return []
+        return [number for number, (a, b) in enumerate(zip(now, self.versions, strict=True)) if a != b]
+
+
+@dataclass(frozen=True, slots=True)
+class Tripped:
+    """What something else than a guarded step wrote to.
+
+    Attributes:
+        leaves: numbers of leaves.
+        tensors: tensors of the optimizers.
+    """
+
+    leaves: set[int]
+    tensors: list[torch.Tensor]
 
 
 def _places(nbytes: int) -> list[int]:
     """Return the offsets of a copy's samples."""
     last = nbytes - min(_SAMPLE_BYTES, nbytes)
     if nbytes <= SMALL_BYTES:
-        return [last // 2]
+        return [last // 2 & -8]
     count = min(_MOST_SAMPLES, 2 + nbytes // _BYTES_PER_SAMPLE)
-    return [last * number // (count - 1) for number in range(count)]
+    return [last * number // (count - 1) & -8 for number in range(count)]
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
@@ -121,23 +193,21 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
         return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _gather(addresses: Any, nbytes: Any) -> bytes:
-    """Copy many small stretches of memory, one after the other."""
-    total = int(nbytes.sum())
-    if not total:
-        return b""
-    vectors = np.ascontiguousarray(np.stack((addresses, nbytes), axis=1))
-    fd = os.memfd_create("stager-samples", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, total)
-        position = 0
-        for start in range(0, len(vectors), IOV_MAX):
-            some = vectors[start : start + IOV_MAX]
-            written = _libc.pwritev(fd, some.ctypes.data, len(some), position)
-            if written != int(some[:, 1].sum()):
-                raise StorageError(ctypes.get_errno(), "cannot sample the guarded tensors", "/dev/shm")
-            position += written
-        with mmap.mmap(fd, total, access=mmap.ACCESS_READ) as memory:
-            return memory[:]
-    finally:
-        os.close(fd)
+def wait_until_call_is_left(thread: int, secs: float) -> None:
+    """Wait until a thread has left the call of C code that it is in now, if it is in one.
+
+    A thread whose place in its Python code changes has left it. A thread that waits for a lock writes to no tensor. One
+    that stays where it is for ``secs`` seconds most likely waits for something, too: for a batch, or for a backward pass.
+    """
+    before = _place(thread) if thread != threading.get_ident() else None
+    deadline = time.monotonic() + secs
+    while before is not None and before == _place(thread) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECS)
+
+
+def _place(thread: int) -> tuple[int, int] | None:
+    """Say where a thread is in its Python code; None: it has none, or it waits for a lock there."""
+    frame = sys._current_frames().get(thread)
+    if frame is None or frame.f_code.co_filename == threading.__file__:
+        return None
+    return id(frame), frame.f_lasti

@@ -162,13 +162,13 @@ def _check_storages(tensors: Sequence[torch.Tensor], block: _Block) -> None:
     """Check that each storage has all bytes of its tensor.
 
     Once per block is enough: torch makes no tensor that reaches beyond its storage, and a storage that is resized later
-    changes ``held``.
+    changes ``held``. A functional tensor, which torch makes while it traces, says that it has a storage and has none.
 
     Raises:
         RuntimeError: one has not; nothing was read.
     """
     for tensor, held in zip(tensors, block.held, strict=True):
-        if storage_nbytes(tensor) > held:
+        if storage_nbytes(tensor) > held or torch._is_functional_tensor(tensor):
             raise RuntimeError("a tensor reaches beyond its storage")
 
 

@@ -26,12 +26,7 @@ class Event:
 
 
 class Timeline:
-    """Collects the events and notes of one save. Safe to use from several threads.
-
-    Attributes:
-        step, save_id: which save.
-        started: when ``save()`` was called, seconds since the epoch.
-    """
+    """Collects the events and notes of one save, from any thread. ``started`` is when ``save()`` was called."""
 
     def __init__(self, step: int, save_id: str) -> None:
         self.step = step
@@ -58,10 +53,6 @@ class Timeline:
         with self._lock:
             self._notes.append(text)
 
-    def since_start(self, stamp: float) -> float:
-        """Return how many seconds after ``save()`` was called a moment was."""
-        return stamp - self.started
-
     @property
     def events(self) -> tuple[Event, ...]:
         """The events so far, in the order in which they were recorded."""
@@ -70,6 +61,6 @@ class Timeline:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The notes so far."""
+        """The notes so far, in the order in which they were recorded."""
         with self._lock:
             return tuple(self._notes)

@@ -32,11 +32,7 @@ class Telemetry:
             self._trace.write("[\n")
 
     def record(self, report: SaveReport) -> None:
-        """Write one finished save. Does nothing after :meth:`close`.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
+        """Write one finished save; OSError if a file cannot be written. Does nothing after :meth:`close`."""
         with self._lock:
             if self._events is not None:
                 self._events.write(json.dumps(asdict(report)) + "\n")
@@ -54,18 +50,15 @@ class Telemetry:
 
 def _trace_lines(report: SaveReport) -> list[str]:
     """Complete events ("ph": "X"); times in microseconds."""
-    return [
-        json.dumps(
-            {
-                "name": f"{event.name} {report.step}",
-                "cat": "stager",
-                "ph": "X",
-                "pid": os.getpid(),
-                "tid": event.process,
-                "ts": event.start * 1e6,
-                "dur": (event.end - event.start) * 1e6,
-            }
-        )
-        + ",\n"
+    common = {"cat": "stager", "ph": "X", "pid": os.getpid()}
+    rows = (
+        {
+            "name": f"{event.name} {report.step}",
+            **common,
+            "tid": event.process,
+            "ts": event.start * 1e6,
+            "dur": (event.end - event.start) * 1e6,
+        }
         for event in report.events
-    ]
+    )
+    return [json.dumps(row) + ",\n" for row in rows]

@@ -155,7 +155,9 @@ def test_lease_that_waits_can_be_interrupted(make_arena: Make, threads: ThreadPo
 def test_what_exceeds_the_budget_is_refused_before_anything_is_allocated(make_arena: Make) -> None:
     arena = make_arena(max_bytes=1000)
     take(arena, 600).release()
-    with pytest.raises(MemoryBudgetError, match=r"needs 1,001 bytes of host memory, arena.max_host_bytes allows 1,000"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"needs 1,001 bytes of host memory, and arena.max_host_bytes allows 1,000"
+    ):
         arena.lease(1001)
     with pytest.raises(MemoryBudgetError, match=r"1,001"):
         arena.prepare(1001)

@@ -165,7 +165,10 @@ def _error(values: list[float]) -> float:
 def measure(num_ranks: int, peer: str, mib: int, pairs: int, stretch: int) -> dict[str, Any]:
     directory = tempfile.mkdtemp(prefix="stager-ranks-")
     try:
-        mp.spawn(_rank, (num_ranks, peer, mib, pairs, stretch, directory), nprocs=num_ranks)
+        arguments = (num_ranks, peer, mib, pairs, stretch, directory)
+        mp.start_processes(
+            _rank, arguments, nprocs=num_ranks, start_method="fork"
+        )  # torch is imported, and no thread runs
         result: dict[str, Any] = json.loads(Path(directory, "result.json").read_text())
         return result
     finally:

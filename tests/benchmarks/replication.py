@@ -107,7 +107,8 @@ def _end(rank: int, directory: str, result: list[float]) -> None:
 
 def _job(body: Any, num_ranks: int, directory: str, *arguments: Any) -> list[float]:
     Path(directory, "store").unlink(missing_ok=True)
-    mp.spawn(body, (num_ranks, directory, *arguments), nprocs=num_ranks)
+    # Torch is imported, and no thread runs.
+    mp.start_processes(body, (num_ranks, directory, *arguments), nprocs=num_ranks, start_method="fork")
     result: list[float] = json.loads(Path(directory, "result.json").read_text())
     return result
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from tests import forked_subprocess
+from tests.benchmarks import launch as launch_module
 from tests.benchmarks.__main__ import bench
 from tests.benchmarks.cases import CASES, Kind
 from tests.benchmarks.child import failure_of
@@ -37,6 +39,12 @@ from tests.benchmarks.results import Results, Row
 from tests.benchmarks.run import run
 
 SCALE = 0.001
+
+
+@pytest.fixture
+def children_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For children that do not look at their own memory: pages shared with the fork server are slow to count."""
+    monkeypatch.setattr(launch_module, "subprocess", forked_subprocess)
 
 
 def _options(directory: Path, case: str, *peers: str, memory: bool = False) -> Options:
@@ -80,6 +88,7 @@ def test_case_of_saves_has_every_figure_of_times_and_memory(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("children_are_forked")
 @pytest.mark.parametrize(("case", "peer"), [("small", "torch-checkpointing"), ("many", "torch-save")])
 def test_peer_that_may_fail_or_not_be_there_is_a_row(tmp_path: Path, case: str, peer: str) -> None:
     row = _run(_options(tmp_path, case, peer))[peer]
@@ -88,6 +97,7 @@ def test_peer_that_may_fail_or_not_be_there_is_a_row(tmp_path: Path, case: str, 
     assert bool(row.message) == (outcome is not Outcome.OK)
 
 
+@pytest.mark.usefixtures("children_are_forked")
 def test_training_loop_pairs_stretches(tmp_path: Path) -> None:
     row = _run(_options(tmp_path, "loop", "stager-guarded"))["stager-guarded"]
     assert row.outcome == "ok"
@@ -162,6 +172,7 @@ def test_records_survive_a_kill_but_for_a_line_that_was_cut(tmp_path: Path) -> N
     assert read_records(path) == [Ready(5), State(6, 7)]
 
 
+@pytest.mark.usefixtures("children_are_forked")
 def test_child_that_raises_is_a_failure_with_its_message(tmp_path: Path) -> None:
     job = _job(tmp_path, peer="torch-save", directory="/proc/nowhere")
     launched = launch(job, deadline_secs=100)

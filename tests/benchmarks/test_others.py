@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests import forked_subprocess
 from tests.benchmarks.launch import ROOT
 
 
 def _run(module: str, out: Path, *arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-W", "ignore", "-m", module, "--out", str(out), *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=120)
+    forked_subprocess.run([sys.executable, "-m", module, "--out", str(out), *arguments], check=True, cwd=ROOT)
     results: list[dict[str, Any]] = json.loads(out.read_text())
     return results
 

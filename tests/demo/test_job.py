@@ -9,8 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stager.demo import job as job_module
 from stager.demo.events import RankEvent, Resumed, StepDone
 from stager.demo.job import Job, JobError, job_environment
+from tests import forked_subprocess
 
 MODULE = "tests.demo.talkative"  # each rank says two steps, then does as it is told
 
@@ -23,8 +25,9 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(log: Path) -> StartJob:
+def start(log: Path, monkeypatch: pytest.MonkeyPatch) -> StartJob:
     """Start one rank with these arguments, or two with torchrun."""
+    monkeypatch.setattr(job_module, "subprocess", forked_subprocess)
 
     def job(*arguments: str, num_ranks: int = 1) -> Job:
         return Job(MODULE, arguments, log, num_ranks, torchrun=num_ranks > 1)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from stager import Checkpointer, UsageError
 from stager.demo import DemoConfig, run_demo
+from stager.demo import job as job_module
 from stager.demo.bars import Bars
 from stager.demo.checks import check_final_state, check_losses, check_resumes, check_stock_load, check_workers_gone
 from stager.demo.events import Resumed
@@ -25,6 +26,7 @@ from stager.demo.results import Results
 from stager.demo.run import conclude
 from stager.demo.story import Story
 from stager.demo.workspace import Workspace
+from tests import forked_subprocess
 from tests.demo.conftest import global_state_put_back
 
 
@@ -41,7 +43,8 @@ def text_of(console: Console) -> str:
 def told(tiny_config: DemoConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Results]:
     """All acts of a tiny demo, with everything they left behind."""
     workspace = Workspace.prepare(tmp_path_factory.mktemp("demo"), tiny_config)
-    with Bars(quiet()) as bars, global_state_put_back():
+    with Bars(quiet()) as bars, global_state_put_back(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "subprocess", forked_subprocess)
         return workspace, Story(tiny_config, 1, workspace, bars).tell()
 
 

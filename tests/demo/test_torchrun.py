@@ -16,6 +16,7 @@ import yaml
 from stager import Checkpointer
 from stager.demo.job import job_environment
 from stager.demo.workspace import Workspace
+from tests import forked_subprocess
 from tests.demo.conftest import TINY_ON_RANKS
 
 pytestmark = pytest.mark.timeout(400)  # seven jobs, each of which imports torch several times
@@ -24,13 +25,7 @@ pytestmark = pytest.mark.timeout(400)  # seven jobs, each of which imports torch
 def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--log-dir", os.devnull]
     command = [sys.executable, "-m", *launcher, "--nproc-per-node", str(num_ranks), "-m", "stager", "demo"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        env=job_environment(os.environ),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return forked_subprocess.run([*command, *map(str, arguments)], env=job_environment(os.environ))
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +122,6 @@ def test_directory_with_other_files_is_refused_and_left_alone(tmp_path: Path) ->
 def test_without_torchrun_it_says_how_to_start_it() -> None:
     command = [sys.executable, "-m", "stager", "demo", "--config", "configs/torchrun.yaml"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, cwd=root, env=job_environment(os.environ), capture_output=True, text=True, check=False
-    )
+    done = forked_subprocess.run(command, cwd=root, env=job_environment(os.environ))
     assert (done.returncode, done.stdout) == (2, "")
     assert "torchrun --nproc-per-node 2 -m stager demo --config configs/torchrun.yaml" in done.stderr

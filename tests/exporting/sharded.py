@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stager.torch_api.storage.payload import payload_of
-from stager.torch_api.storage.spans import SEGMENT_BYTES, SpanWriter
+from stager.torch_api.storage.spans import SEGMENT_BYTES, SpanWriter, payload_of
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.structure import Chunks

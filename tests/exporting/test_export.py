@@ -24,7 +24,7 @@ from stager import (
     UsageError,
     export_checkpoint,
 )
-from stager.exporting.source import runs_of
+from stager.exporting.output import runs_of
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.formats import FORMATS
 from stager.workers.errors import MemoryBudgetError
@@ -101,7 +101,7 @@ def test_runs_are_where_the_elements_are() -> None:
     for low in itertools.product(range(2), range(3), range(4)):
         for high in itertools.product(*(range(a + 1, n + 1) for a, n in zip(low, whole.shape, strict=True))):
             part = whole[tuple(map(slice, low, high))]
-            runs = runs_of(tuple(whole.shape), tuple(part.shape), low, "int16")
+            runs = runs_of(tuple(whole.shape), tuple(part.shape), low, 2)
             count = runs.nbytes // 2
             starts = [runs.place(run) // 2 for run in range(part.numel() // count)]
             assert [start + i for start in starts for i in range(count)] == part.flatten().tolist()

@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from stager.config.reference import reference
+from stager.cli import app
+from tests import scripts
+from tests.house.reference import reference
 
 ROOT = Path(__file__).parents[2]
 NOT_OF_THE_TREE = {"docs/results/NAME"}  # a place that the reader chooses
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_examples_run_and_leave_a_checkpoint(tmp_path: Path) -> None:
+def test_readme_examples_run_and_leave_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of the fork server; ``test_shadow.py`` runs them in a fresh interpreter."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     script = "\n".join(blocks)
+    monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second run resumes from the first
-        subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, cwd=tmp_path)
+        assert scripts.run(f"import os; os.chdir({str(tmp_path)!r})\n{script}").returncode == 0
     assert [path.name for path in sorted((tmp_path / "runs/first").glob("step-*"))] == [
         "step-00000000",
         "step-00000100",
         "step-00000200",
     ]
     for command in (["ls"], ["inspect"], ["verify"]):
-        subprocess.run(
-            [sys.executable, "-m", "stager", *command, "runs/first"], check=True, cwd=tmp_path, stdout=subprocess.PIPE
-        )
+        assert CliRunner().invoke(app, [*command, "runs/first"]).exit_code == 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

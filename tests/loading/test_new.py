@@ -18,7 +18,7 @@ from stager import StagerError, UnloadableError, UnsafePickleError, UsageError
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
-from stager.workers.checkpoint.formats.dcp import object_blob
+from stager.workers.checkpoint.formats.torch_save import object_blob
 from tests.persistence.tasks import load, restorer, save
 from tests.states import everything, same
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import threading
@@ -340,3 +341,23 @@ def test_step_of_many_digits(run_dir: Path) -> None:
     info = save(run_dir, NEW, step=step)
     assert info.step == step and read_checkpoint(str(run_dir), step)[0] == info
     assert replace(info, step=0).path.endswith(f"step-{step}")
+
+
+def test_checkpoint_that_is_replaced_is_locked_while_it_loses_its_name(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention takes the same lock alone: else it could take the new checkpoint for the old one, and remove it."""
+    save(run_dir)
+    exchange, replaced = files.exchange, []
+
+    def exchange_under_lock(partial: str, final: str) -> bool:
+        retention = os.open(final, os.O_RDONLY | os.O_DIRECTORY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(retention, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(retention)
+        replaced.append(final)
+        return exchange(partial, final)
+
+    monkeypatch.setattr(files, "exchange", exchange_under_lock)
+    save(run_dir)
+    assert replaced == [str(run_dir / "step-00000001")]

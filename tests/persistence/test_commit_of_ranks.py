@@ -28,9 +28,8 @@ from stager.workers.checkpoint.directory.receipt import receipt_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.maintenance import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.write.save_record import record_name
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.checkpoint.write.write_task import WriteTask
+from stager.workers.checkpoint.write.write_task import WriteTask, record_name
 from stager.workers.errors import CorruptCheckpointError, StorageError
 from stager.workers.memory.slab import Slab
 from tests.persistence.tasks import load, save

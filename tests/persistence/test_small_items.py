@@ -12,8 +12,8 @@ import torch
 from stager.workers.checkpoint.directory.run_directory import read_checkpoint
 from stager.workers.checkpoint.layout.layout import Segment, partition, partition_once, segments
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.write import small_items
-from stager.workers.checkpoint.write.small_items import runs
+from stager.workers.checkpoint.write import part_writer
+from stager.workers.checkpoint.write.part_writer import runs
 from stager.workers.checkpoint.write.write_task import read_layout
 from tests.persistence.tasks import load, make_task, run
 from tests.states import same
@@ -32,11 +32,14 @@ def test_files_are_the_same_with_and_without_runs(
 ) -> None:
     contents = []
     for name, small_bytes, run_bytes in (("runs", 64 << 10, 2 << 20), ("short", 3000, 7000), ("none", -1, 0)):
-        monkeypatch.setattr(small_items, "_SMALL_BYTES", small_bytes)
-        monkeypatch.setattr(small_items, "_RUN_BYTES", run_bytes)
+        monkeypatch.setattr(part_writer, "_SMALL_BYTES", small_bytes)
+        monkeypatch.setattr(part_writer, "_RUN_BYTES", run_bytes)
         (tmp_path / name).mkdir()
         for _ in range(2):  # the second from what was kept
-            info = run(make_task(tmp_path / name, mixture(seed), num_parts=3, num_files=2, segment_bytes=70_000)).info
+            task = make_task(
+                tmp_path / name, mixture(seed), num_parts=3, num_files=2, segment_bytes=70_000, fsync=False
+            )
+            info = run(task).info
             assert verify_checkpoint(info.path).problems == ()
             assert same(load(info), mixture(seed))
         manifest = read_checkpoint(str(tmp_path / name), 1)[1]
@@ -47,7 +50,7 @@ def test_files_are_the_same_with_and_without_runs(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_runs_are_the_segments_in_order_and_tile(run_dir: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_items, "_RUN_BYTES", 30_000)
+    monkeypatch.setattr(part_writer, "_RUN_BYTES", 30_000)
     layout = read_layout(make_task(run_dir, mixture(seed), num_files=3, segment_bytes=50_000))
     every = list(segments(layout))
     found = list(runs(layout, every))

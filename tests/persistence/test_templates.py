@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stager.workers.checkpoint.formats import FORMATS, dcp
-from stager.workers.checkpoint.layout.plan_cache import templates_from_bytes, templates_to_bytes
-from stager.workers.checkpoint.write.save_record import from_record, record_name, to_record
-from stager.workers.checkpoint.write.write_task import read_layout
+from stager.workers.checkpoint.formats import FORMATS
+from stager.workers.checkpoint.layout.layout_plan import templates_from_bytes, templates_to_bytes
+from stager.workers.checkpoint.write.write_task import from_record, read_layout, record_name, to_record
 from tests.persistence.tasks import make_task
 from tests.states import everything
 
@@ -24,7 +23,7 @@ def test_pieces_come_back(made: dict[str, tuple[bytes, ...]]) -> None:
 
 def test_plan_brings_what_would_be_made_here(run_dir: Path) -> None:
     layout = read_layout(make_task(run_dir, everything()))
-    assert layout.cache.templates == dcp.templates([item for item in layout.items if item.kind == "tensor"])
+    assert layout.cache.templates == FORMATS["dcp"].templates([item for item in layout.items if item.kind == "tensor"])
 
 
 def test_equal_kinds_have_one_template(run_dir: Path) -> None:

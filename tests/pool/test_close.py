@@ -83,7 +83,7 @@ def test_interrupted_close_can_be_called_again(monkeypatch: pytest.MonkeyPatch) 
     pool = WorkerPool(count=1)
     for place in (
         "stager.workers.pool.roster.Roster.drain",
-        "stager.workers.pool.supervisor.stop_workers",
+        "stager.workers.pool.supervisor.Supervisor._stop_workers",
         "stager.workers.pool.roster.Roster.clear",
     ):
         with monkeypatch.context() as interrupted:

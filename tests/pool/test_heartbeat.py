@@ -77,7 +77,7 @@ def test_time_when_nobody_looked_is_lost_and_not_held_against_a_worker() -> None
     clock.begin_wait(2.0)
     assert clock.end_wait(3602.0, wait_secs=1.0) == 3599.0  # the process was stopped while it waited
     assert clock.look(3602.0) == 1.0  # one look, however long ago the last one was
-    assert clock.look(3602.5) is None
+    assert clock.look(3602.5) == 0.0
 
 
 # -- the pool -------------------------------------------------------------------------------------------------------

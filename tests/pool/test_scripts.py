@@ -88,7 +88,8 @@ def test_environment_priority_and_directory_of_a_worker() -> None:
         environment = json.loads(pool.submit(tasks.environment).result())
         nice = os.getpriority(os.PRIO_PROCESS, 0)
         assert pool.submit(look).result() == (min(19, nice + 3), 3, str(Path.cwd()), 1)
-    assert environment == {**os.environ, "FOR_WORKERS": "yes", "CUDA_VISIBLE_DEVICES": "", **_set_by_torch(environment)}
+    ours = {"FOR_WORKERS": "yes", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    assert environment == {**os.environ, **ours, **_set_by_torch(environment)}
 
 
 def _groups_by_session() -> bool:

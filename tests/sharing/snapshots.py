@@ -55,7 +55,7 @@ class Snapshots:
 
     def take(self, state: Mapping[str, Any], *, guarded: bool = True, slab: Slab | None = None) -> Taken:
         flat = flatten(state)
-        self.sharer.share(flat.leaves, self.options.may_move)
+        self.sharer.share(flat.leaves, may_move=True)
         plan = Planner(get_format("dcp"), 1, 64 << 20).plan(flat)
         mine, theirs = self.sharer.split(plan.copies, flat.leaves, guarded=guarded)
         assert sorted(map(id, [*mine, *theirs])) == sorted(map(id, plan.copies))

@@ -226,12 +226,12 @@ def test_storage_that_moved_after_it_was_located_is_not_sent() -> None:
     storage = torch.ones(MIB, dtype=torch.uint8).untyped_storage()
     source = SharedSource.of(1, storage)
     storage._share_fd_cpu_()
-    with pytest.raises(InternalError, match="not where it was"):
+    with pytest.raises(InternalError, match="was moved after it was shared"):
         source.__reduce__()
 
 
 @pytest.mark.parametrize(("sizes", "num_workers"), [([5], 2), ([4096], 2), ([1 << 20] * 7, 2), ([10**7, 3, 10**6], 3)])
-def test_deal_covers_every_byte_once_in_tasks_of_one_size(
+def test_tasks_cover_every_byte_once_in_tasks_of_one_size(
     sizes: Sequence[int], num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker_copy, "_TASK_BYTES", 1 << 20)
@@ -244,8 +244,8 @@ def test_deal_covers_every_byte_once_in_tasks_of_one_size(
         position += nbytes
     covered: list[int] = []
     totals: list[int] = []
-    for task in worker_copy._deal(shared, num_workers):
-        _, stretches = worker_copy._describe(task.pieces)
+    for task in worker_copy._divide(shared, num_workers):
+        stretches = task.stretches
         assert all(start == slab_offset and number == 0 for number, start, slab_offset, _ in stretches)
         covered += [byte for _, start, _, nbytes in stretches for byte in (start, start + nbytes)]
         totals.append(sum(stretch[3] for stretch in stretches))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from stager.ranks.rank_group import RankGroup
-from stager.sharing.sharer import NoSharing
+from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.snapshot.copying import Copier
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import whole
@@ -26,11 +26,12 @@ from tests.states import same
 class Bench:
     """A planner and a taker that live through many snapshots, as in a Checkpointer."""
 
-    def __init__(self, *, guard: Guard | None = None, num_threads: int = 2) -> None:
+    def __init__(self, *, guard: Guard | None = None, num_threads: int = 2, verify: bool = True) -> None:
         self.planner = Planner(get_format("dcp"), 2, 1 << 20)
         self.copier = Copier(num_threads)
         self.guard = guard or Guard(lambda: None)
-        self.taker = SnapshotTaker(get_format("dcp"), self.copier, self.guard, NoSharing(), RankGroup(), verify=True)
+        sharer = SourceSharer(cast(Any, None), 1, SharingOptions("trainer"))  # no pool: the trainer copies all
+        self.taker = SnapshotTaker(get_format("dcp"), self.copier, self.guard, sharer, RankGroup(), verify=verify)
 
     def begin(self, state: Mapping[str, Any]) -> Snapshot:
         return self.taker.begin(Timeline(0, "nonce"), flatten(state), self.planner)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stager.workers.offload import reachable_leaves
+from stager.workers.offload.hook_memo import reachable_leaves
 
 ATOMS = (
     type(None),

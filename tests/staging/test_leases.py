@@ -86,20 +86,18 @@ def test_release_finds_sparse_and_attribute_tensors() -> None:
 
 def test_buffers_without_use_are_given_back() -> None:
     stager = StateDictStager(lease=True)
-    assert stager._pool is not None
     for size in range(1, 40):  # shapes that never come again
         stager.stage({"w": torch.ones(size)})
-    assert len(stager._pool) <= 4
+    assert len(stager._storages) <= 4
 
 
 def test_memory_is_bounded_by_results_alive() -> None:
     stager = StateDictStager(share_memory=True, lease=True)
-    assert stager._pool is not None
     source = {str(index): torch.ones(256) for index in range(50)}
     alive: list[Any] = []
     for _ in range(20):
         alive = [*alive[-1:], stager.stage(source)]
-    assert len(stager._pool) <= 150
+    assert len(stager._storages) <= 150
 
 
 def test_results_outlive_close() -> None:

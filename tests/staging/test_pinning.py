@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stager.torch_api.staging.state_dict_stager import StateDictStager
-from stager.workers.offload import HostBuffers
+from stager.workers.memory.host_buffers import HostBuffers
 from tests import cuda_runtime
 
 

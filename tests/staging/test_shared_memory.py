@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from stager.torch_api.staging.state_dict_stager import StateDictStager
-from stager.workers.offload import HostBuffers, SharedSlice
+from stager.workers.memory.host_buffers import HostBuffers, SharedSlice
 from tests import scripts
 from tests.staging.child import run
 

@@ -101,7 +101,7 @@ def test_value_that_cannot_be_pickled_is_named(tmp_path: Path, monkeypatch: pyte
     def unknown(*args: Any) -> None:
         raise RuntimeError("no such dtype")
 
-    monkeypatch.setattr("stager.torch_api.storage.payload.header_and_tail", unknown)
+    monkeypatch.setattr("stager.torch_api.storage.spans.header_and_tail", unknown)
     with pytest.raises(dcp.api.CheckpointException) as caught:
         save({"m": {"x": torch.ones(2)}}, StagerStorageWriter(tmp_path / "c"))
     error = failure(caught.value)

@@ -1,7 +1,7 @@
 """The trainer's shared memory as a worker maps it: plain mappings of a descriptor, without torch.
 
-A slab is mapped for reading and writing (workers may copy into it, ``sharing.py``), a source for reading only. What is
-mapped stays mapped until the trainer says that it has let go of it: mapping it again for every save would fault its pages in
+A slab is mapped for reading and writing, because workers may copy into it (``shared_source.py``); a source for reading only.
+A mapping stays until the trainer says that it let go of the memory: mapping it again for every save would fault its pages in
 again.
 """
 
@@ -11,61 +11,51 @@ import ctypes
 import mmap
 import os
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 from stager.workers.memory import pages
 
 
-class Memory(Protocol):
-    """A slab, on either side: :class:`stager.workers.memory.slab.Slab` in the trainer, :class:`AttachedSlab` in a worker.
+class Memory:
+    """A slab as one process maps it: a ``Slab`` (``slab.py``) in the trainer, an :class:`AttachedSlab` in a worker.
 
     Attributes:
         slab_id: the same in every process.
-        nbytes: its size.
+        view: the memory as writable bytes.
+        address: of the first byte, in this process.
     """
 
-    slab_id: str
-    nbytes: int
+    __slots__ = ("__weakref__", "address", "nbytes", "slab_id", "view")
 
-    @property
-    def view(self) -> memoryview:
-        """The memory as writable bytes. Valid as long as the slab lives."""
-
-    @property
-    def address(self) -> int: ...
+    def __init__(self, slab_id: str, view: memoryview) -> None:
+        self.slab_id = slab_id
+        self.view = view
+        self.nbytes = view.nbytes
+        self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
 
     def populate(self, offset: int, nbytes: int) -> None:
-        """Allocate the pages of a range ahead of their use, if this kernel can.
+        """Allocate the pages of a range ahead of their use. An old kernel cannot: writing then allocates them one by one.
 
         Raises:
             MemoryError: the kernel has no more memory to give.
         """
+        pages.populate(self.address + offset, nbytes)
 
 
-class AttachedSlab:
+class AttachedSlab(Memory):
     """A slab in a worker. It is unmapped when nothing refers to it, or to its view, any more."""
 
-    __slots__ = ("__weakref__", "_memory", "address", "nbytes", "slab_id")
+    __slots__ = ()
 
     def __init__(self, slab_id: str, fd: int, nbytes: int) -> None:
-        self.slab_id = slab_id
-        self.nbytes = nbytes
-        self._memory = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._memory))
-
-    @property
-    def view(self) -> memoryview:
-        return memoryview(self._memory)
-
-    def populate(self, offset: int, nbytes: int) -> None:
-        pages.populate(self.address + offset, nbytes)
+        super().__init__(slab_id, memoryview(mmap.mmap(fd, nbytes)))
 
 
 _attached: dict[str, AttachedSlab] = {}
 
 
 def attach_slab(slab_id: str, sent_fd: Any, nbytes: int) -> AttachedSlab:
-    """What a pickled slab becomes."""
+    """Unpickle a slab."""
     fd = sent_fd.detach()
     try:
         if slab_id not in _attached:
@@ -77,17 +67,14 @@ def attach_slab(slab_id: str, sent_fd: Any, nbytes: int) -> AttachedSlab:
 
 def detach_all_but(live: frozenset[str]) -> None:
     """Unmap the attached slabs that the trainer has freed."""
-    for slab_id in [s for s in _attached if s not in live]:
+    for slab_id in _attached.keys() - live:
         del _attached[slab_id]
 
 
 class ReadOnlyMapping:
-    """A mapping that nothing in this process can write to.
+    """A mapping that nothing in this process can write to. ``address`` is that of the first byte.
 
-    By the C library: Python's ``mmap`` does not tell the address of what is not writable.
-
-    Attributes:
-        address: of the first byte.
+    It is made by the C library: Python's ``mmap`` does not tell the address of memory that is not writable.
     """
 
     __slots__ = ("__weakref__", "address")

@@ -1,11 +1,11 @@
 """Staging buffers that belong to a result until it lets go of them, and are used again afterwards.
 
 NOTE [ Leases ]
-Every buffer the pool ever gave out stays known to it. A buffer is *leased* while anything but the pool refers to it: a
-tensor, a view of one, a numpy array over one; nothing has to be called for the lease to end. ``release`` ends it
-early. A leased buffer is never given out again, so a later ``stage()`` cannot change an earlier result.
-The pool sees this process only. When a result was sent to another process, hold on to it (or to a tensor of it) here
-until the other side has finished reading, as ``dcp.async_save`` does by itself.
+The pool knows every buffer that it gave out. A buffer is *leased* while anything but the pool refers to it: a tensor, a view
+of one, a numpy array over one. The lease ends by itself; ``release`` ends it early. A leased buffer is never given out
+again, so a later ``stage()`` cannot change an earlier result.
+The pool sees only this process. If a result was sent to another process, keep it (or a tensor of it) here until the other
+side has finished reading, as ``dcp.async_save`` does by itself.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 
 from stager.workers.memory.host_buffers import HostBuffers
 
-_IDLE_PASSES = 2  # a buffer that this many passes found no use for is given back to the system
+_IDLE_PASSES = 2  # a buffer that was not used in this many passes is given back to the system
 
 
 class _Buffer:
     __slots__ = ("last_pass", "released", "storage")
 
-    def __init__(self, storage: torch.UntypedStorage, last_pass: int) -> None:
+    def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage = storage
-        self.last_pass = last_pass
+        self.last_pass = 0
         self.released = False
 
     def is_leased(self) -> bool:
-        # Ours are the only references: `self.storage` on the C++ side, `self.storage` and getrefcount's argument here.
+        # The pool's own references: `self.storage` in C++; `self.storage` and getrefcount's argument in Python.
         used = torch._C._storage_Use_Count(self.storage._cdata) > 1 or sys.getrefcount(self.storage) > 2
         return used and not self.released
 
@@ -48,7 +48,7 @@ class BufferPool:
         return len(self._all)
 
     def begin_pass(self) -> None:
-        """Find out which leases have ended. Call it once before a pass's :meth:`take` calls."""
+        """Find out which leases have ended. Call this once before the :meth:`take` calls of a pass."""
         self._pass += 1
         free: dict[int, list[_Buffer]] = defaultdict(list)
         idle = []
@@ -66,19 +66,19 @@ class BufferPool:
         self._free = free
 
     def take(self, nbytes: int) -> torch.UntypedStorage:
-        """A buffer of exactly ``nbytes`` that nobody reads, leased until its last user drops it."""
+        """Return a buffer of exactly ``nbytes`` that nobody reads, leased until its last user drops it."""
         waiting = self._free.get(nbytes)
         if waiting:
             buffer = waiting.pop()
         else:
-            buffer = _Buffer(self._buffers.new(nbytes), self._pass)
+            buffer = _Buffer(self._buffers.new(nbytes))
             self._all[id(buffer.storage)] = buffer
         buffer.last_pass = self._pass
         buffer.released = False
         return buffer.storage
 
     def release(self, storages: Iterable[torch.UntypedStorage]) -> int:
-        """End the leases of these buffers, whoever still refers to them; how many were the pool's."""
+        """End the leases of these buffers, even if something still refers to them; return how many were the pool's."""
         count = 0
         for storage in storages:
             buffer = self._all.get(id(storage))
@@ -87,12 +87,8 @@ class BufferPool:
                 count += 1
         return count
 
-    def release_all(self) -> None:
-        for buffer in self._all.values():
-            buffer.released = True
-
     def close(self) -> None:
-        """Forget every buffer; leased ones live on with their results."""
+        """Forget every buffer. Leased ones live on with their results."""
         self._all.clear()
         self._free = {}
         self._buffers.drop()

@@ -2,15 +2,21 @@
 
 NOTE [ Regions and slabs ]
 A *region* is one page-aligned piece of memory: one mapping (one file descriptor) if shared, one registration if
-pinned. Storages of ``OWN_REGION_BYTES`` or more get a region of their own, freed with them. Smaller ones share a *slab*, a
-region that is filled from the front and freed when the last storage in it goes. When ``fd_budget`` regions are alive,
-large storages share slabs too, and slabs grow with what was allocated before, so that the number of file descriptors
-grows with the logarithm of the bytes (up to 1 GiB a slab) and never with the number of tensors.
+pinned. A storage of ``OWN_REGION_BYTES`` or more gets a region of its own, which is freed with it. Smaller ones share a
+*slab*: a region that is filled from the front, and freed when the last storage in it goes. When ``fd_budget`` regions are
+alive, large storages share slabs too, and slabs grow with what was allocated before (up to 1 GiB). So the number of file
+descriptors grows with the logarithm of the bytes, and never with the number of tensors.
 Private pageable storages need none of this and are torch's own.
 
-What it costs: one storage of a slab that is kept alive keeps the whole slab alive, and a slab's unused end is
-wasted: address space, and memory only once touched. Shared regions are anonymous (memfd): no name in ``/dev/shm``, no
-``/dev/shm`` size limit, and nothing is left behind by a SIGKILL.
+The cost: one storage that is kept alive keeps its whole slab alive, and the unused end of a slab is wasted: address space,
+and memory only once touched. Shared regions are anonymous (memfd): no name in ``/dev/shm``, no ``/dev/shm`` size limit, and
+nothing is left behind by a SIGKILL.
+
+NOTE [ Slices ]
+torch takes only storages that own a whole mapping as shared, with one file descriptor each; 20,000 shared tensors fail
+with "too many open files". A :class:`SharedSlice` is a range of one mapping that many storages live in. Its ``is_shared()``
+is true. torch.multiprocessing sends it as the mapping (one descriptor, however many slices travel in the message) and a
+range; in the receiver it is a slice of the same memory. Plain ``pickle`` and ``torch.save`` take only its own bytes.
 """
 
 # mypy: allow-untyped-calls
@@ -19,15 +25,18 @@ wasted: address space, and memory only once touched. Shared regions are anonymou
 from __future__ import annotations
 
 import mmap
-import os
 import resource
 import weakref
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 from torch.multiprocessing import get_sharing_strategy
+from torch.multiprocessing.reductions import reduce_storage
 
 from stager.workers.memory.pinning import pin
-from stager.workers.memory.shared_slice import slice_shared
+from stager.workers.memory.slab import new_shared_memory
 
 OWN_REGION_BYTES = 1 << 20
 _MIN_SLAB_BYTES = 4 << 20
@@ -60,7 +69,7 @@ class HostBuffers:
         self._total_bytes = 0
 
     def new(self, nbytes: int) -> torch.UntypedStorage:
-        """An uninitialised storage of ``nbytes`` bytes. Raises OSError when the system gives no memory or descriptor."""
+        """Return an uninitialised storage of ``nbytes`` bytes. Raises OSError: no memory, or no descriptor, is left."""
         pinned = self.pinned and nbytes >= self.pin_min_bytes
         if nbytes == 0 or not (self.shared or pinned):
             return torch.UntypedStorage(nbytes, device="cpu")
@@ -90,10 +99,10 @@ class HostBuffers:
         return slice_shared(region, start, nbytes) if self.shared else region[start : start + nbytes]
 
     def _new_region(self, nbytes: int) -> tuple[torch.UntypedStorage, int]:
-        """Memory, and where in it (bytes) ``nbytes`` page-aligned bytes begin."""
+        """Return a storage, and the offset in it at which ``nbytes`` page-aligned bytes begin."""
         if self.shared:
-            region, start = new_shared_mapping(nbytes), 0
-        else:  # whole pages of its own, or a neighbour's registration would overlap this one's
+            region, start = _new_shared_mapping(nbytes), 0
+        else:  # whole pages, so that no other registration overlaps this one
             region = torch.UntypedStorage(_round_up(nbytes, mmap.PAGESIZE) + mmap.PAGESIZE, device="cpu")
             start = -region.data_ptr() % mmap.PAGESIZE
         if self.pinned:
@@ -101,17 +110,11 @@ class HostBuffers:
         return region, start
 
 
-def new_shared_mapping(nbytes: int) -> torch.UntypedStorage:
-    """Zeroed shared memory as a torch storage (bytes): anonymous, one file descriptor, gone with its last user."""
-    if get_sharing_strategy() == "file_system":  # the user chose names; only named memory is then sent without a copy
+def _new_shared_mapping(nbytes: int) -> torch.UntypedStorage:
+    if get_sharing_strategy() == "file_system":  # the user's choice; torch then sends only named memory without a copy
         named: torch.UntypedStorage = torch.UntypedStorage._new_shared(nbytes)
         return named
-    fd = os.memfd_create("stager", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, nbytes)
-        return torch.UntypedStorage._new_shared_fd_cpu(fd, nbytes)  # type: ignore[no-any-return, attr-defined]  # not in its stubs
-    finally:
-        os.close(fd)  # torch maps and keeps a duplicate
+    return new_shared_memory("stager", nbytes)
 
 
 def default_fd_budget() -> int:
@@ -121,3 +124,44 @@ def default_fd_budget() -> int:
 
 def _round_up(nbytes: int, unit: int) -> int:
     return -(-nbytes // unit) * unit
+
+
+class SharedSlice(torch.UntypedStorage):
+    """See NOTE [ Slices ]. Only :func:`slice_shared` makes one. ``mapping`` owns the memory."""
+
+    mapping: torch.UntypedStorage | None = None
+    offset: int = 0
+
+    def is_shared(self) -> bool:
+        return self.mapping is not None or super().is_shared()
+
+    def share_memory_(self) -> SharedSlice:
+        if self.mapping is None:
+            super().share_memory_()
+        return self
+
+    def clone(self) -> torch.UntypedStorage:
+        """Return a private copy, as ``copy.deepcopy`` and ``torch.clone`` expect."""
+        copied: torch.UntypedStorage = torch.UntypedStorage(self.nbytes(), device="cpu").copy_(self, False)
+        return copied
+
+
+def slice_shared(mapping: torch.UntypedStorage, offset: int, nbytes: int) -> SharedSlice:
+    """Return ``mapping[offset : offset + nbytes]`` as a shared storage (bytes)."""
+    storage: Any = mapping[offset : offset + nbytes]
+    # Slicing returns torch's own class, which has the same memory layout. The object keeps its new class and attributes
+    # while any tensor uses the storage, because torch preserves a storage's Python object.
+    storage.__class__ = SharedSlice
+    storage.mapping = mapping
+    storage.offset = offset
+    sliced: SharedSlice = storage
+    return sliced
+
+
+def _reduce(storage: SharedSlice) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    if storage.mapping is None:
+        return reduce_storage(storage)  # type: ignore[no-any-return]  # a storage of its own: torch's way
+    return slice_shared, (storage.mapping, storage.offset, storage.nbytes())
+
+
+ForkingPickler.register(SharedSlice, _reduce)

@@ -22,7 +22,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def bytes_at(address: int, nbytes: int) -> memoryview:
-    """``nbytes`` bytes at ``address`` as a writable view. The caller keeps the owner alive."""
+    """Return ``nbytes`` bytes at ``address`` as a writable view. The caller keeps the memory alive."""
     if nbytes == 0:
         return memoryview(bytearray())
     return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
@@ -45,7 +45,7 @@ def populate(address: int, nbytes: int) -> bool:
 
 
 def prefault(address: int, nbytes: int, num_threads: int = 1, keep_going: Callable[[], bool] = lambda: True) -> int:
-    """Allocate the pages of memory that nobody uses; where the kernel has no call for it, by writing to each what is there.
+    """Allocate the pages of memory that nobody uses. If the kernel has no call for it, write to each page what is in it.
 
     More threads help where the pages have to come from a hypervisor: 0.3 GB/s with one, 0.5 with two on a 2-core virtual
     machine; on pages that the guest had used before 2.7 and 2.9.
@@ -60,16 +60,23 @@ def prefault(address: int, nbytes: int, num_threads: int = 1, keep_going: Callab
     Raises:
         MemoryError: the kernel has no more memory to give.
     """
-    steps = _Steps(nbytes, keep_going)
+    lock, done, errors = threading.Lock(), 0, list[MemoryError]()
 
     def work() -> None:
-        while (start := steps.next()) is not None:
-            length = min(_STEP_BYTES, nbytes - start)
+        nonlocal done
+        while True:
+            # Steps are taken in order, with the lock, so that those taken are always the first ones.
+            with lock:
+                if done >= nbytes or errors or not keep_going():
+                    return
+                start = done
+                done += min(_STEP_BYTES, nbytes - start)
+                length = done - start
             try:
                 if not populate(address + start, length):
                     _touch(address + start, length)
             except MemoryError as error:
-                steps.fail(error)
+                errors.append(error)
 
     threads = [threading.Thread(target=work, name="stager-prefault", daemon=True) for _ in range(num_threads - 1)]
     for thread in threads:
@@ -77,51 +84,26 @@ def prefault(address: int, nbytes: int, num_threads: int = 1, keep_going: Callab
     work()
     for thread in threads:
         thread.join()
-    return steps.done()
+    if errors:
+        raise errors[0]
+    return done
 
 
 def give_back(address: int, nbytes: int) -> bool:
-    """Free the memory now, whoever else maps it or holds its descriptor: they read zeros from then on.
+    """Free the memory now. Processes that still map it read zeros from then on.
 
-    Unmapping is not enough: a worker maps a slab until its next task, a forked data loader process for as long as it lives.
+    Unmapping is not enough: a worker maps a slab until its next task, and a forked data loader as long as it lives.
     """
     return _madvise(address, nbytes, _MADV_REMOVE) == 0
 
 
 def _touch(address: int, nbytes: int) -> None:
-    import numpy as np  # here: the workers, which have no other use for it, start without it
+    import numpy as np  # late: workers have no other use for it, and start without it
 
     first_bytes = np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(address))[:: mmap.PAGESIZE]
     np.bitwise_or(first_bytes, 0, out=first_bytes)
 
 
-class _Steps:
-    """Deals out the steps in order, so that those taken are always the first ones."""
-
-    def __init__(self, nbytes: int, keep_going: Callable[[], bool]) -> None:
-        self._nbytes = nbytes
-        self._keep_going = keep_going
-        self._next = 0
-        self._error: MemoryError | None = None
-        self._lock = threading.Lock()
-
-    def next(self) -> int | None:
-        with self._lock:
-            if self._next >= self._nbytes or self._error is not None or not self._keep_going():
-                return None
-            start, self._next = self._next, self._next + _STEP_BYTES
-            return start
-
-    def fail(self, error: MemoryError) -> None:
-        with self._lock:
-            self._error = error
-
-    def done(self) -> int:
-        if self._error is not None:
-            raise self._error
-        return min(self._next, self._nbytes)
-
-
 def _madvise(address: int, nbytes: int, advice: int) -> int:
-    """0, or the error's number."""
+    """Return 0, or the number of the error."""
     return ctypes.get_errno() if _libc.madvise(address, nbytes, advice) != 0 else 0

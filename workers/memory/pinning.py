@@ -1,7 +1,7 @@
-"""Page-locking host memory that somebody else allocated, so that the GPU copies into it without a detour.
+"""Page-locking of host memory, so that the GPU copies into it without a detour.
 
-A failure to register is no failure to stage: the memory stays usable, unpinned and slower. It is reported once, and the
-error that CUDA keeps for the next caller is cleared, or the next kernel launch, which is innocent, would raise it.
+If the memory cannot be registered, staging goes on: the memory stays usable, unpinned and slower. One warning says so. The
+error is taken out of the CUDA runtime, which keeps it for the next caller: the next kernel launch would raise it.
 
 Written against the CUDA runtime's documentation; not yet run on a GPU.
 """
@@ -21,13 +21,13 @@ import torch
 
 _CHUNK_BYTES = 1 << 30
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
-_state = SimpleNamespace(warned=False)  # once per process: the warnings module cannot promise that across call sites
+_state = SimpleNamespace(warned=False)  # for one warning a process; the warnings module counts by call site
 
 
 def pin(owner: torch.UntypedStorage, address: int, nbytes: int) -> bool:
-    """Register ``[address, address + nbytes)`` until ``owner`` is collected. False, with one warning, on failure.
+    """Register ``[address, address + nbytes)`` until ``owner`` is collected. On failure, return False, and warn once.
 
-    The range must be whole pages that no other registration touches, and ``owner`` must keep them mapped.
+    The range consists of whole pages that no other registration touches, and ``owner`` keeps them mapped.
     """
     code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
     if code != 0:
@@ -40,7 +40,7 @@ def pin(owner: torch.UntypedStorage, address: int, nbytes: int) -> bool:
 
 
 def pin_in_chunks(owner: torch.UntypedStorage, address: int, nbytes: int) -> int:
-    """As :func:`pin`, a GiB at a time: a refusal leaves what was registered before it pinned. Returns the bytes pinned."""
+    """As :func:`pin`, a GiB at a time; what is registered before a failure stays pinned. Return the bytes pinned."""
     pinned = 0
     while pinned < nbytes and pin(owner, address + pinned, min(_CHUNK_BYTES, nbytes - pinned)):
         pinned = min(nbytes, pinned + _CHUNK_BYTES)
@@ -58,7 +58,7 @@ def _warn_once(code: int, nbytes: int) -> None:
         _state.warned = True
         warnings.warn(
             f"could not pin {nbytes} bytes of host memory (CUDA error {code}); staging goes on with unpinned memory, "
-            "which is copied to more slowly. Raise `ulimit -l` or lower the amount pinned (pin_memory_min_bytes).",
+            "to which copies are slower. Raise `ulimit -l`, or pin less memory (pin_memory_min_bytes).",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -5,12 +5,12 @@
     copy_shared(slab, sources, stretches) ---->|  source -> slab  |  bounds checked, then copied without any lock
                                                |                  |  -> CopyResult
 
-The trainer's Future says that a copy is done: it fails only when the worker that copied is dead and reaped, so that nobody
-writes into the slab any more. A copy can be done again by another worker: the same bytes go to the same places, as long as
-the source does not change, which is the trainer's to see to.
+The trainer's Future tells that a copy is done. It fails only when the worker that copied is dead and reaped, so that no
+process writes into the slab any more. Another worker can then copy again: the same bytes go to the same places, because the
+trainer keeps the source unchanged meanwhile.
 
-Invariant: a worker never writes to a source. Its mapping is read-only, so that a mistake here ends the worker and does not
-change a parameter.
+Invariant: a worker never writes to a source. Its mapping is read-only: a mistake here ends the worker, and does not change a
+parameter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ class SharedSource:
     Attributes:
         source_id: unique in the trainer's process.
         address: of the first byte, in this process.
-        nbytes: its size.
     """
 
     __slots__ = ("__weakref__", "_memory", "address", "nbytes", "source_id")
@@ -58,13 +57,13 @@ class SharedSource:
 
     @staticmethod
     def of(source_id: int, storage: torch.UntypedStorage) -> SharedSource:
-        """In the trainer. ``storage`` is in shared memory of its own descriptor; it lives as long as this object."""
+        """In the trainer: make one of a storage that has a descriptor of its own. It lives as long as this object."""
         return SharedSource(source_id, storage.data_ptr(), storage.nbytes(), storage)
 
     def __reduce__(self) -> tuple[Any, ...]:
         storage = self._memory
         if isinstance(storage, ReadOnlyMapping) or storage.data_ptr() != self.address:
-            raise InternalError(f"source {self.source_id} is not where it was when it was shared")
+            raise InternalError(f"the memory of source {self.source_id} was moved after it was shared")
         fd, nbytes = storage._share_fd_cpu_()  # torch.multiprocessing's own call; shared already, so nothing moves
         return _attach, (self.source_id, reduction.DupFd(fd), nbytes)
 
@@ -93,6 +92,7 @@ def copy_shared(
     started = time.time()
     point("copy.begin")
     detach_all_but(live_sources)
+    # All are checked before the first byte is written: a task that is wrong in any part must not change the slab.
     for stretch in stretches:
         _check(stretch, sources, slab)
     for index, offset, slab_offset, nbytes in stretches:
@@ -117,14 +117,6 @@ def _check(stretch: Stretch, sources: Sequence[SharedSource], slab: Memory) -> N
         raise InternalError(f"stretch {stretch} is not inside sources of {sizes} and a slab of {slab.nbytes} bytes")
 
 
-def prepare_copy(slab: Memory, sources: Sequence[SharedSource], live_sources: frozenset[int]) -> int:
-    """Map everything here ahead of the first copy. Changes no byte. Runs in a worker; returns its pid."""
-    detach_all_but(live_sources)
-    for start, _ in _pieces(0, slab.nbytes):
-        _populate(slab, start)
-    return os.getpid()
-
-
 def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
     """A range of a slab, cut at multiples of 16 MiB."""
     while start < end:
@@ -133,8 +125,8 @@ def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-# Which pieces of a slab this process has in its page table. Page faults one by one would take three times as long as this,
-# and asking again for pages that are there would add a sixth to the time of each copy.
+# Which pieces of a slab are in this process's page table. Page faults one by one would take three times as long as
+# populating; populating pages that are there would add a sixth to the time of each copy.
 _populated: WeakKeyDictionary[Memory, set[int]] = WeakKeyDictionary()
 
 
@@ -147,8 +139,8 @@ def _populate(slab: Memory, offset: int) -> None:
         done.add(number)
 
 
-# Mapping a source again for every save would fault its pages in again. ``detach_all_but`` lets go of what the trainer
-# no longer has. The descriptor travels with each task all the same: any worker may get it.
+# Mapping a source again for every save would fault its pages in again. The descriptor travels with each task all the same,
+# because any worker may get the task.
 _attached: dict[int, SharedSource] = {}
 
 
@@ -165,11 +157,6 @@ def _attach(source_id: int, sent_fd: Any, nbytes: int) -> SharedSource:
 
 
 def detach_all_but(live: frozenset[int]) -> None:
-    """In a worker: unmap the attached sources that the trainer has no more, which is what frees their memory."""
-    for source_id in [s for s in _attached if s not in live]:
+    """In a worker: unmap the attached sources that the trainer no longer has. That frees their memory."""
+    for source_id in _attached.keys() - live:
         del _attached[source_id]
-
-
-def attached_sources() -> frozenset[int]:
-    """In a worker: ids of the sources that are mapped here."""
-    return frozenset(_attached)

@@ -63,7 +63,9 @@ def _problem_of_storage(tensor: torch.Tensor) -> str | None:
         held = storage.nbytes()
     except (RuntimeError, NotImplementedError) as error:  # some backend's own kind of tensor
         return f"is a {type(tensor).__name__} whose memory cannot be reached ({str(error).splitlines()[0]})"
-    needed = storage_nbytes(tensor) if not tensor.is_nested else 0
+    # A nested tensor has no strides, and elements of these quantized dtypes are smaller than a byte.
+    is_counted = not (tensor.is_nested or tensor.dtype in (torch.quint4x2, torch.quint2x4))
+    needed = storage_nbytes(tensor) if is_counted else 0
     if needed <= held:
         return None
     state = "was freed (as FSDP1 does with its flat parameters)" if held == 0 else f"has only {held:,} bytes"

@@ -19,45 +19,25 @@ import copy
 import pickle
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from copyreg import dispatch_table
 from typing import Any, Protocol
 
 import torch
 
 from stager.workers.errors import StagerError, UnstageableError
-from stager.workers.offload.hook_memo import HookMemo, Leaf
-from stager.workers.offload.key_path import Argument, Attribute, Item, LocatedError
+from stager.workers.offload.hook_memo import HookMemo
+from stager.workers.offload.key_path import LocatedError, Segment, at_argument, at_attribute, at_item
 from stager.workers.offload.tensors import Memo, offload_tensor
 
 _MISSING = object()
-_memo_get = dict.get  # the engine's own look-ups must not make HookMemo stage anything
-# What an object's own copying code may raise without it being ours or the system's failure.
+_memo_get = dict.get  # for the engine's own look-ups, which must not make HookMemo stage anything
+# What an object's own copying code may raise. Other errors are the engine's or the system's, and pass through.
 _HOOK_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, pickle.PickleError, copy.Error)
 
-_ATOMIC_TYPES = frozenset(
-    {
-        type(None),
-        type(Ellipsis),
-        type(NotImplemented),
-        int,
-        float,
-        bool,
-        complex,
-        bytes,
-        str,
-        type,
-        range,
-        property,
-        types.CodeType,
-        types.BuiltinFunctionType,
-        types.FunctionType,
-        weakref.ref,
-        torch.dtype,
-        torch.layout,
-        torch.memory_format,
-    }
-)
+_VALUE_TYPES = {type(None), type(Ellipsis), type(NotImplemented), int, float, bool, complex, bytes, str, range}
+_CODE_TYPES = {type, property, types.CodeType, types.BuiltinFunctionType, types.FunctionType, weakref.ref}
+_ATOMIC_TYPES = _VALUE_TYPES | _CODE_TYPES | {torch.dtype, torch.layout, torch.memory_format}
 _COPIERS = {
     list: "_deepcopy_list",
     tuple: "_deepcopy_tuple",
@@ -91,9 +71,10 @@ class OffloadCopier:
 
         Args:
             x: any object.
-            memo: what was copied before, as for ``copy.deepcopy``; one memo for several objects keeps what they share.
+            memo: what was copied before, as for ``copy.deepcopy``. With one memo for several objects, the copies share what
+                the objects share.
             _nil: unused; torch's signature has it.
-            non_blocking: device copies may be under way on return; the caller synchronises.
+            non_blocking: copies from a device may still be under way on return; the caller synchronises.
 
         Raises:
             UnstageableError: something in ``x`` cannot be copied; ``key_path`` names it.
@@ -110,7 +91,7 @@ class OffloadCopier:
     def _copy(self, x: Any, memo: Memo, non_blocking: bool) -> Any:
         cls = type(x)
         if cls in _ATOMIC_TYPES:
-            return self._deepcopy_atomic(x, memo)
+            return x
         y = _memo_get(memo, id(x), _MISSING)
         if y is not _MISSING:
             return y
@@ -129,70 +110,73 @@ class OffloadCopier:
             self._keep_alive(x, memo)
         return y
 
-    def _deepcopy_atomic(self, x: Any, memo: Memo) -> Any:
-        return x
-
-    def _deepcopy_list(self, x: list[Any], memo: Memo, non_blocking: bool = False) -> list[Any]:
+    def _deepcopy_list(self, x: list[Any], memo: Memo, non_blocking: bool) -> list[Any]:
         y: list[Any] = []
         memo[id(x)] = y
-        try:
-            for item in x:
-                y.append(self._copy(item, memo, non_blocking))  # cycles must find the list growing
-        except LocatedError as error:
-            error.prepend(Item(len(y)))
-            raise
+        self._copy_each(x, y, memo, non_blocking)
         return y
 
-    def _deepcopy_tuple(self, x: tuple[Any, ...], memo: Memo, non_blocking: bool = False) -> tuple[Any, ...]:
+    def _deepcopy_tuple(self, x: tuple[Any, ...], memo: Memo, non_blocking: bool) -> tuple[Any, ...]:
         y: list[Any] = []
-        try:
-            for item in x:
-                y.append(self._copy(item, memo, non_blocking))  # its length is the index of a failure
-        except LocatedError as error:
-            error.prepend(Item(len(y)))
-            raise
+        self._copy_each(x, y, memo, non_blocking)
         copied: tuple[Any, ...] | None = _memo_get(memo, id(x))
         if copied is not None:  # the tuple is part of a cycle that came back to it
             return copied
         return tuple(y) if any(old is not new for old, new in zip(x, y, strict=True)) else x
 
-    def _deepcopy_dict(self, x: dict[Any, Any], memo: Memo, non_blocking: bool = False) -> dict[Any, Any]:
+    def _deepcopy_dict(self, x: dict[Any, Any], memo: Memo, non_blocking: bool) -> dict[Any, Any]:
         y: dict[Any, Any] = {}
         memo[id(x)] = y
-        for key, value in x.items():
-            try:
-                y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
-            except LocatedError as error:
-                error.prepend(Item(key))
-                raise
+        self._copy_pairs(x.items(), y, memo, non_blocking)
         return y
 
-    def _deepcopy_method(self, x: types.MethodType, memo: Memo, non_blocking: bool = False) -> types.MethodType:
+    def _copy_each(
+        self, items: Iterable[Any], y: Any, memo: Memo, non_blocking: bool, segment: Callable[[int], Segment] = at_item
+    ) -> None:
+        """Append the copies of ``items`` to ``y``, one by one: a cycle that comes back to ``y`` finds those made so far."""
+        index = 0
+        try:
+            for index, item in enumerate(items):  # noqa: B007  (for the path of an error)
+                y.append(self._copy(item, memo, non_blocking))
+        except LocatedError as error:
+            error.prepend(segment(index))
+            raise
+
+    def _copy_pairs(self, pairs: Iterable[tuple[Any, Any]], y: Any, memo: Memo, non_blocking: bool) -> None:
+        key = None
+        try:
+            for key, value in pairs:
+                y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
+        except LocatedError as error:
+            error.prepend(at_item(key))
+            raise
+
+    def _deepcopy_method(self, x: types.MethodType, memo: Memo, non_blocking: bool) -> types.MethodType:
         try:
             return type(x)(x.__func__, self._copy(x.__self__, memo, non_blocking))
         except LocatedError as error:
-            error.prepend(Attribute("__self__"))
+            error.prepend(at_attribute("__self__"))
             raise
 
     def _offload_tensor(self, x: torch.Tensor, memo: Memo, non_blocking: bool = False) -> torch.Tensor:
-        """A CPU copy of a tensor over staged storage, entered into ``memo``."""
+        """Return a CPU copy of a tensor over staged storage, and enter it into ``memo``."""
         try:
             return offload_tensor(self, x, memo, non_blocking)
-        except NotImplementedError as error:  # the dispatcher: this kind of tensor lacks what rebuilding it needs
+        except NotImplementedError as error:  # from torch's dispatcher: this kind of tensor lacks an operation
             raise LocatedError(_describe_failure(x, error)) from error
 
     def _stage_untyped_storage(self, storage: torch.UntypedStorage, non_blocking: bool = False) -> torch.UntypedStorage:
         return self._storages.stage(storage, non_blocking)
 
     def _staged_storage(self, storage: torch.UntypedStorage, memo: Memo, non_blocking: bool) -> torch.UntypedStorage:
-        """The staged storage that stands for ``storage`` in this copy: staged on first sight, the same one after."""
+        """Return the staged copy of ``storage``; it is staged once in each copy of a state."""
         staged: torch.UntypedStorage | None = _memo_get(memo, id(storage))
         if staged is None:
             if storage.device.type == "meta":
                 staged = torch.UntypedStorage(storage.nbytes(), device="meta")
             elif storage.nbytes() and not _has_memory(storage):
                 raise LocatedError(
-                    "its storage has no memory behind it (a fake, functional or wrapped tensor); "
+                    "its storage has no memory (it is a fake, functional or wrapped tensor); "
                     "replace it with a real tensor, or leave it out of the state"
                 )
             else:
@@ -209,11 +193,6 @@ class OffloadCopier:
         staged = self._staged_storage(x._untyped_storage, memo, non_blocking)
         return torch.TypedStorage(wrap_storage=staged, dtype=x.dtype, _internal=True)
 
-    def _offload_leaf(self, leaf: Leaf, memo: Memo, non_blocking: bool) -> Leaf:
-        """What :class:`HookMemo` calls for a tensor or storage that an object's ``__deepcopy__`` asks for."""
-        copied: Leaf = self._copy(leaf, memo, non_blocking)
-        return copied
-
     def _copy_object(self, x: Any, memo: Memo, non_blocking: bool) -> Any:
         hook = getattr(x, "__deepcopy__", None)
         if hook is not None:
@@ -223,27 +202,22 @@ class OffloadCopier:
             reduced = reductor(x) if reductor is not None else x.__reduce_ex__(4)
         if isinstance(reduced, str):
             return x
-        func, args, state, listiter, dictiter, setter = (*reduced, None, None, None, None)[:6]
-        return self._reconstruct(x, memo, func, args, state, listiter, dictiter, non_blocking, setter)
+        return self._reconstruct(x, reduced, memo, non_blocking)
 
     def _copy_by_hook(self, x: Any, hook: Callable[[Memo], Any], memo: Memo, non_blocking: bool) -> Any:
-        """NOTE [ Objects that copy themselves ]."""
+        """The steps of NOTE [ Objects that copy themselves ] in ``hook_memo.py``."""
         hook_memo = memo if isinstance(memo, HookMemo) else HookMemo(memo.items())
-        found = hook_memo.find(x)
-        previous = hook_memo.arm(self, non_blocking)
-        try:
-            with _located(x):
-                y = hook(hook_memo)
-        finally:
-            hook_memo.disarm(previous)
-        if y is not x and found:
+        num_found = hook_memo.find(x)
+        with hook_memo.staging(self, non_blocking), _located(x):
+            y = hook(hook_memo)
+        if y is not x and num_found:
             self._adopt(hook_memo, y, non_blocking)
         if hook_memo is not memo:
             memo.update(hook_memo)
         return y
 
     def _adopt(self, memo: HookMemo, y: Any, non_blocking: bool) -> None:
-        """Move tensors that ``__deepcopy__`` made by itself into staged memory, as the objects they are."""
+        """Move tensors that ``__deepcopy__`` made by itself into staged memory; they stay the same objects."""
         for stranger in memo.strangers(y):
             if isinstance(stranger, torch.Tensor) and type(stranger) in (torch.Tensor, torch.nn.Parameter):
                 stranger.data = self._copy(stranger.detach(), memo, non_blocking)
@@ -253,46 +227,32 @@ class OffloadCopier:
                     f"{stranger.device}, which cannot be moved; let it use copy.deepcopy(x, memo)"
                 )
 
-    def _reconstruct(  # torch's order of parameters
-        self,
-        x: Any,
-        memo: Memo | None,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        state: Any = None,
-        listiter: Iterator[Any] | None = None,
-        dictiter: Iterator[tuple[Any, Any]] | None = None,
-        non_blocking: bool = False,
-        state_setter: Callable[[Any, Any], Any] | None = None,
-    ) -> Any:
-        """Build an object from what ``__reduce_ex__`` says, two to six items. ``memo=None`` makes it shallow."""
-        if memo is not None and args:
-            args = self._copy_arguments(x, args, memo, non_blocking)
+    def _reconstruct(self, x: Any, reduced: tuple[Any, ...], memo: Memo, non_blocking: bool) -> Any:
+        """Build an object from the two to six items of ``__reduce_ex__``."""
+        func, args, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
+        args = self._copy_arguments(x, args, memo, non_blocking)
         with _located(x):
             y = func(*args)
-        if memo is not None:
-            memo[id(x)] = y
+        memo[id(x)] = y  # before its contents: they may refer to the object
         if state is not None:
-            if memo is not None:
-                state = self._copy_state(state, memo, non_blocking)
+            state = self._copy_state(state, memo, non_blocking)
             with _located(x):
-                _set_state(y, state, state_setter)
-        if listiter is not None:
-            self._fill_list(y, listiter, memo, non_blocking)
-        if dictiter is not None:
-            self._fill_dict(y, dictiter, memo, non_blocking)
+                _set_state(y, state, setter)
+        if items is not None:
+            self._copy_each(items, y, memo, non_blocking)
+        if pairs is not None:
+            self._copy_pairs(pairs, y, memo, non_blocking)
         return y
 
     def _copy_arguments(self, x: Any, args: tuple[Any, ...], memo: Memo, non_blocking: bool) -> tuple[Any, ...]:
-        copied: list[Any] = []
-        try:
-            for arg in args:
-                copied.append(self._copy(arg, memo, non_blocking))  # its length names a failure
-        except LocatedError as error:
+        def segment(index: int) -> Segment:
             fields = getattr(x, "_fields", None) if isinstance(x, tuple) else None
-            index = len(copied) - 1  # the first argument of a named tuple is its class
-            error.prepend(Attribute(fields[index]) if fields and index >= 0 else Argument(len(copied)))
-            raise
+            return (
+                at_attribute(fields[index - 1]) if fields and index > 0 else at_argument(index)
+            )  # the class comes first
+
+        copied: list[Any] = []
+        self._copy_each(args, copied, memo, non_blocking, segment)
         return tuple(copied)
 
     def _copy_state(self, state: Any, memo: Memo, non_blocking: bool) -> Any:
@@ -302,27 +262,8 @@ class OffloadCopier:
             error.enter_object(has_slots=isinstance(state, tuple) and len(state) == 2)
             raise
 
-    def _fill_list(self, y: Any, items: Iterator[Any], memo: Memo | None, non_blocking: bool) -> None:
-        for index, item in enumerate(items):
-            try:
-                y.append(item if memo is None else self._copy(item, memo, non_blocking))
-            except LocatedError as error:
-                error.prepend(Item(index))
-                raise
-
-    def _fill_dict(self, y: Any, items: Iterator[tuple[Any, Any]], memo: Memo | None, non_blocking: bool) -> None:
-        for key, value in items:
-            try:
-                if memo is None:
-                    y[key] = value
-                else:
-                    y[self._copy(key, memo, non_blocking)] = self._copy(value, memo, non_blocking)
-            except LocatedError as error:
-                error.prepend(Item(key))
-                raise
-
     def _keep_alive(self, x: Any, memo: Memo) -> None:
-        """Keep a reference to ``x`` in the memo, whose keys are ids: freed, ``x`` could leave its id to another object."""
+        # The keys of the memo are ids: if ``x`` were freed, another object could get its id. copy.deepcopy uses this key.
         kept = _memo_get(memo, id(memo))
         if kept is None:
             memo[id(memo)] = [x]
@@ -331,7 +272,7 @@ class OffloadCopier:
 
 
 class _located:
-    """Turns what an object's own code raises into a :class:`LocatedError` that says whose code it was."""
+    """Turns what the code of ``x`` raises into a :class:`LocatedError` that names its type."""
 
     __slots__ = ("_x",)
 
@@ -339,20 +280,20 @@ class _located:
         self._x = x
 
     def __enter__(self) -> None:
-        return None
+        pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, LocatedError | RecursionError | torch.OutOfMemoryError):
+        ours = isinstance(error, StagerError) and not isinstance(error, UnstageableError)
+        if ours or isinstance(error, LocatedError | RecursionError | torch.OutOfMemoryError):
             return
-        if isinstance(error, UnstageableError) or not isinstance(error, StagerError):
-            if isinstance(error, _HOOK_ERRORS):
-                raise LocatedError(_describe_failure(self._x, error)) from error
+        if isinstance(error, _HOOK_ERRORS):
+            raise LocatedError(_describe_failure(self._x, error)) from error
 
 
 def _has_memory(storage: torch.UntypedStorage) -> bool:
     try:
         return storage.data_ptr() != 0
-    except RuntimeError:  # torch's word for it, inside functional and fake tensors
+    except RuntimeError:  # what torch raises inside functional and fake tensors
         return False
 
 

@@ -1,12 +1,13 @@
 """The memo given to objects that define their own ``__deepcopy__``.
 
 NOTE [ Objects that copy themselves ]
-``__deepcopy__(memo)`` is the object's own code: it will call ``copy.deepcopy(child, memo)`` for its parts, and that is
-the standard library's walk, which copies a tensor on the tensor's own device and into ordinary memory. But that walk
-asks the memo first, ``memo.get(id(child))``. So before the call every tensor the object can reach is *found* (found,
-not copied: the object may not want all of them), and the memo stages a found tensor at the moment it is asked for.
-Afterwards, tensors in the result that are neither ours nor the source's were made by the object itself, with
-``clone()`` for instance; they are moved into staged memory in place.
+``__deepcopy__(memo)`` is the object's own code. It calls ``copy.deepcopy(child, memo)`` for its parts, and the standard
+library then copies a tensor on the tensor's own device, into ordinary memory. But it asks the memo first:
+``memo.get(id(child))``. So:
+  1. Before the call, every tensor that the object can reach is listed in the memo (not copied: the object may not want all).
+  2. During the call, the memo stages a listed tensor when it is asked for it.
+  3. After the call, tensors in the result that are neither staged nor the source's were made by the object itself, with
+     ``clone()`` for instance. They are moved into staged memory in place.
 An object that returns itself has declared itself shared, and is shared, as with ``copy.deepcopy``.
 """
 
@@ -17,11 +18,12 @@ import sys
 import types
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
-# What copy.deepcopy shares instead of copying: nothing behind these is ours to look at.
+# copy.deepcopy shares these instead of copying them, so the walk stops at them.
 _OPAQUE = (
     type,
     types.ModuleType,
@@ -40,7 +42,7 @@ Leaf = torch.Tensor | torch.UntypedStorage
 
 
 class _Stager(Protocol):
-    def _offload_leaf(self, leaf: Leaf, memo: dict[int, Any], non_blocking: bool) -> Leaf: ...
+    def _copy(self, x: Any, memo: dict[int, Any], non_blocking: bool) -> Any: ...
 
 
 class HookMemo(dict[int, Any]):
@@ -48,55 +50,48 @@ class HookMemo(dict[int, Any]):
 
     def __init__(self, entries: Iterable[tuple[int, Any]] = ()) -> None:
         super().__init__(entries)
-        self.found: dict[int, Leaf] = {}
-        self._walked: dict[int, object] = {}  # kept alive: a recycled id would hide what has not been walked
-        self._stager: _Stager | None = None
+        self._reachable: dict[int, Leaf] = {}  # by id; what it may be asked for
+        self._walked: dict[int, object] = {}  # kept alive: a reused id would hide an object that was not walked yet
+        self._stager: _Stager | None = None  # while an object copies itself
         self._non_blocking = False
 
     def find(self, root: object) -> int:
-        """Look for tensors behind ``root``; how many were not known before."""
-        known = len(self.found)
-        for leaf in reachable_leaves(root, self._walked):
-            self.found[id(leaf)] = leaf
-        return len(self.found) - known
+        """List the tensors behind ``root``; return how many are new."""
+        known = len(self._reachable)
+        self._reachable.update((id(leaf), leaf) for leaf in reachable_leaves(root, self._walked))
+        return len(self._reachable) - known
 
-    def arm(self, stager: _Stager, non_blocking: bool) -> _Stager | None:
-        """From now on stage found tensors on request; returns what to give :meth:`disarm`."""
-        previous, self._stager = self._stager, stager
-        self._non_blocking = non_blocking
-        return previous
-
-    def disarm(self, previous: _Stager | None) -> None:
-        self._stager = previous
+    @contextmanager
+    def staging(self, stager: _Stager, non_blocking: bool) -> Iterator[None]:
+        """Stage listed tensors on request. Nests: an object that copies itself may hold another one."""
+        previous, self._stager, self._non_blocking = self._stager, stager, non_blocking
+        try:
+            yield
+        finally:
+            self._stager = previous
 
     def strangers(self, result: object) -> Iterator[Leaf]:
-        """Tensors behind ``result`` that are neither staged ones nor the source's."""
+        """Yield the tensors behind ``result`` that are neither staged nor the source's."""
         staged = {id(value) for value in self.values() if isinstance(value, Leaf)}
         for leaf in reachable_leaves(result, dict(self._walked)):
-            if id(leaf) not in staged and id(leaf) not in self.found:
+            if id(leaf) not in staged and id(leaf) not in self._reachable:
                 yield leaf
 
     def get(self, key: int, default: Any = None) -> Any:
-        """Return the copy of the object with id ``key``. A leaf that has none is offloaded now."""
-        if dict.__contains__(self, key):
-            return dict.__getitem__(self, key)
-        leaf = self.found.get(key)
-        if leaf is None or self._stager is None:
-            return default
-        return self._stager._offload_leaf(leaf, self, self._non_blocking)
+        """Return the copy of the object with id ``key``. A listed tensor that has none is staged now."""
+        return self[key] if key in self else default  # noqa: SIM401  (it is this method that would be called)
 
     def __missing__(self, key: int) -> Any:
-        leaf = self.found.get(key)
-        if leaf is None or self._stager is None:
+        if self._stager is None:
             raise KeyError(key)
-        return self._stager._offload_leaf(leaf, self, self._non_blocking)
+        return self._stager._copy(self._reachable[key], self, self._non_blocking)
 
     def __contains__(self, key: object) -> bool:
-        return dict.__contains__(self, key) or (self._stager is not None and key in self.found)
+        return dict.__contains__(self, key) or (self._stager is not None and key in self._reachable)
 
 
 def reachable_leaves(root: object, walked: dict[int, object]) -> Iterator[Leaf]:
-    """Tensors and storages behind ``root``, each once, not looking behind what is already in ``walked``."""
+    """Yield the tensors and storages behind ``root``, each once. What is in ``walked`` is passed over; it grows."""
     pending = [root]
     while pending:
         current = pending.pop()
@@ -112,7 +107,7 @@ def reachable_leaves(root: object, walked: dict[int, object]) -> Iterator[Leaf]:
 
 
 def _array_elements(value: object) -> list[Any]:
-    """Elements of a numpy array of objects, which the garbage collector does not know about."""
+    """Return the elements of a numpy array of objects, which the garbage collector does not track."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.hasobject:
         return list(value.flat)

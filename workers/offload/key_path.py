@@ -1,51 +1,39 @@
-"""Where in a nested state something is: ``optimizer.state[3]['exp_avg']``.
+"""Where a value is in a nested state: ``optimizer.state[3]['exp_avg']``.
 
-The path is not carried along while copying, which would cost every element. An error starts without one and each
-container it passes through on its way up adds its own segment.
+To carry the path along while copying would cost time for every value. So an error starts without a path, and each container
+that it passes through on its way up adds its own segment.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stager.workers.errors import UnstageableError
 
-ROOT = "state_dict"
+_ROOT = "state_dict"
 _PLAIN_KEYS = (str, bytes, int, float, bool, complex, type(None))
 _MAX_SEGMENTS = 24
 
 
-@dataclass(frozen=True)
-class Item:
-    """``container[key]``."""
+class Segment(NamedTuple):
+    """One step of a path, as Python would write it. ``name`` is the key, if the step is an item whose key is a string."""
 
-    key: object
-
-    def __str__(self) -> str:
-        return f"[{self.key!r}]" if isinstance(self.key, _PLAIN_KEYS) else f"[<{type(self.key).__name__}>]"
+    text: str
+    name: str = ""
 
 
-@dataclass(frozen=True)
-class Attribute:
-    """``object.name``."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return f".{self.name}"
+def at_item(key: object) -> Segment:
+    text = f"[{key!r}]" if isinstance(key, _PLAIN_KEYS) else f"[<{type(key).__name__}>]"
+    return Segment(text, key if isinstance(key, str) else "")
 
 
-@dataclass(frozen=True)
-class Argument:
-    """An argument that an object gives for its own reconstruction (``__reduce_ex__``)."""
-
-    index: int
-
-    def __str__(self) -> str:
-        return f".<argument {self.index}>"
+def at_attribute(name: str) -> Segment:
+    return Segment(f".{name}")
 
 
-Segment = Item | Attribute | Argument
+def at_argument(index: int) -> Segment:
+    """An argument with which an object has itself reconstructed (``__reduce_ex__``)."""
+    return Segment(f".<argument {index}>")
 
 
 class LocatedError(UnstageableError):
@@ -62,30 +50,23 @@ class LocatedError(UnstageableError):
         self.segments.insert(0, segment)
 
     def enter_object(self, has_slots: bool) -> None:
-        """The path so far leads into an object's pickled state; make it read as that object's attributes."""
-        if has_slots and self.segments:  # state is (dict, dict of slots)
+        """Turn a path into an object's pickled state into one that reads as that object's attributes."""
+        if has_slots and self.segments:  # the state is (dict, dict of slots): drop the index into this tuple
             self.segments.pop(0)
-        first = self.segments[0] if self.segments else None
-        if isinstance(first, Item) and isinstance(first.key, str):
-            self.segments[0] = Attribute(first.key)
-
-    def __str__(self) -> str:
-        return f"{format_path(self.segments)}: {self.reason}"
+        if self.segments and self.segments[0].name:
+            self.segments[0] = at_attribute(self.segments[0].name)
 
     def resolve(self) -> UnstageableError:
-        error = UnstageableError(format_path(self.segments), self.reason)
+        error = UnstageableError(_format(self.segments), self.reason)
         error.__cause__ = self.__cause__
         return error
 
 
-def format_path(segments: list[Segment]) -> str:
-    """The outermost key is written bare, as the name it is; the rest as Python would index it."""
-    if not segments:
-        return ROOT
-    first = segments[0]
-    bare = isinstance(first, Item) and isinstance(first.key, str)
-    parts = [str(first.key) if isinstance(first, Item) and bare else f"{ROOT}{first}"]
-    parts += [str(segment) for segment in segments[1:]]
+def _format(segments: list[Segment]) -> str:
+    """Write the path as Python would index it. A name as outermost key is written bare: ``model[0]``."""
+    parts = [_ROOT, *(segment.text for segment in segments)]
+    if segments and segments[0].name:
+        parts[:2] = [segments[0].name]
     if len(parts) > _MAX_SEGMENTS:
         half = _MAX_SEGMENTS // 2
         parts = [*parts[:half], "...", *parts[-half:]]

@@ -1,7 +1,7 @@
-"""How each kind of tensor is taken apart into storages and put together again on the CPU.
+"""How each kind of tensor is taken apart into storages and rebuilt on the CPU.
 
-Exact or not at all: what cannot be rebuilt bit for bit with its layout, strides, offset and aliasing raises.
-Gradients, hooks and autograd history are not part of a tensor's saved state (``torch.save`` leaves them out too).
+A copy is exact, bit for bit, with its layout, strides, offset and aliasing; if that is impossible, LocatedError is raised.
+Gradients, hooks and autograd history are not part of a tensor's saved state (``torch.save`` leaves them out, too).
 """
 
 # mypy: allow-untyped-calls
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from stager.workers.offload.key_path import Attribute, LocatedError
+from stager.workers.offload.key_path import LocatedError, at_attribute
 
 Memo = dict[int, Any]
 _HAS_NAMES = getattr(torch.Tensor, "has_names", None)  # named dimensions: gone from newer torch
@@ -51,7 +51,7 @@ def _rebuild(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking: bool) ->
         y = _rebuild_nested(copier, x, memo, non_blocking)
     elif not torch._C._has_storage(x):
         raise LocatedError(
-            f"a {_describe(x)} has no storage that could be copied; "
+            f"a {type(x).__name__} on device {x.device} has no storage that could be copied; "
             "convert it to a plain tensor, or leave it out of the state"
         )
     elif x.is_quantized:
@@ -80,7 +80,7 @@ def _rebuild_strided(copier: Copier, x: Any, memo: Memo, non_blocking: bool) -> 
 
 
 def _check_extent(x: torch.Tensor, storage: torch.UntypedStorage) -> None:
-    """FSDP and others free a parameter by resizing its storage to nothing; what is left is not a tensor's value."""
+    """Refuse a tensor whose storage is too small: FSDP and others free a parameter by resizing its storage to nothing."""
     if x.is_contiguous():
         needed = (x.storage_offset() + x.numel()) * x.element_size() if x.numel() else 0
     elif x.numel() == 0:
@@ -90,9 +90,8 @@ def _check_extent(x: torch.Tensor, storage: torch.UntypedStorage) -> None:
         needed = (x.storage_offset() + last + 1) * x.element_size()
     if storage.nbytes() < needed:
         raise LocatedError(
-            f"its storage holds {storage.nbytes()} bytes and the tensor needs {needed}: it was freed or resized "
-            "(by FSDP after use, for instance); "
-            "take the state dict with torch.distributed.checkpoint.state_dict.get_state_dict()"
+            f"its storage holds {storage.nbytes()} bytes, and the tensor needs {needed}: the storage was freed or resized, "
+            "by FSDP for instance; take the state dict with torch.distributed.checkpoint.state_dict.get_state_dict()"
         )
 
 
@@ -135,7 +134,7 @@ def _rebuild_sparse(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking: b
 
 
 def _rebuild_nested(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking: bool) -> torch.Tensor:
-    """A strided nested tensor: one buffer and three small tensors that say where each part lies in it."""
+    """Rebuild a strided nested tensor: one buffer, and three small tensors that say where each part lies in it."""
     buffer = copier._copy(x.detach().values(), memo, non_blocking)
     sizes, strides, offsets = (
         copier._copy(part, memo, non_blocking)
@@ -154,15 +153,15 @@ def _rebuild_subclass(copier: Copier, x: torch.Tensor, memo: Memo, non_blocking:
         return _rebuild_wrapper(copier, x, memo, non_blocking)
     if not _holds_data(x):
         raise LocatedError(
-            f"a {cls.__name__} wraps other tensors and does not say which; give it __tensor_flatten__ and "
-            "__tensor_unflatten__"
+            f"a {cls.__name__} wraps other tensors without naming them; define __tensor_flatten__ and "
+            "__tensor_unflatten__ in it"
         )
     y = _rebuild(copier, x, memo, non_blocking)
     return torch.Tensor._make_subclass(cls, y, y.requires_grad)
 
 
 def _holds_data(x: torch.Tensor) -> bool:
-    """False for a wrapper subclass: its storage is a pretence that nothing was ever written to."""
+    """Whether the tensor's own storage holds its data. That of a wrapper subclass does not."""
     if type(x).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl:
         return True
     try:
@@ -177,15 +176,16 @@ def _rebuild_wrapper(copier: Copier, x: Any, memo: Memo, non_blocking: bool) -> 
     inner = {}
     for name in names:
         value = getattr(x, name)
-        try:  # what is not a tensor (a DTensor's device mesh) is shared, as torch.compile shares it
+        try:  # a part that is no tensor (a DTensor's device mesh) is shared, as torch.compile shares it
             inner[name] = copier._copy(value, memo, non_blocking) if isinstance(value, torch.Tensor) else value
         except LocatedError as error:
-            error.prepend(Attribute(name))
+            error.prepend(at_attribute(name))
             raise
     y: torch.Tensor = type(x).__tensor_unflatten__(inner, context, x.size(), x.stride())
     if not _same_size(x.size(), y.size()):
         raise LocatedError(
-            f"{type(x).__name__}.__tensor_unflatten__ returned size {tuple(y.size())} for {tuple(x.size())}"
+            f"{type(x).__name__}.__tensor_unflatten__ returned a tensor of size {tuple(y.size())} "
+            f"for one of size {tuple(x.size())}"
         )
     if x.requires_grad and x.is_leaf and not y.requires_grad:
         y.requires_grad_()
@@ -193,12 +193,12 @@ def _rebuild_wrapper(copier: Copier, x: Any, memo: Memo, non_blocking: bool) -> 
 
 
 def _same_size(one: torch.Size, other: torch.Size) -> bool:
-    """Ragged dimensions are symbols bound to the offsets tensor; a copied offsets tensor has its own."""
+    """Compare sizes, without ragged dimensions: these are symbols of the offsets tensor, and its copy has its own."""
     return len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True) if isinstance(a, int))
 
 
 def _copy_attributes(copier: Copier, x: torch.Tensor, y: torch.Tensor, memo: Memo, non_blocking: bool) -> None:
-    """Attributes that the caller set. Those that rebuilding has set already belong to the new tensor."""
+    """Copy the attributes that the user set. Rebuilding may have set some already: those stay."""
     attributes: dict[str, Any] = {}
     if type(x) is not torch.Tensor:
         for slot in copyreg._slotnames(type(x)):  # type: ignore[attr-defined]  # what copyreg itself uses
@@ -211,9 +211,5 @@ def _copy_attributes(copier: Copier, x: torch.Tensor, y: torch.Tensor, memo: Mem
         try:
             setattr(y, name, copier._copy(value, memo, non_blocking))
         except LocatedError as error:
-            error.prepend(Attribute(name))
+            error.prepend(at_attribute(name))
             raise
-
-
-def _describe(x: torch.Tensor) -> str:
-    return f"{type(x).__name__} on device {x.device}"

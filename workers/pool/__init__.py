@@ -1,5 +1,5 @@
 """Worker processes for any callable: spawned, watched, replaced, reaped.
 
 Reading order: ``pool.py`` (diagram), ``messages.py``, ``channel.py``, ``worker_main.py``, ``worker_loop.py``, ``roster.py``,
-``supervisor.py``, ``heartbeat.py``, ``shutdown.py``. Nothing here knows what a checkpoint is.
+``supervisor.py``, ``heartbeat.py``. Nothing here knows what a checkpoint is.
 """

@@ -1,13 +1,13 @@
 """Pickling of what tasks carry: any callable (cloudpickle), any torch storage (torch.multiprocessing).
 
-torch.multiprocessing's reducers hand each shared storage's file descriptor to ``multiprocessing.reduction.DupFd``.
-By default that starts a server thread in the sender, from which the receiver fetches the descriptor later, and a
-sender that is killed in between takes the memory with it. Here the descriptors go *with* the message
-(``SCM_RIGHTS``): from the moment the message is sent the kernel keeps the memory alive, whoever dies. DupFd supports
-this: it asks the "spawning popen" of the current thread, which is where :class:`_FdCollector` stands in.
+torch.multiprocessing's reducers give each shared storage's file descriptor to ``multiprocessing.reduction.DupFd``. By
+default, that starts a server thread in the sender, from which the receiver fetches the descriptor later. If the sender is
+killed in between, the memory is lost. Here the descriptors travel *with* the message (``SCM_RIGHTS``): once it is sent, the
+kernel keeps the memory alive, whichever process dies. ``DupFd`` supports that: it asks the "spawning popen" of the current
+thread, for which :class:`_FdCollector` stands in.
 
-Nothing here imports torch. Whoever has a tensor to send has imported it, and with it torch.multiprocessing, which registers
-its reducers with ForkingPickler; and a pickle that names something of torch imports it where it is loaded.
+Nothing here imports torch. A process that sends a tensor has imported torch, and with it torch.multiprocessing, which
+registers its reducers with ForkingPickler. A pickle that names something of torch imports it where it is loaded.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class _SentFd:
         self.index = index
 
     def detach(self) -> int:
-        """Take the descriptor; whoever calls this closes it. Legal once, while its message is being loaded."""
+        """Take the descriptor; the caller closes it. Legal once, while its message is being loaded."""
         fds: list[int] | None = getattr(_received, "fds", None)
         if fds is None or fds[self.index] < 0:
-            raise InternalError("a descriptor was asked for outside of the message that it came with")
+            raise InternalError("a descriptor was taken twice, or after the message that it came with was loaded")
         fd = fds[self.index]
         fds[self.index] = -1
         return fd
@@ -63,15 +63,15 @@ class _FdCollector:
 
 class _TaskPickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle ships no types
     def __init__(self, file: io.BytesIO) -> None:
-        # Each time: torch may have been imported since the last one, and ForkingPickler hands out a copy. Before the real
-        # initialisation, which looks it up.
+        # 1. A new table for each pickler: torch may have been imported since the last, and ForkingPickler returns a copy.
         registered = cast("dict[type, Any]", ForkingPickler(io.BytesIO()).dispatch_table)
         self.dispatch_table = ChainMap(registered, cloudpickle.Pickler.dispatch_table)
+        # 2. After the table is set, because the initialisation looks it up.
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def dumps(value: object) -> tuple[bytes, list[int]]:
-    """Pickle ``value``; returns the bytes and duplicates of the descriptors they refer to (the caller closes them)."""
+    """Pickle ``value``; return the bytes, and duplicates of the descriptors they refer to, which the caller closes."""
     collector = _FdCollector()
     file = io.BytesIO()
     previous = context.get_spawning_popen()
@@ -87,7 +87,7 @@ def dumps(value: object) -> tuple[bytes, list[int]]:
 
 
 def loads(data: bytes, fds: list[int]) -> Any:
-    """Unpickle; descriptors that nothing took are closed."""
+    """Unpickle, and close the descriptors that nothing took."""
     outer = getattr(_received, "fds", None)  # a value's __setstate__ may load something itself
     _received.fds = fds
     try:

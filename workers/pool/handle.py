@@ -1,8 +1,12 @@
 """One worker as the pool sees it: its process, its state, and the tasks it was sent.
 
-STARTING --Ready--> READY --death seen--> DEAD
-    |                                      ^
-    +------------death seen----------------+
+    STARTING --Ready--> READY --death seen--> DEAD
+        '---------------death seen-------------^
+
+Before a death is seen, the pool may know that it will come, and why:
+
+    NONE --socket closed--> HUNG_UP --.
+      '-------------------------------+--> KILLED | OVERDUE | SILENT    SIGKILL is sent; the first reason counts
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 
@@ -38,10 +41,24 @@ class WorkerState(Enum):
     DEAD = "dead"
 
 
-_TRANSITIONS = {
+class _Ending(Enum):
+    """Why the worker is about to end."""
+
+    NONE = "nothing ends it"
+    HUNG_UP = "it closed its socket"
+    KILLED = "the pool killed it, for another reason than the next two"
+    OVERDUE = "it missed a deadline"
+    SILENT = "it showed no sign of life"
+
+
+_KILLS = {_Ending.KILLED, _Ending.OVERDUE, _Ending.SILENT}
+_TRANSITIONS: dict[WorkerState | _Ending, set[WorkerState] | set[_Ending]] = {
     WorkerState.STARTING: {WorkerState.READY, WorkerState.DEAD},
     WorkerState.READY: {WorkerState.DEAD},
     WorkerState.DEAD: set(),
+    _Ending.NONE: {_Ending.HUNG_UP, *_KILLS},
+    _Ending.HUNG_UP: _KILLS,
+    **{ending: set() for ending in _KILLS},
 }
 
 
@@ -59,11 +76,8 @@ class WorkerHandle:
 
     Attributes:
         started: ``time.monotonic()``.
-        items: by task id. The first one is running, once the worker is ready.
-        killed: we have sent SIGKILL; its sentinel will tell.
-        overdue: the task that it was killed for, because that missed its deadline.
-        silent: it was killed because its heartbeat stopped.
-        listening: its socket may still bring something: it is worth polling.
+        items: by task id, in the order of sending. The first one is running, once the worker is ready.
+        overdue_id: id of the task that missed its deadline, for which the worker was killed; 0: none.
     """
 
     def __init__(self, process: WorkerProcess, start_timeout_secs: float) -> None:
@@ -71,14 +85,11 @@ class WorkerHandle:
         self.pid = process.pid
         self.state = WorkerState.STARTING
         self.started = time.monotonic()
-        self.items: OrderedDict[int, WorkItem] = OrderedDict()
-        self.killed = False
-        self.overdue: WorkItem | None = None
-        self.silent = False
+        self.items: dict[int, WorkItem] = {}
+        self.overdue_id = 0
+        self._ending = _Ending.NONE
         self._start_timeout_secs = start_timeout_secs
-        self._start_deadline = self.started + start_timeout_secs
-        self._hang_up_deadline: float | None = None
-        self.listening = True
+        self._deadline = self.started + start_timeout_secs  # to be ready; after HUNG_UP, to have ended
 
     def move(self, to: WorkerState) -> None:
         if to not in _TRANSITIONS[self.state]:
@@ -86,14 +97,23 @@ class WorkerHandle:
         self.state = to
         self.start_clock()
 
+    def _end(self, why: _Ending) -> None:
+        if why in _TRANSITIONS[self._ending]:
+            self._ending = why
+
     @property
     def usable(self) -> bool:
         """Whether a task may be sent to it."""
-        return not self.killed and self._hang_up_deadline is None and self.state is not WorkerState.DEAD
+        return self._ending is _Ending.NONE and self.state is not WorkerState.DEAD
 
     @property
     def idle(self) -> bool:
         return self.usable and self.state is WorkerState.READY and not self.items
+
+    @property
+    def holds_task(self) -> bool:
+        """Whether it should be at work: then its signs of life count."""
+        return self.usable and self.state is WorkerState.READY and bool(self.items)
 
     @property
     def load(self) -> int:
@@ -110,10 +130,10 @@ class WorkerHandle:
 
     # -- the socket ---------------------------------------------------------------------------------------------
 
-    def send_task(self, nonce: str, item: WorkItem) -> None:
+    def send_task(self, item: WorkItem) -> None:
         self.items[item.task_id] = item
         self.start_clock()
-        self.send(Task(nonce, item.task_id, item.label, item.payload), item.fds)
+        self.send(Task(item.task_id, item.label, item.payload), item.fds)
 
     def send(self, message: Message, fds: list[int]) -> None:
         self.process.outbox.put(message, fds)
@@ -123,119 +143,107 @@ class WorkerHandle:
         try:
             if self.usable:
                 self.process.outbox.flush()
-        except OSError:  # nobody will read what we send; what it has sent is still to be read
+        except OSError:  # nobody reads what the pool sends; what the worker has sent must still be read
             self._hang_up()
 
     def receive(self) -> list[Frame]:
-        """Read once; what is complete then. A torn message is left to the death that tore it."""
-        try:
-            self.listening = self.process.inbox.receive()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.listening = False
-        if not self.listening:
+        """Read once; return the complete messages. A message that a death tore apart is not complete."""
+        inbox = self.process.inbox
+        inbox.receive()
+        if inbox.ended:
             self._hang_up()
         frames = []
         try:
-            while (frame := self.process.inbox.take()) is not None:
+            while (frame := inbox.take()) is not None:
                 frames.append(frame)
-        except Exception:  # something in the worker wrote into the socket: nothing it says can be trusted now
+        except Exception:  # something in the worker wrote into the socket: the pool cannot trust what comes after
             logger.exception(
                 "worker %d sent bytes that are no message (something in it wrote into the pool's socket); it is killed",
                 self.pid,
             )
-            self.listening = False
+            inbox.ended = True
             self.kill()
         return frames
 
     def receive_rest(self) -> list[Frame]:
         """Read everything that is left in the socket of a process that has ended."""
         frames = []
-        while self.listening and self.process.has_input():
+        while self._has_unread():
             frames += self.receive()
         return frames
 
+    def _has_unread(self) -> bool:
+        return not self.process.inbox.ended and self.process.has_input()
+
     def _hang_up(self) -> None:
         """The other end is closed, so the process should end now. Nothing can be sent any more."""
-        if self._hang_up_deadline is None:
-            self._hang_up_deadline = time.monotonic() + _HANG_UP_SECS
+        if self._ending is _Ending.NONE:
+            self._end(_Ending.HUNG_UP)
+            self._deadline = time.monotonic() + _HANG_UP_SECS
 
     # -- deadlines and death ------------------------------------------------------------------------------------
 
     def deadline(self) -> float:
         """``time.monotonic()`` at which this worker is to be killed; infinite: no such time."""
-        if self.killed:
+        if self._ending in _KILLS:
             return math.inf
-        if self._hang_up_deadline is not None:
-            return self._hang_up_deadline
-        if self.state is WorkerState.STARTING:
-            return self._start_deadline
+        if self._ending is _Ending.HUNG_UP or self.state is WorkerState.STARTING:
+            return self._deadline
         head = self.head()
-        deadline = head.deadline() if head else None
-        return math.inf if deadline is None else deadline
-
-    @property
-    def holds_task(self) -> bool:
-        """Whether it should be at work: then its signs of life count."""
-        return self.usable and self.state is WorkerState.READY and bool(self.items)
+        return head.deadline() if head else math.inf
 
     def extend_deadlines(self, secs: float, now: float) -> None:
         """Move every deadline by ``secs`` seconds in which the supervisor could not watch."""
-        self._start_deadline += secs
-        if self._hang_up_deadline is not None:
-            self._hang_up_deadline += secs
+        self._deadline += secs
         head = self.head()
         if head is not None:
             head.extend_deadlines(secs, now)
 
-    def is_overdue(self, now: float) -> bool:
-        """Whether to kill it: what has arrived and was not read yet may be the very answer that we wait for."""
-        return self.deadline() <= now and not (self.listening and self.process.has_input())
-
-    def kill_overdue(self) -> None:
-        if self.state is WorkerState.READY and self._hang_up_deadline is None:
-            self.overdue = self.head()
-        self.kill()
+    def kill_if_overdue(self, now: float) -> None:
+        # What has arrived and was not read yet may be the very answer that the pool waits for.
+        if self.deadline() > now or self._has_unread():
+            return
+        head = self.head()
+        if head is not None and self.state is WorkerState.READY and self._ending is _Ending.NONE:
+            self.overdue_id = head.task_id
+        self.kill(_Ending.OVERDUE if self._ending is _Ending.NONE else _Ending.KILLED)
 
     def kill_if_silent(self, elapsed: float, limit_secs: float) -> None:
         """See NOTE [ When a worker is stuck ] in ``heartbeat.py``."""
         pulse = self.process.pulse
         pulse.look(elapsed)
-        if pulse.silent_secs >= limit_secs and not (self.listening and self.process.has_input()):
+        if pulse.silent_secs >= limit_secs and not self._has_unread():
             logger.warning(
                 "worker %d shows no sign of life (it is stopped, or stuck with the GIL held); it is killed", self.pid
             )
-            self.silent = True
-            self.kill()
+            self.kill(_Ending.SILENT)
 
-    def kill(self) -> None:
-        self.killed = True
-        self.process.kill()
+    def kill(self, why: _Ending = _Ending.KILLED) -> None:
+        self._end(why)
+        self.process.kill()  # its sentinel will tell
 
     def health(self) -> WorkerHealth:
         return WorkerHealth(self.pid, self.state, tuple(item.label for item in self.items.values()))
 
     def death_error(self, item: WorkItem) -> WorkerError:
         """Why ``item``, which this dead worker was the last to try, failed."""
-        if self.overdue is item:
+        if self.overdue_id == item.task_id:
             return TaskTimeoutError(
                 f"{item.label} ran longer than {item.timeout_secs:g} s and its worker {self.pid} was killed "
                 f"(attempt {item.attempts}); raise workers.task_timeout_secs or look at the storage"
             )
         exitcode = self.process.exitcode
         hint = f"this was attempt {item.attempts}"
-        if self.silent:
+        if self._ending is _Ending.SILENT:
             hint += "; it was killed because it showed no sign of life: it was stopped, or stuck with the GIL held"
         elif exitcode == -9:
-            hint += "; SIGKILL that nobody sent on purpose is usually the kernel's out-of-memory killer (see dmesg)"
+            hint += "; if nobody sent SIGKILL on purpose, it was probably the kernel's out-of-memory killer (see dmesg)"
         return WorkerDiedError(self.pid, exitcode, item.label, hint)
 
     def start_error(self) -> WorkerStartError:
         """Why this worker, which never became ready, is dead."""
-        exitcode = self.process.exitcode
-        what = f"{describe_exit(exitcode)} before it was ready"
-        if self.killed:
+        what = f"{describe_exit(self.process.exitcode)} before it was ready"
+        if self._ending in _KILLS:
             what = f"was not ready within {self._start_timeout_secs:g} s and was killed"
         return WorkerStartError(
             f"worker {self.pid} {what}; its standard error says why; `stager doctor` checks the machine"

@@ -1,23 +1,24 @@
 """Signs of life of a worker that holds a task, and the judgement that there are none.
 
 NOTE [ When a worker is stuck ]
-A deadline for a task must be generous: it may have to write many gigabytes to a slow disk. That a worker can do nothing
-at all any more is noticed sooner. A small thread of the worker (the one that watches the trainer, ``worker_main.py``) adds
-to an eventfd every few seconds. Nobody is woken by it: the supervisor reads it when it looks after busy workers, and only if
-nothing was added since, it looks into /proc. A worker is *silent* when, since the last look,
+A deadline for a task must be generous: the task may write many gigabytes to a slow disk. A worker that can do nothing at all
+any more is noticed sooner. A small thread of the worker (the one that watches the trainer, ``worker_main.py``) adds to an
+eventfd every few seconds. That wakes nobody: the supervisor reads it when it looks after busy workers. Only if nothing was
+added since its last look does it read /proc. A worker is *silent* when, since the last look,
   * nothing was added: no Python code ran in its small thread, and
   * no processor time was used: it is not computing with the GIL held (a large ``json.loads``), and
   * no thread is running or ready (the machine is overloaded), in uninterruptible sleep (a slow disk), or traced (a
     debugger).
-What remains: it is stopped (SIGSTOP, a frozen cgroup), or whoever has the GIL waits for something for ever. A long fsync, or
-a task that waits for something without the GIL, is not silent: the small thread goes on.
+Then the worker is stopped (SIGSTOP, a frozen cgroup), or the thread that has the GIL waits for ever. A long fsync, or a task
+that waits without the GIL, is not silent: the small thread goes on.
 
 Only time during which the supervisor looked counts. When everything was stopped (the laptop slept, the whole job got
-SIGSTOP) neither this nor any other deadline has come nearer: see :class:`HeartbeatClock`.
+SIGSTOP), no deadline comes nearer: see :class:`HeartbeatClock`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 
@@ -44,7 +45,7 @@ class HeartbeatClock:
     def __init__(self, timeout_secs: float | None, now: float) -> None:
         self.interval = look_interval(timeout_secs)
         # A worker may stop right after a beat, and we notice at the look after the next: two intervals of the timeout.
-        self.limit_secs = None if timeout_secs is None else timeout_secs - 2 * self.interval
+        self.limit_secs = math.inf if timeout_secs is None else timeout_secs - 2 * self.interval
         self._seen_until = now
         self._wait_began = now
         self._last_look = now
@@ -59,14 +60,13 @@ class HeartbeatClock:
         self._seen_until = now
         return lost
 
-    def look(self, now: float) -> float | None:
-        """Return None if it is not yet time to look, else the seconds to count for each worker: one interval.
+    def look(self, now: float) -> float:
+        """Return the seconds to count for each worker: 0 if it is not yet time to look, else one interval.
 
         However long the supervisor could not look, it counts as one interval: see *lost* above.
         """
-        elapsed = now - self._last_look
-        if elapsed < self.interval:
-            return None
+        if now - self._last_look < self.interval:
+            return 0.0
         self._last_look = now
         return self.interval
 
@@ -76,24 +76,16 @@ class HeartbeatClock:
 
 
 class Pulse:
-    """The supervisor's side of one worker's signs of life.
-
-    Args:
-        pid: the worker.
-        fd: the eventfd that the worker adds to; borrowed.
-
-    Attributes:
-        silent_secs: for how long no sign was seen.
-    """
+    """The signs of life of one worker, as the supervisor sees them: on ``fd``, a borrowed eventfd, and in /proc."""
 
     def __init__(self, pid: int, fd: int) -> None:
         self._pid = pid
         self._fd = fd
         self._cpu_ticks = -1
-        self.silent_secs = 0.0
+        self.silent_secs = 0.0  # for how long no sign was seen
 
     def look(self, elapsed: float) -> None:
-        """Once per interval while the worker holds a task."""
+        """Look for a sign, once per interval while the worker holds a task. ``elapsed``: seconds since the last look."""
         if self._has_beaten() or self._is_at_work():
             self.silent_secs = 0.0
         else:
@@ -111,7 +103,7 @@ class Pulse:
         return self._cpu_ticks != before or bool(_WILL_GO_ON & self._thread_states())
 
     def _cpu_time(self) -> int:
-        """Clock ticks, of all threads, user and system; -1: it is gone."""
+        """Return the clock ticks of all threads, user and system; -1 if the process is gone."""
         fields = _stat_fields(f"/proc/{self._pid}/stat")
         return int(fields[11]) + int(fields[12]) if fields else -1
 
@@ -124,7 +116,7 @@ class Pulse:
 
 
 def _stat_fields(path: str) -> list[str]:
-    """What follows the command's name in a ``stat`` file (its third field, the state, comes first); [] if there is none."""
+    """Return the fields of a ``stat`` file from the third, the state, on; [] if the process is gone."""
     try:
         with open(path) as file:
             return file.read().rpartition(")")[2].split()

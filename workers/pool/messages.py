@@ -1,8 +1,7 @@
 """The messages between a pool and its workers. No I/O here.
 
-Every message carries the pool's ``nonce`` (a worker or pool ignores what is not of its own run) and, where it
-belongs to a task, the task's id. ``payload`` is a pickle made by :mod:`stager.workers.pool.codec`; file descriptors that it
-refers to travel beside it (see :mod:`stager.workers.pool.channel`).
+``payload`` is a pickle made by :mod:`stager.workers.pool.codec`. The file descriptors that it refers to travel beside the
+message (``channel.py``).
 
     pool   -> worker   Task       in any state but after Shutdown; answered by exactly one Done or Failed
     pool   -> worker   Shutdown   once; the worker finishes what it was sent before, then exits 0
@@ -18,13 +17,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    nonce: str
-    pid: int
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    nonce: str
     task_id: int
     label: str
     payload: bytes
@@ -32,7 +29,6 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    nonce: str
     task_id: int
     payload: bytes
 
@@ -41,7 +37,6 @@ class Done:
 class Failed:
     """``payload`` is the pickled exception, ``traceback`` its text in the worker."""
 
-    nonce: str
     task_id: int
     payload: bytes
     traceback: str
@@ -49,8 +44,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    nonce: str
+    pass
 
 
 Message = Ready | Task | Done | Failed | Shutdown
-"""Everything that travels on a channel."""

@@ -7,6 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 IONICE_CLASSES = ("none", "low", "idle")
+_LEAST = {
+    "start_timeout_secs": 0,
+    "max_restarts": 0,
+    "max_timeouts": 1,
+    "task_timeout_secs": 0,
+    "orphan_timeout_secs": 0,
+    "shutdown_timeout_secs": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +33,9 @@ class PoolOptions:
         heartbeat_timeout_secs: a worker that holds a task and shows no sign of life is killed by then; ``None``: no such
             limit. See NOTE [ When a worker is stuck ] in ``workers/pool/heartbeat.py``.
         orphan_timeout_secs: how long workers may finish what was handed over when the trainer is gone.
-        shutdown_timeout_secs: each rung of the shutdown ladder (``workers/pool/shutdown.py``).
-        env: environment variables for the workers, on top of this process's.
+        shutdown_timeout_secs: each rung of the shutdown ladder (``workers/pool/supervisor.py``).
+        env: environment variables for the workers, on top of this process's. Torch has one thread in each worker, unless
+            ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` are set here.
 
     Raises:
         ValueError: a value is out of its range.
@@ -48,45 +57,27 @@ class PoolOptions:
             raise ValueError(f"nice must be 0 to 19, got {self.nice}")
         if self.ionice not in IONICE_CLASSES:
             raise ValueError(f"ionice must be one of {', '.join(IONICE_CLASSES)}, got {self.ionice!r}")
-        if self.max_restarts < 0:
-            raise ValueError(f"max_restarts must be 0 or more, got {self.max_restarts}")
-        if self.max_timeouts < 1:
-            raise ValueError(f"max_timeouts must be 1 or more, got {self.max_timeouts}")
-        for name in ("start_timeout_secs", "task_timeout_secs", "orphan_timeout_secs", "shutdown_timeout_secs"):
-            secs = getattr(self, name)
-            if secs is not None and not secs >= 0:  # NaN is refused, too
-                raise ValueError(f"{name} must be 0 or more, got {secs}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:  # so NaN is refused, too
+                raise ValueError(f"{name} must be {least} or more, got {value}")
         if self.heartbeat_timeout_secs is not None and not self.heartbeat_timeout_secs > 0:
             raise ValueError(f"heartbeat_timeout_secs must be more than 0, got {self.heartbeat_timeout_secs}")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """What a worker is told when it is started.
+    """What a worker is told on its command line. See :class:`PoolOptions`; ``beat_secs`` lie between two heartbeats."""
 
-    Attributes:
-        nonce: of the pool; both sides ignore messages that carry another one.
-        parent_pid: the process of the pool.
-        nice: added to the process's niceness, 0..19.
-        ionice: "none", "low" (best effort, lowest) or "idle".
-        orphan_timeout_secs: how long a worker may go on working when the trainer is gone.
-        beat_secs: seconds between two heartbeats.
-        torch_threads: intra-op threads of torch in a worker.
-    """
-
-    nonce: str
     parent_pid: int
-    nice: int = 0
-    ionice: str = "none"
-    orphan_timeout_secs: float = 600.0
-    beat_secs: float = 5.0
-    torch_threads: int = 1
+    nice: int
+    ionice: str
+    orphan_timeout_secs: float
+    beat_secs: float
 
     def to_json(self) -> str:
-        """Encode for the worker's command line."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> WorkerSettings:
-        """Decode what :meth:`to_json` made."""
         return WorkerSettings(**json.loads(text))

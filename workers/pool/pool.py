@@ -48,7 +48,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -58,8 +57,7 @@ from typing import Any, TypeVar
 from stager.workers.errors import ClosedError
 from stager.workers.pool import codec
 from stager.workers.pool.handle import WorkerHealth
-from stager.workers.pool.heartbeat import look_interval
-from stager.workers.pool.options import PoolOptions, WorkerSettings
+from stager.workers.pool.options import PoolOptions
 from stager.workers.pool.supervisor import Supervisor
 from stager.workers.pool.work_item import WorkItem
 
@@ -73,15 +71,13 @@ _DELIVERY_SECS = 10.0  # a worker that died is replaced within that
 
 
 class WorkerPool:
-    """Runs callables in long-lived worker processes.
+    """Runs callables in ``count`` long-lived worker processes.
 
     ``fn`` may be a lambda, a closure, or a function of the main module (cloudpickle). Arguments and results that hold
-    CPU tensors share their storages (torch.multiprocessing), they are not copied. Worker start-up does not import the
-    main module, so no ``if __name__ == "__main__"`` is needed.
+    CPU tensors share their storages (torch.multiprocessing), they are not copied. Workers do not import the main module, so
+    no ``if __name__ == "__main__"`` is needed.
 
     Args:
-        count: number of worker processes.
-        options: see :class:`PoolOptions`.
         inherit_fds: descriptors that the workers keep open as long as they live (a lock on a directory, say).
 
     Raises:
@@ -93,20 +89,12 @@ class WorkerPool:
     ) -> None:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        options = options or PoolOptions()
-        settings = WorkerSettings(
-            nonce=secrets.token_hex(8),
-            parent_pid=os.getpid(),
-            nice=options.nice,
-            ionice=options.ionice,
-            orphan_timeout_secs=options.orphan_timeout_secs,
-            beat_secs=look_interval(options.heartbeat_timeout_secs),
-        )
         self._owner = os.getpid()
-        self._options = options
-        self._supervisor = Supervisor(count, settings, options, inherit_fds)
+        self._options = options or PoolOptions()
+        self._supervisor = Supervisor(count, self._options, inherit_fds)
         self._roster = self._supervisor.roster
         self._close_lock = threading.Lock()
+        # When all is there, so that a pool that could not be made is not closed at exit.
         _live_pools.add(self)
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -128,35 +116,30 @@ class WorkerPool:
 
         Ctrl-C can interrupt :meth:`submit` after it has sent the task: the caller would then never get its Future.
         """
-        self._roster.enqueue(self._make_item(fn, args, kwargs, future, handed_over=False))
-        self._supervisor.wake()
+        self._roster.enqueue(self._make_item((fn, args, kwargs), future, handed_over=False))
 
     def hand_over(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Send the call to a worker now, busy or not; return when the kernel holds the message.
 
-        From then on the task runs even if this process is killed. Keep the message small (descriptors, not data): a busy
-        worker reads a larger one than fits its socket, some 200 KB, only when it is done. In a Future's callback it does
-        not wait, so that only a small message is sure to be there.
+        From then on the task runs even if this process is killed. Keep the message below some 200 KB (descriptors, not
+        data): that fits the socket, and a busy worker reads the rest only when it is done. In a Future's callback this does
+        not wait, so that only a small message is sure to be sent.
         """
-        item = self._make_item(fn, args, kwargs, Future(), handed_over=True)
+        future: Future[T] = Future()
+        item = self._make_item((fn, args, kwargs), future, handed_over=True)
+        # 1. Send what the socket takes at once. If that is not all, the supervisor sends the rest.
         self._roster.place(item)
-        self._supervisor.wake()  # to watch the deadline of the task, and the socket if it is full
+        # 2. Without the lock, which the supervisor needs to send.
         self._roster.wait_delivered(item)
-        return item.future
+        return future
 
-    def _make_item(
-        self,
-        fn: Callable[..., T],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        future: Future[T],
-        *,
-        handed_over: bool,
-    ) -> WorkItem:
+    def _make_item(self, call: tuple[Any, ...], future: Future[Any], *, handed_over: bool) -> WorkItem:
         self._check_owner()
-        payload, fds = codec.dumps((fn, args, kwargs))
-        label = getattr(fn, "__qualname__", None) or type(fn).__name__
-        return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over=handed_over)
+        # In the caller's thread, so that a mistake in the call is raised where it was made.
+        # The descriptors are duplicates: the caller may close its own as soon as this returns.
+        payload, fds = codec.dumps(call)
+        label = getattr(call[0], "__qualname__", None) or type(call[0]).__name__
+        return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over)
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -183,49 +166,48 @@ class WorkerPool:
         return self._roster.drain(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish what was submitted, then stop the workers. Idempotent, from any thread; nothing in a forked child.
+        """Finish what was submitted, then stop the workers. Idempotent, from any thread; does nothing in a forked child.
 
-        See NOTE [ The shutdown ladder ] in ``workers/pool/shutdown.py``. A pool that nobody closes is closed at interpreter
-        exit, without a timeout.
+        See NOTE [ The shutdown ladder ] in ``supervisor.py``. A pool that is still open at interpreter exit is closed then.
 
         Args:
-            timeout: seconds to wait for running and pending tasks; ``None`` waits as long as they take. The Futures of
-                tasks that are not done by then fail with :class:`~stager.ClosedError`, when their worker is dead.
+            timeout: seconds to wait for tasks; ``None``: as long as they take. The Futures of tasks that are not done by
+                then fail with :class:`~stager.ClosedError`, when their worker is dead.
 
         Raises:
             UsageError: called by a callback of one of the pool's Futures.
         """
         if self._owner != os.getpid():
             return
-        if self._roster.in_callback:
-            self._roster.refuse_in_callback("close()")
+        # Before the lock: another thread may hold it and wait for this very callback.
+        self._roster.refuse_in_callback("close()")
         with self._close_lock:
+            # First no new tasks: otherwise a caller that goes on submitting would keep drain() waiting.
             self._roster.stop_accepting()
+            # Then the tasks, while the supervisor still resolves their Futures and replaces workers that die.
             self._roster.drain(timeout)
+            # Then the workers; what is not done by now fails.
             self._supervisor.stop()
         _live_pools.discard(self)
 
     def detach(self) -> None:
-        """Stop without waiting for tasks: the workers finish the tasks they have, and end by themselves.
+        """Stop now, without waiting for tasks: the workers finish the tasks they have, and end by themselves.
 
-        For a process that must end now. The Future of a task that a worker has fails with :class:`~stager.LeftRunningError`.
-        The Future of a task that no worker has fails with ClosedError: that task is lost. Waits at most ten seconds until
-        every task that was handed over has reached a worker.
+        The Future of a task that a worker has fails with :class:`~stager.LeftRunningError`. A task that no worker has is
+        lost, and its Future fails with ClosedError. Waits at most ten seconds for the delivery of what was handed over.
 
         Raises:
             UsageError: called by a callback of one of the pool's Futures.
         """
         if self._owner != os.getpid():
             return
-        if self._roster.in_callback:
-            self._roster.refuse_in_callback("detach()")
+        self._roster.refuse_in_callback("detach()")
         with self._close_lock:
+            # First no new tasks: a task that is handed over later would find no supervisor to deliver it.
             self._roster.stop_accepting()
+            # While the supervisor still lives: only it replaces a worker that died before it had its message.
             if not self._roster.wait_all_delivered(_DELIVERY_SECS):
-                logger.error(
-                    "a task that was handed over reached no worker within %g s; it is lost",
-                    _DELIVERY_SECS,
-                )
+                logger.error("a task that was handed over reached no worker within %g s; it is lost", _DELIVERY_SECS)
             self._supervisor.detach()
         _live_pools.discard(self)
 
@@ -241,18 +223,16 @@ class WorkerPool:
                 f"this WorkerPool belongs to process {self._owner}; a forked child cannot use it: make a new one there"
             )
 
-    def _after_fork_in_child(self) -> None:
-        self._supervisor.abandon()
-
 
 # Strong references: a pool that was dropped without close() still has work, threads and processes.
 _live_pools: set[WorkerPool] = set()
 
 
 def _abandon_all() -> None:
+    # In a forked child: its copies would keep the sockets, and the memory of tasks, open when the trainer is gone.
     for pool in list(_live_pools):
         with suppress(OSError):
-            pool._after_fork_in_child()
+            pool._roster.abandon()
     _live_pools.clear()
 
 
@@ -265,4 +245,5 @@ def _close_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
-atexit.register(_close_all)  # daemon threads still run here, so what was submitted is finished, not lost
+# Daemon threads still run when these handlers are called, so that what was submitted is finished, not lost.
+atexit.register(_close_all)

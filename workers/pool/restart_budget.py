@@ -1,7 +1,7 @@
 """When a dead worker is replaced: at once, after a pause, or only when a task waits. No I/O here.
 
-Workers that die together (a memory shortage, a killed process group) are one incident: a death counts only when its worker
-was started after the death that was counted before.
+Workers that die together (a memory shortage, a killed process group) are one incident: a death counts only if its worker
+was started after the last death that counted.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ _MAX_DELAY_SECS = 10.0
 class RestartBudget:
     """Counts incidents, and says when the next worker may be started.
 
-    Attributes:
-        next_start: ``time.monotonic()`` before which no worker is started.
-
     Args:
         max_failed_starts: how many incidents in a row may be failures to start before :attr:`broken`.
     """
@@ -26,7 +23,7 @@ class RestartBudget:
         self._failed_starts = 0  # since a worker last became ready
         self._last_death = float("-inf")
         self._last_failed_start = float("-inf")
-        self.next_start = float("-inf")
+        self.next_start = float("-inf")  # ``time.monotonic()``; no worker is started before
 
     @property
     def broken(self) -> bool:
@@ -40,7 +37,7 @@ class RestartBudget:
         self._incidents = 0
 
     def worker_died(self, started: float, now: float) -> None:
-        """A worker that was started at ``started`` is dead. The first time it is replaced at once."""
+        """Count the death of a worker that was started at ``started``. The first one is replaced at once."""
         if started <= self._last_death:
             return
         self._last_death = now
@@ -50,7 +47,7 @@ class RestartBudget:
             self.next_start = now + min(_MAX_DELAY_SECS, delay)
 
     def start_failed(self, started: float, now: float) -> None:
-        """It had never become ready, or the operating system refused to start it."""
+        """Count a worker that never became ready, or that the operating system refused to start."""
         self.worker_died(started, now)
         if started > self._last_failed_start:
             self._last_failed_start = now

@@ -13,11 +13,12 @@ section, so ``drain`` misses none.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import NoReturn
 
 from stager.workers.errors import ClosedError, UsageError
 from stager.workers.pool import codec
@@ -33,31 +34,25 @@ class PoolState(Enum):
     STOPPED = "stopped"
 
 
-_TRANSITIONS = {
-    PoolState.OPEN: {PoolState.CLOSING, PoolState.STOPPED},
-    PoolState.CLOSING: {PoolState.STOPPED},
-    PoolState.STOPPED: set(),
-}
-
-
 class Roster:
     """The workers of a pool and every task that is not done.
 
     Attributes:
         lock: guards everything here, and the workers' handles.
         workers: alive, or dead and not yet reaped; only the supervisor adds and removes.
+        wakeup: an eventfd that ends the supervisor's wait; -1 once it is closed.
     """
 
-    def __init__(self, nonce: str) -> None:
-        self._nonce = nonce
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self._changed = threading.Condition(self.lock)
         self.workers: list[WorkerHandle] = []
         self._pending: deque[WorkItem] = deque()
         self._unplaced: deque[WorkItem] = deque()
-        self._ending = 0
+        self._ending = 0  # tasks
         self._state = PoolState.OPEN
         self._reason = ""
+        self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.local()
 
     # -- called by the pool's users -----------------------------------------------------------------------------
@@ -66,14 +61,20 @@ class Roster:
         with self.lock:
             self._admit(item)
             self._pending.append(item)
+            # With the lock, here and below: afterwards the pool may be closed, and with it the eventfd.
+            self._wake()
 
     def place(self, item: WorkItem) -> None:
         """Send the task now, to the worker that is likely to be free first."""
         with self.lock:
             self._admit(item)
+            # 1. Before a worker has it: from then on nobody can cancel it.
             item.claim()
+            # 2. At the end of the queue: what was handed over before and found no worker goes first.
             self._unplaced.append(item)
             self._place_all()
+            # 3. The supervisor watches the deadline of the task, and the socket if it is full.
+            self._wake()
 
     def wait_delivered(self, item: WorkItem) -> None:
         """Until the kernel holds the message of ``item`` for a worker that is alive, or its Future is done."""
@@ -85,6 +86,7 @@ class Roster:
         holders = [w for w in self.workers if item.task_id in w.items]
         if not holders:
             return item not in self._unplaced  # then it is ending, or has ended
+        # A worker that is no longer usable does not read: its task is sent again when it has been reaped.
         return holders[0].usable and not holders[0].process.outbox
 
     def _admit(self, item: WorkItem) -> None:
@@ -93,8 +95,7 @@ class Roster:
             raise ClosedError(f"this WorkerPool is closed{self._reason}; {item.label} was not submitted")
 
     def drain(self, timeout: float | None) -> bool:
-        if self.in_callback:
-            self.refuse_in_callback("drain()")
+        self.refuse_in_callback("drain()")
         with self.lock:
             return self._changed.wait_for(lambda: not self._is_busy(), timeout)
 
@@ -107,12 +108,12 @@ class Roster:
         """Whether this thread is resolving one of the pool's Futures: it runs a callback."""
         return getattr(self._thread, "resolving", False)
 
-    @staticmethod
-    def refuse_in_callback(what: str) -> NoReturn:
-        raise UsageError(
-            f"{what} was called by a callback of one of this WorkerPool's Futures; it would wait for that very callback. "
-            "Call it from another thread"
-        )
+    def refuse_in_callback(self, what: str) -> None:
+        if self.in_callback:
+            raise UsageError(
+                f"{what} was called by a callback of one of this WorkerPool's Futures; it would wait for that very "
+                "callback. Call it from another thread"
+            )
 
     # -- called by the supervisor -------------------------------------------------------------------------------
 
@@ -123,44 +124,47 @@ class Roster:
     def feed(self) -> None:
         """Send waiting tasks to the workers that can take them."""
         with self.lock:
+            # What was handed over goes first: its caller waits, and the trainer may end at any moment.
             self._place_all()
             for worker in self.workers:
                 item = self._next_pending() if worker.idle else None
                 if item is not None:
-                    worker.send_task(self._nonce, item)
+                    worker.send_task(item)
             self._changed.notify_all()
 
     def take_finished(self, worker: WorkerHandle, task_id: int) -> WorkItem | None:
         """Take the task that a worker has replied to; the caller resolves it. None: the worker does not have that task."""
         with self.lock:
+            # Out of the items and into the ending ones in one critical section: drain() must find it in one of them.
             item = worker.items.pop(task_id, None)
             self._ending += item is not None
+            # The worker begins its next task now, and its reply was a sign of life.
             worker.start_clock()
             worker.process.pulse.silent_secs = 0.0
             return item
 
     def reap(self, worker: WorkerHandle, max_restarts: int, max_timeouts: int) -> list[WorkItem]:
-        """Remove a worker whose process has ended; return its tasks that have no attempt left, ending.
-
-        Its first task was running: that costs the task an attempt. The others had only been sent. Every task with
-        attempts left is queued again, before all tasks that wait, in the old order.
-        """
+        """Remove a worker whose process has ended; return its tasks that have no attempt left, ending."""
         with self.lock:
+            # The process has ended and was collected, so that nothing it did overlaps with another attempt.
             was_ready = worker.state is WorkerState.READY
             self.workers.remove(worker)
             items = list(worker.items.values())
             worker.items.clear()
             worker.move(WorkerState.DEAD)
             worker.process.release()
+            # 1. The first task was running: that costs it an attempt. The others had only been sent.
             if items and was_ready:
                 items[0].attempts += 1
-                items[0].timeouts += worker.overdue is items[0]
+                items[0].timeouts += worker.overdue_id == items[0].task_id
             for item in items:
-                item.started = None
+                item.started = math.inf
+            # 2. What has attempts left is queued again: before all tasks that wait, and in the old order.
             lost = [item for item in items if item.attempts > max_restarts or item.timeouts >= max_timeouts]
             kept = [item for item in reversed(items) if item not in lost]
             self._unplaced.extendleft(item for item in kept if item.handed_over)
             self._pending.extendleft(item for item in kept if not item.handed_over)
+            # 3. In the same critical section, or drain() would find the lost tasks nowhere before their Futures resolve.
             self._ending += len(lost)
             return lost
 
@@ -176,15 +180,17 @@ class Roster:
             return bool(self._unplaced or self._pending)
 
     def resolve(self, resolutions: Iterable[Callable[[], None]]) -> None:
-        """Resolve ending tasks' Futures, and with that run their callbacks, without the lock."""
+        """Resolve ending tasks' Futures without the lock: that runs their callbacks, which may submit."""
         for resolution in resolutions:
             self._thread.resolving = True
             try:
                 resolution()
-            except BaseException:  # a callback's SystemExit: it is not this thread that is to end
+            except BaseException:
+                # A callback's SystemExit must not end this thread, which watches all workers.
                 logger.exception("a callback of a Future raised; the pool goes on")
             finally:
                 self._thread.resolving = False
+                # After the callbacks: when drain() returns, they have run.
                 with self.lock:
                     self._ending -= 1
                     self._changed.notify_all()
@@ -197,21 +203,22 @@ class Roster:
             return self._changed.wait_for(self._is_all_delivered, timeout)
 
     def _is_all_delivered(self) -> bool:
-        if self._state is PoolState.STOPPED:  # nobody would deliver anything any more
+        # After the stop, no thread delivers anything: do not wait for it.
+        if self._state is PoolState.STOPPED:
             return True
         return not self._unplaced and all(w.usable and not w.process.outbox for w in self.workers if w.items)
 
     def stop_accepting(self, reason: str = "") -> None:
         with self.lock:
             if self._state is PoolState.OPEN:
-                self._move(PoolState.CLOSING)
+                self._state = PoolState.CLOSING
                 self._reason = reason
 
     def stop(self) -> None:
         """The supervisor is to return."""
         with self.lock:
-            if self._state is not PoolState.STOPPED:
-                self._move(PoolState.STOPPED)
+            self._state = PoolState.STOPPED
+            self._wake()
 
     @property
     def stopped(self) -> bool:
@@ -219,7 +226,7 @@ class Roster:
             return self._state is PoolState.STOPPED
 
     def clear(self) -> list[WorkItem]:
-        """Return every task that is not done, ending, and forget the workers. Legal when no worker is watched any more."""
+        """Return every task that is not done, ending; forget the workers. Legal when no worker is watched any more."""
         with self.lock:
             items = self._take_waiting()
             for worker in self.workers:
@@ -227,11 +234,14 @@ class Roster:
                 self._ending += len(worker.items)
                 worker.items.clear()
             self.workers.clear()
+            self._close_wakeup()
             self._changed.notify_all()
             return items
 
     def abandon(self) -> None:
-        """In a forked child: close the copied descriptors. The lock may be held by a thread that does not exist here."""
+        """In a forked child: close the copied descriptors."""
+        # Without the lock: a thread of the parent, which does not exist here, may have held it at the fork.
+        self._close_wakeup()
         for worker in self.workers:
             worker.process.abandon()
         for item in [*self._pending, *self._unplaced, *(i for w in self.workers for i in w.items.values())]:
@@ -239,9 +249,14 @@ class Roster:
 
     # -- with the lock held -------------------------------------------------------------------------------------
 
-    def _move(self, to: PoolState) -> None:
-        assert to in _TRANSITIONS[self._state]
-        self._state = to
+    def _wake(self) -> None:
+        # After the close the number may be that of another file: never write to it then.
+        if self.wakeup >= 0:
+            os.eventfd_write(self.wakeup, 1)
+
+    def _close_wakeup(self) -> None:
+        codec.close_fds([self.wakeup])
+        self.wakeup = -1
 
     def _is_busy(self) -> bool:
         return bool(self._pending or self._unplaced or self._ending or any(w.items for w in self.workers))
@@ -251,8 +266,9 @@ class Roster:
             usable = [worker for worker in self.workers if worker.usable]
             if not usable:
                 return
+            # The worker that is likely to be free first.
             worker = min(usable, key=lambda w: (w.load, w.state is not WorkerState.READY))
-            worker.send_task(self._nonce, self._unplaced.popleft())
+            worker.send_task(self._unplaced.popleft())
 
     def _next_pending(self) -> WorkItem | None:
         while self._pending:

@@ -10,40 +10,38 @@ import traceback
 from stager.workers.errors import WorkerError
 from stager.workers.faults import point
 from stager.workers.pool import codec
+from stager.workers.pool.channel import TrainerChannel
 from stager.workers.pool.messages import Done, Failed, Ready, Shutdown, Task
-from stager.workers.pool.options import WorkerSettings
-from stager.workers.pool.torch_import import set_threads_when_imported
-from stager.workers.pool.trainer_channel import TrainerChannel
 
 
-def serve(channel: TrainerChannel, settings: WorkerSettings) -> None:
+def serve(channel: TrainerChannel) -> None:
     """Serve the trainer at the other end until there is nothing more to do."""
-    set_threads_when_imported(settings.torch_threads)
+    # Tasks may have been sent before. Ready says that this worker runs them now: their deadlines begin.
     point("worker.start")
-    channel.send(Ready(settings.nonce, os.getpid()))
+    channel.send(Ready())
     point("worker.ready")
     while (frame := channel.receive()) is not None:
-        if frame.message.nonce != settings.nonce:
-            codec.close_fds(frame.fds)
-        elif isinstance(frame.message, Shutdown):
+        if isinstance(frame.message, Shutdown):
             point("worker.shutdown")
             return
-        elif isinstance(frame.message, Task):
+        if isinstance(frame.message, Task):
             _answer(channel, frame.message, frame.fds, frame.whole)
-        del frame  # or the last task's arguments would stay in memory while we wait for the next
+        # Otherwise the last task's arguments would stay in memory while the worker waits for the next.
+        del frame
 
 
 def _answer(channel: TrainerChannel, task: Task, task_fds: list[int], whole: bool) -> None:
-    """Run one task; whatever happens becomes a reply."""
+    """Run one task, and reply with what it returned or raised."""
     fds: list[int] = []
     reply: Done | Failed
     try:
         payload, fds = codec.dumps(_run(task, task_fds, whole))
         point("task.reply")
-        reply = Done(task.nonce, task.task_id, payload)
-    except BaseException as error:  # noqa: BLE001  (the edge of the process: SystemExit of a task is an answer too)
-        reply = Failed(task.nonce, task.task_id, _dump_error(task, error), traceback.format_exc())
+        reply = Done(task.task_id, payload)
+    except BaseException as error:  # noqa: BLE001  (the edge of the process: a task's SystemExit is a reply, too)
+        reply = Failed(task.task_id, _dump_error(task, error), traceback.format_exc())
         codec.close_fds(fds)
+    # The kernel duplicates the descriptors when it takes the message: they can be closed after that, and not before.
     channel.send(reply, fds)
     codec.close_fds(fds)
 
@@ -55,6 +53,7 @@ def _run(task: Task, fds: list[int], whole: bool) -> object:
             f"{os.strerror(errno.EMFILE)}: the worker could not take all descriptors of the task's tensors; "
             "send fewer storages in one task, or raise `ulimit -n`",
         )
+    # Unpickling runs the user's code and may import torch: what it raises is the task's error.
     point("task.receive")
     function, args, kwargs = codec.loads(task.payload, fds)
     point("task.run")
@@ -62,20 +61,16 @@ def _run(task: Task, fds: list[int], whole: bool) -> object:
 
 
 def _dump_error(task: Task, error: BaseException) -> bytes:
-    """The pickled exception, or a WorkerError that describes it when it does not survive pickling."""
+    """Pickle the exception, or a WorkerError that describes it if pickling does not preserve it."""
     try:
         payload, fds = codec.dumps(error)
         codec.close_fds(fds)
-        loaded = pickle.loads(payload)
+        if isinstance(pickle.loads(payload), BaseException):
+            return payload
     except Exception:  # noqa: BLE001  (a user's exception class can fail in any way)
-        loaded = None
-    if isinstance(loaded, BaseException):
-        return payload
-    return pickle.dumps(WorkerError(f"{task.label} raised {type(error).__name__}: {_text(error)}"))
-
-
-def _text(error: BaseException) -> str:
+        pass
     try:
-        return str(error)
+        text = str(error)
     except Exception:  # noqa: BLE001  (so can its __str__)
-        return "<no message>"
+        text = "<no message>"
+    return pickle.dumps(WorkerError(f"{task.label} raised {type(error).__name__}: {text}"))

@@ -2,20 +2,21 @@
 
 NOTE [ A worker's life ]
 The worker is started by ``process.py`` with one end of a socket pair. It never imports the trainer's main module. This
-file imports next to nothing: priority, signals and the orphan watch are in place before the rest is imported, and torch only
-if a task needs it: saving does not.
-It ends when
+file imports next to nothing: priority, signals and the orphan watch are in place before the rest is imported. Torch is
+imported only if a task needs it, and saving does not.
+
+A worker ends when
   * it reads Shutdown: it has finished all that was sent before, and exits 0;
-  * its parent is gone: what was sent before is in the socket, so it reads and runs that to the end ("staged means
-    safe"), then exits 0. The parent's death is seen through a pidfd and not through end-of-file alone, because a
-    process that the trainer forked may still hold the other end of the socket;
+  * its parent is gone: it reads what is left in the socket, runs that to the end ("staged means safe"), and exits 0. It sees
+    the parent's death through a pidfd and not through end-of-file alone, because a process that the trainer forked may still
+    hold the other end of the socket;
   * it is an orphan for longer than ``orphan_timeout_secs``: a watchdog thread ends it, whatever it is doing;
   * it is killed, by the pool or by anybody else.
-SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 do not end it: a job manager that stops a job, or warns of it (SLURM,
-systemd), sends one of these to every process of it, and what the trainer has staged must still be written, as must the
-last save that the trainer makes because of that very signal. The trainer drains and stops its workers; if it dies of the
-signal, they are orphans. One that is stopped (SIGSTOP) when the trainer dies is continued by the kernel, or it would stay
-for ever.
+
+SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 do not end it. A job manager (SLURM, systemd) sends one of them to every process
+of a job, to stop the job or to warn it. What the trainer has staged must still be written then, and so must the last save
+that the trainer makes because of that very signal. The trainer drains and stops its workers; if it dies of the signal, they
+are orphans. The kernel continues a worker that is stopped (SIGSTOP) when the trainer dies, or it would stay for ever.
 """
 
 from __future__ import annotations
@@ -45,36 +46,43 @@ def main(fd: str, beats: str, settings_json: str) -> None:
     exitcode = 1
     try:
         settings = WorkerSettings.from_json(settings_json)
+        # 1. The trainer may die at any moment from here on: watch it first.
         parent = _watch_parent(settings, int(beats))
+        # 2. Before the imports, which take longest, so that a signal to the whole job does not end the worker in them.
         _ignore_signals()
         _set_up_descriptors()
+        # 3. Before the imports, too: they compete with the training for the cores.
         _lower_priority(settings)
         point("worker.import")
-        from stager.workers.pool.trainer_channel import TrainerChannel
+        from stager.workers.pool.channel import TrainerChannel
         from stager.workers.pool.worker_loop import serve
 
+        # 4. Until the trainer says Shutdown, or is gone and nothing is left to do. The variable keeps the socket open until
+        # the process ends: for the trainer, end-of-file means that.
         channel = TrainerChannel(int(fd), parent)
-        serve(channel, settings)
+        serve(channel)
         exitcode = 0
-    except BaseException:  # noqa: BLE001  (the edge of the process: what escapes is printed, and the exit code says so)
+    except BaseException:  # noqa: BLE001  (the edge of the process: the error is printed, and the exit code says so)
         traceback.print_exc()
     finally:
         # Not sys.exit: atexit handlers of imported libraries have no business in a worker, and take time.
         for stream in (sys.stdout, sys.stderr):
-            with suppress(AttributeError, OSError, ValueError):  # whoever read our stderr may be gone
+            # The process that reads standard error may be gone.
+            with suppress(AttributeError, OSError, ValueError):
                 stream.flush()
         os._exit(exitcode)
 
 
 def _watch_parent(settings: WorkerSettings, beats: int) -> int:
-    """A pidfd of the parent (-1: it is gone), and a thread that gives signs of life, and ends this process when it is an
-    orphan for too long."""
+    """Return a pidfd of the parent; -1: it is gone. Start a thread that gives signs of life, and ends an orphan in time."""
+    # The kernel sends SIGCONT when the parent dies. Asked for before the pidfd is opened, so that no death is missed.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     try:
         parent = os.pidfd_open(settings.parent_pid)
     except ProcessLookupError:
         parent = -1
-    if parent >= 0 and os.getppid() != settings.parent_pid:  # it died before we looked; the pid is somebody else's
+    # Asked after the pidfd was opened: the parent died before if it is not our parent now, and the pid is another process.
+    if parent >= 0 and os.getppid() != settings.parent_pid:
         os.close(parent)
         parent = -1
 
@@ -92,11 +100,12 @@ def _watch_parent(settings: WorkerSettings, beats: int) -> int:
 
 
 def _ignore_signals() -> None:
-    """With handlers and not SIG_IGN, which whatever a task starts would inherit; with restarted system calls."""
+    """Ignore them by handlers: a program that a task starts would inherit SIG_IGN. System calls are restarted."""
     for number in _IGNORED:
         signal.signal(number, lambda *_: None)
         signal.siginterrupt(number, False)
-    # What a task forks heeds them, also when they come before the fork is over.
+    # A process that a task forks heeds them. They are blocked during the fork: the child would lose one that came before it
+    # has set the default action.
     os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_heed_signals)
 
 
@@ -115,44 +124,44 @@ def _heed_signals() -> None:
 
 
 def _set_up_descriptors() -> None:
-    """What a task starts must not keep our socket, or a lock of the trainer's, open; and as many as we may have."""
+    """Allow as many descriptors as possible. Keep the socket, and locks of the trainer, from programs that a task starts."""
     with suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the descriptor of the listing itself
+        # The descriptor of the listing itself is closed by now.
+        with suppress(OSError):
             if int(name) > 2:
                 os.set_inheritable(int(name), False)
 
 
-def _lower_autogroup(nice: int) -> None:
-    """Where the kernel groups processes by session (sched(7), "autogroup"; on most desktops and many servers), niceness
-    counts within a session only, and each worker has its own: between sessions it is the group's niceness that counts."""
-    for _ in range(_AUTOGROUP_ATTEMPTS):
-        try:
-            with open("/proc/self/autogroup", "w") as file:
-                file.write(str(nice))
-        except BlockingIOError:  # the kernel takes one change in 100 ms from all unprivileged processes together
-            time.sleep(_AUTOGROUP_PAUSE_SECS)
-        else:
-            return
-
-
 def _lower_priority(settings: WorkerSettings) -> None:
-    """A container may forbid any of it; work goes on at the usual priority."""
+    """A container may forbid any of this; the worker then goes on at the usual priority."""
     with suppress(OSError):
         os.nice(settings.nice)
     with suppress(OSError):
         _lower_autogroup(settings.nice)
     if settings.ionice != "none":
-        _lower_io_priority(idle=settings.ionice == "idle")
+        import psutil
+
+        with suppress(OSError, psutil.Error):
+            if settings.ionice == "idle":
+                psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+            else:
+                psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
 
 
-def _lower_io_priority(*, idle: bool) -> None:
-    import psutil
+def _lower_autogroup(nice: int) -> None:
+    """Lower the priority of this worker's session, where the kernel groups processes by session (sched(7), "autogroup").
 
-    with suppress(OSError, psutil.Error):
-        if idle:
-            psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+    Niceness counts within a session only, and each worker has its own. Between sessions, the group's niceness counts.
+    """
+    for _ in range(_AUTOGROUP_ATTEMPTS):
+        try:
+            with open("/proc/self/autogroup", "w") as file:
+                file.write(str(nice))
+        except BlockingIOError:
+            # The kernel takes one change in 100 ms from all unprivileged processes together.
+            time.sleep(_AUTOGROUP_PAUSE_SECS)
         else:
-            psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
+            return

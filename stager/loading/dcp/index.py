@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.layout.structure import Chunks, Node, leaves, names_of
+from stager.workers.checkpoint.layout.structure import RECIPE, Chunks, leaves, names_of
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 DcpPath = tuple[str | int, ...]
@@ -69,7 +68,9 @@ def _metadata(layout: Layout) -> tuple[Metadata, dict[MetadataIndex, int]]:
     metadata = Metadata({}, planner_data={}, storage_data={})
     items: dict[MetadataIndex, int] = {}
     names = names_of([path for path, _ in leaves(layout.structure)])
-    for (path, leaf), name in zip(_dcp_leaves(layout.structure), names, strict=True):
+    for (path, leaf), name in zip(leaves(layout.structure, text_keys=True), names, strict=True):
+        if path[-1] == RECIPE:  # stager's own: a planner would take it for an entry of its mapping
+            continue
         metadata.planner_data[name] = path
         if isinstance(leaf, int) and layout.items[leaf].kind == "object":
             metadata.state_dict_metadata[name] = BytesStorageMetadata()
@@ -96,16 +97,3 @@ def _in_one(number: int, layout: Layout) -> Chunks:
 def _storage_info(layout: Layout, number: int) -> _StorageInfo:
     item = layout.items[number]
     return _StorageInfo(layout.files[item.file].name, item.offset, item.nbytes)
-
-
-def _dcp_leaves(node: Node, path: DcpPath = ()) -> Iterator[tuple[DcpPath, int | Chunks]]:
-    """As ``structure.leaves``, with the paths that DCP uses: ``str`` for every mapping key, ``int`` for list positions."""
-    if not isinstance(node, list) or node[0] == "chunks":
-        for _, leaf in leaves(node):
-            yield path, leaf
-    elif node[0] == "list":
-        for position, child in enumerate(node[1]):
-            yield from _dcp_leaves(child, (*path, position))
-    else:
-        for key, child in zip(node[1], node[2], strict=True):
-            yield from _dcp_leaves(child, (*path, str(key)))

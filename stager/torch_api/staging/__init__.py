@@ -2,9 +2,8 @@
 
 from stager.torch_api.staging.blocking import BlockingAsyncStager
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
-from stager.torch_api.staging.default import DefaultStager
+from stager.torch_api.staging.default import CheckpointStagerConfig, DefaultStager, StagingOptions, auto_options
 from stager.torch_api.staging.replication_stager import ReplicationStager, _ReplicationStager
-from stager.torch_api.staging.staging_options import CheckpointStagerConfig, StagingOptions, auto_options
 
 __all__ = [
     "AsyncStager",

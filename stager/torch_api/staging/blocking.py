@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from stager.torch_api.staging.state_dict_stager import StateDictStager
 _CHECKED_ATOMS = (int, float, str, bytes, io.BytesIO, type(None), torch.Tensor)
 
 
-class BlockingAsyncStager(AsyncStager):
+class BlockingAsyncStager(AsyncStager, AbstractContextManager["BlockingAsyncStager"]):
     """Copies to the CPU; the copy is complete when ``stage()`` returns.
 
     Args:
@@ -28,7 +29,9 @@ class BlockingAsyncStager(AsyncStager):
         self.cache_staged_state_dict = cache_staged_state_dict
         self.type_check = type_check
         self.state_dict_cache: StateDict | None = None
-        self._stager: StateDictStager | None = None
+        # Leased buffers, all released before each pass, are found again by their size. A cache by source tensor would miss
+        # whenever state_dict() makes new tensors.
+        self._stager = StateDictStager(pin_memory=torch.cuda.is_available(), lease=True)
 
     def stage(self, state_dict: StateDict) -> StateDict:
         """Return a copy of ``state_dict`` on the CPU.
@@ -41,14 +44,10 @@ class BlockingAsyncStager(AsyncStager):
             _check_types(state_dict)
         if not self.cache_staged_state_dict:
             staged: StateDict = StateDictStager().stage(state_dict)
-            return staged
-        if self._stager is None:
-            # Leased buffers, all released before each pass, are found again by their size. A cache by source tensor would
-            # miss whenever state_dict() makes new tensors.
-            self._stager = StateDictStager(pin_memory=torch.cuda.is_available(), lease=True)
-        self._stager.release(self.state_dict_cache)
-        self.state_dict_cache = self._stager.stage(state_dict)
-        return self.state_dict_cache
+        else:
+            self._stager.release(self.state_dict_cache)
+            self.state_dict_cache = staged = self._stager.stage(state_dict)
+        return staged
 
     def synchronize_staging(self) -> None:
         """Return at once: ``stage()`` has copied everything."""
@@ -56,22 +55,15 @@ class BlockingAsyncStager(AsyncStager):
     def close(self) -> None:
         """Drop the buffers. The stager can be used again."""
         self.state_dict_cache = None
-        if self._stager is not None:
-            self._stager.close()
-
-    def __enter__(self) -> BlockingAsyncStager:
-        return self
+        self._stager.close()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
 def _check_types(value: Any) -> None:
-    if isinstance(value, dict):
-        for item in value.values():
-            _check_types(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
             _check_types(item)
     elif not isinstance(value, _CHECKED_ATOMS):
         raise ValueError(

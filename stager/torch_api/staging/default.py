@@ -1,26 +1,60 @@
-"""``DefaultStager``: one class for ``torch.distributed.checkpoint.staging``'s and ``_experimental.staging``'s."""
+"""``DefaultStager`` and its options: one class for ``torch.distributed.checkpoint.staging``'s and ``_experimental``'s."""
 
 from __future__ import annotations
 
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from enum import Enum
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from stager.torch_api.staging import streams
+import torch
+
+from stager.snapshot.device import SideStreams
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
-from stager.torch_api.staging.staging_options import CheckpointStagerConfig, StagingOptions, auto_options, resolve
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.errors import ClosedError
-from stager.workers.offload import HookMemo
+from stager.workers.offload.hook_memo import HookMemo
+
+Choice = bool | Literal["auto"]
 
 
-class _State(Enum):
-    OPEN = "open"
-    CLOSED = "closed"
+@dataclass
+class StagingOptions:
+    """Options of :class:`DefaultStager`, as in ``torch.distributed.checkpoint.staging``.
+
+    The defaults are torch's and need CUDA. ``"auto"`` for a field means: if this host can do it. ``DefaultStager()`` without
+    options uses :func:`auto_options`, in which every field is ``"auto"``.
+
+    Attributes:
+        use_pinned_memory: page-lock staged memory. True without CUDA warns and is ignored. auto: with CUDA.
+        use_shared_memory: stage into shared memory, sent to other processes without a copy. auto: yes.
+        use_async_staging: copy in a background thread; ``stage()`` then returns a Future, and the state must not
+            be changed before it resolves. auto: with an accelerator; on the CPU ``stage()`` returns when all is copied.
+        use_non_blocking_copy: queue device copies and wait for all of them once. True without an accelerator is an
+            ``AssertionError``. auto: with an accelerator.
+        use_leases: each result owns its buffers until it is dropped or released, so that a later ``stage()`` cannot
+            change it; memory for as many results as are alive. Default False, torch's behaviour. Not in torch.
+    """
+
+    use_pinned_memory: Choice = True
+    use_shared_memory: Choice = True
+    use_async_staging: Choice = True
+    use_non_blocking_copy: Choice = True
+    use_leases: bool = False
 
 
-class DefaultStager(CheckpointStager, AsyncStager):
+@dataclass
+class CheckpointStagerConfig(StagingOptions):
+    """The same options under the name that ``torch.distributed.checkpoint._experimental`` gives them."""
+
+
+def auto_options() -> StagingOptions:
+    """Return options that are all ``"auto"``: what ``DefaultStager()`` without options uses."""
+    return StagingOptions("auto", "auto", "auto", "auto")
+
+
+class DefaultStager(CheckpointStager, AsyncStager, AbstractContextManager["DefaultStager"]):
     """Stages state dicts, in the calling thread or in one background thread.
 
     Not thread-safe. Close it after the last save, or use it as a context manager.
@@ -33,23 +67,29 @@ class DefaultStager(CheckpointStager, AsyncStager):
 
     Raises:
         AssertionError: an option needs an accelerator and there is none.
+        TypeError: an option is neither a bool nor "auto".
     """
 
     def __init__(self, config: StagingOptions | CheckpointStagerConfig | None = None) -> None:
         self._config = auto_options() if config is None else config
-        self._resolved = resolve(self._config)
+        accelerator = torch.accelerator.is_available()
+        self._use_async_staging = _decide(self._config, "use_async_staging", accelerator)
+        self._use_non_blocking_copy = _decide(self._config, "use_non_blocking_copy", accelerator)
+        if self._use_non_blocking_copy and not accelerator:
+            raise AssertionError(
+                "use_non_blocking_copy=True needs an accelerator, and torch sees none: copies between CPU tensors cannot "
+                'be queued. Set it to False or "auto" (DefaultStager() without options does).'
+            )
         self._state_dict_stager = StateDictStager(
-            pin_memory=self._resolved.use_pinned_memory,
-            share_memory=self._resolved.use_shared_memory,
-            lease=self._resolved.use_leases,
+            pin_memory=_decide(self._config, "use_pinned_memory", torch.cuda.is_available()),
+            share_memory=_decide(self._config, "use_shared_memory", True),
+            lease=bool(getattr(self._config, "use_leases", False)),  # torch's own options class has no such field
         )
-        self._streams = streams.StagingStreams()
-        self._staging_executor: ThreadPoolExecutor | None = None
-        if self._resolved.use_async_staging:
-            self._staging_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stager-staging")
+        # Starts its thread with the first asynchronous stage().
+        self._staging_executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stager-staging")
         # Of the last stage(). It has no result: a reference to the staged state here would keep its lease from ending.
         self._staging_future: Future[None] | None = None
-        self._state = _State.OPEN
+        self._closed = False
 
     def stage(self, state_dict: StateDict, **kwargs: Any) -> StateDict | Future[StateDict]:
         """Copy ``state_dict``.
@@ -65,32 +105,22 @@ class DefaultStager(CheckpointStager, AsyncStager):
             UnstageableError: a value cannot be copied; names its key path. Raised here or by the Future.
             ClosedError: the stager was closed.
         """
-        if self._state is _State.CLOSED:
+        if self._closed:
             raise ClosedError("DefaultStager.stage() was called after close(); make a new stager")
-        if self._staging_executor is None:
-            memo = HookMemo()  # keeps the sources until the copies are done
-            staged = self._copy(state_dict, memo)
-            if self._resolved.use_non_blocking_copy:
-                streams.wait_current()
-            return staged
-        fence = self._streams.fence()  # in the caller's thread: NOTE [ Which stream copies what ]
-        completion: Future[None] = Future()
-        self._staging_future = completion
-        staging = self._staging_executor.submit(self._stage_behind, state_dict, fence)
-        staging.add_done_callback(partial(_settle, completion))
+        # In the caller's thread, which is the trainer's: NOTE [ Which stream copies what ] in stager/snapshot/device.py.
+        streams = SideStreams(_devices_in_use())
+        if not self._use_async_staging:
+            return self._copy(state_dict, streams)
+        self._staging_future = Future()
+        staging = self._staging_executor.submit(self._copy, state_dict, streams)
+        staging.add_done_callback(partial(_settle, self._staging_future))
         return staging
 
-    def _stage_behind(self, state_dict: StateDict, fence: streams.Fence) -> StateDict:
-        fence.enter()
+    def _copy(self, state_dict: StateDict, streams: SideStreams) -> StateDict:
         memo = HookMemo()  # keeps the sources until the copies are done: freed memory would be given to the trainer
-        staged = self._copy(state_dict, memo)
-        fence.wait()
-        return staged
-
-    def _copy(self, state_dict: StateDict, memo: HookMemo) -> StateDict:
-        staged: StateDict = self._state_dict_stager.stage(
-            state_dict, non_blocking=self._resolved.use_non_blocking_copy, memo=memo
-        )
+        with streams.stream():
+            staged: StateDict = self._state_dict_stager.stage(state_dict, self._use_non_blocking_copy, memo=memo)
+        streams.synchronize()
         return staged
 
     def synchronize_staging(self) -> None:
@@ -107,18 +137,22 @@ class DefaultStager(CheckpointStager, AsyncStager):
 
     def close(self) -> None:
         """Wait for the staging in progress, then release the thread and the buffers. Results stay valid. Idempotent."""
-        self._state = _State.CLOSED
-        if self._staging_executor is not None:
-            self._staging_executor.shutdown(wait=True)
+        self._closed = True
+        self._staging_executor.shutdown()
         self._staging_future = None
         self._state_dict_stager.close()
-        self._streams.close()
-
-    def __enter__(self) -> DefaultStager:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _decide(options: StagingOptions, name: str, automatic: bool) -> bool:
+    choice = getattr(options, name)
+    if choice == "auto":
+        return automatic
+    if not isinstance(choice, bool):
+        raise TypeError(f'{name} must be True, False or "auto", not {choice!r}')
+    return choice
 
 
 def _settle(completion: Future[None], staging: Future[StateDict]) -> None:
@@ -128,3 +162,15 @@ def _settle(completion: Future[None], staging: Future[StateDict]) -> None:
         completion.set_result(None)
     else:
         completion.set_exception(error)
+
+
+def _devices_in_use() -> list[torch.device]:
+    """The accelerator's devices that have a context. Work on another one would create a context, of hundreds of MiB."""
+    if not torch.accelerator.is_available():
+        return []
+    current = torch.accelerator.current_stream().device
+    has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)
+    if current.type != "cuda" or has_context is None:
+        return [current]
+    devices = [torch.device("cuda", index) for index in range(torch.accelerator.device_count())]
+    return [device for device in devices if device == current or has_context(device.index)]

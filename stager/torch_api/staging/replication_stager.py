@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,10 +22,11 @@ import torch.distributed as dist
 from stager.replication.exchange import Exchange, ExchangeResult, Peer, Unpacking, partners
 from stager.replication.parcel import Parcel, pack
 from stager.torch_api.staging.contracts import AsyncStager, StateDict
+from stager.workers.checkpoint.directory.files import sync_directory
 from stager.workers.errors import ClosedError, ReplicationError, StagerError, UsageError
 
 
-class ReplicationStager(AsyncStager):
+class ReplicationStager(AsyncStager, AbstractContextManager["ReplicationStager"]):
     """Exchanges state dicts between ranks. ``stage()`` is collective over the group and blocks.
 
     Args:
@@ -65,10 +66,10 @@ class ReplicationStager(AsyncStager):
             raise ClosedError("ReplicationStager.stage() was called after close(); make a new stager")
         if not dist.is_initialized():
             return state_dict
-        rank, destination, source = self._partners()
-        result = self._exchange(lambda: pack(state_dict), destination, source)
+        rank, keeper, kept = self._partners()
+        result = self._exchange(lambda: pack(state_dict), keeper, kept)
         if result.not_received is None:  # kept even if sending failed: its owner may need it all the more
-            self._persist_state_dict(result.received, self._global(rank), self._global(source))
+            self._persist_state_dict(result.received, rank, kept.rank)
         received: StateDict = _received(result)
         return received
 
@@ -83,8 +84,8 @@ class ReplicationStager(AsyncStager):
             ReplicationError: there is no such replica, or it cannot be read.
         """
         if rank is None:
-            current, _, source = self._partners()
-            path = self._get_persisted_path(self._global(current), self._global(source))
+            current, _, kept = self._partners()
+            path = self._get_persisted_path(current, kept.rank)
         else:
             path = self._find_replica(rank)
         try:
@@ -114,41 +115,28 @@ class ReplicationStager(AsyncStager):
         """Refuse more work. Replicas stay on disk for :meth:`load_replica`."""
         self._closed = True
 
-    def __enter__(self) -> ReplicationStager:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _exchange(self, make_parcel: Callable[[], Parcel], destination: int, source: int) -> ExchangeResult:
+    def _exchange(self, make_parcel: Callable[[], Parcel], destination: Peer, source: Peer) -> ExchangeResult:
         exchange = Exchange(self._device, self._timeout)
-        to, of = self._peer(destination), self._peer(source)
         try:
             parcel = make_parcel()
         except StagerError as error:
-            exchange.run(error, to, of, Unpacking())  # the partners are told; this rank's error is raised
+            exchange.run(error, destination, source, Unpacking())  # tells the partners; this rank raises its error
             raise
-        return exchange.run(parcel, to, of, Unpacking())
+        return exchange.run(parcel, destination, source, Unpacking())
 
-    def _group(self) -> dist.ProcessGroup:
+    def _partners(self) -> tuple[int, Peer, Peer]:
+        """This rank's global number, the rank that keeps its replica, and the rank whose replica it keeps."""
         group: Any = dist.group.WORLD if self._pg is None else self._pg
         if not isinstance(group, dist.ProcessGroup):  # torch gives non-members a number
             raise UsageError("this process is not a member of the stager's process group")
-        return group
-
-    def _partners(self) -> tuple[int, int, int]:
-        """This rank, where it sends to, where it receives from: ranks in the group."""
-        group = self._group()
         rank, size = group.rank(), group.size()
         if size < 2:
             raise UsageError("replication needs a process group of at least 2 ranks; this one has 1")
-        return rank, *partners(rank, size)
-
-    def _peer(self, group_rank: int) -> Peer:
-        return Peer(self._group(), group_rank, self._global(group_rank))
-
-    def _global(self, group_rank: int) -> int:
-        return dist.get_global_rank(self._group(), group_rank)
+        keeper, kept = (Peer(group, other, dist.get_global_rank(group, other)) for other in partners(rank, size))
+        return dist.get_global_rank(group, rank), keeper, kept
 
     def _persist_state_dict(self, state_dict: StateDict, current_rank: int, partner_rank: int) -> None:
         """Write the replica of ``partner_rank``: whole or not at all, on disk when this returns, replacing the last."""
@@ -161,7 +149,7 @@ class ReplicationStager(AsyncStager):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _sync_directory(self._storage_dir)
+            sync_directory(self._storage_dir)
         except Exception as error:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -173,8 +161,8 @@ class ReplicationStager(AsyncStager):
 
     def _find_replica(self, rank: int) -> str:
         ending = f"_replica_partner_{rank}.pt"
-        names = [name for name in os.listdir(self._storage_dir) if name.startswith("rank_") and name.endswith(ending)]
-        paths = [os.path.join(self._storage_dir, name) for name in names]
+        with os.scandir(self._storage_dir) as entries:
+            paths = [e.path for e in entries if e.name.startswith("rank_") and e.name.endswith(ending)]
         if not paths:
             raise ReplicationError(f"{self._storage_dir}: holds no replica of rank {rank}", rank)
         return max(paths, key=os.path.getmtime)
@@ -188,11 +176,3 @@ def _received(result: ExchangeResult) -> Any:
     if failure is not None:
         raise failure
     return result.received
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -11,22 +11,27 @@ the same source copies into the same CPU storage. That is fast and takes no new 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from stager.workers.offload import BufferPool, HostBuffers, OffloadCopier, StorageStager, reachable_leaves
+from stager.workers.memory.buffer_pool import BufferPool
+from stager.workers.memory.host_buffers import HostBuffers
+from stager.workers.offload.copier import OffloadCopier
+from stager.workers.offload.hook_memo import reachable_leaves
 
-_MISSING = object()
 
-
-class CachedStorages:
+class _CachedStorages:
     """Stages into one CPU storage for each living source storage."""
 
     def __init__(self, buffers: HostBuffers) -> None:
         self._buffers = buffers
         self.mapping = WeakIdKeyDictionary()
+
+    def begin_pass(self) -> None:
+        """Do nothing: no lease can have ended."""
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
         """Copy a storage to the CPU, and return the copy."""
@@ -37,28 +42,26 @@ class CachedStorages:
         cached.copy_(storage, non_blocking)
         return cached
 
+    def release(self, storages: Iterable[torch.UntypedStorage]) -> int:
+        """Do nothing: results own no storages."""
+        return 0
+
     def close(self) -> None:
         """Forget the CPU storages."""
         self.mapping.clear()
         self._buffers.drop()
 
 
-class LeasedStorages:
+class _LeasedStorages(BufferPool):
     """Stages into CPU storages that belong to the result."""
 
-    def __init__(self, pool: BufferPool) -> None:
-        self.pool = pool
-        self.mapping = WeakIdKeyDictionary()  # stays empty: leases are not cached by source
+    mapping = WeakIdKeyDictionary()  # stays empty: leases are not cached by source
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
         """Copy a storage to the CPU, and return the copy."""
-        leased = self.pool.take(storage.nbytes())
+        leased = self.take(storage.nbytes())
         leased.copy_(storage, non_blocking)
         return leased
-
-    def close(self) -> None:
-        """Forget the CPU storages."""
-        self.pool.close()
 
 
 class StateDictStager(OffloadCopier):
@@ -78,6 +81,8 @@ class StateDictStager(OffloadCopier):
         lease: results own their buffers (NOTE [ The cache, and what it means ]). Not in torch.
     """
 
+    _storages: _CachedStorages | _LeasedStorages
+
     def __init__(
         self,
         pin_memory: bool = False,
@@ -96,14 +101,11 @@ class StateDictStager(OffloadCopier):
         self.share_memory = share_memory
         self.pin_memory_min_bytes = pin_memory_min_bytes
         buffers = HostBuffers(shared=share_memory, pinned=pin_memory, pin_min_bytes=pin_memory_min_bytes)
-        self._pool = BufferPool(buffers) if lease else None
-        storages: StorageStager = LeasedStorages(self._pool) if self._pool is not None else CachedStorages(buffers)
-        super().__init__(storages)
+        super().__init__(_LeasedStorages(buffers) if lease else _CachedStorages(buffers))
 
     @property
     def _cached_storage_mapping(self) -> WeakIdKeyDictionary:
-        mapping: WeakIdKeyDictionary = self._storages.mapping  # type: ignore[attr-defined]  # both kinds here have one
-        return mapping
+        return self._storages.mapping
 
     def stage(self, state_dict: Any, non_blocking: bool = False, *, memo: dict[int, Any] | None = None) -> Any:
         """Return a copy of ``state_dict`` on the CPU that later changes to the source cannot reach.
@@ -116,35 +118,30 @@ class StateDictStager(OffloadCopier):
         Raises:
             UnstageableError: a value cannot be copied; names its key path. No partial copy is returned.
         """
-        if self._pool is not None:
-            self._pool.begin_pass()
+        self._storages.begin_pass()
         return self.deepcopy_with_tensor_offload(state_dict, memo, non_blocking=non_blocking)
 
     def release(self, staged: Any) -> int:
         """End the lease of a result now: the next ``stage()`` may overwrite it. Returns the number of buffers it held."""
-        if self._pool is None:
-            return 0
-        return self._pool.release(_storages_of(staged))
+        return self._storages.release(_storages_of(staged))
 
     def close(self) -> None:
         """Forget all buffers. Results stay valid, and the stager can be used again, with new buffers."""
-        self._storages.close()  # type: ignore[attr-defined]  # both kinds here have it
+        self._storages.close()
 
 
-def _storages_of(staged: Any) -> list[torch.UntypedStorage]:
+def _storages_of(staged: Any) -> Iterator[torch.UntypedStorage]:
     """The storages behind a staged object, including the local storages of wrapper subclasses."""
-    storages = []
     pending, walked = [staged], dict[int, object]()
     while pending:
         for leaf in reachable_leaves(pending.pop(), walked):
             if isinstance(leaf, torch.UntypedStorage):
-                storages.append(leaf)
+                yield leaf
                 continue
             inner = _inner_tensors(leaf)
             pending += [*inner, *vars(leaf).values()]
             if not inner:
-                storages.append(leaf.untyped_storage())
-    return storages
+                yield leaf.untyped_storage()
 
 
 def _inner_tensors(x: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """stager's storage writer and reader for ``dcp.save``, ``dcp.async_save`` and ``dcp.load``.
 
-    every rank     save plan -> payload.py (bytes of each value) -> spans.py (files and hashes) -> results
+    every rank     save plan -> spans.py (bytes of each value, files, hashes) -> results
     coordinator    results -> assembly.py (layout and structure) -> target.py (.metadata, manifest, rename)
     every rank     manifest -> loading/dcp/index.py (DCP's Metadata) -> load plan -> loading/dcp/read_plan.py
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
@@ -18,16 +18,10 @@ from stager.workers.errors import InternalError, UnstageableError, UsageError
 _MAX_DEPTH = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Assembly:
-    """A layout, and the hashes of the segments of each item."""
-
-    layout: Layout
-    hashes: tuple[tuple[str, ...], ...]
-
-
-def assemble(metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]]) -> Assembly:
-    """Make the layout of a checkpoint.
+def assemble(
+    metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]]
+) -> tuple[Layout, tuple[tuple[str, ...], ...]]:
+    """Return the layout of a checkpoint, and the hashes of the segments of each item.
 
     Args:
         metadata: the planner's; its ``planner_data`` may give the key path of each name.
@@ -38,9 +32,7 @@ def assemble(metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]
         UnstageableError: the shards of a tensor cannot be described as chunks; names the tensor.
     """
     entries = sorted(written, key=lambda entry: (entry[1].file, entry[1].item.offset))
-    sizes: dict[str, int] = {}
-    for _, one in entries:
-        sizes[one.file] = one.end
+    sizes = {one.file: one.end for _, one in entries}  # the last span of a file ends the file
     numbers = {name: number for number, name in enumerate(sizes)}
     items = tuple(replace(one.item, file=numbers[one.file]) for _, one in entries)
     parts: dict[str, list[tuple[tuple[int, ...], int]]] = {}
@@ -59,7 +51,7 @@ def assemble(metadata: Metadata, written: Iterable[tuple[MetadataIndex, Written]
         check_layout(layout)
     except (ValueError, TypeError, IndexError) as error:
         raise InternalError(f"stager assembled an invalid layout: {error}") from error
-    return Assembly(layout, tuple(one.hashes for _, one in entries))
+    return layout, tuple(one.hashes for _, one in entries)
 
 
 def _node(name: str, parts: list[tuple[tuple[int, ...], int]], metadata: Metadata, layout: Layout) -> Node:
@@ -83,22 +75,15 @@ def _node(name: str, parts: list[tuple[tuple[int, ...], int]], metadata: Metadat
 
 def nest(nodes: Mapping[str, Node], paths: Any) -> Node:
     """The structure: nested as the planner's key paths say, or flat by name if they are missing or contradict each other."""
-    root = _Branch()
+    root: _Branch = {}
     for name, node in nodes.items():
         path = paths.get(name) if isinstance(paths, Mapping) else None
-        if not _is_path(path, name) or not _insert(root, path, _Leaf(node)):
+        if not _is_path(path, name) or not _insert(root, path, node):
             return ["dict", list(nodes), list(nodes.values())]
-    return ["dict", list(root.children), [_to_node(child) for child in root.children.values()]]
+    return ["dict", list(root), list(map(_to_node, root.values()))]
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    node: Node
-
-
-@dataclass(frozen=True, slots=True)
-class _Branch:
-    children: dict[Key, _Branch | _Leaf] = field(default_factory=dict)
+_Branch = dict[Key, Any]  # a child is a branch, or the node of a leaf, which is an int or a list
 
 
 def _is_path(path: Any, name: str) -> TypeGuard[Path]:
@@ -110,20 +95,21 @@ def _is_path(path: Any, name: str) -> TypeGuard[Path]:
     )
 
 
-def _insert(root: _Branch, path: Path, leaf: _Leaf) -> bool:
+def _insert(branch: _Branch, path: Path, leaf: Node) -> bool:
     """Insert a leaf. False if another value is at its path or above it, as ranks may have different values under one key."""
     for key in path[:-1]:
-        child = root.children.setdefault(key, _Branch())
-        if isinstance(child, _Leaf):
+        child = branch.setdefault(key, {})
+        if not isinstance(child, dict):
             return False
-        root = child
-    return root.children.setdefault(path[-1], leaf) is leaf
+        branch = child
+    is_free = path[-1] not in branch
+    branch.setdefault(path[-1], leaf)
+    return is_free
 
 
-def _to_node(child: _Branch | _Leaf) -> Node:
-    if isinstance(child, _Leaf):
-        return child.node
-    keys = list(child.children)
-    if all(type(key) is int for key in keys) and set(keys) == set(range(len(keys))):
-        return ["list", [_to_node(child.children[index]) for index in range(len(keys))]]
-    return ["dict", keys, [_to_node(grandchild) for grandchild in child.children.values()]]
+def _to_node(child: _Branch | Node) -> Node:
+    if not isinstance(child, dict):
+        return child
+    if all(type(key) is int for key in child) and set(child) == set(range(len(child))):
+        return ["list", [_to_node(child[index]) for index in range(len(child))]]
+    return ["dict", list(child), list(map(_to_node, child.values()))]

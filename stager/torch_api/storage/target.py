@@ -5,21 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import xxhash
 
 from stager.workers.checkpoint.commit.commit import put_in_place
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
+from stager.workers.checkpoint.directory.run_directory import parse_checkpoint
+from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.errors import StorageError, UsageError
 
+_LARGEST_STEP = (1 << 63) - 1  # that a manifest can hold
 _OURS = re.compile(r"(\.metadata|manifest\.json|__[0-9]+\.metadata)(\.[0-9]+)?(\.tmp)?|__[0-9]+_[0-9a-z]+\.distcp")
-_STEP = re.compile(r"step-([0-9]{8,18})")
 
 
 class Target:
@@ -36,15 +37,13 @@ class Target:
         self.path = os.path.realpath(os.fspath(path))
         self.partial = f"{self.path}.partial-0"
         self._overwrite = overwrite
-        self._identity: tuple[int, int] | None = (
-            None  # device and inode of the partial directory that this coordinator made
-        )
+        self._made: os.stat_result | None = None  # the partial directory that this coordinator made
 
     @property
     def step(self) -> int:
         """The training step, if the path is named as ``Checkpointer`` names checkpoints; else 0."""
-        match = _STEP.fullmatch(os.path.basename(self.path))
-        return int(match[1]) if match is not None and checkpoint_name(int(match[1])) == match[0] else 0
+        step = parse_checkpoint(os.path.basename(self.path))
+        return step if step is not None and step <= _LARGEST_STEP else 0
 
     def prepare(self) -> None:
         """Make the partial directory. The coordinator calls it before any rank writes.
@@ -58,18 +57,14 @@ class Target:
             files.remove(self.partial)  # may be left by a save that failed or was killed
             _make_directories(os.path.dirname(self.path))
             os.mkdir(self.partial)
-            status = os.stat(self.partial)
-        self._identity = (status.st_dev, status.st_ino)
+            self._made = os.stat(self.partial)
 
     def _check_replaceable(self) -> None:
         with storage_errors("save", self.path):
-            try:
-                names = os.listdir(self.path)
-            except FileNotFoundError:
-                return
+            names = sorted(os.listdir(self.path)) if os.path.lexists(self.path) else []
         if names and not self._overwrite:
             raise UsageError(f"{self.path}: already exists, and overwrite=False; save to another path or remove it")
-        strange = next((name for name in sorted(names) if not _OURS.fullmatch(name)), None)
+        strange = next((name for name in names if not _OURS.fullmatch(name)), None)
         if strange is not None:
             raise UsageError(
                 f"{self.path}: holds {strange}, which is not a file of a checkpoint and would be deleted; "
@@ -89,14 +84,9 @@ class Target:
             raise StorageError(error.errno, message, self.partial) from error
 
     def commit(
-        self,
-        header: ManifestHeader,
-        layout: Layout,
-        hashes: tuple[tuple[str, ...], ...],
-        index: Mapping[str, bytes],
-        fsync: bool,
+        self, header: ManifestHeader, layout: Layout, hashes: tuple[tuple[str, ...], ...], metadata: bytes, fsync: bool
     ) -> None:
-        """Write index files and manifest, and give the directory its final name. The coordinator calls it.
+        """Write ``.metadata`` and the manifest, and give the directory its final name. The coordinator calls it.
 
         Raises:
             StorageError: the commit failed; nothing at the final path has changed.
@@ -104,28 +94,28 @@ class Target:
         with storage_errors("commit", self.partial):
             directory_fd = self.open_partial()
             try:
-                status = os.fstat(directory_fd)
-                if (status.st_dev, status.st_ino) != self._identity:
-                    raise StorageError(
-                        errno.EBUSY,
-                        "another save to the same path replaced the partial directory of this one",
-                        self.partial,
-                    )
-                index_files = []
-                for name, data in index.items():
-                    files.write_atomically(directory_fd, self.partial, name, data, fsync)
-                    index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
-                manifest = Manifest(header, layout, hashes, tuple(index_files))
-                files.write_atomically(directory_fd, self.partial, "manifest.json", manifest.to_bytes(), fsync)
+                if self._made is None or not os.path.samestat(self._made, os.fstat(directory_fd)):
+                    message = "another save to the same path replaced the partial directory of this one"
+                    raise StorageError(errno.EBUSY, message, self.partial)
+                files.write_atomically(directory_fd, self.partial, METADATA_NAME, metadata, fsync)
+                index_file = IndexFile(METADATA_NAME, len(metadata), xxhash.xxh3_128_hexdigest(metadata))
+                manifest = Manifest(header, layout, hashes, (index_file,))
+                # Last, because it proves that every other file is complete.
+                files.write_atomically(directory_fd, self.partial, MANIFEST_NAME, manifest.to_bytes(), fsync)
                 put_in_place(self.partial, self.path, manifest, directory_fd, fsync, is_replaceable)
             finally:
                 os.close(directory_fd)
-        self._identity = None
+        self._made = None
 
-    def discard(self) -> None:
-        """Remove the partial directory. Errors are ignored, because the caller already raises the one that led here."""
-        with suppress(OSError):
-            files.remove(self.partial)
+    @contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Remove the partial directory if the block raises: then the coordinator cannot commit what other ranks write."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # the error of the block says more
+                files.remove(self.partial)
+            raise
 
 
 def is_replaceable(path: str) -> bool:

@@ -9,15 +9,15 @@ An error in 2 or 3 removes the partial directory, so that the save fails on ever
 
 from __future__ import annotations
 
-import heapq
 import math
 import os
 import pickle
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +28,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from stager.ranks.launch import local_world_size
 from stager.torch_api.storage.assembly import assemble
-from stager.torch_api.storage.payload import Payload, payload_of
-from stager.torch_api.storage.spans import SpanWriter, Written
+from stager.torch_api.storage.spans import Payload, SpanWriter, Written, payload_of
 from stager.torch_api.storage.target import Target
 from stager.workers._version import __version__
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import ManifestHeader
-from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import UnstageableError, UsageError
 
@@ -70,7 +69,7 @@ class StagerStorageWriter(StorageWriter):
         if num_threads is not None and num_threads < 1:
             raise UsageError(f"num_threads is {num_threads}; it must be at least 1")
         self._fsync = fsync
-        self._num_threads = num_threads
+        self._num_threads = num_threads or max(1, default_threads() // local_world_size(os.environ))
         self._overwrite = overwrite
         self._target = Target(path, overwrite)
         self._save_id = uuid.uuid4().hex
@@ -122,48 +121,38 @@ class StagerStorageWriter(StorageWriter):
             StorageError: a write failed. The partial directory is removed, so that the save fails on every rank.
         """
         future: Future[list[WriteResult]] = Future()
-        try:
+        with self._target.discarded_on_error():
             future.set_result(self._write(plan, planner))
-        except BaseException:
-            self._target.discard()
-            raise
         return future
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        prefix: str = (
-            plan.storage_data.prefix
-        )  # named as FileSystemWriter's, because a planner may have cached a plan that was made with it
-        buckets = _partition(plan.items, self._num_threads or _threads_of_this_rank())
+        # Of the type that FileSystemWriter uses, too: a planner may have cached a plan that was made for that writer.
+        prefix: str = plan.storage_data.prefix
+        buckets = _partition(plan.items, self._num_threads)
         with ExitStack() as opened:
             directory_fd = self._target.open_partial()
             opened.callback(os.close, directory_fd)
-            writers = []
-            for number in range(len(buckets)):
-                name = f"{prefix}{number}{filesystem.DEFAULT_SUFFIX}"
-                writers.append(SpanWriter(directory_fd, self._target.partial, name))
-                opened.callback(writers[-1].close)
-            results = self._run(buckets, writers, planner)
+            names = [f"{prefix}{number}{filesystem.DEFAULT_SUFFIX}" for number in range(len(buckets))]
+            writers = [
+                opened.enter_context(closing(SpanWriter(directory_fd, self._target.partial, name))) for name in names
+            ]
+            run: Any = map
+            if len(buckets) > 1:
+                executor = ThreadPoolExecutor(len(buckets), thread_name_prefix="stager-write")
+                run = opened.enter_context(executor).map  # its threads end before the files are closed
+            done = list(run(partial(self._write_file, planner), buckets, writers))
             if self._fsync:
                 with storage_errors("sync", self._target.partial):
                     os.fsync(directory_fd)
-        return results
-
-    def _run(
-        self, buckets: list[list[WriteItem]], writers: list[SpanWriter], planner: SavePlanner
-    ) -> list[WriteResult]:
-        def write(bucket: list[WriteItem], writer: SpanWriter) -> list[WriteResult]:
-            results = []
-            for item in bucket:
-                one = writer.append(_payload(item.index.fqn, planner.resolve_data(item)))
-                results.append(WriteResult(item.index, one.item.nbytes, one))
-            writer.finish(self._fsync)
-            return results
-
-        if len(buckets) < 2:
-            return [result for bucket, writer in zip(buckets, writers, strict=True) for result in write(bucket, writer)]
-        with ThreadPoolExecutor(len(buckets), thread_name_prefix="stager-write") as executor:
-            done = list(executor.map(write, buckets, writers))
         return [result for results in done for result in results]
+
+    def _write_file(self, planner: SavePlanner, bucket: list[WriteItem], writer: SpanWriter) -> list[WriteResult]:
+        results = []
+        for item in bucket:
+            written = writer.append(_payload(item.index.fqn, planner.resolve_data(item)))
+            results.append(WriteResult(item.index, written.item.nbytes, written))
+        writer.finish(self._fsync)
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit the checkpoint. The coordinator calls it.
@@ -171,27 +160,17 @@ class StagerStorageWriter(StorageWriter):
         Raises:
             StorageError, UsageError: the commit failed. Nothing at the path has changed; the partial directory is removed.
         """
-        try:
-            self._commit(metadata, [result for rank in results for result in rank])
-        except BaseException:
-            self._target.discard()
-            raise
-
-    def _commit(self, metadata: Metadata, results: list[WriteResult]) -> None:
-        written: list[tuple[Any, Written]] = [(result.index, result.storage_data) for result in results]
-        assembly = assemble(metadata, written)
-        metadata.version = getattr(
-            filesystem, "CURRENT_DCP_VERSION", None
-        )  # older versions of torch that we support lack it
-        metadata.storage_data = {
-            index: _StorageInfo(one.file, one.item.offset, one.item.nbytes) for index, one in written
-        }
-        metadata.storage_meta = self.storage_meta()
-        header = ManifestHeader(
-            "dcp", self._target.step, self._save_id, time.time(), str(torch.__version__), __version__
-        )
-        index = {METADATA_NAME: pickle.dumps(metadata)}
-        self._target.commit(header, assembly.layout, assembly.hashes, index, self._fsync)
+        written: list[tuple[Any, Written]] = [(one.index, one.storage_data) for rank in results for one in rank]
+        with self._target.discarded_on_error():
+            layout, hashes = assemble(metadata, written)
+            metadata.version = getattr(filesystem, "CURRENT_DCP_VERSION", None)  # older versions of torch lack it
+            metadata.storage_data = {
+                index: _StorageInfo(one.file, one.item.offset, one.item.nbytes) for index, one in written
+            }
+            metadata.storage_meta = self.storage_meta()
+            created, torch_version = time.time(), str(torch.__version__)
+            header = ManifestHeader("dcp", self._target.step, self._save_id, created, torch_version, __version__)
+            self._target.commit(header, layout, hashes, pickle.dumps(metadata), self._fsync)
         self._save_id = uuid.uuid4().hex
 
     @classmethod
@@ -212,12 +191,12 @@ def _partition(items: list[WriteItem], num_threads: int) -> list[list[WriteItem]
     tensors = [(_nbytes(item), number) for number, item in enumerate(items) if item.type != WriteItemType.BYTE_IO]
     total = sum(nbytes for nbytes, _ in tensors)
     count = max(1, min(num_threads, total // _SMALLEST_FILE_BYTES))
-    heap: list[tuple[int, int, list[int]]] = [(0, bucket, []) for bucket in range(count)]
+    loads, numbers = [0] * count, [list[int]() for _ in range(count)]
     for nbytes, number in sorted(tensors, reverse=True):
-        load, bucket, numbers = heapq.heappop(heap)
-        numbers.append(number)
-        heapq.heappush(heap, (load + nbytes, bucket, numbers))
-    buckets = [[items[number] for number in sorted(numbers)] for _, _, numbers in sorted(heap, key=lambda e: e[1])]
+        lightest = loads.index(min(loads))
+        loads[lightest] += nbytes
+        numbers[lightest].append(number)
+    buckets = [[items[number] for number in sorted(of_file)] for of_file in numbers]
     buckets[0] += [item for item in items if item.type == WriteItemType.BYTE_IO]
     return [bucket for bucket in buckets if bucket]  # no empty files
 
@@ -226,8 +205,3 @@ def _nbytes(item: WriteItem) -> int:
     if item.tensor_data is None or item.tensor_data.chunk is None:
         return 0
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-
-
-def _threads_of_this_rank() -> int:
-    local_ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, default_threads() // (int(local_ranks) if local_ranks.isdigit() and local_ranks != "0" else 1))

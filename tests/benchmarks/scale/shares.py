@@ -11,15 +11,13 @@ from stager.ranks.naming import name_all, name_written
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.receipt import Receipt
-from stager.workers.checkpoint.formats import dcp
+from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, partition_once
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, Templates, align, partition_once
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan, objects_to_json
-from stager.workers.checkpoint.layout.plan_cache import Templates
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
-from stager.workers.checkpoint.write.save_record import record_name, to_record
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.checkpoint.write.write_task import Extent, WriteTask
+from stager.workers.checkpoint.write.write_task import Extent, WriteTask, record_name, to_record
 from tests.benchmarks.scale.size import Size
 
 _SHARD = (4, 8192)  # lengths of each tensor's shard, float32
@@ -53,7 +51,7 @@ def write_shares(directory: str, size: Size) -> tuple[SaveSpec, Layout]:
 def _job(directory: str, size: Size, rank: int) -> tuple[WriteTask, Layout]:
     plan, objects = _plan(size, rank), _objects(size)
     spec = SaveSpec(directory, 1, f"{1:016x}", "dcp", 1, False, 1e9, "0", "2", rank=rank, num_ranks=size.ranks)
-    text, of_objects = plan.to_json(), objects_to_json(objects)
+    text, of_objects = plan.to_document().partition(b"\n")[0], objects_to_json(objects)
     memory: Any = _Memory(memoryview(text + of_objects))
     extents = Extent(0, len(text)), Extent(len(text), len(of_objects))
     job = WriteTask(spec, memory, extents[0], "", extents[1], frozenset())
@@ -67,7 +65,7 @@ def _plan(size: Size, rank: int) -> LayoutPlan:
     tensors, named = _laid_out(end - first)
     return LayoutPlan(
         files=tuple(FileSpec(file.name.replace("__0_", f"__{rank}_"), file.nbytes) for file in named),
-        object_file=dcp.object_file_name(rank),
+        object_file=get_format("dcp").object_file_name(rank),
         tensors=tensors,
         structure=_structure(size, rank, range(first, end)),
         segment_bytes=_SEGMENT_BYTES,
@@ -78,13 +76,13 @@ def _plan(size: Size, rank: int) -> LayoutPlan:
 @lru_cache
 def _laid_out(num_tensors: int) -> tuple[tuple[Item, ...], tuple[FileSpec, ...]]:
     spec = TensorSpec((("w",),), ("w",), "float32", _SHARD, (_SHARD[1], 1))
-    laid_out = dcp.lay_out([spec] * num_tensors, 0, evenly(1))
+    laid_out = get_format("dcp").lay_out([spec] * num_tensors, 0, evenly(1))
     return laid_out.items, laid_out.files
 
 
 @lru_cache
 def _templates() -> Templates:
-    return dcp.templates(_laid_out(1)[0])
+    return get_format("dcp").templates(_laid_out(1)[0])
 
 
 def _structure(size: Size, rank: int, held: range) -> Node:

@@ -41,12 +41,13 @@ from stager.workers.checkpoint.formats import contract, get_format
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.memory.slab import Slab
+from tests import forked_subprocess
+from tests.benchmarks.scale import measuring
 from tests.benchmarks.scale.__main__ import main
 from tests.benchmarks.scale.agreement import SAVE_ID, Kind, settle
 from tests.benchmarks.scale.costs import Costs
 from tests.benchmarks.scale.ending import COMMITTED, Ending
 from tests.benchmarks.scale.fit import fit
-from tests.benchmarks.scale.measuring import ROOT
 from tests.benchmarks.scale.parameters import Parameters
 from tests.benchmarks.scale.run import kinds_of
 from tests.benchmarks.scale.saving import Save
@@ -330,12 +331,15 @@ def test_fit_finds_a_line_and_says_how_far_off_it_is() -> None:
     assert line.worst < 1e-6 < fit(sizes, [5.0, 6.0, 7.0, 9.0]).worst
 
 
-def test_program_prints_tables_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_program_prints_tables_and_writes_every_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "scale.json"
     arguments = ["--ranks", "2,5", "--measure", "4:2", "--tensors", "6", "--store-requests", "40"]
     arguments += ["--kinds", "2", "--parts", "2", "--directory", str(tmp_path), "--out", str(out)]
-    command = [sys.executable, "-m", "tests.benchmarks.scale", *arguments]
-    printed = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+    monkeypatch.setattr(measuring, "subprocess", forked_subprocess)
+    main(arguments)
+    printed = capsys.readouterr().out
     document = json.loads(out.read_text())
     assert [row["ranks"] for row in document["rows"]] == [2, 5]
     assert [one["size"]["ranks"] for one in document["measured"]] == [4]

@@ -1,32 +1,13 @@
 """Commit: turn a full set of receipts into a checkpoint, in an order that survives a crash at any point.
 
     1. Each part of each rank writes its data, syncs it, and leaves a receipt (``persist.py``).
-    2. Whoever sees the last receipt writes the index files (.metadata), then manifest.json, and syncs each. The manifest
-       comes last: its presence proves that every receipt was there.
+    2. Whoever sees the last receipt writes the index files (.metadata), then manifest.json, and syncs each.
     3. It removes everything that the manifest does not name (receipts, save records, leftovers), and syncs the directory.
-       This comes before the rename, so a committed directory contains the checkpoint's files and nothing else.
     4. It renames step-N.partial-<id> to step-N, and syncs the parent directory. Only now is there a checkpoint.
-    5. If step-N existed, it removes the old one. After the sync of 4: before it, a power failure could undo the rename.
+    5. If step-N existed, it removes the old one.
 
 Until 4 the directory has a name that no reader takes for a checkpoint. After a crash in 1 or 2 the commit starts again from
 the receipts; after a crash in 3 or 4, from the manifest.
-
-NOTE [ The lock on a partial directory ]
-A part holds the directory's flock shared, from before it looks for its receipt until the receipt is written. A commit takes
-the lock exclusively, and gives up at once if it cannot. So nobody writes into a directory that is being committed, not even
-a part that runs again because its worker died. And no commit is missed. Who is refused knows that another part or commit
-is going on. The last part to release the shared lock either gets the exclusive lock, or is refused by a process that got it
-later and therefore sees every receipt.
-
-The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or an older
-checkpoint of the step until it is removed. So after taking the lock, a process first checks that it is not too late
-(``is_still``, ``already_committed``). It publishes a manifest only if the manifest is this save's.
-
-NOTE [ The threads of a commit ]
-Many ranks leave many small files, and for each one the process waits for the file system. So several threads
-(``num_threads``) read and remove save records and receipts. All of them end before the next step begins, so the order
-above holds. Only one thread at a time parses what was read: more would compete for the interpreter, which costs a fifth of
-the time.
 """
 
 from __future__ import annotations
@@ -36,8 +17,8 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -45,7 +26,7 @@ import xxhash
 
 from stager.workers.checkpoint.commit.in_threads import in_threads
 from stager.workers.checkpoint.commit.merge import RankContribution, merge
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory import files, run_directory
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.manifest import (
     MANIFEST_NAME,
@@ -56,21 +37,20 @@ from stager.workers.checkpoint.directory.manifest import (
 )
 from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
-from stager.workers.checkpoint.directory.run_directory import (
-    REPLACED,
-    CheckpointInfo,
-    checkpoint_name,
-    partial_name,
-    read_checkpoint,
-)
+from stager.workers.checkpoint.directory.run_directory import REPLACED, CheckpointInfo, checkpoint_name, partial_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_count, check_distinct
-from stager.workers.checkpoint.write.save_record import from_record, record_name
 from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import from_record, record_name
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from stager.workers.faults import point
 
+# NOTE [ The threads of a commit ]
+# Many ranks leave many small files, and for each one the process waits for the file system. So several threads
+# (``num_threads``) read and remove save records and receipts. All of them end before the next step begins, so the order
+# above holds. Only one thread at a time parses what was read: more would compete for the interpreter, which costs a fifth of
+# the time.
 _MAX_THREADS = 32
 _RANKS_PER_THREAD = 4  # for fewer ranks, starting a thread costs more than it saves
 
@@ -85,14 +65,51 @@ class Committed:
     pid: int
 
 
+def partial_path(spec: SaveSpec) -> str:
+    """Return the path of the save's partial directory."""
+    return os.path.join(spec.directory, partial_name(spec.step, spec.save_id))
+
+
 def already_committed(spec: SaveSpec) -> Committed | None:
     """Return the commit of this very save if it has happened, else None."""
     try:
-        info, _ = read_checkpoint(spec.directory, spec.step)
+        info, _ = run_directory.read_checkpoint(spec.directory, spec.step)
     except (CheckpointNotFoundError, CorruptCheckpointError):
         return None
     now = time.time()
     return Committed(info, now, now, os.getpid()) if info.save_id == spec.save_id else None
+
+
+def vanished(partial: str) -> NoReturn:
+    """Raise a StorageError: somebody removed the partial directory."""
+    message = "the partial checkpoint was removed while it was being written; find out by whom, then save again"
+    raise StorageError(errno.ENOENT, message, partial)
+
+
+# NOTE [ The lock on a partial directory ]
+# A part holds the directory's flock shared, from before it looks for its receipt until the receipt is written. A commit
+# takes the lock exclusively, and gives up at once if it cannot. So nobody writes into a directory that is being
+# committed, not even a part that runs again because its worker died. And no commit is missed. Who is refused knows that
+# another part or commit is going on. The last part to release the shared lock either gets the exclusive lock, or is
+# refused by a process that got it later and therefore sees every receipt.
+#
+# The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or an
+# older checkpoint of the step until it is removed. So after taking the lock, a process first checks that it is not too
+# late (``is_still``, ``already_committed``). It publishes a manifest only if the manifest is this save's.
+@contextmanager
+def locked(path: str) -> Iterator[int]:
+    """Open the directory ``path`` and take its flock exclusively, without waiting. Yields the descriptor.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the directory cannot be opened.
+    """
+    directory_fd = files.open_directory(path, follow=False)
+    try:
+        fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield directory_fd
+    finally:
+        os.close(directory_fd)  # releases the lock
 
 
 def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
@@ -103,38 +120,31 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
-        StorageError, CorruptCheckpointError
     """
     started = time.time()
-    partial = partial_path(spec)
-    with storage_errors("commit", partial):
+    partial, final = partial_path(spec), os.path.join(spec.directory, checkpoint_name(spec.step))
+    with storage_errors("commit", partial), ExitStack() as stack:
         try:
-            directory_fd = files.open_directory(partial, follow=False)
+            directory_fd = stack.enter_context(locked(partial))
         except FileNotFoundError:
             return already_committed(spec) or vanished(partial)
-        try:
-            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_still(partial, directory_fd):
-                return already_committed(spec) or vanished(partial)
-            manifest = manifest_of(spec, layout, directory_fd)
-            if manifest is None:
-                return None
-            if manifest.header.save_id != spec.save_id:
-                return already_committed(spec) or vanished(partial)
-            path = publish(spec, manifest, directory_fd)
         except BlockingIOError:  # see NOTE [ The lock on a partial directory ]
             return None
-        finally:
-            os.close(directory_fd)
-    return Committed(CheckpointInfo.of(path, manifest), started, time.time(), os.getpid())
+        # Only with the lock: before, another process could still rename the directory.
+        if not is_still(partial, directory_fd):
+            return already_committed(spec) or vanished(partial)
+        manifest = manifest_of(spec, layout, directory_fd)
+        if manifest is None:
+            return None
+        # With the name exchanged, this is the older checkpoint of the step, and its manifest is not ours to publish.
+        if manifest.header.save_id != spec.save_id:
+            return already_committed(spec) or vanished(partial)
+        put_in_place(partial, final, manifest, directory_fd, spec.fsync, num_threads=num_threads(spec.num_ranks))
+    return Committed(CheckpointInfo.of(final, manifest), started, time.time(), os.getpid())
 
 
 def commit_recorded(spec: SaveSpec) -> Committed | None:
-    """Commit as :func:`try_commit` does, without a layout: reads it from the save record in the partial directory.
-
-    Raises:
-        StorageError, CorruptCheckpointError, InconsistentRanksError
-    """
+    """Commit as :func:`try_commit` does, without a layout: reads it from the save record in the partial directory."""
     with storage_errors("commit", partial_path(spec)):
         try:
             own, layout = _read_record(spec, spec.rank, threading.Lock())
@@ -143,24 +153,14 @@ def commit_recorded(spec: SaveSpec) -> Committed | None:
     return try_commit(own, layout)
 
 
-def partial_path(spec: SaveSpec) -> str:
-    """Return the path of the save's partial directory."""
-    return os.path.join(spec.directory, partial_name(spec.step, spec.save_id))
-
-
-def vanished(partial: str) -> NoReturn:
-    """Raise that somebody removed the partial directory.
-
-    Raises:
-        StorageError
-    """
-    raise StorageError(errno.ENOENT, "the partial checkpoint was removed while it was being written", partial)
+# -- step 2: from receipts to a manifest ------------------------------------------------------------------------
 
 
 def manifest_of(spec: SaveSpec, layout: Layout, directory_fd: int) -> Manifest | None:
     """Return the manifest; write it first if all receipts are there, else return None. The caller holds the lock."""
     partial = partial_path(spec)
     path = os.path.join(partial, MANIFEST_NAME)
+    # First look for a manifest. After a crash in 3, receipts may be gone, and the manifest proves that all were there.
     data = files.read_if_exists(path)
     if data is not None:
         return parse_manifest(data, path)
@@ -175,20 +175,22 @@ def read_contributions(spec: SaveSpec, layout: Layout, names: list[str]) -> list
         spec, layout: of the one rank whose contribution need not be read.
         names: of the files in the partial directory.
     """
+    # The names decide at first: reading the files only to learn that one is missing would cost every part that.
     if sum(rank < spec.num_ranks for rank in finished_ranks(names)) < spec.num_ranks:
         return None
-
-    parsing = threading.Lock()
+    partial, parsing = partial_path(spec), threading.Lock()  # the lock: NOTE [ The threads of a commit ]
 
     def read(rank: int) -> RankContribution | None:
-        own = (spec, layout) if rank == spec.rank else _read_record(spec, rank, parsing)
-        return _read_contribution(*own, parsing)
+        theirs, of_rank = (spec, layout) if rank == spec.rank else _read_record(spec, rank, parsing)
+        parts = range(theirs.num_parts)
+        receipts = [read_receipt(partial, rank, part, len(parts), spec.save_id, parsing) for part in parts]
+        there = tuple(receipt for receipt in receipts if receipt is not None)
+        return RankContribution(theirs, of_rank, there) if len(there) == len(parts) else None
 
     found = in_threads(read, range(spec.num_ranks), num_threads(spec.num_ranks))
     contributions = [contribution for contribution in found if contribution is not None]
-    return (
-        contributions if len(contributions) == len(found) else None
-    )  # else: another process has removed some meanwhile
+    # Fewer: another process has removed a receipt since the names were read.
+    return contributions if len(contributions) == len(found) else None
 
 
 def num_threads(num_ranks: int) -> int:
@@ -198,8 +200,7 @@ def num_threads(num_ranks: int) -> int:
 
 def _read_record(spec: SaveSpec, rank: int, parsing: threading.Lock) -> tuple[SaveSpec, Layout]:
     """Read the save record of a rank of this save."""
-    partial = partial_path(spec)
-    path = os.path.join(partial, record_name(rank))
+    path = os.path.join(partial_path(spec), record_name(rank))
     data = files.read_small(path)
     with parsing:
         theirs, layout = from_record(data, path, spec.directory)
@@ -210,17 +211,6 @@ def _read_record(spec: SaveSpec, rank: int, parsing: threading.Lock) -> tuple[Sa
             path, f"is the record of another save: (step, id, format, ranks, rank) is {found}, expected {expected}"
         )
     return theirs, layout
-
-
-def _read_contribution(spec: SaveSpec, layout: Layout, parsing: threading.Lock) -> RankContribution | None:
-    partial = partial_path(spec)
-    receipts = []
-    for part in range(spec.num_parts):
-        receipt = read_receipt(partial, spec.rank, part, spec.num_parts, spec.save_id, parsing)
-        if receipt is None:
-            return None
-        receipts.append(receipt)
-    return RankContribution(spec, layout, tuple(receipts))
 
 
 def _write_manifest(contributions: list[RankContribution], directory_fd: int, partial: str) -> Manifest:
@@ -243,6 +233,7 @@ def _write_manifest(contributions: list[RankContribution], directory_fd: int, pa
             "replicate between them (docs/scale.md)",
             partial,
         )
+    # Last, when the index files are durable: its presence proves that every receipt was there, and that 2 is done.
     files.write_atomically(directory_fd, partial, MANIFEST_NAME, document, spec.fsync)
     point("commit.manifest")
     return manifest
@@ -254,46 +245,23 @@ def build_manifest(
     hashes: tuple[tuple[str, ...], ...],
     index_files: tuple[IndexFile, ...],
 ) -> Manifest:
-    """Make the manifest that the receipts prove.
-
-    Args:
-        layout, hashes: of all contributions together.
-
-    Raises:
-        CorruptCheckpointError: records and receipts do not fit together; readers would refuse the manifest.
-    """
+    """Make the manifest that the receipts prove, given layout and hashes of all contributions together."""
     spec = contributions[0].spec
     receipts = [receipt for contribution in contributions for receipt in contribution.receipts]
     linked_bytes = sum(receipt.linked_bytes for receipt in receipts)
-    try:
+    generation = max(receipt.generation for receipt in receipts)
+    try:  # records and receipts may not fit together, and readers would refuse the manifest
         check_count(linked_bytes)
         check_distinct([MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)])
     except ValueError as error:
         raise CorruptCheckpointError(partial_path(spec), f"cannot be committed: {error}") from error
-    return Manifest(
-        header=ManifestHeader(
-            kind=spec.kind,
-            step=spec.step,
-            save_id=spec.save_id,
-            created=spec.created,
-            torch=spec.torch,
-            stager=spec.stager,
-            linked_bytes=linked_bytes,
-            generation=max(receipt.generation for receipt in receipts),
-        ),
-        layout=layout,
-        hashes=hashes,
-        index_files=index_files,
+    header = ManifestHeader(
+        spec.kind, spec.step, spec.save_id, spec.created, spec.torch, spec.stager, linked_bytes, generation
     )
+    return Manifest(header, layout, hashes, index_files)
 
 
-def publish(spec: SaveSpec, manifest: Manifest, directory_fd: int) -> str:
-    """Do steps 3 to 5 for a partial directory that has its manifest. Returns the final path."""
-    final = os.path.join(spec.directory, checkpoint_name(spec.step))
-    threads = num_threads(spec.num_ranks)
-    put_in_place(partial_path(spec), final, manifest, directory_fd, spec.fsync, num_threads=threads)
-    point("commit.published")
-    return final
+# -- steps 3 to 5: from a manifest to a checkpoint --------------------------------------------------------------
 
 
 def has_manifest(path: str) -> bool:
@@ -312,16 +280,20 @@ def put_in_place(
 ) -> None:
     """Do steps 3 to 5 for a directory of any name. Whatever is at ``final`` is removed if it is ``replaceable``."""
     with storage_errors("commit", final):
+        # 3. Before the rename, so that a committed directory contains the checkpoint's files and nothing else.
         unnamed = sorted(set(os.listdir(directory_fd)) - manifest.file_names)
         in_threads(lambda name: files.remove(os.path.join(partial, name)), unnamed, num_threads)
         if fsync:
             os.fsync(directory_fd)
+        # 4. The parent's sync makes the rename durable.
         replaced = _rename_over(partial, final, replaceable)
         if fsync:
             files.sync_directory(os.path.dirname(final))
-        if replaced is not None:  # step 5
+        # 5. After that sync: before it, a power failure could undo the rename, and then the old one is needed.
+        if replaced is not None:
             with suppress(OSError):  # its name is that of a partial directory now; the next run removes it
                 files.remove(replaced)
+    point("commit.published")
 
 
 def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -> str | None:
@@ -331,8 +303,9 @@ def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -
     moment; after a crash right then, ``recover`` renames the old one back. Anything else that is at ``final`` is not ours
     to remove, so it is renamed to ``.not-a-checkpoint-<id>``.
     """
-    with holding(final):  # else retention, which is about to remove the old one, could remove the new one
-        if _rename_onto_nothing(partial, final):
+    # With the read lock of ``final``: else retention, about to remove the old one, could remove the new one.
+    with holding(final):
+        if rename_onto_nothing(partial, final):
             return None
         ours = not os.path.islink(final) and replaceable(final)
         exchanged = ours and files.exchange(partial, final)
@@ -350,12 +323,12 @@ def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -
     return aside if ours else None
 
 
-def _rename_onto_nothing(partial: str, final: str) -> bool:
-    """Rename if nothing is at ``final``. Returns whether it did."""
+def rename_onto_nothing(source: str, target: str) -> bool:
+    """Rename ``source`` if nothing is at ``target``. Returns whether it did."""
     try:
-        os.rename(partial, final)
+        os.rename(source, target)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise
         return False
     return True

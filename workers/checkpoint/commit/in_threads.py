@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 A = TypeVar("A")
@@ -11,14 +12,14 @@ T = TypeVar("T")
 
 
 def in_threads(action: Callable[[A], T], arguments: Sequence[A], num_threads: int) -> list[T]:
-    """Return the results of ``action`` for each of ``arguments``, in order.
+    """Return the results of ``action`` for each of ``arguments``, in order. All threads have ended when it returns.
 
     Args:
         num_threads: the most threads to use, the caller's included.
 
     Raises:
-        BaseException: the error of the first argument, in their order, for which ``action`` raised, as in one thread. It is
-            raised when all threads have ended. ``action`` may or may not have run for later arguments.
+        BaseException: what ``action`` raised for the first argument, in their order, for which it raised. So several
+            threads raise what one would. ``action`` may or may not have run for later arguments.
     """
     if num_threads < 2:
         return [action(argument) for argument in arguments]
@@ -29,7 +30,7 @@ def in_threads(action: Callable[[A], T], arguments: Sequence[A], num_threads: in
 
     def work() -> None:
         while not errors:
-            with taking:  # in order: an argument before a failed one was begun before it
+            with taking:  # in order: every argument before a failed one was begun before it
                 number = next(left, None)
             if number is None:
                 return
@@ -40,13 +41,11 @@ def in_threads(action: Callable[[A], T], arguments: Sequence[A], num_threads: in
 
     started: list[threading.Thread] = []
     try:
-        for _ in range(min(num_threads, len(arguments)) - 1):
-            thread = threading.Thread(target=work, name="stager-at-once", daemon=True)
-            try:
+        with suppress(RuntimeError):  # the process may not start more threads: those it has do the work
+            for _ in range(min(num_threads, len(arguments)) - 1):
+                thread = threading.Thread(target=work, name="stager-at-once", daemon=True)
                 thread.start()
-            except RuntimeError:  # the process may not start more; the others do the work
-                break
-            started.append(thread)
+                started.append(thread)
         work()
     finally:
         for thread in started:

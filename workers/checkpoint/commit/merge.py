@@ -2,21 +2,20 @@
 
 1. Each rank lays out its own files. Its structure says which leaves it writes: whole, in chunks, or not at all
    (``structure.ABSENT``). Rank 0 names every leaf; other ranks may leave out those that they do not write.
-2. Files and items are numbered anew: the tensors of all ranks first, then the objects of all ranks.
-3. The structures are overlaid: each leaf comes from the rank that writes it, chunks from several ranks become one list.
+2. Files and items get new numbers: the tensors of all ranks first, then the objects of all ranks.
+3. The structures are overlaid: each leaf comes from the rank that writes it; chunks from several ranks become one list.
 4. The result is checked as a whole: no leaf is missing, and chunks fill their tensors.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, num_segments, partition_once
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, PlanCache, num_segments, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often
-from stager.workers.checkpoint.layout.plan_cache import PlanCache
 from stager.workers.checkpoint.layout.structure import (
     ABSENT,
     Chunks,
@@ -39,22 +38,14 @@ Hashes = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class RankContribution:
-    """What one rank contributes.
-
-    Attributes:
-        spec, layout: from the rank's save record.
-        receipts: of all its parts, in order.
-    """
+    """What one rank contributes: spec and layout from its save record, and the receipts of all its parts, in order."""
 
     spec: SaveSpec
     layout: Layout
     receipts: tuple[Receipt, ...]
 
     def hashes(self, partial: str) -> Hashes:
-        """Return the hashes of each item's segments, from the receipts.
-
-        Args:
-            partial: the partial directory, for error messages.
+        """Return the hashes of each item's segments, from the receipts. ``partial`` is for error messages.
 
         Raises:
             CorruptCheckpointError: the receipts are not of this layout.
@@ -79,11 +70,7 @@ class RankContribution:
 
 
 def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layout, Hashes]:
-    """Merge the contributions of all ranks. Returns the layout of the checkpoint, and the hashes of its items.
-
-    Args:
-        contributions: of every rank, in order.
-        partial: the partial directory, for error messages.
+    """Merge the contributions of all ranks, in their order. Returns the checkpoint's layout, and the hashes of its items.
 
     Raises:
         InconsistentRanksError: the ranks did not save the same state.
@@ -91,89 +78,81 @@ def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layo
     """
     if len(contributions) == 1:
         return contributions[0].layout, contributions[0].hashes(partial)
-    sizes = {contribution.layout.segment_bytes for contribution in contributions}
+    layouts = [contribution.layout for contribution in contributions]
+    sizes = {layout.segment_bytes for layout in layouts}
     if len(sizes) > 1:
         raise InconsistentRanksError(f"persistence.segment_bytes differs between ranks: {sorted(sizes)}")
-    numbering = _Numbering([contribution.layout for contribution in contributions])
+    files, items, numbers = _number(layouts)
     structure = overlay(
-        [numbering.renumber(rank, contribution.layout.structure) for rank, contribution in enumerate(contributions)]
+        [_renumbered(layout.structure, of_rank) for layout, of_rank in zip(layouts, numbers, strict=True)]
     )
-    hashes: list[tuple[str, ...]] = [()] * len(numbering.items)
-    for rank, contribution in enumerate(contributions):
-        for index, values in enumerate(contribution.hashes(partial)):
-            hashes[numbering.number(rank, index)] = values
+    hashes: list[tuple[str, ...]] = [()] * len(items)
+    for contribution, of_rank in zip(contributions, numbers, strict=True):
+        for number, values in zip(of_rank, contribution.hashes(partial), strict=True):
+            hashes[number] = values
     # Only the contribution of this process's own rank has templates. With them the commit runs without torch.
-    templates = next(
-        (made for contribution in contributions if (made := contribution.layout.cache.templates) is not None), None
-    )
-    cache = PlanCache(numbering.num_tensors, templates)
-    layout = Layout(numbering.files, numbering.items, structure, sizes.pop()).with_cache(cache)
+    templates = next((layout.cache.templates for layout in layouts if layout.cache.templates is not None), None)
+    num_tensors = sum(item.kind == "tensor" for item in items)
+    layout = Layout(files, items, structure, sizes.pop()).with_cache(PlanCache(num_tensors, templates))
     _check_whole(layout)
     return layout, tuple(hashes)
 
 
-class _Numbering:
-    """Files and items of all ranks, numbered through: tensors' files first, then the objects' of each rank."""
+def _number(layouts: Sequence[Layout]) -> tuple[tuple[FileSpec, ...], tuple[Item, ...], list[list[int]]]:
+    """Number the files and items of all ranks: first the tensors of each rank, then the objects and trailers of each.
 
-    def __init__(self, layouts: Sequence[Layout]) -> None:
-        self._numbers: list[list[int]] = [[0] * len(layout.items) for layout in layouts]
-        self._files: list[FileSpec] = []
-        self._items: list[Item] = []
-        for kind in ("tensor", "object"):
-            for rank, layout in enumerate(layouts):
-                self._add(rank, layout, kind)
-            if kind == "tensor":
-                self.num_tensors = len(self._items)
-        self.files, self.items = tuple(self._files), tuple(self._items)
-
-    def _add(self, rank: int, layout: Layout, kind: str) -> None:
-        files: dict[int, int] = {}
-        for index, item in enumerate(layout.items):
-            if (item.kind == "tensor") != (kind == "tensor"):
-                continue
-            if item.file not in files:
-                files[item.file] = len(self._files)
-                self._files.append(layout.files[item.file])
-            self._numbers[rank][index] = len(self._items)
-            self._items.append(replace(item, file=files[item.file], slab_offset=-1))
-
-    def number(self, rank: int, index: int) -> int:
-        return self._numbers[rank][index]
-
-    def renumber(self, rank: int, structure: Node) -> Node:
-        """A rank's structure with the numbers that its items have in the whole."""
-        numbers = self._numbers[rank]
-
-        def leaf(found: int | Chunks) -> Node:
-            if isinstance(found, Chunks):
-                return Chunks(found.shape, tuple((at, numbers[index]) for at, index in found.parts)).to_node()
-            return numbers[found]
-
-        return map_leaves(structure, leaf)
+    Returns the files, the items, and for each rank the new numbers of its items.
+    """
+    files: list[FileSpec] = []
+    items: list[Item] = []
+    numbers = [[0] * len(layout.items) for layout in layouts]
+    for of_tensors in (True, False):
+        for layout, of_rank in zip(layouts, numbers, strict=True):
+            new_files: dict[int, int] = {}
+            for index, item in enumerate(layout.items):
+                if (item.kind == "tensor") != of_tensors:
+                    continue
+                if item.file not in new_files:
+                    new_files[item.file] = len(files)
+                    files.append(layout.files[item.file])
+                of_rank[index] = len(items)
+                items.append(replace(item, file=new_files[item.file], slab_offset=-1))
+    return tuple(files), tuple(items), numbers
 
 
-def overlay(nodes: Sequence[Node], path: Path = ()) -> Node:
+def _renumbered(structure: Node, numbers: list[int]) -> Node:
+    """Return a rank's structure with the numbers that its items have in the whole."""
+
+    def leaf(found: int | Chunks) -> Node:
+        if isinstance(found, Chunks):
+            return Chunks(found.shape, tuple((at, numbers[index]) for at, index in found.parts)).to_node()
+        return numbers[found]
+
+    return map_leaves(structure, leaf)
+
+
+def overlay(nodes: Sequence[Node]) -> Node:
     """Overlay the structures of all ranks, in their order. A leaf that no rank writes stays absent.
 
     Raises:
         InconsistentRanksError: two ranks have different kinds of nodes in one place.
     """
-    return _lay_over(list(enumerate(nodes)), path)
+    return _lay_over(list(enumerate(nodes)), ())
 
 
 def _lay_over(nodes: Sequence[_OfRank], path: Path) -> Node:
     there = [(rank, node) for rank, node in nodes if node is not ABSENT]
     if not there:
         return ABSENT
-    if len(there) == 1 and not _is_container(there[0][1]):
-        return there[0][1]
+    first = there[0][1]
+    if len(there) == 1 and (type(first) is int or first[0] == "chunks"):
+        return first
     kinds = {_kind(node) for _, node in there}
     if len(kinds) > 1 or "value" in kinds:
         what = "; ".join(f"{_kind(node)} on rank {rank}" for rank, node in there[:4])
         raise InconsistentRanksError(
             f"{describe(path)} is not the same on all ranks: {what}; give all ranks states of the same structure"
         )
-    first = there[0][1]
     if first[0] == "chunks":
         return _chunks([(rank, Chunks.from_node(node)) for rank, node in there], path).to_node()
     if first[0] == "list":
@@ -209,19 +188,12 @@ def _kind(node: Node) -> str:
     return {"chunks": "a tensor in chunks", "list": "a list"}.get(node[0], f"a mapping ({node[0]})")
 
 
-def _is_container(node: Node) -> bool:
-    return type(node) is not int and node[0] != "chunks"
-
-
 def _check_whole(layout: Layout) -> None:
     """Check what the contributions only promise together; ``layout_check.check_layout`` would refuse the result otherwise.
 
-    1. Some rank wrote each leaf that another rank left out.
-    2. The chunks of a tensor fill it, and have one dtype.
-    3. No item is a chunk of too many tensors.
-
     Raises:
-        InconsistentRanksError
+        InconsistentRanksError: no rank wrote a leaf; or chunks of a tensor do not fill it, differ in dtype, or are chunks of
+            too many tensors.
     """
     lost = [describe(path) for path in absent(layout.structure)]
     if lost:
@@ -229,8 +201,8 @@ def _check_whole(layout: Layout) -> None:
             f"{_some(lost)}: no rank wrote it, because each rank expects another to; give all ranks states of the same keys"
         )
     wholes: dict[Chunks, Path] = {}
-    for path, chunks in _all_chunks(layout.structure):
-        if chunks in wholes:  # tied on every rank
+    for path, chunks in leaves(layout.structure):
+        if not isinstance(chunks, Chunks) or chunks in wholes:  # a whole item; or tied on every rank
             continue
         wholes[chunks] = path
         items = [layout.items[index] for _, index in chunks.parts]
@@ -245,10 +217,6 @@ def _check_whole(layout: Layout) -> None:
         raise InconsistentRanksError(
             f"{_some(of)} are one tensor on one rank, and not on the others; what is tied has to be tied on all ranks"
         )
-
-
-def _all_chunks(structure: Node) -> Iterable[tuple[Path, Chunks]]:
-    return ((path, leaf) for path, leaf in leaves(structure) if isinstance(leaf, Chunks))
 
 
 def _some(names: list[str]) -> str:

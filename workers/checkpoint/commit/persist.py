@@ -1,11 +1,11 @@
-"""How a worker persists its part of a save.
+"""How a worker persists its part of a save, and how a failed save is removed or kept for replicas.
 
     1. Open the partial directory; make it if needed. Take its flock shared: NOTE [ The lock on a partial directory ].
     2. Return at once if the save is committed, or if this part has a receipt: the task ran before, in a worker that died.
-    3. Part 0 of each rank writes the save record. Without it, nobody could tell after a crash what is missing.
+    3. Part 0 of each rank writes the save record.
     4. Link unchanged files of an incremental save; hash and write everything else.
-    5. Sync the data files, then the directory: the files' names must be durable, too, before a receipt vouches for them.
-    6. Write the receipt under a temporary name, sync it, rename it. It exists only when all of the above is durable.
+    5. Sync the data files, then the directory.
+    6. Write the receipt under a temporary name, sync it, rename it.
     7. Release the lock, then try to commit (``commit.py``). The last part to get here succeeds.
 
 A worker may die at any step. Another one then runs the same task: it writes the same bytes to the same places.
@@ -13,7 +13,6 @@ A worker may die at any step. Another one then runs the same task: it writes the
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import secrets
@@ -21,16 +20,22 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from stager.workers.checkpoint.commit.commit import Committed, already_committed, partial_path, try_commit, vanished
+from stager.workers.checkpoint.commit.commit import (
+    Committed,
+    already_committed,
+    partial_path,
+    rename_onto_nothing,
+    try_commit,
+    vanished,
+)
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
 from stager.workers.checkpoint.directory.run_directory import partial_name, removing_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout, partition_once
+from stager.workers.checkpoint.write.hard_link_base import link_unchanged, whole_files
 from stager.workers.checkpoint.write.part_writer import PartWriter
-from stager.workers.checkpoint.write.save_record import record_name, to_record
-from stager.workers.checkpoint.write.unchanged_files import link_unchanged, sync_linked, whole_files
-from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
+from stager.workers.checkpoint.write.write_task import WriteTask, read_layout, record_name, to_record
 from stager.workers.faults import point
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import detach_all_but
@@ -61,110 +66,22 @@ def persist_part(task: WriteTask, part: int) -> PartResult:
         CorruptCheckpointError: another program has written into the partial directory.
     """
     detach_all_but(task.live_slabs)
-    with (
-        storage_errors("save", partial_path(task.spec)),
-        no_collection(),
-    ):  # for errors to which no inner block has given a more precise message
+    # For errors to which no inner block gives a more precise message.
+    with storage_errors("save", partial_path(task.spec)), no_collection():
         point("part.begin")
         layout = read_layout(task)
         done = _write_part(task, layout, part)
         if isinstance(done, Committed):
             return PartResult(part, os.getpid(), done.started, done.started, done.started, done)
+        # 7. After the shared lock is released: with it, this part would refuse itself the exclusive one. Every part tries,
+        #    because none knows whether it is the last.
         committed = try_commit(task.spec, layout)
     return PartResult(part, done.pid, done.started, done.written, done.synced, committed, done.note)
 
 
 def prepare_worker() -> int:
-    """Return the pid: the proof that this worker has started."""
+    """Return the pid. A worker that answers has started, and has imported this module, which the first part needs."""
     return os.getpid()
-
-
-def discard_partial(directory: str, step: int, save_id: str, wait_secs: float = _DISCARD_SECS) -> None:
-    """Remove the partial directory of a failed save, unless the save is committed after all.
-
-    Runs in a worker, when no part of this rank runs any more. Another rank may still write, or be about to commit. So:
-
-    1. Rename the directory. From then on nobody can commit it. If it was committed just before, there is nothing to do.
-    2. Wait until nobody writes to it: until the lock is free, for at most ``wait_secs``.
-    3. Remove it. If the wait takes too long, the other rank or the next run removes it.
-
-    Raises:
-        StorageError
-    """
-    partial = os.path.join(directory, partial_name(step, save_id))
-    removed = os.path.join(directory, removing_name(step, save_id))
-    with storage_errors("remove", partial):
-        with suppress(FileNotFoundError):  # it is committed, or another rank was first
-            removed = _rename_away(partial, removed)
-        _remove_when_alone(removed, wait_secs)
-
-
-def quarantine(directory: str, step: int, save_id: str) -> None:
-    """Quarantine an incomplete save: rename it so that nobody commits it, and keep it for replicas to complete.
-
-    Does nothing if the save is committed after all.
-
-    Raises:
-        StorageError
-    """
-    partial = os.path.join(directory, partial_name(step, save_id))
-    kept = os.path.join(directory, unfinished_name(step, save_id))
-    with storage_errors("rename", partial):
-        try:
-            os.rename(partial, kept)
-        except FileNotFoundError:  # it is committed, or another rank was first
-            pass
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            discard_partial(directory, step, save_id)  # a rank that began late has made the directory again
-
-
-def discard_unfinished(directory: str, step: int, save_id: str) -> None:
-    """Remove what :func:`quarantine` kept.
-
-    Raises:
-        StorageError
-    """
-    path = os.path.join(directory, unfinished_name(step, save_id))
-    with storage_errors("remove", path):
-        _remove_when_alone(path, _DISCARD_SECS)
-
-
-def _rename_away(partial: str, removed: str) -> str:
-    try:
-        os.rename(partial, removed)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            raise
-        removed += secrets.token_hex(4)  # a rank that began late has made the directory again
-        os.rename(partial, removed)
-    return removed
-
-
-def _remove_when_alone(path: str, wait_secs: float) -> None:
-    try:
-        directory_fd = files.open_directory(path, follow=False)
-    except FileNotFoundError:
-        return
-    except OSError:  # something that is not a directory
-        files.remove(path)
-        return
-    try:
-        if _lock_alone(directory_fd, wait_secs):
-            files.remove(path)
-    finally:
-        os.close(directory_fd)
-
-
-def _lock_alone(directory_fd: int, wait_secs: float) -> bool:
-    deadline = time.monotonic() + wait_secs
-    while time.monotonic() < deadline:
-        with suppress(BlockingIOError):
-            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(_POLL_SECS)
-    return False
 
 
 def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committed:
@@ -173,13 +90,16 @@ def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committ
     directory_fd = _open_partial(partial)
     try:
         point("part.opened")
-        fcntl.flock(directory_fd, fcntl.LOCK_SH)  # see NOTE [ The lock on a partial directory ] in commit.py
+        # 1. Held until the receipt is written, so that no commit begins meanwhile. Waits for a commit that is going on.
+        fcntl.flock(directory_fd, fcntl.LOCK_SH)
+        # 2. Only with the lock: a commit that ended while this process waited has renamed the directory.
         committed = already_committed(spec)
         if committed is not None:
             files.remove(partial)  # an empty directory, or the checkpoint that this save replaced
             return committed
         if not is_still(partial, directory_fd):
             vanished(partial)
+        # A worker that died after its receipt has done everything but the commit.
         receipt = read_receipt(partial, spec.rank, part, spec.num_parts, spec.save_id)
         return receipt or _write_and_sign(task, layout, part, directory_fd)
     finally:
@@ -198,42 +118,102 @@ def _open_partial(partial: str) -> int:
 
 
 def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: int) -> Receipt:
+    """Do steps 3 to 6."""
     spec, partial = task.spec, partial_path(task.spec)
     started = time.time()
+    # 3. Before any data: without the record, nobody could tell after a crash what is missing.
     if part == 0:
         files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(task), spec.fsync)
     with ExitStack() as opened:
         writer = PartWriter(task, layout, directory_fd, partial, opened)
-        segments = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
+        segments = rest = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
+        # 4. Links first: what was linked must not be opened for writing, because other checkpoints share it.
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
         unchanged = link_unchanged(spec, layout, whole, writer.hash, directory_fd)
-        rest = unchanged.rest(layout, segments)
-        writer.prepare(whole, unchanged.hashes)
-        hashes = unchanged.all_hashes(segments, rest, writer.write(rest))
+        if unchanged.linked:
+            rest = [segment for segment in segments if layout.items[segment.index].file not in unchanged.linked]
+        hashes = writer.write(rest, whole, unchanged.hashes)
+        if unchanged.linked:
+            known = {**unchanged.hashes, **dict(zip(rest, hashes, strict=True))}
+            hashes = [known[segment] for segment in segments]
         written = time.time()
         point("part.written")
         if spec.fsync:
+            # 5. Before the receipt, which vouches for the data.
             writer.sync()
-            sync_linked(layout, unchanged.linked, directory_fd, partial)
-    if spec.fsync:  # step 5: names before the receipt
+            unchanged.sync(layout, directory_fd, partial)
+    if spec.fsync:
         with storage_errors("sync", partial):
-            os.fsync(directory_fd)
+            os.fsync(directory_fd)  # the files' names must be durable, too
     synced = time.time()
     point("part.synced")
+    # 6. Last: a receipt exists only when all of the above is durable.
+    linked = unchanged.nbytes, unchanged.generation, unchanged.note
     receipt = Receipt(
-        part=part,
-        num_parts=spec.num_parts,
-        save_id=spec.save_id,
-        hashes=hashes,
-        pid=os.getpid(),
-        started=started,
-        written=written,
-        synced=synced,
-        linked_bytes=unchanged.nbytes,
-        generation=unchanged.generation,
-        note=unchanged.note,
-        rank=spec.rank,
+        part, spec.num_parts, spec.save_id, tuple(hashes), os.getpid(), started, written, synced, *linked, spec.rank
     )
     receipt.write(directory_fd, partial, spec.fsync)
     point("part.receipt")
     return receipt
+
+
+# -- the end of a failed save -----------------------------------------------------------------------------------
+
+
+def discard_partial(directory: str, step: int, save_id: str, wait_secs: float = _DISCARD_SECS) -> None:
+    """Remove the partial directory of a failed save, unless the save is committed after all.
+
+    Runs in a worker, when no part of this rank runs any more. Another rank may still write, or be about to commit.
+    """
+    partial = os.path.join(directory, partial_name(step, save_id))
+    removed = os.path.join(directory, removing_name(step, save_id))
+    with storage_errors("remove", partial):
+        # 1. Rename. From then on nobody can commit it. If it was committed just before, there is nothing to rename.
+        with suppress(FileNotFoundError):  # it is committed, or another rank was first
+            if not rename_onto_nothing(partial, removed):  # a rank that began late has made the directory again
+                removed += secrets.token_hex(4)
+                os.rename(partial, removed)
+        # 2. Only then remove it: whoever still writes has a descriptor, and finds later that the name is gone.
+        _remove_when_alone(removed, wait_secs)
+
+
+def quarantine(directory: str, step: int, save_id: str) -> None:
+    """Quarantine an incomplete save: rename it so that nobody commits it, and keep it for replicas to complete.
+
+    Does nothing if the save is committed after all.
+    """
+    partial = os.path.join(directory, partial_name(step, save_id))
+    # One rename decides between this and a commit: whichever comes first takes the name away from the other.
+    with storage_errors("rename", partial), suppress(FileNotFoundError):  # it is committed, or another rank was first
+        if not rename_onto_nothing(partial, os.path.join(directory, unfinished_name(step, save_id))):
+            discard_partial(directory, step, save_id)  # a rank that began late has made the directory again
+
+
+def discard_unfinished(directory: str, step: int, save_id: str) -> None:
+    """Remove what :func:`quarantine` kept."""
+    path = os.path.join(directory, unfinished_name(step, save_id))
+    with storage_errors("remove", path):
+        _remove_when_alone(path, _DISCARD_SECS)
+
+
+def _remove_when_alone(path: str, wait_secs: float) -> None:
+    """Remove a directory when nobody writes to it. If that takes too long, another rank or the next run removes it."""
+    try:
+        directory_fd = files.open_directory(path, follow=False)
+    except FileNotFoundError:
+        return
+    except OSError:  # something that is not a directory
+        files.remove(path)
+        return
+    # A part holds the lock shared while it writes. So the exclusive lock proves that nobody writes any more, and nobody
+    # will: the directory has lost the name under which parts look for it.
+    deadline = time.monotonic() + wait_secs
+    try:
+        while time.monotonic() < deadline:
+            with suppress(BlockingIOError):  # a part of another rank holds the lock
+                fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                files.remove(path)
+                return
+            time.sleep(_POLL_SECS)
+    finally:
+        os.close(directory_fd)

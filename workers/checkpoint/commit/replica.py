@@ -3,7 +3,7 @@
     rank-3.0        the slab's bytes
     rank-3.0.json   the header, sealed; it exists only while the bytes are whole
 
-``persist_part`` writes a checkpoint from a replica as it does from a snapshot: with the files and receipts that the rank
+``persist_part`` writes a checkpoint from a replica as it does from a snapshot: the same files and receipts that the rank
 itself would have written.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import xxhash
 
@@ -35,7 +34,6 @@ class ReplicaHeader:
 
     Attributes:
         spec: of the save; without its directory, which may be mounted elsewhere.
-        plan, plan_id, objects: see :class:`stager.workers.checkpoint.write.write_task.WriteTask`.
         nbytes: how many bytes of the slab are used.
         digest: xxh3_128 of these bytes, hex.
     """
@@ -51,10 +49,9 @@ class ReplicaHeader:
     def of(task: WriteTask) -> ReplicaHeader:
         """Make the header of a whole snapshot; hashes its bytes."""
         nbytes = task.objects.offset + task.objects.nbytes
-        digest = digest_of(task.slab.view, nbytes)
         # No hard-link base: that checkpoint may be gone when the replica is needed.
         spec = replace(task.spec, directory="", base_step=None)
-        return ReplicaHeader(spec, task.plan, task.plan_id, task.objects, nbytes, digest)
+        return ReplicaHeader(spec, task.plan, task.plan_id, task.objects, nbytes, digest_of(task.slab.view, nbytes))
 
     def to_bytes(self) -> bytes:
         """Serialise the header, sealed."""
@@ -68,25 +65,19 @@ class ReplicaHeader:
         Raises:
             CorruptCheckpointError: ``path`` is not such a header.
         """
-        body: dict[str, Any] = unseal(data, path)
+        body = unseal(data, path)
         try:
-            header = ReplicaHeader(
-                spec=check_spec(SaveSpec(**body["facts"])),
-                plan=_extent(body["plan"]),
-                plan_id=check_text(body["plan_id"]),
-                objects=_extent(body["objects"]),
-                nbytes=check_count(body["nbytes"]),
-                digest=check_text(body["digest"]),
+            spec, nbytes = check_spec(SaveSpec(**body["facts"])), check_count(body["nbytes"])
+            plan, objects = (
+                Extent(check_count(extent["offset"]), check_count(extent["nbytes"]))
+                for extent in (body["plan"], body["objects"])
             )
+            plan_id, digest = check_text(body["plan_id"]), check_text(body["digest"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptCheckpointError(path, f"not the header of a replica: {error!r}") from error
-        if max(extent.offset + extent.nbytes for extent in (header.plan, header.objects)) > header.nbytes:
+            raise CorruptCheckpointError(path, f"is not the header of a replica: {error!r}") from error
+        if max(plan.offset + plan.nbytes, objects.offset + objects.nbytes) > nbytes:
             raise CorruptCheckpointError(path, "names more bytes than the replica has")
-        return header
-
-
-def _extent(body: dict[str, Any]) -> Extent:
-    return Extent(check_count(body["offset"]), check_count(body["nbytes"]))
+        return ReplicaHeader(spec, plan, plan_id, objects, nbytes, digest)
 
 
 def digest_of(view: memoryview, nbytes: int) -> str:
@@ -98,11 +89,7 @@ def digest_of(view: memoryview, nbytes: int) -> str:
 
 
 def read_header(path: str) -> ReplicaHeader | None:
-    """Read the header of the replica at ``path``. Returns None if it is missing: no replica, or an incomplete one.
-
-    Raises:
-        StorageError, CorruptCheckpointError
-    """
+    """Read the header of the replica at ``path``. Returns None if it is missing: no replica, or an incomplete one."""
     data = files.read_if_exists(path + HEADER_SUFFIX)
     return None if data is None else ReplicaHeader.from_bytes(data, path + HEADER_SUFFIX)
 
@@ -120,19 +107,15 @@ def check_replica(path: str) -> None:
 
 
 def persist_replica(path: str, part: int, directory: str, save_id: str) -> PartResult:
-    """Write a part from a checked replica, as :func:`stager.workers.checkpoint.commit.persist.persist_part` does.
+    """Write a part from a replica that :func:`check_replica` accepted, as ``persist_part`` does from a snapshot.
 
     Args:
         directory: of the run.
-        save_id: of the save to write. It is the replica's own where other ranks' parts of that save still exist.
-
-    Raises:
-        StorageError, CorruptCheckpointError
+        save_id: of the save to write. It is the replica's own if other ranks' parts of that save still exist.
     """
     header, slab = _open(path)
     spec = replace(header.spec, directory=directory, save_id=save_id)
-    task = WriteTask(spec, slab, header.plan, header.plan_id, header.objects, frozenset())
-    return persist_part(task, part)
+    return persist_part(WriteTask(spec, slab, header.plan, header.plan_id, header.objects, frozenset()), part)
 
 
 def _open(path: str) -> tuple[ReplicaHeader, AttachedSlab]:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 from stager.workers.errors import CorruptCheckpointError, StorageError
 
 IOV_MAX = 1024  # Linux
 DOCUMENT_BYTES = 1 << 30  # that are read at once, at most; a manifest has about 130 bytes per item
 _HOLE_BYTES = 1 << 20  # below this a hole costs nothing; no file of these kinds has as many zeros in a row
+
+_LOCK_POLL_SECS = 0.02
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -79,11 +83,9 @@ def open_regular(path: str, access: int = os.O_RDONLY) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise CorruptCheckpointError(path, "is not a regular file") from error
         raise
-    with ExitStack() as on_error:
-        on_error.callback(os.close, fd)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CorruptCheckpointError(path, "is not a regular file")
-        on_error.pop_all()
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CorruptCheckpointError(path, "is not a regular file")
     return fd
 
 
@@ -99,9 +101,8 @@ def read_small(path: str) -> bytes:
         if nbytes > DOCUMENT_BYTES:
             raise CorruptCheckpointError(path, f"is {nbytes} bytes long, which is too much for a file of its kind")
         if nbytes > _HOLE_BYTES and os.lseek(file.fileno(), 0, os.SEEK_HOLE) < nbytes:
-            raise CorruptCheckpointError(
-                path, "has a hole: it is not as long as it seems"
-            )  # reading a hole takes memory, but no disk
+            # Reading a hole takes memory, but no disk.
+            raise CorruptCheckpointError(path, "has a hole: it is not as long as it seems")
         file.seek(0)
         return file.read(nbytes)
 
@@ -111,7 +112,7 @@ def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> No
     pending = [memoryview(b) for b in buffers if len(b)]
     while pending:
         written = os.pwritev(fd, pending[:IOV_MAX], offset)
-        if written == 0:
+        if written == 0:  # or this loop would not end
             raise OSError(errno.EIO, "the file system accepts no more bytes, and gives no reason")
         offset += written
         while pending and written >= len(pending[0]):
@@ -121,17 +122,14 @@ def write_all(fd: int, buffers: Sequence[bytes | memoryview], offset: int) -> No
 
 
 def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, fsync: bool) -> None:
-    """Create ``name`` with ``data``, whole or not at all: write a temporary file, sync it, rename it.
-
-    Raises:
-        StorageError
-    """
+    """Create ``name`` with ``data``, whole or not at all: write a temporary file, sync it, rename it."""
     temporary = f"{name}.{os.getpid()}.tmp"
     with storage_errors("write", os.path.join(directory, name)):
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=directory_fd)
             try:
                 write_all(fd, [data], 0)
+                # Before the rename: otherwise a power failure can leave the name without the bytes.
                 if fsync:
                     os.fsync(fd)
             finally:
@@ -144,11 +142,7 @@ def write_atomically(directory_fd: int, directory: str, name: str, data: bytes, 
 
 
 def read_if_exists(path: str) -> bytes | None:
-    """Read a small file as :func:`read_small` does. Returns None if it does not exist.
-
-    Raises:
-        StorageError, CorruptCheckpointError
-    """
+    """Read a small file as :func:`read_small` does. Returns None if it does not exist."""
     with storage_errors("read", path):
         try:
             return read_small(path)
@@ -162,8 +156,10 @@ def remove(path: str) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
             return
-        shutil.rmtree(path, ignore_errors=True)  # another process may remove files at the same time
-        shutil.rmtree(path)  # raises for what could not be removed
+        # First what can be removed, although another process may remove files at the same time. The second call raises
+        # for what is left.
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
 
 
 def exchange(first: str, second: str) -> bool:
@@ -177,6 +173,20 @@ def exchange(first: str, second: str) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):
         return False
     raise OSError(code, os.strerror(code), second)
+
+
+def flock(fd: int, kind: int, timeout: float) -> bool:
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``). Returns False if others hold it for ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOCK_POLL_SECS)
+        else:
+            return True
 
 
 def sync_directory(path: str) -> None:

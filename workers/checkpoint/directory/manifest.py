@@ -6,15 +6,15 @@ with its place, dtype, shape and hashes, and the structure of the state. Body of
 
     format "stager", version 1, kind "dcp" (the on-disk format of the items), step, save_id, created (unix seconds),
     torch, stager (versions that wrote it), segment_bytes,
-    linked       [bytes of files shared with an earlier checkpoint, saves since one was written without sharing]
+    linked       [bytes of files that are hard links to an earlier checkpoint's, saves since one was written without links]
     files        [[name, nbytes], ...]                 data files, tiled by the items' spans
     index_files  [[name, nbytes, xxh3_128], ...]       .metadata
     columns      names of the columns of a row
     rows         [[kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, [xxh3_128, ...]], ...]
     structure    see :mod:`stager.workers.checkpoint.layout.structure`
 
-A row's hashes cover its span in steps of segment_bytes. Reading checks that all of it is possible
-(``layout_check``); opening the data files compares their sizes (``blob_reader``).
+A row's hashes cover its span in steps of segment_bytes. Reading the manifest checks that a checkpoint can be like that
+(``layout_check``). Opening the data files compares their sizes (``blob_reader``).
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal_json, unseal
-from stager.workers.checkpoint.directory.manifest_rows import rows_json, structure_json
 from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
 from stager.workers.checkpoint.layout.layout_check import (
     check_count,
@@ -45,14 +44,13 @@ from stager.workers.gc_pause import no_collection
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
+_COLUMNS = [*ROW_COLUMNS, "xxh3_128"]
 
 
 @dataclass(frozen=True, slots=True)
-class IndexFile:
+class IndexFile(FileSpec):
     """A small file hashed as a whole."""
 
-    name: str
-    nbytes: int
     xxh3_128: str
 
 
@@ -77,11 +75,11 @@ class ManifestHeader:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Attributes:
-    header: step, identity, versions.
-    layout: files, items and structure.
-    hashes: for each item, the hashes of its segments, hex.
-    index_files: the files written at commit.
+    """What a checkpoint consists of.
+
+    Attributes:
+        hashes: for each item of the layout, the hashes of its segments, hex.
+        index_files: the files written at commit.
     """
 
     header: ManifestHeader
@@ -92,43 +90,73 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         """Bytes of all files but the manifest itself."""
-        return sum(f.nbytes for f in self.layout.files) + sum(f.nbytes for f in self.index_files)
+        return sum(f.nbytes for f in (*self.layout.files, *self.index_files))
 
     @property
     def file_names(self) -> set[str]:
         """Every file of the checkpoint, the manifest among them."""
-        return {MANIFEST_NAME, *(f.name for f in self.layout.files), *(f.name for f in self.index_files)}
+        return {MANIFEST_NAME, *(f.name for f in (*self.layout.files, *self.index_files))}
 
     def paths(self) -> Iterable[tuple[Path, int]]:
-        """Each leaf of the state: its path and its item."""
+        """Iterate over (key path, index of the item) of each leaf of the state."""
         return walk(self.layout.structure)
 
     def count(self, kind: str) -> int:
+        """Return how many items of this kind there are."""
         return sum(item.kind == kind for item in self.layout.items)
 
     def to_bytes(self) -> bytes:
-        header, layout = self.header, self.layout
-        head = json.dumps(
+        """Serialise the manifest, sealed."""
+        facts = asdict(self.header)
+        linked = [facts.pop("linked_bytes"), facts.pop("generation")]
+        head = _compact(
             {
                 "format": "stager",
                 "version": VERSION,
-                "kind": header.kind,
-                "step": header.step,
-                "save_id": header.save_id,
-                "created": header.created,
-                "torch": header.torch,
-                "stager": header.stager,
-                "segment_bytes": layout.segment_bytes,
-                "linked": [header.linked_bytes, header.generation],
-                "files": [[f.name, f.nbytes] for f in layout.files],
-                "index_files": [[f.name, f.nbytes, f.xxh3_128] for f in self.index_files],
-                "columns": [*ROW_COLUMNS, "xxh3_128"],
-            },
-            separators=(",", ":"),
-            allow_nan=False,
+                **facts,
+                "segment_bytes": self.layout.segment_bytes,
+                "linked": linked,
+                "files": [[f.name, f.nbytes] for f in self.layout.files],
+                "index_files": [astuple(f) for f in self.index_files],
+                "columns": _COLUMNS,
+            }
         )
-        rows, structure = rows_json(layout, self.hashes), structure_json(layout)
-        return seal_json(f'{head[:-1]},"rows":{rows},"structure":{structure}}}'.encode())
+        structure = self.layout.cache.once_per_plan("structure", lambda: _compact(self.layout.structure))
+        return seal_json(f'{head[:-1]},"rows":{_rows(self.layout, self.hashes)},"structure":{structure}}}'.encode())
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _rows(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
+    """Serialise the rows as ``json.dumps`` would, but without a list per row.
+
+    The text of a tensor's row is the same from save to save but for its hashes. It is kept with the plan.
+    """
+    num_fixed = layout.cache.num_fixed
+    fixed = layout.cache.once_per_plan("rows", lambda: _texts(layout.items[:num_fixed]))
+    texts = [*fixed, *_texts(layout.items[num_fixed:])]
+    joined = list(map("".join, hashes))
+    if all(map(str.isalnum, joined)) and "".join(joined).isascii():
+        lists = ['["' + '","'.join(values) + '"]' for values in hashes]
+    else:  # not hashes: whoever reads the manifest reports that
+        lists = list(map(_compact, hashes))
+    return "[" + ",".join([f"[{text},{values}]" for text, values in zip(texts, lists, strict=True)]) + "]"
+
+
+@no_collection()
+def _texts(items: Sequence[Item]) -> list[str]:
+    """Serialise each row, without brackets and hashes."""
+    kinds: dict[object, str] = {}  # most have one of a few dtypes and shapes
+    texts = []
+    for item in items:
+        key = item.dtype, item.shape, item.stride
+        if key not in kinds:
+            kinds[key] = _compact(key)[1:-1]
+        numbers = f"{item.file},{item.offset},{item.nbytes},{item.data_offset},{item.data_nbytes}"
+        texts.append(f'"{item.kind}",{numbers},{kinds[key]}')
+    return texts
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
@@ -148,10 +176,10 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     return parse_manifest(data, path)
 
 
+@no_collection()
 def parse_manifest(data: bytes, path: str) -> Manifest:
-    """The checked content of a manifest; ``path`` is for error messages."""
-    with no_collection():
-        body = unseal(data, path)
+    """Parse and check a manifest; ``path`` is for error messages."""
+    body = unseal(data, path)
     if not isinstance(body, dict) or body.get("format") != "stager":
         raise CorruptCheckpointError(path, "not a stager manifest")
     if body.get("version") != VERSION:
@@ -160,23 +188,19 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
             f"manifest version {body.get('version')!r}, and this stager reads version {VERSION}: install a newer stager",
         )
     try:
-        with no_collection():
-            return _build(body)
+        return _parse_body(body)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"says something impossible: {error!r}") from error
 
 
-def _build(body: dict[str, Any]) -> Manifest:
-    if body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
+def _parse_body(body: dict[str, Any]) -> Manifest:
+    if body["columns"] != _COLUMNS:
         raise ValueError("unknown columns")
     linked_bytes, generation = body.get("linked", (0, 0))
     header = ManifestHeader(
-        kind=check_text(body["kind"]),
+        **{name: check_text(body[name]) for name in ("kind", "save_id", "torch", "stager")},
         step=check_step(body["step"]),
-        save_id=check_text(body["save_id"]),
-        created=check_time(body["created"]),
-        torch=check_text(body["torch"]),
-        stager=check_text(body["stager"]),
+        created=float(check_time(body["created"])),
         linked_bytes=check_count(linked_bytes),
         generation=check_count(generation),
     )
@@ -188,7 +212,7 @@ def _build(body: dict[str, Any]) -> Manifest:
         segment_bytes=body["segment_bytes"],
     )
     check_layout(layout)
-    check_distinct([MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)])
+    check_distinct([MANIFEST_NAME, *(f.name for f in (*layout.files, *index_files))])
     hashes = tuple([tuple(row[-1]) for row in body["rows"]])
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")

@@ -19,7 +19,6 @@ def read_protected(directory: str) -> frozenset[int]:
 
     Raises:
         CorruptCheckpointError: the list is damaged. Nothing may be removed then.
-        StorageError
     """
     path = os.path.join(directory, PROTECTED_NAME)
     data = files.read_if_exists(path)
@@ -34,11 +33,7 @@ def read_protected(directory: str) -> frozenset[int]:
 
 
 def write_protected(directory: str, steps: Collection[int]) -> None:
-    """Write the protected steps, durably.
-
-    Raises:
-        StorageError
-    """
+    """Write the protected steps, durably."""
     with storage_errors("write", os.path.join(directory, PROTECTED_NAME)):
         directory_fd = files.open_directory(directory)
         try:

@@ -26,15 +26,13 @@ class Receipt:
     """What one part of a save has become.
 
     Attributes:
-        part, num_parts: which part, of how many of this rank.
-        save_id: of the save.
+        num_parts: of this rank.
         hashes: xxh3_128 of each segment, hex.
         pid: of the worker.
         started, written, synced: ``time.time()`` stamps.
         linked_bytes: size of the unchanged files, which were linked and not written.
         generation: how many saves ago the oldest of these may have been written.
         note: why unchanged files were written all the same; "": none were.
-        rank: whose part it is.
     """
 
     part: int
@@ -51,11 +49,7 @@ class Receipt:
     rank: int = 0
 
     def write(self, directory_fd: int, directory: str, fsync: bool) -> None:
-        """Write the receipt into the partial directory.
-
-        Raises:
-            StorageError
-        """
+        """Write the receipt into the partial directory."""
         name = receipt_name(self.rank, self.part, self.num_parts)
         files.write_atomically(directory_fd, directory, name, seal(asdict(self)), fsync)
 
@@ -81,7 +75,7 @@ def read_receipt(
     part: int,
     num_parts: int,
     save_id: str,
-    parsing: AbstractContextManager[object] | None = None,
+    parsing: AbstractContextManager[object] = nullcontext(),  # noqa: B008  (it has no state)
 ) -> Receipt | None:
     """Read the receipt of ``part``. Returns None if it does not exist yet.
 
@@ -90,14 +84,13 @@ def read_receipt(
 
     Raises:
         CorruptCheckpointError: it is damaged, or of another save.
-        StorageError
     """
     path = os.path.join(directory, receipt_name(rank, part, num_parts))
     data = files.read_if_exists(path)
     if data is None:
         return None
     try:
-        with parsing or nullcontext():
+        with parsing:
             body = unseal(data, path)
             receipt = Receipt(**{**body, "hashes": tuple(map(check_text, body["hashes"]))})
         check_count(receipt.linked_bytes)
@@ -106,11 +99,7 @@ def read_receipt(
         raise CorruptCheckpointError(
             path, f"is not a valid receipt (what a worker leaves when its part is written): {error!r}"
         ) from error
-    found = receipt.rank, receipt.part, receipt.num_parts, receipt.save_id
-    if found != (rank, part, num_parts, save_id):
-        raise CorruptCheckpointError(
-            path,
-            f"is of part {receipt.part} of {receipt.num_parts} of rank {receipt.rank}'s save {receipt.save_id}, "
-            "not of this one",
-        )
+    if (receipt.rank, receipt.part, receipt.num_parts, receipt.save_id) != (rank, part, num_parts, save_id):
+        of = f"part {receipt.part} of {receipt.num_parts} of rank {receipt.rank}'s save {receipt.save_id}"
+        raise CorruptCheckpointError(path, f"is of {of}, not of this one")
     return receipt

@@ -22,9 +22,8 @@ import errno
 import fcntl
 import os
 import re
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from stager.workers.checkpoint.directory import files
@@ -36,11 +35,11 @@ LOCK_NAME = ".stager.lock"
 
 REPLACED = ".replaced"
 
-_COMMITTED = re.compile(r"step-([0-9]{8,})")
-_PARTIAL = re.compile(r"step-([0-9]{8,})\.partial-([0-9a-f]+)(?:\.replaced)?")
-_REMOVING = re.compile(r"step-([0-9]{8,})\.removing-([0-9a-f]+)")
-_UNFINISHED = re.compile(r"step-([0-9]{8,})\.unfinished-([0-9a-f]+)")
-_LOCK_POLL_SECS = 0.05
+_STEP = r"step-([0-9]{8}|[1-9][0-9]{8,})"  # as checkpoint_name() writes it: a step has one name
+_COMMITTED = re.compile(_STEP)
+_PARTIAL = re.compile(_STEP + r"\.partial-([0-9a-f]+)(?:\.replaced)?")
+_REMOVING = re.compile(_STEP + r"\.removing-([0-9a-f]+)")
+_UNFINISHED = re.compile(_STEP + r"\.unfinished-([0-9a-f]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +47,10 @@ class CheckpointInfo:
     """A committed checkpoint.
 
     Attributes:
-        step: the training step given to ``save()``.
-        path: its directory.
         nbytes: size of its files.
         created: when the snapshot was taken, unix time.
         save_id: unique.
         num_tensors, num_objects: what is in it; tied tensors count once.
-        format: on-disk format.
         linked_bytes: of ``nbytes``, what was linked to an earlier checkpoint's files and not written (incremental saves).
     """
 
@@ -110,8 +106,7 @@ def removing_name(step: int, nonce: str) -> str:
 
 def removing_names(directory: str) -> list[str]:
     """Return the names of the directories whose removal has begun."""
-    found = ((name, _REMOVING.fullmatch(name)) for name in _names(directory))
-    return sorted(name for name, match in found if match and name == removing_name(int(match[1]), match[2]))
+    return sorted(filter(_REMOVING.fullmatch, _names(directory)))
 
 
 def unfinished_name(step: int, save_id: str) -> str:
@@ -121,9 +116,8 @@ def unfinished_name(step: int, save_id: str) -> str:
 
 def unfinished_saves(directory: str) -> list[tuple[int, str]]:
     """Return (step, save_id) of each save in quarantine, oldest step first."""
-    found = ((name, _UNFINISHED.fullmatch(name)) for name in _names(directory))
-    saves = [(name, int(match[1]), match[2]) for name, match in found if match]
-    return sorted((step, save_id) for name, step, save_id in saves if name == unfinished_name(step, save_id))
+    matches = filter(None, map(_UNFINISHED.fullmatch, _names(directory)))
+    return sorted((int(match[1]), match[2]) for match in matches)
 
 
 def committed_steps(directory: str) -> list[int]:
@@ -134,7 +128,7 @@ def committed_steps(directory: str) -> list[int]:
 def parse_checkpoint(name: str) -> int | None:
     """Return the step of a checkpoint's directory name; None for any other name."""
     match = _COMMITTED.fullmatch(name)
-    return int(match[1]) if match is not None and name == checkpoint_name(int(match[1])) else None
+    return int(match[1]) if match is not None else None
 
 
 def is_checkpoint_directory(path: str) -> bool:
@@ -167,7 +161,7 @@ def partial_names(directory: str) -> list[str]:
 
 def is_partial(name: str) -> bool:
     """Return whether ``name`` is a partial directory's."""
-    return _PARTIAL.fullmatch(name) is not None and _is_canonical(name)
+    return _PARTIAL.fullmatch(name) is not None
 
 
 def parse_partial(name: str) -> tuple[int, str]:
@@ -182,10 +176,6 @@ def parse_partial(name: str) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def _is_canonical(name: str) -> bool:
-    return name.removesuffix(REPLACED) == partial_name(*parse_partial(name))
-
-
 def _names(directory: str) -> list[str]:
     with storage_errors("list", directory):
         try:
@@ -195,11 +185,7 @@ def _names(directory: str) -> list[str]:
 
 
 def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest]:
-    """Read the manifest of the checkpoint of ``step``.
-
-    Raises:
-        CheckpointNotFoundError, CorruptCheckpointError
-    """
+    """Read the manifest of the checkpoint of ``step``."""
     path = os.path.join(directory, checkpoint_name(step))
     manifest = read_manifest(path)
     if manifest.header.step != step:
@@ -249,7 +235,8 @@ def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: b
         # O_NOFOLLOW: the file is truncated below, so it had better be the one in this directory.
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            _acquire(fd, timeout, directory, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            _acquire(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, directory, timeout)
+            # Only under the exclusive lock: the other ranks read what its holder wrote.
             if not shared:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{os.getpid()} {nonce}".rstrip().encode() + b"\n", 0)
@@ -266,7 +253,7 @@ def share_lock(fd: int, directory: str) -> None:
         DirectoryInUseError: another run took the lock in between: the kernel releases the old lock before it takes the new.
     """
     with storage_errors("lock", os.path.join(directory, LOCK_NAME)):
-        _acquire(fd, 0, directory, fcntl.LOCK_SH)
+        _acquire(fd, fcntl.LOCK_SH, directory)
 
 
 @contextmanager
@@ -275,40 +262,23 @@ def unused_directory(directory: str) -> Iterator[None]:
 
     Raises:
         DirectoryInUseError: a run holds the lock, alone or shared by its ranks.
-        StorageError
     """
     path = os.path.join(directory, LOCK_NAME)
-    with storage_errors("lock", path):
-        try:
+    with ExitStack() as opened:
+        with storage_errors("lock", path), suppress(FileNotFoundError):  # no run has been here
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:  # no run has been here
-            fd = -1
-    if fd < 0:
+            opened.callback(os.close, fd)
+            _acquire(fd, fcntl.LOCK_EX, directory)
         yield
+
+
+def _acquire(fd: int, kind: int, directory: str, timeout: float = 0) -> None:
+    if files.flock(fd, kind, timeout):
         return
-    try:
-        _acquire(fd, 0, directory, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _acquire(fd: int, timeout: float, directory: str, kind: int = fcntl.LOCK_EX) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise DirectoryInUseError(errno.EWOULDBLOCK, _in_use(fd, timeout), directory) from None
-            time.sleep(_LOCK_POLL_SECS)
-        else:
-            return
-
-
-def _in_use(fd: int, timeout: float) -> str:
     owner = os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"
-    return (
+    raise DirectoryInUseError(
+        errno.EWOULDBLOCK,
         f"another run (trainer process {owner}, or workers that it left) still writes checkpoints here after "
-        f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True"
+        f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True",
+        directory,
     )

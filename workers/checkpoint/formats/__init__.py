@@ -1,23 +1,18 @@
-"""On-disk formats, by name. A new format is a module that provides what :class:`Format` lists, added to ``FORMATS``."""
+"""On-disk formats, by name. A new format is a subclass of :class:`Format`, added to ``FORMATS``.
+
+Reading order: ``contract.py``; ``torch_save.py`` (what torch writes); ``dcp.py``, ``pickle_template.py``, ``dcp_index.py``;
+``zip_records.py``, ``torch_file.py``; ``safetensors_format.py``.
+"""
 
 from __future__ import annotations
 
-from stager.workers.checkpoint.formats import dcp, safetensors_format, torch_file
 from stager.workers.checkpoint.formats.contract import Format
-from stager.workers.errors import InternalError
+from stager.workers.checkpoint.formats.dcp import DcpFormat
+from stager.workers.checkpoint.formats.safetensors_format import SafetensorsFormat
+from stager.workers.checkpoint.formats.torch_file import TorchFormat
 
 __all__ = ["FORMATS", "Format", "get_format"]
 
-FORMATS: dict[str, Format] = {"dcp": dcp, "torch": torch_file, "safetensors": safetensors_format}
+FORMATS: dict[str, Format] = {"dcp": DcpFormat(), "torch": TorchFormat(), "safetensors": SafetensorsFormat()}
 
-
-def get_format(name: str) -> Format:
-    """Return the format ``name``.
-
-    Raises:
-        InternalError: no format has this name.
-    """
-    try:
-        return FORMATS[name]
-    except KeyError:
-        raise InternalError(f"unknown checkpoint format {name!r}; known: {', '.join(FORMATS)}") from None
+get_format = FORMATS.__getitem__

@@ -15,13 +15,12 @@ torch: importing it takes more than a second, and more memory than everything el
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
-from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout, align
-from stager.workers.checkpoint.layout.plan_cache import Templates
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, Templates, itemsize_of
 from stager.workers.checkpoint.layout.structure import Path, describe
 
 if TYPE_CHECKING:
@@ -65,6 +64,12 @@ class TensorSpec:
         """Return its first key path as a user would write it."""
         return describe(self.paths[0])
 
+    def item(self, file: int, offset: int, head: int, tail: int = 0) -> Item:
+        """Make its item. The blob starts at ``offset``; header and tail have ``head`` and ``tail`` bytes."""
+        data = self.nbytes
+        place = file, offset, head + data + tail, offset + head, data
+        return Item("tensor", *place, self.dtype, self.shape, self.stride)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorLayout:
@@ -81,8 +86,8 @@ class TensorLayout:
     files: tuple[FileSpec, ...]
 
 
-class Format(Protocol):
-    """What a format module provides.
+class Format(ABC):
+    """An on-disk format. What most formats need not do is done here: nothing.
 
     Attributes:
         row_major: tensors are stored in C order, whatever their strides were.
@@ -92,14 +97,16 @@ class Format(Protocol):
         has_chunks: a tensor may be stored in chunks.
     """
 
-    row_major: bool
-    one_file: bool
-    has_recipes: bool
-    has_chunks: bool
+    row_major = False
+    one_file = False
+    has_recipes = True
+    has_chunks = True
 
     def holds(self, dtype: str) -> bool:
         """Return whether tensors of this dtype are stored as tensors; the others are stored as objects."""
+        return True
 
+    @abstractmethod
     def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
         """Decide where each tensor goes.
 
@@ -113,91 +120,44 @@ class Format(Protocol):
 
     def templates(self, tensors: Sequence[Item]) -> Templates:
         """Make the bytes that only torch can make. Needs torch."""
+        return {}
 
+    @abstractmethod
     def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
         """Return the function that gives the bytes around an item's raw bytes."""
 
-    def object_blob(self, value: object, leaf: int) -> PickledObject:
-        """Pickle an object. ``leaf`` is unique in the state, and the same in every save of it."""
+    def object_blob(self, value: object, leaf: int = 0) -> PickledObject:
+        """Pickle an object. ``leaf`` is unique in the state, and the same in every save of it. Needs torch."""
+        from stager.workers.checkpoint.formats.object_pickle import pickle_object
 
+        return pickle_object(value, leaf)
+
+    @abstractmethod
     def object_file_name(self, rank: int) -> str:
         """Return the name of the objects' file. If it is the last tensor file's, objects go to the end of that file."""
 
     def trailer(self, plan: LayoutPlan) -> Trailer:
-        """Return the function that makes the trailer, or :func:`no_trailer`."""
+        """Return the function that makes the trailer. By default a file ends with its last object."""
+        return lambda blobs: ()
 
     def index_files(self, layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
-        """Return the bytes of each index file, by name.
-
-        Args:
-            save_id: of the save.
-            directory: the final path of the checkpoint.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class BlobSizes:
-    """A tensor and the sizes of its blob: header, raw bytes and tail, in bytes."""
-
-    spec: TensorSpec
-    head: int
-    data: int
-    tail: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the blob."""
-        return self.head + self.data + self.tail
-
-
-def no_trailer(blobs: Sequence[bytes]) -> Sequence[bytes]:
-    """Add nothing: the trailer of a format whose files end with the last object."""
-    return ()
+        """Return the bytes of each index file, by name. ``directory`` is the final path of the checkpoint."""
+        return {}
 
 
 def evenly(num_files: int) -> Split:
     """Split tensors into at most ``num_files`` runs of about the same number of bytes."""
-    return lambda tensors, nbytes: _runs(nbytes, num_files)
 
+    def split(tensors: Sequence[TensorSpec], sizes: Sequence[int]) -> list[list[int]]:
+        total = sum(sizes)
+        count = max(1, min(num_files, total // SMALLEST_FILE_BYTES))
+        runs: list[list[int]] = [[] for _ in range(count)]
+        file, done = 0, 0
+        for number, nbytes in enumerate(sizes):
+            while file < count - 1 and done * count >= total * (file + 1):
+                file += 1
+            runs[file].append(number)
+            done += nbytes
+        return [run for run in runs if run]
 
-def _runs(nbytes: Sequence[int], num_files: int) -> list[list[int]]:
-    total = sum(nbytes)
-    num_files = max(1, min(num_files, total // SMALLEST_FILE_BYTES))
-    runs: list[list[int]] = [[] for _ in range(num_files)]
-    file, done = 0, 0
-    for number, size in enumerate(nbytes):
-        while file < num_files - 1 and done * num_files >= total * (file + 1):
-            file += 1
-        runs[file].append(number)
-        done += size
-    return [run for run in runs if run]
-
-
-def tensor_item(spec: TensorSpec, file: int, offset: int, head: int, data: int, tail: int) -> Item:
-    """Make the item of a tensor whose blob starts at ``offset``; ``head``, ``data`` and ``tail`` are lengths in bytes."""
-    return Item(
-        kind="tensor",
-        file=file,
-        offset=offset,
-        nbytes=head + data + tail,
-        data_offset=offset + head,
-        data_nbytes=data,
-        dtype=spec.dtype,
-        shape=spec.shape,
-        stride=spec.stride,
-    )
-
-
-def lay_out_blobs(sizes: Sequence[BlobSizes], names: Callable[[int], str], split: Split) -> TensorLayout:
-    """Lay out blobs one after the other, each at a multiple of 64 bytes."""
-    items: list[Item] = []
-    files: list[FileSpec] = []
-    runs = split([one.spec for one in sizes], [align(one.nbytes) for one in sizes])
-    for file, run in enumerate(runs):
-        offset = 0
-        for number in run:
-            one = sizes[number]
-            items.append(tensor_item(one.spec, file, offset, one.head, one.data, one.tail))
-            offset = align(offset + one.nbytes, BLOB_ALIGN_BYTES)
-        files.append(FileSpec(names(file), offset))
-    return TensorLayout([number for run in runs for number in run], tuple(items), tuple(files))
+    return split

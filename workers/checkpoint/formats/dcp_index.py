@@ -1,97 +1,124 @@
-"""``.metadata``: the pickled ``Metadata`` that stock DCP starts from, filled in from templates (``dcp_templates.py``).
+"""``.metadata``: the pickled ``Metadata`` that stock DCP starts from.
 
-Unpickled, it equals the dataclasses that DCP itself would have pickled; a test compares them. From save to save only the
-places of the objects and the identity of the checkpoint change. The rest is made once per plan (:class:`_Stem`).
+    1. trainer, once per plan: ``index_templates`` pickles a specimen of each kind of torch's dataclasses, with marks where
+       specimens differ, and cuts it at the marks (``pickle_template.py``). It needs torch.
+    2. worker, once per plan: ``_StemWriter`` fills in what stays the same from save to save.
+    3. worker, at each commit: ``dcp_index`` fills in the places of the objects and the identity of the checkpoint.
+
+Unpickled, the result equals the dataclasses that DCP itself would have pickled; a test compares them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from stager.workers.checkpoint.formats.pickle_template import (
     DICT_END,
     DICT_START,
     END,
     Strings,
+    TemplateMaker,
     fill,
     integer,
     list_of,
+    mark,
+    number_mark,
     plain_string,
     tuple_of,
 )
-from stager.workers.checkpoint.layout.layout import Item, Layout
-from stager.workers.checkpoint.layout.plan_cache import Templates
-from stager.workers.checkpoint.layout.structure import Chunks, Path, leaves, names_of
+from stager.workers.checkpoint.layout.layout import Item, Layout, Templates
+from stager.workers.checkpoint.layout.structure import RECIPE, Chunks, Path, leaves, names_of
 from stager.workers.gc_pause import no_collection
+
+# Templates by name, and what to fill in:
+#   tensor <dtype> <dimensions>   a TensorStorageMetadata: its lengths, its list of chunks
+#   chunk <dimensions>            a ChunkStorageMetadata: offsets, lengths
+#   index <dimensions>            the MetadataIndex of a tensor: its name, offsets
+#   index of an object            its MetadataIndex: its name
+#   storage info                  a _StorageInfo: file name, offset, size
+#   metadata                      the whole: three dictionaries, path of the checkpoint, id of the save
 
 
 def tensor_name(item: Item) -> str:
-    """Name the template of a tensor's ``TensorStorageMetadata``. To fill in: its lengths, its list of chunks."""
+    """Name the template of a tensor's ``TensorStorageMetadata``."""
     return f"tensor {item.dtype} {len(item.shape)}"
 
 
-def chunk_name(dims: int) -> str:
-    """Name the template of a ``ChunkStorageMetadata``. To fill in: offsets, lengths."""
-    return f"chunk {dims}"
+def index_templates(tensors: Sequence[Item]) -> Templates:
+    """Make a template for each dtype and number of dimensions, and those that every ``.metadata`` needs. Needs torch."""
+    from torch import Size
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+    from stager.workers.checkpoint.layout.dtypes import dtype_of
 
-def index_name(dims: int | None) -> str:
-    """Name the template of the ``MetadataIndex`` of a tensor of ``dims`` dimensions, or of an object (None).
-
-    To fill in: the name, the offsets.
-    """
-    return "index of an object" if dims is None else f"index {dims}"
+    kinds = {tensor_name(item): (item.dtype, len(item.shape)) for item in tensors}
+    properties = {
+        dtype: dcp.TensorProperties(dtype=dtype_of(dtype)) for dtype in {dtype for dtype, _ in kinds.values()}
+    }
+    chunk = dcp.ChunkStorageMetadata(Size([0]), Size([1]))
+    prelude = [
+        *(dcp.TensorStorageMetadata(each, Size([1]), [chunk]) for each in properties.values()),
+        *(dcp.BytesStorageMetadata(), dcp.MetadataIndex("", Size((0,))), _StorageInfo("", 0, 0)),
+    ]
+    maker = TemplateMaker(prelude)
+    marks: list[Any] = [mark(number) for number in range(5)]
+    state, paths, storage, checkpoint_id, save_id = marks
+    meta = dcp.StorageMeta(checkpoint_id=checkpoint_id, save_id=save_id)
+    templates = {
+        "start": (maker.start, maker.first_string.to_bytes(4, "little")),
+        "metadata": maker.template(dcp.Metadata(state, paths, storage, meta), marks),
+        "storage info": maker.template(_StorageInfo(*marks[:3]), marks[:3]),
+        "object": maker.template(dcp.BytesStorageMetadata(), ()),
+        "index of an object": maker.template(dcp.MetadataIndex(marks[0]), marks[:1]),
+    }
+    for name, (dtype, dims) in kinds.items():
+        lengths, chunks = [number_mark(number) for number in range(dims)], marks[0]
+        tensor = dcp.TensorStorageMetadata(properties[dtype], Size(lengths), chunks)
+        templates[name] = maker.template(tensor, [*lengths, chunks])
+    for dims in {dims for _, dims in kinds.values()}:
+        numbers = [number_mark(number) for number in range(2 * dims)]
+        offsets, lengths = numbers[:dims], numbers[dims:]
+        templates[f"chunk {dims}"] = maker.template(dcp.ChunkStorageMetadata(Size(offsets), Size(lengths)), numbers)
+        index = dcp.MetadataIndex(marks[0], Size(offsets))
+        templates[f"index {dims}"] = maker.template(index, [marks[0], *offsets])
+    return templates
 
 
 def dcp_index(layout: Layout, templates: Templates, save_id: str, directory: str) -> bytes:
     """Make ``.metadata``.
 
     Args:
-        templates: from ``dcp_templates.index_templates``.
-        save_id: of the save.
+        templates: from :func:`index_templates`.
         directory: the final path of the checkpoint.
     """
-    stem = layout.cache.once_per_plan("dcp index", lambda: _Stem.of(layout, templates))
+    stem = layout.cache.once_per_plan("dcp index", lambda: _StemWriter(layout, templates).write())
     pieces = [stem.before]
-    for index, key in stem.rest:
-        item = layout.items[index]
-        pieces += (key, *stem.info.of(plain_string(layout.files[item.file].name), item))
-    middle, between, after = stem.ids
-    pieces += (middle, plain_string(directory), between, plain_string(save_id), after)
+    for index, key in stem.objects:
+        pieces += (key, _storage_info(templates, layout, layout.items[index]))
+    pieces.append(fill(stem.ids, (plain_string(directory), plain_string(save_id))))
     return b"".join(pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class _Info:
-    """Template of a ``_StorageInfo``: where an item is."""
-
-    pieces: tuple[bytes, ...]
-
-    def of(self, file: bytes, item: Item) -> tuple[bytes, ...]:
-        before, after_file, after_offset, after = self.pieces
-        return before, file, after_file, integer(item.offset), after_offset, integer(item.nbytes), after
+def _storage_info(templates: Templates, layout: Layout, item: Item) -> bytes:
+    """Return the ``_StorageInfo`` that says where an item is."""
+    file = plain_string(layout.files[item.file].name)
+    return fill(templates["storage info"], (file, integer(item.offset), integer(item.nbytes)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Stem:
+class _Stem(NamedTuple):
     """What of ``.metadata`` stays the same from save to save.
 
     Attributes:
         before: the pickle up to the places of the objects.
-        rest: (index of the item, its ``MetadataIndex``) of each object.
-        info: template of their places.
+        objects: (index of the item, its ``MetadataIndex``) of each object.
         ids: the bytes before, between and after the checkpoint's path and the save's id.
     """
 
     before: bytes
-    rest: tuple[tuple[int, bytes], ...]
-    info: _Info
+    objects: list[tuple[int, bytes]]
     ids: tuple[bytes, bytes, bytes]
-
-    @staticmethod
-    def of(layout: Layout, templates: Templates) -> _Stem:
-        with no_collection():
-            return _StemWriter(layout, templates).write()
 
 
 class _StemWriter:
@@ -100,70 +127,72 @@ class _StemWriter:
         self._templates = templates
         self._start, first_string = templates["start"]
         self._strings = Strings(int.from_bytes(first_string, "little"))
-        self._states: dict[tuple[str, tuple[int, ...]], bytes] = {}
-        self._in_one: dict[
-            int, tuple[bytes, bytes]
-        ] = {}  # by dimensions: the bytes around the name of an item that is not in chunks
+        self._whole_indices: dict[int, tuple[bytes, bytes]] = {}  # by dimensions: the bytes around the name
+        self._whole_tensors: dict[tuple[str, tuple[int, ...]], bytes] = {}  # by (dtype, shape): most have one of a few
 
+    @no_collection()
     def write(self) -> _Stem:
-        layout, strings = self._layout, self._strings
-        state, paths, storage, *ids = self._templates["metadata"]
-        info = _Info(self._templates["storage info"])
-        found = list(leaves(layout.structure, text_keys=True))
-        named = [(path, name, leaf) for (path, leaf), name in zip(found, self._names(), strict=True)]
+        # The order is that of Metadata's fields. A string is written in full where it comes first, so ``_strings`` must
+        # be asked for each string in the order in which the pieces are joined.
+        piece_of = self._strings.piece
+        state, paths, storage, middle, between, after = self._templates["metadata"]
+        names = names_of([path for path, _ in leaves(self._layout.structure)])
+        found = leaves(self._layout.structure, text_keys=True)
+        named = [  # recipes are stager's own: a stock reader would take one for an entry of its mapping
+            (path, name, leaf) for (path, leaf), name in zip(found, names, strict=True) if path[-1] != RECIPE
+        ]
         pieces = [self._start, state, DICT_START]
         for _, name, leaf in named:
-            pieces += (strings.piece(name), self._state(leaf))
+            pieces += (piece_of(name), self._state(leaf))
         pieces += (DICT_END, paths, DICT_START)
         for path, name, _ in named:
-            pieces += (strings.piece(name), self._path(path))
+            pieces += (piece_of(name), self._path(path))
         pieces += (DICT_END, storage, DICT_START)
-        rest = []
-        names = [plain_string(file.name) for file in layout.files]
+        objects = []
+        files = [plain_string(file.name) for file in self._layout.files]
+        before, after_file, after_offset, end = self._templates["storage info"]
         for _, name, leaf in named:
-            parts = leaf.parts if isinstance(leaf, Chunks) else ((None, leaf),)
-            for offsets, index in parts:
-                item, key = layout.items[index], self._index(name, layout.items[index], offsets)
-                if index >= layout.cache.num_fixed:
-                    rest.append((index, key))
+            for offsets, index in leaf.parts if isinstance(leaf, Chunks) else ((None, leaf),):
+                item = self._layout.items[index]
+                key = self._index(name, item, offsets)
+                if index >= self._layout.cache.num_fixed:
+                    objects.append((index, key))
                 else:
-                    pieces += (key, *info.of(names[item.file], item))
-        middle, between, after = ids
-        return _Stem(b"".join(pieces), tuple(rest), info, (DICT_END + middle, between, after + END))
-
-    def _names(self) -> list[str]:
-        return names_of([path for path, _ in leaves(self._layout.structure)])
+                    pieces += (key, before, files[item.file], after_file, integer(item.offset), after_offset)
+                    pieces += (integer(item.nbytes), end)
+        return _Stem(b"".join(pieces), objects, (DICT_END + middle, between, after + END))
 
     def _state(self, leaf: int | Chunks) -> bytes:
+        """Return the value of ``state_dict_metadata`` for a leaf."""
         items = self._layout.items
         if isinstance(leaf, Chunks):
-            chunks = [self._chunk(offsets, items[index].shape) for offsets, index in leaf.parts]
+            chunks = [(offsets, items[index].shape) for offsets, index in leaf.parts]
             return self._tensor(items[leaf.parts[0][1]], leaf.shape, chunks)
         item = items[leaf]
         if item.kind != "tensor":
             return self._templates["object"][0]
         kind = item.dtype, item.shape
-        if kind not in self._states:
-            chunk = self._chunk((0,) * len(item.shape), item.shape)
-            self._states[kind] = self._tensor(item, item.shape, [chunk])
-        return self._states[kind]
+        if kind not in self._whole_tensors:
+            self._whole_tensors[kind] = self._tensor(item, item.shape, [((0,) * len(item.shape), item.shape)])
+        return self._whole_tensors[kind]
 
-    def _tensor(self, item: Item, shape: tuple[int, ...], chunks: list[bytes]) -> bytes:
-        return fill(self._templates[tensor_name(item)], [*map(integer, shape), list_of(chunks)])
-
-    def _chunk(self, offsets: tuple[int, ...], lengths: tuple[int, ...]) -> bytes:
-        return fill(self._templates[chunk_name(len(lengths))], map(integer, (*offsets, *lengths)))
+    def _tensor(self, item: Item, shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], ...]]) -> bytes:
+        template = self._templates[f"chunk {len(shape)}"]
+        filled = [fill(template, map(integer, (*offsets, *lengths))) for offsets, lengths in chunks]
+        return fill(self._templates[tensor_name(item)], [*map(integer, shape), list_of(filled)])
 
     def _path(self, path: Path) -> bytes:
         return tuple_of([self._strings.piece(key) if isinstance(key, str) else integer(int(key or 0)) for key in path])
 
     def _index(self, name: str, item: Item, offsets: tuple[int, ...] | None) -> bytes:
+        """Return the ``MetadataIndex`` of an item; ``offsets`` is None if the item is not a chunk."""
+        if item.kind != "tensor":
+            return fill(self._templates["index of an object"], [self._strings.piece(name)])
+        dims = len(item.shape)
         if offsets is not None:
-            pieces = self._templates[index_name(len(offsets))]
-            return fill(pieces, [self._strings.piece(name), *map(integer, offsets)])
-        dims = len(item.shape) if item.kind == "tensor" else -1
-        if dims not in self._in_one:
-            before, *after = self._templates[index_name(None if dims < 0 else dims)]
-            self._in_one[dims] = before, fill(after, [integer(0)] * dims)
-        before, end = self._in_one[dims]
+            return fill(self._templates[f"index {dims}"], [self._strings.piece(name), *map(integer, offsets)])
+        if dims not in self._whole_indices:
+            before, *after = self._templates[f"index {dims}"]
+            self._whole_indices[dims] = before, fill(after, [integer(0)] * dims)
+        before, end = self._whole_indices[dims]
         return b"%b%b%b" % (before, self._strings.piece(name), end)

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from stager.workers.checkpoint.formats.pickle_template import PROTOCOL
 from stager.workers.checkpoint.formats.zip_records import archive
 from stager.workers.memory.pages import bytes_at
 from stager.workers.memory.tensor_memory import problem_of
 
-PROTOCOL = 2  # torch.save's; weights_only rules know no later one
 SMALL_RECORDS = (("byteorder", sys.byteorder.encode()), ("version", b"3\n"))  # torch.save writes 3 since torch 1.6
 
 

@@ -24,12 +24,13 @@ from typing import Any
 
 from stager.workers.errors import InternalError
 
-_PROTOCOL = 2
-_HEADER = b"\x80\x02"
-END = b"."
+PROTOCOL = 2  # torch.save's, too
+HEADER, END = b"\x80\x02", b"."  # PROTO 2, STOP
+DICT_START, DICT_END = b"}(", b"u"  # EMPTY_DICT MARK, SETITEMS: keys and values in turn go in between
+LIST_START, LIST_END = b"](", b"e"  # EMPTY_LIST MARK, APPENDS
 _POP = b"0"
+_TUPLES = (b")", b"\x85", b"\x86", b"\x87")  # EMPTY_TUPLE, TUPLE1, TUPLE2, TUPLE3
 _RESERVED = 16  # memo entries that a template may need for itself
-_TUPLES = (b")", b"\x85", b"\x86", b"\x87")
 
 
 def mark(number: int) -> str:
@@ -54,28 +55,24 @@ class TemplateMaker:
     """
 
     def __init__(self, prelude: list[Any]) -> None:
-        self._prelude = prelude  # the memo knows objects by their address
+        self._prelude = prelude  # kept alive, because the memo knows objects by their address
         buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, _PROTOCOL)
+        pickler = pickle.Pickler(buffer, PROTOCOL)
         pickler.dump(prelude)
         self._memo = pickler.memo.copy()
         self.start = buffer.getvalue()[: -len(END)] + _POP
         self.first_string = len(self._memo) + _RESERVED
 
-    def constant(self, value: Any) -> bytes:
-        """Pickle ``value`` to bytes that may be used any number of times."""
-        return self.template(value, ())[0]
-
     def template(self, specimen: Any, marks: Sequence[str | int]) -> tuple[bytes, ...]:
         """Pickle ``specimen`` and cut it at its ``marks``; each is in it once, in this order."""
         buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, _PROTOCOL)
+        pickler = pickle.Pickler(buffer, PROTOCOL)
         pickler.memo = self._memo.copy()
         pickler.dump(specimen)
         data, largest = _without_unused_puts(buffer.getvalue())
         if largest >= self.first_string:
             raise InternalError(f"the pickle of {type(specimen).__name__} needs more than {_RESERVED} memo entries")
-        rest = data[len(_HEADER) : -len(END)]
+        rest = data[len(HEADER) : -len(END)]
         pieces = []
         for number, text in enumerate(marks):
             piece, found, rest = rest.partition(plain_string(text) if isinstance(text, str) else integer(text))
@@ -148,13 +145,10 @@ def list_of(elements: list[bytes]) -> bytes:
     """Pickle a list of pickled elements."""
     if len(elements) == 1:
         return b"]%ba" % elements[0]
-    return b"](%be" % b"".join(elements)
+    return LIST_START + b"".join(elements) + LIST_END
 
 
 def fill(pieces: Sequence[bytes], values: Iterable[bytes]) -> bytes:
     """Join a template's pieces with values between them."""
     first, *others = pieces
     return first + b"".join(value + piece for value, piece in zip(values, others, strict=True))
-
-
-DICT_START, DICT_END = b"}(", b"u"  # keys and values in turn go in between

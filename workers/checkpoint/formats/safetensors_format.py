@@ -21,100 +21,115 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stager.workers.checkpoint.formats.contract import (
-    HeadersAndTails,
-    Split,
-    TensorLayout,
-    TensorSpec,
-    Trailer,
-    no_trailer,
-    tensor_item,
-)
-from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
-from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout
-from stager.workers.checkpoint.layout.plan_cache import Templates
+from stager.workers.checkpoint.formats.contract import Format, HeadersAndTails, Split, TensorLayout, TensorSpec
+from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout, itemsize_of
 from stager.workers.checkpoint.layout.structure import Chunks, leaves, names_of
 from stager.workers.errors import UnstageableError
 
 if TYPE_CHECKING:
     from stager.workers.checkpoint.formats.object_pickle import PickledObject
-    from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
-row_major = True
-one_file = False
-has_recipes = True
-has_chunks = False
-
-DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-}
+_PAIRS = (
+    "bool=BOOL uint8=U8 uint16=U16 uint32=U32 uint64=U64 int8=I8 int16=I16 int32=I32 int64=I64 "
+    "float8_e4m3fn=F8_E4M3 float8_e5m2=F8_E5M2 float16=F16 bfloat16=BF16 float32=F32 float64=F64 complex64=C64"
+)
+DTYPES = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in _PAIRS.split())}
 _METADATA = "__metadata__"
 _LARGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
 
 
-def holds(dtype: str) -> bool:
-    """Return whether safetensors has this dtype."""
-    return dtype in DTYPES
+class SafetensorsFormat(Format):
+    """See the head of this file."""
+
+    row_major = True
+    has_chunks = False
+
+    def holds(self, dtype: str) -> bool:
+        """Return whether safetensors has this dtype."""
+        return dtype in DTYPES
+
+    def object_file_name(self, rank: int) -> str:
+        """Objects have a file of their own, which safetensors does not read."""
+        return "objects.bin" if rank == 0 else f"objects-rank{rank:05d}.bin"
+
+    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+        """Put the tensors into files, in each by element size.
+
+        Raises:
+            UnstageableError: safetensors reserves a name or cannot store it, or one file would have too many tensors.
+        """
+        _check_names(tensors)
+        order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(tensors[number].dtype))
+        runs = split([tensors[number] for number in order], [tensors[number].nbytes for number in order])
+        order = [order[number] for run in runs for number in sorted(run)]  # sorted within each file, too
+        items: list[Item] = []
+        files: list[FileSpec] = []
+        for file, run in enumerate(runs):
+            specs = [tensors[number] for number in order[len(items) : len(items) + len(run)]]
+            head, offset = _header_nbytes(specs), 0
+            for spec in specs:
+                items.append(spec.item(file, offset, head))
+                offset += items[-1].nbytes
+                head = 0  # only the first item of a file has a header
+            files.append(FileSpec(_file_name(rank, file, len(runs)), offset))
+        return TensorLayout(order, tuple(items), tuple(files))
+
+    def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
+        """Give the first item of each file the file's header; no item has a tail."""
+        headers: dict[int, bytes] = layout.cache.once_per_plan("safetensors headers", dict)  # by file
+
+        def around(index: int) -> tuple[bytes, bytes]:
+            item = layout.items[index]
+            if item.kind != "tensor" or item.offset > 0:
+                return b"", b""
+            if item.file not in headers:
+                headers[item.file] = header(_rows(layout, index))
+            return headers[item.file], b""
+
+        return around
+
+    def object_blob(self, value: object, leaf: int = 0) -> PickledObject:
+        """Pickle an object. A tensor is stored without the rest of its storage."""
+        import torch
+
+        if type(value) is torch.Tensor and value.layout is torch.strided:
+            if not (value.is_quantized or value.is_meta or value.is_nested):
+                value = value.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
+        return super().object_blob(value, leaf)
+
+    def index_files(self, layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
+        """Make the index that says which file has which tensor, if there is more than one file."""
+        names = [spec.name for spec in layout.files if spec.name.endswith(".safetensors")]
+        if len(names) < 2:
+            return {}
+        names_by_item = _names(layout)
+        tensors = [(i, item) for i, item in enumerate(layout.items) if item.kind == "tensor"]
+        document = {
+            "metadata": {"total_size": sum(item.data_nbytes for _, item in tensors)},
+            "weight_map": {names_by_item[i][0]: layout.files[item.file].name for i, item in tensors},
+        }
+        stem = names[0].partition("-0")[0]
+        return {f"{stem}.safetensors.index.json": json.dumps(document, indent=2).encode()}
 
 
-def object_file_name(rank: int) -> str:
-    """Objects have a file of their own, which safetensors does not read."""
-    return "objects.bin" if rank == 0 else f"objects-rank{rank:05d}.bin"
-
-
-def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
-    """Put the tensors into files, in each by element size.
-
-    Raises:
-        UnstageableError: safetensors reserves a name or cannot store it, or one file would have too many tensors.
-    """
+def _check_names(tensors: Sequence[TensorSpec]) -> None:
     for spec in tensors:
         if _METADATA in spec.names:
             raise UnstageableError(spec.describe(), f"safetensors reserves the name {_METADATA}; rename this tensor")
-        if not all(map(_is_text, spec.names)):
-            raise UnstageableError(
-                spec.describe(),
-                "safetensors stores names as UTF-8, and this name is not valid Unicode; rename this tensor",
-            )
-    order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(tensors[number].dtype))
-    runs = split([tensors[number] for number in order], [tensors[number].nbytes for number in order])
-    order = [order[number] for run in runs for number in sorted(run)]  # sorted within each file, too
-    items: list[Item] = []
-    files: list[FileSpec] = []
-    for file, run in enumerate(runs):
-        specs = [tensors[number] for number in order[len(items) : len(items) + len(run)]]
-        head = len(header([(spec.names, spec.dtype, spec.shape) for spec in specs]))
-        if head > _LARGEST_HEADER_BYTES:
-            raise UnstageableError(
-                specs[0].describe(),
-                f"safetensors readers accept headers of {_LARGEST_HEADER_BYTES:,} bytes; {len(specs)} tensors need {head:,}",
-            )
-        offset = 0
-        for spec in specs:
-            items.append(tensor_item(spec, file, offset, head, spec.nbytes, 0))
-            offset += head + spec.nbytes
-            head = 0
-        files.append(FileSpec(_file_name(rank, file, len(runs)), offset))
-    return TensorLayout(order, tuple(items), tuple(files))
+        if any("\ud800" <= character <= "\udfff" for name in spec.names for character in name):
+            what = "safetensors stores names as UTF-8, and this name is not valid Unicode; rename this tensor"
+            raise UnstageableError(spec.describe(), what)
 
 
-def _is_text(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+def _header_nbytes(specs: Sequence[TensorSpec]) -> int:
+    """Return the size of the header of a file of these tensors."""
+    nbytes = len(header([(spec.names, spec.dtype, spec.shape) for spec in specs]))
+    if nbytes > _LARGEST_HEADER_BYTES:
+        raise UnstageableError(
+            specs[0].describe(),
+            f"safetensors readers accept headers of {_LARGEST_HEADER_BYTES:,} bytes; {len(specs)} tensors need {nbytes:,}",
+        )
+    return nbytes
 
 
 def _file_name(rank: int, file: int, count: int) -> str:
@@ -142,29 +157,9 @@ def header(tensors: Iterable[tuple[Sequence[str], str, tuple[int, ...]]]) -> byt
     return struct.pack("<Q", len(data)) + data
 
 
-def templates(tensors: Sequence[Item]) -> Templates:
-    """None are needed: headers are JSON."""
-    return {}
-
-
-def headers_and_tails(layout: Layout) -> HeadersAndTails:
-    """Give the first item of each file the file's header; no item has a tail."""
-    headers: dict[int, bytes] = layout.cache.once_per_plan("safetensors headers", dict)  # by file
-
-    def around(index: int) -> tuple[bytes, bytes]:
-        item = layout.items[index]
-        if item.kind != "tensor" or item.offset > 0:
-            return b"", b""
-        if item.file not in headers:
-            headers[item.file] = header(_rows(layout, index))
-        return headers[item.file], b""
-
-    return around
-
-
 def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[str], str, tuple[int, ...]]]:
     """Iterate over (names, dtype, shape) of a file's tensors, from its first item, ``first``, on."""
-    names = layout.cache.once_per_plan("names", lambda: _names(layout))
+    names = _names(layout)
     file = layout.items[first].file
     for index, item in enumerate(layout.items[first:], first):
         if item.file != file:
@@ -174,40 +169,13 @@ def _rows(layout: Layout, first: int) -> Iterator[tuple[Sequence[str], str, tupl
 
 def _names(layout: Layout) -> dict[int, list[str]]:
     """Return the names of each item, in the order of the state."""
-    found = list(leaves(layout.structure))
-    names: dict[int, list[str]] = {}
-    for (_, leaf), name in zip(found, names_of([path for path, _ in found]), strict=True):
-        for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
-            names.setdefault(index, []).append(name)
-    return names
 
+    def collect() -> dict[int, list[str]]:
+        found = list(leaves(layout.structure))
+        names: dict[int, list[str]] = {}
+        for (_, leaf), name in zip(found, names_of([path for path, _ in found]), strict=True):
+            for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
+                names.setdefault(index, []).append(name)
+        return names
 
-def object_blob(value: object, leaf: int) -> PickledObject:
-    """Pickle an object. A tensor is stored without the rest of its storage."""
-    import torch
-
-    from stager.workers.checkpoint.formats.object_pickle import pickle_object
-
-    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta):
-        value = value.detach().resolve_conj().resolve_neg().cpu().clone(memory_format=torch.contiguous_format)
-    return pickle_object(value, leaf)
-
-
-def trailer(plan: LayoutPlan) -> Trailer:
-    """None: a file of objects ends with the last of them."""
-    return no_trailer
-
-
-def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
-    """Make the index that says which file has which tensor, if there is more than one file."""
-    names = [spec.name for spec in layout.files if spec.name.endswith(".safetensors")]
-    if len(names) < 2:
-        return {}
-    names_by_item = _names(layout)
-    tensors = [(i, item) for i, item in enumerate(layout.items) if item.kind == "tensor"]
-    document = {
-        "metadata": {"total_size": sum(item.data_nbytes for _, item in tensors)},
-        "weight_map": {names_by_item[i][0]: layout.files[item.file].name for i, item in tensors},
-    }
-    stem = names[0].partition("-0")[0]
-    return {f"{stem}.safetensors.index.json": json.dumps(document, indent=2).encode()}
+    return layout.cache.once_per_plan("names", collect)

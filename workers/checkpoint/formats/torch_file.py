@@ -6,7 +6,7 @@
 
 torch finds records by the zip's directory, at the end, so their order does not matter. ``data.pkl`` comes last, because its
 length changes with the objects in it; so tensors keep their offsets from save to save. The objects' pickles are parts of
-``data.pkl`` (``torch_pickle.py``), and the directory points to the objects' storages inside their archives, so no tensor is
+``data.pkl`` (``torch_save.py``), and the directory points to the objects' storages inside their archives, so no tensor is
 stored twice.
 
 The checksum field of a tensor's record is 0: the header is written before the bytes are known. torch does not check it
@@ -24,139 +24,112 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from stager.workers.checkpoint.formats.contract import (
+    Format,
     HeadersAndTails,
     Split,
     TensorLayout,
     TensorSpec,
     Trailer,
-    tensor_item,
 )
+from stager.workers.checkpoint.formats.pickle_template import END, HEADER
 from stager.workers.checkpoint.formats.zip_records import (
     DIRECTORY,
     Record,
-    directory_end,
     directory_entry,
+    directory_of,
     local_header,
     put_records,
 )
 from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align
-from stager.workers.checkpoint.layout.plan_cache import Templates
-from stager.workers.errors import UnstageableError
 
 if TYPE_CHECKING:
-    from stager.workers.checkpoint.formats.object_pickle import PickledObject
-    from stager.workers.checkpoint.formats.torch_pickle import Piece
+    from stager.workers.checkpoint.formats.torch_save import Piece
     from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 
-row_major = False
-one_file = True
-has_recipes = False
-has_chunks = False
+_SMALL_BLOB_BYTES = 4096
+
+OpenedObject = tuple[bytes, tuple[Record, ...]]
+"""An object's fragment of ``data.pkl``, and the records of its storages in its archive."""
 
 
-def holds(dtype: str) -> bool:
-    """``torch.save`` writes every dtype."""
-    return True
+class TorchFormat(Format):
+    """See the head of this file."""
 
+    one_file = True
+    has_chunks = False
+    has_recipes = False  # stock torch.load builds the state from data.pkl
 
-def object_file_name(rank: int) -> str:
-    """Objects go to the end of the one file."""
-    return "state.pt" if rank == 0 else f"state-rank{rank:05d}.pt"
+    def object_file_name(self, rank: int) -> str:
+        """Objects go to the end of the one file."""
+        return "state.pt" if rank == 0 else f"state-rank{rank:05d}.pt"
 
+    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+        """Put the tensors into one file, as zip records without gaps."""
+        from stager.workers.checkpoint.formats.torch_save import headers_and_tails_of
 
-def lay_out(tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
-    """Put the tensors into one file, as zip records without gaps."""
-    from stager.workers.checkpoint.formats import torch_pickle
+        headers_and_tails_of(tensors)  # refuses what torch.save cannot write
+        items: list[Item] = []
+        offset = 0
+        for number, spec in enumerate(tensors):
+            head = len(local_header(_record(number, spec.nbytes, offset)))
+            items.append(spec.item(0, offset, head))
+            offset += items[-1].nbytes
+        files = (FileSpec(self.object_file_name(rank), align(offset)),) if items else ()
+        return TensorLayout(range(len(items)), tuple(items), files)
 
-    items = []
-    offset = 0
-    for number, spec in enumerate(tensors):
-        try:
-            torch_pickle.tensor_fragment("0", spec.dtype, spec.shape, spec.stride)
-        except Exception as error:
-            raise UnstageableError(spec.describe(), f"torch.save cannot write {spec.dtype}: {error}") from error
-        head = len(local_header(_record(number, spec.nbytes, offset)))
-        items.append(tensor_item(spec, 0, offset, head, spec.nbytes, 0))
-        offset = items[-1].offset + items[-1].nbytes
-    files = (FileSpec(object_file_name(rank), align(offset)),) if items else ()
-    return TensorLayout(range(len(items)), tuple(items), files)
+    def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
+        """Give each tensor its zip header; no item has a tail."""
 
+        def around(index: int) -> tuple[bytes, bytes]:
+            item = layout.items[index]
+            if item.kind != "tensor":
+                return b"", b""
+            return local_header(_record(index, item.data_nbytes, item.offset)), b""
 
-def templates(tensors: Sequence[Item]) -> Templates:
-    """None are needed: zip headers are made without torch."""
-    return {}
+        return around
 
+    def trailer(self, plan: LayoutPlan) -> Trailer:
+        """Make ``data.pkl`` and the zip's directory. What stays the same from save to save is made here, once per plan."""
+        from stager.workers.checkpoint.formats.torch_save import data_pkl, tensor_fragment
 
-def headers_and_tails(layout: Layout) -> HeadersAndTails:
-    """Give each tensor its zip header; no item has a tail."""
+        tensors = plan.tensors
 
-    def around(index: int) -> tuple[bytes, bytes]:
-        item = layout.items[index]
-        if item.kind != "tensor":
-            return b"", b""
-        return local_header(_record(index, item.data_nbytes, item.offset)), b""
+        def leaf(index: int) -> Piece:
+            if index >= len(tensors):
+                return index - len(tensors)
+            item = tensors[index]
+            return tensor_fragment(str(index), item.dtype, item.shape, item.stride)
 
-    return around
+        pieces = data_pkl(plan.structure, leaf)
+        entries = [directory_entry(_record(i, item.data_nbytes, item.offset)) for i, item in enumerate(tensors)]
+        start = plan.files[0].nbytes if plan.files else 0
+        joined = b"".join(entries)
+        return lambda blobs: [_trailer(pieces, joined, len(tensors), start, blobs)]
 
 
 def _record(number: int, nbytes: int, offset: int) -> Record:
     return Record(f"data/{number}", nbytes, offset)
 
 
-def object_blob(value: object, leaf: int) -> PickledObject:
-    """Pickle an object. The directory of the whole file will name its storages, too."""
-    from stager.workers.checkpoint.formats.object_pickle import pickle_object
-
-    return pickle_object(value, leaf)
-
-
-def index_files(layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
-    """None are needed: the zip has its own directory."""
-    return {}
-
-
-def trailer(plan: LayoutPlan) -> Trailer:
-    """Make ``data.pkl`` and the zip's directory. What stays the same from save to save is made here, once per plan."""
-    from stager.workers.checkpoint.formats import torch_pickle
-
-    tensors = plan.tensors
-    count = len(tensors)
-
-    def leaf(index: int) -> Piece:
-        if index >= count:
-            return index - count
-        item = tensors[index]
-        return torch_pickle.tensor_fragment(str(index), item.dtype, item.shape, item.stride)
-
-    pieces = torch_pickle.pieces(plan.structure, leaf)
-    entries = b"".join(directory_entry(_record(i, item.data_nbytes, item.offset)) for i, item in enumerate(tensors))
-    start = plan.files[0].nbytes if plan.files else 0
-
-    return lambda blobs: [_trailer(pieces, entries, count, start, blobs)]
-
-
-def _trailer(pieces: list[Piece], tensor_entries: bytes, count: int, offset: int, blobs: Sequence[bytes]) -> bytes:
+def _trailer(pieces: list[Piece], entries: bytes, num_entries: int, offset: int, blobs: Sequence[bytes]) -> bytes:
+    """Make the trailer of a file whose objects' ``blobs`` begin at ``offset``, after ``num_entries`` tensors."""
     from stager.workers.checkpoint.formats.object_pickle import SMALL_RECORDS
 
     records: list[Record] = []
     fragments: list[bytes] = []
     for blob in blobs:
-        fragment, storages = _open_object(blob)
+        fragment, storages = (_open_small_object if len(blob) < _SMALL_BLOB_BYTES else _open_object)(blob)
         fragments.append(fragment)
         records += [Record(r.name, r.nbytes, offset + r.offset, r.crc32) for r in storages]
         offset = align(offset + len(blob))
     data = b"".join(piece if isinstance(piece, bytes) else fragments[piece] for piece in pieces)
     written, small = put_records([("data.pkl", data), *SMALL_RECORDS], offset)
-    records += small
-    entries = b"".join((tensor_entries, *map(directory_entry, records)))
-    start = offset + sum(map(len, written))
-    return b"".join((*written, entries, directory_end(count + len(records), len(entries), start)))
+    start = offset + len(written)
+    return written + directory_of([*records, *small], start, entries, num_entries)
 
 
-@lru_cache(maxsize=4096)  # most objects are small numbers, and the same in every save
-def _open_small(blob: bytes) -> tuple[bytes, tuple[Record, ...]]:
-    from stager.workers.checkpoint.formats import torch_pickle
-
+def _open_object(blob: bytes) -> OpenedObject:
+    """Take an object's archive apart again: only blobs, not their parts, come from the format's ``object_blob``."""
     with zipfile.ZipFile(io.BytesIO(blob)) as opened:
         data = opened.read(f"{DIRECTORY}data.pkl")
         storages = tuple(
@@ -164,9 +137,8 @@ def _open_small(blob: bytes) -> tuple[bytes, tuple[Record, ...]]:
             for info in opened.infolist()
             if info.filename.startswith(f"{DIRECTORY}data/")
         )
-    return data[len(torch_pickle.START) : -len(torch_pickle.END)], storages
+    return data[len(HEADER) : -len(END)], storages
 
 
-def _open_object(blob: bytes) -> tuple[bytes, tuple[Record, ...]]:
-    """Return an object's fragment of ``data.pkl``, and the records of its storages in the archive."""
-    return _open_small(blob) if len(blob) < 4096 else _open_small.__wrapped__(blob)
+# Most objects are small numbers, and the same in every save. Large blobs must not stay in memory.
+_open_small_object = lru_cache(maxsize=4096)(_open_object)

@@ -1,25 +1,48 @@
-"""What ``torch.save`` writes for one tensor or object. Needs torch, so it runs in the trainer only.
+"""What ``torch.save`` writes for a tensor or an object, and its parts. Needs torch, so it runs in the trainer only.
 
 The archive around a tensor's raw bytes depends on dtype, shape and stride only. So it is taken once from ``torch.save``
 itself, which ``torch.serialization.skip_data`` makes leave out the bytes. The checksum in the storage's record is then
 that of no bytes: torch's reader does not check it (torch/csrc/.../inline_container: MZ_ZIP_FLAG_DO_NOT_COMPUTE_CRC32 and its
 reader built without CRC checks), and stager's own hashes cover every byte.
+
+The ``torch`` format joins the archive's ``data.pkl`` from values that are pickled apart. A *fragment* is a pickle without
+its protocol header and its end: operations that leave one value on the stack. A fragment refers only to memo entries of its
+own, so fragments can follow each other. A tensor's fragment is ``torch.save``'s own, with another storage key.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
+import pickle
+import pickletools
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import groupby
 from typing import IO, Any, cast
 
 import torch
 from torch.serialization import skip_data
 
-from stager.workers.checkpoint.layout.dtypes import dtype_of, tensor_over
+from stager.workers.checkpoint.formats.contract import TensorSpec
+from stager.workers.checkpoint.formats.pickle_template import (
+    DICT_END,
+    DICT_START,
+    END,
+    HEADER,
+    LIST_END,
+    LIST_START,
+    PROTOCOL,
+    plain_string,
+)
+from stager.workers.checkpoint.layout.dtypes import dtype_of, new_storage, tensor_over
 from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES
-from stager.workers.errors import InternalError
+from stager.workers.checkpoint.layout.structure import Node, container_of
+from stager.workers.errors import InternalError, UnstageableError
 from stager.workers.memory.slab import Slab
 
 _save_config: Any
@@ -29,6 +52,9 @@ except ImportError:  # older than torch 2.7
     _save_config = None
 
 _SPARSE_FROM_BYTES = 64 << 20
+
+Piece = bytes | int
+"""Bytes of ``data.pkl``, or the index of the object whose fragment goes there."""
 
 
 class _Sink(io.RawIOBase):
@@ -63,27 +89,20 @@ class _Sink(io.RawIOBase):
 def header_and_tail(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
     """Return the bytes that ``torch.save`` writes before and after the raw bytes of a dense tensor."""
     torch_dtype = dtype_of(dtype)
-    nbytes = torch_dtype.itemsize
-    for length in shape:
-        nbytes *= length
+    nbytes = torch_dtype.itemsize * math.prod(shape)
     # Memory that is never touched, so it takes no pages. Not torch.empty: deterministic mode would fill it.
-    small = nbytes < _SPARSE_FROM_BYTES
-    storage: torch.UntypedStorage = _untyped(nbytes) if small else Slab.create(nbytes).storage
-    tensor = tensor_over(storage, torch_dtype, shape, stride)
+    storage = new_storage(nbytes) if nbytes < _SPARSE_FROM_BYTES else Slab.create(nbytes).storage
     sink = _Sink()
     with skip_data(), _standard_alignment():
-        torch.save(tensor, cast(IO[bytes], sink))
-    start = _data_start(sink, nbytes) if nbytes else None
-    head, tail = bytearray(), bytearray()
+        torch.save(tensor_over(storage, torch_dtype, shape, stride), cast(IO[bytes], sink))
+    start = _data_start(sink, nbytes)
+    head, tail = bytearray(start), bytearray()
     for position, data in sink.pieces:
-        target, base = (head, 0) if start is None or position < start else (tail, start + nbytes)
-        at = position - base
+        target, at = (head, position) if position < start else (tail, position - start - nbytes)
         target.extend(b"\0" * (at + len(data) - len(target)))
         target[at : at + len(data)] = data
-    if start is not None:
-        if len(head) > start:
-            raise InternalError("torch.save wrote where skip_data makes it skip; this torch is not supported")
-        head.extend(b"\0" * (start - len(head)))
+    if len(head) > start:
+        raise InternalError("torch.save wrote where skip_data makes it skip; this torch is not supported")
     return bytes(head), bytes(tail)
 
 
@@ -95,17 +114,101 @@ def _standard_alignment() -> AbstractContextManager[Any]:
 
 
 def _data_start(sink: _Sink, nbytes: int) -> int:
-    """Return the offset of the storage's bytes: the ``nbytes`` that torch.save skipped."""
+    """Return the offset of the storage's bytes: the ``nbytes`` that torch.save skipped, or the end if there are none."""
     end = 0
     for position, data in sink.pieces:
-        if position - end >= nbytes and position > end:
+        if nbytes and position - end >= nbytes and position > end:
             # Padding before the storage (it is aligned to 64 bytes) is written, so the hole is exactly the storage.
             return position - nbytes
         end = max(end, position + len(data))
+    if not nbytes:
+        return end
     raise InternalError(
         f"torch.save wrote the {nbytes} bytes of a storage that it was told to skip; "
         "stager does not support this version of torch"
     )
 
 
-_untyped: Any = torch.UntypedStorage  # its constructor has no types
+def headers_and_tails_of(tensors: Sequence[TensorSpec]) -> list[tuple[bytes, bytes]]:
+    """Return :func:`header_and_tail` of each tensor.
+
+    Raises:
+        UnstageableError: ``torch.save`` cannot write a tensor.
+    """
+    around = []
+    for spec in tensors:
+        try:
+            around.append(header_and_tail(spec.dtype, spec.shape, spec.stride))
+        except Exception as error:
+            raise UnstageableError(spec.describe(), f"torch.save cannot write {spec.dtype}: {error}") from error
+    return around
+
+
+def tensor_fragment(key: str, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    """Return the fragment of a tensor whose values are all of the storage ``key``."""
+    before, after = _around_key(dtype, shape, stride)
+    return b"".join((before, plain_string(key), after))
+
+
+@lru_cache(maxsize=65536)
+def _around_key(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """Return the bytes before and after the storage key in a tensor's fragment."""
+    head, _ = header_and_tail(dtype, shape, stride)
+    name_nbytes, extra_nbytes = struct.unpack_from("<2H", head, 26)  # of the archive's first record, data.pkl
+    data = head[30 + name_nbytes + extra_nbytes :]
+    ops = [(op.name, arg, position or 0) for op, arg, position in pickletools.genops(data)]
+    key = _storage_key(ops)
+    return data[len(HEADER) : ops[key][2]], data[ops[key + 1][2] : ops[-1][2]]
+
+
+def _storage_key(ops: list[tuple[str, Any, int]]) -> int:
+    """Return the index of the operation that pushes ``key`` of ``("storage", type, key, location, size)``.
+
+    BINPERSID turns that tuple, which begins at the MARK before it, into a storage. PUTs name what is on the stack for
+    later use; they push nothing.
+    """
+    try:
+        last = next(i for i, op in enumerate(ops) if op[0] == "BINPERSID")
+        first = max(i for i in range(last) if ops[i][0] == "MARK")
+        key = [i for i in range(first + 1, last) if ops[i][0] not in ("BINPUT", "LONG_BINPUT")][2]
+        if ops[key][:2] == ("BINUNICODE", "0"):
+            return key
+    except (StopIteration, ValueError, IndexError):
+        pass
+    raise InternalError("this torch pickles tensors in an unknown way; upgrade stager, or use another format")
+
+
+def data_pkl(structure: Node, leaf: Callable[[int], Piece]) -> list[Piece]:
+    """Return the whole of ``data.pkl`` as few pieces: neighbouring bytes are joined."""
+    pieces: list[Piece] = []
+    for kind, run in groupby((HEADER, *_fragments(structure, leaf), END), key=type):
+        group: list[Any] = list(run)
+        pieces += [b"".join(group)] if kind is bytes else group
+    return pieces
+
+
+def _fragments(node: Node, leaf: Callable[[int], Piece]) -> Iterator[Piece]:
+    """Iterate over what pickles ``node``: the operations that make its containers, and the fragments of its leaves."""
+    if type(node) is int:
+        yield leaf(node)
+        return
+    kind, keys, children, metadata = container_of(node)
+    if kind == "list":
+        yield LIST_START
+        for child in children:
+            yield from _fragments(child, leaf)
+        yield LIST_END
+        return
+    # GLOBAL names the class, EMPTY_TUPLE and REDUCE call it, and MARK begins its keys and values.
+    yield DICT_START if kind == "dict" else b"ccollections\nOrderedDict\n" + b")R("
+    for key, child in zip(keys, children, strict=True):
+        yield _fragment(key)
+        yield from _fragments(child, leaf)
+    yield DICT_END
+    if metadata is not None:  # BUILD sets the attribute, which nn.Module.state_dict() sets on its result
+        yield _fragment({"_metadata": OrderedDict(metadata)}) + b"b"
+
+
+def _fragment(value: object) -> bytes:
+    """Return the fragment of a value without tensors."""
+    return pickle.dumps(value, PROTOCOL)[len(HEADER) : -len(END)]

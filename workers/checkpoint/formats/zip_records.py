@@ -77,32 +77,35 @@ def directory_entry(record: Record) -> bytes:
     return fixed + name + extra
 
 
-def directory_end(count: int, nbytes: int, offset: int) -> bytes:
-    """Make the end of an archive whose central directory has ``count`` entries and ``nbytes`` bytes, at ``offset``."""
+def directory_of(records: Sequence[Record], offset: int, entries: bytes = b"", count: int = 0) -> bytes:
+    """Make the central directory, which starts at ``offset``, and the end of an archive.
+
+    Args:
+        entries, count: entries of other records, which come first, and their number.
+    """
+    entries = b"".join((entries, *map(directory_entry, records)))
+    count, nbytes, end = count + len(records), len(entries), offset + len(entries)
     wide = b""
-    if count >= _MAX_16 or offset + nbytes >= _MAX_32:
+    if count >= _MAX_16 or end >= _MAX_32:
         version = _VERSION_ZIP64
         end_64 = _END_64.pack(b"PK\6\6", _END_64.size - 12, version, version, 0, 0, count, count, nbytes, offset)
-        wide = end_64 + _LOCATOR_64.pack(b"PK\6\7", 0, offset + nbytes, 1)
+        wide = end_64 + _LOCATOR_64.pack(b"PK\6\7", 0, end, 1)
     count, nbytes, offset = min(count, _MAX_16), min(nbytes, _MAX_32), min(offset, _MAX_32)
-    return wide + _END.pack(b"PK\5\6", 0, 0, count, count, nbytes, offset, 0)
+    return b"".join((entries, wide, _END.pack(b"PK\5\6", 0, 0, count, count, nbytes, offset, 0)))
 
 
-def put_records(contents: Sequence[tuple[str, bytes | memoryview]], offset: int) -> tuple[list[bytes], list[Record]]:
+def put_records(contents: Sequence[tuple[str, bytes | memoryview]], offset: int = 0) -> tuple[bytes, list[Record]]:
     """Make whole records one after the other from ``offset`` on. Returns their bytes, and the records."""
-    pieces: list[bytes] = []
+    pieces: list[bytes | memoryview] = []
     records: list[Record] = []
     for name, data in contents:
-        record = Record(name, len(data), offset, zlib.crc32(data))
-        pieces += [local_header(record), bytes(data)]
+        records.append(Record(name, len(data), offset, zlib.crc32(data)))
+        pieces += [local_header(records[-1]), data]
         offset += len(pieces[-2]) + len(data)
-        records.append(record)
-    return pieces, records
+    return b"".join(pieces), records
 
 
 def archive(contents: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
     """Make a whole archive of small records."""
-    pieces, records = put_records(contents, 0)
-    start = sum(map(len, pieces))
-    entries = b"".join(map(directory_entry, records))
-    return b"".join((*pieces, entries, directory_end(len(records), len(entries), start)))
+    written, records = put_records(contents)
+    return written + directory_of(records, len(written))

@@ -37,6 +37,12 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def new_storage(nbytes: int) -> torch.UntypedStorage:
+    """Make a storage of uninitialised CPU memory, whatever the default device is."""
+    storage: torch.UntypedStorage = _untyped(nbytes, device="cpu")
+    return storage
+
+
 def tensor_over(
     storage: torch.UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
@@ -55,4 +61,4 @@ def new_tensor(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ..
     """Make a dense CPU tensor over ``nbytes`` bytes of new, uninitialised memory."""
     if nbytes < _SMALL_BYTES and dtype is not torch.complex32:
         return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")  # half the time, and nothing to fill
-    return tensor_over(_untyped(nbytes, device="cpu"), dtype, shape, stride)
+    return tensor_over(new_storage(nbytes), dtype, shape, stride)

@@ -14,19 +14,33 @@ have hundreds of thousands of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
-from stager.workers.checkpoint.layout.plan_cache import PlanCache
 from stager.workers.checkpoint.layout.structure import Node
 
 BLOB_ALIGN_BYTES = 64  # what torch.save aligns a storage to within its file
 
 ROW_COLUMNS = ("kind", "file", "offset", "nbytes", "data_offset", "data_nbytes", "dtype", "shape", "stride")
+
+Templates = Mapping[str, tuple[bytes, ...]]
+"""Pieces of bytes by name. The format says what each is for (``formats/dcp.py``)."""
+
+T = TypeVar("T")
+
+# The dtypes that every supported torch has, by bytes: workers start without torch. For any other name, torch decides.
+_BY_SIZE = {
+    1: "bool uint8 int8 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz",
+    2: "uint16 int16 float16 bfloat16",
+    4: "uint32 int32 float32 complex32",
+    8: "uint64 int64 float64 complex64",
+    16: "complex128",
+}
+SIZES = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +93,35 @@ class FileSpec:
     nbytes: int
 
 
+@dataclass(slots=True, eq=False, repr=False)
+class PlanCache:
+    """Values that were worked out for a plan, by name; see NOTE [ Once per plan ] in ``layout_plan.py``.
+
+    Attributes:
+        num_fixed: the first so many items are the same in every layout that shares this cache: the tensors.
+        templates: what the trainer made; None in a process that got the layout from elsewhere (a save record, a manifest).
+    """
+
+    num_fixed: int = 0
+    templates: Templates | None = None
+    _fixed: dict[str, Any] = field(default_factory=dict, init=False)
+    _changing: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False)
+
+    def once_per_plan(self, name: str, make: Callable[[], T]) -> T:
+        """Return the value ``name``; ``make`` it at the first call. It may depend on fixed items and the structure only."""
+        if name not in self._fixed:
+            self._fixed[name] = make()
+        value: T = self._fixed[name]
+        return value
+
+    def until_changed(self, name: str, key: Any, make: Callable[[], T]) -> T:
+        """Return the value ``name``; ``make`` it again whenever ``key`` is another than at the last call."""
+        if name not in self._changing or self._changing[name][0] != key:
+            self._changing[name] = (key, make())
+        value: T = self._changing[name][1]
+        return value
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The layout of a whole checkpoint, or of what one rank contributes to it.
@@ -86,7 +129,7 @@ class Layout:
     Attributes:
         files: data files, in order; each item's ``file`` points here.
         items: in file order, then by offset.
-        structure: see :mod:`stager.workers.checkpoint.layout.structure`; its leaves are indices into ``items``.
+        structure: see ``structure.py``; its leaves are indices into ``items``.
         segment_bytes: the most bytes that one hash covers.
         cache: what was worked out for the plan of this layout; the layouts of one plan share it.
     """
@@ -113,10 +156,9 @@ class Layout:
 
     def spans(self) -> Iterator[tuple[int, Item, int]]:
         """Iterate over (index, item, end of the item's span in its file)."""
-        for index, item in enumerate(self.items):
-            following = index + 1
-            if following < len(self.items) and self.items[following].file == item.file:
-                yield index, item, self.items[following].offset
+        for index, (item, following) in enumerate(zip_longest(self.items, self.items[1:])):
+            if following is not None and following.file == item.file:
+                yield index, item, following.offset
             else:
                 yield index, item, self.files[item.file].nbytes
 
@@ -169,9 +211,6 @@ def partition(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list
 
 def _units(layout: Layout, whole_bytes: int) -> Iterator[list[Segment]]:
     """Iterate over what must stay in one part: a segment, or all segments of a small file."""
-    if not whole_bytes:
-        yield from ([segment] for segment in segments(layout))
-        return
     for file, group in groupby(segments(layout), key=lambda segment: layout.items[segment.index].file):
         if layout.files[file].nbytes <= whole_bytes:
             yield list(group)
@@ -212,3 +251,16 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 def align(offset: int, to: int = BLOB_ALIGN_BYTES) -> int:
     """Round ``offset`` up to a multiple of ``to`` bytes."""
     return -(-offset // to) * to
+
+
+def itemsize_of(name: str) -> int:
+    """Return the bytes of one element of the dtype called ``name`` ("float32").
+
+    Raises:
+        ValueError: this torch has no dtype of that name, or its tensors are more than raw bytes.
+    """
+    if isinstance(name, str) and (size := SIZES.get(name)):
+        return size
+    from stager.workers.checkpoint.layout.dtypes import dtype_of
+
+    return dtype_of(name).itemsize

@@ -1,7 +1,8 @@
 """Check that a layout which was read from a file is possible.
 
 The checks come before any allocation, open or write. So a hostile manifest or save record can neither name a path outside
-its directory nor ask for more memory than its files hold.
+its directory nor ask for more memory than its files hold. A ``check_`` function of a value returns the value. All of them
+raise ValueError for what is impossible.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stager.workers.checkpoint.layout.dtype_sizes import itemsize_of
-from stager.workers.checkpoint.layout.layout import Item, Layout, is_dense
+from stager.workers.checkpoint.layout.layout import Item, Layout, is_dense, itemsize_of
 from stager.workers.checkpoint.layout.structure import Chunks, absent, leaves
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
@@ -23,6 +23,32 @@ _LARGEST = (1 << 63) - 1  # torch and the kernel count in signed 64-bit numbers
 _MAX_DIMS = 256  # bounds the time that multiplying the lengths takes
 _MAX_WHOLES = 4  # of so many tensors an item may be a chunk; tied tensors have equal chunks and count as one
 _MANY_CORNERS = 1 << 20  # so many corners the chunks of one tensor may have, or 8 per chunk (chunks along 3 dimensions)
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths
+
+
+def _check_of(what: str, is_possible: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if is_possible(value):
+            return value
+        raise ValueError(f"{str(value)[:60]} is not {what}")
+
+    return check
+
+
+# type(), not isinstance(): True and False are no numbers.
+check_count: Callable[[Any], int] = _check_of(
+    "a count (an integer from 0 to 2**63 - 1)", lambda n: type(n) is int and 0 <= n <= _LARGEST
+)
+check_step: Callable[[Any], int] = _check_of("a step (an integer from 0 on)", lambda n: type(n) is int and n >= 0)
+check_time: Callable[[Any], float] = _check_of(
+    "a time in seconds", lambda t: type(t) in (int, float) and math.isfinite(t)
+)
+check_text: Callable[[Any], str] = _check_of("a string", lambda text: isinstance(text, str))
+check_file_name: Callable[[Any], str] = _check_of(
+    "the name of a file inside the checkpoint's directory",
+    lambda name: isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None,
+)
 
 
 def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
@@ -34,8 +60,7 @@ def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
     Raises:
         ValueError, TypeError, IndexError: the layout is impossible.
     """
-    check_count(layout.segment_bytes)
-    if layout.segment_bytes < 1:
+    if check_count(layout.segment_bytes) < 1:
         raise ValueError("segment_bytes is 0, must be positive")
     for spec in layout.files:
         check_file_name(spec.name)
@@ -45,82 +70,19 @@ def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
     _check_structure(layout, of_one_rank)
 
 
-def check_file_name(value: Any) -> str:
-    """Return ``value`` if it names a file inside the checkpoint's directory.
-
-    Raises:
-        ValueError
-    """
-    if not isinstance(value, str) or not _FILE_NAME.fullmatch(value):
-        raise ValueError(f"{value!r} is not a file name")
-    return value
-
-
 def check_distinct(names: Sequence[str]) -> None:
-    """Check that no two files of a checkpoint have the same name.
-
-    Raises:
-        ValueError
-    """
+    """Check that no two files of a checkpoint have the same name."""
     if len(set(names)) != len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
         raise ValueError(f"two files are called {twice}")
 
 
-def check_count(value: Any) -> int:
-    """Return ``value`` if it can be a number of bytes or elements.
-
-    Raises:
-        ValueError
-    """
-    if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise ValueError(f"{str(value)[:60]} is not a count (an integer from 0 to 2**63 - 1)")
-    return value
-
-
 def check_shape(value: Any) -> tuple[int, ...]:
-    """Return ``value`` as a tuple if it can be the shape, strides or offsets of a tensor.
-
-    Raises:
-        ValueError
-    """
+    """Check that ``value`` can be the shape, strides or offsets of a tensor; returns a tuple."""
     numbers = tuple(map(check_count, value))
     if len(numbers) > _MAX_DIMS:
         raise ValueError(f"{len(numbers)} dimensions are too many; at most {_MAX_DIMS} are allowed")
     return numbers
-
-
-def check_step(value: Any) -> int:
-    """Return ``value`` if it can be a training step.
-
-    Raises:
-        ValueError
-    """
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:60]} is not a step (an integer from 0 on)")
-    return value
-
-
-def check_text(value: Any) -> str:
-    """Return ``value`` if it is a string.
-
-    Raises:
-        ValueError
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:60]} is not a string")
-    return value
-
-
-def check_time(value: Any) -> float:
-    """Return ``value`` if it can be a time in seconds.
-
-    Raises:
-        ValueError
-    """
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{str(value)[:60]} is not a time in seconds")
-    return float(value)
 
 
 def _check_items(layout: Layout) -> None:
@@ -129,7 +91,8 @@ def _check_items(layout: Layout) -> None:
     # Most items have one of a few (dtype, shape, stride): check each of these once. But True == 1, and True is not a
     # length, so the short cut is only taken where every number is an int.
     lengths = itertools.chain.from_iterable((*item.shape, *item.stride) for item in layout.items)
-    known: set[object] | None = set() if set(map(type, lengths)) <= {int} else None
+    may_know = set(map(type, lengths)) <= {int}
+    known: set[object] = set()
     position, file = 0, -1
     for index, item, end in layout.spans():
         if item.file != file:
@@ -141,11 +104,11 @@ def _check_items(layout: Layout) -> None:
             raise ValueError(f"item {index}: its span starts at {item.offset}, the one before it ends at {position}")
         if not item.offset <= item.data_offset <= item.data_offset + item.data_nbytes <= item.offset + item.nbytes:
             raise ValueError(f"item {index}: its raw bytes are not inside its blob")
-        kind = (item.dtype, item.shape, item.stride, item.data_nbytes) if item.kind == "tensor" else None
-        if kind is None or known is None or kind not in known:
+        if item.kind != "tensor" or not may_know:
             _check_kind(index, item)
-            if kind is not None and known is not None:
-                known.add(kind)
+        elif (kind := (item.dtype, item.shape, item.stride, item.data_nbytes)) not in known:
+            _check_kind(index, item)
+            known.add(kind)
         position = end
     if file + 1 != len(layout.files):
         raise ValueError(f"{layout.files[file + 1].name} contains no item")
@@ -161,14 +124,18 @@ def _check_counts(items: Sequence[Item]) -> None:
 
 
 def _check_kind(index: int, item: Item) -> None:
-    if item.kind in ("object", "frame"):
-        if (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
-            raise ValueError(f"item {index}: an item of kind {item.kind} must have no header and no tail")
-        if (item.dtype, item.shape, item.stride) != ("", (), ()):
-            raise ValueError(f"item {index}: an item of kind {item.kind} must have no dtype, shape or stride")
-        return
-    if item.kind != "tensor":
+    """Check what depends on the kind of an item alone."""
+    if item.kind == "tensor":
+        _check_tensor(index, item)
+    elif item.kind not in ("object", "frame"):
         raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
+    elif (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
+        raise ValueError(f"item {index}: an item of kind {item.kind} must have no header and no tail")
+    elif (item.dtype, item.shape, item.stride) != ("", (), ()):
+        raise ValueError(f"item {index}: an item of kind {item.kind} must have no dtype, shape or stride")
+
+
+def _check_tensor(index: int, item: Item) -> None:
     check_shape(item.shape)
     check_shape(item.stride)
     if math.prod(item.shape) * itemsize_of(item.dtype) != item.data_nbytes:
@@ -180,12 +147,13 @@ def _check_kind(index: int, item: Item) -> None:
 
 
 def _check_structure(layout: Layout, of_one_rank: bool) -> None:
+    """Check: it is a mapping, no leaf is missing, each item is in it, and chunks fill their tensors."""
     structure = layout.structure
-    if not isinstance(structure, list) or not structure or structure[0] == "list":
+    if not isinstance(structure, list) or structure[:1] not in (["dict"], ["odict"], ["mapping"]):
         raise ValueError("the structure of the state is not a mapping")
     if not of_one_rank and (path := next(absent(structure), None)) is not None:
         raise ValueError(f"no rank wrote the leaf {path}")
-    used = [False] * len(layout.items)
+    used = [item.kind == "frame" for item in layout.items]
     wholes: dict[Chunks, None] = {}
     for path, leaf in leaves(structure):
         for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
@@ -201,17 +169,12 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
                 check_tiling(boxes, leaf.shape)
     if (shared := shared_too_often(wholes)) is not None:
         raise ValueError(f"item {shared} is a chunk of too many tensors; at most {_MAX_WHOLES} are allowed")
-    for index, item in enumerate(layout.items):
-        if not used[index] and item.kind != "frame":
-            raise ValueError(f"item {index} is not in the structure of the state")
+    if not all(used):
+        raise ValueError(f"item {used.index(False)} is not in the structure of the state")
 
 
 def shared_too_often(wholes: Iterable[Chunks]) -> int | None:
-    """Return an item that is a chunk of too many tensors, or None. Each whole tensor takes memory.
-
-    Args:
-        wholes: the tensors in chunks, no two of them equal.
-    """
+    """Return an item that is a chunk of too many of ``wholes``, or None. Each whole tensor takes memory."""
     times = Counter([index for chunks in wholes for _, index in chunks.parts])
     return next((index for index, number in times.items() if number > _MAX_WHOLES), None)
 
@@ -233,15 +196,8 @@ def _check_chunks(layout: Layout, chunks: Chunks) -> list[Box]:
     return boxes
 
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, lengths
-
-
 def check_tiling(boxes: list[Box], shape: tuple[int, ...]) -> None:
-    """Check that boxes inside a tensor of ``shape`` cover each of its elements exactly once.
-
-    Raises:
-        ValueError: there are gaps or overlaps.
-    """
+    """Check that boxes inside a tensor of ``shape`` cover each of its elements exactly once."""
     num_elements = sum(math.prod(lengths) for _, lengths in boxes)
     if num_elements != math.prod(shape) or math.prod(filter(None, shape)) > _LARGEST:
         raise ValueError(f"its chunks have {num_elements} elements, a tensor of shape {shape} has {math.prod(shape)}")

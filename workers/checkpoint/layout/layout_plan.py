@@ -2,18 +2,31 @@
 
 A layout can have hundreds of thousands of items, too many for a message. So it lies in the slab behind the data, as two JSON
 documents: the *plan* (tensors, structure; the format's templates follow it), and the *objects*, whose sizes change.
-``plan_cache.py`` tells what is worked out once per plan.
+
+NOTE [ Once per plan ]
+From save to save the tensors of a layout stay the same; only the objects behind them change their sizes. So everything that
+depends on the tensors alone is worked out once, where it can be:
+
+    1. trainer, when the structure of the state changes (``stager.state.snapshot_plan``): the layout plan, and the format's
+       *templates*: bytes that only torch can make. Both go into the slab as one document.
+    2. worker, at the first save of the plan: parses the document (``write_task.read_layout``). The plan gets one
+       ``PlanCache``; every layout that is made of the plan shares it.
+    3. worker, in later saves, by ``PlanCache.once_per_plan``: the manifest's rows, DCP's index, the header and tail of each
+       small tensor. By ``PlanCache.until_changed``, what also depends on the objects' sizes: ends of spans, partition.
+
+A save record holds no templates. After a crash another version of stager or torch may read the record, and bytes from a disk
+must not get into the pickle that ``.metadata`` is.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout
-from stager.workers.checkpoint.layout.plan_cache import PlanCache, Templates, templates_from_bytes, templates_to_bytes
+from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, PlanCache, Templates
 from stager.workers.checkpoint.layout.structure import Node
 
 
@@ -26,7 +39,7 @@ class LayoutPlan:
         object_file: name of the file of the objects. If it is the last tensor file's, objects go to the end of that file.
         tensors: items, in file order.
         structure: its leaves number the tensors first, then the objects.
-        segment_bytes: see :class:`stager.workers.checkpoint.layout.layout.Layout`.
+        segment_bytes: the most bytes that one hash covers.
         templates: the format's templates; None: whoever needs them makes them, with torch.
         cache: what was worked out for this plan.
     """
@@ -42,8 +55,8 @@ class LayoutPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", PlanCache(len(self.tensors), self.templates))
 
-    def to_json(self) -> bytes:
-        """Serialise the plan without its templates, as a save record has it."""
+    def to_document(self) -> bytes:
+        """Serialise the plan, a line of JSON, and its templates, as a slab has them. A save record has the first line."""
         document = {
             "files": [[f.name, f.nbytes] for f in self.files],
             "object_file": self.object_file,
@@ -51,11 +64,7 @@ class LayoutPlan:
             "structure": self.structure,
             "segment_bytes": self.segment_bytes,
         }
-        return json.dumps(document, separators=(",", ":")).encode()
-
-    def to_document(self) -> bytes:
-        """Serialise the plan and its templates, as a slab has them."""
-        return b"%b\n%b" % (self.to_json(), templates_to_bytes(self.templates or {}))
+        return b"%b\n%b" % (_compact(document), templates_to_bytes(self.templates or {}))
 
     @staticmethod
     def from_document(data: bytes) -> LayoutPlan:
@@ -65,7 +74,7 @@ class LayoutPlan:
 
     @staticmethod
     def from_body(document: dict[str, Any], made: Templates | None = None) -> LayoutPlan:
-        """Make the plan of a parsed :meth:`to_json`, with the templates that were ``made`` for it."""
+        """Make the plan of the parsed first line of :meth:`to_document`, with the templates that were ``made`` for it."""
         return LayoutPlan(
             files=tuple(FileSpec(*entry) for entry in document["files"]),
             object_file=document["object_file"],
@@ -93,8 +102,30 @@ class LayoutPlan:
 
 def objects_to_json(objects: Sequence[Item]) -> bytes:
     """Serialise the objects' items, as they lie in the slab and in a save record."""
-    return json.dumps(_rows(objects), separators=(",", ":")).encode()
+    return _compact(_rows(objects))
 
 
 def _rows(items: Sequence[Item]) -> list[list[Any]]:
     return [[*item.to_row(), item.slab_offset] for item in items]
+
+
+def _compact(document: Any) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def templates_to_bytes(templates: Templates) -> bytes:
+    """Serialise templates: ``{name: [length of each piece, ...]}`` as a line of JSON, then all pieces."""
+    nbytes = {name: list(map(len, pieces)) for name, pieces in templates.items()}
+    return b"\n".join((json.dumps(nbytes).encode(), b"".join(itertools.chain.from_iterable(templates.values()))))
+
+
+def templates_from_bytes(data: bytes) -> Templates:
+    """Return what :func:`templates_to_bytes` was given."""
+    head, _, body = data.partition(b"\n")
+    templates: dict[str, tuple[bytes, ...]] = {}
+    position = 0
+    for name, nbytes in json.loads(head).items():
+        ends = list(itertools.accumulate(nbytes, initial=position))
+        templates[name] = tuple(body[start:end] for start, end in itertools.pairwise(ends))
+        position = ends[-1]
+    return templates

@@ -12,9 +12,9 @@
 
 A key is a str, int, finite float, bool or null and keeps its type; no two keys of a container are equal. A mapping with
 other keys (tuples, bytes, enums) has a recipe, and ``str(key)`` as names. The item of a recipe is a pickled tuple: what
-:func:`build` makes the value from, beside its children. ``metadata`` is the
-``_metadata`` attribute that ``nn.Module.state_dict()`` sets on its result (module versions). Two leaves that are the same
-bytes (tied weights) name the same item. Reading a structure runs no code from it.
+:func:`build` makes the value from, beside its children. ``metadata`` is the ``_metadata`` attribute that
+``nn.Module.state_dict()`` sets on its result (module versions). Two leaves that are the same bytes (tied weights) name the
+same item. Reading a structure runs no code from it; ValueError says that it is malformed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stager.workers.errors import UsageError
 
@@ -39,6 +39,28 @@ RECIPE = "__recipe__"
 
 _WITH_RECIPE = ("mapping", "sequence", "wrapper")
 _MAX_DEPTH = 200
+
+
+class Container(NamedTuple):
+    """A container node, taken apart.
+
+    Attributes:
+        kind: "dict", "odict", "list", or one with a recipe.
+        keys: of a list, the positions.
+        metadata: of an OrderedDict that a module made; else None.
+    """
+
+    kind: str
+    keys: Sequence[Key]
+    children: Sequence[Node]
+    metadata: Any = None
+
+
+def container_of(node: Node) -> Container:
+    """Take a container node apart. The node is not checked; ``_open`` does that."""
+    if node[0] == "list":
+        return Container("list", range(len(node[1])), node[1])
+    return Container(*node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,36 +81,23 @@ class Chunks:
 
     @staticmethod
     def from_node(node: Node) -> Chunks:
-        """Parse a structure node.
-
-        Raises:
-            ValueError: ``node`` is not a tensor in chunks.
-        """
+        """Parse a structure node."""
         try:
             _, shape, parts = node
             chunks = Chunks(tuple(shape), tuple((tuple(offsets), index) for offsets, index in parts))
+            numbers = [*chunks.shape, *(n for offsets, index in chunks.parts for n in (*offsets, index))]
         except TypeError as error:
-            raise ValueError(
-                f"the structure of the state has a malformed entry for a tensor in chunks: {str(node)[:60]}"
-            ) from error
-        numbers = [*chunks.shape, *(n for offsets, index in chunks.parts for n in (*offsets, index))]
+            raise _malformed(node) from error
         if not chunks.parts or any(type(number) is not int for number in numbers):
-            raise ValueError(
-                f"the structure of the state has a malformed entry for a tensor in chunks: {str(node)[:60]}"
-            )
+            raise _malformed(node)
         return chunks
 
 
 def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Iterate over (key path of a leaf, index of its item); a tensor in chunks comes once per chunk.
-
-    Raises:
-        ValueError: ``node`` is not a structure.
-    """
+    """Iterate over (key path of a leaf, index of its item); a tensor in chunks comes once per chunk."""
     for at, leaf in leaves(node, path):
         if isinstance(leaf, Chunks):
-            for _, index in leaf.parts:
-                yield at, index
+            yield from ((at, index) for _, index in leaf.parts)
         else:
             yield at, leaf
 
@@ -98,37 +107,36 @@ def leaves(node: Node, path: Path = (), *, text_keys: bool = False) -> Iterator[
 
     Args:
         text_keys: give the keys of mappings as ``str``, as DCP does.
-
-    Raises:
-        ValueError: ``node`` is not a structure.
     """
     if type(node) is int:
         yield path, node
-        return
-    if node is ABSENT:
-        return
-    if _is_chunks(node):
+    elif _is_chunks(node):
         yield path, Chunks.from_node(node)
-        return
-    keys, children = _open(node, len(path))
-    named = map(str, keys) if text_keys and node[0] != "list" else keys
-    for key, child in zip(named, children, strict=True):
-        if type(child) is int:  # most are: save the generator
-            yield (*path, key), child
-        else:
-            yield from leaves(child, (*path, key), text_keys=text_keys)
+    elif node is not ABSENT:
+        kind, keys, children, _ = _open(node, len(path))
+        if text_keys:
+            keys = _dcp_keys(kind, keys)
+        for key, child in zip(keys, children, strict=True):
+            if type(child) is int:  # most are: save the generator
+                yield (*path, key), child
+            else:
+                yield from leaves(child, (*path, key), text_keys=text_keys)
+
+
+def _dcp_keys(kind: str, keys: Sequence[Key]) -> Sequence[Key]:
+    """Return the keys as DCP has them: positions in a list, else text."""
+    if kind == "list":
+        return keys
+    return [keys[0], *range(len(keys) - 1)] if kind == "sequence" else list(map(str, keys))
 
 
 def absent(node: Node, path: Path = ()) -> Iterator[Path]:
-    """Iterate over the key paths of the leaves that another rank writes.
-
-    Raises:
-        ValueError: ``node`` is not a structure.
-    """
+    """Iterate over the key paths of the leaves that another rank writes."""
     if node is ABSENT:
         yield path
     elif type(node) is not int and not _is_chunks(node):
-        for key, child in zip(*_open(node, len(path)), strict=True):
+        _, keys, children, _ = _open(node, len(path))
+        for key, child in zip(keys, children, strict=True):
             if type(child) is not int:
                 yield from absent(child, (*path, key))
 
@@ -142,9 +150,9 @@ def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
         return leaf(node)
     if node is ABSENT:
         return ABSENT
-    if node[0] == "chunks":
+    if _is_chunks(node):
         return leaf(Chunks.from_node(node))
-    position = 1 if node[0] == "list" else 2
+    position = 1 if node[0] == "list" else 2  # of the children; what stands around them stays
     children = [map_leaves(child, leaf) for child in node[position]]
     return [*node[:position], children, *node[position + 1 :]]
 
@@ -153,24 +161,21 @@ def build(node: Node, leaf: Callable[[int], Any], depth: int = 0) -> Any:
     """Build the nested state, with the value ``leaf(index)`` for each leaf.
 
     Raises:
-        ValueError: ``node`` is not a structure.
         UsageError: a tensor is stored in chunks.
     """
     if type(node) is int:
         return leaf(node)
     if _is_chunks(node):
         raise UsageError("several ranks saved this tensor in chunks; load it with torch's dcp.load")
-    keys, children = _open(node, depth)
+    kind, keys, children, metadata = _open(node, depth)
     values = [build(child, leaf, depth + 1) for child in children]
-    if node[0] == "list":
+    if kind == "list":
         return values
-    if node[0] in _WITH_RECIPE:
-        return _MAKERS[node[0]](values[0], keys[1:], values[1:])
-    if node[0] == "dict":
-        return dict(zip(keys, values, strict=True))
-    result: OrderedDict[Key, Any] = OrderedDict(zip(keys, values, strict=True))
-    if node[3] is not None:
-        result._metadata = OrderedDict(node[3])  # type: ignore[attr-defined]  # where nn.Module looks for it
+    if kind in _WITH_RECIPE:
+        return _MAKERS[kind](values[0], list(keys[1:]), values[1:])
+    result = (dict if kind == "dict" else OrderedDict)(zip(keys, values, strict=True))
+    if metadata is not None:
+        result._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # where nn.Module looks for it
     return result
 
 
@@ -221,41 +226,37 @@ def _is_chunks(node: Node) -> bool:
     return isinstance(node, list) and node[:1] == ["chunks"]
 
 
-def _open(node: Node, depth: int) -> tuple[list[Key], list[Node]]:
-    """Return the keys and the children of a container node, after checking it."""
+def _open(node: Node, depth: int) -> Container:
+    """Check a container node that may come from a file, and take it apart."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"the state is nested deeper than {_MAX_DEPTH} containers")
-    if not isinstance(node, list) or not node:
-        raise ValueError(f"the structure of the state has a malformed entry: {str(node)[:60]}")
-    kind, *rest = node
-    if kind == "list" and len(rest) == 1 and isinstance(rest[0], list):
-        return list(range(len(rest[0]))), rest[0]
-    if (kind in ("dict", *_WITH_RECIPE) and len(rest) == 2) or (kind == "odict" and len(rest) == 3):
-        keys, children = rest[0], rest[1]
-        if isinstance(keys, list) and isinstance(children, list) and len(keys) == len(children):
-            is_right = kind not in _WITH_RECIPE or (keys[:1] == [RECIPE] and type(children[0]) is int)
-            if (
-                is_right
-                and all(map(_is_key, keys))
-                and len(set(keys)) == len(keys)
-                and all(map(_is_metadata, rest[2:]))
-            ):
-                return keys, children
-    raise ValueError(f"the structure of the state has a malformed entry: {str(node)[:60]}")
+    match node:
+        case ["list", list()]:
+            return container_of(node)
+        case ["dict", list(keys), list(children)] | ["odict", list(keys), list(children), _]:
+            if len(keys) == len(children) and all(map(_is_key, keys)) and len(set(keys)) == len(keys):
+                if _is_metadata(*node[3:]):
+                    return container_of(node)
+        case [("mapping" | "sequence" | "wrapper"), [str(first), *names], [int(), *children]] if first == RECIPE:
+            if len(names) == len(children) == len(set(names)) and all(isinstance(name, str) for name in names):
+                return container_of(node)
+    raise _malformed(node)
 
 
 def _is_key(key: Any) -> bool:
     return key is None or isinstance(key, (str, int)) or (isinstance(key, float) and math.isfinite(key))
 
 
-def _is_metadata(metadata: Any) -> bool:
+def _is_metadata(metadata: Any = None) -> bool:
     return metadata is None or (
         isinstance(metadata, dict)
-        and all(
-            isinstance(entry, dict) and all(isinstance(value, (int, str)) for value in entry.values())
-            for entry in metadata.values()
-        )
+        and all(isinstance(entry, dict) for entry in metadata.values())
+        and all(isinstance(value, (int, str)) for entry in metadata.values() for value in entry.values())
     )
+
+
+def _malformed(node: Node) -> ValueError:
+    return ValueError(f"the structure of the state has a malformed entry: {str(node)[:60]}")
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -288,6 +289,5 @@ def describe(path: Path) -> str:
     if not path:
         return "state"
     head, *rest = path
-    return f"{head if isinstance(head, str) and head.isidentifier() else f'state[{head!r}]'}" + "".join(
-        f"[{key!r}]" for key in rest
-    )
+    first = head if isinstance(head, str) and head.isidentifier() else f"state[{head!r}]"
+    return first + "".join(f"[{key!r}]" for key in rest)

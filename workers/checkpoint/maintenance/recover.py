@@ -3,56 +3,41 @@
 For each ``step-N.partial-<id>``, with its lock held (the caller holds the run's lock, so no run writes to it):
 
     1. It has a manifest, or is ``.replaced``: the crash came between manifest and rename. Check the files, rename.
-    2. It has save records and every receipt: only the commit is missing. Check sizes, or every hash if the save did not sync
-       its files (a receipt then proves nothing after a power failure). Commit.
+    2. It has save records and every receipt: only the commit is missing. Check the files, commit.
     3. Parts are missing: remove it. Or, if replicas may complete it (``leave_unfinished``), leave it.
     4. It is damaged, or older than the checkpoint of its step: remove it.
 
-Then what was quarantined (``.unfinished-<id>``) is resumed for the replicas, or removed; and removals that a crash
-interrupted (``.removing-<nonce>``) are finished. All steps can be repeated after another crash.
+Before them, what was quarantined (``.unfinished-<id>``) is resumed for the replicas, or removed. After them, removals that a
+crash interrupted (``.removing-<nonce>``) are finished. All steps can be repeated after another crash.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial as bind
 from itertools import islice
 
-from stager.workers.checkpoint.commit.commit import (
-    build_manifest,
-    manifest_of,
-    publish,
-    put_in_place,
-    read_contributions,
-)
+from stager.workers.checkpoint.commit import commit
 from stager.workers.checkpoint.commit.merge import merge
 from stager.workers.checkpoint.commit.persist import discard_unfinished
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory import files, run_directory
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, ManifestHeader, parse_manifest
 from stager.workers.checkpoint.directory.receipt import finished_ranks, receipt_name
-from stager.workers.checkpoint.directory.run_directory import (
-    REPLACED,
-    checkpoint_name,
-    parse_partial,
-    partial_name,
-    partial_names,
-    read_checkpoint,
-    remove_partial,
-    removing_names,
-    unfinished_name,
-    unfinished_saves,
-)
+from stager.workers.checkpoint.directory.run_directory import REPLACED, checkpoint_name, partial_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout
+from stager.workers.checkpoint.maintenance.retention import delete
 from stager.workers.checkpoint.read.verify import check_files
-from stager.workers.checkpoint.write.save_record import from_record, record_name, recorded_ranks
 from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import from_record, record_name, recorded_ranks
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, InconsistentRanksError, StorageError
+
+_RENAME_MISSING = "its manifest was written, only the rename was missing"
 
 
 class RecoverOutcome(Enum):
@@ -86,190 +71,165 @@ def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = F
     Raises:
         StorageError: the directory cannot be listed.
     """
-    unfinished = unfinished_saves(directory)
-    return [
-        *(_resume(directory, save, dry_run, leave_unfinished) for save in unfinished),
-        *(_recover_one(directory, name, dry_run, leave_unfinished) for name in partial_names(directory)),
-        *(_go_on_removing(directory, name, dry_run) for name in removing_names(directory)),
-    ]
+    found: list[RecoveredDirectory] = []
 
-
-def _recover_one(directory: str, name: str, dry_run: bool, leave_unfinished: bool) -> RecoveredDirectory:
-    try:
+    def attempt(name: str, action: Callable[[], tuple[RecoverOutcome, str]]) -> None:
         try:
-            return RecoveredDirectory(name, RecoverOutcome.COMMITTED, _finish(directory, name, dry_run))
-        except (CorruptCheckpointError, CheckpointNotFoundError, InconsistentRanksError) as error:
-            if leave_unfinished and isinstance(error, _UnfinishedError):
-                return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
-            if not dry_run:
-                remove_partial(directory, name)
-            return RecoveredDirectory(name, RecoverOutcome.REMOVED, str(error))
-    except StorageError as error:
-        return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
+            found.append(RecoveredDirectory(name, *action()))
+        except StorageError as error:
+            found.append(RecoveredDirectory(name, RecoverOutcome.LEFT, str(error)))
+
+    # Before the partial directories are listed: a resumed save is one of them, and may be complete.
+    for save in run_directory.unfinished_saves(directory):
+        attempt(unfinished_name(*save), bind(_resume, directory, save, dry_run, leave_unfinished))
+    # In the order of their names, ``.replaced`` comes after its replacement: renamed back only if that was not committed.
+    for name in run_directory.partial_names(directory):
+        attempt(name, bind(_recover_partial, directory, name, dry_run, leave_unfinished))
+    for name in run_directory.removing_names(directory):
+        attempt(name, bind(_go_on_removing, os.path.join(directory, name), dry_run))
+    return found
 
 
-def _resume(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinished: bool) -> RecoveredDirectory:
+def _resume(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinished: bool) -> tuple[RecoverOutcome, str]:
     """Resume a save from quarantine (``persist.quarantine``), or remove it."""
-    name, path = unfinished_name(*save), os.path.join(directory, unfinished_name(*save))
-    try:
-        if not leave_unfinished:
-            if not dry_run:
-                discard_unfinished(directory, *save)
-            return RecoveredDirectory(
-                name, RecoverOutcome.REMOVED, "its save failed because parts of other ranks did not arrive in time"
-            )
+    if not leave_unfinished:
         if not dry_run:
-            with storage_errors("rename", path):
-                os.rename(path, os.path.join(directory, partial_name(*save)))
-    except StorageError as error:
-        return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
-    return RecoveredDirectory(name, RecoverOutcome.LEFT, "parts are missing; replicas may have them")
+            discard_unfinished(directory, *save)
+        return RecoverOutcome.REMOVED, "its save failed because parts of other ranks did not arrive in time"
+    path = os.path.join(directory, unfinished_name(*save))
+    if not dry_run:
+        with storage_errors("rename", path):
+            os.rename(path, os.path.join(directory, partial_name(*save)))
+    return RecoverOutcome.LEFT, "parts are missing; replicas may have them"
 
 
-def _go_on_removing(directory: str, name: str, dry_run: bool) -> RecoveredDirectory:
-    """See NOTE [ How a checkpoint is removed ] in ``removal.py``."""
-    path = os.path.join(directory, name)
+def _go_on_removing(path: str, dry_run: bool) -> tuple[RecoverOutcome, str]:
+    if not dry_run:
+        delete(path)
+    return RecoverOutcome.REMOVED, "its removal had begun, by retention or after its save failed"
+
+
+def _recover_partial(directory: str, name: str, dry_run: bool, leave_unfinished: bool) -> tuple[RecoverOutcome, str]:
     try:
+        return RecoverOutcome.COMMITTED, _finish(directory, name, dry_run)
+    except (CorruptCheckpointError, CheckpointNotFoundError, InconsistentRanksError) as error:
+        # 3. Only a save that is not known to be damaged is worth completing.
+        if leave_unfinished and isinstance(error, _UnfinishedError):
+            return RecoverOutcome.LEFT, str(error)
+        # 3 and 4. The lock is released by now. That is safe, because the caller holds the run's lock.
         if not dry_run:
-            with storage_errors("remove", path):
-                files.remove(path)
-    except StorageError as error:
-        return RecoveredDirectory(name, RecoverOutcome.LEFT, str(error))
-    return RecoveredDirectory(
-        name, RecoverOutcome.REMOVED, "its removal had begun, by retention or after its save failed"
-    )
+            run_directory.remove_partial(directory, name)
+        return RecoverOutcome.REMOVED, str(error)
 
 
 def _finish(directory: str, name: str, dry_run: bool) -> str:
     """Commit a partial directory and return why that was right; raise if it cannot be committed."""
-    partial = os.path.join(directory, name)
-    step, save_id = parse_partial(name)
-    with _locked(partial) as directory_fd:
-        manifest = _read_manifest(partial)
+    step, save_id = run_directory.parse_partial(name)
+    path, final = os.path.join(directory, name), os.path.join(directory, checkpoint_name(step))
+    with ExitStack() as stack:
+        directory_fd = _lock(path, stack)
+        # 1. A manifest first. Once it is written, the commit removes receipts, so their number says nothing any more.
+        data = files.read_if_exists(os.path.join(path, MANIFEST_NAME))
+        manifest = None if data is None else parse_manifest(data, os.path.join(path, MANIFEST_NAME))
         if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
-            return _finish_replacement(directory, partial, step, manifest, directory_fd, dry_run)
+            return _finish_replacement(path, final, step, manifest, directory_fd, dry_run)
         if manifest is not None:
-            spec, full = (
-                _spec_of(directory, manifest),
-                True,
-            )  # a manifest does not say whether the files were synced: hash them
-            reason = "its manifest was written, only the rename was missing"
-        else:
-            spec, layout = _read_record(directory, partial)
-            full = not spec.fsync
-            reason = "every part was written, only the commit was missing"
-        if (spec.step, spec.save_id) != (step, save_id):
-            raise CorruptCheckpointError(
-                partial, f"contains the save {partial_name(spec.step, spec.save_id)}: the directory was renamed"
-            )
-        _check_place(directory, partial, spec)
-        manifest = manifest or _from_receipts(partial, spec, layout, directory_fd, dry_run)
-        # See 2 above; files may also have been damaged since.
-        problems = check_files(partial, manifest, full=full)
-        if problems:
-            raise CorruptCheckpointError(partial, f"damaged: {problems[0]}")
+            _check_place(path, manifest.header, step, save_id)
+            # The manifest does not say whether the save synced its files. If not, a power failure may have spoiled them:
+            # hash them before the rename, after which they would count as committed.
+            _check_files(path, manifest, full=True)
+            if not dry_run:
+                commit.put_in_place(path, final, manifest, directory_fd, fsync=True)
+            return _RENAME_MISSING
+        spec, layout = _read_record(directory, path)
+        # Before the receipts are read: an older save is removed, whether it is complete or not.
+        _check_place(path, spec, step, save_id)
+        manifest = _from_receipts(path, spec, layout, directory_fd, dry_run)
+        # 2. A receipt proves nothing after a power failure if the save did not sync its files: then check every hash.
+        #    Otherwise sizes are enough. Again before the rename.
+        _check_files(path, manifest, full=not spec.fsync)
         if not dry_run:
-            publish(spec, manifest, directory_fd)
-    return reason
-
-
-@contextmanager
-def _locked(partial: str) -> Iterator[int]:
-    """Open the directory and take its lock."""
-    with storage_errors("open", partial):
-        try:
-            directory_fd = files.open_directory(partial, follow=False)
-        except OSError as error:
-            if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise CorruptCheckpointError(partial, "is not a directory") from error
-            raise
-        try:
-            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is in use, and left as it is
-            yield directory_fd
-        finally:
-            os.close(directory_fd)
-
-
-def _read_record(directory: str, partial: str) -> tuple[SaveSpec, Layout]:
-    """Read the save record of any rank: it says how many ranks and parts the save has."""
-    ranks = recorded_ranks(os.listdir(partial))
-    path = os.path.join(partial, record_name(ranks[0] if ranks else 0))
-    data = files.read_if_exists(path)
-    if data is None:
-        raise _UnfinishedError(partial, "was never finished, because it has no save record; it can be removed")
-    return from_record(data, path, directory)
-
-
-def _read_manifest(partial: str) -> Manifest | None:
-    path = os.path.join(partial, MANIFEST_NAME)
-    data = files.read_if_exists(path)
-    return None if data is None else parse_manifest(data, path)
-
-
-def _from_receipts(partial: str, spec: SaveSpec, layout: Layout, directory_fd: int, dry_run: bool) -> Manifest:
-    if dry_run:  # the same checks, without writing the index files
-        contributions = read_contributions(spec, layout, os.listdir(directory_fd))
-        manifest = None if contributions is None else build_manifest(contributions, *merge(contributions, partial), ())
-    else:
-        manifest = manifest_of(spec, layout, directory_fd)
-    if manifest is None:
-        names = os.listdir(directory_fd)
-        if spec.num_ranks > 1:
-            there = finished_ranks(names)
-            missing = list(islice((rank for rank in range(spec.num_ranks) if rank not in there), 9))
-            whose = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-            raise _UnfinishedError(partial, f"was never finished: parts of rank {whose} are missing")
-        parts = [i for i in range(spec.num_parts) if receipt_name(0, i, spec.num_parts) not in names]
-        raise _UnfinishedError(partial, f"was never finished: {len(parts)} of {spec.num_parts} parts are missing")
-    return manifest
+            threads = commit.num_threads(spec.num_ranks)
+            commit.put_in_place(path, final, manifest, directory_fd, spec.fsync, num_threads=threads)
+    return "every part was written, only the commit was missing"
 
 
 def _finish_replacement(
-    directory: str, partial: str, step: int, manifest: Manifest | None, directory_fd: int, dry_run: bool
+    path: str, final: str, step: int, manifest: Manifest | None, directory_fd: int, dry_run: bool
 ) -> str:
     """Put a replaced checkpoint back if its replacement was not committed; or commit one of ``StagerStorageWriter``.
 
     The partial directories of ``StagerStorageWriter`` do not have the save's id in their name, so their files are hashed.
     """
-    final = os.path.join(directory, checkpoint_name(step))
     if os.path.lexists(final):
-        raise CorruptCheckpointError(partial, f"cannot be resumed: {final} took its place")
+        raise CorruptCheckpointError(path, f"cannot be resumed: {final} took its place")
     if manifest is None or manifest.header.step != step:
-        raise CorruptCheckpointError(partial, "has no manifest of its step")
-    if not partial.endswith(REPLACED):
-        problems = check_files(partial, manifest, full=True)
-        if problems:
-            raise CorruptCheckpointError(partial, f"damaged: {problems[0]}")
+        raise CorruptCheckpointError(path, "has no manifest of its step")
+    if not path.endswith(REPLACED):
+        _check_files(path, manifest, full=True)
         if not dry_run:
-            put_in_place(partial, final, manifest, directory_fd, fsync=True)
-        return "its manifest was written, only the rename was missing"
+            commit.put_in_place(path, final, manifest, directory_fd, fsync=True)
+        return _RENAME_MISSING
+    # Nothing is checked here: it was a committed checkpoint, and whoever reads it checks its hashes.
     if not dry_run:
         with storage_errors("commit", final):
-            os.rename(partial, final)
-            files.sync_directory(directory)
+            os.rename(path, final)
+            files.sync_directory(os.path.dirname(final))
     return "its replacement was not committed"
 
 
-def _spec_of(directory: str, manifest: Manifest) -> SaveSpec:
-    header = manifest.header
-    return SaveSpec(
-        directory=directory,
-        step=header.step,
-        save_id=header.save_id,
-        kind=header.kind,
-        num_parts=0,
-        fsync=True,
-        created=header.created,
-        stager=header.stager,
-        torch=header.torch,
-    )
+def _lock(path: str, stack: ExitStack) -> int:
+    """Open the partial directory and take its lock until ``stack`` ends. One that is in use is left as it is."""
+    with storage_errors("open", path):
+        try:
+            return stack.enter_context(commit.locked(path))
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise CorruptCheckpointError(path, "is not a directory") from error
+            raise
 
 
-def _check_place(directory: str, partial: str, spec: SaveSpec) -> None:
-    """Raise if the step has a newer checkpoint: that one stays."""
+def _read_record(directory: str, path: str) -> tuple[SaveSpec, Layout]:
+    """Read the save record of any rank: it says how many ranks and parts the save has."""
+    record = os.path.join(path, record_name(min(recorded_ranks(os.listdir(path)), default=0)))
+    data = files.read_if_exists(record)
+    if data is None:
+        raise _UnfinishedError(path, "was never finished, because it has no save record; it can be removed")
+    return from_record(data, record, directory)
+
+
+def _check_place(path: str, found: SaveSpec | ManifestHeader, step: int, save_id: str) -> None:
+    """Raise if ``path`` contains another save than its name says, or if the step has a newer checkpoint: that one stays."""
+    if (found.step, found.save_id) != (step, save_id):
+        inside = partial_name(found.step, found.save_id)
+        raise CorruptCheckpointError(path, f"contains the save {inside}: the directory was renamed")
     try:
-        info, _ = read_checkpoint(directory, spec.step)
+        info, _ = run_directory.read_checkpoint(os.path.dirname(path), step)
     except (CheckpointNotFoundError, CorruptCheckpointError):
         return
-    if info.created >= spec.created:
-        raise CorruptCheckpointError(partial, f"is older than {info.path}")
+    if info.created >= found.created:
+        raise CorruptCheckpointError(path, f"is older than {info.path}")
+
+
+def _check_files(path: str, manifest: Manifest, *, full: bool) -> None:
+    problems = check_files(path, manifest, full=full)
+    if problems:
+        raise CorruptCheckpointError(path, f"damaged: {problems[0]}")
+
+
+def _from_receipts(path: str, spec: SaveSpec, layout: Layout, directory_fd: int, dry_run: bool) -> Manifest:
+    if dry_run:  # the same checks, without writing the index files
+        contributions = commit.read_contributions(spec, layout, os.listdir(directory_fd))
+        manifest = contributions and commit.build_manifest(contributions, *merge(contributions, path), ())
+    else:
+        manifest = commit.manifest_of(spec, layout, directory_fd)
+    if manifest:
+        return manifest
+    names = os.listdir(directory_fd)
+    if spec.num_ranks == 1:
+        missing = [part for part in range(spec.num_parts) if receipt_name(0, part, spec.num_parts) not in names]
+        raise _UnfinishedError(path, f"was never finished: {len(missing)} of {spec.num_parts} parts are missing")
+    there = finished_ranks(names)
+    ranks = [str(rank) for rank in islice((rank for rank in range(spec.num_ranks) if rank not in there), 9)]
+    whose = ", ".join(ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+    raise _UnfinishedError(path, f"was never finished: parts of rank {whose} are missing")

@@ -1,4 +1,4 @@
-"""Retention: decide which checkpoints stay, and have ``removal.py`` remove the others.
+"""Retention: decide which checkpoints stay, and remove the others.
 
     1. Finish removals that a crash interrupted.
     2. Judge by the rules, without reading any checkpoint: the newest ``keep_latest``, the steps that ``keep_every`` divides,
@@ -13,18 +13,22 @@ Never touched: partial directories, damaged checkpoints that would count, checkp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import Enum
 
-from stager.workers.checkpoint.commit.commit import has_manifest
+from stager.workers.checkpoint.commit.commit import has_manifest, locked
+from stager.workers.checkpoint.directory import files, run_directory
+from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.protected import read_protected
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps, removing_names
-from stager.workers.checkpoint.maintenance.removal import PruneFate, PruneVerdict, delete, exclusive_bytes, remove
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.errors import StorageError
 from stager.workers.faults import point
-
-__all__ = ["PruneFate", "PruneReport", "PruneVerdict", "RetentionRules", "prune"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,35 @@ class RetentionRules:
         return self.keep_latest is None and self.keep_every is None
 
 
+class PruneFate(Enum):
+    """What became of a checkpoint."""
+
+    KEPT = "kept"
+    REMOVED = "removed"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class PruneVerdict:
+    """What became of one checkpoint, or would become of it in a dry run.
+
+    Attributes:
+        fate: KEPT by the rules; REMOVED; or LEFT: no rule keeps it, but it could not be removed, or it is damaged.
+    """
+
+    step: int
+    path: str
+    fate: PruneFate
+    reason: str
+    damaged: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class PruneReport:
     """What :func:`prune` did.
 
     Attributes:
-        verdicts: one per checkpoint, newest first.
+        verdicts: newest first.
         freed_bytes: bytes of removed files that no other checkpoint shares.
         dry_run: nothing was changed; REMOVED means "would be removed".
     """
@@ -84,90 +111,78 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
     """
     point("prune.begin")
     if not dry_run:
-        for name in removing_names(directory):  # a crash interrupted their removal
+        # 1. First: the disk may be full.
+        for name in run_directory.removing_names(directory):
             delete(os.path.join(directory, name))
-    steps = committed_steps(directory)
-    verdicts = _judge(directory, steps, rules, _trusted)
-    if any(
-        verdict.fate is PruneFate.REMOVED for verdict in verdicts.values()
-    ):  # step 3; damage can only let more of them stay
-        verdicts = _judge(directory, steps, rules, _verified)
-    doomed = [step for step in steps if verdicts[step].fate is PruneFate.REMOVED]
+    steps = run_directory.committed_steps(directory)
+    # 2. Names only: a run prunes after each commit, and mostly nothing has to go.
+    verdicts = _judge(directory, steps, rules, verified=False)
+    # 3. Only if needed, because it reads. Damage that it finds can only let more of them stay.
+    if any(verdict.fate is PruneFate.REMOVED for verdict in verdicts.values()):
+        verdicts = _judge(directory, steps, rules, verified=True)
+    doomed = [verdict for verdict in verdicts.values() if verdict.fate is PruneFate.REMOVED]
     point("prune.verified")
     if dry_run or not doomed:
-        freed_bytes = exclusive_bytes(verdicts[step].path for step in doomed)
+        freed_bytes = _exclusive_bytes(verdict.path for verdict in doomed)
     else:
-        outcome, freed_bytes = remove(directory, [verdicts[step] for step in doomed])
-        verdicts.update(outcome)
+        freed_bytes = _remove(directory, doomed, verdicts)
     return PruneReport(tuple(verdicts[step] for step in steps), freed_bytes, dry_run)
 
 
 # -- who goes ---------------------------------------------------------------------------------------------------
 
 
-_Check = Callable[[str, int, RetentionRules, bool], str | None]
-"""(directory, step, rules, whether it is the newest that would count) -> the problem, or None."""
-
-
-def _trusted(directory: str, step: int, rules: RetentionRules, first: bool) -> str | None:
-    return None
-
-
-def _verified(directory: str, step: int, rules: RetentionRules, first: bool) -> str | None:
-    path = os.path.join(directory, checkpoint_name(step))
-    result = verify_checkpoint(path, full=rules.full and first, num_threads=rules.num_threads)
-    if not result.ok:
-        return result.problems[0]
-    return None if result.step == step else f"its manifest is of step {result.step}: the directory was renamed"
-
-
-def _judge(directory: str, steps: list[int], rules: RetentionRules, check: _Check) -> dict[int, PruneVerdict]:
+def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified: bool) -> dict[int, PruneVerdict]:
     """Return the verdict on each step. ``steps`` are newest first."""
-
-    def verdict(step: int, fate: PruneFate, reason: str, *, damaged: bool = False) -> PruneVerdict:
-        return PruneVerdict(step, os.path.join(directory, checkpoint_name(step)), fate, reason, damaged)
-
+    paths = {step: os.path.join(directory, checkpoint_name(step)) for step in steps}
     if rules.keep_all:
-        return {step: verdict(step, PruneFate.KEPT, "there is no rule: all are kept") for step in steps}
-    verdicts: dict[int, PruneVerdict] = {}
+        reason = "there is no rule: all are kept"
+        return {step: PruneVerdict(step, path, PruneFate.KEPT, reason) for step, path in paths.items()}
     wanted = rules.keep_latest or 1
-    latest, damaged = _newest_valid(directory, steps, wanted, rules, check)
+    latest, damaged = _newest_valid(paths, wanted, rules, verified)
     protected = rules.protected | read_protected(directory)
-    youngest = _youngest(directory, steps, wanted)
-    for step in steps:
+    youngest = _youngest(paths, wanted)
+
+    verdicts: dict[int, PruneVerdict] = {}
+    for step, path in paths.items():
+        fate = PruneFate.KEPT
+        # In this order. "damaged" comes before ``keep_every``, so that a damaged checkpoint is reported as such.
         if step in protected:
-            verdicts[step] = verdict(step, PruneFate.KEPT, "protected", damaged=step in damaged)
+            reason = "protected"
         elif step in latest:
-            verdicts[step] = verdict(step, PruneFate.KEPT, f"one of the newest {wanted}")
+            reason = f"one of the newest {wanted}"
         elif step in damaged:
-            verdicts[step] = verdict(step, PruneFate.LEFT, f"damaged: {damaged[step]}", damaged=True)
+            fate, reason = PruneFate.LEFT, f"damaged: {damaged[step]}"
         elif rules.keep_every is not None and step % rules.keep_every == 0:
-            verdicts[step] = verdict(step, PruneFate.KEPT, f"a multiple of {rules.keep_every}")
+            reason = f"a multiple of {rules.keep_every}"
         elif step in youngest:
-            verdicts[step] = verdict(step, PruneFate.KEPT, f"one of the {wanted} that were committed last")
+            reason = f"one of the {wanted} that were committed last"
         elif not latest:
-            verdicts[step] = verdict(step, PruneFate.LEFT, "no valid checkpoint would remain")
-        elif os.path.islink(os.path.join(directory, checkpoint_name(step))):
-            verdicts[step] = verdict(step, PruneFate.LEFT, "it is a symbolic link; remove the link yourself")
-        elif not has_manifest(os.path.join(directory, checkpoint_name(step))):
-            verdicts[step] = verdict(
-                step, PruneFate.LEFT, "it has no manifest: it may not be a checkpoint", damaged=True
-            )
+            fate, reason = PruneFate.LEFT, "no valid checkpoint would remain"
+        elif os.path.islink(path):
+            fate, reason = PruneFate.LEFT, "it is a symbolic link; remove the link yourself"
+        elif not has_manifest(path):
+            fate, reason = PruneFate.LEFT, "it has no manifest: it may not be a checkpoint"
+            damaged[step] = reason
         else:
-            verdicts[step] = verdict(step, PruneFate.REMOVED, "no rule keeps it")
+            fate, reason = PruneFate.REMOVED, "no rule keeps it"
+        verdicts[step] = PruneVerdict(step, path, fate, reason, step in damaged)
     return verdicts
 
 
 def _newest_valid(
-    directory: str, steps: list[int], wanted: int, rules: RetentionRules, check: _Check
+    paths: dict[int, str], wanted: int, rules: RetentionRules, verified: bool
 ) -> tuple[set[int], dict[int, str]]:
-    """Return up to ``wanted`` valid steps, newest first; and the damaged ones among them, with their problems."""
+    """Return up to ``wanted`` valid steps, newest first; and the damaged ones among them, with their problems.
+
+    Unless they are ``verified``, each counts as valid.
+    """
     valid: set[int] = set()
     damaged: dict[int, str] = {}
-    for step in steps:
+    for step, path in paths.items():
         if len(valid) == wanted:
             break
-        problem = check(directory, step, rules, not valid)
+        problem = _problem(step, path, rules.full and not valid, rules.num_threads) if verified else None
         if problem is None:
             valid.add(step)
         else:
@@ -175,17 +190,111 @@ def _newest_valid(
     return valid, damaged
 
 
-def _youngest(directory: str, steps: list[int], count: int) -> set[int]:
+def _problem(step: int, path: str, full: bool, num_threads: int | None) -> str | None:
+    result = verify_checkpoint(path, full=full, num_threads=num_threads)
+    if not result.ok:
+        return result.problems[0]
+    return None if result.step == step else f"its manifest is of step {result.step}: the directory was renamed"
+
+
+def _youngest(paths: dict[int, str], count: int) -> set[int]:
     """Return the steps that were committed last.
 
     After a run went back to an earlier step, they are not the highest: by the step alone, the first save of the new branch
     would be removed at once.
     """
     times = []
-    for step in steps:
-        try:
-            stat = os.lstat(os.path.join(directory, checkpoint_name(step), MANIFEST_NAME))
-        except OSError:
-            continue
-        times.append((stat.st_mtime_ns, step))
+    for step, path in paths.items():
+        with suppress(OSError):
+            times.append((os.lstat(os.path.join(path, MANIFEST_NAME)).st_mtime_ns, step))
     return {step for _, step in sorted(times, reverse=True)[:count]}
+
+
+# -- how it goes ------------------------------------------------------------------------------------------------
+
+
+# NOTE [ How a checkpoint is removed ]
+#     1. Take its directory's lock exclusively, without waiting. Refused: somebody reads it, so it stays.
+#     2. Rename step-N to step-N.removing-<nonce>, and release the lock.
+#     3. When all are renamed, sync the parent directory.
+#     4. Unlink the files, then the directory.
+# A crash before 2 changes nothing. After it, the name is not a checkpoint's, and the next prune or recover goes on with 4.
+# Files that other checkpoints share (incremental saves) only lose a name. Two processes may prune at once: the second one
+# finds that a name is gone.
+
+
+def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, PruneVerdict]) -> int:
+    """Remove checkpoints; put the final verdicts into ``verdicts``. Returns the bytes freed."""
+    renamed: dict[str, PruneVerdict] = {}
+    for verdict in doomed:
+        aside = os.path.join(directory, run_directory.removing_name(verdict.step, secrets.token_hex(8)))
+        verdicts[verdict.step] = _take_name(directory, verdict, aside)
+        if verdicts[verdict.step] is verdict:
+            renamed[aside] = verdict
+    if renamed:
+        # 3. Before any file is unlinked: otherwise a power failure could bring back names without files.
+        with storage_errors("sync", directory):
+            files.sync_directory(directory)
+    point("prune.renamed")
+    freed_bytes = _exclusive_bytes(renamed)
+    for aside, verdict in renamed.items():
+        try:
+            delete(aside)
+        except StorageError as error:
+            reason = f"it was renamed, but not all its files could be removed: {error}"
+            verdicts[verdict.step] = replace(verdict, fate=PruneFate.LEFT, reason=reason)
+    point("prune.removed")
+    return freed_bytes
+
+
+def _take_name(directory: str, verdict: PruneVerdict, aside: str) -> PruneVerdict:
+    """Do steps 1 and 2: rename to ``aside``. Returns ``verdict``, or another one if the checkpoint was not renamed."""
+    path = verdict.path
+    try:
+        with storage_errors("remove", path), locked(path) as directory_fd:
+            # 1. With the lock, look again. A commit may have put another checkpoint here before it was taken.
+            if not is_still(path, directory_fd):
+                return replace(verdict, fate=PruneFate.LEFT, reason="it was replaced just now")
+            # Protecting a step holds the lock, too: from here on nobody can protect it.
+            if verdict.step in read_protected(directory):
+                return replace(verdict, fate=PruneFate.KEPT, reason="protected")
+            os.rename(path, aside)
+            # 2. A commit that replaces it waits for this lock, but only for seconds. This process may have been stopped
+            #    for longer, and then has renamed the new checkpoint. So give the name back.
+            if not is_still(aside, directory_fd):
+                os.rename(aside, path)
+                return replace(verdict, fate=PruneFate.LEFT, reason="it was replaced just now")
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return replace(verdict, reason="somebody else removed it")
+        reason = "it is being read" if isinstance(error.__cause__, BlockingIOError) else str(error)
+        return replace(verdict, fate=PruneFate.LEFT, reason=reason)
+    return verdict
+
+
+def delete(path: str) -> None:
+    """Remove a renamed checkpoint: step 4."""
+    with storage_errors("remove", path):
+        with suppress(FileNotFoundError, NotADirectoryError):  # a link to a directory is removed, not followed
+            directory_fd = files.open_directory(path, follow=False)
+            try:
+                for name in sorted(os.listdir(directory_fd)):
+                    point("prune.removing")
+                    with suppress(FileNotFoundError, IsADirectoryError):
+                        os.unlink(name, dir_fd=directory_fd)
+            finally:
+                os.close(directory_fd)
+        files.remove(path)
+
+
+def _exclusive_bytes(paths: Iterable[str]) -> int:
+    """Return the bytes that removing these directories frees: of files that have no name elsewhere."""
+    num_names: Counter[tuple[int, int]] = Counter()
+    stats: dict[tuple[int, int], os.stat_result] = {}
+    for path in paths:
+        with suppress(OSError):  # somebody removes it at this moment
+            for stat in [entry.stat(follow_symlinks=False) for entry in os.scandir(path)]:
+                identity = stat.st_dev, stat.st_ino
+                num_names[identity] += 1
+                stats[identity] = stat
+    return sum(stat.st_size for identity, stat in stats.items() if num_names[identity] >= stat.st_nlink)

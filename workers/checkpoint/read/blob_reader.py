@@ -1,17 +1,17 @@
-"""Reading a committed checkpoint: bytes in parallel, each segment checked against its hash.
+"""Read a committed checkpoint: bytes in parallel, each segment checked against its hash.
 
-Positioned reads (``preadv``) into memory that the caller owns; nothing is unpickled here.
+The bytes go straight into memory that the caller owns (``preadv``). Nothing is unpickled here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -26,13 +26,13 @@ from stager.workers.memory.pages import bytes_at
 if TYPE_CHECKING:
     import numpy as np
 
-_GROUP_BYTES = 2 << 20  # of small items: one read, and it stays in the cache until it was hashed
-_CHUNK_BYTES = 1 << 20  # of large ones, for the same reason
+_GROUP_BYTES = 2 << 20  # of small items: one read, which stays in the CPU's cache until it is hashed
+_CHUNK_BYTES = 1 << 20  # of large items, for the same reason
 _MANY_ITEMS = 128  # in one group
 
 
 def _new_memory(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Not zeroed, as a bytearray is."""
+    """Return memory that is not zeroed, unlike a bytearray."""
     import numpy as np  # here: the workers, which only write, start without it
 
     return np.empty(nbytes, np.uint8)
@@ -40,130 +40,141 @@ def _new_memory(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
 
 @dataclass(slots=True)  # not frozen, which takes twice as long to make, and there can be 200,000
 class Wanted:
-    """An item to read, and where its raw bytes go: memory, or its address (``None``: nowhere, check them only)."""
+    """An item to read, and where its raw bytes go: memory, or its address. None: nowhere, only check them."""
 
     index: int
     target: memoryview | int | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """One read: whole items that follow each other in a file, or one segment of an item (``number``)."""
-
-    wanted: Sequence[Wanted]
-    number: int | None = None
+_OnError = Callable[[CorruptCheckpointError], None]
 
 
-def _open(path: str) -> int:
-    with storage_errors("open", path):
-        try:
-            return open_regular(path)
-        except FileNotFoundError as error:
-            raise CorruptCheckpointError(path, "is missing") from error
+def _raise(error: CorruptCheckpointError) -> None:
+    raise error
 
 
-class BlobReader:
-    """The data files of one checkpoint, opened once.
+class BlobReader(AbstractContextManager["BlobReader"]):
+    """The data files of one checkpoint, opened once. Checks their sizes.
 
     Args:
         path: the checkpoint's directory.
-        manifest: its manifest.
         num_threads: how many reads run at a time.
         progress: called from the reading threads with the number of bytes just read.
+
+    Raises:
+        CorruptCheckpointError: a file is missing, or has another size.
+        StorageError
     """
 
     def __init__(
-        self, path: str, manifest: Manifest, num_threads: int, progress: Callable[[int], None] | None = None
+        self, path: str, manifest: Manifest, num_threads: int, progress: Callable[[int], None] = lambda nbytes: None
     ) -> None:
         self._path = path
         self._manifest = manifest
         self._num_threads = num_threads
-        self._progress = progress or (lambda nbytes: None)
+        self._progress = progress
         self._ends = manifest.layout.ends()
         self._fds: list[int] = []
         try:
-            for index, spec in enumerate(manifest.layout.files):
-                self._fds.append(_open(self.file_path(index)))
-                self._check_size(index, spec.nbytes)
+            for file, spec in enumerate(manifest.layout.files):
+                self._open(self.file_path(file), spec.nbytes)
         except BaseException:
             self.close()
             raise
 
-    def _check_size(self, file: int, nbytes: int) -> None:
-        with storage_errors("look at", self.file_path(file)):
-            actual = os.fstat(self._fds[file]).st_size
+    def _open(self, path: str, nbytes: int) -> None:
+        with storage_errors("open", path):
+            try:
+                self._fds.append(open_regular(path))
+            except FileNotFoundError as error:
+                raise CorruptCheckpointError(path, "is missing") from error
+            actual = os.fstat(self._fds[-1]).st_size
         if actual != nbytes:
-            raise CorruptCheckpointError(self.file_path(file), f"is {actual} bytes long, should be {nbytes}")
+            raise CorruptCheckpointError(path, f"is {actual} bytes long, should be {nbytes}")
 
     def file_path(self, file: int) -> str:
+        """Return the path of a data file, given its number."""
         return os.path.join(self._path, self._manifest.layout.files[file].name)
 
-    def read(self, wanted: Sequence[Wanted], on_error: Callable[[CorruptCheckpointError], None] | None = None) -> None:
+    def close(self) -> None:
+        """Close the files."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, wanted: Sequence[Wanted], on_error: _OnError = _raise) -> None:
         """Read and check items. Each target must be exactly ``data_nbytes`` long.
 
         Args:
             wanted: in file order for speed.
-            on_error: called for each damaged item; without it the first one is raised.
+            on_error: called for each damaged item, from any thread; without it the first one is raised.
 
         Raises:
             CorruptCheckpointError: a hash does not match, or a file ends early.
             StorageError: a read failed.
         """
-        stretches = self._stretches(wanted)
-        # Many small items are work for Python, of which one thread at a time does any: more would only take turns.
-        shared = [stretch for stretch in stretches if len(stretch.wanted) <= _MANY_ITEMS]
-        if self._num_threads == 1 or len(shared) < 2:
-            for stretch in stretches:
-                self._read_stretch(stretch, on_error)
+
+        def do(reads: list[partial[None]]) -> None:
+            for read in reads:
+                try:
+                    read()
+                except CorruptCheckpointError as error:
+                    on_error(error)
+
+        units = self._reads(wanted, on_error)
+        if self._num_threads == 1 or len(units) < 2:
+            for unit in units:
+                do(unit)
             return
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="stager-read") as executor:
-            futures = [executor.submit(self._read_stretch, stretch, on_error) for stretch in shared]
+            futures = [executor.submit(do, unit) for unit in units]
             try:
-                for stretch in stretches:
-                    if len(stretch.wanted) > _MANY_ITEMS:
-                        self._read_stretch(stretch, on_error)
                 for future in futures:
                     future.result()
             finally:
                 for future in futures:
                     future.cancel()
 
-    def _stretches(self, wanted: Sequence[Wanted]) -> list[_Stretch]:
-        """Neighbours in one file, up to ``_GROUP_BYTES`` together; a large item by its segments, for several threads."""
+    def _reads(self, wanted: Sequence[Wanted], on_error: _OnError) -> list[list[partial[None]]]:
+        """Return lists of reads. One thread does a whole list: a group of items, or one segment of a large item.
+
+        Groups of many small items share one list. They are work for Python, of which one thread at a time does any, so
+        several threads would only take turns.
+        """
+        layout = self._manifest.layout
+        many: list[partial[None]] = []
+        others: list[list[partial[None]]] = []
+        for group in self._groups(wanted):
+            span = self._ends[group[0].index] - layout.items[group[0].index].offset
+            if span > _GROUP_BYTES:
+                numbers = range(num_segments(span, layout.segment_bytes))
+                others += [[partial(self._read_segment, group[0], number)] for number in numbers]
+            elif len(group) > _MANY_ITEMS:
+                many.append(partial(self._read_group, group, on_error))
+            else:
+                others.append([partial(self._read_group, group, on_error)])
+        return [many, *others] if many else others
+
+    def _groups(self, wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
+        """Iterate over groups of neighbours in one file, up to ``_GROUP_BYTES`` together. A larger item is alone."""
         items, ends = self._manifest.layout.items, self._ends
-        stretches: list[_Stretch] = []
         group: list[Wanted] = []
-        nbytes = 0
-        following = (-1, -1)
+        start, following = 0, (-1, -1)
         for want in wanted:
             item, end = items[want.index], ends[want.index]
-            span = end - item.offset
-            if group and ((item.file, item.offset) != following or nbytes + span > _GROUP_BYTES):
-                stretches.append(_Stretch(group))
-                group, nbytes = [], 0
-            if span > _GROUP_BYTES:
-                stretches += self._segments_of(want, span)
-                continue
-            group.append(want)
-            nbytes += span
-            following = (item.file, end)
-        return [*stretches, _Stretch(group)] if group else stretches
+            if (item.file, item.offset) == following and end - start <= _GROUP_BYTES:
+                group.append(want)
+            else:
+                if group:
+                    yield group
+                group, start = [want], item.offset
+            following = item.file, end
+        if group:
+            yield group
 
-    def _segments_of(self, want: Wanted, span: int) -> list[_Stretch]:
-        target = want.target
-        if isinstance(target, int):
-            target = bytes_at(target, self._manifest.layout.items[want.index].data_nbytes)
-        with_memory = [Wanted(want.index, target)]
-        numbers = range(num_segments(span, self._manifest.layout.segment_bytes))
-        return [_Stretch(with_memory, number) for number in numbers]
-
-    def _read_stretch(self, stretch: _Stretch, on_error: Callable[[CorruptCheckpointError], None] | None) -> None:
-        if stretch.number is None:
-            self._read_group(stretch.wanted, on_error)
-        else:
-            self._guarded(partial(self._read_segment, stretch.wanted[0], stretch.number), on_error)
-
-    def _read_group(self, group: Sequence[Wanted], on_error: Callable[[CorruptCheckpointError], None] | None) -> None:
+    def _read_group(self, group: Sequence[Wanted], on_error: _OnError) -> None:
         layout, ends, hashes = self._manifest.layout, self._ends, self._manifest.hashes
         items, step = layout.items, layout.segment_bytes
         digest, copy = xxhash.xxh3_128_hexdigest, ctypes.memmove
@@ -175,12 +186,11 @@ class BlobReader:
             index, target = want.index, want.target
             item = items[index]
             span = buffer[item.offset - start : ends[index] - start]
-            if len(span) > step or digest(span) != hashes[index][0]:  # the first is rare
+            if len(span) > step or digest(span) != hashes[index][0]:  # rare: several segments, or damage
                 try:
-                    self._check_span(index, span)
+                    for number in range(num_segments(len(span), step)):
+                        self._check(index, number, digest(span[number * step : (number + 1) * step]))
                 except CorruptCheckpointError as error:
-                    if on_error is None:
-                        raise
                     on_error(error)
                     continue
             if type(target) is int:
@@ -189,32 +199,17 @@ class BlobReader:
                 target[:] = buffer[item.data_offset - start : item.data_offset - start + item.data_nbytes]
         self._progress(len(buffer))
 
-    @staticmethod
-    def _guarded(read: Callable[[], None], on_error: Callable[[CorruptCheckpointError], None] | None) -> None:
-        try:
-            read()
-        except CorruptCheckpointError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-
-    def _check_span(self, index: int, span: memoryview) -> None:
-        step = self._manifest.layout.segment_bytes
-        for number in range(num_segments(len(span), step)):
-            segment = span[number * step : (number + 1) * step]
-            self._check(index, number, xxhash.xxh3_128_hexdigest(segment))
-
     def _read_segment(self, want: Wanted, number: int) -> None:
-        """One segment of an item, its raw bytes straight into the target."""
-        assert not isinstance(want.target, int)
+        """Read one segment of an item, its raw bytes straight into the target."""
         item, end = self._manifest.layout.items[want.index], self._ends[want.index]
+        target = bytes_at(want.target, item.data_nbytes) if isinstance(want.target, int) else want.target
         step = self._manifest.layout.segment_bytes
         start = item.offset + number * step
         stop = min(start + step, end)
         scratch = _new_memory(min(_CHUNK_BYTES, stop - start)).data
         hasher = xxhash.xxh3_128()
         for low in range(start, stop, _CHUNK_BYTES):
-            for piece in self._pieces(item, low, min(low + _CHUNK_BYTES, stop), want.target, scratch):
+            for piece in self._pieces(item, low, min(low + _CHUNK_BYTES, stop), target, scratch):
                 hasher.update(piece)
         self._check(want.index, number, hasher.hexdigest())
         self._progress(stop - start)
@@ -222,19 +217,14 @@ class BlobReader:
     def _pieces(
         self, item: Item, low: int, high: int, target: memoryview | None, scratch: memoryview
     ) -> list[memoryview]:
-        """Bytes ``low`` to ``high`` of the file: what is raw data into the target, the rest into scratch."""
+        """Read bytes ``low`` to ``high`` of the file: raw bytes into the target, the others into ``scratch``."""
         data_low = min(max(low, item.data_offset), high)
         data_high = max(min(high, item.data_offset + item.data_nbytes), data_low)
-        if target is None:
-            pieces = [scratch[: high - low]]
-        else:
-            base = item.data_offset
-            pieces = [
-                scratch[: data_low - low],
-                target[data_low - base : data_high - base],
-                scratch[data_low - low : data_low - low + high - data_high],
-            ]
-        pieces = [piece for piece in pieces if len(piece)]
+        before, after = data_low - low, high - data_high
+        pieces = [scratch[: high - low]]
+        if target is not None:
+            raw = target[data_low - item.data_offset : data_high - item.data_offset]
+            pieces = [scratch[:before], raw, scratch[before : before + after]]
         self._pread(item.file, pieces, low)
         return pieces
 
@@ -252,26 +242,13 @@ class BlobReader:
                     pending[0] = pending[0][count:]
 
     def _check(self, index: int, number: int, actual: str) -> None:
-        if actual != self._manifest.hashes[index][number]:
-            item = self._manifest.layout.items[index]
-            start = item.offset + number * self._manifest.layout.segment_bytes
-            raise CorruptCheckpointError(
-                self.file_path(item.file),
-                f"the bytes from {start} on are damaged ({self._names(index)}): their xxh3 hash does not match",
-            )
-
-    def _names(self, index: int) -> str:
+        if actual == self._manifest.hashes[index][number]:
+            return
+        item = self._manifest.layout.items[index]
+        start = item.offset + number * self._manifest.layout.segment_bytes
         names = [describe(path) for path, leaf in self._manifest.paths() if leaf == index]
-        return ", ".join(names[:3]) or "what stands around the values"
-
-    def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
-
-    def __enter__(self) -> BlobReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        what = ", ".join(names[:3]) or "what stands around the values"
+        raise CorruptCheckpointError(
+            self.file_path(item.file),
+            f"the bytes from {start} on are damaged ({what}): their xxh3 hash does not match",
+        )

@@ -25,12 +25,8 @@ class VerifyReport:
     """What verification of one checkpoint found.
 
     Attributes:
-        path: the checkpoint's directory.
-        ok: there are no problems.
         problems: one line each, with the file.
         nbytes: size of the files that were checked (hashed, if full).
-        num_items: number of items in the checkpoint.
-        secs: how long it took.
         step: in its manifest; None if the manifest cannot be read.
     """
 
@@ -84,12 +80,13 @@ def check_files(
 ) -> list[str]:
     """Return the problems of the files that the manifest names. Arguments are those of :func:`verify_checkpoint`."""
     problems: list[str] = []
+    progress = progress or (lambda nbytes: None)
     for index_file in manifest.index_files:
         try:
             _check_index_file(os.path.join(path, index_file.name), index_file)
         except (CorruptCheckpointError, StorageError) as error:
             problems.append(str(error))
-        if full and progress is not None:
+        if full:
             progress(index_file.nbytes)
     try:
         with BlobReader(path, manifest, num_threads or default_threads(), progress) as reader:
@@ -115,11 +112,7 @@ def fingerprint(path: str) -> tuple[tuple[str, int, int, int, int], ...]:
 
 
 def extra_files(path: str, manifest: Manifest) -> list[str]:
-    """Return a problem for each file in the directory that does not belong to the checkpoint.
-
-    Raises:
-        StorageError
-    """
+    """Return a problem for each file in the directory that does not belong to the checkpoint."""
     with storage_errors("list", path):
         extra = sorted(set(os.listdir(path)) - manifest.file_names)
     return [f"{os.path.join(path, name)}: does not belong to this checkpoint" for name in extra]

@@ -1,12 +1,12 @@
 """Writing past the page cache (``O_DIRECT``), in whole blocks.
 
-A worker that writes through the page cache copies into pages that the kernel first has to find, and where every core is busy
-the trainer waits for its core meanwhile. Past it, the disk reads the slab by itself where a tensor lies in it as it does in
-the file (``stager.state.placement`` sees to that for large ones); anything else is copied into one of two buffers, which
+A write through the page cache first has to find pages to copy into. On a machine with busy cores, the trainer waits for its
+core meanwhile. Past the cache, the disk reads the slab itself, if a tensor has the same place within a block in the slab and
+in the file (``stager.state.placement`` sees to that for large tensors). Other bytes are copied into one of two buffers: one
 is filled while the other is written. The trainer's data set stays in the cache.
 
-What does not fill a block (where a part begins or ends in the middle of one), and everything after the file system has
-refused, goes through the page cache; the kernel keeps the two ways coherent. ``fsync`` is needed all the same.
+Bytes that do not fill a block (where a part begins or ends inside one) go through the page cache. So does everything after
+the file system has refused a direct write. The kernel keeps the two ways coherent. ``fsync`` is needed in both.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from stager.workers.checkpoint.directory import files
 
-# No disk asks for more than 4 KiB. The kernel drops whole pages from its cache: none may be written both ways.
+# No disk asks for more than 4 KiB. The kernel drops whole pages from its cache, so no page may be written both ways.
 BLOCK_BYTES = max(4096, mmap.PAGESIZE)
 BUFFER_BYTES = 8 << 20
-IN_PLACE_FROM_BYTES = 64 << 10  # below it, one write for many is better
+IN_PLACE_FROM_BYTES = 64 << 10  # one write for many smaller pieces is faster
 _EXT4, _XFS = 0xEF53, 0x58465342  # <linux/magic.h>
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def is_worth_it(directory_fd: int) -> bool:
-    """Whether files there gain by it: on ext4 and XFS. Others copy all the same, or wait for a server each time."""
+    """Return whether files in this directory gain by it: on ext4 and XFS. Others copy anyway, or wait for a server."""
     buffer = (ctypes.c_long * 32)()  # struct statfs begins with f_type
     return _libc.fstatfs(directory_fd, buffer) == 0 and buffer[0] in (_EXT4, _XFS)
 
 
+def _whole_blocks(offset: int, nbytes: int) -> tuple[int, int]:
+    """Return which of ``nbytes`` bytes, which belong at ``offset`` of the file, fill whole blocks: from, to."""
+    return -offset % BLOCK_BYTES, (offset + nbytes) // BLOCK_BYTES * BLOCK_BYTES - offset
+
+
 class _Buffer:
-    """Its bytes from ``start`` to ``end`` are to be written; byte 0 belongs at ``offset`` of the file, a whole block."""
+    """Memory whose bytes from ``start`` to ``end`` must be written. Byte 0 belongs at ``offset``, where a block begins."""
 
     def __init__(self) -> None:
         self.memory = memoryview(mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -44,6 +49,7 @@ class _Buffer:
         self.written: Future[None] | None = None
 
     def begin(self, offset: int) -> None:
+        """Use the buffer for bytes from ``offset`` on, when its last write has ended."""
         written, self.written = self.written, None
         if written is not None:
             written.result()
@@ -52,19 +58,16 @@ class _Buffer:
 
 
 class DirectWriter:
-    """Takes the bytes of a part, most of them in file order.
+    """Takes the bytes of a part, most of them in file order. Every method raises the ``OSError`` of an earlier write, too.
 
     Args:
         open_file: from a file's number to its descriptor.
-        reopen: the same for ``O_DIRECT``; OSError where that is refused.
-        before_write: called with the file and the number of bytes of each write.
-
-    Raises:
-        OSError: from any method; of a write that was begun earlier, too.
+        reopen: the same for ``O_DIRECT``; OSError where the file system refuses it.
+        before_write: called with the number of bytes of each write.
     """
 
     def __init__(
-        self, open_file: Callable[[int], int], reopen: Callable[[int], int], before_write: Callable[[int, int], None]
+        self, open_file: Callable[[int], int], reopen: Callable[[int], int], before_write: Callable[[int], None]
     ) -> None:
         self._open_file = open_file
         self._reopen = reopen
@@ -76,18 +79,18 @@ class DirectWriter:
         self._direct: dict[int, int] = {}  # descriptors; -1: refused
 
     def put(self, file: int, offset: int, piece: bytes | memoryview, *, in_place: bool = False) -> None:
-        """
+        """Take a piece.
+
         Args:
-            in_place: the piece lies within a block of memory where it goes within a block of the file, and stays as it is
-                until :meth:`flush`: its whole blocks are written from there.
+            in_place: the piece has the same place within a block of memory and within a block of the file, and does not
+                change before :meth:`flush`. So its whole blocks are written from where they are.
         """
         if file != self._file or offset != self._end:
             self._submit_buffer()
             self._begin(file, offset)
         data = memoryview(piece)
         self._end = offset + len(data)
-        low = -offset % BLOCK_BYTES
-        high = (offset + len(data)) // BLOCK_BYTES * BLOCK_BYTES - offset
+        low, high = _whole_blocks(offset, len(data))
         if in_place and high - low >= IN_PLACE_FROM_BYTES:
             self._copy(data[:low])
             self._submit_buffer()
@@ -97,12 +100,13 @@ class DirectWriter:
         self._copy(data)
 
     def flush(self) -> None:
-        """Until everything is written."""
+        """Wait until everything is written."""
         self._submit_buffer()
         while self._under_way:
             self._under_way.popleft().result()
 
     def close(self) -> None:
+        """Wait for the writes under way, and free the buffers."""
         self._executor.shutdown()
         for buffer in self._buffers:
             buffer.memory.release()
@@ -132,9 +136,9 @@ class DirectWriter:
 
     def _submit(self, offset: int, data: memoryview) -> Future[None]:
         fd, direct = self._open_file(self._file), self._open_direct(self._file)
-        while len(self._under_way) > 1:  # the disk is kept busy, and an error is not left behind
+        while len(self._under_way) > 1:  # two writes keep the disk busy; an error is raised here, not lost
             self._under_way.popleft().result()
-        self._before_write(self._file, len(data))
+        self._before_write(len(data))
         written = self._executor.submit(self._write, self._file, fd, direct, offset, data)
         self._under_way.append(written)
         return written
@@ -150,8 +154,7 @@ class DirectWriter:
         return self._direct[file]
 
     def _write(self, file: int, fd: int, direct: int, offset: int, data: memoryview) -> None:
-        low = -offset % BLOCK_BYTES
-        high = (offset + len(data)) // BLOCK_BYTES * BLOCK_BYTES - offset
+        low, high = _whole_blocks(offset, len(data))
         if direct < 0 or low >= high:
             files.write_all(fd, [data], offset)
             return
@@ -161,11 +164,11 @@ class DirectWriter:
                 files.write_all(fd, [data[start:end]], offset + start)
 
     def _write_direct(self, file: int, direct: int, offset: int, data: memoryview, low: int, high: int) -> int:
-        """How far it came: to ``high``, unless the file system takes no more in this way."""
+        """Write the whole blocks. Returns where it stopped: at ``high``, unless the file system takes no more this way."""
         try:
             while low < high:
                 written = os.pwrite(direct, data[low:high], offset + low)
-                if written <= 0 or written % BLOCK_BYTES:  # the disk is nearly full, say: the other way will tell
+                if written <= 0 or written % BLOCK_BYTES:  # nearly full, for example; the page cache's way reports it
                     return low + written // BLOCK_BYTES * BLOCK_BYTES
                 low += written
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The hard-link base of an incremental save: an earlier checkpoint, whose unchanged files are linked.
+"""The hard-link base of an incremental save: an earlier checkpoint, whose unchanged files are linked, not written.
 
 NOTE [ What may be linked ]
 A file of the base is linked (``link(2)``: one more name for the same inode) if both hold:
@@ -17,7 +17,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -26,9 +28,11 @@ from stager.workers.checkpoint.directory.envelope import unseal
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, VERSION
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name
-from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, Layout
+from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, Layout, Segment
 from stager.workers.checkpoint.layout.layout_check import check_count
+from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import CorruptCheckpointError
+from stager.workers.faults import point
 
 # No hard links on this file system, too many of them, forbidden, or the base belongs to another user.
 _CANNOT_LINK = (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EINVAL)
@@ -38,65 +42,132 @@ class CannotLinkError(Exception):
     """A file cannot be linked and must be written; the text says why."""
 
 
-class HardLinkBase:
-    """An open checkpoint directory, and what its manifest says of each file.
+@dataclass(slots=True)
+class UnchangedFiles:
+    """The unchanged files of a part, which were linked.
 
-    Made by :meth:`open`. All access is by the directory's descriptor, so removing or replacing its name does no harm.
+    Attributes:
+        linked: indices of the linked files.
+        hashes: hashes of segments that are known already: all of linked files, some of other files.
+        nbytes: size of the linked files.
+        generation: see :class:`stager.workers.checkpoint.directory.manifest.ManifestHeader`.
+        note: why unchanged files were written all the same; "": none were.
     """
 
-    def __init__(self, directory_fd: int, name: str, body: dict[str, Any], manifest_mtime_ns: int) -> None:
-        self.name = name
-        self.generation = check_count(body.get("linked", (0, 0))[1])
-        self._directory_fd = directory_fd
-        self._mtime_ns = manifest_mtime_ns
-        self._segment_bytes = body["segment_bytes"]
-        names = [name for name, _ in body["files"]]
-        self._rows = {
-            names[file]: list(rows) for file, rows in groupby(map(_checked, body["rows"]), lambda row: row[1])
-        }
+    linked: set[int] = field(default_factory=set)
+    hashes: dict[Segment, str] = field(default_factory=dict)
+    nbytes: int = 0
+    generation: int = 0
+    note: str = ""
 
-    @staticmethod
-    def open(directory: str, step: int) -> HardLinkBase:
-        """Open the checkpoint of ``step``.
+    def sync(self, layout: Layout, directory_fd: int, directory: str) -> None:
+        """Sync the linked files: the base may have been written without ``fsync``, and a link needs a durable inode."""
+        for file in self.linked:
+            name = layout.files[file].name
+            with storage_errors("sync", os.path.join(directory, name)):
+                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
 
-        Raises:
-            CannotLinkError: the checkpoint is missing, or its manifest cannot be read.
-            StorageError
-        """
-        name = checkpoint_name(step)
-        path = os.path.join(directory, name)
+
+def whole_files(layout: Layout, segments: Sequence[Segment]) -> dict[int, list[Segment]]:
+    """Return the files that a part has all segments of, and these segments."""
+    groups = groupby(segments, key=lambda segment: layout.items[segment.index].file)
+    by_file = ((file, list(group)) for file, group in groups)
+    return {file: group for file, group in by_file if (group[0].start, group[-1].end) == (0, layout.files[file].nbytes)}
+
+
+def link_unchanged(
+    spec: SaveSpec,
+    layout: Layout,
+    whole: Mapping[int, list[Segment]],
+    hash_all: Callable[[Sequence[Segment]], Iterable[str]],
+    directory_fd: int,
+) -> UnchangedFiles:
+    """Link each file of ``whole`` whose bytes are the same in the hard-link base.
+
+    Args:
+        hash_all: hashes segments of the slab, one after the other.
+    """
+    unchanged = UnchangedFiles()
+    if spec.base_step is None or not whole:
+        return unchanged
+    try:
+        base = _HardLinkBase(spec.directory, spec.base_step)
+    except CannotLinkError as error:
+        unchanged.note = f"not incremental: {error}"
+        return unchanged
+    with closing(base):
+        point("link.begin")
+        if base.generation + 1 >= spec.full_every:
+            unchanged.note = f"written in full, as one of {spec.full_every} saves is (persistence.full_every)"
+            return unchanged
+        for file, segments in whole.items():
+            if base.has(layout, file, segments, hash_all(segments), unchanged.hashes):
+                _link(base, layout, file, directory_fd, unchanged)
+        if unchanged.linked:
+            unchanged.generation = base.generation + 1
+    return unchanged
+
+
+def _link(base: _HardLinkBase, layout: Layout, file: int, directory_fd: int, unchanged: UnchangedFiles) -> None:
+    spec = layout.files[file]
+    with storage_errors("link", os.path.join(base.name, spec.name)):
         try:
-            directory_fd = files.open_directory(path, follow=False)
+            base.link(spec.name, spec.nbytes, directory_fd)
+        except CannotLinkError as error:
+            unchanged.note = unchanged.note or f"written although unchanged: {error}"
+            return
+    unchanged.linked.add(file)
+    unchanged.nbytes += spec.nbytes
+    point("link.linked")
+
+
+class _HardLinkBase:
+    """An open checkpoint directory, and what its manifest says of each file.
+
+    All access is by the directory's descriptor, so removing or replacing its name does no harm.
+
+    Raises:
+        CannotLinkError: the checkpoint of ``step`` is missing, or its manifest cannot be read.
+        StorageError
+    """
+
+    def __init__(self, directory: str, step: int) -> None:
+        self.name = checkpoint_name(step)
+        try:
+            self._directory_fd = files.open_directory(os.path.join(directory, self.name), follow=False)
         except OSError as error:
-            raise CannotLinkError(f"{name} cannot be opened ({error.strerror})") from error
+            raise CannotLinkError(f"{self.name} cannot be opened ({error.strerror})") from error
         try:
-            return _read(directory_fd, name)
+            self._read_manifest()
         except BaseException:
-            os.close(directory_fd)
+            self.close()
             raise
 
     def close(self) -> None:
         """Close the directory."""
         os.close(self._directory_fd)
 
-    def hashes(self, layout: Layout, file: int, indices: range) -> list[str] | None:
-        """Return the hashes of a file's segments, or None if the base has no file of this name with the same items.
+    def has(
+        self, layout: Layout, file: int, segments: list[Segment], hashes: Iterable[str], known: dict[Segment, str]
+    ) -> bool:
+        """Return whether the base has this file, with these hashes. Stops at the first hash that differs.
 
         Args:
-            file: index of the file in ``layout``.
-            indices: of the file's items.
+            segments: all segments of the file.
+            known: receives the hashes up to where it stopped.
         """
-        rows = self._rows.get(layout.files[file].name)
-        if rows is None or self._segment_bytes != layout.segment_bytes or len(rows) != len(indices):
-            return None
-        hashes: list[str] = []
-        for index, (kind, _, *place, shape, stride, of_row) in zip(indices, rows, strict=True):
-            item = layout.items[index]
-            same_place = place == [item.offset, item.nbytes, item.data_offset, item.data_nbytes, item.dtype]
-            if not same_place or (kind, shape, stride) != (item.kind, list(item.shape), list(item.stride)):
-                return None
-            hashes += of_row
-        return hashes
+        expected = self._hashes(layout, file, range(segments[0].index, segments[-1].index + 1))
+        if len(expected) != len(segments):
+            return False
+        for segment, of_base, actual in zip(segments, expected, hashes, strict=True):
+            known[segment] = actual
+            if actual != of_base:
+                return False
+        return True
 
     def link(self, name: str, nbytes: int, target_fd: int) -> None:
         """Link the base's file ``name`` into the directory ``target_fd``, in place of any file of that name.
@@ -109,7 +180,10 @@ class HardLinkBase:
             os.unlink(name, dir_fd=target_fd)
         try:
             found = os.stat(name, dir_fd=self._directory_fd, follow_symlinks=False)
-            self._check(name, nbytes, found)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
+                raise CannotLinkError(f"{self.name}/{name} is damaged")
+            if found.st_mtime_ns > self._mtime_ns:
+                raise CannotLinkError(f"{self.name}/{name} was written to, or copied, after {self.name} was committed")
             os.link(name, name, src_dir_fd=self._directory_fd, dst_dir_fd=target_fd, follow_symlinks=False)
             linked = os.stat(name, dir_fd=target_fd, follow_symlinks=False)
         except FileNotFoundError as error:
@@ -118,34 +192,46 @@ class HardLinkBase:
             if error.errno not in _CANNOT_LINK:
                 raise
             raise CannotLinkError(f"files of {self.name} cannot be linked here ({error.strerror})") from error
-        if not os.path.samestat(found, linked):
+        if not os.path.samestat(found, linked):  # between the check and the link, another file took the name
             os.unlink(name, dir_fd=target_fd)
             raise CannotLinkError(f"{self.name}/{name} was replaced meanwhile")
 
-    def _check(self, name: str, nbytes: int, found: os.stat_result) -> None:
-        if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
-            raise CannotLinkError(f"{self.name}/{name} is damaged")
-        if found.st_mtime_ns > self._mtime_ns:
-            raise CannotLinkError(f"{self.name}/{name} was written to, or copied, after {self.name} was committed")
+    def _hashes(self, layout: Layout, file: int, indices: range) -> list[str]:
+        """Return the hashes of a file's segments; none if the base has no file of this name with the same items."""
+        rows = self._rows.get(layout.files[file].name, [])
+        if self._segment_bytes != layout.segment_bytes or len(rows) != len(indices):
+            return []
+        hashes: list[str] = []
+        for index, (kind, _, *place, shape, stride, of_row) in zip(indices, rows, strict=True):
+            item = layout.items[index]
+            same_place = place == [item.offset, item.nbytes, item.data_offset, item.data_nbytes, item.dtype]
+            if not same_place or (kind, shape, stride) != (item.kind, list(item.shape), list(item.stride)):
+                return []
+            hashes += of_row
+        return hashes
+
+    def _read_manifest(self) -> None:
+        """Read the manifest. Only what is compared is checked; the hashes in it prove the rest."""
+        name, flags = self.name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open(MANIFEST_NAME, flags, dir_fd=self._directory_fd)
+            with storage_errors("read", name), open(fd, "rb") as file:
+                body = unseal(file.read(), os.path.join(name, MANIFEST_NAME))
+                self._mtime_ns = os.fstat(fd).st_mtime_ns
+            if body["version"] != VERSION or body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
+                raise CannotLinkError(f"{name} was written by another version of stager")
+            self.generation = check_count(body.get("linked", (0, 0))[1])
+            self._segment_bytes = body["segment_bytes"]
+            names = [name for name, _ in body["files"]]
+            by_file = groupby(map(_checked, body["rows"]), lambda row: row[1])
+            self._rows = {names[file]: list(rows) for file, rows in by_file}
+        except OSError as error:
+            raise CannotLinkError(f"the manifest of {name} cannot be read ({error.strerror})") from error
+        except (CorruptCheckpointError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise CannotLinkError(f"the manifest of {name} is damaged ({error})") from error
 
 
 def _checked(row: list[Any]) -> list[Any]:
     if len(row) != len(ROW_COLUMNS) + 1 or not isinstance(row[-1], list):
         raise ValueError("a row of items has the wrong columns")
     return row
-
-
-def _read(directory_fd: int, name: str) -> HardLinkBase:
-    """Read the manifest. Only what is compared is checked; the hashes in it prove the rest."""
-    try:
-        fd = os.open(MANIFEST_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory_fd)
-        with storage_errors("read", name), open(fd, "rb") as file:
-            body = unseal(file.read(), os.path.join(name, MANIFEST_NAME))
-            mtime_ns = os.fstat(fd).st_mtime_ns
-        if body["version"] != VERSION or body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
-            raise CannotLinkError(f"{name} was written by another version of stager")
-        return HardLinkBase(directory_fd, name, body, mtime_ns)
-    except OSError as error:
-        raise CannotLinkError(f"the manifest of {name} cannot be read ({error.strerror})") from error
-    except (CorruptCheckpointError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise CannotLinkError(f"the manifest of {name} is damaged ({error})") from error

@@ -17,7 +17,7 @@ class SaveSpec:
 
     Attributes:
         directory: of the run; absolute.
-        step, save_id: which save; ``save_id`` is unique, a nonce.
+        save_id: unique, a nonce.
         kind: the on-disk format.
         num_parts: into how many parts this rank's contribution is partitioned.
         fsync: sync files and directories before each rename.
@@ -46,22 +46,18 @@ class SaveSpec:
 
 
 def check_spec(spec: SaveSpec) -> SaveSpec:
-    """Return ``spec`` if it can be the spec of a save.
-
-    Raises:
-        ValueError, TypeError
-    """
+    """Return ``spec``, which was read from a file, if it can be the spec of a save."""
     check_step(spec.step)
     check_time(spec.created)
     for text in (spec.save_id, spec.kind, spec.stager, spec.torch):
         check_text(text)
+    for count in (spec.num_parts, spec.whole_bytes, spec.full_every, spec.rank, spec.num_ranks):
+        check_count(count)
     if spec.kind not in FORMATS:
         raise ValueError(f"unknown format {spec.kind!r}")
-    if not 1 <= check_count(spec.num_parts) <= _MAX_PARTS or type(spec.fsync) is not bool:
+    if not 1 <= spec.num_parts <= _MAX_PARTS or type(spec.fsync) is not bool:
         raise ValueError(f"num_parts {spec.num_parts} or fsync {spec.fsync} is impossible")
-    check_count(spec.whole_bytes)
-    check_count(spec.full_every)
-    if not 1 <= check_count(spec.num_ranks) <= _MAX_RANKS or check_count(spec.rank) >= spec.num_ranks:
+    if not spec.rank < spec.num_ranks <= _MAX_RANKS:
         raise ValueError(f"rank {spec.rank} of {spec.num_ranks} is impossible")
     if spec.base_step is not None:
         check_step(spec.base_step)

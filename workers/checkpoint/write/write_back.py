@@ -1,9 +1,9 @@
-"""How a worker's bytes reach the disk: early, at a limited rate, and out of the page cache again.
+"""How a worker's bytes reach the disk through the page cache: early, at a limited rate, and out of the cache again.
 
-Without a hint the kernel collects dirty pages and writes most of them in ``fsync``. Started every 16 MiB, writing them runs
-beside hashing and copying the next. 1.5 GiB by two writers, hashes and fsync included, medians of alternating runs (2 cores,
-ext4 on a virtual disk, whose speed varies): 0.54 s instead of 0.72; with O_DIRECT 0.69, for a quarter of the CPU time; with
-posix_fallocate, in another run, 0.97 instead of 0.61.
+Without a hint the kernel collects dirty pages and writes most of them in ``fsync``. With a hint every 16 MiB, the kernel
+writes while the worker hashes and copies the next bytes. 1.5 GiB by two writers, hashes and fsync included, medians of
+alternating runs (2 cores, ext4 on a virtual disk whose speed varies): 0.54 s instead of 0.72. O_DIRECT takes 0.69 s and a
+quarter of the CPU time. posix_fallocate, in another run, took 0.97 s instead of 0.61.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from stager.workers.checkpoint.directory import files
+
+WRITE_BYTES = 4 << 20  # a piece of this size stays in the CPU's cache between hashing and writing
 _START_BYTES = 16 << 20
-_SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>: start, wait for nothing
-_libc = ctypes.CDLL(None, use_errno=True)
-_sync_file_range: Any = getattr(_libc, "sync_file_range", None)  # glibc and musl have it
+_SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>: start writing, wait for nothing
+_sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)  # glibc and musl have it
 
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """Attributes:
-    drop_page_cache: take what was synced out of the page cache.
-    max_bytes_per_sec: of one worker; None: no limit.
-    direct_io: write past the page cache (:mod:`stager.workers.checkpoint.write.direct_io`); None: where it is worth it.
+    """The settings of how bytes are written.
+
+    Attributes:
+        drop_page_cache: after the sync, take the written pages out of the page cache.
+        max_bytes_per_sec: the limit of one worker; None: no limit.
+        direct_io: write past the page cache (``direct_io.py``); None: only on file systems that gain by it.
     """
 
     drop_page_cache: bool = False
@@ -38,24 +42,25 @@ PLAIN = Writing()
 
 
 def start_write_back(fd: int, offset: int, nbytes: int) -> None:
-    """Let the kernel begin to write dirty pages. A hint: where it is not taken, or fails, ``fsync`` does it and says so."""
+    """Tell the kernel to start writing dirty pages. A failure does no harm: ``fsync`` writes them, and reports errors."""
     if _sync_file_range is not None:
         _sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def drop_cached(fd: int) -> None:
-    """Take a file's pages, synced before, out of the page cache: what the trainer reads stays there instead."""
+    """Take the pages of a synced file out of the page cache. What the trainer reads stays there instead."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class WriteBack:
-    """Starts the write-back of what is written to one file, whenever enough has gathered in one stretch."""
+    """Starts the write-back of one file whenever ``_START_BYTES`` have been written in one stretch."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._start = self._end = 0
 
     def wrote(self, offset: int, nbytes: int) -> None:
+        """Note that ``nbytes`` bytes at ``offset`` are in the page cache now."""
         if offset != self._end:
             self._start = offset
         self._end = offset + nbytes
@@ -64,12 +69,50 @@ class WriteBack:
             self._start = self._end
 
 
-class Pace:
-    """A limit of bytes per second: over any time no more than its share and one write.
+class CachedWriter:
+    """Writes through the page cache. Joins pieces that follow each other in a file into one ``pwritev``.
 
     Args:
-        bytes_per_sec: None: no limit.
+        open_file: from a file's number to its descriptor.
+        before_write: called with the number of bytes of each write.
+        early: start the write-back early. Without an ``fsync`` to come, that is left to the kernel.
     """
+
+    def __init__(self, open_file: Callable[[int], int], before_write: Callable[[int], None], *, early: bool) -> None:
+        self._open_file = open_file
+        self._before_write = before_write
+        self._early = early
+        self._pieces: list[bytes | memoryview] = []
+        self._nbytes = 0
+        self._file, self._offset = -1, 0  # where the pieces begin
+        self._write_back: dict[int, WriteBack] = {}
+
+    def put(self, file: int, offset: int, piece: bytes | memoryview, *, in_place: bool = False) -> None:
+        """Take a piece, which must not change before :meth:`flush`. ``in_place`` is for ``DirectWriter`` only."""
+        full = self._nbytes + len(piece) > WRITE_BYTES or len(self._pieces) >= files.IOV_MAX
+        if full or file != self._file or offset != self._offset + self._nbytes:
+            self.flush()
+            self._file, self._offset = file, offset
+        self._pieces.append(piece)
+        self._nbytes += len(piece)
+
+    def flush(self) -> None:
+        """Write what was taken."""
+        if not self._pieces:
+            return
+        self._before_write(self._nbytes)
+        fd = self._open_file(self._file)
+        files.write_all(fd, self._pieces, self._offset)
+        if self._early:
+            self._write_back.setdefault(self._file, WriteBack(fd)).wrote(self._offset, self._nbytes)
+        self._pieces, self._nbytes, self._file = [], 0, -1
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release, unlike in a ``DirectWriter``."""
+
+
+class Pace:
+    """A limit of bytes per second, which any stretch of time exceeds by at most one write; or None: no limit."""
 
     def __init__(
         self,
@@ -84,8 +127,7 @@ class Pace:
 
     def wrote(self, nbytes: int) -> None:
         """Sleep until the next bytes may be written."""
-        if self._bytes_per_sec is None:
-            return
-        now = self._clock()
-        self._free_at = max(now, self._free_at) + nbytes / self._bytes_per_sec
-        self._sleep(self._free_at - now)
+        if self._bytes_per_sec is not None:
+            now = self._clock()
+            self._free_at = max(now, self._free_at) + nbytes / self._bytes_per_sec
+            self._sleep(self._free_at - now)

@@ -1,22 +1,31 @@
-"""The write task: what a worker is sent. It fits a message, and lets workers finish a save without the trainer.
+"""The write task: what a worker is sent. It fits a message, and with it workers finish a save without the trainer.
 
 slab:  | tensor bytes ... | plan JSON, newline, templates | object bytes ... | objects JSON |
+
+Its save record is a file in the partial directory, which says what the rank contributes to the checkpoint. After a crash, a
+commit needs save records and receipts, and nothing else. The key "facts" is version 0.1's name of the save spec.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
+from stager.workers.checkpoint.directory.envelope import seal_json, unseal
 from stager.workers.checkpoint.layout.layout import Item, Layout
+from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.save_spec import SaveSpec, check_spec
 from stager.workers.checkpoint.write.write_back import PLAIN, Writing
+from stager.workers.errors import CorruptCheckpointError
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import Memory
 
 _CACHED_PLANS = 2  # for states that are saved in turn; a plan takes about 1 KiB per tensor
+_RECORD = re.compile(r"save-([0-9]{1,9})\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +41,11 @@ class WriteTask:
     """A save, as workers write it.
 
     Attributes:
-        spec: which save this is.
         slab: the memory of the snapshot, or of one piece of it.
         plan, plan_id: where the layout plan lies, and its hash (equal plans are parsed once).
         objects: where the objects document lies.
         live_slabs: the slabs that the trainer still uses; workers unmap the others.
         base: the offset in the whole snapshot of the slab's first byte; 0 unless the slab has a later piece.
-        writing: how the bytes get to the disk.
     """
 
     spec: SaveSpec
@@ -69,3 +76,39 @@ def read_layout(task: WriteTask) -> Layout:
 def read_extent(task: WriteTask, extent: Extent) -> bytes:
     """Return the bytes of an extent of the task's slab."""
     return bytes(task.slab.view[extent.offset : extent.offset + extent.nbytes])
+
+
+def record_name(rank: int) -> str:
+    """Return the name of a rank's save record."""
+    return f"save-{rank}.json"
+
+
+def recorded_ranks(names: Iterable[str]) -> list[int]:
+    """Return the ranks whose save record is among ``names``, the files of a partial directory."""
+    return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
+
+
+def to_record(task: WriteTask) -> bytes:
+    """Serialise a task without its memory, sealed."""
+    spec = asdict(task.spec)
+    del spec["directory"]  # it may be mounted elsewhere by then
+    head = json.dumps(spec, separators=(",", ":")).encode()
+    plan, _, _ = read_extent(task, task.plan).partition(b"\n")
+    return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(task, task.objects)))
+
+
+def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layout]:
+    """Parse what :func:`to_record` wrote.
+
+    Raises:
+        CorruptCheckpointError: ``path`` is not such a record.
+    """
+    body = unseal(data, path)
+    try:
+        spec = check_spec(SaveSpec(directory=directory, **body["facts"]))
+        objects = [Item.from_row(row[:-1]) for row in body["objects"]]
+        layout = LayoutPlan.from_body(body["plan"]).with_objects(objects)
+        check_layout(layout, of_one_rank=spec.num_ranks > 1)
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"is not a valid save record: {error!r}") from error
+    return spec, layout

@@ -1,6 +1,6 @@
 """The reference page of the configuration, made from the models.
 
-python -m stager.config.reference > docs/configuration.md
+python -m tests.house.reference > docs/configuration.md
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stager.config.models import StagerConfig
 _INTRODUCTION = """\
 # Configuration
 
-<!-- Made by `python -m stager.config.reference`; a test compares. -->
+<!-- Made by `python -m tests.house.reference`; a test compares. -->
 
 `Checkpointer(directory, config)` takes the path of a YAML file, a mapping, a `StagerConfig`, or None for the defaults.
 `configs/default.yaml` has every key with its default. Later wins:

@@ -6,10 +6,11 @@ Precedence, lowest first: defaults of the models < file or mapping < ``STAGER_<S
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Generic
 
 from pydantic import BaseModel, ValidationError
+from typing_extensions import TypeVar
 
 from stager.config import layers, problems
 from stager.config.layers import KeyPath, Layer
@@ -22,21 +23,7 @@ COMMAND_SECTIONS = frozenset({"demo", "stress"})
 """Sections that belong to one command. A file may be written for a command and read by a ``Checkpointer`` as well, so
 whoever does not know these sections passes over them; the command's own model checks them."""
 
-_M = TypeVar("_M", bound=StagerConfig)
-
-
-@overload
-def load_config(
-    config: ConfigSource = None, overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
-) -> StagerConfig: ...
-@overload
-def load_config(
-    config: ConfigSource = None,
-    overrides: Sequence[str] = (),
-    environ: Mapping[str, str] | None = None,
-    *,
-    model: type[_M],
-) -> _M: ...
+_M = TypeVar("_M", bound=StagerConfig, default=StagerConfig)
 
 
 def load_config(
@@ -44,9 +31,9 @@ def load_config(
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     *,
-    model: type[StagerConfig] = StagerConfig,
-) -> StagerConfig:
-    """The configuration to run with.
+    model: type[_M] = StagerConfig,  # type: ignore[assignment]  # the default of _M
+) -> _M:
+    """Return the configuration to run with.
 
     Args:
         config: path of a YAML file; a mapping of sections; None for the defaults; or a model, which has been through
@@ -63,7 +50,7 @@ def load_config(
         if isinstance(config, model) and not overrides:
             return config
         model = type(config) if isinstance(config, model) else model
-        sources = [layers.mapping_layer(config.model_dump())]
+        sources = [Layer("mapping", config.model_dump())]
     else:
         sources = [*_base_layers(config), *layers.environment_layers(os.environ if environ is None else environ)]
     merged = _Merged(model)
@@ -77,25 +64,24 @@ def load_config(
 def _base_layers(config: object) -> list[Layer]:
     if config is None:
         return []
-    path = layers.as_path(config)
-    if path is not None:
-        return [layers.file_layer(path)]
+    if isinstance(config, str | os.PathLike):
+        return [layers.file_layer(os.fsdecode(config))]
     if isinstance(config, Mapping):
-        return [layers.mapping_layer(config)]
+        return [Layer("mapping", config)]
     raise ConfigError(f"config: expected a path, a mapping, a StagerConfig or None, got {problems.shown(config)}")
 
 
-class _Merged:
+class _Merged(Generic[_M]):
     """Layers put on top of each other, each value with the layer it came from."""
 
-    def __init__(self, model: type[StagerConfig]) -> None:
+    def __init__(self, model: type[_M]) -> None:
         self._model = model
         self._values: dict[str, Any] = {}
         self._owners: dict[KeyPath, Layer] = {}
         self._problems: list[str] = []
 
     def add(self, layer: Layer, passed_over: Collection[str] = ()) -> None:
-        """Put ``layer`` on top. What it holds that does not exist is noted for :meth:`validate`."""
+        """Put ``layer`` on top. Unknown sections and keys are noted for :meth:`validate`."""
         fields = self._model.model_fields
         for name, body in layer.values.items():
             if name in fields:
@@ -112,7 +98,9 @@ class _Merged:
         elif isinstance(body, Mapping):
             self._add_keys(layer, section, body, keys.model_fields)
         elif body is not None:  # a section whose keys are all commented out is null
-            self._note(layer, (section,), problems.section_not_mapping(section, body))
+            self._note(
+                layer, (section,), f"{section}: got {problems.shown(body)}; a section is a mapping of keys to values"
+            )
 
     def _add_keys(self, layer: Layer, section: str, body: Mapping[Any, Any], known: Collection[str]) -> None:
         values = self._values.setdefault(section, {})
@@ -122,34 +110,24 @@ class _Merged:
             else:
                 self._note(layer, (section, str(key)), problems.unknown_key(section, key, self._model))
 
-    def validate(self) -> StagerConfig:
-        """The checked configuration.
-
-        Raises:
-            ConfigError: with every problem found in any layer.
-        """
-        config = None
+    def validate(self) -> _M:
+        """Return the checked configuration; ConfigError lists every problem found in any layer."""
         try:
             config = self._model.model_validate(self._values)
         except ValidationError as error:
-            self._note_all(error.errors(include_url=False))
-        if config is None or self._problems:
+            first: dict[KeyPath, Any] = {}  # a union reports one error for each of its choices
+            for one in error.errors(include_url=False):
+                first.setdefault(tuple(map(str, one["loc"][:2])), one)
+            for path, one in first.items():
+                self._note_error(path, one)
+        if self._problems:
             raise ConfigError("\n".join(self._problems))
         return config
 
     def _note(self, layer: Layer, path: KeyPath, message: str) -> None:
         self._problems.append(f"{layer.where(path)}: {message}")
 
-    def _note_all(self, errors: Iterable[Any]) -> None:
-        """One problem for each key: a union reports one error for each of its choices."""
-        noted: set[KeyPath] = set()
-        for error in errors:
-            path = tuple(str(part) for part in error["loc"][:2])
-            if path not in noted:
-                noted.add(path)
-                self._note_one(path, error)
-
-    def _note_one(self, path: KeyPath, error: Any) -> None:
+    def _note_error(self, path: KeyPath, error: Any) -> None:
         owner = self._owners.get(path)
         reason = error["msg"].removeprefix("Value error, ") if error["type"] == "value_error" else ""
         if owner is None:  # a rule between the keys of a section, not one value
