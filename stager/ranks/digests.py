@@ -56,7 +56,12 @@ def digests_of(values: Mapping[str, Any]) -> LeafDigests:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     """Some elements of a tensor, as bytes on its device; None if it cannot be compared."""
-    if 0 in tensor.shape or hasattr(tensor, "global_shape") or hasattr(tensor, "__tensor_flatten__"):
+    if (
+        tensor.is_nested
+        or 0 in tensor.shape
+        or hasattr(tensor, "global_shape")
+        or hasattr(tensor, "__tensor_flatten__")
+    ):
         return None  # a sharded tensor among the plain ones has no elements
     if not is_stored_raw(tensor) or tensor.is_meta or problem_of(tensor) is not None:
         return None

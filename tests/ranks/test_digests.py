@@ -55,12 +55,18 @@ def test_one_column_that_differs_is_seen() -> None:
         assert _digest(value) != _digest(other)
 
 
+@pytest.mark.filterwarnings("ignore:.*prototype stage", "ignore:.*quantize_per_tensor", "ignore:.*deprecated")
 def test_what_has_no_values_in_memory_is_not_read() -> None:
     freed = torch.ones(100)
     freed.untyped_storage().resize_(0)
     shrunk = torch.ones(100_000)
     shrunk.untyped_storage().resize_(4096)
     for value in (freed, shrunk, torch.empty(3, device="meta"), torch.empty(0), torch.eye(3).to_sparse(), object()):
+        assert _digest(value) is None
+    for value in (
+        torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    ):
         assert _digest(value) is None
 
 
