@@ -179,6 +179,9 @@ class RanksConfig(Section):
 
     together: Switch = setting("auto", "One checkpoint of all ranks; auto: if torch.distributed is initialized.")
     timeout_secs: Seconds = setting(600.0, "Seconds that a rank waits for the others before a save fails.")
+    differing: Literal["error", "warn"] = setting(
+        "error", "Tensors that are not sharded and differ between ranks: fail the save, or warn."
+    )
 
 
 class ReplicationConfig(Section):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stager.state.shards import is_sharded
+from stager.state.shards import is_sharded, problem_of_shard, shape_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Path, describe
@@ -25,6 +25,7 @@ def fits(item: Item, tensor: torch.Tensor) -> bool:
         and tensor.is_contiguous()
         and tensor.shape == item.shape
         and tensor.dtype is dtype_of(item.dtype)
+        and not hasattr(tensor, "global_shape")
         and _is_all_there(tensor)
     )
 
@@ -42,20 +43,22 @@ def obstacle(tensor: torch.Tensor) -> str | None:
     """Why a tensor cannot be loaded into, whatever the item is; None if it can."""
     if tensor.is_meta:
         return "is on the meta device, which has no memory to load into; materialize it first (Module.to_empty)"
+    if is_sharded(tensor):
+        return problem_of_shard(tensor)
     plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
-    if not (plain and tensor.is_contiguous() and _is_all_there(tensor)) and not is_sharded(tensor):
+    if not (plain and tensor.is_contiguous() and _is_all_there(tensor)):
         if (problem := problem_of(tensor)) is not None:
             return f"{problem.partition(';')[0]}; materialize the target before you load into it"
-    if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
+    if hasattr(tensor, "__tensor_flatten__"):
         return f"is a {type(tensor).__name__}, which stager cannot load into; load into its local or full tensor"
-    if tensor.layout is torch.strided and not is_sharded(tensor) and torch._debug_has_internal_overlap(tensor) == 1:
+    if tensor.layout is torch.strided and torch._debug_has_internal_overlap(tensor) == 1:
         return "is expanded, so several of its elements share memory; load into the tensor that it was expanded from"
     return None
 
 
 def difference(item: Item, tensor: torch.Tensor) -> str | None:
     """How an item differs from a tensor of the target; None if it fits."""
-    if item.shape != tuple(tensor.shape):
+    if item.shape != shape_of(tensor):
         return shape_problem(item, tensor)
     if dtype_of(item.dtype) != tensor.dtype:
         return _dtype_problem(item.dtype, tensor)
@@ -82,7 +85,7 @@ def object_difference(loaded: Any, tensor: torch.Tensor, path: Path) -> str | No
 
 def shape_problem(item: Item, tensor: torch.Tensor) -> str:
     """The message for an item of another shape than the tensor's."""
-    return f"has shape {list(tensor.shape)} in the target and {list(item.shape)} in the checkpoint"
+    return f"has shape {list(shape_of(tensor))} in the target and {list(item.shape)} in the checkpoint"
 
 
 def _dtype_problem(dtype: str, tensor: torch.Tensor) -> str:

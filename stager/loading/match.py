@@ -65,13 +65,24 @@ def match(
     matcher = _Matcher(manifest, strict, selection, rank)
     structure = manifest.layout.structure if selection is None else selection.of(manifest.layout.structure, path)
     names, nodes = names_and_children(structure, target)
-    for key, name in names.items():
+    for key, name in in_one_order(names):
         if name in nodes:
             matcher.entry(nodes[name], target, key, (key,))
         else:
             matcher.missing(target[key], (key,))
     matcher.plan.refuse_mismatches(path, strict)
     return matcher.plan
+
+
+def in_one_order(names: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Order the entries of a target, (key, its name in the checkpoint), for the calls of ``load_state_dict()``.
+
+    Among several ranks by name, as ``dcp.load`` does: a ``load_state_dict()`` or ``state_dict()`` that runs a collective (of
+    FSDP) would wait for ever for ranks that are at another entry, because their mapping has another order.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return sorted(names.items(), key=lambda entry: str(entry[1]))
+    return list(names.items())
 
 
 class _Matcher:
@@ -140,7 +151,7 @@ class _Matcher:
 
     def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path) -> None:
         names, nodes = names_and_children(node, value)
-        for key, name in names.items():
+        for key, name in in_one_order(names):
             if name in nodes:
                 self.entry(nodes[name], value, key, (*path, key))
             else:

@@ -13,7 +13,8 @@ import torch
 from stager.loading.difference import difference, obstacle, shape_problem
 from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, state_of, tensors_of
 from stager.loading.restore_plan import RestorePlan, Values
-from stager.state.shards import is_sharded
+from stager.state.dtensors import is_dtensor
+from stager.state.shards import is_sharded, shape_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
@@ -45,13 +46,13 @@ def match_module(
             missing(value, (*path, name))
     plan.unexpected += [describe((*path, key)) for key in nodes if key not in state]
     for key, child in nodes.items():
-        tensor = state.get(key)  # any key of the checkpoint; the module has str only
+        tensor = state.get(key)
         if type(child) is not int or items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
             continue
         item = items[child]
         if torch.nn.parameter.is_lazy(tensor):  # it has no shape until it is loaded
             continue
-        if item.shape != tuple(tensor.shape):
+        if item.shape != shape_of(tensor):
             plan.add_problem((*path, key), shape_problem(item, tensor))
         elif (problem := obstacle(tensor)) is not None:
             plan.add_problem((*path, key), problem)
@@ -111,6 +112,6 @@ def _new_sharded(parameters: list[torch.Tensor], path: Path, item: Item) -> torc
     if len(path) != 3 or path[0] != "state" or type(path[1]) is not int or not 0 <= path[1] < len(parameters):
         return None
     parameter = parameters[path[1]].detach()
-    if item.kind != "tensor" or not is_sharded(parameter) or tuple(parameter.shape) != item.shape:
+    if item.kind != "tensor" or not is_dtensor(parameter) or tuple(parameter.shape) != item.shape:
         return None
     return torch.empty_like(parameter, dtype=dtype_of(item.dtype))

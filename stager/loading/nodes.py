@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stager.state.shards import state_dict_of
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, key_names
 from stager.workers.checkpoint.layout.tensor_node import is_tensor_node
 from stager.workers.errors import UnloadableError
@@ -49,7 +50,7 @@ def state_of(value: Any, path: Path) -> Any:
         UnloadableError: it raised.
     """
     try:
-        return value.state_dict()
+        return state_dict_of(value) if isinstance(value, torch.nn.Module) else value.state_dict()
     except Exception as error:
         raise UnloadableError(
             describe(path),

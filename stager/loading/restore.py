@@ -144,7 +144,7 @@ class Restorer:
             with self._telling_overwritten():
                 self._fill(reader, tensors)
                 if sharded:
-                    fill_sharded(self._path, self._stored, reader, plan.sharded)
+                    fill_sharded(self._path, self._stored, self._chunks, reader, plan.sharded)
         self.has_read_all = check_unwanted or (not self._chunks and not sharded and stored <= set(wanted))
         copy_to_targets(tensors, plan.targets)
         return {**values, **tensors, **sharded, **own}

@@ -13,7 +13,7 @@ import torch
 
 from stager.loading.sharded import Sharded
 from stager.state.shards import is_sharded
-from stager.workers.checkpoint.layout.structure import Node, Path, describe, fqn, walk
+from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
 from stager.workers.errors import StateMismatchError, UnloadableError
 
 _SHOWN_PROBLEMS = 20
@@ -44,7 +44,7 @@ class RestorePlan:
     Attributes:
         wanted: items that have to be read.
         targets: (item, tensor that receives it), in the order of the walk. Where targets share memory, the last one wins.
-        sharded: DTensors; each rank fills its own shard.
+        sharded: tensors that lie on several ranks; each rank fills its own boxes.
         checks: run once objects are unpickled and before tensors are read. Each returns a problem, or None.
         steps: done in order once everything is read.
         missing: keys of the target that the checkpoint does not have.
@@ -71,7 +71,7 @@ class RestorePlan:
     def read_into(self, index: int, tensor: torch.Tensor, path: Path) -> None:
         """Read an item into ``tensor``, which it fits."""
         if is_sharded(tensor):
-            self.sharded.append(Sharded(index, fqn(path), tensor))
+            self.sharded.append(Sharded(index, describe(path), tensor))
         else:
             self.targets.append((index, tensor))
 

@@ -3,12 +3,14 @@
 The ranks agree when the structure of the state is new, and keep the result until it changes again. However many ranks there
 are, each sends and reads a handful of short messages:
 
-1. Each rank counts itself at the digest of each of its *spreads*: the DTensors of one mesh and placements. Ranks whose
-   spreads have the same names, places and shapes hold the same bytes. The count is the rank's number among them.
-2. Each rank counts itself at the digest of its *plain* leaves, which are no DTensors: its *kind*. The first rank of a kind
-   contributes the list (``KindOfRank``). The first rank that has certain values contributes their digests (``LeafDigests``).
+1. Each rank counts itself at the digest of each of its *spreads*: sharded tensors that lie on the same ranks. Ranks whose
+   spreads have the same names, boxes and shapes hold the same bytes. The count is the rank's number among them.
+2. Each rank counts itself at the digest of its *plain* leaves, which are not sharded: its *kind*. The first rank of a kind
+   contributes the list (``KindOfRank``). The first ranks of a kind that have certain values contribute their digests
+   (``LeafDigests``): two that differ are enough to know, and so a few are kept of each kind.
 3. All come to a barrier. Only now are the counts final, and the lists complete.
-4. Rank 0 warns about values that differ.
+4. If not all ranks have the same values, rank 0 compares the digests and says which tensors differ (``ValuesCompared``).
+   That is an error on every rank: only one rank's values would be stored, and the other ranks would get them.
 5. One kind: every rank holds every plain leaf, and knows that. Several kinds (stages of a pipeline): rank 0 gathers the
    lists, and answers each kind (``WhoHolds``).
 
@@ -19,18 +21,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 from stager.ranks import keys
-from stager.ranks.messages import HolderRange, KindOfRank, LeafDigests, LeafEntry, WhoHolds, encode
-from stager.ranks.rank_group import RankGroup
+from stager.ranks.messages import HolderRange, KindOfRank, LeafDigests, LeafEntry, ValuesCompared, WhoHolds, encode
+from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.workers.errors import InconsistentRanksError
 
 logger = logging.getLogger("stager")
 
-COMPARED_VALUES = 8  # of so many different sets of values, rank 0 reads the digests
+COMPARED_VALUES = 8  # of so many different sets of values of a kind, rank 0 reads the digests
 _SHOWN_NAMES = 8
+_PROBLEM = (
+    "these tensors have the same name and shape on several ranks, and other values: {}. Only one rank's would be stored, "
+    "and every rank would get them. FSDP1: save FSDP.state_dict() and FSDP.optim_state_dict(model, optimizer), not the "
+    "plain optimizer. A value of which each rank has its own: put it into stager.PerRank(...). If one rank's values are "
+    "good for all: ranks.differing: warn"
+)
 _WHY = (
     "the structure of the state is new, and the ranks have to agree on who writes what; if it changed on some ranks only, "
     "what differs from rank to rank belongs into stager.PerRank(...)"
@@ -62,30 +71,37 @@ class Settlement:
 
 
 class Agreement:
-    """Agrees with the other ranks on who holds what. Every rank calls :meth:`settle` when its structure is new."""
+    """Agrees with the other ranks on who holds what. Every rank calls :meth:`settle` when its structure is new.
 
-    def __init__(self, group: RankGroup) -> None:
+    Args:
+        group: the ranks that make one checkpoint together.
+        differing: what tensors are that are not sharded and not the same on all ranks: "error" or "warn"
+            (``ranks.differing`` of the configuration; that of rank 0 counts).
+    """
+
+    def __init__(self, group: RankGroup, differing: str = "error") -> None:
         self._group = group
+        self._is_error = differing == "error"
 
     def settle(
         self,
         save_id: str,
         plain: Sequence[LeafEntry],
         spreads: Sequence[Sequence[LeafEntry]],
-        digests: Callable[[], Mapping[str, str]] = dict,
+        digests: Callable[[], LeafDigests] = lambda: LeafDigests(0, {}, {}),
         outline: str = "",
     ) -> Settlement:
         """Agree. Follows the steps at the head of this file.
 
         Args:
-            plain: what is no DTensor; sorted by name.
-            spreads: DTensors, by their spread; each sorted by name.
-            digests: of some of the values that should be the same on all ranks, by name. Rank 0 warns where they differ.
+            plain: what is not sharded; sorted by name.
+            spreads: the boxes of sharded tensors, by their spread; each sorted by name.
+            digests: makes the digests of the values that should be the same on all ranks, whatever rank they name.
             outline: see :func:`stager.ranks.naming.outline`.
 
         Raises:
             RankFailedError: on all ranks, if one did not come within ``ranks.timeout_secs``, or failed before it could.
-            InconsistentRanksError: a name stands for different tensors on different ranks.
+            InconsistentRanksError: on all ranks; a name stands for different tensors, or for different values of one.
         """
         group, head = self._group, keys.agreement(save_id)
         if group.is_alone:
@@ -97,15 +113,15 @@ class Agreement:
         index = group.count(f"{head}/kind/{kind}") - 1
         if index == 0:
             group.contribute(f"{head}/kinds", KindOfRank(kind, tuple(plain)))
-        values = LeafDigests(dict(digests()))
-        values_key = f"{head}/values/{hash_of(encode(values))}"
+        values = replace(digests(), rank=0)
+        values_key = f"{head}/same-values/{kind}/{hash_of(encode(values))}"
         if group.count(values_key) == 1:
-            group.contribute(f"{head}/values", values, at_most=COMPARED_VALUES)
+            group.contribute(f"{head}/values/{kind}", replace(values, rank=group.rank), at_most=COMPARED_VALUES)
         # 3.
         group.barrier(head, _WHY)
-        # 4. Where there is one kind, no other rank waits for this.
-        if group.is_coordinator and group.count(values_key, 0) < group.num_ranks:
-            self._compare(head, values)
+        # 4. Either all ranks see that all have the same values, or none does.
+        if group.count(values_key, 0) < group.num_ranks:
+            self._compare(head)
         held = [Partition(one, group.count(key, 0)) for one, key in zip(indexes, spread_keys, strict=True)]
         # 5.
         if group.num_contributed(f"{head}/kinds") == 1:
@@ -114,22 +130,40 @@ class Agreement:
             self._answer(head)
         return Settlement(self._read_answer(head, kind, index), held, same_names=False)
 
-    def _compare(self, head: str, own: LeafDigests) -> None:
-        """Warn about leaves whose values are not the same on all ranks."""
-        others = self._group.gather(f"{head}/values", LeafDigests, at_most=COMPARED_VALUES)
-        differing = {
-            name
-            for other in others
-            for name in own.digests.keys() & other.digests.keys()
-            if own.digests[name] != other.digests[name]
-        }
-        if differing:
-            shown = ", ".join(sorted(differing)[:_SHOWN_NAMES]) + (", ..." if len(differing) > _SHOWN_NAMES else "")
+    def _compare(self, head: str) -> None:
+        """Have rank 0 compare the values of all ranks.
+
+        Raises:
+            InconsistentRanksError: tensors differ.
+        """
+        key = f"{head}/compared"
+        task = "compare the values of all ranks"
+        answer = self._group.broadcast(key, ValuesCompared, lambda: ValuesCompared(self._compared(head)), task)
+        if answer.problem:
+            raise InconsistentRanksError(answer.problem)
+
+    def _compared(self, head: str) -> str:
+        """Compare; warn of what is no error, and return the error."""
+        group = self._group
+        kinds = group.gather(f"{head}/kinds", KindOfRank)
+        found = [
+            values
+            for kind in kinds
+            for values in group.gather(f"{head}/values/{kind.digest}", LeafDigests, at_most=COMPARED_VALUES)
+        ]
+        entries = Counter(entry.name for entry in {entry for kind in kinds for entry in kind.entries})
+        alike = {name for name, count in entries.items() if count == 1}  # the others are an error of their own
+        tensors = differing([(values.rank, values.tensors) for values in found], alike)
+        others = differing([(values.rank, values.others) for values in found], alike)
+        if not self._is_error:
+            tensors, others = {}, {**tensors, **others}
+        if others:
             logger.warning(
                 "not the same on all ranks, and stored once, as one rank has it: %s. If each rank needs its own back, put "
                 "it into stager.PerRank(...)",
-                shown,
+                _named(others),
             )
+        return _PROBLEM.format(_named(tensors)) if tensors else ""
 
     def _answer(self, head: str) -> None:
         """Answer each kind of rank: where the holders of each of its entries begin, and how many there are."""
@@ -163,7 +197,7 @@ def answers(kinds: Sequence[KindOfRank], sizes: Mapping[str, int]) -> dict[str, 
             first = known.setdefault(entry.name, entry)
             if first != entry:
                 problem = (
-                    f"{entry.name} is {first.what} on one rank and {entry.what} on another. What is no DTensor is "
+                    f"{entry.name} is {first.what} on one rank and {entry.what} on another. What is not sharded is "
                     "taken to be the same on all ranks that have it; what is not belongs into stager.PerRank(...)"
                 )
             totals[entry.name] = totals.get(entry.name, 0) + sizes[kind.digest]
@@ -176,6 +210,26 @@ def answers(kinds: Sequence[KindOfRank], sizes: Mapping[str, int]) -> dict[str, 
             yield HolderRange(begin, totals[entry.name], number_of[entry.name])
 
     return {kind.digest: WhoHolds(problem, tuple(holders(kind))) for kind in kinds}
+
+
+def differing(found: Sequence[tuple[int, Mapping[str, str]]], names: Set[str]) -> dict[str, list[int]]:
+    """Find the names whose digests are not all the same; for each, the first rank that has each digest.
+
+    Args:
+        found: (rank, its digests by name).
+        names: those that count.
+    """
+    seen: dict[str, dict[str, int]] = {}
+    for rank, digests in sorted(found, key=lambda one: one[0]):
+        for name, digest in digests.items():
+            seen.setdefault(name, {}).setdefault(digest, rank)
+    return {name: list(ranks.values()) for name, ranks in sorted(seen.items()) if len(ranks) > 1 and name in names}
+
+
+def _named(found: Mapping[str, Sequence[int]]) -> str:
+    """Name leaves, and ranks on which they differ."""
+    shown = [f"{name} (ranks {some_ranks(ranks)})" for name, ranks in list(found.items())[:_SHOWN_NAMES]]
+    return ", ".join(shown) + (f" and {len(found) - len(shown)} more" if len(found) > len(shown) else "")
 
 
 def kind_of(plain: Sequence[LeafEntry], outline: str) -> str:

@@ -6,34 +6,42 @@ is cut between rows. Anything else is written whole, by the rank whose partition
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from stager.ranks.agreement import Partition
 from stager.state.flatten import StateTree
-from stager.state.shards import Shard, is_sharded, local_of
+from stager.state.shards import Shard
 
-_CUT_BYTES = 1 << 20  # smaller pieces of a tensor are not worth an item of their own
+_CUT_BYTES = 1 << 20  # smaller parts of a tensor are not worth an item of their own
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenLeaf:
-    """What this rank writes of a leaf: the half-open range [first, last) of its ``rows``; None: all of them."""
+    """What this rank writes of a leaf.
+
+    Attributes:
+        leaf: its number.
+        rows: the half-open range [first, last) of rows; None: all of them.
+        box: of a sharded tensor, the number of its box.
+    """
 
     leaf: int
     rows: tuple[int, int] | None
+    box: int = 0
 
 
 @dataclass(slots=True)
 class _Unit:
-    """Leaves that are the same memory seen the same way (tied): one rank writes all of them.
+    """What is the same memory seen the same way (tied): one rank writes all of it.
 
-    ``shape``, ``nbytes``: of what this rank has. ``can_cut``: whether it may be cut between rows.
+    ``boxes``: (leaf, number of the box). ``shape``, ``nbytes``: of what this rank has. ``can_cut``: whether it may be cut
+    between rows.
     """
 
-    leaves: list[int]
+    boxes: list[tuple[int, int]]
     shape: tuple[int, ...]
     nbytes: int
     can_cut: bool
@@ -45,10 +53,18 @@ def is_stored_raw(tensor: torch.Tensor) -> bool:
 
 
 def cut_leaves(
-    tree: StateTree, leaves: Sequence[int], partition: Partition, shards: dict[int, Shard | None]
+    tree: StateTree,
+    leaves: Sequence[int],
+    partition: Partition,
+    shards: Mapping[int, Shard | None],
+    views: Mapping[int, Sequence[torch.Tensor]],
 ) -> list[WrittenLeaf]:
-    """This rank's partition of leaves that ``partition.count`` ranks hold."""
-    units = _units(tree, leaves, shards)
+    """This rank's partition of leaves that ``partition.count`` ranks hold.
+
+    Args:
+        shards, views: of the sharded leaves, what this rank holds of each, and its memory.
+    """
+    units = _units(tree, leaves, shards, views)
     total, index, count = sum(unit.nbytes for unit in units), partition.index, partition.count
     low, high, is_last = total * index // count, total * (index + 1) // count, index == count - 1
     parts = []
@@ -69,14 +85,14 @@ def cut_leaves(
             middle = (start + end) // 2
             is_ours = low <= middle < high or (is_last and middle >= high)
         if is_ours:
-            parts += [WrittenLeaf(leaf, rows) for leaf in unit.leaves]
+            parts += [WrittenLeaf(leaf, rows, box) for leaf, box in unit.boxes]
     return parts
 
 
 def _row(boundary: int, start: int, row_nbytes: int, num_rows: int) -> int:
     """The row at which a tensor that starts at byte ``start`` is cut for a boundary between two ranks' bytes.
 
-    No piece is smaller than ``_CUT_BYTES``: near an end of the tensor, the cut moves to that end or away from it.
+    No part is smaller than ``_CUT_BYTES``: near an end of the tensor, the cut moves to that end or away from it.
     """
     row = round((boundary - start) / row_nbytes)
     margin = -(-_CUT_BYTES // row_nbytes)
@@ -87,23 +103,33 @@ def _row(boundary: int, start: int, row_nbytes: int, num_rows: int) -> int:
     return row
 
 
-def _units(tree: StateTree, leaves: Sequence[int], shards: dict[int, Shard | None]) -> list[_Unit]:
+def _units(
+    tree: StateTree,
+    leaves: Sequence[int],
+    shards: Mapping[int, Shard | None],
+    views: Mapping[int, Sequence[torch.Tensor]],
+) -> list[_Unit]:
     units: dict[Hashable, _Unit] = {}
     for leaf in leaves:
-        value = tree.leaves[leaf]
-        if not isinstance(value, torch.Tensor) or not is_stored_raw(value):
-            units[leaf] = _Unit([leaf], (), 0, can_cut=False)
-            continue
-        tensor = local_of(value) if is_sharded(value) else value
-        nbytes = tensor.numel() * tensor.dtype.itemsize
-        key: Hashable = leaf
-        if nbytes and not tensor.is_meta:
-            shard = shards.get(leaf)
-            offsets = shard.offsets if shard is not None else ()
-            key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, offsets, tuple(value.shape)
-        if key in units:
-            units[key].leaves.append(leaf)
-            continue
-        can_cut = nbytes >= 2 * _CUT_BYTES and tensor.dim() > 0 and tensor.is_contiguous() and not tensor.is_meta
-        units[key] = _Unit([leaf], tuple(tensor.shape), nbytes, can_cut)
+        value, shard = tree.leaves[leaf], shards.get(leaf)
+        if shard is not None and not shard.is_empty:
+            for number, (view, box) in enumerate(zip(views[leaf], shard.boxes, strict=True)):
+                _add(units, (leaf, number), view, (box.offsets, shard.shape))
+        elif not isinstance(value, torch.Tensor) or leaf in shards or not is_stored_raw(value):
+            units[leaf] = _Unit([(leaf, 0)], (), 0, can_cut=False)
+        else:
+            _add(units, (leaf, 0), value, tuple(value.shape))
     return list(units.values())
+
+
+def _add(units: dict[Hashable, _Unit], box: tuple[int, int], tensor: torch.Tensor, place: Hashable) -> None:
+    """Add a plain tensor; to the unit that is the same memory, if there is one. ``place``: of the tensor in its whole."""
+    nbytes = tensor.numel() * tensor.dtype.itemsize
+    key: Hashable = box
+    if nbytes and not tensor.is_meta:
+        key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, place
+    if key in units:
+        units[key].boxes.append(box)
+        return
+    can_cut = nbytes >= 2 * _CUT_BYTES and tensor.dim() > 0 and tensor.is_contiguous() and not tensor.is_meta
+    units[key] = _Unit([box], tuple(tensor.shape), nbytes, can_cut)

@@ -108,7 +108,7 @@ class DirectoryOpened(Message):
 
 
 class KindOfRank(Message):
-    """The first rank of each kind: the leaves that are no DTensors, which all ranks of the kind have.
+    """The first rank of each kind: the leaves that are not sharded, which all ranks of the kind have.
 
     ``WhoHolds`` answers it where there are several kinds. One kind needs no answer.
     """
@@ -118,9 +118,20 @@ class KindOfRank(Message):
 
 
 class LeafDigests(Message):
-    """The first rank that has these values: digests of leaves by name. Rank 0 warns where they differ."""
+    """The first rank of its kind that has these values. ``ValuesCompared`` answers it where ranks have others.
 
-    digests: dict[str, str]
+    ``tensors``, ``others``: digests of leaves by name. Tensors have to be the same on all ranks; about others, rank 0 warns.
+    """
+
+    rank: int
+    tensors: dict[str, str]
+    others: dict[str, str]
+
+
+class ValuesCompared(Message):
+    """Rank 0, when it has compared the values of all ranks: which tensors differ, in words; or "", for none."""
+
+    problem: str
 
 
 class WhoHolds(Message):

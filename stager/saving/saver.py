@@ -109,6 +109,7 @@ class Saver:
             group,
             verify=staging.verify,
             safe_globals=config.loading.safe_globals,
+            differing=config.ranks.differing,
         )
 
     # -- the trainer's thread -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from stager.state.shards import is_sharded, local_of
+from stager.state.shards import is_sharded, memory_of
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.layout.layout import is_dense
@@ -109,7 +109,7 @@ def _reach(guarded: Sequence[torch.Tensor]) -> dict[torch.device, dict[int, int]
     """
     tensors = list(guarded)
     if not PLAIN_TENSORS.issuperset(map(type, tensors)):
-        tensors = [here(tensor) for tensor in tensors]
+        tensors = [memory for tensor in tensors for memory in here(tensor)]
     if not all(layout is torch.strided for layout in map(_Tensor.layout.__get__, tensors)):
         tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
     if not all(map(_Tensor.is_contiguous, tensors)):
@@ -179,6 +179,6 @@ def _tensors_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def here(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor."""
-    return local_of(tensor) if is_sharded(tensor) else tensor
+def here(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the tensors that have this rank's memory of a tensor."""
+    return memory_of(tensor) if is_sharded(tensor) else (tensor,)

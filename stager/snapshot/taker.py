@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class SnapshotTaker:
         group: the ranks that make one checkpoint together.
         verify: compare each copy with its source.
         safe_globals: classes that loading will allow, beside plain data.
+        differing: see :class:`stager.ranks.agreement.Agreement`.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class SnapshotTaker:
         *,
         verify: bool,
         safe_globals: Sequence[str] = (),
+        differing: str = "error",
     ) -> None:
         self._format = file_format
         self._copier = copier
@@ -116,7 +119,7 @@ class SnapshotTaker:
         self._sharer = sharer
         self._verify = verify
         self._group = group
-        self._partitioner = Partitioner(self._group)
+        self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
         self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
         self._wires = Wires.of(())
@@ -355,6 +358,6 @@ def _leaves_over(tensors: Sequence[torch.Tensor], plan: SnapshotPlan, among: Seq
         (leaf, start, start + nbytes)
         for leaf, start, nbytes in zip(plan.leaves, plan.addresses, plan.spans, strict=True)
     ]
-    for tensor in map(here, tensors):
+    for tensor in chain.from_iterable(map(here, tensors)):
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         yield from (leaf for leaf, first, last in places if first < end and start < last and leaf in watched)

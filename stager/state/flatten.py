@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from stager.state.per_rank import PerRank, rank_key
-from stager.state.shards import is_sharded
+from stager.state.shards import is_sharded, state_dict_of
 from stager.state.tensor_kinds import (
     PLAIN_TENSORS,
     WholeTensor,
@@ -409,7 +409,7 @@ class _Visitor:
 
 def _state_of(value: Any, path: Path) -> Any:
     try:
-        return value.state_dict()
+        return state_dict_of(value) if isinstance(value, torch.nn.Module) else value.state_dict()
     except StagerError:
         raise
     except Exception as error:

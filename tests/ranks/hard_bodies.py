@@ -228,10 +228,18 @@ def what_is_not_visible_is_waited_for_for_ever() -> AbstractContextManager[objec
     return mock.patch.object(loading, "_VISIBLE_SECS", FOR_EVER_SECS)
 
 
+class _CannotTell:
+    def state_dict(self) -> dict[str, Any]:
+        raise ValueError("no state")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
 def unstageable_at_first(rank: int, directory: str) -> dict[str, Any]:
     """One rank's first save fails before it settles anything, and nobody waits for it."""
     state: dict[str, Any] = {"a": torch.ones(3)}
-    bad = {"b.c": torch.ones(1), "b": {"c": torch.ones(1)}} if rank == 1 else {}
+    bad = {"bad": _CannotTell()} if rank == 1 else {}
     with Checkpointer(Path(directory, "run"), PATIENT) as ckpt:
         try:
             ckpt.save(1, {**state, **bad}).upload_completion.result(60)
@@ -269,6 +277,12 @@ def save_unequal_values(rank: int, directory: str) -> list[str]:
     experts = torch.zeros(500_000)
     experts[250_000:] = rank
     state = {"experts": experts, "same": torch.ones(500_000), "nested": torch.nested.nested_tensor([torch.ones(2)])}
-    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
-        ckpt.save(1, state).upload_completion.result(60)
-    return [text for text in said if text.startswith("not the same")]
+    outcomes = []
+    for differing in ("error", "warn"):
+        with Checkpointer(Path(directory, differing), {**CONFIG, "ranks": {"differing": differing}}) as ckpt:
+            try:
+                ckpt.save(1, state).upload_completion.result(60)
+                outcomes.append("saved")
+            except StagerError as error:
+                outcomes.append(str(error))
+    return [*outcomes, *(text for text in said if text.startswith("not the same"))]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pytest
 
 from stager.ranks.agreement import Agreement, Partition, Settlement
-from stager.ranks.messages import LeafEntry
+from stager.ranks.messages import LeafDigests, LeafEntry
 from stager.ranks.rank_group import RankGroup
 from stager.workers.errors import InconsistentRanksError, RankFailedError
 from tests.ranks.threads import on_ranks
@@ -99,14 +100,49 @@ def test_rounds_do_not_mix() -> None:
 def test_values_that_differ_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     def body(group: RankGroup) -> None:
         values = {"same": "0", "rng": str(group.rank), "loader": str(group.rank // 2)}
-        Agreement(group).settle("a save", plain("loader", "rng", "same"), [], lambda: values)
+        Agreement(group).settle("a save", plain("loader", "rng", "same"), [], lambda: LeafDigests(0, {}, values))
 
     on_ranks(3, body)
     (record,) = [record for record in caplog.records if "not the same" in record.message]
-    assert "loader, rng." in record.message
-    assert "same:" not in record.message.partition("stored once")[2]
+    assert "loader (ranks 0, 2), rng (ranks 0, 1, 2)." in record.message
+    assert "same" not in record.message.partition("stored once")[2]
+
+
+def _settle_tensors(group: RankGroup, names: Sequence[str], values: dict[str, str], differing: str = "error") -> str:
+    try:
+        Agreement(group, differing).settle("a save", plain(*names), [], lambda: LeafDigests(0, values, {}))
+    except InconsistentRanksError as error:
+        return str(error)
+    return "settled"
+
+
+def test_tensors_that_differ_are_an_error_on_every_rank_that_names_them_and_the_ranks() -> None:
+    said = on_ranks(3, lambda group: _settle_tensors(group, "ab", {"a": "0", "b": str(group.rank == 2)}))
+    assert said[0] == said[1] == said[2]
+    assert re.search(r"other values: b \(ranks [01], 2\)\. Only", said[0])
+
+
+def test_tensors_that_differ_between_ranks_of_different_kinds_are_an_error_on_every_rank() -> None:
+    """However many kinds there are, each contributes what it has."""
+    names = [["all", f"stage {rank}"] for rank in range(12)]
+
+    def body(group: RankGroup) -> str:
+        return _settle_tensors(group, names[group.rank], {"all": str(group.rank == 11), f"stage {group.rank}": "0"})
+
+    said = on_ranks(12, body)
+    assert all("other values: all (ranks 0, 11). Only" in text for text in said)
+
+
+def test_tensors_that_differ_are_a_warning_if_the_setting_of_rank_0_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def body(group: RankGroup) -> str:
+        return _settle_tensors(group, "a", {"a": str(group.rank)}, "error" if group.rank else "warn")
+
+    assert on_ranks(2, body) == ["settled"] * 2
+    (record,) = [record for record in caplog.records if "not the same" in record.message]
+    assert "a (ranks 0, 1)" in record.message
 
 
 def test_values_that_are_the_same_are_not_mentioned(caplog: pytest.LogCaptureFixture) -> None:
-    on_ranks(3, lambda group: Agreement(group).settle("a save", plain("a"), [], lambda: {"a": "0"}))
+    values = LeafDigests(0, {"a": "0"}, {"b": "0"})
+    on_ranks(3, lambda group: Agreement(group).settle("a save", plain("a", "b"), [], lambda: values))
     assert not caplog.records

@@ -89,10 +89,12 @@ class SimulatedGroup:
         if at_most is None or number <= at_most:
             yield from self.post(f"{key}/{number}", message)
 
-    def gather(self, key: str, at_most: int | None = None) -> Steps[None]:
+    def gather(self, key: str, at_most: int | None = None) -> Steps[list[bytes]]:
         num = yield from self.count(f"{key}/count", 0)
+        notes = []
         for number in range(1, min(num, at_most or num) + 1):
-            yield from self.receive(f"{key}/{number}")
+            notes.append((yield from self.receive(f"{key}/{number}")))
+        return notes
 
     def barrier(self, key: str, rank: int, num_ranks: int) -> Steps[None]:
         yield from self.post(f"{key}/here/{rank}", Arrived())

@@ -92,7 +92,7 @@ def test_agreement_sends_what_the_code_sends_and_takes_as_long(
         shard = LeafEntry("w", "float32", (num_shards,), (rank % num_shards,), (1,))
         with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks))) as group:
             kind = kind_of[rank]
-            Agreement(group).settle(SAVE_ID, kind.plain.entries, [[shard]], lambda: kind.values.digests)
+            Agreement(group).settle(SAVE_ID, kind.plain.entries, [[shard]], lambda: kind.values)
         ended[rank] = turns.now
 
     turns.run(starts, real)

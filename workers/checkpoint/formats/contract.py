@@ -94,11 +94,13 @@ class Format(ABC):
         one_file: everything is in one file. A change anywhere changes that file, so there are no incremental saves.
         has_recipes: mappings with a class or keys of their own, and tensors made of tensors, are stored as their parts
             and a recipe. A format whose readers know the whole structure stores them as objects.
+        has_chunks: a tensor may be stored in chunks.
     """
 
     row_major = False
     one_file = False
     has_recipes = True
+    has_chunks = True
 
     def holds(self, dtype: str) -> bool:
         """Return whether tensors of this dtype are stored as tensors; the others are stored as objects."""

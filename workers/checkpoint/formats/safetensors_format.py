@@ -42,6 +42,7 @@ class SafetensorsFormat(Format):
     """See the head of this file."""
 
     row_major = True
+    has_chunks = False
 
     def holds(self, dtype: str) -> bool:
         """Return whether safetensors has this dtype."""

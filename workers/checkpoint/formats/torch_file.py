@@ -56,6 +56,7 @@ class TorchFormat(Format):
     """See the head of this file."""
 
     one_file = True
+    has_chunks = False
     has_recipes = False  # stock torch.load builds the state from data.pkl
 
     def object_file_name(self, rank: int) -> str:
