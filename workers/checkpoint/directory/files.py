@@ -83,9 +83,12 @@ def open_regular(path: str, access: int = os.O_RDONLY) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise CorruptCheckpointError(path, "is not a regular file") from error
         raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CorruptCheckpointError(path, "is not a regular file")
+    except BaseException:
         os.close(fd)
-        raise CorruptCheckpointError(path, "is not a regular file")
+        raise
     return fd
 
 
