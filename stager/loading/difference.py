@@ -78,7 +78,7 @@ def object_difference(loaded: Any, tensor: torch.Tensor, path: Path) -> str | No
         problem = _dtype_problem(name_of(loaded.dtype), tensor)
     elif loaded.layout != tensor.layout or loaded.is_quantized != tensor.is_quantized:
         problem = f"is {tensor.layout} in the target and {loaded.layout} in the checkpoint"
-    elif not loaded.is_meta:
+    elif not loaded.is_meta and not (hasattr(tensor, "__tensor_flatten__") and type(loaded) is type(tensor)):
         problem = obstacle(tensor)
     return None if problem is None else f"{describe(path)}: {problem}"
 

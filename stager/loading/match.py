@@ -27,6 +27,7 @@ from stager.loading.nodes import (
 )
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.loading.selection import Selection
+from stager.loading.whole_object import differences, holds_state, restore
 from stager.state.flatten import is_stateful
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded
@@ -105,7 +106,10 @@ class _Matcher:
         """Match ``container[key]`` with a node, and plan how it is restored."""
         value = container[key]
         if isinstance(value, torch.Tensor):  # first, because it is the usual case and the fastest test
-            self._tensor(node, value, path)
+            if value.is_nested and self._is_whole(node):  # nothing can be copied into another raggedness
+                self._replace(node, container, key, path)
+            else:
+                self._tensor(node, value, path)
         elif type(value) is PerRank:
             self._per_rank(node, value, path)
         elif is_stateful(value):
@@ -114,8 +118,10 @@ class _Matcher:
             self._mapping(node, value, path)
         elif isinstance(value, list) and is_list(node):
             self._list(node, value, path)
-        elif isinstance(container, (MutableMapping, list)) and self._is_whole(node) and not _holds_state(value):
+        elif isinstance(container, (MutableMapping, list)) and self._is_whole(node) and not holds_state(value):
             self._replace(node, container, key, path)
+        elif isinstance(value, (Mapping, list)) and self._is_object(node):
+            self._whole_object(node, value, path)
         elif isinstance(value, Mapping) or (isinstance(value, list) and any(map(_is_container_or_tensor, value))):
             self.plan.add_problem(
                 path, f"is a {type(value).__name__} in the target and {kind_of(node)} in the checkpoint"
@@ -127,7 +133,16 @@ class _Matcher:
 
     def _is_whole(self, node: Node) -> bool:
         """Whether a container was stored as one value: it is built anew."""
-        return is_with_recipe(node) or (type(node) is int and self._items[node].kind == "object")
+        return is_with_recipe(node) or self._is_object(node)
+
+    def _is_object(self, node: Node) -> bool:
+        return type(node) is int and self._items[node].kind == "object"
+
+    def _whole_object(self, node: int, value: Any, path: Path) -> None:
+        """Match a container that was stored as one object: it can be compared when it is unpickled."""
+        self.plan.want(node)
+        self.plan.checks.append(lambda values: "\n".join(differences(values[node], value, path)) or None)
+        self.plan.then(path, lambda values: restore(values[node], value))
 
     def _per_rank(self, node: Node, value: PerRank, path: Path) -> None:
         key = rank_key(self._rank)
@@ -284,20 +299,6 @@ def _has_sharded(value: Any, path: Path) -> bool:
 def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:
     with torch.no_grad():
         tensor.copy_(loaded)
-
-
-def _holds_state(value: Any) -> bool:
-    """Whether a plain container of the target, which may be in itself, has in it what is to be restored in place."""
-    seen: set[int] = set()
-    todo = [value]
-    while todo:
-        one = todo.pop()
-        if isinstance(one, (torch.Tensor, PerRank)) or is_stateful(one):
-            return True
-        if isinstance(one, (Mapping, list)) and id(one) not in seen:
-            seen.add(id(one))
-            todo += one.values() if isinstance(one, Mapping) else one
-    return False
 
 
 def _is_container_or_tensor(value: Any) -> bool:

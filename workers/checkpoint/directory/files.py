@@ -83,12 +83,14 @@ def open_regular(path: str, access: int = os.O_RDONLY) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
             raise CorruptCheckpointError(path, "is not a regular file") from error
         raise
+    is_regular = False
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CorruptCheckpointError(path, "is not a regular file")
-    except BaseException:
-        os.close(fd)
-        raise
+        is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+    finally:
+        if not is_regular:
+            os.close(fd)
+    if not is_regular:
+        raise CorruptCheckpointError(path, "is not a regular file")
     return fd
 
 
