@@ -135,16 +135,13 @@ def flatten(state: Mapping[str, Any], rank: int = 0, *, has_recipes: bool = True
         has_recipes: whether the format stores containers with recipes.
 
     Raises:
-        UnstageableError: the state is no mapping, or contains itself.
+        UnstageableError: the state is no mapping, or the format cannot have one of its keys at the top.
     """
     if not isinstance(state, Mapping):
         raise UnstageableError("state", f"must be a mapping of names to values, not {type(state).__name__}")
     tree = StateTree(rank=rank, has_recipes=has_recipes)
     visitor = _Visitor(tree)
-    try:
-        tree.structure = visitor.visit_state(state)
-    except _ContainsItselfError:
-        raise UnstageableError("state", "contains itself; take the reference to the whole state out of it") from None
+    tree.structure = visitor.visit_state(state)
     return tree
 
 
@@ -190,8 +187,7 @@ class _Visitor:
         self._start: _Start | None = None  # of the innermost container; None if it has to be visited whole
 
     def visit_state(self, state: Mapping[str, Any]) -> Node:
-        """Visit the whole state. It is a container whatever its class."""
-        self._open.add(id(state))
+        """Visit the whole state. It is a container whatever its class, also if it contains itself."""
         try:
             return self._mapping(state, ())
         except _NotApartError:

@@ -86,11 +86,6 @@ def nothing():
 def unstageable():
     return {"a": {"b": lambda: 0}}
 
-def recursive():
-    state = {}
-    state["again"] = state
-    return state
-
 number = 5
 """
 _names = itertools.count()
@@ -350,7 +345,6 @@ CALLABLES = {
     "{module}:leaves": "it raised: SystemExit: 3 (",
     "{module}:nothing": "returned a int; it must return a state",
     "{module}:unstageable": "a['b']: function cannot be pickled: ",
-    "{module}:recursive": "does it contain itself?",
 }
 
 

@@ -70,7 +70,7 @@ def as_dataclasses(layout: Layout, save_id: str, directory: str) -> dcp_metadata
 
 
 def _raw_paths(node: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    if type(node) is int:
+    if type(node) is int or node[0] == "tensor":
         return [path]
     keys = range(len(node[1])) if node[0] == "list" else map(str, node[1])
     children = node[1] if node[0] == "list" else node[2]

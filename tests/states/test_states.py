@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,13 +43,22 @@ def _missing(state: State) -> list[str]:
 @pytest.fixture(scope="module")
 def problems(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Problems:
     """The trials of all selected states, each format in a process of its own with one Checkpointer for all states."""
-    selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    names = [state.name for state in CORPUS.values() if state.name in selected and not _missing(state)]
+    calls = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == Path(__file__) and hasattr(item, "callspec")
+    ]
+    selected = {
+        file_format: [
+            call["name"] for call in calls if call["file_format"] == file_format and not _missing(CORPUS[call["name"]])
+        ]
+        for file_format in FORMATS
+    }
     directory, server = tmp_path_factory.mktemp("states"), fork_server.shared()
     pids = {
         file_format: server.start(
             "tests.states.survey:print_records",
-            [names, file_format],
+            [selected[file_format], file_format],
             stdout=directory / file_format,
             stderr=directory / f"{file_format}-errors",
             modules=["tests.states.survey"],
@@ -65,8 +75,16 @@ def problems(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return found
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("name", list(CORPUS))
+def _trials() -> list[Any]:
+    """Each state in one format, the formats in turn; ``make long`` has the others."""
+    return [
+        pytest.param(name, of, marks=() if number % len(FORMATS) == place else pytest.mark.long)
+        for number, name in enumerate(CORPUS)
+        for place, of in enumerate(FORMATS)
+    ]
+
+
+@pytest.mark.parametrize(("name", "file_format"), _trials())
 def test_state_comes_back_as_torch_gives_it(problems: Problems, name: str, file_format: str) -> None:
     if missing := _missing(CORPUS[name]):
         pytest.skip(f"needs {', '.join(missing)}, which only these tests use")
