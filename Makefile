@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
+STATES_INSTALLED := $(VENV)/.installed-states
 
-.PHONY: demo demo-ranks test lint format bench long clean
+.PHONY: demo demo-ranks test lint format bench long states clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -15,6 +16,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+$(STATES_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,states]'
 	touch $@
 
 demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
@@ -39,6 +44,9 @@ format: $(INSTALLED)
 
 long: $(INSTALLED)  ## the long versions of the crash tests
 	$(BIN)/python -m pytest -m long -o timeout=1800
+
+states: $(STATES_INSTALLED)  ## the whole corpus of states in every format, with the libraries whose tensors are in it
+	$(BIN)/python -m pytest -m 'long or not long' -o timeout=1800 tests/states tests/snapshot/test_guard.py
 
 bench: $(BENCH_INSTALLED)  ## stager beside the other ways to checkpoint; hours; BENCH='--rounds 1 --case big' for less
 	$(BIN)/python -m tests.benchmarks $(BENCH)
