@@ -179,7 +179,13 @@ def _is_raw(tensor: torch.Tensor, tree: StateTree, leaf: int) -> bool:
     Raises:
         UnstageableError: the tensor's values are not in memory.
     """
-    if (problem := problem_of(tensor)) is not None:
+    try:
+        problem = problem_of(tensor)
+    except Exception as error:  # a class of the user's, when it is asked for its parts
+        raise UnstageableError(
+            tree.name(leaf), f"{type(tensor).__name__} raised {error!r}; nothing was saved"
+        ) from error
+    if problem is not None:
         raise UnstageableError(tree.name(leaf), problem)
     if type(tensor) not in PLAIN_TENSORS:
         return False

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -145,7 +146,11 @@ def flatten(state: Mapping[str, Any], rank: int = 0, *, has_recipes: bool = True
     return tree
 
 
-class _ContainsItselfError(Exception):
+class _ElsewiseError(Exception):
+    """A container has to be stored in another way. None of these leaves this file."""
+
+
+class _ContainsItselfError(_ElsewiseError):
     """A container was met inside itself.
 
     Attributes:
@@ -157,7 +162,7 @@ class _ContainsItselfError(Exception):
         self.container = container
 
 
-class _ManyLeavesError(Exception):
+class _ManyLeavesError(_ElsewiseError):
     """A container has many leaves, and perhaps none that has to be apart."""
 
 
@@ -168,7 +173,7 @@ class _Start(NamedTuple):
     num_apart: int
 
 
-class _NotApartError(Exception):
+class _NotApartError(_ElsewiseError):
     """A container cannot be stored as its parts: it becomes a leaf."""
 
 
@@ -189,7 +194,8 @@ class _Visitor:
     def visit_state(self, state: Mapping[str, Any]) -> Node:
         """Visit the whole state. It is a container whatever its class, also if it contains itself."""
         try:
-            return self._mapping(state, ())
+            with _code_of(state, ()):
+                return self._mapping(state, ())
         except _NotApartError:
             pass
         for key in state:
@@ -209,7 +215,10 @@ class _Visitor:
 
     def visit(self, value: Any, path: Path) -> Node:
         if isinstance(value, torch.Tensor):  # nearly every leaf, and the abstract base classes below are slow to ask
-            return self._tensor(value, path)
+            if type(value) in PLAIN_TENSORS:
+                return self._tensor(value, path)
+            with _code_of(value, path):
+                return self._tensor(value, path)
         if type(value) is dict or not is_stateful(value):
             return self._plain(value, path)
         self._num_apart += 1
@@ -306,7 +315,8 @@ class _Visitor:
 
     def _parts(self, value: Mapping[Any, Any] | list[Any], path: Path) -> Node:
         self._num_apart += _is_param_groups(value, path)
-        return self._sequence(value, path) if isinstance(value, list) else self._mapping(value, path)
+        with _code_of(value, path):
+            return self._sequence(value, path) if isinstance(value, list) else self._mapping(value, path)
 
     def _children(self, keys: Iterable[Any], values: Iterable[Any], path: Path) -> list[Node]:
         """Visit the values of a container.
@@ -404,14 +414,20 @@ class _Visitor:
 
 
 def _state_of(value: Any, path: Path) -> Any:
-    try:
+    with _code_of(value, path, "state_dict()"):
         return state_dict_of(value) if isinstance(value, torch.nn.Module) else value.state_dict()
-    except StagerError:
+
+
+@contextmanager
+def _code_of(value: Any, path: Path, what: str = "taking it apart") -> Iterator[None]:
+    """Name the value whose own code raised. Its class may be of the user, and do anything when it is asked for its parts."""
+    try:
+        yield
+    except (StagerError, _ElsewiseError):
         raise
     except Exception as error:
         raise UnstageableError(
-            describe(path),
-            f"{type(value).__name__}.state_dict() raised {type(error).__name__}: {error}; nothing was saved",
+            describe(path), f"{type(value).__name__}: {what} raised {type(error).__name__}: {error}; nothing was saved"
         ) from error
 
 

@@ -266,5 +266,12 @@ def describe(path: Path) -> str:
     head, *rest = path
     if not rest and isinstance(head, str) and head.endswith(f".{RECIPE}"):  # see ``recipe_path``
         return f"{head.removesuffix(f'.{RECIPE}')} (its class and attributes)"
-    first = head if isinstance(head, str) and head.isidentifier() else f"state[{head!r}]"
-    return first + "".join(f"[{key!r}]" for key in rest)
+    first = head if isinstance(head, str) and head.isidentifier() else f"state[{_text_of(head)}]"
+    return first + "".join(f"[{_text_of(key)}]" for key in rest)
+
+
+def _text_of(key: Any) -> str:
+    try:
+        return repr(key)
+    except Exception:  # noqa: BLE001  # a key of a class of the user's; the message is about something else
+        return f"<{type(key).__name__}>"
