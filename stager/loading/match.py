@@ -28,9 +28,9 @@ from stager.loading.nodes import (
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.loading.selection import Selection
 from stager.loading.whole_object import differences, holds_state, restore
-from stager.state.flatten import is_stateful
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded
+from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, is_with_recipe, walk

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stager.loading.nodes import state_of
-from stager.state.flatten import is_stateful
+from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_with_recipe, walk
 from stager.workers.errors import StateMismatchError
 

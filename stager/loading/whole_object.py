@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from stager.loading.difference import object_difference
-from stager.state.flatten import is_stateful
 from stager.state.per_rank import PerRank
+from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.structure import Path, describe
 
 

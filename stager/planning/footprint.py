@@ -12,8 +12,9 @@ from stager.config import StagerConfig
 from stager.planning.source import PickledObject
 from stager.planning.stand_in import with_stand_ins
 from stager.snapshot.pieces import Pieces, cut, object_items, segment_bytes_for, whole
-from stager.state.flatten import StateTree, flatten
+from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.state.state_tree import StateTree
 from stager.workers._version import __version__
 from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader
 from stager.workers.checkpoint.formats import get_format

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stager.state.flatten import StateTree
+from stager.state.state_tree import StateTree
 from stager.workers.checkpoint.layout.layout import align
 from stager.workers.errors import UsageError
 from stager.workers.memory.slab import Slab

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from stager.ranks.agreement import Partition
-from stager.state.flatten import StateTree
 from stager.state.shards import Shard
+from stager.state.state_tree import StateTree
 
 _CUT_BYTES = 1 << 20  # smaller parts of a tensor are not worth an item of their own
 

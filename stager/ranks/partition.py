@@ -23,8 +23,8 @@ from stager.ranks.digests import digests_of
 from stager.ranks.messages import LeafEntry
 from stager.ranks.naming import name_all, name_written, outline
 from stager.ranks.rank_group import RankGroup
-from stager.state.flatten import StateTree
 from stager.state.shards import Shard, is_complete, is_sharded, shape_of, shard_of, spread_of, views_of
+from stager.state.state_tree import StateTree
 from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node

@@ -40,8 +40,8 @@ from stager.snapshot.copying import Copier, wait_uninterrupted
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Piece, Pieces, cut, segment_bytes_for, whole
 from stager.snapshot.taker import Assignment, Snapshot, SnapshotTaker
-from stager.state.flatten import StateTree
 from stager.state.snapshot_plan import Planner
+from stager.state.state_tree import StateTree
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors

@@ -26,9 +26,10 @@ from stager.snapshot.device import SideStreams
 from stager.snapshot.guard import Guard, here
 from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.snapshot.tripwires import Armed, Wires
-from stager.state.flatten import StateTree, flatten
+from stager.state.flatten import flatten
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
+from stager.state.state_tree import StateTree
 from stager.state.tensor_kinds import TensorRecipe, WholeTensor
 from stager.telemetry.event import Timeline
 from stager.workers.checkpoint.formats import Format

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stager.state.flatten import StateTree
+from stager.state.state_tree import StateTree
 from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.errors import UnstageableError
 from stager.workers.memory.tensor_memory import problem_of, storage_nbytes

@@ -25,14 +25,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded, state_dict_of
+from stager.state.state_tree import StateTree
+from stager.state.stateful import is_stateful, is_stateful_class
 from stager.state.tensor_kinds import (
     PLAIN_TENSORS,
     WholeTensor,
@@ -43,8 +43,8 @@ from stager.state.tensor_kinds import (
     recipe_of,
     values_of,
 )
-from stager.workers.checkpoint.formats.object_pickle import PickledObject, pickle_object
-from stager.workers.checkpoint.layout.structure import RECIPE, Node, Path, describe, key_names, names_of, walk
+from stager.workers.checkpoint.formats.object_pickle import pickle_object
+from stager.workers.checkpoint.layout.structure import RECIPE, Node, Path, describe, key_names
 from stager.workers.checkpoint.layout.tensor_node import TensorNode
 from stager.workers.errors import StagerError, UnstageableError
 from stager.workers.memory.tensor_memory import problem_of
@@ -53,79 +53,9 @@ _MAX_DEPTH = 100
 _MAX_APART = 64  # so many leaves without a tensor are stored apart; with more, their container is one leaf
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """An object that can give and take its state: a module, an optimizer, a scheduler, a data loader."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state_dict: Any) -> Any: ...
-
-
-def is_stateful(value: object) -> bool:
-    """Tell whether a value that is no tensor is Stateful. ``isinstance(value, Stateful)`` is slow.
-
-    The methods have to be the class's: an object that answers to every name, as a mock or a proxy does, is none.
-    """
-    return _is_stateful_class(type(value)) and not isinstance(value, (torch.Tensor, type))
-
-
-def _is_stateful_class(kind: type) -> bool:
-    return hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict") and callable(kind.state_dict)
-
-
 def _is_apart(kind: type) -> bool:
     """Tell whether values of a class, none of which is a tensor, have to be stored apart."""
-    return kind is PerRank or _is_stateful_class(kind)
-
-
-KeyTypes = tuple[Any, ...]
-"""What tells apart the keys of one mapping: their types, or their ``repr`` if a float is among them."""
-
-TensorKind = tuple[str, int]
-"""The dtype's name and the number of dimensions of a tensor."""
-
-
-@dataclass
-class StateTree:
-    """A nested state: its leaves, and the structure that holds them.
-
-    Attributes:
-        leaves: the values. The structure numbers them, in order.
-        structure: see :mod:`stager.workers.checkpoint.layout.structure`.
-        odd_keys: one entry for each mapping that has keys other than ``str``. ``1``, ``True`` and ``1.0`` are equal as keys;
-            the entries tell them apart.
-        private: numbers of the leaves of which each rank has its own (:class:`PerRank`).
-        kinds: the kinds of tensors that other ranks write.
-        rank: the rank whose ``PerRank`` values these are.
-        owners: the Stateful objects whose state is being visited, outermost first.
-        has_recipes: whether the format stores containers with recipes; without, they are leaves.
-        pickled: large containers that were pickled to find out that they have no tensors, by identity.
-    """
-
-    leaves: list[Any] = field(default_factory=list)
-    structure: Node = None
-    odd_keys: list[KeyTypes] = field(default_factory=list)
-    private: set[int] = field(default_factory=set)
-    kinds: frozenset[TensorKind] = frozenset()
-    rank: int = 0
-    owners: list[Any] = field(default_factory=list)
-    has_recipes: bool = True
-    pickled: dict[int, PickledObject] = field(default_factory=dict)
-
-    @cached_property
-    def paths(self) -> list[Path]:
-        """The key path of each leaf, made when asked for: only a new plan and errors need them."""
-        return [path for path, _ in walk(self.structure)]
-
-    def name(self, leaf: int) -> str:
-        """Write the key path of a leaf as a user would."""
-        return describe(self.paths[leaf])
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The name that each leaf has in the checkpoint."""
-        return names_of(self.paths)
+    return kind is PerRank or is_stateful_class(kind)
 
 
 def flatten(state: Mapping[str, Any], rank: int = 0, *, has_recipes: bool = True) -> StateTree:

@@ -14,7 +14,6 @@ import torch
 import xxhash
 
 from stager.state.fingerprint import Fingerprint, Fingerprints, read_fingerprints
-from stager.state.flatten import StateTree
 from stager.state.grouping import by_role
 from stager.state.placement import (
     LARGE_BYTES,
@@ -25,6 +24,7 @@ from stager.state.placement import (
     place_in_order,
     span_nbytes,
 )
+from stager.state.state_tree import StateTree
 from stager.workers.checkpoint.formats import Format
 from stager.workers.checkpoint.formats.contract import Split, TensorSpec, Trailer, evenly
 from stager.workers.checkpoint.layout.dtypes import name_of

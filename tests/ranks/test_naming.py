@@ -15,7 +15,8 @@ from stager import PerRank
 from stager.ranks.naming import name_all, name_written, outline
 from stager.ranks.partition import Partitioner
 from stager.ranks.rank_group import RankGroup
-from stager.state.flatten import StateTree, flatten
+from stager.state.flatten import flatten
+from stager.state.state_tree import StateTree
 from stager.workers.checkpoint.commit.merge import overlay
 from stager.workers.checkpoint.layout.structure import ABSENT, Node, absent, walk
 from stager.workers.errors import InconsistentRanksError

@@ -11,8 +11,9 @@ import torch
 
 from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.sharing.worker_copy import Copied
-from stager.state.flatten import StateTree, flatten
+from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Copy, Planner
+from stager.state.state_tree import StateTree
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.structure import describe
 from stager.workers.memory.slab import Slab
