@@ -106,7 +106,7 @@ class _Matcher:
         """Match ``container[key]`` with a node, and plan how it is restored."""
         value = container[key]
         if isinstance(value, torch.Tensor):  # first, because it is the usual case and the fastest test
-            if value.is_nested and self._is_whole(node):  # nothing can be copied into another raggedness
+            if self._is_whole(node) and value.is_nested:  # nothing can be copied into another raggedness
                 self._replace(node, container, key, path)
             else:
                 self._tensor(node, value, path)
