@@ -118,7 +118,10 @@ class Planner:
             UnstageableError: a tensor that cannot be snapshotted, with its key path.
         """
         key = (tree.structure, tree.odd_keys, len(tree.leaves))
-        prints = read_fingerprints(tree, self._prints)
+        # Every save makes some tuples for each tensor, most of which die at once. The collector would take their number for
+        # a reason to look at all objects of the program: 0.3 s in the trainer's thread, now and then.
+        with no_collection():
+            prints = read_fingerprints(tree, self._prints)
         if (
             self._plan is None
             or prints is not self._prints
