@@ -86,7 +86,7 @@ def spread_of(tensor: torch.Tensor) -> Hashable:
     if is_dtensor(tensor):
         return tensor.device_mesh, tensor.placements
     if _is_sharded_tensor(tensor):
-        shards: Any = tensor.metadata().shards_metadata  # type: ignore[attr-defined]
+        shards: Any = tensor.metadata().shards_metadata  # type: ignore[attr-defined]  # torch's stubs lack it
         return tuple((tuple(one.shard_offsets), tuple(one.shard_sizes), str(one.placement)) for one in shards)
     return tuple(tuple(map(_numbers, getattr(tensor, name))) for name in _ATTRIBUTES[1:])
 
@@ -99,7 +99,7 @@ def views_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     if is_dtensor(tensor):
         return views_of_dtensor(tensor)
     if _is_sharded_tensor(tensor):
-        views: list[torch.Tensor] = [shard.tensor.detach() for shard in tensor.local_shards()]  # type: ignore[attr-defined]
+        views: list[torch.Tensor] = [shard.tensor.detach() for shard in tensor.local_shards()]  # type: ignore[attr-defined]  # torch's stubs lack it
     else:
         whole, marked = tensor.detach(), _Marks.of(tensor)
         views = [_narrowed(whole, *place) for place in zip(marked.local_offsets, marked.local_sizes, strict=True)]
@@ -139,10 +139,10 @@ def shard_of(tensor: torch.Tensor, name: str) -> Shard | None:
             return None
         places = found
     elif _is_sharded_tensor(tensor):
-        group = tensor._process_group  # type: ignore[attr-defined]
-        shards: Any = tensor.local_shards()  # type: ignore[attr-defined]
+        group = tensor._process_group  # type: ignore[attr-defined]  # torch's stubs lack it
+        shards: Any = tensor.local_shards()  # type: ignore[attr-defined]  # torch's stubs lack it
         places = [(shard.metadata.shard_offsets, shard.metadata.shard_sizes) for shard in shards]
-        spread = "ShardedTensor", id(group), tuple(placement for *_, placement in spread)  # type: ignore[attr-defined]
+        spread = "ShardedTensor", id(group), tuple(placement for *_, placement in spread)  # type: ignore[attr-defined]  # torch's stubs lack it
     else:
         marks = _Marks.of(tensor)
         places = list(zip(marks.global_offsets, marks.local_sizes, strict=True))

@@ -55,13 +55,13 @@ def _tripwires(rounds: int, state: dict[str, torch.Tensor], optimizer: torch.opt
         try:
             for number in range(2 * (rounds + 1)):
                 is_armed = (number + number // 2) % 2 == 0  # the first of a pair takes turns, too
-                SnapshotTaker.arm = timed_arm if is_armed else lambda *_: None  # type: ignore[method-assign,assignment]
+                SnapshotTaker.arm = timed_arm if is_armed else lambda *_: None  # type: ignore[method-assign,assignment]  # measured in turn
                 started = time.perf_counter()
                 handle = ckpt.save(1, {"model": state})
                 secs[is_armed].append(time.perf_counter() - started)
                 handle.upload_completion.result()
         finally:
-            SnapshotTaker.arm = arm  # type: ignore[method-assign]
+            SnapshotTaker.arm = arm  # type: ignore[method-assign]  # measured in turn
     with_wires, without = secs[True][1:], secs[False][1:]
     difference = statistics.median(a - b for a, b in zip(with_wires, without, strict=True))
     before = statistics.median(without)

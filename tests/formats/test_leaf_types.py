@@ -280,7 +280,7 @@ def test_what_changes_between_saves_of_one_plan_is_seen(kind: str, run_dir: Path
         views[0].requires_grad_()
         trained = saved(2, a=views[0], b=views[1])
         assert trained["a"].requires_grad and not trained["b"].requires_grad
-        views[1].note = "new"  # type: ignore[attr-defined]
+        views[1].note = "new"  # type: ignore[attr-defined]  # set on purpose
         assert saved(3, a=views[0], b=views[1])["b"].note == "new"
 
 

@@ -55,7 +55,7 @@ def test_ranks_that_write_different_halves_of_it() -> None:
     assert first[2][0] == ["tensor", ABSENT, TYPED[2], 7] and first[2][1] == ["list", [ABSENT, ABSENT]]
     assert list(absent(first)) == [("w",), ("list", 0), ("list", 1)]
     whole = overlay([first, second])
-    assert whole == map_leaves(STATE, lambda leaf: {**mine, **others}[leaf])  # type: ignore[index]
+    assert whole == map_leaves(STATE, lambda leaf: {**mine, **others}[leaf])  # type: ignore[index]  # as the test wants it
     frozen = ["dict", *map_leaves(STATE, lambda leaf: leaf)[1:]]
     frozen[2][0] = 1
     assert outline(frozen, set()) == outline(without_flags(STATE), set())

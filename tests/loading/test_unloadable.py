@@ -104,7 +104,7 @@ def test_load_state_dict_raises(run_dir: Path, error: Exception) -> None:
     assert raised.value.__cause__ is error and type(error).__name__ in text and "step-00000002" in text
     assert "no older checkpoint was tried" in text and "meter may be restored in part" in text
     assert "Restored before it: first. Not restored: last, n. Tensors that are read in place are restored" in text
-    assert (into["first"].value, into["last"].value, into["n"]) == (1, 0, 0)  # type: ignore[attr-defined]
+    assert (into["first"].value, into["last"].value, into["n"]) == (1, 0, 0)  # type: ignore[attr-defined]  # set on purpose
     assert same(into["w"], torch.ones(3))
 
 
@@ -204,7 +204,7 @@ def test_a_container_whose_class_refuses_its_items(run_dir: Path, monkeypatch: p
 def test_the_module_or_the_class_is_gone(run_dir: Path, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("renamed_since")
     kind = type("Schedule", (), {"__module__": "renamed_since"})
-    module.Schedule = kind  # type: ignore[attr-defined]
+    module.Schedule = kind  # type: ignore[attr-defined]  # set on purpose
     monkeypatch.setitem(sys.modules, "renamed_since", module)
     two_steps(run_dir, {"schedule": kind(), "n": 1})
     if loss == "module":
@@ -290,7 +290,7 @@ def no_checksums() -> Iterator[None]:
 
 
 def patched(**settings: Any) -> AbstractContextManager[Any]:
-    return torch_config.patch({name.replace("__", "."): value for name, value in settings.items()})  # type: ignore[no-any-return]
+    return torch_config.patch({name.replace("__", "."): value for name, value in settings.items()})  # type: ignore[no-any-return]  # torch gives it no types
 
 
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

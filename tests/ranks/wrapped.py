@@ -15,7 +15,7 @@ class Wrapped(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, note: str, second: torch.Tensor | None = None) -> Wrapped:
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]  # torch's stubs lack it
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
         )
 

@@ -259,7 +259,7 @@ class _Comparison:
             for side, other, words in ((0, 1, "one {}, two in the oracle"), (1, 0, "two {}s, one in the oracle")):
                 partner: dict[int, tuple[int, str]] = {}
                 for pair in pairs:
-                    known, first = partner.setdefault(pair[side], (pair[other], str(pair[2])))  # type: ignore[arg-type]
+                    known, first = partner.setdefault(pair[side], (pair[other], str(pair[2])))  # type: ignore[arg-type]  # as the test wants it
                     if known != pair[other]:
                         self._note("sharing", f"{first} and {pair[2]}", words.format(what), "the same sharing")
 

@@ -41,6 +41,6 @@ def ask(state: State) -> Oracle:
             return Oracle((state.plain or state.build)(), error=error)
         try:
             torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001  # whatever is raised is what is looked for
             return Oracle(value, False)
         return Oracle(value, True)

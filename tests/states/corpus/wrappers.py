@@ -113,7 +113,7 @@ def _named() -> Named:
 
 def _slotted() -> Slotted:
     made = rand(3).as_subclass(Slotted)
-    made.label = "x"  # type: ignore[misc]
+    made.label = "x"  # type: ignore[misc]  # set on purpose
     return made
 
 

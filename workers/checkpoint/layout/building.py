@@ -141,7 +141,7 @@ def _make_tensor(tensor: Any, flags: dict[str, Any], recipe: Any) -> Any:
     if kind is not None and getattr(kind, "__setstate__", torch.Tensor.__setstate__) is not torch.Tensor.__setstate__:
         tensor.__setstate__(state)
         return tensor
-    return torch._utils._set_obj_state(tensor, state)  # type: ignore[no-untyped-call]
+    return torch._utils._set_obj_state(tensor, state)  # type: ignore[no-untyped-call]  # torch's stubs lack it
 
 
 def _make_mapping(recipe: Any, names: list[Key], values: list[Any]) -> Any:
