@@ -68,7 +68,9 @@ def test_job_that_fails_is_an_error_with_the_end_of_its_log(start: StartJob) -> 
 
 def test_job_of_which_one_rank_fails_is_an_error(start: StartJob, log: Path) -> None:
     with start("exit", "0", "3", num_ranks=2) as job:
-        assert set(job.events()) == steps_of(2)
+        heard = set(job.events())
+        failed = {event for event in steps_of(2) if event.rank == 1}
+        assert failed <= heard <= steps_of(2)  # torchrun may end rank 0 before it has said a word
         with pytest.raises(JobError, match="exit code 1"):
             job.wait()
     assert "this is the last line of rank 1" in log.read_text()
