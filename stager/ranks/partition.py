@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -198,14 +197,7 @@ def _kind_name(tensor: torch.Tensor) -> str:
 
 
 def _sharded_leaves(tree: StateTree) -> list[int]:
-    leaves = tree.leaves
-    kinds = set(map(type, leaves))
-    if PLAIN_TENSORS.issuperset(kinds):
-        if not any(map(hasattr, leaves, repeat("global_shape"))):
-            return []
-    elif not any(issubclass(kind, torch.Tensor) for kind in kinds):
-        return []
-    return [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and is_sharded(leaf)]
+    return [number for number, leaf in enumerate(tree.leaves) if is_sharded(leaf)] if tree.has_shards else []
 
 
 def _signature(tree: StateTree, views: _Views) -> tuple[Any, ...]:

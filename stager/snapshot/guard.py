@@ -14,12 +14,16 @@ from __future__ import annotations
 import bisect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from operator import and_, attrgetter, is_
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from stager.snapshot.picker import Picker, picker
 from stager.state.shards import is_sharded, memory_of
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.state.tensor_kinds import PLAIN_TENSORS
@@ -35,7 +39,8 @@ _WRAPPED = (
     "chained_optimizers",  # Megatron
     "optimizers",
 )
-_Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
+_Tensor: Any = torch.Tensor  # its methods are called unbound, which the stubs do not know
+_layout, _is_on_host, _nbytes = map(attrgetter, ("layout", "is_cpu", "nbytes"))
 
 
 class Guard:
@@ -49,6 +54,7 @@ class Guard:
         self._wait = wait
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hooks: list[RemovableHandle] = []
+        self._last: _Protected | None = None
 
     def add(self, optimizer: Optimizer) -> None:
         """Guard one optimizer. Guarding it again changes nothing.
@@ -68,37 +74,122 @@ class Guard:
         """List the parameters and states of the guarded optimizers, as the optimizers hold them (DTensors, say)."""
         return [tensor for optimizer in self._optimizers for tensor in _tensors_of(optimizer)]
 
-    def protects(self, plan: SnapshotPlan, tensors: Sequence[torch.Tensor]) -> list[bool]:
-        """Tell for each tensor, in the order of ``plan.leaves``, whether only a guarded step changes its memory.
+    def protects(self, plan: SnapshotPlan, leaves: Sequence[Any], tensors: Sequence[torch.Tensor]) -> Protection:
+        """Tell which leaves' memory only a guarded step changes.
 
         Args:
+            leaves: of the state, which the plan was made or checked for in this save.
             tensors: what :meth:`tensors` lists now.
         """
-        reach = _reach(tensors)
-        if plan.devices is None:
-            on_host = reach.get(_HOST, {})
-            protected = [on_host.get(a, -1) >= n for a, n in zip(plan.addresses, plan.spans, strict=True)]
-        else:
-            protected = [
-                reach.get(device, {}).get(address, -1) >= nbytes
-                for device, address, nbytes in zip(plan.devices, plan.addresses, plan.spans, strict=True)
-            ]
-        if plan.has_slices:
-            inside = {device: _Ranges(reached) for device, reached in reach.items()}
-            devices = plan.devices or [_HOST] * len(plan.addresses)
-            for i, (device, address, nbytes) in enumerate(zip(devices, plan.addresses, plan.spans, strict=True)):
-                if not protected[i] and device in inside:
-                    protected[i] = inside[device].cover(address, nbytes)
-        return protected
+        last = self._last
+        if last is None or not last.matching.holds(plan, leaves, tensors):
+            last = None
+        matching = _Matching.of(plan, leaves, tensors) if last is None else last.matching
+        others = matching.others_of(tensors)
+        reach = _reach(others)
+        if last is None or last.reach != reach:
+            last = self._last = _Protected(matching, reach, _protected(plan, matching.is_own, reach))
+        return Protection(last.protected, matching.is_own, others)
 
     def close(self) -> None:
         """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
         self._optimizers.clear()
+        self._last = None
 
     def __bool__(self) -> bool:
         return bool(self._hooks) and len(self._optimizers) > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """What is guarded of a state. Lists of leaves are in the order of ``plan.leaves``.
+
+    Attributes:
+        protected: whether only a guarded step changes the leaf's memory.
+        is_own: whether the leaf is a tensor of an optimizer, and not another one over the same memory.
+        others: the optimizers' tensors that are no leaves.
+    """
+
+    protected: list[bool]
+    is_own: list[bool]
+    others: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Matching:
+    """Which leaves are the very tensors of an optimizer, as all are that its ``state_dict()`` returns.
+
+    What the plan knows of those was read a moment ago, and need not be read again.
+
+    Attributes:
+        num_tensors: of the optimizers.
+        is_own: see :class:`Protection`.
+        own_leaves, own_tensors: pick these tensors, of the leaves and of the optimizers' tensors.
+        others_of: picks the optimizers' other tensors.
+    """
+
+    plan: SnapshotPlan
+    num_tensors: int
+    is_own: list[bool]
+    own_leaves: Picker
+    own_tensors: Picker
+    others_of: Picker
+
+    @staticmethod
+    def of(plan: SnapshotPlan, leaves: Sequence[Any], tensors: Sequence[torch.Tensor]) -> _Matching:
+        """Match the leaves and the tensors of the optimizers."""
+        numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+        found = [numbers.get(id(leaves[leaf])) for leaf in plan.leaves]
+        own = [(leaf, number) for leaf, number in zip(plan.leaves, found, strict=True) if number is not None]
+        known = {number for _, number in own}
+        return _Matching(
+            plan,
+            len(tensors),
+            [number is not None for number in found],
+            picker([leaf for leaf, _ in own]),
+            picker([number for _, number in own]),
+            picker([number for number in range(len(tensors)) if number not in known]),
+        )
+
+    def holds(self, plan: SnapshotPlan, leaves: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the same leaves are the same tensors as then. A leaf that is one since may be missed."""
+        return (
+            plan is self.plan
+            and len(tensors) == self.num_tensors
+            and all(map(is_, self.own_leaves(leaves), self.own_tensors(tensors)))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Protected:
+    """Which leaves are protected, and what that depends on."""
+
+    matching: _Matching
+    reach: dict[torch.device, dict[int, int]]
+    protected: list[bool]
+
+
+def _protected(plan: SnapshotPlan, is_own: Sequence[bool], others: dict[torch.device, dict[int, int]]) -> list[bool]:
+    """Tell for each tensor of a plan whether its memory is that of an optimizer's tensors.
+
+    Args:
+        is_own: see :class:`Protection`.
+        others: the memory of the tensors that are no leaves.
+    """
+    places = list(zip(plan.devices or (_HOST,) * len(plan.leaves), plan.addresses, plan.spans, strict=True))
+    reach = {device: dict(reached) for device, reached in others.items()}
+    for device, address, nbytes in compress(places, map(and_, is_own, plan.dense)):
+        reached = reach.setdefault(device, {})
+        reached[address] = max(nbytes, reached.get(address, 0))
+    protected = [reach.get(device, {}).get(address, -1) >= nbytes for device, address, nbytes in places]
+    if plan.has_slices:
+        inside = {device: _Ranges(reached) for device, reached in reach.items()}
+        for i, (device, address, nbytes) in enumerate(places):
+            if not protected[i] and device in inside:
+                protected[i] = inside[device].cover(address, nbytes)
+    return protected
 
 
 def _reach(guarded: Sequence[torch.Tensor]) -> dict[torch.device, dict[int, int]]:
@@ -110,13 +201,13 @@ def _reach(guarded: Sequence[torch.Tensor]) -> dict[torch.device, dict[int, int]
     tensors = list(guarded)
     if not PLAIN_TENSORS.issuperset(map(type, tensors)):
         tensors = [memory for tensor in tensors for memory in here(tensor)]
-    if not all(layout is torch.strided for layout in map(_Tensor.layout.__get__, tensors)):
+    if set(map(_layout, tensors)) - {torch.strided}:
         tensors = [tensor for tensor in tensors if tensor.layout is torch.strided]
     if not all(map(_Tensor.is_contiguous, tensors)):
         tensors = [tensor for tensor in tensors if is_dense(tuple(tensor.shape), tensor.stride())]
     addresses = map(_Tensor.data_ptr, tensors)
-    if all(map(_Tensor.is_cpu.__get__, tensors)):
-        return {_HOST: dict(zip(addresses, map(_Tensor.nbytes.__get__, tensors), strict=True))}
+    if all(map(_is_on_host, tensors)):
+        return {_HOST: dict(zip(addresses, map(_nbytes, tensors), strict=True))}
     reach: dict[torch.device, dict[int, int]] = {}
     for tensor, address in zip(tensors, addresses, strict=True):
         reach.setdefault(tensor.device, {})[address] = tensor.nbytes

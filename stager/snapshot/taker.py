@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ class Snapshot:
         tree: the state.
         blobs: the pickled objects, in the order of ``plan.objects``, and the format's trailer, if it has one.
         streams: order the copies from devices behind what the trainer's streams hold now.
-        guarded: the tensors of the guarded optimizers, until the tripwires are set.
+        guarded: what the tripwires will watch beside the leaves that are copied then, until they are set: the other
+            tensors of the guarded optimizers.
         armed: tripwires of the copies that are made then.
     """
 
@@ -86,6 +87,25 @@ class Assignment:
     by_trainer: Batches = EMPTY
     by_workers: tuple[Copy, ...] = ()
     kept: tuple[torch.Tensor, ...] = ()
+
+
+_SplitKey = tuple[list[bool], list[bool], frozenset[int]]
+"""Which tensors may wait, which are an optimizer's, and the shared sources."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """How the copies of a snapshot were divided, and what that depends on.
+
+    Attributes:
+        own_now: numbers of the leaves that are an optimizer's tensors, and are copied at once all the same.
+    """
+
+    plan: SnapshotPlan
+    key: _SplitKey
+    now: Assignment
+    later: Assignment
+    own_now: tuple[int, ...]
 
 
 class SnapshotTaker:
@@ -122,7 +142,7 @@ class SnapshotTaker:
         self._group = group
         self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
-        self._split: tuple[SnapshotPlan, list[bool], frozenset[int], Assignment, Assignment] | None = None
+        self._split: _Split | None = None
         self._wires = Wires.of(())
         self._torn: frozenset[str] = frozenset()  # names of tensors that somebody else wrote to, once
         self._blobs: dict[tuple[type, Any], bytes] = {}
@@ -184,10 +204,15 @@ class SnapshotTaker:
         if not pieces.is_whole:
             of_piece, kept = copies_of(piece, plan, leaves)
             return Assignment(tuple(of_piece), batch(of_piece), (), tuple(kept)), Assignment()
-        protected = self._protected(snapshot)
-        sources = self._sharer.live_sources()
-        if self._split is not None and self._split[0] is plan and self._split[1:3] == (protected, sources):
-            return self._split[3:]
+        protected, is_own = self._protected(snapshot)
+        key, last = (protected, is_own, self._sharer.live_sources()), self._split
+        if last is None or last.plan is not plan or last.key != key:
+            last = self._split = self._divide(plan, leaves, key)
+        snapshot.guarded = [*snapshot.guarded, *map(leaves.__getitem__, last.own_now)]
+        return last.now, last.later
+
+    def _divide(self, plan: SnapshotPlan, leaves: Sequence[Any], key: _SplitKey) -> _Split:
+        protected, is_own, _ = key
         may_wait = {leaf for leaf, is_protected in zip(plan.leaves, protected, strict=False) if is_protected}
         now: list[Copy] = []
         later: list[Copy] = []
@@ -195,23 +220,33 @@ class SnapshotTaker:
             # A packed one from host memory has no samples: nobody would see a write through .data.
             waits = may_wait.issuperset(copy.leaves) and (copy.address >= 0 or not copy.on_host)
             (later if waits else now).append(copy)
-        both = self._assign(now, leaves, guarded=False), self._assign(later, leaves, guarded=True)
-        self._split = (plan, protected, sources, *both)
-        return both
+        own_now = set(compress(plan.leaves, is_own)).difference(*(copy.leaves for copy in later))
+        return _Split(
+            plan,
+            key,
+            self._assign(now, leaves, guarded=False),
+            self._assign(later, leaves, guarded=True),
+            tuple(sorted(own_now)),
+        )
 
-    def _protected(self, snapshot: Snapshot) -> list[bool]:
-        """Tell for each tensor, in the order of ``plan.leaves``, whether its copy may wait; none if none may."""
+    def _protected(self, snapshot: Snapshot) -> tuple[list[bool], list[bool]]:
+        """Tell for each tensor, in the order of ``plan.leaves``, whether its copy may wait, and whether an optimizer has it.
+
+        Both are empty if nothing is guarded.
+        """
         if not self._guard:
-            return []
-        snapshot.guarded = self._guard.tensors()
-        protected = self._guard.protects(snapshot.plan, snapshot.guarded)
-        if not self._torn:
-            return protected
-        names = snapshot.tree.names
-        return [
-            is_protected and names[leaf] not in self._torn
-            for leaf, is_protected in zip(snapshot.plan.leaves, protected, strict=True)
-        ]
+            return [], []
+        plan = snapshot.plan
+        protection = self._guard.protects(plan, snapshot.tree.leaves, self._guard.tensors())
+        snapshot.guarded = protection.others
+        protected = protection.protected
+        if self._torn:
+            names = snapshot.tree.names
+            protected = [
+                is_protected and names[leaf] not in self._torn
+                for leaf, is_protected in zip(plan.leaves, protected, strict=True)
+            ]
+        return protected, protection.is_own
 
     def arm(self, snapshot: Snapshot, later: Assignment) -> None:
         """Set the tripwires of what is copied after ``save()`` has returned. Call it right before."""

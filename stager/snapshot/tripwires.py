@@ -27,12 +27,15 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
+from stager.snapshot.picker import Picker, picker
 from stager.state.placement import SMALL_BYTES, Copy
+from stager.state.tensor_kinds import BLOCK
 from stager.workers.memory.slab import Slab
 
 _SAMPLE_BYTES = 16
@@ -41,7 +44,7 @@ _BYTES_PER_SAMPLE = 1 << 20
 _CALL_SECS = 0.25  # a write that goes on for longer after the copy writes whole tensors, and changes samples
 _POLL_SECS = 0.001
 
-_Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
+_version: Any = attrgetter("_version")
 
 
 class _Memory:
@@ -88,12 +91,14 @@ class Wires:
     Attributes:
         copies: what they watch.
         leaves: numbers of the leaves that the copies consist of.
+        leaves_of: picks these of a state's leaves.
         sources, targets: the samples, where the copies read them, and in the slab.
         owners: for each word of the samples, the position of its copy in ``copies``.
     """
 
     copies: tuple[Copy, ...]
     leaves: tuple[int, ...]
+    leaves_of: Picker
     sources: _Samples
     targets: _Samples
     owners: Any
@@ -115,18 +120,16 @@ class Wires:
         b = np.array(others, dtype=np.int64).reshape(len(others), 3)
         leaves = tuple(leaf for copy in copies for leaf in copy.leaves)
         sources, targets = (_Samples(w[:, column] >> 3, b[:, column].copy()) for column in (1, 2))
-        return Wires(tuple(copies), leaves, sources, targets, np.concatenate((w[:, 0], b[:, 0])))
+        return Wires(tuple(copies), leaves, picker(leaves), sources, targets, np.concatenate((w[:, 0], b[:, 0])))
 
     def arm(self, leaves: Sequence[Any], guarded: Sequence[torch.Tensor]) -> Armed:
         """Read versions and samples now, in the trainer's thread.
 
         Args:
             leaves: of the state.
-            guarded: the optimizers' tensors.
+            guarded: the other tensors of the optimizers.
         """
-        watched = list(map(leaves.__getitem__, self.leaves))
-        known = set(map(id, watched))  # an optimizer's state_dict() has its very tensors; a module's has others
-        watched += [tensor for tensor in guarded if id(tensor) not in known]
+        watched = [*self.leaves_of(leaves), *guarded]
         return Armed(self, watched, threading.get_ident(), _versions(watched), self.sources.read())
 
 
@@ -151,7 +154,7 @@ class Armed:
         now = wires.targets.read(slab.address), wires.sources.read()
         positions = {position for samples in now for position in wires.owners[samples != self.samples].tolist()}
         leaves = {leaf for position in positions for leaf in wires.copies[position].leaves}
-        if not leaves and not self._changed_versions():
+        if not leaves:
             wait_until_call_is_left(self.thread, _CALL_SECS)
         changed = self._changed_versions()
         leaves.update(wires.leaves[number] for number in changed if number < len(wires.leaves))
@@ -187,10 +190,16 @@ def _places(nbytes: int) -> list[int]:
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
-    try:
-        return list(map(_Tensor._version.__get__, tensors))
-    except RuntimeError:  # tensors that were made in inference mode have none
-        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    versions: list[int | None] = []
+    # In blocks, because one call does not let go of the interpreter, and the trainer may need it.
+    for start in range(0, len(tensors), BLOCK):
+        block = tensors[start : start + BLOCK]
+        try:
+            versions += map(_version, block)
+        except RuntimeError:  # tensors that were made in inference mode have none
+            del versions[start:]
+            versions += [None if tensor.is_inference() else tensor._version for tensor in block]
+    return versions
 
 
 def wait_until_call_is_left(thread: int, secs: float) -> None:

@@ -10,21 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 
 from stager.state.state_tree import StateTree
-from stager.state.tensor_kinds import PLAIN_TENSORS
+from stager.state.tensor_kinds import BLOCK, PLAIN_TENSORS
+from stager.workers.checkpoint.layout.layout import contiguous_stride
 from stager.workers.errors import UnstageableError
 from stager.workers.memory.tensor_memory import problem_of, storage_nbytes
 
-_Tensor: Any = torch.Tensor  # its methods and descriptors are called unbound, which the stubs do not know
+_Tensor: Any = torch.Tensor  # its methods are called unbound, which the stubs do not know
+_is_on_host: Any = attrgetter("is_cpu")
+_shape: Any = attrgetter("shape")
 
 _QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4))
 _HOST = torch.device("cpu")
-_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class _Block:
         devices: None when all are in host memory.
         lazy: None when none is a conjugate or negative view.
         held: bytes of each tensor's storage. A storage that was resized is told by it: see :func:`_check_storages`.
+        is_row_major: whether all are, and no dimension is 0 or 1 long. Then the shapes leave no choice of strides.
     """
 
     addresses: list[int]
@@ -67,6 +70,7 @@ class _Block:
     devices: list[torch.device] | None
     lazy: list[bool] | None
     held: list[int]
+    is_row_major: bool
 
     def rows(self) -> Iterator[Fingerprint]:
         count = len(self.addresses)
@@ -103,13 +107,14 @@ def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> Fin
         UnstageableError: a tensor that cannot be snapshotted, with its key path.
     """
     leaves = tree.leaves
-    if PLAIN_TENSORS.issuperset(map(type, leaves)):
-        numbers: Sequence[int] = range(len(leaves))
-        tensors = leaves
-    else:
+    numbers: Sequence[int] = range(len(leaves))
+    tensors = leaves
+    is_plain = PLAIN_TENSORS.issuperset(map(type, leaves))
+    if not is_plain:
         numbers = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in numbers]
-    if PLAIN_TENSORS.issuperset(map(type, tensors)):
+        is_plain = PLAIN_TENSORS.issuperset(map(type, tensors))
+    if is_plain:
         try:
             return _read(numbers, tensors, known)
         except (
@@ -125,22 +130,25 @@ def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> Fin
 def _read(numbers: Sequence[int], tensors: Sequence[torch.Tensor], known: Fingerprints | None) -> Fingerprints:
     old = known.blocks if known is not None else ()
     blocks: list[_Block] = []
-    # In blocks, because each column touches every tensor again: 1,024 of them stay in the processor's cache.
-    for i, start in enumerate(range(0, len(tensors), _BLOCK)):
-        block = _read_block(tensors[start : start + _BLOCK])
-        if i < len(old) and block == old[i]:
-            block = old[i]
+    # In blocks, because each column touches every tensor again: those of a block stay in the processor's cache.
+    for i, start in enumerate(range(0, len(tensors), BLOCK)):
+        of_block = tensors[start : start + BLOCK]
+        last = old[i] if i < len(old) else None
+        block = _read_block(of_block, last)
+        if block == last:
+            block = last
         else:
-            _check_storages(tensors[start : start + _BLOCK], block)
+            _check_storages(of_block, block)
         blocks.append(block)
     if known is not None and len(old) == len(blocks) and known.leaves == numbers and all(map(is_, old, blocks)):
         return known
     return Fingerprints(numbers, tuple(blocks))
 
 
-def _read_block(tensors: Sequence[torch.Tensor]) -> _Block:
+def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None) -> _Block:
+    """Read the fingerprints of some tensors; ``last``: what was read of them by the save before."""
     dtypes = [tensor.dtype for tensor in tensors]
-    devices = None if all(map(_Tensor.is_cpu.__get__, tensors)) else [tensor.device for tensor in tensors]
+    devices = None if all(map(_is_on_host, tensors)) else [tensor.device for tensor in tensors]
     kinds = set(dtypes)
     if not kinds.isdisjoint(_QUANTIZED) or (devices is not None and any(d.type == "meta" for d in devices)):
         # Quantized tensors are more than their bytes, and meta tensors have none.
@@ -148,15 +156,28 @@ def _read_block(tensors: Sequence[torch.Tensor]) -> _Block:
     lazy = list(map(_Tensor.is_neg, tensors))
     if any(dtype.is_complex for dtype in kinds):
         lazy = [tensor.is_conj() or neg for tensor, neg in zip(tensors, lazy, strict=True)]
+    addresses = list(map(_Tensor.data_ptr, tensors))  # first: it raises if there are none, or no strides
+    shapes = list(map(_shape, tensors))
+    if last is not None and last.is_row_major and shapes == last.shapes and all(map(_Tensor.is_contiguous, tensors)):
+        shapes, strides, is_row_major = last.shapes, last.strides, True
+    else:
+        strides = list(map(_Tensor.stride, tensors))
+        is_row_major = all(map(_has_no_other_stride, *zip(*set(zip(shapes, strides, strict=True)), strict=True)))
     return _Block(
-        addresses=list(map(_Tensor.data_ptr, tensors)),
+        addresses=addresses,
         dtypes=dtypes,
-        shapes=list(map(_Tensor.size, tensors)),
-        strides=list(map(_Tensor.stride, tensors)),
+        shapes=shapes,
+        strides=strides,
         devices=devices,
         lazy=lazy if any(lazy) else None,
         held=list(map(torch.UntypedStorage.nbytes, map(_Tensor.untyped_storage, tensors))),
+        is_row_major=is_row_major,
     )
+
+
+def _has_no_other_stride(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Tell whether a tensor of this shape that ``is_contiguous()`` has these strides, whatever else it is."""
+    return 0 not in shape and 1 not in shape and stride == contiguous_stride(shape)
 
 
 def _check_storages(tensors: Sequence[torch.Tensor], block: _Block) -> None:

@@ -173,7 +173,10 @@ class _Visitor:
         has_recipes = self.tree.has_recipes
         if torch.nn.parameter.is_lazy(tensor):  # it has no values, and says so to whoever asks
             return self._leaf(WholeTensor(tensor))
-        if is_sharded(tensor) or problem_of(tensor) is not None:
+        if is_sharded(tensor):
+            self.tree.has_shards = True
+            return self._leaf(tensor)
+        if problem_of(tensor) is not None:
             return self._leaf(tensor)
         if hasattr(tensor, "__tensor_flatten__"):
             return self._wrapper(tensor, path) if has_recipes else self._leaf(tensor)
@@ -218,6 +221,8 @@ class _Visitor:
             raise _ContainsItselfError(identity)
         if len(path) >= _MAX_DEPTH:
             return self._leaf(value)
+        if type(value) is dict and (node := self._dict_of_tensors(value)) is not None:
+            return node
         before = len(tree.leaves), len(tree.odd_keys), self._num_apart
         self._open.add(identity)
         outer, self._start = self._start, _Start(before[0], before[2])
@@ -242,6 +247,33 @@ class _Visitor:
             self._start = outer
         self._forget(before)
         return self._leaf(value)
+
+    def _dict_of_tensors(self, value: dict[Any, Any]) -> Node:
+        """Visit a dict of plain tensors the short way, which an optimizer has thousands of; None if it is another."""
+        for first in value.values():
+            if type(first) not in PLAIN_TENSORS:
+                return None
+            break
+        keys = list(value)
+        kinds = set(map(type, keys))
+        children = self._plain_tensors(list(value.values())) if kinds <= _KEY_TYPES else None
+        if not children:
+            return None
+        self._note_keys(keys, kinds)
+        return ["dict", keys, children]
+
+    def _plain_tensors(self, values: list[Any]) -> list[Node] | None:
+        """Make leaves of values if all are plain tensors; None if some value is something else."""
+        leaves = self.tree.leaves
+        nodes = nodes_of(values, len(leaves))
+        if nodes is not None:
+            leaves += values
+            self._num_apart += len(values)
+        return nodes
+
+    def _note_keys(self, keys: list[Any], kinds: set[type]) -> None:
+        if kinds - {str}:
+            self.tree.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
 
     def _parts(self, value: Mapping[Any, Any] | list[Any], path: Path) -> Node:
         self._num_apart += _is_param_groups(value, path)
@@ -307,17 +339,10 @@ class _Visitor:
         metadata = _plain_metadata(value) if kind is OrderedDict else None
         if kind not in _PLAIN or not has_names or (kind is OrderedDict and self._has_more(value, metadata)):
             return self._other_mapping(value, keys, has_names, path)
-        tree = self.tree
-        if kinds - {str}:
-            tree.odd_keys.append(tuple(map(type, keys) if float not in kinds else map(repr, keys)))
+        self._note_keys(keys, kinds)
         values = list(value.values())
-        nodes = nodes_of(values, len(tree.leaves))
-        children: list[Node]
-        if nodes is not None:  # what most states are made of
-            children = nodes
-            tree.leaves += values
-            self._num_apart += len(values)
-        else:
+        children = self._plain_tensors(values)  # what most states are made of
+        if children is None:
             children = self._children(keys, values, path)
         if kind is OrderedDict:
             return ["odict", keys, children, metadata]

@@ -29,6 +29,7 @@ from stager.workers.checkpoint.formats import Format
 from stager.workers.checkpoint.formats.contract import Split, TensorSpec, Trailer, evenly
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
+from stager.workers.checkpoint.layout.layout import is_dense as is_dense_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import Chunks, Node, map_leaves
 from stager.workers.checkpoint.layout.tensor_node import TensorNode
@@ -49,9 +50,10 @@ class SnapshotPlan:
         document: ``layout`` as it lies in a slab.
         plan_id: hash of the document.
         trailer: makes the blobs that follow the pickled objects: the format's trailer, or none.
-        leaves: numbers of the leaves that are tensors. The next three are in this order.
+        leaves: numbers of the leaves that are tensors. The next four are in this order.
         addresses, devices: of each tensor; ``devices`` is None when all are in host memory.
         spans: bytes from the first to the last byte of each tensor.
+        dense: of each tensor, whether its elements fill its span and share no memory.
         has_slices: whether some tensors may be rows of a larger one, of which other ranks write the rest.
     """
 
@@ -66,6 +68,7 @@ class SnapshotPlan:
     addresses: tuple[int, ...]
     devices: tuple[torch.device, ...] | None
     spans: tuple[int, ...]
+    dense: tuple[bool, ...]
     has_slices: bool = False
 
     @property
@@ -195,6 +198,7 @@ class Planner:
             addresses=tuple(p.address for _, p in rows),
             devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,
             spans=tuple(span_nbytes(p) for _, p in rows),
+            dense=tuple(is_dense_stride(p.shape, p.stride) for _, p in rows),
             has_slices=bool(tree.kinds),
         )
 

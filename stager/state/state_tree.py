@@ -31,6 +31,7 @@ class StateTree:
         owners: the Stateful objects whose state is being visited, outermost first.
         has_recipes: whether the format stores containers with recipes; without, they are leaves.
         pickled: large containers that were pickled to find out that they have no tensors, by identity.
+        has_shards: whether a sharded tensor was met. No leaf is one if it is False.
     """
 
     leaves: list[Any] = field(default_factory=list)
@@ -42,6 +43,7 @@ class StateTree:
     owners: list[Any] = field(default_factory=list)
     has_recipes: bool = True
     pickled: dict[int, PickledObject] = field(default_factory=dict)
+    has_shards: bool = False
 
     @cached_property
     def paths(self) -> list[Path]:

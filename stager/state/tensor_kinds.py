@@ -13,15 +13,21 @@ A DTensor has no flags: a fresh load returns the whole tensor, which is none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
+from stager.workers.gc_pause import no_collection
+
 PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 """The plain-tensor test: tensors of these types are nothing but their bytes, unless their layout says otherwise."""
 
+BLOCK = 1024
+"""So many tensors are read at a time, property by property."""
+
 _Tensor: Any = torch.Tensor
-_requires_grad = _Tensor.requires_grad.__get__
+_requires_grad: Any = attrgetter("requires_grad")
 # A tensor's attributes, if it has any. To ask for its __dict__ makes one: 20,000 of them cost more than the rest of a plan.
 _attributes: Any = getattr(object, "__getstate__", None) or _Tensor.__dict__["__dict__"].__get__  # Python 3.10 lacks it
 _FROM_TYPE: Any = torch._tensor._rebuild_from_type_v2
@@ -71,14 +77,23 @@ def nodes_of(values: Sequence[Any], first: int) -> list[Any] | None:
     Args:
         first: number of the first value's leaf.
     """
-    # In columns: Python code per tensor would be too slow, and most states have plain tensors only.
+    # In columns: Python code per tensor would be too slow, and most states have plain tensors only. In blocks, because each
+    # column touches every tensor again: those of a block stay in the processor's cache.
     kinds = set(map(type, values))
-    if not kinds <= PLAIN_TENSORS or any(map(_attributes, values)):
+    if not kinds <= PLAIN_TENSORS:
         return None
+    has_flags = torch.nn.Parameter in kinds
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK]
+        if any(map(_attributes, block)):
+            return None
+        has_flags = has_flags or any(map(_requires_grad, block))
     numbers = range(first, first + len(values))
-    if torch.nn.Parameter not in kinds and not any(map(_requires_grad, values)):
+    if not has_flags:
         return list(numbers)
-    return [node_of(number, value) for number, value in zip(numbers, values, strict=True)]
+    flags = [_FLAGS[type(value) is torch.nn.Parameter, value.requires_grad] for value in values]
+    with no_collection():  # as many lists as tensors
+        return [["tensor", number, some] if some else number for number, some in zip(numbers, flags, strict=True)]
 
 
 def node_of(number: int, tensor: torch.Tensor) -> Any:

@@ -204,4 +204,4 @@ def test_tensor_with_gaps_guards_nothing(bench: Bench) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(base[::2]), torch.nn.Parameter(torch.zeros(3))], lr=0.1)
     bench.guard.add(optimizer)
     snapshot = bench.begin({"base": base[:50]})
-    assert bench.guard.protects(snapshot.plan, bench.guard.tensors()) == [False]
+    assert bench.guard.protects(snapshot.plan, snapshot.tree.leaves, bench.guard.tensors()).protected == [False]
