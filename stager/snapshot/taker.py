@@ -143,7 +143,7 @@ class SnapshotTaker:
         self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
         self._split: _Split | None = None
-        self._wires = Wires.of(())
+        self._wires = Wires.of(())  # of what was split last
         self._torn: frozenset[str] = frozenset()  # names of tensors that somebody else wrote to, once
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
@@ -221,13 +221,9 @@ class SnapshotTaker:
             waits = may_wait.issuperset(copy.leaves) and (copy.address >= 0 or not copy.on_host)
             (later if waits else now).append(copy)
         own_now = set(compress(plan.leaves, is_own)).difference(*(copy.leaves for copy in later))
-        return _Split(
-            plan,
-            key,
-            self._assign(now, leaves, guarded=False),
-            self._assign(later, leaves, guarded=True),
-            tuple(sorted(own_now)),
-        )
+        both = self._assign(now, leaves, guarded=False), self._assign(later, leaves, guarded=True)
+        self._wires = Wires.of(both[1].copies)
+        return _Split(plan, key, *both, tuple(sorted(own_now)))
 
     def _protected(self, snapshot: Snapshot) -> tuple[list[bool], list[bool]]:
         """Tell for each tensor, in the order of ``plan.leaves``, whether its copy may wait, and whether an optimizer has it.
@@ -250,8 +246,6 @@ class SnapshotTaker:
 
     def arm(self, snapshot: Snapshot, later: Assignment) -> None:
         """Set the tripwires of what is copied after ``save()`` has returned. Call it right before."""
-        if self._wires.copies is not later.copies:
-            self._wires = Wires.of(later.copies)
         if later.copies:
             snapshot.armed = self._wires.arm(snapshot.tree.leaves, snapshot.guarded)
         snapshot.guarded = ()

@@ -177,6 +177,28 @@ def test_optimizer_whose_state_grew_is_seen_by_the_next_save(bench: Bench) -> No
     assert _may_wait(bench, {"new": optimizer.param_groups[1]["params"][0]}) == {"new"}
 
 
+def test_optimizer_that_has_another_tensor_now_guards_the_one_before_no_longer(bench: Bench) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    moment = optimizer.state[parameter]["momentum"] = torch.ones(3)
+    bench.guard.add(optimizer)
+    state = {"w": parameter.detach(), "moment": moment, "tied": moment.view(3, 1)}
+    assert _may_wait(bench, state) == {"w", "moment", "tied"}
+    optimizer.state[parameter]["momentum"] = moment.clone()
+    assert _may_wait(bench, state) == {"w"}
+    optimizer.state[parameter]["momentum"] = moment
+    assert _may_wait(bench, state) == {"w", "moment", "tied"}
+    optimizer.param_groups[0]["params"] = []
+    assert _may_wait(bench, state) == {"moment", "tied"}
+
+
+def test_gaps_of_a_guarded_tensor_that_is_saved_do_not_wait(bench: Bench) -> None:
+    base = torch.ones(6, 2)
+    parameter = torch.nn.Parameter(base[::2], requires_grad=False)
+    bench.guard.add(torch.optim.SGD([parameter], lr=0.1))
+    assert _may_wait(bench, {"w": parameter, "base": base, "row": base[0]}) == set()
+
+
 def test_dropped_optimizer_guards_nothing(bench: Bench) -> None:
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([parameter], lr=0.1)

@@ -57,6 +57,14 @@ def _transpose(state: dict[str, Any]) -> None:
     state["b"].t_()  # same address, same number of bytes
 
 
+def _transpose_square(state: dict[str, Any]) -> None:
+    state["square"].t_()  # the shape stays, too
+
+
+def _stride_that_steps_over_nothing(state: dict[str, Any]) -> None:
+    state["row"] = state["row"].as_strided((1, 4), (9, 1))  # it is contiguous with either
+
+
 def _reinterpret(state: dict[str, Any]) -> None:
     state["b"] = state["b"].view(torch.int32)
 
@@ -105,6 +113,8 @@ CHANGES = [
     _shrink_in_place,
     _set_data,
     _transpose,
+    _transpose_square,
+    _stride_that_steps_over_nothing,
     _reinterpret,
     _conjugate,
     _negate,
@@ -130,7 +140,10 @@ def test_every_change_between_two_snapshots_is_found(bench: Bench, change: Calla
         "tied": c,
         "z": torch.randn(3, dtype=torch.complex64),
         "nested": {1: torch.randn(2)},
+        "square": torch.randn(5, 5),
     }
+    if change is _stride_that_steps_over_nothing:  # beside others, strides are read anyway
+        state = {"row": torch.randn(1, 4)}
     before = bench.begin(state).plan
     change(state)
     slab, snapshot = bench.stage(state)
