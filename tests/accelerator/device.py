@@ -186,3 +186,17 @@ def unregister_host_memory(address: int) -> None:
 def num_registered() -> int:
     """How many ranges of host memory are registered."""
     return int(_simulator.num_registered())
+
+
+class HostMemory:
+    """Registers host memory with the simulated devices, as :class:`stager.workers.device.host_memory.Registrar` says."""
+
+    def register(self, address: int, nbytes: int) -> str:
+        try:
+            register_host_memory(address, nbytes)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def unregister(self, address: int) -> None:
+        unregister_host_memory(address)

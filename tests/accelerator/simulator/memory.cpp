@@ -13,8 +13,6 @@
 namespace simulated {
 
 namespace {
-using Lock = std::lock_guard<std::recursive_mutex>;
-
 constexpr size_t kRegion = size_t(8) << 30;  // of addresses for each device; memory is taken when it is written
 constexpr size_t kGranule = 512;
 constexpr size_t kGap = 512;  // between blocks, never handed out

@@ -12,7 +12,7 @@ namespace {
 
 py::dict counters() {
   auto& scheduler = Scheduler::get();
-  const std::lock_guard<std::recursive_mutex> lock(scheduler.mutex());
+  const Lock lock(scheduler.mutex());
   const Counters& now = scheduler.counters();
   py::dict found;
   found["kernels"] = now.kernels;
@@ -31,7 +31,7 @@ py::dict counters() {
 
 void reset_counters() {
   auto& scheduler = Scheduler::get();
-  const std::lock_guard<std::recursive_mutex> lock(scheduler.mutex());
+  const Lock lock(scheduler.mutex());
   scheduler.counters() = {};
   for (int device = 0; device < kDevices; ++device) {
     Use& use = DeviceMemory::get().use(device);

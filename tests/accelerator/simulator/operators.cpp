@@ -158,7 +158,7 @@ at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool no
   if (source.numel() == 0)
     return target;
   auto& scheduler = Scheduler::get();
-  const std::lock_guard<std::recursive_mutex> lock(scheduler.mutex());
+  const Lock lock(scheduler.mutex());
   count_copy(source, target);
   const int64_t stream = current_stream((is_ours(source) ? source : target).device().index());
 
@@ -380,7 +380,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   // Without the lock: some meta kernels are written in Python, and whoever has Python's lock may be waiting for ours.
   const auto outputs = is_view ? std::nullopt : outputs_of(op, given, device);
   auto& scheduler = Scheduler::get();
-  const std::lock_guard<std::recursive_mutex> lock(scheduler.mutex());
+  const Lock lock(scheduler.mutex());
   if (is_view)  // it computes nothing
     return run_now(op, stack, given, device, false);
   ++scheduler.counters().kernels;

@@ -1,11 +1,21 @@
+#include <Python.h>
+
 #include "scheduler.h"
 
 #include <stdexcept>
 
 namespace simulated {
 
-namespace {
-using Lock = std::lock_guard<std::recursive_mutex>;
+Lock::Lock(std::recursive_mutex& mutex) : mutex_(mutex) {
+  if (mutex_.try_lock())
+    return;
+  if (Py_IsInitialized() && PyGILState_Check()) {
+    PyThreadState* const state = PyEval_SaveThread();
+    mutex_.lock();
+    PyEval_RestoreThread(state);
+  } else {
+    mutex_.lock();
+  }
 }
 
 Scheduler& Scheduler::get() {

@@ -46,6 +46,21 @@ struct Point {
   uint64_t position = 0;
 };
 
+// The lock of the simulator. Whoever runs an operation holds it, and may need Python's lock (a tensor that Python knows is
+// counted under it); so nobody waits for this one and keeps Python's.
+class Lock {
+ public:
+  explicit Lock(std::recursive_mutex& mutex);
+  ~Lock() {
+    mutex_.unlock();
+  }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+
+ private:
+  std::recursive_mutex& mutex_;
+};
+
 class Scheduler {
  public:
   static Scheduler& get();

@@ -1,0 +1,2 @@
+"""Tests of what touches an accelerator. They run on the accelerator that the process has: a real one, or the simulated one, on
+which ``tests/accelerator/test_modes.py`` runs them in every mode; without any they are skipped."""
