@@ -72,7 +72,7 @@ class _Bounce:
     def copy(self, slab_offset: int, source: torch.Tensor) -> None:
         """Copy a tensor of bytes, on the current stream of its device."""
         stream = torch.accelerator.current_stream(source.device)
-        for part in source.split(len(self._buffers[0])):
+        for part in source.split(len(self._buffers[0])):  # type: ignore[no-untyped-call]  # torch does not annotate it
             if len(self._on_the_way) == len(self._buffers):  # both are in use; the older one is free again after this
                 self._empty_oldest()
             target = self._buffers[self._next][: len(part)]

@@ -1,4 +1,4 @@
-"""Snapshots of tensors on devices: what was put into the trainer's stream before ``save()`` is in, what comes later is not."""
+"""Snapshots of tensors on devices: what was in the trainer's stream before ``save()`` is in, what comes later is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small tensors are gathered on their device into one transfer, large ones cross alone, through buffers where there must be."""
+"""Small tensors are gathered on their device into one transfer, large ones cross alone; some through buffers between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Side streams: copies run behind what the trainer's streams hold when the copy is asked for, and hold up nothing of the trainer's."""
+"""Side streams: copies run behind what the trainer's streams hold when they are asked for, and hold up none of it."""
 
 from __future__ import annotations
 
