@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch.utils import cpp_extension
 
-_SOURCES = Path(__file__).parent / "simulator"
-_BUILT = Path(__file__).parent / "built"  # not in the repository
+_SOURCES = Path(__file__).resolve().parent / "simulator"
+_BUILT = _SOURCES.parent / "built"  # not in the repository
 
 
 class CannotBuildError(RuntimeError):
