@@ -68,7 +68,18 @@ def caught_by(tree: Path) -> str | None:
     """Return the mode whose tests fail first, and the test; None if all pass in every mode."""
     for mode in _MODES:
         environment = {**os.environ, "STAGER_SIMULATED": mode, "PYTHONPATH": str(tree)}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "timeout=60", "tests/device"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "timeout=60",
+            "tests/device",
+        ]
         ended = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
         if ended.returncode != 0:
             failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
