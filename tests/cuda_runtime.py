@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stager.workers.memory import pinning
+from stager.workers.device import accelerator, cuda, host_memory
 
 
 def install(monkeypatch: pytest.MonkeyPatch, runtime: Any, on_clear: Callable[[], None] = lambda: None) -> None:
@@ -19,5 +19,6 @@ def install(monkeypatch: pytest.MonkeyPatch, runtime: Any, on_clear: Callable[[]
         on_clear: called when the error of a failed call is cleared.
     """
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(pinning, "_clear_error", on_clear)
-    monkeypatch.setattr(pinning, "_state", SimpleNamespace(warned=False))
+    monkeypatch.setattr(cuda, "clear_error", on_clear)
+    monkeypatch.setattr(accelerator, "current", lambda: torch.device("cuda"))
+    monkeypatch.setattr(host_memory, "_state", SimpleNamespace(warned=False))

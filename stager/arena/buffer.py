@@ -17,8 +17,8 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
+from stager.workers.device.host_memory import pin_in_chunks
 from stager.workers.errors import InternalError
-from stager.workers.memory.pinning import pin_in_chunks
 from stager.workers.memory.slab import Slab
 
 
@@ -46,7 +46,7 @@ class Buffer:
     """A slab and its state.
 
     Attributes:
-        pinned_nbytes: so much of it is registered with CUDA, until its storage is collected; None: not tried yet.
+        pinned_nbytes: so much of it is registered with the accelerator, until its storage is collected; None: not tried yet.
     """
 
     def __init__(self, slab: Slab) -> None:
@@ -66,7 +66,7 @@ class Buffer:
         return nbytes <= self.nbytes <= nbytes + nbytes // 2 + _SLACK_BYTES
 
     def pin(self) -> None:
-        """Register it with CUDA, once. Only its owner may."""
+        """Register it with the accelerator, once. Only its owner may."""
         if self.pinned_nbytes is None:
             self.pinned_nbytes = 0  # before the call: where its warning is raised as an error, do not try again
             self.pinned_nbytes = pin_in_chunks(self.slab.storage, self.slab.address, self.nbytes)

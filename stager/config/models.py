@@ -76,7 +76,7 @@ class ArenaConfig(Section):
     max_host_bytes: MemoryLimit = setting("75%", "Most memory for all buffers: bytes, or a share.")
     when_full: Literal["wait", "skip", "raise"] = setting("wait", "What save() does with no free buffer.")
     prefault: bool = setting(True, "Allocate a buffer's pages ahead, off the training path.")
-    pin: Switch = setting("auto", "Page-lock buffers for CUDA; auto: if CUDA is used.")
+    pin: Switch = setting("auto", "Page-lock buffers for the accelerator; auto: if there is one that can.")
 
     def resolve_max_host_bytes(self, available_bytes: int, local_world_size: int = 1) -> int:
         """Return the memory budget of this trainer, in bytes. Trainers on one host divide a share, not a number of bytes."""

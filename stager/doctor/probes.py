@@ -40,12 +40,18 @@ def cuda_facts() -> CudaFacts:
         return CudaFacts(None, _nvidia_driver(), ())
     import torch
 
+    from stager.workers.device import accelerator
+    from stager.workers.device.cuda import device_names
+
     hip = getattr(torch.version, "hip", None)
     build = f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            devices = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+            device = accelerator.current()
+            if device is not None and device.type != "cuda":
+                return CudaFacts(device.type, None, (device.type,) * torch.accelerator.device_count())
+            devices = device_names()
         except (RuntimeError, AssertionError) as error:
             return CudaFacts(build, _nvidia_driver(), (), _first_line(error))
     return CudaFacts(build, _nvidia_driver(), devices, _first_line(said[0].message) if said else "")

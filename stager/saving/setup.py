@@ -17,6 +17,8 @@ from stager.workers._version import __version__
 from stager.workers.checkpoint.maintenance.retention import RetentionRules
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_back import Writing
+from stager.workers.device.accelerator import NO_DEVICE_ENVIRONMENT
+from stager.workers.device.host_memory import can_register
 from stager.workers.errors import ConfigError
 from stager.workers.pool.pool import PoolOptions, WorkerPool
 
@@ -48,15 +50,17 @@ def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
 
 def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
     """Make the arena, with this rank's part of the host's memory."""
-    has_device = torch.cuda.is_available()
-    if arena.pin is True and not has_device:
-        logger.warning("arena.pin is true, but there is no CUDA device: buffers are not pinned")
+    can_pin = can_register()
+    if arena.pin is True and not can_pin:
+        logger.warning(
+            "arena.pin is true, but there is no accelerator that can register host memory: buffers are not pinned"
+        )
     return Arena(
         arena.buffers,
         arena.resolve_max_host_bytes(available_memory_bytes(), group.local_size),
         arena.when_full,
         prefault=arena.prefault,
-        pin=bool(arena.pin) and has_device,
+        pin=bool(arena.pin) and can_pin,
     )
 
 
@@ -71,7 +75,7 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
 def start_pool(workers: WorkersConfig, group: RankGroup, lock_fd: int) -> WorkerPool:
     """Start the worker processes, which keep the lock open: NOTE [ The lock ] in ``directory/run_directory.py``."""
     settings = workers.model_dump(exclude={"count"})
-    options = PoolOptions(**settings, env={"CUDA_VISIBLE_DEVICES": ""})  # workers never create a CUDA context
+    options = PoolOptions(**settings, env=NO_DEVICE_ENVIRONMENT)  # workers never create a context
     return WorkerPool(workers.resolve_count(group.local_size), options, inherit_fds=(lock_fd,))
 
 

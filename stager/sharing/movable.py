@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from stager.state.tensor_kinds import PLAIN_TENSORS
+from stager.workers.device import accelerator
 
 logger = logging.getLogger("stager")
 
@@ -60,7 +61,7 @@ def why_not(tensor: torch.Tensor) -> Reason | None:
         return Reason.SUBCLASS
     if not storage.resizable():
         return Reason.UNMOVABLE
-    if torch.cuda.is_initialized() and tensor.is_pinned():
+    if accelerator.is_in_use() and tensor.is_pinned():
         return Reason.PINNED
     return None
 

@@ -17,8 +17,9 @@ from contextlib import suppress
 import torch
 
 from stager.snapshot.batches import Batches, Gather, Move
-from stager.snapshot.device import NO_STREAMS, SideStreams, bytes_of, copy_by_torch, enqueue
+from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
 from stager.state.placement import Copy
+from stager.workers.device.streams import NO_STREAMS, SideStreams
 from stager.workers.errors import InternalError, TornSnapshotError
 from stager.workers.memory.slab import Slab
 
@@ -55,7 +56,7 @@ class Copier:
 
         Args:
             leaves: the tensors that ``Copy.leaf`` numbers.
-            streams: copy from CUDA devices; made in the trainer's thread.
+            streams: copy from devices; made in the trainer's thread.
             cold: the slab's pages may not be allocated yet: allocate each right before it is written.
             background: the trainer does not wait.
         """

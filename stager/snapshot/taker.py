@@ -22,7 +22,6 @@ from stager.ranks.rank_group import RankGroup
 from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
-from stager.snapshot.device import SideStreams
 from stager.snapshot.guard import Guard, here
 from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.snapshot.tripwires import Armed, Wires
@@ -36,6 +35,7 @@ from stager.workers.checkpoint.formats import Format
 from stager.workers.checkpoint.formats.object_pickle import PickledObject
 from stager.workers.checkpoint.formats.safe_globals import refusal_of, refused_classes
 from stager.workers.checkpoint.formats.torch_settings import real_tensors
+from stager.workers.device.streams import SideStreams
 from stager.workers.errors import TornSnapshotError, UnstageableError
 from stager.workers.memory.slab import Slab
 

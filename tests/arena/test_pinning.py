@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from stager.arena.arena import Arena
-from stager.workers.memory import pinning
+from stager.workers.device import host_memory
 from tests import cuda_runtime
 from tests.arena.conftest import MIB, sizes, take, wait_for_freeing
 from tests.staging.test_pinning import FakeRuntime
@@ -52,7 +52,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> WatchfulRuntime:
         fake.cleared += 1
 
     cuda_runtime.install(monkeypatch, fake, clear)
-    monkeypatch.setattr(pinning, "_CHUNK_BYTES", MIB)
+    monkeypatch.setattr(host_memory, "_CHUNK_BYTES", MIB)
     return fake
 
 

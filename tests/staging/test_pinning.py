@@ -46,7 +46,6 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRuntime]:
     def clear() -> None:
         fake.cleared += 1
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cuda_runtime.install(monkeypatch, fake, clear)
     yield fake
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from stager.snapshot import device
 from stager.torch_api.staging import DefaultStager, StagingOptions
+from stager.workers.device import streams as device
 
 
 class FakeAccelerator:

@@ -35,7 +35,7 @@ import torch
 from torch.multiprocessing import get_sharing_strategy
 from torch.multiprocessing.reductions import reduce_storage
 
-from stager.workers.memory.pinning import pin
+from stager.workers.device.host_memory import can_register, new_pinned, pin
 from stager.workers.memory.slab import new_shared_memory
 
 OWN_REGION_BYTES = 1 << 20
@@ -50,7 +50,7 @@ class HostBuffers:
 
     Args:
         shared: storages are in shared memory: ``is_shared()``, sent by torch.multiprocessing without a copy.
-        pinned: storages are page-locked; needs CUDA. Falls back to pageable memory with one warning.
+        pinned: storages are page-locked; needs an accelerator. Falls back to pageable memory with one warning.
         pin_min_bytes: storages smaller than this many bytes are not pinned.
         fd_budget: regions alive before large storages share slabs too; default an eighth of ``ulimit -n``.
     """
@@ -102,6 +102,8 @@ class HostBuffers:
         """Return a storage, and the offset in it at which ``nbytes`` page-aligned bytes begin."""
         if self.shared:
             region, start = _new_shared_mapping(nbytes), 0
+        elif self.pinned and not can_register():
+            return new_pinned(nbytes).untyped_storage(), 0
         else:  # whole pages, so that no other registration overlaps this one
             region = torch.UntypedStorage(_round_up(nbytes, mmap.PAGESIZE) + mmap.PAGESIZE, device="cpu")
             start = -region.data_ptr() % mmap.PAGESIZE

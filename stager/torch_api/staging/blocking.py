@@ -10,6 +10,7 @@ import torch
 
 from stager.torch_api.staging.contracts import AsyncStager, StateDict
 from stager.torch_api.staging.state_dict_stager import StateDictStager
+from stager.workers.device import accelerator
 
 _CHECKED_ATOMS = (int, float, str, bytes, io.BytesIO, type(None), torch.Tensor)
 
@@ -18,7 +19,7 @@ class BlockingAsyncStager(AsyncStager, AbstractContextManager["BlockingAsyncStag
     """Copies to the CPU; the copy is complete when ``stage()`` returns.
 
     Args:
-        cache_staged_state_dict: use the same buffers for every ``stage()`` (pinned if CUDA is available). That saves
+        cache_staged_state_dict: use the same buffers for every ``stage()`` (pinned if there is an accelerator). That saves
             allocations, and overwrites the result of the previous call. Shapes and keys may change between calls.
         type_check: raise ValueError for a value that is neither a tensor, number, string, bytes, None nor a container.
     """
@@ -31,7 +32,7 @@ class BlockingAsyncStager(AsyncStager, AbstractContextManager["BlockingAsyncStag
         self.state_dict_cache: StateDict | None = None
         # Leased buffers, all released before each pass, are found again by their size. A cache by source tensor would miss
         # whenever state_dict() makes new tensors.
-        self._stager = StateDictStager(pin_memory=torch.cuda.is_available(), lease=True)
+        self._stager = StateDictStager(pin_memory=accelerator.current() is not None, lease=True)
 
     def stage(self, state_dict: StateDict) -> StateDict:
         """Return a copy of ``state_dict`` on the CPU.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-
-from stager.snapshot.device import SideStreams
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.torch_api.staging.state_dict_stager import StateDictStager
+from stager.workers.device import accelerator
+from stager.workers.device.accelerator import devices_in_use
+from stager.workers.device.streams import SideStreams
 from stager.workers.errors import ClosedError
 from stager.workers.offload.hook_memo import HookMemo
 
@@ -72,16 +72,16 @@ class DefaultStager(CheckpointStager, AsyncStager, AbstractContextManager["Defau
 
     def __init__(self, config: StagingOptions | CheckpointStagerConfig | None = None) -> None:
         self._config = auto_options() if config is None else config
-        accelerator = torch.accelerator.is_available()
-        self._use_async_staging = _decide(self._config, "use_async_staging", accelerator)
-        self._use_non_blocking_copy = _decide(self._config, "use_non_blocking_copy", accelerator)
-        if self._use_non_blocking_copy and not accelerator:
+        has_accelerator = accelerator.current() is not None
+        self._use_async_staging = _decide(self._config, "use_async_staging", has_accelerator)
+        self._use_non_blocking_copy = _decide(self._config, "use_non_blocking_copy", has_accelerator)
+        if self._use_non_blocking_copy and not has_accelerator:
             raise AssertionError(
                 "use_non_blocking_copy=True needs an accelerator, and torch sees none: copies between CPU tensors cannot "
                 'be queued. Set it to False or "auto" (DefaultStager() without options does).'
             )
         self._state_dict_stager = StateDictStager(
-            pin_memory=_decide(self._config, "use_pinned_memory", torch.cuda.is_available()),
+            pin_memory=_decide(self._config, "use_pinned_memory", has_accelerator),
             share_memory=_decide(self._config, "use_shared_memory", True),
             lease=bool(getattr(self._config, "use_leases", False)),  # torch's own options class has no such field
         )
@@ -107,8 +107,8 @@ class DefaultStager(CheckpointStager, AsyncStager, AbstractContextManager["Defau
         """
         if self._closed:
             raise ClosedError("DefaultStager.stage() was called after close(); make a new stager")
-        # In the caller's thread, which is the trainer's: NOTE [ Which stream copies what ] in stager/snapshot/device.py.
-        streams = SideStreams(_devices_in_use())
+        # In the caller's thread, which is the trainer's: NOTE [ Which stream copies what ] in workers/device/streams.py.
+        streams = SideStreams(devices_in_use())
         if not self._use_async_staging:
             return self._copy(state_dict, streams)
         self._staging_future = Future()
@@ -162,15 +162,3 @@ def _settle(completion: Future[None], staging: Future[StateDict]) -> None:
         completion.set_result(None)
     else:
         completion.set_exception(error)
-
-
-def _devices_in_use() -> list[torch.device]:
-    """The accelerator's devices that have a context. Work on another one would create a context, of hundreds of MiB."""
-    if not torch.accelerator.is_available():
-        return []
-    current = torch.accelerator.current_stream().device
-    has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", None)
-    if current.type != "cuda" or has_context is None:
-        return [current]
-    devices = [torch.device("cuda", index) for index in range(torch.accelerator.device_count())]
-    return [device for device in devices if device == current or has_context(device.index)]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from stager.workers.device import accelerator
 from stager.workers.memory.buffer_pool import BufferPool
 from stager.workers.memory.host_buffers import HostBuffers
 from stager.workers.offload.copier import OffloadCopier
@@ -75,7 +76,7 @@ class StateDictStager(OffloadCopier):
     eighth of ``ulimit -n``.
 
     Args:
-        pin_memory: page-lock the staged memory. Ignored with a warning when there is no CUDA device.
+        pin_memory: page-lock the staged memory. Ignored with a warning when there is no accelerator.
         share_memory: stage into shared memory, which torch.multiprocessing sends to other processes without a copy.
         pin_memory_min_bytes: smaller storages (bytes) are not pinned.
         lease: results own their buffers (NOTE [ The cache, and what it means ]). Not in torch.
@@ -91,9 +92,9 @@ class StateDictStager(OffloadCopier):
         *,
         lease: bool = False,
     ) -> None:
-        if pin_memory and not torch.cuda.is_available():
+        if pin_memory and accelerator.current() is None:
             warnings.warn(
-                "pin_memory=True is ignored: pinning host memory needs CUDA, and no CUDA device is available",
+                "pin_memory=True is ignored: pinning host memory needs an accelerator, and torch sees none",
                 stacklevel=2,
             )
             pin_memory = False

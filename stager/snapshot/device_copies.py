@@ -1,0 +1,170 @@
+"""Copies from devices to the host: on a side stream, behind what the trainer's stream holds now.
+
+Shown on a simulated accelerator (tests/accelerator); not yet run on a GPU.
+
+Large tensors go straight into the slab. Small ones are first gathered on the device, by torch's multi-tensor kernels,
+into a buffer laid out like the slab's range they belong to, which then crosses the bus in one transfer: thousands of
+transfers of a few KB each would cost several microseconds of launch apiece. There is one synchronisation, at the end.
+
+A slab that is not page-locked, because this device's backend cannot register memory or the limit on locked memory is low, is
+reached through two page-locked buffers in turn: while one is filled by the device, the other is copied into the slab.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from stager.state.placement import SMALL_BYTES, Copy
+from stager.workers.device.host_memory import new_pinned
+from stager.workers.device.streams import SideStreams
+from stager.workers.memory.slab import Slab
+
+_PACK_BYTES = 32 << 20  # device memory that gathering takes at most at a time, per device
+_MAX_GAP_BYTES = 64
+_BOUNCE_BYTES = 32 << 20  # each of the two buffers; enough that a transfer takes far longer than its launch
+
+
+def enqueue(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, streams: SideStreams) -> None:
+    """Start copying from devices; ``streams.synchronize()`` waits for the end.
+
+    Args:
+        copies: from devices.
+        leaves: the tensors that ``Copy.leaf`` numbers.
+    """
+    with torch.no_grad(), streams.stream():
+        if not copies:
+            return
+        if _bytes_in(slab, copies[0].slab_offset, copies[0].nbytes).is_pinned():
+            for group in _groups(copies, leaves):
+                if len(group) == 1:
+                    copy_by_torch(group[0], leaves, slab)
+                else:
+                    start, gathered = _gather(group, leaves)
+                    _bytes_in(slab, start, gathered.nbytes).copy_(gathered, non_blocking=True)
+        else:
+            start = min(copy.slab_offset for copy in copies)
+            end = max(copy.slab_offset + copy.nbytes for copy in copies)
+            bounce = _Bounce(slab, min(_BOUNCE_BYTES, end - start))
+            for group in _groups(copies, leaves):
+                bounce.copy(*(_gather(group, leaves) if len(group) > 1 else _as_bytes(group[0], leaves)))
+            bounce.finish()
+
+
+class _Bounce:
+    """Copies bytes of devices into a slab that is not page-locked, through two buffers that are.
+
+    Args:
+        nbytes: of each buffer.
+    """
+
+    def __init__(self, slab: Slab, nbytes: int) -> None:
+        self._slab = slab
+        self._buffers = new_pinned(nbytes), new_pinned(nbytes)
+        self._on_the_way: list[
+            tuple[torch.Tensor, torch.Event, int]
+        ] = []  # (part of a buffer, when it is there, offset)
+        self._next = 0
+
+    def copy(self, slab_offset: int, source: torch.Tensor) -> None:
+        """Copy a tensor of bytes, on the current stream of its device."""
+        stream = torch.accelerator.current_stream(source.device)
+        for part in source.split(len(self._buffers[0])):  # type: ignore[no-untyped-call]  # torch does not annotate it
+            if len(self._on_the_way) == len(self._buffers):  # both are in use; the older one is free again after this
+                self._empty_oldest()
+            target = self._buffers[self._next][: len(part)]
+            self._next = 1 - self._next
+            target.copy_(part, non_blocking=True)
+            self._on_the_way.append((target, stream.record_event(), slab_offset))
+            slab_offset += len(part)
+
+    def finish(self) -> None:
+        """Wait for what is on the way."""
+        while self._on_the_way:
+            self._empty_oldest()
+
+    def _empty_oldest(self) -> None:
+        part, arrived, slab_offset = self._on_the_way.pop(0)
+        arrived.synchronize()
+        ctypes.memmove(self._slab.address + slab_offset, part.data_ptr(), part.nbytes)
+
+
+def _bytes_in(slab: Slab, offset: int, nbytes: int) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(slab.storage, offset, (nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack this form
+
+
+def _as_bytes(copy: Copy, leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Return (slab offset, bytes on the device) of one copy. A packed one takes as much memory of the device for a while."""
+    source = leaves[copy.leaf].detach()
+    if copy.address >= 0:
+        return copy.slab_offset, bytes_of(source, copy)
+    packed = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    return copy.slab_offset, packed.copy_(source).view(-1).view(torch.uint8)
+
+
+def copy_by_torch(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> None:
+    """Copy one stretch of device memory, or one packed tensor, with ``Tensor.copy_``."""
+    source = leaves[copy.leaf].detach()
+    if copy.address >= 0:
+        source = bytes_of(source, copy)
+    target = torch.empty(0, dtype=source.dtype).set_(  # type: ignore[call-overload]  # torch's stubs lack this form
+        slab.storage, copy.slab_offset // source.itemsize, source.shape
+    )
+    target.copy_(source, non_blocking=source.device.type != "cpu")
+
+
+def bytes_of(source: torch.Tensor, copy: Copy) -> torch.Tensor:
+    """View the stretch of memory that a copy reads as uint8, on its device."""
+    storage = source.untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8, device=source.device)
+    return flat.set_(storage, copy.address - storage.data_ptr(), (copy.nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
+
+
+def _groups(copies: Sequence[Copy], leaves: Sequence[torch.Tensor]) -> Iterator[list[Copy]]:
+    """Small neighbours of one device together; every other copy alone."""
+    group: list[Copy] = []
+    for copy in copies:
+        if group and not _continues(group, copy, leaves):
+            yield group
+            group = []
+        group.append(copy)
+        if copy.nbytes > SMALL_BYTES or copy.address < 0:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _continues(group: list[Copy], copy: Copy, leaves: Sequence[torch.Tensor]) -> bool:
+    first, last = group[0], group[-1]
+    return (
+        copy.address >= 0
+        and copy.nbytes <= SMALL_BYTES
+        and 0 <= copy.slab_offset - (last.slab_offset + last.nbytes) < _MAX_GAP_BYTES
+        and copy.slab_offset + copy.nbytes - first.slab_offset <= _PACK_BYTES
+        and leaves[copy.leaf].device == leaves[first.leaf].device
+    )
+
+
+def _gather(group: list[Copy], leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Bring small neighbours together on their device. Returns (slab offset, bytes)."""
+    start = group[0].slab_offset
+    nbytes = group[-1].slab_offset + group[-1].nbytes - start
+    buffer = torch.empty(nbytes, dtype=torch.uint8, device=leaves[group[0].leaf].device)
+    # The multi-tensor kernel wants pairs of one dtype; bytes are right for all, but wider elements are faster.
+    pairs: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+    for copy in group:
+        source = bytes_of(leaves[copy.leaf].detach(), copy)
+        offset = copy.slab_offset - start
+        target = buffer[offset : offset + copy.nbytes]
+        if (copy.address | copy.nbytes | target.data_ptr()) % 8 == 0:
+            source, target = source.view(torch.int64), target.view(torch.int64)
+        targets, sources = pairs[source.dtype]
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in pairs.values():
+        torch._foreach_copy_(targets, sources)
+    return start, buffer
