@@ -10,10 +10,22 @@ from pathlib import Path
 import pytest
 
 from tests import temporary  # isort: skip  # before all that may make a temporary file
+from stager.config.host import usable_cores
 from stager.workers.checkpoint.directory import files
 from tests import fork_server
 from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: one more than there are cores, because tests wait for processes that they have started."""
+    return usable_cores() + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a costly fixture come first: there, xdist gives all tests of a file to one worker, which makes it once."""
+    items.sort(key=lambda item: item.get_closest_marker("costly_fixture") is None)
 
 
 def pytest_collection_finish() -> None:

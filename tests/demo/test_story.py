@@ -29,6 +29,8 @@ from stager.demo.workspace import Workspace
 from tests import forked_subprocess
 from tests.demo.conftest import global_state_put_back
 
+pytestmark = pytest.mark.costly_fixture
+
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
