@@ -77,7 +77,13 @@ class Ranks:
         self.num_ranks = num_ranks
         self.groups = [
             RankGroup(
-                rank, num_ranks, Rendezvous(store, "test", num_ranks), timeout_secs, "nonce", look_secs, turn_secs
+                rank,
+                num_ranks,
+                Rendezvous(store, "test", num_ranks),
+                timeout_secs,
+                "nonce",
+                look_secs=look_secs,
+                turn_secs=turn_secs,
             )
             for rank in range(num_ranks)
         ]
