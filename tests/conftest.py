@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
 
 
-def pytest_xdist_auto_num_workers() -> int:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
     """``-n auto``: one more than there are cores, because tests wait for processes that they have started."""
-    return usable_cores() + 1
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else usable_cores() + 1
 
 
 @pytest.hookimpl(trylast=True)
