@@ -28,6 +28,8 @@ demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
 demo-ranks: $(INSTALLED)  ## the same on two ranks; resume on one and on four; without a log directory in /tmp
 	$(BIN)/torchrun --nproc-per-node 2 --log-dir /dev/null -m stager demo --config configs/torchrun.yaml --out runs/demo-ranks
 
+test long states: export PYTHONDONTWRITEBYTECODE =  # or each of the thousands of workers would compile its modules anew
+
 test: $(INSTALLED)  ## lint, types and the whole suite
 	$(MAKE) lint
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -4,16 +4,30 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import temporary  # isort: skip  # before all that may make a temporary file
+from stager.config.host import usable_cores
 from stager.workers.checkpoint.directory import files
 from tests import fork_server
 from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """``-n auto``: one more than there are cores, because tests wait for processes that they have started."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else usable_cores() + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a costly fixture come first: there, xdist gives all tests of a file to one worker, which makes it once."""
+    items.sort(key=lambda item: item.get_closest_marker("costly_fixture") is None)
 
 
 def pytest_collection_finish() -> None:

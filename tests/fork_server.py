@@ -7,7 +7,9 @@ them once per pytest process.
 2. Each request names a function and modules. The server imports them, so that later processes have them, too, and forks.
 3. The child gets the environment of the test, a session of its own, and files for what it prints. It calls the function.
    When the function returns or raises, the child's interpreter ends as that of any program would.
-4. The server reaps its children as told. It ends when its standard input is closed (:func:`stop`, or the end of pytest).
+4. The server reaps its children as told. It ends when the pipe of its requests is closed (:func:`stop`, or the end of
+   pytest).
+5. A child that starts processes of its own, as torchrun does, forks a server of its own first (:func:`nest`).
 
 Tests about scripts, ``python -c``, standard input or the main module need a fresh interpreter and do not use it.
 """
@@ -25,7 +27,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 _READY = "ready"
@@ -51,10 +53,18 @@ class ForkServer:
         pid: process id of the server itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int, requests: TextIO, answers: TextIO) -> None:
+        self.pid = pid
+        self._requests, self._answers = requests, answers
+        self._running: set[int] = set()
+        self._lock = threading.Lock()  # held from a request to its answer
+
+    @staticmethod
+    def start_fresh() -> ForkServer:
+        """In an interpreter of its own, which imports what most processes need."""
         # One thread each: a test's processes share the machine, and a fork leaves OpenMP's threads behind.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND],
             cwd=ROOT,
             env=environment,
@@ -63,12 +73,10 @@ class ForkServer:
             text=True,
             start_new_session=True,
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._requests, self._answers = self._process.stdin, self._process.stdout
-        assert self._answers.readline().strip() == _READY, "the fork server did not start"
-        self.pid = self._process.pid
-        self._running: set[int] = set()
-        self._lock = threading.Lock()  # held from a request to its answer
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline().strip() == _READY, "the fork server did not start"
+        process.returncode = 0  # it is this class that reaps it
+        return ForkServer(process.pid, process.stdin, process.stdout)
 
     def start(
         self,
@@ -138,7 +146,7 @@ class ForkServer:
     def close(self) -> None:
         """End the server. Its children go on."""
         self._requests.close()
-        self._process.wait()
+        os.waitpid(self.pid, 0)
         self._answers.close()
 
     def _ask(self, request: object) -> str:
@@ -160,8 +168,28 @@ def shared() -> ForkServer:
     """The server of this pytest process. The first call starts it."""
     with _starting:
         if not _servers:
-            _servers.append(ForkServer())
+            _servers.append(ForkServer.start_fresh())
         return _servers[0]
+
+
+def nest() -> None:
+    """Fork a server from this process, which has no second thread yet: :func:`shared` is that one from now on.
+
+    Returns here, and in every process that the new server forks, in which the caller's function is replaced by the one that
+    was asked for: there it raises SystemExit when that one has returned.
+    """
+    their_requests, our_requests = os.pipe()
+    our_answers, their_answers = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(their_requests)
+        os.close(their_answers)
+        _servers.append(ForkServer(pid, os.fdopen(our_requests, "w"), os.fdopen(our_answers)))
+        return
+    os.close(our_requests)
+    os.close(our_answers)
+    _serve(os.fdopen(their_requests), os.fdopen(their_answers, "w"))
+    sys.exit()
 
 
 def stop() -> None:
@@ -195,14 +223,21 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
     print(_READY, file=answers, flush=True)
-    for line in iter(sys.stdin.readline, ""):
+    _serve(sys.stdin, answers)
+
+
+def _serve(requests: TextIO, answers: TextIO) -> None:
+    """Returns in every child, when its function has returned."""
+    for line in iter(requests.readline, ""):
         call, answer = _handle(json.loads(line))
         if call is not None:
             answers.close()
+            if requests is not sys.stdin:
+                requests.close()
             call()
             return
         print(json.dumps(answer), file=answers, flush=True)
-    os._exit(0)  # pytest waits for it: an interpreter with torch in it takes its time to end
+    os._exit(0)  # whoever closes the pipe waits: an interpreter with torch in it takes its time to end
 
 
 def _handle(request: dict[str, Any]) -> tuple[Callable[[], object] | None, dict[str, str]]:

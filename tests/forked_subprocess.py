@@ -3,6 +3,9 @@
     monkeypatch.setattr(launch, "subprocess", forked_subprocess)
 
 Everything but ``python -m`` is started afresh. A test about how an interpreter starts does not use this.
+
+A launcher starts ranks, and a rank of the demo starts launchers. With :data:`LAUNCHES` in its environment, a process that
+was started here starts ``python -m`` in this way, too.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from typing import IO, Any
 from tests import fork_server
 
 __all__ = ["DEVNULL", "PIPE", "STDOUT", "Popen", "TimeoutExpired", "run"]
+
+LAUNCHES = "STAGER_TEST_LAUNCHES"
+_OF_LAUNCHERS = ("torch.distributed.launcher.api", "stager.demo.run", "stager.demo.chart")
 
 
 class ForkedProcess:
@@ -49,6 +55,7 @@ class ForkedProcess:
             stdout=stdout,
             stderr=stderr,
             environment=environment,
+            modules=_OF_LAUNCHERS if LAUNCHES in (environment or os.environ) else (),
             held=held,
         )
 
@@ -74,16 +81,18 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def Popen(arguments: Sequence[str], **options: Any) -> Any:  # the name that it stands in for
+def Popen(arguments: Sequence[str] = (), **options: Any) -> Any:  # the name that it stands in for
     """As :class:`subprocess.Popen`, for output that goes to files."""
-    if list(arguments[:2]) != [sys.executable, "-m"]:
-        return subprocess.Popen(arguments, **options)
-    stdout, stderr = options["stdout"], options["stderr"]
+    given = options.pop("args", arguments)
+    words = [word for number, word in enumerate(given) if (number, word) != (1, "-u")]
+    if words[:2] != [sys.executable, "-m"]:
+        return subprocess.Popen(given, **options)
+    stdout, stderr = options.get("stdout"), options.get("stderr")
     return ForkedProcess(
-        arguments[1:],
+        words[1:],
         options.get("env"),
-        _path_of(stdout),
-        _path_of(stdout if stderr == STDOUT else stderr),
+        _path_of(1 if stdout is None else stdout),
+        _path_of(2 if stderr is None else stdout if stderr == STDOUT else stderr),
         [_path_of(fd) for fd in options.get("pass_fds", ())],
         options.get("cwd"),
     )
@@ -115,6 +124,19 @@ def _path_of(file: IO[Any] | int) -> Path:
 
 def run_module(arguments: list[str], directory: str) -> None:
     """In the process: what ``python -m`` does."""
+    if LAUNCHES in os.environ:
+        fork_server.nest()  # no thread has been started yet
+        _stand_in()
     os.chdir(directory)
     _, module, *sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _stand_in() -> None:
+    """For what torchrun and the demo start processes with."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    from stager.demo import job
+
+    vars(subprocess_handler)["Popen"] = Popen
+    vars(job)["subprocess"] = sys.modules[__name__]

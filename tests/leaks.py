@@ -78,32 +78,48 @@ def _children() -> frozenset[int]:
     while seen:
         seen = {pid for pid, parent in parents.items() if parent in seen}
         mine |= seen
-    return frozenset(mine | set(_workers_among(parents))) - fork_server.server_pids()
+    marks = {pid: _is_marked(pid) for pid in parents.keys() - mine - {os.getpid()}}
+    _strangers.update(pid for pid, mark in marks.items() if mark is False or _KERNEL in (pid, parents[pid]))
+    return frozenset(mine | set(_workers_among(pid for pid in marks if marks[pid]))) - fork_server.server_pids()
 
 
 def worker_processes() -> list[int]:
     """Every live stager worker that was started, however indirectly, by this test session."""
-    return _workers_among(_parents())
+    return _workers_among(filter(_is_marked, _parents()))
+
+
+_KERNEL = 2  # the parent of its threads, where they can be seen
+_strangers: set[int] = set()
+"""Live processes that neither descend from this one nor carry its mark, and so never will: each is looked at once."""
 
 
 def _parents() -> dict[int, int]:
-    """Every process of this machine, and its parent. Read twice for each test, hence without psutil's objects."""
+    """Every process of this machine that is no stranger, and its parent. Read twice for each test, hence without psutil."""
+    pids = set(map(int, filter(str.isdigit, os.listdir("/proc"))))
+    _strangers.intersection_update(pids)
     found = {}
-    for name in filter(str.isdigit, os.listdir("/proc")):
+    for pid in pids - _strangers:
         with suppress(OSError):  # it has ended meanwhile
-            found[int(name)] = int(_read(f"/proc/{name}/stat").rpartition(b") ")[2].split()[1])
+            found[pid] = int(_read(f"/proc/{pid}/stat").rpartition(b") ")[2].split()[1])
     return found
 
 
-def _workers_among(pids: Iterable[int]) -> list[int]:
-    """Those that run a worker's main function and carry our mark. A zombie has neither."""
+def _is_marked(pid: int) -> bool | None:
+    """Whether it has our mark in its environment. None: that cannot be read, or is empty, as in the middle of an exec."""
     mark = f"{_MARK}={os.environ[_MARK]}".encode()
+    with suppress(OSError):  # it has ended meanwhile, or is another user's
+        if environment := _read(f"/proc/{pid}/environ"):
+            return mark in environment.split(b"\0")
+    return None
+
+
+def _workers_among(pids: Iterable[int]) -> list[int]:
+    """Those that run a worker's main function. A zombie has no command line."""
     found = []
     for pid in pids:
-        with suppress(OSError):  # it has ended meanwhile, or is another user's
+        with suppress(OSError):  # it has ended meanwhile
             if b"stager.workers.pool.worker_main import main" in _read(f"/proc/{pid}/cmdline"):
-                if mark in _read(f"/proc/{pid}/environ").split(b"\0"):
-                    found.append(pid)
+                found.append(pid)
     return found
 
 

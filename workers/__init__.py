@@ -27,7 +27,7 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [*_MODULE_OF]  # noqa: PLE0604  (strings, every one)
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

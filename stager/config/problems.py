@@ -56,8 +56,7 @@ def wrong_value(path: Sequence[str], value: object, field: FieldInfo | None, rea
 
 def shown(value: object) -> str:
     """A value as its author would recognise it, with its type where that may be the mistake."""
-    simple = value is None or isinstance(value, bool)
-    text = _WRITTEN[value] if simple else repr(value)  # type: ignore[index]  # narrowed by ``simple``
+    text = _WRITTEN[value] if value is None or isinstance(value, bool) else repr(value)
     if len(text) > _MAX_SHOWN_CHARS:
         text = text[:_MAX_SHOWN_CHARS] + "..."
     return f"{text} ({_KINDS.get(type(value), type(value).__name__)})"

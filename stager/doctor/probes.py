@@ -89,8 +89,8 @@ def dev_shm_bytes() -> tuple[int, int] | None:
 
 def soft_and_hard_limit(which: int) -> tuple[int | None, int | None]:
     """A resource limit; None is unlimited."""
-    soft, hard = resource.getrlimit(which)
-    return tuple(None if limit == resource.RLIM_INFINITY else limit for limit in (soft, hard))  # type: ignore[return-value]  # two
+    soft, hard = (None if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(which))
+    return soft, hard
 
 
 def process_facts() -> ProcessFacts:

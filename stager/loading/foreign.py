@@ -158,8 +158,8 @@ def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu") ->
     """
     name = os.path.basename(path)
     with storage_errors("open", path):
-        file = open(open_regular(path), "rb")  # noqa: SIM115  (the next statement closes it)
-    with file, storage_errors("read", path):
+        fd = open_regular(path)
+    with open(fd, "rb") as file, storage_errors("read", path):
         check_archive(file, os.fstat(file.fileno()).st_size, name, path, pickles=not allow_pickle)
         return load_unverified(f"/proc/self/fd/{file.fileno()}", name, path, allow_pickle, map_location)
 

@@ -173,7 +173,8 @@ def _find(name: str) -> Callable[[], Any]:
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"--module {name}: {attribute} is a {type(found).__name__}, not callable")
-    return found  # type: ignore[no-any-return]  # just checked
+    function: Callable[..., Any] = found
+    return function
 
 
 def _call(name: str, function: Callable[[], Any], on_meta: bool) -> Any:

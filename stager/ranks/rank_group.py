@@ -34,6 +34,7 @@ M = TypeVar("M", bound=Message)
 
 WARM_UP = -1  # in place of a step, see RankGroup.save_id
 _SHOWN_RANKS = 8
+_NOTHING_MORE = Arrived()
 _instances = itertools.count()
 
 
@@ -176,7 +177,7 @@ class RankGroup:
 
     # -- the barrier
 
-    def barrier(self, key: str, why: str, ranks: Sequence[int] | None = None, arrived: Arrived = Arrived()) -> None:  # noqa: B008  # frozen
+    def barrier(self, key: str, why: str, ranks: Sequence[int] | None = None, arrived: Arrived = _NOTHING_MORE) -> None:
         """Wait until every rank has come. It ends the same way for all, however late they come:
 
         1. each rank posts that it is here, and counts itself

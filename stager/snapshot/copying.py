@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -63,7 +64,7 @@ class Copier:
         if streams:
             enqueue([c for c in batches.others if not c.on_host], leaves, slab, streams)
         threads = self._background if background else self._foreground
-        threads.run([lambda work=work: _do(work, slab, cold) for work in batches.on_host])  # type: ignore[misc]  # mypy infers no lambda with a default
+        threads.run([partial(_do, work, slab, cold) for work in batches.on_host])
         with torch.no_grad():
             for copy in batches.others:
                 if copy.on_host or not streams:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from stager.config import StagerConfig, load_config
@@ -175,7 +177,7 @@ def test_processes(facts: ProcessFacts, status: Status, words: list[str]) -> Non
 
 
 @pytest.mark.parametrize("check", [check_memfd, check_descriptor_passing, check_pidfd])
-def test_what_stager_cannot_do_without(check) -> None:  # type: ignore[no-untyped-def]  # three of one type
+def test_what_stager_cannot_do_without(check: Callable[[str | None], Finding]) -> None:
     assert_is(check(None), Status.OK, "works")
     assert_is(check("fails: Function not implemented"), Status.FAIL, "Function not implemented", "seccomp")
 

@@ -19,13 +19,14 @@ from stager.demo.workspace import Workspace
 from tests import forked_subprocess
 from tests.demo.conftest import TINY_ON_RANKS
 
-pytestmark = pytest.mark.timeout(400)  # seven jobs, each of which imports torch several times
+pytestmark = [pytest.mark.costly_fixture, pytest.mark.timeout(400)]  # seven jobs
 
 
 def torchrun(num_ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--log-dir", os.devnull]
     command = [sys.executable, "-m", *launcher, "--nproc-per-node", str(num_ranks), "-m", "stager", "demo"]
-    return forked_subprocess.run([*command, *map(str, arguments)], env=job_environment(os.environ))
+    environment = {**job_environment(os.environ), forked_subprocess.LAUNCHES: "1"}
+    return forked_subprocess.run([*command, *map(str, arguments)], env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ class Stack(list[Any]):
 
 def registry(**entries: Any) -> Registry:
     made = Registry(**entries)
-    made.version = 3  # type: ignore[attr-defined]  # set on purpose
+    vars(made)["version"] = 3
     return made
 
 

@@ -202,9 +202,9 @@ def test_a_container_whose_class_refuses_its_items(run_dir: Path, monkeypatch: p
 
 @pytest.mark.parametrize("loss", ["module", "class"])
 def test_the_module_or_the_class_is_gone(run_dir: Path, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("renamed_since")
+    module: Any = types.ModuleType("renamed_since")
     kind = type("Schedule", (), {"__module__": "renamed_since"})
-    module.Schedule = kind  # type: ignore[attr-defined]  # set on purpose
+    module.Schedule = kind
     monkeypatch.setitem(sys.modules, "renamed_since", module)
     two_steps(run_dir, {"schedule": kind(), "n": 1})
     if loss == "module":

@@ -18,8 +18,8 @@ class Marked(torch.Tensor):
 def leaves_of(rank: int) -> dict[str, Any]:
     """A state of which each rank writes a part: what is large is cut between rows."""
     torch.manual_seed(0)
-    large = nn.Parameter(torch.randn(1024, 1024))
-    large.sequence_parallel = True  # type: ignore[attr-defined]  # set on purpose
+    large: Any = nn.Parameter(torch.randn(1024, 1024))
+    large.sequence_parallel = True
     marked = torch.randn(1000, 700).as_subclass(Marked)
     marked.mark = "m"
     tied = nn.Parameter(torch.randn(800, 800), requires_grad=False)

@@ -74,10 +74,17 @@ class Ranks:
         turn_secs: float = 0.4,
     ) -> None:
         store = store or dist.HashStore()
-        secs = {"look_secs": look_secs, "turn_secs": turn_secs}  # 60: a test does not come to that
         self.num_ranks = num_ranks
         self.groups = [
-            RankGroup(rank, num_ranks, Rendezvous(store, "test", num_ranks), timeout_secs, "nonce", **secs)  # type: ignore[arg-type]  # as the test wants it
+            RankGroup(
+                rank,
+                num_ranks,
+                Rendezvous(store, "test", num_ranks),
+                timeout_secs,
+                "nonce",
+                look_secs=look_secs,
+                turn_secs=turn_secs,
+            )
             for rank in range(num_ranks)
         ]
         self.all = [CommitWatch(group, _NoPool()) for group in self.groups]

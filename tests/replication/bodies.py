@@ -185,9 +185,12 @@ def resume_alone(directory: str, expected_step: int) -> dict[str, Any]:
 def _listen() -> list[str]:
     """Everything that is logged from here on."""
     said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # a handler of one line
-    logging.getLogger("stager").addHandler(handler)
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("stager").addHandler(Listener(logging.WARNING))
     return said
 
 

@@ -215,9 +215,8 @@ def _parent(count: int, seed: int, start: int, num_processes: int, block: int) -
                 progress = Path(directory) / f"{first}"
                 command = [sys.executable, "-m", "tests.safety.fuzz", "--child", str(progress), "--seed", str(seed)]
                 command += ["--start", str(first), "--count", str(length)]
-                output, errors = open(f"{progress}.out", "w"), open(f"{progress}.err", "w")  # noqa: SIM115  # closed below
-                process = subprocess.Popen(command, stdout=output, stderr=errors, text=True)
-                output.close(), errors.close()
+                with open(f"{progress}.out", "w") as output, open(f"{progress}.err", "w") as errors:
+                    process = subprocess.Popen(command, stdout=output, stderr=errors, text=True)
                 running.append((first, length, progress, process))
             first, length, progress, process = running.pop(0)
             code = process.wait()

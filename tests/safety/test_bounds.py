@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from stager.workers.checkpoint.directory.run_directory import read_checkpoint
 from stager.workers.checkpoint.layout.layout_check import _tile
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
 from stager.workers.memory.slab import Slab
+from tests import scripts
 from tests.persistence.tasks import make_task, restorer, save
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(6.0).reshape(2, 3), "e": torch.empty(0), "o": "object"}
@@ -211,7 +211,7 @@ with Checkpointer(sys.argv[1], {"workers": {"count": 1}}) as ckpt:
 
 
 def test_files_that_workers_write_follow_the_umask(run_dir: Path) -> None:
-    subprocess.run([sys.executable, "-c", _SAVE, str(run_dir), "037"], check=True)
+    assert scripts.run(_SAVE, run_dir, "037").returncode == 0
     modes = {path: path.stat().st_mode & 0o777 for path in (run_dir, *run_dir.rglob("*"))}
     assert {mode for path, mode in modes.items() if path.is_file()} == {0o640}
     assert {mode for path, mode in modes.items() if path.is_dir()} == {0o740}

@@ -18,7 +18,7 @@ class SavesInTheChild(Dataset[int]):
     """Each item tries to use the Checkpointer that it has inherited; 1: it was told that this is not its own."""
 
     def __init__(self, ckpt: Checkpointer) -> None:
-        self.ckpt = ckpt
+        self.ckpt, self.owner = ckpt, os.getpid()
 
     def __len__(self) -> int:
         return 8
@@ -28,7 +28,7 @@ class SavesInTheChild(Dataset[int]):
             self.ckpt.save(index, {"x": torch.ones(1)})
         except ClosedError as error:
             self.ckpt.close()  # does nothing here
-            return int("forked child" in str(error) and os.getpid() != self.ckpt._owner)
+            return int("forked child" in str(error) and os.getpid() != self.owner)
         return 0
 
 

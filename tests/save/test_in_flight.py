@@ -18,10 +18,10 @@ from tests.states import same
 from tests.waiting import wait_until_blocked
 
 
-def test_two_saves_in_a_row_each_hold_exactly_their_own_values(run_dir: Path, faults: Faults) -> None:
-    """The second begins while the first is held in the middle of being written; 200 pairs, random sizes."""
+@pytest.mark.parametrize("num_pairs", [40, pytest.param(200, marks=pytest.mark.long)])
+def test_two_saves_in_a_row_each_hold_exactly_their_own_values(run_dir: Path, faults: Faults, num_pairs: int) -> None:
+    """The second begins while the first is held in the middle of being written; random sizes."""
     rng = random.Random(0)
-    num_pairs = 200
     with Checkpointer(run_dir, {"persistence": {"fsync": False}}) as ckpt:
         for pair in range(num_pairs):
             state = {

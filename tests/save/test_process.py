@@ -81,9 +81,9 @@ def test_many_saves_leave_memory_and_descriptors_where_they_were(run_dir: Path) 
         for _ in range(20):
             ckpt.save(0, state).upload_completion.result()
         before = process.num_fds(), process.memory_info().rss
-        for _ in range(200):
+        for _ in range(60):
             last = ckpt.save(0, state).upload_completion
         wait([last])
         after = process.num_fds(), process.memory_info().rss
     assert after[0] <= before[0]
-    assert after[1] - before[1] < 10 << 20  # 200 saves of 800 KiB: keeping one would be seen
+    assert after[1] - before[1] < 10 << 20  # 60 saves of 800 KiB, 48 MiB

@@ -19,7 +19,8 @@ from tests.states.corpus import CORPUS, State
 from tests.states.survey import ENDED
 from tests.states.trial import FORMATS, WAYS
 
-pytestmark = pytest.mark.timeout(900)  # the fixture runs all trials before the first test
+# The fixture runs all trials before the first test.
+pytestmark = [pytest.mark.costly_fixture, pytest.mark.timeout(900)]
 
 Problems = dict[tuple[str, str], dict[str, list[str]]]
 """By state and format, by way: what was wrong, one line each."""

@@ -114,19 +114,19 @@ class CheckedDefault(defaultdict):
 
 def _settings_with_attribute() -> Settings:
     made = Settings(a=1, w=rand(2))
-    made.name = "run"  # type: ignore[attr-defined]  # set on purpose
+    vars(made)["name"] = "run"
     return made
 
 
 def _ordered_with_attribute() -> OrderedDict[str, Any]:
     made = OrderedDict(w=rand(2))
-    made.note = ("kept", 1)  # type: ignore[attr-defined]  # set on purpose
+    vars(made)["note"] = ("kept", 1)
     return made
 
 
 def _ordered_with_metadata() -> OrderedDict[str, Any]:
     made = OrderedDict(w=rand(2))
-    made._metadata = OrderedDict({"": {"version": 1}, "layer": {"version": 2, "extra": (1, 2)}})  # type: ignore[attr-defined]  # set on purpose
+    vars(made)["_metadata"] = OrderedDict({"": {"version": 1}, "layer": {"version": 2, "extra": (1, 2)}})
     return made
 
 

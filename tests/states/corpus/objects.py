@@ -179,7 +179,7 @@ def _odd_float() -> OddFloat:
 
 def _odd_list() -> OddList:
     made = OddList([1, rand(2)])
-    made.name = "l"  # type: ignore[attr-defined]  # set on purpose
+    vars(made)["name"] = "l"
     return made
 
 

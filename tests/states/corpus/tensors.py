@@ -89,8 +89,7 @@ def _double(grad: torch.Tensor) -> torch.Tensor:
 
 def _with_attributes() -> torch.Tensor:
     weight = torch.nn.Parameter(rand(3))
-    weight.is_expert = True  # type: ignore[attr-defined]  # as Megatron marks its parameters
-    weight.scale = torch.tensor(2.0)  # type: ignore[attr-defined]  # set on purpose
+    vars(weight).update(is_expert=True, scale=torch.tensor(2.0))  # as Megatron marks its parameters
     return weight
 
 

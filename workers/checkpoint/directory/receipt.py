@@ -18,6 +18,7 @@ from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.layout.layout_check import check_count, check_text
 from stager.workers.errors import CorruptCheckpointError
 
+_UNWATCHED = nullcontext()
 _NAME = re.compile(r"receipt-([0-9]{1,9})-([0-9]{1,9})-of-([0-9]{1,9})\.json")
 
 
@@ -75,7 +76,7 @@ def read_receipt(
     part: int,
     num_parts: int,
     save_id: str,
-    parsing: AbstractContextManager[object] = nullcontext(),  # noqa: B008  (it has no state)
+    parsing: AbstractContextManager[object] = _UNWATCHED,
 ) -> Receipt | None:
     """Read the receipt of ``part``. Returns None if it does not exist yet.
 
