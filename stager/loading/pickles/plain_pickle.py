@@ -21,7 +21,9 @@ import pickle
 import re
 import struct
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 NOT_PLAIN: Any = object()
@@ -31,11 +33,13 @@ _MAX_TUPLE = 16
 _MAX_DEPTH = 1000
 _HEADER = struct.Struct("<4s5H3I2H")
 _NAME = b"archive/data.pkl"
+_END, _END_NBYTES = b"PK\5\6", 22
 _STORED, _MAX_32 = 0, 0xFFFFFFFF
 _START, _STOP = b"\x80\x02", b"."
 _SETS = {("__builtin__", "set"), ("__builtin__", "frozenset"), ("builtins", "set"), ("builtins", "frozenset")}
 _HAS_POSSESSIVE: bool = sys.version_info >= (3, 11)  # without, a match takes memory for each opcode
-_NESTS = (list, dict)
+_NESTS = {list, dict}
+_READ_AHEAD = 1 << 17  # as much as the unpickler peeks at
 _SHORT_TEXT = 64  # a longer one interrupts the match
 
 
@@ -45,15 +49,16 @@ def plain_value(blob: bytes) -> Any:
     if data is None or not _is_plain(data):
         return NOT_PLAIN
     try:
-        value = _Unpickler(io.BytesIO(data)).load()
+        # A stream that can be peeked at: without, the unpickler calls read() for each number.
+        value = _Unpickler(io.BufferedReader(io.BytesIO(data), _READ_AHEAD)).load()
     except Exception:  # noqa: BLE001  # malformed; the slow way says how
         return NOT_PLAIN
     return value if _is_shallow(value, len(data)) else NOT_PLAIN
 
 
 def _pickle_in(blob: bytes) -> bytes | None:
-    """Return the first record of an archive, if that is its pickle."""
-    if len(blob) < _HEADER.size:
+    """Return the first record of an archive, if that is its pickle, and the archive has its end."""
+    if len(blob) < _HEADER.size or blob[-_END_NBYTES:][: len(_END)] != _END:
         return None
     magic, _, flags, method, _, _, _, _, nbytes, name_nbytes, extra_nbytes = _HEADER.unpack_from(blob)
     name = blob[_HEADER.size : _HEADER.size + name_nbytes]
@@ -132,10 +137,11 @@ def _is_shallow(value: Any, most: int) -> bool:
         most -= sum(map(len, level))
         if not level or most < 0:
             break
-        level = [
-            child
-            for container in level
-            for child in (container.values() if type(container) is dict else container)
-            if type(child) in _NESTS
-        ]
+        below = list(chain.from_iterable(map(_elements, level)))
+        # Most containers hold none. Their types are looked at without a step of Python code for each.
+        level = [] if _NESTS.isdisjoint(map(type, below)) else [child for child in below if type(child) in _NESTS]
     return not level
+
+
+def _elements(container: Any) -> Iterable[Any]:
+    return container.values() if type(container) is dict else container
