@@ -33,7 +33,6 @@ _MAX_TUPLE = 16
 _MAX_DEPTH = 1000
 _HEADER = struct.Struct("<4s5H3I2H")
 _NAME = b"archive/data.pkl"
-_END, _END_NBYTES = b"PK\5\6", 22
 _STORED, _MAX_32 = 0, 0xFFFFFFFF
 _START, _STOP = b"\x80\x02", b"."
 _SETS = {("__builtin__", "set"), ("__builtin__", "frozenset"), ("builtins", "set"), ("builtins", "frozenset")}
@@ -57,8 +56,8 @@ def plain_value(blob: bytes) -> Any:
 
 
 def _pickle_in(blob: bytes) -> bytes | None:
-    """Return the first record of an archive, if that is its pickle, and the archive has its end."""
-    if len(blob) < _HEADER.size or blob[-_END_NBYTES:][: len(_END)] != _END:
+    """Return the first record of an archive, if that is its pickle."""
+    if len(blob) < _HEADER.size:
         return None
     magic, _, flags, method, _, _, _, _, nbytes, name_nbytes, extra_nbytes = _HEADER.unpack_from(blob)
     name = blob[_HEADER.size : _HEADER.size + name_nbytes]

@@ -41,9 +41,11 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool, safe_globals
         UnloadableError: the object cannot be made here, for example because its class cannot be imported.
     """
     try:
-        if (value := plain_value(blob)) is not NOT_PLAIN:  # whatever else the archive holds, this does no harm
+        check_archive(io.BytesIO(blob), len(blob), name, path, pickles=False)
+        if (value := plain_value(blob)) is not NOT_PLAIN:
             return value
-        check_archive(io.BytesIO(blob), len(blob), name, path, pickles=not allow_pickle)
+        if not allow_pickle:
+            check_archive(io.BytesIO(blob), len(blob), name, path)
     except CorruptCheckpointError as error:
         raise UnsafePickleError(f"{error}; nothing was changed. {_PERMISSION}") from error
     try:
