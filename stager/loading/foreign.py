@@ -51,6 +51,7 @@ def load_checkpoint(
     *,
     keys: str | Sequence[str] | None = None,
     allow_pickle: bool = False,
+    safe_globals: Sequence[str] = (),
 ) -> Loaded[int | None]:
     """Load one checkpoint by its path; stager need not have written it.
 
@@ -61,6 +62,8 @@ def load_checkpoint(
         strict: as in :meth:`stager.Checkpointer.load`.
         keys: as in :meth:`stager.Checkpointer.load`. A checkpoint that stager did not write is read whole all the same.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
+        safe_globals: classes that may be unpickled, beside plain data, by their full names, as ``loading.safe_globals`` has
+            them for :meth:`stager.Checkpointer.load`.
 
     Returns:
         The state on the CPU, or ``into``; ``step`` and ``info`` are None unless stager wrote the checkpoint. The keys of a
@@ -68,6 +71,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointNotFoundError: there is no checkpoint at ``path``.
+        ConfigError: a name in ``safe_globals`` cannot be imported.
         CorruptCheckpointError: it is damaged, or says something impossible.
         UnsafePickleError: see ``allow_pickle``; nothing was changed.
         StateMismatchError: it does not fit ``into``; nothing was changed.
@@ -79,9 +83,10 @@ def load_checkpoint(
     if origin is Origin.STAGER:
         with reading(path):
             manifest = read_manifest(path)
-            state = Restorer(path, manifest, default_threads(), allow_pickle, selection).restore(into, strict)
+            restorer = Restorer(path, manifest, default_threads(), allow_pickle, selection, safe_globals=safe_globals)
+            state = restorer.restore(into, strict)
         return Loaded(manifest.header.step, path, state, CheckpointInfo.of(path, manifest))
-    state = _load_foreign(path, origin, allow_pickle)
+    state = _load_foreign(path, origin, allow_pickle, safe_globals)
     if into is not None or selection is not None:
         if not isinstance(state, Mapping):
             raise UsageError(f"{path}: holds a {type(state).__name__}, not a mapping; load it without into and keys")
@@ -125,12 +130,12 @@ def _item_of(leaf: object) -> Item:
     return Item("tensor", 0, 0, 0, 0, 0, name_of(leaf.dtype), tuple(leaf.shape), leaf.stride())
 
 
-def _load_foreign(path: str, origin: Origin, allow_pickle: bool) -> Any:
+def _load_foreign(path: str, origin: Origin, allow_pickle: bool, safe_globals: Sequence[str]) -> Any:
     if origin is Origin.DCP:
-        return load_dcp(path, allow_pickle)
+        return load_dcp(path, allow_pickle, safe_globals)
     if origin is Origin.SAFETENSORS:
         return load_safetensors(path, default_threads())
-    return load_torch_save(path, allow_pickle)
+    return load_torch_save(path, allow_pickle, safe_globals=safe_globals)
 
 
 def origin_of(path: str) -> Origin:
@@ -150,7 +155,7 @@ def origin_of(path: str) -> Origin:
     )
 
 
-def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu") -> Any:
+def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu", safe_globals: Sequence[str] = ()) -> Any:
     """Load a file of ``torch.save``; with ``map_location="meta"`` without the data of tensors.
 
     Raises:
@@ -161,16 +166,17 @@ def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu") ->
         fd = open_regular(path)
     with open(fd, "rb") as file, storage_errors("read", path):
         check_archive(file, os.fstat(file.fileno()).st_size, name, path, pickles=not allow_pickle)
-        return load_unverified(f"/proc/self/fd/{file.fileno()}", name, path, allow_pickle, map_location)
+        source = f"/proc/self/fd/{file.fileno()}"
+        return load_unverified(source, name, path, allow_pickle, map_location, safe_globals)
 
 
-def load_dcp(path: str, allow_pickle: bool) -> dict[str, Any]:
+def load_dcp(path: str, allow_pickle: bool, safe_globals: Sequence[str] = ()) -> dict[str, Any]:
     """Load a checkpoint of ``dcp.save``, the data of all its ranks, on the CPU.
 
     Raises:
         CorruptCheckpointError, UnsafePickleError, UsageError, StorageError
     """
-    reader = StockReader(path, allow_pickle)
+    reader = StockReader(path, allow_pickle, safe_globals)
     metadata = reader.read_metadata()
     state: dict[str, Any] = {}
     planner: LoadPlanner = _empty_planner()

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from stager.config import LoadingConfig
@@ -124,7 +125,7 @@ class Loader:
                 restorer = Restorer(
                     found.info.path,
                     found.manifest,
-                    self._threads(),
+                    self._num_threads,
                     allowed,
                     selection,
                     self._rank,
@@ -212,13 +213,14 @@ class Loader:
             info, manifest = read_checkpoint(self._directory, step)
             if identity is None or self._verified.get(path) != identity:
                 problems = extra_files(path, manifest)
-                problems += check_files(path, manifest, full=full, num_threads=self._threads())
+                problems += check_files(path, manifest, full=full, num_threads=self._num_threads)
                 if problems:
                     raise CorruptCheckpointError(path, "; ".join(problems[:3]))
                 if full:
                     self._verified[path] = identity
         return _Candidate(info, manifest, identity)
 
-    def _threads(self) -> int:
+    @cached_property
+    def _num_threads(self) -> int:
         threads = self._config.threads
         return min(8, usable_cores()) if threads == "auto" else threads

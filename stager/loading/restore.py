@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import errno
+import io
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -199,20 +200,30 @@ class Restorer:
     def _chunk_items(self) -> set[int]:
         return {index for chunks in self._chunks.values() for _, index in chunks.parts}
 
-    def _read_blobs(self, reader: BlobReader, indices: list[int]) -> dict[int, bytearray]:
+    def _read_blobs(self, reader: BlobReader, indices: list[int]) -> dict[int, io.BytesIO]:
         blobs = {}
         for index in indices:
             with self._enough_memory(index):
-                blobs[index] = bytearray(self._items[index].nbytes)
-        reader.read([Wanted(index, memoryview(blob)) for index, blob in blobs.items()])
+                blobs[index] = _stream_of(self._items[index].nbytes)
+        reader.read([Wanted(index, blob.getbuffer()) for index, blob in blobs.items()])
         return blobs
 
-    def _unpickle(self, blobs: dict[int, bytearray]) -> dict[int, Any]:
+    def _unpickle(self, blobs: dict[int, io.BytesIO]) -> dict[int, Any]:
         names = {leaf: path for path, leaf in self._manifest.paths()} if blobs else {}
-        return {
-            index: unpickle(bytes(blob), describe(names[index]), self._path, self._allow_pickle, self._safe_globals)
-            for index, blob in blobs.items()
-        }
+        values = {}
+        for index in list(blobs):
+            blob = blobs.pop(index).getvalue()  # the stream's own bytes, not a copy; gone when the value is made
+            values[index] = unpickle(blob, describe(names[index]), self._path, self._allow_pickle, self._safe_globals)
+        return values
+
+
+def _stream_of(nbytes: int) -> io.BytesIO:
+    """Make a stream of so many bytes, which can be read into and then be had as ``bytes`` without a copy."""
+    stream = io.BytesIO()
+    if nbytes:
+        stream.seek(nbytes - 1)
+        stream.write(b"\0")
+    return stream
 
 
 def copy_to_targets(tensors: Mapping[int, torch.Tensor], targets: list[tuple[int, torch.Tensor]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests import forked_subprocess
 from tests.benchmarks.launch import ROOT
+from tests.benchmarks.python_values import CASES
 
 
 def _run(module: str, out: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -21,6 +22,14 @@ def test_loading(tmp_path: Path) -> None:
     results = _run("tests.benchmarks.loading", tmp_path / "out.json", "--scale", "0.001", "--rounds", "1")
     assert [one["case"] for one in results] == ["big", "small"]
     assert all(one["dcp.load / stager"] > 0 for one in results)
+
+
+def test_python_values(tmp_path: Path) -> None:
+    arguments = ("--scale", "0.001", "--rounds", "1")
+    results = _run("tests.benchmarks.python_values", tmp_path / "out.json", *arguments)
+    assert [one["case"] for one in results] == list(CASES)
+    for one in results:
+        assert all(one[ratio] > 0 for ratio in ("stall / torch.save", "size / torch.save", "load / torch.load"))
 
 
 def test_ranks(tmp_path: Path) -> None:

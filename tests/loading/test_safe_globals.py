@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from stager import Checkpointer, ConfigError, UnsafePickleError, load_checkpoint
 
@@ -108,3 +109,21 @@ def test_a_file_of_torch_save_is_refused_with_the_class_and_without_torchs_text(
     assert named_in(text) == set(NAMES) and "\x1b" not in text and "\n" not in text
     with torch.serialization.safe_globals([Phase, Level, Plan, Frozen]):
         assert load_checkpoint(tmp_path / "other.pt").state["plan"] == STATE["plan"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("origin", ["stager", "torch.save", "dcp.save"])
+def test_load_checkpoint_allows_the_classes_that_are_named(run_dir: Path, tmp_path: Path, origin: str) -> None:
+    path = tmp_path / "other"
+    if origin == "stager":
+        with Checkpointer(run_dir) as ckpt:
+            path = Path(ckpt.save(1, STATE).upload_completion.result().path)
+    elif origin == "torch.save":
+        torch.save(STATE, path)
+    else:
+        dcp.save(STATE, checkpoint_id=str(path), no_dist=True)
+    with pytest.raises(UnsafePickleError, match=r"load_checkpoint\(\.\.\., safe_globals="):
+        load_checkpoint(path, safe_globals=NAMES[:1])
+    assert load_checkpoint(path, safe_globals=NAMES).state["plan"] == STATE["plan"]
+    with pytest.raises(ConfigError, match=r"safe_globals.*Renamed"):
+        load_checkpoint(path, safe_globals=[f"{__name__}.Renamed"])

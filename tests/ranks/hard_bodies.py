@@ -20,6 +20,8 @@ from stager import Checkpointer, PerRank, RankFailedError, StagerError
 from stager.loading import joint_loader as loading
 from stager.ranks import keys
 from stager.ranks.rank_group import RankGroup
+from stager.state.flatten import flatten
+from stager.workers.checkpoint.layout.structure import describe
 from tests.faults import faults_of_this_process
 from tests.ranks.bodies import CONFIG, FOR_EVER_SECS, board_of
 
@@ -286,3 +288,29 @@ def save_unequal_values(rank: int, directory: str) -> list[str]:
             except StagerError as error:
                 outcomes.append(str(error))
     return [*outcomes, *(text for text in said if text.startswith("not the same"))]
+
+
+def keys_of_one_name(rank: int, directory: str, case: str, size: str) -> str:
+    """Save keys whose names in DCP are equal. Returns the error, or "whole" if what is loaded is what the ranks gave."""
+    value: Any = {"small": torch.ones(3), "large": torch.ones(300_000), "number": 5}[size]
+    states: list[dict[str, Any]] = {
+        "dots": [{"a.b": value}, {"a": {"b": value}}],
+        "int and str": [{"x": {1: value}}, {"x": {"1": value}}],
+        "on each rank": [{"a.b": value, "a": {"b": value + 1}, "x": {1: value + 2, "1": value + 3}}] * 2,
+    }[case]
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        try:
+            ckpt.save(1, states[rank]).upload_completion.result(60)
+        except StagerError as error:
+            return f"{type(error).__name__}: {error}"
+        loaded = ckpt.load()
+    assert loaded is not None
+    given = {describe(path): leaf for state in states for path, leaf in zip(*_leaves(state), strict=True)}
+    found = dict(zip(map(describe, _leaves(loaded.state)[0]), _leaves(loaded.state)[1], strict=True))
+    is_whole = given.keys() == found.keys() and all(torch.equal(found[name], given[name]) for name in given)
+    return "whole" if is_whole else f"torn: {found}"
+
+
+def _leaves(state: dict[str, Any]) -> tuple[Any, Any]:
+    tree = flatten(state)
+    return tree.paths, list(map(torch.as_tensor, tree.leaves))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stager.ranks.digests import digests_of
 
@@ -75,3 +76,25 @@ def test_statistics_of_batches_differ_by_design() -> None:
     digests = digests_of(values)
     assert list(digests.tensors) == ["model.bn.weight"]
     assert list(digests.others) == ["epoch", "model.bn.running_mean"]
+
+
+class _Cats(TorchDispatchMode):
+    """Keeps the sizes of what is put together before it is brought to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.cat.default:
+            self.nbytes.append(made.nbytes)
+        return made
+
+
+def test_only_samples_leave_a_device_and_all_of_one_device_at_once() -> None:
+    values = {"large": torch.rand(100_000), "other": torch.rand(300, 300).t(), "small": torch.ones(5)}
+    with _Cats() as cats:
+        digests = digests_of(values)
+    assert set(digests.tensors) == set(values)
+    assert cats.nbytes == [4 * (1024 + 1024 + 5)]

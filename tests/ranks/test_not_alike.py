@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.staging.ranks import run_ranks
 
 _BODIES = "tests.ranks.hard_bodies"
@@ -76,3 +78,18 @@ def test_large_tensors_that_differ_are_named(tmp_path: Path) -> None:
     assert first[1] == second[1] == "saved"  # as the setting says
     assert "experts (ranks 0, 1). If" in first[2]
     assert (len(first), len(second)) == (3, 2)
+
+
+@pytest.mark.parametrize("size", ["small", "large", "number"])
+@pytest.mark.parametrize(("case", "paths"), [("dots", ["state['a.b']", "a['b']"]), ("int and str", ["x[1]", "x['1']"])])
+def test_keys_of_one_name_on_different_ranks_are_refused_with_both_key_paths(
+    case: str, paths: list[str], size: str, tmp_path: Path
+) -> None:
+    for text in run_ranks(f"{_BODIES}:keys_of_one_name", 2, tmp_path, case, size):
+        assert "InconsistentRanksError" in text
+        assert all(path in text for path in paths)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_keys_of_one_name_on_each_rank_get_names_of_their_own(size: str, tmp_path: Path) -> None:
+    assert run_ranks(f"{_BODIES}:keys_of_one_name", 2, tmp_path, "on each rank", size) == ["whole", "whole"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
@@ -12,7 +13,14 @@ from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.errors import StagerError, UnloadableError
 
 
-def hand_over_object(planner: LoadPlanner, request: ReadItem, blob: bytes, path: str, allow_pickle: bool) -> None:
+def hand_over_object(
+    planner: LoadPlanner,
+    request: ReadItem,
+    blob: bytes,
+    path: str,
+    allow_pickle: bool,
+    safe_globals: Sequence[str] = (),
+) -> None:
     """Let ``planner`` load an object if the ``weights_only`` rules allow it.
 
     Args:
@@ -21,6 +29,7 @@ def hand_over_object(planner: LoadPlanner, request: ReadItem, blob: bytes, path:
         blob: the object as ``torch.save`` wrote it.
         path: of the checkpoint, for messages.
         allow_pickle: let the planner unpickle any object.
+        safe_globals: classes that these rules allow, beside plain data and what torch allows.
 
     Raises:
         UnsafePickleError: the ``weights_only`` rules do not allow the object.
@@ -30,10 +39,10 @@ def hand_over_object(planner: LoadPlanner, request: ReadItem, blob: bytes, path:
     name = request.dest_index.fqn
     with torch_defaults():
         if not allow_pickle:
-            unpickle(blob, name, path, allow_pickle=False)
+            unpickle(blob, name, path, allow_pickle=False, safe_globals=safe_globals)
         try:
             # The planner calls torch.load(), which under TORCH_FORCE_WEIGHTS_ONLY_LOAD has to know what is allowed.
-            with allowed():
+            with allowed(safe_globals):
                 planner.load_bytes(request, io.BytesIO(blob))
         except (StagerError, Warning):
             raise

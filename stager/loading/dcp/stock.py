@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,11 +31,13 @@ class StockReader:
     Args:
         path: the checkpoint's directory.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
+        safe_globals: classes that may be unpickled, beside plain data.
     """
 
-    def __init__(self, path: str, allow_pickle: bool) -> None:
+    def __init__(self, path: str, allow_pickle: bool, safe_globals: Sequence[str] = ()) -> None:
         self._path = path
         self._allow_pickle = allow_pickle
+        self._safe_globals = safe_globals
         self._reader = FileSystemReader(path)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -69,7 +71,7 @@ class StockReader:
         if self._allow_pickle:
             return self._reader.read_data(plan, planner)
         self._check_tensors(plan, metadata)
-        guarded = _GuardedPlanner(planner, self._path)
+        guarded = _GuardedPlanner(planner, self._path, self._safe_globals)
         try:
             return self._reader.read_data(plan, cast(LoadPlanner, guarded))
         except Exception as error:  # torch may raise anything for hostile bytes
@@ -133,13 +135,14 @@ class _GuardedPlanner:
         error: what the wrapped planner raised.
     """
 
-    def __init__(self, planner: LoadPlanner, path: str) -> None:
+    def __init__(self, planner: LoadPlanner, path: str, safe_globals: Sequence[str]) -> None:
         self._path = path
+        self._safe_globals = safe_globals
         self._planner = planner
         self.error: Exception | None = None
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self._ask(hand_over_object, self._planner, read_item, value.getvalue(), self._path, False)
+        self._ask(hand_over_object, self._planner, read_item, value.getvalue(), self._path, False, self._safe_globals)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         tensor: torch.Tensor = self._ask(self._planner.resolve_tensor, read_item)

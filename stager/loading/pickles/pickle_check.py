@@ -6,6 +6,7 @@ An unpickler that allows only harmless classes is not enough:
 - A value nested a million deep ends the process.
 - A memo index of two billion makes the unpickler allocate an array of that length.
 - ``bytearray(1 << 40)`` allocates a terabyte.
+- ``numpy.asarray`` makes an array of any size and kind of little, if it is given a dtype.
 - BUILD on a class changes the class for the whole process.
 - A storage may claim to be longer than its bytes (torch 2.13 checks that itself; nothing here relies on it).
 
@@ -60,6 +61,8 @@ _TAKES = {  # what an opcode pops: a number of values, and whether it then pops 
     )
     for code in pickletools.opcodes
 }
+_ARRAY_OF_TENSOR = "numpy asarray"
+_TENSOR_MAKERS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"}
 _STORAGE_FIELDS = 5
 _ELEMENT_NBYTES = {
     "torch.storage UntypedStorage": 1,
@@ -219,6 +222,8 @@ class _Walk:
         self._hash(parts, _ARGUMENT_DEPTH)
         called, *arguments = parts or [_ATOM]
         name = _name_of(called)
+        if name == _ARRAY_OF_TENSOR and not _is_one_tensor(arguments):
+            raise ValueError("numpy.asarray is called with something else than one tensor")
         asked = max((value.largest for value in arguments), default=0)
         if name in _ALLOCATE and asked > self._most_asked:
             raise ValueError(
@@ -279,6 +284,14 @@ class _Walk:
             self._hashed += value.hashed(depth) if depth and value.children else value.size
         if self._hashed > _MAX_HASHED + _HASHED_PER_OPCODE * self._num_opcodes:
             raise ValueError("the keys and arguments of the pickle are made to take very long to hash: it is hostile")
+
+
+def _is_one_tensor(arguments: list[_Value]) -> bool:
+    """Whether the arguments of a call are one value, which a function of torch made of a storage."""
+    if len(arguments) != 1 or arguments[0].made_by != "TUPLE1" or len(arguments[0].children) != 1:
+        return False
+    tensor = arguments[0].children[0]
+    return tensor.made_by == "REDUCE" and bool(tensor.children) and _name_of(tensor.children[0]) in _TENSOR_MAKERS
 
 
 def _name_of(called: _Value) -> str:

@@ -21,7 +21,9 @@ import pickle
 import re
 import struct
 import sys
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 NOT_PLAIN: Any = object()
@@ -35,7 +37,8 @@ _STORED, _MAX_32 = 0, 0xFFFFFFFF
 _START, _STOP = b"\x80\x02", b"."
 _SETS = {("__builtin__", "set"), ("__builtin__", "frozenset"), ("builtins", "set"), ("builtins", "frozenset")}
 _HAS_POSSESSIVE: bool = sys.version_info >= (3, 11)  # without, a match takes memory for each opcode
-_NESTS = (list, dict)
+_NESTS = {list, dict}
+_READ_AHEAD = 1 << 17  # as much as the unpickler peeks at
 _SHORT_TEXT = 64  # a longer one interrupts the match
 
 
@@ -45,7 +48,8 @@ def plain_value(blob: bytes) -> Any:
     if data is None or not _is_plain(data):
         return NOT_PLAIN
     try:
-        value = _Unpickler(io.BytesIO(data)).load()
+        # A stream that can be peeked at: without, the unpickler calls read() for each number.
+        value = _Unpickler(io.BufferedReader(io.BytesIO(data), _READ_AHEAD)).load()
     except Exception:  # noqa: BLE001  # malformed; the slow way says how
         return NOT_PLAIN
     return value if _is_shallow(value, len(data)) else NOT_PLAIN
@@ -132,10 +136,11 @@ def _is_shallow(value: Any, most: int) -> bool:
         most -= sum(map(len, level))
         if not level or most < 0:
             break
-        level = [
-            child
-            for container in level
-            for child in (container.values() if type(container) is dict else container)
-            if type(child) in _NESTS
-        ]
+        below = list(chain.from_iterable(map(_elements, level)))
+        # Most containers hold none. Their types are looked at without a step of Python code for each.
+        level = [] if _NESTS.isdisjoint(map(type, below)) else [child for child in below if type(child) in _NESTS]
     return not level
+
+
+def _elements(container: Any) -> Iterable[Any]:
+    return container.values() if type(container) is dict else container

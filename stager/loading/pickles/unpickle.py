@@ -66,7 +66,8 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool, safe_globals
 
 _PERMISSION = (
     "If you trust the origin of this checkpoint, use load(..., allow_pickle=True), or allow the class by the setting "
-    "loading.safe_globals: [package.module.Class] or by torch.serialization.add_safe_globals([...])"
+    "loading.safe_globals: [package.module.Class], by load_checkpoint(..., safe_globals=[...]), or by "
+    "torch.serialization.add_safe_globals([...])"
 )
 
 
@@ -102,7 +103,12 @@ def load_archive(
 
 
 def load_unverified(
-    source: IO[bytes] | str, name: str, path: str, allow_pickle: bool, map_location: str = "cpu"
+    source: IO[bytes] | str,
+    name: str,
+    path: str,
+    allow_pickle: bool,
+    map_location: str = "cpu",
+    safe_globals: Sequence[str] = (),
 ) -> Any:
     """Load an archive whose bytes nobody has verified: of another library. Arguments as for :func:`unpickle`.
 
@@ -113,14 +119,14 @@ def load_unverified(
     """
     try:
         with torch_defaults():
-            return load_archive(source, allow_pickle, (), map_location)
-    except Warning:
+            return load_archive(source, allow_pickle, safe_globals, map_location)
+    except (Warning, ConfigError):  # a name in safe_globals is wrong
         raise
     except Exception as error:  # a hostile pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and not allow_pickle:
             raise UnsafePickleError(
-                f"{name} in {path} is a pickled object that could run code when loaded ({reason_of(error, source)}); "
-                "nothing was changed. " + _PERMISSION
+                f"{name} in {path} is a pickled object that could run code when loaded "
+                f"({reason_of(error, source, safe_globals)}); nothing was changed. {_PERMISSION}"
             ) from error
         if allow_pickle and (isinstance(error, (ImportError, AttributeError)) or _is_as_written(source)):
             raise _unloadable(name, path, error) from error

@@ -39,6 +39,8 @@ def overlapping(targets: Sequence[tuple[int, torch.Tensor]]) -> set[int]:
         targets: (key, tensor). The same view twice under one key does not count.
     """
     on_host = [(k, t) for k, t in targets if t.is_cpu and t.layout is torch.strided and t.numel()]
+    if not on_host:
+        return set()
     if _are_apart([tensor for _, tensor in on_host]):
         return set()
     shared: set[int] = set()

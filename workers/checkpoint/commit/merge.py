@@ -24,6 +24,7 @@ from stager.workers.checkpoint.layout.structure import (
     Path,
     absent,
     describe,
+    fqn,
     leaves,
     map_leaves,
     recipe_path,
@@ -208,10 +209,12 @@ def _check_whole(layout: Layout) -> None:
         InconsistentRanksError: no rank wrote a leaf; or chunks of a tensor do not fill it, differ in dtype, or are chunks of
             too many tensors.
     """
-    lost = [describe(path) for path in absent(layout.structure)]
+    lost = list(absent(layout.structure))
     if lost:
         raise InconsistentRanksError(
-            f"{_some(lost)}: no rank wrote it, because each rank expects another to; give all ranks states of the same keys"
+            _namesake(layout.structure, lost)
+            or f"{_some(list(map(describe, lost)))}: no rank wrote it, because each rank expects another to; give all ranks "
+            "states of the same keys"
         )
     wholes: dict[Chunks, Path] = {}
     for path, chunks in leaves(layout.structure):
@@ -224,12 +227,28 @@ def _check_whole(layout: Layout) -> None:
         try:
             check_tiling([(at, item.shape) for (at, _), item in zip(chunks.parts, items, strict=True)], chunks.shape)
         except ValueError as error:
-            raise InconsistentRanksError(f"{describe(path)}: {error}") from error
+            text = _namesake(layout.structure, [path]) or f"{describe(path)}: {error}"
+            raise InconsistentRanksError(text) from error
     if (shared := shared_too_often(wholes)) is not None:
         of = [describe(path) for chunks, path in wholes.items() if any(index == shared for _, index in chunks.parts)]
         raise InconsistentRanksError(
             f"{_some(of)} are one tensor on one rank, and not on the others; what is tied has to be tied on all ranks"
         )
+
+
+def _namesake(structure: Node, broken: Sequence[Path]) -> str | None:
+    """Say which key path has the name of a leaf that is not whole: ranks take leaves of one name for one value."""
+    by_name: dict[str, list[Path]] = {}
+    for path in [*absent(structure), *(path for path, _ in leaves(structure))]:
+        by_name.setdefault(fqn(path), []).append(path)
+    for path in broken:
+        for other in by_name[fqn(path)]:
+            if other != path:
+                return (
+                    f"{describe(path)} and {describe(other)} have the same name in a checkpoint, {fqn(path)}, and are on "
+                    "different ranks, which take them for one value: rename a key, or give all ranks the same keys"
+                )
+    return None
 
 
 def _some(names: list[str]) -> str:

@@ -40,7 +40,7 @@ _PLAIN: tuple[Any, ...] = (
     *(pathlib.Path, pathlib.PosixPath, pathlib.PurePath, pathlib.PurePosixPath, pathlib.PureWindowsPath),
 )
 _NUMPY = (
-    *("numpy.ndarray", "numpy.dtype"),
+    *("numpy.ndarray", "numpy.dtype", "numpy.asarray"),  # the last: of a tensor only, see pickle_check
     *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
     *("numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar"),  # what numpy 1 writes
     *(f"numpy.random._pickle.__{name}_ctor" for name in ("randomstate", "generator", "bit_generator")),

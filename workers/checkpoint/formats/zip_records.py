@@ -96,16 +96,23 @@ def directory_of(records: Sequence[Record], offset: int, entries: bytes = b"", c
 
 def put_records(contents: Sequence[tuple[str, bytes | memoryview]], offset: int = 0) -> tuple[bytes, list[Record]]:
     """Make whole records one after the other from ``offset`` on. Returns their bytes, and the records."""
+    pieces, records = _pieces_of(contents, offset)
+    return b"".join(pieces), records
+
+
+def archive(contents: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
+    """Make a whole archive. Its records are copied once."""
+    pieces, records = _pieces_of(contents, 0)
+    return b"".join([*pieces, directory_of(records, sum(map(len, pieces)))])
+
+
+def _pieces_of(
+    contents: Sequence[tuple[str, bytes | memoryview]], offset: int
+) -> tuple[list[bytes | memoryview], list[Record]]:
     pieces: list[bytes | memoryview] = []
     records: list[Record] = []
     for name, data in contents:
         records.append(Record(name, len(data), offset, zlib.crc32(data)))
         pieces += [local_header(records[-1]), data]
         offset += len(pieces[-2]) + len(data)
-    return b"".join(pieces), records
-
-
-def archive(contents: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
-    """Make a whole archive of small records."""
-    written, records = put_records(contents)
-    return written + directory_of(records, len(written))
+    return pieces, records
