@@ -42,9 +42,11 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
     """
     secs = min((limit for limit in (timeout, deadline_secs) if limit is not None), default=None)
     try:
-        with suppress(TimeoutError):  # then the steps that follow have no time left
-            saver.wait_for_staging(secs)  # 1.
-        if _drain(saver, pool, secs):
+        with saver.progress.shown("closing"):
+            with suppress(TimeoutError):  # then the steps that follow have no time left
+                saver.wait_for_staging(secs)  # 1.
+            is_drained = _drain(saver, pool, secs)
+        if is_drained:
             pool.close()  # 5.
         elif deadline_secs is None:
             pool.close(0)
