@@ -73,6 +73,7 @@ def sole_fit(
         one.sentence
         for name, node in nodes.items()
         for one in find_prefixes([(name, key) for key in keys], [(name, key) for key in children_of(node)])
+        if len(one.missing) == len(keys) == len(children_of(node))
     ]
     if prefixes:
         raise StateMismatchError(
