@@ -24,6 +24,7 @@ from stager.config import StagerConfig, load_config
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
+from stager.loading.renaming import Renaming
 from stager.loading.selection import Selection
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import find_rank_group
@@ -35,6 +36,7 @@ from stager.saving.retainer import Retainer, change_protected
 from stager.saving.save import Save, SaveHandle
 from stager.saving.save_errors import SaveErrors
 from stager.saving.saver import Saver
+from stager.state.stateful import Stateful
 from stager.telemetry.event import Event, FellBackEvent, PrunedEvent
 from stager.telemetry.listeners import Listeners
 from stager.telemetry.report import SaveState
@@ -416,21 +418,30 @@ class Checkpointer:
     def load(
         self,
         step: int | None = None,
-        into: MutableMapping[str, Any] | None = None,
+        into: MutableMapping[str, Any] | Stateful | None = None,
         strict: bool = True,
         *,
         keys: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | Callable[[str], str] | None = None,
+        strip_prefix: str | None = None,
         allow_pickle: bool | None = None,
     ) -> Loaded | None:
         """Load a checkpoint.
 
         Args:
             step: which one; None: the newest valid one, falling back to the one before if it is damaged.
-            into: restore into these values in place: tensors keep their identity, objects get ``load_state_dict()``.
+            into: restore into these values in place: tensors keep their identity, objects get ``load_state_dict()``, plain
+                containers become what the checkpoint has. Or one object, if the checkpoint has exactly one value that fits.
                 None: return a new state.
-            strict: keys must match, as in ``nn.Module.load_state_dict``.
-            keys: only what has a name like this, or like one of these: keys joined by dots, with ``*`` and ``?``
-                (``model.*.weight``). The rest of ``into`` is left alone. A list is taken whole.
+            strict: the names at the top, those of modules, and the shapes and dtypes of tensors must match. If False, what
+                matches is restored; ``Loaded.missing`` and ``Loaded.unexpected`` name the rest. If nothing of a name fits,
+                it is an error in any case.
+            keys: only what has a name like this, or like one of these, and all that is in it: keys joined by dots, with
+                ``*`` and ``?`` (``model``, ``model.*.weight``). The rest of ``into`` is left alone. A list is taken whole.
+                Each has to match something.
+            rename: names of the checkpoint to names of ``into``, as a mapping or a function: ``{"model.head": "model.fc"}``.
+            strip_prefix: what keys of the checkpoint lose if they begin with it: ``"module."``. If only the keys of ``into``
+                have it, the checkpoint's get it. ``keys`` sees the new names.
             allow_pickle: unpickle any object, which runs code from the checkpoint; None: as configured.
 
         Where several ranks save together, every rank has to call it to load ``into`` something: all of them load the
@@ -443,7 +454,7 @@ class Checkpointer:
             CheckpointNotFoundError: there is no ``step``.
             CorruptCheckpointError: ``step`` is damaged; or, without ``step``, every checkpoint is, or ``into`` is partly
                 overwritten from a damaged one, and there is none to overwrite all of that (see ``loading.verify_first``).
-            StateMismatchError: it does not fit ``into``; nothing was changed.
+            StateMismatchError: it does not fit ``into``, or a pattern of ``keys`` matches nothing; nothing was changed.
             RankFailedError: it failed on another rank; what it was loaded into may be overwritten.
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
             UnloadableError: the bytes are right, and an object cannot be made from them here, or its
@@ -454,9 +465,18 @@ class Checkpointer:
             self._refuse_in_callback("load()")
             self._saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
+        renaming = Renaming.of_arguments(rename, strip_prefix)
 
         def load(step: int | None) -> Loaded | None:
-            return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
+            return self._loader.load(
+                step,
+                into,
+                strict=strict,
+                allow_pickle=allow_pickle,
+                selection=selection,
+                renaming=renaming,
+                other_ranks=self._together.names_of_others,
+            )
 
         loaded = load(step) if into is None else self._together.load(step, load)
         self._after_looking(None if loaded is None else loaded.step)

@@ -1,7 +1,8 @@
 """Loading checkpoints: from files back to a state.
 
 Reading order: ``loader.py`` (which checkpoint), ``restore.py`` (the steps of a restore), ``match.py`` and
-``restore_plan.py`` (what goes where). ``joint_loader.py`` loads one checkpoint on all ranks; ``foreign.py`` loads
+``restore_plan.py`` (what goes where), ``belongings.py`` (what is data, and what belongs to somebody), ``replacing.py`` and
+``merge.py`` (how data becomes what was saved). ``joint_loader.py`` loads one checkpoint on all ranks; ``foreign.py`` loads
 checkpoints that stager did not write.
 
     reading/   from files into memory, without keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -12,15 +12,17 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.planner import LoadPlanner
 
 from stager.loading.dcp.stock import StockReader
-from stager.loading.loaded import Loaded
+from stager.loading.loaded import Loaded, Outcome
 from stager.loading.match import match
 from stager.loading.pickles.archive_check import check_archive
 from stager.loading.pickles.unpickle import load_unverified
 from stager.loading.reading.direct_read import overlapping
+from stager.loading.renaming import Renaming
 from stager.loading.restore import Restorer, copy_to_targets
 from stager.loading.safetensors_reader import is_safetensors, load_safetensors
 from stager.loading.selection import Selection
 from stager.state.flatten import flatten
+from stager.state.stateful import Stateful
 from stager.state.tensor_kinds import WholeTensor
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, ManifestHeader, read_manifest
@@ -46,10 +48,12 @@ class Origin(Enum):
 
 def load_checkpoint(
     path: str | os.PathLike[str],
-    into: MutableMapping[str, Any] | None = None,
+    into: MutableMapping[str, Any] | Stateful | None = None,
     strict: bool = True,
     *,
     keys: str | Sequence[str] | None = None,
+    rename: Mapping[str, str] | Callable[[str], str] | None = None,
+    strip_prefix: str | None = None,
     allow_pickle: bool = False,
     safe_globals: Sequence[str] = (),
 ) -> Loaded[int | None]:
@@ -61,6 +65,7 @@ def load_checkpoint(
             new memory and then copied.
         strict: as in :meth:`stager.Checkpointer.load`.
         keys: as in :meth:`stager.Checkpointer.load`. A checkpoint that stager did not write is read whole all the same.
+        rename, strip_prefix: as in :meth:`stager.Checkpointer.load`.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
         safe_globals: classes that may be unpickled, beside plain data, by their full names, as ``loading.safe_globals`` has
             them for :meth:`stager.Checkpointer.load`.
@@ -80,27 +85,37 @@ def load_checkpoint(
     path = os.path.realpath(os.fspath(path))
     origin = origin_of(path)
     selection = None if keys is None else Selection(keys)
+    renaming = Renaming.of_arguments(rename, strip_prefix)
     if origin is Origin.STAGER:
         with reading(path):
             manifest = read_manifest(path)
-            restorer = Restorer(path, manifest, default_threads(), allow_pickle, selection, safe_globals=safe_globals)
+            restorer = Restorer(
+                path,
+                manifest,
+                default_threads(),
+                allow_pickle,
+                selection,
+                safe_globals=safe_globals,
+                renaming=renaming,
+            )
             state = restorer.restore(into, strict)
-        return Loaded(manifest.header.step, path, state, CheckpointInfo.of(path, manifest))
-    state = _load_foreign(path, origin, allow_pickle, safe_globals)
-    if into is not None or selection is not None:
+        return Loaded(manifest.header.step, path, state, CheckpointInfo.of(path, manifest), *restorer.outcome)
+    state, outcome = _load_foreign(path, origin, allow_pickle, safe_globals), Outcome()
+    if into is not None or selection is not None or renaming != Renaming():
         if not isinstance(state, Mapping):
             raise UsageError(f"{path}: holds a {type(state).__name__}, not a mapping; load it without into and keys")
-        state = _restore_values(state, path, into, strict, selection)
-    return Loaded(None, path, state, None)
+        state, outcome = _restore_values(state, path, into, strict, selection, renaming)
+    return Loaded(None, path, state, None, *outcome)
 
 
 def _restore_values(
     state: Mapping[str, Any],
     path: str,
-    into: MutableMapping[str, Any] | None,
+    into: Any,
     strict: bool,
     selection: Selection | None,
-) -> Any:
+    renaming: Renaming,
+) -> tuple[Any, Outcome]:
     """Restore a state that is in memory, by the rules that :class:`Restorer` has for a checkpoint of stager.
 
     Raises:
@@ -110,17 +125,20 @@ def _restore_values(
     flat = flatten(state)
     leaves = [leaf.tensor if type(leaf) is WholeTensor else leaf for leaf in flat.leaves]
     if into is None:
-        assert selection is not None
-        return build(selection.of(flat.structure, path), leaves.__getitem__)
+        structure = renaming.of(flat.structure, path)
+        if selection is not None:
+            structure = selection.of(structure, path)
+        return build(structure, leaves.__getitem__), Outcome()
     layout = Layout((), tuple(map(_item_of, leaves)), flat.structure, 1)
-    plan = match(Manifest(ManifestHeader("", 0, "", 0.0, "", ""), layout, (), ()), path, into, strict, selection)
+    manifest = Manifest(ManifestHeader("", 0, "", 0.0, "", ""), layout, (), ())
+    plan = match(manifest, path, into, strict, selection, renaming=renaming)
     values = dict(enumerate(leaves))
     plan.refuse_failed_checks(path, values)
     copy_to_targets(values, plan.targets)
     shared = overlapping(plan.targets)
     values |= {index: tensor for index, tensor in reversed(plan.targets) if index not in shared}
     plan.apply(values, path)
-    return into
+    return into, plan.outcome()
 
 
 def _item_of(leaf: object) -> Item:

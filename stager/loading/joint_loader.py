@@ -1,7 +1,8 @@
 """Loading on all ranks: one checkpoint for all of them, whatever each sees of the file system at that moment.
 
 1. Rank 0 broadcasts which checkpoint to load (``StepToLoad``).
-2. Every rank waits until it sees that checkpoint, and loads it. A rank on which that fails posts ``LoadFailed``.
+2. Every rank waits until it sees that checkpoint, and loads it. A rank on which that fails posts ``LoadFailed``. On the
+   way, each asks the others whether they have the names that it has no place for (``LoadNames``).
 3. All come to a barrier. Only then does each read what failed on any rank.
 4. Nothing failed: done. Damaged on any rank: the ranks restore it from replicas, if there are any; if not, rank 0 goes on
    to the checkpoint before it (step 1). Failed for another reason: every rank raises.
@@ -9,15 +10,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
 from stager.ranks import keys
-from stager.ranks.messages import LoadFailed, NewestStep, StepToLoad
+from stager.ranks.messages import LoadFailed, LoadNames, NewestStep, StepToLoad
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_name
@@ -112,10 +114,55 @@ class JointLoader:
             is_damaged = isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError))
             failure = LoadFailed(self._group.rank, f"{type(error).__name__}: {error}")
             self._group.post_first(f"{key}/damaged" if is_damaged else f"{key}/failed", failure)
+            for barrier in (keys.load_names(self._num_tries), keys.load_names_had(self._num_tries)):
+                self._group.leave_barrier(barrier, error)  # no effect on those to which this rank came
             if not isinstance(error, Exception):  # Ctrl-C: this rank does not come to the barrier
                 self._group.cancel_barrier(key, f"interrupted on rank {failure.rank}: {error!r}", (failure.rank,))
                 raise
             return None, error
+
+    def names_of_others(self, names: Collection[str], has: Callable[[Collection[str]], set[str]]) -> set[str]:
+        """Which of the names that only the checkpoint has are in the target of another rank. Every rank calls it.
+
+        1. Each rank posts its names, unless another rank posted the same ones.
+        2. After a barrier, each reads them all. Most often there are none.
+        3. Each posts which of them it has. After another barrier, each reads those.
+
+        Args:
+            names: that this rank's target does not have.
+            has: tells which of some names this rank's target has.
+
+        Raises:
+            RankFailedError: a rank did not come.
+        """
+        if self._group.is_alone:
+            return set()
+        asked, had = keys.load_names(self._num_tries), keys.load_names_had(self._num_tries)
+        try:
+            self._post_names(asked, names)
+            self._group.barrier(asked, "comparing the names of what is loaded")
+            wanted = self._read_names(asked)
+            if not wanted:
+                return set()
+            self._post_names(had, has(wanted))
+            self._group.barrier(had, "comparing the names of what is loaded")
+            return self._read_names(had)
+        except RankFailedError:
+            key = keys.load(self._num_tries)
+            if self._group.first(f"{key}/failed", LoadFailed) or self._group.first(f"{key}/damaged", LoadFailed):
+                return set(names)  # this load fails on all ranks, and the barrier at its end says why
+            raise
+
+    def _post_names(self, key: str, names: Collection[str]) -> None:
+        """Post names once for all ranks that have the same, as the ranks of one pipeline stage do."""
+        if names:
+            message = LoadNames(tuple(sorted(names)))
+            digest = hashlib.blake2b("\0".join(message.names).encode(), digest_size=16).hexdigest()
+            if self._group.count(f"{key}/of/{digest}") == 1:
+                self._group.contribute(key, message)
+
+    def _read_names(self, key: str) -> set[str]:
+        return {name for message in self._group.gather(key, LoadNames) for name in message.names}
 
     def _restores(self, step: int) -> bool:
         """Restore a step once: if it is damaged again, its replicas are damaged, too."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Generic
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple
 
 from typing_extensions import TypeVar  # typing's own has no default before Python 3.13
 
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 
 StepT = TypeVar("StepT", bound="int | None", default=int)
+
+
+class Outcome(NamedTuple):
+    """What of a checkpoint and of the target did not find each other. For the fields see :class:`Loaded`."""
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    per_rank: Mapping[str, Mapping[int, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +29,24 @@ class Loaded(Generic[StepT]):
     Attributes:
         step: the training step of the checkpoint; None if stager did not write it.
         path: the checkpoint's directory or file, absolute.
-        state: the loaded state, or the mapping given as ``into``.
+        state: the loaded state, or what was given as ``into``.
         info: what the checkpoint says about itself; None if stager did not write it.
+        missing: names that ``into`` has and the checkpoint has not. Objects and parameters stayed as they were; tensors of
+            containers that belong to nobody were removed from these.
+        unexpected: names that the checkpoint has and ``into`` has no place for. With ``strict``, only names at the top.
+        replaced: names of tensors in ``into`` that did not fit, so that what the checkpoint has took their place. With
+            ``strict``, only those for which the checkpoint has None.
+        per_rank: values of :class:`~stager.PerRank` that were saved by ranks which this job does not have: by name, then by
+            rank. Each is offered on one rank: that of rank ``r`` on rank ``r`` modulo the number of ranks.
+
+    A name is its keys, joined by dots, as ``keys=`` takes it. Without ``into``, the last four are empty.
     """
 
     step: StepT
     path: str
     state: Any
     info: CheckpointInfo | None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    per_rank: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)

@@ -13,14 +13,15 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from stager.config import LoadingConfig
 from stager.config.host import usable_cores
+from stager.loading.extras import OtherRanks, no_other_ranks
 from stager.loading.loaded import Loaded
+from stager.loading.renaming import Renaming
 from stager.loading.restore import Restorer
 from stager.loading.selection import Selection
 from stager.workers.checkpoint.directory.files import storage_errors
@@ -109,11 +110,13 @@ class Loader:
     def load(
         self,
         step: int | None,
-        into: MutableMapping[str, Any] | None,
+        into: Any,
         *,
         strict: bool,
         allow_pickle: bool | None,
         selection: Selection | None = None,
+        renaming: Renaming = Renaming(),  # noqa: B008  # frozen
+        other_ranks: OtherRanks = no_other_ranks,
     ) -> Loaded | None:
         """Load the checkpoint of ``step``, or the newest valid one. For the rest see :meth:`stager.Checkpointer.load`."""
         allowed = self._config.allow_pickle if allow_pickle is None else allow_pickle
@@ -130,13 +133,15 @@ class Loader:
                     selection,
                     self._rank,
                     self._config.safe_globals,
+                    renaming,
+                    other_ranks,
                 )
                 try:
                     with reading(found.info.path):
                         state = restorer.restore(into, strict)
                     if restorer.has_read_all:
                         self._verified[found.info.path] = found.identity  # every byte was hashed
-                    return Loaded(found.info.step, found.info.path, state, found.info)
+                    return Loaded(found.info.step, found.info.path, state, found.info, *restorer.outcome)
                 # Reading found damage, or the checkpoint was removed meanwhile.
                 except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                     self._verified.pop(found.info.path, None)

@@ -2,53 +2,77 @@
 
 The structure of the checkpoint and the target are walked together, which makes a :class:`RestorePlan`. Whether an object of
 the checkpoint fits can be told only when it is unpickled; that becomes a *check* of the plan.
+
+A plain container is data, and becomes what the checkpoint has, whatever ``strict`` says: its values are replaced, entries
+are added and removed, tensors at the same place are filled. What belongs to somebody (``belongings.py``) is never removed,
+and its names have to match.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from stager.loading.difference import difference, fits, object_difference, obstacle
-from stager.loading.match_torch import match_module, match_optimizer
+from stager.loading.belongings import (
+    holds_belongings,
+    holds_state,
+    is_module_node,
+    is_module_state,
+    looks_like_module_state,
+    tensor_paths,
+)
+from stager.loading.extras import Extras, OtherRanks, no_other_ranks
+from stager.loading.match_objects import (
+    TORCH_LOADERS,
+    has_sharded,
+    is_per_rank,
+    match_object_or_none,
+    nodes_of_ranks,
+    offer_values_of_others,
+)
+from stager.loading.match_tensor import match_tensor
+from stager.loading.match_torch import listed, match_module, match_optimizer, nothing_fits
 from stager.loading.nodes import (
     children_of,
+    in_one_order,
     is_list,
     is_mapping,
     kind_of,
     names_and_children,
+    readable_items,
     state_of,
-    tensors_of,
 )
+from stager.loading.prefixes import find_prefixes
+from stager.loading.renaming import Renaming
+from stager.loading.replacing import PLAIN_CONTAINERS, Replacer
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.loading.selection import Selection
-from stager.loading.whole_object import differences, holds_state, restore
+from stager.loading.sole_fit import sole_fit
 from stager.state.per_rank import PerRank, rank_key
-from stager.state.shards import is_sharded
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, is_with_recipe, walk
-from stager.workers.checkpoint.layout.tensor_node import without_flags
+from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, is_with_recipe
+from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, without_flags
 
 logger = logging.getLogger("stager")
-
-_TORCH_LOADERS = (torch.nn.Module.load_state_dict, torch.optim.Optimizer.load_state_dict)
-_RANK_KEY = re.compile(r"rank-[0-9]+")
 
 
 def match(
     manifest: Manifest,
     path: str,
-    target: MutableMapping[str, Any],
+    target: Any,
     strict: bool,
     selection: Selection | None = None,
     rank: int = 0,
+    renaming: Renaming = Renaming(),  # noqa: B008  # frozen
+    other_ranks: OtherRanks = no_other_ranks,
 ) -> RestorePlan:
     """Plan a restore of a checkpoint into ``target``.
 
@@ -59,77 +83,164 @@ def match(
         strict: missing and unexpected keys are errors.
         selection: the part of the checkpoint, and of ``target``, to restore.
         rank: selects the values of ``PerRank``.
+        renaming: of the checkpoint's names; the selection sees the new ones.
+        other_ranks: asks which names other ranks have.
 
     Raises:
         StateMismatchError: keys, shapes or dtypes differ.
+        UsageError: the target is of no kind that can be restored into.
     """
-    matcher = _Matcher(manifest, strict, selection, rank)
-    structure = manifest.layout.structure if selection is None else selection.of(manifest.layout.structure, path)
-    names, nodes = names_and_children(structure, target)
-    for key, name in in_one_order(names):
-        if name in nodes:
-            matcher.entry(nodes[name], target, key, (key,))
-        else:
-            matcher.missing(target[key], (key,))
+    structure = renaming.of(manifest.layout.structure, path)
+    matcher = _Matcher(manifest, structure, strict, selection, rank, renaming)
+    if selection is not None:
+        structure = selection.of(structure, path)
+    if not isinstance(target, MutableMapping):
+        structure, name = sole_fit(structure, manifest.layout.items, target, path, renaming, strict=strict)
+        matcher.whole, target = structure, {name: target}
+    structure = renaming.aligned(structure, target)
+    if selection is not None:
+        selection.check_target(structure, target, path)
+    matcher.top(structure, target)
+    matcher.settle(other_ranks)
     matcher.plan.refuse_mismatches(path, strict)
     return matcher.plan
 
 
-def in_one_order(names: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
-    """Order the entries of a target, (key, its name in the checkpoint), for the calls of ``load_state_dict()``.
+class _Owner(Enum):
+    """Whose a mapping is, and so what becomes of names that only one side has.
 
-    Among several ranks by name, as ``dcp.load`` does: a ``load_state_dict()`` or ``state_dict()`` that runs a collective (of
-    FSDP) would wait for ever for ranks that are at another entry, because their mapping has another order.
+    NOBODY   data: entries are added and removed
+    OBJECT   the state of an object, given to its ``load_state_dict()``; or a mapping of which keys= selects a part
+    MODULE   the state dict of a module, in a plain container: its owner wants these names and no others
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return sorted(names.items(), key=lambda entry: str(entry[1]))
-    return list(names.items())
+
+    NOBODY = "nobody"
+    OBJECT = "an object"
+    MODULE = "a module"
 
 
 class _Matcher:
-    def __init__(self, manifest: Manifest, strict: bool, selection: Selection | None, rank: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        structure: Node,
+        strict: bool,
+        selection: Selection | None,
+        rank: int,
+        renaming: Renaming,
+    ) -> None:
         self._rank = rank
+        self._is_alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         self._items = manifest.layout.items
-        self._all = manifest.layout.structure
+        self.whole = structure
         self._strict = strict
         self._selection = selection
+        self._renaming = renaming
+        self._visited: set[int] = set()  # identities of plain containers: each can become one value only
+        self._last: list[tuple[Path, Callable[[Values], None]]] = []  # steps that come after all others
         self.plan = RestorePlan()
+        self._extras = Extras(self.plan)
+        self._replacer = Replacer(self.plan, self._items, strict=strict)
+
+    def top(self, node: Node, target: MutableMapping[str, Any]) -> None:
+        """Match the names at the top. Those of the checkpoint that the target does not ask for are ignored."""
+        names, nodes = names_and_children(node, target)
+        self._extras.know((), names.values())
+        for key, name in in_one_order(names):
+            if name in nodes:
+                self.entry(nodes[name], target, key, (key,))
+            else:
+                self.missing(target[key], (key,))
+        present = set(names.values())
+        self.plan.ignored += [(name,) for name in nodes if name not in present]
+        if present and nodes and present.isdisjoint(nodes):
+            text = f"the target asks for {listed(present)}, and the checkpoint has {listed(nodes)}: nothing fits"
+            self.plan.unfit.append(((), text))
+
+    def settle(self, other_ranks: OtherRanks) -> None:
+        """Decide on names that only the checkpoint has, and plan what comes last."""
+        self._extras.settle(other_ranks)
+        for path, step in self._last:
+            self.plan.then(path, step)
 
     def missing(self, value: Any, path: Path) -> None:
         """Note that ``value`` is in the target and not in the checkpoint."""
         if self._selection is None:
-            self.plan.missing.append(describe(path))
+            self.plan.missing.append(path)
         else:
-            self.plan.missing += map(describe, self._selection.in_value(value, path))
+            self.plan.missing += self._selection.in_value(value, path)
 
-    def entry(self, node: Node, container: Any, key: Key, path: Path) -> None:
-        """Match ``container[key]`` with a node, and plan how it is restored."""
-        value = container[key]
+    def entry(self, node: Node, container: Any, key: Key, path: Path, owner: _Owner = _Owner.NOBODY) -> None:
+        """Match ``container[key]`` with a node, and plan how it is restored.
+
+        Args:
+            owner: of the container.
+        """
+        try:
+            value = container[key]
+        except Exception as error:  # noqa: BLE001  # the class's own code: a config with a value that was never set
+            self.plan.cause = error
+            self.plan.add_problem(path, f"cannot be read in the target ({type(error).__name__}: {error}); set it first")
+            return
         if isinstance(value, torch.Tensor):  # first, because it is the usual case and the fastest test
             if self._is_whole(node) and value.is_nested:  # nothing can be copied into another raggedness
-                self._replace(node, container, key, path)
+                self._replacer.replace(node, container, key, path)
             else:
-                self._tensor(node, value, path)
+                match_tensor(self._replacer, node, container, key, path, is_data=owner is _Owner.NOBODY)
         elif type(value) is PerRank:
             self._per_rank(node, value, path)
         elif is_stateful(value):
             self._stateful(node, value, path)
-        elif isinstance(value, Mapping) and is_mapping(node):
-            self._mapping(node, value, path)
+        elif isinstance(value, (Mapping, list)) and id(value) in self._visited and not holds_belongings(value):
+            self._replacer.replace(node, container, key, path, is_own=False)  # one container here, two values there
+        elif isinstance(value, (Mapping, list, tuple)) and holds_state(value):
+            self._visited.add(id(value))
+            self._container_of_state(node, container, key, path, owner)
+        elif isinstance(value, Mapping) and is_mapping(node) and not is_with_recipe(node):
+            self._visited.add(id(value))
+            self._mapping(node, value, path, self._owner_of(node, value, path, owner))
         elif isinstance(value, list) and is_list(node):
-            self._list(node, value, path)
-        elif isinstance(container, (MutableMapping, list)) and self._is_whole(node) and not holds_state(value):
-            self._replace(node, container, key, path)
-        elif isinstance(value, (Mapping, list)) and self._is_object(node):
-            self._whole_object(node, value, path)
-        elif isinstance(value, Mapping) or (isinstance(value, list) and any(map(_is_container_or_tensor, value))):
+            self._visited.add(id(value))
+            self._list(node, value, path, owner)
+        elif value is None and (is_module_node(node) or _is_optimizer_node(node)):
+            self._none_for_object(path)
+        else:
+            self._replacer.replace(node, container, key, path)
+
+    def _none_for_object(self, path: Path) -> None:
+        """Match None with the state of a module or optimizer, which would be of no use in its place."""
+        if self._strict:
+            self.plan.add_problem(
+                path,
+                "is None in the target, and the checkpoint has the state of an object for it; give the object, "
+                "or leave the name out of into",
+            )
+        else:
+            self._extras.note(path)
+
+    def _container_of_state(self, node: Node, container: Any, key: Key, path: Path, owner: _Owner) -> None:
+        """Match a container that has in it what is to be restored in place."""
+        value = container[key]
+        if isinstance(value, Mapping) and is_mapping(node):
+            self._mapping(node, value, path, self._owner_of(node, value, path, owner))
+        elif isinstance(value, list) and is_list(node):
+            self._list(node, value, path, owner)
+        elif self._is_object(node):
+            self._replacer.merge(node, container, key, path)
+        elif self._strict or holds_belongings(value) or self._replacer.refusal(container, key) is not None:
             self.plan.add_problem(
                 path, f"is a {type(value).__name__} in the target and {kind_of(node)} in the checkpoint"
             )
-        elif isinstance(container, (MutableMapping, list)):
-            self._replace(node, container, key, path)
         else:
-            self.plan.add_problem(path, f"is in a {type(container).__name__}, which cannot be changed")
+            self.plan.replaced += tensor_paths(value, path)
+            self._replacer.replace(node, container, key, path)
+
+    def _owner_of(self, node: Node, value: Mapping[Any, Any], path: Path, owner: _Owner) -> _Owner:
+        if value and is_module_state(node, value):
+            return _Owner.MODULE
+        if owner is _Owner.OBJECT or (self._selection is not None and not self._selection.takes(path)):
+            return _Owner.OBJECT
+        return _Owner.NOBODY
 
     def _is_whole(self, node: Node) -> bool:
         """Whether a container was stored as one value: it is built anew."""
@@ -138,20 +249,15 @@ class _Matcher:
     def _is_object(self, node: Node) -> bool:
         return type(node) is int and self._items[node].kind == "object"
 
-    def _whole_object(self, node: int, value: Any, path: Path) -> None:
-        """Match a container that was stored as one object: it can be compared when it is unpickled."""
-        self.plan.want(node)
-        self.plan.checks.append(lambda values: "\n".join(differences(values[node], value, path)) or None)
-        self.plan.then(path, lambda values: restore(values[node], value))
-
     def _per_rank(self, node: Node, value: PerRank, path: Path) -> None:
         key = rank_key(self._rank)
         nodes = children_of(node)
+        ranks = nodes_of_ranks(node)
         if key in nodes:
             own = {key: value.value}
             self.entry(nodes[key], own, key, (*path, key))
             self.plan.then(path, lambda values: setattr(value, "value", own[key]))
-        elif any(isinstance(other, str) and _RANK_KEY.fullmatch(other) for other in nodes):
+        elif ranks:
             logger.warning(
                 "%s: the checkpoint has no PerRank value of rank %d, so the rank keeps the value that it has",
                 describe(path),
@@ -159,86 +265,105 @@ class _Matcher:
             )
         else:
             self.plan.add_problem(path, f"is a PerRank in the target and {kind_of(node)} in the checkpoint")
+        offer_values_of_others(self.plan, ranks, path, self._rank)
 
-    def _replace(self, node: Node, container: Any, key: Key, path: Path) -> None:
-        self.plan.want(node)
-        self.plan.then(path, lambda values: container.__setitem__(key, build(node, values.__getitem__, path)))
-
-    def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path) -> None:
+    def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path, owner: _Owner) -> None:
+        node = self._renaming.aligned(node, value)
         names, nodes = names_and_children(node, value)
+        present = set(names.values())
+        self._extras.know(path, present)
+        lacks = not nodes.keys() >= present
+        if (lacks or len(nodes) > len(present)) and owner is _Owner.NOBODY and nodes:
+            if looks_like_module_state(value) and any(_is_tensor(child, self._items) for child in nodes.values()):
+                owner = _Owner.MODULE
         for key, name in in_one_order(names):
             if name in nodes:
-                self.entry(nodes[name], value, key, (*path, key))
+                self.entry(nodes[name], value, key, (*path, key), owner)
             else:
-                self.missing(value[key], (*path, key))
-        present = set(names.values())
+                self._absent(value, key, (*path, key), owner)
         for position, (name, child) in enumerate(nodes.items()):
             if name not in present:
-                self.plan.unexpected.append(describe((*path, name)))
-                if isinstance(value, MutableMapping):
-                    self._add(node, position, child, value, (*path, name))
+                self._extra_entry(node, position, child, value, (*path, name), owner)
+        if lacks and nodes and present.isdisjoint(nodes):
+            self._check_unfit(nodes, value, path, owner)
+        if owner is _Owner.NOBODY and isinstance(value, (dict, OrderedDict)) and type(value) in PLAIN_CONTAINERS:
+            self._keep_order(node, value, path)
 
-    def _add(self, node: Node, position: int, child: Node, mapping: MutableMapping[Any, Any], path: Path) -> None:
-        """Plan to put an entry of the checkpoint into a mapping that lacks it."""
-        self.plan.want(child)
-        if node[0] != "mapping":
-            self._replace(child, mapping, path[-1], path)
+    def _check_unfit(self, nodes: Mapping[Any, Node], value: Mapping[Any, Any], path: Path, owner: _Owner) -> None:
+        """Note a mapping of tensors, none of which the checkpoint has, though it has others there."""
+        if not any(isinstance(one, torch.Tensor) for _, one in readable_items(value)):
             return
-        recipe = node[2][0]
-        self.plan.want(recipe)
-
-        def add(values: Values) -> None:
-            _, keys = values[recipe]
-            mapping[path[-1] if keys is None else keys[position]] = build(child, values.__getitem__, path)
-
-        self.plan.then(path, add)
-
-    def _list(self, node: Node, value: list[Any], path: Path) -> None:
-        children = node[1]
-        for index in range(min(len(children), len(value))):
-            self.entry(children[index], value, index, (*path, index))
-        for index in range(len(children), len(value)):
-            self.missing(value[index], (*path, index))
-        for index in range(len(value), len(children)):
-            self.plan.unexpected.append(describe((*path, index)))
-            self._append(children[index], value, (*path, index))
-
-    def _append(self, node: Node, value: list[Any], path: Path) -> None:
-        self.plan.want(node)
-        self.plan.then(path, lambda values: value.append(build(node, values.__getitem__, path)))
-
-    def _wrapper(self, node: Node, value: torch.Tensor, path: Path) -> None:
-        """Match a tensor that is made of others: it is built anew, and copied into the target."""
-        recipe = node[2][0]
-        self.plan.want(node)
-
-        def check(values: Values) -> str | None:
-            shape = list(values[recipe][2])
-            if shape == list(value.shape):
-                return None
-            return f"{describe(path)}: has shape {list(value.shape)} in the target and {shape} in the checkpoint"
-
-        self.plan.checks.append(check)
-        self.plan.then(path, lambda values: _copy(build(node, values.__getitem__, path), value))
-
-    def _tensor(self, node: Node, value: torch.Tensor, path: Path) -> None:
-        node = without_flags(node)  # the target's tensor stays what it is
-        if isinstance(node, list) and node[0] == "wrapper":
-            self._wrapper(node, value, path)
+        if not any(_is_tensor(child, self._items) for child in nodes.values()):
             return
-        if type(node) is not int:
-            self.plan.add_problem(path, f"is a tensor in the target and {kind_of(node)} in the checkpoint")
-            return
-        self.plan.want(node)
-        if fits(self._items[node], value):
-            self.plan.targets.append((node, value))
-        elif self._items[node].kind == "object":  # perhaps a sparse or quantized tensor, which torch.save pickled
-            self.plan.checks.append(lambda values: object_difference(values[node], value, path))
-            self.plan.then(path, lambda values: _copy(values[node], value))
-        elif (problem := difference(self._items[node], value) or obstacle(value)) is not None:
-            self.plan.add_problem(path, problem)
+        here, there = [(*path, key) for key in value], [(*path, name) for name in nodes]
+        if len(path) == 1 or owner is _Owner.MODULE or find_prefixes(here, there):
+            self.plan.unfit.append((path, nothing_fits(path, value, nodes)))
+
+    def _keep_order(self, node: Node, value: MutableMapping[Any, Any], path: Path) -> None:
+        """Plan to give a mapping the order of the checkpoint."""
+        wanted = list(children_of(node))
+        if node[0] != "mapping" and list(value) != wanted:
+
+            def sort(values: Values) -> None:
+                entries = {key: value[key] for key in wanted if key in value} | dict(value)
+                if list(entries) != list(value):
+                    value.clear()
+                    value.update(entries)
+
+            self._last.append((path, sort))
+
+    def _absent(self, container: Any, key: Any, path: Path, owner: _Owner) -> None:
+        """Match an entry of a mapping that the checkpoint does not have: data is removed."""
+        value = container[key]
+        if owner is not _Owner.NOBODY or holds_belongings(value):
+            self.missing(value, path)
+        elif (refusal := self._replacer.refusal(container, key)) is not None:
+            self.plan.problems.append(self._replacer.refused(container, path, refusal))
         else:
-            self.plan.read_into(node, value, path)
+            self.plan.dropped += tensor_paths(value, path)
+            self._last.append((path, lambda values: container.pop(key, None)))
+
+    def _extra_entry(
+        self, node: Node, position: int, child: Node, mapping: Mapping[Any, Any], path: Path, owner: _Owner
+    ) -> None:
+        """Match an entry of the checkpoint that a mapping of the target lacks."""
+        has_objects_only = (
+            is_mapping(child) and bool(mapping) and all(is_stateful(one) for _, one in readable_items(mapping))
+        )
+        is_unexpected = owner is not _Owner.NOBODY or has_objects_only
+        add = None
+        if isinstance(mapping, MutableMapping) and owner is not _Owner.MODULE and not has_objects_only:
+
+            def add() -> None:
+                self._replacer.add(node, position, child, mapping, path)
+
+        elif not isinstance(mapping, MutableMapping) and not is_unexpected:
+            self.plan.add_problem(path, f"is not in the target, and a {type(mapping).__name__} cannot be changed")
+        self._extras.note(path, add, is_unexpected=is_unexpected)
+
+    def _list(self, node: Node, value: list[Any], path: Path, owner: _Owner) -> None:
+        children = node[1]
+        num_both = min(len(children), len(value))
+        for index in range(num_both):
+            self.entry(children[index], value, index, (*path, index), owner)
+        kept = []
+        for index in range(num_both, len(value)):
+            if owner is _Owner.NOBODY and not holds_belongings(value[index]):
+                self.plan.dropped += tensor_paths(value[index], (*path, index))
+            else:
+                self.missing(value[index], (*path, index))
+                kept.append(value[index])
+        if len(kept) < len(value) - num_both:
+            self._last.append((path, lambda values: value.__setitem__(slice(num_both, None), kept)))
+        has_objects_only = bool(value) and all(map(is_stateful, value))
+        for index in range(num_both, len(children)):
+            child = children[index]
+            if has_objects_only and is_mapping(child):
+                self._extras.note((*path, index))
+            else:
+                if owner is not _Owner.NOBODY:
+                    self.plan.unexpected.append((*path, index))
+                self._replacer.append(child, value, (*path, index))
 
     def _stateful(self, node: Node, value: Any, path: Path) -> None:
         """Match an object that restores itself by ``load_state_dict()``.
@@ -247,17 +372,25 @@ class _Matcher:
         are read in place. Another class might clear its tensors first, so it gets new ones.
         """
         loader, arguments = type(value).load_state_dict, {}
-        what = f"{type(value).__name__}.load_state_dict()"
+        kind = type(value).__name__
+        what = f"{kind}.load_state_dict()"
         if loader is not torch.nn.Module.load_state_dict and self._is_cut(node, path):
-            kind = type(value).__name__
             self.plan.add_problem(
                 path, f"is a {kind}, which can be restored only whole, and keys= selects a part of it"
             )
             return
-        if _has_sharded(value, path):
+        if is_per_rank(node):
+            self.plan.add_problem(
+                path, f"is a {kind} in the target and was saved as PerRank, one value for each rank; give PerRank(...)"
+            )
+            return
+        if self._is_object(node):
+            match_object_or_none(self.plan, node, value, path, strict=self._strict)
+            return
+        if has_sharded(value, path):
             state = state_of(value, path)
             if isinstance(state, Mapping) and is_mapping(node):
-                self._mapping(node, state, path)
+                self._mapping(node, state, path, _Owner.OBJECT)
             else:
                 kind = type(state).__name__
                 self.plan.add_problem(
@@ -265,14 +398,19 @@ class _Matcher:
                 )
             self.plan.then(path, lambda values: value.load_state_dict(state), what)
             return
-        if loader in _TORCH_LOADERS:  # they take the values only; any other may want what torch.load returns
+        if loader in TORCH_LOADERS:  # they take the values only; any other may want what torch.load returns
             node = without_flags(node)
-        self.plan.want(node)
         if loader is torch.nn.Module.load_state_dict:
-            match_module(self.plan, self._items, node, value, path, self.missing)
+            state = state_of(value, path)
+            node = self._renaming.aligned(node, state)
+            self._extras.know(path, state.keys())
+            match_module(self.plan, self._items, node, value, state, path, self.missing)
             arguments = {} if self._strict and self._selection is None else {"strict": False}
+            if self._strict and not self._is_alone and is_mapping(node):  # the rest is unexpected, or of other ranks
+                node = _with_keys(node, state)
         elif loader is torch.optim.Optimizer.load_state_dict:
             match_optimizer(self.plan, self._items, node, value, path)
+        self.plan.want(node)
 
         def restore(values: Values) -> None:
             value.load_state_dict(build(node, values.__getitem__, path), **arguments)
@@ -280,26 +418,24 @@ class _Matcher:
         self.plan.then(path, restore, what)
 
     def _is_cut(self, node: Node, path: Path) -> bool:
-        """Whether the selection leaves out some leaf under ``path``."""
+        """Whether the selection leaves out something under ``path``."""
         if self._selection is None:
             return False
-        whole = self._all
+        whole = self.whole
         for key in path:
             whole = whole[1][key] if is_list(whole) else children_of(whole)[key]
-        return len(list(walk(node, path))) != len(list(walk(whole, path)))
+        return bool(node != whole)
 
 
-def _has_sharded(value: Any, path: Path) -> bool:
-    """Whether an object with a ``load_state_dict()`` of its own has DTensors, which exist only in a process group."""
-    if type(value).load_state_dict in _TORCH_LOADERS or not (dist.is_available() and dist.is_initialized()):
-        return False
-    return any(map(is_sharded, tensors_of(state_of(value, path)).values()))
+def _with_keys(node: Node, keys: Collection[Any]) -> Node:
+    """Return a mapping's node with some of its keys only."""
+    kept = [number for number, key in enumerate(node[1]) if key in keys or (node[0] == "mapping" and number == 0)]
+    return [node[0], [node[1][number] for number in kept], [node[2][number] for number in kept], *node[3:]]
 
 
-def _copy(loaded: torch.Tensor, tensor: torch.Tensor) -> None:
-    with torch.no_grad():
-        tensor.copy_(loaded)
+def _is_tensor(node: Node, items: Any) -> bool:
+    return is_tensor_node(node) or (type(node) is int and items[node].kind == "tensor")
 
 
-def _is_container_or_tensor(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, Mapping, list)) or is_stateful(value)
+def _is_optimizer_node(node: Node) -> bool:
+    return is_mapping(node) and children_of(node).keys() >= {"state", "param_groups"}

@@ -5,7 +5,7 @@ It would find most mismatches itself, but only after it has overwritten some of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,15 @@ from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
 
+_SHOWN_NAMES = 5
+
 
 def match_module(
     plan: RestorePlan,
     items: Sequence[Item],
     node: Node,
     module: torch.nn.Module,
+    state: Mapping[Any, Any],
     path: Path,
     missing: Callable[[Any, Path], None],
 ) -> None:
@@ -34,17 +37,20 @@ def match_module(
         plan: is added to.
         items: of the checkpoint.
         node: of the module in the checkpoint.
+        state: the module's ``state_dict()``.
         path: of the module in the target.
         missing: called with each value, and its path, that the checkpoint does not have.
     """
     if not is_mapping(node):
         plan.add_problem(path, f"is a {type(module).__name__} in the target and {kind_of(node)} in the checkpoint")
         return
-    nodes, state = children_of(node), state_of(module, path)
+    nodes = children_of(node)
+    if state and nodes and state.keys().isdisjoint(nodes):
+        plan.unfit.append((path, nothing_fits(path, state, nodes)))
     for name, value in state.items():
         if name not in nodes:
             missing(value, (*path, name))
-    plan.unexpected += [describe((*path, key)) for key in nodes if key not in state]
+    plan.unexpected += [(*path, key) for key in nodes if key not in state]
     for key, child in nodes.items():
         tensor = state.get(key)
         if type(child) is not int or items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
@@ -58,6 +64,17 @@ def match_module(
             plan.add_problem((*path, key), problem)
         elif dtype_of(item.dtype) == tensor.dtype or is_sharded(tensor):  # load_state_dict() converts other dtypes
             plan.read_into(child, tensor, (*path, key))
+
+
+def nothing_fits(path: Path, here: Collection[Any], there: Collection[Any]) -> str:
+    """Say that no name of the target is in the checkpoint, and no name of the checkpoint in the target."""
+    return f"{describe(path)}: nothing of it fits: the target has {listed(here)}, and the checkpoint {listed(there)}"
+
+
+def listed(names: Collection[Any]) -> str:
+    """Write down the first of some names."""
+    shown = [str(name) for name in list(names)[:_SHOWN_NAMES]]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "")
 
 
 def match_optimizer(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stager.state.shards import state_dict_of
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, key_names
@@ -28,6 +30,29 @@ def names_and_children(node: Node, keys: Iterable[Any]) -> tuple[dict[Any, Any],
     if node[0] != "mapping":
         return dict(zip(keys, keys, strict=True)), children_of(node)
     return dict(zip(keys, key_names(keys), strict=True)), dict(zip(node[1][1:], node[2][1:], strict=True))
+
+
+def in_one_order(names: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Order the entries of a target, (key, its name in the checkpoint), for the calls of ``load_state_dict()``.
+
+    Among several ranks by name, as ``dcp.load`` does: a ``load_state_dict()`` or ``state_dict()`` that runs a collective (of
+    FSDP) would wait for ever for ranks that are at another entry, because their mapping has another order.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return sorted(names.items(), key=lambda entry: (str(entry[1]), type(entry[1]).__name__))
+    return list(names.items())
+
+
+def readable_items(mapping: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return the items of a mapping of the target. Values that raise when they are read, as a config's may, are left out."""
+    try:
+        return list(mapping.items())
+    except Exception:  # noqa: BLE001  # the class's own code
+        items = []
+        for key in mapping:
+            with suppress(Exception):
+                items.append((key, mapping[key]))
+        return items
 
 
 def is_list(node: Node) -> bool:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from stager.loading.chunks import Place, places, with_wholes
+from stager.loading.extras import OtherRanks, no_other_ranks
+from stager.loading.loaded import Outcome
 from stager.loading.match import match
 from stager.loading.pickles.unpickle import unpickle
 from stager.loading.reading.direct_read import overlapping, takes_bytes, tell_autograd
+from stager.loading.renaming import Renaming
 from stager.loading.restore_plan import RestorePlan
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
@@ -50,8 +53,11 @@ class Restorer:
         selection: restore only this part.
         rank: selects the values of ``PerRank``.
         safe_globals: classes that may be unpickled, beside plain data.
+        renaming: of the checkpoint's names.
+        other_ranks: asks which names other ranks have.
 
     Attributes:
+        outcome: what of the checkpoint and of the target did not find each other, once it is restored.
         has_overwritten: reading straight into tensors of the target has begun. They are whole when ``load_into`` returns.
         has_read_all: every byte of the checkpoint's data was read, and its hash was right.
     """
@@ -65,7 +71,12 @@ class Restorer:
         selection: Selection | None = None,
         rank: int = 0,
         safe_globals: Sequence[str] = (),
+        renaming: Renaming = Renaming(),  # noqa: B008  # frozen
+        other_ranks: OtherRanks = no_other_ranks,
     ) -> None:
+        self._renaming = renaming
+        self._other_ranks = other_ranks
+        self.outcome = Outcome()
         self._rank = rank
         self._safe_globals = safe_globals
         self._path = path
@@ -80,7 +91,7 @@ class Restorer:
         self.has_overwritten = False
         self.has_read_all = False
 
-    def restore(self, into: MutableMapping[str, Any] | None, strict: bool) -> Any:
+    def restore(self, into: Any, strict: bool) -> Any:
         """Load into ``into`` and return it; without it, return a new state. See :meth:`load_into` and :meth:`load`."""
         if into is None:
             return self.load()
@@ -94,7 +105,7 @@ class Restorer:
             StateMismatchError: nothing is selected.
             CorruptCheckpointError, StorageError, UnsafePickleError, UnloadableError
         """
-        structure, selection = self._manifest.layout.structure, self._selection
+        structure, selection = self._renaming.of(self._manifest.layout.structure, self._path), self._selection
         if selection is not None:
             structure = selection.of(structure, self._path)
         plan = RestorePlan(wanted={index for _, index in walk(structure)})
@@ -102,11 +113,16 @@ class Restorer:
             values = self._read(plan, check_unwanted=selection is None)
             return build(structure, distinct(values.__getitem__))
 
-    def load_into(self, target: MutableMapping[str, Any], strict: bool) -> None:
+    def load_into(self, target: Any, strict: bool) -> None:
         """Restore the values that ``target`` names, in place.
 
-        Tensors keep their identity and memory. Other values in containers are replaced. Top-level names of the checkpoint
-        that ``target`` does not have are ignored.
+        Tensors keep their identity and memory. Plain containers become what the checkpoint has. Top-level names of the
+        checkpoint that ``target`` does not have are ignored.
+
+        Args:
+            target: a mutable mapping of names to values; or one object with ``load_state_dict()``, which gets the one value
+                of the checkpoint that fits it.
+            strict: see :meth:`stager.Checkpointer.load`.
 
         Raises:
             StateMismatchError: keys, shapes or dtypes differ; nothing was changed.
@@ -115,10 +131,20 @@ class Restorer:
             CorruptCheckpointError, StorageError: some tensors are overwritten if ``has_overwritten``.
         """
         with no_collection():
-            plan = match(self._manifest, self._path, target, strict, self._selection, self._rank)
+            plan = match(
+                self._manifest,
+                self._path,
+                target,
+                strict,
+                self._selection,
+                self._rank,
+                self._renaming,
+                self._other_ranks,
+            )
             with torch_defaults():
                 values = self._read(plan)
         plan.apply(values, self._path)
+        self.outcome = plan.outcome()
 
     def _read(self, plan: RestorePlan, check_unwanted: bool = False) -> dict[int, Any]:
         """Read the wanted items, and return them by number: a target tensor where there is one, else a new value.

@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from stager.loading.loaded import Outcome
+from stager.loading.prefixes import PrefixFound, find_prefixes
 from stager.loading.sharded import Sharded
 from stager.state.shards import is_sharded
-from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
+from stager.workers.checkpoint.layout.structure import Node, Path, describe, fqn, walk
 from stager.workers.errors import StateMismatchError, UnloadableError
+
+logger = logging.getLogger("stager")
 
 _SHOWN_PROBLEMS = 20
 _SHOWN_NAMES = 5
@@ -47,9 +52,15 @@ class RestorePlan:
         sharded: tensors that lie on several ranks; each rank fills its own boxes.
         checks: run once objects are unpickled and before tensors are read. Each returns a problem, or None.
         steps: done in order once everything is read.
-        missing: keys of the target that the checkpoint does not have.
-        unexpected: keys of the checkpoint that the target does not have.
+        missing: key paths of the target that the checkpoint does not have. They stay as they are.
+        unexpected: key paths of the checkpoint that the target does not have, and that it does not get.
+        ignored: names at the top of the checkpoint that the target does not ask for.
+        dropped: tensors of the target that the checkpoint does not have, and that are removed from their containers.
+        replaced: tensors of the target whose place new ones take, because they do not fit.
         problems: all other mismatches.
+        unfit: values for which the checkpoint has something, and nothing of it fits: path, and a sentence.
+        per_rank: values of ranks that this job does not have: by name, then by rank.
+        cause: of a problem: what code of the user raised.
     """
 
     wanted: set[int] = field(default_factory=set)
@@ -57,9 +68,15 @@ class RestorePlan:
     sharded: list[Sharded] = field(default_factory=list)
     checks: list[Callable[[Values], str | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    missing: list[Path] = field(default_factory=list)
+    unexpected: list[Path] = field(default_factory=list)
+    ignored: list[Path] = field(default_factory=list)
+    dropped: list[Path] = field(default_factory=list)
+    replaced: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    unfit: list[tuple[Path, str]] = field(default_factory=list)
+    per_rank: dict[str, dict[int, Any]] = field(default_factory=dict)
+    cause: Exception | None = None
 
     def want(self, node: Node) -> None:
         """Read every item under ``node``."""
@@ -127,15 +144,50 @@ class RestorePlan:
         Args:
             path: of the checkpoint, for the message.
         """
-        lines = list(self.problems)
+        prefixes = find_prefixes([*self.missing, *self.dropped], [*self.unexpected, *self.ignored])
+        explained = {path[:-1] for one in prefixes for path in one.missing}
+        lines = [*self.problems, *(text for path, text in self.unfit if path not in explained)]
+        if strict or self.unfit:
+            lines += [one.sentence for one in prefixes]
         if strict:
-            lines += [f"{name}: is in the target but not in the checkpoint" for name in self.missing]
-            lines += [f"{name}: is in the checkpoint but not in the target" for name in self.unexpected]
-        refuse(path, lines, "" if self.problems else "\nload(..., strict=False) restores the keys that both have")
+            lines += self._differences(prefixes)
+        advice = "" if self.problems or self.unfit else "\nload(..., strict=False) restores the keys that both have"
+        refuse(path, lines, advice, self.cause)
+
+    def _differences(self, prefixes: Sequence[PrefixFound]) -> Iterator[str]:
+        """Iterate over a line for each key that is missing or unexpected, and does not differ by a prefix only."""
+        missing = frozenset[Path]().union(*(one.missing for one in prefixes))
+        unexpected = frozenset[Path]().union(*(one.unexpected for one in prefixes))
+        yield from (
+            f"{describe(p)}: is in the target but not in the checkpoint" for p in self.missing if p not in missing
+        )
+        for path in self.unexpected:
+            if path not in unexpected:
+                yield f"{describe(path)}: is in the checkpoint but not in the target"
 
     def refuse_failed_checks(self, path: str, values: Values) -> None:
         """Raise StateMismatchError if a check finds a problem with an unpickled object."""
-        refuse(path, [problem for check in self.checks if (problem := check(values)) is not None])
+        problems = [problem for check in self.checks if (problem := check(values)) is not None]
+        refuse(path, problems, cause=self.cause)
+
+    def outcome(self) -> Outcome:
+        """Return what :class:`Loaded` says of a restore, and log what a user might not expect."""
+        if self.dropped:
+            names = _shown([describe(path) for path in self.dropped])
+            logger.warning(
+                "tensors of the target that the checkpoint does not have were removed from their containers: %s", names
+            )
+        if self.replaced:
+            names = _shown([describe(path) for path in self.replaced])
+            logger.warning(
+                "tensors of the target did not fit what the checkpoint has, and what it has took their place: %s", names
+            )
+        return Outcome(
+            tuple(map(fqn, [*self.missing, *self.dropped])),
+            tuple(map(fqn, [*self.unexpected, *self.ignored])),
+            tuple(map(fqn, self.replaced)),
+            self.per_rank,
+        )
 
 
 def _shown(names: list[str]) -> str:
@@ -143,11 +195,11 @@ def _shown(names: list[str]) -> str:
     return (", ".join(names[:_SHOWN_NAMES]) or "nothing") + more
 
 
-def refuse(path: str, lines: list[str], advice: str = "") -> None:
+def refuse(path: str, lines: list[str], advice: str = "", cause: Exception | None = None) -> None:
     """Raise StateMismatchError if there are any ``lines``; the first of them are shown."""
     if lines:
         shown = "\n  ".join(lines[:_SHOWN_PROBLEMS])
         more = f"\n  ... and {len(lines) - _SHOWN_PROBLEMS} more" if len(lines) > _SHOWN_PROBLEMS else ""
         raise StateMismatchError(
             f"{path} does not fit the target (what was given as into); nothing was changed:\n  {shown}{more}{advice}"
-        )
+        ) from cause

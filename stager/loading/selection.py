@@ -2,56 +2,97 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from stager.loading.nodes import state_of
+from stager.loading.nodes import children_of, is_mapping, state_of
 from stager.state.stateful import is_stateful
-from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_with_recipe, walk
-from stager.workers.errors import StateMismatchError
+from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_recipe, is_with_recipe, walk
+from stager.workers.errors import StateMismatchError, UsageError
+
+_MOST_COMPARED = 5000  # names among which a pattern's near names are looked for
 
 
 class Selection:
-    """Selects the leaves whose name matches a pattern. The name of a leaf is its keys, joined by dots.
+    """Selects what has a name that matches a pattern, and all that is in it.
 
-    A list is selected whole if a leaf in it is: without the others, its elements would have other positions.
+    The name of a value is its keys, joined by dots. A list is selected whole if something in it is: without the others, its
+    elements would have other positions.
 
     Args:
         keys: patterns as in a shell (``model.*.weight``); ``*`` matches dots too.
+
+    Raises:
+        UsageError: a pattern is no text.
     """
 
     def __init__(self, keys: str | Sequence[str]) -> None:
         self._patterns = [keys] if isinstance(keys, str) else list(keys)
-        self._matches = re.compile("|".join(map(fnmatch.translate, self._patterns)) or r"(?!)").match
+        for pattern in self._patterns:
+            if not isinstance(pattern, str):
+                raise UsageError(f"keys= has {pattern!r}, a {type(pattern).__name__}; each of them has to be a text")
+        self._matches = _compile(self._patterns)
 
     def takes(self, path: Path) -> bool:
-        """Whether the leaf at ``path`` is selected."""
+        """Whether the value at ``path`` is selected: by its name, or by that of what it is in."""
         return self._matches(fqn(path)) is not None
 
     def of(self, structure: Node, path: str) -> Node:
         """Return the selected part of a checkpoint's structure.
 
         Raises:
-            StateMismatchError: nothing in the checkpoint at ``path`` is selected.
+            StateMismatchError: nothing in the checkpoint at ``path`` matches one of the patterns.
         """
+        names = list(map(fqn, _values(structure)))
+        for pattern in self._patterns:
+            if not any(map(_compile([pattern]), names)):
+                raise StateMismatchError(
+                    f"{path}: no key matches keys={pattern!r}; nothing was changed. {_near(pattern, structure, names)}"
+                )
         selected = self._visit(structure, ())
         if selected is None:
-            raise StateMismatchError(f"{path}: no key matches {', '.join(self._patterns)}; nothing was changed")
+            raise StateMismatchError(f"{path}: no key matches keys={self._patterns!r}; nothing was changed")
         return selected
+
+    def check_target(self, structure: Node, names: Iterable[Any], path: str) -> None:
+        """Check that each pattern selects something that the target has.
+
+        Args:
+            structure: of the checkpoint.
+            names: at the top of the target.
+            path: of the checkpoint, for messages.
+
+        Raises:
+            StateMismatchError: one does not.
+        """
+        present = set(map(str, names))
+        values = [(str(value[0]), fqn(value)) for value in _values(structure) if not is_recipe(value)]
+        for pattern in self._patterns:
+            matches = _compile([pattern])
+            selected = {head for head, name in values if matches(name)}
+            if selected and not selected & present:
+                raise StateMismatchError(
+                    f"{path}: keys={pattern!r} selects {', '.join(sorted(selected))}, which the target (what was given as "
+                    f"into) does not have; nothing was changed. It has {', '.join(sorted(present)) or 'nothing'}"
+                )
 
     def _visit(self, node: Node, path: Path) -> Node | None:
         if type(node) is int or node[0] in ("chunks", "tensor"):
             return node if self.takes(path) else None
         if node[0] == "list" or is_with_recipe(node):
-            return node if any(self.takes(leaf) for leaf, _ in walk(node, path)) else None
+            return node if self.takes(path) or any(self.takes(leaf) for leaf, _ in walk(node, path)) else None
         kept = [
             (key, child)
             for key, value in zip(node[1], node[2], strict=True)
             if (child := self._visit(value, (*path, key))) is not None
         ]
-        return [node[0], [key for key, _ in kept], [child for _, child in kept], *node[3:]] if kept else None
+        if not kept and not self.takes(path):
+            return None
+        return [node[0], [key for key, _ in kept], [child for _, child in kept], *node[3:]]
 
     def in_value(self, value: Any, path: Path) -> Iterator[Path]:
         """Yield the paths of the selected leaves of ``value``, a value of the target."""
@@ -65,3 +106,36 @@ class Selection:
                 yield from self.in_value(child, (*path, index))
         elif self.takes(path):
             yield path
+
+
+def _compile(patterns: Iterable[str]) -> Any:
+    """Make the test of whether a name matches a pattern, or is that of something in what matches."""
+    each = [fnmatch.translate(part) for pattern in patterns for part in (pattern, f"{pattern}.*")]
+    return re.compile("|".join(each) or r"(?!)").match
+
+
+def _values(node: Node, path: Path = ()) -> Iterator[Path]:
+    """Iterate over the paths of the leaves, and of the containers without leaves."""
+    if is_mapping(node) and node[0] != "mapping":
+        if not node[1] and path:
+            yield path
+        for key, child in children_of(node).items():
+            yield from _values(child, (*path, key))
+    else:
+        leaves = [leaf for leaf, _ in walk(node, path)]
+        yield from leaves or ([path] if path else [])
+
+
+def _near(pattern: str, structure: Node, names: Sequence[str]) -> str:
+    """Say which names a pattern may have meant."""
+    if any(map(_compile([f"*.{pattern}"]), names)):
+        return f"keys={f'*.{pattern}'!r} would match: a name begins at the top of the checkpoint"
+    candidates: dict[str, None] = dict.fromkeys(map(str, children_of(structure)))
+    for name in itertools.islice(names, _MOST_COMPARED):
+        parts = name.split(".")
+        candidates |= dict.fromkeys(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    near = difflib.get_close_matches(pattern, list(candidates)[:_MOST_COMPARED], n=3)
+    if near:
+        return f"Near names: {', '.join(near)}"
+    shown = list(map(str, children_of(structure)))
+    return f"The names at the top are {', '.join(shown[:8]) or 'none'}{', ...' if len(shown) > 8 else ''}"

@@ -19,6 +19,8 @@ failure = (
 commit_helpers = "saves/{}/helpers".format  # by save id: count of the ranks but 0 that found every part and no commit
 
 load = "load/{}".format  # by number of the try: barrier and head of a load
+load_names = "load/{}/names".format  # by number of the try: barrier and list of LoadNames, names that a rank lacks
+load_names_had = "load/{}/names-had".format  # the same of the names among these that a rank has
 
 restore = "replicas/restore/{}".format  # by number, from 1: barrier and head of a restore from replicas
 REPLICAS_NEWEST = "replicas/newest"  # broadcast of NewestStep, after a restore: the newest checkpoint on the disk

@@ -188,6 +188,15 @@ class LoadFailed(Message):
     error: str
 
 
+class LoadNames(Message):
+    """Names that a rank's target lacks; then, as the answer, those of them that a rank's target has.
+
+    Of ranks with the same names, one posts them. Legal while all ranks load one checkpoint.
+    """
+
+    names: tuple[str, ...]
+
+
 class MemoryPlace(Message):
     """Each rank: which memory it sees. The ranks that post the same place share one directory of replicas."""
 

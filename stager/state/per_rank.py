@@ -14,7 +14,7 @@ class PerRank:
         ckpt.save(step, {"model": model, "optimizer": opt, "loader": PerRank(loader)})
 
     In the checkpoint, the value has one more key: ``rank-0``, ``rank-1``, ... If the job has more ranks now, a rank without
-    a stored value keeps its own, and logs a warning.
+    a stored value keeps its own, and logs a warning. If it has fewer, ``Loaded.per_rank`` offers the values of the others.
 
     Args:
         value: anything that may be in a state. To be restored by ``load(into=)``, a mapping, a list, a tensor or an object

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from stager import Checkpointer, CorruptCheckpointError, StateMismatchError, load_checkpoint
+from stager import Checkpointer, CorruptCheckpointError, StateMismatchError, UsageError, load_checkpoint
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from tests.persistence.tasks import save
 from tests.states import same
@@ -120,3 +120,77 @@ def test_damage_is_found_where_it_is_selected(run: Path) -> None:
     assert load(run, "model.b.*")["model"]["b"]["weight"].all()
     with pytest.raises(CorruptCheckpointError, match="damaged"):
         load_checkpoint(path, keys="model.a.*")
+
+
+# -- names of what is above leaves ------------------------------------------------------------------------------------
+
+
+def trained() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return model, optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
+
+
+@pytest.mark.parametrize("keys", [["model", "epoch"], "model*", ("epoch", "model.*"), ["mod?l", "e*h"]], ids=str)
+def test_a_name_means_all_that_is_in_it(run_dir: Path, keys: Any) -> None:
+    model, optimizer, _ = trained()
+    save(run_dir, {"model": model, "opt": optimizer, "epoch": 3})
+    other, other_optimizer, _ = trained()
+    into = {"model": other, "opt": other_optimizer, "epoch": 0}
+    load(run_dir, keys, into)
+    assert torch.equal(other.weight, model.weight) and (into["epoch"] == 3) == (keys != "model*")
+
+
+def test_containers_without_leaves_are_kept(run_dir: Path) -> None:
+    model, optimizer, scheduler = trained()
+    state = {"sched": scheduler, "opt": optimizer, "empty": {"a": {}, "b": [], "c": {"d": {}}}, "model": model}
+    save(run_dir, state)
+    assert load(run_dir, ["empty", "sched"])["empty"] == state["empty"]
+    assert load(run_dir, "empty.c.d") == {"empty": {"c": {"d": {}}}}
+    other, other_optimizer, other_scheduler = trained()
+    load(run_dir, ["sched", "opt"], {"sched": other_scheduler, "opt": other_optimizer, "model": other})
+    assert same(other_optimizer.state_dict(), optimizer.state_dict())
+    assert other_scheduler.state_dict() == scheduler.state_dict()
+
+
+@pytest.mark.parametrize(
+    "keys, near",
+    [
+        (["model", "modle"], "Near names: model"),
+        (["model", "epcoh"], "Near names: epoch"),
+        ("model.wieght", r"Near names: model\.weight"),
+        ("weight", r"keys='\*\.weight' would match"),
+        (["epoch", "zzz"], "The names at the top are model, opt, epoch"),
+    ],
+    ids=str,
+)
+def test_each_pattern_has_to_match(run_dir: Path, keys: Any, near: str) -> None:
+    model, optimizer, _ = trained()
+    save(run_dir, {"model": model, "opt": optimizer, "epoch": 3})
+    into = {"model": model, "epoch": 0}
+    for target in (None, into):
+        with pytest.raises(StateMismatchError, match=near):
+            load(run_dir, keys, target)
+    assert into["epoch"] == 0
+
+
+def test_each_pattern_has_to_select_something_of_the_target(run_dir: Path) -> None:
+    model, optimizer, _ = trained()
+    save(run_dir, {"model": model, "opt": optimizer, "epoch": 3})
+    into = {"epoch": 0}
+    with pytest.raises(StateMismatchError, match=r"keys='model' selects model, which the target .* does not have"):
+        load(run_dir, ["model", "epoch"], into)
+    assert into["epoch"] == 0
+
+
+def test_a_container_that_is_selected_becomes_what_was_saved(run_dir: Path) -> None:
+    save(run_dir, {"log": [{"a": 1}], "stats": {"x": 1}, "n": 1})
+    into = {"log": [{"a": 5}, {"b": 6}], "stats": {"x": 0, "y": 2}, "n": 0}
+    load(run_dir, ["log", "stats"], into)
+    assert into == {"log": [{"a": 1}], "stats": {"x": 1}, "n": 0}
+
+
+def test_a_pattern_that_is_no_text(run_dir: Path) -> None:
+    save(run_dir, {"n": 1})
+    with pytest.raises(UsageError, match="keys= has 3, a int; each of them has to be a text"):
+        load(run_dir, ["n", 3])

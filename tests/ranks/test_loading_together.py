@@ -1,0 +1,49 @@
+"""Loading on ranks that do not have the same names, order or number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.staging.ranks import run_ranks
+
+_BODIES = "tests.ranks.load_bodies"
+
+
+def test_pipeline_stages_load_strictly_and_what_is_really_missing_is_said(tmp_path: Path) -> None:
+    results = run_ranks(f"{_BODIES}:load_stages", 2, tmp_path)
+    for rank, (own, names, missing, _) in enumerate(results):
+        assert own == [[f"layer{rank}.w"], 1.0 + rank, 1.0 + rank, ["shared", f"stage{rank}"]]
+        assert names == [[], []]
+        assert "model['layer9.w']: is in the target but not in the checkpoint" in missing
+    first, second = (result[3] for result in results)
+    assert "module['layer0.weight']: is in the checkpoint but not in the target" in first
+    assert "layer1" not in first
+    assert "model['layer0.w']: is in the checkpoint but not in the target" in second and "layer1" not in second
+
+
+def test_objects_are_restored_in_one_order_wherever_they_are(tmp_path: Path) -> None:
+    for others in run_ranks(f"{_BODIES}:load_in_other_orders", 2, tmp_path):
+        assert others == [[name, name] for name in "abcdef"]
+
+
+def test_values_of_ranks_that_are_gone_are_offered_and_named(tmp_path: Path) -> None:
+    run_ranks(f"{_BODIES}:save_own", 3, tmp_path)
+    (tmp_path / "store").unlink(missing_ok=True)
+    (alone,) = run_ranks(f"{_BODIES}:load_own", 1, tmp_path)
+    assert alone["own"] == [0, 0]
+    assert alone["left"] == {
+        "loader": {"1": [1, [1.0, 1.0]], "2": [2, [2.0, 2.0]]},
+        "deep.rng": {"1": 10, "2": 20},
+    }
+    assert [text.partition(":")[0] for text in alone["warned"]] == ["loader", "deep['rng']"]
+    assert "ranks that this job of 1 does not have (1, 2)" in alone["warned"][0]
+    (tmp_path / "store").unlink(missing_ok=True)
+    first, second = run_ranks(f"{_BODIES}:load_own", 2, tmp_path)
+    assert (first["own"], second["own"]) == ([0, 0], [1, 10])
+    assert first["left"] == {"loader": {"2": [2, [2.0, 2.0]]}, "deep.rng": {"2": 20}} and second["left"] == {}
+
+
+def test_a_rank_that_fails_before_the_names_are_compared_is_not_waited_for(tmp_path: Path) -> None:
+    first, second = run_ranks(f"{_BODIES}:one_rank_fails", 2, tmp_path)
+    assert first[0].startswith("RankFailedError") and "not built yet" in first[0]
+    assert second[0].startswith("UnloadableError: m:") and first[1] == second[1] == "loaded"
