@@ -98,7 +98,7 @@ def export_checkpoint(
         raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
     if max_memory_bytes < _SMALLEST_BUDGET_BYTES:
         raise UsageError(f"max_memory is {max_memory_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
-    checkpoint, out = os.path.abspath(os.fspath(checkpoint)), os.path.abspath(os.fspath(out))
+    checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
         chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)

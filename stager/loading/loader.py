@@ -34,7 +34,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     partial_names,
     read_checkpoint,
 )
-from stager.workers.checkpoint.read.verify import check_files, extra_files, fingerprint
+from stager.workers.checkpoint.read.verify import Fingerprint, check_files, fingerprint
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -52,7 +52,7 @@ class _Candidate:
 
     info: CheckpointInfo
     manifest: Manifest
-    identity: object
+    identity: Fingerprint
 
 
 class Loader:
@@ -69,7 +69,8 @@ class Loader:
         self._config = config
         self._rank = rank
         self._lock = threading.RLock()
-        self._verified: dict[str, object] = {}  # path -> fingerprint of checkpoints whose every byte was hashed here
+        # path -> the files of a checkpoint whose every byte was hashed here
+        self._verified: dict[str, Fingerprint] = {}
         self._skipped: list[SkippedCheckpoint] = []
         self._unusable: list[
             StagerError
@@ -84,7 +85,7 @@ class Loader:
         """Whether this process hashed every byte of the checkpoint, and no file has changed since."""
         with self._lock, storage_errors("look at", path):
             try:
-                return path in self._verified and self._verified[path] == fingerprint(path)
+                return path in self._verified and self._verified[path].items() <= fingerprint(path).items()
             except FileNotFoundError:
                 return False
 
@@ -134,7 +135,7 @@ class Loader:
                 try:
                     with reading(found.info.path):
                         state = restorer.restore(into, strict)
-                    if restorer.has_read_all:
+                    if restorer.has_read_all and len(found.identity) == len(found.manifest.file_names):
                         self._verified[found.info.path] = found.identity  # every byte was hashed
                     return Loaded(found.info.step, found.info.path, state, found.info)
                 # Reading found damage, or the checkpoint was removed meanwhile.
@@ -206,17 +207,18 @@ class Loader:
         path = os.path.join(self._directory, checkpoint_name(step))
         with storage_errors("look at", path):
             try:  # before anything is read, so that a later change of a file is noticed
-                identity = fingerprint(path)
-            except (FileNotFoundError, NotADirectoryError):  # read_checkpoint() below says so
-                identity = None
+                found = fingerprint(path)
+            except (FileNotFoundError, NotADirectoryError):  # read_checkpoint() below says so; or a stranger vanished
+                found = {}
         with reading(path):
             info, manifest = read_checkpoint(self._directory, step)
-            if identity is None or self._verified.get(path) != identity:
-                problems = extra_files(path, manifest)
-                problems += check_files(path, manifest, full=full, num_threads=self._num_threads)
+            # Only the files of the checkpoint count, not what somebody else has put beside them.
+            identity = {name: found[name] for name in found.keys() & manifest.file_names}
+            if self._verified.get(path) != identity:
+                problems = check_files(path, manifest, full=full, num_threads=self._num_threads)
                 if problems:
                     raise CorruptCheckpointError(path, "; ".join(problems[:3]))
-                if full:
+                if full and len(identity) == len(manifest.file_names):
                     self._verified[path] = identity
         return _Candidate(info, manifest, identity)
 
