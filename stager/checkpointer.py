@@ -15,14 +15,15 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import Enum
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch.optim import Optimizer
 
-from stager.config import StagerConfig, load_config
+from stager.config import StagerConfig, arguments, load_config
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
+from stager.loading.place import OneCheckpoint, Run
 from stager.loading.selection import Selection
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import find_rank_group
@@ -34,11 +35,13 @@ from stager.saving.retainer import Retainer, change_protected
 from stager.saving.save import Save, SaveHandle, UnreadErrors
 from stager.saving.saver import Saver
 from stager.telemetry.report import SaveState
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
-    list_checkpoints,
+    is_checkpoint_directory,
     parse_checkpoint,
+    require_run_directory,
 )
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
 from stager.workers.errors import ClosedError, UsageError
@@ -66,13 +69,15 @@ class Checkpointer:
     """Saves and loads the checkpoints of one run, in one directory.
 
     Args:
-        directory: where the checkpoints are. It is created if it does not exist.
+        directory: where the checkpoints are. It is created if it does not exist. ``~`` and ``$VAR`` are expanded.
         config: path of a YAML file, a mapping, a :class:`~stager.config.StagerConfig`, or None for the defaults.
-        read_only: only load: start no workers, take no lock, change nothing.
+        read_only: only load: start no workers, take no lock, change nothing. ``directory`` may then be one checkpoint.
 
     Raises:
         ConfigError: the configuration is wrong.
-        DirectoryInUseError: another run writes there.
+        ArgumentError: ``directory`` is no path here: a URL, for example.
+        UsageError: ``directory`` is one checkpoint, not a run.
+        DirectoryInUseError: another run writes there, or another Checkpointer of this process.
         StorageError: the directory cannot be made or read.
         WorkerStartError: no worker process can be started.
 
@@ -88,7 +93,8 @@ class Checkpointer:
         read_only: bool = False,
     ) -> None:
         self._config = load_config(config)
-        self._directory = os.path.abspath(os.fspath(directory))
+        self._directory = local_path(directory)
+        self._place = _place(self._directory, read_only=read_only)
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._lifecycle = _Lifecycle.READ_ONLY if read_only else _Lifecycle.OPEN
@@ -96,7 +102,7 @@ class Checkpointer:
         self._preemption = _NOT_PREEMPTED
         ranks = self._config.ranks
         self._job = find_rank_group(False if read_only else ranks.together, ranks.timeout_secs)
-        self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
+        self._loader = Loader(self._place, self._config.loading, self._job.own_rank)
         self._together = JointLoader(self._job, self._directory, self._loader)
         if not read_only:
             self._open_for_writing()
@@ -140,32 +146,34 @@ class Checkpointer:
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:
+    def save(self, step: SupportsIndex, state: Mapping[str, Any]) -> SaveHandle:
         """Take a snapshot of ``state`` and let the workers write it as the checkpoint of ``step``.
 
         Returns when the snapshot is whole, or, for tensors of guarded optimizers, when it is safe to go on.
         A checkpoint of the same step is replaced when the new one is committed.
 
         Args:
-            step: the training step, 0 or more.
+            step: the training step, 0 or more: an int, an integer of numpy's, or an integer tensor without dimensions.
             state: names to tensors, nested containers, objects with ``state_dict()`` and ``load_state_dict()``, or
                 anything that can be pickled.
 
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
+            ArgumentError: ``step`` or ``state`` cannot be meant.
             UsageError: called by a callback of a save's Future.
             ClosedError
             Exception: the error of an earlier save that nobody has read. This save is then not taken; but if several ranks
                 save together, it is, because the other ranks take part in it.
         """
-        _check_step(step)
+        arguments.check_save(step, state)
+        number = arguments.as_step(step)
         self._refuse_in_callback("save()")
         with self._lock:
             saver = self._writer()
             if self._job.is_alone:
                 self._unread.raise_oldest()
-            save = saver.save(step, state)
+            save = saver.save(number, state)
             self._unread.add(save)
             # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
             # because of that, which would then fail here, and so on.
@@ -187,6 +195,7 @@ class Checkpointer:
 
     def warmup(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save of such a state would have to do: plan, allocate, start workers. Waits for it."""
+        arguments.check_state(state, "warmup({example})")
         self._refuse_in_callback("warmup()")
         with self._lock:
             self._writer().warm_up(state)
@@ -232,6 +241,7 @@ class Checkpointer:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 "let the callback set a flag, and call it from the training loop"
+                + (" (or look with latest(), or read with stager.load_checkpoint())" if what == "load()" else "")
             )
 
     def _on_done(self, save: Save) -> None:
@@ -259,7 +269,7 @@ class Checkpointer:
 
     # -- retention ----------------------------------------------------------------------------------------------
 
-    def protect(self, step: int) -> None:
+    def protect(self, step: SupportsIndex) -> None:
         """Keep the checkpoint of ``step``, whatever the rules of ``retention`` say, in this run and in later ones.
 
         The checkpoint need not exist yet.
@@ -271,15 +281,15 @@ class Checkpointer:
         """
         self._protect(step, keep=True)
 
-    def unprotect(self, step: int) -> None:
+    def unprotect(self, step: SupportsIndex) -> None:
         """Let the rules of ``retention`` decide on ``step`` again, if it was protected. Errors: as of :meth:`protect`."""
         self._protect(step, keep=False)
 
-    def _protect(self, step: int, *, keep: bool) -> None:
-        _check_step(step)
+    def _protect(self, step: SupportsIndex, *, keep: bool) -> None:
+        number = arguments.as_step(step)
         with self._lock:
             self._writer()
-            change_protected(self._directory, step, keep=keep)
+            change_protected(self._directory, number, keep=keep)
 
     def prune(self, *, dry_run: bool = False) -> PruneReport:
         """Apply the rules of ``retention`` now, in a worker, and wait for it. Every commit does so without being asked.
@@ -294,6 +304,7 @@ class Checkpointer:
         """
         self._refuse_in_callback("prune()")
         if dry_run and self._lifecycle is _Lifecycle.READ_ONLY:
+            require_run_directory(self._directory)
             rules = setup.retention_rules(self._config.retention, num_threads=None)
             return prune(self._directory, rules, dry_run=True)
         self._writer()
@@ -306,16 +317,35 @@ class Checkpointer:
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """List the committed checkpoints, oldest first, by their manifests (data files are not read)."""
-        return list_checkpoints(self._directory)[0]
+        return self._place.listed()[0]
 
-    def latest(self) -> CheckpointInfo | None:
+    def latest(self, *, wait: bool = True) -> CheckpointInfo | None:
         """Find the newest checkpoint that is committed and valid; None if there is none.
 
         Each candidate is verified as ``loading.verify`` says. What is skipped is logged, and listed in :attr:`skipped`.
+
+        Args:
+            wait: first wait for the saves in flight of this Checkpointer, as :meth:`load` does. In a callback of a save's
+                Future it looks at once: the saves would wait for the callback.
+
+        Raises:
+            StorageError
         """
+        if wait and self._is_open and not self._saver.in_callback:
+            self._wait_for_saves()
         found = self._together.latest(self._loader.latest)
         self._forget_damaged_base()
         return found
+
+    def latest_step(self, *, wait: bool = True) -> int | None:
+        """Return the step of the checkpoint that :meth:`latest` finds, and ``load()`` would load; None if there is none."""
+        found = self.latest(wait=wait)
+        return None if found is None else found.step
+
+    def _wait_for_saves(self) -> None:
+        """Wait until the saves of this Checkpointer have ended, so that what was saved before is found."""
+        if self._owner == os.getpid():  # in a forked child, nothing resolves their Futures
+            self._saver.wait_for_saves()
 
     def _forget_damaged_base(self) -> None:
         """Link nothing to a checkpoint that is known to be damaged."""
@@ -332,23 +362,27 @@ class Checkpointer:
 
     def load(
         self,
-        step: int | None = None,
+        step: SupportsIndex | CheckpointInfo | str | os.PathLike[str] | MutableMapping[str, Any] | None = None,
         into: MutableMapping[str, Any] | None = None,
         strict: bool = True,
         *,
         keys: str | Sequence[str] | None = None,
         allow_pickle: bool | None = None,
+        wait: bool = True,
     ) -> Loaded | None:
         """Load a checkpoint.
 
         Args:
-            step: which one; None: the newest valid one, falling back to the one before if it is damaged.
+            step: which one; None: the newest valid one, falling back to the one before if it is damaged. A checkpoint of
+                this run may also be named by its path or its CheckpointInfo. ``load(state)`` means ``load(into=state)``.
             into: restore into these values in place: tensors keep their identity, objects get ``load_state_dict()``.
                 None: return a new state.
             strict: keys must match, as in ``nn.Module.load_state_dict``.
             keys: only what has a name like this, or like one of these: keys joined by dots, with ``*`` and ``?``
                 (``model.*.weight``). The rest of ``into`` is left alone. A list is taken whole.
             allow_pickle: unpickle any object, which runs code from the checkpoint; None: as configured.
+            wait: first wait for the saves in flight of this Checkpointer, so that what was saved last is what is loaded.
+                With ``wait=False``, a checkpoint that is not committed yet is not there.
 
         Where several ranks save together, every rank has to call it to load ``into`` something: all of them load the
         same checkpoint, each what it holds. Without ``into``, or with ``read_only=True``, a rank loads for itself.
@@ -357,7 +391,9 @@ class Checkpointer:
             None if ``step`` is None and there is no checkpoint.
 
         Raises:
-            CheckpointNotFoundError: there is no ``step``.
+            ArgumentError: ``step`` or ``into`` cannot be meant.
+            UsageError: called by a callback of a save's Future.
+            CheckpointNotFoundError: there is no ``step``; says which there are.
             CorruptCheckpointError: ``step`` is damaged; or, without ``step``, every checkpoint is, or ``into`` is partly
                 overwritten from a damaged one, and there is none to overwrite all of that (see ``loading.verify_first``).
             StateMismatchError: it does not fit ``into``; nothing was changed.
@@ -367,15 +403,18 @@ class Checkpointer:
                 ``load_state_dict()`` raised. No older checkpoint is tried. The cause is the original error.
             StorageError
         """
+        number, into = arguments.load_arguments(step, into, self._directory)
         if self._is_open:
             self._refuse_in_callback("load()")
+            if wait:
+                self._wait_for_saves()
             self._saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
 
         def load(step: int | None) -> Loaded | None:
             return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
 
-        loaded = load(step) if into is None else self._together.load(step, load)
+        loaded = load(number) if into is None else self._together.load(number, load)
         self._forget_damaged_base()
         if self._is_open and loaded is not None:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
@@ -440,6 +479,16 @@ class Checkpointer:
                 os.close(self._lock_fd)
 
 
-def _check_step(step: int) -> None:
-    if type(step) is not int or step < 0:
-        raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
+def _place(directory: str, *, read_only: bool) -> Run:
+    """Return where the checkpoints are. One checkpoint alone can only be read: a run would write its lock into it."""
+    if not is_checkpoint_directory(directory):
+        return Run(directory)
+    if read_only:
+        return OneCheckpoint(directory)
+    run, name = os.path.split(directory)
+    step = parse_checkpoint(name)
+    its_run = "" if step is None else f"open its run, Checkpointer({run!r}), and load({step}); "
+    raise UsageError(
+        f"{directory} is one checkpoint, not the directory of a run; {its_run}to read this checkpoint alone, pass "
+        "read_only=True, or call stager.load_checkpoint()"
+    )

@@ -24,6 +24,7 @@ from stager.exporting.whole import Folded
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly

@@ -11,7 +11,6 @@ Directories that were never committed are not looked at, only listed among what 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 from stager.config import LoadingConfig
 from stager.config.host import usable_cores
 from stager.loading.loaded import Loaded
+from stager.loading.place import Run
 from stager.loading.restore import Restorer
 from stager.loading.selection import Selection
 from stager.workers.checkpoint.directory.files import storage_errors
@@ -30,9 +30,6 @@ from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
     checkpoint_name,
-    committed_steps,
-    partial_names,
-    read_checkpoint,
 )
 from stager.workers.checkpoint.read.verify import Fingerprint, check_files, fingerprint
 from stager.workers.errors import (
@@ -59,13 +56,13 @@ class Loader:
     """Reads the checkpoints of one run. Thread-safe; its lock is its own, so that a callback may load while a save waits.
 
     Args:
-        directory: of the run, absolute.
+        place: where the checkpoints are.
         config: section ``loading``.
         rank: selects the values of ``PerRank``.
     """
 
-    def __init__(self, directory: str, config: LoadingConfig, rank: int = 0) -> None:
-        self._directory = directory
+    def __init__(self, place: Run, config: LoadingConfig, rank: int = 0) -> None:
+        self._place = place
         self._config = config
         self._rank = rank
         self._lock = threading.RLock()
@@ -167,8 +164,8 @@ class Loader:
             return
         newest = self._unusable[0]
         advice = (
-            f"no older checkpoint of {self._directory} can be used either ({len(self._unusable)} were tried); restore one "
-            "from elsewhere, or remove them to begin anew"
+            f"no older checkpoint of {self._place.directory} can be used either ({len(self._unusable)} were tried); restore "
+            "one from elsewhere, or remove them to begin anew"
         )
         if isinstance(newest, CorruptCheckpointError):
             raise CorruptCheckpointError(newest.path, f"{newest.problem}; {advice}") from newest
@@ -179,13 +176,17 @@ class Loader:
         """Find the checkpoint of ``step``, or the newest valid one, and start the list of skipped ones anew."""
         self._skipped = [
             SkippedCheckpoint(name, "partial: its save was never committed, or is still being written")
-            for name in reversed(partial_names(self._directory))
+            for name in reversed(self._place.partial_names())
         ]
         self._unusable = []
-        return self._find_newest(full) if step is None else self._check(step, full)
+        if step is None:
+            return self._find_newest(full)
+        if not self._place.has(step):
+            raise CheckpointNotFoundError(None, self._place.which(step), self._place.directory)
+        return self._check(step, full)
 
     def _find_newest(self, full: bool, below: int | None = None) -> _Candidate | None:
-        for candidate in committed_steps(self._directory):
+        for candidate in self._place.steps():
             if below is not None and candidate >= below:
                 continue
             try:
@@ -204,14 +205,14 @@ class Loader:
         logger.warning("%s skipped: %s", checkpoint_name(step), error)
 
     def _check(self, step: int, full: bool) -> _Candidate:
-        path = os.path.join(self._directory, checkpoint_name(step))
+        path = self._place.path(step)
         with storage_errors("look at", path):
             try:  # before anything is read, so that a later change of a file is noticed
                 found = fingerprint(path)
             except (FileNotFoundError, NotADirectoryError):  # read_checkpoint() below says so; or a stranger vanished
                 found = {}
         with reading(path):
-            info, manifest = read_checkpoint(self._directory, step)
+            info, manifest = self._place.read(step)
             # Only the files of the checkpoint count, not what somebody else has put beside them.
             identity = {name: found[name] for name in found.keys() & manifest.file_names}
             if self._verified.get(path) != identity:

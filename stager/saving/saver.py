@@ -23,6 +23,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import wait
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
+from stager.workers.long_wait import LongWait
 from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -275,6 +277,16 @@ class Saver:
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Wait until every snapshot that was begun is taken; TimeoutError after ``timeout`` seconds."""
         self._thread.wait(timeout)
+
+    def wait_for_saves(self) -> None:
+        """Wait until every save that was begun has ended, committed or not. Errors stay unread in their Futures."""
+        saves = self.completion.in_flight()
+
+        def ended(timeout: float | None) -> bool:
+            return not wait([save.upload_completion for save in saves], timeout).not_done
+
+        steps = ", ".join(str(save.step) for save in saves)
+        LongWait(f"the save of step {steps} to be committed").until(ended)
 
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, create slabs, start workers. Waits for all of it."""

@@ -14,6 +14,7 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
 from stager.workers.checkpoint.directory.own_files import is_own, remove_own
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import parse_checkpoint
 from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.layout.layout import Layout
@@ -33,7 +34,7 @@ class Target:
     """
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
-        self.path = os.path.realpath(os.fspath(path))
+        self.path = os.path.realpath(local_path(path, "path"))
         self.partial = f"{self.path}.partial-0"
         self._overwrite = overwrite
         self._made: os.stat_result | None = None  # the partial directory that this coordinator made
