@@ -17,7 +17,7 @@ def check_platform(platform: str, proc: str = "/proc") -> None:
     if platform != "linux":
         raise ImportError(
             f"stager needs Linux (memfd, flock, /proc), and this is {_NAMES.get(platform, platform)}; run it on a Linux "
-            "host, in a container or in WSL 2. Its checkpoints can be read here without it, by torch.distributed.checkpoint.load"
+            "host, in a container or in WSL 2. Its checkpoints can be read here without it, by torch.distributed.checkpoint"
         )
     if not os.path.isdir(os.path.join(proc, "self")):
         raise ImportError(
