@@ -28,8 +28,9 @@ from stager.loading.selection import Selection
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import find_rank_group
 from stager.replication.replication import Replication
-from stager.saving import at_exit, setup
-from stager.saving.ending import finish_saves
+from stager.saving import at_exit, open_here, setup
+from stager.saving.ending import Ending
+from stager.saving.open_here import weakly
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer, change_protected
 from stager.saving.save import Save, SaveHandle, UnreadErrors
@@ -111,18 +112,22 @@ class Checkpointer:
     def _open_for_writing(self) -> None:
         """Make what saves; a Checkpointer with ``read_only=True`` has none of it.
 
-        ``_resources`` lists what is to be closed, in the order of opening: the end closes it from the last to the first, and
-        so does a failure of a later step.
+        ``opened`` lists what is to be closed, in the order of opening: the end closes it from the last to the first, and so
+        does a failure of a later step.
         """
         config, job = self._config, self._job
+        self._signals = ExitStack()  # on_preemption() adds what restores their handlers
         setup.check_for_ranks(config, job)
         with ExitStack() as opened:
-            opened.callback(setattr, self, "_lifecycle", _Lifecycle.CLOSED)
-            opened.callback(lambda: self._preemption.restore())  # noqa: PLW0108  (on_preemption() sets it later)
+            opened.callback(weakly(self._become_closed))
+            opened.callback(self._signals.close)
             opened.callback(job.close)
-            replicates = config.replication.partners > 0
             self._lock_fd = take_directory(
-                self._directory, job, config.persistence.lock_timeout_secs, replicates=replicates
+                self._directory,
+                job,
+                config.persistence.lock_timeout_secs,
+                replicates=config.replication.partners > 0,
+                take_over=lambda: open_here.take_over(self._directory),
             )
             opened.callback(os.close, self._lock_fd)
             self._telemetry = setup.make_telemetry(config.telemetry, job)
@@ -134,15 +139,19 @@ class Checkpointer:
             try:  # not one of the resources: how the pool ends depends on the saves in flight (saving/ending.py)
                 self._replication = Replication.open(config.replication, self._directory, job, self._pool)
                 shared = self._arena, self._pool, job, self._replication.replicator
-                self._saver = Saver(config, self._directory, segment_bytes, *shared, on_done=self._on_done)
+                self._saver = Saver(config, self._directory, segment_bytes, *shared, on_done=weakly(self._on_done))
             except BaseException:
                 self._pool.close(0)
                 raise
             opened.callback(self._saver.close)
-            self._resources = opened.pop_all()
+            self._ending = Ending(
+                self._saver, self._pool, self._replication, job.timeout_secs, self._unread, opened.pop_all()
+            )
+        # What closes it does not hold it: see saving/open_here.py.
+        self._ending.resources.callback(open_here.add(self, self._directory, self._ending.finish))
         self._together.restore = self._replication.restore
         rules = setup.retention_rules(config.retention)
-        self._retainer = Retainer(self._pool, self._directory, rules, self._on_pruned)
+        self._retainer = Retainer(self._pool, self._directory, rules, weakly(self._on_pruned))
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -201,7 +210,7 @@ class Checkpointer:
             self._writer().warm_up(state)
 
     def on_preemption(
-        self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
+        self, signals: Iterable[int] | int = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
     ) -> Preemption:
         """Treat these signals as a warning that this process will be killed soon.
 
@@ -211,7 +220,7 @@ class Checkpointer:
         ArenaFullError. ``close()`` restores the earlier signal handlers.
 
         Args:
-            signals: their earlier handlers are called as well; their default actions are not taken.
+            signals: one or several; their earlier handlers are called as well; their default actions are not taken.
             deadline_secs: seconds from the first signal until this process must be gone; None: no limit.
 
         Raises:
@@ -222,7 +231,9 @@ class Checkpointer:
             self._writer()
             if self._preemption is not _NOT_PREEMPTED:
                 raise UsageError("on_preemption() was called before; read the object that it returned")
-            self._preemption = Preemption(signals, deadline_secs)
+            numbers = (signals,) if isinstance(signals, int) else signals
+            self._preemption = Preemption(numbers, deadline_secs)
+            self._signals.callback(self._preemption.restore)
             if deadline_secs is not None:
                 self._arena.wait_no_longer_than(self._preemption.remaining_secs)
             return self._preemption
@@ -449,14 +460,10 @@ class Checkpointer:
                 return
             self._lifecycle = _Lifecycle.CLOSING
             self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
-            # 1. The saves end, and with them the pool. 2. The replicas of what is committed go. 3. Everything else is
-            # closed, whatever was raised: the slabs after the workers that read them, the lock after the last write.
-            with self._resources:
-                deadline_secs = self._preemption.remaining_secs()
-                limits = timeout, deadline_secs, self._job.timeout_secs
-                with self._replication.closing(limits, has_failed=has_failed):
-                    finish_saves(self._saver, self._pool, timeout, deadline_secs)
-            self._unread.raise_all()
+            self._ending.finish(timeout, self._preemption.remaining_secs(), has_failed=has_failed)
+
+    def _become_closed(self) -> None:
+        self._lifecycle = _Lifecycle.CLOSED
 
     def __enter__(self) -> Checkpointer:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ def test_what_is_no_step_is_refused_everywhere(step: Any, words: str, ckpt: Chec
 def test_no_step_at_all() -> None:
     with pytest.raises(ArgumentError, match="got None"):
         as_step(None)
+
+
+def test_one_signal_for_preemption(ckpt: Checkpointer) -> None:
+    assert not ckpt.on_preemption(signal.SIGUSR2).requested
 
 
 MODULE = torch.nn.Linear(2, 2)

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from stager.workers.errors import CorruptCheckpointError, StorageError
@@ -201,8 +201,12 @@ def exchange(first: str, second: str) -> bool:
     raise OSError(code, os.strerror(code), second)
 
 
-def flock(fd: int, kind: int, timeout: float) -> bool:
-    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``). Returns False if others hold it for ``timeout`` seconds."""
+def flock(fd: int, kind: int, timeout: float, waiting: Callable[[], None] = lambda: None) -> bool:
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``). Returns False if others hold it for ``timeout`` seconds.
+
+    Args:
+        waiting: called now and then while it waits.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -210,6 +214,7 @@ def flock(fd: int, kind: int, timeout: float) -> bool:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
+            waiting()
             time.sleep(_LOCK_POLL_SECS)
         else:
             return True

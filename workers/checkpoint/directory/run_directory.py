@@ -32,6 +32,7 @@ from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest, has_own_manifest, read_manifest
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError, UsageError
+from stager.workers.long_wait import LongWait
 
 LOCK_NAME = ".stager.lock"
 
@@ -272,12 +273,17 @@ def unused_directory(directory: str) -> Iterator[None]:
 
 
 def _acquire(fd: int, kind: int, directory: str, timeout: float = 0) -> None:
-    if files.flock(fd, kind, timeout):
+    holder = f"the run of process {_holder(fd)}, or workers that it left, to let go of {directory}"
+    if files.flock(fd, kind, timeout, LongWait(holder, timeout).tick):
         return
-    owner = os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"
     raise DirectoryInUseError(
         errno.EWOULDBLOCK,
-        f"another run (trainer process {owner}, or workers that it left) still writes checkpoints here after "
+        f"another run (trainer process {_holder(fd)}, or workers that it left) still writes checkpoints here after "
         f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True",
         directory,
     )
+
+
+def _holder(fd: int) -> str:
+    """Return the process that the lock file names."""
+    return os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"
