@@ -19,7 +19,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from stager.platform_check import check_platform
+from stager.workers.platform_check import check_platform
 
 check_platform(sys.platform)  # before anything that needs Linux is imported
 

@@ -40,7 +40,8 @@ from stager.workers.device import accelerator
 logger = logging.getLogger("stager")
 
 SHM_DIRECTORY = "/dev/shm"
-_PROBE_BYTES = 4 << 20
+# More than a first page, which every version writes to, even if that is a huge one; or less, where /dev/shm is as small.
+_PROBE_BYTES = (4 << 20, 64 << 10)
 _NAME = re.compile(r"</?(torch_\d+_\d+_\d+)>")
 
 
@@ -92,18 +93,18 @@ def move(storage: torch.UntypedStorage) -> Reason | None:
 
 def torch_reserves() -> bool:
     """Return whether torch reserves the pages of a shared mapping when it makes it; False if there is no room to see."""
-    try:
-        return _probe()
-    except RuntimeError as error:
-        _remove_leftover(str(error))
-        return False
+    for nbytes in _PROBE_BYTES:
+        try:
+            return _probe(nbytes)
+        except RuntimeError as error:
+            _remove_leftover(str(error))
+    return False
 
 
 @cache
-def _probe() -> bool:
-    storage = torch.UntypedStorage._new_using_fd_cpu(_PROBE_BYTES)  # nobody writes to it
-    # More than a first page, which every version writes to, even if that is a huge one.
-    return os.fstat(storage._share_fd_cpu_()[0]).st_blocks * 512 >= _PROBE_BYTES
+def _probe(nbytes: int) -> bool:
+    storage = torch.UntypedStorage._new_using_fd_cpu(nbytes)  # nobody writes to it
+    return os.fstat(storage._share_fd_cpu_()[0]).st_blocks * 512 >= nbytes
 
 
 def free_shm_bytes() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stager.platform_check import check_platform
+from stager.workers.platform_check import check_platform
 
 
 def test_here() -> None:
@@ -32,4 +32,6 @@ def test_import_asks_first() -> None:
     """Before anything that needs Linux: also ``import stager.workers`` comes through ``stager/__init__.py``."""
     lines = (Path(__file__).parents[2] / "stager" / "__init__.py").read_text().splitlines()
     call = lines.index(next(line for line in lines if line.startswith("check_platform(sys.platform)")))
-    assert not [line for line in lines[:call] if line.startswith(("from stager.workers", "import fcntl"))]
+    assert [line for line in lines[:call] if line.startswith(("from stager", "import fcntl"))] == [
+        "from stager.workers.platform_check import check_platform"
+    ]

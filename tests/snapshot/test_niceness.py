@@ -7,7 +7,7 @@ import pytest
 from tests import scripts
 
 _PROGRAM = """
-import os, threading, torch
+import logging, os, threading, torch
 from stager.arena.arena import Arena
 from stager.snapshot.copying import Copier
 from stager.state.placement import Copy
@@ -33,8 +33,9 @@ def warm(buffer, go_on, num_threads):  # what the thread of the arena does
     raise MemoryError
 arena = Arena(2, 1 << 30, "wait")
 arena._prefaulter._warm = warm
-import logging; logging.getLogger("stager").disabled = True
+logging.getLogger("stager").disabled = True
 arena.prepare_in_background(4096)
+arena._prefaulter.join()
 arena.close()
 print(*warmed, end=" ")
 
