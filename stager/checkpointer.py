@@ -11,13 +11,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import Enum
 from types import TracebackType
 from typing import Any, SupportsIndex
 
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from stager.config import StagerConfig, arguments, load_config
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
@@ -33,8 +35,11 @@ from stager.saving.ending import Ending
 from stager.saving.open_here import weakly
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer, change_protected
-from stager.saving.save import Save, SaveHandle, UnreadErrors
+from stager.saving.save import Save, SaveHandle
+from stager.saving.save_errors import SaveErrors
 from stager.saving.saver import Saver
+from stager.telemetry.event import Event, FellBackEvent, PrunedEvent
+from stager.telemetry.listeners import Listeners
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
@@ -45,7 +50,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     require_run_directory,
 )
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
-from stager.workers.errors import ClosedError, UsageError
+from stager.workers.errors import CheckpointNotFoundError, ClosedError, StorageError, UsageError
 
 logger = logging.getLogger("stager")
 
@@ -73,6 +78,7 @@ class Checkpointer:
         directory: where the checkpoints are. It is created if it does not exist. ``~`` and ``$VAR`` are expanded.
         config: path of a YAML file, a mapping, a :class:`~stager.config.StagerConfig`, or None for the defaults.
         read_only: only load: start no workers, take no lock, change nothing. ``directory`` may then be one checkpoint.
+        on_event: a first listener, see :meth:`listen`; None: none.
 
     Raises:
         ConfigError: the configuration is wrong.
@@ -92,6 +98,7 @@ class Checkpointer:
         config: str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None = None,
         *,
         read_only: bool = False,
+        on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self._config = load_config(config)
         self._directory = local_path(directory)
@@ -99,7 +106,9 @@ class Checkpointer:
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._lifecycle = _Lifecycle.READ_ONLY if read_only else _Lifecycle.OPEN
-        self._unread = UnreadErrors()
+        self._listeners = Listeners()
+        if on_event is not None:
+            self._listeners.add(on_event)
         self._preemption = _NOT_PREEMPTED
         ranks = self._config.ranks
         self._job = find_rank_group(False if read_only else ranks.together, ranks.timeout_secs)
@@ -120,6 +129,8 @@ class Checkpointer:
         setup.check_for_ranks(config, job)
         with ExitStack() as opened:
             opened.callback(weakly(self._become_closed))
+            # Late, because everything before it may still post an event.
+            opened.callback(_close_listeners, self._listeners, config.telemetry.listen_timeout_secs, weakref.ref(self))
             opened.callback(self._signals.close)
             opened.callback(job.close)
             self._lock_fd = take_directory(
@@ -130,8 +141,7 @@ class Checkpointer:
                 take_over=lambda: open_here.take_over(self._directory),
             )
             opened.callback(os.close, self._lock_fd)
-            self._telemetry = setup.make_telemetry(config.telemetry, job)
-            opened.callback(self._telemetry.close)
+            setup.listen_to_files(self._listeners, config.telemetry, job)
             self._arena = setup.make_arena(config.arena, job)
             opened.callback(self._arena.close)
             segment_bytes = setup.agree_on_segment_bytes(config.persistence, job, self._arena)
@@ -139,13 +149,18 @@ class Checkpointer:
             try:  # not one of the resources: how the pool ends depends on the saves in flight (saving/ending.py)
                 self._replication = Replication.open(config.replication, self._directory, job, self._pool)
                 shared = self._arena, self._pool, job, self._replication.replicator
-                self._saver = Saver(config, self._directory, segment_bytes, *shared, on_done=weakly(self._on_done))
+                post = self._listeners.post
+                self._saver = Saver(
+                    config, self._directory, segment_bytes, *shared, on_done=weakly(self._on_done), post=post
+                )
             except BaseException:
                 self._pool.close(0)
                 raise
             opened.callback(self._saver.close)
+            persistence, heard = config.persistence, self._listeners.are_there
+            self._errors = SaveErrors(persistence.on_save_error, persistence.tolerate_failures, job, heard)
             self._ending = Ending(
-                self._saver, self._pool, self._replication, job.timeout_secs, self._unread, opened.pop_all()
+                self._saver, self._pool, self._replication, job.timeout_secs, self._errors, opened.pop_all()
             )
         # What closes it does not hold it: see saving/open_here.py.
         self._ending.resources.callback(open_here.add(self, self._directory, self._ending.finish))
@@ -155,7 +170,9 @@ class Checkpointer:
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def save(self, step: SupportsIndex, state: Mapping[str, Any]) -> SaveHandle:
+    def save(
+        self, step: SupportsIndex, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+    ) -> SaveHandle:
         """Take a snapshot of ``state`` and let the workers write it as the checkpoint of ``step``.
 
         Returns when the snapshot is whole, or, for tensors of guarded optimizers, when it is safe to go on.
@@ -165,30 +182,56 @@ class Checkpointer:
             step: the training step, 0 or more: an int, an integer of numpy's, or an integer tensor without dimensions.
             state: names to tensors, nested containers, objects with ``state_dict()`` and ``load_state_dict()``, or
                 anything that can be pickled.
+            metrics: numbers that describe the checkpoint: for ``retention.keep_best``, ``CheckpointInfo.metrics``, and
+                ``stager ls``. Of several ranks, those of rank 0 are kept. None: no metrics.
 
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
             ArgumentError: ``step`` or ``state`` cannot be meant.
-            UsageError: called by a callback of a save's Future.
+            UsageError: called by a listener, or by a callback of a save's Future.
             ClosedError
-            Exception: the error of an earlier save that nobody has read. This save is then not taken; but if several ranks
-                save together, it is, because the other ranks take part in it.
+            Exception: the error of an earlier save that nobody has read. The save that was asked for is begun all the same.
+
+        ``persistence.on_save_error`` and ``tolerate_failures`` say whether a failed save raises. Where it does not, this
+        returns the handle of the failed save.
         """
         arguments.check_save(step, state)
         number = arguments.as_step(step)
+        numbers = {} if metrics is None else _check_metrics(metrics)
         self._refuse_in_callback("save()")
-        with self._lock:
+        with self._lock, record_function("stager: save"):
             saver = self._writer()
-            if self._job.is_alone:
-                self._unread.raise_oldest()
-            save = saver.save(number, state)
-            self._unread.add(save)
-            # Only now: if this rank stayed away, this save would fail on the others, who would stay away from the next
-            # because of that, which would then fail here, and so on.
-            if not self._job.is_alone:
-                self._unread.raise_oldest()
+            self._errors.judge()  # before this save counts: see NOTE [ All ranks raise in the same save() ]
+            save = saver.new_save(number, numbers)
+            self._errors.begin(save)
+            try:
+                saver.save(save, state)
+            except BaseException as error:
+                if not (isinstance(error, Exception) and self._errors.tolerates(save)):
+                    save.upload_completion.was_read = True
+                    raise
+            self._errors.raise_due()
             return SaveHandle(save)
+
+    def listen(self, listener: Callable[[Event], object]) -> Callable[[], None]:
+        """Call ``listener`` with every event from now on, in the order in which they happen, in a thread of its own.
+
+        Whatever a listener does changes no save: an error in it is logged, and one that hangs holds up nothing, except that
+        ``close()`` waits for it for up to ``telemetry.listen_timeout_secs``. It may look at checkpoints and load them.
+
+        Args:
+            listener: gets an object of a subclass of ``stager.Event``: ``CommittedEvent`` and so on.
+
+        Returns:
+            A function that ends it. Events that are not delivered by then are dropped.
+
+        Raises:
+            ClosedError
+        """
+        if self._lifecycle is _Lifecycle.CLOSED:
+            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}")
+        return self._listeners.add(listener)
 
     def guard(self, *optimizers: Optimizer) -> None:
         """Copy the parameters and state of these optimizers while training goes on.
@@ -248,6 +291,11 @@ class Checkpointer:
         self._writer().wait_for_staging(timeout)
 
     def _refuse_in_callback(self, what: str) -> None:
+        if self._listeners.is_current:
+            raise UsageError(
+                f"{what} was called by a listener, and close() would wait for both; let the listener set a flag, and call "
+                "it from the training loop"
+            )
         if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._saver.in_callback:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
@@ -256,16 +304,13 @@ class Checkpointer:
             )
 
     def _on_done(self, save: Save) -> None:
-        """Called in the pool's thread when a save is committed or has failed."""
+        """Called when a save is committed or has failed, mostly in the pool's thread."""
         report = save.report
         if report.state is SaveState.COMMITTED:
             logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
             if self._job.is_coordinator:
                 self._retainer.after_commit()
-        else:
-            logger.error("save of step %d failed", report.step)
-        with suppress(OSError):
-            self._telemetry.record(report)
+        self._errors.judge()
 
     def _writer(self) -> Saver:
         if self._owner != os.getpid():
@@ -298,9 +343,43 @@ class Checkpointer:
 
     def _protect(self, step: SupportsIndex, *, keep: bool) -> None:
         number = arguments.as_step(step)
+        self._writer()  # before the lock, too: close() holds it while it waits for a listener, which may be here
         with self._lock:
             self._writer()
             change_protected(self._directory, number, keep=keep)
+
+    def delete(self, step: SupportsIndex) -> PruneReport:
+        """Remove the checkpoint of ``step``, in a worker, and wait for it. Saves of this step that are in flight end first.
+
+        Checkpoints that share files with it (incremental saves) stay whole. Where several ranks save together, any rank may
+        call it, or each: then the first one removes it, and the others find nothing to do.
+
+        Returns:
+            The verdict on this checkpoint, and the bytes that were freed.
+
+        Raises:
+            UsageError: it is protected; or called by a listener, or by a callback of a save's Future.
+            CheckpointNotFoundError: there is no such checkpoint, and no other rank that could have removed it.
+            StorageError: it is being read, or cannot be removed.
+            WorkerError, ClosedError
+        """
+        number = arguments.as_step(step)
+        self._refuse_in_callback("delete()")
+        with self._lock:
+            saver = self._writer()
+            if number in self._config.retention.protect:
+                raise UsageError(f"the checkpoint of step {number} is in retention.protect; take it out of there first")
+            saver.completion.wait_for_saves(number)
+            try:
+                report = self._retainer.remove(number)
+            except CheckpointNotFoundError:
+                if self._job.is_alone:
+                    raise
+                return PruneReport((), 0, False)
+        (verdict,) = report.verdicts
+        if verdict.fate is PruneFate.LEFT:
+            raise StorageError(None, f"the checkpoint was not removed: {verdict.reason}", verdict.path)
+        return report
 
     def prune(self, *, dry_run: bool = False) -> PruneReport:
         """Apply the rules of ``retention`` now, in a worker, and wait for it. Every commit does so without being asked.
@@ -322,7 +401,10 @@ class Checkpointer:
         return self._retainer.run(dry_run=dry_run)
 
     def _on_pruned(self, report: PruneReport) -> None:
-        self._saver.completion.forget_base({*report.damaged, *report.steps(PruneFate.REMOVED)})
+        removed = report.steps(PruneFate.REMOVED)
+        self._saver.completion.forget_base({*report.damaged, *removed})
+        if removed or report.steps(PruneFate.LEFT):
+            self._listeners.post(lambda: PrunedEvent(report=report))
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -345,7 +427,7 @@ class Checkpointer:
         if wait and self._is_open and not self._saver.in_callback:
             self._wait_for_saves()
         found = self._together.latest(self._loader.latest)
-        self._forget_damaged_base()
+        self._after_looking(None if found is None else found.step)
         return found
 
     def latest_step(self, *, wait: bool = True) -> int | None:
@@ -358,11 +440,17 @@ class Checkpointer:
         if self._owner == os.getpid():  # in a forked child, nothing resolves their Futures
             self._saver.wait_for_saves()
 
-    def _forget_damaged_base(self) -> None:
-        """Link nothing to a checkpoint that is known to be damaged."""
+    def _after_looking(self, taken: int | None) -> None:
+        """Link nothing to a checkpoint that is known to be damaged, and tell that it was passed over.
+
+        Args:
+            taken: the step that was found in its place.
+        """
+        damaged = {step: one for one in self._loader.skipped if (step := parse_checkpoint(one.name)) is not None}
         if self._is_open:
-            steps = {step for item in self._loader.skipped if (step := parse_checkpoint(item.name)) is not None}
-            self._saver.completion.forget_base(steps)
+            self._saver.completion.forget_base(damaged)
+        if damaged:
+            self._listeners.post(lambda: FellBackEvent(step=taken, skipped=tuple(damaged.values())))
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
@@ -426,7 +514,7 @@ class Checkpointer:
             return self._loader.load(step, into, strict=strict, allow_pickle=allow_pickle, selection=selection)
 
         loaded = load(number) if into is None else self._together.load(number, load)
-        self._forget_damaged_base()
+        self._after_looking(None if loaded is None else loaded.step)
         if self._is_open and loaded is not None:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
                 self._saver.expect(loaded.info.nbytes // self._job.num_ranks)
@@ -439,23 +527,28 @@ class Checkpointer:
     def close(self, timeout: float | None = None) -> None:
         """Finish every save that was begun, then stop the workers and free the memory. Idempotent.
 
+        The listeners get the events that are still queued, for which it waits ``telemetry.listen_timeout_secs`` at most.
+
         Args:
             timeout: seconds to wait for saves in flight; those not committed by then fail with ClosedError.
 
         Raises:
-            UsageError: called by a callback of a save's Future.
+            UsageError: called by a listener, or by a callback of a save's Future.
             KeyboardInterrupt: while it waited; what is staged is committed by the workers after this process is gone.
-            Exception: the oldest error of a save that nobody has looked at; others follow it as its context.
+            Exception: the oldest error of a save that nobody has looked at, unless ``persistence.on_save_error`` says
+                otherwise; others follow it as its context.
         """
         self._close(False, timeout)
 
     def _close(self, has_failed: bool, timeout: float | None = None) -> None:
         if self._owner != os.getpid():
             return
-        self._refuse_in_callback("close()")
+        self._refuse_in_callback("close()")  # before the lock, which close() holds while it waits for a listener
         with self._lock:
             at_exit.forget(self)
             if not self._is_open:
+                if self._lifecycle is _Lifecycle.READ_ONLY:
+                    _close_listeners(self._listeners, self._config.telemetry.listen_timeout_secs, weakref.ref(self))
                 self._lifecycle = _Lifecycle.CLOSED
                 return
             self._lifecycle = _Lifecycle.CLOSING
@@ -499,3 +592,26 @@ def _place(directory: str, *, read_only: bool) -> Run:
         f"{directory} is one checkpoint, not the directory of a run; {its_run}to read this checkpoint alone, pass "
         "read_only=True, or call stager.load_checkpoint()"
     )
+
+
+def _check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics as plain numbers: tensors of one element and numpy's numbers are read.
+
+    Raises:
+        UsageError: names the metric that is no number.
+    """
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"metrics[{name!r}] is {value!r}, which is no number; give a float") from error
+        if not (isinstance(name, str) and name):
+            raise UsageError(f"metrics has the key {name!r}; a metric's name is text")
+    return numbers
+
+
+def _close_listeners(listeners: Listeners, secs: float, owner: weakref.ref[Checkpointer]) -> None:
+    checkpointer = owner()
+    remaining = None if checkpointer is None else checkpointer._preemption.remaining_secs()
+    listeners.close(min(limit for limit in (secs, remaining) if limit is not None))

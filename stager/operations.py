@@ -5,6 +5,7 @@ The commands ``stager verify``, ``stager recover`` and ``stager prune`` print wh
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -19,8 +20,9 @@ from stager.workers.checkpoint.directory.run_directory import (
 )
 from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, RecoverOutcome
 from stager.workers.checkpoint.maintenance.recover import recover as recover_all
-from stager.workers.checkpoint.maintenance.retention import PruneReport, RetentionRules
+from stager.workers.checkpoint.maintenance.retention import PruneReport
 from stager.workers.checkpoint.maintenance.retention import prune as prune_by_rules
+from stager.workers.checkpoint.maintenance.retention_rules import KeepBest, RetentionRules
 from stager.workers.checkpoint.read.verify import VerifyReport, verify_checkpoint
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 
@@ -97,6 +99,8 @@ def prune(
     *,
     keep_latest: int | None = None,
     keep_every: int | None = None,
+    keep_every_secs: float | None = None,
+    keep_best: KeepBest | None = None,
     protect: Iterable[int] = (),
     full: bool = True,
     dry_run: bool = False,
@@ -107,6 +111,8 @@ def prune(
         directory: of the run.
         keep_latest: keep so many of the newest valid checkpoints.
         keep_every: keep the steps that it divides.
+        keep_every_secs: keep the oldest, and from there on the first of each so many seconds.
+        keep_best: keep the best by a metric.
         protect: keep these steps, in addition to those that ``Checkpointer.protect()`` recorded.
         full: hash the newest checkpoint before any other is removed; otherwise check only names and sizes.
         dry_run: change nothing; report what would be removed.
@@ -117,10 +123,23 @@ def prune(
         CorruptCheckpointError: the list of protected steps is damaged; nothing was removed.
         StorageError: the directory cannot be read.
     """
-    if keep_latest is None and keep_every is None:
-        raise UsageError("without keep_latest and keep_every all checkpoints are kept; give at least one of them")
+    rules = RetentionRules(
+        keep_latest,
+        keep_every,
+        frozenset(protect),
+        full=full,
+        keep_best=keep_best,
+        keep_every_secs=keep_every_secs,
+    )
+    if rules.keep_all:
+        raise UsageError(
+            "without keep_latest, keep_every, keep_every_secs and keep_best all checkpoints are kept; give at least one"
+        )
     if any(rule is not None and rule < 1 for rule in (keep_latest, keep_every)):
         given = f"keep_latest ({keep_latest}) and keep_every ({keep_every})"
         raise UsageError(f"{given} must be at least 1 where they are given")
-    rules = RetentionRules(keep_latest, keep_every, frozenset(protect), full=full)
+    if keep_every_secs is not None and not 0 < keep_every_secs < math.inf:
+        raise UsageError(f"keep_every_secs is {keep_every_secs}; it must be a number of seconds above 0")
+    if keep_best is not None and (keep_best.count < 1 or keep_best.mode not in ("min", "max")):
+        raise UsageError(f"{keep_best}: count must be at least 1, and mode must be 'min' or 'max'")
     return prune_by_rules(require_run_directory(directory), rules, dry_run=dry_run)

@@ -11,7 +11,7 @@ import typer
 from stager.cli.console import print_json, printable, stdout
 from stager.cli.entry import LeafEntry, entries_of
 from stager.cli.foreign import inspect_foreign, is_foreign
-from stager.cli.ls import format_time
+from stager.cli.ls import format_metrics, format_time
 from stager.cli.options import JsonOption
 from stager.cli.selection import select_checkpoints
 
@@ -54,6 +54,8 @@ def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Leaf
 
 def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
     """The facts about a checkpoint as a whole."""
+    from stager.workers.checkpoint.directory import metrics
+
     header, layout = manifest.header, manifest.layout
     files = [{"name": f.name, "nbytes": f.nbytes} for f in layout.files]
     files += [{"name": f.name, "nbytes": f.nbytes} for f in manifest.index_files]
@@ -68,6 +70,7 @@ def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
         "save_id": header.save_id,
         "torch": header.torch,
         "stager": header.stager,
+        **({"metrics": metrics.encode(header.metrics)} if header.metrics else {}),
         "files": files,
     }
 
@@ -83,6 +86,7 @@ def _print(facts: dict[str, Any], entries: list[LeafEntry], limit: int) -> None:
         **facts,
         **({"created": format_time(facts["created"])} if "created" in facts else {}),
         "nbytes": f"{format_bytes(facts['nbytes'])} ({facts['nbytes']} bytes)",
+        **({"metrics": format_metrics(facts["metrics"])} if "metrics" in facts else {}),
         "files": ", ".join(f"{file['name']} ({format_bytes(file['nbytes'])})" for file in facts["files"]),
     }
     for name, value in shown.items():

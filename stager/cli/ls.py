@@ -37,6 +37,7 @@ class Row:
         nbytes: size of its files.
         created: unix time of the snapshot, or of the last change if it is not committed.
         step, num_tensors, num_objects: None if they are not known.
+        metrics: as they were given to ``save()``; None if that is not known.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     step: int | None
     num_tensors: int | None
     num_objects: int | None
+    metrics: dict[str, float | str] | None = None
 
 
 def ls(
@@ -91,6 +93,8 @@ def list_rows(directory: str) -> list[Row]:
 
 
 def _committed_row(info: CheckpointInfo) -> Row:
+    from stager.workers.checkpoint.directory import metrics
+
     return Row(
         name=os.path.basename(info.path),
         path=info.path,
@@ -101,6 +105,7 @@ def _committed_row(info: CheckpointInfo) -> Row:
         step=info.step,
         num_tensors=info.num_tensors,
         num_objects=info.num_objects,
+        metrics=metrics.encode(info.metrics),
     )
 
 
@@ -153,6 +158,9 @@ def _print_table(directory: str, rows: list[Row]) -> None:
     table = Table("step", "status", "size", "created", "tensors", "objects", box=None, padding=(0, 2, 0, 0))
     for column in (0, 2, 4, 5):
         table.columns[column].justify = "right"
+    has_metrics = any(row.metrics for row in rows)
+    if has_metrics:
+        table.add_column("metrics", overflow="fold")
     for row in rows:
         table.add_row(
             _count(row.step),
@@ -161,6 +169,7 @@ def _print_table(directory: str, rows: list[Row]) -> None:
             format_time(row.created),
             _count(row.num_tensors),
             _count(row.num_objects),
+            *([Text(format_metrics(row.metrics))] if has_metrics else []),
         )
     console.print(table)
     for row in rows:
@@ -176,6 +185,11 @@ def format_time(unix: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix)) if unix else ""
     except (OverflowError, ValueError, OSError):
         return f"{unix:g} s"
+
+
+def format_metrics(metrics: dict[str, float | str] | None) -> str:
+    """``loss 0.25, accuracy 0.9``; what a checkpoint says may be hostile."""
+    return ", ".join(f"{printable(name)} {float(value):g}" for name, value in (metrics or {}).items())
 
 
 def _count(number: int | None) -> str:

@@ -11,6 +11,7 @@ from stager.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from stager.workers.checkpoint.maintenance.retention import PruneReport
+    from stager.workers.checkpoint.maintenance.retention_rules import KeepBest
 
 
 def prune(
@@ -21,6 +22,14 @@ def prune(
     ] = None,
     keep_every: Annotated[
         int | None, typer.Option("--keep-every", min=1, metavar="K", help="Keep steps that are multiples of K.")
+    ] = None,
+    keep_every_secs: Annotated[
+        float | None,
+        typer.Option("--keep-every-secs", metavar="S", help="Keep the first checkpoint of each S seconds."),
+    ] = None,
+    keep_best: Annotated[
+        str | None,
+        typer.Option("--keep-best", metavar="METRIC[:MODE[:N]]", help="Keep the N best; MODE is min (default) or max."),
     ] = None,
     protect: Annotated[
         list[int] | None, typer.Option("--protect", min=0, metavar="STEP", help="Keep this step; may be repeated.")
@@ -40,10 +49,20 @@ def prune(
     from stager.workers.checkpoint.maintenance.retention import PruneFate
     from stager.workers.errors import UsageError
 
-    if keep_latest is None and keep_every is None:
-        raise UsageError("without --keep-latest or --keep-every all checkpoints are kept; give at least one of them")
+    if all(rule is None for rule in (keep_latest, keep_every, keep_every_secs, keep_best)):
+        raise UsageError(
+            "without a rule all checkpoints are kept; give at least one of --keep-latest, --keep-every, --keep-every-secs "
+            "and --keep-best"
+        )
     report = run_prune(
-        run, keep_latest=keep_latest, keep_every=keep_every, protect=protect or (), full=not quick, dry_run=dry_run
+        run,
+        keep_latest=keep_latest,
+        keep_every=keep_every,
+        keep_every_secs=keep_every_secs,
+        keep_best=None if keep_best is None else _keep_best(keep_best),
+        protect=protect or (),
+        full=not quick,
+        dry_run=dry_run,
     )
     ok = not report.steps(PruneFate.LEFT)
     if as_json:
@@ -52,6 +71,20 @@ def prune(
         _print(run, report)
     if not ok:
         raise typer.Exit(1)
+
+
+def _keep_best(text: str) -> KeepBest:
+    """Read ``loss``, ``loss:min`` or ``loss:min:3``; the metric's name may have colons of its own."""
+    from stager.workers.checkpoint.maintenance.retention_rules import KeepBest
+
+    count, mode = 1, "min"
+    name, _, last = text.rpartition(":")
+    if name and last.isdecimal():
+        text, count = name, int(last)
+    name, _, last = text.rpartition(":")
+    if name and last in ("min", "max"):
+        text, mode = name, last
+    return KeepBest(text, "max" if mode == "max" else "min", count)
 
 
 def _as_json(report: PruneReport) -> dict[str, object]:

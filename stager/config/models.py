@@ -22,6 +22,9 @@ Rule = Annotated[int, Field(ge=1)] | None
 SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a number of seconds")]
 
 
+_best_form = Allowed('a mapping such as {metric: loss, mode: "min" or "max", count: 3}')
+
+
 def _expanded(value: Any) -> Any:
     """A path as people write it (``~``, ``$VAR``); a relative one stays relative. What is no path is refused later."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
@@ -142,6 +145,10 @@ class PersistenceConfig(Section):
     incremental: bool = setting(
         False, "Link files whose bytes did not change since the last checkpoint; not with format torch. See the guide."
     )
+    on_save_error: Literal["raise", "warn", "call"] = setting(
+        "raise", "A failed save: a later save() raises; or it is logged; or only the listeners get it. See the guide."
+    )
+    tolerate_failures: int = setting(0, "With raise: so many failures in a row are only logged.", ge=0)
     full_every: int = setting(16, "With incremental: one of so many saves in a row is written without links.", ge=2)
 
     @model_validator(mode="after")
@@ -154,11 +161,25 @@ class PersistenceConfig(Section):
         return self
 
 
+class KeepBestConfig(Section):
+    """Which metric makes a checkpoint one that stays."""
+
+    metric: Annotated[str, Field(min_length=1)] = Field(description="Its name in ``save(..., metrics={...})``.")
+    mode: Literal["min", "max"] = setting("min", "min: the lowest is the best; max: the highest.")
+    count: int = setting(1, "So many stay.", ge=1)
+
+
 class RetentionConfig(Section):
     """Which checkpoints are removed after a commit."""
 
     keep_latest: Rule = setting(None, "So many of the newest stay; null: no such rule. Without any rule all stay.")
     keep_every: Rule = setting(None, "Steps that are multiples of it stay; null: no such rule.")
+    keep_every_secs: Seconds | None = setting(
+        None, "The first checkpoint of each so many seconds stays; null: no such rule."
+    )
+    keep_best: Annotated[KeepBestConfig, _best_form] | None = setting(
+        None, "The best by a metric stay, such as `{metric: loss, mode: min, count: 3}`; null: no such rule."
+    )
     protect: list[Annotated[int, Field(ge=0)]] = setting(
         [], "Steps that stay whatever the rules say, as those given to `protect()`."
     )
@@ -207,6 +228,10 @@ class TelemetryConfig(Section):
 
     events: FilePath | None = setting(None, "Events appended here as JSON lines; null: none.")
     trace: FilePath | None = setting(None, "A Chrome trace written here on close; null: none.")
+    progress: bool = setting(False, "Show progress while something waits for saves, on a terminal or in a notebook.")
+    listen_timeout_secs: SecondsOrZero = setting(
+        10.0, "Seconds that close() waits for listeners to take the last events."
+    )
 
 
 class StagerConfig(Section):

@@ -12,6 +12,10 @@ NEWEST = "newest"  # NewestStep: the step of the last checkpoint that a rank kno
 agreement = "agreement/{}".format  # by save id, as retry counts differ between ranks: barrier and head of the agreement
 save_end = "saves/{}".format  # by save id: SaveCommitted or SaveFailed, how the save ended
 every_part = "saves/{}/every-part".format  # by save id: EveryPartWritten, at a deadline only the commit was missing
+failure = (
+    "saves/{}/failure".format
+)  # by save id: Number of the saves that each rank had begun when it knew of the failure;
+# /raises under it: Number of the save() that raises, on all ranks
 commit_helpers = "saves/{}/helpers".format  # by save id: count of the ranks but 0 that found every part and no commit
 
 load = "load/{}".format  # by number of the try: barrier and head of a load

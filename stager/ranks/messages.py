@@ -91,7 +91,10 @@ class BroadcastFailed(Message):
 
 
 class Number(Message):
-    """The first rank that has this number, where the ranks look for the smallest. All ranks gather them."""
+    """The first rank that has this number, where ranks look for the smallest; each rank, where it knows of a failed save.
+
+    All ranks gather them. The first to do so posts the number of the ``save()`` that raises the failure.
+    """
 
     value: int
 

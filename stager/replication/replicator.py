@@ -39,7 +39,7 @@ from stager.replication.exchange import Exchange, ExchangeResult, NothingSentErr
 from stager.replication.keeper import Keeper, messages
 from stager.replication.parcel import Parcel
 from stager.replication.replicas import Replicas
-from stager.telemetry.event import Timeline
+from stager.telemetry.timeline import Timeline
 from stager.workers.checkpoint.commit.replica import ReplicaHeader
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
@@ -232,7 +232,7 @@ class Replicator:
         result = self._exchange(save.save_id, offer.parcel())
         has_snapshot = not isinstance(offer.snapshot, BaseException)
         if has_snapshot and result.not_sent is None:
-            save.event("replicate", started)
+            save.timing("replicate", started)
         if self._state is not _State.CANCELLED:
             if has_snapshot and result.not_sent is not None:
                 logger.warning("step %d is not replicated: %s", save.step, str(result.not_sent))

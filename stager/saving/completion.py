@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 
@@ -67,6 +67,12 @@ class SaveCompletion:
         with self._lock:
             return list(self._in_flight)
 
+    def wait_for_saves(self, step: int) -> None:
+        """Wait until no save of ``step`` is in flight, and the workers have tidied up after it."""
+        for save in self.in_flight():
+            if save.step == step:
+                wait([save.upload_completion])
+
     def await_parts(
         self,
         futures: Sequence[Future[PartResult]],
@@ -105,17 +111,19 @@ class SaveCompletion:
 
     def _finish(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException | None) -> None:
         committed = next((result.committed for result in results if result.committed), None)
+        if results and (error is None or committed is not None):
+            save.written(results)
         if committed is not None:  # 3. whatever happened to another part afterwards
             self._commit_watch.messages.post_committed(committed)
-            self._commit(save, results, committed)
+            self._commit(save, committed)
             return
         if error is None:  # 4.
-            self._commit_watch.expect(spec, partial(self._commit, save, results), partial(self._give_up, save))
+            self._commit_watch.expect(spec, partial(self._commit, save), partial(self._give_up, save))
             return
         # 5. Tell first: the other ranks need not wait for the removal.
         error = self._commit_watch.messages.first_failure(spec, error)
         self.tell(save, error)
-        self._discard(spec, partial(self._end_failed, spec, save, results, error))
+        self._discard(spec, partial(self._end_failed, spec, save, error))
 
     def _discard(self, spec: SaveSpec, then: Callable[[], None]) -> None:
         leftovers = spec.directory, spec.step, spec.save_id
@@ -128,21 +136,21 @@ class SaveCompletion:
         else:
             cleaned.add_done_callback(lambda _: then())
 
-    def _end_failed(self, spec: SaveSpec, save: Save, results: list[PartResult], error: BaseException) -> None:
+    def _end_failed(self, spec: SaveSpec, save: Save, error: BaseException) -> None:
         # Another rank may have committed after this rank's receipts, and before what failed here. The look comes after
         # the removal: from then on nobody can commit this save any more.
         committed = self._commit_watch.found_by_others(spec)
         if committed is None:
             self._give_up(save, error)
         else:
-            self._commit(save, results, committed)
+            self._commit(save, committed)
 
-    def _commit(self, save: Save, results: list[PartResult], committed: Committed) -> None:
+    def _commit(self, save: Save, committed: Committed) -> None:
         self.set_base(
             save.step
         )  # before the Future is done: who waits for it may save at once, and link this checkpoint
         self._commit_watch.remove_unfinished(committed.info.created)
-        self._settle(save, lambda: save.commit(results, committed))
+        self._settle(save, lambda: save.commit(committed))
 
     def _give_up(self, save: Save, error: BaseException) -> None:
         self._settle(save, lambda: save.fail(error))

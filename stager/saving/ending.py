@@ -23,7 +23,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from stager.replication.replication import Replication
-from stager.saving.save import UnreadErrors
+from stager.saving.save_errors import SaveErrors
 from stager.saving.saver import Saver
 from stager.workers.errors import InternalError, LeftRunningError
 from stager.workers.pool.pool import WorkerPool
@@ -46,7 +46,7 @@ class Ending:
     pool: WorkerPool
     replication: Replication
     group_secs: float
-    unread: UnreadErrors
+    errors: SaveErrors
     resources: ExitStack
 
     def finish(
@@ -69,7 +69,7 @@ class Ending:
             limits = timeout, deadline_secs, self.group_secs
             with self.replication.closing(limits, has_failed=has_failed):
                 finish_saves(self.saver, self.pool, timeout, deadline_secs)
-        self.unread.raise_all()
+        self.errors.raise_all()
 
 
 def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline_secs: float | None) -> None:
@@ -84,9 +84,11 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
     """
     secs = min((limit for limit in (timeout, deadline_secs) if limit is not None), default=None)
     try:
-        with suppress(TimeoutError):  # then the steps that follow have no time left
-            saver.wait_for_staging(secs)  # 1.
-        if _drain(saver, pool, secs):
+        with saver.progress.shown("closing"):
+            with suppress(TimeoutError):  # then the steps that follow have no time left
+                saver.wait_for_staging(secs)  # 1.
+            is_drained = _drain(saver, pool, secs)
+        if is_drained:
             pool.close()  # 5.
         elif deadline_secs is None:
             pool.close(0)

@@ -119,9 +119,10 @@ class HandOver:
             staging.failure = error
         staging.tasks.append(task)
         staging.futures += futures
+        save.watch_parts(futures)
         staging.leases.append(lease)
         lease.move(SlabState.PERSISTING)
-        save.timeline.event("hand over", started)
+        save.timeline.timing("hand over", started)
         # 3. The completion releases the slab of the last piece: nothing in this process waits for that one.
         if not is_last:
             when_all_done(futures, lambda: _release(staging, futures, lease))
@@ -169,6 +170,7 @@ class HandOver:
             created=time.time(),
             whole_bytes=pieces.whole_bytes,
             base_step=self.completion.base_step,
+            metrics=save.metrics,
         )
 
 

@@ -16,7 +16,8 @@ from enum import Enum, auto
 from stager.workers.checkpoint.directory.protected import read_protected, write_protected
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name
-from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune, remove
+from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules
 from stager.workers.errors import ClosedError
 from stager.workers.pool.pool import WorkerPool
 
@@ -61,6 +62,12 @@ class Retainer:
     def run(self, *, dry_run: bool) -> PruneReport:
         """Apply the rules now, and wait for it. With ``dry_run`` nothing is removed."""
         report = self.pool.submit(prune, self.directory, self.rules, dry_run=dry_run).result()
+        self.on_report(report)
+        return report
+
+    def remove(self, step: int) -> PruneReport:
+        """Remove one checkpoint, and wait for it. Errors: :meth:`stager.Checkpointer.delete`."""
+        report = self.pool.submit(remove, self.directory, step).result()
         self.on_report(report)
         return report
 

@@ -4,21 +4,31 @@ PLANNED --> STAGING --> STAGED --> PERSISTING --> COMMITTED
    |           |           |           |
    +-----------+-----------+-----------+--> FAILED          (PLANNED --> SKIPPED: arena.when_full is "skip")
 
-Three views of it: ``Save`` for the threads that take part, ``SaveHandle`` for the user, and ``UnreadErrors`` for the next
-``save()`` or ``close()``, which raises what nobody has read.
+Two views of it: ``Save`` for the threads that take part, and ``SaveHandle`` for the user. Each step forward is an event
+(``telemetry/event.py``), which is posted before the Future of the step is done: who waits for the Future and closes the
+Checkpointer then knows that the listeners get the event.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
-from stager.telemetry.event import Timeline
+from stager.telemetry.event import (
+    CommittedEvent,
+    Event,
+    FailedEvent,
+    PlannedEvent,
+    SkippedEvent,
+    StagedEvent,
+    WrittenEvent,
+)
 from stager.telemetry.report import SaveReport, SaveState
+from stager.telemetry.timeline import Timeline
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.commit.persist import PartResult
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
@@ -70,19 +80,28 @@ class ReadTrackingFuture(Future[T], Generic[T]):
 class Save:
     """The record of one save, which the threads that take part in it move forward.
 
+    Args:
+        post: gets what makes each event, if somebody listens (``Listeners.post``).
+        metrics: to be kept with the checkpoint.
+
     Attributes:
         step, save_id: which save; the id is the same on all ranks.
-        timeline: its events and notes.
+        timeline: its timings and notes.
         staging_completion, upload_completion: see :class:`~stager.SaveHandle`.
     """
 
-    def __init__(self, step: int, save_id: str) -> None:
+    def __init__(
+        self, step: int, save_id: str, post: Callable[[Callable[[], Event]], None], metrics: Mapping[str, float]
+    ) -> None:
         self.step = step
         self.save_id = save_id
+        self.metrics = metrics
+        self._post = post
         self.timeline = Timeline(step, save_id)
         self.staging_completion: ReadTrackingFuture[None] = ReadTrackingFuture()
         self.upload_completion: ReadTrackingFuture[CheckpointInfo] = ReadTrackingFuture()
         self._report = SaveReport(step, SaveState.PLANNED)
+        self._num_parts = self._num_parts_done = 0
         self._lock = threading.Lock()
 
     @property
@@ -94,7 +113,7 @@ class Save:
     def report(self) -> SaveReport:
         """The figures so far."""
         with self._lock:
-            return replace(self._report, events=self.timeline.events, notes=self.timeline.notes)
+            return replace(self._report, timings=self.timeline.timings, notes=self.timeline.notes)
 
     def move(self, to: SaveState) -> None:
         """Change the state.
@@ -117,14 +136,62 @@ class Save:
         """Return how long ago ``save()`` was called."""
         return time.time() - self.timeline.started
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why the save failed; None if it has not. Does not count as read by the user."""
+        upload = self.upload_completion
+        return Future.exception(upload) if upload.done() and not upload.cancelled() else None
+
+    def watch_parts(self, parts: Sequence[Future[PartResult]]) -> None:
+        """Count these parts, which the workers have, in :attr:`parts`."""
+        with self._lock:
+            self._num_parts += len(parts)
+        for part in parts:  # the save does not hold them: their callbacks hold slabs, and the save
+            part.add_done_callback(self._part_done)
+
+    def _part_done(self, _: Future[PartResult]) -> None:
+        with self._lock:
+            self._num_parts_done += 1
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """How many of this rank's parts the workers have finished, and how many they have been given."""
+        with self._lock:
+            return self._num_parts_done, self._num_parts
+
+    def planned(self, **figures: Any) -> None:
+        """Fill in what the plan says."""
+        self.record(**figures)
+        self._post(lambda: PlannedEvent(report=self.report))
+
     def complete_staging(self) -> None:
         """Resolve ``staging_completion``: the snapshot is whole, and the workers have it."""
         self.record(staged_secs=self.elapsed_secs())
+        self._post(lambda: StagedEvent(report=self.report))
         self.staging_completion.set_result(None)
+
+    def written(self, results: Sequence[PartResult]) -> None:
+        """Fill in when this rank's parts were written and synced.
+
+        Args:
+            results: of the parts, all that this rank has.
+        """
+        timing, since = self.timeline.timing, self.timeline.started
+        for result in results:
+            timing("write", result.started, result.written, f"worker {result.pid}")
+            timing("sync", result.written, result.synced, f"worker {result.pid}")
+        for note in dict.fromkeys(result.note for result in results if result.note):
+            self.timeline.note(note)
+        self.record(
+            written_secs=max(result.written for result in results) - since,
+            synced_secs=max(result.synced for result in results) - since,
+        )
+        self._post(lambda: WrittenEvent(report=self.report))
 
     def skip(self) -> None:
         """End the save before it began: every slab was in use, and the user asked to skip then."""
         self.move(SaveState.SKIPPED)
+        self._post(lambda: SkippedEvent(report=self.report))
         self.staging_completion.set_result(None)
         self.upload_completion.cancel()
         self.upload_completion.set_running_or_notify_cancel()
@@ -134,36 +201,29 @@ class Save:
         self.move(
             SaveState.FAILED
         )  # first: two threads may try to end a save, and only one of them gets past this line
+        self._post(lambda: FailedEvent(report=self.report, error=error))
         if not self.staging_completion.done():
             self.staging_completion.set_exception(error)
             self.staging_completion.was_read = True  # upload_completion has the same error: raise it once
         self.upload_completion.set_exception(error)
 
-    def commit(self, results: list[PartResult], committed: Committed) -> None:
-        """End the save with a checkpoint.
-
-        Args:
-            results: of this rank's parts.
-            committed: the checkpoint, of all ranks.
-        """
-        event = self.timeline.event
-        for result in results:
-            event("write", result.started, result.written, f"worker {result.pid}")
-            event("sync", result.written, result.synced, f"worker {result.pid}")
-        event("commit", committed.started, committed.ended, f"worker {committed.pid}")
-        for note in dict.fromkeys(result.note for result in results if result.note):
-            self.timeline.note(note)
-        since = self.timeline.started
+    def commit(self, committed: Committed) -> None:
+        """End the save with a checkpoint, of all ranks."""
+        self.timeline.timing("commit", committed.started, committed.ended, f"worker {committed.pid}")
+        since, info = self.timeline.started, committed.info
+        with self._lock:  # None where a worker wrote a part and died before it could say so
+            written, synced = self._report.written_secs, self._report.synced_secs
         self.record(
-            written_secs=max((r.written for r in results), default=committed.ended) - since,
-            synced_secs=max((r.synced for r in results), default=committed.ended) - since,
+            written_secs=committed.ended - since if written is None else written,
+            synced_secs=committed.ended - since if synced is None else synced,
             committed_secs=committed.ended - since,
-            linked_bytes=committed.info.linked_bytes,
-            written_bytes=committed.info.nbytes - committed.info.linked_bytes,
+            linked_bytes=info.linked_bytes,
+            written_bytes=info.nbytes - info.linked_bytes,
         )
         # The figures are whole before the Future is done: whoever waited for it may read the report.
         self.move(SaveState.COMMITTED)
-        self.upload_completion.set_result(committed.info)
+        self._post(lambda: CommittedEvent(report=self.report, info=info))
+        self.upload_completion.set_result(info)
 
 
 class SaveHandle:
@@ -197,34 +257,3 @@ class SaveHandle:
 
     def __repr__(self) -> str:
         return f"<SaveHandle step={self.step} {self.state}>"
-
-
-class UnreadErrors:
-    """The errors of saves that somebody may still have to be told. The caller's lock protects it."""
-
-    def __init__(self) -> None:
-        self._uploads: list[ReadTrackingFuture[CheckpointInfo]] = []
-
-    def add(self, save: Save) -> None:
-        """Watch a save."""
-        self._uploads.append(save.upload_completion)
-
-    def raise_oldest(self) -> None:
-        """Raise the oldest error that nobody has read, if there is one. It counts as read then."""
-        for upload in [upload for upload in self._uploads if upload.done()]:
-            self._uploads.remove(upload)
-            if (error := upload.take_unread()) is not None:
-                raise error
-
-    def raise_all(self) -> None:
-        """Raise the oldest unread error, with the others as its context: there is no later call that could raise them."""
-        unread = [error for upload in self._uploads if (error := upload.take_unread()) is not None]
-        errors = list({id(error): error for error in unread}.values())  # saves that fail together share one error
-        for error, following in pairwise(errors):
-            last = error
-            while (inner := last.__cause__ or last.__context__) is not None:
-                last = inner
-            if last is not following:
-                last.__context__ = following
-        if errors:
-            raise errors[0]

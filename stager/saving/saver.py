@@ -27,12 +27,15 @@ from concurrent.futures import wait
 from functools import partial
 from typing import Any
 
+from torch.profiler import record_function
+
 from stager.arena.arena import Arena, Lease
 from stager.config import StagerConfig
 from stager.ranks.rank_group import WARM_UP, RankGroup
 from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
 from stager.saving.hand_over import HandOver, Staging
+from stager.saving.progress import SaveProgress
 from stager.saving.save import Save
 from stager.saving.setup import save_template, writing
 from stager.saving.staging_thread import StagingThread
@@ -43,6 +46,7 @@ from stager.snapshot.pieces import Piece, Pieces, cut, segment_bytes_for, whole
 from stager.snapshot.taker import Assignment, Snapshot, SnapshotTaker
 from stager.state.snapshot_plan import Planner
 from stager.state.state_tree import StateTree
+from stager.telemetry.event import Event
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors
@@ -63,11 +67,13 @@ class Saver:
     Args:
         directory: of the run, absolute.
         segment_bytes: the same on all ranks.
-        on_done: called with every save that has ended, in the pool's or the commit watch's thread.
+        on_done: called with every save that has ended, in the pool's or the commit watch's thread, or in that of ``save()``.
+        post: gets what makes each event of a save (``Listeners.post``).
 
     Attributes:
         guard: which optimizers' memory may be copied while training goes on.
         completion: ends the saves that were handed over.
+        progress: shows the saves in flight to whoever waits for them.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Saver:
         group: RankGroup,
         replicator: Replicator | NoReplication,
         on_done: Callable[[Save], None],
+        post: Callable[[Callable[[], Event]], None],
     ) -> None:
         staging, persistence = config.staging, config.persistence
         self._directory = directory
@@ -89,10 +96,15 @@ class Saver:
         self._arena = arena
         self._pool = pool
         self._group = group
+        self._post = post
         self._replicator = replicator
         self._thread = StagingThread()
         self.completion = SaveCompletion(
             pool, group, on_done, incremental=self._incremental, keep_unfinished=replicator.is_on
+        )
+        self._waiting: set[Save] = set()  # for a buffer
+        self.progress = SaveProgress(
+            config.telemetry.progress, lambda: [*self.completion.in_flight(), *tuple(self._waiting)]
         )
         template, how = save_template(persistence, directory, group), writing(persistence, self._num_parts)
         self._hand_over = HandOver(template, how, arena, pool, self.completion, replicator)
@@ -100,7 +112,7 @@ class Saver:
         planner = partial(Planner, file_format, self._num_parts, rank=group.rank, incremental=self._incremental)
         self._planner = planner(segment_bytes)
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, segment_bytes), in_order=True)
-        self.guard = Guard(self.wait_for_staging)
+        self.guard = Guard(self._wait_before_step)
         self._copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
         sharer = SourceSharer(pool, self._num_parts, SharingOptions(staging.location, staging.share_min_bytes))
         self._taker = SnapshotTaker(
@@ -116,17 +128,22 @@ class Saver:
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Mapping[str, Any]) -> Save:
-        """Take a snapshot, and have it written. Arguments and errors: :meth:`stager.Checkpointer.save`."""
-        save = Save(step, self._group.save_id(step))
+    def new_save(self, step: int, metrics: Mapping[str, float]) -> Save:
+        """Make the record of a save, for :meth:`save`."""
+        return Save(step, self._group.save_id(step), self._post, metrics)
+
+    def save(self, save: Save, state: Mapping[str, Any]) -> None:
+        """Take a snapshot, and have it written. Errors: :meth:`stager.Checkpointer.save`. The save has failed with them."""
         try:
             self._replicator.begin(save.timeline)
             self._save(save, state)
         except BaseException as error:
-            self.completion.tell(save, error)
+            if save.state is SaveState.PLANNED:  # no other thread has it
+                self.completion.fail(save, error)
+            else:
+                self.completion.tell(save, error)
             self._hand_over.do_not_replicate(save, error)
             raise
-        return save
 
     def _save(self, save: Save, state: Mapping[str, Any]) -> None:
         snapshot, pieces = self._plan(save, self._taker.flatten(state, save.save_id))
@@ -146,8 +163,8 @@ class Saver:
         timeline = save.timeline
         snapshot = self._taker.begin(timeline, tree, self._planner, may_move=not self._thread.is_busy)
         plan = snapshot.plan
-        save.record(nbytes=snapshot.nbytes, num_tensors=plan.num_tensors, num_objects=len(plan.objects))
-        timeline.event("plan", timeline.started)
+        save.planned(nbytes=snapshot.nbytes, num_tensors=plan.num_tensors, num_objects=len(plan.objects))
+        timeline.timing("plan", timeline.started)
         # In one piece if it fits a slab. Only the plan of the whole snapshot says how large it is.
         pieces = whole(snapshot.plan, snapshot.blobs, self._num_parts, _ANY_SIZE if self._incremental else 0)
         if pieces.slab_nbytes > self._arena.max_slab_nbytes:
@@ -174,8 +191,12 @@ class Saver:
 
     def _lease(self, save: Save, nbytes: int) -> Lease | None:
         """None: this save is skipped."""
-        with save.timeline.timed("wait for a buffer"):
-            lease = self._arena.lease(nbytes)
+        self._waiting.add(save)
+        try:
+            with save.timeline.timed("wait for a buffer"), self.progress.shown("waiting for a buffer"):
+                lease = self._arena.lease(nbytes)
+        finally:
+            self._waiting.discard(save)
         if lease is None:
             logger.info("save of step %d skipped: every buffer is in flight", save.step)
             save.skip()
@@ -184,8 +205,9 @@ class Saver:
             point("save.planned")
             save.move(SaveState.STAGING)
             self.completion.begin(save)
-        except BaseException:
+        except BaseException as error:
             lease.release()
+            self.completion.fail(save, error)
             raise
         return lease
 
@@ -288,9 +310,14 @@ class Saver:
         steps = ", ".join(str(save.step) for save in saves)
         LongWait(f"the save of step {steps} to be committed").until(ended)
 
+    def _wait_before_step(self) -> None:
+        if self._thread.is_busy:  # else no range: a profile shows the steps that have waited
+            with record_function("stager: wait before a guarded step"):
+                self.wait_for_staging()
+
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, create slabs, start workers. Waits for all of it."""
-        save = Save(0, self._group.save_id(WARM_UP))
+        save = Save(0, self._group.save_id(WARM_UP), lambda make: None, {})  # nobody hears of it: it is no save
         try:
             tree = self._taker.flatten(state, save.save_id)
         except BaseException as error:

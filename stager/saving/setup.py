@@ -12,9 +12,10 @@ from stager.config import ArenaConfig, PersistenceConfig, RetentionConfig, Stage
 from stager.config.host import available_memory_bytes
 from stager.ranks.rank_group import RankGroup
 from stager.snapshot.pieces import segment_bytes_for
-from stager.telemetry.sinks import Telemetry
+from stager.telemetry.listeners import Listeners
+from stager.telemetry.sinks import chrome_trace, json_lines
 from stager.workers._version import __version__
-from stager.workers.checkpoint.maintenance.retention import RetentionRules
+from stager.workers.checkpoint.maintenance.retention_rules import KeepBest, RetentionRules
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.device.accelerator import NO_DEVICE_ENVIRONMENT
@@ -42,10 +43,13 @@ def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
         )
 
 
-def make_telemetry(telemetry: TelemetryConfig, group: RankGroup) -> Telemetry:
-    """Open the files for events and traces: of several ranks, rank 3 has ``events.rank-3.jsonl``; OSError if it cannot."""
+def listen_to_files(listeners: Listeners, telemetry: TelemetryConfig, group: RankGroup) -> None:
+    """Let the configured files listen; OSError if one cannot be opened. Of several ranks, rank 3 has ``x.rank-3.jsonl``."""
     rank = "" if group.is_alone else f".rank-{group.rank}"
-    return Telemetry(*(path and rank.join(os.path.splitext(path)) for path in (telemetry.events, telemetry.trace)))
+    for path, open_sink in ((telemetry.events, json_lines), (telemetry.trace, chrome_trace)):
+        if path is not None:
+            sink = open_sink(rank.join(os.path.splitext(path)))
+            listeners.add(sink, sink.close)
 
 
 def make_arena(arena: ArenaConfig, group: RankGroup) -> Arena:
@@ -116,4 +120,6 @@ def retention_rules(retention: RetentionConfig, num_threads: int | None = 1) -> 
         protected=frozenset(retention.protect),
         full=retention.verify == "full",
         num_threads=num_threads,
+        keep_best=None if retention.keep_best is None else KeepBest(**retention.keep_best.model_dump()),
+        keep_every_secs=retention.keep_every_secs,
     )

@@ -30,7 +30,7 @@ from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.state.state_tree import StateTree
 from stager.state.tensor_kinds import TensorRecipe, WholeTensor
-from stager.telemetry.event import Timeline
+from stager.telemetry.timeline import Timeline
 from stager.workers.checkpoint.formats import Format
 from stager.workers.checkpoint.formats.object_pickle import PickledObject
 from stager.workers.checkpoint.formats.safe_globals import refusal_of, refused_classes
@@ -302,7 +302,7 @@ class SnapshotTaker:
                     meanwhile,
                 )
                 for result in copied.results:
-                    timeline.event("stage", result.started, result.ended, f"worker {result.pid}")
+                    timeline.timing("stage", result.started, result.ended, f"worker {result.pid}")
                 for note in copied.notes:
                     timeline.note(note)
             else:

@@ -1,66 +1,127 @@
-"""What happened during a save and when: timed events and notes, recorded from any thread."""
+"""Events: what happens to the checkpoints of a run, as listeners get it (``listeners.py``).
+
+    PlannedEvent -> StagedEvent -> WrittenEvent -> CommittedEvent
+         |              |              |
+         +--------------+--------------+--> FailedEvent          SkippedEvent: no buffer was free (arena.when_full: skip)
+
+    FellBackEvent: a damaged checkpoint was passed over                PrunedEvent: checkpoints were removed
+
+Each rank has the events of its own part of a save; only rank 0 prunes.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from stager.telemetry.report import SaveReport
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
+from stager.workers.checkpoint.maintenance.retention import PruneReport
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One timed step of a save.
+    """Something that happened to the checkpoints of a run; the base of every event.
 
     Attributes:
-        name: what was done, e.g. "stage" or "write".
-        process: who did it: "trainer" or "worker <pid>".
-        start, end: seconds since the epoch (``time.time()``).
+        name: the kind of event, as one word: "committed".
+        time: when it happened, unix time.
     """
 
-    name: str
-    process: str
-    start: float
-    end: float
+    name: ClassVar[str]
+    time: float = field(default_factory=time.time)
 
 
-class Timeline:
-    """Collects the events and notes of one save, from any thread. ``started`` is when ``save()`` was called."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveEvent(Event):
+    """Something that happened to one save; the base of the events that have a report.
 
-    def __init__(self, step: int, save_id: str) -> None:
-        self.step = step
-        self.save_id = save_id
-        self.started = time.time()
-        self._events: list[Event] = []
-        self._notes: list[str] = []
-        self._lock = threading.Lock()
+    Attributes:
+        report: the save's figures at that moment.
+    """
 
-    def event(self, name: str, start: float, end: float | None = None, process: str = "trainer") -> None:
-        """Record a step that took from ``start`` to ``end`` (seconds since the epoch; None: now)."""
-        with self._lock:
-            self._events.append(Event(name, process, start, time.time() if end is None else end))
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Record the trainer's step ``name`` when the block ends without an exception."""
-        start = time.time()
-        yield
-        self.event(name, start)
-
-    def note(self, text: str) -> None:
-        """Record something that the user may want to know about how this save was done."""
-        with self._lock:
-            self._notes.append(text)
+    report: SaveReport
 
     @property
-    def events(self) -> tuple[Event, ...]:
-        """The events so far, in the order in which they were recorded."""
-        with self._lock:
-            return tuple(self._events)
+    def step(self) -> int:
+        """The training step of the save."""
+        return self.report.step
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """The notes so far, in the order in which they were recorded."""
-        with self._lock:
-            return tuple(self._notes)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedEvent(SaveEvent):
+    """A save knows what it has to copy and write: ``report`` has ``nbytes``, ``num_tensors`` and ``num_objects``."""
+
+    name: ClassVar[str] = "planned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedEvent(SaveEvent):
+    """A snapshot is whole, and the workers have it: the save is committed even if this process is killed now."""
+
+    name: ClassVar[str] = "staged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenEvent(SaveEvent):
+    """The bytes of this rank are written and synced. The checkpoint may still wait for other ranks."""
+
+    name: ClassVar[str] = "written"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommittedEvent(SaveEvent):
+    """A save is a checkpoint now.
+
+    Attributes:
+        info: of the checkpoint.
+    """
+
+    name: ClassVar[str] = "committed"
+    info: CheckpointInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedEvent(SaveEvent):
+    """A save has failed, on every rank; whatever ``persistence.on_save_error`` says.
+
+    Attributes:
+        error: why. ``LeftRunningError``: ``close()`` had no time left, and the workers commit it alone.
+    """
+
+    name: ClassVar[str] = "failed"
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedEvent(SaveEvent):
+    """A save was not taken, because every buffer was in flight and ``arena.when_full`` is "skip"."""
+
+    name: ClassVar[str] = "skipped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FellBackEvent(Event):
+    """``latest()`` or ``load()`` passed over newer checkpoints, which are damaged.
+
+    Attributes:
+        step: of the checkpoint that was taken; None: there is no valid one.
+        skipped: those that were passed over, newest first, and why.
+    """
+
+    name: ClassVar[str] = "fell back"
+    step: int | None
+    skipped: tuple[SkippedCheckpoint, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedEvent(Event):
+    """Checkpoints were removed by ``retention`` or ``delete()``, or should have been and were left.
+
+    Attributes:
+        report: what became of each checkpoint, and the bytes that were freed.
+    """
+
+    name: ClassVar[str] = "pruned"
+    report: PruneReport

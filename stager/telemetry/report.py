@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
-from stager.telemetry.event import Event
+from stager.telemetry.timeline import Timing
 
 
 class SaveState(str, Enum):
@@ -37,7 +37,7 @@ class SaveReport:
             checkpoint was visible.
         written_bytes, linked_bytes: bytes of the checkpoint's files that were written, and bytes of unchanged files that
             were hard-linked from an earlier checkpoint (``persistence.incremental``). None: not committed.
-        events: what happened when, in which process.
+        timings: what was done when, in which process.
         notes: what is worth knowing about how this save was done.
     """
 
@@ -53,5 +53,16 @@ class SaveReport:
     committed_secs: float | None = None
     written_bytes: int | None = None
     linked_bytes: int | None = None
-    events: tuple[Event, ...] = ()
+    timings: tuple[Timing, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def scalars(self, prefix: str = "checkpoint/") -> dict[str, float]:
+        """Return the figures as W&B, TensorBoard and the like take them: a flat mapping of names to numbers.
+
+        Figures that are None are left out. ``wandb.log(report.scalars(), step=...)``
+
+        Args:
+            prefix: before each name: ``checkpoint/blocked_secs``.
+        """
+        values = ((one.name, getattr(self, one.name)) for one in fields(self) if one.name != "step")
+        return {prefix + name: float(value) for name, value in values if type(value) in (int, float)}

@@ -1,51 +1,58 @@
-"""Where the events of finished saves go: JSON lines, and a Chrome trace that opens in Perfetto beside a torch profile."""
+"""Listeners that write finished saves to files: JSON lines, and a Chrome trace (for Perfetto, beside a torch profile)."""
 
 from __future__ import annotations
 
 import json
 import os
-import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 
+from stager.telemetry.event import CommittedEvent, Event, FailedEvent
 from stager.telemetry.report import SaveReport
 
+Path = str | os.PathLike[str]
 
-class Telemetry:
-    """Appends each finished save to the configured files.
+
+class FileSink:
+    """Writes the lines of each finished save to a file.
 
     Args:
-        events: path of the JSONL file, one object per save; None: write none.
-        trace: path of the trace (Trace Event Format, JSON array form, which may stay unclosed); None: write none.
+        path: of the file.
+        mode: "a" appends, "w" begins anew.
+        lines_of: makes the lines of a save.
+        head: of a new file.
 
     Raises:
-        OSError: a file cannot be opened.
+        OSError: the file cannot be opened.
     """
 
-    def __init__(self, events: str | os.PathLike[str] | None, trace: str | os.PathLike[str] | None) -> None:
-        self._lock = threading.Lock()
-        with ExitStack() as opened:  # closes the first file if the second cannot be opened
-            self._events = None if events is None else opened.enter_context(open(events, "a", encoding="utf-8"))
-            self._trace = None if trace is None else opened.enter_context(open(trace, "w", encoding="utf-8"))
-            self._files = opened.pop_all()
-        if self._trace is not None:
-            self._trace.write("[\n")
+    def __init__(self, path: Path, mode: str, lines_of: Callable[[SaveReport], list[str]], head: str = "") -> None:
+        self._lines_of = lines_of
+        with ExitStack() as opened:
+            self._file = opened.enter_context(open(path, mode, encoding="utf-8"))
+            self._file.write(head)
+            self._opened = opened.pop_all()
 
-    def record(self, report: SaveReport) -> None:
-        """Write one finished save; OSError if a file cannot be written. Does nothing after :meth:`close`."""
-        with self._lock:
-            if self._events is not None:
-                self._events.write(json.dumps(asdict(report)) + "\n")
-                self._events.flush()
-            if self._trace is not None:
-                self._trace.writelines(_trace_lines(report))
-                self._trace.flush()
+    def __call__(self, event: Event) -> None:
+        """Write the lines of a save that has ended; OSError if that is impossible."""
+        if isinstance(event, CommittedEvent | FailedEvent):
+            self._file.writelines(self._lines_of(event.report))
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the files."""
-        with self._lock:
-            self._events = self._trace = None
-            self._files.close()
+        """Close the file."""
+        self._opened.close()
+
+
+def json_lines(path: Path) -> FileSink:
+    """A file to which each finished save appends its report, as one line of JSON."""
+    return FileSink(path, "a", lambda report: [json.dumps(asdict(report)) + "\n"])
+
+
+def chrome_trace(path: Path) -> FileSink:
+    """A file of timings in the Trace Event Format, JSON array form, which may stay unclosed."""
+    return FileSink(path, "w", _trace_lines, "[\n")
 
 
 def _trace_lines(report: SaveReport) -> list[str]:
@@ -53,12 +60,12 @@ def _trace_lines(report: SaveReport) -> list[str]:
     common = {"cat": "stager", "ph": "X", "pid": os.getpid()}
     rows = (
         {
-            "name": f"{event.name} {report.step}",
+            "name": f"{timing.name} {report.step}",
             **common,
-            "tid": event.process,
-            "ts": event.start * 1e6,
-            "dur": (event.end - event.start) * 1e6,
+            "tid": timing.process,
+            "ts": timing.start * 1e6,
+            "dur": (timing.end - timing.start) * 1e6,
         }
-        for event in report.events
+        for timing in report.timings
     )
     return [json.dumps(row) + ",\n" for row in rows]

@@ -75,7 +75,7 @@ def _save(rank: int, num_ranks: int, directory: str, memory: str, mib: int) -> N
             handle.upload_completion.result()
             while group.read(keys.replica_fate(handle.save_id)) != ReplicaFate(is_whole=True):
                 time.sleep(0.005)
-            sent = [event for event in handle.report.events if event.name == "replicate"]
+            sent = [timing for timing in handle.report.timings if timing.name == "replicate"]
             secs += [event.end - event.start for event in sent]
         raise _FailError
     _end(rank, directory, secs)

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import forked_subprocess
+from tests.benchmarks import listeners
 from tests.benchmarks.launch import ROOT
 from tests.benchmarks.python_values import CASES
 
@@ -47,3 +50,11 @@ def test_replication(tmp_path: Path) -> None:
     assert list(result["resume"]) == ["disk, cold", "disk, warm", "memory"]
     assert all(row["both_secs"] > 0 for row in result["resume"].values())
     assert result["to_partner_secs"] > 0
+
+
+def test_listeners(capsys: pytest.CaptureFixture[str]) -> None:
+    listeners.main(["--rounds", "1", "--scale", "0.001"])
+    out = capsys.readouterr().out
+    assert (
+        all(f"{state}, in save()" in out for state in ("256 MiB", "20,000 x 1 KiB")) and out.count("OpenTelemetry") == 8
+    )

@@ -55,10 +55,12 @@ def test_damaged_newest_is_a_no_and_the_one_before_stays(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "--keep-latest or --keep-every"),
-        (("--protect", "1"), "--keep-latest or --keep-every"),
+        ((), "--keep-latest, --keep-every, --keep-every-secs and --keep-best"),
+        (("--protect", "1"), "--keep-latest, --keep-every, --keep-every-secs and --keep-best"),
         (("--keep-latest", "0"), "keep-latest"),
         (("--keep-every", "-1"), "keep-every"),
+        (("--keep-every-secs", "0"), "keep_every_secs is 0"),
+        (("--keep-best", "loss:0"), "count must be at least 1"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], words: str, saved_run: Path) -> None:

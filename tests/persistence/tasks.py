@@ -44,6 +44,8 @@ def make_task(
     incremental: bool = False,
     base_step: int | None = None,
     full_every: int = 16,
+    metrics: dict[str, float] | None = None,
+    created: float | None = None,
 ) -> WriteTask:
     """What the trainer hands over. ``num_files``: split even a small state into so many files."""
     file_format, flat = get_format(kind), flatten(state)
@@ -63,12 +65,13 @@ def make_task(
         kind=kind,
         num_parts=num_parts,
         fsync=fsync,
-        created=time.time(),
+        created=time.time() if created is None else created,
         stager="0",
         torch=torch.__version__,
         whole_bytes=1 << 62 if incremental else 0,
         base_step=base_step,
         full_every=full_every,
+        metrics=metrics or {},
     )
     return SlabWriter().write(spec, pieces, pieces.pieces[0], slab, frozenset({slab.slab_id}))
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from stager import Checkpointer, InconsistentRanksError, PerRank, RankFailedError, UsageError
+from stager import Checkpointer, InconsistentRanksError, PerRank, PruneFate, RankFailedError, StorageError, UsageError
 from stager.ranks.partition import Partitioner
 from stager.ranks.rendezvous import Rendezvous
 from stager.state.flatten import flatten
@@ -201,6 +201,30 @@ def fail_in_save(rank: int, directory: str, victim: int) -> dict[str, Any]:
     return {"kind": type(error).__name__, "error": str(error), "steps": steps}
 
 
+def go_on_after_a_failure(rank: int, directory: str, victim: int, on_save_error: str) -> dict[str, Any]:
+    """One rank's disk fails in the second save, and nobody reads the error. Each step has a collective, in which a rank that
+    has left its loop would be waited for. Returns the steps whose ``save()`` raised, and the checkpoints."""
+    faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
+    state = state_of(build("fsdp", seed=3), rank)
+    raised = []
+    with Checkpointer(Path(directory, "run"), {**CONFIG, "persistence": {"on_save_error": on_save_error}}) as ckpt:
+        for step in range(1, 8):
+            dist.barrier()
+            if step == 2:
+                ckpt._saver.completion.wait_for_saves(1)  # so that the fault meets the second
+                if faults is not None:
+                    faults.arm("part.write", "errno ENOSPC")
+            try:
+                ckpt.save(step, state)
+            except (StorageError, RankFailedError):
+                raised.append(step)
+            if step == 5:
+                for earlier in range(1, 6):
+                    ckpt._saver.completion.wait_for_saves(earlier)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        return {"raised": raised, "steps": [info.step for info in ckpt.checkpoints()]}
+
+
 def save_unequal(rank: int, directory: str) -> str:
     """A plain tensor that is not the same on all ranks."""
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
@@ -330,3 +354,14 @@ def guarded(rank: int, directory: str, layout: str) -> list[int]:
         if differences(state, whole_state(other)):
             bad.append(step)
     return bad
+
+
+def delete_on_each_rank(rank: int, directory: str) -> tuple[list[int], list[int]]:
+    """Which steps this rank has removed, and which are left."""
+    trained = build("plain", seed=3)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state_of(trained, rank)).upload_completion.result(60)
+        removed = ckpt.delete(1).steps(PruneFate.REMOVED)
+        dist.barrier()
+        return removed, [info.step for info in ckpt.checkpoints()]

@@ -64,6 +64,16 @@ def test_a_rank_whose_disk_fails_fails_the_save_everywhere_and_the_next_one_work
     assert not [name for name in os.listdir(tmp_path / "run") if "partial" in name]
 
 
+@pytest.mark.parametrize("on_save_error", ["raise", "warn"])
+def test_a_failed_save_that_nobody_reads_is_raised_in_the_same_save_of_all_ranks_or_in_none(
+    on_save_error: str, tmp_path: Path
+) -> None:
+    results = run_ranks("tests.ranks.bodies:go_on_after_a_failure", 3, tmp_path, 2, on_save_error)
+    assert [result["steps"] for result in results] == [[1, 3, 4, 5, 6, 7]] * 3
+    assert results[0]["raised"] == results[1]["raised"] == results[2]["raised"]
+    assert len(results[0]["raised"]) == (1 if on_save_error == "raise" else 0)
+
+
 @pytest.mark.parametrize(("damage", "step"), [(False, 2), (True, 1)])
 def test_all_ranks_load_the_same_checkpoint(damage: bool, step: int, tmp_path: Path) -> None:
     results = run_ranks("tests.ranks.bodies:load_damaged", 2, tmp_path, damage)

@@ -17,7 +17,7 @@ from stager.ranks.rendezvous import Rendezvous
 from stager.replication.exchange import Exchange
 from stager.replication.replicas import Replicas
 from stager.replication.replicator import Replicator
-from stager.telemetry.event import Timeline
+from stager.telemetry.timeline import Timeline
 from stager.workers.checkpoint.write.write_task import Extent, WriteTask
 from tests.replication.opinion import receive, whole_id
 from tests.replication.test_keeper import header_of

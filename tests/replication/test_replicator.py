@@ -17,7 +17,7 @@ def test_a_run_that_is_closed_leaves_nothing_in_memory(num_ranks: int, tmp_path:
     """Pairs, and a ring. No collective is called in the training thread, and nothing is warned about."""
     for result in ranks("close_run", num_ranks, tmp_path):
         assert result["said"] == []
-        assert "replicate" in result["events"]
+        assert "replicate" in result["timings"]
     assert memory_of(tmp_path) == []
 
 

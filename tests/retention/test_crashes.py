@@ -16,7 +16,8 @@ import torch
 from stager import Checkpointer
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints, removing_names
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
-from stager.workers.checkpoint.maintenance.retention import PruneFate, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, prune
+from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import StorageError
 from tests import scripts

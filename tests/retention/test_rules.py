@@ -19,7 +19,8 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.protected import PROTECTED_NAME, read_protected, write_protected
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import committed_steps, partial_names, removing_names
-from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, RetentionRules, prune
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
+from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import CorruptCheckpointError
 from tests.incremental.states import save_incrementally

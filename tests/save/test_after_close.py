@@ -16,12 +16,14 @@ from stager.workers import WorkerPool
 # None: raises ClosedError.
 CHECKPOINTER: dict[str, tuple[Callable[[Checkpointer], Any], Callable[[Any], bool] | None]] = {
     "save": (lambda c: c.save(1, {}), None),
+    "listen": (lambda c: c.listen(print), None),
     "guard": (lambda c: c.guard(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])), None),
     "warmup": (lambda c: c.warmup({"x": torch.ones(1)}), None),
     "wait_for_staging": (lambda c: c.wait_for_staging(), None),
     "on_preemption": (lambda c: c.on_preemption(), None),
     "protect": (lambda c: c.protect(0), None),
     "unprotect": (lambda c: c.unprotect(0), None),
+    "delete": (lambda c: c.delete(0), None),
     "prune": (lambda c: c.prune(), None),
     "checkpoints": (lambda c: [info.step for info in c.checkpoints()], lambda steps: steps == [0]),
     "latest": (lambda c: c.latest(), lambda info: info.step == 0),

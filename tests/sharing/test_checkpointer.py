@@ -49,7 +49,7 @@ def test_workers_copy_large_tensors_and_the_trainer_the_rest(run_dir: Path, guar
             handle.upload_completion.result()
             loaded = ckpt.load(step)
             assert loaded is not None and same(loaded.state, expected)
-    copied_by = {event.process for event in handle.report.events if event.name == "stage"}
+    copied_by = {event.process for event in handle.report.timings if event.name == "stage"}
     assert any(process.startswith("worker") for process in copied_by) and "trainer" in copied_by
     assert any("copied by the trainer" in note and "numpy" in note for note in handle.report.notes)
 

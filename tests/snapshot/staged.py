@@ -15,7 +15,7 @@ from stager.snapshot.pieces import whole
 from stager.snapshot.taker import Snapshot, SnapshotTaker
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
-from stager.telemetry.event import Timeline
+from stager.telemetry.timeline import Timeline
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of, tensor_over

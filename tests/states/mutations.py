@@ -2,13 +2,15 @@
 
     python -m tests.states.mutations --count 20000 --seed 1
 
-None of them may end the process, and none may raise anything but UnstageableError with a key path. Many states share a
-child; when one ends its child by a signal, the next child goes on behind it. The last lines count the outcomes.
+None of them may end the process, and none may raise anything but UnstageableError with a key path. What was saved can be
+loaded; only where torch.load cannot load what torch.save makes of it, it is UnloadableError. Many states share a child; when
+one ends its child by a signal, the next child goes on behind it. The last lines count the outcomes.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 
 import torch
 
-from stager import Checkpointer, UnstageableError
+from stager import Checkpointer, UnloadableError, UnstageableError
 from tests.states.hostile import hostile_state
 
 _TIMEOUT_SECS = 150
@@ -28,7 +30,7 @@ _STATES_PER_CHILD = 200
 
 
 def outcome(checkpointer: Checkpointer, seed: int) -> str:
-    """Save and load the state of a seed: "kept", "refused", or what went wrong."""
+    """Save and load the state of a seed: "kept", "refused", "unloadable, as with torch", or what went wrong."""
     state, _ = hostile_state(seed)
     try:
         checkpointer.save(1, state).upload_completion.result()
@@ -38,9 +40,24 @@ def outcome(checkpointer: Checkpointer, seed: int) -> str:
         return f"save raised {type(error).__name__}: {error!s:.120}"
     try:
         loaded = checkpointer.load(allow_pickle=True)
+    except UnloadableError as error:
+        return f"load raised UnloadableError: {error!s:.160}" if _torch_loads(seed) else "unloadable, as with torch"
     except Exception as error:  # noqa: BLE001  # whatever is raised is what is looked for
         return f"load raised {type(error).__name__}: {error!s:.160}"
     return "kept" if loaded is not None and loaded.step == 1 else "load took another checkpoint"
+
+
+def _torch_loads(seed: int) -> bool:
+    """Whether torch.load can load what torch.save makes of the state of this seed."""
+    state, _ = hostile_state(seed)
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, weights_only=False)
+    except Exception:  # noqa: BLE001  # whatever their code raises
+        return False
+    return True
 
 
 def run(seeds: range, file_format: str) -> Iterator[tuple[int, str]]:
@@ -100,7 +117,7 @@ def main() -> int:
     bad = 0
     for seed, what in run(range(options.seed, options.seed + options.count), options.format):
         counts[what.split(":")[0]] += 1
-        if what not in ("kept", "refused"):
+        if what not in ("kept", "refused", "unloadable, as with torch"):
             bad += 1
             print(f"seed {seed}: {what} ({', '.join(hostile_state(seed)[1])})", flush=True)
     for what, count in counts.most_common():

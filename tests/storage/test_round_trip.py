@@ -139,8 +139,24 @@ def test_one_writer_and_one_reader_for_many_checkpoints(tmp_path: Path) -> None:
         dcp.load(target, storage_reader=reader, checkpoint_id=tmp_path / str(step))
         assert torch.equal(target["w"], torch.full((3,), float(step)))
         save_ids.add(read_manifest(tmp_path / str(step)).header.save_id)
+        assert source.save_id in save_ids  # public, as that of stock's writer
     assert len(save_ids) == 3
     assert not (tmp_path / "none").exists()
+
+
+def test_ids_are_public_as_stock_s_are_and_new_for_each_save_and_load(tmp_path: Path) -> None:
+    writer, reader = StagerStorageWriter(tmp_path / "a"), StagerStorageReader(tmp_path / "a")
+    stock_writer, stock_reader = dcp.FileSystemWriter(tmp_path / "b"), dcp.FileSystemReader(tmp_path / "b")
+    saved, loaded = [], []
+    for _ in range(2):  # without a checkpoint_id, DCP does not call reset()
+        dcp.save({"w": torch.ones(3)}, storage_writer=writer)
+        assert writer.save_id == read_manifest(tmp_path / "a").header.save_id == writer.storage_meta().save_id
+        saved.append(writer.save_id)
+        dcp.load({"w": torch.zeros(3)}, storage_reader=reader, checkpoint_id=tmp_path / "a")
+        assert reader.read_metadata().storage_meta.load_id == reader.load_id
+        loaded.append(reader.load_id)
+    assert len({*saved, *loaded}) == 4
+    assert isinstance(stock_writer.save_id, str) and isinstance(stock_reader.load_id, str)
 
 
 def test_planner_that_does_not_flatten(tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ class StagerStorageReader(StorageReader):
         verify: check the hashes of all bytes that are read; False: accept damaged data.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
 
+    Attributes:
+        load_id: of the load, as that of torch's own reader; a new one after each ``reset()``.
+
     Errors reach the caller as DCP wraps them: ``CheckpointException`` with ``failures`` by rank, for example
     a ``CorruptCheckpointError``. torch 2.13 turns what ``read_metadata`` raises into an ``AssertionError`` with the same
     text. Targets that were read before damage was found are changed.
@@ -58,7 +61,7 @@ class StagerStorageReader(StorageReader):
         self._verify = verify
         self._allow_pickle = allow_pickle
         self._path = local_path(path, "path")
-        self._load_id = str(uuid.uuid4())
+        self.load_id = str(uuid.uuid4())
         self._index: Index | None = None
         self._metadata: Metadata | None = None
 
@@ -71,7 +74,7 @@ class StagerStorageReader(StorageReader):
         """Begin a new load, from ``checkpoint_id`` if it is given."""
         if checkpoint_id:
             self._path = local_path(checkpoint_id, "checkpoint_id")
-        self._load_id = str(uuid.uuid4())
+        self.load_id = str(uuid.uuid4())
         self._index = self._metadata = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -84,11 +87,11 @@ class StagerStorageReader(StorageReader):
         """
         self._index = None
         if os.path.lexists(os.path.join(self._path, MANIFEST_NAME)):
-            self._index = read_index(self._path, self._load_id)
+            self._index = read_index(self._path, self.load_id)
             return self._index.metadata
         metadata = StockReader(self._path, self._allow_pickle).read_metadata(*args, **kwargs)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self._load_id
+        metadata.storage_meta.load_id = self.load_id
         return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:

@@ -54,6 +54,10 @@ class StagerStorageWriter(StorageWriter):
         num_threads: how many threads of this rank write. Default: the cores divided by the local ranks, at most 8.
         overwrite: replace a checkpoint at ``path`` atomically; False: raise ``UsageError`` instead.
 
+    Attributes:
+        save_id: of the save, as that of torch's own writer; on the coordinator it is that of the manifest. A new one after
+            each ``reset()``, and when another save begins.
+
     Errors reach the caller as DCP wraps them: ``CheckpointException`` with ``failures`` by rank.
     """
 
@@ -72,7 +76,8 @@ class StagerStorageWriter(StorageWriter):
         self._num_threads = num_threads or max(1, default_threads() // local_world_size(os.environ))
         self._overwrite = overwrite
         self._target = Target(path, overwrite)
-        self._save_id = uuid.uuid4().hex
+        self.save_id = uuid.uuid4().hex
+        self._is_committed = False
 
     @property
     def checkpoint_id(self) -> str:
@@ -82,7 +87,8 @@ class StagerStorageWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, at ``checkpoint_id`` if it is given."""
         self._target = Target(checkpoint_id or self._target.path, self._overwrite)
-        self._save_id = uuid.uuid4().hex
+        self.save_id = uuid.uuid4().hex
+        self._is_committed = False
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Refuse ``use_collectives=False``.
@@ -95,10 +101,12 @@ class StagerStorageWriter(StorageWriter):
                 "use_collectives=False makes each rank write a checkpoint of its own; StagerStorageWriter writes one "
                 "checkpoint of all ranks, and needs use_collectives=True"
             )
+        if self._is_committed:  # without a ``checkpoint_id``, DCP does not call reset()
+            self.reset()
 
     def storage_meta(self) -> StorageMeta:
         """The path and the id of this save, for DCP's metadata."""
-        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self.save_id)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan unchanged."""
@@ -169,9 +177,9 @@ class StagerStorageWriter(StorageWriter):
             }
             metadata.storage_meta = self.storage_meta()
             created, torch_version = time.time(), str(torch.__version__)
-            header = ManifestHeader("dcp", self._target.step, self._save_id, created, torch_version, __version__)
+            header = ManifestHeader("dcp", self._target.step, self.save_id, created, torch_version, __version__)
             self._target.commit(header, layout, hashes, pickle.dumps(metadata), self._fsync)
-        self._save_id = uuid.uuid4().hex
+        self._is_committed = True
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

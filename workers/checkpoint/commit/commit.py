@@ -257,8 +257,9 @@ def build_manifest(
         check_distinct([MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)])
     except ValueError as error:
         raise CorruptCheckpointError(partial_path(spec), f"cannot be committed: {error}") from error
+    versions = spec.torch, spec.stager
     header = ManifestHeader(
-        spec.kind, spec.step, spec.save_id, spec.created, spec.torch, spec.stager, linked_bytes, generation
+        spec.kind, spec.step, spec.save_id, spec.created, *versions, linked_bytes, generation, dict(spec.metrics)
     )
     return Manifest(header, layout, hashes, index_files)
 

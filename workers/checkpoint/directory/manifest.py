@@ -22,12 +22,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any, TypeVar
 
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory import files, metrics
 from stager.workers.checkpoint.directory.envelope import is_sealed, seal_json, unseal
+from stager.workers.checkpoint.directory.metrics import Metrics
 from stager.workers.checkpoint.directory.own_files import is_own
 from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
 from stager.workers.checkpoint.layout.layout_check import (
@@ -42,6 +43,8 @@ from stager.workers.checkpoint.layout.layout_check import (
 from stager.workers.checkpoint.layout.structure import Path, walk
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError
 from stager.workers.gc_pause import no_collection
+
+T = TypeVar("T")
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
@@ -63,6 +66,7 @@ class ManifestHeader:
     Attributes:
         linked_bytes: of files that were hard links to an earlier checkpoint's when this one was committed.
         generation: 0: all of it was written by its own save; else one more than the checkpoint that it was linked to.
+        metrics: as the user gave them to ``save()``.
     """
 
     kind: str
@@ -73,6 +77,7 @@ class ManifestHeader:
     stager: str
     linked_bytes: int = 0
     generation: int = 0
+    metrics: Metrics = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,9 @@ class Manifest:
         """Serialise the manifest, sealed."""
         facts = asdict(self.header)
         linked = [facts.pop("linked_bytes"), facts.pop("generation")]
+        facts["metrics"] = metrics.encode(self.header.metrics)
+        if not facts["metrics"]:
+            del facts["metrics"]
         head = _compact(
             {
                 "format": "stager",
@@ -182,19 +190,32 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         CheckpointNotFoundError: no directory or no manifest there.
         CorruptCheckpointError: the manifest is damaged, or says something impossible.
     """
+    return parse_manifest(*_read(directory))
+
+
+def read_header(directory: str | os.PathLike[str]) -> ManifestHeader:
+    """Read the facts of a checkpoint, and nothing about its items. Raises as :func:`read_manifest`."""
+    data, path = _read(directory)
+    return _parsed(data, path, _parse_header)
+
+
+def _read(directory: str | os.PathLike[str]) -> tuple[bytes, str]:
     path = os.path.join(os.fspath(directory), MANIFEST_NAME)
     try:
-        data = files.read_small(path)
+        return files.read_small(path), path
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(error.errno, "not a committed checkpoint: it has no manifest", path) from error
     except OSError as error:
         raise CorruptCheckpointError(path, f"cannot be read: {error.strerror}") from error
-    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """Parse and check a manifest; ``path`` is for error messages."""
+    return _parsed(data, path, _parse_body)
 
 
 @no_collection()
-def parse_manifest(data: bytes, path: str) -> Manifest:
-    """Parse and check a manifest; ``path`` is for error messages."""
+def _parsed(data: bytes, path: str, parse: Callable[[dict[str, Any]], T]) -> T:
     body = unseal(data, path)
     if not isinstance(body, dict) or body.get("format") != "stager":
         raise CorruptCheckpointError(path, "not a stager manifest")
@@ -204,22 +225,27 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
             f"manifest version {body.get('version')!r}, and this stager reads version {VERSION}: install a newer stager",
         )
     try:
-        return _parse_body(body)
+        return parse(body)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"says something impossible: {error!r}") from error
 
 
-def _parse_body(body: dict[str, Any]) -> Manifest:
-    if body["columns"] != _COLUMNS:
-        raise ValueError("unknown columns")
+def _parse_header(body: dict[str, Any]) -> ManifestHeader:
     linked_bytes, generation = body.get("linked", (0, 0))
-    header = ManifestHeader(
+    return ManifestHeader(
         **{name: check_text(body[name]) for name in ("kind", "save_id", "torch", "stager")},
         step=check_step(body["step"]),
         created=float(check_time(body["created"])),
         linked_bytes=check_count(linked_bytes),
         generation=check_count(generation),
+        metrics=metrics.decode(body.get("metrics", {})),
     )
+
+
+def _parse_body(body: dict[str, Any]) -> Manifest:
+    if body["columns"] != _COLUMNS:
+        raise ValueError("unknown columns")
+    header = _parse_header(body)
     index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
     layout = Layout(
         files=tuple(FileSpec(name, nbytes) for name, nbytes in body["files"]),

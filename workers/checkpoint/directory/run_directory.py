@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
@@ -55,6 +55,7 @@ class CheckpointInfo:
         save_id: unique.
         num_tensors, num_objects: what is in it; tied tensors count once.
         linked_bytes: of ``nbytes``, what was linked to an earlier checkpoint's files and not written (incremental saves).
+        metrics: as they were given to ``save()``.
     """
 
     step: int
@@ -66,6 +67,7 @@ class CheckpointInfo:
     num_objects: int
     format: str
     linked_bytes: int = 0
+    metrics: dict[str, float] = field(default_factory=dict, hash=False)
 
     @staticmethod
     def of(path: str, manifest: Manifest) -> CheckpointInfo:
@@ -81,6 +83,7 @@ class CheckpointInfo:
             num_objects=manifest.count("object"),
             format=header.kind,
             linked_bytes=header.linked_bytes,
+            metrics=dict(header.metrics),
         )
 
 

@@ -2,9 +2,10 @@
 
     1. Finish removals that a crash interrupted.
     2. Judge by the rules, without reading any checkpoint: the newest ``keep_latest``, the steps that ``keep_every`` divides,
-       and protected steps stay. Without rules all stay.
+       and protected steps stay. Without rules all stay. Only ``keep_best`` and ``keep_every_secs`` read manifests: a process
+       reads each once.
     3. If one is to be removed, judge again, now with verification. Only a checkpoint that passes quick verification counts
-       as one of the newest, and the newest must pass full verification. So the last valid checkpoint is never removed.
+       as one of the newest or best, and the newest must pass full verification. So the last valid one is never removed.
     4. Remove those that no rule keeps.
 
 Never touched: partial directories, damaged checkpoints that would count, checkpoints that are being read (``read_lock.py``).
@@ -27,33 +28,10 @@ from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.own_files import is_own, remove_own
 from stager.workers.checkpoint.directory.protected import read_protected
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name
+from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules, best_steps, spaced_steps
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.errors import StorageError
+from stager.workers.errors import CheckpointNotFoundError, StorageError, UsageError
 from stager.workers.faults import point
-
-
-@dataclass(frozen=True, slots=True)
-class RetentionRules:
-    """Which checkpoints to keep.
-
-    Attributes:
-        keep_latest: keep so many of the newest; None: no such rule.
-        keep_every: keep the steps that it divides; None: no such rule. The newest stays as well.
-        protected: keep these steps, in addition to those of :mod:`stager.workers.checkpoint.directory.protected`.
-        full: hash the newest before any other is removed; otherwise check its names and sizes.
-        num_threads: threads that hash; None: one per usable core, at most 8.
-    """
-
-    keep_latest: int | None = None
-    keep_every: int | None = None
-    protected: frozenset[int] = frozenset()
-    full: bool = True
-    num_threads: int | None = None
-
-    @property
-    def keep_all(self) -> bool:
-        """Whether there is no rule, so that all stay."""
-        return self.keep_latest is None and self.keep_every is None
 
 
 class PruneFate(Enum):
@@ -132,6 +110,29 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
     return PruneReport(tuple(verdicts[step] for step in steps), freed_bytes, dry_run)
 
 
+def remove(directory: str, step: int) -> PruneReport:
+    """Remove one checkpoint, whatever the rules say. Returns its verdict: REMOVED, or LEFT and why.
+
+    Raises:
+        CheckpointNotFoundError: there is none of this step.
+        UsageError: it is protected.
+        StorageError
+    """
+    point("remove.begin")
+    path = os.path.join(directory, checkpoint_name(step))
+    if step in read_protected(directory):
+        raise UsageError(f"the checkpoint of step {step} is protected; call unprotect({step}) first")
+    if not os.path.lexists(path):
+        raise CheckpointNotFoundError(None, f"there is no checkpoint of step {step} that could be removed", path)
+    verdict = PruneVerdict(step, path, PruneFate.REMOVED, "delete() was called")
+    if os.path.islink(path) or not has_manifest(path):
+        reason = "it is a symbolic link" if os.path.islink(path) else "it has no manifest: it may not be a checkpoint"
+        return PruneReport((replace(verdict, fate=PruneFate.LEFT, reason=f"{reason}; remove it yourself"),), 0, False)
+    verdicts = {step: verdict}
+    freed_bytes = _remove(directory, [verdict], verdicts)
+    return PruneReport(tuple(verdicts.values()), freed_bytes, False)
+
+
 # -- who goes ---------------------------------------------------------------------------------------------------
 
 
@@ -143,23 +144,33 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified:
         return {step: PruneVerdict(step, path, PruneFate.KEPT, reason) for step, path in paths.items()}
     wanted = rules.keep_latest or 1
     latest, damaged = _newest_valid(paths, wanted, rules, verified)
+    best, worse = best_steps(paths, rules.keep_best, lambda step: _quick_problem(step, paths[step], rules, verified))
+    damaged |= worse
+    spaced = spaced_steps(paths, rules.keep_every_secs)
     protected = rules.protected | read_protected(directory)
     youngest = _youngest(paths, wanted)
 
+    every = {step for step in paths if rules.keep_every is not None and step % rules.keep_every == 0}
+    first = {
+        **best,
+        **dict.fromkeys(latest, f"one of the newest {wanted}"),
+        **dict.fromkeys(protected, "protected"),
+    }
+    second = {
+        **dict.fromkeys(youngest, f"one of the {wanted} that were committed last"),
+        **dict.fromkeys(spaced, f"the first in {rules.keep_every_secs or 0:g} s"),
+        **dict.fromkeys(every, f"a multiple of {rules.keep_every}"),
+    }
     verdicts: dict[int, PruneVerdict] = {}
     for step, path in paths.items():
         fate = PruneFate.KEPT
         # In this order. "damaged" comes before ``keep_every``, so that a damaged checkpoint is reported as such.
-        if step in protected:
-            reason = "protected"
-        elif step in latest:
-            reason = f"one of the newest {wanted}"
+        if step in first:
+            reason = first[step]
         elif step in damaged:
             fate, reason = PruneFate.LEFT, f"damaged: {damaged[step]}"
-        elif rules.keep_every is not None and step % rules.keep_every == 0:
-            reason = f"a multiple of {rules.keep_every}"
-        elif step in youngest:
-            reason = f"one of the {wanted} that were committed last"
+        elif step in second:
+            reason = second[step]
         elif not latest:
             fate, reason = PruneFate.LEFT, "no valid checkpoint would remain"
         elif os.path.islink(path):
@@ -191,6 +202,10 @@ def _newest_valid(
         else:
             damaged[step] = problem
     return valid, damaged
+
+
+def _quick_problem(step: int, path: str, rules: RetentionRules, verified: bool) -> str | None:
+    return _problem(step, path, False, rules.num_threads) if verified else None
 
 
 def _problem(step: int, path: str, full: bool, num_threads: int | None) -> str | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from stager.workers.checkpoint.directory import metrics
+from stager.workers.checkpoint.directory.metrics import Metrics
 from stager.workers.checkpoint.formats import FORMATS
 from stager.workers.checkpoint.layout.layout_check import check_count, check_step, check_text, check_time
 
@@ -27,6 +29,7 @@ class SaveSpec:
         base_step: the hard-link base, whose unchanged files may be linked; None: all files are written.
         full_every: of so many saves in a row, one is written without links.
         rank, num_ranks: which rank contributes this, of how many that make the checkpoint.
+        metrics: as the user gave them to ``save()``; those of rank 0 are the checkpoint's.
     """
 
     directory: str
@@ -43,6 +46,7 @@ class SaveSpec:
     full_every: int = 0
     rank: int = 0
     num_ranks: int = 1
+    metrics: Metrics = field(default_factory=dict, hash=False)
 
 
 def check_spec(spec: SaveSpec) -> SaveSpec:
@@ -61,4 +65,4 @@ def check_spec(spec: SaveSpec) -> SaveSpec:
         raise ValueError(f"rank {spec.rank} of {spec.num_ranks} is impossible")
     if spec.base_step is not None:
         check_step(spec.base_step)
-    return spec
+    return replace(spec, metrics=metrics.decode(spec.metrics))

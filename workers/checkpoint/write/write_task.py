@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from stager.workers.checkpoint.directory import metrics
 from stager.workers.checkpoint.directory.envelope import seal_json, unseal
 from stager.workers.checkpoint.layout.layout import Item, Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout
@@ -92,6 +93,9 @@ def to_record(task: WriteTask) -> bytes:
     """Serialise a task without its memory, sealed."""
     spec = asdict(task.spec)
     del spec["directory"]  # it may be mounted elsewhere by then
+    spec["metrics"] = metrics.encode(task.spec.metrics)
+    if not spec["metrics"]:
+        del spec["metrics"]  # so that an older version can read the record
     head = json.dumps(spec, separators=(",", ":")).encode()
     plan, _, _ = read_extent(task, task.plan).partition(b"\n")
     return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(task, task.objects)))
