@@ -15,8 +15,13 @@ so that ``stager --help`` does not import torch.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
+
+from stager.workers.platform_check import check_platform
+
+check_platform(sys.platform)  # before anything that needs Linux is imported
 
 with open(f"{__file__}i", encoding="utf-8") as _stub:  # each line: from MODULE import NAME as NAME
     _MODULE_OF = {line.split()[3]: line.split()[1] for line in _stub if line.startswith("from ")}

@@ -50,6 +50,7 @@ from stager.workers.checkpoint.maintenance.retention import PruneVerdict as Prun
 from stager.workers.checkpoint.maintenance.retention_rules import KeepBest as KeepBest
 from stager.workers.checkpoint.read.verify import VerifyReport as VerifyReport
 from stager.workers.errors import ArenaFullError as ArenaFullError
+from stager.workers.errors import ArgumentError as ArgumentError
 from stager.workers.errors import CheckpointNotFoundError as CheckpointNotFoundError
 from stager.workers.errors import ClosedError as ClosedError
 from stager.workers.errors import ConfigError as ConfigError

@@ -11,26 +11,29 @@ import logging
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, suppress
 from enum import Enum
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from stager.config import StagerConfig, load_config
+from stager.config import StagerConfig, arguments, load_config
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
+from stager.loading.place import OneCheckpoint, Run
 from stager.loading.renaming import Renaming
 from stager.loading.selection import Selection
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import find_rank_group
 from stager.replication.replication import Replication
-from stager.saving import at_exit, setup
-from stager.saving.ending import finish_saves
+from stager.saving import at_exit, open_here, setup
+from stager.saving.ending import Ending
+from stager.saving.open_here import weakly
 from stager.saving.preemption import Preemption
 from stager.saving.retainer import Retainer, change_protected
 from stager.saving.save import Save, SaveHandle
@@ -40,11 +43,13 @@ from stager.state.stateful import Stateful
 from stager.telemetry.event import Event, FellBackEvent, PrunedEvent
 from stager.telemetry.listeners import Listeners
 from stager.telemetry.report import SaveState
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
-    list_checkpoints,
+    is_checkpoint_directory,
     parse_checkpoint,
+    require_run_directory,
 )
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
 from stager.workers.errors import CheckpointNotFoundError, ClosedError, StorageError, UsageError
@@ -72,14 +77,16 @@ class Checkpointer:
     """Saves and loads the checkpoints of one run, in one directory.
 
     Args:
-        directory: where the checkpoints are. It is created if it does not exist.
+        directory: where the checkpoints are. It is created if it does not exist. ``~`` and ``$VAR`` are expanded.
         config: path of a YAML file, a mapping, a :class:`~stager.config.StagerConfig`, or None for the defaults.
-        read_only: only load: start no workers, take no lock, change nothing.
+        read_only: only load: start no workers, take no lock, change nothing. ``directory`` may then be one checkpoint.
         on_event: a first listener, see :meth:`listen`; None: none.
 
     Raises:
         ConfigError: the configuration is wrong.
-        DirectoryInUseError: another run writes there.
+        ArgumentError: ``directory`` is no path here: a URL, for example.
+        UsageError: ``directory`` is one checkpoint, not a run.
+        DirectoryInUseError: another run writes there, or another Checkpointer of this process.
         StorageError: the directory cannot be made or read.
         WorkerStartError: no worker process can be started.
 
@@ -96,7 +103,8 @@ class Checkpointer:
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         self._config = load_config(config)
-        self._directory = os.path.abspath(os.fspath(directory))
+        self._directory = local_path(directory)
+        self._place = _place(self._directory, read_only=read_only)
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._lifecycle = _Lifecycle.READ_ONLY if read_only else _Lifecycle.OPEN
@@ -106,7 +114,7 @@ class Checkpointer:
         self._preemption = _NOT_PREEMPTED
         ranks = self._config.ranks
         self._job = find_rank_group(False if read_only else ranks.together, ranks.timeout_secs)
-        self._loader = Loader(self._directory, self._config.loading, self._job.own_rank)
+        self._loader = Loader(self._place, self._config.loading, self._job.own_rank)
         self._together = JointLoader(self._job, self._directory, self._loader)
         if not read_only:
             self._open_for_writing()
@@ -115,19 +123,24 @@ class Checkpointer:
     def _open_for_writing(self) -> None:
         """Make what saves; a Checkpointer with ``read_only=True`` has none of it.
 
-        ``_resources`` lists what is to be closed, in the order of opening: the end closes it from the last to the first, and
-        so does a failure of a later step.
+        ``opened`` lists what is to be closed, in the order of opening: the end closes it from the last to the first, and so
+        does a failure of a later step.
         """
         config, job = self._config, self._job
+        self._signals = ExitStack()  # on_preemption() adds what restores their handlers
         setup.check_for_ranks(config, job)
         with ExitStack() as opened:
-            opened.callback(setattr, self, "_lifecycle", _Lifecycle.CLOSED)
-            opened.callback(self._close_listeners)  # late, because everything before it may still post an event
-            opened.callback(lambda: self._preemption.restore())  # noqa: PLW0108  (on_preemption() sets it later)
+            opened.callback(weakly(self._become_closed))
+            # Late, because everything before it may still post an event.
+            opened.callback(_close_listeners, self._listeners, config.telemetry.listen_timeout_secs, weakref.ref(self))
+            opened.callback(self._signals.close)
             opened.callback(job.close)
-            replicates = config.replication.partners > 0
             self._lock_fd = take_directory(
-                self._directory, job, config.persistence.lock_timeout_secs, replicates=replicates
+                self._directory,
+                job,
+                config.persistence.lock_timeout_secs,
+                replicates=config.replication.partners > 0,
+                take_over=lambda: open_here.take_over(self._directory),
             )
             opened.callback(os.close, self._lock_fd)
             setup.listen_to_files(self._listeners, config.telemetry, job)
@@ -139,29 +152,36 @@ class Checkpointer:
                 self._replication = Replication.open(config.replication, self._directory, job, self._pool)
                 shared = self._arena, self._pool, job, self._replication.replicator
                 post = self._listeners.post
-                self._saver = Saver(config, self._directory, segment_bytes, *shared, on_done=self._on_done, post=post)
+                self._saver = Saver(
+                    config, self._directory, segment_bytes, *shared, on_done=weakly(self._on_done), post=post
+                )
             except BaseException:
                 self._pool.close(0)
                 raise
             opened.callback(self._saver.close)
-            self._resources = opened.pop_all()
-        persistence = config.persistence
-        heard = self._listeners.are_there
-        self._errors = SaveErrors(persistence.on_save_error, persistence.tolerate_failures, job, heard)
+            persistence, heard = config.persistence, self._listeners.are_there
+            self._errors = SaveErrors(persistence.on_save_error, persistence.tolerate_failures, job, heard)
+            self._ending = Ending(
+                self._saver, self._pool, self._replication, job.timeout_secs, self._errors, opened.pop_all()
+            )
+        # What closes it does not hold it: see saving/open_here.py.
+        self._ending.resources.callback(open_here.add(self, self._directory, self._ending.finish))
         self._together.restore = self._replication.restore
         rules = setup.retention_rules(config.retention)
-        self._retainer = Retainer(self._pool, self._directory, rules, self._on_pruned)
+        self._retainer = Retainer(self._pool, self._directory, rules, weakly(self._on_pruned))
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
+    def save(
+        self, step: SupportsIndex, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+    ) -> SaveHandle:
         """Take a snapshot of ``state`` and let the workers write it as the checkpoint of ``step``.
 
         Returns when the snapshot is whole, or, for tensors of guarded optimizers, when it is safe to go on.
         A checkpoint of the same step is replaced when the new one is committed.
 
         Args:
-            step: the training step, 0 or more.
+            step: the training step, 0 or more: an int, an integer of numpy's, or an integer tensor without dimensions.
             state: names to tensors, nested containers, objects with ``state_dict()`` and ``load_state_dict()``, or
                 anything that can be pickled.
             metrics: numbers that describe the checkpoint: for ``retention.keep_best``, ``CheckpointInfo.metrics``, and
@@ -170,6 +190,7 @@ class Checkpointer:
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
+            ArgumentError: ``step`` or ``state`` cannot be meant.
             UsageError: called by a listener, or by a callback of a save's Future.
             ClosedError
             Exception: the error of an earlier save that nobody has read. The save that was asked for is begun all the same.
@@ -177,13 +198,14 @@ class Checkpointer:
         ``persistence.on_save_error`` and ``tolerate_failures`` say whether a failed save raises. Where it does not, this
         returns the handle of the failed save.
         """
-        _check_step(step)
+        arguments.check_save(step, state)
+        number = arguments.as_step(step)
         numbers = {} if metrics is None else _check_metrics(metrics)
         self._refuse_in_callback("save()")
         with self._lock, record_function("stager: save"):
             saver = self._writer()
             self._errors.judge()  # before this save counts: see NOTE [ All ranks raise in the same save() ]
-            save = saver.new_save(step, numbers)
+            save = saver.new_save(number, numbers)
             self._errors.begin(save)
             try:
                 saver.save(save, state)
@@ -227,12 +249,13 @@ class Checkpointer:
 
     def warmup(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save of such a state would have to do: plan, allocate, start workers. Waits for it."""
+        arguments.check_state(state, "warmup({example})")
         self._refuse_in_callback("warmup()")
         with self._lock:
             self._writer().warm_up(state)
 
     def on_preemption(
-        self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
+        self, signals: Iterable[int] | int = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
     ) -> Preemption:
         """Treat these signals as a warning that this process will be killed soon.
 
@@ -242,7 +265,7 @@ class Checkpointer:
         ArenaFullError. ``close()`` restores the earlier signal handlers.
 
         Args:
-            signals: their earlier handlers are called as well; their default actions are not taken.
+            signals: one or several; their earlier handlers are called as well; their default actions are not taken.
             deadline_secs: seconds from the first signal until this process must be gone; None: no limit.
 
         Raises:
@@ -253,7 +276,9 @@ class Checkpointer:
             self._writer()
             if self._preemption is not _NOT_PREEMPTED:
                 raise UsageError("on_preemption() was called before; read the object that it returned")
-            self._preemption = Preemption(signals, deadline_secs)
+            numbers = (signals,) if isinstance(signals, int) else signals
+            self._preemption = Preemption(numbers, deadline_secs)
+            self._signals.callback(self._preemption.restore)
             if deadline_secs is not None:
                 self._arena.wait_no_longer_than(self._preemption.remaining_secs)
             return self._preemption
@@ -277,6 +302,7 @@ class Checkpointer:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 "let the callback set a flag, and call it from the training loop"
+                + (" (or look with latest(), or read with stager.load_checkpoint())" if what == "load()" else "")
             )
 
     def _on_done(self, save: Save) -> None:
@@ -301,7 +327,7 @@ class Checkpointer:
 
     # -- retention ----------------------------------------------------------------------------------------------
 
-    def protect(self, step: int) -> None:
+    def protect(self, step: SupportsIndex) -> None:
         """Keep the checkpoint of ``step``, whatever the rules of ``retention`` say, in this run and in later ones.
 
         The checkpoint need not exist yet.
@@ -313,18 +339,18 @@ class Checkpointer:
         """
         self._protect(step, keep=True)
 
-    def unprotect(self, step: int) -> None:
+    def unprotect(self, step: SupportsIndex) -> None:
         """Let the rules of ``retention`` decide on ``step`` again, if it was protected. Errors: as of :meth:`protect`."""
         self._protect(step, keep=False)
 
-    def _protect(self, step: int, *, keep: bool) -> None:
-        _check_step(step)
+    def _protect(self, step: SupportsIndex, *, keep: bool) -> None:
+        number = arguments.as_step(step)
         self._writer()  # before the lock, too: close() holds it while it waits for a listener, which may be here
         with self._lock:
             self._writer()
-            change_protected(self._directory, step, keep=keep)
+            change_protected(self._directory, number, keep=keep)
 
-    def delete(self, step: int) -> PruneReport:
+    def delete(self, step: SupportsIndex) -> PruneReport:
         """Remove the checkpoint of ``step``, in a worker, and wait for it. Saves of this step that are in flight end first.
 
         Checkpoints that share files with it (incremental saves) stay whole. Where several ranks save together, any rank may
@@ -339,15 +365,15 @@ class Checkpointer:
             StorageError: it is being read, or cannot be removed.
             WorkerError, ClosedError
         """
-        _check_step(step)
+        number = arguments.as_step(step)
         self._refuse_in_callback("delete()")
         with self._lock:
             saver = self._writer()
-            if step in self._config.retention.protect:
-                raise UsageError(f"the checkpoint of step {step} is in retention.protect; take it out of there first")
-            saver.completion.wait_for_saves(step)
+            if number in self._config.retention.protect:
+                raise UsageError(f"the checkpoint of step {number} is in retention.protect; take it out of there first")
+            saver.completion.wait_for_saves(number)
             try:
-                report = self._retainer.remove(step)
+                report = self._retainer.remove(number)
             except CheckpointNotFoundError:
                 if self._job.is_alone:
                     raise
@@ -370,6 +396,7 @@ class Checkpointer:
         """
         self._refuse_in_callback("prune()")
         if dry_run and self._lifecycle is _Lifecycle.READ_ONLY:
+            require_run_directory(self._directory)
             rules = setup.retention_rules(self._config.retention, num_threads=None)
             return prune(self._directory, rules, dry_run=True)
         self._writer()
@@ -385,16 +412,35 @@ class Checkpointer:
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """List the committed checkpoints, oldest first, by their manifests (data files are not read)."""
-        return list_checkpoints(self._directory)[0]
+        return self._place.listed()[0]
 
-    def latest(self) -> CheckpointInfo | None:
+    def latest(self, *, wait: bool = True) -> CheckpointInfo | None:
         """Find the newest checkpoint that is committed and valid; None if there is none.
 
         Each candidate is verified as ``loading.verify`` says. What is skipped is logged, and listed in :attr:`skipped`.
+
+        Args:
+            wait: first wait for the saves in flight of this Checkpointer, as :meth:`load` does. In a callback of a save's
+                Future it looks at once: the saves would wait for the callback.
+
+        Raises:
+            StorageError
         """
+        if wait and self._is_open and not self._saver.in_callback:
+            self._wait_for_saves()
         found = self._together.latest(self._loader.latest)
         self._after_looking(None if found is None else found.step)
         return found
+
+    def latest_step(self, *, wait: bool = True) -> int | None:
+        """Return the step of the checkpoint that :meth:`latest` finds, and ``load()`` would load; None if there is none."""
+        found = self.latest(wait=wait)
+        return None if found is None else found.step
+
+    def _wait_for_saves(self) -> None:
+        """Wait until the saves of this Checkpointer have ended, so that what was saved before is found."""
+        if self._owner == os.getpid():  # in a forked child, nothing resolves their Futures
+            self._saver.wait_for_saves()
 
     def _after_looking(self, taken: int | None) -> None:
         """Link nothing to a checkpoint that is known to be damaged, and tell that it was passed over.
@@ -417,7 +463,7 @@ class Checkpointer:
 
     def load(
         self,
-        step: int | None = None,
+        step: SupportsIndex | CheckpointInfo | str | os.PathLike[str] | MutableMapping[str, Any] | None = None,
         into: MutableMapping[str, Any] | Stateful | None = None,
         strict: bool = True,
         *,
@@ -425,11 +471,13 @@ class Checkpointer:
         rename: Mapping[str, str] | Callable[[str], str] | None = None,
         strip_prefix: str | None = None,
         allow_pickle: bool | None = None,
+        wait: bool = True,
     ) -> Loaded | None:
         """Load a checkpoint.
 
         Args:
-            step: which one; None: the newest valid one, falling back to the one before if it is damaged.
+            step: which one; None: the newest valid one, falling back to the one before if it is damaged. A checkpoint of
+                this run may also be named by its path or its CheckpointInfo. ``load(state)`` means ``load(into=state)``.
             into: restore into these values in place: tensors keep their identity, objects get ``load_state_dict()``, plain
                 containers become what the checkpoint has. Or one object, if the checkpoint has exactly one value that fits.
                 None: return a new state.
@@ -443,6 +491,8 @@ class Checkpointer:
             strip_prefix: what keys of the checkpoint lose if they begin with it: ``"module."``. If only the keys of ``into``
                 have it, the checkpoint's get it. ``keys`` sees the new names.
             allow_pickle: unpickle any object, which runs code from the checkpoint; None: as configured.
+            wait: first wait for the saves in flight of this Checkpointer, so that what was saved last is what is loaded.
+                With ``wait=False``, a checkpoint that is not committed yet is not there.
 
         Where several ranks save together, every rank has to call it to load ``into`` something: all of them load the
         same checkpoint, each what it holds. Without ``into``, or with ``read_only=True``, a rank loads for itself.
@@ -451,7 +501,9 @@ class Checkpointer:
             None if ``step`` is None and there is no checkpoint.
 
         Raises:
-            CheckpointNotFoundError: there is no ``step``.
+            ArgumentError: ``step`` or ``into`` cannot be meant.
+            UsageError: called by a callback of a save's Future.
+            CheckpointNotFoundError: there is no ``step``; says which there are.
             CorruptCheckpointError: ``step`` is damaged; or, without ``step``, every checkpoint is, or ``into`` is partly
                 overwritten from a damaged one, and there is none to overwrite all of that (see ``loading.verify_first``).
             StateMismatchError: it does not fit ``into``, or a pattern of ``keys`` matches nothing; nothing was changed.
@@ -461,8 +513,11 @@ class Checkpointer:
                 ``load_state_dict()`` raised. No older checkpoint is tried. The cause is the original error.
             StorageError
         """
+        number, into = arguments.load_arguments(step, into, self._directory)
         if self._is_open:
             self._refuse_in_callback("load()")
+            if wait:
+                self._wait_for_saves()
             self._saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
         renaming = Renaming.of_arguments(rename, strip_prefix)
@@ -478,7 +533,7 @@ class Checkpointer:
                 other_ranks=self._together.names_of_others,
             )
 
-        loaded = load(step) if into is None else self._together.load(step, load)
+        loaded = load(number) if into is None else self._together.load(number, load)
         self._after_looking(None if loaded is None else loaded.step)
         if self._is_open and loaded is not None:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
@@ -513,23 +568,15 @@ class Checkpointer:
             at_exit.forget(self)
             if not self._is_open:
                 if self._lifecycle is _Lifecycle.READ_ONLY:
-                    self._close_listeners()
+                    _close_listeners(self._listeners, self._config.telemetry.listen_timeout_secs, weakref.ref(self))
                 self._lifecycle = _Lifecycle.CLOSED
                 return
             self._lifecycle = _Lifecycle.CLOSING
             self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
-            # 1. The saves end, and with them the pool. 2. The replicas of what is committed go. 3. Everything else is
-            # closed, whatever was raised: the slabs after the workers that read them, the lock after the last write.
-            with self._resources:
-                deadline_secs = self._preemption.remaining_secs()
-                limits = timeout, deadline_secs, self._job.timeout_secs
-                with self._replication.closing(limits, has_failed=has_failed):
-                    finish_saves(self._saver, self._pool, timeout, deadline_secs)
-            self._errors.raise_all()
+            self._ending.finish(timeout, self._preemption.remaining_secs(), has_failed=has_failed)
 
-    def _close_listeners(self) -> None:
-        limits = self._config.telemetry.listen_timeout_secs, self._preemption.remaining_secs()
-        self._listeners.close(min(limit for limit in limits if limit is not None))
+    def _become_closed(self) -> None:
+        self._lifecycle = _Lifecycle.CLOSED
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -552,6 +599,21 @@ class Checkpointer:
                 os.close(self._lock_fd)
 
 
+def _place(directory: str, *, read_only: bool) -> Run:
+    """Return where the checkpoints are. One checkpoint alone can only be read: a run would write its lock into it."""
+    if not is_checkpoint_directory(directory):
+        return Run(directory)
+    if read_only:
+        return OneCheckpoint(directory)
+    run, name = os.path.split(directory)
+    step = parse_checkpoint(name)
+    its_run = "" if step is None else f"open its run, Checkpointer({run!r}), and load({step}); "
+    raise UsageError(
+        f"{directory} is one checkpoint, not the directory of a run; {its_run}to read this checkpoint alone, pass "
+        "read_only=True, or call stager.load_checkpoint()"
+    )
+
+
 def _check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics as plain numbers: tensors of one element and numpy's numbers are read.
 
@@ -569,6 +631,7 @@ def _check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     return numbers
 
 
-def _check_step(step: int) -> None:
-    if type(step) is not int or step < 0:
-        raise ValueError(f"step must be an integer of 0 or more, got {step!r}")
+def _close_listeners(listeners: Listeners, secs: float, owner: weakref.ref[Checkpointer]) -> None:
+    checkpointer = owner()
+    remaining = None if checkpointer is None else checkpointer._preemption.remaining_secs()
+    listeners.close(min(limit for limit in (secs, remaining) if limit is not None))

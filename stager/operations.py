@@ -48,6 +48,7 @@ def verify(
     path: str | os.PathLike[str],
     *,
     full: bool = True,
+    strict: bool = False,
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> VerifyReport:
@@ -56,10 +57,11 @@ def verify(
     Args:
         path: the checkpoint's directory (``.../step-00000100``).
         full: hash every byte; otherwise check only the manifest's seal, and the files' names and sizes.
+        strict: count a file that does not belong to the checkpoint (``report.strangers``) as a problem, too.
         num_threads: threads that hash; None: one per usable core, at most 8.
         progress: called with the number of bytes just checked, from several threads.
     """
-    report = verify_checkpoint(path, full=full, num_threads=num_threads, progress=progress)
+    report = verify_checkpoint(path, full=full, strict=strict, num_threads=num_threads, progress=progress)
     directory, name = os.path.split(report.path)
     step = parse_checkpoint(name)
     if report.ok and step is not None:

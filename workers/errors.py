@@ -2,6 +2,7 @@
 
     StagerError                       base of all errors below
     |-- UsageError                    the caller's fault: correct the call
+    |   |-- ArgumentError             an argument of the wrong type, or with a value that cannot be meant
     |   |-- ConfigError               an unknown key, a wrong type or a bad value in YAML, environment or --set
     |   |-- UnstageableError          a value of the state cannot be saved; names its key path
     |   |-- StateMismatchError        load(into=...): keys, shapes or dtypes differ
@@ -49,6 +50,10 @@ class StagerError(Exception):
 
 class UsageError(StagerError):
     """The caller's mistake: correct the call."""
+
+
+class ArgumentError(UsageError, TypeError, ValueError):
+    """The caller's mistake: correct the argument, which has the wrong type, or a value that cannot be meant."""
 
 
 class ConfigError(UsageError):

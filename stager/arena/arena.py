@@ -30,6 +30,7 @@ from stager.arena.prefault import Prefaulter
 from stager.arena.slabs import Slabs
 from stager.config.host import available_memory_bytes
 from stager.workers.errors import ArenaFullError, ClosedError, MemoryBudgetError
+from stager.workers.long_wait import LongWait
 
 __all__ = ["Arena", "Lease", "SlabState"]
 
@@ -166,6 +167,11 @@ class Arena:
     # -- with the lock held -------------------------------------------------------------------------------------
 
     def _await(self, ticket: object, nbytes: int, when_full: str) -> Buffer | None:
+        waiting = LongWait(
+            "a buffer: all hold snapshots that are not committed yet (save less often, or see arena.buffers and "
+            "arena.when_full)",
+            self._remaining_secs(),
+        )
         while True:
             self._check_open()
             is_first = self._slabs.waiting[0] is ticket
@@ -183,6 +189,7 @@ class Arena:
                         "save less often, raise arena.buffers, or set arena.when_full to wait or skip"
                     )
             self._wait_for_change()
+            waiting.tick()
 
     def _wait_for_change(self) -> None:
         remaining = self._remaining_secs()

@@ -7,20 +7,17 @@ into memory with its pages at 10 (2 cores, Linux 6.18).
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from stager.arena.buffer import Buffer, SlabState
 from stager.arena.slabs import Slabs
-from stager.config.host import usable_cores
+from stager.config.host import lower_priority, usable_cores
 from stager.workers.errors import MemoryBudgetError
 
 logger = logging.getLogger("stager")
 
-_BACKGROUND_NICE = 10
 _MAX_THREADS = 4
 _SKIPPED_AFTER_REFUSAL = 16  # saves, before it is asked again whether the system has memory for a spare
 
@@ -67,8 +64,7 @@ class Prefaulter:
             self._thread.join()
 
     def _run_quietly(self, nbytes: int) -> None:
-        with suppress(OSError):  # niceness is per thread on Linux
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICE)
+        lower_priority()
         try:
             while (buffer := self._next_spare(nbytes)) is not None:
                 self._warm(buffer, lambda: not (self._slabs.closed or self._slabs.waiting), 1)

@@ -60,11 +60,14 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List the checkpoints in DIR: committed, partial (never committed, or being written now), invalid and why."""
-    rows = list_rows(os.path.abspath(directory))
+    from stager.workers.checkpoint.directory.paths import local_path
+
+    directory = local_path(directory)
+    rows = list_rows(directory)
     if verify:
         rows = _verified(rows)
     if as_json:
-        print_json({"directory": os.path.abspath(directory), "checkpoints": [asdict(row) for row in rows]})
+        print_json({"directory": directory, "checkpoints": [asdict(row) for row in rows]})
     else:
         _print_table(directory, rows)
     if verify and any(row.status is RowStatus.INVALID for row in rows):
@@ -171,7 +174,7 @@ def _print_table(directory: str, rows: list[Row]) -> None:
     console.print(table)
     for row in rows:
         if row.reason:
-            reason = printable(row.reason.replace(f"{os.path.abspath(directory)}/", ""))
+            reason = printable(row.reason.replace(f"{directory}/", ""))
             named = reason if reason.startswith(row.name) else f"{row.name}: {reason}"
             console.print(named, style=colours[row.status], markup=False, soft_wrap=True)
 

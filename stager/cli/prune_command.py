@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,6 +45,7 @@ def prune(
     Exit 1 if one that no rule keeps could not be removed, or one that would count is damaged.
     """
     from stager.operations import prune as run_prune
+    from stager.workers.checkpoint.directory.paths import local_path
     from stager.workers.checkpoint.maintenance.retention import PruneFate
     from stager.workers.errors import UsageError
 
@@ -66,7 +66,7 @@ def prune(
     )
     ok = not report.steps(PruneFate.LEFT)
     if as_json:
-        print_json({"directory": os.path.abspath(run), "ok": ok, **_as_json(report)})
+        print_json({"directory": local_path(run), "ok": ok, **_as_json(report)})
     else:
         _print(run, report)
     if not ok:

@@ -21,9 +21,10 @@ def select_checkpoints(path: str, step: int | None, every: bool = False) -> list
         CheckpointNotFoundError: there is none.
         UsageError: the options contradict each other.
     """
+    from stager.workers.checkpoint.directory.paths import local_path
     from stager.workers.errors import UsageError
 
-    path = os.path.abspath(path)
+    path = local_path(path, "path")
     if every and step is not None:
         raise UsageError("--all and --step exclude each other")
     if is_checkpoint(path):

@@ -24,14 +24,17 @@ def verify(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint in the run's directory.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Manifest, file names and sizes only; no hashes.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Files that do not belong to the checkpoint are problems, too.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that hash; the usable cores otherwise.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that a checkpoint is what was committed: every byte, every file. Exit 1 and the list of problems if not."""
-    results = run_verify(select_checkpoints(path, step, every), quick, threads)
+    """Check that a checkpoint is what was committed: every byte of every file. Exit 1 and the list of problems if not."""
+    results = run_verify(select_checkpoints(path, step, every), quick, threads, strict=strict)
     if as_json:
         ok = all(result.ok for result in results)
-        print_json({"ok": ok, "quick": quick, "checkpoints": [asdict(result) for result in results]})
+        print_json({"ok": ok, "quick": quick, "strict": strict, "checkpoints": [asdict(result) for result in results]})
     else:
         for result in results:
             _print(result, quick)
@@ -39,7 +42,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[VerifyReport]:
+def run_verify(paths: list[str], quick: bool, threads: int | None, *, strict: bool = False) -> list[VerifyReport]:
     """Verify each directory, with one progress bar over the bytes of all."""
     from stager.operations import verify as verify_one
 
@@ -50,7 +53,11 @@ def run_verify(paths: list[str], quick: bool, threads: int | None) -> list[Verif
         for path in paths:
             progress.update(bar, description=f"verify {os.path.basename(path)}")
             result = verify_one(
-                path, full=not quick, num_threads=threads, progress=lambda nbytes: progress.advance(bar, nbytes)
+                path,
+                full=not quick,
+                strict=strict,
+                num_threads=threads,
+                progress=lambda nbytes: progress.advance(bar, nbytes),
             )
             results.append(result)
     return results
@@ -65,7 +72,15 @@ def _print(result: VerifyReport, quick: bool) -> None:
         how = "names and sizes" if quick else "every byte"
         facts = f"{result.num_items} items, {format_bytes(result.nbytes)}, {result.secs:.2f} s"
         console.print(f"ok   {name}: {how} as committed ({facts})", markup=False, soft_wrap=True)
+        _print_strangers(result)
         return
     console.print(f"BAD  {name}: {len(result.problems)} problem(s)", markup=False, soft_wrap=True)
     for problem in result.problems:
         console.print(f"     {printable(problem)}", markup=False, soft_wrap=True)
+    _print_strangers(result)
+
+
+def _print_strangers(result: VerifyReport) -> None:
+    if result.strangers:
+        beside = ", ".join(map(printable, result.strangers))
+        stdout().print(f"     note: not of this checkpoint: {beside}", markup=False, soft_wrap=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
+BACKGROUND_NICE = 10  # added to the trainer's niceness, for threads that work while it goes on
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 says "no limit" with a number near 2**63
 
 
@@ -17,6 +19,16 @@ def usable_cores(cgroup: Cgroup | None = None) -> int:
     affinity = len(os.sched_getaffinity(0))
     quota = (cgroup or Cgroup.of_this_process()).cpu_quota_cores()
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+def lower_priority() -> None:
+    """Let the calling thread yield to the one that started it: lower its priority by ``BACKGROUND_NICE``.
+
+    Relative, because the trainer may be niced itself: an absolute value could raise the priority. Niceness is per thread on
+    Linux, and a thread begins with that of the thread that starts it.
+    """
+    with suppress(OSError):  # a container may forbid it
+        os.nice(BACKGROUND_NICE)
 
 
 def available_memory_bytes() -> int:

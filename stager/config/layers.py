@@ -5,7 +5,7 @@ A layer holds what was written and where; it knows no models. ``precedence.py`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,32 @@ class Layer:
         """``configs/run.yaml:12`` where the line is known, else the source."""
         line = self.lines.get(path)
         return self.source if line is None else f"{self.source}:{line}"
+
+
+def mapping_layer(values: Mapping[Any, Any]) -> Layer:
+    """Return the settings of a mapping, whatever its containers are: dicts, or omegaconf's ``DictConfig``.
+
+    Raises:
+        ConfigError: a value of it cannot be read: omegaconf's ``???`` or an interpolation that leads nowhere.
+    """
+    return Layer("mapping", _plain(values, ()))
+
+
+def _plain(value: Any, path: KeyPath) -> Any:
+    """Make dicts and lists of containers of other classes, which pydantic's strict types would refuse."""
+    if isinstance(value, Mapping):
+        return {key: _plain(_item(value, key, (*path, str(key))), (*path, str(key))) for key in value}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | list | tuple):
+        return [_plain(_item(value, i, (*path, str(i))), (*path, str(i))) for i in range(len(value))]
+    return value
+
+
+def _item(container: Any, key: Any, path: KeyPath) -> Any:
+    try:
+        return container[key]
+    except Exception as error:  # omegaconf's own errors, of which there are several
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"mapping: {'.'.join(path)}: has no value: {reason}") from error
 
 
 def file_layer(path: str) -> Layer:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from stager.config.host import usable_cores
 from stager.config.sizes import Allowed, Bytes, MemoryLimit, parse_share
+from stager.workers.checkpoint.directory.paths import local_path
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number of seconds")]
@@ -22,8 +23,18 @@ SecondsOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a nu
 
 
 _best_form = Allowed('a mapping such as {metric: loss, mode: "min" or "max", count: 3}')
-_as_text = BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
-FilePath = Annotated[str, Field(min_length=1), _as_text, Allowed("the path of a file")]
+
+
+def _expanded(value: Any) -> Any:
+    """A path as people write it (``~``, ``$VAR``); a relative one stays relative. What is no path is refused later."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    text = os.fsdecode(value)
+    path = local_path(text, "the path")
+    return path if text[0] in "~$" or "$" in text or "://" in text else text
+
+
+FilePath = Annotated[str, Field(min_length=1), BeforeValidator(_expanded), Allowed("the path of a file")]
 
 
 class Section(BaseModel):

@@ -36,8 +36,8 @@ def load_config(
     """Return the configuration to run with.
 
     Args:
-        config: path of a YAML file; a mapping of sections; None for the defaults; or a model, which has been through
-            this function or was made in code: it is taken as it is, and the environment does not change it.
+        config: path of a YAML file; a mapping of sections (dicts, or omegaconf's); None for the defaults; or a model, which
+            has been through this function or was made in code: it is taken as it is, and the environment does not change it.
         overrides: ``section.key=value``, as given to ``--set``; the value is a YAML scalar. The last one wins.
         environ: the environment; ``os.environ`` when None.
         model: ``StagerConfig`` or a subclass of it with more sections.
@@ -67,7 +67,7 @@ def _base_layers(config: object) -> list[Layer]:
     if isinstance(config, str | os.PathLike):
         return [layers.file_layer(os.fsdecode(config))]
     if isinstance(config, Mapping):
-        return [Layer("mapping", config)]
+        return [layers.mapping_layer(config)]
     raise ConfigError(f"config: expected a path, a mapping, a StagerConfig or None, got {problems.shown(config)}")
 
 

@@ -24,6 +24,7 @@ from stager.exporting.whole import Folded
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
@@ -98,7 +99,7 @@ def export_checkpoint(
         raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
     if max_memory_bytes < _SMALLEST_BUDGET_BYTES:
         raise UsageError(f"max_memory is {max_memory_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
-    checkpoint, out = os.path.abspath(os.fspath(checkpoint)), os.path.abspath(os.fspath(out))
+    checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
         chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)

@@ -11,7 +11,6 @@ Directories that were never committed are not looked at, only listed among what 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from stager.config import LoadingConfig
 from stager.config.host import usable_cores
 from stager.loading.extras import OtherRanks, no_other_ranks
 from stager.loading.loaded import Loaded
+from stager.loading.place import Run
 from stager.loading.renaming import Renaming
 from stager.loading.restore import Restorer
 from stager.loading.selection import Selection
@@ -31,11 +31,8 @@ from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
     checkpoint_name,
-    committed_steps,
-    partial_names,
-    read_checkpoint,
 )
-from stager.workers.checkpoint.read.verify import check_files, extra_files, fingerprint
+from stager.workers.checkpoint.read.verify import Fingerprint, check_files, fingerprint
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -53,24 +50,25 @@ class _Candidate:
 
     info: CheckpointInfo
     manifest: Manifest
-    identity: object
+    identity: Fingerprint
 
 
 class Loader:
     """Reads the checkpoints of one run. Thread-safe; its lock is its own, so that a callback may load while a save waits.
 
     Args:
-        directory: of the run, absolute.
+        place: where the checkpoints are.
         config: section ``loading``.
         rank: selects the values of ``PerRank``.
     """
 
-    def __init__(self, directory: str, config: LoadingConfig, rank: int = 0) -> None:
-        self._directory = directory
+    def __init__(self, place: Run, config: LoadingConfig, rank: int = 0) -> None:
+        self._place = place
         self._config = config
         self._rank = rank
         self._lock = threading.RLock()
-        self._verified: dict[str, object] = {}  # path -> fingerprint of checkpoints whose every byte was hashed here
+        # path -> the files of a checkpoint whose every byte was hashed here
+        self._verified: dict[str, Fingerprint] = {}
         self._skipped: list[SkippedCheckpoint] = []
         self._unusable: list[
             StagerError
@@ -85,7 +83,7 @@ class Loader:
         """Whether this process hashed every byte of the checkpoint, and no file has changed since."""
         with self._lock, storage_errors("look at", path):
             try:
-                return path in self._verified and self._verified[path] == fingerprint(path)
+                return path in self._verified and self._verified[path].items() <= fingerprint(path).items()
             except FileNotFoundError:
                 return False
 
@@ -139,7 +137,7 @@ class Loader:
                 try:
                     with reading(found.info.path):
                         state = restorer.restore(into, strict)
-                    if restorer.has_read_all:
+                    if restorer.has_read_all and len(found.identity) == len(found.manifest.file_names):
                         self._verified[found.info.path] = found.identity  # every byte was hashed
                     return Loaded(found.info.step, found.info.path, state, found.info, *restorer.outcome)
                 # Reading found damage, or the checkpoint was removed meanwhile.
@@ -171,8 +169,8 @@ class Loader:
             return
         newest = self._unusable[0]
         advice = (
-            f"no older checkpoint of {self._directory} can be used either ({len(self._unusable)} were tried); restore one "
-            "from elsewhere, or remove them to begin anew"
+            f"no older checkpoint of {self._place.directory} can be used either ({len(self._unusable)} were tried); restore "
+            "one from elsewhere, or remove them to begin anew"
         )
         if isinstance(newest, CorruptCheckpointError):
             raise CorruptCheckpointError(newest.path, f"{newest.problem}; {advice}") from newest
@@ -183,13 +181,17 @@ class Loader:
         """Find the checkpoint of ``step``, or the newest valid one, and start the list of skipped ones anew."""
         self._skipped = [
             SkippedCheckpoint(name, "partial: its save was never committed, or is still being written")
-            for name in reversed(partial_names(self._directory))
+            for name in reversed(self._place.partial_names())
         ]
         self._unusable = []
-        return self._find_newest(full) if step is None else self._check(step, full)
+        if step is None:
+            return self._find_newest(full)
+        if not self._place.has(step):
+            raise CheckpointNotFoundError(None, self._place.which(step), self._place.directory)
+        return self._check(step, full)
 
     def _find_newest(self, full: bool, below: int | None = None) -> _Candidate | None:
-        for candidate in committed_steps(self._directory):
+        for candidate in self._place.steps():
             if below is not None and candidate >= below:
                 continue
             try:
@@ -208,20 +210,21 @@ class Loader:
         logger.warning("%s skipped: %s", checkpoint_name(step), error)
 
     def _check(self, step: int, full: bool) -> _Candidate:
-        path = os.path.join(self._directory, checkpoint_name(step))
+        path = self._place.path(step)
         with storage_errors("look at", path):
             try:  # before anything is read, so that a later change of a file is noticed
-                identity = fingerprint(path)
-            except (FileNotFoundError, NotADirectoryError):  # read_checkpoint() below says so
-                identity = None
+                found = fingerprint(path)
+            except (FileNotFoundError, NotADirectoryError):  # read_checkpoint() below says so; or a stranger vanished
+                found = {}
         with reading(path):
-            info, manifest = read_checkpoint(self._directory, step)
-            if identity is None or self._verified.get(path) != identity:
-                problems = extra_files(path, manifest)
-                problems += check_files(path, manifest, full=full, num_threads=self._num_threads)
+            info, manifest = self._place.read(step)
+            # Only the files of the checkpoint count, not what somebody else has put beside them.
+            identity = {name: found[name] for name in found.keys() & manifest.file_names}
+            if self._verified.get(path) != identity:
+                problems = check_files(path, manifest, full=full, num_threads=self._num_threads)
                 if problems:
                     raise CorruptCheckpointError(path, "; ".join(problems[:3]))
-                if full:
+                if full and len(identity) == len(manifest.file_names):
                     self._verified[path] = identity
         return _Candidate(info, manifest, identity)
 

@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from stager.ranks import keys
@@ -31,11 +32,19 @@ logger = logging.getLogger("stager")
 _POLL_SECS = 0.02
 
 
-def take_directory(directory: str, group: RankGroup, lock_timeout_secs: float, *, replicates: bool = False) -> int:
+def take_directory(
+    directory: str,
+    group: RankGroup,
+    lock_timeout_secs: float,
+    *,
+    replicates: bool = False,
+    take_over: Callable[[], None] = lambda: None,
+) -> int:
     """Lock the directory for this rank; returns the lock's descriptor. Every rank calls it.
 
     Args:
         lock_timeout_secs: how long to wait for another run's lock.
+        take_over: called first, on every rank; raises if this process has the directory open already.
         replicates: whether partners keep replicas. Then what an earlier run left unfinished stays: replicas may complete it.
 
     Raises:
@@ -49,6 +58,7 @@ def take_directory(directory: str, group: RankGroup, lock_timeout_secs: float, *
     held: list[int] = []
 
     def open_as_coordinator() -> DirectoryOpened:
+        take_over()  # here, because the other ranks learn what is raised here
         with storage_errors("create", directory):
             os.makedirs(directory, exist_ok=True)
         # 1. The lock before recover(): what an earlier run left may still be written by its workers, which hold the lock.
@@ -61,6 +71,8 @@ def take_directory(directory: str, group: RankGroup, lock_timeout_secs: float, *
         return DirectoryOpened(group.nonce, directory, replicates)
 
     try:
+        if not group.is_coordinator:
+            take_over()  # before it could wait for itself
         group.count(host)
         opened = group.broadcast(
             keys.OPENED, DirectoryOpened, open_as_coordinator, f"open {directory}", more_secs=lock_timeout_secs

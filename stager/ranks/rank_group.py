@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -29,13 +30,17 @@ from stager.ranks.launch import local_world_size
 from stager.ranks.messages import Arrived, BarrierEnd, BroadcastFailed, Message, Number, decode, encode
 from stager.ranks.rendezvous import LocalRendezvous, Rendezvous
 from stager.workers.errors import ConfigError, InternalError, RankFailedError
+from stager.workers.long_wait import LongWait
 
 M = TypeVar("M", bound=Message)
 
 WARM_UP = -1  # in place of a step, see RankGroup.save_id
 _SHOWN_RANKS = 8
 _NOTHING_MORE = Arrived()
+_ASKED_RANKS = 256  # more would take as many requests to the store, on each rank that waits
 _instances = itertools.count()
+
+logger = logging.getLogger("stager")
 
 
 @dataclass
@@ -128,7 +133,7 @@ class RankGroup:
             self.post(key, message)
             return message
         secs = self.timeout_secs + more_secs
-        data = self.rendezvous.wait(key, secs)
+        data = self.rendezvous.wait(key, secs, self._waiting(f"rank 0 to {task}", secs).tick)
         if data is None:
             raise RankFailedError(f"rank 0 did not {task} within {secs:g} s; every rank has to take part", (0,))
         if isinstance(answer := decode(data), BroadcastFailed):
@@ -200,9 +205,14 @@ class RankGroup:
         # 2. The store counts one rank after the other, so exactly one rank sees the full count.
         if self.count(f"{key}/arrived") == len(expected):
             self.post_first(f"{key}/end", BarrierEnd())
-        data = self.rendezvous.wait(f"{key}/end", self.timeout_secs)
+
+        def not_here() -> list[int]:
+            return [rank for rank in expected if self.rendezvous.read(f"{key}/here/{rank}") is None]
+
+        waiting = self._waiting(f"all ranks to come ({why})", self.timeout_secs, not_here)
+        data = self.rendezvous.wait(f"{key}/end", self.timeout_secs, waiting.tick)
         if data is None:  # 3.
-            missing = [rank for rank in expected if self.rendezvous.read(f"{key}/here/{rank}") is None]
+            missing = not_here()
             late = f"rank {some_ranks(missing)} did not come within {self.timeout_secs:g} s (ranks.timeout_secs)"
             self.cancel_barrier(key, late, missing)
             # 4. Not this rank's own decision counts, but the first: a late rank may have completed the barrier meanwhile.
@@ -210,6 +220,23 @@ class RankGroup:
         end = BarrierEnd("a rank died there") if data is None else _expect(BarrierEnd, decode(data))
         if end.error:
             raise RankFailedError(f"{why}: {end.error}", end.ranks)
+
+    def _waiting(self, what: str, secs: float, not_here: Callable[[], Sequence[int]] = tuple) -> LongWait:
+        """What says so when a wait for other ranks gets long.
+
+        Args:
+            not_here: tells which ranks have not come; asked once, after a while, in a small group.
+        """
+
+        def advice() -> str:
+            late = not_here() if self.num_ranks <= _ASKED_RANKS else ()
+            who = f"rank {some_ranks(late)} did not come yet; " if late else ""
+            return (
+                f"{who}every rank has to make its Checkpointer, and to call save(), load() and close() as the others do. If "
+                "only one rank does so on purpose, set ranks.together to false there"
+            )
+
+        return LongWait(what, secs, advice)
 
     def cancel_barrier(self, key: str, error: str, ranks: Sequence[int]) -> None:
         """End a barrier with an error, for all that come. No effect if the barrier has ended."""
@@ -231,6 +258,18 @@ def some_ranks(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks[:_SHOWN_RANKS])) + (", ..." if len(ranks) > _SHOWN_RANKS else "")
 
 
+def ranks_without_group(environ: Mapping[str, str]) -> str | None:
+    """Say what is wrong if this is one of several ranks, as the launcher says, and there is no process group; else None."""
+    rank, size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
+    if not (rank.isdigit() and size.isdigit() and int(size) > 1):
+        return None
+    return (
+        f"this is rank {rank} of {size} (RANK, WORLD_SIZE), and torch.distributed has no process group yet, so this "
+        "Checkpointer saves for this rank alone. Call init_process_group() before the Checkpointer is made, on every rank; "
+        "or set ranks.together to false, with a directory of its own for each rank that saves"
+    )
+
+
 def find_rank_group(together: bool | str, timeout_secs: float) -> RankGroup:
     """The group that this process belongs to, from torch's process group; a group of one if there is none.
 
@@ -245,6 +284,8 @@ def find_rank_group(together: bool | str, timeout_secs: float) -> RankGroup:
             "ranks.together is true, but torch.distributed is not initialized; call init_process_group() before the "
             "Checkpointer is made"
         )
+    if together == "auto" and not initialized and (problem := ranks_without_group(os.environ)) is not None:
+        logger.warning(problem)
     own = dist.get_rank() if initialized else 0
     if together is False or not initialized or dist.get_world_size() == 1:
         return RankGroup(timeout_secs=timeout_secs, local_size=local_world_size(os.environ), own_rank=own)

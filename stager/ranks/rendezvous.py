@@ -73,13 +73,18 @@ class Rendezvous:
         """Add to a counter. Returns the new count."""
         return self._ask(lambda: int(self._store.add(key, amount)))
 
-    def wait(self, key: str, timeout_secs: float) -> bytes | None:
-        """The data of a key; None if nobody posts it within ``timeout_secs``. Ctrl-C gets through."""
+    def wait(self, key: str, timeout_secs: float, waiting: Callable[[], None] = lambda: None) -> bytes | None:
+        """The data of a key; None if nobody posts it within ``timeout_secs``. Ctrl-C gets through.
+
+        Args:
+            waiting: called now and then while it waits.
+        """
         deadline = time.monotonic() + timeout_secs
         poll, longest = _FIRST_POLL_SECS, poll_secs(self._num_ranks, _LAST_POLL_SECS)
         while (data := self.read(key)) is None:
             if time.monotonic() >= deadline:
                 return None
+            waiting()
             time.sleep(poll)
             poll = min(longest, poll * 2)
         return data

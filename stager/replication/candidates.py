@@ -19,7 +19,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     partial_name,
     read_checkpoint,
 )
-from stager.workers.checkpoint.read.verify import check_files, extra_files
+from stager.workers.checkpoint.read.verify import check_files
 from stager.workers.errors import CorruptCheckpointError, StorageError
 
 logger = logging.getLogger("stager")
@@ -114,7 +114,7 @@ def if_whole(directory: str, step: int) -> CheckpointInfo | None:
     path = os.path.join(directory, checkpoint_name(step))
     with suppress(CorruptCheckpointError, StorageError):
         info, manifest = read_checkpoint(directory, step)
-        if not extra_files(path, manifest) and not check_files(path, manifest, full=False):
+        if not check_files(path, manifest, full=False):
             return info
     return None
 

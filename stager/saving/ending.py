@@ -19,8 +19,11 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 
+from stager.replication.replication import Replication
+from stager.saving.save_errors import SaveErrors
 from stager.saving.saver import Saver
 from stager.workers.errors import InternalError, LeftRunningError
 from stager.workers.pool.pool import WorkerPool
@@ -28,6 +31,45 @@ from stager.workers.pool.pool import WorkerPool
 logger = logging.getLogger("stager")
 
 _STAGING_SECS = 10.0  # a snapshot is copied at the speed of memory; without it the save is lost
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What it takes to close a Checkpointer, without a reference to it.
+
+    Attributes:
+        group_secs: how long a rank waits for another.
+        resources: everything else that is to be closed.
+    """
+
+    saver: Saver
+    pool: WorkerPool
+    replication: Replication
+    group_secs: float
+    errors: SaveErrors
+    resources: ExitStack
+
+    def finish(
+        self, timeout: float | None = None, deadline_secs: float | None = None, *, has_failed: bool = False
+    ) -> None:
+        """Finish the saves and close everything.
+
+        1. The saves end, and with them the pool. 2. The replicas of what is committed go. 3. Everything else is closed,
+        whatever was raised: the slabs after the workers that read them, the lock after the last write.
+
+        Args:
+            timeout, deadline_secs: as of :func:`finish_saves`.
+            has_failed: whether the program has: its replicas stay.
+
+        Raises:
+            KeyboardInterrupt: while it waited.
+            Exception: the oldest error of a save that nobody has looked at.
+        """
+        with self.resources:
+            limits = timeout, deadline_secs, self.group_secs
+            with self.replication.closing(limits, has_failed=has_failed):
+                finish_saves(self.saver, self.pool, timeout, deadline_secs)
+        self.errors.raise_all()
 
 
 def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline_secs: float | None) -> None:

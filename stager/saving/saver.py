@@ -23,6 +23,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import wait
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,7 @@ from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
+from stager.workers.long_wait import LongWait
 from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -297,6 +299,16 @@ class Saver:
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Wait until every snapshot that was begun is taken; TimeoutError after ``timeout`` seconds."""
         self._thread.wait(timeout)
+
+    def wait_for_saves(self) -> None:
+        """Wait until every save that was begun has ended, committed or not. Errors stay unread in their Futures."""
+        saves = self.completion.in_flight()
+
+        def ended(timeout: float | None) -> bool:
+            return not wait([save.upload_completion for save in saves], timeout).not_done
+
+        steps = ", ".join(str(save.step) for save in saves)
+        LongWait(f"the save of step {steps} to be committed").until(ended)
 
     def _wait_before_step(self) -> None:
         if self._thread.is_busy:  # else no range: a profile shows the steps that have waited

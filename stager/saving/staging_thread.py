@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from stager.workers.long_wait import LongWait
+
 
 class StagingThread:
     """One thread, started by the first call. :meth:`run` is called by one thread at a time."""
@@ -52,7 +54,13 @@ class StagingThread:
             TimeoutError: a call has not ended after ``timeout`` seconds.
         """
         # The Future is read once: a call that another thread asks for meanwhile is not waited for.
-        if wait([self._newest], timeout).not_done:
+        newest = self._newest
+        if newest.done():  # nearly always; an optimizer's every step asks
+            return
+        staged = LongWait("a snapshot to be taken", timeout).until(
+            lambda secs: not wait([newest], secs).not_done, timeout
+        )
+        if not staged:
             raise TimeoutError(f"a snapshot was not taken within {timeout:g} s")
 
     def close(self) -> None:

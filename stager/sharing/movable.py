@@ -8,9 +8,10 @@ a raw pointer (a C extension, DLPack, a numpy array over the memory) reads freed
 as not resizable when it hands its memory to numpy, or when the memory was never its own. Such a storage is not moved. A
 pointer that was taken in another way leaves no trace.
 
-The mapping is a file in ``/dev/shm`` that is unlinked as soon as it is mapped: a kill leaves nothing there. torch 2.13
-reserves its pages at once; if there is no room, it raises and leaves the name behind. Older versions reserve none, and the
-process dies of SIGBUS when it first touches a page that is not there. So the free space is asked for before.
+The mapping is a file in ``/dev/shm`` that is unlinked as soon as it is mapped: a kill leaves nothing there. torch 2.10 and
+newer reserve its pages at once; if there is no room, they raise and leave the name behind. Older versions reserve none: the
+copy is made inside of torch, and if ``/dev/shm`` fills meanwhile, the process dies of SIGBUS. Nobody can reserve pages for
+torch's file from outside. So with a torch that does not reserve (``torch_reserves``), nothing is moved.
 
 torch 2.13 crashes when a shared storage is made larger (its mapping has no allocator; seen as SIGSEGV in ``resize_``). A
 storage that was moved here is marked as not resizable, so that it raises instead.
@@ -28,6 +29,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ from stager.workers.device import accelerator
 logger = logging.getLogger("stager")
 
 SHM_DIRECTORY = "/dev/shm"
+# More than a first page, which every version writes to, even if that is a huge one; or less, where /dev/shm is as small.
+_PROBE_BYTES = (4 << 20, 64 << 10)
 _NAME = re.compile(r"</?(torch_\d+_\d+_\d+)>")
 
 
@@ -51,6 +55,7 @@ class Reason(Enum):
     NAMED = "shared by name (torch's sharing strategy file_system)"
     NO_DESCRIPTOR = "no more descriptors for shared storages (an eighth of `ulimit -n`)"
     NO_ROOM = f"{SHM_DIRECTORY} has no room for them"
+    NOT_RESERVED = "this version of torch does not reserve shared memory (2.10 does), and dies where it is short"
     REFUSED = "the operating system refused shared memory"
 
 
@@ -74,6 +79,8 @@ def move(storage: torch.UntypedStorage) -> Reason | None:
     # Before the move: see the second paragraph of the note.
     if storage.nbytes() > free_shm_bytes():
         return Reason.NO_ROOM
+    if not torch_reserves():
+        return Reason.NOT_RESERVED
     try:
         storage._share_fd_cpu_()
     except RuntimeError as error:
@@ -82,6 +89,22 @@ def move(storage: torch.UntypedStorage) -> Reason | None:
         return Reason.REFUSED
     _forbid_resizing(storage)
     return None
+
+
+def torch_reserves() -> bool:
+    """Return whether torch reserves the pages of a shared mapping when it makes it; False if there is no room to see."""
+    for nbytes in _PROBE_BYTES:
+        try:
+            return _probe(nbytes)
+        except RuntimeError as error:
+            _remove_leftover(str(error))
+    return False
+
+
+@cache
+def _probe(nbytes: int) -> bool:
+    storage = torch.UntypedStorage._new_using_fd_cpu(nbytes)  # nobody writes to it
+    return os.fstat(storage._share_fd_cpu_()[0]).st_blocks * 512 >= nbytes
 
 
 def free_shm_bytes() -> int:

@@ -7,7 +7,6 @@ in the background, by fewer threads of a lower priority, so that forward and bac
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from functools import partial
 
 import torch
 
+from stager.config.host import lower_priority
 from stager.snapshot.batches import Batches, Gather, Move
 from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
 from stager.state.placement import Copy
@@ -24,7 +24,6 @@ from stager.workers.device.streams import NO_STREAMS, SideStreams
 from stager.workers.errors import InternalError, TornSnapshotError
 from stager.workers.memory.slab import Slab
 
-_BACKGROUND_NICE = 10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.pwritev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long]
@@ -40,8 +39,8 @@ class Copier:
     """
 
     def __init__(self, num_threads: int, num_background_threads: int = 1) -> None:
-        self._foreground = _Threads(max(1, num_threads), nice=0)
-        self._background = _Threads(max(1, num_background_threads), nice=_BACKGROUND_NICE)
+        self._foreground = _Threads(max(1, num_threads), is_background=False)
+        self._background = _Threads(max(1, num_background_threads), is_background=True)
 
     def copy(
         self,
@@ -80,9 +79,9 @@ class Copier:
 class _Threads:
     """Runs calls on the calling thread and some more, started when first needed."""
 
-    def __init__(self, count: int, nice: int) -> None:
+    def __init__(self, count: int, *, is_background: bool) -> None:
         self._count = count
-        self._nice = nice
+        self._is_background = is_background
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
@@ -93,13 +92,15 @@ class _Threads:
             for call in iterator:
                 call()
 
-        helpers = min(self._count, len(calls)) - (0 if self._nice else 1)  # the caller's thread keeps its priority
+        helpers = min(self._count, len(calls)) - (
+            0 if self._is_background else 1
+        )  # the caller's thread keeps its priority
         futures: list[Future[None]] = []
         try:
             with suppress(RuntimeError):  # the interpreter is shutting down: no thread can be asked any more
                 for _ in range(helpers):
                     futures.append(self._threads().submit(work))
-            if not self._nice or not futures:
+            if not self._is_background or not futures:
                 work()
         except BaseException:
             deque(iterator, maxlen=0)  # drop the calls that no thread has begun
@@ -112,8 +113,9 @@ class _Threads:
     def _threads(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._executor is None:
+                initializer = lower_priority if self._is_background else None
                 self._executor = ThreadPoolExecutor(
-                    self._count, thread_name_prefix="stager-copy", initializer=_lower_priority, initargs=(self._nice,)
+                    self._count, thread_name_prefix="stager-copy", initializer=initializer
                 )
             return self._executor
 
@@ -138,12 +140,6 @@ def wait_uninterrupted(futures: Sequence[Future[None]]) -> None:
             interrupted = error
     if interrupted is not None:
         raise interrupted
-
-
-def _lower_priority(nice: int) -> None:
-    if nice:
-        with suppress(OSError):  # niceness is per thread on Linux
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:

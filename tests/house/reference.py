@@ -18,6 +18,7 @@ _INTRODUCTION = """\
 <!-- Made by `python -m tests.house.reference`; a test compares. -->
 
 `Checkpointer(directory, config)` takes the path of a YAML file, a mapping, a `StagerConfig`, or None for the defaults.
+A mapping may be made of dicts and lists, or of omegaconf's containers (`DictConfig`), as Hydra has them.
 `configs/default.yaml` has every key with its default. Later wins:
 
 1. the file or mapping
@@ -26,6 +27,7 @@ _INTRODUCTION = """\
 
 An unknown key, a wrong type or an impossible value is a `ConfigError` that names the source (file and line, variable,
 option) and the key path; the command line exits with 2. Sizes are bytes, or text such as `64MiB` or `1.5GB`.
+In paths, `~` and `$VAR` are expanded.
 """
 
 

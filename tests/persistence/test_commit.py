@@ -19,8 +19,9 @@ from stager.workers.checkpoint.commit.commit import partial_path, try_commit
 from stager.workers.checkpoint.commit.persist import PartResult, discard_partial, persist_part
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal
+from stager.workers.checkpoint.directory.own_files import remove_own
 from stager.workers.checkpoint.directory.receipt import read_receipt, receipt_name
-from stager.workers.checkpoint.directory.run_directory import partial_names, read_checkpoint, remove_partial
+from stager.workers.checkpoint.directory.run_directory import partial_names, read_checkpoint
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 from stager.workers.errors import CorruptCheckpointError, StorageError
@@ -281,7 +282,7 @@ def test_partial_directory_removed_while_it_is_written_is_an_error_with_its_path
 ) -> None:
     run_dir.mkdir()
     job = make_task(run_dir, num_parts=1)
-    at("part.receipt", lambda: remove_partial(str(run_dir), Path(partial_path(job.spec)).name))
+    at("part.receipt", lambda: remove_own(partial_path(job.spec)))
     with pytest.raises(StorageError, match="was removed while it was being written") as raised:
         persist_part(job, 0)
     assert raised.value.path == partial_path(job.spec)
@@ -320,8 +321,8 @@ def test_leftovers_in_the_partial_directory_do_not_reach_the_checkpoint(run_dir:
     persist_part(job, 0)
     partial = Path(partial_path(job.spec))
     (partial / "manifest.json.1.tmp").touch()
-    (partial / "sub" / "sub").mkdir(parents=True)
-    (partial / "link").symlink_to(run_dir)
+    (partial / "__9_0.distcp").touch()
+    (partial / "save-1.json").symlink_to(run_dir)
     persist_part(job, 1)
     only_checkpoint(run_dir, job, NEW)
 

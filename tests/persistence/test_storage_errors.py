@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stager import Checkpointer
 from stager.workers.checkpoint.commit.persist import discard_partial
 from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.run_directory import (
     LOCK_NAME,
     committed_steps,
@@ -270,3 +272,35 @@ def test_files_follow_the_umask(run_dir: Path) -> None:
         os.umask(previous)
     assert path.stat().st_mode & 0o777 == 0o750
     assert {p.stat().st_mode & 0o777 for p in path.iterdir()} == {0o640}
+
+
+def test_what_is_said_to_be_missing_is_what_is_missing(tmp_path: Path) -> None:
+    """That something was removed while it was in use is said only where it was there before."""
+
+    def said(action: str, path: str) -> str:
+        with pytest.raises(StorageError) as raised, storage_errors(action, path):
+            raise FileNotFoundError(errno.ENOENT, "")
+        return str(raised.value).removeprefix(f"{path}: cannot {action}; ").removesuffix(" [No such file or directory]")
+
+    run, gone = str(tmp_path / "run"), str(tmp_path / "link")
+    os.symlink("nowhere", gone)
+    in_use = f"{run} was removed or renamed while it was in use"
+    assert said("save", run) == in_use
+    assert said("create", f"{run}/step-00000001.partial-ab") == in_use
+    assert said("write", f"{run}/.stager.protected") == in_use
+    assert said("write", f"{run}/x.pt") == f"the directory {run} does not exist; create it, or use another one"
+    assert said("read", run) == "there is nothing of this name"
+    assert said("create", f"{gone}/run") == f"the link {gone} leads nowhere"
+    assert said("remove", str(tmp_path)).startswith("it was removed or renamed at this moment")
+
+
+def test_directory_where_none_can_be_made() -> None:
+    with pytest.raises(StorageError, match="/proc takes no new directories; use another one"):
+        Checkpointer("/proc/runs/first", {"workers": {"count": 1}})
+
+
+def test_run_directory_that_is_removed_while_it_is_in_use(run_dir: Path) -> None:
+    with Checkpointer(run_dir, {"workers": {"count": 1}}) as ckpt:
+        shutil.rmtree(run_dir)
+        with pytest.raises(StorageError, match=f"{run_dir} was removed or renamed while it was in use"):
+            ckpt.save(1, {"x": torch.ones(2)})

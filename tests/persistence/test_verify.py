@@ -34,8 +34,8 @@ def checkpoint(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / original.name))
 
 
-def problems(path: Path, *, full: bool = True) -> tuple[str, ...]:
-    result = verify_checkpoint(path, full=full, num_threads=1)
+def problems(path: Path, *, full: bool = True, strict: bool = False) -> tuple[str, ...]:
+    result = verify_checkpoint(path, full=full, strict=strict, num_threads=1)
     assert result.ok == (not result.problems)
     return result.problems
 
@@ -73,7 +73,9 @@ def test_every_file_truncated_grown_emptied_missing(checkpoint: Path) -> None:
 def test_files_that_do_not_belong(checkpoint: Path) -> None:
     (checkpoint / "notes.txt").touch()
     (checkpoint / "sub").mkdir()
-    assert problems(checkpoint, full=False) == (
+    assert problems(checkpoint) == ()
+    assert verify_checkpoint(checkpoint).strangers == ("notes.txt", "sub")
+    assert problems(checkpoint, full=False, strict=True) == (
         f"{checkpoint / 'notes.txt'}: does not belong to this checkpoint",
         f"{checkpoint / 'sub'}: does not belong to this checkpoint",
     )

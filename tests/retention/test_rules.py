@@ -12,6 +12,7 @@ import torch
 from stager.exporting.export import export_checkpoint
 from stager.loading import loader
 from stager.loading.loader import Loader
+from stager.loading.place import Run
 from stager.loading.restore import Restorer
 from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory import files
@@ -130,7 +131,7 @@ def test_load_holds_what_it_reads(run_dir: Path, monkeypatch: pytest.MonkeyPatch
             return super().load()
 
     monkeypatch.setattr(loader, "Restorer", Slow)
-    loaded = Loader(str(run_dir), LoadingConfig()).load(1, None, strict=True, allow_pickle=None)
+    loaded = Loader(Run(str(run_dir)), LoadingConfig()).load(1, None, strict=True, allow_pickle=None)
     assert loaded is not None and (loaded.state["x"] == 1).all()
     assert fates(reports[0]) == {3: "kept", 2: "removed", 1: "left"}
     assert steps_of(run_dir) == [1, 3]
@@ -149,7 +150,7 @@ def test_one_that_is_removed_before_it_is_read_is_passed_over(run_dir: Path, mon
                 shutil.rmtree(path)
 
     monkeypatch.setattr(loader, "Restorer", Late)
-    found = Loader(str(run_dir), LoadingConfig())
+    found = Loader(Run(str(run_dir)), LoadingConfig())
     loaded = found.load(None, None, strict=True, allow_pickle=None)
     assert loaded is not None and loaded.step == 1
     assert [item.name for item in found.skipped] == ["step-00000002"]

@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 
 from stager.config import LoadingConfig
 from stager.loading.loader import Loader
+from stager.loading.place import Run
 from stager.torch_api.storage import StagerStorageWriter
 from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory import files
@@ -259,7 +260,7 @@ def _judge(run_dir: Path, case: Case) -> str:
         if not result.ok:
             return f"committed, and damaged: {result.problems}"
         states[info.step] = load(info)
-    newest = Loader(str(run_dir), LoadingConfig(threads=1)).latest()
+    newest = Loader(Run(str(run_dir)), LoadingConfig(threads=1)).latest()
     if (newest.step if newest else None) != max(states, default=None):
         return f"latest() is {newest}"
     for name, expected in (("new", case.new), ("old", case.old)):

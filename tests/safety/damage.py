@@ -70,6 +70,13 @@ def _seen(path: Path, name: str, *, full: bool = True) -> bool:
     return not result.ok and any(name in problem for problem in result.problems)
 
 
+def _strange(path: Path, name: str) -> bool:
+    """Whether a file that is not of the checkpoint is noted, and is a problem only for a strict verification."""
+    lax = verify_checkpoint(path, full=False, num_threads=1)
+    strict = verify_checkpoint(path, full=False, strict=True, num_threads=1)
+    return lax.ok and lax.strangers == (name,) and not strict.ok and name in strict.problems[0]
+
+
 def _load_raises(path: Path, manifest: Manifest) -> bool:
     try:
         Restorer(str(path), manifest, 1, allow_pickle=False).load()
@@ -168,7 +175,7 @@ def _extra(path: Path, tally: Tally) -> None:
         ):
             at = path / name
             create(at)
-            tally.note("extra files", _seen(path, name, full=False), f"{kind} {name!r}")
+            tally.note("extra files", _strange(path, name), f"{kind} {name!r}")
             at.rmdir() if kind == "directory" else at.unlink()
 
 

@@ -24,6 +24,7 @@ from stager.cli.verify_command import run_verify
 from stager.config import LoadingConfig
 from stager.exporting.export import export_checkpoint
 from stager.loading.loader import Loader
+from stager.loading.place import Run
 from stager.torch_api.storage import StagerStorageReader
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints
@@ -33,7 +34,7 @@ from tests.safety.targets import FILE_NAME, STATE, STEP, checkpoint
 
 
 def _loader(run_dir: Path, verify: str = "full") -> Loader:
-    return Loader(str(run_dir), LoadingConfig(threads=1, verify=verify))
+    return Loader(Run(str(run_dir)), LoadingConfig(threads=1, verify=verify))
 
 
 def _target() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from stager import Checkpointer, CorruptCheckpointError, StorageError
 from stager.cli.ls import format_time
 from stager.config import LoadingConfig
 from stager.loading.loader import Loader
+from stager.loading.place import Run
 from stager.loading.restore import Restorer
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
@@ -183,7 +184,7 @@ def test_newest_checkpoint_that_the_disk_does_not_give_is_passed_over(
         return names
 
     monkeypatch.setattr(os, "listdir", failing)
-    loader = Loader(str(run_dir), LoadingConfig())
+    loader = Loader(Run(str(run_dir)), LoadingConfig())
     latest = loader.latest()
     assert latest is not None and latest.step == 1
     assert [skipped.name for skipped in loader.skipped] == ["step-00000002"] and "dmesg" in loader.skipped[0].reason

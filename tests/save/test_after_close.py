@@ -27,6 +27,7 @@ CHECKPOINTER: dict[str, tuple[Callable[[Checkpointer], Any], Callable[[Any], boo
     "prune": (lambda c: c.prune(), None),
     "checkpoints": (lambda c: [info.step for info in c.checkpoints()], lambda steps: steps == [0]),
     "latest": (lambda c: c.latest(), lambda info: info.step == 0),
+    "latest_step": (lambda c: c.latest_step(), lambda found: found == 0),
     "load": (lambda c: c.load(0), lambda loaded: bool(torch.all(loaded.state["x"] == 1))),
     "skipped": (lambda c: c.skipped, lambda skipped: skipped == []),
     "close": (lambda c: c.close(), lambda nothing: nothing is None),

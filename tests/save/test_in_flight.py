@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stager import ArenaFullError, Checkpointer, ClosedError, DirectoryInUseError, SaveState, StorageError, UsageError
+from stager.workers.checkpoint.directory.run_directory import lock_directory
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.faults import Faults
 from tests.states import same
@@ -172,10 +173,12 @@ def test_close_finishes_what_is_in_flight(run_dir: Path) -> None:
 
 
 def test_second_run_in_one_directory_is_refused(run_dir: Path) -> None:
-    with Checkpointer(run_dir):
-        with pytest.raises(DirectoryInUseError, match="another run"):
-            Checkpointer(run_dir, {"persistence": {"lock_timeout_secs": 0}})
-        Checkpointer(run_dir, read_only=True).close()
+    run_dir.mkdir()
+    lock_fd = lock_directory(str(run_dir), 0)  # as another process would
+    with pytest.raises(DirectoryInUseError, match="another run"):
+        Checkpointer(run_dir, {"persistence": {"lock_timeout_secs": 0}})
+    Checkpointer(run_dir, read_only=True).close()
+    os.close(lock_fd)
 
 
 def test_saving_a_step_again_replaces_it(run_dir: Path) -> None:

@@ -93,5 +93,5 @@ def test_background_copies_leave_the_calling_thread_and_its_priority_alone(copie
     copier.copy(batches, [source], slab, background=True)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("stager-copy")]
-    assert [os.getpriority(os.PRIO_PROCESS, thread.native_id) for thread in threads] == [before + 10]
+    assert [os.getpriority(os.PRIO_PROCESS, thread.native_id) for thread in threads] == [min(19, before + 10)]
     assert bytes(slab.view[-3:]) == b"\1\1\1"

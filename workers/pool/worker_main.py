@@ -145,17 +145,27 @@ def _lower_priority(settings: WorkerSettings) -> None:
         import psutil
 
         with suppress(OSError, psutil.Error):
+            me = psutil.Process()
             if settings.ionice == "idle":
-                psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
-            else:
-                psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, 7)
+                me.ionice(psutil.IOPRIO_CLASS_IDLE)
+            elif me.ionice().ioclass != psutil.IOPRIO_CLASS_IDLE:  # as the trainer's is: lower than this one
+                me.ionice(psutil.IOPRIO_CLASS_BE, 7)
+
+
+def _autogroup_nice(pid: int) -> int:
+    """Return the niceness of a process's session; 0 if it cannot be read."""
+    with suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/autogroup") as file:
+        return int(file.read().split()[-1])  # /autogroup-25 nice 0
+    return 0
 
 
 def _lower_autogroup(nice: int) -> None:
     """Lower the priority of this worker's session, where the kernel groups processes by session (sched(7), "autogroup").
 
-    Niceness counts within a session only, and each worker has its own. Between sessions, the group's niceness counts.
+    Niceness counts within a session only, and each worker has its own. Between sessions, the group's niceness counts. It is
+    relative to the trainer's session, too.
     """
+    nice = min(19, _autogroup_nice(os.getppid()) + nice)
     for _ in range(_AUTOGROUP_ATTEMPTS):
         try:
             with open("/proc/self/autogroup", "w") as file:

@@ -17,6 +17,7 @@ from stager.loading.dcp.read_plan import read_plan
 from stager.loading.dcp.stock import StockReader
 from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.checkpoint.read.verify import default_threads
@@ -59,7 +60,7 @@ class StagerStorageReader(StorageReader):
         self._num_threads = num_threads or default_threads()
         self._verify = verify
         self._allow_pickle = allow_pickle
-        self._path = os.path.abspath(os.fspath(path))
+        self._path = local_path(path, "path")
         self.load_id = str(uuid.uuid4())
         self._index: Index | None = None
         self._metadata: Metadata | None = None
@@ -72,7 +73,7 @@ class StagerStorageReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if it is given."""
         if checkpoint_id:
-            self._path = os.path.abspath(os.fspath(checkpoint_id))
+            self._path = local_path(checkpoint_id, "checkpoint_id")
         self.load_id = str(uuid.uuid4())
         self._index = self._metadata = None
 

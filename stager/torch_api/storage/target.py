@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -14,13 +13,14 @@ from stager.workers.checkpoint.commit.commit import put_in_place
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
+from stager.workers.checkpoint.directory.own_files import is_own, remove_own
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import parse_checkpoint
 from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.errors import StorageError, UsageError
 
 _LARGEST_STEP = (1 << 63) - 1  # that a manifest can hold
-_OURS = re.compile(r"(\.metadata|manifest\.json|__[0-9]+\.metadata)(\.[0-9]+)?(\.tmp)?|__[0-9]+_[0-9a-z]+\.distcp")
 
 
 class Target:
@@ -34,7 +34,7 @@ class Target:
     """
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
-        self.path = os.path.realpath(os.fspath(path))
+        self.path = os.path.realpath(local_path(path, "path"))
         self.partial = f"{self.path}.partial-0"
         self._overwrite = overwrite
         self._made: os.stat_result | None = None  # the partial directory that this coordinator made
@@ -54,7 +54,7 @@ class Target:
         """
         self._check_replaceable()
         with storage_errors("create", self.partial):
-            files.remove(self.partial)  # may be left by a save that failed or was killed
+            remove_own(self.partial)  # may be left by a save that failed or was killed
             _make_directories(os.path.dirname(self.path))
             os.mkdir(self.partial)
             self._made = os.stat(self.partial)
@@ -64,7 +64,7 @@ class Target:
             names = sorted(os.listdir(self.path)) if os.path.lexists(self.path) else []
         if names and not self._overwrite:
             raise UsageError(f"{self.path}: already exists, and overwrite=False; save to another path or remove it")
-        strange = next((name for name in names if not _OURS.fullmatch(name)), None)
+        strange = next((name for name in names if not is_own(name)), None)
         if strange is not None:
             raise UsageError(
                 f"{self.path}: holds {strange}, which is not a file of a checkpoint and would be deleted; "
@@ -114,13 +114,13 @@ class Target:
             yield
         except BaseException:
             with suppress(OSError):  # the error of the block says more
-                files.remove(self.partial)
+                remove_own(self.partial)
             raise
 
 
 def is_replaceable(path: str) -> bool:
-    """Whether a directory holds only files of a DCP checkpoint, so that replacing it loses no other file."""
-    return all(map(_OURS.fullmatch, os.listdir(path)))
+    """Whether a directory holds only files of a checkpoint, so that replacing it loses no other file."""
+    return all(map(is_own, os.listdir(path)))
 
 
 def _make_directories(path: str) -> None:

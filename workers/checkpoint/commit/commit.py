@@ -2,7 +2,8 @@
 
     1. Each part of each rank writes its data, syncs it, and leaves a receipt (``persist.py``).
     2. Whoever sees the last receipt writes the index files (.metadata), then manifest.json, and syncs each.
-    3. It removes everything that the manifest does not name (receipts, save records, leftovers), and syncs the directory.
+    3. It removes everything of ours that the manifest does not name (receipts, save records, leftovers), and syncs the
+       directory.
     4. It renames step-N.partial-<id> to step-N, and syncs the parent directory. Only now is there a checkpoint.
     5. If step-N existed, it removes the old one.
 
@@ -35,6 +36,7 @@ from stager.workers.checkpoint.directory.manifest import (
     ManifestHeader,
     parse_manifest,
 )
+from stager.workers.checkpoint.directory.own_files import own_files, remove_own
 from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
 from stager.workers.checkpoint.directory.run_directory import REPLACED, CheckpointInfo, checkpoint_name, partial_name
@@ -281,8 +283,8 @@ def put_in_place(
 ) -> None:
     """Do steps 3 to 5 for a directory of any name. Whatever is at ``final`` is removed if it is ``replaceable``."""
     with storage_errors("commit", final):
-        # 3. Before the rename, so that a committed directory contains the checkpoint's files and nothing else.
-        unnamed = sorted(set(os.listdir(directory_fd)) - manifest.file_names)
+        # 3. Before the rename, so that of our files a committed directory contains the checkpoint's and no others.
+        unnamed = sorted(set(own_files(directory_fd)) - manifest.file_names)
         in_threads(lambda name: files.remove(os.path.join(partial, name)), unnamed, num_threads)
         if fsync:
             os.fsync(directory_fd)
@@ -293,7 +295,7 @@ def put_in_place(
         # 5. After that sync: before it, a power failure could undo the rename, and then the old one is needed.
         if replaced is not None:
             with suppress(OSError):  # its name is that of a partial directory now; the next run removes it
-                files.remove(replaced)
+                remove_own(replaced)
     point("commit.published")
 
 

@@ -30,6 +30,7 @@ from stager.workers.checkpoint.commit.commit import (
 )
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
+from stager.workers.checkpoint.directory.own_files import remove_own
 from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
 from stager.workers.checkpoint.directory.run_directory import partial_name, removing_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout, partition_once
@@ -95,7 +96,7 @@ def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committ
         # 2. Only with the lock: a commit that ended while this process waited has renamed the directory.
         committed = already_committed(spec)
         if committed is not None:
-            files.remove(partial)  # an empty directory, or the checkpoint that this save replaced
+            remove_own(partial)  # an empty directory, or the checkpoint that this save replaced
             return committed
         if not is_still(partial, directory_fd):
             vanished(partial)
@@ -203,7 +204,7 @@ def _remove_when_alone(path: str, wait_secs: float) -> None:
     except FileNotFoundError:
         return
     except OSError:  # something that is not a directory
-        files.remove(path)
+        remove_own(path)
         return
     # A part holds the lock shared while it writes. So the exclusive lock proves that nobody writes any more, and nobody
     # will: the directory has lost the name under which parts look for it.
@@ -212,7 +213,7 @@ def _remove_when_alone(path: str, wait_secs: float) -> None:
         while time.monotonic() < deadline:
             with suppress(BlockingIOError):  # a part of another rank holds the lock
                 fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                files.remove(path)
+                remove_own(path)
                 return
             time.sleep(_POLL_SECS)
     finally:

@@ -31,6 +31,11 @@ def seal_json(data: bytes) -> bytes:
     return b"".join((_HEAD, xxhash.xxh3_128_hexdigest(data).encode(), _MIDDLE, data, _END))
 
 
+def is_sealed(data: bytes) -> bool:
+    """Return whether a file begins as a sealed document does."""
+    return data.startswith(_HEAD)
+
+
 def unseal(data: bytes, path: str) -> Any:
     """Check a sealed document, and return its body.
 

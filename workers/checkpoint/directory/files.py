@@ -9,10 +9,11 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from stager.workers.errors import CorruptCheckpointError, StorageError
@@ -27,13 +28,15 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
+_READING = ("open", "read", "list", "look at")
+_OF_A_RUN = ("save", "commit", "sync")  # the directory was made, or found, before
+_IN_A_RUN = re.compile(r"step-\d{8,}|\.stager\.")
 _WHAT_TO_DO = {
     errno.ENOSPC: "free space on this file system, or lower what is kept",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is mounted read-only",
     errno.EACCES: "check the directory's owner and mode",
     errno.ESTALE: "the network file system lost the directory; remount it",
-    errno.ENOENT: "the directory was removed or renamed while it was in use",
     errno.EIO: "the device reports an I/O error; see dmesg",
     errno.ENAMETOOLONG: "use a directory with a shorter path",
     errno.ENOTDIR: "a file stands where a directory should be; move it away, or use another directory",
@@ -53,8 +56,26 @@ def storage_errors(action: str, path: str) -> Iterator[None]:
     except StorageError:  # an inner block has named a more precise action
         raise
     except OSError as error:
-        advice = _WHAT_TO_DO.get(error.errno or 0)
+        advice = _what_is_missing(action, path) if error.errno == errno.ENOENT else _WHAT_TO_DO.get(error.errno or 0)
         raise StorageError(error.errno, f"cannot {action}" + (f"; {advice}" if advice else ""), path) from error
+
+
+def _what_is_missing(action: str, path: str) -> str:
+    """Say what of a path is not there. Only what a run had made before can have been removed while it was in use."""
+    missing = path
+    while (parent := os.path.dirname(missing)) != missing and not os.path.lexists(parent):
+        missing = parent
+    if os.path.lexists(path):
+        return "it was removed or renamed at this moment, or something in it was"
+    if missing == path and action in _READING:
+        return "there is nothing of this name"
+    if action in _OF_A_RUN or any(_IN_A_RUN.match(name) for name in path.split(os.sep)):
+        return f"{missing} was removed or renamed while it was in use"
+    if os.path.islink(parent):
+        return f"the link {parent} leads nowhere"
+    if action == "create":
+        return f"{parent} takes no new directories; use another one"
+    return f"the directory {missing if missing != path else parent} does not exist; create it, or use another one"
 
 
 def open_directory(path: str, *, follow: bool = True) -> int:
@@ -180,8 +201,12 @@ def exchange(first: str, second: str) -> bool:
     raise OSError(code, os.strerror(code), second)
 
 
-def flock(fd: int, kind: int, timeout: float) -> bool:
-    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``). Returns False if others hold it for ``timeout`` seconds."""
+def flock(fd: int, kind: int, timeout: float, waiting: Callable[[], None] = lambda: None) -> bool:
+    """Lock an open file (``fcntl.LOCK_SH`` or ``LOCK_EX``). Returns False if others hold it for ``timeout`` seconds.
+
+    Args:
+        waiting: called now and then while it waits.
+    """
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -189,6 +214,7 @@ def flock(fd: int, kind: int, timeout: float) -> bool:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
+            waiting()
             time.sleep(_LOCK_POLL_SECS)
         else:
             return True

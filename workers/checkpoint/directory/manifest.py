@@ -27,8 +27,9 @@ from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, TypeVar
 
 from stager.workers.checkpoint.directory import files, metrics
-from stager.workers.checkpoint.directory.envelope import seal_json, unseal
+from stager.workers.checkpoint.directory.envelope import is_sealed, seal_json, unseal
 from stager.workers.checkpoint.directory.metrics import Metrics
+from stager.workers.checkpoint.directory.own_files import is_own
 from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
 from stager.workers.checkpoint.layout.layout_check import (
     check_count,
@@ -47,6 +48,7 @@ T = TypeVar("T")
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
+_NOT_OF_A_CHECKPOINT = (MANIFEST_NAME, ".stager.lock", ".stager.protected")  # what a run has, too
 _COLUMNS = [*ROW_COLUMNS, "xxh3_128"]
 
 
@@ -165,6 +167,20 @@ def _texts(items: Sequence[Item]) -> list[str]:
         numbers = f"{item.file},{item.offset},{item.nbytes},{item.data_offset},{item.data_nbytes}"
         texts.append(f'"{item.kind}",{numbers},{kinds[key]}')
     return texts
+
+
+def has_own_manifest(directory: str | os.PathLike[str]) -> bool:
+    """Return whether ``directory`` has a manifest of stager's, whole or damaged, and not another program's file.
+
+    A manifest whose first bytes are damaged is known by the checkpoint's other files.
+    """
+    try:
+        data = files.read_small(os.path.join(os.fspath(directory), MANIFEST_NAME))
+        return is_sealed(data) or any(
+            is_own(name) for name in os.listdir(directory) if name not in _NOT_OF_A_CHECKPOINT
+        )
+    except (OSError, CorruptCheckpointError):
+        return False
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:

@@ -5,6 +5,7 @@
     <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
                                               system cannot exchange two names
     <run>/step-00000100.removing-<nonce>/     being removed, by retention or because its save failed
+    <run>/step-00000100.strangers-<nonce>/    what somebody else had put into a directory that was removed (``own_files.py``)
     <run>/step-00000100.unfinished-<save_id>/   quarantined: parts did not arrive in time, and partners may have replicas
                                               of them (``stager/replication``)
     <run>/.stager.lock                        held (flock) by the trainer and its workers
@@ -28,8 +29,10 @@ from dataclasses import dataclass, field
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest import Manifest, has_own_manifest, read_manifest
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError, UsageError
+from stager.workers.long_wait import LongWait
 
 LOCK_NAME = ".stager.lock"
 
@@ -135,10 +138,15 @@ def parse_checkpoint(name: str) -> int | None:
 
 
 def is_checkpoint_directory(path: str) -> bool:
-    """Return whether ``path`` is one checkpoint, not a run: by its name, or because it was renamed and has a manifest."""
+    """Return whether ``path`` is one checkpoint, not a run: by its name, or because it was renamed and has our manifest.
+
+    A ``manifest.json`` of another program does not count, nor does the name of a directory in which there are checkpoints.
+    """
+    if has_own_manifest(path):
+        return True
     name = os.path.basename(path)
     named = any(pattern.fullmatch(name) for pattern in (_COMMITTED, _PARTIAL, _REMOVING))
-    return named or os.path.exists(os.path.join(path, MANIFEST_NAME))
+    return named and not (os.path.isdir(path) and any(map(_COMMITTED.fullmatch, _names(path))))
 
 
 def require_run_directory(path: str | os.PathLike[str]) -> str:
@@ -146,9 +154,9 @@ def require_run_directory(path: str | os.PathLike[str]) -> str:
 
     Raises:
         CheckpointNotFoundError: ``path`` is not a directory.
-        UsageError: ``path`` is one checkpoint.
+        UsageError: ``path`` is one checkpoint, or is no path.
     """
-    path = os.path.abspath(os.fspath(path))
+    path = local_path(path)
     if not os.path.isdir(path):
         reason = "is not a directory" if os.path.exists(path) else "no such directory"
         raise CheckpointNotFoundError(None, reason, path)
@@ -198,7 +206,7 @@ def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest
 
 def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
     """Return the committed checkpoints, oldest first, and what was skipped. Reads manifests, but no data files."""
-    directory = os.path.abspath(os.fspath(directory))
+    directory = local_path(directory)
     committed: list[CheckpointInfo] = []
     skipped = [
         SkippedCheckpoint(name, "partial: it was not committed, or is being written now")
@@ -211,14 +219,6 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[Checkpoint
         except (CorruptCheckpointError, CheckpointNotFoundError) as error:
             skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
     return committed[::-1], skipped
-
-
-def remove_partial(directory: str, name: str) -> None:
-    """Remove a partial directory. The caller makes sure that nobody writes to it."""
-    parse_partial(name)
-    path = os.path.join(directory, name)
-    with storage_errors("remove", path):
-        files.remove(path)
 
 
 def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: bool = False) -> int:
@@ -276,12 +276,17 @@ def unused_directory(directory: str) -> Iterator[None]:
 
 
 def _acquire(fd: int, kind: int, directory: str, timeout: float = 0) -> None:
-    if files.flock(fd, kind, timeout):
+    holder = f"the run of process {_holder(fd)}, or workers that it left, to let go of {directory}"
+    if files.flock(fd, kind, timeout, LongWait(holder, timeout).tick):
         return
-    owner = os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"
     raise DirectoryInUseError(
         errno.EWOULDBLOCK,
-        f"another run (trainer process {owner}, or workers that it left) still writes checkpoints here after "
+        f"another run (trainer process {_holder(fd)}, or workers that it left) still writes checkpoints here after "
         f"{timeout:g} s; wait for it, stop it, use another directory, or open this one with read_only=True",
         directory,
     )
+
+
+def _holder(fd: int) -> str:
+    """Return the process that the lock file names."""
+    return os.pread(fd, 32, 0).decode(errors="replace").partition(" ")[0].strip() or "unknown"

@@ -28,10 +28,10 @@ from stager.workers.checkpoint.commit.persist import discard_unfinished
 from stager.workers.checkpoint.directory import files, run_directory
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, ManifestHeader, parse_manifest
+from stager.workers.checkpoint.directory.own_files import remove_own
 from stager.workers.checkpoint.directory.receipt import finished_ranks, receipt_name
 from stager.workers.checkpoint.directory.run_directory import REPLACED, checkpoint_name, partial_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.maintenance.retention import delete
 from stager.workers.checkpoint.read.verify import check_files
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import from_record, record_name, recorded_ranks
@@ -104,9 +104,15 @@ def _resume(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinish
 
 
 def _go_on_removing(path: str, dry_run: bool) -> tuple[RecoverOutcome, str]:
-    if not dry_run:
-        delete(path)
-    return RecoverOutcome.REMOVED, "its removal had begun, by retention or after its save failed"
+    reason = "its removal had begun, by retention or after its save failed"
+    return RecoverOutcome.REMOVED, reason if dry_run else _remove(path, reason)
+
+
+def _remove(path: str, reason: str) -> str:
+    """Remove what is stager's in a directory. Returns the reason, and where strangers stay, if there are any."""
+    with storage_errors("remove", path):
+        left = remove_own(path)
+    return reason if left is None else f"{reason}; what is not stager's in it stays in {left}"
 
 
 def _recover_partial(directory: str, name: str, dry_run: bool, leave_unfinished: bool) -> tuple[RecoverOutcome, str]:
@@ -117,9 +123,8 @@ def _recover_partial(directory: str, name: str, dry_run: bool, leave_unfinished:
         if leave_unfinished and isinstance(error, _UnfinishedError):
             return RecoverOutcome.LEFT, str(error)
         # 3 and 4. The lock is released by now. That is safe, because the caller holds the run's lock.
-        if not dry_run:
-            run_directory.remove_partial(directory, name)
-        return RecoverOutcome.REMOVED, str(error)
+        path = os.path.join(directory, name)
+        return RecoverOutcome.REMOVED, str(error) if dry_run else _remove(path, str(error))
 
 
 def _finish(directory: str, name: str, dry_run: bool) -> str:

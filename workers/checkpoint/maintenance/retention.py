@@ -25,6 +25,7 @@ from stager.workers.checkpoint.commit.commit import has_manifest, locked
 from stager.workers.checkpoint.directory import files, run_directory
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.own_files import is_own, remove_own
 from stager.workers.checkpoint.directory.protected import read_protected
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules, best_steps, spaced_steps
@@ -91,7 +92,9 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
     if not dry_run:
         # 1. First: the disk may be full.
         for name in run_directory.removing_names(directory):
-            delete(os.path.join(directory, name))
+            path = os.path.join(directory, name)
+            with storage_errors("remove", path):
+                remove_own(path)
     steps = run_directory.committed_steps(directory)
     # 2. Names only: a run prunes after each commit, and mostly nothing has to go.
     verdicts = _judge(directory, steps, rules, verified=False)
@@ -232,7 +235,7 @@ def _youngest(paths: dict[int, str], count: int) -> set[int]:
 #     1. Take its directory's lock exclusively, without waiting. Refused: somebody reads it, so it stays.
 #     2. Rename step-N to step-N.removing-<nonce>, and release the lock.
 #     3. When all are renamed, sync the parent directory.
-#     4. Unlink the files, then the directory.
+#     4. Unlink its own files, then the directory. What somebody else has put there stays (own_files.py).
 # A crash before 2 changes nothing. After it, the name is not a checkpoint's, and the next prune or recover goes on with 4.
 # Files that other checkpoints share (incremental saves) only lose a name. Two processes may prune at once: the second one
 # finds that a name is gone.
@@ -254,10 +257,15 @@ def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, Prun
     freed_bytes = _exclusive_bytes(renamed)
     for aside, verdict in renamed.items():
         try:
-            delete(aside)
+            with storage_errors("remove", aside):
+                left = remove_own(aside)  # 4.
         except StorageError as error:
             reason = f"it was renamed, but not all its files could be removed: {error}"
             verdicts[verdict.step] = replace(verdict, fate=PruneFate.LEFT, reason=reason)
+        else:
+            if left is not None:
+                reason = f"{verdict.reason}; what is not stager's in it stays in {left}"
+                verdicts[verdict.step] = replace(verdict, reason=reason)
     point("prune.removed")
     return freed_bytes
 
@@ -287,28 +295,13 @@ def _take_name(directory: str, verdict: PruneVerdict, aside: str) -> PruneVerdic
     return verdict
 
 
-def delete(path: str) -> None:
-    """Remove a renamed checkpoint: step 4."""
-    with storage_errors("remove", path):
-        with suppress(FileNotFoundError, NotADirectoryError):  # a link to a directory is removed, not followed
-            directory_fd = files.open_directory(path, follow=False)
-            try:
-                for name in sorted(os.listdir(directory_fd)):
-                    point("prune.removing")
-                    with suppress(FileNotFoundError, IsADirectoryError):
-                        os.unlink(name, dir_fd=directory_fd)
-            finally:
-                os.close(directory_fd)
-        files.remove(path)
-
-
 def _exclusive_bytes(paths: Iterable[str]) -> int:
     """Return the bytes that removing these directories frees: of files that have no name elsewhere."""
     num_names: Counter[tuple[int, int]] = Counter()
     stats: dict[tuple[int, int], os.stat_result] = {}
     for path in paths:
         with suppress(OSError):  # somebody removes it at this moment
-            for stat in [entry.stat(follow_symlinks=False) for entry in os.scandir(path)]:
+            for stat in [entry.stat(follow_symlinks=False) for entry in os.scandir(path) if is_own(entry.name)]:
                 identity = stat.st_dev, stat.st_ino
                 num_names[identity] += 1
                 stats[identity] = stat

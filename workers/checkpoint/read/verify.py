@@ -1,7 +1,7 @@
 """Verify that a checkpoint is what was committed: every byte of every file, or only names and sizes.
 
-Full verification catches every changed, missing or extra byte or file: the manifest is sealed, and its hashes cover every
-byte of every file that it names.
+Full verification catches every changed or missing byte: the manifest is sealed, and its hashes cover every byte of every
+file that it names. What lies beside these files does not count, unless the verification is strict (``own_files.py``).
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import xxhash
 
 from stager.workers.checkpoint.directory.files import read_small, storage_errors
 from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, read_manifest
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+
+Fingerprint: TypeAlias = dict[str, tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class VerifyReport:
 
     Attributes:
         problems: one line each, with the file.
+        strangers: names in the directory that the manifest does not name. They are problems only if it was strict.
         nbytes: size of the files that were checked (hashed, if full).
         step: in its manifest; None if the manifest cannot be read.
     """
@@ -37,12 +42,14 @@ class VerifyReport:
     num_items: int
     secs: float
     step: int | None = None
+    strangers: tuple[str, ...] = ()
 
 
 def verify_checkpoint(
     path: str | os.PathLike[str],
     *,
     full: bool = True,
+    strict: bool = False,
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> VerifyReport:
@@ -51,23 +58,28 @@ def verify_checkpoint(
     Args:
         path: the checkpoint (``.../step-00000100``).
         full: hash every byte; otherwise only the manifest's seal, names and sizes.
+        strict: count what the manifest does not name as a problem, too.
         num_threads: default: the cores this process may use, at most 8.
         progress: called with the number of bytes just checked, from several threads.
     """
     started = time.monotonic()
-    path = os.path.abspath(os.fspath(path))
+    path = local_path(path, "path")
     problems: list[str] = []
     nbytes = num_items = 0
     step = None
+    beside: tuple[str, ...] = ()
     try:
         with reading(path):
             manifest = read_manifest(path)
             nbytes, num_items, step = manifest.nbytes, len(manifest.layout.items), manifest.header.step
-            problems += extra_files(path, manifest)
+            beside = _unnamed(path, manifest)
+            if strict:
+                problems += [f"{os.path.join(path, name)}: does not belong to this checkpoint" for name in beside]
             problems += check_files(path, manifest, full=full, num_threads=num_threads, progress=progress)
     except (CorruptCheckpointError, CheckpointNotFoundError, StorageError) as error:
         problems.append(str(error))
-    return VerifyReport(path, not problems, tuple(problems), nbytes, num_items, time.monotonic() - started, step)
+    secs = time.monotonic() - started
+    return VerifyReport(path, not problems, tuple(problems), nbytes, num_items, secs, step, beside)
 
 
 def check_files(
@@ -98,24 +110,22 @@ def check_files(
     return problems
 
 
-def fingerprint(path: str) -> tuple[tuple[str, int, int, int, int], ...]:
-    """Return name, inode, size, mtime and ctime (ns) of each file: they change when a file is written to or replaced.
+def fingerprint(path: str) -> Fingerprint:
+    """Return inode, size, mtime and ctime (ns) of each file by its name: they change when it is written to or replaced.
 
-    A checkpoint that was verified and has the same fingerprint need not be verified again. (It misses a bit that flips on
-    the disk, but readers check hashes anyway.)
+    A checkpoint that was verified, and whose files have the same fingerprint, need not be verified again. (It misses a bit
+    that flips on the disk, but readers check hashes anyway.)
 
     Raises:
-        OSError: a file is missing.
+        OSError: the directory cannot be listed, or a file vanishes meanwhile.
     """
-    stats = [(name, os.lstat(os.path.join(path, name))) for name in sorted(os.listdir(path))]
-    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
+    stats = [(name, os.lstat(os.path.join(path, name))) for name in os.listdir(path)]
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats}
 
 
-def extra_files(path: str, manifest: Manifest) -> list[str]:
-    """Return a problem for each file in the directory that does not belong to the checkpoint."""
+def _unnamed(path: str, manifest: Manifest) -> tuple[str, ...]:
     with storage_errors("list", path):
-        extra = sorted(set(os.listdir(path)) - manifest.file_names)
-    return [f"{os.path.join(path, name)}: does not belong to this checkpoint" for name in extra]
+        return tuple(sorted(set(os.listdir(path)) - manifest.file_names))
 
 
 def _check_index_file(path: str, expected: IndexFile) -> None:

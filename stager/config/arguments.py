@@ -1,0 +1,155 @@
+"""Arguments of calls: what is meant without doubt is taken, and anything else is one clear sentence.
+
+torch is not imported here: a tensor is known by what it can do.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, parse_checkpoint
+from stager.workers.errors import ArgumentError
+
+_SHOWN_CHARS = 40
+
+
+def shown(value: object) -> str:
+    """Return a value and its type for a message; of what is large, only the type."""
+    kind = type(value).__name__
+    text = repr(value) if isinstance(value, int | float | str | bytes | os.PathLike | None) else ""
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") and hasattr(value, "dtype") else ""
+    if value is None:
+        return "None"
+    return f"{text[:_SHOWN_CHARS]} ({kind})" if text else f"{_article(kind)} {kind}{shape}"
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1].lower() in "aeiou" else "a"
+
+
+def as_step(value: object, name: str = "step") -> int:
+    """Return a training step: of an int, an integer of numpy's, or an integer tensor without dimensions.
+
+    Raises:
+        ArgumentError: it is something else, or negative.
+    """
+    step = _integer(value)
+    if step is None:
+        raise ArgumentError(f"{name} must be an integer of 0 or more, got {shown(value)}{_advice(value)}")
+    if step < 0:
+        raise ArgumentError(f"{name} must be an integer of 0 or more, got {step}")
+    return step
+
+
+def _integer(value: Any) -> int | None:
+    if type(value) is int:
+        return value
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or not hasattr(value, "__index__") or tuple(getattr(value, "shape", ())):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of another dtype
+        return None
+
+
+def _advice(value: Any) -> str:
+    if isinstance(value, str) and value.strip().isdigit():
+        return f"; write {int(value)}"
+    if isinstance(value, float | str) or hasattr(value, "item"):
+        return "; convert it with int()"
+    return ""
+
+
+def check_save(step: object, state: object) -> None:
+    """Refuse what is no state, and a state in the place of the step.
+
+    Raises:
+        ArgumentError: names the argument, and says what to write.
+    """
+    if _is_state(step) and _integer(step) is None:
+        got = f"got {shown(step)} as step" + (f" and {shown(state)} as state" if state is not None else "")
+        raise ArgumentError(f"save() takes the step first, as in save(100, state); {got}")
+    check_state(state, "save(100, {example})")
+
+
+def check_state(state: object, call: str) -> None:
+    """Refuse what is no mapping of names to values. ``call`` shows how to write it, with ``{example}`` in it."""
+    if isinstance(state, Mapping):
+        return
+    if hasattr(state, "state_dict"):
+        example = '{"optimizer": optimizer}' if hasattr(state, "param_groups") else '{"model": model}'
+        advice = f"give it a name, as in {call.format(example=example)}"
+    else:
+        advice = f"write names to values, as in {call.format(example=_EXAMPLE)}"
+    raise ArgumentError(f"state must be a mapping, got {shown(state)}; {advice}")
+
+
+_EXAMPLE = '{"model": model, "optimizer": optimizer}'
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "state_dict")
+
+
+def load_arguments(step: object, into: object, directory: str) -> tuple[int | None, Any]:
+    """Return which step to load, and into what: as they were given, or as they must have been meant.
+
+    Args:
+        step: a step; a checkpoint of this run by its path or its CheckpointInfo; None; or the state, if ``into`` is None.
+        directory: of the run, absolute, or the path of the one checkpoint that is open.
+
+    Raises:
+        ArgumentError: one of them cannot be meant.
+    """
+    if _is_state(step) and _integer(step) is None:
+        if into is not None:
+            got = f"got {shown(step)} as step and {shown(into)} as into"
+            raise ArgumentError(f"load() takes the step first, as in load(100, into=state); {got}")
+        step, into = None, step
+    check_into(into)
+    if step is None:
+        return None, into
+    if isinstance(step, CheckpointInfo):
+        return _step_of_path(step.path, directory), into
+    if isinstance(step, os.PathLike) or (isinstance(step, str) and os.sep in step) or _names_checkpoint(step):
+        return _step_of_path(step, directory), into
+    if isinstance(step, str) and step.strip().lower() in ("latest", "newest", "last"):
+        raise ArgumentError(f"step is {step!r}; load() without a step loads the newest checkpoint")
+    return as_step(step), into
+
+
+def _names_checkpoint(value: object) -> bool:
+    return isinstance(value, str) and parse_checkpoint(value) is not None
+
+
+def check_into(into: object) -> None:
+    """Refuse what is neither a mapping of names to values, nor an object that loads a state, nor None."""
+    if into is None or isinstance(into, Mapping) or hasattr(into, "load_state_dict"):
+        return
+    if _integer(into) is not None:
+        advice = f"load() takes the step first, as in load({_integer(into)}, into=state)"
+    else:
+        advice = f"write the names that were saved, as in load(into={_EXAMPLE})"
+    raise ArgumentError(f"into must be a mapping or an object with load_state_dict(), got {shown(into)}; {advice}")
+
+
+def _step_of_path(path: object, directory: str) -> int:
+    """Return the step of the checkpoint at ``path``, which must be one of this run's."""
+    if _names_checkpoint(path):  # step-00000100, without the directory
+        step = parse_checkpoint(str(path))
+        assert step is not None
+        return step
+    found = local_path(path, "step")
+    step = parse_checkpoint(os.path.basename(found))
+    places = (os.path.dirname(found), found)  # in the run, or the one checkpoint that is open
+    if step is None or not any(os.path.realpath(place) == os.path.realpath(directory) for place in places):
+        raise ArgumentError(
+            f"step is the path {found}, which is no checkpoint of {directory}; give a step of this run, or read the path "
+            "with stager.load_checkpoint(path)"
+        )
+    return step

@@ -1,0 +1,129 @@
+"""Where a Loader finds checkpoints: in the directory of a run, or one checkpoint alone."""
+
+from __future__ import annotations
+
+import os
+
+from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
+from stager.workers.checkpoint.directory.run_directory import (
+    CheckpointInfo,
+    SkippedCheckpoint,
+    checkpoint_name,
+    committed_steps,
+    list_checkpoints,
+    parse_checkpoint,
+    parse_partial,
+    partial_names,
+    read_checkpoint,
+)
+from stager.workers.errors import CorruptCheckpointError
+
+_NUM_SHOWN = 3
+
+
+class Run:
+    """The checkpoints in the directory of a run, an absolute path."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint's directory, newest first."""
+        return committed_steps(self.directory)
+
+    def path(self, step: int) -> str:
+        """Return the path of a step's checkpoint."""
+        return os.path.join(self.directory, checkpoint_name(step))
+
+    def has(self, step: int) -> bool:
+        """Return whether something has the name of a step's checkpoint."""
+        return os.path.lexists(self.path(step))
+
+    def read(self, step: int) -> tuple[CheckpointInfo, Manifest]:
+        """Read the manifest of a step's checkpoint."""
+        return read_checkpoint(self.directory, step)
+
+    def listed(self) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
+        """Return the committed checkpoints, oldest first, and what was skipped."""
+        return list_checkpoints(self.directory)
+
+    def partial_names(self) -> list[str]:
+        """Return the names of partial directories."""
+        return partial_names(self.directory)
+
+    def which(self, missing: int) -> str:
+        """Say that a step is missing, and which steps there are: those beside it, and the newest."""
+        steps = self.steps()
+        begun = any(parse_partial(name)[0] == missing for name in self.partial_names())
+        why = f"there is no checkpoint of step {missing}"
+        if begun:
+            why += " (its save was not committed, or is still being written)"
+        if not steps:
+            return f"{why}, and no other one"
+        if len(steps) <= _NUM_SHOWN:
+            return f"{why}; there {'are' if len(steps) > 1 else 'is'} {_in_words(steps[::-1])}"
+        beside = [
+            max((s for s in steps if s < missing), default=None),
+            min((s for s in steps if s > missing), default=None),
+        ]
+        near = [step for step in beside if step is not None]
+        newest = steps[0]
+        if newest in near:
+            near.remove(newest)
+        nearest = f"the nearest {'are' if len(near) > 1 else 'is'} {_in_words(near)}, " if near else ""
+        return f"{why}; of {len(steps)}, {nearest}the newest is {newest}"
+
+
+class OneCheckpoint(Run):
+    """One checkpoint alone, by its path; it may have any name.
+
+    Raises:
+        CheckpointNotFoundError, CorruptCheckpointError: its manifest cannot be read, and its name does not tell its step.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        named = parse_checkpoint(os.path.basename(path))
+        self._step = read_manifest(path).header.step if named is None else named
+
+    def steps(self) -> list[int]:
+        """Return its step."""
+        return [self._step]
+
+    def path(self, step: int) -> str:
+        """Return its path."""
+        return self.directory
+
+    def has(self, step: int) -> bool:
+        """Return whether this is its step."""
+        return step == self._step
+
+    def read(self, step: int) -> tuple[CheckpointInfo, Manifest]:
+        """Read its manifest."""
+        manifest = read_manifest(self.directory)
+        if manifest.header.step != step:
+            problem = f"its manifest is of step {manifest.header.step}: the directory was renamed"
+            raise CorruptCheckpointError(self.directory, problem)
+        return CheckpointInfo.of(self.directory, manifest), manifest
+
+    def listed(self) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
+        """Return it, if its manifest can be read."""
+        try:
+            return [self.read(self._step)[0]], []
+        except CorruptCheckpointError as error:
+            return [], [SkippedCheckpoint(os.path.basename(self.directory), str(error))]
+
+    def partial_names(self) -> list[str]:
+        """Return nothing: what lies beside it is not looked at."""
+        return []
+
+    def which(self, missing: int) -> str:
+        """Say which step it has."""
+        return f"this is the checkpoint of step {self._step}, not of step {missing}; open its run for other steps"
+
+
+def _in_words(steps: list[int]) -> str:
+    """``step 3``, ``steps 3 and 5``, ``steps 1, 3 and 5``."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"steps {', '.join(map(str, steps[:-1]))} and {steps[-1]}"

@@ -1,0 +1,91 @@
+"""Paths as people write them: ``~/runs``, ``$SCRATCH/runs``, ``file:///data/runs``; and what looks like one and is none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import unquote
+
+from stager.workers.errors import ArgumentError
+
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# pathlib makes s3:/bucket of s3://bucket.
+_COLLAPSED_URL = re.compile(
+    r"(s3a?|gs|gcs|az|abfss?|wasbs?|adl|hdfs|webhdfs|https?|ftp|sftp|ssh|hf|oss|cos|dbfs|memory|file):/", re.IGNORECASE
+)
+
+
+def local_path(path: object, what: str = "directory", environ: Mapping[str, str] | None = None) -> str:
+    """Return the absolute path that ``path`` means: ``~`` and ``$VAR`` are expanded.
+
+    A path in which ``$`` is a letter is taken as it is if something is there.
+
+    Args:
+        path: text, bytes or a path-like object; a URL ``file:///...`` is taken, too.
+        what: the argument's name, for the message.
+        environ: the variables; None: ``os.environ``.
+
+    Raises:
+        ArgumentError: it is no path, is empty, is a URL of another scheme, or names an unknown variable or user.
+    """
+    text = _text(path, what)
+    match = _URL.match(text) or _COLLAPSED_URL.match(text)
+    if match is not None:
+        text = _of_url(match, text, what)
+    if "$" in text and not os.path.lexists(text):
+        text = _expand_variables(text, what, os.environ if environ is None else environ)
+    if text.startswith("~"):
+        expanded = os.path.expanduser(text)
+        if expanded == text:
+            raise ArgumentError(
+                f"{what} is {text!r}, and there is no user of that name; write ./{text} for a name with ~"
+            )
+        text = expanded
+    try:
+        return os.path.abspath(text)
+    except FileNotFoundError as error:
+        raise ArgumentError(
+            f"{what} is {text!r}, and the current directory of this process was removed; give an absolute path"
+        ) from error
+
+
+def _text(path: object, what: str) -> str:
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise ArgumentError(f"{what} must be a path, got {path!r:.100} ({type(path).__name__})")
+    text = os.fsdecode(path)
+    if not text.strip():
+        raise ArgumentError(f"{what} is an empty path; write '.' for the current directory")
+    if "\0" in text:
+        raise ArgumentError(f"{what} is {text!r}, which has a null character in it")
+    return text
+
+
+def _of_url(match: re.Match[str], text: str, what: str) -> str:
+    scheme = match[1].lower()
+    rest = text[match.end() :]
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if match[0].endswith("://") and slash and host in ("", "localhost"):
+            return unquote(f"/{path}")
+        raise ArgumentError(
+            f"{what} is {text!r}, which names no file of this host; write file:///path, or the path itself"
+        )
+    raise ArgumentError(
+        f"{what} is {text!r}, and stager does not support {scheme}://; it writes to a file system. Give a path: of a mount "
+        "of that storage, or of a local disk from which you copy"
+    )
+
+
+def _expand_variables(text: str, what: str, environ: Mapping[str, str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if not environ.get(name):
+            state = "is empty" if name in environ else "is not set"
+            raise ArgumentError(
+                f"{what} is {text!r}, and the environment variable {name} {state}; set it, or write the path"
+            )
+        return environ[name]
+
+    return _VARIABLE.sub(value, text)
