@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stager.cli.entry import LeafEntry, entries_of
@@ -12,11 +13,12 @@ if TYPE_CHECKING:
 
 
 def is_foreign(path: str) -> bool:
-    """Whether ``path`` is a file, or a directory of ``dcp.save``. A partial directory of stager is not."""
+    """Whether ``path`` is a file, or a directory of ``dcp.save`` or safetensors. A partial directory of stager is not."""
     if os.path.isfile(path):
         return True
-    names = (".metadata", "manifest.json")
-    return ".partial-" not in path and [os.path.lexists(os.path.join(path, name)) for name in names] == [True, False]
+    if ".partial-" in path or not os.path.isdir(path) or os.path.lexists(os.path.join(path, "manifest.json")):
+        return False
+    return any(name == ".metadata" or name.endswith(".safetensors") for name in os.listdir(path))
 
 
 def inspect_foreign(path: str) -> tuple[dict[str, Any], list[LeafEntry]]:
@@ -25,11 +27,11 @@ def inspect_foreign(path: str) -> tuple[dict[str, Any], list[LeafEntry]]:
     Raises:
         CorruptCheckpointError, UnsafePickleError, StorageError
     """
-    from stager.loading.foreign import Origin, origin_of
+    from stager.loading.foreign_path import Origin, find
 
+    origin, found = find(path)
     path = os.path.realpath(path)
-    origin = origin_of(path)
-    entries = {Origin.TORCH_SAVE: _of_file, Origin.SAFETENSORS: _of_safetensors}.get(origin, _of_dcp)(path)
+    entries = {Origin.TORCH_SAVE: _of_file, Origin.SAFETENSORS: _of_safetensors}.get(origin, _of_dcp)(found)
     names = [path] if os.path.isfile(path) else sorted(os.path.join(path, name) for name in os.listdir(path))
     files = [{"name": os.path.basename(name), "nbytes": os.lstat(name).st_size} for name in names]
     return {
@@ -71,9 +73,9 @@ def _of_file(path: str) -> list[LeafEntry]:
 
 
 def _of_safetensors(path: str) -> list[LeafEntry]:
-    from stager.loading.safetensors_reader import read_header
+    from stager.loading.safetensors_reader import manifest_of
 
-    return list(entries_of(read_header(path)))
+    return [replace(entry, file=os.path.basename(entry.file)) for entry in entries_of(manifest_of(path))]
 
 
 def _of_dcp(path: str) -> list[LeafEntry]:

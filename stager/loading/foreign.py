@@ -4,46 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from enum import Enum
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.planner import LoadPlanner
-
-from stager.loading.dcp.stock import StockReader
-from stager.loading.loaded import Loaded, Outcome
-from stager.loading.match import match
+from stager.loading.dcp.stock_checkpoint import StockCheckpoint
+from stager.loading.foreign_path import Found, Origin, find
+from stager.loading.foreign_restore import ForeignCheckpoint, restore_foreign
+from stager.loading.foreign_values import LoadedValues
+from stager.loading.loaded import Loaded
 from stager.loading.pickles.archive_check import check_archive
+from stager.loading.pickles.legacy import check_legacy, is_legacy, load_legacy
 from stager.loading.pickles.unpickle import load_unverified
-from stager.loading.reading.direct_read import overlapping
 from stager.loading.renaming import Renaming
-from stager.loading.restore import Restorer, copy_to_targets
-from stager.loading.safetensors_reader import is_safetensors, load_safetensors
+from stager.loading.restore import Restorer
+from stager.loading.safetensors_reader import SafetensorsFiles
 from stager.loading.selection import Selection
-from stager.state.flatten import flatten
 from stager.state.stateful import Stateful
-from stager.state.tensor_kinds import WholeTensor
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, ManifestHeader, read_manifest
+from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
-from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.dtypes import name_of
-from stager.workers.checkpoint.layout.layout import Item, Layout
 from stager.workers.checkpoint.read.verify import default_threads
-from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
-
-_empty_planner: Any = _EmptyStateDictLoadPlanner  # torch gives its constructor no types; dcp_to_torch_save uses it too
-
-
-class Origin(Enum):
-    """Who wrote a checkpoint."""
-
-    STAGER = "stager"
-    DCP = "torch.distributed.checkpoint.save"
-    TORCH_SAVE = "torch.save"
-    SAFETENSORS = "safetensors"
+from stager.workers.errors import UsageError
 
 
 def load_checkpoint(
@@ -60,37 +41,44 @@ def load_checkpoint(
     """Load one checkpoint by its path; stager need not have written it.
 
     Args:
-        path: a directory of stager (``.../step-00000100``) or of ``dcp.save``, or a file of ``torch.save`` or safetensors.
-        into: as in :meth:`stager.Checkpointer.load`. The state of a checkpoint that stager did not write is first read into
-            new memory and then copied.
+        path: a directory of stager (``.../step-00000100``) or of ``dcp.save``; a file of ``torch.save`` or safetensors; a
+            directory of safetensors, with an index if there are several files.
+        into: as in :meth:`stager.Checkpointer.load`, DTensors and FSDP2 modules too. Or one object, if the checkpoint is its
+            state dict, or has one value that fits. The state of a checkpoint that stager did not write is first read into
+            new memory and then copied, so that an error while it is read changes nothing.
         strict: as in :meth:`stager.Checkpointer.load`.
-        keys: as in :meth:`stager.Checkpointer.load`. A checkpoint that stager did not write is read whole all the same.
+        keys: as in :meth:`stager.Checkpointer.load`. A file of ``torch.save`` is read whole all the same.
         rename, strip_prefix: as in :meth:`stager.Checkpointer.load`.
         allow_pickle: unpickle any object, which runs code from the checkpoint.
         safe_globals: classes that may be unpickled, beside plain data, by their full names, as ``loading.safe_globals`` has
             them for :meth:`stager.Checkpointer.load`.
 
+    Each rank loads for itself.
+
     Returns:
-        The state on the CPU, or ``into``; ``step`` and ``info`` are None unless stager wrote the checkpoint. The keys of a
-        checkpoint of ``dcp.save`` are strings, and its sharded tensors are whole.
+        The state on the CPU, or ``into``; ``step`` and ``info`` are None unless stager wrote the checkpoint. Without
+        ``into``, the keys of a checkpoint of ``dcp.save`` are strings, and its sharded tensors are whole. With it, keys have
+        the types that they have there.
 
     Raises:
-        CheckpointNotFoundError: there is no checkpoint at ``path``.
+        CheckpointNotFoundError: there is no checkpoint at ``path``; says what there is, and what to name instead.
+        UsageError: the file is of another kind (TorchScript, NumPy, ...); says of which.
         ConfigError: a name in ``safe_globals`` cannot be imported.
         CorruptCheckpointError: it is damaged, or says something impossible.
         UnsafePickleError: see ``allow_pickle``; nothing was changed.
         StateMismatchError: it does not fit ``into``; nothing was changed.
+        UnloadableError: as in :meth:`stager.Checkpointer.load`.
         StorageError
     """
-    path = os.path.realpath(os.fspath(path))
-    origin = origin_of(path)
+    found = find(path)
+    where = os.path.realpath(os.fspath(path))
     selection = None if keys is None else Selection(keys)
     renaming = Renaming.of_arguments(rename, strip_prefix)
-    if origin is Origin.STAGER:
-        with reading(path):
-            manifest = read_manifest(path)
+    if found.origin is Origin.STAGER:
+        with reading(where):
+            manifest = read_manifest(where)
             restorer = Restorer(
-                path,
+                where,
                 manifest,
                 default_threads(),
                 allow_pickle,
@@ -99,78 +87,22 @@ def load_checkpoint(
                 renaming=renaming,
             )
             state = restorer.restore(into, strict)
-        return Loaded(manifest.header.step, path, state, CheckpointInfo.of(path, manifest), *restorer.outcome)
-    state, outcome = _load_foreign(path, origin, allow_pickle, safe_globals), Outcome()
-    if into is not None or selection is not None or renaming != Renaming():
-        if not isinstance(state, Mapping):
-            raise UsageError(f"{path}: holds a {type(state).__name__}, not a mapping; load it without into and keys")
-        state, outcome = _restore_values(state, path, into, strict, selection, renaming)
-    return Loaded(None, path, state, None, *outcome)
+        return Loaded(manifest.header.step, where, state, CheckpointInfo.of(where, manifest), *restorer.outcome)
+    if found.origin is Origin.TORCH_SAVE and into is None and selection is None and renaming == Renaming():
+        return Loaded(None, where, load_torch_save(found.path, allow_pickle, safe_globals=safe_globals), None)
+    state, outcome = restore_foreign(_open(found, allow_pickle, safe_globals), into, strict, selection, renaming)
+    return Loaded(None, where, state, None, *outcome)
 
 
-def _restore_values(
-    state: Mapping[str, Any],
-    path: str,
-    into: Any,
-    strict: bool,
-    selection: Selection | None,
-    renaming: Renaming,
-) -> tuple[Any, Outcome]:
-    """Restore a state that is in memory, by the rules that :class:`Restorer` has for a checkpoint of stager.
-
-    Raises:
-        StateMismatchError: keys, shapes or dtypes differ; nothing was changed. Or nothing is selected.
-        UnstageableError: ``state`` has keys that a checkpoint of stager cannot have.
-    """
-    flat = flatten(state)
-    leaves = [leaf.tensor if type(leaf) is WholeTensor else leaf for leaf in flat.leaves]
-    if into is None:
-        structure = renaming.of(flat.structure, path)
-        if selection is not None:
-            structure = selection.of(structure, path)
-        return build(structure, leaves.__getitem__), Outcome()
-    layout = Layout((), tuple(map(_item_of, leaves)), flat.structure, 1)
-    manifest = Manifest(ManifestHeader("", 0, "", 0.0, "", ""), layout, (), ())
-    plan = match(manifest, path, into, strict, selection, renaming=renaming)
-    values = dict(enumerate(leaves))
-    plan.refuse_failed_checks(path, values)
-    copy_to_targets(values, plan.targets)
-    shared = overlapping(plan.targets)
-    values |= {index: tensor for index, tensor in reversed(plan.targets) if index not in shared}
-    plan.apply(values, path)
-    return into, plan.outcome()
-
-
-def _item_of(leaf: object) -> Item:
-    """What stager would have stored for a leaf, as far as matching asks for it."""
-    if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided or leaf.is_quantized or leaf.is_nested:
-        return Item("object", 0, 0, 0, 0, 0, "", (), ())
-    return Item("tensor", 0, 0, 0, 0, 0, name_of(leaf.dtype), tuple(leaf.shape), leaf.stride())
-
-
-def _load_foreign(path: str, origin: Origin, allow_pickle: bool, safe_globals: Sequence[str]) -> Any:
-    if origin is Origin.DCP:
-        return load_dcp(path, allow_pickle, safe_globals)
-    if origin is Origin.SAFETENSORS:
-        return load_safetensors(path, default_threads())
-    return load_torch_save(path, allow_pickle, safe_globals=safe_globals)
-
-
-def origin_of(path: str) -> Origin:
-    """Tell who wrote the checkpoint, from the names of its files or the first bytes of the file.
-
-    Raises:
-        CheckpointNotFoundError: there is nothing that could be a checkpoint.
-    """
-    if os.path.isfile(path):
-        return Origin.SAFETENSORS if is_safetensors(path) else Origin.TORCH_SAVE
-    if os.path.lexists(os.path.join(path, MANIFEST_NAME)):
-        return Origin.STAGER
-    if os.path.lexists(os.path.join(path, ".metadata")):
-        return Origin.DCP
-    raise CheckpointNotFoundError(
-        None, "is not a checkpoint: neither a file nor a directory with a manifest.json or .metadata", path
-    )
+def _open(found: Found, allow_pickle: bool, safe_globals: Sequence[str]) -> ForeignCheckpoint:
+    if found.origin is Origin.SAFETENSORS:
+        return SafetensorsFiles(found.path, default_threads())
+    if found.origin is Origin.DCP:
+        return StockCheckpoint(found.path, allow_pickle, safe_globals)
+    values = load_torch_save(found.path, allow_pickle, safe_globals=safe_globals)
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{found.path}: holds a {type(values).__name__}, not a mapping; load it without into and keys")
+    return LoadedValues(found.path, values)
 
 
 def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu", safe_globals: Sequence[str] = ()) -> Any:
@@ -183,26 +115,10 @@ def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu", sa
     with storage_errors("open", path):
         fd = open_regular(path)
     with open(fd, "rb") as file, storage_errors("read", path):
-        check_archive(file, os.fstat(file.fileno()).st_size, name, path, pickles=not allow_pickle)
-        source = f"/proc/self/fd/{file.fileno()}"
+        nbytes, source = os.fstat(file.fileno()).st_size, f"/proc/self/fd/{file.fileno()}"
+        if is_legacy(file.peek()):
+            if not allow_pickle:
+                check_legacy(file, nbytes, name, path)
+            return load_unverified(source, name, path, allow_pickle, map_location, safe_globals, load_legacy)
+        check_archive(file, nbytes, name, path, pickles=not allow_pickle)
         return load_unverified(source, name, path, allow_pickle, map_location, safe_globals)
-
-
-def load_dcp(path: str, allow_pickle: bool, safe_globals: Sequence[str] = ()) -> dict[str, Any]:
-    """Load a checkpoint of ``dcp.save``, the data of all its ranks, on the CPU.
-
-    Raises:
-        CorruptCheckpointError, UnsafePickleError, UsageError, StorageError
-    """
-    reader = StockReader(path, allow_pickle, safe_globals)
-    metadata = reader.read_metadata()
-    state: dict[str, Any] = {}
-    planner: LoadPlanner = _empty_planner()
-    with torch.device("cpu"), storage_errors("read", path):
-        try:
-            planner.set_up_planner(state, metadata, is_coordinator=True)
-            plans = planner.create_global_plan([planner.create_local_plan()])
-            reader.read_data(planner.finish_plan(plans[0]), planner, metadata)
-        except (RuntimeError, ValueError, KeyError, AssertionError, EOFError) as error:
-            raise CorruptCheckpointError(path, f"cannot be read: {error}") from error
-    return state

@@ -73,6 +73,7 @@ def match(
     rank: int = 0,
     renaming: Renaming = Renaming(),  # noqa: B008  # frozen
     other_ranks: OtherRanks = no_other_ranks,
+    fit: Callable[[Node, Any], Node] = lambda structure, target: structure,
 ) -> RestorePlan:
     """Plan a restore of a checkpoint into ``target``.
 
@@ -85,12 +86,15 @@ def match(
         rank: selects the values of ``PerRank``.
         renaming: of the checkpoint's names; the selection sees the new ones.
         other_ranks: asks which names other ranks have.
+        fit: gives the structure the types of keys that the target has, if a format has lost them.
 
     Raises:
         StateMismatchError: keys, shapes or dtypes differ.
         UsageError: the target is of no kind that can be restored into.
     """
-    structure = renaming.of(manifest.layout.structure, path)
+    structure = fit(manifest.layout.structure, target)
+    if renaming != Renaming():
+        structure = fit(renaming.of(structure, path), target)
     matcher = _Matcher(manifest, structure, strict, selection, rank, renaming)
     if selection is not None:
         structure = selection.of(structure, path)

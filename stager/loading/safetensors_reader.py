@@ -1,8 +1,11 @@
-"""Reading a ``.safetensors`` file, whoever wrote it. Nothing in it can run code, and it has no hashes to check.
+"""Reading ``.safetensors`` files, whoever wrote them. Nothing in them can run code, and they have no hashes to check.
 
 The file is an 8-byte length, a JSON header and the raw bytes (github.com/huggingface/safetensors, "Format"). As there, names
 are not nested, and bytes that belong to no tensor are an error. The header is compared with the size of the file before
 memory is allocated for the tensors that it lists.
+
+A model may lie in several files of one directory. Then a JSON file, ``model.safetensors.index.json``, has a ``weight_map``:
+the file of each name (huggingface.co/docs/transformers, "Sharded checkpoints").
 """
 
 from __future__ import annotations
@@ -10,23 +13,37 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from stager.loading.reading.plain_reader import PlainReader
-from stager.workers.checkpoint.directory.files import open_regular, storage_errors
+from stager.state.shards import Box
+from stager.workers.checkpoint.directory.files import open_regular, read_small, storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.formats.safetensors_format import DTYPES
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout
-from stager.workers.checkpoint.layout.layout_check import check_layout, check_shape, check_text
+from stager.workers.checkpoint.layout.layout_check import check_file_name, check_layout, check_shape, check_text
 from stager.workers.checkpoint.read.blob_reader import Wanted
 from stager.workers.errors import CorruptCheckpointError, UsageError
-from stager.workers.memory.pages import bytes_at
 
 _LARGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
+INDEX_ENDING = ".safetensors.index.json"
+"""How the name of an index ends."""
+
+SHARD_BEGINNING = "shard-"
+"""How the name of a file begins that has what one rank saved by ``HuggingFaceStorageWriter``."""
+
+SHARD_ADVICE = (
+    "has what one rank of several saved by HuggingFaceStorageWriter; load it by dcp.load() and HuggingFaceStorageReader, "
+    "or save with enable_consolidation=True"
+)
+
+_SHARDING = "DCP_SHARDING_INFO"  # the key of that writer's entry in the metadata
 _METADATA = "__metadata__"
 _NAMES = {theirs: ours for ours, theirs in DTYPES.items()}
 
@@ -44,21 +61,98 @@ def is_safetensors(path: str) -> bool:
     return len(head) == 9 and head[8:] == b"{" and 8 + struct.unpack("<Q", head[:8])[0] <= size
 
 
-def load_safetensors(path: str, num_threads: int) -> dict[str, torch.Tensor]:
-    """Load the tensors by name, on the CPU.
+class SafetensorsFiles:
+    """See :class:`stager.loading.foreign_restore.ForeignCheckpoint`.
 
     ``safetensors.torch.save_model`` and stager write tied weights as names in the metadata; these share one tensor.
+
+    Args:
+        path: of a file, or of the index of several.
+        num_threads: how many reads run at a time.
 
     Raises:
         CorruptCheckpointError, UsageError, StorageError
     """
-    manifest = read_header(path)
-    items = manifest.layout.items
-    tensors = [new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes) for item in items]
-    views = [bytes_at(t.data_ptr(), item.data_nbytes) for t, item in zip(tensors, items, strict=True)]
-    with closing(PlainReader(os.path.dirname(path), manifest, num_threads)) as reader:
-        reader.read([Wanted(number, view) for number, view in enumerate(views)])
-    return {str(name): tensors[number] for (name,), number in manifest.paths()}
+
+    keeps_keys = False
+
+    def __init__(self, path: str, num_threads: int) -> None:
+        self.path = path
+        self.manifest = manifest_of(path)
+        self._num_threads = num_threads
+
+    def objects(self, numbers: Sequence[int]) -> dict[int, Any]:
+        """Return nothing: there are tensors only."""
+        return {}
+
+    def tensors(self, wanted: Sequence[tuple[int, Box | None]]) -> list[torch.Tensor]:
+        """Read tensors into new memory. For a box, the whole tensor is read, and kept only until the next one is.
+
+        Raises:
+            CorruptCheckpointError, StorageError
+        """
+        with closing(PlainReader(os.path.dirname(self.path), self.manifest, self._num_threads)) as reader:
+            whole = {number: self._new(number) for number, box in wanted if box is None}
+            reader.read([Wanted(number, tensor.data_ptr()) for number, tensor in sorted(whole.items())])
+            return [whole[number] if box is None else self._box(reader, number, box) for number, box in wanted]
+
+    def _box(self, reader: PlainReader, number: int, box: Box) -> torch.Tensor:
+        tensor = view = self._new(number)
+        reader.read([Wanted(number, tensor.data_ptr())])
+        for dim, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
+            view = view.narrow(dim, offset, length)
+        return tensor if view.shape == tensor.shape else view.clone()
+
+    def _new(self, number: int) -> torch.Tensor:
+        item = self.manifest.layout.items[number]
+        return new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
+
+
+def manifest_of(path: str) -> Manifest:
+    """Read what a file lists, or the index of several. See :func:`read_index` and :func:`read_header`."""
+    return read_index(path) if path.endswith(INDEX_ENDING) else read_header(path)
+
+
+def read_index(path: str) -> Manifest:
+    """Read the index of several files and their headers, and return them as one manifest without hashes.
+
+    Raises:
+        CorruptCheckpointError: the index or a header is impossible, or they contradict each other.
+        UsageError: a tensor has a dtype that stager does not know.
+        StorageError
+    """
+    with storage_errors("read", path):
+        data = read_small(os.path.realpath(path))
+    try:
+        weights = json.loads(data, object_pairs_hook=_distinct)["weight_map"]
+        for name, file in weights.items():
+            check_file_name(check_text(file))
+            check_text(name)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"is not the index of safetensors files: {error!r}") from error
+    files: list[FileSpec] = []
+    items: list[Item] = []
+    numbers: dict[str, int] = {}
+    for position, file in enumerate(sorted(set(weights.values()))):
+        # The Hugging Face hub's cache has a link in the place of each file.
+        real = os.path.realpath(os.path.join(os.path.dirname(path), file))
+        if not os.path.lexists(real):
+            raise CorruptCheckpointError(
+                path, f"names {file}, which is missing: copy or download all files of the model"
+            )
+        directory, one = os.path.dirname(real), read_header(real)
+        for (name,), number in one.paths():
+            if (
+                weights.get(name, file) == file
+                and numbers.setdefault(str(name), len(items) + number) != len(items) + number
+            ):
+                raise CorruptCheckpointError(path, f"{name} is in two files, and the index does not say in which")
+        files += [FileSpec(os.path.join(directory, spec.name), spec.nbytes) for spec in one.layout.files]
+        items += [replace(item, file=position) for item in one.layout.items]
+    if lost := [name for name in weights if name not in numbers]:
+        raise CorruptCheckpointError(path, f"{lost[0]} is not in {weights[lost[0]]}, where the index says that it is")
+    layout = Layout(tuple(files), tuple(items), ["dict", list(numbers), list(numbers.values())], 1)
+    return Manifest(ManifestHeader("safetensors", 0, "", 0.0, "", ""), layout, (), ())
 
 
 def read_header(path: str) -> Manifest:
@@ -93,6 +187,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _layout(header: dict[str, Any], path: str, start: int, size: int) -> Layout:
     metadata = header.pop(_METADATA, None) or {}
+    if _SHARDING in metadata and os.path.basename(path).startswith(SHARD_BEGINNING):
+        raise UsageError(f"{path} {SHARD_ADVICE}")
     entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
     items: list[Item] = []
     position, head = 0, start  # the header is the head of the first item

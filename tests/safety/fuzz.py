@@ -65,6 +65,9 @@ _MEANT = {
         "not a mapping",
         "storage extension",
         "which stager cannot read",
+        "torch.save did not write",  # and the other kinds of files that are told by how they begin
+        "is JSON",
+        "is compressed by",
     ),
     UnstageableError: ("",),  # a state that the format of an export cannot hold
 }

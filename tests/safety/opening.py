@@ -149,6 +149,7 @@ def openings_of(target: str) -> list[str]:
     return {
         "stock": _STOCK,
         "torch.save": _FILE,
+        "torch.save, no archive": _FILE,
         "state.pt": _FILE,
         "state.safetensors": _FILE[:1] + _FILE[2:],
         "chunks": _CHUNKS,

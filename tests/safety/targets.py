@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
 import random
 import shutil
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def make_targets(directory: Path) -> dict[str, Target]:
         "unnamed": (_unnamed, _spoil_partial_manifest),
         "stock": (_stock, _spoil_stock),
         "torch.save": (_torch_save, _spoil_file),
+        "torch.save, no archive": (_torch_save_legacy, _spoil_legacy),
         "state.pt": (_state_pt, _spoil_file),
         "state.safetensors": (_state_safetensors, _spoil_safetensors),
     }
@@ -87,6 +89,10 @@ def _whole_safetensors(run_dir: Path) -> None:
 
 def _torch_save(run_dir: Path) -> None:
     torch.save(STATE, run_dir / FILE_NAME)
+
+
+def _torch_save_legacy(run_dir: Path) -> None:
+    torch.save(STATE, run_dir / FILE_NAME, _use_new_zipfile_serialization=False)
 
 
 def _state_pt(run_dir: Path) -> None:
@@ -252,6 +258,24 @@ def _spoil_file(rng: random.Random, run_dir: Path, mark: Path) -> None:
         mutate_file(rng, path, run_dir.parent / "canary")
     else:
         path.write_bytes(mutate_archive(rng, path.read_bytes(), mark))
+
+
+def _spoil_legacy(rng: random.Random, run_dir: Path, mark: Path) -> None:
+    """One of the five pickles is another one, or bytes anywhere are others."""
+    path = run_dir / FILE_NAME
+    data, kind = path.read_bytes(), rng.random()
+    if kind < 0.1:
+        mutate_file(rng, path, run_dir.parent / "canary")
+    elif kind < 0.3:
+        path.write_bytes(mutate_bytes(rng, data))
+    else:
+        ends = [0]
+        for _ in range(5):
+            *_, (_, _, stop) = pickletools.genops(data[ends[-1] :])
+            ends.append(ends[-1] + stop + 1)
+        number = rng.choice((0, 1, 2, 3, 3, 3, 3, 3, 4))
+        start, end = ends[number], ends[number + 1]
+        path.write_bytes(data[:start] + mutate_pickle(rng, data[start:end], mark) + data[end:])
 
 
 def _spoil_stock(rng: random.Random, run_dir: Path, mark: Path) -> None:

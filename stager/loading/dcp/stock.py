@@ -65,13 +65,12 @@ class StockReader:
         """As ``FileSystemReader.read_data``.
 
         Raises:
-            CorruptCheckpointError, UnsafePickleError, StorageError
+            CorruptCheckpointError, UnsafePickleError, UnloadableError, StorageError
         """
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
-        if self._allow_pickle:
-            return self._reader.read_data(plan, planner)
-        self._check_tensors(plan, metadata)
-        guarded = _GuardedPlanner(planner, self._path, self._safe_globals)
+        if not self._allow_pickle:
+            self._check_tensors(plan, metadata)
+        guarded = _GuardedPlanner(planner, self._path, self._allow_pickle, self._safe_globals)
         try:
             return self._reader.read_data(plan, cast(LoadPlanner, guarded))
         except Exception as error:  # torch may raise anything for hostile bytes
@@ -129,20 +128,22 @@ class _Window(io.RawIOBase):
 
 
 class _GuardedPlanner:
-    """A planner that loads an object only if the ``weights_only`` rules allow it.
+    """A planner that loads an object only if the ``weights_only`` rules or the user allow it.
 
     Attributes:
         error: what the wrapped planner raised.
     """
 
-    def __init__(self, planner: LoadPlanner, path: str, safe_globals: Sequence[str]) -> None:
+    def __init__(self, planner: LoadPlanner, path: str, allow_pickle: bool, safe_globals: Sequence[str]) -> None:
         self._path = path
+        self._allow_pickle = allow_pickle
         self._safe_globals = safe_globals
         self._planner = planner
         self.error: Exception | None = None
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self._ask(hand_over_object, self._planner, read_item, value.getvalue(), self._path, False, self._safe_globals)
+        blob, allowed = value.getvalue(), self._allow_pickle
+        self._ask(hand_over_object, self._planner, read_item, blob, self._path, allowed, self._safe_globals)
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         tensor: torch.Tensor = self._ask(self._planner.resolve_tensor, read_item)

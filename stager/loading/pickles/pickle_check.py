@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -144,6 +145,28 @@ def check_pickle(data: bytes, storages: Mapping[str, int] | None = None) -> None
         _check(data, known)
 
 
+def claimed_storages(data: bytes, most_nbytes: int) -> dict[str, int]:
+    """Check a pickle whose storages are not known yet, as :func:`check_pickle` does, and return what it says of them.
+
+    Args:
+        data: the pickle.
+        most_nbytes: no storage may claim more.
+
+    Returns:
+        The length in bytes of each storage, by key.
+
+    Raises:
+        ValueError: it is no pickle, or one that is made to do harm.
+    """
+    walk = _Walk(len(data), defaultdict(lambda: most_nbytes, {"": most_nbytes}))
+    try:
+        with no_collection():
+            walk.run(data)
+    except (IndexError, KeyError) as error:
+        raise ValueError(f"not a pickle: {error!r}") from error
+    return walk.claimed
+
+
 def _check(data: bytes, storages: tuple[tuple[str, int], ...]) -> None:
     try:
         with no_collection():
@@ -161,10 +184,14 @@ class _Walk:
     Args:
         nbytes: length of the pickle.
         storages: length in bytes of each storage, by key.
+
+    Attributes:
+        claimed: the length in bytes that the pickle says of each storage, by key; the largest, if it says several.
     """
 
     def __init__(self, nbytes: int, storages: Mapping[str, int]) -> None:
         self._storages = storages
+        self.claimed: dict[str, int] = {}
         self._stack: list[_Value] = []
         self._atoms: dict[tuple[str, Any], _Value] = {}
         self._memo: dict[int, _Value] = {}
@@ -234,6 +261,8 @@ class _Walk:
     def _check_storage(self, parts: list[_Value]) -> None:
         """``parts``: the tuple ("storage", class, key, device, number of elements). A class is given by its name."""
         fields = parts[0].children if len(parts) == 1 else []
+        if fields and fields[0].argument == "module":  # a class and its source; ``weights_only`` rules refuse it
+            return
         if len(fields) != _STORAGE_FIELDS or fields[0].argument != "storage":
             raise ValueError("it describes a storage in another way than torch.save does")
         _, kind, key, _, count = fields
@@ -242,6 +271,7 @@ class _Walk:
         nbytes = count.argument * _ELEMENT_NBYTES[_name_of(kind)]
         if not 0 <= nbytes <= self._storages[key.argument]:
             raise ValueError(f"storage {key.argument} has {self._storages[key.argument]} bytes, not {nbytes}")
+        self.claimed[key.argument] = max(nbytes, self.claimed.get(key.argument, 0))
 
     def _put(self, index: int) -> None:
         if index > self._num_opcodes:

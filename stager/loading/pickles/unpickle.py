@@ -11,7 +11,7 @@ import io
 import pickle
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import IO, Any
 
@@ -109,8 +109,12 @@ def load_unverified(
     allow_pickle: bool,
     map_location: str = "cpu",
     safe_globals: Sequence[str] = (),
+    load: Callable[..., Any] = load_archive,
 ) -> Any:
-    """Load an archive whose bytes nobody has verified: of another library. Arguments as for :func:`unpickle`.
+    """Load a file whose bytes nobody has verified: of another library. Arguments as for :func:`unpickle`.
+
+    Args:
+        load: :func:`load_archive`, or ``load_legacy`` for a file that is no archive.
 
     Raises:
         UnsafePickleError: the ``weights_only`` rules do not allow it.
@@ -119,7 +123,7 @@ def load_unverified(
     """
     try:
         with torch_defaults():
-            return load_archive(source, allow_pickle, safe_globals, map_location)
+            return load(source, allow_pickle, safe_globals, map_location)
     except (Warning, ConfigError):  # a name in safe_globals is wrong
         raise
     except Exception as error:  # a hostile pickle can raise anything

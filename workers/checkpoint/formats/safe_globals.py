@@ -17,6 +17,7 @@ import decimal
 import importlib
 import io
 import pathlib
+import re
 import types
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,8 @@ _NUMPY = (
     *("numpy.random._philox.Philox", "numpy.random._sfc64.SFC64"),
     *("numpy.random.bit_generator.SeedSequence", "numpy.random.bit_generator.__pyx_unpickle_SeedSequence"),
 )
+_NAMED = re.compile(r"Unsupported global: GLOBAL (\S+)")  # torch names the class of a file that is no archive only so
+_NEWER = "Unsupported operand 149"  # FRAME
 _lock = RLock()  # torch keeps one list for the whole process
 
 
@@ -132,7 +135,10 @@ def reason_of(error: Exception, archive: IO[bytes] | str, names: Sequence[str] =
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(cast(Any, archive))
         except Exception:  # noqa: BLE001  # the archive may be hostile
             unsafe = []
+    unsafe = unsafe or _NAMED.findall(str(error))
     if unsafe:
         return f"its class {', '.join(sorted(unsafe))} is not allowed"
+    if _NEWER in str(error):
+        return "it was written by a pickle protocol newer than 2, which these rules do not read"
     lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler error:" in line]
     return lines[0].rpartition("WeightsUnpickler error:")[2].strip() if lines else str(error).partition("\n")[0]

@@ -1,0 +1,146 @@
+"""What lies at a path: a checkpoint, and whose; or what else, in one sentence that says what to name instead."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from typing import NamedTuple
+
+from stager.loading.file_kinds import refuse_other_kinds
+from stager.loading.safetensors_reader import INDEX_ENDING, SHARD_ADVICE, SHARD_BEGINNING, is_safetensors
+from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps, is_partial
+from stager.workers.errors import CheckpointNotFoundError
+
+_METADATA_NAME = ".metadata"
+_DATA_ENDING = ".distcp"
+_SAFETENSORS = ".safetensors"
+_TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+_SHOWN_NAMES = 5
+
+
+class Origin(Enum):
+    """Who wrote a checkpoint."""
+
+    STAGER = "stager"
+    DCP = "torch.distributed.checkpoint.save"
+    TORCH_SAVE = "torch.save"
+    SAFETENSORS = "safetensors"
+
+
+class Found(NamedTuple):
+    """A checkpoint: who wrote it, and its directory or file; of safetensors in several files, their index."""
+
+    origin: Origin
+    path: str
+
+
+def find(path: str | os.PathLike[str]) -> Found:
+    """Tell who wrote the checkpoint, from the names of its files or the first bytes of the file.
+
+    Raises:
+        CheckpointNotFoundError: there is none; says what there is, and which path to name.
+        UsageError: a file of another kind; says of which.
+        CorruptCheckpointError: a file that is empty, cut short, or of no known kind.
+        StorageError
+    """
+    path = os.fspath(path)
+    real = os.path.realpath(path)
+    if os.path.isdir(real):
+        return _find_in(real)
+    if not os.path.lexists(real):
+        raise _not_found(real, _of_nothing(real))
+    directory = os.path.realpath(os.path.dirname(path) or ".")
+    name = os.path.basename(path)
+    if name.endswith(INDEX_ENDING):  # it may be a link; the files that it names are beside the link
+        return Found(Origin.SAFETENSORS, os.path.join(directory, name))
+    if (name.endswith(_DATA_ENDING) or name in (MANIFEST_NAME, _METADATA_NAME)) and _is_checkpoint(directory):
+        raise _not_found(real, f"is one file of the checkpoint {directory}; name that directory")
+    if is_safetensors(real):
+        return Found(Origin.SAFETENSORS, real)
+    refuse_other_kinds(real)
+    return Found(Origin.TORCH_SAVE, real)
+
+
+def _find_in(directory: str) -> Found:
+    if os.path.lexists(os.path.join(directory, MANIFEST_NAME)):
+        return Found(Origin.STAGER, directory)
+    if os.path.lexists(os.path.join(directory, _METADATA_NAME)):
+        return Found(Origin.DCP, directory)
+    with storage_errors("list", directory):
+        names = sorted(os.listdir(directory))
+    indices = [name for name in names if name.endswith(INDEX_ENDING)]
+    weights = [name for name in names if name.endswith(_SAFETENSORS)]
+    if len(indices) == 1 and weights:
+        return Found(Origin.SAFETENSORS, os.path.join(directory, indices[0]))
+    if len(weights) == 1 and not indices:  # a shard alone is refused when its header is read
+        return Found(Origin.SAFETENSORS, os.path.realpath(os.path.join(directory, weights[0])))
+    raise _not_found(directory, _of_directory(directory, names, indices or weights))
+
+
+def _is_checkpoint(directory: str) -> bool:
+    return any(os.path.lexists(os.path.join(directory, name)) for name in (MANIFEST_NAME, _METADATA_NAME))
+
+
+def _not_found(path: str, what: str) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(None, f"is no checkpoint: it {what}", path)
+
+
+def _of_nothing(path: str) -> str:
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        return f"does not exist, nor does the directory {parent}"
+    steps = committed_steps(parent)
+    return "does not exist" + (f"; {parent} has the checkpoints of {_steps(steps)}" if steps else "")
+
+
+def _of_directory(directory: str, names: list[str], weights: list[str]) -> str:
+    """Say what is in a directory that is no checkpoint, and what to do.
+
+    Args:
+        weights: which of the ``names`` are of safetensors.
+    """
+    if is_partial(os.path.basename(directory)):
+        return (
+            "is a save that was never committed, or is still being written; "
+            f"`stager recover {os.path.dirname(directory)}` commits it if all of it is there"
+        )
+    if steps := committed_steps(directory):
+        newest = os.path.join(directory, checkpoint_name(steps[0]))
+        return (
+            f"is the directory of a run, with the checkpoints of {_steps(steps)}; "
+            f"Checkpointer({directory!r}, read_only=True).load() loads the newest valid one, "
+            f"load_checkpoint({newest!r}) that of one step"
+        )
+    if any(name.startswith(SHARD_BEGINNING) for name in weights):
+        return f"has files ({_shown(weights)}) each of which {SHARD_ADVICE}"
+    if weights:
+        return f"has {len(weights)} files of safetensors, and no index of them all: {_shown(weights)}; name one of them"
+    return _of_others(directory, names)
+
+
+def _of_others(directory: str, names: list[str]) -> str:
+    if any(name.endswith(_DATA_ENDING) for name in names):
+        return (
+            "has data of dcp.save (.distcp) and no .metadata, which is written last: the save did not finish, or the file "
+            "was not copied, as names that begin with a dot often are not"
+        )
+    if inside := [name for name in names if _is_checkpoint(os.path.join(directory, name))]:
+        return f"has checkpoints in it: {_shown(inside)}; name one of them"
+    without = "is a directory without manifest.json, .metadata or safetensors"
+    if files := [name for name in names if name.endswith(_TORCH_ENDINGS)]:
+        return f"{without}; name one of its files: {_shown(files)}"
+    return f"{without}; it has {_shown(names)}" if names else "is an empty directory"
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
+
+
+def _steps(steps: list[int]) -> str:
+    """Newest first: those that people ask for."""
+    many = "steps" if len(steps) > 1 else "step"
+    more = f" and {len(steps) - _SHOWN_NAMES} older ones" if len(steps) > _SHOWN_NAMES else ""
+    return f"{many} {', '.join(map(str, steps[:_SHOWN_NAMES]))}{more}"
