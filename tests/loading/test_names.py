@@ -153,7 +153,7 @@ RENAMED: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("rename, expected", RENAMED, ids=str)
+@pytest.mark.parametrize("rename, expected", RENAMED)
 @pytest.mark.parametrize("origin", ["stager", "torch.save"])
 def test_rename(run_dir: Path, rename: Any, expected: Any, origin: str) -> None:
     path = run_dir / "a.pt"
@@ -203,7 +203,6 @@ def test_keys_have_the_new_names(run_dir: Path) -> None:
         ({"rename": 3}, "rename= is a int; give a mapping"),
         ({"strip_prefix": ["module."]}, "strip_prefix= is a list; give a text"),
     ],
-    ids=str,
 )
 def test_a_renaming_that_cannot_be(run_dir: Path, options: Any, message: str) -> None:
     save(run_dir, NESTED)
