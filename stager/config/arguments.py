@@ -129,9 +129,12 @@ def _names_checkpoint(value: object) -> bool:
 
 def check_into(into: object) -> None:
     """Refuse what is neither a mapping of names to values, nor an object that loads a state, nor None."""
-    if into is None or isinstance(into, Mapping) or hasattr(into, "load_state_dict"):
+    takes_state = hasattr(type(into), "state_dict") and hasattr(type(into), "load_state_dict")
+    if into is None or isinstance(into, Mapping) or takes_state:
         return
-    if _integer(into) is not None:
+    if isinstance(into, type):
+        advice = f"{into.__name__} is a class: give an object of it, as in load(into={into.__name__}(...))"
+    elif _integer(into) is not None:
         advice = f"load() takes the step first, as in load({_integer(into)}, into=state)"
     else:
         advice = f"write the names that were saved, as in load(into={_EXAMPLE})"

@@ -21,6 +21,7 @@ from stager.loading.selection import Selection
 from stager.state.stateful import Stateful
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.checkpoint.read.verify import default_threads
@@ -62,6 +63,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointNotFoundError: there is no checkpoint at ``path``; says what there is, and what to name instead.
+        ArgumentError: ``path`` or ``into`` cannot be meant.
         UsageError: the file is of another kind (TorchScript, NumPy, ...); says of which.
         ConfigError: a name in ``safe_globals`` cannot be imported.
         CorruptCheckpointError: it is damaged, or says something impossible.
@@ -70,8 +72,9 @@ def load_checkpoint(
         UnloadableError: as in :meth:`stager.Checkpointer.load`.
         StorageError
     """
+    path = local_path(path, "path")
     found = find(path)
-    where = os.path.realpath(os.fspath(path))
+    where = os.path.realpath(path)
     selection = None if keys is None else Selection(keys)
     renaming = Renaming.of_arguments(rename, strip_prefix)
     if found.origin is Origin.STAGER:

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from stager.config.arguments import check_into
 from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, state_of
 from stager.loading.prefixes import find_prefixes
 from stager.loading.renaming import Renaming
 from stager.state.shards import shape_of
-from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Node
 from stager.workers.checkpoint.layout.tensor_node import without_flags
-from stager.workers.errors import StateMismatchError, UsageError
+from stager.workers.errors import StateMismatchError
 
 WHOLE = "state"
 """The name that the whole state gets if it is what the object takes."""
@@ -37,16 +37,11 @@ def sole_fit(
         strict: all names have to match; otherwise, some.
 
     Raises:
-        UsageError: the target is no object that takes a state.
+        ArgumentError: the target is no object that takes a state.
         StateMismatchError: nothing fits, or several values do.
     """
     kind = type(target).__name__
-    if not is_stateful(target):
-        what = f"the class {target.__name__}" if isinstance(target, type) else f"a {kind}"
-        raise UsageError(
-            f"into= is {what}; give a mapping of names to values, for example {{'model': model}}, "
-            "or one object with load_state_dict()"
-        )
+    check_into(target)
     state = state_of(target, (kind,))
     nodes = children_of(structure)
     keys = state.keys() if isinstance(state, Mapping) else ()

@@ -304,5 +304,7 @@ def test_an_object_itself_that_differs_by_a_prefix_or_in_part(run_dir: Path) -> 
 )
 def test_a_target_of_no_kind_that_can_be_restored(run_dir: Path, wrong: Any) -> None:
     save(run_dir, {"n": 1})
-    with pytest.raises(UsageError, match=r"into= is .*give a mapping of names to values"):
+    with pytest.raises(
+        UsageError, match=r"into must be a mapping or an object with load_state_dict\(\), got .*as in load\("
+    ):
         load(run_dir, wrong)
