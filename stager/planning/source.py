@@ -84,7 +84,9 @@ def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tens
     try:
         kind = dtype_of(_DTYPE_NAMES.get(dtype, dtype))
     except ValueError as error:
-        raise UsageError(f"--dtype {dtype}: {error}") from error
+        raise UsageError(
+            f"--dtype {dtype}: torch has no such dtype; for example float32, bf16 or float8_e4m3fn"
+        ) from error
     num_tensors = min(num_tensors, num_params)
     each, more = divmod(num_params, num_tensors)
     sizes = [each + (number < more) for number in range(num_tensors)]
@@ -197,8 +199,8 @@ def _guarded(what: str, call: Callable[[], Any]) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             return call()
     except (Exception, SystemExit) as error:
-        theirs = [
-            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename != __file__
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = (__file__, importlib.__file__)
+        theirs = [frame for frame in frames if frame.filename[0] != "<" and frame.filename not in ours]
         where = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
         raise UsageError(f"{what}: {type(error).__name__}: {error}{where}") from error

@@ -67,6 +67,10 @@ def documents() -> list[str]:
     return ["README.md", *(page for page in pages if not page.startswith("docs/results/"))]
 
 
+RUN_ELSEWHERE = {"docs/mistakes.md": "every block of it is a mistake; tests/mistakes makes each of them"}
+"""Documents whose blocks other tests run, and why."""
+
+
 def blocks_of(document: str) -> list[Block]:
     """The blocks of a document, in order."""
     text = (ROOT / document).read_text()

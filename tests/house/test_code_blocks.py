@@ -18,6 +18,7 @@ from tests.house.code_blocks import (
     NEEDS,
     NOT_RUN,
     ROOT,
+    RUN_ELSEWHERE,
     Block,
     all_commands,
     blocks_of,
@@ -36,7 +37,7 @@ sys.path.insert(0, "")
 run_document(sys.argv[1], sys.argv[2])
 """
 MODULES = ("tests.house.block_names", "stager.checkpointer", "stager.cli.app", "typer.testing")
-WITH_BLOCKS = [document for document in documents() if blocks_of(document)]
+WITH_BLOCKS = [document for document in documents() if blocks_of(document) and document not in RUN_ELSEWHERE]
 
 
 @pytest.fixture(autouse=True)
