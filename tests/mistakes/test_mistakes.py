@@ -11,7 +11,7 @@ from tests import scripts
 from tests.mistakes.home import Home
 from tests.mistakes.mistake import python
 from tests.mistakes.outcome import outcome_of
-from tests.mistakes.page import PAGE, SILENT
+from tests.mistakes.page import PAGE, SILENT, versions
 from tests.mistakes.topics import TOPICS
 
 # In a process of its own: a mistake may change anything. Warnings are part of what is said, and no errors.
@@ -26,6 +26,8 @@ AGAIN = "python -m tests.mistakes makes the page again; look at what changed"
 
 
 def test_page_is_what_is_said_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if versions() not in PAGE.read_text():
+        pytest.skip(f"some messages are Python's and torch's, and the page was not made with {versions()}")
     monkeypatch.setenv("STAGER_WORKERS__COUNT", "1")  # as in __main__.py: most of the time is the start of workers
     modules = ("tests.mistakes.page", "stager.checkpointer", "stager.cli.app", "typer.testing")
     assert scripts.run(PROGRAM, tmp_path / "made", tmp_path / "page.md", modules=modules).returncode == 0
