@@ -61,7 +61,7 @@ TOPIC = Topic(
                 Path("runs/new/step-00000003").write_text("mine")
                 ckpt.save(3, state).upload_completion.result()
             """,
-            "Keep files of yours out of a run's directory.",
+            "The file is kept, as `step-00000003.not-a-checkpoint-...`.",
         ),
         python("Closing with a text", 'Checkpointer("runs/new").close("10 s")'),
         python("Protecting a name", 'ckpt.protect("best")'),
