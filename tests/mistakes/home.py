@@ -120,6 +120,7 @@ class Home:
         text = re.sub(r"\.(partial|removing|damaged|unfinished)-[0-9a-f]+", r".\1-...", text)
         text = re.sub(r"\d+(\.\d+)?( \w*B)? (are|is) (available|free)", r"N\2 \3 \4", text)
         text = re.sub(r"\b\d+\.\d+ (s|ms)\b", r"N \1", text)
+        text = re.sub(r" \(\d+ in a row\)", "", text)  # of the shared Checkpointer
         text = re.sub(r"\n *For further information visit https://errors.pydantic.dev\S*", "", text)
         return text.replace(str(Path(stager.__file__).parents[1]), "/usr/lib/python3")
 
