@@ -33,7 +33,7 @@ from torch import nn
 import stager
 from stager import Checkpointer, SaveHandle
 
-_CHANGES_IT = re.compile(r"guard\(optimizer\)|on_preemption\(\)|close\(|callback")
+_CHANGES_IT = re.compile(r"guard\(optimizer\)|on_preemption|close\(|callback")
 _STEPS = (1, 2)  # of the shared Checkpointer's run
 _TRAIN = "import torch\n\n\ndef build():\n    return torch.nn.Linear(4, 4)\n\n\nvalue = 3\n"
 

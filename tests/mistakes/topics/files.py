@@ -21,7 +21,6 @@ TOPIC = Topic(
             "A zip that is not torch's", 'shutil.make_archive("code", "zip", "runs/ddp")\nload_checkpoint("code.zip")'
         ),
         python("numpy's file", 'np.savez("model.npz", w=np.ones(3))\nload_checkpoint("model.npz")'),
-        python("Into the module itself", 'load_checkpoint("model.pt", into=model)'),
         python("Into a state with a name above the weights", 'load_checkpoint("model.pt", into={"model": model})'),
         python(
             "A safetensors file with a name above the weights",

@@ -5,7 +5,6 @@ from tests.mistakes.mistake import Topic, python
 TOPIC = Topic(
     "Loading into a state",
     (
-        python("The module itself", "ckpt.load(into=model)"),
         python("A list", "ckpt.load(into=[model, optimizer])"),
         python("A tensor", "ckpt.load(into=torch.ones(3))"),
         python(
@@ -99,14 +98,6 @@ TOPIC = Topic(
             ckpt.save(3, {"settings": Settings()}).upload_completion.result()
             del Settings
             ckpt.load(step=3, allow_pickle=True)
-            """,
-        ),
-        python(
-            "A list of another length",
-            """
-            with Checkpointer("runs/new") as ckpt:
-                ckpt.save(3, {"history": [{"loss": 0.5}]}).upload_completion.result()
-                ckpt.load(into={"history": [{}, {}, {}]})
             """,
         ),
     ),

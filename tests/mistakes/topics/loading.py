@@ -6,8 +6,6 @@ TOPIC = Topic(
     "Choosing what to load",
     (
         python("A path in place of a step", 'ckpt.load("runs/gpt/step-00000100")'),
-        python("The state first", "ckpt.load(state)"),
-        python("The module first", "ckpt.load(model)"),
         python("A word for a step", 'ckpt.load(step="latest")'),
         python("A step that is not there", "ckpt.load(step=7)"),
         python("A negative step, as in a list", "ckpt.load(step=-1)"),
@@ -23,7 +21,6 @@ TOPIC = Topic(
             'ckpt.load(keys=["model.*", "optimiser.*"])',
             "See what was loaded in `Loaded.state`.",
         ),
-        python("The names of top-level values as patterns", 'ckpt.load(into=state, keys=["model", "progress"])'),
         python("No pattern at all", "ckpt.load(keys=[])"),
         python("A number as a pattern", "ckpt.load(keys=3)"),
         python("map_location, as torch.load has it", 'ckpt.load(map_location="cpu")'),
@@ -35,11 +32,6 @@ TOPIC = Topic(
             "None that was not expected",
             'resumed = Checkpointer("runs/new").load(into=state)\nstart = resumed.step + 1',
             "`load()` returns None if there is nothing to resume from: `resumed.step + 1 if resumed else 0`.",
-        ),
-        python(
-            "Right after save()",
-            "ckpt.save(3, state)\nckpt.load(step=3)",
-            "Wait for the commit: `ckpt.save(3, state).upload_completion.result()`.",
         ),
         python(
             "Every checkpoint is damaged",

@@ -23,17 +23,10 @@ TOPIC = Topic(
         python(
             "A checkpoint in place of the run's directory",
             'Checkpointer("runs/gpt/step-00000300")',
-            "Name the run's directory, `runs/gpt`. For one checkpoint: `stager.load_checkpoint(path)`.",
-        ),
-        python(
-            "A checkpoint in place of the run's directory, only to load",
-            'Checkpointer("runs/gpt/step-00000300", read_only=True).load()',
-            "Name the run's directory, `runs/gpt`. For one checkpoint: `stager.load_checkpoint(path)`.",
         ),
         python(
             "An address of an object store",
             'Checkpointer("s3://bucket/run")',
-            "Object stores are not supported yet: save to a disk, and copy from there.",
         ),
         python(
             "A second Checkpointer in the same program",

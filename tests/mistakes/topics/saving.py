@@ -69,7 +69,6 @@ TOPIC = Topic(
         python("Pruning with rules as arguments", "ckpt.prune(keep_latest=3)"),
         python("Pruning a run that is only read", 'Checkpointer("runs/gpt", read_only=True).prune()'),
         python("on_preemption() twice", "ckpt.on_preemption()\nckpt.on_preemption()"),
-        python("on_preemption() with one signal", "import signal\n\nckpt.on_preemption(signal.SIGTERM)"),
         python(
             "on_preemption() with a signal that cannot be handled",
             "import signal\n\nckpt.on_preemption([signal.SIGKILL])",
