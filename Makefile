@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 STATES_INSTALLED := $(VENV)/.installed-states
+DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo demo-ranks test lint format bench long states clean
+.PHONY: demo demo-ranks test lint format bench long states docs clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -20,6 +21,10 @@ $(BENCH_INSTALLED): $(INSTALLED)
 
 $(STATES_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,states]'
+	touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
@@ -53,6 +58,10 @@ states: $(STATES_INSTALLED)  ## the whole corpus of states in every format, with
 bench: $(BENCH_INSTALLED)  ## stager beside the other ways to checkpoint; hours; BENCH='--rounds 1 --case big' for less
 	$(BIN)/python -m tests.benchmarks $(BENCH)
 
+docs: $(DOCS_INSTALLED)  ## the site, into site/; a broken link or anchor fails it. Then the examples with Lightning and transformers
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest -k from-trainers tests/house/test_code_blocks.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) site .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +48,18 @@ class Ended:
 
 
 @contextmanager
-def running(source: str, *arguments: object) -> Iterator[Program]:
-    """Run ``source`` with ``sys.argv[1:]`` as given. Whatever it printed to stderr is printed at the end."""
+def running(source: str, *arguments: object, modules: Iterable[str] = ()) -> Iterator[Program]:
+    """Run ``source`` with ``sys.argv[1:]`` as given. Whatever it printed to stderr is printed at the end.
+
+    Args:
+        modules: what the fork server imports first; later programs then have it, too.
+    """
     server = fork_server.shared()
     with tempfile.TemporaryDirectory() as directory:
         stdout, stderr = Path(directory, "stdout"), Path(directory, "stderr")
         os.mkfifo(stdout)
         words = [source, *map(str, arguments)]
-        pid = server.start(f"{__name__}:run_as_main", [words], stdout=stdout, stderr=stderr)
+        pid = server.start(f"{__name__}:run_as_main", [words], stdout=stdout, stderr=stderr, modules=modules)
         try:
             with stdout.open() as output:
                 yield Program(pid, output)
@@ -64,9 +68,9 @@ def running(source: str, *arguments: object) -> Iterator[Program]:
             print(stderr.read_text(), end="", file=sys.stderr)
 
 
-def run(source: str, *arguments: object) -> Ended:
+def run(source: str, *arguments: object, modules: Iterable[str] = ()) -> Ended:
     """Run ``source`` until it has ended and nobody holds its standard output."""
-    with running(source, *arguments) as program:
+    with running(source, *arguments, modules=modules) as program:
         stdout = program.stdout.read()
         return Ended(program.wait(), stdout)
 

@@ -15,6 +15,7 @@ from stager.cli.console import print_error
 from stager.cli.demo import demo
 from stager.cli.doctor import doctor
 from stager.cli.export import export
+from stager.cli.init import init
 from stager.cli.inspect import inspect
 from stager.cli.ls import ls
 from stager.cli.plan import plan
@@ -55,7 +56,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, ls, inspect, verify, export, recover, prune, doctor, plan, stress):
+for command in (init, demo, ls, inspect, verify, export, recover, prune, doctor, plan, stress):
     app.command()(command)
 
 

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stager.cli.console import print_json, printable, stdout
 from stager.cli.options import ConfigOption, JsonOption, SetOption
 from stager.cli.selection import select_checkpoints
+from stager.cli.state_options import OptimizerName, host_of_options, job_of_options, state_of_options
 
 if TYPE_CHECKING:
-    from stager.planning import Host, Need, StateSource
-
-
-class OptimizerName(str, Enum):
-    """As :class:`stager.planning.optimizers.OptimizerKind`, whose module imports torch."""
-
-    ADAMW = "adamw"
-    ADAM = "adam"
-    SGD = "sgd"
-    NONE = "none"
+    from stager.planning import Need, StateSource
 
 
 def plan(
@@ -63,7 +53,7 @@ def plan(
 ) -> None:
     """Print what saving a state takes: buffers, host memory, workers, disk. Exit 1 if it does not fit as configured."""
     from stager.config import load_config
-    from stager.planning import JobShape, work_out
+    from stager.planning import work_out
     from stager.workers.errors import UsageError
 
     if sum(given is not None for given in (path, module, params)) != 1:
@@ -77,8 +67,8 @@ def plan(
     if step is not None and path is None:
         raise UsageError("--step needs the directory of a run")
     settings = load_config(config, overrides or ())
-    job = _job(JobShape, ranks, local_world_size, shards)
-    host = _host(memory, cores)
+    job = job_of_options(ranks, local_world_size, shards)
+    host = host_of_options(memory, cores)
     source = _source(path, step, module, meta, params, dtype, tensors, optimizer)
     need = work_out(source.state, settings, job, host)
     if as_json:
@@ -87,35 +77,6 @@ def plan(
         _print(source, need, this_host=memory is None)
     if not need.fits:
         raise typer.Exit(1)
-
-
-def _job(make: Any, ranks: int | None, local_world_size: int | None, shards: int) -> Any:
-    from stager.ranks.launch import local_world_size as of_environment
-    from stager.workers.errors import UsageError
-
-    local = local_world_size or min(of_environment(os.environ), ranks or 1 << 30)
-    total = ranks or max(local, shards)
-    if local > total:
-        raise UsageError(f"--local-world-size {local} is more than --ranks {total}")
-    if total % shards:
-        raise UsageError(f"--ranks {total} is not a multiple of --shards {shards}")
-    return make(num_ranks=total, local_world_size=local, num_shards=shards)
-
-
-def _host(memory: str | None, cores: int | None) -> Host:
-    import resource
-
-    from stager.config.host import available_memory_bytes, usable_cores
-    from stager.config.sizes import parse_bytes
-    from stager.doctor.probes import soft_and_hard_limit
-    from stager.planning import Host
-    from stager.workers.errors import UsageError
-
-    try:
-        available = available_memory_bytes() if memory is None else parse_bytes(memory)
-    except ValueError as error:
-        raise UsageError(f"--memory {memory}: {error}") from error
-    return Host(available, cores or usable_cores(), soft_and_hard_limit(resource.RLIMIT_NOFILE)[0])
 
 
 def _source(
@@ -128,32 +89,12 @@ def _source(
     tensors: int,
     optimizer: OptimizerName | None,
 ) -> StateSource:
-    from stager.planning import from_callable, from_checkpoint, from_numbers
-    from stager.planning.optimizers import OptimizerKind
+    from stager.planning import from_checkpoint
 
-    kind = None if optimizer is None else OptimizerKind(optimizer.value)
-    if module is not None:
-        return from_callable(module, meta, kind)
-    if params is not None:
-        return from_numbers(_count(params), dtype, kind or OptimizerKind.NONE, tensors)
-    assert path is not None
+    if path is None:
+        return state_of_options("--module", module, meta, params, dtype, tensors, optimizer)
     (checkpoint,) = select_checkpoints(path, step)
     return from_checkpoint(checkpoint)
-
-
-def _count(text: str) -> int:
-    """Parse a number of parameters such as ``124M`` or ``70B``."""
-    from stager.workers.errors import UsageError
-
-    factor = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
-    digits = text if factor == 1 else text[:-1]
-    try:
-        count = round(float(digits) * factor)
-    except (ValueError, OverflowError):
-        count = 0
-    if count < 1:
-        raise UsageError(f"--params {text}: a number of parameters such as 124000000, 124M or 70B")
-    return count
 
 
 def _print(source: StateSource, need: Need, this_host: bool) -> None:

@@ -84,7 +84,9 @@ def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tens
     try:
         kind = dtype_of(_DTYPE_NAMES.get(dtype, dtype))
     except ValueError as error:
-        raise UsageError(f"--dtype {dtype}: {error}") from error
+        raise UsageError(
+            f"--dtype {dtype}: torch has no such dtype; for example float32, bf16 or float8_e4m3fn"
+        ) from error
     num_tensors = min(num_tensors, num_params)
     each, more = divmod(num_params, num_tensors)
     sizes = [each + (number < more) for number in range(num_tensors)]
@@ -98,7 +100,9 @@ def from_numbers(num_params: int, dtype: str, optimizer: OptimizerKind, num_tens
     return StateSource(f"{num_params:,} parameters of {str(kind).removeprefix('torch.')}", state, tuple(assumed))
 
 
-def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> StateSource:
+def from_callable(
+    name: str, on_meta: bool, optimizer: OptimizerKind | None, *, option: str = "--module"
+) -> StateSource:
     """Call ``package.module:callable``, which returns a state, a module, or a module and its optimizer.
 
     What it prints goes to stderr.
@@ -106,11 +110,13 @@ def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> 
     Args:
         on_meta: call it with ``torch.device("meta")`` as the default device.
         optimizer: assumed if the callable returns only a module.
+        option: the option that ``name`` comes from, for messages.
 
     Raises:
         UsageError: it cannot be imported, it raises, or it returns something else.
     """
-    made = _call(name, _find(name), on_meta)
+    given = f"{option} {name}"
+    made = _call(given, _find(name, given), on_meta)
     if isinstance(made, Module):
         state: dict[str, Any] = {"model": made}
     elif isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Module) and isinstance(made[1], Optimizer):
@@ -119,7 +125,7 @@ def from_callable(name: str, on_meta: bool, optimizer: OptimizerKind | None) -> 
         state = dict(made)
     else:
         raise UsageError(
-            f"--module {name} returned a {type(made).__name__}; it must return a state (a mapping, as for save()), "
+            f"{given} returned a {type(made).__name__}; it must return a state (a mapping, as for save()), "
             "an nn.Module, or a tuple of an nn.Module and its optimizer"
         )
     assumed = _complete(name, state, optimizer)
@@ -159,32 +165,32 @@ def _complete(name: str, state: dict[str, Any], optimizer: OptimizerKind | None)
     return assumed
 
 
-def _find(name: str) -> Callable[[], Any]:
+def _find(name: str, given: str) -> Callable[[], Any]:
     module_name, colon, attribute = name.partition(":")
     if not colon or not module_name or not attribute:
-        raise UsageError(f"--module {name}: it must have the form package.module:callable")
+        raise UsageError(f"{given}: it must have the form package.module:callable")
     directory = os.getcwd()
     if directory not in sys.path:  # as `python -m` does
         sys.path.insert(0, directory)
-    found: Any = _guarded(f"--module {name}: cannot import {module_name}", lambda: importlib.import_module(module_name))
+    found: Any = _guarded(f"{given}: cannot import {module_name}", lambda: importlib.import_module(module_name))
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"--module {name}: {module_name} has no {attribute}")
+            raise UsageError(f"{given}: {module_name} has no {attribute}")
         found = getattr(found, part)
     if not callable(found):
-        raise UsageError(f"--module {name}: {attribute} is a {type(found).__name__}, not callable")
+        raise UsageError(f"{given}: {attribute} is a {type(found).__name__}, not callable")
     function: Callable[..., Any] = found
     return function
 
 
-def _call(name: str, function: Callable[[], Any], on_meta: bool) -> Any:
+def _call(given: str, function: Callable[[], Any], on_meta: bool) -> Any:
     def call() -> Any:
         if not on_meta:
             return function()
         with torch.device("meta"):
             return function()
 
-    return _guarded(f"--module {name}: it raised", call)
+    return _guarded(f"{given}: it raised", call)
 
 
 def _guarded(what: str, call: Callable[[], Any]) -> Any:
@@ -193,8 +199,8 @@ def _guarded(what: str, call: Callable[[], Any]) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             return call()
     except (Exception, SystemExit) as error:
-        theirs = [
-            f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<" and f.filename != __file__
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = (__file__, importlib.__file__)
+        theirs = [frame for frame in frames if frame.filename[0] != "<" and frame.filename not in ours]
         where = f" ({theirs[-1].filename}:{theirs[-1].lineno})" if theirs else ""
         raise UsageError(f"{what}: {type(error).__name__}: {error}{where}") from error

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from stager.cli import app
-from tests import scripts
+from tests.house.code_blocks import documents
 from tests.house.reference import reference
 
 ROOT = Path(__file__).parents[2]
 NOT_OF_THE_TREE = {"docs/results/NAME"}  # a place that the reader chooses
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / name for name in (*documents(), "CONTRIBUTING.md", "CHANGELOG.md")]
 
 
-def test_readme_examples_run_and_leave_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In processes of the fork server; ``test_shadow.py`` runs them in a fresh interpreter."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    script = "\n".join(blocks)
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):  # the second run resumes from the first
-        assert scripts.run(f"import os; os.chdir({str(tmp_path)!r})\n{script}").returncode == 0
-    assert [path.name for path in sorted((tmp_path / "runs/first").glob("step-*"))] == [
-        "step-00000000",
-        "step-00000100",
-        "step-00000200",
-    ]
-    for command in (["ls"], ["inspect"], ["verify"]):
-        assert CliRunner().invoke(app, [*command, "runs/first"]).exit_code == 0
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_to_files(document: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
-    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
-    assert not missing
+def links_of(document: Path) -> list[tuple[str, str]]:
+    """(path, anchor) of each link that leads to another place of the repository; the path is empty in the same document."""
+    if document.suffix == ".ipynb":
+        cells = json.loads(document.read_text())["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    else:
+        text = re.sub(r"^ *```.*?^ *```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text)
+    return [(path, anchor) for path, _, anchor in (link.partition("#") for link in links) if "://" not in path]
+
+
+def anchors_of(document: Path) -> set[str]:
+    """The anchors of a page's headings, as the site (and GitHub) name them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "docs/tutorial.ipynb"], ids=name_of)
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for path, anchor in links_of(document):
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors_of(target), f"{path}#{anchor}"
+
+
+def test_links_are_found_with_their_anchors() -> None:
+    assert ("guide.md", "what-save-costs-and-guard") in links_of(ROOT / "docs/tutorial.ipynb")
+    assert ("docs/benchmarks.md", "what-came-out") in links_of(ROOT / "README.md")
+    assert "what-save-costs-and-guard" in anchors_of(ROOT / "docs/guide.md")
 
 
 def test_configuration_reference_is_that_of_the_code() -> None:
@@ -59,7 +69,7 @@ def test_tests_named_in_the_fault_table_exist() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_source_files_named_in_a_document_exist(document: Path) -> None:
     named = re.findall(r"(?<![\w/.-])(?:stager|workers|tests|configs|docs)/[\w/.-]*\w/?", document.read_text())
     missing = {name for name in named if not (ROOT / name).exists()} - NOT_OF_THE_TREE

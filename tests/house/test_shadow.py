@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.house.code_blocks import blocks_of
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "workers.py").write_text("MINE = True\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("MINE = True\n")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = [block.text for block in blocks_of("README.md") if block.language == "python"]
     script = "\n".join(["import workers", "assert workers.MINE", *blocks, "assert workers.MINE", "print('all done')"])
     (tmp_path / "train.py").write_text(script)
     return tmp_path

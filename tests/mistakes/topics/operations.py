@@ -1,0 +1,47 @@
+"""verify(), recover(), prune(), export_checkpoint()."""
+
+from tests.mistakes.mistake import Topic, python
+
+TOPIC = Topic(
+    "verify(), recover(), prune() and export_checkpoint()",
+    (
+        python("verify() of a run", 'print(verify("runs/gpt").problems)'),
+        python("verify() of what does not exist", 'print(verify("runs/gtp").problems)'),
+        python("verify() of a file", 'print(verify("model.pt").problems)'),
+        python("verify() of a checkpoint of dcp.save", 'print(verify("dcp").problems)'),
+        python("recover() of a run that does not exist", 'recover("runs/gtp")'),
+        python("recover() of a checkpoint", 'recover("runs/gpt/step-00000300")'),
+        python(
+            "recover() while the run is open",
+            'with Checkpointer("runs/new"):\n    recover("runs/new")',
+        ),
+        python("prune() without a rule", 'prune("runs/gpt")'),
+        python("prune() that keeps nothing", 'prune("runs/gpt", keep_latest=0)'),
+        python("prune() of a run that does not exist", 'prune("runs/gtp", keep_latest=3)'),
+        python("prune() of a checkpoint", 'prune("runs/gpt/step-00000300", keep_latest=3)'),
+        python("Export of a run", 'export_checkpoint("runs/gpt", "all.pt")'),
+        python("Export over a file", 'export_checkpoint("runs/gpt/step-00000300", "model.pt")'),
+        python("Export into a directory", 'export_checkpoint("runs/gpt/step-00000300", "runs")'),
+        python(
+            "Export below a directory that does not exist",
+            'export_checkpoint("runs/gpt/step-00000300", "out/model.pt")',
+        ),
+        python(
+            "Export in a format that does not exist",
+            'export_checkpoint("runs/gpt/step-00000300", "model.h5", file_format="hdf5")',
+        ),
+        python(
+            "Export to safetensors of a state without tensors",
+            """
+            with Checkpointer("runs/new") as ckpt:
+                info = ckpt.save(1, {"epoch": 3}).upload_completion.result()
+            print(export_checkpoint(info.path, "a.safetensors", file_format="safetensors").left_out)
+            """,
+        ),
+        python(
+            "Export with a text for the memory",
+            'export_checkpoint("runs/gpt/step-00000300", "a.pt", max_memory_bytes="1GiB")',
+        ),
+        python("Export of what does not exist", 'export_checkpoint("runs/gtp/step-00000001", "a.pt")'),
+    ),
+)

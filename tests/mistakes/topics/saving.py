@@ -1,0 +1,90 @@
+"""After save() was called."""
+
+from tests.mistakes.mistake import Topic, python
+
+TOPIC = Topic(
+    "Saving, and what save() returns",
+    (
+        python("Saving after close()", "ckpt.close()\nckpt.save(3, state)"),
+        python(
+            "Saving after the with block",
+            'with Checkpointer("runs/new") as ckpt:\n    pass\nckpt.save(3, state)',
+        ),
+        python("Waiting for the handle itself", "ckpt.save(3, state).result()"),
+        python("Calling a Future", "ckpt.save(3, state).upload_completion()"),
+        python("A Future's result as a path", "torch.load(ckpt.save(3, state).upload_completion.result())"),
+        python("The path of the handle", "ckpt.save(3, state).path"),
+        python(
+            "Saving in a callback of a save",
+            """
+            problems = []
+
+            def callback(future):
+                try:
+                    ckpt.save(4, state)
+                except Exception as error:
+                    problems.append(error)
+
+            ckpt.save(3, state).upload_completion.add_done_callback(callback)
+            ckpt.close()
+            raise problems[0]
+            """,
+        ),
+        python(
+            "Closing in a callback of a save",
+            """
+            problems = []
+
+            def callback(future):
+                try:
+                    ckpt.close()
+                except Exception as error:
+                    problems.append(error)
+
+            ckpt.save(3, state).upload_completion.add_done_callback(callback)
+            ckpt.close()
+            raise problems[0]
+            """,
+        ),
+        python(
+            "The run's directory is removed while it is open",
+            """
+            with Checkpointer("runs/new") as ckpt:
+                shutil.rmtree("runs/new")
+                ckpt.save(3, state).upload_completion.result()
+            """,
+        ),
+        python(
+            "A file has the name of the checkpoint",
+            """
+            with Checkpointer("runs/new") as ckpt:
+                Path("runs/new/step-00000003").write_text("mine")
+                ckpt.save(3, state).upload_completion.result()
+            """,
+            "The file is kept, as `step-00000003.not-a-checkpoint-...`.",
+        ),
+        python("Closing with a text", 'Checkpointer("runs/new").close("10 s")'),
+        python("Protecting a name", 'ckpt.protect("best")'),
+        python("Protecting a negative step", "ckpt.protect(-1)"),
+        python("Pruning with rules as arguments", "ckpt.prune(keep_latest=3)"),
+        python("Pruning a run that is only read", 'Checkpointer("runs/gpt", read_only=True).prune()'),
+        python("on_preemption() twice", "ckpt.on_preemption()\nckpt.on_preemption()"),
+        python(
+            "on_preemption() with a signal that cannot be handled",
+            "import signal\n\nckpt.on_preemption([signal.SIGKILL])",
+        ),
+        python(
+            "on_preemption() outside of the main thread",
+            """
+            from concurrent.futures import ThreadPoolExecutor
+
+            with ThreadPoolExecutor() as executor:
+                executor.submit(ckpt.on_preemption).result()
+            """,
+        ),
+        python("warmup() without a state", "ckpt.warmup()"),
+        python("warmup() with the module", "ckpt.warmup(model)"),
+        python("A method of other libraries", "ckpt.async_save(3, state)"),
+        python("The newest checkpoint as an attribute", "print(ckpt.latest.step)"),
+    ),
+)

@@ -1,0 +1,46 @@
+"""torch's names."""
+
+from tests.mistakes.mistake import Topic, python
+
+TOPIC = Topic(
+    "torch's staging API",
+    (
+        python(
+            "A stager that was closed",
+            'stager_ = DefaultStager()\nstager_.close()\nstager_.stage({"w": torch.ones(3)})',
+        ),
+        python("A dict of options", 'DefaultStager({"use_shared_memory": True})'),
+        python("An option that does not exist", "StagingOptions(use_pinned=True)"),
+        python("Pinned memory without CUDA", "DefaultStager(StagingOptions(use_pinned_memory=True)).close()"),
+        python("An abstract stager", "CheckpointStager()"),
+        python("Replication without a process group", "ReplicationStager()"),
+        python("A writer without a path", "StagerStorageWriter()"),
+        python(
+            "A writer for None",
+            'dcp.save({"w": torch.ones(3)}, storage_writer=StagerStorageWriter(None), no_dist=True)',
+        ),
+        python(
+            "A reader of what does not exist",
+            'dcp.load({"w": torch.ones(3)}, storage_reader=StagerStorageReader("runs/gtp"), no_dist=True)',
+        ),
+        python(
+            "A reader of the run",
+            'dcp.load({"w": torch.ones(3)}, storage_reader=StagerStorageReader("runs/gpt"), no_dist=True)',
+        ),
+        python(
+            "A name that was not saved",
+            'dcp.load({"w": torch.ones(3)}, storage_reader=StagerStorageReader("dcp"), no_dist=True)',
+        ),
+        python(
+            "A tensor of another shape",
+            'dcp.load({"model": {"0.weight": torch.ones(9)}}, storage_reader=StagerStorageReader("dcp"), no_dist=True)',
+        ),
+        python(
+            "Over a checkpoint that is there",
+            """
+            writer = StagerStorageWriter("dcp", overwrite=False)
+            dcp.save({"w": torch.ones(3)}, storage_writer=writer, no_dist=True)
+            """,
+        ),
+    ),
+)
