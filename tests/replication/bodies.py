@@ -22,6 +22,7 @@ from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, chec
 from stager.ranks import keys
 from stager.ranks.messages import ReplicaFate, decode
 from stager.replication.replicator import Replicator
+from stager.saving import open_here
 from tests.faults import Faults, faults_of_this_process
 from tests.ranks.bodies import CONFIG, board_of, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
@@ -349,7 +350,9 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
         return take(*args, **options)
 
     def run() -> None:
-        with mock.patch.object(checkpointer, "take_directory", take_directory), open_run(directory) as following:
+        in_another_process = mock.patch.object(open_here, "take_over", lambda directory: None)
+        waits = mock.patch.object(checkpointer, "take_directory", take_directory)
+        with in_another_process, waits, open_run(directory) as following:
             steps.extend(info.step for info in following.checkpoints())
 
     waiting = threading.Thread(target=run)

@@ -275,10 +275,15 @@ def _counting() -> Iterator[Counter[str]]:
         count(list=1, listed=len(names))
         return names
 
+    def scanned(original: Callable[..., Any], path: Any) -> Any:
+        count(list=1, listed=len(list_directory(path)))
+        return original(path)
+
     def called(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         count(**{name: 1})
         return original(*args, **kwargs)
 
+    list_directory = os.listdir
     names = {"mkdir": "create", "stat": "attributes", "lstat": "attributes", "ftruncate": "attributes"}
     names |= {"rename": "rename", "unlink": "unlink", "fsync": "sync"}
     with pytest.MonkeyPatch.context() as patch:
@@ -287,6 +292,7 @@ def _counting() -> Iterator[Counter[str]]:
         patch.setattr(fcntl, "flock", partial(called, "lock", fcntl.flock))
         patch.setattr(os, "open", partial(opened, os.open))
         patch.setattr(os, "listdir", partial(listed, os.listdir))
+        patch.setattr(os, "scandir", partial(scanned, os.scandir))
         yield counted
 
 

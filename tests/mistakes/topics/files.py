@@ -27,10 +27,6 @@ TOPIC = Topic(
             'load_checkpoint("weights.safetensors", into={"model": model})',
         ),
         python("A whole module in the file", 'torch.save(model, "whole.pt")\nload_checkpoint("whole.pt")'),
-        python(
-            "torch.save's old format",
-            'torch.save(model.state_dict(), "old.pt", _use_new_zipfile_serialization=False)\nload_checkpoint("old.pt")',
-        ),
         python("A checkpoint of dcp.save without its index", 'os.remove("dcp/.metadata")\nload_checkpoint("dcp")'),
         python("A file of dcp.save is missing", 'os.remove("dcp/__0_0.distcp")\nload_checkpoint("dcp")'),
         python("One file of a checkpoint", 'load_checkpoint("runs/gpt/step-00000300/__0_0.distcp")'),
