@@ -72,7 +72,7 @@ def load_checkpoint(
     Raises:
         CheckpointNotFoundError: there is no checkpoint at ``path``.
         ConfigError: a name in ``safe_globals`` cannot be imported.
-        CorruptCheckpointError: it is damaged, or says something impossible.
+        CorruptCheckpointError: it is damaged, or contradicts itself.
         UnsafePickleError: see ``allow_pickle``; nothing was changed.
         StateMismatchError: it does not fit ``into``; nothing was changed.
         StorageError

@@ -164,7 +164,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
     Raises:
         CheckpointNotFoundError: no directory or no manifest there.
-        CorruptCheckpointError: the manifest is damaged, or says something impossible.
+        CorruptCheckpointError: the manifest is damaged, or contradicts itself.
     """
     path = os.path.join(os.fspath(directory), MANIFEST_NAME)
     try:
@@ -190,12 +190,14 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
     try:
         return _parse_body(body)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"says something impossible: {error!r}") from error
+        raise CorruptCheckpointError(
+            path, f"contradicts itself, or has a field of the wrong type: {error!r}"
+        ) from error
 
 
 def _parse_body(body: dict[str, Any]) -> Manifest:
     if body["columns"] != _COLUMNS:
-        raise ValueError("unknown columns")
+        raise ValueError("its items have columns that this version of stager does not know")
     linked_bytes, generation = body.get("linked", (0, 0))
     header = ManifestHeader(
         **{name: check_text(body[name]) for name in ("kind", "save_id", "torch", "stager")},

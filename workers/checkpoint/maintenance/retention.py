@@ -133,15 +133,23 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
 
 
 def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified: bool) -> dict[int, PruneVerdict]:
-    """Return the verdict on each step. ``steps`` are newest first."""
+    """Return the verdict on each step: the rules keep it (KEPT), or it goes (REMOVED), or it would go but must not (LEFT).
+
+    "Newest" is by the step's number. A checkpoint that was committed last may have a lower number, after the run went back
+    to an earlier step; it stays, too.
+
+    Args:
+        steps: newest first.
+        verified: whether to verify those that count as newest; otherwise all pass for valid, and nothing is read.
+    """
     paths = {step: os.path.join(directory, checkpoint_name(step)) for step in steps}
     if rules.keep_all:
         reason = "there is no rule: all are kept"
         return {step: PruneVerdict(step, path, PruneFate.KEPT, reason) for step, path in paths.items()}
     wanted = rules.keep_latest or 1
-    latest, damaged = _newest_valid(paths, wanted, rules, verified)
+    newest, damaged = _newest_valid(paths, wanted, rules, verified)
     protected = rules.protected | read_protected(directory)
-    youngest = _youngest(paths, wanted)
+    committed_last = _committed_last(paths, wanted)
 
     verdicts: dict[int, PruneVerdict] = {}
     for step, path in paths.items():
@@ -149,15 +157,15 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified:
         # In this order. "damaged" comes before ``keep_every``, so that a damaged checkpoint is reported as such.
         if step in protected:
             reason = "protected"
-        elif step in latest:
+        elif step in newest:
             reason = f"one of the newest {wanted}"
         elif step in damaged:
             fate, reason = PruneFate.LEFT, f"damaged: {damaged[step]}"
         elif rules.keep_every is not None and step % rules.keep_every == 0:
             reason = f"a multiple of {rules.keep_every}"
-        elif step in youngest:
+        elif step in committed_last:
             reason = f"one of the {wanted} that were committed last"
-        elif not latest:
+        elif not newest:
             fate, reason = PruneFate.LEFT, "no valid checkpoint would remain"
         elif os.path.islink(path):
             fate, reason = PruneFate.LEFT, "it is a symbolic link; remove the link yourself"
@@ -197,8 +205,8 @@ def _problem(step: int, path: str, full: bool, num_threads: int | None) -> str |
     return None if result.step == step else f"its manifest is of step {result.step}: the directory was renamed"
 
 
-def _youngest(paths: dict[int, str], count: int) -> set[int]:
-    """Return the steps that were committed last.
+def _committed_last(paths: dict[int, str], count: int) -> set[int]:
+    """Return the ``count`` steps that were committed last, by the time of their manifests.
 
     After a run went back to an earlier step, they are not the highest: by the step alone, the first save of the new branch
     would be removed at once.
