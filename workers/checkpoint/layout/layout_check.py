@@ -74,7 +74,7 @@ def check_distinct(names: Sequence[str]) -> None:
     """Check that no two files of a checkpoint have the same name."""
     if len(set(names)) != len(names):
         twice = next(name for name, times in Counter(names).items() if times > 1)
-        raise ValueError(f"the checkpoint lists two files called {twice}")
+        raise ValueError(f"two files are called {twice}")
 
 
 def check_shape(value: Any) -> tuple[int, ...]:
