@@ -558,7 +558,7 @@ class Checkpointer:
             Exception: the oldest error of a save that nobody has looked at, unless ``persistence.on_save_error`` says
                 otherwise; others follow it as its context.
         """
-        self._close(False, timeout)
+        self._close(has_failed=False, timeout=timeout)
 
     def _close(self, has_failed: bool, timeout: float | None = None) -> None:
         if self._owner != os.getpid():
@@ -588,7 +588,7 @@ class Checkpointer:
             self.close()
             return
         try:
-            self._close(True)
+            self._close(has_failed=True)
         except Exception:  # the exception that is on its way up comes first, whatever a worker's was
             logger.exception("a save failed as well")
 

@@ -224,6 +224,9 @@ class RankFailedError(StagerError, RuntimeError):
 class InternalError(StagerError, AssertionError):
     """A bug in stager: please report it, with the message and the traceback."""
 
+    def __str__(self) -> str:
+        return f"{super().__str__()}: this is a bug in stager; please report it with this message and the traceback"
+
 
 class RemoteTraceback(Exception):
     """A worker's traceback as text; the ``__cause__`` of an error that was raised there. Never raised itself."""

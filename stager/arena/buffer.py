@@ -43,7 +43,7 @@ _SLACK_BYTES = 1 << 20
 
 
 class Buffer:
-    """A slab and its state.
+    """A slab of the arena and its state. What users call a buffer (``arena.buffers``) is its memory.
 
     Attributes:
         pinned_nbytes: so much of it is registered with the accelerator, until its storage is collected; None: not tried yet.
@@ -90,7 +90,7 @@ class Lease:
     @property
     def slab(self) -> Slab:
         if self._buffer is None:
-            raise InternalError("a lease was used after its release")
+            raise InternalError(f"a lease of {self.nbytes} bytes was used after its release")
         return self._buffer.slab
 
     @property
@@ -111,7 +111,7 @@ class Lease:
         holder = object()
         with self._lock:
             if self._buffer is None:
-                raise InternalError("a lease was held after its release")
+                raise InternalError(f"a lease of {self.nbytes} bytes was held after its release")
             self._holders.add(holder)
         return partial(self._let_go, holder)
 

@@ -67,7 +67,7 @@ class Prefaulter:
         lower_priority()
         try:
             while (buffer := self._next_spare(nbytes)) is not None:
-                self._warm(buffer, lambda: not (self._slabs.closed or self._slabs.waiting), 1)
+                self._warm(buffer, lambda: not (self._slabs.closed or self._slabs.waiting), num_threads=1)
         except (MemoryError, OSError) as error:
             self._starts_to_skip = _SKIPPED_AFTER_REFUSAL
             # As text: the error's traceback would keep the slab mapped as long as a handler keeps the log record.
@@ -111,6 +111,11 @@ class Prefaulter:
         return buffer.slab.warm_nbytes >= buffer.nbytes and not (self._pin and buffer.pinned_nbytes is None)
 
     def _warm(self, buffer: Buffer, keep_going: Callable[[], bool], num_threads: int) -> None:
+        """Allocate the pages of a buffer's slab, and pin them, as long as ``keep_going`` says so. Then the buffer is free.
+
+        Raises:
+            MemoryBudgetError: the system ran out of memory. The buffer is gone.
+        """
         started = time.monotonic()
         slabs, failed = self._slabs, False
         try:
@@ -125,7 +130,7 @@ class Prefaulter:
             with slabs.changed:
                 buffer.move(SlabState.FREE)
                 if failed:  # a slab without all of its pages must not be leased: writing to it could end in SIGBUS
-                    slabs.retire(buffer)
+                    slabs.retire(buffer)  # a thread frees it, because a lease may wait for the lock
                 elif slabs.closed:
-                    slabs.drop(buffer)
+                    slabs.drop(buffer)  # freed at once: after close no lease waits for the lock
                 slabs.changed.notify_all()

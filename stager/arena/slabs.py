@@ -16,6 +16,7 @@ from stager.workers.errors import MemoryBudgetError
 from stager.workers.memory.slab import Slab
 
 _RECENT_LEASES = 16
+_NO_DESCRIPTOR = "could not duplicate a shared memory file descriptor"  # how torch says EMFILE, in a RuntimeError
 
 
 class Slabs:
@@ -85,7 +86,7 @@ class Slabs:
         try:
             buffer = Buffer(Slab.create(nbytes))
         except (OSError, RuntimeError) as error:  # RuntimeError: torch could not map it
-            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE) or "duplicate" in str(error):
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE) or _NO_DESCRIPTOR in str(error):
                 raise OSError(errno.EMFILE, "no descriptor is left for a buffer; raise `ulimit -n`") from error
             raise MemoryBudgetError(
                 f"the kernel refused a buffer of {nbytes:,} bytes: {error}; see `ulimit -v` and `ulimit -f`"
@@ -96,7 +97,7 @@ class Slabs:
     # -- retiring -----------------------------------------------------------------------------------------------
 
     def leased(self, nbytes: int) -> None:
-        """Note that a snapshot of this size got a slab."""
+        """Note that a snapshot of this size got a slab; retire free slabs whose size has not been asked for lately."""
         self._recent.append(nbytes)
         self.retire_wrong_sizes()
 

@@ -57,15 +57,16 @@ def plan(
     from stager.workers.errors import UsageError
 
     if sum(given is not None for given in (path, module, params)) != 1:
-        raise UsageError("give exactly one of: a checkpoint or run directory, --module, --params")
+        raise UsageError("give one of these, and one only: a checkpoint or the directory of a run, --module, --params")
     if meta and module is None:
-        raise UsageError("--meta needs --module")
+        raise UsageError("--meta goes with --module only; give one, or leave it out")
     if path is not None and optimizer is not None:
         raise UsageError(
-            "--optimizer needs --module or --params; a checkpoint already has the state of its optimizer, if any"
+            "--optimizer goes with --module or --params only; leave it out: a checkpoint already has the state of its "
+            "optimizer, if it has one"
         )
     if step is not None and path is None:
-        raise UsageError("--step needs the directory of a run")
+        raise UsageError("--step goes with the directory of a run only; give one, or leave it out")
     settings = load_config(config, overrides or ())
     job = job_of_options(ranks, local_world_size, shards)
     host = host_of_options(memory, cores)

@@ -6,35 +6,39 @@ import os
 
 
 def is_checkpoint(path: str) -> bool:
-    """By its name, or because it was renamed and has a manifest."""
+    """Tell whether a path is a checkpoint: by its name, or, if it was renamed, because it has a manifest."""
     from stager.workers.checkpoint.directory.run_directory import is_checkpoint_directory
 
     return is_checkpoint_directory(path)
 
 
-def select_checkpoints(path: str, step: int | None, every: bool = False) -> list[str]:
-    """Return the directories of the selected checkpoints: ``path`` itself, or of that run ``step``, all, or the newest.
+def select_checkpoints(path: str, step: int | None, *, all_steps: bool = False) -> list[str]:
+    """Return the directories of the selected checkpoints. They are not verified.
 
-    They are not verified.
+    If ``path`` is a checkpoint, it is selected. If it is the directory of a run, its newest checkpoint is.
+
+    Args:
+        step: select the run's checkpoint of this step instead.
+        all_steps: select all of the run's checkpoints instead, newest first.
 
     Raises:
-        CheckpointNotFoundError: there is none.
+        CheckpointNotFoundError: ``path`` has no such checkpoint.
         UsageError: the options contradict each other.
     """
     from stager.workers.checkpoint.directory.paths import local_path
     from stager.workers.errors import UsageError
 
     path = local_path(path, "path")
-    if every and step is not None:
-        raise UsageError("--all and --step exclude each other")
+    if all_steps and step is not None:
+        raise UsageError("--all and --step were both given; give one of them")
     if is_checkpoint(path):
-        if every or step is not None:
-            raise UsageError(f"{path} is one checkpoint; --step and --all need the run's directory")
+        if all_steps or step is not None:
+            raise UsageError(f"{path} is one checkpoint; leave --step and --all out, or give the directory of its run")
         return [path]
-    return _in_run(path, step, every)
+    return _in_run(path, step, all_steps=all_steps)
 
 
-def _in_run(path: str, step: int | None, every: bool) -> list[str]:
+def _in_run(path: str, step: int | None, *, all_steps: bool) -> list[str]:
     from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps
     from stager.workers.errors import CheckpointNotFoundError
 
@@ -45,7 +49,7 @@ def _in_run(path: str, step: int | None, every: bool) -> list[str]:
         raise CheckpointNotFoundError(None, f"no checkpoint of step {step}; {there}", path)
     if not steps:
         raise CheckpointNotFoundError(None, "the directory has no committed checkpoint", path)
-    wanted = [step] if step is not None else steps if every else steps[:1]
+    wanted = [step] if step is not None else steps if all_steps else steps[:1]
     return [os.path.join(path, checkpoint_name(number)) for number in wanted]
 
 

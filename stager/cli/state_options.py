@@ -86,5 +86,5 @@ def _count(text: str) -> int:
     except (ValueError, OverflowError):
         count = 0
     if count < 1:
-        raise UsageError(f"--params {text}: a number of parameters such as 124000000, 124M or 70B")
+        raise UsageError(f"--params {text} is not a number of parameters; write it as 124000000, 124M or 70B")
     return count

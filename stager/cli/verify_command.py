@@ -31,7 +31,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check that a checkpoint is what was committed: every byte of every file. Exit 1 and the list of problems if not."""
-    results = run_verify(select_checkpoints(path, step, every), quick, threads, strict=strict)
+    results = run_verify(select_checkpoints(path, step, all_steps=every), quick, threads, strict=strict)
     if as_json:
         ok = all(result.ok for result in results)
         print_json({"ok": ok, "quick": quick, "strict": strict, "checkpoints": [asdict(result) for result in results]})

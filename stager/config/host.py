@@ -6,16 +6,18 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 _CGROUP_MOUNT = Path("/sys/fs/cgroup")
 BACKGROUND_NICE = 10  # added to the trainer's niceness, for threads that work while it goes on
+_V2 = ""  # the name of the v2 hierarchy in /proc/<pid>/cgroup, where v1 has the name of a controller
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 says "no limit" with a number near 2**63
 
 
 def usable_cores(cgroup: Cgroup | None = None) -> int:
-    """Cores this process may run on: its affinity, or its cgroup's CPU quota rounded up where that is less."""
+    """Count the cores this process may run on: its affinity, or its cgroup's CPU quota rounded up where that is less."""
     affinity = len(os.sched_getaffinity(0))
     quota = (cgroup or Cgroup.of_this_process()).cpu_quota_cores()
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
@@ -38,12 +40,24 @@ def available_memory_bytes() -> int:
     return available if headroom is None else min(available, headroom)
 
 
+class ThreadCount(NamedTuple):
+    """The threads of a control group; both None without a limit."""
+
+    limit: int | None
+    used: int | None
+
+    @property
+    def left(self) -> float:
+        """How many more may be started."""
+        return math.inf if self.limit is None or self.used is None else self.limit - self.used
+
+
 class Cgroup:
     """The control group of a process (``/proc/<pid>/cgroup``), v2 or v1, and the limits on it and on groups above it."""
 
     def __init__(self, membership: str, mount: Path = _CGROUP_MOUNT) -> None:
         self._mount = mount
-        self._paths: dict[str, str] = {}  # controller -> path; "" is the v2 hierarchy
+        self._paths: dict[str, str] = {}  # by controller; ``_V2``: of all controllers
         for line in membership.splitlines():
             _, controllers, path = line.split(":", 2)
             self._paths.update(dict.fromkeys(controllers.split(","), path))
@@ -56,8 +70,8 @@ class Cgroup:
             return Cgroup("")
 
     def cpu_quota_cores(self) -> float | None:
-        """The CPU quota in cores; None without one."""
-        quotas = [q for d in self._directories("") if (q := _parse_cpu_max(_read_text(d / "cpu.max"))) is not None]
+        """Return the CPU quota in cores; None without one."""
+        quotas = [q for d in self._directories(_V2) if (q := _parse_cpu_max(_read_text(d / "cpu.max"))) is not None]
         for directory in self._directories("cpu"):
             quota, period = _read_int(directory / "cpu.cfs_quota_us"), _read_int(directory / "cpu.cfs_period_us")
             if quota is not None and period and quota > 0:
@@ -65,28 +79,31 @@ class Cgroup:
         return min(quotas, default=None)
 
     def memory_limit_bytes(self) -> int | None:
-        """The memory limit in bytes; None without one."""
-        files = [directory / "memory.max" for directory in self._directories("")]
+        """Return the memory limit in bytes; None without one."""
+        files = [directory / "memory.max" for directory in self._directories(_V2)]
         files += [directory / "memory.limit_in_bytes" for directory in self._directories("memory")]
         limits = [limit for file in files if (limit := _read_int(file)) is not None and limit < _NO_LIMIT_BYTES]
         return min(limits, default=None)
 
     def memory_headroom_bytes(self) -> int | None:
-        """The limit less what is used and cannot be given back (page cache can), in bytes; None without a limit."""
-        directories = (*self._directories(""), *self._directories("memory"))
+        """Return how many bytes may still be taken; None without a limit. Page cache does not count as used."""
+        directories = (*self._directories(_V2), *self._directories("memory"))
         return min((room for d in directories if (room := _headroom(d)) is not None), default=None)
 
-    def pids(self) -> tuple[int | None, int | None]:
-        """(limit, used) in threads of the group that has the least left; (None, None) without a limit."""
-        rooms = []
-        for directory in (*self._directories(""), *self._directories("pids")):
+    def threads(self) -> ThreadCount:
+        """Return the limit of threads, and how many there are, of the group that has the least left.
+
+        Every group above this one has a limit of its own, which holds for all groups in it.
+        """
+        counts: list[ThreadCount] = []
+        for directory in (*self._directories(_V2), *self._directories("pids")):  # cgroup v2, or v1
             limit, used = _read_int(directory / "pids.max"), _read_int(directory / "pids.current")
             if limit is not None and used is not None:
-                rooms.append((limit - used, limit, used))
-        return min(rooms)[1:] if rooms else (None, None)
+                counts.append(ThreadCount(limit, used))
+        return min(counts, key=lambda count: count.left, default=ThreadCount(None, None))
 
     def _directories(self, controller: str) -> list[Path]:
-        """The group's directory and those above it, up to the mount.
+        """List the group's directory and those above it, up to the mount; nothing if the host lacks the hierarchy.
 
         Inside a container the path in ``/proc/self/cgroup`` may be the host's and not exist here, or lead above the mount
         (``/../..``); the mount's root is then the container's own group. It is the last of this list.

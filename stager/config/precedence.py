@@ -90,13 +90,14 @@ class _Merged(Generic[_M]):
                 self._note(layer, (str(name),), problems.unknown_section(name, self._model))
 
     def _add_section(self, layer: Layer, section: str, body: object) -> None:
-        keys = problems.section_model(self._model.model_fields[section])
+        """Put what a layer says of one section on top: ``body``, from key to value. It is not checked yet."""
+        section_model = problems.section_model(self._model.model_fields[section])
         if isinstance(body, BaseModel):
             body = body.model_dump(exclude_unset=True)
-        if keys is None:
+        if section_model is None:  # a field at the top that is a plain value, without keys
             self._values[section], self._owners[(section,)] = body, layer
         elif isinstance(body, Mapping):
-            self._add_keys(layer, section, body, keys.model_fields)
+            self._add_keys(layer, section, body, section_model.model_fields)
         elif body is not None:  # a section whose keys are all commented out is null
             self._note(
                 layer, (section,), f"{section}: got {problems.shown(body)}; a section is a mapping of keys to values"

@@ -55,13 +55,17 @@ def _from_text(value: Any) -> int:
 
 
 def parse_share(value: str) -> Decimal | None:
-    """Read ``"75%"`` as 0.75; None if the text is no percentage, ValueError if it is outside of 0% to 100%."""
+    """Read ``"75%"`` as 0.75; None if the text is no percentage.
+
+    Raises:
+        ValueError: the share is 0% or less, or more than 100%.
+    """
     match = _SHARE.fullmatch(value.strip())
     if match is None:
         return None
     share = Decimal(match[1]) / 100
     if not 0 < share <= 1:
-        raise ValueError(f"{value!r} is outside 0% to 100%")
+        raise ValueError(f"{value!r} is not above 0% and at most 100%")
     return share
 
 

@@ -95,7 +95,7 @@ def soft_and_hard_limit(which: int) -> tuple[int | None, int | None]:
 
 def process_facts() -> ProcessFacts:
     """Look up how many more processes and threads may be started."""
-    limit, used = Cgroup.of_this_process().pids()
+    limit, used = Cgroup.of_this_process().threads()
     return ProcessFacts(soft_and_hard_limit(resource.RLIMIT_NPROC)[0], limit, used, is_root=os.geteuid() == 0)
 
 

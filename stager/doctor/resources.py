@@ -11,6 +11,9 @@ from stager.doctor.finding import Finding, Status
 
 FDS_PER_WORKER = 8  # its socket and pidfd, and what multiprocessing holds for it, rounded up
 FDS_OF_A_TRAINER = 128  # what else the process has open: Python, torch, a data loader, logs
+_SMALL_BUDGET_BYTES = 1 << 30  # with less for its buffers, a trainer can stage hardly any model whole
+_FDS_PER_BUFFER = 4
+_SPARE_FDS = 1024
 THREADS_PER_PROCESS = 32  # torch starts a pool of threads in each process that computes
 
 
@@ -75,26 +78,30 @@ class MemoryFacts:
 
 
 def check_memory(facts: MemoryFacts, config: StagerConfig) -> Finding:
-    """Judge whether the buffers fit into memory."""
+    """Judge whether the buffers of all trainers on the host fit into its memory."""
     value = f"{format_bytes(facts.usable)} available of {format_bytes(facts.total)}"
     if facts.cgroup_limit is not None:
         value += f" (cgroup limit {format_bytes(facts.cgroup_limit)})"
-    budget = config.arena.resolve_max_host_bytes(facts.usable, facts.local_world_size)
+    num_trainers = max(1, facts.local_world_size)
+    budget = config.arena.resolve_max_host_bytes(facts.usable, num_trainers)  # of one trainer
     buffers = config.arena.buffers
     meaning = (
         f"arena.max_host_bytes {config.arena.max_host_bytes} allows {format_bytes(budget)} for {buffers} buffers: "
         f"states of up to {format_bytes(budget // buffers)} for each trainer"
     )
-    if budget > facts.usable:
+    if num_trainers > 1:
+        meaning += f"; {num_trainers} trainers share this host"
+    if budget * num_trainers > facts.usable:
         return Finding(
             "memory",
             value,
             Status.WARN,
-            f"{meaning}; that is more than is available, so the out-of-memory killer may come before a clear error",
-            f"set arena.max_host_bytes to at most {format_bytes(facts.usable)}",
+            f"{meaning}; together that is more than is available, so the out-of-memory killer may come before a clear error",
+            f"set arena.max_host_bytes to at most {format_bytes(facts.usable // num_trainers)}, or to a share such as 75%",
         )
-    if budget < 1 << 30:
-        advice = "give the job more memory, or raise the cgroup's limit"
+    if budget < _SMALL_BUDGET_BYTES:
+        is_number = isinstance(config.arena.max_host_bytes, int)
+        advice = "raise arena.max_host_bytes" if is_number else "give the job more memory, or raise the cgroup's limit"
         return Finding("memory", value, Status.WARN, meaning, advice)
     return Finding("memory", value, Status.OK, meaning)
 
@@ -120,11 +127,11 @@ def check_open_files(soft: int | None, hard: int | None, config: StagerConfig, n
         soft, hard: ``RLIMIT_NOFILE``; None is unlimited.
         num_workers: of one trainer.
     """
-    need = FDS_PER_WORKER * num_workers + 4 * config.arena.buffers
+    need = FDS_PER_WORKER * num_workers + _FDS_PER_BUFFER * config.arena.buffers
     meaning = f"stager itself takes about {need}: some for each worker and buffer, none for each tensor"
     if soft is not None and soft < need + FDS_OF_A_TRAINER:
         status = Status.FAIL if soft < need else Status.WARN
-        advice = f"ulimit -n {need + 1024}" + (f" (the hard limit is {hard})" if hard is not None else "")
+        advice = f"ulimit -n {need + _SPARE_FDS}" + (f" (the hard limit is {hard})" if hard is not None else "")
         return Finding("open files", _limit(soft), status, f"{meaning}; little is left for the trainer", advice)
     return Finding("open files", _limit(soft), Status.OK, meaning)
 

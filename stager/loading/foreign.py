@@ -66,7 +66,7 @@ def load_checkpoint(
         ArgumentError: ``path`` or ``into`` cannot be meant.
         UsageError: the file is of another kind (TorchScript, NumPy, ...); says of which.
         ConfigError: a name in ``safe_globals`` cannot be imported.
-        CorruptCheckpointError: it is damaged, or says something impossible.
+        CorruptCheckpointError: it is damaged, or contradicts itself.
         UnsafePickleError: see ``allow_pickle``; nothing was changed.
         StateMismatchError: it does not fit ``into``; nothing was changed.
         UnloadableError: as in :meth:`stager.Checkpointer.load`.

@@ -167,15 +167,17 @@ class Loader:
         """
         if not self._unusable:
             return
-        newest = self._unusable[0]
+        newest_error = self._unusable[0]
         advice = (
             f"no older checkpoint of {self._place.directory} can be used either ({len(self._unusable)} were tried); restore "
             "one from elsewhere, or remove them to begin anew"
         )
-        if isinstance(newest, CorruptCheckpointError):
-            raise CorruptCheckpointError(newest.path, f"{newest.problem}; {advice}") from newest
-        if isinstance(newest, StorageError):
-            raise StorageError(newest.errno, f"{newest.message}; {advice}", newest.path) from newest
+        if isinstance(newest_error, CorruptCheckpointError):
+            raise CorruptCheckpointError(newest_error.path, f"{newest_error.problem}; {advice}") from newest_error
+        if isinstance(newest_error, StorageError):
+            raise StorageError(
+                newest_error.errno, f"{newest_error.message}; {advice}", newest_error.path
+            ) from newest_error
 
     def _find(self, step: int | None, full: bool) -> _Candidate | None:
         """Find the checkpoint of ``step``, or the newest valid one, and start the list of skipped ones anew."""

@@ -36,7 +36,7 @@ from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.errors import CorruptCheckpointError, StorageError
 from stager.workers.gc_pause import no_collection
 
-_PARTLY = (
+_PARTLY_OVERWRITTEN = (
     "the target (what was given as into) is partly overwritten: load another checkpoint into it before you use it "
     "(loading.verify_first: true checks every hash before anything is changed)"
 )
@@ -183,11 +183,11 @@ class Restorer:
             yield
         except CorruptCheckpointError as error:
             if self.has_overwritten:
-                raise CorruptCheckpointError(error.path, f"{error.problem}; {_PARTLY}") from error
+                raise CorruptCheckpointError(error.path, f"{error.problem}; {_PARTLY_OVERWRITTEN}") from error
             raise
         except StorageError as error:
             if self.has_overwritten:
-                raise StorageError(error.errno, f"{error.message}; {_PARTLY}", error.path) from error
+                raise StorageError(error.errno, f"{error.message}; {_PARTLY_OVERWRITTEN}", error.path) from error
             raise
 
     def _new(self, index: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ class Staging:
     """How the snapshots of one rank go through its buffers.
 
     Attributes:
-        num_in_flight: number of whole snapshots that fit the budget together, at most ``arena.buffers``.
+        num_in_flight: the most snapshots that can be in flight: those that fit the budget whole, up to ``arena.buffers``.
         num_pieces: number of pieces of a snapshot: 1 if a whole one fits, 0 if not even a piece fits.
         buffer_nbytes: size of one buffer, for a whole snapshot or for a piece.
         arena_nbytes: size of all buffers.
@@ -65,6 +65,16 @@ class Staging:
     num_pieces: int
     buffer_nbytes: int
     arena_nbytes: int
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether at least a piece of a snapshot fits the budget."""
+        return self.num_pieces > 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a whole snapshot fits the budget, so that none is staged in pieces."""
+        return self.num_in_flight > 0
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,8 @@ def _complete(name: str, state: dict[str, Any], optimizer: OptimizerKind | None)
     optimizers = {key: value for key, value in state.items() if isinstance(value, Optimizer)}
     modules = [value for value in state.values() if isinstance(value, Module)]
     if optimizer not in (None, OptimizerKind.NONE) and (optimizers or not modules):
-        there = "an optimizer already" if optimizers else "no nn.Module whose parameters it could optimize"
-        raise UsageError(f"--optimizer {optimizer.value} cannot be used: {name} returned {there}")
+        what = "an optimizer already" if optimizers else "no nn.Module whose parameters could be optimized"
+        raise UsageError(f"--optimizer {optimizer.value} cannot be used, because {name} returned {what}; leave it out")
     assumed = []
     for key, value in optimizers.items():
         kind = type(value).__name__

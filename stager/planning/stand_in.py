@@ -17,14 +17,13 @@ from stager.workers.checkpoint.layout.layout import align
 from stager.workers.errors import UsageError
 from stager.workers.memory.slab import Slab
 
-Place = tuple[int, int]  # offset in the mapping, bytes
-
 
 def with_stand_ins(flat: StateTree, num_shards: int = 1) -> StateTree:
-    """Return the state tree with stand-ins, as the first of ``num_shards`` ranks has it.
+    """Return the state tree with a stand-in, a tensor without memory, in the place of each tensor.
 
-    Tensors are sharded as FSDP2 does: along the first dimension, with the larger shards on the first ranks, and scalars on
-    every rank. A state that is neither sharded nor on the meta device is returned as it is.
+    With several shards, a stand-in has the shape of the shard on the first of ``num_shards`` ranks. Tensors are sharded as
+    FSDP2 does: along the first dimension, with the larger shards on the first ranks, and scalars on every rank. A state
+    that is neither sharded nor on the meta device is returned as it is.
     """
     if num_shards > 1:
         return _replaced(flat, lambda tensor: _shard(tensor, num_shards))
@@ -34,20 +33,21 @@ def with_stand_ins(flat: StateTree, num_shards: int = 1) -> StateTree:
 
 
 def _shard(tensor: torch.Tensor, num_shards: int) -> torch.Tensor:
-    """The first rank's shard of a tensor, on the meta device, with a storage of its own."""
+    """Make the first rank's shard of a tensor, on the meta device, with a storage of its own."""
     shape = list(tensor.shape)
     if shape:
         shape[0] = -(-shape[0] // num_shards)
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _replaced(flat: StateTree, shape: Callable[[torch.Tensor], torch.Tensor]) -> StateTree:
+def _replaced(flat: StateTree, model_of: Callable[[torch.Tensor], torch.Tensor]) -> StateTree:
+    """Replace each tensor by a stand-in like its model, which ``model_of`` makes on the meta device."""
     models: dict[int, torch.Tensor] = {}  # by leaf; tied tensors stay one
     same: dict[tuple[Any, ...], torch.Tensor] = {}
     for leaf, value in enumerate(flat.leaves):
         if isinstance(value, torch.Tensor) and _has_storage(value):
             view = (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype)
-            models[leaf] = same.setdefault(view, shape(value))
+            models[leaf] = same.setdefault(view, model_of(value))
     places, total = _place(list(models.values()))
     memory = _reserve(total)
     leaves = [_over(memory, places, models[i]) if i in models else leaf for i, leaf in enumerate(flat.leaves)]
@@ -59,7 +59,7 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 
 def _place(models: list[torch.Tensor]) -> tuple[dict[int, int], int]:
-    """The offset of each storage in the mapping, and the size of the mapping."""
+    """Return the offset of each storage in the mapping, by the storage's identity, and the size of the mapping."""
     places: dict[int, int] = {}
     total = 0
     for model in models:
@@ -80,6 +80,7 @@ def _reserve(nbytes: int) -> torch.UntypedStorage:
 
 
 def _over(memory: torch.UntypedStorage, places: dict[int, int], model: torch.Tensor) -> torch.Tensor:
+    """Make a tensor like ``model`` over the mapping, at the place of the model's storage."""
     offset = places[model.untyped_storage()._cdata] // model.itemsize + model.storage_offset()
     with warnings.catch_warnings():  # "ComplexHalf support is experimental": nothing is computed with it
         warnings.simplefilter("ignore")

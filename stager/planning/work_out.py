@@ -34,7 +34,7 @@ def work_out(state: Mapping[str, Any], config: StagerConfig, job: JobShape, host
     budget = config.arena.resolve_max_host_bytes(host.available_bytes, job.local_world_size)
     staging = _stage(mine, budget, config)
     worker_nbytes = num_workers * WORKER_BYTES
-    has_partner = config.replication.partners > 0 and num_writers > 1 and staging.num_in_flight > 0
+    has_partner = config.replication.partners > 0 and num_writers > 1 and staging.is_whole
     replica_nbytes = NUM_SLOTS * capacity(mine.footprint.slab_nbytes) if has_partner else 0
     host_nbytes = job.local_world_size * (staging.arena_nbytes + worker_nbytes + replica_nbytes)
     need = Need(
@@ -57,23 +57,35 @@ def work_out(state: Mapping[str, Any], config: StagerConfig, job: JobShape, host
 
 
 def _stage(measured: Measured, budget_nbytes: int, config: StagerConfig) -> Staging:
+    """Work out how a rank's snapshots are staged: whole, as many as fit the budget; else in pieces; else not at all."""
     slab_nbytes, buffers = measured.footprint.slab_nbytes, config.arena.buffers
-    in_flight = min(buffers, budget_nbytes // slab_nbytes)
-    if in_flight:
-        return Staging(in_flight, 1, slab_nbytes, in_flight * slab_nbytes)
+    max_in_flight = min(buffers, budget_nbytes // slab_nbytes)
+    if max_in_flight > 0:
+        return Staging(
+            num_in_flight=max_in_flight,
+            num_pieces=1,
+            buffer_nbytes=slab_nbytes,
+            arena_nbytes=max_in_flight * slab_nbytes,
+        )
     try:
         pieces = measured.in_pieces(Arena(buffers, budget_nbytes, config.arena.when_full).piece_nbytes)
     except MemoryBudgetError:
-        return Staging(0, 0, 0, 0)
+        return Staging(num_in_flight=0, num_pieces=0, buffer_nbytes=0, arena_nbytes=0)
     num_pieces = len(pieces.pieces)
-    return Staging(0, num_pieces, pieces.slab_nbytes, min(buffers, num_pieces) * pieces.slab_nbytes)
+    return Staging(
+        num_in_flight=0,
+        num_pieces=num_pieces,
+        buffer_nbytes=pieces.slab_nbytes,
+        arena_nbytes=min(buffers, num_pieces) * pieces.slab_nbytes,
+    )
 
 
-def _judge(staging: Staging, buffers: int, enough_memory: bool) -> Verdict:
-    if staging.num_pieces == 0:
+def _judge(staging: Staging, num_buffers: int, *, enough_memory: bool) -> Verdict:
+    """Judge how a save goes. The worst comes first."""
+    if not staging.is_possible:
         return Verdict.TOO_LARGE
     if not enough_memory:
         return Verdict.NO_MEMORY
-    if staging.num_in_flight == 0:
+    if not staging.is_whole:
         return Verdict.PIECES
-    return Verdict.FITS if staging.num_in_flight == buffers else Verdict.FEWER
+    return Verdict.FITS if staging.num_in_flight == num_buffers else Verdict.FEWER

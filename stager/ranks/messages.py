@@ -269,7 +269,8 @@ def decode(data: bytes) -> Message:
         message: Message = _value(KINDS[name.decode()], json.loads(body))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InternalError(
-            f"a rank posted {data[:80]!r}, which is no message of this version of stager; all ranks need the same version"
+            f"a rank posted {data[:80]!r}, which is no message of this version of stager; install the same "
+            "version on all ranks. If it is the same already"
         ) from error
     return message
 

@@ -69,7 +69,7 @@ class Partitioner:
         self._settled: _Settled | None = None
 
     def take(self, tree: StateTree, save_id: str) -> StateTree:
-        """The leaves that this rank writes. Every rank calls it: where the structure is new, it waits for all.
+        """Return the leaves that this rank writes. Every rank calls it: where the structure is new, it waits for all.
 
         Raises:
             UnstageableError: a sharded tensor that cannot be stored.
@@ -154,7 +154,7 @@ class Partitioner:
 
 
 def _written(part: WrittenLeaf, leaves: Sequence[Any], views: _Views, made: dict[tuple[int, Any], torch.Tensor]) -> Any:
-    """What is written of a leaf: a value, or some rows of a tensor.
+    """Return what is written of a leaf: its value, or some rows of a tensor.
 
     Args:
         made: the rows that were made already; is added to.
@@ -201,7 +201,7 @@ def _sharded_leaves(tree: StateTree) -> list[int]:
 
 
 def _signature(tree: StateTree, views: _Views) -> tuple[Any, ...]:
-    """What the division depends on: everything but where the tensors are, and what is in them.
+    """Return what the division depends on: everything but where the tensors are, and what is in them.
 
     Args:
         views: this rank's memory of each sharded leaf.
@@ -234,7 +234,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _ties(addresses: Sequence[int]) -> list[int]:
-    """For each tensor the first one that is at the same address: what is tied to what. Empty: nothing is."""
+    """Return for each tensor the first one at the same address: what is tied to what. Empty if nothing is tied."""
     if len(set(addresses)) == len(addresses):
         return []
     first: dict[int, int] = {}
@@ -248,7 +248,7 @@ def _entry(name: str, value: Any) -> LeafEntry:
 
 
 def _entries(name: str, tensor: torch.Tensor, shard: Shard | None) -> list[LeafEntry]:
-    """One entry for each box; without any, one that says so."""
+    """Make one entry for each box; if this rank has none, one without offsets."""
     assert shard is not None
     dtype = name_of(tensor.dtype)
     if not shard.boxes:
@@ -257,7 +257,7 @@ def _entries(name: str, tensor: torch.Tensor, shard: Shard | None) -> list[LeafE
 
 
 def _by_holders(leaves: Sequence[int], partitions: Sequence[Partition]) -> list[tuple[list[int], Partition]]:
-    """Leaves that the same ranks hold: all of these ranks cut the same leaves, in the same order."""
+    """Group the leaves that the same ranks hold, so that all of these ranks cut the same leaves in the same order."""
     groups: dict[int, tuple[list[int], Partition]] = {}
     for leaf, partition in zip(leaves, partitions, strict=True):
         groups.setdefault(partition.holders, ([], partition))[0].append(leaf)
@@ -265,10 +265,16 @@ def _by_holders(leaves: Sequence[int], partitions: Sequence[Partition]) -> list[
 
 
 def _node(numbers: Sequence[int], written: Sequence[WrittenLeaf], value: Any, shard: Shard | None) -> Node:
-    """What the structure says of a leaf: the number of the item that holds all of it, or its chunks and their places."""
-    in_boxes = shard is not None and not shard.is_empty and not shard.is_whole
-    if len(numbers) == 1 and written[numbers[0]].rows is None and not in_boxes:
-        return numbers[0]
+    """Make the node of the structure that stands for a leaf: an item's number, or the chunks that the leaf is stored in.
+
+    Args:
+        numbers: positions in ``written`` of what this rank writes of the leaf. These are the numbers of the items.
+        value: the leaf.
+        shard: what this rank holds of it; None if it is not sharded.
+    """
+    is_a_part = shard is not None and not shard.is_empty and not shard.is_whole
+    if len(numbers) == 1 and written[numbers[0]].rows is None and not is_a_part:
+        return numbers[0]  # one item holds all of the leaf
     shape = shape_of(value)
     chunks = []
     for number in numbers:

@@ -32,6 +32,8 @@ from stager.ranks.rendezvous import LocalRendezvous, Rendezvous
 from stager.workers.errors import ConfigError, InternalError, RankFailedError
 from stager.workers.long_wait import LongWait
 
+_COORDINATOR = 0  # the rank that does what one rank does for all
+
 M = TypeVar("M", bound=Message)
 
 WARM_UP = -1  # in place of a step, see RankGroup.save_id
@@ -67,7 +69,7 @@ class RankGroup:
     @property
     def is_coordinator(self) -> bool:
         """Whether this rank decides for all: rank 0 does."""
-        return self.rank == 0
+        return self.rank == _COORDINATOR
 
     @property
     def is_alone(self) -> bool:
@@ -90,19 +92,24 @@ class RankGroup:
         self.rendezvous.post(key, encode(message))
 
     def read(self, key: str) -> Message | None:
-        """The message at a key; None if there is none yet."""
+        """Return the message at a key; None if there is none yet."""
         data = self.rendezvous.read(key)
         return None if data is None else decode(data)
 
     def receive(self, key: str, kind: type[M], missing: str) -> M:
-        """Wait for the message at a key. Raises RankFailedError if nobody posts it within ``timeout_secs``.
+        """Wait for the message at a key. Rank 0 posts it.
 
         Args:
-            missing: the error's first words, as in "rank 0 did not say who writes what".
+            missing: the error's first words, which say what rank 0 did not do: "rank 0 did not say who writes what".
+
+        Raises:
+            RankFailedError: nobody posts it within ``timeout_secs``.
         """
         data = self.rendezvous.wait(key, self.timeout_secs)
         if data is None:
-            raise RankFailedError(f"{missing} within {self.timeout_secs:g} s (ranks.timeout_secs)", (0,))
+            raise RankFailedError(
+                f"{missing} within {self.timeout_secs:g} s (ranks.timeout_secs)", ranks=(_COORDINATOR,)
+            )
         return _expect(kind, decode(data))
 
     def count(self, key: str, amount: int = 1) -> int:
@@ -243,13 +250,13 @@ class RankGroup:
         self.post_first(f"{key}/end", BarrierEnd(error, tuple(ranks)))
 
     def leave_barrier(self, key: str, error: BaseException) -> None:
-        """Tell the others that this rank does not come to a barrier, because of an error."""
+        """Tell the other ranks that this rank does not come to a barrier, because of an error."""
         self.cancel_barrier(key, f"failed on rank {self.rank}: {type(error).__name__}: {error}", (self.rank,))
 
 
 def _expect(kind: type[M], message: Message) -> M:
     if not isinstance(message, kind):
-        raise InternalError(f"expected a {kind.__name__} of another rank, got {message}")
+        raise InternalError(f"another rank posted {message} where a {kind.__name__} belongs")
     return message
 
 

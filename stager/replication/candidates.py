@@ -69,28 +69,36 @@ class Candidates:
         return None
 
     def _plan(
-        self, save: dict[int, OfferedReplica], one: OfferedReplica, tried: Collection[RestorePlan]
+        self, replicas: dict[int, OfferedReplica], save: OfferedReplica, tried: Collection[RestorePlan]
     ) -> RestorePlan | None:
-        """How to restore a save; None: it was tried in every way, or parts of it are lost."""
-        tried_as = {plan.written_as for plan in tried if plan.save_id == one.save_id}
-        if tried_as - {one.save_id}:  # all parts were written from memory, and that did not work
+        """Plan how to restore a save. Returns None if it was tried in every way, or if parts of it are lost.
+
+        The first way keeps the parts that are on the disk, and writes the others from memory under the save's own id. The
+        second writes all parts from memory under a new id, because what is on the disk may be damaged.
+
+        Args:
+            replicas: the offered ones of this save, by the rank whose part they are.
+            save: any of them; it says which save that is.
+            tried: plans that did not work.
+        """
+        tried_ids = {plan.written_as for plan in tried if plan.save_id == save.save_id}
+        if tried_ids - {save.save_id}:  # the second way was tried
             return None
-        # Parts that are on the disk may be damaged: then all are written from memory, under another id.
-        on_disk = None if one.step in self._damaged or tried_as else self._ranks_on_disk(one)
-        missing = [rank for rank in range(one.num_ranks) if rank not in (on_disk or ())]
-        if lost := [rank for rank in missing if rank not in save]:
+        on_disk = None if save.step in self._damaged or tried_ids else self._ranks_on_disk(save)
+        missing = [rank for rank in range(save.num_ranks) if rank not in (on_disk or ())]
+        if lost := [rank for rank in missing if rank not in replicas]:
             logger.warning(
                 "step %d is newer than the newest checkpoint, but memory holds only a part of it: the part of rank %s is "
                 "missing",
-                one.step,
+                save.step,
                 some_ranks(lost),
             )
             return None
-        owners: defaultdict[str, tuple[int, ...]] = defaultdict(tuple)
+        owners: defaultdict[str, tuple[int, ...]] = defaultdict(tuple)  # by the memory that has their replicas
         for rank in missing:
-            owners[save[rank].place] += (rank,)
-        written_as = one.save_id if on_disk is not None else secrets.token_hex(8)
-        return RestorePlan(one.step, one.save_id, written_as, dict(owners))
+            owners[replicas[rank].place] += (rank,)
+        written_as = save.save_id if on_disk is not None else secrets.token_hex(8)
+        return RestorePlan(save.step, save.save_id, written_as, dict(owners))
 
     def _ranks_on_disk(self, save: OfferedReplica) -> set[int] | None:
         """The ranks whose parts are in the save's partial directory; None: there is no such directory."""

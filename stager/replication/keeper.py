@@ -28,7 +28,7 @@ _SPARE_BYTES = 1 << 20
 
 
 def messages(nbytes: int) -> Iterator[tuple[int, int]]:
-    """The byte ranges of the messages that a snapshot of ``nbytes`` bytes travels in."""
+    """Iterate over the byte ranges (start, end) of the messages that a snapshot of ``nbytes`` bytes travels in."""
     for start in range(0, nbytes, MESSAGE_BYTES):
         yield start, min(nbytes, start + MESSAGE_BYTES)
 
@@ -50,7 +50,8 @@ class Keeper:
         self._give_up = give_up
         self._still = threading.Lock()  # held while a file is chosen, and while none may be
         self._maps: dict[str, mmap.mmap] = {}  # kept: mapping them again would fault every page in again
-        self._data = b""
+        # Of the snapshot that arrives now: its header, as it came; its file; and why it is dropped, if it is.
+        self._header_bytes = b""
         self._path = ""
         self._problem: Exception | None = None
 
@@ -59,11 +60,11 @@ class Keeper:
         return self._still
 
     def begin(self, header: bytes) -> Iterator[torch.Tensor]:
-        """The memory to receive a snapshot into.
+        """Iterate over the memory to receive a snapshot into, a message at a time.
 
         If there is none, the snapshot is received all the same, and dropped: the connection stays whole.
         """
-        self._data, self._problem = header, None
+        self._header_bytes, self._problem = header, None
         try:
             nbytes = ReplicaHeader.from_bytes(header, f"the header that rank {self._owner} sent").nbytes
         except CorruptCheckpointError as error:
@@ -80,7 +81,7 @@ class Keeper:
         yield from (whole[start:end] for start, end in messages(nbytes))
 
     def finish(self) -> ReplicaHeader:
-        """Write the header, which makes the file a replica.
+        """Write the header of the snapshot that has arrived beside its file. That makes the file a replica.
 
         Raises:
             ReplicationError: the snapshot was dropped, or the header cannot be written.
@@ -95,12 +96,12 @@ class Keeper:
                 directory_fd = files.open_directory(self._replicas.path)
                 try:
                     name = os.path.basename(self._path) + HEADER_SUFFIX
-                    files.write_atomically(directory_fd, self._replicas.path, name, self._data, fsync=False)
+                    files.write_atomically(directory_fd, self._replicas.path, name, self._header_bytes, fsync=False)
                 finally:
                     os.close(directory_fd)
         except StorageError as error:
             raise ReplicationError(f"the replica of rank {self._owner} cannot be kept: {error}") from error
-        return ReplicaHeader.from_bytes(self._data, self._path)
+        return ReplicaHeader.from_bytes(self._header_bytes, self._path)
 
     def forget(self) -> None:
         """Unmap the files."""
@@ -122,7 +123,7 @@ class Keeper:
             self._still.release()
 
     def _choose(self) -> str:
-        """The file that may be overwritten: an empty one; else the older, unless only that one belongs to a whole save."""
+        """Choose the file to overwrite: an empty one; else the older, unless only that one belongs to a whole save."""
         headers = {path: self._replicas.read(path) for path in self._replicas.slots(self._owner)}
         found = {path: header.spec for path, header in headers.items() if header is not None}
         if len(found) < len(headers):

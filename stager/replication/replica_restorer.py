@@ -164,7 +164,13 @@ class ReplicaRestorer:
         )
 
     def _check(self, plan: RestorePlan, *, has_failed: bool) -> bool:
-        """On rank 0: whether the checkpoint is there and whole. If it is not, remove what nobody else knows of."""
+        """Look on rank 0 whether the checkpoint is there and whole. If it is not, remove a partial directory that is left.
+
+        Only a directory of a new id is removed: no other process writes there. The save's own may be completed otherwise.
+
+        Args:
+            has_failed: a rank could not write its parts, so do not wait for the checkpoint to become visible.
+        """
         name = checkpoint_name(plan.step)
         manifest = os.path.join(self._directory, name, MANIFEST_NAME)
         # A network file system may show it to this host later.

@@ -81,7 +81,9 @@ class SaveCompletion:
         leases: Sequence[Lease],
         failure: BaseException | None,
     ) -> None:
-        """End the save when its parts are done; never, if the workers finish alone: their partial directory must stay.
+        """Have the save end when its parts are done, by steps 1 to 5 at the head of this file. Returns at once.
+
+        It does not end here if the workers were left to finish alone: their slabs and their partial directory must stay.
 
         Args:
             futures: of the parts that were handed over, at least one.
@@ -89,11 +91,13 @@ class SaveCompletion:
             failure: why not every part was handed over; None: every part was, or one of ``futures`` has failed.
         """
 
-        def end() -> None:  # 1. all parts are done
+        def end() -> None:
+            # 1. All parts are done.
             errors = [error for future in futures if (error := future.exception()) is not None]
             if any(isinstance(error, LeftRunningError) for error in errors):
-                return  # their slabs and their directory are in use
-            for lease in leases:  # 2.
+                return
+            # 2. Release the slabs.
+            for lease in leases:
                 lease.release()
             results = [future.result() for future in futures if future.exception() is None]
             self._finish(spec, save, results, failure or next(iter(errors), None))
@@ -117,7 +121,7 @@ class SaveCompletion:
             self._commit_watch.messages.post_committed(committed)
             self._commit(save, committed)
             return
-        if error is None:  # 4.
+        if error is None:  # 4. every part is written, but other ranks are not ready
             self._commit_watch.expect(spec, partial(self._commit, save), partial(self._give_up, save))
             return
         # 5. Tell first: the other ranks need not wait for the removal.

@@ -1,6 +1,6 @@
-"""Retention: which checkpoints stay. It runs in a worker after each commit, one run at a time.
+"""Retention: which checkpoints stay. A worker prunes after each commit, once at a time.
 
-A commit that comes during a run starts another run after it, so that the newest checkpoint always counts.
+A commit during a pruning is followed by another pruning, so that the newest checkpoint always counts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ logger = logging.getLogger("stager")
 
 
 class _Phase(Enum):
+    """Whether a worker prunes now, and whether it must prune once more afterwards."""
+
     IDLE = auto()
-    RUNNING = auto()
-    RUNNING_AND_ONE_MORE = auto()
+    PRUNING = auto()
+    PRUNING_AND_ONCE_MORE = auto()
 
 
 @dataclass(eq=False)
@@ -50,13 +52,13 @@ class Retainer:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def after_commit(self) -> None:
-        """Start a run, or let the current one be followed by another."""
+        """Have a worker prune; where one prunes already, once more after that. Returns at once."""
         if self.rules.keep_all:
             return
         with self._lock:
             is_idle = self._phase is _Phase.IDLE
-            self._phase = _Phase.RUNNING if is_idle else _Phase.RUNNING_AND_ONE_MORE
-        if is_idle:  # without the lock: a run that ends at once takes it in this thread
+            self._phase = _Phase.PRUNING if is_idle else _Phase.PRUNING_AND_ONCE_MORE
+        if is_idle:  # the lock is released: if the task is done at once, _done() runs in this thread and takes it
             self._submit()
 
     def run(self, *, dry_run: bool) -> PruneReport:
@@ -74,7 +76,7 @@ class Retainer:
     def _submit(self) -> None:
         try:
             future = self.pool.submit(prune, self.directory, self.rules)
-        except ClosedError:  # the next run does it
+        except ClosedError:  # the pool is closed: the next Checkpointer of this directory prunes
             with self._lock:
                 self._phase = _Phase.IDLE
             return
@@ -86,10 +88,14 @@ class Retainer:
             self._log(future.result())
             self.on_report(future.result())
         elif not isinstance(error, ClosedError):
-            logger.warning("old checkpoints were not removed: %s", error)
+            logger.warning(
+                "old checkpoints of %s were not removed; it is tried again after the next commit: %s",
+                self.directory,
+                error,
+            )
         with self._lock:
-            again = self._phase is _Phase.RUNNING_AND_ONE_MORE
-            self._phase = _Phase.RUNNING if again else _Phase.IDLE
+            again = self._phase is _Phase.PRUNING_AND_ONCE_MORE
+            self._phase = _Phase.PRUNING if again else _Phase.IDLE
         if again:
             self._submit()
 

@@ -1,6 +1,6 @@
 """The thread that finishes staging: what must not stop halfway runs here, where no signal handler runs.
 
-See NOTE [ Ctrl-C in save() ] in ``saver.py``. One thread runs the calls in the order of asking. So whoever waits for the
+See NOTE [ Ctrl-C in save() ] in ``saver.py``. One thread runs the calls in their order. So whoever waits for the
 newest call has waited for all.
 """
 
@@ -48,12 +48,12 @@ class StagingThread:
         return threading.get_ident() == self._ident
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until every call asked for so far has ended.
+        """Wait until every call given to :meth:`run` so far has ended.
 
         Raises:
-            TimeoutError: a call has not ended after ``timeout`` seconds.
+            TimeoutError: one of them has not ended after ``timeout`` seconds.
         """
-        # The Future is read once: a call that another thread asks for meanwhile is not waited for.
+        # The newest call runs last. It is read once: a call that another thread adds meanwhile is not waited for.
         newest = self._newest
         if newest.done():  # nearly always; an optimizer's every step asks
             return
@@ -61,7 +61,7 @@ class StagingThread:
             lambda secs: not wait([newest], secs).not_done, timeout
         )
         if not staged:
-            raise TimeoutError(f"a snapshot was not taken within {timeout:g} s")
+            raise TimeoutError(f"the snapshots of the saves that were begun were not all taken within {timeout:g} s")
 
     def close(self) -> None:
         """Wait for the calls, and end the thread."""

@@ -192,7 +192,7 @@ class SourceSharer:
             for_trainer: list[Copy] = []
             for_workers: list[Copy] = []
             for copy in copies:
-                large = copy.nbytes >= _MIN_COPY_BYTES and copy.address >= 0
+                large = copy.nbytes >= _MIN_COPY_BYTES and not copy.is_packed
                 mine = for_workers if large and self._holds(copy, leaves[copy.leaf]) else for_trainer
                 mine.append(copy)
             return for_trainer, for_workers

@@ -34,7 +34,7 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class SharedCopy:
-    """A copy, and the source that it lies in."""
+    """A copy, and the shared source in which the memory to copy lies."""
 
     copy: Copy
     source: SharedSource
@@ -42,20 +42,35 @@ class SharedCopy:
 
 @dataclass(slots=True)
 class _Task:
-    """What one worker is asked to copy: stretches of numbered sources. ``copies`` are those that it does, or a part of."""
+    """What one worker is asked to copy.
 
-    sources: dict[int, SharedSource] = field(default_factory=dict)  # by id, in the order of their numbers
+    Attributes:
+        sources: by id, in the order of their numbers.
+        numbers: the position in ``sources`` of each source, by id: a stretch names its source by it.
+        stretches: the bytes to copy.
+        copies: those that the stretches belong to; a large copy is divided among several tasks.
+        future: None if no worker was given the task.
+    """
+
+    sources: dict[int, SharedSource] = field(default_factory=dict)
     numbers: dict[int, int] = field(default_factory=dict)
     stretches: list[Stretch] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
-    future: Future[CopyResult] | None = None  # None: no worker was given the task
+    future: Future[CopyResult] | None = None
 
     def add(self, shared: SharedCopy, offset: int, nbytes: int) -> None:
-        """Add ``nbytes`` bytes at ``offset`` of a copy."""
+        """Add ``nbytes`` bytes of a copy, from its byte ``offset`` on."""
         source, copy = shared.source, shared.copy
         self.sources[source.source_id] = source
         number = self.numbers.setdefault(source.source_id, len(self.numbers))
-        self.stretches.append((number, copy.address - source.address + offset, copy.slab_offset + offset, nbytes))
+        self.stretches.append(
+            Stretch(
+                source=number,
+                source_offset=copy.address - source.address + offset,
+                slab_offset=copy.slab_offset + offset,
+                nbytes=nbytes,
+            )
+        )
         self.copies.append(copy)
 
 

@@ -69,11 +69,11 @@ def batch(copies: Sequence[Copy]) -> Batches:
     Args:
         copies: in slab order, not overlapping.
     """
-    by_address = [c for c in copies if c.on_host and c.address >= 0]
+    by_address = [c for c in copies if c.on_host and not c.is_packed]
     small = [c for c in by_address if c.nbytes <= SMALL_BYTES]
     large = [c for c in by_address if c.nbytes > SMALL_BYTES]
     on_host: tuple[Move | Gather, ...] = (*_gathers(small), *_moves(large))
-    return Batches(tuple(copies), on_host, tuple(c for c in copies if not c.on_host or c.address < 0))
+    return Batches(tuple(copies), on_host, tuple(c for c in copies if not c.on_host or c.is_packed))
 
 
 def _moves(copies: list[Copy]) -> Iterator[Move]:

@@ -143,8 +143,16 @@ def wait_uninterrupted(futures: Sequence[Future[None]]) -> None:
 
 
 def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:
+    """Copy one stretch, or gather many small ones.
+
+    Args:
+        cold: the slab's pages may not be allocated yet.
+    """
     if work.slab_offset < 0 or work.slab_offset + work.nbytes > slab.nbytes:
-        raise InternalError(f"a copy of {work.nbytes} bytes to {work.slab_offset} is outside of slab {slab.slab_id}")
+        raise InternalError(
+            f"a copy of {work.nbytes} bytes to offset {work.slab_offset} is outside of slab {slab.slab_id}, which has "
+            f"{slab.nbytes} bytes"
+        )
     if isinstance(work, Move):
         if cold:
             slab.populate(work.slab_offset, work.nbytes)
@@ -167,16 +175,17 @@ def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, 
     torn = []
     for copy in copies:
         source = leaves[copy.leaf].detach()
-        if copy.address >= 0 and copy.on_host:
+        if copy.on_host and not copy.is_packed:
             same = _libc.memcmp(copy.address, slab.address + copy.slab_offset, copy.nbytes) == 0
         else:
-            source = bytes_of(source, copy) if copy.address >= 0 else source.resolve_conj().resolve_neg().contiguous()
+            source = source.resolve_conj().resolve_neg().contiguous() if copy.is_packed else bytes_of(source, copy)
             staged = torch.empty(0, dtype=torch.uint8).set_(slab.storage, copy.slab_offset, (copy.nbytes,))  # type: ignore[call-overload]  # torch's stubs lack this form
             same = torch.equal(source.cpu().view(-1).view(torch.uint8), staged)
         if not same:
             torn += [name(leaf) for leaf in copy.leaves]
     if torn:
         raise TornSnapshotError(
-            f"{', '.join(torn[:5])}{' ...' if len(torn) > 5 else ''} changed while the snapshot was taken; "
-            "another thread (or a step that was not guarded) writes to the state during save()"
+            f"{', '.join(torn[:5])}{' ...' if len(torn) > 5 else ''} changed while the snapshot was taken: "
+            "another thread, or a step that was not guarded, wrote to the state during save(); write to it after save() has "
+            "returned. Nothing of this save is committed"
         )

@@ -99,7 +99,7 @@ def _bytes_in(slab: Slab, offset: int, nbytes: int) -> torch.Tensor:
 def _as_bytes(copy: Copy, leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor]:
     """Return (slab offset, bytes on the device) of one copy. A packed one takes as much memory of the device for a while."""
     source = leaves[copy.leaf].detach()
-    if copy.address >= 0:
+    if not copy.is_packed:
         return copy.slab_offset, bytes_of(source, copy)
     packed = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     return copy.slab_offset, packed.copy_(source).view(-1).view(torch.uint8)
@@ -108,7 +108,7 @@ def _as_bytes(copy: Copy, leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Te
 def copy_by_torch(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> None:
     """Copy one stretch of device memory, or one packed tensor, with ``Tensor.copy_``."""
     source = leaves[copy.leaf].detach()
-    if copy.address >= 0:
+    if not copy.is_packed:
         source = bytes_of(source, copy)
     target = torch.empty(0, dtype=source.dtype).set_(  # type: ignore[call-overload]  # torch's stubs lack this form
         slab.storage, copy.slab_offset // source.itemsize, source.shape
@@ -131,7 +131,7 @@ def _groups(copies: Sequence[Copy], leaves: Sequence[torch.Tensor]) -> Iterator[
             yield group
             group = []
         group.append(copy)
-        if copy.nbytes > SMALL_BYTES or copy.address < 0:
+        if copy.nbytes > SMALL_BYTES or copy.is_packed:
             yield group
             group = []
     if group:
@@ -141,7 +141,7 @@ def _groups(copies: Sequence[Copy], leaves: Sequence[torch.Tensor]) -> Iterator[
 def _continues(group: list[Copy], copy: Copy, leaves: Sequence[torch.Tensor]) -> bool:
     first, last = group[0], group[-1]
     return (
-        copy.address >= 0
+        not copy.is_packed
         and copy.nbytes <= SMALL_BYTES
         and 0 <= copy.slab_offset - (last.slab_offset + last.nbytes) < _MAX_GAP_BYTES
         and copy.slab_offset + copy.nbytes - first.slab_offset <= _PACK_BYTES

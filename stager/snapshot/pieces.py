@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stager.state.placement import Copy
+from stager.state.placement import PACKED, Copy
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, partition
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
@@ -34,6 +34,8 @@ _SEGMENTS_PER_PIECE = 8  # parts are cut between segments, so these bound how un
 _FILES_PER_PIECE = 4  # the same for files that are not to be cut
 _OBJECT_SLACK = 1.25  # pickled objects grow a little from save to save; the slab should still fit
 _ROW_BYTES = 256  # of an object in the objects document, at most
+_DOCUMENT_BYTES = 4096  # of the objects document without its rows, at most
+_ROUNDING_BYTES = 4096  # for what is aligned behind a piece: the plan, the objects document
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +117,17 @@ def whole(plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_byte
     objects_offset = align(plan_offset + len(plan.document))
     items = tuple(object_items(plan, blobs, objects_offset))
     objects_nbytes = sum(align(len(blob)) for blob in blobs)
-    slab_nbytes = objects_offset + int((objects_nbytes + _ROW_BYTES * len(blobs)) * _OBJECT_SLACK) + 4096
-    piece = Piece(range(num_parts), 0, objects_offset + objects_nbytes)
-    return Pieces(plan, blobs, (piece,), items, plan_offset, slab_nbytes, whole_bytes)
+    slab_nbytes = objects_offset + int((objects_nbytes + _ROW_BYTES * len(blobs)) * _OBJECT_SLACK) + _DOCUMENT_BYTES
+    piece = Piece(parts=range(num_parts), start=0, end=objects_offset + objects_nbytes)
+    return Pieces(
+        plan=plan,
+        blobs=blobs,
+        pieces=(piece,),
+        items=items,
+        plan_offset=plan_offset,
+        slab_nbytes=slab_nbytes,
+        whole_bytes=whole_bytes,
+    )
 
 
 def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
@@ -138,8 +148,8 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incre
     """
     items = object_items(plan, blobs, align(plan.nbytes))
     layout = plan.layout.with_objects(items)
-    overhead = align(len(plan.document)) + _ROW_BYTES * len(items) + 8192
-    room = budget_nbytes - overhead
+    overhead = align(len(plan.document)) + _ROW_BYTES * len(items) + _DOCUMENT_BYTES + _ROUNDING_BYTES
+    room = budget_nbytes - overhead  # in a slab, for a piece
     total = sum(file.nbytes for file in layout.files)
     num_parts = max(1, -(-total // max(1, room)))
     whole_bytes = max(0, room // _FILES_PER_PIECE) if incremental else 0
@@ -147,7 +157,15 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incre
         pieces = tuple(_pieces(layout, num_parts, whole_bytes))
         largest = max(piece.nbytes for piece in pieces)
         if largest <= room:
-            return Pieces(plan, blobs, pieces, tuple(items), align(largest), align(largest) + overhead, whole_bytes)
+            return Pieces(
+                plan=plan,
+                blobs=blobs,
+                pieces=pieces,
+                items=tuple(items),
+                plan_offset=align(largest),
+                slab_nbytes=align(largest) + overhead,
+                whole_bytes=whole_bytes,
+            )
         num_parts += max(1, num_parts // 8)
     raise MemoryBudgetError(
         f"the snapshot needs {total:,} bytes of host memory and would be staged in pieces, but a buffer of "
@@ -162,9 +180,9 @@ def _pieces(layout: Layout, num_parts: int, whole_bytes: int) -> Iterator[Piece]
         ranges = [(start, end) for start, end in ranges if start < end]
         if ranges:
             start = ranges[0][0]
-            yield Piece(range(part, part + 1), start - start % BLOCK_BYTES, ranges[-1][1])
-        else:
-            yield Piece(range(part, part + 1), 0, 0)
+            yield Piece(parts=range(part, part + 1), start=start - start % BLOCK_BYTES, end=ranges[-1][1])
+        else:  # the part has headers or tails only
+            yield Piece(parts=range(part, part + 1), start=0, end=0)
 
 
 def _in_slab(item: Item, segment: Segment) -> tuple[int, int]:
@@ -192,11 +210,11 @@ def copies_of(
         skipped = start - copy.slab_offset
         is_all = nbytes == copy.nbytes
         address, on_host = copy.address, copy.on_host
-        if address < 0 and not is_all:
+        if copy.is_packed and not is_all:
             tensor = leaves[copy.leaf].detach().resolve_conj().resolve_neg().cpu().contiguous()
             kept.append(tensor)
             address, on_host = tensor.data_ptr(), True
-        address = address + skipped if address >= 0 else address
+        address = address if address == PACKED else address + skipped
         copies.append(replace(copy, address=address, slab_offset=start - piece.start, nbytes=nbytes, on_host=on_host))
     return copies, kept
 

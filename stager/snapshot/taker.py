@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,8 +89,16 @@ class Assignment:
     kept: tuple[torch.Tensor, ...] = ()
 
 
-_SplitKey = tuple[list[bool], list[bool], frozenset[int]]
-"""Which tensors may wait, which are an optimizer's, and the shared sources."""
+class _SplitKey(NamedTuple):
+    """What the division of a plan's copies depends on.
+
+    ``protected``, ``is_own``: for each leaf of ``plan.leaves``, whether its copy may wait, and whether it is a tensor of a
+    guarded optimizer. ``live_sources``: ids of the shared sources.
+    """
+
+    protected: list[bool]
+    is_own: list[bool]
+    live_sources: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +151,7 @@ class SnapshotTaker:
         self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
         self._split: _Split | None = None
-        self._wires = Wires.of(())  # of what was split last
+        self._wires = Wires.of(())  # the tripwires of the copies that the last split makes later
         self._torn: frozenset[str] = frozenset()  # names of tensors that somebody else wrote to, once
         self._blobs: dict[tuple[type, Any], bytes] = {}
         self._pickle_checked: set[type] = set()
@@ -203,27 +211,38 @@ class SnapshotTaker:
         plan, leaves = snapshot.plan, snapshot.tree.leaves
         if not pieces.is_whole:
             of_piece, kept = copies_of(piece, plan, leaves)
-            return Assignment(tuple(of_piece), batch(of_piece), (), tuple(kept)), Assignment()
+            return Assignment(tuple(of_piece), batch(of_piece), kept=tuple(kept)), Assignment()
         protected, is_own = self._protected(snapshot)
-        key, last = (protected, is_own, self._sharer.live_sources()), self._split
+        key, last = _SplitKey(protected, is_own, self._sharer.live_sources()), self._split
         if last is None or last.plan is not plan or last.key != key:
             last = self._split = self._divide(plan, leaves, key)
         snapshot.guarded = [*snapshot.guarded, *map(leaves.__getitem__, last.own_now)]
         return last.now, last.later
 
     def _divide(self, plan: SnapshotPlan, leaves: Sequence[Any], key: _SplitKey) -> _Split:
-        protected, is_own, _ = key
+        """Divide the copies of a plan into those made now and later, and these among the trainer and the workers.
+
+        Also chooses where the tripwires of the later ones are.
+        """
+        protected, is_own, _ = key  # in the order of plan.leaves; empty if nothing is guarded
         may_wait = {leaf for leaf, is_protected in zip(plan.leaves, protected, strict=False) if is_protected}
         now: list[Copy] = []
         later: list[Copy] = []
         for copy in plan.copies:
-            # A packed one from host memory has no samples: nobody would see a write through .data.
-            waits = may_wait.issuperset(copy.leaves) and (copy.address >= 0 or not copy.on_host)
+            # A packed copy from host memory has no tripwire: nobody would notice a write through .data. So it is made now.
+            waits = may_wait.issuperset(copy.leaves) and not (copy.is_packed and copy.on_host)
             (later if waits else now).append(copy)
         own_now = set(compress(plan.leaves, is_own)).difference(*(copy.leaves for copy in later))
-        both = self._assign(now, leaves, guarded=False), self._assign(later, leaves, guarded=True)
-        self._wires = Wires.of(both[1].copies)
-        return _Split(plan, key, *both, tuple(sorted(own_now)))
+        now_work = self._assign(now, leaves, guarded=False)
+        later_work = self._assign(later, leaves, guarded=True)
+        self._wires = Wires.of(later_work.copies)
+        return _Split(
+            plan=plan,
+            key=key,
+            now=now_work,
+            later=later_work,
+            own_now=tuple(sorted(own_now)),
+        )
 
     def _protected(self, snapshot: Snapshot) -> tuple[list[bool], list[bool]]:
         """Tell for each tensor, in the order of ``plan.leaves``, whether its copy may wait, and whether an optimizer has it.

@@ -109,7 +109,7 @@ class Wires:
         words: list[tuple[int, int, int]] = []  # position of the copy, address, where in the slab
         others: list[tuple[int, int, int]] = []
         for number, copy in enumerate(copies):
-            if not copy.on_host or copy.address < 0:
+            if not copy.on_host or copy.is_packed:
                 continue
             is_aligned = (copy.address | copy.slab_offset) % 8 == 0 and copy.nbytes >= _SAMPLE_BYTES
             step, rows = (8, words) if is_aligned else (1, others)

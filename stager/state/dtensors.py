@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -19,11 +19,20 @@ from stager.workers.errors import UnstageableError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_Run = tuple[int, int, int]
-"""Consecutive elements of one dimension: the first in the whole, the first in the local tensor, how many."""
 
-_Place = tuple[tuple[int, ...], tuple[int, ...]]
-"""The offsets and lengths of a box in the whole."""
+class _Stretch(NamedTuple):
+    """Consecutive elements of one dimension: where they start in the whole tensor and in the local one, and how many."""
+
+    start: int
+    local_start: int
+    length: int
+
+
+class _Place(NamedTuple):
+    """Where a box lies in the whole tensor, in each dimension."""
+
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
@@ -45,7 +54,7 @@ def local_of(tensor: DTensor) -> torch.Tensor:
 
 
 def _wrapped(local: Any) -> torch.Tensor | None:
-    """The tensor whose values a wrapper has, as torchao's float8 weights under FSDP2 have; None if there is no such one."""
+    """Return the inner tensor that holds a wrapper's values, as in torchao's float8 weights under FSDP2, or None."""
     parts = [getattr(local, name) for name in local.__tensor_flatten__()[0]]
     values = [part for part in parts if isinstance(part, torch.Tensor) and part.shape == local.shape]
     if len(values) != 1 or values[0].dtype != local.dtype or hasattr(values[0], "__tensor_flatten__"):
@@ -78,10 +87,10 @@ def views_of_dtensor(tensor: DTensor) -> list[torch.Tensor]:
     local = local_of(tensor)
     if not local.numel():
         return []
-    runs = _strided_runs(tensor)
-    if runs is None:
+    stretches = _strided_stretches(tensor)
+    if stretches is None:
         return [local]
-    return [_narrowed(local, box) for box in itertools.product(*runs)]
+    return [_narrowed(local, box) for box in itertools.product(*stretches)]
 
 
 def boxes_of_dtensor(tensor: DTensor, name: str) -> list[_Place] | None:
@@ -93,38 +102,46 @@ def boxes_of_dtensor(tensor: DTensor, name: str) -> list[_Place] | None:
     if tensor.device_mesh.get_coordinate() is None:
         return None
     lengths = tuple(local_of(tensor).shape)
-    runs = _strided_runs(tensor)
-    if runs is None:
+    stretches = _strided_stretches(tensor)
+    if stretches is None:
         return [_only_box(tensor, name, lengths)]
-    if tuple(sum(length for *_, length in dim) for dim in runs) != lengths:
+    if tuple(sum(one.length for one in of_dimension) for of_dimension in stretches) != lengths:
         raise UnstageableError(
             name,
             f"is a DTensor of shape {tuple(tensor.shape)} whose local tensor has the shape {lengths}, which is not what "
             f"its placements {tensor.placements} say; save its full_tensor()",
         )
-    boxes = itertools.product(*runs)
-    return [(tuple(start for start, *_ in box), tuple(length for *_, length in box)) for box in boxes]
+    boxes = itertools.product(*stretches)
+    return [_Place(tuple(one.start for one in box), tuple(one.length for one in box)) for box in boxes]
 
 
 def _only_box(tensor: DTensor, name: str, lengths: tuple[int, ...]) -> _Place:
+    """Ask DCP's save planner where the local tensor, of these lengths, lies in the whole.
+
+    Raises:
+        UnstageableError: the planner cuts it into several chunks, or expects other lengths.
+    """
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner({name: tensor}, is_coordinator=False)
     items: list[Any] = planner.create_local_plan().items
     if len(items) != 1 or tuple(items[0].tensor_data.chunk.sizes) != lengths:
-        raise UnstageableError(name, f"is a DTensor whose local tensor of shape {lengths} is no single chunk of it")
-    return tuple(items[0].tensor_data.chunk.offsets), lengths
+        raise UnstageableError(
+            name,
+            f"is a DTensor whose local tensor of shape {lengths} is not one box of the whole; save its full_tensor()",
+        )
+    return _Place(tuple(items[0].tensor_data.chunk.offsets), lengths)
 
 
-def _narrowed(local: torch.Tensor, box: tuple[_Run, ...]) -> torch.Tensor:
-    for dim, (_, start, length) in enumerate(box):
-        local = local.narrow(dim, start, length)
+def _narrowed(local: torch.Tensor, box: tuple[_Stretch, ...]) -> torch.Tensor:
+    for dim, one in enumerate(box):
+        local = local.narrow(dim, one.local_start, one.length)
     return local
 
 
-def _strided_runs(tensor: DTensor) -> tuple[tuple[_Run, ...], ...] | None:
-    """The runs of each dimension; None if no placement is strided."""
+def _strided_stretches(tensor: DTensor) -> tuple[tuple[_Stretch, ...], ...] | None:
+    """Return the stretches that this rank has of each dimension; None if no placement is strided."""
     placements = tensor.placements
     if not any(hasattr(placement, "split_factor") for placement in placements):
         return None
@@ -132,13 +149,14 @@ def _strided_runs(tensor: DTensor) -> tuple[tuple[_Run, ...], ...] | None:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return None
-    return _runs(tuple(tensor.shape), tuple(placements), tuple(mesh.shape), tuple(coordinate))
+    return _stretches(tuple(tensor.shape), tuple(placements), tuple(mesh.shape), tuple(coordinate))
 
 
 @lru_cache(maxsize=4096)  # models have many tensors and few shapes
-def _runs(
+def _stretches(
     shape: tuple[int, ...], placements: tuple[Any, ...], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...]
-) -> tuple[tuple[_Run, ...], ...]:
+) -> tuple[tuple[_Stretch, ...], ...]:
+    """Return the stretches of each dimension, for the rank at ``coordinate`` of the mesh."""
     rows = [torch.arange(length) for length in shape]
     for placement, num_chunks, position in zip(placements, mesh_shape, coordinate, strict=True):
         dim = getattr(placement, "dim", None)
@@ -146,19 +164,20 @@ def _runs(
             along_first = type(placement)(0, **_factor(placement))  # the numbers have one dimension
             parts, _ = along_first._split_tensor(rows[dim], num_chunks, with_padding=False, contiguous=True)
             rows[dim] = parts[position]
-    return tuple(_runs_of(numbers.tolist()) for numbers in rows)
+    return tuple(_joined(numbers.tolist()) for numbers in rows)
 
 
 def _factor(placement: Any) -> dict[str, int]:
     return {"split_factor": placement.split_factor} if hasattr(placement, "split_factor") else {}
 
 
-def _runs_of(numbers: list[int]) -> tuple[_Run, ...]:
-    """Join consecutive numbers."""
-    runs: list[_Run] = []
+def _joined(numbers: list[int]) -> tuple[_Stretch, ...]:
+    """Join consecutive numbers into stretches: of 0, 1, 4, 5 the first has 0 and 1, the second 4 and 5."""
+    stretches: list[_Stretch] = []
     for position, number in enumerate(numbers):
-        if runs and number == runs[-1][0] + runs[-1][2]:
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        last = stretches[-1] if stretches else None
+        if last is not None and number == last.start + last.length:
+            stretches[-1] = last._replace(length=last.length + 1)
         else:
-            runs.append((number, position, 1))
-    return tuple(runs)
+            stretches.append(_Stretch(start=number, local_start=position, length=1))
+    return tuple(stretches)

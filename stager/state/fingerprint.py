@@ -191,7 +191,7 @@ def _check_storages(tensors: Sequence[torch.Tensor], block: _Block) -> None:
     """
     for tensor, held in zip(tensors, block.held, strict=True):
         if storage_nbytes(tensor) > held or torch._is_functional_tensor(tensor):
-            raise RuntimeError("a tensor reaches beyond its storage")
+            raise RuntimeError("a tensor has elements beyond the end of its storage")
 
 
 def _is_raw(tensor: torch.Tensor, tree: StateTree, leaf: int) -> bool:
@@ -204,7 +204,9 @@ def _is_raw(tensor: torch.Tensor, tree: StateTree, leaf: int) -> bool:
         problem = problem_of(tensor)
     except Exception as error:  # a class of the user's, when it is asked for its parts
         raise UnstageableError(
-            tree.name(leaf), f"{type(tensor).__name__} raised {error!r}; nothing was saved"
+            tree.name(leaf),
+            f"its class {type(tensor).__name__} raised {error!r} when it was asked for the tensors it is made of; nothing "
+            "was saved. Correct the class, or leave the value out of the state",
         ) from error
     if problem is not None:
         raise UnstageableError(tree.name(leaf), problem)

@@ -25,6 +25,8 @@ from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
 LARGE_BYTES = 1 << 20  # from here on the place in the file counts
 SMALL_BYTES = 64 << 10  # up to here many in one system call is faster than a memmove for each
 
+PACKED = -1  # in the place of an address
+
 Row = tuple[int, Fingerprint]
 """A leaf and its fingerprint."""
 
@@ -35,7 +37,7 @@ class Copy:
 
     Attributes:
         leaf: number of a leaf whose tensor owns the memory. The next save finds the memory through the same leaf.
-        address: of the first byte, on the tensor's device; -1: packed, copy the tensor element by element.
+        address: of the first byte, on the tensor's device; ``PACKED``: see :attr:`is_packed`.
         slab_offset, nbytes: where to, how much.
         leaves: numbers of all leaves that lie in it.
         on_host: whether the address can be read by the CPU.
@@ -47,6 +49,11 @@ class Copy:
     nbytes: int
     leaves: tuple[int, ...]
     on_host: bool = True
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is copied element by element, because its tensor is no stretch of memory."""
+        return self.address == PACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,7 @@ def place(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
             continue
         if p not in packed:
             position = packed[p] = _next(position, 0, file_offsets.get(leaf), [(leaf, p)])
-            copies.append(Copy(leaf, -1, position, p.nbytes, (leaf,), p.device.type == "cpu"))
+            copies.append(Copy(leaf, PACKED, position, p.nbytes, (leaf,), p.device.type == "cpu"))
             position += p.nbytes
         offsets[leaf] = packed[p]
     return Placement(tuple(copies), offsets, position)

@@ -23,7 +23,8 @@ from stager.state.dtensors import problem_of as problem_of_dtensor
 from stager.workers.checkpoint.layout.layout_check import check_tiling
 from stager.workers.errors import UnstageableError
 
-_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+_PLACES = ("global_offsets", "local_offsets", "local_sizes")
+_ATTRIBUTES = ("global_shape", *_PLACES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,16 @@ def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def spread_of(tensor: torch.Tensor) -> Hashable:
-    """Return what the boxes depend on, beside the tensor's shape. It is equal while nothing changes."""
+    """Return how a sharded tensor lies on the ranks: all that its boxes depend on, beside its shape.
+
+    Two results are equal if the tensors have the same kind and lie on the ranks in the same way.
+    """
     if is_dtensor(tensor):
         return tensor.device_mesh, tensor.placements
     if _is_sharded_tensor(tensor):
         shards: Any = tensor.metadata().shards_metadata  # type: ignore[attr-defined]  # torch's stubs lack it
         return tuple((tuple(one.shard_offsets), tuple(one.shard_sizes), str(one.placement)) for one in shards)
-    return tuple(tuple(map(_numbers, getattr(tensor, name))) for name in _ATTRIBUTES[1:])
+    return tuple(tuple(map(_numbers, getattr(tensor, name))) for name in _PLACES)
 
 
 def views_of(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -162,7 +166,7 @@ class _Marks:
 
     @staticmethod
     def of(tensor: Any) -> _Marks:
-        places = (tuple(map(_numbers, getattr(tensor, name))) for name in _ATTRIBUTES[1:])
+        places = (tuple(map(_numbers, getattr(tensor, name))) for name in _PLACES)
         return _Marks(_numbers(tensor.global_shape), *places)
 
     def problem(self, shape: tuple[int, ...]) -> str | None:

@@ -104,15 +104,17 @@ class Planner:
         incremental: bool = False,
     ) -> None:
         self._format = file_format
-        self._split: Split = by_role if incremental else evenly(num_files)
+        self._split: Split = by_role if incremental else evenly(num_files)  # which tensors share a file
         self._segment_bytes = segment_bytes
         self._rank = rank
         self._in_order = in_order
-        self._prints: Fingerprints | None = None
-        self._key: tuple[Node, list[tuple[Any, ...]], int] | None = None
-        self._plan: SnapshotPlan | None = None
-        self._tied: list[list[int]] = []  # leaves of the last plan that are one item
-        self._objects: dict[int, int] = {}
+        # The last plan, and what it was made for: the tensors' fingerprints, the structure with its odd keys and number of
+        # leaves, the leaves that are one item each, and which of these are one tensor object.
+        self._last_plan: SnapshotPlan | None = None
+        self._last_fingerprints: Fingerprints | None = None
+        self._last_key: tuple[Node, list[tuple[Any, ...]], int] | None = None
+        self._tied: list[list[int]] = []
+        self._same_objects: dict[int, int] = {}
 
     def plan(self, tree: StateTree) -> SnapshotPlan:
         """Return the plan for this state: the last one, if no structure and no fingerprint has changed.
@@ -124,21 +126,21 @@ class Planner:
         # Every save makes some tuples for each tensor, most of which die at once. The collector would take their number for
         # a reason to look at all objects of the program: 0.3 s in the trainer's thread, now and then.
         with no_collection():
-            prints = read_fingerprints(tree, self._prints)
+            fingerprints = read_fingerprints(tree, self._last_fingerprints)  # the same object, if none has changed
         if (
-            self._plan is None
-            or prints is not self._prints
-            or key != self._key
-            or _same_objects(tree.leaves, self._tied) != self._objects
+            self._last_plan is None
+            or fingerprints is not self._last_fingerprints
+            or key != self._last_key
+            or _same_objects(tree.leaves, self._tied) != self._same_objects
         ):
             with no_collection():
-                self._plan = self._make(tree, prints.rows())
-            self._prints, self._key = prints, key
-        return self._plan
+                self._last_plan = self._make(tree, fingerprints.rows())
+            self._last_fingerprints, self._last_key = fingerprints, key
+        return self._last_plan
 
     def forget(self) -> None:
         """Drop the last plan."""
-        self._plan = self._prints = self._key = None
+        self._last_plan = self._last_fingerprints = self._last_key = None
 
     def _make(self, tree: StateTree, rows: list[Row]) -> SnapshotPlan:
         foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(name_of(p.dtype))]
@@ -173,8 +175,8 @@ class Planner:
         for leaf, first in same_as.items():
             item_of[leaf] = item_of[first]
         self._tied = [[leaf for leaf, _ in group] for group in [*groups, *_group(foreign)] if len(group) > 1]
-        self._objects = _same_objects(tree.leaves, self._tied)
-        flags: dict[int, dict[str, Any]] = {leaf: {"object": number} for leaf, number in self._objects.items()}
+        self._same_objects = _same_objects(tree.leaves, self._tied)
+        flags: dict[int, dict[str, Any]] = {leaf: {"object": number} for leaf, number in self._same_objects.items()}
         for leaf, stride in permuted.items():
             flags.setdefault(leaf, {})["stride"] = stride
         layout = LayoutPlan(

@@ -132,6 +132,15 @@ def memory(available: int, limit: int | None = None, headroom: int | None = None
         (memory(40 * GIB, world=4), "100%", Status.OK, ["10.0 GiB for 2 buffers", "5.0 GiB for each trainer"]),
         (memory(1 * GIB), "50%", Status.WARN, ["512.0 MiB for 2 buffers"]),
         (memory(2 * GIB), "8GiB", Status.WARN, ["8.0 GiB for 2 buffers", "out-of-memory", "at most 2.0 GiB"]),
+        # A number of bytes is for each trainer: one of these fits, and four do not.
+        (
+            memory(20 * GIB, world=4),
+            "8GiB",
+            Status.WARN,
+            ["8.0 GiB for 2", "4 trainers", "out-of-memory", "at most 5.0 GiB"],
+        ),
+        (memory(32 * GIB, world=4), "8GiB", Status.OK, ["8.0 GiB for 2 buffers", "4 trainers share this host"]),
+        (memory(40 * GIB), "512MiB", Status.WARN, ["512.0 MiB for 2 buffers", "raise arena.max_host_bytes"]),
     ],
 )
 def test_memory(facts: MemoryFacts, limit: str, status: Status, words: list[str]) -> None:

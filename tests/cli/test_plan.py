@@ -310,14 +310,14 @@ def test_pieces_are_those_of_a_real_save(module: str, run_dir: Path) -> None:
 
 
 USAGE = {
-    "nothing": ((), "give exactly one of: a checkpoint or run directory, --module, --params"),
-    "two": (("dir", "--params", 5), "give exactly one of"),
-    "meta": (("--params", 5, "--meta"), "--meta needs --module"),
-    "step": (("--params", 5, "--step", 1), "--step needs the directory of a run"),
+    "nothing": ((), "give one of these, and one only: a checkpoint"),
+    "two": (("dir", "--params", 5), "give one of these, and one only"),
+    "meta": (("--params", 5, "--meta"), "--meta goes with --module only"),
+    "step": (("--params", 5, "--step", 1), "--step goes with the directory of a run only"),
     "optimizer of a checkpoint": (("dir", "--optimizer", "sgd"), "a checkpoint already has the state"),
-    "params": (("--params", "many"), "--params many: a number of parameters such as"),
-    "no params": (("--params", "0"), "--params 0: a number"),
-    "infinite": (("--params", "infB"), "--params infB: a number"),
+    "params": (("--params", "many"), "--params many is not a number of parameters; write it as"),
+    "no params": (("--params", "0"), "--params 0 is not a number of parameters"),
+    "infinite": (("--params", "infB"), "--params infB is not a number of parameters"),
     "dtype": (("--params", 5, "--dtype", "float31"), "--dtype float31: torch "),
     "memory": (("--params", 5, "--memory", "much"), "--memory much: "),
     "ranks": (("--params", 5, "--ranks", 6, "--shards", 4), "--ranks 6 is not a multiple of --shards 4"),
@@ -364,7 +364,7 @@ def test_place_of_an_error_in_the_callable_is_named(module: str, tmp_path: Path)
 def test_optimizer_that_cannot_be_assumed_is_wrong_usage(module: str, name: str) -> None:
     outcome = Outcome("plan", "--module", f"{module}:{name}", "--optimizer", "sgd")
     assert outcome.code == 2
-    assert f"--optimizer sgd cannot be used: {module}:{name} returned " in outcome.err
+    assert f"--optimizer sgd cannot be used, because {module}:{name} returned " in outcome.err
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

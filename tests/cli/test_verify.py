@@ -83,7 +83,7 @@ def test_checkpoint_that_was_moved_elsewhere_is_verified_by_its_manifest(run: Pa
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--all", "--step", "1"), "exclude each other"),
+        (("--all", "--step", "1"), "were both given; give one of them"),
         (("--step", "-1"), "step"),
         (("--threads", "0"), "threads"),
         (("--stepp", "1"), "--stepp"),

@@ -72,7 +72,7 @@ def test_text_without_percent_is_no_share() -> None:
 
 @pytest.mark.parametrize("written", ["0%", "-5%", "100.1%"])
 def test_share_out_of_range(written: str) -> None:
-    with pytest.raises(ValueError, match="outside 0% to 100%"):
+    with pytest.raises(ValueError, match="not above 0% and at most 100%"):
         parse_share(written)
 
 

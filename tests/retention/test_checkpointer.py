@@ -83,7 +83,7 @@ def test_what_is_left_is_logged_and_the_save_has_not_failed(run_dir: Path, caplo
     (run_dir / ".stager.protected").write_bytes(b"?")
     with Checkpointer(run_dir, config(keep_latest=1)) as ckpt:
         ckpt.save(4, state_of(4)).upload_completion.result()
-    assert "old checkpoints were not removed" in caplog.text
+    assert f"old checkpoints of {run_dir} were not removed" in caplog.text
 
 
 def test_prune_in_a_callback_is_refused(run_dir: Path) -> None:

@@ -194,21 +194,21 @@ def test_ctrl_c_between_two_lines_of_a_submission(faults: Faults, monkeypatch: p
 @pytest.mark.parametrize(
     "stretch",
     [
-        (0, 1, 0, MIB),
-        (0, -1, 0, 8),
-        (0, MIB, 0, 1),
-        (0, 0, 2 * MIB - 7, 8),
-        (0, 0, -8, 8),
-        (0, 0, 0, -1),
-        (1, 0, 0, 8),
-        (-1, 0, 0, 8),
+        Stretch(0, 1, 0, MIB),
+        Stretch(0, -1, 0, 8),
+        Stretch(0, MIB, 0, 1),
+        Stretch(0, 0, 2 * MIB - 7, 8),
+        Stretch(0, 0, -8, 8),
+        Stretch(0, 0, 0, -1),
+        Stretch(1, 0, 0, 8),
+        Stretch(-1, 0, 0, 8),
     ],
 )
 def test_bad_stretch_is_refused_before_anything_is_written(pool: WorkerPool, stretch: Stretch) -> None:
     storage = torch.ones(MIB, dtype=torch.uint8).share_memory_().untyped_storage()
     slab, source = Slab.create(2 * MIB), SharedSource.of(1 << 60, storage)
     with pytest.raises(InternalError, match="not inside"):
-        pool.submit(copy_shared, slab, [source], [(0, 0, 0, MIB), stretch], frozenset({1 << 60})).result()
+        pool.submit(copy_shared, slab, [source], [Stretch(0, 0, 0, MIB), stretch], frozenset({1 << 60})).result()
     assert bytes(slab.view) == bytes(2 * MIB)
 
 
@@ -248,6 +248,6 @@ def test_tasks_cover_every_byte_once_in_tasks_of_one_size(
         stretches = task.stretches
         assert all(start == slab_offset and number == 0 for number, start, slab_offset, _ in stretches)
         covered += [byte for _, start, _, nbytes in stretches for byte in (start, start + nbytes)]
-        totals.append(sum(stretch[3] for stretch in stretches))
+        totals.append(sum(stretch.nbytes for stretch in stretches))
     assert covered[0] == 0 and covered[-1] == position and covered[1:-1:2] == covered[2:-1:2]
     assert max(totals) <= 1 << 20 and len(set(totals[:-1])) <= 1 and totals[-1] <= totals[0]

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from stager.workers.errors import InternalError
@@ -33,8 +33,14 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES = 16 << 20
 
-Stretch = tuple[int, int, int, int]
-"""Index of the source in the task, offset in it, offset in the slab, bytes."""
+
+class Stretch(NamedTuple):
+    """Bytes to copy. ``source``: index of the source in the task."""
+
+    source: int
+    source_offset: int
+    slab_offset: int
+    nbytes: int
 
 
 class SharedSource:
@@ -101,7 +107,7 @@ def copy_shared(
             _populate(slab, start)
             ctypes.memmove(slab.address + start, sources[index].address + offset + start - slab_offset, end - start)
     point("copy.done")
-    return CopyResult(os.getpid(), started, time.time(), sum(stretch[3] for stretch in stretches))
+    return CopyResult(os.getpid(), started, time.time(), sum(stretch.nbytes for stretch in stretches))
 
 
 def _check(stretch: Stretch, sources: Sequence[SharedSource], slab: Memory) -> None:
@@ -114,7 +120,10 @@ def _check(stretch: Stretch, sources: Sequence[SharedSource], slab: Memory) -> N
     )
     if not inside:
         sizes = [source.nbytes for source in sources]
-        raise InternalError(f"stretch {stretch} is not inside sources of {sizes} and a slab of {slab.nbytes} bytes")
+        raise InternalError(
+            f"a worker was to copy {stretch}, which is not inside the sources of {sizes} bytes or the slab of "
+            f"{slab.nbytes} bytes; nothing was copied"
+        )
 
 
 def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:

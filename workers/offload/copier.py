@@ -67,7 +67,7 @@ class OffloadCopier:
     def deepcopy_with_tensor_offload(
         self, x: Any, memo: Memo | None = None, _nil: Any = None, non_blocking: bool = False
     ) -> Any:
-        """Deep copy ``x``.
+        """Deep copy ``x``; the copies of its tensors lie in the host memory that the ``StorageStager`` provides.
 
         Args:
             x: any object.
@@ -86,6 +86,7 @@ class OffloadCopier:
                 return self._copy(x, memo, non_blocking)
         except LocatedError as error:
             failure = error.resolve()
+        # Outside of the except clause: otherwise the traceback would also show the LocatedError, which is internal.
         raise failure
 
     def _copy(self, x: Any, memo: Memo, non_blocking: bool) -> Any:

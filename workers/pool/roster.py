@@ -49,7 +49,7 @@ class Roster:
         self.workers: list[WorkerHandle] = []
         self._pending: deque[WorkItem] = deque()
         self._unplaced: deque[WorkItem] = deque()
-        self._ending = 0  # tasks
+        self._num_ending = 0  # tasks whose Futures are about to be resolved
         self._state = PoolState.OPEN
         self._reason = ""
         self.wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -77,7 +77,7 @@ class Roster:
             self._wake()
 
     def wait_delivered(self, item: WorkItem) -> None:
-        """Until the kernel holds the message of ``item`` for a worker that is alive, or its Future is done."""
+        """Wait until the kernel holds the message of ``item`` for a worker that is alive, or its Future is done."""
         if not self.in_callback:
             with self.lock:
                 self._changed.wait_for(lambda: self._is_delivered(item))
@@ -133,11 +133,12 @@ class Roster:
             self._changed.notify_all()
 
     def take_finished(self, worker: WorkerHandle, task_id: int) -> WorkItem | None:
-        """Take the task that a worker has replied to; the caller resolves it. None: the worker does not have that task."""
+        """Take from a worker the task that it has replied to; the caller resolves it. None if it has it not."""
         with self.lock:
             # Out of the items and into the ending ones in one critical section: drain() must find it in one of them.
             item = worker.items.pop(task_id, None)
-            self._ending += item is not None
+            if item is not None:
+                self._num_ending += 1
             # The worker begins its next task now, and its reply was a sign of life.
             worker.start_clock()
             worker.process.pulse.silent_secs = 0.0
@@ -165,7 +166,7 @@ class Roster:
             self._unplaced.extendleft(item for item in kept if item.handed_over)
             self._pending.extendleft(item for item in kept if not item.handed_over)
             # 3. In the same critical section, or drain() would find the lost tasks nowhere before their Futures resolve.
-            self._ending += len(lost)
+            self._num_ending += len(lost)
             return lost
 
     def give_up_waiting(self) -> list[WorkItem]:
@@ -192,13 +193,13 @@ class Roster:
                 self._thread.resolving = False
                 # After the callbacks: when drain() returns, they have run.
                 with self.lock:
-                    self._ending -= 1
+                    self._num_ending -= 1
                     self._changed.notify_all()
 
     # -- the end ------------------------------------------------------------------------------------------------
 
     def wait_all_delivered(self, timeout: float) -> bool:
-        """Until the kernel holds all that was handed over; False when that took longer than ``timeout`` seconds."""
+        """Wait until the kernel holds all that was handed over; False when that took longer than ``timeout`` seconds."""
         with self.lock:
             return self._changed.wait_for(self._is_all_delivered, timeout)
 
@@ -215,7 +216,7 @@ class Roster:
                 self._reason = reason
 
     def stop(self) -> None:
-        """The supervisor is to return."""
+        """Tell the supervisor to return."""
         with self.lock:
             self._state = PoolState.STOPPED
             self._wake()
@@ -231,7 +232,7 @@ class Roster:
             items = self._take_waiting()
             for worker in self.workers:
                 items += worker.items.values()
-                self._ending += len(worker.items)
+                self._num_ending += len(worker.items)
                 worker.items.clear()
             self.workers.clear()
             self._close_wakeup()
@@ -259,7 +260,7 @@ class Roster:
         self.wakeup = -1
 
     def _is_busy(self) -> bool:
-        return bool(self._pending or self._unplaced or self._ending or any(w.items for w in self.workers))
+        return bool(self._pending or self._unplaced or self._num_ending or any(w.items for w in self.workers))
 
     def _place_all(self) -> None:
         while self._unplaced:
@@ -282,5 +283,5 @@ class Roster:
         items = [*self._unplaced, *self._pending]
         self._unplaced.clear()
         self._pending.clear()
-        self._ending += len(items)
+        self._num_ending += len(items)
         return items

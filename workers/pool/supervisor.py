@@ -300,7 +300,7 @@ def _detached_error(item: WorkItem, has_worker: bool) -> ClosedError:
 
 def _internal_error(item: WorkItem, cause: BaseException) -> InternalError:
     error = InternalError(
-        f"{item.label} was abandoned, because the thread that watches the workers failed with {cause!r}; please report it"
+        f"{item.label} was abandoned, because the thread that watches the workers failed with {cause!r}"
     )
     error.__cause__ = cause
     return error

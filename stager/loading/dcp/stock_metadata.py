@@ -92,7 +92,7 @@ def parse_stock_metadata(data: bytes, path: str) -> Metadata:
     try:
         _check(metadata, os.path.dirname(path))
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"says something impossible: {error}") from error
+        raise CorruptCheckpointError(path, f"contradicts itself or its files: {error}") from error
     return metadata
 
 
@@ -114,7 +114,7 @@ def _memory_format(value: object) -> _MEM_FORMAT_ENCODING:
 
 def _check(metadata: Metadata, directory: str) -> None:
     if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("it has no planner_data, which maps names to key paths")
+        raise ValueError("its state_dict_metadata or storage_data is not a mapping")
     if not isinstance(getattr(metadata, "storage_meta", None), StorageMeta | None):
         raise ValueError("its storage_meta is not a StorageMeta")
     if not isinstance(metadata.planner_data, dict | None):
@@ -126,7 +126,7 @@ def _check(metadata: Metadata, directory: str) -> None:
         raise ValueError("its values are together larger than its files")
     for key, nbytes in _needs(metadata):
         if lengths[key] < nbytes:
-            raise ValueError(f"{key[0]} takes {nbytes} bytes and has {lengths[key]} bytes in its file")
+            raise ValueError(f"its value {key[0]} needs {nbytes} bytes, and has {lengths[key]} in its file")
 
 
 def _check_paths(paths: dict[Any, Any], num_names: int) -> None:
@@ -146,34 +146,37 @@ def _check_paths(paths: dict[Any, Any], num_names: int) -> None:
                     f"its planner_data has an entry that is not a key path of strings and integers: {str(path)[:60]}"
                 )
         if fqn(path) != name:
-            raise ValueError(f"{name[:60]} has the key path of another name: two names cannot stand in one place")
+            raise ValueError(
+                f"its planner_data gives {name[:60]} the key path {str(path)[:60]}, which belongs to another name"
+            )
     if sum(lengths.values()) > _MANY_PLACES + _PLACES_PER_NAME * num_names:
-        raise ValueError("its lists have many more positions than it has names")
+        raise ValueError("its planner_data has lists with many more positions than there are names")
 
 
 def _key(index: Any) -> tuple[str, tuple[int, ...] | None]:
     if type(index) is not MetadataIndex:
-        raise ValueError(f"not the index of a value: {str(index)[:60]}")
+        raise ValueError(f"its storage_data has an index that is no MetadataIndex: {str(index)[:60]}")
     return check_text(index.fqn), None if index.offset is None else _shape(index.offset)
 
 
 def _shape(value: Any) -> tuple[int, ...]:
     if type(value) is not torch.Size:
-        raise ValueError(f"not a size: {str(value)[:60]}")
+        raise ValueError(f"it has a size that is no torch.Size: {str(value)[:60]}")
     return check_shape(value)
 
 
 def _check_place(info: Any, directory: str, sizes: dict[str, int]) -> int:
     """Check where a value lies, which must be in a file of this directory, and return its length in bytes."""
     if type(info) is not _StorageInfo:
-        raise ValueError(f"not the place of a value: {str(info)[:60]}")
+        raise ValueError(f"its storage_data has a place that is no _StorageInfo: {str(info)[:60]}")
     name, start, nbytes = check_text(info.relative_path), check_count(info.offset), check_count(info.length)
     if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"a value lies outside of the checkpoint's directory: {name[:60]}")
     if getattr(info, "transform_descriptors", None):
         raise UsageError(
-            f"{os.path.join(directory, name)} was written through a storage extension of DCP, so its length "
-            "does not tell how much memory loading takes; if you trust its origin, allow_pickle=True reads it as torch does"
+            f"{os.path.join(directory, name)} was written through a storage extension of DCP, so the file "
+            "does not tell how much memory its values take, and loading it is refused; if you trust its origin, pass "
+            "allow_pickle=True, which reads it as torch does"
         )
     if name not in sizes:
         sizes[name] = _size_of(os.path.join(directory, name))

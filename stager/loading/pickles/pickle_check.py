@@ -124,7 +124,7 @@ class _Value:
         return min(_HUGE, max(self.size, 1 + sum(child.hashed(depth - 1) for child in self.children)))
 
 
-_ATOM = _Value("NONE", [])
+_ATOM = _Value("NONE", [])  # stands for every value that has no elements and is no number of interest
 _MARK = _Value("MARK", [])
 
 
@@ -197,7 +197,7 @@ class _Walk:
         self._memo: dict[int, _Value] = {}
         self._hashed = 0
         self._num_opcodes = 0
-        self._most_asked = _MAX_ASKED + nbytes
+        self._max_allocated = _MAX_ASKED + nbytes
 
     def run(self, data: bytes) -> None:
         stack = self._stack
@@ -238,44 +238,63 @@ class _Walk:
             if name in _CALLS:
                 self._call(parts)
             elif name == "DICT":
-                self._hash(parts[::2])
+                self._count_hashing(parts[::2])
             elif name in _STORAGES:
                 self._check_storage(parts)
             for _ in opcode.stack_after:
                 self._push(_Value(name, parts, argument))
 
     def _call(self, parts: list[_Value]) -> None:
-        """``parts``: what is called, and its arguments."""
-        self._hash(parts, _ARGUMENT_DEPTH)
+        """Check that a call takes neither long nor much memory.
+
+        Args:
+            parts: what is called, and its arguments.
+
+        Raises:
+            ValueError: it could.
+        """
+        self._count_hashing(parts, _ARGUMENT_DEPTH)  # the callable may put its arguments into a set or a dict
         called, *arguments = parts or [_ATOM]
         name = _name_of(called)
         if name == _ARRAY_OF_TENSOR and not _is_one_tensor(arguments):
-            raise ValueError("numpy.asarray is called with something else than one tensor")
+            raise ValueError(
+                "the pickle calls numpy.asarray with something other than one tensor: it is damaged or hostile"
+            )
         asked = max((value.largest for value in arguments), default=0)
-        if name in _ALLOCATE and asked > self._most_asked:
+        if name in _ALLOCATE and asked > self._max_allocated:
             raise ValueError(
                 f"the pickle asks for memory for {asked} elements, far more than its bytes can "
                 "describe: it is damaged or hostile"
             )
 
     def _check_storage(self, parts: list[_Value]) -> None:
-        """``parts``: the tuple ("storage", class, key, device, number of elements). A class is given by its name."""
+        """Check that a storage is not longer than its bytes in the archive.
+
+        Args:
+            parts: the tuple ("storage", class, key, device, number of elements). A class is given by its name.
+
+        Raises:
+            ValueError: it is longer, or described in another way.
+        """
         fields = parts[0].children if len(parts) == 1 else []
         if fields and fields[0].argument == "module":  # a class and its source; ``weights_only`` rules refuse it
             return
         if len(fields) != _STORAGE_FIELDS or fields[0].argument != "storage":
-            raise ValueError("it describes a storage in another way than torch.save does")
+            raise ValueError("the pickle describes a storage in another way than torch.save does")
         _, kind, key, _, count = fields
         if type(key.argument) is not str or type(count.argument) is not int:
-            raise ValueError("it has a storage without a key or a length")
+            raise ValueError("the pickle has a storage without a key or a length")
         nbytes = count.argument * _ELEMENT_NBYTES[_name_of(kind)]
         if not 0 <= nbytes <= self._storages[key.argument]:
-            raise ValueError(f"storage {key.argument} has {self._storages[key.argument]} bytes, not {nbytes}")
+            raise ValueError(
+                f"the pickle claims that storage {key.argument} has {nbytes} bytes, and its record in the archive has "
+                f"{self._storages[key.argument]}"
+            )
         self.claimed[key.argument] = max(nbytes, self.claimed.get(key.argument, 0))
 
     def _put(self, index: int) -> None:
         if index > self._num_opcodes:
-            raise ValueError(f"it writes entry {index} of a memo that has {len(self._memo)} entries")
+            raise ValueError(f"the pickle writes entry {index} of a memo that has {len(self._memo)} entries")
         self._memo[index] = self._stack[-1]
 
     def _push(self, value: _Value) -> None:
@@ -287,11 +306,11 @@ class _Walk:
         """Add all but the first of ``parts`` to the first."""
         target, *others = parts
         if target.made_by in _ATOMS or (name == "BUILD" and target.made_by in _GLOBALS):
-            raise ValueError("it changes a class, or a value that cannot be changed")
+            raise ValueError("the pickle changes a class, or a value that cannot be changed: it is damaged or hostile")
         if name in ("SETITEM", "SETITEMS"):
-            self._hash(others[::2])
+            self._count_hashing(others[::2])
         elif name == "ADDITEMS":
-            self._hash(others)
+            self._count_hashing(others)
         target.add(others)
         self._push(target)
 
@@ -309,7 +328,15 @@ class _Walk:
         parts.reverse()
         return parts
 
-    def _hash(self, values: list[_Value], depth: int = 0) -> None:
+    def _count_hashing(self, values: list[_Value], depth: int = 0) -> None:
+        """Add to the count of hashed elements what hashing these values may take.
+
+        Args:
+            depth: count the values' own elements down to this depth, which may have grown since.
+
+        Raises:
+            ValueError: the pickle hashes far more than it is long.
+        """
         for value in values:
             self._hashed += value.hashed(depth) if depth and value.children else value.size
         if self._hashed > _MAX_HASHED + _HASHED_PER_OPCODE * self._num_opcodes:

@@ -91,7 +91,9 @@ class ReplicationStager(AsyncStager, AbstractContextManager["ReplicationStager"]
         try:
             replica: StateDict = torch.load(path, map_location="cpu", weights_only=weights_only)
         except FileNotFoundError as error:
-            raise ReplicationError(f"{path}: no replica there; stage() has not completed here yet") from error
+            raise ReplicationError(
+                f"{path}: this rank keeps no such replica; load it after stage() has completed on all ranks of the group"
+            ) from error
         except Exception as error:
             raise ReplicationError(f"{path}: the replica cannot be read: {error}") from error
         return replica

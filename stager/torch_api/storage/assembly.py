@@ -50,7 +50,7 @@ def assemble(
     try:
         check_layout(layout)
     except (ValueError, TypeError, IndexError) as error:
-        raise InternalError(f"stager assembled an invalid layout: {error}") from error
+        raise InternalError(f"stager assembled an invalid layout of the items that the ranks wrote: {error}") from error
     return layout, tuple(one.hashes for _, one in entries)
 
 

@@ -58,7 +58,9 @@ class RankContribution:
         expected = sum(num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans())
         actual = sum(len(receipt.hashes) for receipt in self.receipts)
         if actual != expected:
-            raise CorruptCheckpointError(partial, f"its receipts have {actual} hashes for {expected} segments")
+            raise CorruptCheckpointError(
+                partial, f"the receipts in it have {actual} hashes, and what the rank wrote has {expected} segments"
+            )
         hashes: list[list[str]] = [[] for _ in layout.items]
         parts = partition_once(layout, len(self.receipts), self.spec.whole_bytes)
         for receipt, part in zip(self.receipts, parts, strict=True):

@@ -75,8 +75,8 @@ class ReplicaHeader:
             plan_id, digest = check_text(body["plan_id"]), check_text(body["digest"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpointError(path, f"is not the header of a replica: {error!r}") from error
-        if max(plan.offset + plan.nbytes, objects.offset + objects.nbytes) > nbytes:
-            raise CorruptCheckpointError(path, "names more bytes than the replica has")
+        if (end := max(plan.offset + plan.nbytes, objects.offset + objects.nbytes)) > nbytes:
+            raise CorruptCheckpointError(path, f"refers to bytes up to {end:,}, and the replica has {nbytes:,}")
         return ReplicaHeader(spec, plan, plan_id, objects, nbytes, digest)
 
 

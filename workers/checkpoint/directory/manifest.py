@@ -188,7 +188,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
     Raises:
         CheckpointNotFoundError: no directory or no manifest there.
-        CorruptCheckpointError: the manifest is damaged, or says something impossible.
+        CorruptCheckpointError: the manifest is damaged, or contradicts itself.
     """
     return parse_manifest(*_read(directory))
 
@@ -227,7 +227,9 @@ def _parsed(data: bytes, path: str, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
         return parse(body)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"says something impossible: {error!r}") from error
+        raise CorruptCheckpointError(
+            path, f"contradicts itself, or has a field of the wrong type: {error!r}"
+        ) from error
 
 
 def _parse_header(body: dict[str, Any]) -> ManifestHeader:
@@ -244,7 +246,7 @@ def _parse_header(body: dict[str, Any]) -> ManifestHeader:
 
 def _parse_body(body: dict[str, Any]) -> Manifest:
     if body["columns"] != _COLUMNS:
-        raise ValueError("unknown columns")
+        raise ValueError("its items have columns that this version of stager does not know")
     header = _parse_header(body)
     index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
     layout = Layout(

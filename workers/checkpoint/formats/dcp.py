@@ -72,10 +72,18 @@ class DcpFormat(Format):
         return layout.cache.once_per_plan("templates", lambda: self.templates(tensors))
 
     def _index_templates(self, layout: Layout) -> Templates:
-        """Return templates for all ranks' tensors: this rank's, unless others have dtypes or dimensions that it lacks."""
+        """Return the templates that ``.metadata`` is made of (``dcp_index.py``), for the tensors of all ranks.
+
+        Mostly the plan of this rank has them. New ones are made if other ranks have dtypes or dimensions that it lacks.
+        """
         made, cache = self._templates(layout), layout.cache
-        tensors = [item for item in layout.items[: cache.num_fixed or None] if item.kind == "tensor"]
-        if cache.once_per_plan("has templates", lambda: {tensor_name(item) for item in tensors} <= made.keys()):
+        # 0: the layout has no plan (it is merged of several ranks', or was read), so all of its items are looked at.
+        num_items = cache.num_fixed if cache.num_fixed > 0 else len(layout.items)
+        tensors = [item for item in layout.items[:num_items] if item.kind == "tensor"]
+        has_all = cache.once_per_plan(
+            "has index templates", lambda: {tensor_name(item) for item in tensors} <= made.keys()
+        )
+        if has_all:
             return made
         return cache.once_per_plan("index templates", lambda: self.templates(tensors))
 

@@ -61,6 +61,7 @@ def plain_data() -> tuple[tuple[Any, str], ...]:
     import numpy.random  # late: few checkpoints need it
 
     allowed = [(value, f"{value.__module__}.{value.__qualname__}") for value in _PLAIN]
+    # Python 3.13 calls the module of these classes pathlib._local; pickles of other versions call it pathlib.
     allowed += [(value, f"pathlib.{value.__qualname__}") for value in _PLAIN if issubclass(value, pathlib.PurePath)]
     for name in _NUMPY:
         with _warnings_off():

@@ -45,6 +45,15 @@ from stager.workers.errors import InternalError, UnstageableError
 from stager.workers.memory.slab import Slab
 
 _SPARSE_FROM_BYTES = 64 << 20
+_UNKNOWN_PICKLE = (
+    "this version of torch pickles tensors in a way that stager does not know; upgrade stager, or set persistence.format to "
+    "dcp. With the newest stager"
+)
+
+# A record of a zip archive begins with its local header: at 26 the lengths of the name and the extra field, which follow at
+# 30 and stand before the data (APPNOTE.TXT, 4.3.7).
+_ZIP_LENGTHS_OFFSET = 26
+_ZIP_HEADER_BYTES = 30
 
 Piece = bytes | int
 """Bytes of ``data.pkl``, or the index of the object whose fragment goes there."""
@@ -95,7 +104,9 @@ def header_and_tail(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...])
         target.extend(b"\0" * (at + len(data) - len(target)))
         target[at : at + len(data)] = data
     if len(head) > start:
-        raise InternalError("torch.save wrote where skip_data makes it skip; this torch is not supported")
+        raise InternalError(
+            "torch.save wrote where skip_data makes it skip; use a version of torch that stager supports. If you do"
+        )
     return bytes(head), bytes(tail)
 
 
@@ -139,12 +150,14 @@ def tensor_fragment(key: str, dtype: str, shape: tuple[int, ...], stride: tuple[
 @lru_cache(maxsize=65536)
 def _around_key(dtype: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[bytes, bytes]:
     """Return the bytes before and after the storage key in a tensor's fragment."""
-    head, _ = header_and_tail(dtype, shape, stride)
-    name_nbytes, extra_nbytes = struct.unpack_from("<2H", head, 26)  # of the archive's first record, data.pkl
-    data = head[30 + name_nbytes + extra_nbytes :]
+    archive_start, _ = header_and_tail(dtype, shape, stride)  # its first record is data.pkl, the pickle of the tensor
+    name_nbytes, extra_nbytes = struct.unpack_from("<2H", archive_start, _ZIP_LENGTHS_OFFSET)
+    data = archive_start[_ZIP_HEADER_BYTES + name_nbytes + extra_nbytes :]
     ops = [(op.name, arg, position or 0) for op, arg, position in pickletools.genops(data)]
     key = _storage_key(ops)
-    return data[len(HEADER) : ops[key][2]], data[ops[key + 1][2] : ops[-1][2]]
+    # Without the pickle's protocol header and its end, a fragment remains (see the head of this file).
+    (*_, key_start), (*_, key_end), (*_, end) = ops[key], ops[key + 1], ops[-1]
+    return data[len(HEADER) : key_start], data[key_end:end]
 
 
 def _storage_key(ops: list[tuple[str, Any, int]]) -> int:
@@ -161,7 +174,7 @@ def _storage_key(ops: list[tuple[str, Any, int]]) -> int:
             return key
     except (StopIteration, ValueError, IndexError):
         pass
-    raise InternalError("this torch pickles tensors in an unknown way; upgrade stager, or use another format")
+    raise InternalError(_UNKNOWN_PICKLE)
 
 
 def data_pkl(structure: Node, leaf: Callable[[int], Piece]) -> list[Piece]:
@@ -222,7 +235,7 @@ def _with_grad(fragment: bytes) -> bytes:
     ops = [(op.name, position or 0) for op, _, position in pickletools.genops(fragment + END)]
     places = [position for name, position in ops if name == "NEWFALSE"]
     if len(places) != 1:
-        raise InternalError("this torch pickles tensors in an unknown way; upgrade stager, or use another format")
+        raise InternalError(_UNKNOWN_PICKLE)
     return fragment[: places[0]] + b"\x88" + fragment[places[0] + 1 :]
 
 

@@ -103,7 +103,11 @@ class _Builder:
 
 
 def _made(make: Callable[..., Any], *arguments: Any) -> Any:
-    """Call ``make`` with all arguments but the last, the key path. The state's own classes may raise anything."""
+    """Call ``make`` with all arguments but the last, which is the key path for the error.
+
+    Raises:
+        UnloadableError: ``make`` raised something. The state's own classes may raise anything.
+    """
     try:
         return make(*arguments[:-1])
     except Exception as error:
@@ -116,11 +120,18 @@ def _made(make: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _in_order(tensor: Any, stride: list[int]) -> Any:
-    """Copy a tensor's values into memory of another order."""
+    """Copy a tensor's values into memory of another order.
+
+    Raises:
+        ValueError: no memory has this stride.
+    """
     import torch  # late: as above
 
     if len(stride) != tensor.dim() or not is_dense(tuple(tensor.shape), tuple(stride)):
-        raise ValueError(f"a stride of {stride} does not cover shape {list(tensor.shape)}")
+        raise ValueError(
+            f"the structure gives a tensor of shape {list(tensor.shape)} the stride {stride}, which does not fit: elements "
+            "would share memory, or leave gaps"
+        )
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 

@@ -81,7 +81,7 @@ def check_shape(value: Any) -> tuple[int, ...]:
     """Check that ``value`` can be the shape, strides or offsets of a tensor; returns a tuple."""
     numbers = tuple(map(check_count, value))
     if len(numbers) > _MAX_DIMS:
-        raise ValueError(f"{len(numbers)} dimensions are too many; at most {_MAX_DIMS} are allowed")
+        raise ValueError(f"a shape, stride or offset has {len(numbers)} dimensions; at most {_MAX_DIMS} are allowed")
     return numbers
 
 
@@ -101,9 +101,11 @@ def _check_items(layout: Layout) -> None:
                 raise ValueError(f"item {index} is in file {item.file}, but the items of file {file} do not end there")
             position, file = 0, item.file
         if item.offset != position or item.offset + item.nbytes > end:
-            raise ValueError(f"item {index}: its span starts at {item.offset}, the one before it ends at {position}")
+            raise ValueError(
+                f"item {index} starts at byte {item.offset} of its file, and the item before it ends at byte {position}"
+            )
         if not item.offset <= item.data_offset <= item.data_offset + item.data_nbytes <= item.offset + item.nbytes:
-            raise ValueError(f"item {index}: its raw bytes are not inside its blob")
+            raise ValueError(f"item {index} has raw bytes that are not inside its own bytes")
         if item.kind != "tensor" or not may_know:
             _check_kind(index, item)
         elif (kind := (item.dtype, item.shape, item.stride, item.data_nbytes)) not in known:
@@ -111,7 +113,7 @@ def _check_items(layout: Layout) -> None:
             known.add(kind)
         position = end
     if file + 1 != len(layout.files):
-        raise ValueError(f"{layout.files[file + 1].name} contains no item")
+        raise ValueError(f"file {layout.files[file + 1].name} contains no item")
 
 
 def _check_counts(items: Sequence[Item]) -> None:
@@ -128,22 +130,26 @@ def _check_kind(index: int, item: Item) -> None:
     if item.kind == "tensor":
         _check_tensor(index, item)
     elif item.kind not in ("object", "frame"):
-        raise ValueError(f"item {index}: unknown kind {str(item.kind)[:60]!r}")
+        raise ValueError(
+            f"item {index} is of the kind {str(item.kind)[:60]!r}, which this version of stager does not know"
+        )
     elif (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
-        raise ValueError(f"item {index}: an item of kind {item.kind} must have no header and no tail")
+        raise ValueError(f"item {index} is of kind {item.kind}, and must have no header and no tail")
     elif (item.dtype, item.shape, item.stride) != ("", (), ()):
-        raise ValueError(f"item {index}: an item of kind {item.kind} must have no dtype, shape or stride")
+        raise ValueError(f"item {index} is of kind {item.kind}, and must have no dtype, shape or stride")
 
 
 def _check_tensor(index: int, item: Item) -> None:
     check_shape(item.shape)
     check_shape(item.stride)
     if math.prod(item.shape) * itemsize_of(item.dtype) != item.data_nbytes:
-        raise ValueError(f"item {index}: {item.dtype} of shape {item.shape} is not {item.data_nbytes} bytes")
+        raise ValueError(
+            f"item {index} has {item.data_nbytes} bytes, which a {item.dtype} tensor of shape {item.shape} has not"
+        )
     if math.prod(filter(None, item.shape)) > _LARGEST:  # what torch multiplies before it comes to the zero
-        raise ValueError(f"item {index}: shape {item.shape} is too large")
+        raise ValueError(f"item {index} has the shape {item.shape}, which is too large for torch")
     if len(item.stride) != len(item.shape) or not is_dense(item.shape, item.stride):
-        raise ValueError(f"item {index}: stride {item.stride} does not cover shape {item.shape}")
+        raise ValueError(f"item {index} has the stride {item.stride}, which does not fit its shape {item.shape}")
 
 
 def _check_structure(layout: Layout, of_one_rank: bool) -> None:
@@ -158,7 +164,7 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
     for path, leaf in leaves(structure):
         for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
             if not 0 <= index < len(used):
-                raise ValueError(f"leaf {path} names item {index} of {len(used)}")
+                raise ValueError(f"leaf {path} names item {index}, and only {len(used)} items are stored")
             if layout.items[index].kind == "frame":
                 raise ValueError(f"leaf {path} names item {index}, which is a trailer")
             used[index] = True
@@ -170,7 +176,7 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
     if (shared := shared_too_often(wholes)) is not None:
         raise ValueError(f"item {shared} is a chunk of too many tensors; at most {_MAX_WHOLES} are allowed")
     if not all(used):
-        raise ValueError(f"item {used.index(False)} is not in the structure of the state")
+        raise ValueError(f"no leaf of the state's structure names item {used.index(False)}, which is stored")
 
 
 def shared_too_often(wholes: Iterable[Chunks]) -> int | None:
@@ -200,7 +206,9 @@ def check_tiling(boxes: list[Box], shape: tuple[int, ...]) -> None:
     """Check that boxes inside a tensor of ``shape`` cover each of its elements exactly once."""
     num_elements = sum(math.prod(lengths) for _, lengths in boxes)
     if num_elements != math.prod(shape) or math.prod(filter(None, shape)) > _LARGEST:
-        raise ValueError(f"its chunks have {num_elements} elements, a tensor of shape {shape} has {math.prod(shape)}")
+        raise ValueError(
+            f"the chunks of a tensor of shape {shape} have {num_elements} elements, and it has {math.prod(shape)}"
+        )
     if num_elements and not _tile(boxes, shape):
         raise ValueError(f"the chunks of a tensor of shape {shape} overlap")
 
@@ -215,7 +223,7 @@ def _tile(boxes: list[Box], shape: tuple[int, ...]) -> bool:
     boxes = [box for box in boxes if 0 not in box[1]]
     split = [dim for dim, whole in enumerate(shape) if any(lengths[dim] != whole for _, lengths in boxes)]
     if len(boxes) << len(split) > max(_MANY_CORNERS, 8 * len(boxes)):
-        raise ValueError(f"{len(boxes)} chunks along {len(split)} dimensions are too many")
+        raise ValueError(f"a tensor is cut into {len(boxes)} chunks along {len(split)} dimensions, which are too many")
     left: set[tuple[int, ...]] = set()
     for offsets, lengths in (*boxes, ((0,) * len(shape), shape)):
         left ^= set(itertools.product(*((offsets[dim], offsets[dim] + lengths[dim]) for dim in split)))

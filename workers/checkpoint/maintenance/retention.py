@@ -137,7 +137,15 @@ def remove(directory: str, step: int) -> PruneReport:
 
 
 def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified: bool) -> dict[int, PruneVerdict]:
-    """Return the verdict on each step. ``steps`` are newest first."""
+    """Return the verdict on each step: the rules keep it (KEPT), or it goes (REMOVED), or it would go but must not (LEFT).
+
+    "Newest" is by the step's number. A checkpoint that was committed last may have a lower number, after the run went back
+    to an earlier step; it stays, too.
+
+    Args:
+        steps: newest first.
+        verified: whether to verify those that count as newest; otherwise all pass for valid, and nothing is read.
+    """
     paths = {step: os.path.join(directory, checkpoint_name(step)) for step in steps}
     if rules.keep_all:
         reason = "there is no rule: all are kept"
@@ -148,7 +156,7 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified:
     damaged |= worse
     spaced = spaced_steps(paths, rules.keep_every_secs)
     protected = rules.protected | read_protected(directory)
-    youngest = _youngest(paths, wanted)
+    committed_last = _committed_last(paths, wanted)
 
     every = {step for step in paths if rules.keep_every is not None and step % rules.keep_every == 0}
     first = {
@@ -157,7 +165,7 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified:
         **dict.fromkeys(protected, "protected"),
     }
     second = {
-        **dict.fromkeys(youngest, f"one of the {wanted} that were committed last"),
+        **dict.fromkeys(committed_last, f"one of the {wanted} that were committed last"),
         **dict.fromkeys(spaced, f"the first in {rules.keep_every_secs or 0:g} s"),
         **dict.fromkeys(every, f"a multiple of {rules.keep_every}"),
     }
@@ -215,8 +223,8 @@ def _problem(step: int, path: str, full: bool, num_threads: int | None) -> str |
     return None if result.step == step else f"its manifest is of step {result.step}: the directory was renamed"
 
 
-def _youngest(paths: dict[int, str], count: int) -> set[int]:
-    """Return the steps that were committed last.
+def _committed_last(paths: dict[int, str], count: int) -> set[int]:
+    """Return the ``count`` steps that were committed last, by the time of their manifests.
 
     After a run went back to an earlier step, they are not the highest: by the step alone, the first save of the new branch
     would be removed at once.

@@ -113,6 +113,11 @@ def link_unchanged(
 
 
 def _link(base: _HardLinkBase, layout: Layout, file: int, directory_fd: int, unchanged: UnchangedFiles) -> None:
+    """Link one file of the base into the directory, and enter it into ``unchanged``; or note there why it must be written.
+
+    Args:
+        file: its index in ``layout.files``.
+    """
     spec = layout.files[file]
     with storage_errors("link", os.path.join(base.name, spec.name)):
         try:
@@ -122,7 +127,7 @@ def _link(base: _HardLinkBase, layout: Layout, file: int, directory_fd: int, unc
             return
     unchanged.linked.add(file)
     unchanged.nbytes += spec.nbytes
-    point("link.linked")
+    point("link.linked")  # for tests: the file is linked, and no receipt says so yet
 
 
 class _HardLinkBase:
@@ -157,6 +162,7 @@ class _HardLinkBase:
         """Return whether the base has this file, with these hashes. Stops at the first hash that differs.
 
         Args:
+            file: its index in ``layout.files``.
             segments: all segments of the file.
             known: receives the hashes up to where it stopped.
         """

@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import groupby
+from typing import NamedTuple
 
 import xxhash
 
@@ -27,7 +28,17 @@ _DIRECT_FROM_BYTES = 4 << 20  # smaller parts gain nothing
 _SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
 _RUN_BYTES = 2 << 20  # stays in the cache
 
-_Around = tuple[bytes, int, int, bytes]  # header, the raw bytes' start and end in the slab, tail and padding
+
+class _Span(NamedTuple):
+    """What the span of an item consists of, in file order: header, raw bytes, then tail and padding.
+
+    ``slab_start`` and ``slab_end``: where the raw bytes lie in the whole snapshot's slab.
+    """
+
+    header: bytes
+    slab_start: int
+    slab_end: int
+    tail: bytes
 
 
 class PartWriter:
@@ -41,18 +52,19 @@ class PartWriter:
         self._task = task
         self._view = task.slab.view
         self._layout = layout
-        self._around = get_format(task.spec.kind).headers_and_tails(layout)
-        self._ends = layout.ends()
+        self._make_header_and_tail = get_format(task.spec.kind).headers_and_tails(layout)
+        self._span_ends = layout.ends()
         self._directory_fd = directory_fd
         self._directory = directory
         self._opened = opened
         self._fds: dict[int, int] = {}
         self._pace = Pace(task.writing.max_bytes_per_sec)
         self._own_files: Collection[int] = ()
-        # Of small items. Made once per plan (``layout_plan.py``), for the items that are the same in each of its saves.
+        # Spans of small items. Made once per plan (``layout_plan.py``), for the items that are the same in each of its
+        # saves: the first ``num_fixed``.
         cache, num_fixed = layout.cache, layout.cache.num_fixed
-        self._kept: list[_Around | None] = cache.once_per_plan("headers and tails", lambda: [None] * num_fixed)
-        self._tails: dict[tuple[bytes, int], bytes] = cache.once_per_plan("tails", dict)
+        self._kept_spans: list[_Span | None] = cache.once_per_plan("headers and tails", lambda: [None] * num_fixed)
+        self._kept_tails: dict[tuple[bytes, int], bytes] = cache.once_per_plan("tails", dict)
 
     def hash(self, segments: Sequence[Segment]) -> Iterator[str]:
         """Iterate over the hashes of the segments, hex, without writing."""
@@ -108,26 +120,27 @@ class PartWriter:
 
     def _pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
         """Return the bytes of a run of small whole spans, and the hash of each span, hex."""
-        view, base, kept = self._view, self._task.base, self._kept
-        num_kept = len(kept)
+        view, kept = self._view, self._kept_spans
+        view_start, num_kept = self._task.base, len(kept)  # the slab may have a later piece of the snapshot only
         pieces: list[bytes | memoryview] = []
         for segment in run:
             index = segment.index
-            head, start, end, tail = (kept[index] if index < num_kept else None) or self._make(segment)
-            pieces += (head, view[start - base : end - base], tail)
+            head, start, end, tail = (kept[index] if index < num_kept else None) or self._span_of(segment)
+            pieces += (head, view[start - view_start : end - view_start], tail)
         data = b"".join(pieces)
         spans, position = memoryview(data), run[0].start
         return data, [xxhash.xxh3_128_hexdigest(spans[s.start - position : s.end - position]) for s in run]
 
-    def _make(self, segment: Segment) -> _Around:
+    def _span_of(self, segment: Segment) -> _Span:
+        """Put together the span of a small item, which is one segment. It is kept if all saves of the plan have it."""
         item = self._layout.items[segment.index]
         head, tail = self._header_and_tail(segment.index)
         padding = segment.end - item.offset - item.nbytes
-        padded = self._tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are equal: keep one
-        around = head, item.slab_offset, item.slab_offset + item.data_nbytes, padded
-        if segment.index < len(self._kept):
-            self._kept[segment.index] = around
-        return around
+        padded = self._kept_tails.setdefault((tail, padding), tail + b"\0" * padding)  # most are equal: keep one
+        span = _Span(head, item.slab_offset, item.slab_offset + item.data_nbytes, padded)
+        if segment.index < len(self._kept_spans):
+            self._kept_spans[segment.index] = span
+        return span
 
     def _write_one(self, sink: CachedWriter | DirectWriter, segment: Segment, known: str | None) -> str:
         item = self._layout.items[segment.index]
@@ -143,7 +156,11 @@ class PartWriter:
         return known or hasher.hexdigest()
 
     def _pieces(self, item: Item, segment: Segment) -> Iterator[bytes | memoryview]:
-        """Iterate over the bytes of a segment: the parts of header, raw bytes, tail and padding inside it."""
+        """Iterate over the bytes of a segment, in file order.
+
+        An item's span is header, raw bytes, tail, padding. A segment is a range of a span, so it has some of each, or none.
+        Here ``start``, ``end``, ``low`` and ``high`` are offsets in the file.
+        """
         head, tail = self._header_and_tail(segment.index)
         start, end = segment.start, segment.end
         data_end = item.data_offset + item.data_nbytes
@@ -151,20 +168,24 @@ class PartWriter:
             yield head[start - item.offset : end - item.offset]
         low, high = max(start, item.data_offset), min(end, data_end)
         if low < high:
-            base = item.slab_offset - item.data_offset - self._task.base
-            while low < high:  # cut between blocks of the file
-                position, low = low, min(high, (low // WRITE_BYTES + 1) * WRITE_BYTES)
-                yield self._view[base + position : base + low]
+            to_view = (
+                item.slab_offset - item.data_offset - self._task.base
+            )  # from an offset in the file to one in the view
+            while low < high:  # cut at multiples of WRITE_BYTES in the file
+                cut = min(high, (low // WRITE_BYTES + 1) * WRITE_BYTES)
+                yield self._view[to_view + low : to_view + cut]
+                low = cut
         if end > data_end:
-            tail += b"\0" * (self._ends[segment.index] - data_end - len(tail))
+            tail += b"\0" * (self._span_ends[segment.index] - data_end - len(tail))
             yield tail[max(0, start - data_end) : end - data_end]
 
     def _header_and_tail(self, index: int) -> tuple[bytes, bytes]:
         item = self._layout.items[index]
-        head, tail = self._around(index)
+        head, tail = self._make_header_and_tail(index)
         if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
             raise InternalError(
-                f"{item} has a header of {len(head)} and a tail of {len(tail)} bytes here, unlike in the plan"
+                f"the worker made a header of {len(head)} bytes and a tail of {len(tail)} bytes for {item}, which do not "
+                "fit the offsets that the trainer's plan gives it"
             )
         return head, tail
 

@@ -88,7 +88,13 @@ class CachedWriter:
         self._write_back: dict[int, WriteBack] = {}
 
     def put(self, file: int, offset: int, piece: bytes | memoryview, *, in_place: bool = False) -> None:
-        """Take a piece, which must not change before :meth:`flush`. ``in_place`` is for ``DirectWriter`` only."""
+        """Take a piece. It is written by :meth:`flush` or a later call, and must not change before that.
+
+        Args:
+            file: its index in the layout.
+            offset: of the piece in the file.
+            in_place: unused; ``DirectWriter.put`` has it, and a part is written through either.
+        """
         full = self._nbytes + len(piece) > WRITE_BYTES or len(self._pieces) >= files.IOV_MAX
         if full or file != self._file or offset != self._offset + self._nbytes:
             self.flush()

@@ -114,5 +114,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layou
         layout = LayoutPlan.from_body(body["plan"]).with_objects(objects)
         check_layout(layout, of_one_rank=spec.num_ranks > 1)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CorruptCheckpointError(path, f"is not a valid save record: {error!r}") from error
+        raise CorruptCheckpointError(
+            path, f"is damaged: it does not say what a rank contributes to the checkpoint ({error!r})"
+        ) from error
     return spec, layout
