@@ -110,7 +110,7 @@ def test_state_that_does_not_fit_is_said(tmp_path: Path) -> None:
         (("--meta",), "--meta needs --state"),
         (("--optimizer", "adamw"), "--optimizer needs --state or --params"),
         (("--state", "nothing"), "--state nothing: it must have the form package.module:callable"),
-        (("--params", "many"), "--params many: a number of parameters such as 124000000, 124M or 70B"),
+        (("--params", "many"), "--params many is not a number of parameters; write it as 124000000, 124M or 70B"),
         (("--memory", "much"), "--memory much: 'much' is not a size"),
     ],
 )
