@@ -52,7 +52,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     require_run_directory,
 )
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
-from stager.workers.errors import CheckpointNotFoundError, ClosedError, StorageError, UsageError
+from stager.workers.errors import ArgumentError, CheckpointNotFoundError, ClosedError, StorageError, UsageError
 
 logger = logging.getLogger("stager")
 
@@ -190,7 +190,7 @@ class Checkpointer:
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
-            ArgumentError: ``step`` or ``state`` cannot be meant.
+            ArgumentError: ``step``, ``state`` or ``metrics`` cannot be meant.
             UsageError: called by a listener, or by a callback of a save's Future.
             ClosedError
             Exception: the error of an earlier save that nobody has read. The save that was asked for is begun all the same.
@@ -204,6 +204,8 @@ class Checkpointer:
         self._refuse_in_callback("save()")
         with self._lock, record_function("stager: save"):
             saver = self._writer()
+            if self._job.is_coordinator:  # whose metrics are kept
+                self._retainer.check_metrics(numbers)
             self._errors.judge()  # before this save counts: see NOTE [ All ranks raise in the same save() ]
             save = saver.new_save(number, numbers)
             self._errors.begin(save)
@@ -618,12 +620,19 @@ def _check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics as plain numbers: tensors of one element and numpy's numbers are read.
 
     Raises:
+        ArgumentError: it is no mapping.
         UsageError: names the metric that is no number.
     """
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(
+            f"metrics must be a mapping of names to numbers, got {arguments.shown(metrics)}; write "
+            'save(step, state, metrics={"loss": loss})'
+        )
     numbers = {}
     for name, value in metrics.items():
         try:
-            numbers[name] = float(value)
+            # Of a tensor that requires grad, float() would warn.
+            numbers[name] = float(value.detach() if hasattr(value, "detach") else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"metrics[{name!r}] is {value!r}, which is no number; give a float") from error
         if not (isinstance(name, str) and name):

@@ -178,7 +178,9 @@ class RetentionConfig(Section):
         None, "The first checkpoint of each so many seconds stays; null: no such rule."
     )
     keep_best: Annotated[KeepBestConfig, _best_form] | None = setting(
-        None, "The best by a metric stay, such as `{metric: loss, mode: min, count: 3}`; null: no such rule."
+        None,
+        "The best by a metric stay, such as `{metric: loss, mode: min, count: 3}`; null: no such rule. "
+        "Removes nothing until a checkpoint has the metric.",
     )
     protect: list[Annotated[int, Field(ge=0)]] = setting(
         [], "Steps that stay whatever the rules say, as those given to `protect()`."

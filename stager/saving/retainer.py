@@ -6,9 +6,10 @@ A commit during a pruning is followed by another pruning, so that the newest che
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -48,8 +49,24 @@ class Retainer:
     directory: str
     rules: RetentionRules
     on_report: Callable[[PruneReport], None]
+    _lacked_metric: bool = False
     _phase: _Phase = _Phase.IDLE
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Warn, once, if a save does not have the metric of ``keep_best``, or has NaN for it."""
+        rule = self.rules.keep_best
+        if rule is None or self._lacked_metric or not math.isnan(metrics.get(rule.metric, math.nan)):
+            return
+        self._lacked_metric = True
+        logger.warning(
+            "retention.keep_best goes by the metric %r, but this save has %s: it cannot be one of the best, and until a "
+            "checkpoint has the metric, keep_best removes nothing; pass save(step, state, metrics={%r: ...}), or correct "
+            "retention.keep_best.metric",
+            rule.metric,
+            ", ".join(f"{name} = {value:g}" for name, value in metrics.items()) or "no metrics",
+            rule.metric,
+        )
 
     def after_commit(self) -> None:
         """Have a worker prune; where one prunes already, once more after that. Returns at once."""

@@ -43,10 +43,10 @@ def make_run(directory: Path, losses: dict[int, float | None], created: dict[int
         ({1: 1.0, 2: 1.0, 3: 1.0, 4: 9.0}, KeepBest("loss"), [3, 4]),  # a tie: the later one
         ({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}, KeepBest("loss", "max", 2), [3, 4]),
         ({1: NAN, 2: 5.0, 3: NAN, 4: NAN}, KeepBest("loss"), [2, 4]),
-        ({1: NAN, 2: None, 3: NAN, 4: None}, KeepBest("loss"), [4]),  # none has it: only the newest stays
+        ({1: NAN, 2: None, 3: NAN, 4: None}, KeepBest("loss"), [1, 2, 3, 4]),  # none has it: all stay
         ({1: None, 2: 5.0, 3: -math.inf, 4: math.inf}, KeepBest("loss"), [3, 4]),
         ({1: None, 2: 5.0, 3: 7.0, 4: math.inf}, KeepBest("loss", "max", 2), [3, 4]),
-        ({1: 1.0, 2: 2.0}, KeepBest("accuracy", "max"), [2]),
+        ({1: 1.0, 2: 2.0}, KeepBest("accuracy", "max"), [1, 2]),
     ],
 )
 def test_the_best_stay_and_the_newest(
@@ -63,6 +63,37 @@ def test_a_damaged_one_is_not_the_best_and_is_left(run_dir: Path) -> None:
     assert report.steps(PruneFate.LEFT) == [1] and report.damaged == [1]
     assert report.steps(PruneFate.KEPT) == [4, 2]
     assert [verdict.reason for verdict in report.verdicts if verdict.step == 2] == ["one of the best 1: loss is 2"]
+
+
+def test_without_the_metric_the_other_rules_decide(run_dir: Path) -> None:
+    directory = make_run(run_dir, {1: 1.0, 2: 2.0, 3: 3.0})
+    report = prune(directory, RetentionRules(keep_best=KeepBest("val_loss")))
+    reason = "no valid checkpoint has the metric val_loss, so keep_best removes none"
+    assert {verdict.reason for verdict in report.verdicts} == {reason}
+    prune(directory, RetentionRules(keep_latest=2, keep_best=KeepBest("val_loss")))
+    assert steps_of(run_dir) == [2, 3]
+
+
+def test_if_the_only_one_with_the_metric_is_damaged_nothing_is_removed(run_dir: Path) -> None:
+    make_run(run_dir, {1: None, 2: 2.0, 3: None})
+    (run_dir / "step-00000002" / "__0_0.distcp").unlink()
+    report = prune(str(run_dir), RetentionRules(keep_best=KeepBest("loss")))
+    assert report.steps(PruneFate.KEPT) == [3, 1] and report.damaged == [2]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "has"), [(None, "no metrics"), ({"loss": 1.5}, "loss = 1.5"), ({"val_loss": NAN}, "val_loss = nan")]
+)
+def test_a_run_whose_saves_lack_the_metric_warns_once_and_loses_nothing(
+    run_dir: Path, caplog: pytest.LogCaptureFixture, metrics: dict[str, float] | None, has: str
+) -> None:
+    config = {"workers": {"count": 1}, "retention": {"keep_best": {"metric": "val_loss"}}}
+    with Checkpointer(run_dir, config) as ckpt:
+        for step in range(3):
+            ckpt.save(step, {"x": torch.ones(3)}, metrics=metrics).upload_completion.result()
+    assert steps_of(run_dir) == [0, 1, 2]
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'val_loss'" in message and f"this save has {has}:" in message
 
 
 def test_one_of_each_so_many_seconds_stays_and_stays_the_next_time(run_dir: Path) -> None:
@@ -104,7 +135,18 @@ def test_metrics_are_kept_with_the_checkpoint_whatever_number_they_are(run_dir: 
     assert read_manifest(run_dir / "step-00000001").header.metrics["loss"] == 0.5
 
 
-@pytest.mark.parametrize("metrics", [{"loss": "low"}, {"loss": torch.ones(2)}, {3: 1.0}, {"": 1.0}, {"loss": None}])
+@pytest.mark.filterwarnings("error")
+def test_a_loss_that_requires_grad_is_a_metric(run_dir: Path) -> None:
+    loss = torch.full((1,), 2.0, requires_grad=True) * 2
+    with Checkpointer(run_dir, {"workers": {"count": 1}}) as ckpt:
+        handle = ckpt.save(1, {"x": torch.ones(3)}, metrics={"loss": loss, "mean": loss.mean()})  # type: ignore[dict-item]
+        assert handle.upload_completion.result().metrics == {"loss": 4.0, "mean": 4.0}
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"loss": "low"}, {"loss": torch.ones(2)}, {3: 1.0}, {"": 1.0}, {"loss": None}, 1.0, [1], "loss", torch.ones(())],
+)
 def test_what_is_no_metric_is_refused_and_no_save_is_begun(run_dir: Path, metrics: Any) -> None:
     with Checkpointer(run_dir, {"workers": {"count": 1}, "persistence": {"on_save_error": "warn"}}) as ckpt:
         with pytest.raises(UsageError, match="metrics"):

@@ -2,8 +2,8 @@
 
     1. Finish removals that a crash interrupted.
     2. Judge by the rules, without reading any checkpoint: the newest ``keep_latest``, the steps that ``keep_every`` divides,
-       and protected steps stay. Without rules all stay. Only ``keep_best`` and ``keep_every_secs`` read manifests: a process
-       reads each once.
+       and protected steps stay. Without rules all stay, and ``keep_best`` is no rule before a checkpoint has its metric.
+       Only ``keep_best`` and ``keep_every_secs`` read manifests: a process reads each once.
     3. If one is to be removed, judge again, now with verification. Only a checkpoint that passes quick verification counts
        as one of the newest or best, and the newest must pass full verification. So the last valid one is never removed.
     4. Remove those that no rule keeps.
@@ -147,12 +147,21 @@ def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified:
         verified: whether to verify those that count as newest; otherwise all pass for valid, and nothing is read.
     """
     paths = {step: os.path.join(directory, checkpoint_name(step)) for step in steps}
+    reason = "there is no rule: all are kept"
+    best, worse = best_steps(paths, rules.keep_best, lambda step: _quick_problem(step, paths[step], rules, verified))
+    if rules.keep_best is not None and not best:
+        # A wrong name must not remove a run: until a checkpoint has the metric, the other rules decide alone.
+        reason = f"no valid checkpoint has the metric {rules.keep_best.metric}, so keep_best removes none"
+        rules = replace(rules, keep_best=None)
     if rules.keep_all:
-        reason = "there is no rule: all are kept"
-        return {step: PruneVerdict(step, path, PruneFate.KEPT, reason) for step, path in paths.items()}
+        return {
+            step: PruneVerdict(step, path, PruneFate.LEFT, f"damaged: {worse[step]}", damaged=True)
+            if step in worse
+            else PruneVerdict(step, path, PruneFate.KEPT, reason)
+            for step, path in paths.items()
+        }
     wanted = rules.keep_latest or 1
     latest, damaged = _newest_valid(paths, wanted, rules, verified)
-    best, worse = best_steps(paths, rules.keep_best, lambda step: _quick_problem(step, paths[step], rules, verified))
     damaged |= worse
     spaced = spaced_steps(paths, rules.keep_every_secs)
     protected = rules.protected | read_protected(directory)

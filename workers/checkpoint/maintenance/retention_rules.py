@@ -20,7 +20,8 @@ from stager.workers.errors import CorruptCheckpointError
 class KeepBest:
     """Keep the checkpoints whose metric is the best. Of equal ones, the later steps are better.
 
-    A checkpoint without the metric, or for which it is NaN, is never one of the best.
+    A checkpoint without the metric, or for which it is NaN, is never one of the best. As long as no valid checkpoint has the
+    metric, the rule removes nothing.
 
     Attributes:
         metric: its name, as in ``save(step, state, metrics={...})``.
