@@ -287,8 +287,8 @@ class _Walk:
         nbytes = count.argument * _ELEMENT_NBYTES[_name_of(kind)]
         if not 0 <= nbytes <= self._storages[key.argument]:
             raise ValueError(
-                f"the pickle claims that storage {key.argument} has {nbytes} bytes, and its record in the archive has "
-                f"{self._storages[key.argument]}"
+                f"the pickle claims that storage {key.argument} has {nbytes} bytes, and the file has "
+                f"{self._storages[key.argument]} for it"
             )
         self.claimed[key.argument] = max(nbytes, self.claimed.get(key.argument, 0))
 
