@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from stager.config.arguments import shown
 from stager.loading.nodes import children_of, is_mapping, state_of
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_recipe, is_with_recipe, walk
-from stager.workers.errors import StateMismatchError, UsageError
+from stager.workers.errors import ArgumentError, StateMismatchError, UsageError
 
 _MOST_COMPARED = 5000  # names among which a pattern's near names are looked for
 
@@ -27,11 +28,18 @@ class Selection:
         keys: patterns as in a shell (``model.*.weight``); ``*`` matches dots too.
 
     Raises:
+        ArgumentError: there is no pattern.
         UsageError: a pattern is no text.
     """
 
     def __init__(self, keys: str | Sequence[str]) -> None:
+        if not isinstance(keys, Iterable):
+            raise ArgumentError(
+                f'keys must be a pattern or a list of patterns, as in keys="model.*", got {shown(keys)}'
+            )
         self._patterns = [keys] if isinstance(keys, str) else list(keys)
+        if not self._patterns:
+            raise ArgumentError("keys is empty, so nothing would be loaded; leave it out to load everything")
         for pattern in self._patterns:
             if not isinstance(pattern, str):
                 raise UsageError(f"keys= has {pattern!r}, a {type(pattern).__name__}; each of them has to be a text")

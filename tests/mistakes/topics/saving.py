@@ -64,6 +64,7 @@ TOPIC = Topic(
             "The file is kept, as `step-00000003.not-a-checkpoint-...`.",
         ),
         python("Closing with a text", 'Checkpointer("runs/new").close("10 s")'),
+        python("Waiting with a text", 'ckpt.wait_for_staging("10 s")'),
         python("Protecting a name", 'ckpt.protect("best")'),
         python("Protecting a negative step", "ckpt.protect(-1)"),
         python("Pruning with rules as arguments", "ckpt.prune(keep_latest=3)"),
@@ -73,6 +74,8 @@ TOPIC = Topic(
             "on_preemption() with a signal that cannot be handled",
             "import signal\n\nckpt.on_preemption([signal.SIGKILL])",
         ),
+        python("on_preemption() with a signal that does not exist", "ckpt.on_preemption(99)"),
+        python("on_preemption() with a deadline that is over", "ckpt.on_preemption(deadline_secs=-1)"),
         python(
             "on_preemption() outside of the main thread",
             """
