@@ -121,6 +121,8 @@ class Checkpointer:
         if not read_only:
             self._open_for_writing()
             at_exit.watch(self, self._close, self._abandon)
+        elif not os.path.lexists(self._directory):
+            logger.warning("%s does not exist, so no checkpoint is found there", self._directory)
 
     def _open_for_writing(self) -> None:
         """Make what saves; a Checkpointer with ``read_only=True`` has none of it.
@@ -335,7 +337,8 @@ class Checkpointer:
         if self._owner != os.getpid():
             raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
         if not self._is_open:
-            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}")
+            advice = "make one without it to save" if self._lifecycle is _Lifecycle.READ_ONLY else "make a new one"
+            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}; {advice}")
         return self._saver
 
     @property

@@ -146,9 +146,9 @@ def prune(
         raise UsageError(
             "without keep_latest, keep_every, keep_every_secs and keep_best all checkpoints are kept; give at least one"
         )
-    if any(rule is not None and rule < 1 for rule in (keep_latest, keep_every)):
-        given = f"keep_latest ({keep_latest}) and keep_every ({keep_every})"
-        raise UsageError(f"{given} must be at least 1 where they are given")
+    for name, rule in (("keep_latest", keep_latest), ("keep_every", keep_every)):
+        if rule is not None and rule < 1:
+            raise UsageError(f"{name} is {rule}; it must be at least 1")
     if keep_every_secs is not None and not 0 < keep_every_secs < math.inf:
         raise UsageError(f"keep_every_secs is {keep_every_secs}; it must be a number of seconds above 0")
     if keep_best is not None and (keep_best.count < 1 or keep_best.mode not in ("min", "max")):

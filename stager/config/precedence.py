@@ -87,7 +87,7 @@ def _refuse_single_underscores(environ: Mapping[str, str], model: type[StagerCon
             keys = problems.section_model(field)
             if keys is not None and rest.startswith(f"{section}_"):
                 key = rest.removeprefix(f"{section}_")
-                meant = f"{layers.ENV_PREFIX}{section}__{key}".upper()
+                meant = f"{layers.ENV_PREFIX}{section}__{key if key in keys.model_fields else '<key>'}".upper()
                 unknown = "" if key in keys.model_fields else "; " + problems.unknown_key(section, key, model)
                 raise ConfigError(
                     f"environment variable {name}: two underscores stand between section and key; write {meant}{unknown}"

@@ -85,7 +85,7 @@ def not_ours(path: str) -> str | None:
         return error.message
     except (CorruptCheckpointError, UsageError):
         return "is no checkpoint of stager, which is a directory with a manifest.json; name one, such as step-00000100"
-    return f"was written by {found.origin.value}, not by stager, so it has no manifest with hashes; load_checkpoint() reads it"
+    return f"was written by {found.origin.value}, so it has no manifest with hashes; load_checkpoint() reads it"
 
 
 def _find_in(directory: str) -> Found:

@@ -22,8 +22,7 @@ TOPIC = Topic(
         python(
             "A model of another dtype",
             'ckpt.load(into={"model": model.to(torch.bfloat16)})',
-            "Values are converted to the dtype of the target, as `load_state_dict()` of a module does. It is said if precision "
-            "is lost.",
+            "Values are converted to the dtype of the target, as `load_state_dict()` of a module does.",
         ),
         python("A wrapped model, saved without the wrapper", 'ckpt.load(into={"model": Wrapped(model)})'),
         python(
