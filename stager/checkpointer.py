@@ -259,7 +259,7 @@ class Checkpointer:
             ClosedError
         """
         with self._lock:
-            self._writer().guard.add(arguments.each_of(optimizers))
+            self._writer().guard.add(*arguments.each_of(optimizers))
 
     @explained("warmup(state)")
     def warmup(self, state: Mapping[str, Any]) -> None:

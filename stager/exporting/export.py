@@ -103,7 +103,7 @@ def export_checkpoint(
         raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
     budget_bytes = as_bytes(max_memory_bytes, "max_memory_bytes")
     if budget_bytes < _SMALLEST_BUDGET_BYTES:
-        raise UsageError(f"max_memory is {budget_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
+        raise UsageError(f"max_memory_bytes is {budget_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
     checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
     if (problem := not_ours(checkpoint)) is not None:
         raise CheckpointNotFoundError(None, problem, checkpoint)

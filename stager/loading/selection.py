@@ -28,7 +28,7 @@ class Selection:
         keys: patterns as in a shell (``model.*.weight``); ``*`` matches dots too.
 
     Raises:
-        ArgumentError: there is no pattern.
+        ArgumentError: ``keys`` is neither.
         UsageError: a pattern is no text.
     """
 
@@ -38,8 +38,6 @@ class Selection:
                 f'keys must be a pattern or a list of patterns, as in keys="model.*", got {shown(keys)}'
             )
         self._patterns = [keys] if isinstance(keys, str) else list(keys)
-        if not self._patterns:
-            raise ArgumentError("keys is empty, so nothing would be loaded; leave it out to load everything")
         for pattern in self._patterns:
             if not isinstance(pattern, str):
                 raise UsageError(f"keys= has {pattern!r}, a {type(pattern).__name__}; each of them has to be a text")
@@ -63,7 +61,9 @@ class Selection:
                 )
         selected = self._visit(structure, ())
         if selected is None:
-            raise StateMismatchError(f"{path}: no key matches keys={self._patterns!r}; nothing was changed")
+            raise StateMismatchError(
+                f"{path}: no key matches keys={self._patterns!r}; nothing was changed; leave keys out to load everything"
+            )
         return selected
 
     def check_target(self, structure: Node, names: Iterable[Any], path: str) -> None:

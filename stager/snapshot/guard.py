@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from operator import and_, attrgetter, is_
@@ -58,7 +58,7 @@ class Guard:
         self._hooks: list[RemovableHandle] = []
         self._last: _Protected | None = None
 
-    def add(self, optimizers: Iterable[Optimizer]) -> None:
+    def add(self, *optimizers: Optimizer) -> None:
         """Guard optimizers. Guarding one again changes nothing.
 
         Raises:
