@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 import torch
 
-from stager import ArgumentError, ArenaFullError, Checkpointer, UsageError
+from stager import ArenaFullError, ArgumentError, Checkpointer, UsageError
 from stager.saving.preemption import Preemption
 from tests.crash.aftermath import committed_steps, value_of, wait_for_workers_to_end
 from tests.crash.nursery import Nursery
