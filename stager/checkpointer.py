@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from stager.config import StagerConfig, arguments, load_config
+from stager.config.calls import explained
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
@@ -94,6 +95,7 @@ class Checkpointer:
     Futures may be awaited anywhere. After ``fork()`` the child cannot use it.
     """
 
+    @explained('Checkpointer("runs/gpt")')
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -119,6 +121,8 @@ class Checkpointer:
         if not read_only:
             self._open_for_writing()
             at_exit.watch(self, self._close, self._abandon)
+        elif not os.path.lexists(self._directory):
+            logger.warning("%s does not exist, so no checkpoint is found there", self._directory)
 
     def _open_for_writing(self) -> None:
         """Make what saves; a Checkpointer with ``read_only=True`` has none of it.
@@ -172,6 +176,7 @@ class Checkpointer:
 
     # -- saving -------------------------------------------------------------------------------------------------
 
+    @explained("save(100, state)")
     def save(
         self, step: SupportsIndex, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
     ) -> SaveHandle:
@@ -214,7 +219,9 @@ class Checkpointer:
             except BaseException as error:
                 if not (isinstance(error, Exception) and self._errors.tolerates(save)):
                     save.upload_completion.was_read = True
+                    self._errors.was_raised(save)
                     raise
+            self._errors.has_returned(save)
             self._errors.raise_due()
             return SaveHandle(save)
 
@@ -237,18 +244,24 @@ class Checkpointer:
             raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}")
         return self._listeners.add(listener)
 
-    def guard(self, *optimizers: Optimizer) -> None:
+    def guard(self, *optimizers: Optimizer | Iterable[Optimizer]) -> None:
         """Copy the parameters and state of these optimizers while training goes on.
 
         ``save()`` then returns before these tensors are copied, and the optimizers' ``step()`` waits for the copy. Do not
         write to these tensors in any other way between ``save()`` and the next ``step()``, unless you call
         ``wait_for_staging()`` first.
+
+        Args:
+            optimizers: one or several, each by itself or in a list.
+
+        Raises:
+            ArgumentError: something else than an optimizer; none is guarded then.
+            ClosedError
         """
         with self._lock:
-            saver = self._writer()
-            for optimizer in optimizers:
-                saver.guard.add(optimizer)
+            self._writer().guard.add(*arguments.each_of(optimizers))
 
+    @explained("warmup(state)")
     def warmup(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save of such a state would have to do: plan, allocate, start workers. Waits for it."""
         arguments.check_state(state, "warmup({example})")
@@ -256,6 +269,7 @@ class Checkpointer:
         with self._lock:
             self._writer().warm_up(state)
 
+    @explained("on_preemption(signal.SIGTERM, deadline_secs=60)")
     def on_preemption(
         self, signals: Iterable[int] | int = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
     ) -> Preemption:
@@ -271,6 +285,7 @@ class Checkpointer:
             deadline_secs: seconds from the first signal until this process must be gone; None: no limit.
 
         Raises:
+            ArgumentError: a signal that no process can handle, or a deadline below 0.
             UsageError: called twice, or not in the main thread.
             ClosedError
         """
@@ -290,7 +305,9 @@ class Checkpointer:
 
         Raises:
             TimeoutError: a snapshot is not taken within ``timeout`` seconds (None: as long as it takes).
+            ArgumentError: ``timeout`` is no number of seconds.
         """
+        arguments.check_secs(timeout)
         self._refuse_in_callback("wait_for_staging()")
         self._writer().wait_for_staging(timeout)
 
@@ -320,7 +337,8 @@ class Checkpointer:
         if self._owner != os.getpid():
             raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
         if not self._is_open:
-            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}")
+            advice = "make one without it to save" if self._lifecycle is _Lifecycle.READ_ONLY else "make a new one"
+            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}; {advice}")
         return self._saver
 
     @property
@@ -329,6 +347,7 @@ class Checkpointer:
 
     # -- retention ----------------------------------------------------------------------------------------------
 
+    @explained("protect(100)")
     def protect(self, step: SupportsIndex) -> None:
         """Keep the checkpoint of ``step``, whatever the rules of ``retention`` say, in this run and in later ones.
 
@@ -341,6 +360,7 @@ class Checkpointer:
         """
         self._protect(step, keep=True)
 
+    @explained("unprotect(100)")
     def unprotect(self, step: SupportsIndex) -> None:
         """Let the rules of ``retention`` decide on ``step`` again, if it was protected. Errors: as of :meth:`protect`."""
         self._protect(step, keep=False)
@@ -352,6 +372,7 @@ class Checkpointer:
             self._writer()
             change_protected(self._directory, number, keep=keep)
 
+    @explained("delete(100)")
     def delete(self, step: SupportsIndex) -> PruneReport:
         """Remove the checkpoint of ``step``, in a worker, and wait for it. Saves of this step that are in flight end first.
 
@@ -379,12 +400,15 @@ class Checkpointer:
             except CheckpointNotFoundError:
                 if self._job.is_alone:
                     raise
+                self._replication.replicator.forget(number)
                 return PruneReport((), 0, False)
         (verdict,) = report.verdicts
         if verdict.fate is PruneFate.LEFT:
             raise StorageError(None, f"the checkpoint was not removed: {verdict.reason}", verdict.path)
+        self._replication.replicator.forget(number)  # else a run that crashes could bring it back from memory
         return report
 
+    @explained("prune(dry_run=True)")
     def prune(self, *, dry_run: bool = False) -> PruneReport:
         """Apply the rules of ``retention`` now, in a worker, and wait for it. Every commit does so without being asked.
 
@@ -463,6 +487,7 @@ class Checkpointer:
 
     # -- loading ------------------------------------------------------------------------------------------------
 
+    @explained("load(into=state)")
     def load(
         self,
         step: SupportsIndex | CheckpointInfo | str | os.PathLike[str] | MutableMapping[str, Any] | None = None,
@@ -546,6 +571,7 @@ class Checkpointer:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
+    @explained("close(timeout=60)")
     def close(self, timeout: float | None = None) -> None:
         """Finish every save that was begun, then stop the workers and free the memory. Idempotent.
 
@@ -555,11 +581,13 @@ class Checkpointer:
             timeout: seconds to wait for saves in flight; those not committed by then fail with ClosedError.
 
         Raises:
+            ArgumentError: ``timeout`` is no number of seconds; nothing was closed.
             UsageError: called by a listener, or by a callback of a save's Future.
             KeyboardInterrupt: while it waited; what is staged is committed by the workers after this process is gone.
             Exception: the oldest error of a save that nobody has looked at, unless ``persistence.on_save_error`` says
                 otherwise; others follow it as its context.
         """
+        arguments.check_secs(timeout)
         self._close(has_failed=False, timeout=timeout)
 
     def _close(self, has_failed: bool, timeout: float | None = None) -> None:

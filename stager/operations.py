@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from stager.config.calls import explained
+from stager.loading.foreign_path import not_ours
+from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
     lock_directory,
     parse_checkpoint,
@@ -44,6 +48,7 @@ class RecoverReport:
         return not any(item.outcome is RecoverOutcome.LEFT for item in self.found)
 
 
+@explained('verify("runs/gpt/step-00000100")')
 def verify(
     path: str | os.PathLike[str],
     *,
@@ -61,6 +66,10 @@ def verify(
         num_threads: threads that hash; None: one per usable core, at most 8.
         progress: called with the number of bytes just checked, from several threads.
     """
+    started = time.monotonic()
+    path = local_path(path, "path")
+    if (problem := not_ours(path)) is not None:
+        return VerifyReport(path, False, (f"{path}: {problem}",), 0, 0, time.monotonic() - started)
     report = verify_checkpoint(path, full=full, strict=strict, num_threads=num_threads, progress=progress)
     directory, name = os.path.split(report.path)
     step = parse_checkpoint(name)
@@ -72,6 +81,7 @@ def verify(
     return report
 
 
+@explained('recover("runs/gpt")')
 def recover(directory: str | os.PathLike[str], *, dry_run: bool = False) -> RecoverReport:
     """Commit the saves that a crash left complete, and remove the incomplete ones. A new run does so by itself.
 
@@ -94,6 +104,7 @@ def recover(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Reco
         return RecoverReport(directory, tuple(recover_all(directory, dry_run=dry_run)), dry_run)
 
 
+@explained('prune("runs/gpt", keep_latest=3)')
 def prune(
     directory: str | os.PathLike[str],
     *,
@@ -135,9 +146,9 @@ def prune(
         raise UsageError(
             "without keep_latest, keep_every, keep_every_secs and keep_best all checkpoints are kept; give at least one"
         )
-    if any(rule is not None and rule < 1 for rule in (keep_latest, keep_every)):
-        given = f"keep_latest ({keep_latest}) and keep_every ({keep_every})"
-        raise UsageError(f"{given} must be at least 1 where they are given")
+    for name, rule in (("keep_latest", keep_latest), ("keep_every", keep_every)):
+        if rule is not None and rule < 1:
+            raise UsageError(f"{name} is {rule}; it must be at least 1")
     if keep_every_secs is not None and not 0 < keep_every_secs < math.inf:
         raise UsageError(f"keep_every_secs is {keep_every_secs}; it must be a number of seconds above 0")
     if keep_best is not None and (keep_best.count < 1 or keep_best.mode not in ("min", "max")):

@@ -5,14 +5,20 @@ torch is not imported here: a tensor is known by what it can do.
 
 from __future__ import annotations
 
+import logging
+import math
 import operator
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from stager.config.sizes import SIZE_FORM, parse_bytes
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, parse_checkpoint
 from stager.workers.errors import ArgumentError
+
+logger = logging.getLogger("stager")
 
 _SHOWN_CHARS = 40
 
@@ -58,11 +64,42 @@ def _integer(value: Any) -> int | None:
 
 
 def _advice(value: Any) -> str:
-    if isinstance(value, str) and value.strip().isdigit():
-        return f"; write {int(value)}"
-    if isinstance(value, float | str) or hasattr(value, "item"):
+    if isinstance(value, str):
+        number = re.search(r"\d+\s*$", value, re.ASCII)
+        return f"; write {int(number[0])}" if number else "; give the number of a step, such as 100"
+    if math.prod(getattr(value, "shape", ())) != 1:
+        return "; give one number"
+    if (isinstance(value, float) and math.isfinite(value)) or hasattr(value, "item"):
         return "; convert it with int()"
     return ""
+
+
+def check_secs(value: object, name: str = "timeout") -> None:
+    """Refuse what is no number of seconds, and not None.
+
+    Raises:
+        ArgumentError
+    """
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 0):
+        return
+    raise ArgumentError(f"{name} must be a number of seconds, 0 or more, or None for no limit; got {shown(value)}")
+
+
+def as_bytes(value: object, name: str) -> int:
+    """Return a size, which is written as in the configuration: an integer, or text such as ``"1GiB"``.
+
+    Raises:
+        ArgumentError
+    """
+    try:
+        return parse_bytes(value)
+    except ValueError as error:
+        raise ArgumentError(f"{name} must be {SIZE_FORM}; got {shown(value)}") from error
+
+
+def each_of(values: Iterable[Any]) -> list[Any]:
+    """Return the values, and in the place of a list, a tuple or a set what is in it."""
+    return [one for value in values for one in (value if isinstance(value, list | tuple | set) else (value,))]
 
 
 def check_save(step: object, state: object) -> None:
@@ -130,6 +167,8 @@ def _names_checkpoint(value: object) -> bool:
 def check_into(into: object) -> None:
     """Refuse what is neither a mapping of names to values, nor an object that loads a state, nor None."""
     takes_state = hasattr(type(into), "state_dict") and hasattr(type(into), "load_state_dict")
+    if isinstance(into, Mapping) and not into:
+        logger.warning("into is empty, so nothing is restored into it; leave into out to get a new state")
     if into is None or isinstance(into, Mapping) or takes_state:
         return
     if isinstance(into, type):

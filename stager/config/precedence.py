@@ -52,7 +52,9 @@ def load_config(
         model = type(config) if isinstance(config, model) else model
         sources = [Layer("mapping", config.model_dump())]
     else:
-        sources = [*_base_layers(config), *layers.environment_layers(os.environ if environ is None else environ)]
+        environ = os.environ if environ is None else environ
+        _refuse_single_underscores(environ, model)
+        sources = [*_base_layers(config), *layers.environment_layers(environ)]
     merged = _Merged(model)
     for layer in sources:
         merged.add(layer, passed_over=COMMAND_SECTIONS)
@@ -69,6 +71,27 @@ def _base_layers(config: object) -> list[Layer]:
     if isinstance(config, Mapping):
         return [layers.mapping_layer(config)]
     raise ConfigError(f"config: expected a path, a mapping, a StagerConfig or None, got {problems.shown(config)}")
+
+
+def _refuse_single_underscores(environ: Mapping[str, str], model: type[StagerConfig]) -> None:
+    """Refuse ``STAGER_ARENA_BUFFERS``, which would change nothing. A variable that is no section's may be anybody's.
+
+    Raises:
+        ConfigError: names the variable that was meant.
+    """
+    for name in sorted(environ):
+        rest = name.removeprefix(layers.ENV_PREFIX).lower()
+        if not name.startswith(layers.ENV_PREFIX) or "__" in rest:
+            continue
+        for section, field in model.model_fields.items():
+            keys = problems.section_model(field)
+            if keys is not None and rest.startswith(f"{section}_"):
+                key = rest.removeprefix(f"{section}_")
+                meant = f"{layers.ENV_PREFIX}{section}__{key if key in keys.model_fields else '<key>'}".upper()
+                unknown = "" if key in keys.model_fields else "; " + problems.unknown_key(section, key, model)
+                raise ConfigError(
+                    f"environment variable {name}: two underscores stand between section and key; write {meant}{unknown}"
+                )
 
 
 class _Merged(Generic[_M]):

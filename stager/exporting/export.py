@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 
+from stager.config.arguments import as_bytes
+from stager.config.calls import explained
 from stager.exporting.output import Runs, new_file, runs_of
 from stager.exporting.source import Source
 from stager.exporting.whole import Folded
+from stager.loading.foreign_path import not_ours
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.manifest import read_manifest
@@ -34,7 +37,7 @@ from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.layout import Item, Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import RECIPE, describe, map_leaves, names_of, walk
-from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
+from stager.workers.errors import CheckpointNotFoundError, MemoryBudgetError, UnstageableError, UsageError
 from stager.workers.memory.pages import bytes_at
 
 FORMATS = ("torch", "safetensors")
@@ -62,12 +65,13 @@ class Exported:
     secs: float
 
 
+@explained('export_checkpoint("runs/gpt/step-00000100", "model.pt")')
 def export_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     file_format: str = "torch",
-    max_memory_bytes: int = 1 << 30,
+    max_memory_bytes: int | str = 1 << 30,
     allow_pickle: bool = False,
     force: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -81,8 +85,8 @@ def export_checkpoint(
         out: the file; it appears when it is whole.
         file_format: "torch": the nested state. "safetensors": the tensors by their names (keys joined by dots). It has no
             place for objects; the result lists them.
-        max_memory_bytes: for data in memory, beside the manifest. Pickled objects, and each tensor that changes its memory
-            layout, must fit as a whole, as must a container with a class of its own.
+        max_memory_bytes: for data in memory, beside the manifest; or text such as "1GiB". Pickled objects, and each tensor
+            that changes its memory layout, must fit as a whole, as must a container with a class of its own.
         allow_pickle: unpickle any object (runs code from the checkpoint).
         force: replace ``out``.
         progress: called with the number of bytes just read.
@@ -97,15 +101,18 @@ def export_checkpoint(
     started = time.monotonic()
     if file_format not in FORMATS:
         raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
-    if max_memory_bytes < _SMALLEST_BUDGET_BYTES:
-        raise UsageError(f"max_memory is {max_memory_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
+    budget_bytes = as_bytes(max_memory_bytes, "max_memory_bytes")
+    if budget_bytes < _SMALLEST_BUDGET_BYTES:
+        raise UsageError(f"max_memory_bytes is {budget_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
     checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
+    if (problem := not_ours(checkpoint)) is not None:
+        raise CheckpointNotFoundError(None, problem, checkpoint)
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
-        chunk_bytes = min(_CHUNK_BYTES, max_memory_bytes // 4)
+        chunk_bytes = min(_CHUNK_BYTES, budget_bytes // 4)
         with closing(Source(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))) as source:
             with torch_defaults():
-                export = _Export(checkpoint, source, file_format, max_memory_bytes - chunk_bytes, allow_pickle)
+                export = _Export(checkpoint, source, file_format, budget_bytes - chunk_bytes, allow_pickle)
                 layout = export.lay_out()
             with new_file(out, force=force) as fd:
                 export.write(layout, fd)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+from stager.config.calls import explained
 from stager.loading.dcp.stock_checkpoint import StockCheckpoint
 from stager.loading.foreign_path import Found, Origin, find
 from stager.loading.foreign_restore import ForeignCheckpoint, restore_foreign
@@ -28,6 +29,7 @@ from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import UsageError
 
 
+@explained('load_checkpoint("runs/gpt/step-00000100")')
 def load_checkpoint(
     path: str | os.PathLike[str],
     into: MutableMapping[str, Any] | Stateful | None = None,

@@ -10,10 +10,15 @@ from stager.loading.file_kinds import refuse_other_kinds
 from stager.loading.safetensors_reader import INDEX_ENDING, SHARD_ADVICE, SHARD_BEGINNING, is_safetensors
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps, is_partial
-from stager.workers.errors import CheckpointNotFoundError
+from stager.workers.checkpoint.directory.run_directory import (
+    checkpoint_name,
+    committed_steps,
+    is_partial,
+    parse_checkpoint,
+)
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 
-_METADATA_NAME = ".metadata"
+METADATA_NAME = ".metadata"
 _DATA_ENDING = ".distcp"
 _SAFETENSORS = ".safetensors"
 _TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
@@ -55,7 +60,7 @@ def find(path: str | os.PathLike[str]) -> Found:
     name = os.path.basename(path)
     if name.endswith(INDEX_ENDING):  # it may be a link; the files that it names are beside the link
         return Found(Origin.SAFETENSORS, os.path.join(directory, name))
-    if (name.endswith(_DATA_ENDING) or name in (MANIFEST_NAME, _METADATA_NAME)) and _is_checkpoint(directory):
+    if (name.endswith(_DATA_ENDING) or name in (MANIFEST_NAME, METADATA_NAME)) and _is_checkpoint(directory):
         raise _not_found(real, f"is one file of the checkpoint {directory}; name that directory")
     if is_safetensors(real):
         return Found(Origin.SAFETENSORS, real)
@@ -63,10 +68,30 @@ def find(path: str | os.PathLike[str]) -> Found:
     return Found(Origin.TORCH_SAVE, real)
 
 
+def not_ours(path: str) -> str | None:
+    """Say why there is no checkpoint of stager at ``path``, an absolute one, and which path to name; None: there may be one.
+
+    Raises:
+        StorageError
+    """
+    name = os.path.basename(path)
+    if os.path.lexists(os.path.join(path, MANIFEST_NAME)) or (
+        parse_checkpoint(name) is not None and os.path.isdir(path)  # it has lost its manifest
+    ):
+        return None
+    try:
+        found = find(path)
+    except CheckpointNotFoundError as error:
+        return error.message
+    except (CorruptCheckpointError, UsageError):
+        return "is no checkpoint of stager, which is a directory with a manifest.json; name one, such as step-00000100"
+    return f"was written by {found.origin.value}, so it has no manifest with hashes; load_checkpoint() reads it"
+
+
 def _find_in(directory: str) -> Found:
     if os.path.lexists(os.path.join(directory, MANIFEST_NAME)):
         return Found(Origin.STAGER, directory)
-    if os.path.lexists(os.path.join(directory, _METADATA_NAME)):
+    if os.path.lexists(os.path.join(directory, METADATA_NAME)):
         return Found(Origin.DCP, directory)
     with storage_errors("list", directory):
         names = sorted(os.listdir(directory))
@@ -80,7 +105,7 @@ def _find_in(directory: str) -> Found:
 
 
 def _is_checkpoint(directory: str) -> bool:
-    return any(os.path.lexists(os.path.join(directory, name)) for name in (MANIFEST_NAME, _METADATA_NAME))
+    return any(os.path.lexists(os.path.join(directory, name)) for name in (MANIFEST_NAME, METADATA_NAME))
 
 
 def _not_found(path: str, what: str) -> CheckpointNotFoundError:
@@ -109,9 +134,8 @@ def _of_directory(directory: str, names: list[str], weights: list[str]) -> str:
     if steps := committed_steps(directory):
         newest = os.path.join(directory, checkpoint_name(steps[0]))
         return (
-            f"is the directory of a run, with the checkpoints of {_steps(steps)}; "
-            f"Checkpointer({directory!r}, read_only=True).load() loads the newest valid one, "
-            f"load_checkpoint({newest!r}) that of one step"
+            f"is the directory of a run, with the checkpoints of {_steps(steps)}; name one of them, {newest} for example "
+            f"(Checkpointer({directory!r}, read_only=True).load() loads the newest valid one)"
         )
     if any(name.startswith(SHARD_BEGINNING) for name in weights):
         return f"has files ({_shown(weights)}) each of which {SHARD_ADVICE}"

@@ -11,6 +11,7 @@ Directories that were never committed are not looked at, only listed among what 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -225,7 +226,9 @@ class Loader:
             if self._verified.get(path) != identity:
                 problems = check_files(path, manifest, full=full, num_threads=self._num_threads)
                 if problems:
-                    raise CorruptCheckpointError(path, "; ".join(problems[:3]))
+                    raise CorruptCheckpointError(
+                        path, "; ".join(problem.removeprefix(f"{path}{os.sep}") for problem in problems[:3])
+                    )
                 if full and len(identity) == len(manifest.file_names):
                     self._verified[path] = identity
         return _Candidate(info, manifest, identity)

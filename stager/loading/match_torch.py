@@ -62,8 +62,10 @@ def match_module(
             plan.add_problem((*path, key), shape_problem(item, tensor))
         elif (problem := obstacle(tensor)) is not None:
             plan.add_problem((*path, key), problem)
-        elif dtype_of(item.dtype) == tensor.dtype or is_sharded(tensor):  # load_state_dict() converts other dtypes
+        elif (saved := dtype_of(item.dtype)) == tensor.dtype or is_sharded(tensor):
             plan.read_into(child, tensor, (*path, key))
+        else:  # load_state_dict() converts it
+            plan.converted.append(((*path, key), saved, tensor.dtype))
 
 
 def nothing_fits(path: Path, here: Collection[Any], there: Collection[Any]) -> str:
@@ -93,6 +95,9 @@ def match_optimizer(
         return
     for number, (saved, group) in enumerate(zip(groups[1], optimizer.param_groups, strict=True)):
         _match_parameter_group(plan, saved, group, (*path, "param_groups", number))
+    if problem := _of_another_kind(optimizer, groups[1]):
+        plan.add_problem(path, problem)
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     existing = tensors_of(state_of(optimizer, path), path)
     for leaf, index in walk(node, path):
@@ -102,6 +107,25 @@ def match_optimizer(
             tensor = _new_sharded(parameters, leaf[len(path) :], item)
         if tensor is not None and item.kind == "tensor" and not (difference(item, tensor) or obstacle(tensor)):
             plan.read_into(index, tensor, leaf)
+
+
+def _of_another_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Node]) -> str:
+    """Say that another class of optimizer was saved; "": it may be the same.
+
+    Each of the two has settings then that the other does not know. Fewer on one side are another version of torch, or a
+    scheduler's ``initial_lr``. torch would take such groups, and the next ``step()`` would raise KeyError.
+    """
+    for saved, group in zip(groups, optimizer.param_groups, strict=True):
+        names = children_of(saved).keys()
+        lacking = [name for name in optimizer.defaults if name not in names]
+        unknown = [name for name in names if name not in group and name != "initial_lr"]
+        if lacking and unknown:
+            return (
+                f"has the class {type(optimizer).__name__} in the target, and another class was saved: the groups in the "
+                f"checkpoint have {listed(unknown)}, and not {listed(lacking)}. Make the optimizer that was saved, or leave "
+                "it out of into"
+            )
+    return ""
 
 
 def _match_parameter_group(plan: RestorePlan, node: Node, group: dict[str, Any], path: Path) -> None:

@@ -59,6 +59,7 @@ class RestorePlan:
         replaced: tensors of the target whose place new ones take, because they do not fit.
         problems: all other mismatches.
         unfit: values for which the checkpoint has something, and nothing of it fits: path, and a sentence.
+        converted: key paths of tensors that get another dtype, the saved dtype, and that of the target.
         per_rank: values of ranks that this job does not have: by name, then by rank.
         cause: of a problem: what code of the user raised.
     """
@@ -76,6 +77,7 @@ class RestorePlan:
     problems: list[str] = field(default_factory=list)
     unfit: list[tuple[Path, str]] = field(default_factory=list)
     per_rank: dict[str, dict[int, Any]] = field(default_factory=dict)
+    converted: list[tuple[Path, torch.dtype, torch.dtype]] = field(default_factory=list)
     cause: Exception | None = None
 
     def want(self, node: Node) -> None:
@@ -172,6 +174,13 @@ class RestorePlan:
 
     def outcome(self) -> Outcome:
         """Return what :class:`Loaded` says of a restore, and log what a user might not expect."""
+        # A conversion that loses no bit changes nothing.
+        if lossy := [one for one in self.converted if torch.promote_types(one[1], one[2]) != one[2]]:
+            logger.warning(
+                "values lost precision: %s saved as %s, and converted to %s, the dtype of into",
+                _shown([describe(path) for path, _, _ in lossy]) + (" was" if len(lossy) == 1 else " were"),
+                *(str(dtype).removeprefix("torch.") for dtype in lossy[0][1:]),
+            )
         if self.dropped:
             names = _shown([describe(path) for path in self.dropped])
             logger.warning(

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from stager.config.arguments import shown
 from stager.loading.nodes import children_of, is_mapping, state_of
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_recipe, is_with_recipe, walk
-from stager.workers.errors import StateMismatchError, UsageError
+from stager.workers.errors import ArgumentError, StateMismatchError, UsageError
 
 _MOST_COMPARED = 5000  # names among which a pattern's near names are looked for
 
@@ -27,10 +28,15 @@ class Selection:
         keys: patterns as in a shell (``model.*.weight``); ``*`` matches dots too.
 
     Raises:
+        ArgumentError: ``keys`` is neither.
         UsageError: a pattern is no text.
     """
 
     def __init__(self, keys: str | Sequence[str]) -> None:
+        if not isinstance(keys, Iterable):
+            raise ArgumentError(
+                f'keys must be a pattern or a list of patterns, as in keys="model.*", got {shown(keys)}'
+            )
         self._patterns = [keys] if isinstance(keys, str) else list(keys)
         for pattern in self._patterns:
             if not isinstance(pattern, str):
@@ -55,7 +61,9 @@ class Selection:
                 )
         selected = self._visit(structure, ())
         if selected is None:
-            raise StateMismatchError(f"{path}: no key matches keys={self._patterns!r}; nothing was changed")
+            raise StateMismatchError(
+                f"{path}: no key matches keys={self._patterns!r}; nothing was changed; leave keys out to load everything"
+            )
         return selected
 
     def check_target(self, structure: Node, names: Iterable[Any], path: str) -> None:

@@ -13,12 +13,13 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from stager.workers.checkpoint.commit.replica import HEADER_SUFFIX, ReplicaHeader, read_header
 from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import ConfigError, CorruptCheckpointError, StorageError
 
 logger = logging.getLogger("stager")
@@ -114,6 +115,18 @@ class Replicas:
             if header is None or header.spec.step <= up_to_step:
                 with storage_errors("remove", path):
                     self.remove(path)
+
+    def forget(self, owner: int, is_meant: Callable[[SaveSpec], bool]) -> None:
+        """Remove the headers of an owner's replicas of the saves that are meant. Their files keep their memory.
+
+        Raises:
+            StorageError
+        """
+        for path in self.slots(owner):
+            header = self.read(path)
+            if header is not None and is_meant(header.spec):
+                with storage_errors("remove", path):
+                    self.remove_header(path)
 
     def tidy(self) -> None:
         """Remove the directories if nothing is in them any more."""

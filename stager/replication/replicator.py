@@ -42,7 +42,7 @@ from stager.replication.replicas import Replicas
 from stager.telemetry.timeline import Timeline
 from stager.workers.checkpoint.commit.replica import ReplicaHeader
 from stager.workers.checkpoint.write.write_task import WriteTask
-from stager.workers.errors import ClosedError, RankFailedError, ReplicationError
+from stager.workers.errors import ClosedError, RankFailedError, ReplicationError, StorageError
 
 logger = logging.getLogger("stager")
 
@@ -93,6 +93,9 @@ class NoReplication:
     def close(self, timeout: float) -> None:
         """Do nothing."""
 
+    def forget(self, step: int) -> None:
+        """Do nothing."""
+
     def remove(self, up_to_step: int) -> None:
         """Do nothing."""
 
@@ -121,6 +124,7 @@ class Replicator:
         self._saves: queue.SimpleQueue[Timeline | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards what follows
         self._offers: dict[Timeline, Future[_Offer]] = {}  # of the saves in the queue, or in the exchange
+        self._forgotten: set[str] = set()  # ids of saves whose checkpoints were deleted before the replica arrived
         self._current: Timeline | None = None
         self._state = _State.OPEN
         self._thread: threading.Thread | None = None
@@ -205,6 +209,19 @@ class Replicator:
         self._replicas.remove_owner(self._owner, up_to_step)
         self._replicas.tidy()
 
+    def forget(self, step: int) -> None:
+        """Let no later run restore a step, whose checkpoint was deleted, from memory.
+
+        This rank removes the replica that it keeps. Without one rank's part a save is not restored, so one rank is enough.
+
+        Raises:
+            StorageError
+        """
+        with self._lock:  # the replica of a committed save may still be on its way
+            self._forgotten |= {save.save_id for save in self._offers if save.step == step}
+        with self._keeper.holding_still():
+            self._replicas.forget(self._owner, lambda spec: spec.step == step)
+
     # -- the thread
 
     def _run(self) -> None:
@@ -222,8 +239,19 @@ class Replicator:
                 self._current = None
                 with self._lock:
                     del self._offers[save]
+                    is_forgotten = save.save_id in self._forgotten
+                    self._forgotten.discard(save.save_id)
+                if is_forgotten:
+                    self._forget(save.save_id)
                 offer.release()
                 del offer  # it may hold the last reference to the slab, and the next save may be long in coming
+
+    def _forget(self, save_id: str) -> None:
+        """Remove a replica that arrived after its checkpoint was deleted."""
+        try:
+            self._replicas.forget(self._owner, lambda spec: spec.save_id == save_id)
+        except StorageError as error:
+            logger.warning("the replica of a deleted checkpoint stays in memory: %s", error)
 
     def _replicate(self, save: Timeline, offer: _Offer) -> None:
         started = time.time()

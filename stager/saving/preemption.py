@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-from stager.workers.errors import UsageError
+from stager.workers.errors import ArgumentError, UsageError
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -37,12 +37,12 @@ class Preemption:
 
     Raises:
         UsageError: not called in the main thread, the only one where Python can set a signal's handler.
-        ValueError: no such signal, or a deadline below 0.
+        ArgumentError: no such signal, one that no process can handle, or a deadline below 0.
     """
 
     def __init__(self, signals: Iterable[int] = (), deadline_secs: float | None = None) -> None:
         if deadline_secs is not None and not deadline_secs >= 0:
-            raise ValueError(f"deadline_secs must be 0 or more, got {deadline_secs}")
+            raise ArgumentError(f"deadline_secs must be 0 or more, got {deadline_secs}")
         signals = tuple(signals)
         if signals and threading.current_thread() is not threading.main_thread():
             raise UsageError(
@@ -57,11 +57,21 @@ class Preemption:
         self._active = True
         try:
             for number in signals:
-                self._previous[number] = signal.signal(number, self._handle)
+                self._previous[number] = self._install(number)
         except BaseException:
             self.restore()
             raise
         _installed.add(self)
+
+    def _install(self, number: int) -> _Handler:
+        try:
+            return signal.signal(number, self._handle)
+        except (OSError, ValueError, TypeError) as error:
+            known = isinstance(number, int) and number in set(signal.Signals)
+            what = f"{signal.Signals(number).name}, which no process can handle" if known else f"{number!r}, no signal"
+            raise ArgumentError(
+                f"signals has {what}; give signals that announce the end, as in on_preemption([signal.SIGTERM])"
+            ) from error
 
     @property
     def requested(self) -> bool:

@@ -73,12 +73,30 @@ class SaveErrors:
         self._in_order: deque[Save] = deque()  # saves that are not judged yet, in the order of save()
         self._num_failed = 0  # in a row
         self._due: list[_Due] = []
+        self._in_call: Save | None = None  # whose save() has not returned
+        self._raised: set[Save] = set()  # whose save() raised the error, and that are not judged yet
+        self._unlogged = ""  # about the save whose save() has not returned
 
     def begin(self, save: Save) -> None:
         """Count a save, before its first step."""
         with self._lock:
             self._num_begun += 1
             self._in_order.append(save)
+            self._in_call, self._unlogged = save, ""
+
+    def was_raised(self, save: Save) -> None:
+        """Log nothing about a failure that ``save()`` raises itself: whoever called it has it."""
+        with self._lock:
+            self._in_call = None
+            if any(one is save for one in self._in_order):
+                self._raised.add(save)
+
+    def has_returned(self, save: Save) -> None:
+        """Log what was held back in case ``save()`` raises it itself."""
+        with self._lock:
+            self._in_call, unlogged = None, self._unlogged
+        if unlogged:
+            logger.error("%s", unlogged)
 
     def judge(self) -> None:
         """Judge the saves that have ended, up to the first that has not. Called whenever one has ended, in any thread."""
@@ -102,7 +120,11 @@ class SaveErrors:
         what = f"save of step {save.step} failed ({self._num_failed} in a row)"
         if self._on_error == "raise" and self._num_failed > self._tolerated:
             self._due.append(_Due(save, error))
-            logger.error("%s", what)  # who gets the error has its text
+            if save is self._in_call:
+                self._unlogged = what
+            elif save not in self._raised:
+                logger.error("%s", what)  # who gets the error has its text
+            self._raised.discard(save)
             return
         save.upload_completion.was_read = True  # close() does not raise it
         if self._on_error != "call" or not self._is_heard():

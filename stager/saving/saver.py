@@ -22,8 +22,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import wait
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -50,6 +52,7 @@ from stager.telemetry.event import Event
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
@@ -150,6 +153,7 @@ class Saver:
         # Before a slab is leased: a save that cannot be written must not hold one.
         if self._checks_free_space and self.completion.base_step is None:  # with a base, less is written than that
             self._check_free_space(snapshot.nbytes)
+        self._tell_of_a_file_in_its_place(save.step)
         if not pieces.is_whole:
             self._hand_over.do_not_replicate(
                 save, UsageError("the snapshot is larger than arena.max_host_bytes, and is staged in pieces")
@@ -188,6 +192,16 @@ class Saver:
                 "Free space, or set persistence.check_free_space to false if the file system reports it wrongly",
                 self._directory,
             )
+
+    def _tell_of_a_file_in_its_place(self, step: int) -> None:
+        path = os.path.join(self._directory, checkpoint_name(step))
+        with suppress(OSError):
+            if self._group.is_coordinator and not stat.S_ISDIR(os.lstat(path).st_mode):
+                logger.warning(
+                    "%s is no directory, and a checkpoint gets its name: it is kept, as %s.not-a-checkpoint-...",
+                    path,
+                    os.path.basename(path),
+                )
 
     def _lease(self, save: Save, nbytes: int) -> Lease | None:
         """None: this save is skipped."""

@@ -44,11 +44,24 @@ def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
 
 
 def listen_to_files(listeners: Listeners, telemetry: TelemetryConfig, group: RankGroup) -> None:
-    """Let the configured files listen; OSError if one cannot be opened. Of several ranks, rank 3 has ``x.rank-3.jsonl``."""
+    """Let the configured files listen. Of several ranks, rank 3 has ``x.rank-3.jsonl``.
+
+    Raises:
+        ConfigError: one of them cannot be opened.
+    """
     rank = "" if group.is_alone else f".rank-{group.rank}"
-    for path, open_sink in ((telemetry.events, json_lines), (telemetry.trace, chrome_trace)):
+    files = (("events", telemetry.events, json_lines), ("trace", telemetry.trace, chrome_trace))
+    for key, path, open_sink in files:
         if path is not None:
-            sink = open_sink(rank.join(os.path.splitext(path)))
+            name = os.path.abspath(rank.join(os.path.splitext(path)))
+            directory = os.path.dirname(name)
+            try:
+                sink = open_sink(name)
+            except OSError as error:
+                missing = (
+                    "" if os.path.isdir(directory) else f"; create the directory {directory}, or name another file"
+                )
+                raise ConfigError(f"telemetry.{key}: {name} cannot be written: {error.strerror}{missing}") from error
             listeners.add(sink, sink.close)
 
 

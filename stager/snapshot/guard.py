@@ -23,11 +23,13 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from stager.config.arguments import shown
 from stager.snapshot.picker import Picker, picker
 from stager.state.shards import is_sharded, memory_of
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.layout.layout import is_dense
+from stager.workers.errors import ArgumentError
 
 _HOST = torch.device("cpu")
 _WRAPPED = (
@@ -56,13 +58,13 @@ class Guard:
         self._hooks: list[RemovableHandle] = []
         self._last: _Protected | None = None
 
-    def add(self, optimizer: Optimizer) -> None:
-        """Guard one optimizer. Guarding it again changes nothing.
+    def add(self, *optimizers: Optimizer) -> None:
+        """Guard optimizers. Guarding one again changes nothing.
 
         Raises:
-            TypeError: not a torch optimizer.
+            ArgumentError: not a torch optimizer; none is guarded then.
         """
-        for one in _with_hooks(optimizer):
+        for one in [hooked for optimizer in optimizers for hooked in _with_hooks(optimizer)]:
             if one not in self._optimizers:
                 self._optimizers.add(one)
                 self._hooks.append(one.register_step_pre_hook(self._before_step))
@@ -236,7 +238,7 @@ def _with_hooks(optimizer: Any) -> list[Optimizer]:
     Others (SAM, Lookahead) write to the parameters themselves, before or after the wrapped one does, and have hooks.
 
     Raises:
-        TypeError: there is none.
+        ArgumentError: there is none.
     """
     found: dict[int, Any] = {}
     waiting = [optimizer]
@@ -251,8 +253,9 @@ def _with_hooks(optimizer: Any) -> list[Optimizer]:
             waiting += [part for part in several if isinstance(part, Optimizer) or _wraps(part)]
     hooked = [one for one in found.values() if isinstance(one, Optimizer) and "_optimizer_step_pre_hooks" in vars(one)]
     if not hooked:
-        raise TypeError(
-            f"guard() takes torch optimizers, not {type(optimizer).__name__}; give the optimizer that it works with"
+        raise ArgumentError(
+            f"guard() takes torch optimizers, as in guard(optimizer) or guard(first, second), and got {shown(optimizer)}; "
+            "give the optimizer that changes the parameters"
         )
     return hooked
 

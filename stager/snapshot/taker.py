@@ -349,7 +349,9 @@ class SnapshotTaker:
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise UnstageableError(
-                tree.name(leaf), f"{kind.__name__} cannot be pickled, as torch.save would: {reason}"
+                tree.name(leaf),
+                f"{kind.__name__} cannot be pickled, as torch.save would: {reason}; leave it out, or "
+                "save values it can be made from",
             ) from error
         if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:
             self._blobs[kind, value] = blob

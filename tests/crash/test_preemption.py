@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 import torch
 
-from stager import ArenaFullError, Checkpointer, UsageError
+from stager import ArenaFullError, ArgumentError, Checkpointer, UsageError
 from stager.saving.preemption import Preemption
 from tests.crash.aftermath import committed_steps, value_of, wait_for_workers_to_end
 from tests.crash.nursery import Nursery
@@ -147,7 +147,7 @@ def test_other_thread_than_the_main_one_is_refused() -> None:
     assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
     with pytest.raises(ValueError, match="deadline_secs"):
         Preemption([signal.SIGUSR2], float("nan"))
-    with pytest.raises(OSError, match="Invalid argument"):
+    with pytest.raises(ArgumentError, match="SIGKILL, which no process can handle"):
         Preemption([signal.SIGUSR2, signal.SIGKILL], None)
     assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
 

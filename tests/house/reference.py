@@ -22,7 +22,7 @@ A mapping may be made of dicts and lists, or of omegaconf's containers (`DictCon
 `configs/default.yaml` has every key with its default. Later wins:
 
 1. the file or mapping
-2. environment variables `STAGER_<SECTION>__<KEY>`, for example `STAGER_ARENA__BUFFERS=3`
+2. environment variables `STAGER_<SECTION>__<KEY>`, for example `STAGER_ARENA__BUFFERS=3` (one underscore is an error)
 3. on the command line, `--set section.key=value`
 
 An unknown key, a wrong type or an impossible value is a `ConfigError` that names the source (file and line, variable,

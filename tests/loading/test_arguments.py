@@ -67,7 +67,7 @@ BAD_STEPS: dict[str, tuple[Any, str]] = {
     "text": ("3", r"got '3' \(str\); write 3"),
     "float tensor": (torch.tensor(3.0), r"got a Tensor of shape \(\); convert it with int\(\)"),
     "vector": (torch.tensor([3]), r"got a Tensor of shape \(1,\); convert"),
-    "array": (np.array([3, 4]), r"got a ndarray of shape \(2,\); convert"),
+    "array": (np.array([3, 4]), r"got a ndarray of shape \(2,\); give one number"),
     "list": ([3], "got a list"),
     "negative": (-1, "got -1$"),
     "negative numpy": (np.int32(-4), "got -4$"),

@@ -217,6 +217,22 @@ def fail_run(rank: int, directory: str) -> dict[str, Any]:
     return run_to_the_end(rank, directory, how="exception")
 
 
+def delete_and_fail(rank: int, directory: str) -> None:
+    """Two saves are in memory and committed; one rank deletes the newest, and the run fails."""
+    expect(rank, directory, 2)
+    states = [state_of(trained_at(step), rank) for step in (1, 2)]
+    with suppress(ZeroDivisionError), open_run(directory) as ckpt:
+        for step, state in enumerate(states, 1):
+            handle = ckpt.save(step, state)
+            handle.upload_completion.result(60)
+            await_replicas(ckpt, handle)
+        dist.barrier()
+        if rank == 0:
+            ckpt.delete(2)
+        dist.barrier()
+        raise ZeroDivisionError
+
+
 def one_cannot_save(rank: int, directory: str, victim: int) -> dict[str, Any]:
     """One rank's second save fails before its snapshot is taken; the third is replicated again."""
     said = _listen()

@@ -28,6 +28,12 @@ def test_a_run_that_fails_leaves_its_replicas(tmp_path: Path) -> None:
     assert [result["step"] for result in ranks("resume", 2, tmp_path, 3)] == [3, 3]
 
 
+def test_a_deleted_checkpoint_does_not_come_back_from_memory(tmp_path: Path) -> None:
+    ranks("delete_and_fail", 2, tmp_path)
+    assert len(memory_of(tmp_path)) == 7  # all that four replicas have, but for one header
+    assert [(result["step"], result["steps"]) for result in ranks("resume", 2, tmp_path, 2)] == [(1, [1]), (1, [1])]
+
+
 def test_a_rank_whose_save_fails_holds_up_nobody(tmp_path: Path) -> None:
     results = ranks("one_cannot_save", 3, tmp_path, 1)
     # Rank 2 keeps what rank 1 has, and hears that it has nothing; nobody's connection is lost.

@@ -109,6 +109,12 @@ def test_an_error_that_somebody_has_read_is_not_raised_but_counts(run_dir: Path,
         ckpt.save(2, {}).upload_completion.result()
 
 
+def test_an_error_that_save_itself_raises_is_not_logged_too(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Checkpointer(run_dir, config()) as ckpt, pytest.raises(UnstageableError):
+        ckpt.save(0, {"x": threading.Lock()})
+    assert "failed" not in caplog.text
+
+
 # -- the rules alone, by hand ------------------------------------------------------------------------------------
 
 
@@ -145,6 +151,27 @@ class Ranks:
 
 def broken() -> StorageError:
     return StorageError(5, "broken", "/nowhere")
+
+
+def test_a_failure_is_logged_once_unless_its_own_save_raises_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Each save fails in another thread, before or after its ``save()`` has returned or raised."""
+    rank = Ranks(RankGroup())
+    rank.save()
+    rank.end(0, broken())
+    assert "save of step 0" not in caplog.text  # it may yet be raised
+    rank.errors.has_returned(rank.saves[0])
+    assert caplog.text.count("save of step 0 failed") == 1
+    rank.save()
+    rank.errors.has_returned(rank.saves[1])
+    rank.end(1, broken())
+    assert caplog.text.count("save of step 1 failed") == 1
+    rank.save()
+    rank.end(2, broken())
+    rank.errors.was_raised(rank.saves[2])
+    rank.save()
+    rank.errors.was_raised(rank.saves[3])
+    rank.end(3, broken())
+    assert "save of step 2" not in caplog.text and "save of step 3" not in caplog.text
 
 
 def test_saves_are_judged_in_the_order_of_their_calls_whatever_ends_first() -> None:

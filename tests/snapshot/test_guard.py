@@ -209,7 +209,7 @@ def test_dropped_optimizer_guards_nothing(bench: Bench) -> None:
 
 
 def test_only_optimizers_can_be_guarded() -> None:
-    with pytest.raises(TypeError, match="takes torch optimizers, not Linear"):
+    with pytest.raises(TypeError, match=r"takes torch optimizers, .* got a Linear"):
         Guard(lambda: None).add(torch.nn.Linear(1, 1))
 
 

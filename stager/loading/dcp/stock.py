@@ -52,8 +52,11 @@ class StockReader:
             try:
                 data = read_small(path)
             except (FileNotFoundError, NotADirectoryError) as error:
+                what = "is no checkpoint: it has neither manifest.json nor .metadata"
                 raise CheckpointNotFoundError(
-                    error.errno, "is no checkpoint: it has neither manifest.json nor .metadata", path
+                    error.errno,
+                    what if rank is None else "is missing: the checkpoint has no metadata of this rank",
+                    path,
                 ) from error
         if self._allow_pickle:
             return self._reader.read_metadata(*args, **kwargs)

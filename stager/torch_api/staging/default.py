@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
+from stager.config.arguments import shown
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.device import accelerator
 from stager.workers.device.accelerator import devices_in_use
 from stager.workers.device.streams import SideStreams
-from stager.workers.errors import ClosedError
+from stager.workers.errors import ArgumentError, ClosedError
 from stager.workers.offload.hook_memo import HookMemo
 
 Choice = bool | Literal["auto"]
@@ -66,12 +67,13 @@ class DefaultStager(CheckpointStager, AsyncStager, AbstractContextManager["Defau
         config: ``StagingOptions``, ``CheckpointStagerConfig`` or torch's own classes. Default: every field is ``"auto"``.
 
     Raises:
+        ArgumentError: ``config`` is something else: a dict, for example.
         AssertionError: an option needs an accelerator and there is none.
         TypeError: an option is neither a bool nor "auto".
     """
 
     def __init__(self, config: StagingOptions | CheckpointStagerConfig | None = None) -> None:
-        self._config = auto_options() if config is None else config
+        self._config = auto_options() if config is None else _check(config)
         has_accelerator = accelerator.current() is not None
         self._use_async_staging = _decide(self._config, "use_async_staging", has_accelerator)
         self._use_non_blocking_copy = _decide(self._config, "use_non_blocking_copy", has_accelerator)
@@ -144,6 +146,20 @@ class DefaultStager(CheckpointStager, AsyncStager, AbstractContextManager["Defau
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _check(config: object) -> Any:
+    """Take stager's options, or torch's, which have the same fields.
+
+    Raises:
+        ArgumentError: anything else.
+    """
+    if all(hasattr(config, one.name) for one in fields(StagingOptions) if one.name != "use_leases"):
+        return config
+    given = ", ".join(f"{key}={value!r}" for key, value in config.items()) if isinstance(config, dict) else "..."
+    raise ArgumentError(
+        f"config must be StagingOptions, got {shown(config)}; write DefaultStager(StagingOptions({given}))"
+    )
 
 
 def _decide(options: StagingOptions, name: str, automatic: bool) -> bool:

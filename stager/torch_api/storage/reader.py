@@ -15,13 +15,14 @@ from torch.futures import Future
 from stager.loading.dcp.index import Index, read_index
 from stager.loading.dcp.read_plan import read_plan
 from stager.loading.dcp.stock import StockReader
+from stager.loading.foreign_path import METADATA_NAME, find
 from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.checkpoint.read.verify import default_threads
-from stager.workers.errors import UsageError
+from stager.workers.errors import CheckpointNotFoundError, UsageError
 
 
 class StagerStorageReader(StorageReader):
@@ -89,6 +90,13 @@ class StagerStorageReader(StorageReader):
         if os.path.lexists(os.path.join(self._path, MANIFEST_NAME)):
             self._index = read_index(self._path, self.load_id)
             return self._index.metadata
+        if kwargs.get("rank") is None and not os.path.lexists(os.path.join(self._path, METADATA_NAME)):
+            found = find(self._path)
+            raise CheckpointNotFoundError(
+                None,
+                f"is no checkpoint for dcp.load: {found.origin.value} wrote it; load_checkpoint() reads it",
+                self._path,
+            )
         metadata = StockReader(self._path, self._allow_pickle).read_metadata(*args, **kwargs)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -12,6 +12,10 @@ TOPIC = Topic(
             "One underscore between section and key",
             'os.environ["STAGER_ARENA_BUFFERS"] = "3"\nprint(load_config().arena.buffers)',
         ),
+        python(
+            "One underscore, and a misspelt key",
+            'os.environ["STAGER_ARENA_BUFERS"] = "3"\nload_config()',
+        ),
         python("An override without a section", 'load_config(overrides=["buffers=3"])'),
         python("An override without a value", 'load_config(overrides=["arena.buffers"])'),
         python("An override of what does not exist", 'load_config(overrides=["arena.bufers=3"])'),

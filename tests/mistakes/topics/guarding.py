@@ -6,7 +6,10 @@ TOPIC = Topic(
     "guard()",
     (
         python("The module in place of the optimizer", "ckpt.guard(model)"),
-        python("A list of optimizers", "ckpt.guard([optimizer])"),
+        python(
+            "A list of optimizers", "ckpt.guard([optimizer])", "It is taken: each optimizer of the list is guarded."
+        ),
+        python("A list with something else in it", "ckpt.guard([optimizer, model])"),
         python("The optimizer's state dict", "ckpt.guard(optimizer.state_dict())"),
         python("None", "ckpt.guard(None)"),
         python("After close()", "ckpt.close()\nckpt.guard(optimizer)"),

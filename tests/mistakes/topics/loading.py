@@ -19,15 +19,26 @@ TOPIC = Topic(
         python(
             "One pattern of two that matches nothing",
             'ckpt.load(keys=["model.*", "optimiser.*"])',
-            "See what was loaded in `Loaded.state`.",
         ),
         python("No pattern at all", "ckpt.load(keys=[])"),
         python("A number as a pattern", "ckpt.load(keys=3)"),
         python("map_location, as torch.load has it", 'ckpt.load(map_location="cpu")'),
         python("weights_only, as torch.load has it", "ckpt.load(weights_only=False)"),
-        python("What load() returns, as a dict", 'loaded = ckpt.load()\nloaded["model"]'),
-        python("What load() returns, as an object with the state's names", "loaded = ckpt.load()\nloaded.model"),
-        python("A loaded module as a module", 'loaded = ckpt.load()\nloaded.state["model"].eval()'),
+        python(
+            "What load() returns, as a dict",
+            'loaded = ckpt.load()\nloaded["model"]',
+            'The state is an attribute: `loaded.state["model"]`.',
+        ),
+        python(
+            "What load() returns, as an object with the state's names",
+            "loaded = ckpt.load()\nloaded.model",
+            'The state is a mapping: `loaded.state["model"]`.',
+        ),
+        python(
+            "A loaded module as a module",
+            'loaded = ckpt.load()\nloaded.state["model"].eval()',
+            'What was saved is the module\'s `state_dict()`. Make the module, and `load(into={"model": model})`.',
+        ),
         python(
             "None that was not expected",
             'resumed = Checkpointer("runs/new").load(into=state)\nstart = resumed.step + 1',

@@ -14,6 +14,11 @@ TOPIC = Topic(
         python("A number as the configuration", 'Checkpointer("runs/new", 3)'),
         python("A list as the configuration", 'Checkpointer("runs/new", ["arena", {"buffers": 3}])'),
         python("read_only without its name", 'Checkpointer("runs/gpt", None, True)'),
+        python("A misspelt keyword argument", 'Checkpointer("runs/gpt", readonly=True)'),
+        python(
+            "A file of events in a directory that does not exist",
+            'Checkpointer("runs/new", {"telemetry": {"events": "logs/events.jsonl"}})',
+        ),
         python("None as the directory", "Checkpointer(None)"),
         python("A step as the directory", "Checkpointer(100)"),
         python("No directory", "Checkpointer()"),

@@ -40,7 +40,11 @@ TOPIC = Topic(
         ),
         python(
             "Export with a text for the memory",
-            'export_checkpoint("runs/gpt/step-00000300", "a.pt", max_memory_bytes="1GiB")',
+            'export_checkpoint("runs/gpt/step-00000300", "a.pt", max_memory_bytes="much")',
+        ),
+        python(
+            "Export with too little memory",
+            'export_checkpoint("runs/gpt/step-00000300", "a.pt", max_memory_bytes="1 MB")',
         ),
         python("Export of what does not exist", 'export_checkpoint("runs/gtp/step-00000001", "a.pt")'),
     ),

@@ -10,10 +10,27 @@ TOPIC = Topic(
             "Saving after the with block",
             'with Checkpointer("runs/new") as ckpt:\n    pass\nckpt.save(3, state)',
         ),
-        python("Waiting for the handle itself", "ckpt.save(3, state).result()"),
-        python("Calling a Future", "ckpt.save(3, state).upload_completion()"),
-        python("A Future's result as a path", "torch.load(ckpt.save(3, state).upload_completion.result())"),
-        python("The path of the handle", "ckpt.save(3, state).path"),
+        python(
+            "Waiting for the handle itself",
+            "ckpt.save(3, state).result()",
+            "A handle has two Futures: `staging_completion` and `upload_completion`. Wait for the second: "
+            "`save(...).upload_completion.result()`.",
+        ),
+        python(
+            "Calling a Future",
+            "ckpt.save(3, state).upload_completion()",
+            "A Future is not called: `upload_completion.result()` waits for it.",
+        ),
+        python(
+            "A Future's result as a path",
+            "torch.load(ckpt.save(3, state).upload_completion.result())",
+            "The result is a `CheckpointInfo`. Its `path` is a directory: `stager.load_checkpoint(info.path)` reads it.",
+        ),
+        python(
+            "The path of the handle",
+            "ckpt.save(3, state).path",
+            "There is none before the commit: `upload_completion.result().path`.",
+        ),
         python(
             "Saving in a callback of a save",
             """
@@ -64,6 +81,7 @@ TOPIC = Topic(
             "The file is kept, as `step-00000003.not-a-checkpoint-...`.",
         ),
         python("Closing with a text", 'Checkpointer("runs/new").close("10 s")'),
+        python("Waiting with a text", 'ckpt.wait_for_staging("10 s")'),
         python("Protecting a name", 'ckpt.protect("best")'),
         python("Protecting a negative step", "ckpt.protect(-1)"),
         python("Pruning with rules as arguments", "ckpt.prune(keep_latest=3)"),
@@ -73,6 +91,8 @@ TOPIC = Topic(
             "on_preemption() with a signal that cannot be handled",
             "import signal\n\nckpt.on_preemption([signal.SIGKILL])",
         ),
+        python("on_preemption() with a signal that does not exist", "ckpt.on_preemption(99)"),
+        python("on_preemption() with a deadline that is over", "ckpt.on_preemption(deadline_secs=-1)"),
         python(
             "on_preemption() outside of the main thread",
             """
@@ -84,7 +104,15 @@ TOPIC = Topic(
         ),
         python("warmup() without a state", "ckpt.warmup()"),
         python("warmup() with the module", "ckpt.warmup(model)"),
-        python("A method of other libraries", "ckpt.async_save(3, state)"),
-        python("The newest checkpoint as an attribute", "print(ckpt.latest.step)"),
+        python(
+            "A method of other libraries",
+            "ckpt.async_save(3, state)",
+            "`save()` is asynchronous: it returns when the snapshot is taken.",
+        ),
+        python(
+            "The newest checkpoint as an attribute",
+            "print(ckpt.latest.step)",
+            "`latest()` is a method. `latest_step()` returns the step alone.",
+        ),
     ),
 )

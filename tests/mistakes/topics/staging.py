@@ -10,9 +10,14 @@ TOPIC = Topic(
             'stager_ = DefaultStager()\nstager_.close()\nstager_.stage({"w": torch.ones(3)})',
         ),
         python("A dict of options", 'DefaultStager({"use_shared_memory": True})'),
-        python("An option that does not exist", "StagingOptions(use_pinned=True)"),
+        python(
+            "An option that does not exist",
+            "StagingOptions(use_pinned=True)",
+            "As torch's class of this name, it has `use_pinned_memory`, `use_shared_memory`, `use_async_staging` and "
+            "`use_non_blocking_copy`.",
+        ),
         python("Pinned memory without CUDA", "DefaultStager(StagingOptions(use_pinned_memory=True)).close()"),
-        python("An abstract stager", "CheckpointStager()"),
+        python("An abstract stager", "CheckpointStager()", "Make a `DefaultStager`."),
         python("Replication without a process group", "ReplicationStager()"),
         python("A writer without a path", "StagerStorageWriter()"),
         python(

@@ -15,6 +15,7 @@ TOPIC = Topic(
         python("A tensor with several elements as a step", "ckpt.save(torch.tensor([1, 2]), state)"),
         python("No state", "ckpt.save(3)"),
         python("A keyword that does not exist", "ckpt.save(3, state, blocking=True)"),
+        python("A step that is not a number", 'ckpt.save(float("nan"), state)'),
         python("A path in place of a step", 'ckpt.save("runs/gpt/step-3", state)'),
     ),
 )

@@ -104,6 +104,10 @@ TOPIC = Topic(
                 ckpt.save(3, {"w": torch.ones(10_000)})
             """,
         ),
-        python("PerRank without a value", 'ckpt.save(3, {"rng": PerRank()})'),
+        python(
+            "PerRank without a value",
+            'ckpt.save(3, {"rng": PerRank()})',
+            "Give it the value of this rank: `PerRank(torch.get_rng_state())`.",
+        ),
     ),
 )
