@@ -108,7 +108,9 @@ def with_counts(data: bytes, count: int) -> bytes:
 def test_a_storage_that_is_longer_than_the_file_is_refused_before_memory_is_taken(tmp_path: Path, count: int) -> None:
     path = legacy({"w": torch.ones(1000)}, tmp_path / "a.pt")
     path.write_bytes(with_counts(path.read_bytes(), count))
-    with pytest.raises(CorruptCheckpointError, match=r"a\.pt is cut short, or damaged: (the pickle claims that storage|its tensors)"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"a\.pt is cut short, or damaged: (the pickle claims that storage|its tensors)"
+    ):
         load_checkpoint(path)
 
 

@@ -91,7 +91,7 @@ def test_storage_that_is_said_to_be_longer_than_it_is_is_refused(protocol: int) 
         changed = records["data.pkl"].replace(b"K\x04t", b"J" + struct.pack("<i", count) + b"t", 1)
         assert changed != records["data.pkl"]
         with pytest.raises(
-            CorruptCheckpointError, match=f"storage 0 has {4 * count} bytes, and its record in the archive has 16"
+            CorruptCheckpointError, match=f"storage 0 has {4 * count} bytes, and the file has 16 for it"
         ):
             check(archive_of(**{**records, "data.pkl": changed}))
     with pytest.raises(CorruptCheckpointError):
