@@ -110,6 +110,7 @@ def _fill(source: ForeignCheckpoint, plan: RestorePlan) -> dict[int, Any]:
     read = source.tensors([*((index, None) for index in whole), *((index, box) for index, box, _ in boxes)])
     tensors = dict(zip(whole, read, strict=False))
     _refuse_parts(source, plan, tensors)
+    plan.refuse_contradictions(source.path, tensors)
     copy_to_targets(tensors, plan.targets)
     with torch.no_grad():
         for (_, _, view), part in zip(boxes, read[len(whole) :], strict=True):

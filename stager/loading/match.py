@@ -140,7 +140,6 @@ class _Matcher:
         self._strict = strict
         self._selection = selection
         self._renaming = renaming
-        self._visited: set[int] = set()  # identities of plain containers: each can become one value only
         self._last: list[tuple[Path, Callable[[Values], None]]] = []  # steps that come after all others
         self.plan = RestorePlan()
         self._extras = Extras(self.plan)
@@ -195,16 +194,16 @@ class _Matcher:
             self._per_rank(node, value, path)
         elif is_stateful(value):
             self._stateful(node, value, path)
-        elif isinstance(value, (Mapping, list)) and id(value) in self._visited and not holds_belongings(value):
+        elif isinstance(value, (Mapping, list)) and self._replacer.is_matched(value) and not holds_belongings(value):
             self._replacer.replace(node, container, key, path, is_own=False)  # one container here, two values there
         elif isinstance(value, (Mapping, list, tuple)) and holds_state(value):
-            self._visited.add(id(value))
+            self._replacer.note_matched(value)
             self._container_of_state(node, container, key, path, owner)
         elif isinstance(value, Mapping) and is_mapping(node) and not is_with_recipe(node):
-            self._visited.add(id(value))
+            self._replacer.note_matched(value)
             self._mapping(node, value, path, self._owner_of(node, value, path, owner))
         elif isinstance(value, list) and is_list(node):
-            self._visited.add(id(value))
+            self._replacer.note_matched(value)
             self._list(node, value, path, owner)
         elif value is None and (is_module_node(node) or _is_optimizer_node(node)):
             self._none_for_object(path)

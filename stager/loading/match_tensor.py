@@ -30,6 +30,7 @@ def match_tensor(replacer: Replacer, node: Node, container: Any, key: Key, path:
     if type(node) is int and fits(replacer.items[node], value):
         plan.wanted.add(node)
         plan.targets.append((node, value))
+        plan.target_paths.append(path)
         return
     if (
         type(node) is int and replacer.items[node].kind == "object"

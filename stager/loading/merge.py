@@ -27,6 +27,9 @@ from stager.workers.checkpoint.layout.structure import Path, describe
 from stager.workers.errors import UnloadableError
 
 _SCALARS = (bool, int, float, complex, str, bytes)
+StandsFor = dict[int, tuple[Any, Any]]
+"""By identity of a container of the target: the container, and the loaded value that it becomes."""
+
 _MAPPINGS = frozenset((dict, OrderedDict, defaultdict, Counter))
 
 
@@ -38,6 +41,8 @@ class Merge:
         target: the value of the target.
         path: of both, for messages.
         strict: a tensor of another shape or dtype is a problem; otherwise, the saved one takes its place.
+        stands_for: what containers of the target became by other merges. One that is at several places of the target stays
+            there if the values that were saved for them are equal; otherwise the later place gets what was saved.
 
     Attributes:
         result: what takes the target's place: often the target itself.
@@ -47,7 +52,9 @@ class Merge:
         replaced: tensors whose place a saved value takes.
     """
 
-    def __init__(self, loaded: Any, target: Any, path: Path, *, strict: bool) -> None:
+    def __init__(
+        self, loaded: Any, target: Any, path: Path, *, strict: bool, stands_for: StandsFor | None = None
+    ) -> None:
         self._strict = strict
         self.problems: list[str] = []
         self.missing: list[Path] = []
@@ -56,8 +63,10 @@ class Merge:
         self._todo: deque[tuple[Any, Any, Path]] = deque()
         self._placed: dict[int, Any] = {}  # by identity of the loaded container: what stands for it
         self._taken: set[int] = set()  # identities of the target's containers that stand for a loaded one
+        self._stands_for = {} if stands_for is None else stands_for
         self._fills: list[tuple[Any, Any]] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._filled: dict[int, tuple[torch.Tensor, Path]] = {}  # by identity of a tensor of the target: its value
         self._loads: list[tuple[Path, Any, Any]] = []
         self.result = self._place(loaded, target, path)
         while self._todo:
@@ -94,8 +103,14 @@ class Merge:
             return self._place_tuple(loaded, target, path)
         if id(loaded) in self._placed:  # saved as one object, so it stays one
             return self._placed[id(loaded)]
+        return self._place_container(loaded, target, path)
+
+    def _place_container(self, loaded: Any, target: Any, path: Path) -> Any:
         if not _alike(loaded, target) or id(target) in self._taken:
             return self._instead(loaded, target, path)
+        if id(target) in self._stands_for and not holds_state(target):
+            return target if is_equal(self._stands_for[id(target)][1], loaded) else loaded
+        self._stands_for[id(target)] = target, loaded
         self._placed[id(loaded)] = target
         self._taken.add(id(target))
         self._todo.append((loaded, target, path))
@@ -104,6 +119,12 @@ class Merge:
     def _place_tensor(self, loaded: Any, target: torch.Tensor, path: Path) -> Any:
         problem = object_difference(loaded, target, path)
         if problem is None:
+            first, at = self._filled.setdefault(id(target), (loaded, path))
+            if first is not loaded and not _same_values(first, loaded):
+                self.problems.append(
+                    f"{describe(at)} and {describe(path)}: are one tensor in the target, and have different values in the "
+                    "checkpoint; give each a tensor of its own"
+                )
             self._copies.append((target, loaded))
             return target
         if is_owned_tensor(target) or (self._strict and loaded is not None):
@@ -200,6 +221,14 @@ def _fill(container: Any, contents: Any) -> None:
         for key, value in contents.items():
             if key not in container or container[key] is not value:
                 container[key] = value
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors are certainly equal."""
+    try:
+        return torch.equal(one, other)
+    except (RuntimeError, NotImplementedError):  # a layout that cannot be compared
+        return False
 
 
 def is_equal(one: Any, other: Any) -> bool:

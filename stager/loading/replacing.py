@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from stager.loading.belongings import is_owned_tensor
-from stager.loading.merge import Merge, is_equal
+from stager.loading.merge import Merge, StandsFor, is_equal
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, walk
+
+_ITS_ENTRIES = object()  # equal to no loaded value
 
 PLAIN_CONTAINERS = (dict, OrderedDict, defaultdict, list)
 """Containers of these types take any value."""
@@ -39,6 +41,15 @@ class Replacer:
         self._refusals: dict[
             int, Exception | None
         ] = {}  # by identity of a container: what it raised when it was changed
+        self._stands_for: StandsFor = {}
+
+    def note_matched(self, container: Any) -> None:
+        """Note a container of the target whose entries are matched one by one. It can become one value only."""
+        self._stands_for[id(container)] = container, _ITS_ENTRIES
+
+    def is_matched(self, container: Any) -> bool:
+        """Whether :meth:`note_matched` was told of it."""
+        return id(container) in self._stands_for
 
     def replace(self, node: Node, container: Any, key: Key, path: Path, *, is_own: bool = True) -> None:
         """Put what was saved in the place of a value: into the value itself, if it is a container of the same type.
@@ -54,8 +65,10 @@ class Replacer:
 
         def put_there(values: Values) -> None:
             loaded, present = build(node, values.__getitem__, path), container[key]
-            merged = Merge(loaded, present, path, strict=False).apply() if is_own and not _is_leaf(present) else loaded
-            put(container, key, merged)
+            if not is_own or _is_leaf(present):
+                put(container, key, loaded)
+            else:
+                put(container, key, Merge(loaded, present, path, strict=False, stands_for=self._stands_for).apply())
 
         self.plan.then(path, put_there)
 
@@ -65,7 +78,7 @@ class Replacer:
         refusal = self.refusal(container, key)
 
         def check(values: Values) -> str | None:
-            merge = Merge(values[node], container[key], path, strict=self.strict)
+            merge = Merge(values[node], container[key], path, strict=self.strict, stands_for=self._stands_for)
             merges.append(merge)
             self.plan.missing += merge.missing
             self.plan.dropped += merge.dropped

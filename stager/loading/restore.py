@@ -2,7 +2,8 @@
 
 1. match    find every mismatch, and plan what goes where (match.py); nothing is changed yet
 2. objects  read them, unpickle them under ``weights_only`` rules (unpickle.py), run the checks of the plan
-3. tensors  read them in parallel, straight into their targets where that is possible, and check each hash
+3. tensors  read those whose targets share memory, and check that they agree; then read the others in parallel, straight into
+            their targets where that is possible, and check each hash
 4. copy     the tensors that could not be read straight into their targets
 5. apply    call ``load_state_dict()`` of objects that have it, put other values into their containers
 """
@@ -163,13 +164,19 @@ class Restorer:
             objects = [index for index in wanted if self._items[index].kind == "object"]
             values = self._unpickle(self._read_blobs(reader, objects))
             plan.refuse_failed_checks(self._path, values)
-            tensors = {i: direct[i] if i in direct else self._new(i) for i in wanted if i not in values}
+            agreeing = {index: self._new(index) for index in sorted(shared)}
+            self._fill(reader, agreeing)
+            plan.refuse_contradictions(self._path, agreeing)
+            tensors = {
+                i: direct[i] if i in direct else self._new(i) for i in wanted if i not in values and i not in agreeing
+            }
             if check_unwanted:
                 unwanted = stored - set(wanted) - self._chunk_items()
                 reader.read([Wanted(index, None) for index in sorted(unwanted)])
             self.has_overwritten = bool(direct or sharded)
             with self._telling_overwritten():
                 self._fill(reader, tensors)
+                tensors |= agreeing
                 if sharded:
                     fill_sharded(self._path, self._stored, self._chunks, reader, plan.sharded)
         self.has_read_all = check_unwanted or (not self._chunks and not sharded and stored <= set(wanted))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stager.loading.loaded import Outcome
+from stager.loading.one_memory import contradictions
 from stager.loading.prefixes import PrefixFound, find_prefixes
 from stager.loading.sharded import Sharded
 from stager.state.shards import is_sharded
@@ -48,7 +49,9 @@ class RestorePlan:
 
     Attributes:
         wanted: items that have to be read.
-        targets: (item, tensor that receives it), in the order of the walk. Where targets share memory, the last one wins.
+        targets: (item, tensor that receives it), in the order of the walk. Where targets share memory, their
+            values have to agree.
+        target_paths: of each of the ``targets``.
         sharded: tensors that lie on several ranks; each rank fills its own boxes.
         checks: run once objects are unpickled and before tensors are read. Each returns a problem, or None.
         steps: done in order once everything is read.
@@ -66,6 +69,7 @@ class RestorePlan:
 
     wanted: set[int] = field(default_factory=set)
     targets: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    target_paths: list[Path] = field(default_factory=list)
     sharded: list[Sharded] = field(default_factory=list)
     checks: list[Callable[[Values], str | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -93,6 +97,7 @@ class RestorePlan:
             self.sharded.append(Sharded(index, describe(path), tensor))
         else:
             self.targets.append((index, tensor))
+            self.target_paths.append(path)
 
     def then(self, path: Path, run: Callable[[Values], None], what: str = "putting it in its place") -> None:
         """Add a step, see :class:`Step`."""
@@ -171,6 +176,14 @@ class RestorePlan:
         """Raise StateMismatchError if a check finds a problem with an unpickled object."""
         problems = [problem for check in self.checks if (problem := check(values)) is not None]
         refuse(path, problems, cause=self.cause)
+
+    def refuse_contradictions(self, path: str, tensors: Mapping[int, torch.Tensor]) -> None:
+        """Raise StateMismatchError if targets share memory and would get different values there.
+
+        Args:
+            tensors: loaded, by item; those of targets that share memory are among them, in memory of their own.
+        """
+        refuse(path, contradictions(self.targets, self.target_paths, tensors))
 
     def outcome(self) -> Outcome:
         """Return what :class:`Loaded` says of a restore, and log what a user might not expect."""

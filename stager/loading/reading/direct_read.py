@@ -32,20 +32,25 @@ def tell_autograd(tensors: Iterable[torch.Tensor]) -> None:
 def overlapping(targets: Sequence[tuple[int, torch.Tensor]]) -> set[int]:
     """Return the keys of targets that share memory with another target.
 
-    Threads that read into overlapping targets would mix their bytes. Such targets are copied in order instead: the last one
-    wins, as when ``load_state_dict`` gets different values for tied weights.
+    Threads that read into overlapping targets would mix their bytes. Such targets are copied in order instead.
 
     Args:
         targets: (key, tensor). The same view twice under one key does not count.
     """
-    on_host = [(k, t) for k, t in targets if t.is_cpu and t.layout is torch.strided and t.numel()]
-    if not on_host:
-        return set()
-    if _are_apart([tensor for _, tensor in on_host]):
+    by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+    for key, tensor in targets:
+        if tensor.layout is torch.strided and tensor.numel():
+            by_device.setdefault(tensor.device, []).append((key, tensor))
+    return set[int]().union(*map(_overlapping_there, by_device.values()))
+
+
+def _overlapping_there(targets: Sequence[tuple[int, torch.Tensor]]) -> set[int]:
+    """Return the keys of targets on one device that share memory with another of them."""
+    if _are_apart([tensor for _, tensor in targets]):
         return set()
     shared: set[int] = set()
     furthest: _Extent | None = None
-    for extent in sorted({_extent(key, tensor) for key, tensor in on_host}):
+    for extent in sorted({_extent(key, tensor) for key, tensor in targets}):
         if furthest is not None and extent[0] < furthest[1]:
             shared.update((extent[2], furthest[2]))
         if furthest is None or extent[1] > furthest[1]:
@@ -56,13 +61,13 @@ def overlapping(targets: Sequence[tuple[int, torch.Tensor]]) -> set[int]:
 def _are_apart(tensors: list[torch.Tensor]) -> bool:
     """Whether no two tensors overlap. This is the usual case, and numpy finds it out fast for 100,000 tensors."""
     starts = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    nbytes = [t.nbytes if t.is_contiguous() else _nbytes_spanned(t) for t in tensors]
+    nbytes = [t.nbytes if t.is_contiguous() else nbytes_spanned(t) for t in tensors]
     order = np.argsort(starts)
     ends = np.maximum.accumulate((starts + np.array(nbytes, np.uint64))[order])
     return bool((starts[order][1:] >= ends[:-1]).all())
 
 
-def _nbytes_spanned(tensor: torch.Tensor) -> int:
+def nbytes_spanned(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last one."""
     last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
@@ -70,4 +75,4 @@ def _nbytes_spanned(tensor: torch.Tensor) -> int:
 
 def _extent(key: int, tensor: torch.Tensor) -> _Extent:
     start = tensor.data_ptr()
-    return start, start + _nbytes_spanned(tensor), key, tuple(tensor.shape), tensor.stride()
+    return start, start + nbytes_spanned(tensor), key, tuple(tensor.shape), tensor.stride()

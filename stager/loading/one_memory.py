@@ -1,0 +1,103 @@
+"""Whether targets that share memory get values that agree: tied weights, the same tensor at two names, overlapping views.
+
+Only one value can be in one memory. The loaded values are written, in order, to a copy of that memory; then each target has
+to have its own value there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from stager.loading.reading.direct_read import nbytes_spanned, overlapping
+from stager.workers.checkpoint.layout.structure import Path, describe
+
+_ALIGNMENT = 16  # bytes; no element of a tensor is larger
+
+
+def contradictions(
+    targets: Sequence[tuple[int, torch.Tensor]], paths: Sequence[Path], tensors: Mapping[int, torch.Tensor]
+) -> list[str]:
+    """Return a line for each target whose value would be overwritten by another's.
+
+    Args:
+        targets: (item, tensor that receives it), in the order in which they are filled.
+        paths: of each target.
+        tensors: loaded, by item, in memory of their own; those whose targets share memory are among them.
+    """
+    shared = overlapping(targets)
+    return [
+        line
+        for group in _groups([number for number, (index, _) in enumerate(targets) if index in shared], targets)
+        for line in _of_group(group, targets, paths, tensors)
+    ]
+
+
+def _groups(numbers: Sequence[int], targets: Sequence[tuple[int, torch.Tensor]]) -> Iterator[list[int]]:
+    """Group the numbers of targets whose memory is one stretch, each group in the order of the targets."""
+
+    def start(number: int) -> tuple[str, int]:
+        tensor = targets[number][1]
+        return str(tensor.device), tensor.data_ptr()
+
+    group: list[int] = []
+    device, end = "", 0
+    for number in sorted((one for one in numbers if targets[one][1].numel()), key=start):
+        here, address = start(number)
+        if group and (here != device or address >= end):
+            yield sorted(group)
+            group, end = [], 0
+        group.append(number)
+        device, end = here, max(end, address + nbytes_spanned(targets[number][1]))
+    if group:
+        yield sorted(group)
+
+
+def _of_group(
+    group: Sequence[int],
+    targets: Sequence[tuple[int, torch.Tensor]],
+    paths: Sequence[Path],
+    tensors: Mapping[int, torch.Tensor],
+) -> Iterator[str]:
+    members = [targets[number][1] for number in group]
+    start = min(tensor.data_ptr() for tensor in members) // _ALIGNMENT * _ALIGNMENT
+    end = max(tensor.data_ptr() + nbytes_spanned(tensor) for tensor in members)
+    memory = torch.empty(end - start + _ALIGNMENT, dtype=torch.uint8).untyped_storage()
+    views = [_view(memory, tensor, start) for tensor in members]
+    sources = [tensors[targets[number][0]] for number in group]
+    with torch.no_grad():
+        for view, source in zip(views, sources, strict=True):
+            view.copy_(source)
+    lost = [k for k, (view, source) in enumerate(zip(views, sources, strict=True)) if not _same_bits(view, source)]
+    for position in lost:
+        others = (k for k in range(position + 1, len(group)) if _overwrites(k, position, views, sources))
+        if (other := next(others, None)) is not None:
+            names = f"{describe(paths[group[position]])} and {describe(paths[group[other]])}"
+            yield (
+                f"{names}: share memory in the target, and have different values in the checkpoint; give each a tensor of "
+                "its own, or select one of them by keys="
+            )
+
+
+def _view(memory: torch.UntypedStorage, tensor: torch.Tensor, start: int) -> torch.Tensor:
+    """View memory that is a copy of that from the address ``start`` on as ``tensor`` views the original."""
+    offset = (tensor.data_ptr() - start) // tensor.element_size()
+    view = torch.empty(0, dtype=tensor.dtype).set_(memory, offset, tensor.shape, tensor.stride())
+    view = view.conj() if tensor.is_conj() else view
+    return torch._neg_view(view) if tensor.is_neg() else view
+
+
+def _overwrites(later: int, earlier: int, views: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> bool:
+    """Whether writing one value after another changes the first. The values of ``views`` are lost."""
+    with torch.no_grad():
+        views[earlier].copy_(sources[earlier])
+        views[later].copy_(sources[later])
+    return not _same_bits(views[earlier], sources[earlier])
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+    return torch.equal(bits(one.detach()), bits(other.detach()))
