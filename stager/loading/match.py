@@ -94,7 +94,7 @@ def match(
     """
     structure = fit(manifest.layout.structure, target)
     if renaming != Renaming():
-        structure = fit(renaming.of(structure, path), target)
+        structure = fit(renaming.of(structure, path, target), target)
     matcher = _Matcher(manifest, structure, strict, selection, rank, renaming)
     if selection is not None:
         structure = selection.of(structure, path)

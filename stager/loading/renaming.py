@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stager.loading.nodes import is_mapping
+from stager.loading.nodes import children_of, is_mapping
+from stager.loading.splitting import Splitter
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, fqn
 from stager.workers.errors import StateMismatchError, UsageError
 
@@ -52,20 +53,22 @@ class Renaming:
             raise UsageError(f"strip_prefix= is a {type(strip_prefix).__name__}; give a text, for example 'module.'")
         return Renaming(_as_it_is if rename is None else rename, strip_prefix or "")
 
-    def of(self, structure: Node, path: str) -> Node:
+    def of(self, structure: Node, path: str, target: Any = None) -> Node:
         """Return the structure of a checkpoint with the new names.
 
         Args:
             path: of the checkpoint, for messages.
+            target: what is loaded into; tells which keys a new name consists of.
 
         Raises:
             StateMismatchError: two values would have one name.
             UsageError: ``rename`` returned something else than a text.
         """
         if self.strip_prefix:
-            structure = _Builder(self._stripped, path).build(structure)
+            structure = _Builder(lambda old, inside: self._stripped(old), path).build(structure)
         if self.rename is not _as_it_is:
-            builder = _Builder(self._renamed, path)
+            splitter = Splitter(structure, target)
+            builder = _Builder(lambda old, inside: self._renamed(old, inside, splitter), path)
             structure = builder.build(structure)
             self._check_used(builder.names(), path)
         return structure
@@ -98,12 +101,12 @@ class Renaming:
             for key in path
         )
 
-    def _renamed(self, path: Path) -> Path:
+    def _renamed(self, path: Path, inside: Node, splitter: Splitter) -> Path:
         name = fqn(path)
         new = self._new_name(name)
         if not isinstance(new, str) or not new:
             raise UsageError(f"rename= made {new!r} of {name!r}; it has to be a text that is not empty")
-        return path if new == name else _split(new, path)
+        return path if new == name else splitter.split(new, path, inside)
 
     def _new_name(self, name: str) -> Any:
         if not isinstance(self.rename, Mapping):
@@ -116,28 +119,10 @@ class Renaming:
         return name
 
 
-def _split(name: str, path: Path) -> Path:
-    """Split a new name into keys, as the old ``path`` is split: a module's key may have dots in it.
-
-    Each key but the last has as many dots as before. The last takes the rest, of which there is something.
-    """
-    parts = name.split(".")
-    keys: list[Key] = []
-    for key in path[:-1]:
-        num_words = str(key).count(".") + 1
-        if len(parts) <= num_words:
-            break
-        text = ".".join(parts[:num_words])
-        keys.append(key if text == str(key) else text)
-        del parts[:num_words]
-    text = ".".join(parts)
-    return (*keys, path[-1] if text == str(path[-1]) else text)
-
-
 class _Builder:
     """Builds a structure with other keys. What is no ``dict`` or ``OrderedDict`` moves as a whole."""
 
-    def __init__(self, new_path: Callable[[Path], Path], path: str) -> None:
+    def __init__(self, new_path: Callable[[Path, Node], Path], path: str) -> None:
         self._new_path = new_path
         self._path = path
         self._old: dict[Path, Path] = {}
@@ -163,7 +148,7 @@ class _Builder:
                 self._put(child, at, root, above)
 
     def _put(self, node: Node, path: Path, root: _Mapping, above: tuple[Node, ...]) -> None:
-        new = self._new_path(path)
+        new = self._new_path(path, above[-1])
         if (other := self._old.setdefault(new, path)) != path:
             raise StateMismatchError(
                 f"{self._path}: rename= or strip_prefix= gives {fqn(path)} and {fqn(other)} the same name, {fqn(new)}; "
@@ -172,8 +157,9 @@ class _Builder:
         into = root
         into.has_moved(path, new, 0)
         for depth, key in enumerate(new[:-1], 1):
-            like = above[depth] if depth < len(above) else ["dict", [], []]
-            inner = into.entries.setdefault(key, _Mapping(like))
+            inner = into.entries.get(key)
+            if inner is None:
+                inner = into.entries[key] = _Mapping(_like(path, new, depth, above))
             if not isinstance(inner, _Mapping):
                 raise StateMismatchError(
                     f"{self._path}: rename= puts {fqn(new)} into {fqn(new[:depth])}, which is a single value; "
@@ -212,6 +198,16 @@ def _metadata(metadata: list[Any], moved: Mapping[Any, Any]) -> list[Any]:
         return metadata
     parts = {str(old).rpartition(".")[0]: str(new).rpartition(".")[0] for old, new in moved.items()}
     return [{**metadata[0], **{new: metadata[0][old] for old, new in parts.items() if old in metadata[0]}}]
+
+
+def _like(old: Path, new: Path, depth: int, above: Sequence[Node]) -> Node:
+    """Return the mapping that the one at ``new[:depth]`` is like: at the same depth the old one, else the one there."""
+    if len(old) == len(new):
+        return above[depth]
+    there: Node | None = above[0]
+    for key in new[:depth]:
+        there = children_of(there).get(key) if there is not None and _is_open(there) else None
+    return there if there is not None and _is_open(there) else ["dict", [], []]
 
 
 def _is_open(node: Node) -> bool:

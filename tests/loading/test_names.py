@@ -184,6 +184,57 @@ def test_rename_into_a_module_and_what_is_beside_it(run_dir: Path) -> None:
     assert same(other.state_dict(), optimizer.state_dict()) and loaded.missing == loaded.unexpected == ()
 
 
+MOVED_FROM = {
+    "x": torch.ones(2),
+    "m": {"y": torch.zeros(2)},
+    "n": {0: 5, 1: 6, "z": 7},
+    "model": {"enc.w": torch.ones(3)},
+}
+MOVED = [
+    ({"x": "m.x"}, {"m": {"y", "x"}}),
+    ({"x": "new.x"}, {"new": {"x"}, "m": {"y"}}),
+    ({"x": "new.inner"}, {"new": {"inner"}}),
+    ({"m.y": "y"}, {"y": 2}),
+    ({"n.0": "n.7"}, {"n": {7, 1, "z"}}),
+    ({"n": "k.n"}, {"k": {"n"}}),
+    ({"n": "k"}, {"k": {0, 1, "z"}}),
+    ({"n.z": "n.2"}, {"n": {0, 1, "2"}}),
+    ({"model.enc": "model.body.enc"}, {"model": {"body.enc.w"}}),
+    ({"x": "model.x"}, {"model": {"enc.w", "x"}}),
+]
+
+
+@pytest.mark.parametrize("rename, expected", MOVED)
+@pytest.mark.parametrize("origin", ["stager", "torch.save"])
+def test_rename_to_another_depth_and_of_integers(run_dir: Path, rename: Any, expected: Any, origin: str) -> None:
+    path = run_dir / "a.pt"
+    if origin == "torch.save":
+        run_dir.mkdir()
+        torch.save(MOVED_FROM, path)
+    else:
+        path = Path(save(run_dir, MOVED_FROM).path)
+    state = load_checkpoint(path, rename=rename).state
+    for name, keys in expected.items():
+        if isinstance(keys, set):
+            assert set(state[name]) == keys and {*map(type, state[name])} == {*map(type, keys)}
+        else:
+            assert len(state[name]) == keys
+
+
+def test_rename_gives_the_keys_of_the_target(run_dir: Path) -> None:
+    """What the target has decides which keys a name consists of, and of which types they are."""
+    save(run_dir, MOVED_FROM)
+    x = torch.zeros(2)
+    into: dict[str, Any] = {"m": {"x": x, "y": torch.ones(2)}, "n": {0: 0, 9: 0, 1: 0}}
+    loaded = load(run_dir, into, rename={"x": "m.x", "n.z": "n.9"})
+    assert into["m"]["x"] is x and x.tolist() == [1, 1] and into["n"] == {0: 5, 1: 6, 9: 7}
+    assert loaded.missing == () and loaded.unexpected == ("model",)
+    module = nn.Module()
+    module.inner = nn.ParameterDict({"w": torch.zeros(2)})
+    load(run_dir, {"net": module}, rename={"x": "net.inner.w"})
+    assert module.inner["w"].tolist() == [1, 1]
+
+
 def test_keys_have_the_new_names(run_dir: Path) -> None:
     save(run_dir, NESTED)
     assert set(load_state(run_dir, rename={"model.enc": "model.body"}, keys="model.body")["model"]) == {
