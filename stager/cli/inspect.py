@@ -34,7 +34,8 @@ def inspect(
     """Show what a checkpoint holds: where it comes from, its files, each tensor and object. Also one of dcp.save, and a file
     of torch.save or safetensors."""
     facts, entries = inspect_foreign(path) if is_foreign(path) else _inspect_own(path, step)
-    entries = [e for e in entries if keys is None or fnmatch.fnmatchcase(e.key, keys)]
+    pattern = "*" if keys is None else keys.replace("[", "[[]")  # as in load(): a key may have brackets
+    entries = [e for e in entries if fnmatch.fnmatchcase(e.key, pattern)]
     if as_json:
         parts = {kind: [asdict(e) for e in entries if e.kind == kind] for kind in ("tensor", "object")}
         print_json({**facts, "tensors": parts["tensor"], "objects": parts["object"]})

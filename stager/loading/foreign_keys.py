@@ -6,7 +6,7 @@ names only: keys joined by dots. What was lost is taken from the target:
     the checkpoint has     the target has            becomes
     '3'                    the key 3                 3; where all keys of the target's mapping are integers, any such name
     'model.0.weight'       'model'                   'model', and in it '0.weight'
-    '0', '1', ...          a list                    a list
+    '0', '1', ...          a list                    a list; an element whose number is not there is missing
     no such name           an empty container, or    an empty container
                            an object without state
     no 'state'             an optimizer              an optimizer without state: it never made a step
@@ -23,7 +23,7 @@ import torch
 
 from stager.loading.nodes import children_of, in_one_order, is_list, is_mapping, state_of
 from stager.state.stateful import is_stateful
-from stager.workers.checkpoint.layout.structure import Key, Node, Path
+from stager.workers.checkpoint.layout.structure import ABSENT, Key, Node, Path
 from stager.workers.errors import UsageError
 
 _MAX_DEPTH = 100
@@ -162,9 +162,13 @@ def _by_first(node: Node) -> dict[Key, Node]:
 def _list(node: Node, value: list[Any] | tuple[Any, ...], path: Path) -> Node:
     if is_mapping(node):
         children = {_integer(key): child for key, child in _by_first(node).items()}
-        if sorted(children, key=str) != sorted(range(len(children)), key=str):
+        numbers = [key for key in children if isinstance(key, int) and key >= 0]
+        length = max(numbers, default=-1) + 1
+        if len(numbers) != len(children):
             return node
-        nodes = [children[index] for index in range(len(children))]
+        if length != len(children) and not (isinstance(value, list) and length <= len(value)):
+            return node
+        nodes = [children.get(index, ABSENT) for index in range(length)]
     elif is_list(node):
         nodes = list(node[1])
     else:

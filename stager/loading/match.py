@@ -58,7 +58,7 @@ from stager.state.per_rank import PerRank, rank_key
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, is_with_recipe
+from stager.workers.checkpoint.layout.structure import ABSENT, Key, Node, Path, describe, is_with_recipe
 from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, without_flags
 
 logger = logging.getLogger("stager")
@@ -348,7 +348,10 @@ class _Matcher:
         children = node[1]
         num_both = min(len(children), len(value))
         for index in range(num_both):
-            self.entry(children[index], value, index, (*path, index), owner)
+            if children[index] is ABSENT:
+                self.missing(value[index], (*path, index))
+            else:
+                self.entry(children[index], value, index, (*path, index), owner)
         kept = []
         for index in range(num_both, len(value)):
             if owner is _Owner.NOBODY and not holds_belongings(value[index]):

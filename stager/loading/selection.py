@@ -25,7 +25,7 @@ class Selection:
     elements would have other positions.
 
     Args:
-        keys: patterns as in a shell (``model.*.weight``); ``*`` matches dots too.
+        keys: patterns (``model.*.weight``): ``*`` and ``?`` as in a shell; ``*`` matches dots too, and brackets are literal.
 
     Raises:
         ArgumentError: ``keys`` is neither.
@@ -117,8 +117,11 @@ class Selection:
 
 
 def _compile(patterns: Iterable[str]) -> Any:
-    """Make the test of whether a name matches a pattern, or is that of something in what matches."""
-    each = [fnmatch.translate(part) for pattern in patterns for part in (pattern, f"{pattern}.*")]
+    """Make the test of whether a name matches a pattern, or is that of something in what matches.
+
+    Only ``*`` and ``?`` are special: a key may have brackets.
+    """
+    each = [fnmatch.translate(part.replace("[", "[[]")) for pattern in patterns for part in (pattern, f"{pattern}.*")]
     return re.compile("|".join(each) or r"(?!)").match
 
 

@@ -335,6 +335,28 @@ def test_missing_and_unexpected_are_told(tmp_path: Path, kind: str) -> None:
     assert set(loaded.unexpected) == {"model.b.w", "other"} and model["a"].w.all()
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["safetensors", "renamed"])
+def test_list_of_which_an_element_is_missing(tmp_path: Path, kind: str, strict: bool) -> None:
+    path, rename = tmp_path / "a.safetensors", None
+    names = {"x.1": torch.ones(2), "x.2": torch.ones(1)}
+    if kind == "renamed":
+        names, rename = {f"y{name}": tensor for name, tensor in names.items()}, {"yx.1": "x.1", "yx.2": "x.2"}
+    safetensors.torch.save_file(names, path)
+    first, second, third = torch.zeros(2) - 1, torch.zeros(2), torch.zeros(1)
+    items = [first, second, third]
+    into: dict[str, Any] = {"x": items}
+    if strict:
+        with pytest.raises(StateMismatchError, match=r"x\[0\]: is in the target but not in the checkpoint"):
+            load_checkpoint(path, into, rename=rename)
+        assert not second.any()
+        return
+    loaded = load_checkpoint(path, into, strict=False, rename=rename)
+    assert loaded.missing == ("x.0",) and loaded.replaced == loaded.unexpected == ()
+    assert into["x"] is items and items[0] is first and items[1] is second and items[2] is third
+    assert first.tolist() == [-1, -1] and second.tolist() == [1, 1] and third.tolist() == [1]
+
+
 def test_positions_of_a_list_without_a_value(tmp_path: Path) -> None:
     path = save_dcp(tmp_path / "stock", {"list": [{}, {"n": 1}, torch.ones(1)]})
     assert same(load_checkpoint(path).state, {"list": [{}, {"n": 1}, torch.ones(1)]})

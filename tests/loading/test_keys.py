@@ -50,6 +50,17 @@ def test_new_state_has_what_is_selected(run: Path, tmp_path: Path, keys: Any, ex
     assert same(load_checkpoint(tmp_path / "a.pt", keys=keys).state, expected)
 
 
+@pytest.mark.parametrize(
+    "keys, expected", [("l[1]", {"l[1]"}), ("[!a]", {"[!a]"}), ("l?1]", {"l[1]"}), ("l*", {"l[1]", "l1"})]
+)
+def test_brackets_are_literal(run_dir: Path, keys: str, expected: set[str]) -> None:
+    save(run_dir, {"l[1]": 10, "l1": 20, "[!a]": 30, "b": 40})
+    assert load(run_dir, keys).keys() == expected
+    into = dict.fromkeys(["l[1]", "l1", "[!a]", "b"], 0)
+    load(run_dir, keys, into)
+    assert {name for name, value in into.items() if value} == expected
+
+
 @pytest.mark.parametrize("into", [None, {"model": {}}], ids=["new", "into"])
 @pytest.mark.parametrize("keys", ["weight", [], "Model.*"], ids=str)
 def test_nothing_is_selected(run: Path, keys: Any, into: Any) -> None:
@@ -107,7 +118,7 @@ def test_module_in_part_and_optimizer_as_a_whole(run_dir: Path) -> None:
     load(run_dir, ["m.0.*", "o.*"], into)
     assert len(into["o"].state) == 4
     with pytest.raises(StateMismatchError, match=r"m\['2.weight'\]: is in the target but not in the checkpoint"):
-        load(run_dir, "m.[12].*", {"m": nn.Sequential(*other, nn.Linear(1, 1))})
+        load(run_dir, "m.?.*", {"m": nn.Sequential(*other, nn.Linear(1, 1))})
 
 
 def test_damage_is_found_where_it_is_selected(run: Path) -> None:
