@@ -26,7 +26,7 @@ from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.checkpoint.read.verify import default_threads
-from stager.workers.errors import UsageError
+from stager.workers.errors import UnsafePickleError, UsageError
 
 
 @explained('load_checkpoint("runs/gpt/step-00000100")')
@@ -104,9 +104,19 @@ def _open(found: Found, allow_pickle: bool, safe_globals: Sequence[str]) -> Fore
         return SafetensorsFiles(found.path, default_threads())
     if found.origin is Origin.DCP:
         return StockCheckpoint(found.path, allow_pickle, safe_globals)
-    values = load_torch_save(found.path, allow_pickle, safe_globals=safe_globals)
+    try:
+        values = load_torch_save(found.path, allow_pickle, safe_globals=safe_globals)
+    except UnsafePickleError as error:
+        raise UnsafePickleError(
+            f"{error}. If the file holds an object as a whole, as torch.save(model) writes it, load it by "
+            "load_checkpoint(path, allow_pickle=True), without into and keys"
+        ) from error
     if not isinstance(values, Mapping):
-        raise UsageError(f"{found.path}: holds a {type(values).__name__}, not a mapping; load it without into and keys")
+        permission = ", allow_pickle=True" if allow_pickle else ""
+        raise UsageError(
+            f"{found.path}: holds a {type(values).__name__}, not a mapping; load it without into and keys, by "
+            f"load_checkpoint(path{permission}).state"
+        )
     return LoadedValues(found.path, values)
 
 

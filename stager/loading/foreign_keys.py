@@ -4,6 +4,7 @@ DCP makes text of every key, and has no entry for a container without values. sa
 names only: keys joined by dots. What was lost is taken from the target:
 
     the checkpoint has     the target has            becomes
+    '(1, 2)'               the key (1, 2)            (1, 2)
     '3'                    the key 3                 3; where all keys of the target's mapping are integers, any such name
     'model.0.weight'       'model'                   'model', and in it '0.weight'
     '0', '1', ...          a list                    a list; an element whose number is not there is missing
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 
 from stager.loading.nodes import children_of, in_one_order, is_list, is_mapping, state_of
+from stager.loading.prefixes import find_prefixes
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.structure import ABSENT, Key, Node, Path
 from stager.workers.errors import UsageError
 
 _MAX_DEPTH = 100
-_KEY_TYPES = (str, int, float, type(None))
+_KEY_TYPES = (str, int, float, tuple, type(None))
 _SHOWN_NAMES = 3
 _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")  # as str() writes it
 
@@ -66,6 +68,12 @@ def refuse_if_itself(structure: Node, target: Any, path: str) -> None:
         raise UsageError(
             f"{path} has no {key!r}: it is the state dict of one object itself, with the names {_shown(common)}; "
             f"pass the {type(value).__name__} itself, load_checkpoint(path, into={key})"
+        )
+    names = [(name,) for name in state] if isinstance(state, Mapping) else []
+    if found := find_prefixes(names, [(name,) for name in nodes]):
+        raise UsageError(
+            f"{path} has no {key!r}: it is the state dict of one object itself, and {found[0].sentence}, with the "
+            f"{type(value).__name__} itself as into={key}"
         )
 
 

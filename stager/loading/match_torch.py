@@ -70,7 +70,13 @@ def match_module(
 
 def nothing_fits(path: Path, here: Collection[Any], there: Collection[Any]) -> str:
     """Say that no name of the target is in the checkpoint, and no name of the checkpoint in the target."""
-    return f"{describe(path)}: nothing of it fits: the target has {listed(here)}, and the checkpoint {listed(there)}"
+    text = f"{describe(path)}: nothing of it fits: the target has {listed(here)}, and the checkpoint {listed(there)}"
+    types = {str(name): type(name).__name__ for name in there}
+    alike = next((name for name in here if types.get(str(name), type(name).__name__) != type(name).__name__), None)
+    if alike is None:
+        return text
+    kinds = f"{type(alike).__name__} in the target, and {types[str(alike)]} in the checkpoint"
+    return f"{text}; the key {alike} is of type {kinds}"
 
 
 def listed(names: Collection[Any]) -> str:

@@ -66,8 +66,8 @@ def sole_fit(
         )
     prefixes = [
         one.sentence
-        for name, node in nodes.items()
-        for one in find_prefixes([(name, key) for key in keys], [(name, key) for key in children_of(node)])
+        for above, node in [*(((name,), node) for name, node in nodes.items()), ((), structure)]
+        for one in find_prefixes([(*above, key) for key in keys], [(*above, key) for key in children_of(node)])
         if len(one.missing) == len(keys) == len(children_of(node))
     ]
     if prefixes:

@@ -296,6 +296,51 @@ def test_names_of_a_wrapped_module(tmp_path: Path, kind: str) -> None:
     assert same(dict(other.state_dict()), dict(model.state_dict()))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_file_that_is_the_state_dict_of_a_wrapped_module(tmp_path: Path, strict: bool) -> None:
+    model, other = small_model(), small_model()
+    path = tmp_path / "ddp.pt"
+    torch.save({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, path)
+    before = contents(other)
+    with pytest.raises(StateMismatchError, match=r"pass strip_prefix='module\.'"):
+        load_checkpoint(path, other, strict)
+    with pytest.raises(UsageError, match=r"pass strip_prefix='module\.', with the \w+ itself as into=m"):
+        load_checkpoint(path, {"m": other}, strict)
+    assert contents(other) == before
+    load_checkpoint(path, other, strict, strip_prefix="module.")
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+
+
+def test_tuple_as_a_key_of_dcp(tmp_path: Path) -> None:
+    path = save_dcp(tmp_path / "stock", {"a": {(1, 2): torch.ones(1), "k": torch.ones(1)}})
+    tensor = torch.zeros(1)
+    into: dict[str, Any] = {"a": {(1, 2): tensor, "k": torch.zeros(1)}}
+    loaded = load_checkpoint(path, into)
+    assert into["a"][(1, 2)] is tensor and tensor.all() and set(into["a"]) == {(1, 2), "k"}
+    assert loaded.missing == loaded.unexpected == ()
+
+
+def test_keys_that_differ_in_their_type_only(tmp_path: Path) -> None:
+    torch.save({"a": {"(1, 2)": torch.ones(1), "k": torch.ones(1)}}, tmp_path / "a.pt")
+    with pytest.raises(
+        StateMismatchError, match=r"the key \(1, 2\) is of type tuple in the target, and str in the checkpoint"
+    ):
+        load_checkpoint(tmp_path / "a.pt", {"a": {(1, 2): torch.zeros(1)}})
+
+
+def test_module_that_torch_saved_whole(tmp_path: Path) -> None:
+    path, model = tmp_path / "whole.pt", small_model()
+    torch.save(model, path)
+    with pytest.raises(UnsafePickleError, match=r"load_checkpoint\(path, allow_pickle=True\), without into and keys"):
+        load_checkpoint(path, small_model())
+    with pytest.raises(
+        UsageError, match=r"without into and keys, by load_checkpoint\(path, allow_pickle=True\)\.state"
+    ):
+        load_checkpoint(path, small_model(), allow_pickle=True)
+    state = load_checkpoint(path, allow_pickle=True).state
+    assert same(dict(state.state_dict()), dict(model.state_dict()))
+
+
 def test_a_prefix_of_all_names(tmp_path: Path) -> None:
     model = small_model()
     names = {f"module.model.{name}": tensor for name, tensor in model.state_dict().items()}
