@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,9 +25,19 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else usable_cores() + 1
 
 
+_SET_OR_ADDRESS = re.compile(r"\{[^{}:]*,[^{}:]*\}|\bat 0x")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with a costly fixture come first: there, xdist gives all tests of a file to one worker, which makes it once."""
+    """Files with a costly fixture come first: there, xdist gives all tests of a file to one worker, which makes it once.
+
+    A name that shows a set or an address is refused: a set that is compiled and one that is read from a ``.pyc`` show
+    another order, and workers of xdist that collect different names run nothing.
+    """
+    unstable = [item.nodeid for item in items if _SET_OR_ADDRESS.search(item.nodeid)]
+    if unstable:
+        raise pytest.UsageError(f"tests whose names differ from one process to the next; give them ids: {unstable}")
     items.sort(key=lambda item: item.get_closest_marker("costly_fixture") is None)
 
 

@@ -44,7 +44,18 @@ STEPS = (10, 20, 30, 35, 40, 45)
         (RetentionRules(protected=frozenset({10})), [*STEPS]),
         (RetentionRules(keep_latest=1, full=False), [45]),
     ],
-    ids=str,
+    ids=[
+        "nothing",
+        "latest-1",
+        "latest-3",
+        "latest-more-than-there-are",
+        "every-20",
+        "every-7",
+        "latest-and-every",
+        "latest-and-protected",
+        "protected-alone",
+        "latest-without-checking",
+    ],
 )
 def test_rules(run_dir: Path, rules: RetentionRules, kept: list[int]) -> None:
     make_run(run_dir, STEPS)
