@@ -1,8 +1,9 @@
 """The public face: a run's checkpoints.
 
-Start here. Then read ``saving/saver.py`` (one save, end to end), ``snapshot/`` and ``arena/``; ``loading/`` for the way
-back; ``ranks/`` for several processes that make one checkpoint; ``replication/`` for processes that keep copies of each
-other's snapshots. ``workers/`` is what the worker processes run (``workers/pool/pool.py`` has the diagram).
+Start here. Then read ``saving/open_run.py`` (what it takes to save) and ``saving/saver.py`` (one save, end to end);
+``snapshot/`` and ``arena/``; ``loading/`` for the way back; ``ranks/`` for several processes that make one checkpoint;
+``replication/`` for processes that keep copies of each other's snapshots. ``workers/`` is what the worker processes run
+(``workers/pool/pool.py`` has the diagram).
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import logging
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, suppress
 from enum import Enum
 from types import TracebackType
 from typing import Any, SupportsIndex
@@ -26,34 +25,28 @@ from stager.config.calls import explained
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
-from stager.loading.place import OneCheckpoint, Run
+from stager.loading.place import place_of
 from stager.loading.renaming import Renaming
 from stager.loading.selection import Selection
-from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import find_rank_group
-from stager.replication.replication import Replication
-from stager.saving import at_exit, open_here, setup
-from stager.saving.ending import Ending
+from stager.saving import at_exit, setup
 from stager.saving.open_here import weakly
+from stager.saving.open_run import OpenRun
 from stager.saving.preemption import Preemption
-from stager.saving.retainer import Retainer, change_protected
-from stager.saving.save import Save, SaveHandle
-from stager.saving.save_errors import SaveErrors
-from stager.saving.saver import Saver
+from stager.saving.retainer import change_protected
+from stager.saving.save import SaveHandle
 from stager.state.stateful import Stateful
-from stager.telemetry.event import Event, FellBackEvent, PrunedEvent
+from stager.telemetry.event import Event, FellBackEvent
 from stager.telemetry.listeners import Listeners
-from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
-    is_checkpoint_directory,
     parse_checkpoint,
     require_run_directory,
 )
-from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
-from stager.workers.errors import ArgumentError, CheckpointNotFoundError, ClosedError, StorageError, UsageError
+from stager.workers.checkpoint.maintenance.retention import PruneReport, prune
+from stager.workers.errors import ClosedError, UsageError
 
 logger = logging.getLogger("stager")
 
@@ -69,9 +62,6 @@ class _Lifecycle(Enum):
     OPEN = "is open"
     CLOSING = "is being closed"
     CLOSED = "is closed"
-
-
-_NOT_PREEMPTED = Preemption()  # until on_preemption() is called
 
 
 class Checkpointer:
@@ -106,73 +96,25 @@ class Checkpointer:
     ) -> None:
         self._config = load_config(config)
         self._directory = local_path(directory)
-        self._place = _place(self._directory, read_only=read_only)
+        self._place = place_of(self._directory, read_only=read_only)
         self._owner = os.getpid()
         self._lock = threading.RLock()
         self._lifecycle = _Lifecycle.READ_ONLY if read_only else _Lifecycle.OPEN
         self._listeners = Listeners()
         if on_event is not None:
             self._listeners.add(on_event)
-        self._preemption = _NOT_PREEMPTED
         ranks = self._config.ranks
-        self._job = find_rank_group(False if read_only else ranks.together, ranks.timeout_secs)
-        self._loader = Loader(self._place, self._config.loading, self._job.own_rank)
-        self._together = JointLoader(self._job, self._directory, self._loader)
+        self._group = find_rank_group(False if read_only else ranks.together, ranks.timeout_secs)
+        self._loader = Loader(self._place, self._config.loading, self._group.own_rank)
+        self._together = JointLoader(self._group, self._directory, self._loader)
         if not read_only:
-            self._open_for_writing()
+            on_closed = weakly(self._become_closed)
+            self._run = OpenRun(self._directory, self._config, self._group, self._listeners, on_closed)
+            self._run.belongs_to(self)
+            self._together.restore = self._run.replication.restore
             at_exit.watch(self, self._close, self._abandon)
         elif not os.path.lexists(self._directory):
             logger.warning("%s does not exist, so no checkpoint is found there", self._directory)
-
-    def _open_for_writing(self) -> None:
-        """Make what saves; a Checkpointer with ``read_only=True`` has none of it.
-
-        ``opened`` lists what is to be closed, in the order of opening: the end closes it from the last to the first, and so
-        does a failure of a later step.
-        """
-        config, job = self._config, self._job
-        self._signals = ExitStack()  # on_preemption() adds what restores their handlers
-        setup.check_for_ranks(config, job)
-        with ExitStack() as opened:
-            opened.callback(weakly(self._become_closed))
-            # Late, because everything before it may still post an event.
-            opened.callback(_close_listeners, self._listeners, config.telemetry.listen_timeout_secs, weakref.ref(self))
-            opened.callback(self._signals.close)
-            opened.callback(job.close)
-            self._lock_fd = take_directory(
-                self._directory,
-                job,
-                config.persistence.lock_timeout_secs,
-                replicates=config.replication.partners > 0,
-                take_over=lambda: open_here.take_over(self._directory),
-            )
-            opened.callback(os.close, self._lock_fd)
-            setup.listen_to_files(self._listeners, config.telemetry, job)
-            self._arena = setup.make_arena(config.arena, job)
-            opened.callback(self._arena.close)
-            segment_bytes = setup.agree_on_segment_bytes(config.persistence, job, self._arena)
-            self._pool = setup.start_pool(config.workers, job, self._lock_fd)
-            try:  # not one of the resources: how the pool ends depends on the saves in flight (saving/ending.py)
-                self._replication = Replication.open(config.replication, self._directory, job, self._pool)
-                shared = self._arena, self._pool, job, self._replication.replicator
-                post = self._listeners.post
-                self._saver = Saver(
-                    config, self._directory, segment_bytes, *shared, on_done=weakly(self._on_done), post=post
-                )
-            except BaseException:
-                self._pool.close(0)
-                raise
-            opened.callback(self._saver.close)
-            persistence, heard = config.persistence, self._listeners.are_there
-            self._errors = SaveErrors(persistence.on_save_error, persistence.tolerate_failures, job, heard)
-            self._ending = Ending(
-                self._saver, self._pool, self._replication, job.timeout_secs, self._errors, opened.pop_all()
-            )
-        # What closes it does not hold it: see saving/open_here.py.
-        self._ending.resources.callback(open_here.add(self, self._directory, self._ending.finish))
-        self._together.restore = self._replication.restore
-        rules = setup.retention_rules(config.retention)
-        self._retainer = Retainer(self._pool, self._directory, rules, weakly(self._on_pruned))
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -205,25 +147,10 @@ class Checkpointer:
         """
         arguments.check_save(step, state)
         number = arguments.as_step(step)
-        numbers = {} if metrics is None else _check_metrics(metrics)
+        numbers = {} if metrics is None else arguments.as_metrics(metrics)
         self._refuse_in_callback("save()")
         with self._lock, record_function("stager: save"):
-            saver = self._writer()
-            if self._job.is_coordinator:  # whose metrics are kept
-                self._retainer.check_metrics(numbers)
-            self._errors.judge()  # before this save counts: see NOTE [ All ranks raise in the same save() ]
-            save = saver.new_save(number, numbers)
-            self._errors.begin(save)
-            try:
-                saver.save(save, state)
-            except BaseException as error:
-                if not (isinstance(error, Exception) and self._errors.tolerates(save)):
-                    save.upload_completion.was_read = True
-                    self._errors.was_raised(save)
-                    raise
-            self._errors.has_returned(save)
-            self._errors.raise_due()
-            return SaveHandle(save)
+            return SaveHandle(self._opened().save(number, state, numbers))
 
     def listen(self, listener: Callable[[Event], object]) -> Callable[[], None]:
         """Call ``listener`` with every event from now on, in the order in which they happen, in a thread of its own.
@@ -259,7 +186,7 @@ class Checkpointer:
             ClosedError
         """
         with self._lock:
-            self._writer().guard.add(*arguments.each_of(optimizers))
+            self._opened().saver.guard.add(*arguments.each_of(optimizers))
 
     @explained("warmup(state)")
     def warmup(self, state: Mapping[str, Any]) -> None:
@@ -267,7 +194,7 @@ class Checkpointer:
         arguments.check_state(state, "warmup({example})")
         self._refuse_in_callback("warmup()")
         with self._lock:
-            self._writer().warm_up(state)
+            self._opened().saver.warm_up(state)
 
     @explained("on_preemption(signal.SIGTERM, deadline_secs=60)")
     def on_preemption(
@@ -290,15 +217,7 @@ class Checkpointer:
             ClosedError
         """
         with self._lock:
-            self._writer()
-            if self._preemption is not _NOT_PREEMPTED:
-                raise UsageError("on_preemption() was called before; read the object that it returned")
-            numbers = (signals,) if isinstance(signals, int) else signals
-            self._preemption = Preemption(numbers, deadline_secs)
-            self._signals.callback(self._preemption.restore)
-            if deadline_secs is not None:
-                self._arena.wait_no_longer_than(self._preemption.remaining_secs)
-            return self._preemption
+            return self._opened().expect_preemption(signals, deadline_secs)
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Wait until every snapshot begun so far is taken. Then the state may be changed in any way.
@@ -309,7 +228,7 @@ class Checkpointer:
         """
         arguments.check_secs(timeout)
         self._refuse_in_callback("wait_for_staging()")
-        self._writer().wait_for_staging(timeout)
+        self._opened().saver.wait_for_staging(timeout)
 
     def _refuse_in_callback(self, what: str) -> None:
         if self._listeners.is_current:
@@ -317,29 +236,20 @@ class Checkpointer:
                 f"{what} was called by a listener, and close() would wait for both; let the listener set a flag, and call "
                 "it from the training loop"
             )
-        if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._saver.in_callback:
+        if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._run.saver.in_callback:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 "let the callback set a flag, and call it from the training loop"
                 + (" (or look with latest(), or read with stager.load_checkpoint())" if what == "load()" else "")
             )
 
-    def _on_done(self, save: Save) -> None:
-        """Called when a save is committed or has failed, mostly in the pool's thread."""
-        report = save.report
-        if report.state is SaveState.COMMITTED:
-            logger.info("step %d committed after %.2f s", report.step, report.committed_secs or 0.0)
-            if self._job.is_coordinator:
-                self._retainer.after_commit()
-        self._errors.judge()
-
-    def _writer(self) -> Saver:
+    def _opened(self) -> OpenRun:
         if self._owner != os.getpid():
             raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
         if not self._is_open:
             advice = "make one without it to save" if self._lifecycle is _Lifecycle.READ_ONLY else "make a new one"
             raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}; {advice}")
-        return self._saver
+        return self._run
 
     @property
     def _is_open(self) -> bool:
@@ -367,9 +277,9 @@ class Checkpointer:
 
     def _protect(self, step: SupportsIndex, *, keep: bool) -> None:
         number = arguments.as_step(step)
-        self._writer()  # before the lock, too: close() holds it while it waits for a listener, which may be here
+        self._opened()  # before the lock, too: close() holds it while it waits for a listener, which may be here
         with self._lock:
-            self._writer()
+            self._opened()
             change_protected(self._directory, number, keep=keep)
 
     @explained("delete(100)")
@@ -391,22 +301,7 @@ class Checkpointer:
         number = arguments.as_step(step)
         self._refuse_in_callback("delete()")
         with self._lock:
-            saver = self._writer()
-            if number in self._config.retention.protect:
-                raise UsageError(f"the checkpoint of step {number} is in retention.protect; take it out of there first")
-            saver.completion.wait_for_saves(number)
-            try:
-                report = self._retainer.remove(number)
-            except CheckpointNotFoundError:
-                if self._job.is_alone:
-                    raise
-                self._replication.replicator.forget(number)
-                return PruneReport((), 0, False)
-        (verdict,) = report.verdicts
-        if verdict.fate is PruneFate.LEFT:
-            raise StorageError(None, f"the checkpoint was not removed: {verdict.reason}", verdict.path)
-        self._replication.replicator.forget(number)  # else a run that crashes could bring it back from memory
-        return report
+            return self._opened().delete(number)
 
     @explained("prune(dry_run=True)")
     def prune(self, *, dry_run: bool = False) -> PruneReport:
@@ -425,14 +320,7 @@ class Checkpointer:
             require_run_directory(self._directory)
             rules = setup.retention_rules(self._config.retention, num_threads=None)
             return prune(self._directory, rules, dry_run=True)
-        self._writer()
-        return self._retainer.run(dry_run=dry_run)
-
-    def _on_pruned(self, report: PruneReport) -> None:
-        removed = report.steps(PruneFate.REMOVED)
-        self._saver.completion.forget_base({*report.damaged, *removed})
-        if removed or report.steps(PruneFate.LEFT):
-            self._listeners.post(lambda: PrunedEvent(report=report))
+        return self._opened().retainer.run(dry_run=dry_run)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -452,7 +340,7 @@ class Checkpointer:
         Raises:
             StorageError
         """
-        if wait and self._is_open and not self._saver.in_callback:
+        if wait and self._is_open and not self._run.saver.in_callback:
             self._wait_for_saves()
         found = self._together.latest(self._loader.latest)
         self._after_looking(None if found is None else found.step)
@@ -466,7 +354,7 @@ class Checkpointer:
     def _wait_for_saves(self) -> None:
         """Wait until the saves of this Checkpointer have ended, so that what was saved before is found."""
         if self._owner == os.getpid():  # in a forked child, nothing resolves their Futures
-            self._saver.wait_for_saves()
+            self._run.saver.wait_for_saves()
 
     def _after_looking(self, taken: int | None) -> None:
         """Link nothing to a checkpoint that is known to be damaged, and tell that it was passed over.
@@ -476,7 +364,7 @@ class Checkpointer:
         """
         damaged = {step: one for one in self._loader.skipped if (step := parse_checkpoint(one.name)) is not None}
         if self._is_open:
-            self._saver.completion.forget_base(damaged)
+            self._run.saver.completion.forget_base(damaged)
         if damaged:
             self._listeners.post(lambda: FellBackEvent(step=taken, skipped=tuple(damaged.values())))
 
@@ -545,7 +433,7 @@ class Checkpointer:
             self._refuse_in_callback("load()")
             if wait:
                 self._wait_for_saves()
-            self._saver.wait_for_staging()  # do not overwrite what is being copied
+            self._run.saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
         renaming = Renaming.of_arguments(rename, strip_prefix)
 
@@ -564,9 +452,9 @@ class Checkpointer:
         self._after_looking(None if loaded is None else loaded.step)
         if self._is_open and loaded is not None:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
-                self._saver.expect(loaded.info.nbytes // self._job.num_ranks)
+                self._run.saver.expect(loaded.info.nbytes // self._group.num_ranks)
             if self._loader.knows_whole(loaded.path):
-                self._saver.completion.set_base(loaded.step)
+                self._run.saver.completion.set_base(loaded.step)
         return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------
@@ -598,12 +486,12 @@ class Checkpointer:
             at_exit.forget(self)
             if not self._is_open:
                 if self._lifecycle is _Lifecycle.READ_ONLY:
-                    _close_listeners(self._listeners, self._config.telemetry.listen_timeout_secs, weakref.ref(self))
+                    self._listeners.close(self._config.telemetry.listen_timeout_secs)
                 self._lifecycle = _Lifecycle.CLOSED
                 return
             self._lifecycle = _Lifecycle.CLOSING
             self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
-            self._ending.finish(timeout, self._preemption.remaining_secs(), has_failed=has_failed)
+            self._run.finish(timeout, has_failed=has_failed)
 
     def _become_closed(self) -> None:
         self._lifecycle = _Lifecycle.CLOSED
@@ -623,52 +511,5 @@ class Checkpointer:
             logger.exception("a save failed as well")
 
     def _abandon(self) -> None:
-        """Close the lock's descriptor in a forked child: otherwise the child would hold the directory."""
         if self._is_open:
-            with suppress(OSError):
-                os.close(self._lock_fd)
-
-
-def _place(directory: str, *, read_only: bool) -> Run:
-    """Return where the checkpoints are. One checkpoint alone can only be read: a run would write its lock into it."""
-    if not is_checkpoint_directory(directory):
-        return Run(directory)
-    if read_only:
-        return OneCheckpoint(directory)
-    run, name = os.path.split(directory)
-    step = parse_checkpoint(name)
-    its_run = "" if step is None else f"open its run, Checkpointer({run!r}), and load({step}); "
-    raise UsageError(
-        f"{directory} is one checkpoint, not the directory of a run; {its_run}to read this checkpoint alone, pass "
-        "read_only=True, or call stager.load_checkpoint()"
-    )
-
-
-def _check_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics as plain numbers: tensors of one element and numpy's numbers are read.
-
-    Raises:
-        ArgumentError: it is no mapping.
-        UsageError: names the metric that is no number.
-    """
-    if not isinstance(metrics, Mapping):
-        raise ArgumentError(
-            f"metrics must be a mapping of names to numbers, got {arguments.shown(metrics)}; write "
-            'save(step, state, metrics={"loss": loss})'
-        )
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            # Of a tensor that requires grad, float() would warn.
-            numbers[name] = float(value.detach() if hasattr(value, "detach") else value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"metrics[{name!r}] is {value!r}, which is no number; give a float") from error
-        if not (isinstance(name, str) and name):
-            raise UsageError(f"metrics has the key {name!r}; a metric's name is text")
-    return numbers
-
-
-def _close_listeners(listeners: Listeners, secs: float, owner: weakref.ref[Checkpointer]) -> None:
-    checkpointer = owner()
-    remaining = None if checkpointer is None else checkpointer._preemption.remaining_secs()
-    listeners.close(min(limit for limit in (secs, remaining) if limit is not None))
+            self._run.abandon()

@@ -16,7 +16,7 @@ from typing import Any
 from stager.config.sizes import SIZE_FORM, parse_bytes
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, parse_checkpoint
-from stager.workers.errors import ArgumentError
+from stager.workers.errors import ArgumentError, UsageError
 
 logger = logging.getLogger("stager")
 
@@ -72,6 +72,30 @@ def _advice(value: Any) -> str:
     if (isinstance(value, float) and math.isfinite(value)) or hasattr(value, "item"):
         return "; convert it with int()"
     return ""
+
+
+def as_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics as plain numbers: tensors of one element and numpy's numbers are read.
+
+    Raises:
+        ArgumentError: it is no mapping.
+        UsageError: names the metric that is no number.
+    """
+    if not isinstance(metrics, Mapping):
+        raise ArgumentError(
+            f"metrics must be a mapping of names to numbers, got {shown(metrics)}; write "
+            'save(step, state, metrics={"loss": loss})'
+        )
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            # Of a tensor that requires grad, float() would warn.
+            numbers[name] = float(value.detach() if hasattr(value, "detach") else value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"metrics[{name!r}] is {value!r}, which is no number; give a float") from error
+        if not (isinstance(name, str) and name):
+            raise UsageError(f"metrics has the key {name!r}; a metric's name is text")
+    return numbers
 
 
 def check_secs(value: object, name: str = "timeout") -> None:

@@ -10,13 +10,14 @@ from stager.workers.checkpoint.directory.run_directory import (
     SkippedCheckpoint,
     checkpoint_name,
     committed_steps,
+    is_checkpoint_directory,
     list_checkpoints,
     parse_checkpoint,
     parse_partial,
     partial_names,
     read_checkpoint,
 )
-from stager.workers.errors import CorruptCheckpointError
+from stager.workers.errors import CorruptCheckpointError, UsageError
 
 _NUM_SHOWN = 3
 
@@ -127,3 +128,18 @@ def _in_words(steps: list[int]) -> str:
     if len(steps) == 1:
         return f"step {steps[0]}"
     return f"steps {', '.join(map(str, steps[:-1]))} and {steps[-1]}"
+
+
+def place_of(directory: str, *, read_only: bool) -> Run:
+    """Return where the checkpoints are. One checkpoint alone can only be read: a run would write its lock into it."""
+    if not is_checkpoint_directory(directory):
+        return Run(directory)
+    if read_only:
+        return OneCheckpoint(directory)
+    run, name = os.path.split(directory)
+    step = parse_checkpoint(name)
+    its_run = "" if step is None else f"open its run, Checkpointer({run!r}), and load({step}); "
+    raise UsageError(
+        f"{directory} is one checkpoint, not the directory of a run; {its_run}to read this checkpoint alone, pass "
+        "read_only=True, or call stager.load_checkpoint()"
+    )

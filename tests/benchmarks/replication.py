@@ -68,7 +68,7 @@ def _save(rank: int, num_ranks: int, directory: str, memory: str, mib: int) -> N
     _begin(rank, num_ranks, directory)
     secs = []
     with suppress(_FailError), _open(directory, memory) as ckpt:
-        group = ckpt._job
+        group = ckpt._group
         for step in range(1, _SAVES + 1):
             dist.barrier()
             handle = ckpt.save(step, _state(mib, float(step)))

@@ -119,7 +119,7 @@ class Real:
         fds = len(os.listdir("/proc/self/fd"))
         with Checkpointer(directory, {"arena": arena}) as checkpointer:
             checkpointer.warmup(state)
-            self.arena_nbytes = checkpointer._arena.nbytes
+            self.arena_nbytes = checkpointer._run.arena.nbytes
             handle = checkpointer.save(0, state)
             path = Path(handle.upload_completion.result().path)
             self.report = handle.report

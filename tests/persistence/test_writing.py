@@ -90,7 +90,7 @@ def test_every_byte_of_a_part_counts_against_the_limit(run_dir: Path, monkeypatc
 def test_trainer_s_limit_is_shared_by_its_workers(run_dir: Path, count: int) -> None:
     config = {"workers": {"count": count}, "persistence": {"max_bytes_per_sec": "8GiB"}}
     with Checkpointer(run_dir, config) as ckpt:
-        assert ckpt._saver._hand_over.writing.max_bytes_per_sec == (8 << 30) / count
+        assert ckpt._run.saver._hand_over.writing.max_bytes_per_sec == (8 << 30) / count
         ckpt.save(1, {"a": torch.ones(5)}).upload_completion.result()
 
 

@@ -57,7 +57,7 @@ def test_workers_save_every_kind_of_state_without_torch(run_dir: Path, kind: str
             large(torch.ones(600)).sum().backward()
             optimizer.step()
             info = ckpt.save(step, state).upload_completion.result()
-        names = ckpt._pool.submit(tasks.imported).result()
+        names = ckpt._run.pool.submit(tasks.imported).result()
         assert not names & HEAVY and "stager.workers.checkpoint.commit.persist" in names
         assert set(child_pids()) - others == pids
         for pid in pids:

@@ -36,7 +36,7 @@ def state_of(trained: Trained, rank: int) -> dict[str, Any]:
 
 def board_of(ckpt: Checkpointer) -> Rendezvous:
     """Where the ranks leave word for each other: tests ask it how far the others are."""
-    return ckpt._job.rendezvous
+    return ckpt._group.rendezvous
 
 
 def save(rank: int, directory: str, layout: str) -> None:
@@ -164,7 +164,7 @@ def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str,
     trained = build("fsdp", seed=3)
     state = state_of(trained, rank)
     with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": timeout_secs}}) as ckpt:
-        ckpt._job.turn_secs = ckpt._job.discard_secs = 0.2
+        ckpt._group.turn_secs = ckpt._group.discard_secs = 0.2
         ckpt.save(1, state).upload_completion.result(60)
         dist.barrier()
         if faults is not None:
@@ -211,7 +211,7 @@ def go_on_after_a_failure(rank: int, directory: str, victim: int, on_save_error:
         for step in range(1, 8):
             dist.barrier()
             if step == 2:
-                ckpt._saver.completion.wait_for_saves(1)  # so that the fault meets the second
+                ckpt._run.saver.completion.wait_for_saves(1)  # so that the fault meets the second
                 if faults is not None:
                     faults.arm("part.write", "errno ENOSPC")
             try:
@@ -220,7 +220,7 @@ def go_on_after_a_failure(rank: int, directory: str, victim: int, on_save_error:
                 raised.append(step)
             if step == 5:
                 for earlier in range(1, 6):
-                    ckpt._saver.completion.wait_for_saves(earlier)
+                    ckpt._run.saver.completion.wait_for_saves(earlier)
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
         return {"raised": raised, "steps": [info.step for info in ckpt.checkpoints()]}
 
@@ -250,7 +250,7 @@ def structure_of_share(rank: int, directory: str, layout: str) -> dict[str, Any]
     """Of what the rank writes, as it is in its record; and the paths of all that it has."""
     state = state_of(build(layout, seed=3), rank)
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
-        share = Partitioner(ckpt._job).take(flatten(state, rank), "a save")
+        share = Partitioner(ckpt._group).take(flatten(state, rank), "a save")
         dist.barrier()
     return {"structure": share.structure, "paths": flatten(state, rank).paths}
 

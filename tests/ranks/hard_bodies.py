@@ -187,7 +187,7 @@ def tied_on_one_rank(rank: int, directory: str, sharded: bool) -> str:
 
 def _wait_for(rank: int, ckpt: Checkpointer) -> None:
     """Until it has come to settle the first save of step 1."""
-    group = ckpt._job
+    group = ckpt._group
     to_come = RankGroup(group.rank, group.num_ranks, group.rendezvous, nonce=group.nonce).save_id(1)
     assert group.rendezvous.wait(f"{keys.agreement(to_come)}/here/{rank}", 60) is not None
 

@@ -180,7 +180,7 @@ def guarded(rank: int, directory: str) -> list[str]:
             state = {name: make(torch.zeros(ROWS, 3)) for name, make in makes.items()}
             ckpt.load(step, into=state)
             wrong += [name for name, make in makes.items() if not _is_equal(state[name], make(WHOLE + step - 1))]
-        split = ckpt._saver._taker._split
+        split = ckpt._run.saver._taker._split
         assert split is not None and split.later.copies and not split.now.copies, split
     return wrong
 

@@ -382,7 +382,7 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
 
 def whole_when_opened(rank: int, directory: str) -> str:
     with open_run(directory) as ckpt:
-        replicator = ckpt._replication.replicator
+        replicator = ckpt._run.replication.replicator
         assert isinstance(replicator, Replicator)
         return whole_id(replicator)
 

@@ -118,7 +118,7 @@ def test_value_that_cannot_be_copied_midway_leaves_nothing_and_raises(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Checkpointer(run_dir, SMALL_BUDGET) as ckpt:
-        copy, calls = ckpt._saver._taker.copy, []
+        copy, calls = ckpt._run.saver._taker.copy, []
 
         def fail_at_third(*args: Any, **kwargs: Any) -> None:
             calls.append(1)
@@ -126,7 +126,7 @@ def test_value_that_cannot_be_copied_midway_leaves_nothing_and_raises(
                 raise RuntimeError("CUDA error")
             copy(*args, **kwargs)
 
-        monkeypatch.setattr(ckpt._saver._taker, "copy", fail_at_third)
+        monkeypatch.setattr(ckpt._run.saver._taker, "copy", fail_at_third)
         with pytest.raises(RuntimeError, match="CUDA error"):
             ckpt.save(0, large_state())
         state = large_state(2)

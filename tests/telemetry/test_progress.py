@@ -62,7 +62,7 @@ def test_closing_shows_the_saves_in_flight_on_a_terminal(
     monkeypatch.setattr(progress, "_DELAY_SECS", 0)
     on = console(terminal=True)
     ckpt = Checkpointer(run_dir, {"workers": {"count": 1}, "telemetry": {"progress": True}})
-    ckpt._saver.progress = SaveProgress(True, ckpt._saver.completion.in_flight, lambda: on)
+    ckpt._run.saver.progress = SaveProgress(True, ckpt._run.saver.completion.in_flight, lambda: on)
     with faults.hold("part.write") as hold:
         ckpt.save(3, {"x": torch.ones(1000)})
         hold.wait()
