@@ -23,26 +23,21 @@ from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
 from stager.snapshot.guard import Guard, here
+from stager.snapshot.object_pickler import ObjectPickler
 from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.snapshot.tripwires import Armed, Wires
 from stager.state.flatten import flatten
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.state.state_tree import StateTree
-from stager.state.tensor_kinds import TensorRecipe, WholeTensor
 from stager.telemetry.timeline import Timeline
 from stager.workers.checkpoint.formats import Format
-from stager.workers.checkpoint.formats.object_pickle import PickledObject
-from stager.workers.checkpoint.formats.safe_globals import refusal_of, refused_classes
 from stager.workers.checkpoint.formats.torch_settings import real_tensors
 from stager.workers.device.streams import SideStreams
-from stager.workers.errors import TornSnapshotError, UnstageableError
+from stager.workers.errors import TornSnapshotError
 from stager.workers.memory.slab import Slab
 
 logger = logging.getLogger("stager")
-
-_CACHED_TYPES = (type(None), bool, int, str)  # hashable, and equal only when they are the same in every bit
-_CACHED_BLOBS = 4096
 
 
 @dataclass(slots=True)
@@ -153,10 +148,7 @@ class SnapshotTaker:
         self._split: _Split | None = None
         self._wires = Wires.of(())  # the tripwires of the copies that the last split makes later
         self._torn: frozenset[str] = frozenset()  # names of tensors that somebody else wrote to, once
-        self._blobs: dict[tuple[type, Any], bytes] = {}
-        self._pickle_checked: set[type] = set()
-        self._warned: set[str] = set()
-        self._safe_globals = safe_globals
+        self._pickler = ObjectPickler(file_format, safe_globals)
 
     def flatten(self, state: Mapping[str, Any], occasion: str) -> StateTree:
         """Find the leaves that this rank writes.
@@ -195,7 +187,7 @@ class SnapshotTaker:
             if self._sharer.share(tree.leaves, may_move):
                 plan = planner.plan(tree)  # what was moved has another address now
             self._shared_for = plan if may_move else None
-        blobs = plan.with_trailer([self._pickle(tree, leaf) for leaf in plan.objects])
+        blobs = plan.with_trailer([self._pickler.pickle(tree, leaf) for leaf in plan.objects])
         return Snapshot(timeline, tree, plan, blobs, SideStreams(set(plan.devices or ())))
 
     def notes(self, snapshot: Snapshot) -> Sequence[str]:
@@ -336,68 +328,7 @@ class SnapshotTaker:
         """Drop what was kept for the next save."""
         self._split = self._shared_for = None
         self._partitioner.forget()
-        self._blobs.clear()
-
-    def _pickle(self, tree: StateTree, leaf: int) -> bytes:
-        value = tree.leaves[leaf]
-        value = value.tensor if type(value) is WholeTensor else value
-        kind = type(value)
-        if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
-            return blob
-        try:
-            blob, kinds = tree.pickled.get(id(value)) or self._object_blob(tree, leaf, value)
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise UnstageableError(
-                tree.name(leaf),
-                f"{kind.__name__} cannot be pickled, as torch.save would: {reason}; leave it out, or "
-                "save values it can be made from",
-            ) from error
-        if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:
-            self._blobs[kind, value] = blob
-        if isinstance(value, torch.Tensor) and value.is_meta and "meta" not in self._warned:
-            self._warned.add("meta")
-            logger.warning(
-                "%s is on the meta device: its shape is saved and no values, as torch.save does; if it was to have "
-                "values, materialize the model (to_empty() and load, or build it on a real device) before it is saved",
-                tree.name(leaf),
-            )
-        if not kinds <= self._pickle_checked:
-            self._pickle_checked |= kinds
-            self._warn_if_refused(tree.name(leaf), blob)
-        return blob
-
-    def _object_blob(self, tree: StateTree, leaf: int, value: Any) -> PickledObject:
-        if type(value) is not TensorRecipe:
-            return self._format.object_blob(value, leaf)
-        try:
-            return self._format.object_blob(tuple(value), leaf)  # a plain one: readers do not have our class
-        except Exception as error:  # noqa: BLE001  # whatever the attributes' classes raise
-            name, reason = tree.name(leaf), str(error).partition("\n")[0]
-            if name not in self._warned:
-                self._warned.add(name)
-                logger.warning(
-                    "%s cannot be pickled (%s): the tensor is saved without its attributes; "
-                    "remove those that need not be saved",
-                    name,
-                    reason,
-                )
-            return self._format.object_blob(tuple(value.without_attributes()), leaf)
-
-    def _warn_if_refused(self, name: str, blob: bytes) -> None:
-        """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
-        if (reason := refusal_of(blob, self._safe_globals)) is None:
-            return
-        new = set(refused_classes(blob, self._safe_globals) or [reason]) - self._warned
-        self._warned |= new
-        if new:
-            logger.warning(
-                "%s is pickled, and weights_only rules do not allow it (%s): loading it will need allow_pickle=True, "
-                "or loading.safe_globals: [%s]",
-                name,
-                reason,
-                ", ".join(sorted(new)),
-            )
+        self._pickler.forget()
 
 
 def _leaves_over(tensors: Sequence[torch.Tensor], plan: SnapshotPlan, among: Sequence[int]) -> Iterator[int]:

@@ -1,0 +1,107 @@
+"""Pickles the leaves that are no plain tensors, as the format wants them, and says early what loading will refuse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stager.state.state_tree import StateTree
+from stager.state.tensor_kinds import TensorRecipe, WholeTensor
+from stager.workers.checkpoint.formats import Format
+from stager.workers.checkpoint.formats.object_pickle import PickledObject
+from stager.workers.checkpoint.formats.safe_globals import refusal_of, refused_classes
+from stager.workers.errors import UnstageableError
+
+logger = logging.getLogger("stager")
+
+_CACHED_TYPES = (type(None), bool, int, str)  # hashable, and equal only when they are the same in every bit
+_CACHED_BLOBS = 4096
+
+
+class ObjectPickler:
+    """Pickles objects. What it warns of, it warns of once in a run.
+
+    Args:
+        file_format: how objects are pickled.
+        safe_globals: classes that loading will allow, beside plain data.
+    """
+
+    def __init__(self, file_format: Format, safe_globals: Sequence[str]) -> None:
+        self._format = file_format
+        self._safe_globals = safe_globals
+        self._blobs: dict[tuple[type, Any], bytes] = {}
+        self._checked: set[type] = set()
+        self._warned: set[str] = set()
+
+    def forget(self) -> None:
+        """Drop the pickles of plain values that were kept for the next save."""
+        self._blobs.clear()
+
+    def pickle(self, tree: StateTree, leaf: int) -> bytes:
+        """Return the pickle of a leaf.
+
+        Raises:
+            UnstageableError: it cannot be pickled; names its key path.
+        """
+        value = tree.leaves[leaf]
+        value = value.tensor if type(value) is WholeTensor else value
+        kind = type(value)
+        if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
+            return blob
+        try:
+            blob, kinds = tree.pickled.get(id(value)) or self._object_blob(tree, leaf, value)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise UnstageableError(
+                tree.name(leaf),
+                f"{kind.__name__} cannot be pickled, as torch.save would: {reason}; leave it out, or "
+                "save values it can be made from",
+            ) from error
+        if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:
+            self._blobs[kind, value] = blob
+        if isinstance(value, torch.Tensor) and value.is_meta and "meta" not in self._warned:
+            self._warned.add("meta")
+            logger.warning(
+                "%s is on the meta device: its shape is saved and no values, as torch.save does; if it was to have "
+                "values, materialize the model (to_empty() and load, or build it on a real device) before it is saved",
+                tree.name(leaf),
+            )
+        if not kinds <= self._checked:
+            self._checked |= kinds
+            self._warn_if_refused(tree.name(leaf), blob)
+        return blob
+
+    def _object_blob(self, tree: StateTree, leaf: int, value: Any) -> PickledObject:
+        if type(value) is not TensorRecipe:
+            return self._format.object_blob(value, leaf)
+        try:
+            return self._format.object_blob(tuple(value), leaf)  # a plain one: readers do not have our class
+        except Exception as error:  # noqa: BLE001  # whatever the attributes' classes raise
+            name, reason = tree.name(leaf), str(error).partition("\n")[0]
+            if name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    "%s cannot be pickled (%s): the tensor is saved without its attributes; "
+                    "remove those that need not be saved",
+                    name,
+                    reason,
+                )
+            return self._format.object_blob(tuple(value.without_attributes()), leaf)
+
+    def _warn_if_refused(self, name: str, blob: bytes) -> None:
+        """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
+        if (reason := refusal_of(blob, self._safe_globals)) is None:
+            return
+        new = set(refused_classes(blob, self._safe_globals) or [reason]) - self._warned
+        self._warned |= new
+        if new:
+            logger.warning(
+                "%s is pickled, and weights_only rules do not allow it (%s): loading it will need allow_pickle=True, "
+                "or loading.safe_globals: [%s]",
+                name,
+                reason,
+                ", ".join(sorted(new)),
+            )
