@@ -18,11 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stager import Checkpointer, RankFailedError, SaveHandle, StorageError, checkpointer
+from stager import Checkpointer, RankFailedError, SaveHandle, StorageError
 from stager.ranks import keys
 from stager.ranks.messages import ReplicaFate, decode
 from stager.replication.replicator import Replicator
 from stager.saving import open_here
+from stager.saving import open_run as opening
 from tests.faults import Faults, faults_of_this_process
 from tests.ranks.bodies import CONFIG, board_of, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state
@@ -359,7 +360,7 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
     dist.barrier()
     steps: list[int] = []
     is_waiting = threading.Event()
-    take = checkpointer.take_directory
+    take = opening.take_directory
 
     def take_directory(*args: Any, **options: Any) -> int:
         is_waiting.set()
@@ -367,7 +368,7 @@ def next_run_waits_for_the_lock(rank: int, directory: str) -> list[int]:
 
     def run() -> None:
         in_another_process = mock.patch.object(open_here, "take_over", lambda directory: None)
-        waits = mock.patch.object(checkpointer, "take_directory", take_directory)
+        waits = mock.patch.object(opening, "take_directory", take_directory)
         with in_another_process, waits, open_run(directory) as following:
             steps.extend(info.step for info in following.checkpoints())
 

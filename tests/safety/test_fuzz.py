@@ -38,11 +38,11 @@ def test_what_is_spoiled_is_sound_before(fuzzer: Fuzzer) -> None:
 
 def test_hostile_checkpoints_run_no_code_lead_nowhere_and_raise_our_errors(fuzzer: Fuzzer) -> None:
     findings = Findings()
-    for number in range(400):
+    for number in range(160):
         fuzzer.attempt(20260, number, findings)
     assert not findings.problems
     kinds = Counter(outcome.partition(": ")[2] for outcome in findings.outcomes.elements())
-    assert kinds["CorruptCheckpointError"] > 100 and kinds["UnsafePickleError"] and kinds["accepted"] > 100
+    assert min(kinds["CorruptCheckpointError"], kinds["accepted"]) > 40 and kinds["UnsafePickleError"]
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 // What Python sees of the simulated accelerator, beside torch's own interfaces.
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>  // not torch/extension.h, which takes three times as long to compile
 
 #include "memory.h"
 #include "runtime.h"
