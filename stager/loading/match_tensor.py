@@ -23,7 +23,8 @@ def match_tensor(replacer: Replacer, node: Node, container: Any, key: Key, path:
         is_data: the container is data, so another value may take the tensor's place.
     """
     value, stored, plan = container[key], node, replacer.plan
-    node = without_flags(node)  # the target's tensor stays what it is
+    if type(node) is not int:
+        node = without_flags(node)  # the target's tensor stays what it is
     if isinstance(node, list) and node[0] == "wrapper":
         _match_wrapper(replacer, node, value, path)
         return

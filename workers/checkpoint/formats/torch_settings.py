@@ -55,7 +55,10 @@ def torch_defaults(*, skips_data: bool = False) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(real_tensors())
-            stack.enter_context(torch.device("cpu"))
+            if (
+                torch.empty(0).device.type != "cpu"
+            ):  # each call of torch is slower inside of it, so only where it is needed
+                stack.enter_context(torch.device("cpu"))
             if changed := _changed_settings():
                 stack.enter_context(_config.patch(changed))
             yield
