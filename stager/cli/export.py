@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +34,14 @@ def export(
     step: Annotated[
         int | None, typer.Option(min=0, help="Which one in a run's directory; the newest otherwise.")
     ] = None,
+    keys: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Only these keys, e.g. 'model'; may be repeated."),
+    ] = None,
+    strip_prefix: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Names lose it. With --keys model, 'model.' makes a file of weights alone."),
+    ] = None,
     file_format: Annotated[
         FileFormat | None,
         typer.Option("--format", help="torch: all of it. safetensors: its tensors. By OUT's ending if not given."),
@@ -48,36 +57,36 @@ def export(
 ) -> None:
     """Convert a checkpoint to one file that torch.load or safetensors reads, checking every hash on the way."""
     (checkpoint,) = select_checkpoints(path, step)
-    chosen = file_format or _by_ending(out)
-    result = run_export(checkpoint, out, chosen, _bytes(max_memory), allow_pickle, force)
+    result = run_export(
+        checkpoint,
+        out,
+        keys=keys,
+        strip_prefix=strip_prefix,
+        file_format=None if file_format is None else file_format.value,
+        max_memory_bytes=_bytes(max_memory),
+        allow_pickle=allow_pickle,
+        force=force,
+    )
     if as_json:
         print_json(asdict(result))
     else:
         _print(result)
 
 
-def run_export(
-    checkpoint: str, out: str, file_format: FileFormat, max_memory_bytes: int, allow_pickle: bool, force: bool
-) -> Exported:
-    """Export with a progress bar."""
+def run_export(checkpoint: str, out: str, *, keys: list[str] | None, **options: Any) -> Exported:
+    """Export with a progress bar.
+
+    Args:
+        keys, options: as of ``export_checkpoint()``.
+    """
     from stager.exporting.export import export_checkpoint
 
     with byte_progress() as progress:
-        total = directory_nbytes(checkpoint) if os.path.isdir(checkpoint) else None
+        # How large a part is stands in the manifest, which the export reads: without an end until then.
+        total = directory_nbytes(checkpoint) if keys is None and os.path.isdir(checkpoint) else None
         bar = progress.add_task("export", total=total)
-        return export_checkpoint(
-            checkpoint,
-            out,
-            file_format=file_format.value,
-            max_memory_bytes=max_memory_bytes,
-            allow_pickle=allow_pickle,
-            force=force,
-            progress=lambda nbytes: progress.advance(bar, nbytes),
-        )
-
-
-def _by_ending(out: str) -> FileFormat:
-    return FileFormat.SAFETENSORS if out.endswith(".safetensors") else FileFormat.TORCH
+        advance = partial(progress.advance, bar)
+        return export_checkpoint(checkpoint, out, keys=keys, progress=advance, **options)
 
 
 def _bytes(text: str) -> int:
@@ -87,7 +96,7 @@ def _bytes(text: str) -> int:
     try:
         return parse_bytes(text)
     except ValueError as error:
-        raise UsageError(f"--max-memory {text}: {error}") from error
+        raise UsageError(f"--max-memory {text}: {error}; write bytes, or text such as 256MiB") from error
 
 
 def _print(result: Exported) -> None:

@@ -25,32 +25,20 @@ def select_checkpoints(path: str, step: int | None, *, all_steps: bool = False) 
         CheckpointNotFoundError: ``path`` has no such checkpoint.
         UsageError: the options contradict each other.
     """
+    from stager.workers.checkpoint.directory.choice import choose_checkpoint
     from stager.workers.checkpoint.directory.paths import local_path
+    from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps
     from stager.workers.errors import UsageError
 
     path = local_path(path, "path")
-    if all_steps and step is not None:
+    if not all_steps:
+        return [choose_checkpoint(path, step)]
+    if step is not None:
         raise UsageError("--all and --step were both given; give one of them")
     if is_checkpoint(path):
-        if all_steps or step is not None:
-            raise UsageError(f"{path} is one checkpoint; leave --step and --all out, or give the directory of its run")
-        return [path]
-    return _in_run(path, step, all_steps=all_steps)
-
-
-def _in_run(path: str, step: int | None, *, all_steps: bool) -> list[str]:
-    from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps
-    from stager.workers.errors import CheckpointNotFoundError
-
-    require_directory(path)
-    steps = committed_steps(path)
-    if step is not None and step not in steps:
-        there = f"there are {_named(steps)}" if steps else "there are no checkpoints"
-        raise CheckpointNotFoundError(None, f"no checkpoint of step {step}; {there}", path)
-    if not steps:
-        raise CheckpointNotFoundError(None, "the directory has no committed checkpoint", path)
-    wanted = [step] if step is not None else steps if all_steps else steps[:1]
-    return [os.path.join(path, checkpoint_name(number)) for number in wanted]
+        raise UsageError(f"{path} is one checkpoint; leave --all out, or give the directory of its run")
+    newest = choose_checkpoint(path, None)  # raises if there is none
+    return [os.path.join(os.path.dirname(newest), checkpoint_name(number)) for number in committed_steps(path)]
 
 
 def require_directory(path: str) -> None:
@@ -76,8 +64,3 @@ def directory_nbytes(path: str) -> int:
             except FileNotFoundError:
                 continue
     return total
-
-
-def _named(steps: list[int]) -> str:
-    shown = ", ".join(map(str, steps[:5]))
-    return f"steps {shown}" + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")

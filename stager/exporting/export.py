@@ -1,6 +1,7 @@
 """From a committed checkpoint, whatever its format and however many files it has, to one ``.pt`` or ``.safetensors`` file.
 
-1. Lay out the tensors, by the format that workers write (``workers/checkpoint/formats``).
+1. Take the part that is asked for (``part.py``), and lay out its tensors, by the format that workers write
+   (``workers/checkpoint/formats``).
 2. Read each object, unpickle it under the ``weights_only`` rules, and pickle it again for the file. What a recipe makes is
    an object, too (``whole.py``). This comes before the first write, because the sizes of the objects complete the layout.
 3. Copy the tensors, one after the other. A chunk is in memory at a time, and each hash is checked on the way.
@@ -11,24 +12,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 
-from stager.config.arguments import as_bytes
+from stager.config.arguments import as_bytes, as_step
 from stager.config.calls import explained
-from stager.exporting.output import Runs, new_file, runs_of
+from stager.exporting.file_format import format_of
+from stager.exporting.output import Runs, new_file, refuse_directory, runs_of
+from stager.exporting.part import Part
 from stager.exporting.source import Source
 from stager.exporting.whole import Folded
 from stager.loading.foreign_path import not_ours
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.directory.choice import choose_checkpoint
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.run_directory import committed_steps, is_checkpoint_directory
 from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
@@ -39,8 +44,6 @@ from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import RECIPE, describe, map_leaves, names_of, walk
 from stager.workers.errors import CheckpointNotFoundError, MemoryBudgetError, UnstageableError, UsageError
 from stager.workers.memory.pages import bytes_at
-
-FORMATS = ("torch", "safetensors")
 
 _CHUNK_BYTES = 8 << 20
 _SMALLEST_BUDGET_BYTES = 1 << 20
@@ -65,12 +68,15 @@ class Exported:
     secs: float
 
 
-@explained('export_checkpoint("runs/gpt/step-00000100", "model.pt")')
+@explained('export_checkpoint("runs/gpt", "model.pt")')
 def export_checkpoint(
     checkpoint: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    file_format: str = "torch",
+    step: SupportsIndex | None = None,
+    keys: str | Sequence[str] | None = None,
+    strip_prefix: str | None = None,
+    file_format: str | None = None,
     max_memory_bytes: int | str = 1 << 30,
     allow_pickle: bool = False,
     force: bool = False,
@@ -81,10 +87,16 @@ def export_checkpoint(
     In a ``.pt`` file, a container with a class of its own and a tensor that is made of others are one pickled object each.
 
     Args:
-        checkpoint: its directory (``.../step-00000100``).
+        checkpoint: its directory (``.../step-00000100``), or that of the run.
         out: the file; it appears when it is whole.
+        step: which checkpoint of the run; None: the newest. The result has the step.
+        keys: export only what matches this pattern, or one of these, as for ``load()``: ``"model"`` is all that is in the
+            model. None: all of the checkpoint.
+        strip_prefix: names lose it if they begin with it. With ``keys="model"``, ``"model."`` makes a file of the
+            model's weights alone, which ``model.load_state_dict()`` takes. None: names stay as they are.
         file_format: "torch": the nested state. "safetensors": the tensors by their names (keys joined by dots). It has no
-            place for objects; the result lists them.
+            place for objects; the result lists them. None: by the ending of ``out`` (.pt, .pth, .bin, .ckpt: torch;
+            .safetensors: safetensors).
         max_memory_bytes: for data in memory, beside the manifest; or text such as "1GiB". Pickled objects, and each tensor
             that changes its memory layout, must fit as a whole, as must a container with a class of its own.
         allow_pickle: unpickle any object (runs code from the checkpoint).
@@ -96,21 +108,23 @@ def export_checkpoint(
         UnsafePickleError: see ``allow_pickle``.
         UnstageableError: the format cannot hold a tensor, or an object cannot be pickled; names it.
         MemoryBudgetError: something does not fit ``max_memory_bytes``.
-        UsageError: ``out`` exists, or the format is unknown.
+        StateMismatchError: a pattern of ``keys`` matches nothing, or no name begins with ``strip_prefix``.
+        UsageError: ``out`` exists; or the format is unknown, or contradicts the ending of ``out``; or ``step`` is given, and
+            ``checkpoint`` is no run.
     """
     started = time.monotonic()
-    if file_format not in FORMATS:
-        raise UsageError(f"unknown format {file_format!r}; known: {', '.join(FORMATS)}")
+    checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
+    refuse_directory(out)
+    file_format = format_of(out, file_format)
+    part = Part.of_arguments(keys, strip_prefix)
     budget_bytes = as_bytes(max_memory_bytes, "max_memory_bytes")
     if budget_bytes < _SMALLEST_BUDGET_BYTES:
         raise UsageError(f"max_memory_bytes is {budget_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
-    checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
-    if (problem := not_ours(checkpoint)) is not None:
-        raise CheckpointNotFoundError(None, problem, checkpoint)
+    checkpoint = _chosen(checkpoint, None if step is None else as_step(step))
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
         chunk_bytes = min(_CHUNK_BYTES, budget_bytes // 4)
-        with closing(Source(checkpoint, manifest, chunk_bytes, progress or (lambda nbytes: None))) as source:
+        with closing(Source(checkpoint, manifest, part, chunk_bytes, progress or (lambda nbytes: None))) as source:
             with torch_defaults():
                 export = _Export(checkpoint, source, file_format, budget_bytes - chunk_bytes, allow_pickle)
                 layout = export.lay_out()
@@ -126,6 +140,14 @@ def export_checkpoint(
         left_out=() if export.objects else _names_of_objects(source),
         secs=time.monotonic() - started,
     )
+
+
+def _chosen(path: str, step: int | None) -> str:
+    """Return the checkpoint of stager that ``path`` is or has."""
+    is_run = os.path.isdir(path) and not is_checkpoint_directory(path) and bool(committed_steps(path))
+    if not is_run and (problem := not_ours(path)) is not None:
+        raise CheckpointNotFoundError(None, problem, path)
+    return choose_checkpoint(path, step)
 
 
 def _names_of_objects(source: Source) -> tuple[str, ...]:

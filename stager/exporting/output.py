@@ -23,11 +23,9 @@ def new_file(path: str, *, force: bool) -> Iterator[int]:
         force: replace a file that has this name.
 
     Raises:
-        UsageError: something has this name.
+        UsageError: a file has this name.
         StorageError
     """
-    if os.path.isdir(path):
-        raise UsageError(f"{path}: is a directory; name the file to write")
     if not force and os.path.lexists(path):
         _refuse(path)
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -44,6 +42,16 @@ def new_file(path: str, *, force: bool) -> Iterator[int]:
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
+
+
+def refuse_directory(path: str) -> None:
+    """Raise unless a file could have this name.
+
+    Raises:
+        UsageError: a directory has it.
+    """
+    if os.path.isdir(path):
+        raise UsageError(f"{path}: is a directory; name the file to write")
 
 
 def _put_in_place(temporary: str, path: str, force: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import xxhash
 
+from stager.exporting.part import Part
 from stager.loading.chunks import with_wholes
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.layout import num_segments
@@ -14,24 +15,27 @@ from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 
 class Source(BlobReader):
-    """What is in a checkpoint, and its bytes: little memory however large an item is, each hash checked.
+    """What is exported of a checkpoint, and its bytes: little memory however large an item is, each hash checked.
 
     Args:
         path, manifest: the checkpoint.
+        part: what is exported of it.
         chunk_bytes: how much is in memory at a time.
         progress: called with the number of bytes just read.
 
     Attributes:
         items: those of the manifest, then the wholes of tensors that are stored in chunks.
-        structure: the state's; its leaves are indices into ``items``.
+        structure: that of the part; its leaves are indices into ``items``.
         paths: the key paths of each of its leaves.
         tensors, objects: its leaves, each once.
     """
 
-    def __init__(self, path: str, manifest: Manifest, chunk_bytes: int, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, path: str, manifest: Manifest, part: Part, chunk_bytes: int, progress: Callable[[int], None]
+    ) -> None:
         wholes = with_wholes(manifest)
         self.items = wholes.manifest.layout.items
-        self.structure = wholes.manifest.layout.structure
+        self.structure = part.of(wholes.manifest.layout.structure, path)
         self.paths: dict[int, list[Path]] = {}
         for key_path, number in walk(self.structure):
             self.paths.setdefault(number, []).append(key_path)

@@ -20,6 +20,11 @@ def is_mapping(node: Node) -> bool:
     return isinstance(node, list) and node[0] in ("dict", "odict", "mapping")
 
 
+def is_plain_mapping(node: Node) -> bool:
+    """Whether the node is a mapping without a recipe, so that its keys can be changed."""
+    return is_mapping(node) and node[0] != "mapping"
+
+
 def names_and_children(node: Node, keys: Iterable[Any]) -> tuple[dict[Any, Any], dict[Any, Node]]:
     """Bring the keys of a target together with the nodes of a mapping in the checkpoint.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stager.loading.nodes import children_of, is_mapping
+from stager.loading.nodes import children_of, is_plain_mapping
 from stager.loading.splitting import Splitter
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, fqn
 from stager.workers.errors import StateMismatchError, UsageError
@@ -84,7 +84,7 @@ class Renaming:
 
     def aligned(self, node: Node, keys: Iterable[Any]) -> Node:
         """Give the keys of a mapping the prefix that only the target's ``keys`` have."""
-        if not self.strip_prefix or not is_mapping(node) or node[0] == "mapping":
+        if not self.strip_prefix or not is_plain_mapping(node):
             return node
         wanted = set(keys)
         longer = {key: self.strip_prefix + key for key in node[1] if isinstance(key, str)}
@@ -128,7 +128,7 @@ class _Builder:
         self._old: dict[Path, Path] = {}
 
     def build(self, structure: Node) -> Node:
-        if not _is_open(structure):
+        if not is_plain_mapping(structure):
             return structure
         root = _Mapping(structure)
         self._visit(structure, (), root, (structure,))
@@ -142,7 +142,7 @@ class _Builder:
         """Put what is in a mapping under its new path. ``above``: the mappings that it is in, and itself."""
         for key, child in zip(node[1], node[2], strict=True):
             at = (*path, key)
-            if _is_open(child) and child[1]:
+            if is_plain_mapping(child) and child[1]:
                 self._visit(child, at, root, (*above, child))
             else:
                 self._put(child, at, root, above)
@@ -206,10 +206,5 @@ def _like(old: Path, new: Path, depth: int, above: Sequence[Node]) -> Node:
         return above[depth]
     there: Node | None = above[0]
     for key in new[:depth]:
-        there = children_of(there).get(key) if there is not None and _is_open(there) else None
-    return there if there is not None and _is_open(there) else ["dict", [], []]
-
-
-def _is_open(node: Node) -> bool:
-    """Tell whether a node is a mapping whose keys can be changed."""
-    return is_mapping(node) and node[0] != "mapping"
+        there = children_of(there).get(key) if there is not None and is_plain_mapping(there) else None
+    return there if there is not None and is_plain_mapping(there) else ["dict", [], []]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stager.config.arguments import shown
-from stager.loading.nodes import children_of, is_mapping, state_of
+from stager.loading.nodes import children_of, is_plain_mapping, state_of
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.structure import Node, Path, fqn, is_recipe, is_with_recipe, walk
 from stager.workers.errors import ArgumentError, StateMismatchError, UsageError
@@ -127,7 +127,7 @@ def _compile(patterns: Iterable[str]) -> Any:
 
 def _values(node: Node, path: Path = ()) -> Iterator[Path]:
     """Iterate over the paths of the leaves, and of the containers without leaves."""
-    if is_mapping(node) and node[0] != "mapping":
+    if is_plain_mapping(node):
         if not node[1] and path:
             yield path
         for key, child in children_of(node).items():

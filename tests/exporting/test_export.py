@@ -155,14 +155,14 @@ def test_what_does_not_fit_is_refused_by_name(run_dir: Path, tmp_path: Path) -> 
     with pytest.raises(UnstageableError, match=r"^c: has dtype complex128"):
         export_checkpoint(info.path, tmp_path / "out", file_format="safetensors")
     with pytest.raises(MemoryBudgetError, match=r"^text: "):
-        export_checkpoint(info.path, tmp_path / "out", max_memory_bytes=2 << 20)
+        export_checkpoint(info.path, tmp_path / "out.pt", max_memory_bytes=2 << 20)
     info = save(run_dir, {"a": {"wide": wide}}, step=2)
     with pytest.raises(MemoryBudgetError, match=r"^a\['wide'\]: .*max_memory"):
         export_checkpoint(info.path, tmp_path / "out", file_format="safetensors", max_memory_bytes=8 << 20)
-    export_checkpoint(info.path, tmp_path / "out", max_memory_bytes=1 << 20)  # torch keeps strides
+    export_checkpoint(info.path, tmp_path / "out.pt", max_memory_bytes=1 << 20)  # torch keeps strides
     with pytest.raises(UsageError, match="at least"):
-        export_checkpoint(info.path, tmp_path / "other", max_memory_bytes=1000)
-    assert sorted(os.listdir(tmp_path)) == ["out", "run"]
+        export_checkpoint(info.path, tmp_path / "other.pt", max_memory_bytes=1000)
+    assert sorted(os.listdir(tmp_path)) == ["out.pt", "run"]
 
 
 def test_nothing_is_overwritten_without_force(run_dir: Path, tmp_path: Path) -> None:
@@ -218,9 +218,14 @@ def test_command(saved_run: Path, tmp_path: Path) -> None:
     other = Outcome("export", saved_run, tmp_path / "a.safetensors", "--max-memory", "4MiB")
     assert other.code == 0 and "left out" in other.out and "data['order'][1]" in other.out
     assert "model.weight" in load_file(tmp_path / "a.safetensors")
-    assert Outcome("export", tmp_path / "nowhere", tmp_path / "b").code == 1
-    assert Outcome("export", saved_run, tmp_path / "b", "--max-memory", "much").code == 2
+    assert Outcome("export", tmp_path / "nowhere", tmp_path / "b.pt").code == 1
+    assert Outcome("export", saved_run, tmp_path / "b.pt", "--max-memory", "much").code == 2
     assert Outcome("export", saved_run, tmp_path / "b", "--format", "zip").code == 2
+    contradiction = Outcome("export", saved_run, tmp_path / "b.pt", "--format", "safetensors")
+    assert contradiction.code == 2 and "--format" in contradiction.err
+    only = "--keys", "model", "--strip-prefix", "model."
+    assert Outcome("export", saved_run, tmp_path / "b.safetensors", *only).code == 0
+    assert set(load_file(tmp_path / "b.safetensors")) == {"weight", "scale"}
 
 
 def test_command_says_no_to_a_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
