@@ -13,6 +13,7 @@ from stager.operations import verify as verify
 from stager.saving.preemption import Preemption as Preemption
 from stager.saving.save import SaveHandle as SaveHandle
 from stager.state.per_rank import PerRank as PerRank
+from stager.state.rng_state import RngState as RngState
 from stager.telemetry.event import CommittedEvent as CommittedEvent
 from stager.telemetry.event import Event as Event
 from stager.telemetry.event import FailedEvent as FailedEvent

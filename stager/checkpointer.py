@@ -247,7 +247,9 @@ class Checkpointer:
         if self._owner != os.getpid():
             raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
         if not self._is_open:
-            advice = "make one without it to save" if self._lifecycle is _Lifecycle.READ_ONLY else "make a new one"
+            advice = (
+                "make one without it to change the run" if self._lifecycle is _Lifecycle.READ_ONLY else "make a new one"
+            )
             raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}; {advice}")
         return self._run
 

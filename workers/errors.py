@@ -17,7 +17,7 @@
     |   |-- WorkerDiedError           it died; names pid, exit code or signal, and task
     |   |-- WorkerStartError          it never became ready
     |   `-- TaskTimeoutError          its task missed the deadline, and the worker was killed
-    |-- TornSnapshotError             a tensor changed while staging.verify watched its copy
+    |-- TornSnapshotError             a tensor changed during its copy (guard(), staging.verify)
     |-- ReplicationError              a replica could not be exchanged; names the rank that failed
     |-- StorageError                  the file system failed; names path and errno
     |   |-- DirectoryInUseError       another run writes into the directory

@@ -27,6 +27,7 @@ class LongWait:
     Args:
         what: what is waited for, after "waiting for".
         at_most_secs: until whoever waits gives up; None: there is no limit.
+        reason: why it waits, and what shortens that; told with the first message.
         advice: makes what to do about it; called once, only after ``ADVICE_SECS``. None: there is no advice.
         clock: seconds.
     """
@@ -35,11 +36,13 @@ class LongWait:
         self,
         what: str,
         at_most_secs: float | None = None,
+        reason: str = "",
         advice: Callable[[], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._what = what
-        self._limit = "for as long as it takes" if at_most_secs is None else f"for {at_most_secs:g} s at most"
+        self._limit = "without a time limit" if at_most_secs is None else f"for {at_most_secs:g} s at most"
+        self._reason = f": {reason}" if reason else ""
         self._advice = advice
         self._clock = clock
         self._started = clock()
@@ -51,7 +54,7 @@ class LongWait:
         if not self._was_told and secs >= LONG_SECS:
             self._was_told = True
             level = logging.WARNING if self._advice is None else logging.INFO
-            logger.log(level, "waiting for %s, %s", self._what, self._limit)
+            logger.log(level, "waiting for %s, %s%s", self._what, self._limit, self._reason)
         if self._advice is not None and secs >= ADVICE_SECS:
             make, self._advice = self._advice, None
             logger.warning("waiting for %s since %.0f s, %s: %s", self._what, secs, self._limit, make())

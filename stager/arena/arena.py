@@ -168,9 +168,10 @@ class Arena:
 
     def _await(self, ticket: object, nbytes: int, when_full: str) -> Buffer | None:
         waiting = LongWait(
-            "a buffer: all hold snapshots that are not committed yet (save less often, or see arena.buffers and "
-            "arena.when_full)",
+            "a free buffer for the snapshot",
             self._remaining_secs(),
+            "all hold snapshots that are not committed yet; save less often, raise arena.buffers, or let arena.when_full "
+            "skip such a save",
         )
         while True:
             self._check_open()

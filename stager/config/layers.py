@@ -43,7 +43,7 @@ def mapping_layer(values: Mapping[Any, Any]) -> Layer:
     Raises:
         ConfigError: a value of it cannot be read: omegaconf's ``???`` or an interpolation that leads nowhere.
     """
-    return Layer("mapping", _plain(values, ()))
+    return Layer("config", _plain(values, ()))
 
 
 def _plain(value: Any, path: KeyPath) -> Any:
@@ -60,7 +60,7 @@ def _item(container: Any, key: Any, path: KeyPath) -> Any:
         return container[key]
     except Exception as error:  # omegaconf's own errors, of which there are several
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"mapping: {'.'.join(path)}: has no value: {reason}") from error
+        raise ConfigError(f"config: {'.'.join(path)}: has no value: {reason}") from error
 
 
 def file_layer(path: str) -> Layer:
@@ -69,7 +69,8 @@ def file_layer(path: str) -> Layer:
         with open(path, encoding="utf-8") as file:
             values, lines = _parse(file.read(), path)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        advice = '; a text is the path of a YAML file, and a mapping gives single settings: {"arena": {"buffers": 3}}'
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{advice if '=' in path else ''}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
     except yaml.MarkedYAMLError as error:

@@ -50,7 +50,7 @@ def load_config(
         if isinstance(config, model) and not overrides:
             return config
         model = type(config) if isinstance(config, model) else model
-        sources = [Layer("mapping", config.model_dump())]
+        sources = [Layer("config", config.model_dump())]
     else:
         environ = os.environ if environ is None else environ
         _refuse_single_underscores(environ, model)

@@ -29,8 +29,8 @@ from stager.demo.events import (
     write_loss,
 )
 from stager.demo.model import GPT
-from stager.demo.rng import RngState
 from stager.demo.text import VOCABULARY_SIZE, TextBatches, read_corpus
+from stager.state.rng_state import RngState
 
 
 class TrainingRun:

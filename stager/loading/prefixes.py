@@ -69,9 +69,7 @@ def _in_checkpoint(path: Path, missing: set[str], unexpected: set[str]) -> Prefi
         return None
     unwrapped = f"{describe(path) if path else 'the module'}.{prefix.rstrip('.')}"
     save = f"save {unwrapped}, or " if _is_wrapper(prefix) else ""
-    return _found(
-        path, prefix, missing, unexpected, f"the checkpoint's keys{_of(path)} have the prefix {prefix}; {save}"
-    )
+    return _found(path, prefix, missing, unexpected, "the checkpoint", save)
 
 
 def _in_target(path: Path, missing: set[str], unexpected: set[str]) -> PrefixFound | None:
@@ -80,7 +78,7 @@ def _in_target(path: Path, missing: set[str], unexpected: set[str]) -> PrefixFou
         return None
     unwrapped = f"{describe(path) if path else 'the module'}.{prefix.rstrip('.')}"
     give = f"load into {unwrapped}, or " if _is_wrapper(prefix) else ""
-    found = _found(path, prefix, unexpected, missing, f"the target's keys{_of(path)} have the prefix {prefix}; {give}")
+    found = _found(path, prefix, unexpected, missing, "the target", give)
     return PrefixFound(found.sentence, found.unexpected, found.missing)
 
 
@@ -106,10 +104,17 @@ def _of(path: Path) -> str:
     return f" of {describe(path)}" if path else ""
 
 
-def _found(path: Path, prefix: str, short: set[str], long: set[str], head: str) -> PrefixFound:
+def _found(path: Path, prefix: str, short: set[str], long: set[str], whose: str, other_way: str) -> PrefixFound:
     fitting = [name for name in short if prefix + name in long]
+    if len(fitting) == len(long) or _is_wrapper(prefix):
+        sentence = f"{whose}'s keys{_of(path)} have the prefix {prefix}; {other_way}pass strip_prefix={prefix!r}"
+    else:  # a part of a larger module, or a coincidence
+        sentence = (
+            f"{len(fitting)} of {whose}'s {len(long)} keys{_of(path)} that do not fit have the prefix {prefix}, and "
+            f"would fit without it; pass strip_prefix={prefix!r} and strict=False to load these only"
+        )
     return PrefixFound(
-        f"{head}pass strip_prefix={prefix!r}",
+        sentence,
         frozenset((*path, name) for name in fitting),
         frozenset((*path, prefix + name) for name in fitting),
     )

@@ -138,7 +138,7 @@ class RestorePlan:
         in_place = " Tensors that are read in place are restored, all of them." if self.targets or self.sharded else ""
         return (
             f"{describe(self.steps[number].path)} may be restored in part. Restored before it: {_shown(done)}. "
-            f"Not restored: {_shown(left)}.{in_place}"
+            f"Not restored after it: {_shown(left)}.{in_place}"
         )
 
     def add_problem(self, path: Path, text: str) -> None:
@@ -183,7 +183,8 @@ class RestorePlan:
         Args:
             tensors: loaded, by item; those of targets that share memory are among them, in memory of their own.
         """
-        refuse(path, contradictions(self.targets, self.target_paths, tensors))
+        if tensors:  # none, in most states
+            refuse(path, contradictions(self.targets, self.target_paths, tensors))
 
     def outcome(self) -> Outcome:
         """Return what :class:`Loaded` says of a restore, and log what a user might not expect."""

@@ -178,7 +178,9 @@ def _find(name: str, given: str) -> Callable[[], Any]:
             raise UsageError(f"{given}: {module_name} has no {attribute}")
         found = getattr(found, part)
     if not callable(found):
-        raise UsageError(f"{given}: {attribute} is a {type(found).__name__}, not callable")
+        raise UsageError(
+            f"{given}: {attribute} has the type {type(found).__name__} and cannot be called; name a function"
+        )
     function: Callable[..., Any] = found
     return function
 

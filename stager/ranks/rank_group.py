@@ -243,7 +243,7 @@ class RankGroup:
                 "only one rank does so on purpose, set ranks.together to false there"
             )
 
-        return LongWait(what, secs, advice)
+        return LongWait(what, secs, advice=advice)
 
     def cancel_barrier(self, key: str, error: str, ranks: Sequence[int]) -> None:
         """End a barrier with an error, for all that come. No effect if the barrier has ended."""

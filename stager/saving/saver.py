@@ -198,7 +198,8 @@ class Saver:
         with suppress(OSError):
             if self._group.is_coordinator and not stat.S_ISDIR(os.lstat(path).st_mode):
                 logger.warning(
-                    "%s is no directory, and a checkpoint gets its name: it is kept, as %s.not-a-checkpoint-...",
+                    "%s is no directory, and the checkpoint of this step needs the name: what is there is kept, and renamed "
+                    "to %s.not-a-checkpoint-...",
                     path,
                     os.path.basename(path),
                 )

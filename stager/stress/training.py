@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from stager.demo.rng import RngState
+from stager.state.rng_state import RngState
 from stager.stress.digest import digest
 from stager.stress.states import LeafSpec, Zoo
 

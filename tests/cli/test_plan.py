@@ -340,7 +340,7 @@ CALLABLES = {
     "{module}:": "must have the form package.module:callable",
     "{module}:missing": "has no missing",
     "{module}:Tied.missing": "has no Tied.missing",
-    "{module}:number": "number is a int, not callable",
+    "{module}:number": "number has the type int and cannot be called",
     "{module}:fails": "it raised: ValueError: no such file (",
     "{module}:leaves": "it raised: SystemExit: 3 (",
     "{module}:nothing": "returned a int; it must return a state",

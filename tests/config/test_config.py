@@ -187,10 +187,10 @@ def test_every_problem_is_listed_with_its_own_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"arena": 5}, "mapping: arena: got 5 (an integer); a section is a mapping of keys to values"),
-        ({"arena": {"bufers": 5}}, "mapping: arena.bufers: unknown key; did you mean arena.buffers?"),
-        ({"arena": {1: 5}}, "mapping: arena.1: unknown key"),
-        ({1: {}}, "mapping: 1: unknown section"),
+        ({"arena": 5}, "config: arena: got 5 (an integer); a section is a mapping of keys to values"),
+        ({"arena": {"bufers": 5}}, "config: arena.bufers: unknown key; did you mean arena.buffers?"),
+        ({"arena": {1: 5}}, "config: arena.1: unknown key"),
+        ({1: {}}, "config: 1: unknown section"),
         (17, "config: expected a path, a mapping, a StagerConfig or None, got 17"),
     ],
     ids=["section not a mapping", "misspelt", "integer key", "integer section", "another type"],
@@ -201,7 +201,7 @@ def test_wrong_mapping_is_refused(config: Any, words: str) -> None:
 
 def test_rule_between_keys_names_the_section_and_the_sources_of_its_keys() -> None:
     message = error_of({"shop": {"apples": 1}}, ("shop.pears=2",), model=ShopConfig)
-    assert message == "mapping, --set shop.pears=2: shop: pears must not outnumber apples"
+    assert message == "config, --set shop.pears=2: shop: pears must not outnumber apples"
 
 
 def test_config_error_is_the_users() -> None:

@@ -39,8 +39,8 @@ def test_section_of_omegaconf_in_a_dict() -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "missing": ({"arena": {"buffers": "???"}}, r"mapping: arena\.buffers: has no value: .*arena\.buffers"),
-    "nowhere": ({"arena": {"buffers": "${nowhere}"}}, r"mapping: arena\.buffers: has no value: .*nowhere"),
+    "missing": ({"arena": {"buffers": "???"}}, r"config: arena\.buffers: has no value: .*arena\.buffers"),
+    "nowhere": ({"arena": {"buffers": "${nowhere}"}}, r"config: arena\.buffers: has no value: .*nowhere"),
     "unknown": ({"arena": {"bufers": 3}}, r"arena\.bufers: unknown key; did you mean arena\.buffers"),
     "wrong": ({"arena": {"buffers": "many"}}, r"arena\.buffers: got 'many'"),
     "a list": ({"arena": [3]}, r"arena: got \[3\] .a list."),

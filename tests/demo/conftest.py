@@ -12,7 +12,7 @@ import torch
 from stager.demo import DemoConfig, DemoSettings, RanksConfig
 from stager.demo.chart import draw_chart
 from stager.demo.results import Results
-from stager.demo.rng import RngState
+from stager.state.rng_state import RngState
 
 TINY: dict[str, Any] = {
     "steps": 24,

@@ -359,3 +359,17 @@ def test_a_target_of_no_kind_that_can_be_restored(run_dir: Path, wrong: Any) -> 
         UsageError, match=r"into must be a mapping or an object with load_state_dict\(\), got .*as in load\("
     ):
         load(run_dir, wrong)
+
+
+def test_a_prefix_of_some_names_only_is_told_as_such_and_the_advice_works(run_dir: Path) -> None:
+    save(run_dir, {"model": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))})
+    target = nn.Linear(3, 3)
+    with pytest.raises(StateMismatchError) as raised:
+        load(run_dir, {"model": target})
+    assert lines_of(raised.value)[0] == (
+        "2 of the checkpoint's 4 keys of model that do not fit have the prefix 0., and would fit without it; "
+        "pass strip_prefix='0.' and strict=False to load these only"
+    )
+    loaded = load(run_dir, {"model": target}, strip_prefix="0.", strict=False)
+    assert (loaded.missing, loaded.unexpected) == ((), ("model.1.weight", "model.1.bias"))
+    assert torch.equal(target.weight, load_state(run_dir)["model"]["0.weight"])

@@ -103,7 +103,9 @@ def test_load_state_dict_raises(run_dir: Path, error: Exception) -> None:
     text = str(raised.value)
     assert raised.value.__cause__ is error and type(error).__name__ in text and "step-00000002" in text
     assert "no older checkpoint was tried" in text and "meter may be restored in part" in text
-    assert "Restored before it: first. Not restored: last, n. Tensors that are read in place are restored" in text
+    assert (
+        "Restored before it: first. Not restored after it: last, n. Tensors that are read in place are restored" in text
+    )
     assert (into["first"].value, into["last"].value, into["n"]) == (1, 0, 0)  # type: ignore[attr-defined]  # set on purpose
     assert same(into["w"], torch.ones(3))
 

@@ -115,4 +115,4 @@ def test_long_wait_for_a_save_says_so(
             said.wait()
             hold.release()
             looking.join()
-    assert "waiting for the save of step 3 to be committed, for as long as it takes" in caplog.messages
+    assert "waiting for the save of step 3 to be committed, without a time limit" in caplog.messages

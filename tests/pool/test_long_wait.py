@@ -44,7 +44,14 @@ def test_wait_without_a_limit(clock: Clock, caplog: pytest.LogCaptureFixture) ->
     waiting = LongWait("rain", clock=clock)
     clock.secs += 3
     waiting.tick()
-    assert told(caplog) == [(logging.WARNING, "waiting for rain, for as long as it takes")]
+    assert told(caplog) == [(logging.WARNING, "waiting for rain, without a time limit")]
+
+
+def test_reason_is_told_after_the_limit(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    waiting = LongWait("rain", 60, "it is summer", clock=clock)
+    clock.secs += 3
+    waiting.tick()
+    assert told(caplog) == [(logging.WARNING, "waiting for rain, for 60 s at most: it is summer")]
 
 
 def test_advice_comes_later_and_is_made_only_then(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
@@ -54,7 +61,7 @@ def test_advice_comes_later_and_is_made_only_then(clock: Clock, caplog: pytest.L
         made.append(clock.secs)
         return "dance"
 
-    waiting = LongWait("rain", 60, advice, clock=clock)
+    waiting = LongWait("rain", 60, advice=advice, clock=clock)
     with caplog.at_level(logging.INFO, "stager"):
         for clock.secs in (101.0, 102.5, 109.0, 110.0, 111.0, 150.0):
             waiting.tick()

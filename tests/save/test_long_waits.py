@@ -76,7 +76,10 @@ def test_buffer(saying: _Saying) -> None:
         lease.release()
     arena.close()
     (message,) = saying.messages
-    assert message.startswith("waiting for a buffer: all hold snapshots") and "arena.when_full" in message
+    assert (
+        message.startswith("waiting for a free buffer for the snapshot, without a time limit: all hold")
+        and "arena.when_full" in message
+    )
 
 
 def test_snapshot(saying: _Saying) -> None:
@@ -92,4 +95,4 @@ def test_snapshot(saying: _Saying) -> None:
     goes_on.set()
     waiting.join()
     thread.close()
-    assert saying.messages == ["waiting for a snapshot to be taken, for as long as it takes"]
+    assert saying.messages == ["waiting for a snapshot to be taken, without a time limit"]

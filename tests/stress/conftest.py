@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stager.demo.rng import RngState
+from stager.state.rng_state import RngState
 from stager.stress.run import Stage
 
 

@@ -19,7 +19,28 @@ TOPIC = Topic(
         python("prune() that keeps nothing", 'prune("runs/gpt", keep_latest=0)'),
         python("prune() of a run that does not exist", 'prune("runs/gtp", keep_latest=3)'),
         python("prune() of a checkpoint", 'prune("runs/gpt/step-00000300", keep_latest=3)'),
-        python("Export of a run", 'export_checkpoint("runs/gpt", "all.pt")'),
+        python("Export of a step that the run does not have", 'export_checkpoint("runs/gpt", "all.pt", step=250)'),
+        python(
+            "Export of a step of what is one checkpoint",
+            'export_checkpoint("runs/gpt/step-00000300", "all.pt", step=300)',
+        ),
+        python(
+            "Export of a format to a file with the ending of another",
+            'export_checkpoint("runs/gpt", "w.safetensors", file_format="torch")',
+        ),
+        python("Export to a file whose ending tells no format", 'export_checkpoint("runs/gpt", "model.h5")'),
+        python(
+            "Export of weights, with the model's name misspelt",
+            'export_checkpoint("runs/gpt", "w.safetensors", keys="modle")',
+        ),
+        python(
+            "Export of weights, with the prefix and without keys",
+            'export_checkpoint("runs/gpt", "w.safetensors", strip_prefix="model.")',
+        ),
+        python(
+            "Export of weights, with the prefix of a wrapper that was not saved",
+            'export_checkpoint("runs/gpt", "w.safetensors", keys="model", strip_prefix="model.module.")',
+        ),
         python("Export over a file", 'export_checkpoint("runs/gpt/step-00000300", "model.pt")'),
         python("Export into a directory", 'export_checkpoint("runs/gpt/step-00000300", "runs")'),
         python(
@@ -28,7 +49,7 @@ TOPIC = Topic(
         ),
         python(
             "Export in a format that does not exist",
-            'export_checkpoint("runs/gpt/step-00000300", "model.h5", file_format="hdf5")',
+            'export_checkpoint("runs/gpt", "model.h5", file_format="hdf5")',
         ),
         python(
             "Export to safetensors of a state without tensors",

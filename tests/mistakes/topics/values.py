@@ -107,7 +107,7 @@ TOPIC = Topic(
         python(
             "PerRank without a value",
             'ckpt.save(3, {"rng": PerRank()})',
-            "Give it the value of this rank: `PerRank(torch.get_rng_state())`.",
+            "Give it the value of this rank: `PerRank(RngState())`.",
         ),
     ),
 )

@@ -73,8 +73,8 @@ def _of_url(match: re.Match[str], text: str, what: str) -> str:
             f"{what} is {text!r}, which names no file of this host; write file:///path, or the path itself"
         )
     raise ArgumentError(
-        f"{what} is {text!r}, and stager does not support {scheme}://; it writes to a file system. Give a path: of a mount "
-        "of that storage, or of a local disk from which you copy"
+        f"{what} is {text!r}, and stager does not support {scheme}://; it reads and writes file systems only. Give a path: "
+        "of a mount of that storage, or of a local disk that you copy to or from"
     )
 
 

@@ -138,7 +138,8 @@ def reason_of(error: Exception, archive: IO[bytes] | str, names: Sequence[str] =
             unsafe = []
     unsafe = unsafe or _NAMED.findall(str(error))
     if unsafe:
-        return f"its class {', '.join(sorted(unsafe))} is not allowed"
+        many = len(unsafe) > 1
+        return f"its class{'es' * many} {', '.join(sorted(unsafe))} {'are' if many else 'is'} not allowed"
     if _NEWER in str(error):
         return "it was written by a pickle protocol newer than 2, which these rules do not read"
     lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler error:" in line]
