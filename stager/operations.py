@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from stager.config.calls import explained
 from stager.loading.foreign_path import not_ours
+from stager.saving.open_here import take_over
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
     lock_directory,
@@ -100,6 +101,7 @@ def recover(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Reco
         if dry_run:
             held.enter_context(unused_directory(directory))  # takes no lock: that would change the lock file
         else:
+            take_over(directory)
             held.callback(os.close, lock_directory(directory, 0))
         return RecoverReport(directory, tuple(recover_all(directory, dry_run=dry_run)), dry_run)
 

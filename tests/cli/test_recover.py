@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stager import Checkpointer
 from stager.operations import recover
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
@@ -85,3 +86,8 @@ def test_dry_run_beside_ranks_that_share_the_lock_is_refused(tmp_path: Path) -> 
             recover(tmp_path, dry_run=True)
     finally:
         os.close(lock_fd)
+
+
+def test_run_that_this_process_has_open_is_named_by_the_line_that_opened_it(run_dir: Path) -> None:
+    with Checkpointer(run_dir), pytest.raises(DirectoryInUseError, match=r"made at .*test_recover\.py:\d+; .*close"):
+        recover(run_dir)

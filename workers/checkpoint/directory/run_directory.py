@@ -279,16 +279,12 @@ def _acquire(fd: int, kind: int, directory: str, timeout: float = 0) -> None:
     holder = f"the run of process {_holder(fd)}, or workers that it left, to let go of {directory}"
     if files.flock(fd, kind, timeout, LongWait(holder, timeout).tick):
         return
-    raise DirectoryInUseError(errno.EWOULDBLOCK, _in_use(_holder(fd), timeout), directory)
-
-
-def _in_use(holder: str, timeout: float) -> str:
-    if holder == str(os.getpid()):
-        return "a Checkpointer of this process has it open; close() that one first"
-    waited = f", and did so for the {timeout:g} s that were waited" if timeout else ""
-    return (
-        f"another run (trainer process {holder}, or workers that it left) writes checkpoints here{waited}; wait for it, "
-        "stop it, use another directory, or open this one with read_only=True"
+    waited = f" after {timeout:g} s" if timeout else ""
+    raise DirectoryInUseError(
+        errno.EWOULDBLOCK,
+        f"another run (trainer process {_holder(fd)}, or workers that it left) still writes checkpoints here{waited}; "
+        "wait for it, stop it, use another directory, or open this one with read_only=True",
+        directory,
     )
 
 
