@@ -19,6 +19,7 @@ from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
 from stager.workers.checkpoint.formats.object_pickle import pickle_object
+from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from tests.persistence.tasks import load, restorer, save
 from tests.states import everything, same
 
@@ -179,3 +180,12 @@ def test_tensor_of_a_hostile_manifest_is_raw_bytes_only(run_dir: Path, allow_pic
     body["rows"][0][9] = [xxhash.xxh3_128_hexdigest(bytes(data))]
     Path(info.path, "manifest.json").write_bytes(seal(body))
     assert torch.equal(restorer(info, allow_pickle=allow_pickle).load()["x"], torch.ones(2))
+
+
+def test_calls_of_torch_go_through_python_only_where_tensors_would_be_made_elsewhere() -> None:
+    count = torch._C._len_torch_function_stack
+    before = count()
+    with torch_defaults():
+        assert count() == before
+    with torch.device("meta"), torch_defaults():
+        assert torch.empty(1).device.type == "cpu"
