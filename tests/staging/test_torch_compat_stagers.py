@@ -110,7 +110,7 @@ class TestBlockingAsyncStager:
         source = {"w": torch.ones(3), "step": 1}
         stager_ = api.BlockingAsyncStager(cache_staged_state_dict=True)
         if api.is_torch:
-            with pytest.raises(RuntimeError, match=r"(?i)pin|cuda|accelerator"):
+            with pytest.raises(RuntimeError, match=r"(?i)pin|cuda|accelerator|nvidia"):
                 stager_.stage(source)
             return
         first = stager_.stage(source)

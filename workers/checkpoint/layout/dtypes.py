@@ -19,6 +19,9 @@ _BY_NAME = {
     if isinstance(value, torch.dtype) and not (name := str(value).removeprefix("torch.")).startswith("q")
 }
 
+# torch warns when it makes a tensor of these: their operators are experimental. Moving their bytes is not.
+_WARNED_OF = frozenset(dtype for name, dtype in _BY_NAME.items() if name in ("complex32", "bcomplex32"))
+
 
 def name_of(dtype: torch.dtype) -> str:
     """Return the name of a dtype as manifests have it: ``float32``."""
@@ -50,15 +53,15 @@ def tensor_over(
 
     Not ``torch.empty_strided``: it would use the default device, and in deterministic mode overwrite the memory.
     """
-    if dtype is not torch.complex32:
+    if dtype not in _WARNED_OF:
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
-    with warnings.catch_warnings():  # "ComplexHalf support is experimental": moving its bytes is not
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
 
 def new_tensor(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], nbytes: int) -> torch.Tensor:
     """Make a dense CPU tensor over ``nbytes`` bytes of new, uninitialised memory."""
-    if nbytes < _SMALL_BYTES and dtype is not torch.complex32:
+    if nbytes < _SMALL_BYTES and dtype not in _WARNED_OF:
         return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")  # half the time, and nothing to fill
     return tensor_over(new_storage(nbytes), dtype, shape, stride)
