@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +22,10 @@ from stager.ranks.rank_group import RankGroup
 from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
-from stager.snapshot.guard import Guard, here
+from stager.snapshot.guard import Guard
 from stager.snapshot.object_pickler import ObjectPickler
 from stager.snapshot.pieces import Piece, Pieces, copies_of
-from stager.snapshot.tripwires import Armed, Wires
+from stager.snapshot.tripwires import Armed, Place, Wires
 from stager.state.flatten import flatten
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
@@ -271,7 +271,17 @@ class SnapshotTaker:
         if armed is None:
             return
         tripped = armed.tripped(slab)
-        torn = sorted(tripped.leaves.union(_leaves_over(tripped.tensors, snapshot.plan, armed.wires.leaves)))
+        self._refuse_torn(
+            snapshot, tripped.leaves.union(_leaves_over(tripped.places, snapshot.plan, armed.wires.leaves))
+        )
+
+    def _refuse_torn(self, snapshot: Snapshot, leaves: set[int]) -> None:
+        """Raise if there are torn leaves, and copy them at once from the next save on.
+
+        Raises:
+            TornSnapshotError: names them.
+        """
+        torn = sorted(leaves)
         if not torn:
             return
         self._torn |= {snapshot.tree.names[leaf] for leaf in torn}
@@ -298,7 +308,12 @@ class SnapshotTaker:
         Raises:
             TornSnapshotError: something wrote to the sources meanwhile: a tripwire says so, or ``staging.verify``.
         """
-        timeline, leaves = snapshot.timeline, snapshot.tree.leaves
+        timeline = snapshot.timeline
+        leaves: Sequence[Any] = snapshot.tree.leaves
+        if background and snapshot.armed is not None:
+            held = snapshot.armed.held  # until all is copied, compared, and the tripwires are read
+            leaves = held.leaves
+            self._refuse_torn(snapshot, held.lost())
 
         def copy_here(batches: Batches) -> None:
             self._copier.copy(batches, leaves, slab, snapshot.streams, cold=cold, background=background)
@@ -331,15 +346,15 @@ class SnapshotTaker:
         self._pickler.forget()
 
 
-def _leaves_over(tensors: Sequence[torch.Tensor], plan: SnapshotPlan, among: Sequence[int]) -> Iterator[int]:
-    """Find the leaves whose memory overlaps that of these tensors."""
-    if not tensors:
+def _leaves_over(places: Sequence[Place], plan: SnapshotPlan, among: Sequence[int]) -> Iterator[int]:
+    """Find the leaves whose memory overlaps one of these places."""
+    if not places:
         return
     watched = set(among)
-    places = [
+    memory = [
         (leaf, start, start + nbytes)
         for leaf, start, nbytes in zip(plan.leaves, plan.addresses, plan.spans, strict=True)
     ]
-    for tensor in chain.from_iterable(map(here, tensors)):
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        yield from (leaf for leaf, first, last in places if first < end and start < last and leaf in watched)
+    for start, nbytes in places:
+        end = start + nbytes
+        yield from (leaf for leaf, first, last in memory if first < end and start < last and leaf in watched)

@@ -9,6 +9,9 @@
     4. Wait until the trainer's thread has left the call that it is in.
     5. Read the versions again: every write through torch counts one up, except one through ``.data``.
 
+A tensor that is given other memory (``param.data = average``) trips nothing: what is copied is the memory that it had at
+``save()``, which is held (``held_sources.py``). ``set_()`` counts the version up, and trips.
+
 Step 4 is before step 5 because torch counts a version up when an operation ends, not when it begins to write.
 
 Versions are read of the state's leaves and of the optimizers' tensors, because not every two tensors over one memory share
@@ -33,9 +36,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from stager.snapshot.guard import here
+from stager.snapshot.held_sources import HeldSources, Sources
 from stager.snapshot.picker import Picker, picker
 from stager.state.placement import SMALL_BYTES, Copy
-from stager.state.tensor_kinds import BLOCK
+from stager.state.tensor_kinds import BLOCK, PLAIN_TENSORS
+from stager.workers.gc_pause import no_collection
 from stager.workers.memory.slab import Slab
 
 _SAMPLE_BYTES = 16
@@ -44,10 +50,14 @@ _BYTES_PER_SAMPLE = 1 << 20
 _CALL_SECS = 0.25  # a write that goes on for longer after the copy writes whole tensors, and changes samples
 _POLL_SECS = 0.001
 
-_version: Any = attrgetter("_version")
+_Tensor: Any = torch.Tensor  # its methods are called unbound, which the stubs do not know
+_version, _layout, _nbytes = map(attrgetter, ("_version", "layout", "nbytes"))
+
+Place = tuple[int, int]
+"""Address and number of bytes of memory."""
 
 
-class _Memory:
+class _Words:
     """This process's memory as numpy sees it: words of 1 or 8 bytes, from ``_FIRST`` on."""
 
     def __init__(self, word_bytes: int) -> None:
@@ -57,8 +67,8 @@ class _Memory:
 
 
 _FIRST = 1 << 12  # nothing is mapped below
-_BYTES = np.asarray(_Memory(1))
-_WORDS = np.asarray(_Memory(8))
+_BYTES = np.asarray(_Words(1))
+_WORDS = np.asarray(_Words(8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,34 @@ class _Samples:
 
 
 @dataclass(frozen=True, slots=True)
+class _Memory:
+    """Where this rank's memory of some tensors is. A tensor may have several parts, and each part is one row.
+
+    Attributes:
+        tensors: number of the tensor.
+        addresses, nbytes: of the part.
+    """
+
+    tensors: Sequence[int]
+    addresses: list[int]
+    nbytes: list[int]
+
+    @staticmethod
+    def of(tensors: Sequence[torch.Tensor]) -> _Memory:
+        """Look at them now: each may have other memory later."""
+        numbers: Sequence[int] = range(len(tensors))
+        if not (PLAIN_TENSORS.issuperset(map(type, tensors)) and {torch.strided}.issuperset(map(_layout, tensors))):
+            parts = [(n, part) for n in numbers for part in here(tensors[n]) if part.layout is torch.strided]
+            numbers, tensors = [n for n, _ in parts], [part for _, part in parts]
+        return _Memory(numbers, list(map(_Tensor.data_ptr, tensors)), list(map(_nbytes, tensors)))
+
+    def places(self, tensors: set[int]) -> list[Place]:
+        """Return the places of tensors of these numbers."""
+        rows = zip(self.tensors, self.addresses, self.nbytes, strict=True)
+        return [(address, nbytes) for tensor, address, nbytes in rows if tensor in tensors]
+
+
+@dataclass(frozen=True, slots=True)
 class Wires:
     """Where the tripwires of some copies are; kept for as long as the copies stay the same.
 
@@ -92,6 +130,7 @@ class Wires:
         copies: what they watch.
         leaves: numbers of the leaves that the copies consist of.
         leaves_of: picks these of a state's leaves.
+        memory: what the copies read.
         sources, targets: the samples, where the copies read them, and in the slab.
         owners: for each word of the samples, the position of its copy in ``copies``.
     """
@@ -99,6 +138,7 @@ class Wires:
     copies: tuple[Copy, ...]
     leaves: tuple[int, ...]
     leaves_of: Picker
+    memory: Sources
     sources: _Samples
     targets: _Samples
     owners: Any
@@ -120,7 +160,15 @@ class Wires:
         b = np.array(others, dtype=np.int64).reshape(len(others), 3)
         leaves = tuple(leaf for copy in copies for leaf in copy.leaves)
         sources, targets = (_Samples(w[:, column] >> 3, b[:, column].copy()) for column in (1, 2))
-        return Wires(tuple(copies), leaves, picker(leaves), sources, targets, np.concatenate((w[:, 0], b[:, 0])))
+        return Wires(
+            copies=tuple(copies),
+            leaves=leaves,
+            leaves_of=picker(leaves),
+            memory=Sources.of(copies),
+            sources=sources,
+            targets=targets,
+            owners=np.concatenate((w[:, 0], b[:, 0])),
+        )
 
     def arm(self, leaves: Sequence[Any], guarded: Sequence[torch.Tensor]) -> Armed:
         """Read versions and samples now, in the trainer's thread.
@@ -130,7 +178,10 @@ class Wires:
             guarded: the other tensors of the optimizers.
         """
         watched = [*self.leaves_of(leaves), *guarded]
-        return Armed(self, watched, threading.get_ident(), _versions(watched), self.sources.read())
+        with no_collection():  # a storage is an object of Python's, for each tensor: see ``Planner.plan()``
+            held = self.memory.hold(leaves)
+        memory, thread = _Memory.of(guarded), threading.get_ident()
+        return Armed(self, held, watched, memory, thread, _versions(watched), self.sources.read())
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +189,16 @@ class Armed:
     """Tripwires, and what was read before ``save()`` returned.
 
     Attributes:
+        held: the memory that the copies read.
         watched: the tensors whose versions count: of each of ``wires.leaves``, then the optimizers'.
+        memory: of the optimizers' tensors, as it was.
         thread: the trainer's.
     """
 
     wires: Wires
+    held: HeldSources
     watched: list[torch.Tensor]
+    memory: _Memory
     thread: int
     versions: list[int | None]
     samples: Any
@@ -151,6 +206,9 @@ class Armed:
     def tripped(self, slab: Slab) -> Tripped:
         """Find what was written to since; call it when all copies are done."""
         wires = self.wires
+        lost = self.held.lost()
+        if lost:  # there is nothing at their addresses to read
+            return Tripped(lost, [])
         now = wires.targets.read(slab.address), wires.sources.read()
         positions = {position for samples in now for position in wires.owners[samples != self.samples].tolist()}
         leaves = {leaf for position in positions for leaf in wires.copies[position].leaves}
@@ -158,7 +216,8 @@ class Armed:
             wait_until_call_is_left(self.thread, _CALL_SECS)
         changed = self._changed_versions()
         leaves.update(wires.leaves[number] for number in changed if number < len(wires.leaves))
-        return Tripped(leaves, [self.watched[number] for number in changed if number >= len(wires.leaves)])
+        first = len(wires.leaves)
+        return Tripped(leaves, self.memory.places({number - first for number in changed if number >= first}))
 
     def _changed_versions(self) -> list[int]:
         now = _versions(self.watched)
@@ -173,11 +232,11 @@ class Tripped:
 
     Attributes:
         leaves: numbers of leaves.
-        tensors: tensors of the optimizers.
+        places: memory of the optimizers' tensors.
     """
 
     leaves: set[int]
-    tensors: list[torch.Tensor]
+    places: list[Place]
 
 
 def _places(nbytes: int) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from stager import TornSnapshotError
 from stager.snapshot import tripwires
@@ -91,6 +92,63 @@ def test_inference_tensors_have_samples_though_no_versions(bench: Bench) -> None
 
     with pytest.raises(TornSnapshotError, match="moment"):
         _stage(bench, state, write)
+
+
+def _swap_memory(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    parameter.data = value
+
+
+def test_memory_that_a_tensor_is_parted_from_is_held_until_it_is_copied(bench: Bench) -> None:
+    """4 MiB are mapped for themselves: once they are freed, reading them ends the process."""
+    parameter = torch.nn.Parameter(torch.ones(1 << 20))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    bench.guard.add(optimizer)
+    storage = StorageWeakRef(parameter.untyped_storage())
+    snapshot = bench.begin({"w": parameter})
+    pieces = whole(snapshot.plan, snapshot.blobs, 2)
+    slab = Slab.create(pieces.slab_nbytes)
+    _, later = bench.taker.split(snapshot, pieces, pieces.pieces[0])
+    bench.taker.arm(snapshot, later)
+    _swap_memory(parameter, torch.zeros(1 << 20))
+    assert not storage.expired(), "nothing holds the memory that is to be copied"
+    bench.taker.copy(snapshot, later, slab, cold=True, background=True)
+    assert tensors_are_staged({"w": torch.ones(1 << 20)}, slab, snapshot.plan)  # as it was at save()
+    assert storage.expired()
+
+
+def test_set_trips_by_name(bench: Bench) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1 << 20))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    bench.guard.add(optimizer)
+
+    def write() -> None:
+        with torch.no_grad():
+            parameter.set_(torch.zeros(1 << 20))
+
+    with pytest.raises(TornSnapshotError, match=r"^w changed"):
+        _stage(bench, {"w": parameter}, write)
+
+
+def test_storage_that_is_resized_trips_and_is_not_read(bench: Bench) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1 << 20))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    bench.guard.add(optimizer)
+    with pytest.raises(TornSnapshotError, match=r"^w changed"):
+        _stage(bench, {"w": parameter}, lambda: parameter.untyped_storage().resize_(0))
+
+
+def test_write_trips_though_the_optimizers_tensor_has_other_memory_then(bench: Bench) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    bench.guard.add(optimizer)
+
+    def write() -> None:
+        with torch.no_grad():
+            parameter[3] = 1  # no sample is there, and the leaf's version is its own
+        _swap_memory(parameter, torch.zeros(1000))
+
+    with pytest.raises(TornSnapshotError, match=r"^w changed"):
+        _stage(bench, {"w": parameter.data}, write)
 
 
 def test_tied_tensors_are_named_and_then_copied_at_once(bench: Bench) -> None:
