@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from stager.snapshot.picker import Picker, picker
+from stager.state.fingerprint import TensorMemory
 from stager.state.placement import Copy
 
-_Tensor: Any = torch.Tensor  # its methods are called unbound, which the stubs do not know
-_Storage: Any = torch.UntypedStorage
+_Storage: Any = torch.UntypedStorage  # its methods are called unbound, which the stubs do not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,43 +27,40 @@ class Sources:
 
     Attributes:
         copies: those that read an address.
-        leaves_of: picks a state's leaves that they are made of.
-        owners: for each copy, the position of its ``leaf`` among these.
+        owners: for each copy, the position of its ``leaf`` in ``TensorMemory``.
         addresses: of each copy.
         on_devices: leaves of copies from devices.
     """
 
     copies: tuple[Copy, ...]
-    leaves_of: Picker
     owners: Any
     addresses: Any
     on_devices: tuple[int, ...]
 
     @staticmethod
-    def of(copies: Sequence[Copy]) -> Sources:
-        """Note what these copies read."""
-        leaves = tuple(dict.fromkeys(leaf for copy in copies for leaf in copy.leaves))
+    def of(copies: Sequence[Copy], leaves: Sequence[int]) -> Sources:
+        """Note what these copies read. ``leaves``: of :class:`TensorMemory`."""
         positions = {leaf: position for position, leaf in enumerate(leaves)}
         reading = tuple(copy for copy in copies if not copy.is_packed and copy.nbytes)
         return Sources(
             copies=reading,
-            leaves_of=picker(leaves),
             owners=np.array([positions[copy.leaf] for copy in reading], dtype=np.int64),
             addresses=np.array([copy.address for copy in reading], dtype=np.uint64),
             on_devices=tuple(copy.leaf for copy in copies if not copy.on_host),
         )
 
-    def hold(self, leaves: Sequence[Any]) -> HeldSources:
-        """Hold their memory from now on.
+    def hold(self, leaves: Sequence[Any], memory: TensorMemory) -> HeldSources:
+        """Hold what they read.
 
         Args:
             leaves: of the state.
+            memory: of the same state.
         """
         if self.on_devices:  # torch copies these by their tensors, which must be those of now
             leaves = list(leaves)
             for leaf in self.on_devices:
                 leaves[leaf] = leaves[leaf].detach()
-        return HeldSources(self, leaves, list(map(_Tensor.untyped_storage, self.leaves_of(leaves))))
+        return HeldSources(self, leaves, memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +69,18 @@ class HeldSources:
 
     Attributes:
         leaves: of the state; what torch copies by its tensor is the tensor of then.
-        storages: of the leaves that the copies are made of.
+        memory: what is held.
     """
 
     sources: Sources
     leaves: Sequence[Any]
-    storages: list[torch.UntypedStorage]
+    memory: TensorMemory
 
     def lost(self) -> set[int]:
         """Find the leaves whose memory was freed all the same, because their storage was resized."""
-        starts = np.array(list(map(_Storage.data_ptr, self.storages)), dtype=np.uint64)
-        ends = starts + np.array(list(map(_Storage.nbytes, self.storages)), dtype=np.uint64)
+        storages = self.memory.storages
+        starts = np.array(list(map(_Storage.data_ptr, storages)), dtype=np.uint64)
+        ends = starts + np.array(list(map(_Storage.nbytes, storages)), dtype=np.uint64)
         owners, addresses = self.sources.owners, self.sources.addresses
         is_lost = (addresses < starts[owners]) | (addresses >= ends[owners])
         return {leaf for number in np.flatnonzero(is_lost).tolist() for leaf in self.sources.copies[number].leaves}

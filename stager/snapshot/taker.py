@@ -26,6 +26,7 @@ from stager.snapshot.guard import Guard
 from stager.snapshot.object_pickler import ObjectPickler
 from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.snapshot.tripwires import Armed, Place, Wires
+from stager.state.fingerprint import TensorMemory
 from stager.state.flatten import flatten
 from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
@@ -51,7 +52,8 @@ class Snapshot:
         streams: order the copies from devices behind what the trainer's streams hold now.
         guarded: what the tripwires will watch beside the leaves that are copied then, until they are set: the other
             tensors of the guarded optimizers.
-        armed: tripwires of the copies that are made then.
+        memory: of the tensors, until the tripwires are set.
+        armed: tripwires of the copies that are made then; they hold the memory.
     """
 
     timeline: Timeline
@@ -59,6 +61,7 @@ class Snapshot:
     plan: SnapshotPlan
     blobs: list[bytes]
     streams: SideStreams
+    memory: TensorMemory
     guarded: Sequence[torch.Tensor] = ()
     armed: Armed | None = None
 
@@ -146,7 +149,7 @@ class SnapshotTaker:
         self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
         self._split: _Split | None = None
-        self._wires = Wires.of(())  # the tripwires of the copies that the last split makes later
+        self._wires = Wires.of((), ())  # the tripwires of the copies that the last split makes later
         self._torn: frozenset[str] = frozenset()  # names of tensors that somebody else wrote to, once
         self._pickler = ObjectPickler(file_format, safe_globals)
 
@@ -182,13 +185,13 @@ class SnapshotTaker:
             return self._begin(timeline, tree, planner, may_move)
 
     def _begin(self, timeline: Timeline, tree: StateTree, planner: Planner, may_move: bool | None) -> Snapshot:
-        plan = planner.plan(tree)
+        plan, memory = planner.plan_and_hold(tree)
         if may_move is not None and plan is not self._shared_for:
             if self._sharer.share(tree.leaves, may_move):
-                plan = planner.plan(tree)  # what was moved has another address now
+                plan, memory = planner.plan_and_hold(tree)  # what was moved has another address now
             self._shared_for = plan if may_move else None
         blobs = plan.with_trailer([self._pickler.pickle(tree, leaf) for leaf in plan.objects])
-        return Snapshot(timeline, tree, plan, blobs, SideStreams(set(plan.devices or ())))
+        return Snapshot(timeline, tree, plan, blobs, SideStreams(set(plan.devices or ())), memory)
 
     def notes(self, snapshot: Snapshot) -> Sequence[str]:
         """Say which large tensors the trainer copies although workers were to, and why."""
@@ -207,15 +210,16 @@ class SnapshotTaker:
         protected, is_own = self._protected(snapshot)
         key, last = _SplitKey(protected, is_own, self._sharer.live_sources()), self._split
         if last is None or last.plan is not plan or last.key != key:
-            last = self._split = self._divide(plan, leaves, key)
+            last = self._split = self._divide(snapshot, key)
         snapshot.guarded = [*snapshot.guarded, *map(leaves.__getitem__, last.own_now)]
         return last.now, last.later
 
-    def _divide(self, plan: SnapshotPlan, leaves: Sequence[Any], key: _SplitKey) -> _Split:
+    def _divide(self, snapshot: Snapshot, key: _SplitKey) -> _Split:
         """Divide the copies of a plan into those made now and later, and these among the trainer and the workers.
 
         Also chooses where the tripwires of the later ones are.
         """
+        plan, leaves = snapshot.plan, snapshot.tree.leaves
         protected, is_own, _ = key  # in the order of plan.leaves; empty if nothing is guarded
         may_wait = {leaf for leaf, is_protected in zip(plan.leaves, protected, strict=False) if is_protected}
         now: list[Copy] = []
@@ -227,7 +231,7 @@ class SnapshotTaker:
         own_now = set(compress(plan.leaves, is_own)).difference(*(copy.leaves for copy in later))
         now_work = self._assign(now, leaves, guarded=False)
         later_work = self._assign(later, leaves, guarded=True)
-        self._wires = Wires.of(later_work.copies)
+        self._wires = Wires.of(later_work.copies, snapshot.memory.leaves)
         return _Split(
             plan=plan,
             key=key,
@@ -258,8 +262,8 @@ class SnapshotTaker:
     def arm(self, snapshot: Snapshot, later: Assignment) -> None:
         """Set the tripwires of what is copied after ``save()`` has returned. Call it right before."""
         if later.copies:
-            snapshot.armed = self._wires.arm(snapshot.tree.leaves, snapshot.guarded)
-        snapshot.guarded = ()
+            snapshot.armed = self._wires.arm(snapshot.tree.leaves, snapshot.memory, snapshot.guarded)
+        snapshot.guarded, snapshot.memory = (), TensorMemory()
 
     def _check(self, snapshot: Snapshot, slab: Slab) -> None:
         """Check the tripwires, now that everything is copied.

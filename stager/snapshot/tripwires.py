@@ -39,9 +39,9 @@ import torch
 from stager.snapshot.guard import here
 from stager.snapshot.held_sources import HeldSources, Sources
 from stager.snapshot.picker import Picker, picker
+from stager.state.fingerprint import TensorMemory
 from stager.state.placement import SMALL_BYTES, Copy
 from stager.state.tensor_kinds import BLOCK, PLAIN_TENSORS
-from stager.workers.gc_pause import no_collection
 from stager.workers.memory.slab import Slab
 
 _SAMPLE_BYTES = 16
@@ -144,8 +144,8 @@ class Wires:
     owners: Any
 
     @staticmethod
-    def of(copies: Sequence[Copy]) -> Wires:
-        """Choose the samples of these copies."""
+    def of(copies: Sequence[Copy], tensors: Sequence[int]) -> Wires:
+        """Choose the samples of these copies. ``tensors``: the leaves that are tensors."""
         words: list[tuple[int, int, int]] = []  # position of the copy, address, where in the slab
         others: list[tuple[int, int, int]] = []
         for number, copy in enumerate(copies):
@@ -164,22 +164,22 @@ class Wires:
             copies=tuple(copies),
             leaves=leaves,
             leaves_of=picker(leaves),
-            memory=Sources.of(copies),
+            memory=Sources.of(copies, tensors),
             sources=sources,
             targets=targets,
             owners=np.concatenate((w[:, 0], b[:, 0])),
         )
 
-    def arm(self, leaves: Sequence[Any], guarded: Sequence[torch.Tensor]) -> Armed:
+    def arm(self, leaves: Sequence[Any], held_memory: TensorMemory, guarded: Sequence[torch.Tensor]) -> Armed:
         """Read versions and samples now, in the trainer's thread.
 
         Args:
             leaves: of the state.
+            held_memory: of these leaves.
             guarded: the other tensors of the optimizers.
         """
         watched = [*self.leaves_of(leaves), *guarded]
-        with no_collection():  # a storage is an object of Python's, for each tensor: see ``Planner.plan()``
-            held = self.memory.hold(leaves)
+        held = self.memory.hold(leaves, held_memory)
         memory, thread = _Memory.of(guarded), threading.get_ident()
         return Armed(self, held, watched, memory, thread, _versions(watched), self.sources.read())
 

@@ -81,6 +81,19 @@ class _Block:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorMemory:
+    """The storages of a state's tensors. They hold the memory, whatever becomes of the tensors.
+
+    Attributes:
+        leaves: numbers of the leaves that are tensors, as in :class:`Fingerprints`.
+        storages: of these leaves.
+    """
+
+    leaves: Sequence[int] = ()
+    storages: Sequence[torch.UntypedStorage] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Fingerprints:
     """The fingerprints of a state's tensors.
 
@@ -97,8 +110,8 @@ class Fingerprints:
         return list(zip(self.leaves, chain.from_iterable(block.rows() for block in self.blocks), strict=True))
 
 
-def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> Fingerprints:
-    """Read the fingerprints of all tensors of a state.
+def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> tuple[Fingerprints, TensorMemory]:
+    """Read the fingerprints of all tensors of a state, and hold their memory: the storages are made here anyway.
 
     Args:
         known: the fingerprints of the save before. They are returned themselves if nothing has changed.
@@ -127,26 +140,34 @@ def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> Fin
     return _read(numbers, [leaves[i] for i in numbers], known)
 
 
-def _read(numbers: Sequence[int], tensors: Sequence[torch.Tensor], known: Fingerprints | None) -> Fingerprints:
+def _read(
+    numbers: Sequence[int], tensors: Sequence[torch.Tensor], known: Fingerprints | None
+) -> tuple[Fingerprints, TensorMemory]:
+    storages: list[torch.UntypedStorage] = []
     old = known.blocks if known is not None else ()
     blocks: list[_Block] = []
     # In blocks, because each column touches every tensor again: those of a block stay in the processor's cache.
     for i, start in enumerate(range(0, len(tensors), BLOCK)):
         of_block = tensors[start : start + BLOCK]
         last = old[i] if i < len(old) else None
-        block = _read_block(of_block, last)
+        block = _read_block(of_block, last, storages)
         if block == last:
             block = last
         else:
             _check_storages(of_block, block)
         blocks.append(block)
     if known is not None and len(old) == len(blocks) and known.leaves == numbers and all(map(is_, old, blocks)):
-        return known
-    return Fingerprints(numbers, tuple(blocks))
+        return known, TensorMemory(numbers, storages)
+    return Fingerprints(numbers, tuple(blocks)), TensorMemory(numbers, storages)
 
 
-def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None) -> _Block:
-    """Read the fingerprints of some tensors; ``last``: what was read of them by the save before."""
+def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None, held: list[torch.UntypedStorage]) -> _Block:
+    """Read the fingerprints of some tensors.
+
+    Args:
+        last: what was read of them by the save before.
+        held: gets their storages.
+    """
     dtypes = [tensor.dtype for tensor in tensors]
     devices = None if all(map(_is_on_host, tensors)) else [tensor.device for tensor in tensors]
     kinds = set(dtypes)
@@ -163,6 +184,8 @@ def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None) -> _Block:
     else:
         strides = list(map(_Tensor.stride, tensors))
         is_row_major = all(map(_has_no_other_stride, *zip(*set(zip(shapes, strides, strict=True)), strict=True)))
+    storages = list(map(_Tensor.untyped_storage, tensors))
+    held += storages
     return _Block(
         addresses=addresses,
         dtypes=dtypes,
@@ -170,7 +193,7 @@ def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None) -> _Block:
         strides=strides,
         devices=devices,
         lazy=lazy if any(lazy) else None,
-        held=list(map(torch.UntypedStorage.nbytes, map(_Tensor.untyped_storage, tensors))),
+        held=list(map(torch.UntypedStorage.nbytes, storages)),
         is_row_major=is_row_major,
     )
 

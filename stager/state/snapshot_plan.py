@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import xxhash
 
-from stager.state.fingerprint import Fingerprint, Fingerprints, read_fingerprints
+from stager.state.fingerprint import Fingerprint, Fingerprints, TensorMemory, read_fingerprints
 from stager.state.grouping import by_role
 from stager.state.placement import (
     LARGE_BYTES,
@@ -117,7 +117,11 @@ class Planner:
         self._same_objects: dict[int, int] = {}
 
     def plan(self, tree: StateTree) -> SnapshotPlan:
-        """Return the plan for this state: the last one, if no structure and no fingerprint has changed.
+        """Return the plan for this state. See :meth:`plan_and_hold`."""
+        return self.plan_and_hold(tree)[0]
+
+    def plan_and_hold(self, tree: StateTree) -> tuple[SnapshotPlan, TensorMemory]:
+        """Return the plan for this state: the last one, if no structure and no fingerprint has changed; and hold its memory.
 
         Raises:
             UnstageableError: a tensor that cannot be snapshotted, with its key path.
@@ -126,7 +130,8 @@ class Planner:
         # Every save makes some tuples for each tensor, most of which die at once. The collector would take their number for
         # a reason to look at all objects of the program: 0.3 s in the trainer's thread, now and then.
         with no_collection():
-            fingerprints = read_fingerprints(tree, self._last_fingerprints)  # the same object, if none has changed
+            # The same object, if none has changed.
+            fingerprints, memory = read_fingerprints(tree, self._last_fingerprints)
         if (
             self._last_plan is None
             or fingerprints is not self._last_fingerprints
@@ -136,7 +141,7 @@ class Planner:
             with no_collection():
                 self._last_plan = self._make(tree, fingerprints.rows())
             self._last_fingerprints, self._last_key = fingerprints, key
-        return self._last_plan
+        return self._last_plan, memory
 
     def forget(self) -> None:
         """Drop the last plan."""
