@@ -12,7 +12,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from types import TracebackType
 from typing import Any, SupportsIndex
@@ -62,6 +63,9 @@ class _Lifecycle(Enum):
     OPEN = "is open"
     CLOSING = "is being closed"
     CLOSED = "is closed"
+
+
+_LOOK_SECS = 0.05  # so often who waits for the lock looks whether the Checkpointer is being closed
 
 
 class Checkpointer:
@@ -185,8 +189,8 @@ class Checkpointer:
             ArgumentError: something else than an optimizer; none is guarded then.
             ClosedError
         """
-        with self._lock:
-            self._opened().saver.guard.add(*arguments.each_of(optimizers))
+        with self._exclusively() as run:
+            run.saver.guard.add(*arguments.each_of(optimizers))
 
     @explained("warmup(state)")
     def warmup(self, state: Mapping[str, Any]) -> None:
@@ -253,6 +257,21 @@ class Checkpointer:
             raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}; {advice}")
         return self._run
 
+    @contextmanager
+    def _exclusively(self) -> Iterator[OpenRun]:
+        """Hold the lock, for what a listener may do, too: close() holds it while it waits for the listeners.
+
+        Raises:
+            ClosedError: it is closed, or is being closed.
+        """
+        self._opened()
+        while not self._lock.acquire(timeout=_LOOK_SECS):
+            self._opened()
+        try:
+            yield self._opened()
+        finally:
+            self._lock.release()
+
     @property
     def _is_open(self) -> bool:
         return self._lifecycle is _Lifecycle.OPEN
@@ -279,9 +298,7 @@ class Checkpointer:
 
     def _protect(self, step: SupportsIndex, *, keep: bool) -> None:
         number = arguments.as_step(step)
-        self._opened()  # before the lock, too: close() holds it while it waits for a listener, which may be here
-        with self._lock:
-            self._opened()
+        with self._exclusively():
             change_protected(self._directory, number, keep=keep)
 
     @explained("delete(100)")
@@ -303,22 +320,26 @@ class Checkpointer:
         number = arguments.as_step(step)
         self._refuse_in_callback("delete()")
         with self._lock:
-            return self._opened().delete(number)
+            report = self._opened().delete(number)
+            self._together.deleted(number)
+            return report
 
     @explained("prune(dry_run=True)")
     def prune(self, *, dry_run: bool = False) -> PruneReport:
         """Apply the rules of ``retention`` now, in a worker, and wait for it. Every commit does so without being asked.
 
         Args:
-            dry_run: only say what would be removed; also with ``read_only=True``.
+            dry_run: only say what would be removed; also with ``read_only=True``, and in a listener.
 
         Raises:
             CorruptCheckpointError: the list of protected steps is damaged; nothing was removed.
-            UsageError: called by a callback of a save's Future.
+            UsageError: called by a listener without ``dry_run``, or by a callback of a save's Future.
             StorageError, WorkerError, ClosedError
         """
-        self._refuse_in_callback("prune()")
-        if dry_run and self._lifecycle is _Lifecycle.READ_ONLY:
+        in_listener = self._listeners.is_current
+        if not (dry_run and in_listener):
+            self._refuse_in_callback("prune()")
+        if dry_run and (in_listener or self._lifecycle is _Lifecycle.READ_ONLY):
             require_run_directory(self._directory)
             rules = setup.retention_rules(self._config.retention, num_threads=None)
             return prune(self._directory, rules, dry_run=True)
@@ -336,13 +357,13 @@ class Checkpointer:
         Each candidate is verified as ``loading.verify`` says. What is skipped is logged, and listed in :attr:`skipped`.
 
         Args:
-            wait: first wait for the saves in flight of this Checkpointer, as :meth:`load` does. In a callback of a save's
-                Future it looks at once: the saves would wait for the callback.
+            wait: first wait for the saves in flight of this Checkpointer, as :meth:`load` does. A listener, and a callback
+                of a save's Future, look at once: the saves would wait for the callback.
 
         Raises:
             StorageError
         """
-        if wait and self._is_open and not self._run.saver.in_callback:
+        if wait and self._is_open and not (self._run.saver.in_callback or self._listeners.is_current):
             self._wait_for_saves()
         found = self._together.latest(self._loader.latest)
         self._after_looking(None if found is None else found.step)
@@ -409,7 +430,7 @@ class Checkpointer:
                 have it, the checkpoint's get it. ``keys`` sees the new names.
             allow_pickle: unpickle any object, which runs code from the checkpoint; None: as configured.
             wait: first wait for the saves in flight of this Checkpointer, so that what was saved last is what is loaded.
-                With ``wait=False``, a checkpoint that is not committed yet is not there.
+                With ``wait=False``, a checkpoint that is not committed yet is not there. A listener does not wait.
 
         Where several ranks save together, every rank has to call it to load ``into`` something: all of them load the
         same checkpoint, each what it holds. Without ``into``, or with ``read_only=True``, a rank loads for itself.
@@ -419,23 +440,32 @@ class Checkpointer:
 
         Raises:
             ArgumentError: ``step`` or ``into`` cannot be meant.
-            UsageError: called by a callback of a save's Future.
+            UsageError: called by a callback of a save's Future; or ``into`` is given, by a listener, and several ranks save
+                together.
             CheckpointNotFoundError: there is no ``step``; says which there are.
             CorruptCheckpointError: ``step`` is damaged; or, without ``step``, every checkpoint is, or ``into`` is partly
                 overwritten from a damaged one, and there is none to overwrite all of that (see ``loading.verify_first``).
             StateMismatchError: it does not fit ``into``, or a pattern of ``keys`` matches nothing; nothing was changed.
-            RankFailedError: it failed on another rank; what it was loaded into may be overwritten.
+            RankFailedError: it failed on another rank, which is named; says if nothing was changed on any rank.
             UnsafePickleError: see ``allow_pickle``; nothing was changed.
             UnloadableError: the bytes are right, and an object cannot be made from them here, or its
                 ``load_state_dict()`` raised. No older checkpoint is tried. The cause is the original error.
             StorageError
         """
         number, into = arguments.load_arguments(step, into, self._directory)
+        in_listener = self._listeners.is_current
+        if in_listener and into is not None and not self._group.is_alone:
+            raise UsageError(
+                "load(into=...) was called by a listener; where several ranks save together, all of them load together, and "
+                "listeners run at other times on each: call load() without into, or let the training loop call it"
+            )
         if self._is_open:
-            self._refuse_in_callback("load()")
-            if wait:
-                self._wait_for_saves()
-            self._run.saver.wait_for_staging()  # do not overwrite what is being copied
+            if not in_listener:
+                self._refuse_in_callback("load()")
+                if wait:
+                    self._wait_for_saves()
+            if into is not None:
+                self._run.saver.wait_for_staging()  # do not overwrite what is being copied
         selection = None if keys is None else Selection(keys)
         renaming = Renaming.of_arguments(rename, strip_prefix)
 
@@ -447,11 +477,13 @@ class Checkpointer:
                 allow_pickle=allow_pickle,
                 selection=selection,
                 renaming=renaming,
-                other_ranks=self._together.names_of_others,
+                other_ranks=self._together,
             )
 
         loaded = load(number) if into is None else self._together.load(number, load)
         self._after_looking(None if loaded is None else loaded.step)
+        if number is None and not self._is_open:  # opening for saving has told it, and what is there now is this run's
+            self._loader.tell_of_unfinished(None if loaded is None else loaded.step)
         if self._is_open and loaded is not None:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
                 self._run.saver.expect(loaded.info.nbytes // self._group.num_ranks)

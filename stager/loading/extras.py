@@ -7,18 +7,43 @@ target of another rank has it. Whoever matches a mapping notes its names here; a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from stager.loading.restore_plan import RestorePlan
 from stager.workers.checkpoint.layout.structure import Path, fqn
 
-OtherRanks = Callable[[Collection[str], Callable[[Collection[str]], set[str]]], set[str]]
-"""Which of some names other ranks have. Every rank calls it once, with a function that tells which of names it has."""
+
+class KnownNames(Protocol):
+    """The names that a rank's target has."""
+
+    def among(self, names: Collection[str]) -> set[str]:
+        """Return which of some names the target has."""
+
+    def all(self) -> set[str]:
+        """Return every name."""
 
 
-def no_other_ranks(names: Collection[str], has: Callable[[Collection[str]], set[str]]) -> set[str]:
-    """Stand for the other ranks of a process that loads for itself."""
-    return set()
+class OtherRanks:
+    """The other ranks that load the same checkpoint into something. This class stands for none: a process loads for itself.
+
+    Every rank calls each method once, in the order of this class.
+    """
+
+    def which_have(self, names: Collection[str], own: KnownNames, unexpected: Collection[str]) -> set[str]:
+        """Return which of some names the target of another rank has.
+
+        Args:
+            names: that this rank's target does not have.
+            own: the names that it has.
+            unexpected: those of ``names`` that are an error if loading is strict.
+        """
+        return set()
+
+    def wait_until_it_fits_all(self) -> None:
+        """Return when every rank has found that the checkpoint fits. Nothing was changed on any of them until then."""
+
+
+NO_OTHER_RANKS = OtherRanks()
 
 
 class _Extra(NamedTuple):
@@ -59,7 +84,8 @@ class Extras:
         """Decide on all of them. A name that another rank has is neither unexpected here, nor added."""
         plan = self._plan
         paths = [*(extra.path for extra in self._extras), *plan.unexpected, *plan.ignored]
-        elsewhere = other_ranks({fqn(path) for path in paths}, self._has)
+        unexpected = [*(extra.path for extra in self._extras if extra.is_unexpected), *plan.unexpected]
+        elsewhere = other_ranks.which_have({fqn(path) for path in paths}, self, set(map(fqn, unexpected)))
         plan.unexpected = [path for path in plan.unexpected if fqn(path) not in elsewhere]
         plan.ignored = [path for path in plan.ignored if fqn(path) not in elsewhere]
         for extra in self._extras:
@@ -69,5 +95,10 @@ class Extras:
                 if extra.add is not None:
                     extra.add()
 
-    def _has(self, names: Collection[str]) -> set[str]:
+    def among(self, names: Collection[str]) -> set[str]:
+        """Return which of some names the target has."""
         return {name for path, keys in self._names for key in keys if (name := fqn((*path, key))) in names}
+
+    def all(self) -> set[str]:
+        """Return every name of the target."""
+        return {fqn((*path, key)) for path, keys in self._names for key in keys}

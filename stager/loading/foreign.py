@@ -15,6 +15,7 @@ from stager.loading.loaded import Loaded
 from stager.loading.pickles.archive_check import check_archive
 from stager.loading.pickles.legacy import check_legacy, is_legacy, load_legacy
 from stager.loading.pickles.unpickle import load_unverified
+from stager.loading.rank_names import ranks_of_this_job
 from stager.loading.renaming import Renaming
 from stager.loading.restore import Restorer
 from stager.loading.safetensors_reader import SafetensorsFiles
@@ -56,7 +57,8 @@ def load_checkpoint(
         safe_globals: classes that may be unpickled, beside plain data, by their full names, as ``loading.safe_globals`` has
             them for :meth:`stager.Checkpointer.load`.
 
-    Each rank loads for itself.
+    Each rank loads for itself, and may call this alone. Names that other ranks have in their ``into``, as the stages of a
+    pipeline do, are not unexpected here: a rank with such names waits up to 30 s for the others' calls for the same path.
 
     Returns:
         The state on the CPU, or ``into``; ``step`` and ``info`` are None unless stager wrote the checkpoint. Without
@@ -79,6 +81,7 @@ def load_checkpoint(
     where = os.path.realpath(path)
     selection = None if keys is None else Selection(keys)
     renaming = Renaming.of_arguments(rename, strip_prefix)
+    others, rank = ranks_of_this_job(where, into, strict=strict)
     if found.origin is Origin.STAGER:
         with reading(where):
             manifest = read_manifest(where)
@@ -88,14 +91,17 @@ def load_checkpoint(
                 default_threads(),
                 allow_pickle,
                 selection,
+                rank,
                 safe_globals=safe_globals,
                 renaming=renaming,
+                other_ranks=others,
             )
             state = restorer.restore(into, strict)
         return Loaded(manifest.header.step, where, state, CheckpointInfo.of(where, manifest), *restorer.outcome)
     if found.origin is Origin.TORCH_SAVE and into is None and selection is None and renaming == Renaming():
         return Loaded(None, where, load_torch_save(found.path, allow_pickle, safe_globals=safe_globals), None)
-    state, outcome = restore_foreign(_open(found, allow_pickle, safe_globals), into, strict, selection, renaming)
+    source = _open(found, allow_pickle, safe_globals)
+    state, outcome = restore_foreign(source, into, strict, selection, renaming, others)
     return Loaded(None, where, state, None, *outcome)
 
 

@@ -21,7 +21,7 @@ from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointErro
 METADATA_NAME = ".metadata"
 _DATA_ENDING = ".distcp"
 _SAFETENSORS = ".safetensors"
-_TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 _SHOWN_NAMES = 5
 
 
@@ -68,6 +68,11 @@ def find(path: str | os.PathLike[str]) -> Found:
     return Found(Origin.TORCH_SAVE, real)
 
 
+def is_in_safetensors(name: str) -> bool:
+    """Whether a file has a name of safetensors."""
+    return name.endswith(_SAFETENSORS)
+
+
 def not_ours(path: str) -> str | None:
     """Say why there is no checkpoint of stager at ``path``, an absolute one, and which path to name; None: there may be one.
 
@@ -96,7 +101,7 @@ def _find_in(directory: str) -> Found:
     with storage_errors("list", directory):
         names = sorted(os.listdir(directory))
     indices = [name for name in names if name.endswith(INDEX_ENDING)]
-    weights = [name for name in names if name.endswith(_SAFETENSORS)]
+    weights = list(filter(is_in_safetensors, names))
     if len(indices) == 1 and weights:
         return Found(Origin.SAFETENSORS, os.path.join(directory, indices[0]))
     if len(weights) == 1 and not indices:  # a shard alone is refused when its header is read
@@ -153,7 +158,7 @@ def _of_others(directory: str, names: list[str]) -> str:
     if inside := [name for name in names if _is_checkpoint(os.path.join(directory, name))]:
         return f"has checkpoints in it: {_shown(inside)}; name one of them"
     without = "is a directory without manifest.json, .metadata or safetensors"
-    if files := [name for name in names if name.endswith(_TORCH_ENDINGS)]:
+    if files := [name for name in names if name.endswith(TORCH_ENDINGS)]:
         return f"{without}; name one of its files: {_shown(files)}"
     return f"{without}; it has {_shown(names)}" if names else "is an empty directory"
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from stager.loading.extras import NO_OTHER_RANKS, OtherRanks
 from stager.loading.foreign_keys import fitted, refuse_if_itself
 from stager.loading.loaded import Outcome
 from stager.loading.match import match
@@ -55,12 +56,18 @@ class ForeignCheckpoint(Protocol):
 
 
 def restore_foreign(
-    source: ForeignCheckpoint, into: Any, strict: bool, selection: Selection | None, renaming: Renaming
+    source: ForeignCheckpoint,
+    into: Any,
+    strict: bool,
+    selection: Selection | None,
+    renaming: Renaming,
+    other_ranks: OtherRanks = NO_OTHER_RANKS,
 ) -> tuple[Any, Outcome]:
     """Load into ``into``, and return it; without it, return a new state. With it comes what did not find each other.
 
     Args:
         into: see :meth:`stager.loading.restore.Restorer.load_into`.
+        other_ranks: asked which names they have.
 
     Raises:
         StateMismatchError: keys, shapes or dtypes differ, or nothing is selected; nothing was changed.
@@ -82,7 +89,9 @@ def restore_foreign(
         return structure if source.keeps_keys else fitted(structure, target)
 
     with no_collection():
-        plan = match(source.manifest, source.path, into, strict, selection, renaming=renaming, fit=fit)
+        plan = match(
+            source.manifest, source.path, into, strict, selection, renaming=renaming, other_ranks=other_ranks, fit=fit
+        )
         with torch_defaults():
             values = _fill(source, plan)
     plan.apply(values, source.path)

@@ -2,7 +2,8 @@
 
 1. Rank 0 broadcasts which checkpoint to load (``StepToLoad``).
 2. Every rank waits until it sees that checkpoint, and loads it. A rank on which that fails posts ``LoadFailed``. On the
-   way, each asks the others whether they have the names that it has no place for (``LoadNames``).
+   way, each asks the others whether they have the names that it has no place for (``LoadNames``), and waits until all have
+   found that the checkpoint fits. Until then nothing is changed on any rank.
 3. All come to a barrier. Only then does each read what failed on any rank.
 4. Nothing failed: done. Damaged on any rank: the ranks restore it from replicas, if there are any; if not, rank 0 goes on
    to the checkpoint before it (step 1). Failed for another reason: every rank raises.
@@ -16,19 +17,21 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
+from stager.loading.extras import KnownNames, OtherRanks
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
 from stager.ranks import keys
 from stager.ranks.messages import LoadFailed, LoadNames, NewestStep, StepToLoad
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_name
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_name, committed_steps
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     RankFailedError,
     StagerError,
 )
+from stager.workers.long_wait import LongWait
 
 _POLL_SECS = 0.02
 _VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
@@ -39,7 +42,11 @@ def nothing_to_restore(step: int) -> bool:
     return False
 
 
-class JointLoader:
+class _StoppedError(Exception):
+    """Another rank has failed before anything was changed on any rank; the barrier at the end of the load says why."""
+
+
+class JointLoader(OtherRanks):
     """Loads the same checkpoint on every rank of a group.
 
     Args:
@@ -57,6 +64,7 @@ class JointLoader:
         self._directory = directory
         self._loader = loader
         self._num_tries = 0
+        self._is_changing = False  # all ranks have found that the checkpoint fits
         self._awaited: set[int] = set()
         self._restored: set[int] = set()
         self.restore: Callable[[int], bool] = nothing_to_restore
@@ -86,6 +94,7 @@ class JointLoader:
                 if damaged is not None:
                     raise damaged  # nothing is left, and what it was loaded into may be partly overwritten
                 return None
+            self._is_changing = False
             loaded, error = self._try(key, chosen, choice.is_there, load)
             self._group.barrier(key, f"loading the checkpoint of step {chosen}")
             failed = self._group.first(f"{key}/failed", LoadFailed)
@@ -94,9 +103,9 @@ class JointLoader:
             if cause is None:
                 return loaded
             if error is None:
-                error = RankFailedError(
-                    f"the checkpoint of step {chosen} was not loaded on rank {cause.rank}: {cause.error}", (cause.rank,)
-                )
+                here = "this rank has loaded it" if self._is_changing else "nothing was changed on any rank"
+                why = f"the checkpoint of step {chosen} was not loaded on rank {cause.rank}: {cause.error}; {here}"
+                error = RankFailedError(why, (cause.rank,))
             if failed is not None or step is not None:
                 raise error
             assert isinstance(error, StagerError)
@@ -110,18 +119,20 @@ class JointLoader:
             if is_there:
                 self._await_visible(step)
             return load(step), None
+        except _StoppedError:
+            return None, None
         except BaseException as error:
             is_damaged = isinstance(error, (CorruptCheckpointError, CheckpointNotFoundError))
             failure = LoadFailed(self._group.rank, f"{type(error).__name__}: {error}")
             self._group.post_first(f"{key}/damaged" if is_damaged else f"{key}/failed", failure)
-            for barrier in (keys.load_names(self._num_tries), keys.load_names_had(self._num_tries)):
-                self._group.leave_barrier(barrier, error)  # no effect on those to which this rank came
+            for barrier in (keys.load_names, keys.load_names_had, keys.load_fits):
+                self._group.leave_barrier(barrier(self._num_tries), error)  # no effect on those to which this rank came
             if not isinstance(error, Exception):  # Ctrl-C: this rank does not come to the barrier
                 self._group.cancel_barrier(key, f"interrupted on rank {failure.rank}: {error!r}", (failure.rank,))
                 raise
             return None, error
 
-    def names_of_others(self, names: Collection[str], has: Callable[[Collection[str]], set[str]]) -> set[str]:
+    def which_have(self, names: Collection[str], own: KnownNames, unexpected: Collection[str]) -> set[str]:
         """Which of the names that only the checkpoint has are in the target of another rank. Every rank calls it.
 
         1. Each rank posts its names, unless another rank posted the same ones.
@@ -130,7 +141,8 @@ class JointLoader:
 
         Args:
             names: that this rank's target does not have.
-            has: tells which of some names this rank's target has.
+            own: the names that it has.
+            unexpected: is not looked at: the ranks come together in any case.
 
         Raises:
             RankFailedError: a rank did not come.
@@ -144,14 +156,34 @@ class JointLoader:
             wanted = self._read_names(asked)
             if not wanted:
                 return set()
-            self._post_names(had, has(wanted))
+            self._post_names(had, own.among(wanted))
             self._group.barrier(had, "comparing the names of what is loaded")
             return self._read_names(had)
         except RankFailedError:
-            key = keys.load(self._num_tries)
-            if self._group.first(f"{key}/failed", LoadFailed) or self._group.first(f"{key}/damaged", LoadFailed):
-                return set(names)  # this load fails on all ranks, and the barrier at its end says why
+            if self._has_said_why():
+                raise _StoppedError from None
             raise
+
+    def wait_until_it_fits_all(self) -> None:
+        """Return when every rank has found that the checkpoint fits. Every rank calls it, after :meth:`which_have`.
+
+        Raises:
+            RankFailedError: a rank did not come.
+        """
+        if self._group.is_alone:
+            return
+        try:
+            self._group.barrier(keys.load_fits(self._num_tries), "checking that the checkpoint fits on every rank")
+        except RankFailedError:
+            if self._has_said_why():
+                raise _StoppedError from None
+            raise
+        self._is_changing = True
+
+    def _has_said_why(self) -> bool:
+        """Whether the rank that did not come has posted what failed there: the end of this load repeats that."""
+        key = keys.load(self._num_tries)
+        return any(self._group.first(f"{key}/{how}", LoadFailed) is not None for how in ("failed", "damaged"))
 
     def _post_names(self, key: str, names: Collection[str]) -> None:
         """Post names once for all ranks that have the same, as the ranks of one pipeline stage do."""
@@ -175,9 +207,16 @@ class JointLoader:
         """What ``find`` finds, once it sees every commit that any rank knew of when this was called."""
         with suppress(RankFailedError):  # without the rendezvous: what this rank sees
             newest = self._group.read(keys.NEWEST)
-            if isinstance(newest, NewestStep):
+            if isinstance(newest, NewestStep) and newest.step >= 0:
                 self._await_visible(newest.step)
         return find()
+
+    def deleted(self, step: int) -> None:
+        """Let no rank wait to see the checkpoint of a step, which was deleted."""
+        with suppress(RankFailedError):
+            if not self._group.is_alone and self._group.read(keys.NEWEST) == NewestStep(step):
+                left = committed_steps(self._directory)
+                self._group.post(keys.NEWEST, NewestStep(left[0] if left else -1))
 
     def _choose(self, key: str, step: int | None, below: int | None) -> StepToLoad:
         """Rank 0's choice; of a given step, whether it is there."""
@@ -187,6 +226,7 @@ class JointLoader:
                 found = self._loader.newest(below)
                 if found is None and below is None:
                     self._loader.refuse_if_unusable()
+                    self._loader.tell_of_lookalikes()
                 return StepToLoad(None if found is None else found.step, is_there=True)
             # The newest of this run may be there before rank 0 sees it.
             is_newest = self._group.read(keys.NEWEST) == NewestStep(step)
@@ -199,8 +239,11 @@ class JointLoader:
 
         A step that does not come in time, or that was seen before, has been removed, and is not waited for again.
         """
-        deadline = time.monotonic() + min(_VISIBLE_SECS, self._group.timeout_secs)
+        secs = min(_VISIBLE_SECS, self._group.timeout_secs)
+        deadline = time.monotonic() + secs
+        waiting = LongWait(f"this host to see the checkpoint of step {step}, which another rank has seen", secs)
         while not self._sees(step) and step not in self._awaited and time.monotonic() < deadline:
+            waiting.tick()
             time.sleep(_POLL_SECS)
         self._awaited.add(step)
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from stager.config import LoadingConfig
 from stager.config.host import usable_cores
-from stager.loading.extras import OtherRanks, no_other_ranks
+from stager.loading.extras import NO_OTHER_RANKS, OtherRanks
 from stager.loading.loaded import Loaded
+from stager.loading.lookalikes import lookalikes
 from stager.loading.place import Run
 from stager.loading.renaming import Renaming
 from stager.loading.restore import Restorer
@@ -29,9 +30,11 @@ from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import (
+    REPLACED,
     CheckpointInfo,
     SkippedCheckpoint,
     checkpoint_name,
+    parse_partial,
 )
 from stager.workers.checkpoint.read.verify import Fingerprint, check_files, fingerprint
 from stager.workers.errors import (
@@ -71,6 +74,7 @@ class Loader:
         # path -> the files of a checkpoint whose every byte was hashed here
         self._verified: dict[str, Fingerprint] = {}
         self._skipped: list[SkippedCheckpoint] = []
+        self._told: set[int] = set()
         self._unusable: list[
             StagerError
         ] = []  # why committed checkpoints were skipped; those that were removed excepted
@@ -115,7 +119,7 @@ class Loader:
         allow_pickle: bool | None,
         selection: Selection | None = None,
         renaming: Renaming = Renaming(),  # noqa: B008  # frozen
-        other_ranks: OtherRanks = no_other_ranks,
+        other_ranks: OtherRanks = NO_OTHER_RANKS,
     ) -> Loaded | None:
         """Load the checkpoint of ``step``, or the newest valid one. For the rest see :meth:`stager.Checkpointer.load`."""
         allowed = self._config.allow_pickle if allow_pickle is None else allow_pickle
@@ -157,6 +161,7 @@ class Loader:
             if damaged is not None:  # after None the caller would train with a partly overwritten ``into``
                 raise damaged
             self.refuse_if_unusable()
+            self.tell_of_lookalikes()
             return None
 
     def refuse_if_unusable(self) -> None:
@@ -179,6 +184,25 @@ class Loader:
             raise StorageError(
                 newest_error.errno, f"{newest_error.message}; {advice}", newest_error.path
             ) from newest_error
+
+    def tell_of_lookalikes(self) -> None:
+        """Warn of what could be taken for checkpoints, where there are none."""
+        if found := lookalikes(self._place.directory):
+            logger.warning(
+                "%s has no checkpoint of a run, so load() returns None; but %s", self._place.directory, found
+            )
+
+    def tell_of_unfinished(self, taken: int | None) -> None:
+        """Tell, once for each step, that a later one than what is loaded was begun and is not there."""
+        begun = {parse_partial(name)[0] for name in self._place.partial_names() if not name.endswith(REPLACED)}
+        later = {step for step in begun if taken is None or step > taken} - self._told
+        self._told |= later
+        for step in sorted(later):
+            logger.info(
+                "step %d was begun and is not whole: its save was broken off, or is still being written; %s",
+                step,
+                "nothing is loaded" if taken is None else f"step {taken} is loaded",
+            )
 
     def _find(self, step: int | None, full: bool) -> _Candidate | None:
         """Find the checkpoint of ``step``, or the newest valid one, and start the list of skipped ones anew."""

@@ -27,7 +27,7 @@ from stager.loading.belongings import (
     looks_like_module_state,
     tensor_paths,
 )
-from stager.loading.extras import Extras, OtherRanks, no_other_ranks
+from stager.loading.extras import NO_OTHER_RANKS, Extras, OtherRanks
 from stager.loading.match_objects import (
     TORCH_LOADERS,
     has_sharded,
@@ -72,7 +72,7 @@ def match(
     selection: Selection | None = None,
     rank: int = 0,
     renaming: Renaming = Renaming(),  # noqa: B008  # frozen
-    other_ranks: OtherRanks = no_other_ranks,
+    other_ranks: OtherRanks = NO_OTHER_RANKS,
     fit: Callable[[Node, Any], Node] = lambda structure, target: structure,
 ) -> RestorePlan:
     """Plan a restore of a checkpoint into ``target``.
@@ -85,7 +85,7 @@ def match(
         selection: the part of the checkpoint, and of ``target``, to restore.
         rank: selects the values of ``PerRank``.
         renaming: of the checkpoint's names; the selection sees the new ones.
-        other_ranks: asks which names other ranks have.
+        other_ranks: asked which names they have.
         fit: gives the structure the types of keys that the target has, if a format has lost them.
 
     Raises:

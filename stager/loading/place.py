@@ -16,6 +16,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     parse_partial,
     partial_names,
     read_checkpoint,
+    read_checkpoint_at,
 )
 from stager.workers.errors import CorruptCheckpointError, UsageError
 
@@ -101,11 +102,7 @@ class OneCheckpoint(Run):
 
     def read(self, step: int) -> tuple[CheckpointInfo, Manifest]:
         """Read its manifest."""
-        manifest = read_manifest(self.directory)
-        if manifest.header.step != step:
-            problem = f"its manifest is of step {manifest.header.step}: the directory was renamed"
-            raise CorruptCheckpointError(self.directory, problem)
-        return CheckpointInfo.of(self.directory, manifest), manifest
+        return read_checkpoint_at(self.directory, step)
 
     def listed(self) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
         """Return it, if its manifest can be read."""

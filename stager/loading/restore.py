@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from stager.loading.chunks import Place, places, with_wholes
-from stager.loading.extras import OtherRanks, no_other_ranks
+from stager.loading.extras import NO_OTHER_RANKS, OtherRanks
 from stager.loading.loaded import Outcome
 from stager.loading.match import match
 from stager.loading.pickles.unpickle import unpickle
@@ -43,6 +43,10 @@ _PARTLY_OVERWRITTEN = (
 )
 
 
+def _nothing() -> None:
+    pass
+
+
 class Restorer:
     """Restores one checkpoint.
 
@@ -55,7 +59,7 @@ class Restorer:
         rank: selects the values of ``PerRank``.
         safe_globals: classes that may be unpickled, beside plain data.
         renaming: of the checkpoint's names.
-        other_ranks: asks which names other ranks have.
+        other_ranks: asked which names they have, and waited for before anything is changed.
 
     Attributes:
         outcome: what of the checkpoint and of the target did not find each other, once it is restored.
@@ -73,7 +77,7 @@ class Restorer:
         rank: int = 0,
         safe_globals: Sequence[str] = (),
         renaming: Renaming = Renaming(),  # noqa: B008  # frozen
-        other_ranks: OtherRanks = no_other_ranks,
+        other_ranks: OtherRanks = NO_OTHER_RANKS,
     ) -> None:
         self._renaming = renaming
         self._other_ranks = other_ranks
@@ -143,15 +147,18 @@ class Restorer:
                 self._other_ranks,
             )
             with torch_defaults():
-                values = self._read(plan)
+                values = self._read(plan, before_change=self._other_ranks.wait_until_it_fits_all)
         plan.apply(values, self._path)
         self.outcome = plan.outcome()
 
-    def _read(self, plan: RestorePlan, check_unwanted: bool = False) -> dict[int, Any]:
+    def _read(
+        self, plan: RestorePlan, check_unwanted: bool = False, before_change: Callable[[], None] = _nothing
+    ) -> dict[int, Any]:
         """Read the wanted items, and return them by number: a target tensor where there is one, else a new value.
 
         Args:
             check_unwanted: also read and check the bytes of items that are not wanted.
+            before_change: called when all that can be checked was checked, before anything of the target is changed.
         """
         sharded = {one.index: one.tensor for one in plan.sharded}
         wanted = sorted((plan.wanted - sharded.keys()) | {index for index, _ in plan.targets})
@@ -167,6 +174,7 @@ class Restorer:
             agreeing = {index: self._new(index) for index in sorted(shared)}
             self._fill(reader, agreeing)
             plan.refuse_contradictions(self._path, agreeing)
+            before_change()
             tensors = {
                 i: direct[i] if i in direct else self._new(i) for i in wanted if i not in values and i not in agreeing
             }

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -49,11 +50,13 @@ from stager.ranks.messages import SaveFailed
 from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.ranks.rendezvous import poll_secs
 from stager.ranks.save_messages import SaveMessages, rank_failure
+from stager.workers import long_wait
 from stager.workers.checkpoint.commit.commit import Committed, already_committed, commit_recorded, partial_path
 from stager.workers.checkpoint.commit.persist import discard_partial, discard_unfinished, quarantine
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.receipt import finished_ranks
 from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import recorded_ranks
 from stager.workers.errors import ClosedError, RankFailedError, StagerError, StorageError
 from stager.workers.pool.pool import WorkerPool
 
@@ -80,6 +83,7 @@ class _Pending:
     failed: Callable[[BaseException], None]
     deadline: float  # when to give up, and
     looks_at: float  # when to look at the directory next (time.monotonic())
+    tells_at: float  # when to tell who has not begun it
     commit: Future[Committed | None] | None = None  # which this rank's worker tries
     has_every_part: bool = False  # only the commit is missing
 
@@ -126,7 +130,14 @@ class CommitWatch:
         """
         now = time.monotonic()
         first_look_secs = 0.0 if self._group.is_alone else (1 + self._group.rank) * self._group.look_secs
-        pending = _Pending(spec, committed, failed, now + self._group.timeout_secs, now + first_look_secs)
+        pending = _Pending(
+            spec,
+            committed,
+            failed,
+            deadline=now + self._group.timeout_secs,
+            looks_at=now + first_look_secs,
+            tells_at=now + long_wait.ADVICE_SECS,
+        )
         with self._changed:
             if self._closed is None:
                 self._pending.append(pending)
@@ -254,6 +265,9 @@ class CommitWatch:
             is_told: whether the store answers.
         """
         now, group = time.monotonic(), self._group
+        if now >= one.tells_at:
+            one.tells_at = math.inf
+            self._tell_who_has_not_begun(one.spec)
         if not is_told:
             one.looks_at = min(one.looks_at, now + group.look_secs)
         is_late = now >= one.deadline + (group.rank.bit_length() * group.turn_secs if is_told else 0.0)
@@ -283,6 +297,24 @@ class CommitWatch:
                     if group.is_coordinator or self.messages.claims_commit(one.spec.save_id):
                         self._commit(one)
         return None
+
+    def _tell_who_has_not_begun(self, spec: SaveSpec) -> None:
+        """Warn of ranks without a save record: most often only one rank calls save(). The first rank that has one warns."""
+        try:
+            begun = recorded_ranks(os.listdir(partial_path(spec)))
+        except OSError:  # it ends just now, or _look() says so
+            return
+        late = sorted(set(range(spec.num_ranks)).difference(begun))
+        if late and begun[:1] == [self._group.rank]:
+            logger.warning(
+                "the save of step %d waits for its part of rank %s, which did not begin it within %.0f s, for %g s at most "
+                "(ranks.timeout_secs): every rank has to call save(), as the others do. If only one rank does so on "
+                "purpose, set ranks.together to false there",
+                spec.step,
+                some_ranks(late),
+                long_wait.ADVICE_SECS,
+                self._group.timeout_secs,
+            )
 
     def _commit(self, one: _Pending) -> None:
         with suppress(ClosedError):

@@ -20,6 +20,7 @@ commit_helpers = "saves/{}/helpers".format  # by save id: count of the ranks but
 
 load = "load/{}".format  # by number of the try: barrier and head of a load
 load_names = "load/{}/names".format  # by number of the try: barrier and list of LoadNames, names that a rank lacks
+load_fits = "load/{}/fits".format  # by number of the try: barrier of the ranks that have checked, and changed nothing
 load_names_had = "load/{}/names-had".format  # the same of the names among these that a rank has
 
 restore = "replicas/restore/{}".format  # by number, from 1: barrier and head of a restore from replicas

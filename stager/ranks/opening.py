@@ -64,7 +64,7 @@ def take_directory(
         # 1. The lock before recover(): what an earlier run left may still be written by its workers, which hold the lock.
         held.append(lock_directory(directory, lock_timeout_secs, group.nonce))
         for found in recover(directory, leave_unfinished=replicates):
-            logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
+            logger.warning("%s", found)
         # 2. The kernel lets go of the lock for a moment while it changes, so a group of one does not share it.
         if not group.is_alone:
             share_lock(held[0], directory)

@@ -79,7 +79,7 @@ class ReplicaRestorer:
         def tidy_up() -> NewestStep:
             # Only after the restore: until then, parts that the last run left may complete a checkpoint.
             for found in recover(self._directory):
-                logger.warning("%s left by an earlier run: %s (%s)", found.name, found.outcome.value, found.reason)
+                logger.warning("%s", found)
             newest = newest_whole(self._directory, ())
             return NewestStep(-1 if newest is None else newest.step)
 

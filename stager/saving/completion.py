@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 
@@ -66,12 +66,6 @@ class SaveCompletion:
         """Return the saves that have not ended."""
         with self._lock:
             return list(self._in_flight)
-
-    def wait_for_saves(self, step: int) -> None:
-        """Wait until no save of ``step`` is in flight, and the workers have tidied up after it."""
-        for save in self.in_flight():
-            if save.step == step:
-                wait([save.upload_completion])
 
     def await_parts(
         self,

@@ -159,7 +159,7 @@ class OpenRun:
         """Remove the checkpoint of one step. Errors: :meth:`stager.Checkpointer.delete`."""
         if step in self._config.retention.protect:
             raise UsageError(f"the checkpoint of step {step} is in retention.protect; take it out of there first")
-        self.saver.completion.wait_for_saves(step)
+        self.saver.wait_for_saves(lambda save: save.step == step)
         try:
             report = self.retainer.remove(step)
         except CheckpointNotFoundError:

@@ -315,9 +315,13 @@ class Saver:
         """Wait until every snapshot that was begun is taken; TimeoutError after ``timeout`` seconds."""
         self._thread.wait(timeout)
 
-    def wait_for_saves(self) -> None:
-        """Wait until every save that was begun has ended, committed or not. Errors stay unread in their Futures."""
-        saves = self.completion.in_flight()
+    def wait_for_saves(self, counts: Callable[[Save], bool] = lambda save: True) -> None:
+        """Wait until every save that was begun has ended, committed or not. Errors stay unread in their Futures.
+
+        Args:
+            counts: tells which saves are waited for.
+        """
+        saves = list(filter(counts, self.completion.in_flight()))
 
         def ended(timeout: float | None) -> bool:
             return not wait([save.upload_completion for save in saves], timeout).not_done

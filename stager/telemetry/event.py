@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from stager.telemetry.report import SaveReport
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
-from stager.workers.checkpoint.maintenance.retention import PruneReport
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,10 @@ class Event:
 
     name: ClassVar[str]
     time: float = field(default_factory=time.time)
+
+    def __str__(self) -> str:
+        """Return the event as one short line, for a log."""
+        return self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +52,23 @@ class SaveEvent(Event):
         """The training step of the save."""
         return self.report.step
 
+    def __str__(self) -> str:
+        details = self._details()
+        return f"step {self.step} {self.name}" + (f": {details}" if details else "")
+
+    def _details(self) -> str:
+        return ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedEvent(SaveEvent):
     """A save knows what it has to copy and write: ``report`` has ``nbytes``, ``num_tensors`` and ``num_objects``."""
 
     name: ClassVar[str] = "planned"
+
+    def _details(self) -> str:
+        report = self.report
+        return f"{report.nbytes:,} bytes, tensors: {report.num_tensors:,}, objects: {report.num_objects:,}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +77,18 @@ class StagedEvent(SaveEvent):
 
     name: ClassVar[str] = "staged"
 
+    def _details(self) -> str:
+        return _after(self.report.staged_secs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenEvent(SaveEvent):
     """The bytes of this rank are written and synced. The checkpoint may still wait for other ranks."""
 
     name: ClassVar[str] = "written"
+
+    def _details(self) -> str:
+        return _after(self.report.synced_secs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +102,9 @@ class CommittedEvent(SaveEvent):
     name: ClassVar[str] = "committed"
     info: CheckpointInfo
 
+    def _details(self) -> str:
+        return ", ".join(filter(None, (_after(self.report.committed_secs), f"{self.info.nbytes:,} bytes")))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedEvent(SaveEvent):
@@ -93,12 +117,18 @@ class FailedEvent(SaveEvent):
     name: ClassVar[str] = "failed"
     error: BaseException
 
+    def _details(self) -> str:
+        return f"{type(self.error).__name__}: {self.error}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkippedEvent(SaveEvent):
     """A save was not taken, because every buffer was in flight and ``arena.when_full`` is "skip"."""
 
     name: ClassVar[str] = "skipped"
+
+    def _details(self) -> str:
+        return "every buffer was in flight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +144,10 @@ class FellBackEvent(Event):
     step: int | None
     skipped: tuple[SkippedCheckpoint, ...]
 
+    def __str__(self) -> str:
+        taken = "no checkpoint" if self.step is None else f"step {self.step}"
+        return f"fell back to {taken}: {'; '.join(f'{one.name} skipped: {one.reason}' for one in self.skipped)}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunedEvent(Event):
@@ -125,3 +159,12 @@ class PrunedEvent(Event):
 
     name: ClassVar[str] = "pruned"
     report: PruneReport
+
+    def __str__(self) -> str:
+        fates = (("removed", PruneFate.REMOVED), ("left", PruneFate.LEFT))
+        steps = [f"{what}: {', '.join(map(str, found))}" for what, fate in fates if (found := self.report.steps(fate))]
+        return f"pruned; {'; '.join([*steps, f'bytes freed: {self.report.freed_bytes:,}'])}"
+
+
+def _after(secs: float | None) -> str:
+    return "" if secs is None else f"after {secs:.3g} s"

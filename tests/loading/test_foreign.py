@@ -217,7 +217,7 @@ def test_damaged_data_of_dcp_is_an_error(stock: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match="beyond the end"):
         load_checkpoint(stock)
     data.unlink()
-    with pytest.raises(CorruptCheckpointError, match="is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"\.distcp: is missing, and \.metadata says"):
         load_checkpoint(stock)
     data.symlink_to("/etc/passwd")
     with pytest.raises(CorruptCheckpointError, match="not a regular file"):

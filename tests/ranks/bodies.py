@@ -356,6 +356,25 @@ def guarded(rank: int, directory: str, layout: str) -> list[int]:
     return bad
 
 
+def delete_the_newest_on_one_rank(rank: int, directory: str) -> list[int | None]:
+    """What each rank finds then: it does not wait to see what was deleted."""
+    found: list[int | None] = []
+    with (
+        mock.patch("stager.loading.joint_loader._VISIBLE_SECS", FOR_EVER_SECS),
+        Checkpointer(Path(directory, "run"), CONFIG) as ckpt,
+    ):
+        for step in (1, 2):
+            ckpt.save(step, {"x": torch.ones(2)}).upload_completion.result(60)
+        for step in (2, 1):
+            dist.barrier()
+            if rank == 1:
+                ckpt.delete(step)
+            dist.barrier()
+            with mock.patch.object(ckpt._group, "timeout_secs", FOR_EVER_SECS):
+                found.append(ckpt.latest_step())
+    return found
+
+
 def delete_on_each_rank(rank: int, directory: str) -> tuple[list[int], list[int]]:
     """Which steps this rank has removed, and which are left."""
     trained = build("plain", seed=3)

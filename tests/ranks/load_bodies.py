@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stager import Checkpointer, PerRank, StagerError
+from stager import Checkpointer, PerRank, StagerError, load_checkpoint
 from tests.ranks.bodies import CONFIG
 
 
@@ -56,6 +56,14 @@ def load_stages(rank: int, directory: str) -> list[Any]:
             into["module"] = nn.Module()
             into["module"].add_module("layer0", nn.Identity())
         said.append(message_of(ckpt, into))
+        into = stage(rank, 0.0)
+        path = loaded.path
+        by_path = load_checkpoint(path, into=into)
+        said.append([weight_of(into, rank), float(into["model"][f"layer{rank}.w"][0]), list(by_path.unexpected)])
+        alone: dict[str, Any] = {"step": 0}
+        if rank == 1:  # no other rank calls it
+            load_checkpoint(path, into=alone)
+        said.append(alone)
     return said
 
 
@@ -166,4 +174,26 @@ def one_rank_fails(rank: int, directory: str) -> list[str]:
             module.register_state_dict_pre_hook(lambda *_: Failing("x").state_dict())
         said = [message_of(ckpt, {"a": {"w": torch.zeros(1)}, "m": module})]
         said.append(message_of(ckpt, {"a": {"w": torch.zeros(1)}, "m": nn.Linear(1, 1)}))
+    return said
+
+
+def mismatch_on_one_rank(rank: int, directory: str) -> list[Any]:
+    """What one rank cannot load is loaded on none, and nothing is changed."""
+    said: list[Any] = []
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.save(5, {"w": torch.ones(3), "n": 1, "k": 2}).upload_completion.result(60)
+        dist.barrier()
+        for kind in ("shape", "name", "object"):
+            into: dict[str, Any] = {"w": torch.zeros(3), "n": 0, "k": 0}
+            if rank == 1:
+                if kind == "shape":
+                    into["w"] = torch.zeros(4)
+                elif kind == "name":
+                    into["gone"] = torch.zeros(2)
+                else:
+                    into["k"] = nn.Linear(1, 1)
+            before = into["w"].clone()
+            said.append(message_of(ckpt, into))
+            assert torch.equal(into["w"], before) and into["n"] == 0, kind
+        said.append(message_of(ckpt, {"w": torch.zeros(3), "n": 0, "k": 0}))
     return said

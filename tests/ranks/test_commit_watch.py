@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -21,10 +23,12 @@ from stager.ranks.commit_watch import CommitWatch
 from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted
 from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
+from stager.workers import long_wait
 from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, partial_path
 from stager.workers.checkpoint.directory.receipt import receipt_name
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import record_name
 from stager.workers.errors import ClosedError, RankFailedError, StorageError
 
 
@@ -188,6 +192,43 @@ def test_a_directory_that_cannot_be_read_now_fails_no_save(
     ranks[1].messages.post_failed("ab", ValueError("mine"))
     with pytest.raises(RankFailedError, match="the save of step 3 failed on rank 1: ValueError: mine"):
         _end(ranks[0], _spec(tmp_path))
+
+
+class _Heard(logging.Handler):
+    """Keeps the first message with these words, and sets an event."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words, self.message, self.event = words, "", threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.words in record.getMessage():
+            assert not self.message, "told twice"
+            self.message = record.getMessage()
+            self.event.set()
+
+
+def test_a_rank_that_does_not_call_save_is_named_before_the_deadline(
+    make_ranks: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. Ranks 1 and 3 of 4 write their parts. 2. The first of them says who did not begin. 3. The others come."""
+    monkeypatch.setattr(long_wait, "ADVICE_SECS", 0.0)
+    heard = _Heard("every rank has to call save()")
+    logging.getLogger("stager").addHandler(heard)
+    try:
+        spec = _written(tmp_path, [1, 3])
+        for rank in (1, 3):
+            Path(partial_path(spec), record_name(rank)).touch()
+        ranks = make_ranks(4, 60.0)
+        ends = ranks.expect(spec, [1, 3])  # 1.
+        assert heard.event.wait(60)  # 2.
+        ranks.all[0].messages.post_committed(_committed(tmp_path))  # 3.
+        for end in ends:
+            end.result(20)
+    finally:
+        logging.getLogger("stager").removeHandler(heard)
+    shutil.rmtree(partial_path(spec))
+    assert heard.message.startswith("the save of step 3 waits for its part of rank 0, 2, which did not begin it")
 
 
 # -- who looks: see NOTE [ Who looks at the directory ] ------------------------------------------------------------

@@ -11,7 +11,9 @@ _BODIES = "tests.ranks.load_bodies"
 
 def test_pipeline_stages_load_strictly_and_what_is_really_missing_is_said(tmp_path: Path) -> None:
     results = run_ranks(f"{_BODIES}:load_stages", 2, tmp_path)
-    for rank, (own, names, missing, _) in enumerate(results):
+    for rank, (own, names, missing, _, by_path, alone) in enumerate(results):
+        assert by_path[:2] == [1.0 + rank, 1.0 + rank] and by_path[2] == [f"own{1 - rank}"]  # it asked nobody of it
+        assert alone == {"step": 5 * rank}
         assert own == [[f"layer{rank}.w"], 1.0 + rank, 1.0 + rank, ["shared", f"stage{rank}"]]
         assert names == [[], []]
         assert "model['layer9.w']: is in the target but not in the checkpoint" in missing
@@ -47,3 +49,14 @@ def test_a_rank_that_fails_before_the_names_are_compared_is_not_waited_for(tmp_p
     first, second = run_ranks(f"{_BODIES}:one_rank_fails", 2, tmp_path)
     assert first[0].startswith("RankFailedError") and "not built yet" in first[0]
     assert second[0].startswith("UnloadableError: m:") and first[1] == second[1] == "loaded"
+
+
+def test_what_does_not_fit_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
+    first, second = run_ranks(f"{_BODIES}:mismatch_on_one_rank", 2, tmp_path)
+    assert first[3] == second[3] == "loaded"
+    for other, own in zip(first[:3], second[:3], strict=True):
+        assert own.startswith("StateMismatchError")
+        assert other.startswith(
+            "RankFailedError: the checkpoint of step 5 was not loaded on rank 1: StateMismatchError: "
+        )
+        assert other.endswith("; nothing was changed on any rank")

@@ -118,3 +118,7 @@ def test_of_several_ranks_each_may_call_it(tmp_path: Path) -> None:
     results = run_ranks("tests.ranks.bodies:delete_on_each_rank", 2, tmp_path)
     assert [1] in [removed for removed, _ in results]
     assert all(steps == [2] for _, steps in results)
+
+
+def test_no_rank_waits_to_see_the_newest_checkpoint_that_another_has_deleted(tmp_path: Path) -> None:
+    assert run_ranks("tests.ranks.bodies:delete_the_newest_on_one_rank", 2, tmp_path) == [[1, None], [1, None]]

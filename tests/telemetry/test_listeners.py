@@ -214,6 +214,99 @@ def test_a_listener_may_look_and_is_refused_what_would_wait_for_it(run_dir: Path
     assert all("was called by a listener" in str(text) for text in seen[1:])
 
 
+def test_a_listener_loads_while_another_save_is_in_flight_and_does_not_wait_for_it(
+    run_dir: Path, faults: Faults
+) -> None:
+    """1. Step 1 is committed. 2. Step 2 is held before its commit. 3. The listener loads, and gets step 1."""
+    loaded: list[Any] = []
+    has_loaded = threading.Event()
+    target = {"x": torch.zeros(1000)}
+
+    def listener(event: Event) -> None:
+        if isinstance(event, StagedEvent) and event.step == 2:
+            loaded.extend((ckpt.load(), ckpt.load(into=target), ckpt.latest_step()))
+            has_loaded.set()
+
+    with Checkpointer(run_dir, CONFIG, on_event=listener) as ckpt:
+        ckpt.save(1, STATE).upload_completion.result()  # 1.
+        with faults.hold("commit.begin") as held:
+            second = ckpt.save(2, STATE)
+            held.wait()  # 2.
+            assert has_loaded.wait(60)  # 3.
+            assert not second.upload_completion.done()
+    assert [loaded[0].step, loaded[1].step, loaded[2]] == [1, 1, 1]
+    assert torch.equal(target["x"], STATE["x"])
+
+
+def test_a_listener_of_a_checkpointer_that_is_being_closed_loads_and_is_refused_to_guard(run_dir: Path) -> None:
+    """1. The listener is held. 2. close() waits for it, with the lock. 3. The listener goes on."""
+    seen: list[object] = []
+    closing = threading.Event()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+
+    def listener(event: Event) -> None:
+        if isinstance(event, CommittedEvent):
+            closing.wait(60)
+            seen.append(ckpt.load().step)  # type: ignore[union-attr]
+            for call in (lambda: ckpt.guard(optimizer), lambda: ckpt.protect(1)):
+                with pytest.raises(stager.ClosedError, match="is being closed"):
+                    call()
+            seen.append([verdict.step for verdict in ckpt.prune(dry_run=True).verdicts])
+
+    ckpt = Checkpointer(run_dir, {**CONFIG, "telemetry": {"listen_timeout_secs": 60}}, on_event=listener)
+    ckpt.save(1, STATE).upload_completion.result()
+    closing_calls = ckpt._listeners.close
+
+    def close(secs: float) -> None:
+        closing.set()
+        closing_calls(secs)
+
+    ckpt._listeners.close = close  # type: ignore[method-assign]  # 2.
+    ckpt.close()
+    assert seen == [1, [1]]
+
+
+def test_a_listener_guards_protects_and_prunes_dry(run_dir: Path) -> None:
+    seen: list[object] = []
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))])
+
+    def listener(event: Event) -> None:
+        if isinstance(event, CommittedEvent):
+            ckpt.guard(optimizer)
+            ckpt.protect(event.step)
+            seen.append(ckpt.prune(dry_run=True).dry_run)
+            has_ended.set()
+
+    has_ended = threading.Event()
+    with Checkpointer(run_dir, CONFIG, on_event=listener) as ckpt:
+        ckpt.save(1, STATE).upload_completion.result()
+        assert has_ended.wait(60)
+    assert seen == [True]
+
+
+def test_an_event_prints_as_one_short_line(run_dir: Path, faults: Faults) -> None:
+    lines: list[str] = []
+    config = {**CONFIG, "persistence": {"fsync": False, "on_save_error": "warn"}, "retention": {"keep_latest": 1}}
+    with Checkpointer(run_dir, config, on_event=lambda event: lines.append(str(event))) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, STATE).upload_completion.result()
+        ckpt.prune()
+        faults.arm("part.write", "errno EIO")
+        ckpt.save(3, STATE).upload_completion.exception()
+        damage(run_dir, 2)
+        assert ckpt.latest() is None
+    assert all(len(line) < 600 and "\n" not in line for line in lines)
+    assert lines[0] == "step 1 planned: 4,000 bytes, tensors: 1, objects: 0"
+    begins = ("step 1 staged: after ", "step 1 written: after ", "step 1 committed: after ", "step 2 committed: after ")
+    for begin in (
+        *begins,
+        "pruned; removed: 1; bytes freed: ",
+        "step 3 failed: StorageError: ",
+        "fell back to no checkpoint: step-",
+    ):
+        assert any(line.startswith(begin) for line in lines), begin
+
+
 def test_without_a_listener_no_event_is_made() -> None:
     def fail() -> Event:
         raise AssertionError("made")

@@ -190,7 +190,8 @@ def _size_of(path: str) -> int:
         try:
             found = os.lstat(path)
         except FileNotFoundError:
-            raise ValueError(f"{path} is missing") from None
+            problem = "is missing, and .metadata says that values of the checkpoint are in it; copy it there, too"
+            raise CorruptCheckpointError(path, problem) from None
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is not a regular file")
     return found.st_size

@@ -35,6 +35,19 @@ TOPIC = Topic(
         ),
         python("A compiled model, saved before it was compiled", 'ckpt.load(into={"model": torch.compile(model)})'),
         python(
+            "Two names of one tensor, and other values in the checkpoint",
+            """
+            with Checkpointer("runs/new") as new:
+                new.save(1, {"weight": torch.ones(2), "average": torch.zeros(2)})
+            weight = torch.zeros(2)
+            Checkpointer("runs/new", read_only=True).load(into={"weight": weight, "average": weight})
+            """,
+        ),
+        python(
+            "A model of another library, whose names end alike",
+            'ckpt.load(into={"model": nn.Linear(4, 4)})',
+        ),
+        python(
             "Nothing that fits, not strict",
             'ckpt.load(into={"net": model}, strict=False)',
         ),

@@ -7,6 +7,12 @@ TOPIC = Topic(
     (
         python("A path in place of a step", 'ckpt.load("runs/gpt/step-00000100")'),
         python("A word for a step", 'ckpt.load(step="latest")'),
+        python(
+            "A checkpoint that has lost its manifest.json",
+            'os.remove("runs/ddp/step-00000100/manifest.json")\nCheckpointer("runs/ddp", read_only=True).load()',
+        ),
+        python("The parent of a run", 'print(Checkpointer("runs", read_only=True).load())'),
+        python("A directory with a file of torch.save", 'print(Checkpointer(".", read_only=True).load())'),
         python("A step that is not there", "ckpt.load(step=7)"),
         python("A negative step, as in a list", "ckpt.load(step=-1)"),
         python("A step with a fraction", "ckpt.load(step=1.5)"),

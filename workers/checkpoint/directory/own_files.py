@@ -26,7 +26,10 @@ STRANGERS = ".strangers-"
 # Every file that stager has ever written into the directory of a step: data, indices, manifest, save records, receipts, and
 # temporary files. Also the lock of a run, which earlier versions put into a checkpoint that was opened as a run; and what a
 # network file system makes of a file that was removed while it was open.
-_DATA = r"__\d+_[0-9a-z]+\.distcp|state(-rank\d+)?(-\d+-of-\d+)?\.(pt|safetensors)|\.nfs[0-9a-f]+|\.stager\.(lock|protected)"
+_DATA = (
+    r"__\d+_[0-9a-z]+\.distcp|state(-rank\d+)?(-\d+-of-\d+)?\.(pt|safetensors)|objects(-rank\d+)?\.bin"
+    r"|\.nfs[0-9a-f]+|\.stager\.(lock|protected)"
+)
 _DOCUMENT = (
     r"manifest\.json|(__\d+)?\.metadata|state(-rank\d+)?\.safetensors\.index\.json|save-\d+\.json"
     r"|receipt-\d+-\d+-of-\d+\.json"

@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest, has_own_manifest, read_manifest
+from stager.workers.checkpoint.directory.lost_manifest import file_of_ours
+from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, has_own_manifest, read_manifest
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError, UsageError
 from stager.workers.long_wait import LongWait
@@ -196,9 +197,28 @@ def _names(directory: str) -> list[str]:
 
 
 def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest]:
-    """Read the manifest of the checkpoint of ``step``."""
-    path = os.path.join(directory, checkpoint_name(step))
-    manifest = read_manifest(path)
+    """Read the manifest of the checkpoint of ``step``.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        CorruptCheckpointError: its manifest is damaged, or was lost, or is another step's.
+    """
+    return read_checkpoint_at(os.path.join(directory, checkpoint_name(step)), step)
+
+
+def read_checkpoint_at(path: str, step: int) -> tuple[CheckpointInfo, Manifest]:
+    """Read the manifest of the checkpoint of ``step`` at ``path``. Raises as :func:`read_checkpoint`."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointNotFoundError as error:
+        kept = file_of_ours(path)
+        if kept is None or os.path.lexists(os.path.join(path, MANIFEST_NAME)):  # committed between the two looks
+            raise
+        raise CorruptCheckpointError(
+            os.path.join(path, MANIFEST_NAME),
+            f"is missing, although this checkpoint was committed: {kept} is still there; put the manifest back from a copy, "
+            "or read the checkpoint unverified with load_checkpoint()",
+        ) from error
     if manifest.header.step != step:
         raise CorruptCheckpointError(path, f"its manifest is of step {manifest.header.step}: the directory was renamed")
     return CheckpointInfo.of(path, manifest), manifest

@@ -56,6 +56,12 @@ class RecoveredDirectory:
     outcome: RecoverOutcome
     reason: str
 
+    def __str__(self) -> str:
+        begun = ""
+        if self.outcome is RecoverOutcome.REMOVED and run_directory.is_partial(self.name):
+            begun = f"step {run_directory.parse_partial(self.name)[0]} was begun and is not whole: "
+        return f"{begun}{self.name} left by an earlier run: {self.outcome.value} ({self.reason})"
+
 
 class _UnfinishedError(CorruptCheckpointError):
     """Parts of the save are missing; nothing is known to be wrong with the parts that are there."""
