@@ -452,8 +452,15 @@ class Checkpointer:
                 ``load_state_dict()`` raised. No older checkpoint is tried. The cause is the original error.
             StorageError
         """
-        number, into = arguments.load_arguments(step, into, self._directory)
         in_listener = self._listeners.is_current
+        try:
+            number, into = arguments.load_arguments(step, into, self._directory)
+            selection = None if keys is None else Selection(keys)
+            renaming = Renaming.of_arguments(rename, strip_prefix)
+        except UsageError as error:
+            if into is not None and not in_listener:
+                self._together.refuse(error)  # the other ranks must not wait for this one
+            raise
         if in_listener and into is not None and not self._group.is_alone:
             raise UsageError(
                 "load(into=...) was called by a listener; where several ranks save together, all of them load together, and "
@@ -466,8 +473,6 @@ class Checkpointer:
                     self._wait_for_saves()
             if into is not None:
                 self._run.saver.wait_for_staging()  # do not overwrite what is being copied
-        selection = None if keys is None else Selection(keys)
-        renaming = Renaming.of_arguments(rename, strip_prefix)
 
         def load(step: int | None) -> Loaded | None:
             return self._loader.load(

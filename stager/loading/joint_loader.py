@@ -12,10 +12,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from typing import NoReturn
 
 from stager.loading.extras import KnownNames, OtherRanks
 from stager.loading.loaded import Loaded
@@ -24,7 +26,12 @@ from stager.ranks import keys
 from stager.ranks.messages import LoadFailed, LoadNames, NewestStep, StepToLoad
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_name, committed_steps
+from stager.workers.checkpoint.directory.run_directory import (
+    CheckpointInfo,
+    SkippedCheckpoint,
+    checkpoint_name,
+    committed_steps,
+)
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -32,6 +39,8 @@ from stager.workers.errors import (
     StagerError,
 )
 from stager.workers.long_wait import LongWait
+
+logger = logging.getLogger("stager")
 
 _POLL_SECS = 0.02
 _VISIBLE_SECS = 60.0  # for so long NFS may keep a directory's attributes
@@ -83,6 +92,16 @@ class JointLoader(OtherRanks):
         """
         if self._group.is_alone:
             return load(step)
+        passed_over: list[SkippedCheckpoint] = []
+        try:
+            return self._load(step, load, passed_over)
+        finally:
+            self._loader.note_passed_over(passed_over)
+
+    def _load(
+        self, step: int | None, load: Callable[[int | None], Loaded | None], passed_over: list[SkippedCheckpoint]
+    ) -> Loaded | None:
+        """Load by the steps at the head of this file. ``passed_over`` gets the checkpoints that were damaged."""
         below: int | None = None
         damaged: StagerError | None = None
         while True:
@@ -110,6 +129,20 @@ class JointLoader(OtherRanks):
                 raise error
             assert isinstance(error, StagerError)
             damaged, below = error, None if self._restores(chosen) else chosen
+            if below is not None:
+                reason = f"damaged on rank {cause.rank}: {cause.error}"
+                passed_over.append(SkippedCheckpoint(checkpoint_name(chosen), reason))
+                logger.warning("%s skipped on all ranks: %s", checkpoint_name(chosen), reason)
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raise ``error``, which keeps this rank from loading, and let the load fail on the other ranks, too."""
+
+        def fail(_: int | None) -> Loaded | None:
+            raise error
+
+        if not self._group.is_alone:
+            self.load(None, fail)
+        raise error
 
     def _try(
         self, key: str, step: int, is_there: bool, load: Callable[[int | None], Loaded | None]
@@ -127,6 +160,8 @@ class JointLoader(OtherRanks):
             self._group.post_first(f"{key}/damaged" if is_damaged else f"{key}/failed", failure)
             for barrier in (keys.load_names, keys.load_names_had, keys.load_fits):
                 self._group.leave_barrier(barrier(self._num_tries), error)  # no effect on those to which this rank came
+            if isinstance(error, RankFailedError):  # a rank did not come: it does not come to the end, either
+                self._group.cancel_barrier(key, str(error), error.ranks)
             if not isinstance(error, Exception):  # Ctrl-C: this rank does not come to the barrier
                 self._group.cancel_barrier(key, f"interrupted on rank {failure.rank}: {error!r}", (failure.rank,))
                 raise

@@ -164,6 +164,10 @@ class Loader:
             self.tell_of_lookalikes()
             return None
 
+    def note_passed_over(self, passed_over: list[SkippedCheckpoint]) -> None:
+        """Add to :attr:`skipped` what this load has passed over before, newest first."""
+        self._skipped[:0] = passed_over
+
     def refuse_if_unusable(self) -> None:
         """Raise if checkpoints are there and none can be used. None, or no error, means that there is none.
 

@@ -28,6 +28,7 @@ from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
 from stager.workers.errors import UnstageableError
+from stager.workers.memory.tensor_memory import problem_of
 
 _Views = Mapping[int, Sequence[torch.Tensor]]
 _Tensor: Any = torch.Tensor
@@ -84,7 +85,7 @@ class Partitioner:
             self._division = self._divide(tree, views, signature, save_id)
         division = self._division
         made: dict[tuple[int, Any], torch.Tensor] = {}  # one tensor object stays one, also where it is cut
-        leaves = [_written(part, tree.leaves, views, made) for part in division.written]
+        leaves = [_written(part, tree, views, made) for part in division.written]
         return StateTree(leaves, division.structure, tree.odd_keys, kinds=division.kinds, pickled=tree.pickled)
 
     def forget(self) -> None:
@@ -153,18 +154,24 @@ class Partitioner:
         return settled.settlement if own_outline == settled.outline else replace(settled.settlement, same_names=False)
 
 
-def _written(part: WrittenLeaf, leaves: Sequence[Any], views: _Views, made: dict[tuple[int, Any], torch.Tensor]) -> Any:
+def _written(part: WrittenLeaf, tree: StateTree, views: _Views, made: dict[tuple[int, Any], torch.Tensor]) -> Any:
     """Return what is written of a leaf: its value, or some rows of a tensor.
 
     Args:
         made: the rows that were made already; is added to.
+
+    Raises:
+        UnstageableError: the tensor has no memory for these rows.
     """
-    value = views[part.leaf][part.box] if part.leaf in views else leaves[part.leaf]
+    value = views[part.leaf][part.box] if part.leaf in views else tree.leaves[part.leaf]
     if part.rows is None:
         return value
     key = id(value), part.rows
     if key not in made:
-        made[key] = value.detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
+        try:
+            made[key] = value.detach().narrow(0, part.rows[0], part.rows[1] - part.rows[0])
+        except RuntimeError as error:  # its storage was resized
+            raise UnstageableError(tree.name(part.leaf), problem_of(value) or str(error)) from error
     return made[key]
 
 

@@ -211,7 +211,7 @@ def go_on_after_a_failure(rank: int, directory: str, victim: int, on_save_error:
         for step in range(1, 8):
             dist.barrier()
             if step == 2:
-                ckpt._run.saver.completion.wait_for_saves(1)  # so that the fault meets the second
+                ckpt._run.saver.wait_for_saves(lambda save: save.step == 1)  # so that the fault meets the second
                 if faults is not None:
                     faults.arm("part.write", "errno ENOSPC")
             try:
@@ -220,7 +220,7 @@ def go_on_after_a_failure(rank: int, directory: str, victim: int, on_save_error:
                 raised.append(step)
             if step == 5:
                 for earlier in range(1, 6):
-                    ckpt._run.saver.completion.wait_for_saves(earlier)
+                    ckpt._run.saver.wait_for_saves(lambda save, step=earlier: save.step == step)
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
         return {"raised": raised, "steps": [info.step for info in ckpt.checkpoints()]}
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stager import Checkpointer, PerRank, StagerError, load_checkpoint
-from tests.ranks.bodies import CONFIG
+from tests.ranks.bodies import CONFIG, FOR_EVER_SECS
 
 
 def stage(rank: int, value: float) -> dict[str, Any]:
@@ -196,4 +196,60 @@ def mismatch_on_one_rank(rank: int, directory: str) -> list[Any]:
             said.append(message_of(ckpt, into))
             assert torch.equal(into["w"], before) and into["n"] == 0, kind
         said.append(message_of(ckpt, {"w": torch.zeros(3), "n": 0, "k": 0}))
+    return said
+
+
+def arguments_of_one_rank(rank: int, directory: str) -> list[str]:
+    """What one rank gives and cannot be meant fails the load on all, at once; the next load works."""
+    said: list[str] = []
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt._group.timeout_secs = FOR_EVER_SECS  # who waits for the other one hangs
+        ckpt.save(5, {"w": torch.ones(3)}).upload_completion.result(60)
+        dist.barrier()
+        for wrong in (0, 1):
+            said.append(message_of(ckpt, 7 if rank == wrong else {"w": torch.zeros(3)}))
+            said.append(message_of(ckpt, {"w": torch.zeros(3)}))
+    return said
+
+
+def damaged_for_one_rank(rank: int, directory: str) -> list[Any]:
+    """Only rank 1 reads the damaged bytes. What each rank loads, skips, warns of, and tells its listeners."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("stager").addHandler(handler)
+    events: list[str] = []
+    run = Path(directory, "run")
+    with Checkpointer(run, CONFIG, on_event=lambda event: events.append(event.name)) as ckpt:
+        for step in (1, 2):
+            own = PerRank({"t": torch.full((5000,), step)})
+            ckpt.save(step, {"w": torch.ones(3), "own": own}).upload_completion.result(60)
+        dist.barrier()
+        if rank == 0:
+            path = run / "step-00000002" / "__1_0.distcp"
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        dist.barrier()
+        loaded = ckpt.load(into={"w": torch.zeros(3), "own": PerRank({"t": torch.zeros(5000, dtype=torch.int64)})})
+        assert loaded is not None
+        skipped = [one.name for one in ckpt.skipped]
+    return [loaded.step, skipped, [one.getMessage()[:40] for one in records], "fell back" in events]
+
+
+def save_freed_memory(rank: int, directory: str) -> list[str]:
+    """A storage that one rank has resized fails that save with the name, and no later one."""
+    said: list[str] = []
+    tensor = torch.ones(1 << 18)
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        for step in (1, 2, 3):
+            if rank == 1 and step == 2:
+                tensor.untyped_storage().resize_(64)
+            try:
+                ckpt.save(step, {"w": {"a": tensor}}).upload_completion.result(60)
+                said.append("saved")
+            except StagerError as error:
+                said.append(f"{type(error).__name__}: {error}")
+            tensor = torch.ones(1 << 18)
+            dist.barrier()
     return said

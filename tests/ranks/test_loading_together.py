@@ -60,3 +60,17 @@ def test_what_does_not_fit_on_one_rank_changes_nothing_on_any(tmp_path: Path) ->
             "RankFailedError: the checkpoint of step 5 was not loaded on rank 1: StateMismatchError: "
         )
         assert other.endswith("; nothing was changed on any rank")
+
+
+def test_what_one_rank_gives_that_cannot_be_meant_holds_up_no_other(tmp_path: Path) -> None:
+    for rank, said in enumerate(run_ranks(f"{_BODIES}:arguments_of_one_rank", 2, tmp_path)):
+        assert said[1] == said[3] == "loaded"
+        assert said[2 * rank].startswith("ArgumentError: into must be")
+        other = said[2 - 2 * rank]
+        assert other.startswith("RankFailedError") and "ArgumentError: into must be" in other
+
+
+def test_damage_that_one_rank_finds_is_told_on_all(tmp_path: Path) -> None:
+    for step, skipped, warned, has_event in run_ranks(f"{_BODIES}:damaged_for_one_rank", 2, tmp_path):
+        assert (step, skipped, has_event) == (1, ["step-00000002"], True)
+        assert warned == ["step-00000002 skipped on all ranks: dama"]

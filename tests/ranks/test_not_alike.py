@@ -93,3 +93,9 @@ def test_keys_of_one_name_on_different_ranks_are_refused_with_both_key_paths(
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_keys_of_one_name_on_each_rank_get_names_of_their_own(size: str, tmp_path: Path) -> None:
     assert run_ranks(f"{_BODIES}:keys_of_one_name", 2, tmp_path, "on each rank", size) == ["whole", "whole"]
+
+
+def test_memory_that_one_rank_has_freed_fails_that_save_with_the_name(tmp_path: Path) -> None:
+    first, second = run_ranks("tests.ranks.load_bodies:save_freed_memory", 2, tmp_path)
+    assert [first[0], first[2], second[0], second[2]] == ["saved"] * 4
+    assert second[1].startswith("UnstageableError: w['a']") and "UnstageableError: w['a']" in first[1]
