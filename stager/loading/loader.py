@@ -193,7 +193,7 @@ class Loader:
         """Warn of what could be taken for checkpoints, where there are none."""
         if found := lookalikes(self._place.directory):
             logger.warning(
-                "%s has no checkpoint of a run, so load() returns None; but %s", self._place.directory, found
+                "%s has no checkpoint of a run, so load() returns None; what is there: %s", self._place.directory, found
             )
 
     def tell_of_unfinished(self, taken: int | None) -> None:

@@ -33,12 +33,14 @@ class _RankNames(OtherRanks):
     """The other ranks, in one call of ``load_checkpoint()``.
 
     Args:
-        key: of this call, the same on all ranks.
+        path: of the checkpoint.
+        number: of this call for the path.
         strict: whether names that only the checkpoint has are an error.
     """
 
-    def __init__(self, key: str, strict: bool) -> None:
-        self._key = key
+    def __init__(self, path: str, number: int, strict: bool) -> None:
+        self._path = path
+        self._key = f"{path}/{number}"
         self._strict = strict
 
     def which_have(self, names: Collection[str], own: KnownNames, unexpected: Collection[str]) -> set[str]:
@@ -64,9 +66,9 @@ class _RankNames(OtherRanks):
         found: set[str] = set()
         seen: set[bytes] = set()
         for rank in range(num_ranks):
-            what = f"rank {some_ranks([rank])} to call load_checkpoint({self._key!r})"
+            what = f"rank {some_ranks([rank])} to call load_checkpoint({self._path!r})"
             waiting = LongWait(
-                what, _WAIT_SECS, lambda: "names that only the checkpoint has may be those of other ranks"
+                what, _WAIT_SECS, reason="names that only the checkpoint has may be those of other ranks"
             )
             content = rendezvous.wait(f"{self._key}/{rank}", _WAIT_SECS, waiting.tick)
             if content is None:
@@ -93,7 +95,7 @@ def ranks_of_this_job(path: str, into: object, *, strict: bool) -> tuple[OtherRa
     if into is None:
         return NO_OTHER_RANKS, dist.get_rank()
     _calls[path] += 1
-    return _RankNames(f"{path}/{_calls[path]}", strict), dist.get_rank()
+    return _RankNames(path, _calls[path], strict), dist.get_rank()
 
 
 def _digest(name: str) -> bytes:

@@ -44,10 +44,6 @@ TOPIC = Topic(
             """,
         ),
         python(
-            "A model of another library, whose names end alike",
-            'ckpt.load(into={"model": nn.Linear(4, 4)})',
-        ),
-        python(
             "Nothing that fits, not strict",
             'ckpt.load(into={"net": model}, strict=False)',
         ),
