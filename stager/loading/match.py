@@ -186,7 +186,8 @@ class _Matcher:
             self.plan.add_problem(path, f"cannot be read in the target ({type(error).__name__}: {error}); set it first")
             return
         if isinstance(value, torch.Tensor):  # first, because it is the usual case and the fastest test
-            if value.is_nested and self._is_whole(node):  # nothing can be copied into another raggedness
+            # In this order: a ShardedTensor, which is never whole, does not know is_nested.
+            if self._is_whole(node) and value.is_nested:  # nothing can be copied into another raggedness
                 self._replacer.replace(node, container, key, path)
             else:
                 match_tensor(self._replacer, node, container, key, path, is_data=owner is _Owner.NOBODY)
