@@ -38,17 +38,20 @@ def enqueue(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, 
     with torch.no_grad(), streams.stream():
         if _bytes_in(slab, copies[0].slab_offset, copies[0].nbytes).is_pinned():
             for group in _groups(copies, leaves):
-                if len(group) == 1:
-                    copy_by_torch(group[0], leaves, slab)
+                gathered = _gather(group, leaves) if len(group) > 1 else None
+                if gathered is not None:
+                    _bytes_in(slab, gathered[0], gathered[1].nbytes).copy_(gathered[1], non_blocking=True)
                 else:
-                    start, gathered = _gather(group, leaves)
-                    _bytes_in(slab, start, gathered.nbytes).copy_(gathered, non_blocking=True)
+                    for copy in group:
+                        copy_by_torch(copy, leaves, slab)
         else:
             start = min(copy.slab_offset for copy in copies)
             end = max(copy.slab_offset + copy.nbytes for copy in copies)
             bounce = _Bounce(slab, min(_BOUNCE_BYTES, end - start))
             for group in _groups(copies, leaves):
-                bounce.copy(*(_gather(group, leaves) if len(group) > 1 else _as_bytes(group[0], leaves)))
+                gathered = _gather(group, leaves) if len(group) > 1 else None
+                for part in [_as_bytes(copy, leaves) for copy in group] if gathered is None else [gathered]:
+                    bounce.copy(*part)
             bounce.finish()
 
 
@@ -145,11 +148,14 @@ def _continues(group: list[Copy], copy: Copy, leaves: Sequence[torch.Tensor]) ->
     )
 
 
-def _gather(group: list[Copy], leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor]:
-    """Bring small neighbours together on their device. Returns (slab offset, bytes)."""
+def _gather(group: list[Copy], leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor] | None:
+    """Bring small neighbours together on their device. Returns (slab offset, bytes); None if it has no memory left."""
     start = group[0].slab_offset
     nbytes = group[-1].slab_offset + group[-1].nbytes - start
-    buffer = torch.empty(nbytes, dtype=torch.uint8, device=leaves[group[0].leaf].device)
+    try:
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=leaves[group[0].leaf].device)
+    except torch.OutOfMemoryError:
+        return None
     copy_many(
         (
             buffer[copy.slab_offset - start : copy.slab_offset - start + copy.nbytes],

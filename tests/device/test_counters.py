@@ -1,4 +1,4 @@
-"""What a save costs the device, as the simulated accelerator counts it: transfers, launches, waits, memory."""
+"""What a save costs the device, as the simulated accelerator counts it; and a device that has no memory left."""
 
 from __future__ import annotations
 
@@ -93,3 +93,19 @@ def test_twenty_thousand_small_tensors_cross_in_one_transfer(
     assert counts["bytes_to_host"] == 20_000 * 1024
     assert counts["memory"] <= device_copies._PACK_BYTES
     _assert_waits(counts, reached)
+
+
+def test_a_device_that_is_full_is_saved_and_loaded_all_the_same(run_dir: Path, device: torch.device) -> None:
+    state = {f"w{n}": torch.full((100,), float(n), device=device) for n in range(100)}
+    simulated.set_memory_limit(torch.sim.memory_allocated() + 1000)  # type: ignore[attr-defined]
+    try:
+        with Checkpointer(run_dir) as ckpt:
+            ckpt.save(0, state).upload_completion.result()
+            for tensor in state.values():
+                tensor.zero_()
+            simulated.reset_counters()
+            ckpt.load(into=state)
+        assert simulated.counters()["copies_to_device"] == 100  # each alone
+    finally:
+        simulated.set_memory_limit(8 << 30)
+    assert [int(tensor[0].item()) for tensor in state.values()] == list(range(100))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -155,8 +156,9 @@ def _spread(
     ]
     stretches = [slice(at, at + size) for at, size in zip(places, nbytes, strict=True) if size]
     if len(targets) > 1 and max(nbytes) <= _SMALL_BYTES:
-        on_device = buffer.to(tensors[0].device, non_blocking=True)
-        copy_many((target, on_device[stretch]) for target, stretch in zip(targets, stretches, strict=True))
-    else:
-        for target, stretch in zip(targets, stretches, strict=True):
-            target.copy_(buffer[stretch], non_blocking=True)
+        with suppress(torch.OutOfMemoryError):  # the device is full: each crosses alone
+            on_device = buffer.to(tensors[0].device, non_blocking=True)
+            copy_many((target, on_device[stretch]) for target, stretch in zip(targets, stretches, strict=True))
+            return
+    for target, stretch in zip(targets, stretches, strict=True):
+        target.copy_(buffer[stretch], non_blocking=True)
