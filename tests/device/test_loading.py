@@ -81,6 +81,24 @@ def test_kernels_queued_before_load_see_the_old_values_and_later_ones_the_new(
         assert torch.all(after[key] == 10)
 
 
+def test_all_is_there_when_load_returns_for_a_stream_that_waits_for_no_other(
+    run_dir: Path, device: torch.device
+) -> None:
+    state = {"large": torch.ones(1 << 20, device=device), "small": [torch.ones(5, device=device) for _ in range(3)]}
+    trainers = torch.accelerator.current_stream(device)
+    with Checkpointer(run_dir) as ckpt:
+        ckpt.save(0, state).upload_completion.result()
+        for tensor in (state["large"], *state["small"]):
+            tensor.zero_()
+        ckpt.load(into=state)
+        torch.accelerator.set_stream(torch.Stream(device=device))
+        try:
+            found = [tensor.cpu() for tensor in (state["large"], *state["small"])]
+        finally:
+            torch.accelerator.set_stream(trainers)
+    assert all(torch.all(tensor == 1) for tensor in found)
+
+
 def test_two_devices_a_stream_that_is_not_the_default_and_one_value_for_two_tensors(
     run_dir: Path, device: torch.device, other_device: torch.device
 ) -> None:
