@@ -7,7 +7,7 @@ BENCH_INSTALLED := $(VENV)/.installed-bench
 STATES_INSTALLED := $(VENV)/.installed-states
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
-.PHONY: demo demo-ranks test lint format bench long states docs clean
+.PHONY: demo demo-ranks test lint format bench gpu long states docs clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -57,6 +57,10 @@ states: $(STATES_INSTALLED)  ## the whole corpus of states in every format, with
 
 bench: $(BENCH_INSTALLED)  ## stager beside the other ways to checkpoint; hours; BENCH='--rounds 1 --case big' for less
 	$(BIN)/python -m tests.benchmarks $(BENCH)
+
+gpu:  ## tests and figures of the accelerator, in 8 minutes; GPU=--dry simulates one. Uses PYTHON as it is if it has what is needed
+	if $(PYTHON) -c 'import torch, pytest, pytest_timeout, xxhash, pydantic, cloudpickle, psutil, typer, yaml' 2>/dev/null; \
+	then $(PYTHON) -m tests.gpu $(GPU); else $(MAKE) $(INSTALLED) && $(BIN)/python -m tests.gpu $(GPU); fi
 
 docs: $(DOCS_INSTALLED)  ## the site, into site/; a broken link or anchor fails it. Then the examples with Lightning and transformers
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

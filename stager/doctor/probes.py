@@ -40,7 +40,7 @@ def cuda_facts() -> CudaFacts:
         return CudaFacts(None, _nvidia_driver(), ())
     import torch
 
-    from stager.workers.device import accelerator
+    from stager.workers.device import accelerator, host_memory
     from stager.workers.device.cuda import device_names
 
     hip = getattr(torch.version, "hip", None)
@@ -50,7 +50,8 @@ def cuda_facts() -> CudaFacts:
         try:
             device = accelerator.current()
             if device is not None and device.type != "cuda":
-                return CudaFacts(device.type, None, (device.type,) * torch.accelerator.device_count())
+                names = (device.type,) * torch.accelerator.device_count()
+                return CudaFacts(None, None, names, kind=device.type, registers=host_memory.can_register())
             devices = device_names()
         except (RuntimeError, AssertionError) as error:
             return CudaFacts(build, _nvidia_driver(), (), _first_line(error))

@@ -42,13 +42,13 @@ def run_checks(directory: str, config: StagerConfig, environ: Mapping[str, str] 
         check_python(probes.python_version(), sys.platform),
         check_torch(*probes.torch_version()),
         check_cuda(cuda),
-        *_resource_findings(config, world_size, uses_cuda=bool(cuda.devices)),
+        *_resource_findings(config, world_size, registers=bool(cuda.devices) and cuda.registers),
         *_kernel_findings(),
         *_target_findings(directory),
     ]
 
 
-def _resource_findings(config: StagerConfig, world_size: int, uses_cuda: bool) -> list[Finding]:
+def _resource_findings(config: StagerConfig, world_size: int, registers: bool) -> list[Finding]:
     cores = probes.core_facts(world_size)
     num_workers = config.workers.resolve_count(world_size, cores.usable)
     soft_files, hard_files = probes.soft_and_hard_limit(resource.RLIMIT_NOFILE)
@@ -57,7 +57,7 @@ def _resource_findings(config: StagerConfig, world_size: int, uses_cuda: bool) -
         check_memory(probes.memory_facts(world_size), config),
         check_dev_shm(*(probes.dev_shm_bytes() or (None, 0))),
         check_open_files(soft_files, hard_files, config, num_workers),
-        check_locked_memory(probes.soft_and_hard_limit(resource.RLIMIT_MEMLOCK)[0], uses_cuda),
+        check_locked_memory(probes.soft_and_hard_limit(resource.RLIMIT_MEMLOCK)[0], registers),
         check_processes(probes.process_facts(), num_workers),
     ]
 

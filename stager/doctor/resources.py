@@ -136,17 +136,19 @@ def check_open_files(soft: int | None, hard: int | None, config: StagerConfig, n
     return Finding("open files", _limit(soft), Status.OK, meaning)
 
 
-def check_locked_memory(soft_bytes: int | None, uses_cuda: bool) -> Finding:
+def check_locked_memory(soft_bytes: int | None, registers: bool) -> Finding:
     """Tell whether buffers are page-locked.
 
     Args:
         soft_bytes: ``RLIMIT_MEMLOCK``; None is unlimited.
-        uses_cuda: whether buffers would be page-locked at all.
+        registers: whether there is an accelerator whose driver would page-lock buffers.
     """
     value = "unlimited" if soft_bytes is None else format_bytes(soft_bytes)
-    if not uses_cuda:
-        return Finding("locked memory", value, Status.OK, "not needed: without CUDA no buffer is page-locked")
-    meaning = "buffers are page-locked by the CUDA driver; should that fail, they stay pageable, with a warning"
+    if not registers:
+        return Finding("locked memory", value, Status.OK, "not needed: no accelerator has buffers page-locked")
+    meaning = (
+        "buffers are page-locked by the accelerator's driver; should that fail, they stay pageable, with a warning"
+    )
     return Finding("locked memory", value, Status.OK, meaning)
 
 

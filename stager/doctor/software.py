@@ -1,4 +1,4 @@
-"""Checks of Python, torch and CUDA."""
+"""Checks of Python, torch and the accelerator."""
 
 from __future__ import annotations
 
@@ -51,12 +51,16 @@ class CudaFacts:
         driver: the NVIDIA kernel driver's version; None without one.
         devices: names of the devices torch sees.
         problem: what torch said when asked for devices; empty if nothing.
+        kind: torch's name of the type of device.
+        registers: whether its backend can page-lock memory that somebody else allocated.
     """
 
     build: str | None
     driver: str | None
     devices: tuple[str, ...]
     problem: str = ""
+    kind: str = "cuda"
+    registers: bool = True
 
 
 def check_cuda(facts: CudaFacts) -> Finding:
@@ -66,8 +70,18 @@ def check_cuda(facts: CudaFacts) -> Finding:
         counted = (
             f"{len(facts.devices)} x {facts.devices[0]}" if len(set(facts.devices)) == 1 else ", ".join(facts.devices)
         )
-        meaning = "CUDA tensors are staged through page-locked buffers (arena.pin); workers create no CUDA context"
-        return Finding("CUDA", f"{counted}; torch for {facts.build}; {driver}", Status.OK, meaning)
+        how = (
+            "through page-locked buffers (arena.pin)"
+            if facts.registers
+            else "through two page-locked buffers of 32 MiB, because this backend cannot page-lock the snapshot's own memory"
+        )
+        if facts.kind != "cuda":
+            meaning = f"tensors on {facts.kind} devices are staged {how}; workers use no device"
+            return Finding(facts.kind, counted, Status.OK, meaning)
+        name = "ROCm" if (facts.build or "").startswith("ROCm") else "CUDA"
+        built = f"{counted}; torch for {facts.build}" + (f"; {driver}" if name == "CUDA" else "")
+        meaning = f"tensors on {name} devices are staged {how}; workers create no {name} context"
+        return Finding(name, built, Status.OK, meaning)
     if facts.driver is None:
         value = f"none ({driver}; torch is {'for ' + facts.build if facts.build else 'a CPU build'})"
         return Finding(

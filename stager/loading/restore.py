@@ -3,7 +3,7 @@
 1. match    find every mismatch, and plan what goes where (match.py); nothing is changed yet
 2. objects  read them, unpickle them under ``weights_only`` rules (unpickle.py), run the checks of the plan
 3. tensors  read those whose targets share memory, and check that they agree; then read the others in parallel, straight into
-            their targets where that is possible, and check each hash
+            their targets where that is possible (on a device: device_fill.py), and check each hash
 4. copy     the tensors that could not be read straight into their targets
 5. apply    call ``load_state_dict()`` of objects that have it, put other values into their containers
 """
@@ -23,7 +23,8 @@ from stager.loading.extras import NO_OTHER_RANKS, OtherRanks
 from stager.loading.loaded import Outcome
 from stager.loading.match import match
 from stager.loading.pickles.unpickle import unpickle
-from stager.loading.reading.direct_read import overlapping, takes_bytes, tell_autograd
+from stager.loading.reading.device_fill import fill_devices
+from stager.loading.reading.direct_read import has_memory_like, overlapping, takes_bytes, tell_autograd
 from stager.loading.renaming import Renaming
 from stager.loading.restore_plan import RestorePlan
 from stager.loading.selection import Selection
@@ -34,6 +35,7 @@ from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.structure import describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
+from stager.workers.device.accelerator import has_streams
 from stager.workers.errors import CorruptCheckpointError, StorageError
 from stager.workers.gc_pause import no_collection
 
@@ -165,6 +167,11 @@ class Restorer:
         shared = overlapping(plan.targets)
         own = {index: tensor for index, tensor in reversed(plan.targets) if index not in shared}
         direct = {index: tensor for index, tensor in own.items() if takes_bytes(self._items[index], tensor)}
+        on_devices = {
+            index: tensor
+            for index, tensor in own.items()
+            if index not in self._chunks and has_streams(tensor.device) and has_memory_like(self._items[index], tensor)
+        }
         stored = set(range(len(self._stored.layout.items)))
         with BlobReader(self._path, self._stored, self._num_threads) as reader:
             # Objects first: until the checks of the plan have passed, nothing of the target may change.
@@ -175,16 +182,16 @@ class Restorer:
             self._fill(reader, agreeing)
             plan.refuse_contradictions(self._path, agreeing)
             before_change()
-            tensors = {
-                i: direct[i] if i in direct else self._new(i) for i in wanted if i not in values and i not in agreeing
-            }
+            others = [i for i in wanted if i not in values and i not in agreeing and i not in on_devices]
+            tensors = {i: direct[i] if i in direct else self._new(i) for i in others}
             if check_unwanted:
                 unwanted = stored - set(wanted) - self._chunk_items()
                 reader.read([Wanted(index, None) for index in sorted(unwanted)])
-            self.has_overwritten = bool(direct or sharded)
+            self.has_overwritten = bool(direct or sharded or on_devices)
             with self._telling_overwritten():
                 self._fill(reader, tensors)
-                tensors |= agreeing
+                fill_devices(reader, self._stored.layout.items, sorted(on_devices.items()))
+                tensors |= agreeing | on_devices
                 if sharded:
                     fill_sharded(self._path, self._stored, self._chunks, reader, plan.sharded)
         self.has_read_all = check_unwanted or (not self._chunks and not sharded and stored <= set(wanted))

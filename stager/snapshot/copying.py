@@ -60,15 +60,17 @@ class Copier:
             cold: the slab's pages may not be allocated yet: allocate each right before it is written.
             background: the trainer does not wait.
         """
-        if streams:
-            enqueue([c for c in batches.others if not c.on_host], leaves, slab, streams)
+        on_streams = [copy for copy in batches.others if not copy.on_host] if streams else []
+        if on_streams:
+            enqueue(on_streams, leaves, slab, streams)
         threads = self._background if background else self._foreground
         threads.run([partial(_do, work, slab, cold) for work in batches.on_host])
         with torch.no_grad():
             for copy in batches.others:
                 if copy.on_host or not streams:
                     copy_by_torch(copy, leaves, slab)
-        streams.synchronize()
+        if on_streams:
+            streams.synchronize()
 
     def close(self) -> None:
         """End the threads."""

@@ -13,12 +13,12 @@ reached through two page-locked buffers in turn: while one is filled by the devi
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from stager.state.placement import SMALL_BYTES, Copy
+from stager.workers.device.byte_copies import copy_many, stretch_of
 from stager.workers.device.host_memory import new_pinned
 from stager.workers.device.streams import SideStreams
 from stager.workers.memory.slab import Slab
@@ -32,25 +32,26 @@ def enqueue(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, 
     """Start copying from devices; ``streams.synchronize()`` waits for the end.
 
     Args:
-        copies: from devices.
+        copies: from devices; one at least.
         leaves: the tensors that ``Copy.leaf`` numbers.
     """
     with torch.no_grad(), streams.stream():
-        if not copies:
-            return
         if _bytes_in(slab, copies[0].slab_offset, copies[0].nbytes).is_pinned():
             for group in _groups(copies, leaves):
-                if len(group) == 1:
-                    copy_by_torch(group[0], leaves, slab)
+                gathered = _gather(group, leaves) if len(group) > 1 else None
+                if gathered is not None:
+                    _bytes_in(slab, gathered[0], gathered[1].nbytes).copy_(gathered[1], non_blocking=True)
                 else:
-                    start, gathered = _gather(group, leaves)
-                    _bytes_in(slab, start, gathered.nbytes).copy_(gathered, non_blocking=True)
+                    for copy in group:
+                        copy_by_torch(copy, leaves, slab)
         else:
             start = min(copy.slab_offset for copy in copies)
             end = max(copy.slab_offset + copy.nbytes for copy in copies)
             bounce = _Bounce(slab, min(_BOUNCE_BYTES, end - start))
             for group in _groups(copies, leaves):
-                bounce.copy(*(_gather(group, leaves) if len(group) > 1 else _as_bytes(group[0], leaves)))
+                gathered = _gather(group, leaves) if len(group) > 1 else None
+                for part in [_as_bytes(copy, leaves) for copy in group] if gathered is None else [gathered]:
+                    bounce.copy(*part)
             bounce.finish()
 
 
@@ -118,9 +119,7 @@ def copy_by_torch(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> Non
 
 def bytes_of(source: torch.Tensor, copy: Copy) -> torch.Tensor:
     """View the stretch of memory that a copy reads as uint8, on its device."""
-    storage = source.untyped_storage()
-    flat = torch.empty(0, dtype=torch.uint8, device=source.device)
-    return flat.set_(storage, copy.address - storage.data_ptr(), (copy.nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
+    return stretch_of(source, copy.address, copy.nbytes)
 
 
 def _groups(copies: Sequence[Copy], leaves: Sequence[torch.Tensor]) -> Iterator[list[Copy]]:
@@ -149,22 +148,19 @@ def _continues(group: list[Copy], copy: Copy, leaves: Sequence[torch.Tensor]) ->
     )
 
 
-def _gather(group: list[Copy], leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor]:
-    """Bring small neighbours together on their device. Returns (slab offset, bytes)."""
+def _gather(group: list[Copy], leaves: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor] | None:
+    """Bring small neighbours together on their device. Returns (slab offset, bytes); None if it has no memory left."""
     start = group[0].slab_offset
     nbytes = group[-1].slab_offset + group[-1].nbytes - start
-    buffer = torch.empty(nbytes, dtype=torch.uint8, device=leaves[group[0].leaf].device)
-    # The multi-tensor kernel wants pairs of one dtype; bytes are right for all, but wider elements are faster.
-    pairs: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
-    for copy in group:
-        source = bytes_of(leaves[copy.leaf].detach(), copy)
-        offset = copy.slab_offset - start
-        target = buffer[offset : offset + copy.nbytes]
-        if (copy.address | copy.nbytes | target.data_ptr()) % 8 == 0:
-            source, target = source.view(torch.int64), target.view(torch.int64)
-        targets, sources = pairs[source.dtype]
-        targets.append(target)
-        sources.append(source)
-    for targets, sources in pairs.values():
-        torch._foreach_copy_(targets, sources)
+    try:
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=leaves[group[0].leaf].device)
+    except torch.OutOfMemoryError:
+        return None
+    copy_many(
+        (
+            buffer[copy.slab_offset - start : copy.slab_offset - start + copy.nbytes],
+            bytes_of(leaves[copy.leaf].detach(), copy),
+        )
+        for copy in group
+    )
     return start, buffer

@@ -6,12 +6,15 @@ NOTE [ Overlap is safe by construction ]
   2. Before each step, a pre-hook waits for every snapshot that is still being taken.
   3. All other tensors (buffers that a forward pass changes, counters, averaged weights) are copied before ``save()``
      returns.
-  4. Programs break the promise of 1, and do not know it. ``tripwires.py`` finds out.
+  4. A step that is captured in a graph runs its hooks once, and its replays run none. So an optimizer whose step is
+     captured is not guarded any more.
+  5. Programs break the promise of 1, and do not know it. ``tripwires.py`` finds out.
 """
 
 from __future__ import annotations
 
 import bisect
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +32,10 @@ from stager.state.shards import is_sharded, memory_of
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.checkpoint.layout.layout import is_dense
+from stager.workers.device.accelerator import is_capturing
 from stager.workers.errors import ArgumentError
+
+logger = logging.getLogger("stager")
 
 _HOST = torch.device("cpu")
 _WRAPPED = (
@@ -69,8 +75,19 @@ class Guard:
                 self._optimizers.add(one)
                 self._hooks.append(one.register_step_pre_hook(self._before_step))
 
-    def _before_step(self, *_: Any) -> None:
-        self._wait()
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not is_capturing():
+            self._wait()
+        elif optimizer in self._optimizers:
+            self._optimizers.discard(optimizer)
+            logger.warning(
+                "a step of a guarded %s is being captured in a graph: replays of the graph run no hooks, so nothing would "
+                "wait for a snapshot. Its tensors are copied before save() returns from now on",
+                type(optimizer).__name__,
+            )
+
+    # torch.compile(optimizer.step) calls it as it is: compiled, it would be a constant that it had nothing to wait for.
+    _before_step._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable() sets
 
     def tensors(self) -> list[torch.Tensor]:
         """List the parameters and states of the guarded optimizers, as the optimizers hold them (DTensors, say)."""

@@ -91,7 +91,14 @@ def place(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
     position = 0
     for extent in extents:
         extent.leaves = tuple(sorted(leaf for leaf, _ in extent.rows)) if extent.rows[1:] else (extent.rows[0][0],)
-    for extent in sorted(extents, key=lambda e: (e.end - e.start <= SMALL_BYTES, e.leaves[0])):
+    # Small ones of one device stand together, so that they are gathered there: device_copies.py.
+    devices = {device: number for number, device in enumerate(sorted({p.device for _, p in rows}, key=str))}
+
+    def order(extent: _Extent) -> tuple[bool, int, int]:
+        is_small = extent.end - extent.start <= SMALL_BYTES
+        return is_small, devices[extent.rows[0][1].device] if is_small else 0, extent.leaves[0]
+
+    for extent in sorted(extents, key=order):
         nbytes = extent.end - extent.start
         position = _next(position, extent.start, file_offsets.get(extent.rows[0][0]), extent.rows)
         for leaf, p in extent.rows:

@@ -31,7 +31,7 @@ def run(mode: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "mode",
     ["late", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("ahead", "early", "behind"))],
@@ -42,11 +42,8 @@ def test_device_tests_pass(mode: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(20000)
-def test_device_tests_pass_with_any_seed() -> None:
-    failed = {}
-    for seed in range(200):
-        ended = run(f"seed {seed}")
-        if ended.returncode != 0:
-            failed[seed] = ended.stdout[-3000:]
-    assert not failed
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("first", range(0, 200, 20))
+def test_device_tests_pass_with_any_seed(first: int) -> None:
+    ended = run(f"seeds {first}-{first + 19}")
+    assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]

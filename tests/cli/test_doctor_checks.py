@@ -92,12 +92,30 @@ def test_torch_that_cannot_be_imported() -> None:
         (CudaFacts("CUDA 12.8", "470.1", (), "driver too old"), Status.WARN, ["470.1", "driver too old", "nvidia-smi"]),
         (CudaFacts("CUDA 12.8", "570.1", ("H200", "H200")), Status.OK, ["2 x H200", "page-locked"]),
         (CudaFacts("CUDA 12.8", "570.1", ("H200", "A100")), Status.OK, ["H200, A100"]),
-        (CudaFacts("ROCm 6.2", None, ("MI300X",)), Status.OK, ["1 x MI300X", "ROCm 6.2"]),
+        (CudaFacts("ROCm 6.2", None, ("MI300X",)), Status.OK, ["1 x MI300X", "ROCm 6.2", "tensors on ROCm devices"]),
+        (
+            CudaFacts(None, None, ("xpu", "xpu"), kind="xpu", registers=False),
+            Status.OK,
+            ["2 x xpu", "tensors on xpu devices", "two page-locked buffers", "use no device"],
+        ),
+        (CudaFacts(None, None, ("npu",), kind="npu"), Status.OK, ["1 x npu", "arena.pin"]),
     ],
-    ids=["no gpu, cpu build", "no gpu, cuda build", "gpu, cpu build", "old driver", "two gpus", "two kinds", "rocm"],
+    ids=[
+        "no gpu, cpu build",
+        "no gpu, cuda build",
+        "gpu, cpu build",
+        "old driver",
+        "two gpus",
+        "two kinds",
+        "rocm",
+        "xpu",
+        "a backend that registers",
+    ],
 )
-def test_cuda(facts: CudaFacts, status: Status, words: list[str]) -> None:
+def test_accelerator(facts: CudaFacts, status: Status, words: list[str]) -> None:
     assert_is(check_cuda(facts), status, *words)
+    if facts.kind != "cuda" or "ROCm" in (facts.build or ""):
+        assert "CUDA" not in str(check_cuda(facts))  # the words of another maker
 
 
 @pytest.mark.parametrize(
@@ -165,9 +183,9 @@ def test_open_files(soft: int | None, hard: int | None, status: Status) -> None:
     assert ("hard limit is 4096" in finding.advice) == (status is not Status.OK and hard is not None)
 
 
-def test_locked_memory_matters_to_cuda_only() -> None:
-    assert_is(check_locked_memory(8 << 20, uses_cuda=False), Status.OK, "8.0 MiB", "not needed")
-    assert_is(check_locked_memory(None, uses_cuda=True), Status.OK, "unlimited", "CUDA driver")
+def test_locked_memory_matters_to_an_accelerator_only() -> None:
+    assert_is(check_locked_memory(8 << 20, registers=False), Status.OK, "8.0 MiB", "not needed")
+    assert_is(check_locked_memory(None, registers=True), Status.OK, "unlimited", "accelerator's driver")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,34 @@ import pytest
 import torch
 
 SIMULATED = os.environ.get("STAGER_SIMULATED", "")
-"""A mode of the simulated accelerator, such as ``late`` or ``seed 7``; empty: the accelerator that there is, if any."""
+"""Modes of the simulated accelerator, with commas between: ``late``, ``early,seed 7``, ``seeds 0-199``. Empty: use the
+accelerator that there is, if any."""
+
+
+def modes() -> list[str]:
+    """Each test runs once in each of these."""
+    found: list[str] = []
+    for name in SIMULATED.split(",") if SIMULATED else ["real"]:
+        first, _, last = name.removeprefix("seeds ").partition("-")
+        found += [f"seed {seed}" for seed in range(int(first), int(last) + 1)] if "seeds " in name else [name.strip()]
+    return found
+
 
 if SIMULATED:
     from tests.accelerator import device as simulated
+
+
+def use_accelerator(rank: int = 0) -> torch.device:
+    """In a process of a test's: find the accelerator, and make the rank's device the current one."""
+    if SIMULATED:
+        from tests.accelerator import device
+
+        name, _, seed = modes()[0].partition(" ")
+        device.set_mode(name, int(seed or 0))
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
+    return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,13 +47,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-@pytest.fixture(autouse=True)
-def mode() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=modes())
+def mode(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each test begins with its mode, and with its seed anew."""
     if SIMULATED:
-        name, _, seed = SIMULATED.partition(" ")
+        name, _, seed = request.param.partition(" ")
         simulated.set_mode(name, int(seed or 0))
-    yield
+    yield request.param
     torch.accelerator.synchronize()
 
 

@@ -183,28 +183,6 @@ def _training(
     return model, optimizer, step
 
 
-@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"foreach": True, "capturable": True}])
-def test_guarded_training_saves_the_values_from_before_the_step(
-    run_dir: Path, device: torch.device, options: dict[str, bool]
-) -> None:
-    if options.get("capturable") and device.type != "cuda":
-        pytest.skip("torch knows this option of its own accelerators only")
-    model, optimizer, step = _training(device, **options)
-    with Checkpointer(run_dir) as ckpt:
-        ckpt.guard(optimizer)
-        for number in range(4):
-            step()
-            weights = {k: v.clone() for k, v in model.state_dict().items()}
-            moments = [v["exp_avg"].clone() for v in optimizer.state.values()]
-            handle = ckpt.save(number, {"model": model, "optimizer": optimizer})
-            step()
-            handle.upload_completion.result()
-            state = saved(ckpt, number)
-            assert same(dict(state["model"]), on_host(weights))
-            for moment, found in zip(moments, state["optimizer"]["state"].values(), strict=True):
-                assert torch.equal(moment.cpu(), found["exp_avg"])
-
-
 def test_what_is_dropped_after_save_is_whole_in_the_snapshot(run_dir: Path, device: torch.device) -> None:
     model, optimizer, step = _training(device)
     step()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from stager.workers.device import cuda
+
 NO_DEVICE_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 """Environment of a process that is to see no device: a context would take hundreds of MiB of each."""
 
@@ -20,6 +22,15 @@ def is_in_use() -> bool:
         return False
     is_initialized = getattr(torch.get_device_module(device), "is_initialized", None)
     return is_initialized is None or bool(is_initialized())
+
+
+def is_capturing() -> bool:
+    """Return whether the current stream records a graph. Nothing runs then, and nothing may wait for the stream."""
+    if not is_in_use():
+        return False
+    stream = torch.accelerator.current_stream()
+    ask = getattr(stream, "is_capturing", None)  # newer versions of torch have it, for any accelerator
+    return bool(ask()) if ask is not None else stream.device.type == "cuda" and cuda.is_capturing()
 
 
 def has_streams(device: torch.device) -> bool:

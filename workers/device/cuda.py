@@ -54,6 +54,11 @@ def _clear_error_by_launch() -> None:
         return
 
 
+def is_capturing() -> bool:
+    """Return whether the current stream records a graph."""
+    return bool(torch.cuda.is_current_stream_capturing())
+
+
 def device_names() -> tuple[str, ...]:
     """Return the names of the devices, without creating a context on any.
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from stager.workers.device.accelerator import has_streams
+from stager.workers.device.accelerator import has_streams, is_capturing
+from stager.workers.errors import UsageError
 
 
 class SideStreams:
@@ -23,15 +24,23 @@ class SideStreams:
 
     Args:
         devices: all devices of the state. Only torch's current accelerator has streams.
+
+    Raises:
+        UsageError: the trainer's stream records a graph.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._streams: list[torch.Stream] = []
-        for device in devices:
-            if has_streams(device):
-                stream = _side_stream(device)
-                stream.wait_stream(torch.accelerator.current_stream(device))
-                self._streams.append(stream)
+        with_streams = [device for device in devices if has_streams(device)]
+        if with_streams and is_capturing():
+            raise UsageError(
+                f"the current stream of {with_streams[0].type} is recording a graph: nothing runs until the graph is "
+                "replayed, so there is nothing to copy yet; save, stage or load before the capture, or between replays"
+            )
+        for device in with_streams:
+            stream = _side_stream(device)
+            stream.wait_stream(torch.accelerator.current_stream(device))
+            self._streams.append(stream)
         if self._streams:
             # The device of the last stream becomes the current one in 2. A thread starts on device 0, so that is not the
             # trainer's device unless the trainer's stream comes last.

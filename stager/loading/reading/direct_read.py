@@ -13,10 +13,14 @@ _Extent = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # start and en
 
 
 def takes_bytes(item: Item, tensor: torch.Tensor) -> bool:
-    """Whether the stored bytes of an item of the same shape and dtype can go into the tensor's memory as they are."""
+    """Whether the stored bytes of an item of the same shape and dtype can be read into the tensor's memory as they are."""
+    return tensor.is_cpu and has_memory_like(item, tensor)
+
+
+def has_memory_like(item: Item, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of the same shape and dtype, on any device, has its elements where the stored item has them."""
     return (
-        tensor.is_cpu
-        and tensor.layout is torch.strided
+        tensor.layout is torch.strided
         and not (tensor.is_conj() or tensor.is_neg())
         and (tensor.stride() == item.stride or tensor.numel() == 0)
     )

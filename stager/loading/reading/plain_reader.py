@@ -67,6 +67,7 @@ class PlainReader:
         item, view = self._items[want.index], want.target
         if isinstance(view, int):
             view = bytes_at(view, item.data_nbytes)
+        assert view is None or isinstance(view, memoryview), "sinks take bytes that were checked"
         position = item.data_offset
         with storage_errors("read", self._paths[item.file]):
             while view:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
@@ -26,8 +26,8 @@ from stager.workers.memory.pages import bytes_at
 if TYPE_CHECKING:
     import numpy as np
 
-_GROUP_BYTES = 2 << 20  # of small items: one read, which stays in the CPU's cache until it is hashed
-_CHUNK_BYTES = 1 << 20  # of large items, for the same reason
+GROUP_BYTES = 2 << 20  # of small items: one read, which stays in the CPU's cache until it is hashed
+CHUNK_BYTES = 1 << 20  # of large items, for the same reason
 _MANY_ITEMS = 128  # in one group
 
 
@@ -38,12 +38,25 @@ def _new_memory(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return np.empty(nbytes, np.uint8)
 
 
+class Sink(Protocol):
+    """Takes the raw bytes of an item piece by piece, from several threads, in any order."""
+
+    def take(self, nbytes: int) -> memoryview:
+        """Return memory for the next bytes that this thread reads, at most ``CHUNK_BYTES``."""
+
+    def put(self, start: int, nbytes: int) -> None:
+        """Take what this thread has read into its memory: the item's raw bytes from ``start`` on."""
+
+
 @dataclass(slots=True)  # not frozen, which takes twice as long to make, and there can be 200,000
 class Wanted:
-    """An item to read, and where its raw bytes go: memory, or its address. None: nowhere, only check them."""
+    """An item to read, and where its raw bytes go: memory, its address, or a sink. None: nowhere, only check them.
+
+    A sink's item is larger than ``GROUP_BYTES``, with what stands around its bytes.
+    """
 
     index: int
-    target: memoryview | int | None
+    target: memoryview | int | Sink | None
 
 
 _OnError = Callable[[CorruptCheckpointError], None]
@@ -148,7 +161,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         others: list[list[partial[None]]] = []
         for group in self._groups(wanted):
             span = self._ends[group[0].index] - layout.items[group[0].index].offset
-            if span > _GROUP_BYTES:
+            if span > GROUP_BYTES:
                 numbers = range(num_segments(span, layout.segment_bytes))
                 others += [[partial(self._read_segment, group[0], number)] for number in numbers]
             elif len(group) > _MANY_ITEMS:
@@ -158,13 +171,13 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         return [many, *others] if many else others
 
     def _groups(self, wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-        """Iterate over groups of neighbours in one file, up to ``_GROUP_BYTES`` together. A larger item is alone."""
+        """Iterate over groups of neighbours in one file, up to ``GROUP_BYTES`` together. A larger item is alone."""
         items, ends = self._manifest.layout.items, self._ends
         group: list[Wanted] = []
         start, following = 0, (-1, -1)
         for want in wanted:
             item, end = items[want.index], ends[want.index]
-            if (item.file, item.offset) == following and end - start <= _GROUP_BYTES:
+            if (item.file, item.offset) == following and end - start <= GROUP_BYTES:
                 group.append(want)
             else:
                 if group:
@@ -206,24 +219,30 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         step = self._manifest.layout.segment_bytes
         start = item.offset + number * step
         stop = min(start + step, end)
-        scratch = _new_memory(min(_CHUNK_BYTES, stop - start)).data
+        scratch = _new_memory(min(CHUNK_BYTES, stop - start)).data
         hasher = xxhash.xxh3_128()
-        for low in range(start, stop, _CHUNK_BYTES):
-            for piece in self._pieces(item, low, min(low + _CHUNK_BYTES, stop), target, scratch):
+        for low in range(start, stop, CHUNK_BYTES):
+            high = min(low + CHUNK_BYTES, stop)
+            for piece in self._pieces(item, low, high, target, scratch):
                 hasher.update(piece)
+            if target is not None and not isinstance(target, memoryview):
+                first, last = _raw(item, low, high)
+                target.put(first - item.data_offset, last - first)
         self._check(want.index, number, hasher.hexdigest())
         self._progress(stop - start)
 
     def _pieces(
-        self, item: Item, low: int, high: int, target: memoryview | None, scratch: memoryview
+        self, item: Item, low: int, high: int, target: memoryview | Sink | None, scratch: memoryview
     ) -> list[memoryview]:
         """Read bytes ``low`` to ``high`` of the file: raw bytes into the target, the others into ``scratch``."""
-        data_low = min(max(low, item.data_offset), high)
-        data_high = max(min(high, item.data_offset + item.data_nbytes), data_low)
+        data_low, data_high = _raw(item, low, high)
         before, after = data_low - low, high - data_high
         pieces = [scratch[: high - low]]
         if target is not None:
-            raw = target[data_low - item.data_offset : data_high - item.data_offset]
+            if isinstance(target, memoryview):
+                raw = target[data_low - item.data_offset : data_high - item.data_offset]
+            else:
+                raw = target.take(data_high - data_low)
             pieces = [scratch[:before], raw, scratch[before : before + after]]
         self._pread(item.file, pieces, low)
         return pieces
@@ -252,3 +271,9 @@ class BlobReader(AbstractContextManager["BlobReader"]):
             self.file_path(item.file),
             f"the bytes from {start} on are damaged ({what}): their xxh3 hash does not match",
         )
+
+
+def _raw(item: Item, low: int, high: int) -> tuple[int, int]:
+    """Return which of the bytes ``low`` to ``high`` of the file are raw bytes of the item: (start, end)."""
+    start = min(max(low, item.data_offset), high)
+    return start, max(min(high, item.data_offset + item.data_nbytes), start)
