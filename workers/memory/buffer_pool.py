@@ -47,6 +47,22 @@ class BufferPool:
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, leased or not."""
+        return sum(buffer.storage.nbytes() for buffer in self._all.values())
+
+    def has_free(self, nbytes: int) -> bool:
+        """Whether :meth:`take` has a buffer of this size, as of the last :meth:`begin_pass`."""
+        return bool(self._free.get(nbytes))
+
+    def drop_unleased(self) -> None:
+        """Give back every buffer that no result has, to make room."""
+        for key, buffer in list(self._all.items()):
+            if not buffer.is_leased():
+                del self._all[key]
+        self._free = {}
+
     def begin_pass(self) -> None:
         """Find out which leases have ended. Call this once before the :meth:`take` calls of a pass."""
         self._pass += 1
