@@ -273,7 +273,7 @@ class TestGuard:
         parameter.grad = torch.ones(MIB)
         stager.guard(optimizer)
         waiting, stepped = threading.Event(), threading.Event()
-        wait = stager._thread.wait
+        wait = stager._wait_before_step
 
         def step() -> None:
             optimizer.step()

@@ -29,14 +29,9 @@ from dataclasses import dataclass
 import torch
 
 from stager.workers.faults import point
+from stager.workers.memory import attached, shared_source
 from stager.workers.memory.attached import Memory
-from stager.workers.memory.shared_source import (
-    SharedSource,
-    Stretch,
-    check_stretches,
-    copy_stretches,
-    detach_all_but,
-)
+from stager.workers.memory.shared_source import SharedSource, Stretch, check_stretches, copy_stretches
 from stager.workers.offload.copier import OffloadCopier
 from stager.workers.offload.packed_state import repack, unpack
 from stager.workers.offload.parts import SharedValue
@@ -66,6 +61,7 @@ class Share:
     Attributes:
         structure: what the worker unpacks and copies: the state dict, or a list of storages.
         slab: of the result; in the worker, as mapped there.
+        live_slabs: ids of all slabs of results; the others are unmapped.
         sources: that the stretches refer to.
         numbers: of the storages that are these sources.
         stretches: the bytes to copy. A large storage is divided among several shares.
@@ -75,6 +71,7 @@ class Share:
     structure: bytes
     places: Places
     slab: Memory
+    live_slabs: frozenset[str]
     sources: Sequence[SharedSource]
     numbers: Sequence[int]
     stretches: Sequence[Stretch]
@@ -92,7 +89,8 @@ def stage_share(share: Share) -> bytes:
         InternalError: the share asks for bytes outside of the sources or the slab. Nothing was written then.
     """
     point("stage.begin")
-    detach_all_but(share.live_sources)
+    shared_source.detach_all_but(share.live_sources)
+    attached.detach_all_but(share.live_slabs)
     check_stretches(share.slab, share.sources, share.stretches)
     sys.setrecursionlimit(max(_MAX_DEPTH, sys.getrecursionlimit()))
     places = placed_storages(share.places, share.slab)

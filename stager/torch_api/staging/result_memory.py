@@ -10,6 +10,7 @@ import torch
 
 from stager.workers.device.host_memory import can_register
 from stager.workers.errors import MemoryBudgetError
+from stager.workers.memory import pages
 from stager.workers.memory.buffer_pool import BufferPool
 from stager.workers.memory.host_buffers import OWN_REGION_BYTES, HostBuffers, SharedSlice
 from stager.workers.memory.slab import Slab
@@ -17,6 +18,13 @@ from stager.workers.memory.slab import Slab
 _ids = itertools.count(1)
 _STEP_BYTES = OWN_REGION_BYTES  # sizes are multiples of it, so that a state that grows a little finds its slab again
 _NO_LIMIT = 1 << 62  # of mappings: there is one for each result
+
+
+class _Slabs(BufferPool):
+    """A pool whose buffers own whole mappings, which workers map, too."""
+
+    def dropped(self, storage: torch.UntypedStorage) -> None:
+        pages.give_back(storage.data_ptr(), storage.nbytes())
 
 
 class ResultMemory:
@@ -28,8 +36,12 @@ class ResultMemory:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._pool = BufferPool(HostBuffers(shared=True, pinned=can_register(), fd_budget=_NO_LIMIT))
+        self._pool = _Slabs(HostBuffers(shared=True, pinned=can_register(), fd_budget=_NO_LIMIT))
         self._slab_ids: WeakKeyDictionary[torch.UntypedStorage, str] = WeakKeyDictionary()
+
+    def live_slabs(self) -> frozenset[str]:
+        """Ids of the slabs that workers may keep mapped."""
+        return frozenset(self._slab_ids.values())
 
     def lease(self, nbytes: int) -> tuple[Slab, bool]:
         """Return a slab that no result has, and whether its pages were written before. It is leased while it is held.

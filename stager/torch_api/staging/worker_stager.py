@@ -35,7 +35,7 @@ from stager.snapshot.guard import Guard
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.torch_api.staging.result_memory import ResultMemory
 from stager.torch_api.staging.state_dict_stager import storages_of
-from stager.torch_api.staging.worker_staging import WorkerStaging, assign, copies_to, place, source_tensors
+from stager.torch_api.staging.worker_staging import WorkerStaging, place, share_sources
 from stager.workers.device.streams import SideStreams
 from stager.workers.errors import ArgumentError, ClosedError, UnstageableError, UsageError
 from stager.workers.offload.packed_state import PackedState, pack, path_of
@@ -78,7 +78,7 @@ class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["Worker
         self._memory = ResultMemory(max_bytes)
         self._copier = Copier(staging.resolve_copy_threads())
         self._thread = StagingThread()
-        self._guard = Guard(self._thread.wait)
+        self._guard = Guard(self._wait_before_step)
         self._num_workers = self._config.workers.resolve_count(local_size)
         self._pool = start_pool(self._config.workers, local_size)
         self._sharer = SourceSharer(
@@ -118,33 +118,38 @@ class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["Worker
         if path:
             _check_nameable(state_dict, packed)
         with self._lock:
-            staging = self._begin(packed)
+            staging = self._prepare(packed)
             result: Future[StateDict] = Future()
             result.set_running_or_notify_cancel()  # a copy that has begun cannot be cancelled
             self._last = Future()
-            self._thread.run(partial(self._finish, [staging], result, self._last, path))
+            self._thread.run(partial(self._run, [staging], result, self._last, path))
         return result
 
-    def _begin(self, packed: PackedState) -> WorkerStaging:
-        storages = packed.storages
-        sources = source_tensors(storages, self._config.staging.share_min_bytes)
-        self._sharer.share(sources, may_move=True)  # before the addresses are read: what is moved has another one
-        places = place(storages)
-        copies = copies_to(places, storages)
-        mine, tasks, live = assign(copies, sources, self._sharer, self._num_workers)
-        slab, is_warm = self._memory.lease(places.nbytes)
-        streams = SideStreams({storage.device for storage in storages})
-        staging = WorkerStaging(packed, places, slab, is_warm, mine, sources, streams)
-        staging.submit(tasks, live, self._pool)
-        return staging
+    def _prepare(self, packed: PackedState) -> WorkerStaging:
+        places = place(packed.storages)
+        slab, is_warm = self._memory.lease(places.nbytes)  # before anything is moved: it may be refused
+        tasks, numbers, live_sources = share_sources(
+            packed.storages, places, self._sharer, self._config.staging.share_min_bytes, self._num_workers
+        )
+        return WorkerStaging(
+            packed=packed,
+            places=places,
+            tasks=tasks,
+            numbers=numbers,
+            live_sources=live_sources,
+            slab=slab,
+            is_warm=is_warm,
+            live_slabs=self._memory.live_slabs(),
+            streams=SideStreams({storage.device for storage in packed.storages}),
+        )
 
-    def _finish(
-        self, begun: list[WorkerStaging], result: Future[StateDict], completion: Future[None], path: str
+    def _run(
+        self, prepared: list[WorkerStaging], result: Future[StateDict], completion: Future[None], path: str
     ) -> None:
         """In the staging thread: see a staging to its end, and resolve its Futures."""
         try:
             # Taken out of the list: the caller of this function would otherwise keep the sources and the lease.
-            state, copy = begun.pop().finish(self._copier)
+            state, copy = prepared.pop().run(self._pool, self._copier)
             if path:
                 written = self._pool.submit(persist_copy, copy, path)
                 written.add_done_callback(partial(_settle, result, state))
@@ -159,6 +164,10 @@ class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["Worker
     def synchronize_staging(self) -> None:
         """Wait until the state given to the last :meth:`stage` may be changed, and raise what its copy raised."""
         self._last.result()
+
+    def _wait_before_step(self) -> None:
+        if not self._thread.is_current:  # a callback of a Future, which steps: that copy is made
+            self._thread.wait()
 
     def guard(self, *optimizers: Optimizer) -> None:
         """Have the steps of these optimizers wait until no state is being copied.
@@ -233,10 +242,14 @@ def _check_nameable(state: Any, packed: PackedState) -> None:
     """
     for value in packed.shared:
         try:
-            pickle.dumps(value)
+            pickle.dumps(value, pickle.HIGHEST_PROTOCOL, buffer_callback=_discard)
         except Exception as error:
             reason = f"it can be staged, but not be written to a file: {type(error).__name__}: {error}"
             raise UnstageableError(path_of(state, value), reason) from error
+
+
+def _discard(buffer: pickle.PickleBuffer) -> None:
+    """Keep an array's bytes out of the pickle, which is made to see whether it can be."""
 
 
 def _settle(result: Future[StateDict], state: StateDict, written: Future[None]) -> None:

@@ -1,12 +1,13 @@
 """One staging by workers: from a packed state to a state dict over the result's slab.
 
-caller's thread      pack       the structure as bytes, the storages as a list
-                     share      large CPU storages are moved into shared memory, once (stager/sharing)
-                     place      each storage gets its place in a leased slab
-                     submit     shares of equal bytes, one with the structure ------------> workers: deep copy
-staging thread       copy       what no worker can read: small storages, device memory          |
-                     wait       <-----------------------------------------------------------------'
-                     unpack     the structure of the copy, over the places in the slab
+    caller's thread      prepare    large CPU storages are moved into shared memory, once (stager/sharing)
+                                    each storage gets its place in the slab
+    staging thread       submit     shares of equal bytes, one with the state dict ---------> workers: deep copy
+                         copy       what no worker can read: small storages, device memory       |
+                         wait       <------------------------------------------------------------'
+                         unpack     the structure of the copy, over the places in the slab
+
+No signal handler runs in the staging thread. So Ctrl-C leaves no worker that writes into a slab which nobody holds.
 """
 
 # mypy: allow-untyped-calls
@@ -15,9 +16,9 @@ staging thread       copy       what no worker can read: small storages, device 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,72 +40,104 @@ _ALIGN_BYTES = 64  # what torch's own CPU allocator gives
 _PAGE_BYTES = 4096
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class WorkerStaging:
-    """A staging that has begun. It holds the source's storages, and leases the slab, until it is finished.
+    """A staging that is prepared. It holds the source's storages, and leases the slab.
 
     Attributes:
-        copies: what the trainer copies itself.
-        sources: by number, a tensor of bytes over each storage; what is small and in host memory needs none.
-        streams: behind the trainer's work on the devices.
+        tasks: what workers copy. There is one at least, for the state dict itself.
+        numbers: by leaf of the tasks' copies, the number of the storage.
+        live_sources: ids of all sources.
+        slab: of the result.
         is_warm: whether the slab's pages are allocated.
-        shares: one Future for each share that a worker has; the first is that of the state dict.
+        live_slabs: ids of all slabs of results.
+        streams: behind the trainer's work on the devices.
     """
 
     packed: PackedState
     places: Places
+    tasks: Sequence[CopyTask]
+    numbers: Sequence[int]
+    live_sources: frozenset[int]
     slab: Slab
     is_warm: bool
-    copies: Sequence[Copy]
-    sources: Sequence[torch.Tensor]
+    live_slabs: frozenset[str]
     streams: SideStreams
-    shares: list[Future[bytes]] = field(default_factory=list)
 
-    def submit(self, tasks: Sequence[CopyTask], live_sources: frozenset[int], pool: WorkerPool) -> None:
-        """Give each task to a worker: the first with the state dict, the others with lists of storages.
-
-        Raises:
-            ClosedError: the pool is closed.
-            OSError: no descriptor is left.
-        """
-        try:
-            for task in tasks:
-                numbers = {stretch.source: copy.leaf for stretch, copy in zip(task.stretches, task.copies, strict=True)}
-                structure = list_of_storages(list(numbers.values())) if self.shares else self.packed.structure
-                share = Share(
-                    structure,
-                    self.places,
-                    self.slab,
-                    list(task.sources.values()),
-                    [numbers[source] for source in range(len(numbers))],
-                    task.stretches,
-                    live_sources,
-                )
-                future: Future[bytes] = Future()
-                self.shares.append(future)  # before it is sent: Ctrl-C must not leave a task without a Future
-                pool.submit_to(future, stage_share, share)
-        except BaseException:
-            self.abandon()
-            raise
-
-    def abandon(self) -> None:
-        """Cancel the shares that no worker has begun, and wait for the others: they write into the slab."""
-        wait_uninterrupted([share for share in self.shares if not share.cancel() and share.running()])
-
-    def finish(self, copier: Copier) -> tuple[Any, StagedCopy]:
+    def run(self, pool: WorkerPool, copier: Copier) -> tuple[Any, StagedCopy]:
         """Return the staged state dict, and what a worker needs to read it. Runs in the staging thread.
 
         Raises:
             WorkerDiedError: workers died while they copied, as often as is allowed.
+            ClosedError: the pool is closed.
+            OSError: no descriptor is left.
         """
+        shares: list[Future[bytes]] = []
         try:
-            batches = batch(self.copies)
-            copier.copy(batches, self.sources, self.slab, self.streams, cold=not self.is_warm)
+            for share in self._shares():  # the one with the state dict comes first
+                shares.append(pool.submit(stage_share, share))
+            self._copy_the_rest(copier)
         finally:
-            wait_uninterrupted(self.shares)
-        structure, *_ = [share.result() for share in self.shares]
-        state = unpack(structure, _results(self.places, self.slab), self.packed.shared.__getitem__)
+            wait_uninterrupted(shares)  # also after an error: they write into the slab
+        structure, *_ = [share.result() for share in shares]
+        state = unpack(structure, _shared_places(self.places, self.slab), self.packed.shared.__getitem__)
         return state, StagedCopy(structure, self.places, self.slab, self.packed.shared)
+
+    def _shares(self) -> Iterable[Share]:
+        structure = self.packed.structure
+        for task in self.tasks:
+            number_of = {
+                one.source: self.numbers[copy.leaf] for one, copy in zip(task.stretches, task.copies, strict=True)
+            }
+            numbers = [number_of[source] for source in range(len(task.sources))]
+            yield Share(
+                structure=structure or list_of_storages(numbers),
+                places=self.places,
+                slab=self.slab,
+                live_slabs=self.live_slabs,
+                sources=list(task.sources.values()),
+                numbers=numbers,
+                stretches=task.stretches,
+                live_sources=self.live_sources,
+            )
+            structure = b""
+
+    def _copy_the_rest(self, copier: Copier) -> None:
+        by_workers = {self.numbers[copy.leaf] for task in self.tasks for copy in task.copies}
+        storages = self.packed.storages
+        copies = [
+            Copy(number, storage.data_ptr(), offset, nbytes, (number,), storage.device.type == "cpu")
+            for number, (storage, offset, nbytes) in enumerate(
+                zip(storages, self.places.offsets, self.places.sizes, strict=True)
+            )
+            if nbytes and number not in by_workers
+        ]
+        nothing = torch.empty(0, dtype=torch.uint8)  # of memory on the host only the address is needed
+        tensors = [nothing if storage.device.type == "cpu" else bytes_over(storage) for storage in storages]
+        copier.copy(batch(copies), tensors, self.slab, self.streams, cold=not self.is_warm)
+
+
+def share_sources(
+    storages: Sequence[torch.UntypedStorage], places: Places, sharer: SourceSharer, min_bytes: int, num_workers: int
+) -> tuple[list[CopyTask], list[int], frozenset[int]]:
+    """Move large CPU storages into shared memory, and divide the copies of those that are there among the workers.
+
+    Args:
+        min_bytes: smaller storages are left to the trainer.
+
+    Returns:
+        The workers' tasks, the numbers of the storages by the leaves of their copies, and the ids of all sources.
+    """
+    numbers = [n for n, storage in enumerate(storages) if places.sizes[n] >= min_bytes and storage.device.type == "cpu"]
+    leaves = [bytes_over(storages[number]) for number in numbers]
+    sharer.share(leaves, may_move=True)
+    copies = [
+        Copy(leaf, tensor.data_ptr(), places.offsets[numbers[leaf]], tensor.nbytes, (leaf,))
+        for leaf, tensor in enumerate(leaves)
+    ]
+    _, shared = sharer.split(copies, leaves, guarded=False)
+    located, live = sharer.locate(shared)
+    return divide(located, num_workers) if located else [CopyTask()], numbers, live
 
 
 def place(storages: Sequence[torch.UntypedStorage]) -> Places:
@@ -113,54 +146,24 @@ def place(storages: Sequence[torch.UntypedStorage]) -> Places:
     position = 0
     for storage in storages:
         nbytes = storage.nbytes()
-        sizes.append(nbytes)
         unit = _PAGE_BYTES if nbytes >= LARGE_BYTES else _ALIGN_BYTES
         position = -(-position // unit) * unit
         offsets.append(position)
+        sizes.append(nbytes)
         position += nbytes
     return Places(offsets, sizes, position)
 
 
-def copies_to(places: Places, storages: Sequence[torch.UntypedStorage]) -> list[Copy]:
-    """Return the copies that fill the places, in slab order. ``Copy.leaf`` is a storage's number."""
-    return [
-        Copy(number, storage.data_ptr(), offset, nbytes, (number,), storage.device.type == "cpu")
-        for number, (storage, offset, nbytes) in enumerate(zip(storages, places.offsets, places.sizes, strict=True))
-        if nbytes
-    ]
-
-
-def source_tensors(storages: Sequence[torch.UntypedStorage], min_bytes: int) -> list[torch.Tensor]:
-    """Return a tensor of bytes over each storage on a device, and over each of ``min_bytes`` or more."""
-    nothing = torch.empty(0, dtype=torch.uint8)
-    return [
-        _bytes_of(storage) if storage.device.type != "cpu" or storage.nbytes() >= min_bytes else nothing
-        for storage in storages
-    ]
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+def bytes_over(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Return the bytes of a storage, as a tensor over it."""
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
     return flat.set_(storage, 0, (storage.nbytes(),))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
 
 
-def _results(places: Places, slab: Slab) -> list[torch.UntypedStorage]:
+def _shared_places(places: Places, slab: Slab) -> list[torch.UntypedStorage]:
     """Return the places as shared storages, each of which keeps the slab leased."""
-    return [_result(slab, offset, nbytes) for offset, nbytes in zip(places.offsets, places.sizes, strict=True)]
-
-
-def _result(slab: Slab, offset: int, nbytes: int) -> torch.UntypedStorage:
-    return slice_shared(slab.storage, offset, nbytes) if nbytes else torch.UntypedStorage(0, device="cpu")
-
-
-def assign(
-    copies: Sequence[Copy], sources: Sequence[torch.Tensor], sharer: SourceSharer, num_workers: int
-) -> tuple[list[Copy], list[CopyTask], frozenset[int]]:
-    """Divide the copies among the trainer and the workers; there is one task at least, for the state dict itself.
-
-    Returns:
-        What the trainer copies, the workers' tasks, and the ids of all live sources.
-    """
-    mine, theirs = sharer.split(copies, sources, guarded=False)
-    located, live = sharer.locate(theirs)
-    return mine, divide(located, num_workers) if located else [CopyTask()], live
+    memory = slab.storage
+    return [
+        slice_shared(memory, offset, nbytes) if nbytes else torch.UntypedStorage(0, device="cpu")
+        for offset, nbytes in zip(places.offsets, places.sizes, strict=True)
+    ]
