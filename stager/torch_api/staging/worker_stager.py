@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import threading
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -41,6 +42,8 @@ from stager.workers.errors import ArgumentError, ClosedError, UnstageableError, 
 from stager.workers.offload.packed_state import PackedState, pack, path_of
 from stager.workers.staged_copy.persisting import persist_copy
 from stager.workers.staged_copy.share import prepare
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["WorkerStager"]):
@@ -112,7 +115,7 @@ class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["Worker
             ArgumentError: ``persist_to`` is no path.
             UsageError: torch's sharing strategy is ``file_system``, with which shared memory cannot be sent.
         """
-        self._check_usable()
+        self._check_usable("stage()")
         path = "" if persist_to is None else _absolute(persist_to)
         packed = pack(state_dict)
         if path:
@@ -179,7 +182,7 @@ class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["Worker
             ArgumentError: not a torch optimizer.
             ClosedError: the stager is closed.
         """
-        self._check_usable()
+        self._check_usable("guard()")
         self._guard.add(*optimizers)
 
     def release(self, staged: StateDict) -> int:
@@ -214,13 +217,13 @@ class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["Worker
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, call: str) -> None:
         if os.getpid() != self._owner:
             raise ClosedError(
                 f"this WorkerStager belongs to process {self._owner}; a forked child cannot use it: make a new one there"
             )
         if self._closed:
-            raise ClosedError("WorkerStager.stage() was called after close(); make a new stager")
+            raise ClosedError(f"WorkerStager.{call} was called after close(); make a new stager")
         if get_sharing_strategy() == "file_system":  # type: ignore[no-untyped-call]  # torch does not annotate it
             raise UsageError(
                 "WorkerStager shares memory by descriptors, and torch's sharing strategy is file_system; call "
@@ -244,7 +247,10 @@ def _check_nameable(state: Any, packed: PackedState) -> None:
         try:
             pickle.dumps(value, pickle.HIGHEST_PROTOCOL, buffer_callback=_discard)
         except Exception as error:
-            reason = f"it can be staged, but not be written to a file: {type(error).__name__}: {error}"
+            what = _ADDRESS.sub("", f"{type(error).__name__}: {error}")
+            reason = (
+                f"it can be staged, but not be written to a file: {what}; leave it out, or stage without persist_to"
+            )
             raise UnstageableError(path_of(state, value), reason) from error
 
 
