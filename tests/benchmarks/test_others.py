@@ -53,12 +53,10 @@ def test_replication(tmp_path: Path) -> None:
 
 
 def test_worker_stager(tmp_path: Path) -> None:
-    arguments = ("--scale", "0.001", "--rounds", "1")
-    results = _run("tests.benchmarks.worker_stager", tmp_path / "out.json", *arguments)
-    assert [one["case"] for one in results] == ["big", "small", "gpt2"]
-    for one in results:
-        assert one["failed"] == {}
-        assert all(ratio["staged"] > 0 for ratio in one["ratios"].values())
+    arguments = ("--scale", "0.001", "--rounds", "1", "--case", "gpt2")
+    (one,) = _run("tests.benchmarks.worker_stager", tmp_path / "out.json", *arguments)
+    assert one["failed"] == {}
+    assert all(ratio["staged"] > 0 for ratio in one["ratios"].values())
 
 
 def test_listeners(capsys: pytest.CaptureFixture[str]) -> None:

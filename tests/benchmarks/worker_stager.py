@@ -15,6 +15,7 @@ the median of the ratios to torch's ``DefaultStager`` within a round. The proces
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -96,6 +97,9 @@ def measure(case: str, scale: float, rounds: int, *, loop: bool) -> dict[str, An
                     took = _stage(stagers[name], state, _loop if loop and number else _no_loop)
                 except (RuntimeError, OSError) as error:
                     failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                if name in failed:
+                    stagers[name].close()
+                    gc.collect()  # it may have taken every descriptor, which the others need
                     continue
                 for figure, secs in took.items():
                     figures.setdefault(name, {}).setdefault(figure if number else f"first {figure}", []).append(secs)

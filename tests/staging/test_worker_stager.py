@@ -45,6 +45,7 @@ POINTS = [
     "persist.synced",
     "persist.renamed",
 ]
+SOME_POINTS = ["stage.unpacked", "copy.piece", "persist.written"]
 
 
 def new_stager(**sections: dict[str, Any]) -> WorkerStager:
@@ -187,6 +188,11 @@ class TestLeases:
         assert len(seen) == 1
 
 
+def test_what_is_not_a_number_is_copied(worker_stager: WorkerStager) -> None:
+    source = {"nan": [float("nan"), -0.0], "tensor": torch.tensor([float("nan")])}
+    assert_private_copy(source, worker_stager.stage(source).result())
+
+
 class TestRefused:
     def test_names_its_key_before_anything_is_moved(self, worker_stager: WorkerStager) -> None:
         source = {"w": torch.ones(MIB), "model": {"layers": [1, {"lock": threading.Lock()}]}}
@@ -297,11 +303,14 @@ class TestGuard:
 
 
 class TestWorkersThatDie:
-    def test_at_each_point_the_copy_is_made_again(self, faults: Faults, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "points", [SOME_POINTS, pytest.param(POINTS, marks=pytest.mark.long)], ids=["some points", "all points"]
+    )
+    def test_the_copy_is_made_again(self, points: list[str], faults: Faults, tmp_path: Path) -> None:
         source = state(0)
         with new_stager() as stager:
             stager.stage(source).result()
-            for value, point in enumerate(POINTS):
+            for value, point in enumerate(points):
                 change(source, value)
                 faults.arm(point, "kill")
                 file = str(tmp_path / f"{value}.pt")

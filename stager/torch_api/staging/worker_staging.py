@@ -77,10 +77,11 @@ class WorkerStaging:
             for share in self._shares():  # the one with the state dict comes first
                 shares.append(pool.submit(stage_share, share))
             self._copy_the_rest(copier)
+            storages = _shared_places(self.places, self.slab)  # while the workers are busy
         finally:
             wait_uninterrupted(shares)  # also after an error: they write into the slab
         structure, *_ = [share.result() for share in shares]
-        state = unpack(structure, _shared_places(self.places, self.slab), self.packed.shared.__getitem__)
+        state = unpack(structure, storages, self.packed.shared.__getitem__)
         return state, StagedCopy(structure, self.places, self.slab, self.packed.shared)
 
     def _shares(self) -> Iterable[Share]:
