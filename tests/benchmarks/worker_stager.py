@@ -36,6 +36,8 @@ from stager import StateDictStager, WorkerStager
 
 _BASIS = "torch DefaultStager"
 _WIDTH = 128
+_STRETCH_SECS = 0.6  # of the loop; longer than a staging takes
+_PAIRS = 6  # of stretches with and without a staging, in each round
 
 
 def _big(scale: float) -> dict[str, Any]:
@@ -102,35 +104,35 @@ def measure(case: str, scale: float, rounds: int, *, loop: bool) -> dict[str, An
                     gc.collect()  # it may have taken every descriptor, which the others need
                     continue
                 for figure, secs in took.items():
-                    figures.setdefault(name, {}).setdefault(figure if number else f"first {figure}", []).append(secs)
+                    figures.setdefault(name, {}).setdefault(figure if number else f"first {figure}", []).extend(secs)
     return {"case": case, "figures": figures, "failed": failed, "ratios": _ratios(figures)}
 
 
-def _stage(stager: Any, state: dict[str, Any], loop: Callable[[Callable[[], object]], float]) -> dict[str, float]:
-    took: dict[str, float] = {}
+def _stage(stager: Any, state: dict[str, Any], loop: Callable[[Callable[[], object]], list[float]]) -> Figures:
+    took: Figures = {}
 
     def stage() -> object:
         started, processor = time.perf_counter(), time.thread_time()
         staged = stager.stage(state)
-        took["blocked"], took["of it"] = time.perf_counter() - started, time.thread_time() - processor
+        took["blocked"], took["of it"] = [time.perf_counter() - started], [time.thread_time() - processor]
         return staged
 
     started = time.perf_counter()
     staged = stage()
     if isinstance(staged, Future):
         staged = staged.result()
-    took["staged"] = time.perf_counter() - started
+    took["staged"] = [time.perf_counter() - started]
     del staged
-    cost = loop(lambda: stager.stage(state))
-    return {**took, "loop": cost} if cost else took
+    costs = loop(lambda: stager.stage(state))
+    return {**took, "loop": costs} if costs else took
 
 
-def _no_loop(stage: Callable[[], object]) -> float:
-    return 0.0
+def _no_loop(stage: Callable[[], object]) -> list[float]:
+    return []
 
 
-def _loop(stage: Callable[[], object], secs: float = 2.0) -> float:
-    """Return what a staging costs a loop that goes on meanwhile."""
+def _loop(stage: Callable[[], object]) -> list[float]:
+    """Return what each of some stagings costs a loop that goes on meanwhile."""
     matrix = torch.randn(_WIDTH, _WIDTH)
 
     def products(count: int) -> float:
@@ -139,15 +141,22 @@ def _loop(stage: Callable[[], object], secs: float = 2.0) -> float:
             torch.mm(matrix, matrix)
         return time.perf_counter() - started
 
-    count = int(secs / products(2000) * 2000)
-    alone = products(count)
-    started = time.perf_counter()
-    staged = stage()
-    products(count)
-    both = time.perf_counter() - started
-    if isinstance(staged, Future):
-        staged.result()
-    return both - (alone + products(count)) / 2
+    def with_staging() -> float:
+        started = time.perf_counter()
+        staged = stage()
+        products(count)
+        took = time.perf_counter() - started
+        if isinstance(staged, Future):
+            staged.result()
+        return took
+
+    count = int(_STRETCH_SECS / products(2000) * 2000)
+    costs = []
+    for pair in range(_PAIRS):  # A B, B A, ...
+        before = products(count) if pair % 2 else 0.0
+        both = with_staging()
+        costs.append(both - (before or products(count)))
+    return costs
 
 
 def _ratios(figures: dict[str, Figures]) -> dict[str, dict[str, float]]:
