@@ -35,6 +35,7 @@ from stager.torch_api.staging import CheckpointStagerConfig as CheckpointStagerC
 from stager.torch_api.staging import DefaultStager as DefaultStager
 from stager.torch_api.staging import ReplicationStager as ReplicationStager
 from stager.torch_api.staging import StagingOptions as StagingOptions
+from stager.torch_api.staging import WorkerStager as WorkerStager
 from stager.torch_api.staging import _ReplicationStager as _ReplicationStager
 from stager.torch_api.staging import auto_options as auto_options
 from stager.torch_api.staging.state_dict_stager import StateDictStager as StateDictStager

@@ -2,7 +2,8 @@
 
 Reading order: ``errors.py``; ``pool/``: ``pool.py`` (diagram), ``messages.py``, ``channel.py``, ``worker_main.py``,
 ``worker_loop.py``, ``roster.py``, ``supervisor.py``, ``heartbeat.py``; ``memory/``, from ``slab.py`` on;
-then what workers run: ``offload/`` (the deep copy) and ``checkpoint/`` (layout, write, commit, read, maintenance).
+then what workers run: ``offload/`` (the deep copy), ``staged_copy/`` (a worker's share of it) and ``checkpoint/`` (layout,
+write, commit, read, maintenance).
 
 This package never imports the rest of ``stager``. Names are imported when they are first used, so that
 ``stager.workers.errors`` and ``stager.workers.checkpoint.directory.files`` can be imported where torch is not installed.

@@ -88,7 +88,7 @@ class OpenRun:
             self.arena = setup.make_arena(config.arena, group)
             opened.callback(self.arena.close)
             segment_bytes = setup.agree_on_segment_bytes(config.persistence, group, self.arena)
-            self.pool = setup.start_pool(config.workers, group, self._lock_fd)
+            self.pool = setup.start_pool(config.workers, group.local_size, (self._lock_fd,))
             try:  # not one of the resources: how the pool ends depends on the saves in flight (ending.py)
                 self.replication = Replication.open(config.replication, directory, group, self.pool)
                 shared = self.arena, self.pool, group, self.replication.replicator

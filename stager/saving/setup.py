@@ -89,11 +89,16 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
     return group.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
 
 
-def start_pool(workers: WorkersConfig, group: RankGroup, lock_fd: int) -> WorkerPool:
-    """Start the worker processes, which keep the lock open: NOTE [ The lock ] in ``directory/run_directory.py``."""
+def start_pool(workers: WorkersConfig, local_size: int, inherit_fds: tuple[int, ...] = ()) -> WorkerPool:
+    """Start the worker processes.
+
+    Args:
+        local_size: trainers on this host, which share its cores.
+        inherit_fds: what the workers keep open: NOTE [ The lock ] in ``directory/run_directory.py``.
+    """
     settings = workers.model_dump(exclude={"count"})
     options = PoolOptions(**settings, env=NO_DEVICE_ENVIRONMENT)  # workers never create a context
-    return WorkerPool(workers.resolve_count(group.local_size), options, inherit_fds=(lock_fd,))
+    return WorkerPool(workers.resolve_count(local_size), options, inherit_fds=inherit_fds)
 
 
 def save_template(persistence: PersistenceConfig, directory: str, group: RankGroup) -> SaveSpec:

@@ -247,8 +247,17 @@ class SourceSharer:
             ClosedError: the pool is closed.
             InternalError: a worker was asked for bytes that are not there.
         """
+        located, live = self.locate(copies)
+        return self._copier.copy(located, slab, live, copy_here, meanwhile)
+
+    def locate(self, copies: Sequence[Copy]) -> tuple[list[SharedCopy], frozenset[int]]:
+        """Pair copies that :meth:`split` gave the workers with their sources; also return the ids of all live sources.
+
+        Raises:
+            InternalError: a source is not where it was.
+        """
         sources, live = self._sources()
-        return self._copier.copy(_locate(copies, sources), slab, live, copy_here, meanwhile)
+        return _locate(copies, sources), live
 
     def _sources(self) -> tuple[list[SharedSource], frozenset[int]]:
         """Return the shared sources, sorted by address and held strongly from here on, and the ids of all."""

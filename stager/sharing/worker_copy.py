@@ -41,7 +41,7 @@ class SharedCopy:
 
 
 @dataclass(slots=True)
-class _Task:
+class CopyTask:
     """What one worker is asked to copy.
 
     Attributes:
@@ -100,7 +100,7 @@ class WorkerCopier:
             copies = [s.copy for s in shared]
             copy_here([*meanwhile, *copies])
             return Copied(notes=(_note(copies, "no worker was idle"),) if copies else ())
-        tasks = _divide(shared, num_workers)
+        tasks = divide(shared, num_workers)
         try:
             # 1. The workers begin before the trainer does its part.
             failure = self._submit(tasks, slab, live_sources)
@@ -115,7 +115,7 @@ class WorkerCopier:
     def _count_idle(self) -> int:
         return sum(worker.state is WorkerState.READY and not worker.tasks for worker in self._pool.health())
 
-    def _submit(self, tasks: list[_Task], slab: Slab, live_sources: frozenset[int]) -> Exception | None:
+    def _submit(self, tasks: list[CopyTask], slab: Slab, live_sources: frozenset[int]) -> Exception | None:
         """Send the tasks; return why not all could be sent, or None."""
         task = tasks[0]
         try:
@@ -134,25 +134,25 @@ class WorkerCopier:
         return None
 
 
-def _cancel(tasks: Iterable[_Task]) -> None:
+def _cancel(tasks: Iterable[CopyTask]) -> None:
     """Cancel those that no worker has begun."""
     for task in tasks:
         if task.future is not None:
             task.future.cancel()
 
 
-def _divide(shared: Sequence[SharedCopy], num_workers: int) -> list[_Task]:
+def divide(shared: Sequence[SharedCopy], num_workers: int) -> list[CopyTask]:
     """Make tasks of equal bytes (but the last), and of the same number for each worker."""
     total = sum(s.copy.nbytes for s in shared)
     num_tasks = num_workers * -(-total // (num_workers * _TASK_BYTES))
     task_bytes = -(-total // (num_tasks * mmap.PAGESIZE)) * mmap.PAGESIZE
-    tasks: list[_Task] = []
+    tasks: list[CopyTask] = []
     room = 0
     for one in shared:
         offset = 0
         while offset < one.copy.nbytes:
             if room == 0:
-                tasks.append(_Task())
+                tasks.append(CopyTask())
                 room = task_bytes
             nbytes = min(room, one.copy.nbytes - offset)
             tasks[-1].add(one, offset, nbytes)
@@ -161,7 +161,7 @@ def _divide(shared: Sequence[SharedCopy], num_workers: int) -> list[_Task]:
     return tasks
 
 
-def _wait(tasks: Sequence[_Task]) -> None:
+def _wait(tasks: Sequence[CopyTask]) -> None:
     """Wait until none of them runs. Ctrl-C cancels those that wait for a worker; those that run end in a moment."""
     interrupt: BaseException | None = None
     while True:
@@ -175,7 +175,7 @@ def _wait(tasks: Sequence[_Task]) -> None:
         raise interrupt
 
 
-def _finish(tasks: list[_Task], failure: BaseException | None, copy_here: Callable[[list[Copy]], None]) -> Copied:
+def _finish(tasks: list[CopyTask], failure: BaseException | None, copy_here: Callable[[list[Copy]], None]) -> Copied:
     """Collect the results. The trainer copies what no worker did, and notes it."""
     results: list[CopyResult] = []
     left: dict[int, Copy] = {}

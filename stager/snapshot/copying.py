@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -128,7 +129,7 @@ class _Threads:
             executor.shutdown()
 
 
-def wait_uninterrupted(futures: Sequence[Future[None]]) -> None:
+def wait_uninterrupted(futures: Sequence[Future[Any]]) -> None:
     """Wait until all are done, even after Ctrl-C: they use memory that is used for something else afterwards.
 
     Raises:

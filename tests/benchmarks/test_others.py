@@ -52,6 +52,13 @@ def test_replication(tmp_path: Path) -> None:
     assert result["to_partner_secs"] > 0
 
 
+def test_worker_stager(tmp_path: Path) -> None:
+    arguments = ("--scale", "0.001", "--rounds", "1", "--case", "gpt2")
+    (one,) = _run("tests.benchmarks.worker_stager", tmp_path / "out.json", *arguments)
+    assert one["failed"] == {}
+    assert all(ratio["staged"] > 0 for ratio in one["ratios"].values())
+
+
 def test_listeners(capsys: pytest.CaptureFixture[str]) -> None:
     listeners.main(["--rounds", "1", "--scale", "0.001"])
     out = capsys.readouterr().out

@@ -244,7 +244,7 @@ def test_tasks_cover_every_byte_once_in_tasks_of_one_size(
         position += nbytes
     covered: list[int] = []
     totals: list[int] = []
-    for task in worker_copy._divide(shared, num_workers):
+    for task in worker_copy.divide(shared, num_workers):
         stretches = task.stretches
         assert all(start == slab_offset and number == 0 for number, start, slab_offset, _ in stretches)
         covered += [byte for _, start, _, nbytes in stretches for byte in (start, start + nbytes)]

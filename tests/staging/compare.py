@@ -41,7 +41,8 @@ class Comparison:
     def same(self, expected: Any, got: Any, path: str = "state") -> None:
         assert type(got) is type(expected), f"{path}: {type(got)} for {type(expected)}"
         if isinstance(expected, ATOMS):
-            assert got is expected or got == expected, f"{path}: {got!r} for {expected!r}"  # nan is not equal to itself
+            equal = got == expected or (got != got and expected != expected)  # noqa: PLR0124  (nan is not equal to itself)
+            assert got is expected or equal, f"{path}: {got!r} for {expected!r}"
             return
         if id(expected) in self._twins:
             assert self._twins[id(expected)] == id(got), f"{path}: shared in one and not in the other"

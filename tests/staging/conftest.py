@@ -1,7 +1,9 @@
-"""The classes that the tests of compatibility are run against."""
+"""The classes that the tests of compatibility are run against, and the ways to make a copy."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,11 @@ import torch.distributed.checkpoint.staging as torch_staging
 
 import stager.torch_api.staging
 import stager.torch_api.staging.state_dict_stager
+from stager import WorkerStager
+from stager.torch_api.staging.state_dict_stager import StateDictStager
+
+Stage = Callable[..., Any]
+"""Makes a copy. The options of a ``StateDictStager`` may be given; workers have none: their copies are shared and leased."""
 
 TORCH = SimpleNamespace(
     is_torch=True,
@@ -50,3 +57,41 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[TORCH, STAGER], ids=["torch", "stager"])
 def api(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+@pytest.fixture(scope="package")
+def package_stager() -> Iterator[WorkerStager]:
+    """One for all tests that harm no worker: starting one costs seconds."""
+    with WorkerStager({"workers": {"count": 2, "nice": 0}, "staging": {"copy_threads": 1}}) as stager:
+        stager.stage({}).result()  # its thread is started, too
+        yield stager
+
+
+@pytest.fixture
+def worker_stager(package_stager: WorkerStager) -> Iterator[WorkerStager]:
+    """The same, of which a test leaves no memory."""
+    yield package_stager
+    package_stager.synchronize_staging()
+    gc.collect()
+    package_stager._memory._pool.drop_unleased()
+
+
+@pytest.fixture(params=["trainer", "workers"])
+def stage(request: pytest.FixtureRequest, worker_stager: WorkerStager) -> Stage:
+    """Copies by the engine in this process, and by workers."""
+    if request.param == "trainer":
+        return lambda source, **options: StateDictStager(**options).stage(source)
+    return lambda source, **_: worker_stager.stage(source).result()
+
+
+@pytest.fixture(params=["torch", "stager", "workers"])
+def copying_api(request: pytest.FixtureRequest, worker_stager: WorkerStager) -> Any:
+    """``StateDictStager`` of torch and of stager, and a ``WorkerStager`` with its ``stage()``."""
+    if request.param != "workers":
+        return {"torch": TORCH, "stager": STAGER}[request.param]
+
+    def stage_by_workers(source: Any) -> Any:
+        return worker_stager.stage(source).result()
+
+    by_workers = SimpleNamespace(stage=stage_by_workers)
+    return SimpleNamespace(is_torch=False, StateDictStager=lambda **_: by_workers)

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
-from stager.torch_api.staging import BlockingAsyncStager, DefaultStager, StagingOptions
+from stager.torch_api.staging import BlockingAsyncStager, DefaultStager, StagingOptions, WorkerStager
 from tests.staging.child import run
 
 HERE = "tests.staging.test_async_save"
@@ -29,6 +29,7 @@ STAGERS: dict[str, Any] = {
     "leases": lambda: DefaultStager(StagingOptions(False, True, True, False, use_leases=True)),
     "cached": lambda: BlockingAsyncStager(cache_staged_state_dict=True),
     "uncached": BlockingAsyncStager,
+    "workers": WorkerStager,
 }
 
 
@@ -69,7 +70,7 @@ def saves(kind: str, names: list[str], directory: str, count: int) -> dict[str, 
 def save_many(kind: AsyncCheckpointerType, name: str, directory: str, count: int) -> dict[str, int]:
     """With leases a save starts while earlier ones are being written. Else each is awaited: without leases buffers are
     shared, and torch's process executor reads the answers of overlapping saves from one pipe with several threads."""
-    overlap = 3 if name == "leases" and kind is AsyncCheckpointerType.THREAD else 0
+    overlap = 3 if name in ("leases", "workers") and kind is AsyncCheckpointerType.THREAD else 0
     state = new_state()
     pending, expected, census = [], [], []
     with STAGERS[name]() as stager:
@@ -125,7 +126,9 @@ def assert_clean(result: dict[str, Any]) -> None:
         assert growth["fds"] <= 4, name
 
 
-@pytest.mark.parametrize(("kind", "names"), [("THREAD", list(STAGERS)), ("PROCESS", ["async", "leases", "cached"])])
+@pytest.mark.parametrize(
+    ("kind", "names"), [("THREAD", list(STAGERS)), ("PROCESS", ["async", "leases", "cached", "workers"])]
+)
 def test_saves_in_a_row(kind: str, names: list[str], tmp_path: Path) -> None:
     assert_clean(run(f"{HERE}:saves", kind, names, str(tmp_path), 7))
 
@@ -133,4 +136,4 @@ def test_saves_in_a_row(kind: str, names: list[str], tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["THREAD", "PROCESS"])
 def test_100_saves_with_one_stager(kind: str, tmp_path: Path) -> None:
-    assert_clean(run(f"{HERE}:saves", kind, ["async", "leases"], str(tmp_path), 100))
+    assert_clean(run(f"{HERE}:saves", kind, ["async", "leases", "workers"], str(tmp_path), 100))

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from stager.torch_api.staging import DefaultStager, StagingOptions
+from stager.torch_api.staging import DefaultStager, StagingOptions, WorkerStager
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_private_copy
 from tests.staging.ranks import run_ranks
@@ -31,6 +33,15 @@ def on_rank(rank: int, directory: str) -> dict[str, Any]:
     for share_memory in (False, True):
         staged = StateDictStager(share_memory=share_memory).stage(source)
         result[f"checked-{share_memory}"] = check(source, staged, share_memory)
+    with WorkerStager({"workers": {"count": 1}}) as workers:
+        result["checked-workers"] = check(source, workers.stage(source).result(), True)
+        response = dcp.async_save(source, checkpoint_id=f"{directory}/saved", async_stager=workers)
+        assert isinstance(response, AsyncSaveResponse)
+        response.upload_completion.result()
+        loaded = {"sharded": distribute_tensor(torch.zeros(5, 2), mesh, [Shard(0)]), "plain": torch.zeros(5, 2)}
+        dcp.load(loaded, checkpoint_id=f"{directory}/saved")
+        assert torch.equal(loaded["sharded"].full_tensor(), whole)
+        assert torch.equal(loaded["plain"], whole)
     with DefaultStager(StagingOptions(False, True, True, False)) as stager:
         staged = stager.stage(source).result()
         before = source["sharded"].full_tensor().clone()
@@ -62,5 +73,5 @@ def check(source: dict[str, Any], staged: dict[str, Any], share_memory: bool) ->
 
 def test_two_ranks(tmp_path: Path) -> None:
     results = run_ranks("tests.staging.test_dtensor:on_rank", 2, tmp_path)
-    assert all(result["checked-False"] and result["checked-True"] for result in results)
+    assert all(result["checked-False"] and result["checked-True"] and result["checked-workers"] for result in results)
     assert [result["local"] for result in results] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stager import WorkerStager
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from tests.staging.compare import assert_no_shared_memory, assert_same
 
@@ -117,6 +118,13 @@ def check(state: Any, share_memory: bool, lease: bool) -> None:
     assert_no_shared_memory(state, staged)
 
 
+def check_by_workers(state: Any, stager: WorkerStager) -> None:
+    staged = stager.stage(state).result()
+    if not is_same(state, staged):  # a named tuple that contains itself: deepcopy makes two of it, and workers one
+        assert_same(copy.deepcopy(state), staged)
+    assert_no_shared_memory(state, staged)
+
+
 def is_same(one: Any, other: Any) -> bool:
     try:
         assert_same(one, other)
@@ -136,3 +144,16 @@ def test_staged_equals_deepcopy(state: Any, share_memory: bool, lease: bool) -> 
 @given(states(), st.booleans(), st.booleans())
 def test_staged_equals_deepcopy_2500_times(state: Any, share_memory: bool, lease: bool) -> None:
     check(state, share_memory, lease)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(state=states())
+def test_staged_by_workers_equals_deepcopy(worker_stager: WorkerStager, state: Any) -> None:
+    check_by_workers(state, worker_stager)
+
+
+@pytest.mark.long
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(state=states())
+def test_staged_by_workers_equals_deepcopy_2000_times(worker_stager: WorkerStager, state: Any) -> None:
+    check_by_workers(state, worker_stager)

@@ -14,16 +14,13 @@ from torch.testing._internal.two_tensor import TwoTensor
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.errors import UnstageableError
 from tests.staging.compare import assert_private_copy
+from tests.staging.conftest import Stage
 
 DTYPES = {
     value
     for name in dir(torch)
     if isinstance(value := getattr(torch, name), torch.dtype) and "q" not in str(value) and "bits" not in str(value)
 }
-
-
-def stage(source: Any, **options: bool) -> Any:
-    return StateDictStager(**options).stage(source)
 
 
 def quietly(make: Any) -> Any:
@@ -34,7 +31,7 @@ def quietly(make: Any) -> Any:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
-def test_every_dtype_bit_for_bit(dtype: torch.dtype) -> None:
+def test_every_dtype_bit_for_bit(dtype: torch.dtype, stage: Stage) -> None:
     storage = torch.UntypedStorage(64).copy_(torch.arange(64, dtype=torch.uint8).untyped_storage(), False)
     if dtype is torch.bool:
         storage = (torch.arange(64) % 2).to(torch.uint8).untyped_storage()
@@ -64,18 +61,18 @@ def test_every_dtype_bit_for_bit(dtype: torch.dtype) -> None:
     ],
     ids=lambda source: f"{type(source).__name__}{getattr(source, '_spec_size', '')}",
 )
-def test_layouts(source: torch.Tensor, share_memory: bool) -> None:
+def test_layouts(source: torch.Tensor, share_memory: bool, stage: Stage) -> None:
     assert_private_copy({"x": source}, stage({"x": source}, share_memory=share_memory))
 
 
-def test_storages_in_the_state_alias_their_tensors() -> None:
+def test_storages_in_the_state_alias_their_tensors(stage: Stage) -> None:
     tensor = torch.arange(4)
     staged = stage([tensor.untyped_storage(), tensor, tensor.untyped_storage()])
     assert staged[0] is staged[1].untyped_storage()
     assert staged[2] is staged[0]
 
 
-def test_parameter_without_a_shape_yet_stays_one() -> None:
+def test_parameter_without_a_shape_yet_stays_one(stage: Stage) -> None:
     model = torch.nn.LazyLinear(3)
     staged = stage(model)
     assert type(staged.weight) is torch.nn.UninitializedParameter
@@ -83,13 +80,13 @@ def test_parameter_without_a_shape_yet_stays_one() -> None:
     assert type(model.weight) is torch.nn.UninitializedParameter
 
 
-def test_gradients_are_not_part_of_the_state() -> None:
+def test_gradients_are_not_part_of_the_state(stage: Stage) -> None:
     source = torch.nn.Parameter(torch.ones(2))
     (source * 2).sum().backward()
     assert stage(source).grad is None
 
 
-def test_subclass_with_data_keeps_class_attributes_and_slots() -> None:
+def test_subclass_with_data_keeps_class_attributes_and_slots(stage: Stage) -> None:
     class Weight(torch.Tensor):
         __slots__ = "note"  # noqa: PLC0205  # one string is a slot, too
 
@@ -101,7 +98,7 @@ def test_subclass_with_data_keeps_class_attributes_and_slots() -> None:
     assert staged.scale is not source.scale
 
 
-def test_wrapper_subclass_through_tensor_flatten() -> None:
+def test_wrapper_subclass_through_tensor_flatten(stage: Stage) -> None:
     inner = torch.arange(4.0)
     source = TwoTensor(inner, inner.clone())
     source.label = ["x"]
@@ -113,7 +110,7 @@ def test_wrapper_subclass_through_tensor_flatten() -> None:
     assert staged["w"].label is not source.label
 
 
-def test_wrapper_subclass_without_tensor_flatten_is_refused() -> None:
+def test_wrapper_subclass_without_tensor_flatten_is_refused(stage: Stage) -> None:
     class Opaque(torch.Tensor):
         @staticmethod
         def __new__(cls, hidden: torch.Tensor) -> Any:
@@ -131,7 +128,7 @@ def test_wrapper_subclass_without_tensor_flatten_is_refused() -> None:
 
 
 @pytest.mark.parametrize("layout", ["coo", "uncoalesced", "csr", "csc", "bsr", "bsc"])
-def test_sparse(layout: str) -> None:
+def test_sparse(layout: str, stage: Stage) -> None:
     dense = torch.eye(4)
     dense[1, 2] = 5
     source = quietly(
@@ -156,13 +153,13 @@ def test_sparse(layout: str) -> None:
     assert staged.to_dense().abs().sum() > 0
 
 
-def test_nested_strided() -> None:
+def test_nested_strided(stage: Stage) -> None:
     source = quietly(lambda: torch.nested.nested_tensor([torch.arange(3.0), torch.arange(5.0)]))
     staged = stage({"n": source})["n"]
     assert [part.tolist() for part in staged.unbind()] == [part.tolist() for part in source.unbind()]
 
 
-def test_nested_jagged_tensors_that_share_offsets_still_do() -> None:
+def test_nested_jagged_tensors_that_share_offsets_still_do(stage: Stage) -> None:
     source = torch.nested.nested_tensor([torch.arange(3.0), torch.arange(5.0)], layout=torch.jagged)
     staged = stage([source, source * 2])
     assert [part.tolist() for part in staged[1].unbind()] == [[0, 2, 4], [0, 2, 4, 6, 8]]
@@ -171,7 +168,7 @@ def test_nested_jagged_tensors_that_share_offsets_still_do() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fake", "functional", "vmap", "mkldnn", "freed"])
-def test_what_has_no_bytes_of_its_own_is_refused_by_name(kind: str) -> None:
+def test_what_has_no_bytes_of_its_own_is_refused_by_name(kind: str, stage: Stage) -> None:
     refused: list[str] = []
 
     def attempt(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,7 +196,7 @@ def test_what_has_no_bytes_of_its_own_is_refused_by_name(kind: str) -> None:
 
 
 @pytest.mark.parametrize("share_memory", [False, True])
-def test_under_callers_modes(share_memory: bool) -> None:
+def test_under_callers_modes(share_memory: bool, stage: Stage) -> None:
     source = torch.nn.Parameter(torch.ones(3))
     with torch.device("meta"):
         assert stage(source, share_memory=share_memory).device.type == "cpu"
@@ -209,7 +206,7 @@ def test_under_callers_modes(share_memory: bool) -> None:
     assert not any(tensor.is_inference() for tensor in staged)
 
 
-def test_staged_tensors_go_through_torch_save() -> None:
+def test_staged_tensors_go_through_torch_save(stage: Stage) -> None:
     source = {"a": torch.arange(5), "b": torch.randn(2, 2).t()}
     staged = stage(source, share_memory=True)
     file = io.BytesIO()

@@ -55,9 +55,9 @@ class TestStateDictStager:
             assert list(ours)[: len(theirs)] == list(theirs), name
             assert all(ours[key].default in (theirs[key].default, None) for key in theirs), name
 
-    def test_views_of_one_storage_stay_views_of_one_storage(self, api: Any) -> None:
+    def test_views_of_one_storage_stay_views_of_one_storage(self, copying_api: Any) -> None:
         source = views()
-        staged = api.StateDictStager().stage(source)
+        staged = copying_api.StateDictStager().stage(source)
         assert_private_copy(source, staged)
         staged["base"].fill_(7)
         assert bool((staged["nested"]["tail"] == 7).all())
@@ -101,14 +101,14 @@ class TestStateDictStager:
             assert tensor.is_shared() is share_memory
             assert tensor.untyped_storage().is_shared() is share_memory
 
-    def test_dataclasses_are_copied_with_their_tensors(self, api: Any) -> None:
+    def test_dataclasses_are_copied_with_their_tensors(self, copying_api: Any) -> None:
         source = {"outer": Outer("n", Inner(torch.randn(3)), [1.0]), "frozen": Frozen(torch.randn(2))}
-        assert_private_copy(source, api.StateDictStager().stage(source))
+        assert_private_copy(source, copying_api.StateDictStager().stage(source))
 
-    def test_tensor_attributes_survive(self, api: Any) -> None:
+    def test_tensor_attributes_survive(self, copying_api: Any) -> None:
         source = torch.randn(3)
         source.tag, source.partner = "x", torch.arange(2)
-        staged = api.StateDictStager().stage({"w": source})["w"]
+        staged = copying_api.StateDictStager().stage({"w": source})["w"]
         assert staged.tag == "x"
         assert torch.equal(staged.partner, source.partner)
         assert staged.partner.data_ptr() != source.partner.data_ptr()
@@ -117,9 +117,9 @@ class TestStateDictStager:
         "dtype",
         [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.bool, torch.int8, torch.uint16],
     )
-    def test_dtypes_are_exact(self, api: Any, dtype: torch.dtype) -> None:
+    def test_dtypes_are_exact(self, copying_api: Any, dtype: torch.dtype) -> None:
         source = {"w": (torch.arange(8) % 2).to(dtype)}
-        assert_private_copy(source, api.StateDictStager().stage(source))
+        assert_private_copy(source, copying_api.StateDictStager().stage(source))
 
     def test_pin_memory_without_cuda_warns_and_goes_on(self, api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -170,10 +170,10 @@ class TestStateDictStager:
             gc.enable()
             gc.collect()
 
-    def test_conjugate_and_negative_views_keep_their_values(self, api: Any) -> None:
+    def test_conjugate_and_negative_views_keep_their_values(self, copying_api: Any) -> None:
         source = {"conj": torch.tensor([1 + 2j]).conj(), "neg": torch.tensor([1 + 2j]).conj().imag}
-        staged = api.StateDictStager().stage(source)
-        if api.is_torch:
+        staged = copying_api.StateDictStager().stage(source)
+        if copying_api.is_torch:
             assert staged["conj"].tolist() == [1 + 2j]  # wrong, and silently so
             assert staged["neg"].tolist() == [2.0]
         else:
@@ -181,23 +181,23 @@ class TestStateDictStager:
             assert staged["conj"].tolist() == [1 - 2j]
             assert staged["neg"].tolist() == [-2.0]
 
-    def test_parameter_stays_a_parameter(self, api: Any) -> None:
-        staged = api.StateDictStager().stage({"p": torch.nn.Parameter(torch.ones(2))})["p"]
-        if api.is_torch:
+    def test_parameter_stays_a_parameter(self, copying_api: Any) -> None:
+        staged = copying_api.StateDictStager().stage({"p": torch.nn.Parameter(torch.ones(2))})["p"]
+        if copying_api.is_torch:
             assert type(staged) is torch.Tensor  # and so a staged module's parameters are none
         else:
             assert type(staged) is torch.nn.Parameter
             assert staged.requires_grad
 
-    def test_tensor_that_requires_grad(self, api: Any) -> None:
+    def test_tensor_that_requires_grad(self, copying_api: Any) -> None:
         source = {"leaf": torch.ones(2, requires_grad=True)}
         source["result"] = source["leaf"] * 2
-        staged = api.StateDictStager().stage(source)
+        staged = copying_api.StateDictStager().stage(source)
         assert not staged["result"].requires_grad
-        assert staged["leaf"].requires_grad is not api.is_torch  # as copy.deepcopy has it
+        assert staged["leaf"].requires_grad is not copying_api.is_torch  # as copy.deepcopy has it
 
     @pytest.mark.parametrize("kind", ["coo", "csr", "bsc"])
-    def test_sparse(self, api: Any, kind: str) -> None:
+    def test_sparse(self, copying_api: Any, kind: str) -> None:
         dense = torch.eye(4)
         dense[1, 2] = 5
         source = {
@@ -205,8 +205,8 @@ class TestStateDictStager:
             "csr": lambda: _quiet(dense.to_sparse_csr),
             "bsc": lambda: _quiet(lambda: dense.to_sparse_bsc((2, 2))),
         }[kind]()
-        stager_ = api.StateDictStager()
-        if api.is_torch:
+        stager_ = copying_api.StateDictStager()
+        if copying_api.is_torch:
             with pytest.raises(Exception, match=r"(?i)storage|data pointer|data_ptr|sparse"):
                 stager_.stage({"s": source})
         else:
@@ -214,10 +214,10 @@ class TestStateDictStager:
             assert staged.layout == source.layout
             assert torch.equal(staged.to_dense(), dense)
 
-    def test_meta_tensor_stays_a_meta_tensor(self, api: Any) -> None:
+    def test_meta_tensor_stays_a_meta_tensor(self, copying_api: Any) -> None:
         source = torch.empty(3, 4, device="meta").t()
-        stager_ = api.StateDictStager()
-        if api.is_torch:
+        stager_ = copying_api.StateDictStager()
+        if copying_api.is_torch:
             with pytest.raises(NotImplementedError, match="no data"):
                 stager_.stage({"m": source})
         else:
@@ -225,7 +225,7 @@ class TestStateDictStager:
             assert (staged.device.type, staged.shape, staged.stride()) == ("meta", source.shape, source.stride())
 
     @pytest.mark.parametrize("per_channel", [False, True])
-    def test_quantized(self, api: Any, per_channel: bool) -> None:
+    def test_quantized(self, copying_api: Any, per_channel: bool) -> None:
         values = torch.arange(6.0).view(2, 3)
         scales, zeros = torch.tensor([0.5, 0.25]), torch.tensor([1, 2])
         source = _quiet(
@@ -235,21 +235,21 @@ class TestStateDictStager:
                 else torch.quantize_per_tensor(values, 0.5, 1, torch.qint8)
             )
         )
-        staged = api.StateDictStager().stage({"q": source})["q"]
-        if api.is_torch:
+        staged = copying_api.StateDictStager().stage({"q": source})["q"]
+        if copying_api.is_torch:
             with pytest.raises(RuntimeError, match="UnknownQuantizer"):  # staged without its scale and zero point
                 staged.dequantize()
         else:
             assert torch.equal(staged, source)
             assert staged.qscheme() == source.qscheme()
 
-    def test_what_cannot_be_copied_is_named(self, api: Any) -> None:
+    def test_what_cannot_be_copied_is_named(self, copying_api: Any) -> None:
         source = {"model": {"layers": [1, {"lock": pickle}]}}
         with pytest.raises(TypeError) as caught:
-            api.StateDictStager().stage(source)
-        assert ("model['layers'][1]['lock']" in str(caught.value)) is not api.is_torch
+            copying_api.StateDictStager().stage(source)
+        assert ("model['layers'][1]['lock']" in str(caught.value)) is not copying_api.is_torch
 
-    def test_reduce_with_six_items(self, api: Any) -> None:
+    def test_reduce_with_six_items(self, copying_api: Any) -> None:
         class SixItems:
             def __init__(self, tensor: torch.Tensor) -> None:
                 self.tensor = tensor
@@ -258,19 +258,19 @@ class TestStateDictStager:
                 return (new_object, (type(self),), {"t": self.tensor}, None, None, set_tensor)
 
         source = SixItems(torch.ones(2))
-        if api.is_torch:
+        if copying_api.is_torch:
             with pytest.raises(RuntimeError, match="length: 6"):
-                api.StateDictStager().stage(source)
+                copying_api.StateDictStager().stage(source)
         else:
-            staged = api.StateDictStager().stage(source)
+            staged = copying_api.StateDictStager().stage(source)
             assert torch.equal(staged.tensor, source.tensor)
             assert staged.tensor.data_ptr() != source.tensor.data_ptr()
 
-    def test_object_with_its_own_deepcopy(self, api: Any) -> None:
+    def test_object_with_its_own_deepcopy(self, copying_api: Any) -> None:
         source = collections.OrderedDict(a=SelfCopying(torch.ones(2)))
-        staged = api.StateDictStager(share_memory=True).stage(source)
+        staged = copying_api.StateDictStager(share_memory=True).stage(source)
         assert torch.equal(staged["a"].tensor, source["a"].tensor)
-        assert staged["a"].tensor.is_shared() is not api.is_torch  # torch: copied where it is, not offloaded
+        assert staged["a"].tensor.is_shared() is not copying_api.is_torch  # torch: copied where it is, not offloaded
 
 
 class SelfCopying:

@@ -47,6 +47,22 @@ class BufferPool:
     def __len__(self) -> int:
         return len(self._all)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, leased or not."""
+        return sum(buffer.storage.nbytes() for buffer in self._all.values())
+
+    def has_free(self, nbytes: int) -> bool:
+        """Whether :meth:`take` has a buffer of this size, as of the last :meth:`begin_pass`."""
+        return bool(self._free.get(nbytes))
+
+    def drop_unleased(self) -> None:
+        """Give back every buffer that no result has, to make room."""
+        for key, buffer in list(self._all.items()):
+            if not buffer.is_leased():
+                self._drop(key)
+        self._free = {}
+
     def begin_pass(self) -> None:
         """Find out which leases have ended. Call this once before the :meth:`take` calls of a pass."""
         self._pass += 1
@@ -60,10 +76,16 @@ class BufferPool:
             else:
                 free[buffer.storage.nbytes()].append(buffer)
         for key in idle:
-            del self._all[key]
+            self._drop(key)
         for waiting in free.values():
             waiting.reverse()  # oldest first: a structure that did not change gets its own buffers back
         self._free = free
+
+    def _drop(self, key: int) -> None:
+        self.dropped(self._all.pop(key).storage)
+
+    def dropped(self, storage: torch.UntypedStorage) -> None:
+        """Called with a buffer that nobody reads, before it is given back."""
 
     def take(self, nbytes: int) -> torch.UntypedStorage:
         """Return a buffer of exactly ``nbytes`` that nobody reads, leased until its last user drops it."""

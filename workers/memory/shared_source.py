@@ -98,16 +98,29 @@ def copy_shared(
     started = time.time()
     point("copy.begin")
     detach_all_but(live_sources)
-    # All are checked before the first byte is written: a task that is wrong in any part must not change the slab.
+    check_stretches(slab, sources, stretches)
+    copy_stretches(slab, sources, stretches)
+    point("copy.done")
+    return CopyResult(os.getpid(), started, time.time(), sum(stretch.nbytes for stretch in stretches))
+
+
+def check_stretches(slab: Memory, sources: Sequence[SharedSource], stretches: Sequence[Stretch]) -> None:
+    """Check all before the first byte is written: a task that is wrong in any part must not change the slab.
+
+    Raises:
+        InternalError: a stretch is not inside its source, or not inside the slab.
+    """
     for stretch in stretches:
         _check(stretch, sources, slab)
+
+
+def copy_stretches(slab: Memory, sources: Sequence[SharedSource], stretches: Sequence[Stretch]) -> None:
+    """Copy what :func:`check_stretches` has checked, a piece at a time, without the GIL."""
     for index, offset, slab_offset, nbytes in stretches:
         for start, end in _pieces(slab_offset, slab_offset + nbytes):
             point("copy.piece")
             _populate(slab, start)
             ctypes.memmove(slab.address + start, sources[index].address + offset + start - slab_offset, end - start)
-    point("copy.done")
-    return CopyResult(os.getpid(), started, time.time(), sum(stretch.nbytes for stretch in stretches))
 
 
 def _check(stretch: Stretch, sources: Sequence[SharedSource], slab: Memory) -> None:

@@ -7,7 +7,7 @@
       everything else                             __reduce_ex__(4)         (_reconstruct)
 
 The method names are those of ``torch.distributed.checkpoint._state_dict_stager.StateDictStager``, which is a subclass on
-the trainer's side; workers run the same class over shared sources.
+the trainer's side; workers run the same class over shared sources (``workers/staged_copy/share.py``).
 """
 
 # mypy: allow-untyped-calls
@@ -37,7 +37,7 @@ _HOOK_ERRORS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError
 
 _VALUE_TYPES = {type(None), type(Ellipsis), type(NotImplemented), int, float, bool, complex, bytes, str, range}
 _CODE_TYPES = {type, property, types.CodeType, types.BuiltinFunctionType, types.FunctionType, weakref.ref}
-_ATOMIC_TYPES = _VALUE_TYPES | _CODE_TYPES | {torch.dtype, torch.layout, torch.memory_format}
+ATOMIC_TYPES = _VALUE_TYPES | _CODE_TYPES | {torch.dtype, torch.layout, torch.memory_format}
 _COPIERS = {
     list: "_deepcopy_list",
     tuple: "_deepcopy_tuple",
@@ -91,7 +91,7 @@ class OffloadCopier:
 
     def _copy(self, x: Any, memo: Memo, non_blocking: bool) -> Any:
         cls = type(x)
-        if cls in _ATOMIC_TYPES:
+        if cls in ATOMIC_TYPES:
             return x
         y = _memo_get(memo, id(x), _MISSING)
         if y is not _MISSING:

@@ -4,6 +4,7 @@ from stager.torch_api.staging.blocking import BlockingAsyncStager
 from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, StateDict
 from stager.torch_api.staging.default import CheckpointStagerConfig, DefaultStager, StagingOptions, auto_options
 from stager.torch_api.staging.replication_stager import ReplicationStager, _ReplicationStager
+from stager.torch_api.staging.worker_stager import WorkerStager
 
 __all__ = [
     "AsyncStager",
@@ -14,6 +15,7 @@ __all__ = [
     "ReplicationStager",
     "StagingOptions",
     "StateDict",
+    "WorkerStager",
     "_ReplicationStager",
     "auto_options",
 ]

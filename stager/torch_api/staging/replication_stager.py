@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -22,8 +22,8 @@ import torch.distributed as dist
 from stager.replication.exchange import Exchange, ExchangeResult, Peer, Unpacking, partners
 from stager.replication.parcel import Parcel, pack
 from stager.torch_api.staging.contracts import AsyncStager, StateDict
-from stager.workers.checkpoint.directory.files import sync_directory
 from stager.workers.errors import ClosedError, ReplicationError, StagerError, UsageError
+from stager.workers.staged_copy.state_file import write_state_file
 
 
 class ReplicationStager(AsyncStager, AbstractContextManager["ReplicationStager"]):
@@ -143,18 +143,9 @@ class ReplicationStager(AsyncStager, AbstractContextManager["ReplicationStager"]
     def _persist_state_dict(self, state_dict: StateDict, current_rank: int, partner_rank: int) -> None:
         """Write the replica of ``partner_rank``: whole or not at all, on disk when this returns, replacing the last."""
         path = self._get_persisted_path(current_rank, partner_rank)
-        temporary = f"{path}.tmp"
         try:
-            os.makedirs(self._storage_dir, exist_ok=True)
-            with open(temporary, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_directory(self._storage_dir)
+            write_state_file(state_dict, path)
         except Exception as error:
-            with suppress(OSError):
-                os.unlink(temporary)
             raise ReplicationError(f"{path}: could not write the replica of rank {partner_rank}: {error}") from error
 
     def _get_persisted_path(self, current_rank: int, partner_rank: int) -> str:

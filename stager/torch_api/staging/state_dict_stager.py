@@ -124,15 +124,15 @@ class StateDictStager(OffloadCopier):
 
     def release(self, staged: Any) -> int:
         """End the lease of a result now: the next ``stage()`` may overwrite it. Returns the number of buffers it held."""
-        return self._storages.release(_storages_of(staged))
+        return self._storages.release(storages_of(staged))
 
     def close(self) -> None:
         """Forget all buffers. Results stay valid, and the stager can be used again, with new buffers."""
         self._storages.close()
 
 
-def _storages_of(staged: Any) -> Iterator[torch.UntypedStorage]:
-    """The storages behind a staged object, including the local storages of wrapper subclasses."""
+def storages_of(staged: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages behind a staged object, including the local storages of wrapper subclasses."""
     pending, walked = [staged], dict[int, object]()
     while pending:
         for leaf in reachable_leaves(pending.pop(), walked):

@@ -9,6 +9,29 @@ TOPIC = Topic(
             "A stager that was closed",
             'stager_ = DefaultStager()\nstager_.close()\nstager_.stage({"w": torch.ones(3)})',
         ),
+        python(
+            "A lock in a state that workers stage",
+            """
+            import threading
+
+            with WorkerStager({"workers": {"count": 1}}) as stager_:
+                stager_.stage({"loader": {"lock": threading.Lock()}})
+            """,
+        ),
+        python(
+            "A function in a state that is to be written to a file",
+            """
+            with WorkerStager({"workers": {"count": 1}}) as stager_:
+                stager_.stage({"hooks": [lambda: 1]}, persist_to="runs/state.pt")
+            """,
+        ),
+        python(
+            "More results than there may be memory for",
+            """
+            with WorkerStager({"workers": {"count": 1}, "arena": {"max_host_bytes": "2MiB"}}) as stager_:
+                results = [stager_.stage({"w": torch.ones(3)}).result() for _ in range(3)]
+            """,
+        ),
         python("A dict of options", 'DefaultStager({"use_shared_memory": True})'),
         python(
             "An option that does not exist",
