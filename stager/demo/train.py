@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from stager import Checkpointer, CheckpointInfo, SaveHandle
@@ -102,6 +103,7 @@ class TrainingRun:
 def seed_generators(seed: int) -> None:
     """Seed every generator that a run draws from, but the data loader's own."""
     random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

@@ -65,6 +65,8 @@ logger = logging.getLogger("stager")
 _FIRST_POLL_SECS = 0.005
 _LAST_POLL_SECS = 0.25
 
+_NUM_TELLING = 2  # ranks that tell who has not begun a save: one may be among those; many would all list the directory
+
 
 @dataclass(frozen=True, slots=True)
 class _Failed:
@@ -265,7 +267,7 @@ class CommitWatch:
             is_told: whether the store answers.
         """
         now, group = time.monotonic(), self._group
-        if now >= one.tells_at:
+        if now >= one.tells_at and group.rank < _NUM_TELLING:
             one.tells_at = math.inf
             self._tell_who_has_not_begun(one.spec)
         if not is_told:

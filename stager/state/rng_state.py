@@ -36,7 +36,7 @@ class RngState:
         return {
             "torch": torch.get_rng_state(),
             "devices": [torch.get_device_module().get_rng_state(device) for device in _devices_in_use()],
-            "numpy": _converted(np.random.get_state(legacy=False), np.ndarray, torch.from_numpy),
+            "numpy": _converted(np.random.get_state(legacy=False), np.ndarray, _as_tensor),
             "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
         }
 
@@ -47,7 +47,7 @@ class RngState:
         """
         torch.set_rng_state(state["torch"])
         _set_devices(state["devices"])
-        np.random.set_state(_converted(state["numpy"], torch.Tensor, torch.Tensor.numpy))
+        np.random.set_state(_converted(state["numpy"], torch.Tensor, _as_array))
         python = state["python"]
         random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
 
@@ -77,3 +77,18 @@ def _converted(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _converted(one, kind, convert) for key, one in value.items()}
     return convert(value) if isinstance(value, kind) else value
+
+
+# Words are kept in signed integers of their width: pickle.loads() fails on a pickled torch.uint32 (torch 2.13), so that
+# dist.all_gather_object() would, too.
+_SIGNED = {np.dtype(np.uint32): np.int32, np.dtype(np.uint64): np.int64}
+_UNSIGNED = {np.dtype(signed): unsigned for unsigned, signed in _SIGNED.items()}
+
+
+def _as_tensor(words: Any) -> torch.Tensor:
+    return torch.from_numpy(words.view(_SIGNED.get(words.dtype, words.dtype)))
+
+
+def _as_array(words: torch.Tensor) -> Any:
+    array = words.numpy()
+    return array.view(_UNSIGNED.get(array.dtype, array.dtype))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -72,6 +73,7 @@ class Training:
     def __init__(self, spec: TrainingSpec, step: int = -1) -> None:
         torch.manual_seed(spec.seed)
         random.seed(spec.seed)
+        np.random.seed(spec.seed)
         self.step = step
         self.model = _Model(spec)
         if spec.optimizer == "adamw":

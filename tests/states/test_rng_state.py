@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_generators_continue_from_the_stored_state() -> None:
     assert draw() != expected
     stored.seek(0)
     RngState().load_state_dict(torch.load(stored, weights_only=True))
+    assert draw() == expected
+
+
+def test_state_can_be_gathered_from_ranks() -> None:
+    """``dist.all_gather_object()`` pickles it with plain pickle, which cannot read every dtype of torch back."""
+    stored = pickle.dumps(RngState().state_dict())
+    expected = draw()
+    RngState().load_state_dict(pickle.loads(stored))
     assert draw() == expected
 
 

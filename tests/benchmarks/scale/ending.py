@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from stager.ranks import keys
-from stager.ranks.commit_watch import _FIRST_POLL_SECS
+from stager.ranks.commit_watch import _FIRST_POLL_SECS, _NUM_TELLING
 from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted, SaveFailed, encode
 from stager.ranks.rank_group import RankGroup
+from stager.workers import long_wait
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from tests.benchmarks.scale.filesystem import Call
@@ -46,6 +49,7 @@ class Ending:
         group, timeout_secs = self._group(actor), self._world.parameters.timeout_secs
         deadline = actor.now + timeout_secs
         looks_at = actor.now + (1 + rank) * RankGroup.look_secs
+        tells_at = actor.now + long_wait.ADVICE_SECS if rank < _NUM_TELLING else math.inf
         has_every_part = False
         poll = _FIRST_POLL_SECS
         while True:
@@ -53,6 +57,9 @@ class Ending:
                 self.ended_at[rank] = None if note == encode(_FAILED) else actor.now
                 return
             now = actor.now
+            if now >= tells_at:  # who has not begun the save
+                tells_at = math.inf
+                yield from self._world.files.list(actor, self._world.directory)
             is_late = now >= deadline + rank.bit_length() * RankGroup.turn_secs
             if is_late and not has_every_part and (yield from group.read(_EVERY_PART)) is not None:
                 has_every_part = True
