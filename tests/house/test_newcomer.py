@@ -50,7 +50,9 @@ def test_script_without_main_guard_from_stdin_in_an_empty_directory(tmp_path: Pa
             capture_output=True,
             check=False,
         )
-        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")  # and nothing warns
+        assert (result.returncode, result.stdout) == (0, "")
+        # Nothing warns. On a slow disk a save may wait for a free buffer for so long that this is told.
+        assert [line for line in result.stderr.splitlines() if not line.startswith("waiting for ")] == []
 
 
 def test_wheel_installs_both_packages_into_an_empty_environment(tmp_path: Path) -> None:
