@@ -9,7 +9,6 @@ stream changes them as soon as it may.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tests.benchmarks.footprint import tree
 from tests.benchmarks.job import Job
 from tests.benchmarks.peers import PEERS, Pending, Session
 from tests.benchmarks.records import DeviceSave, Failure, Outcome, Record
-from tests.benchmarks.saves import open_session, settle
+from tests.benchmarks.saves import open_session, settle, time_save
 from tests.benchmarks.workload import Workload
 
 _CHAIN_SECS = 0.2  # of kernels on each side of the save
@@ -66,12 +65,7 @@ def _measure(
 
 def _time_staging(session: Session, step: int) -> tuple[float, float]:
     torch.cuda.synchronize()
-    started = time.perf_counter()
-    pending = session.save(step)
-    blocked = time.perf_counter() - started
-    pending.wait_staged()
-    staged = time.perf_counter() - started
-    pending.wait_stored()
+    blocked, staged, _ = time_save(session, step)
     return blocked, staged
 
 

@@ -92,15 +92,19 @@ def _time_saves(
     return job.saves
 
 
-def _time_save(round_: int, step: int, session: Session, limits: Limits) -> Save:
+def time_save(session: Session, step: int) -> tuple[float, float, float]:
+    """Save once; return the seconds until the call returned, until the state was staged, and until it was stored."""
     started = time.perf_counter()
     pending = session.save(step)
     blocked = time.perf_counter() - started
     pending.wait_staged()
     staged = time.perf_counter() - started
     pending.wait_stored()
-    stored = time.perf_counter() - started
-    return Save(round_, step, blocked, staged, stored, limits)
+    return blocked, staged, time.perf_counter() - started
+
+
+def _time_save(round_: int, step: int, session: Session, limits: Limits) -> Save:
+    return Save(round_, step, *time_save(session, step), limits)
 
 
 def settle(directory: Path, step: int) -> None:

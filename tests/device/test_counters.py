@@ -40,7 +40,7 @@ def _counted_save(
         handle = ckpt.save(1, state)
         handle.staging_completion.result()
         counts = simulated.counters()
-        counts["memory"] = torch.sim.max_memory_allocated() - held  # type: ignore[attr-defined]
+        counts["memory"] = torch.sim.max_memory_allocated() - held  # type: ignore[attr-defined]  # the simulated backend, which the stubs do not know
         handle.upload_completion.result()
     return counts
 
@@ -97,7 +97,7 @@ def test_twenty_thousand_small_tensors_cross_in_one_transfer(
 
 def test_a_device_that_is_full_is_saved_and_loaded_all_the_same(run_dir: Path, device: torch.device) -> None:
     state = {f"w{n}": torch.full((100,), float(n), device=device) for n in range(100)}
-    simulated.set_memory_limit(torch.sim.memory_allocated() + 1000)  # type: ignore[attr-defined]
+    simulated.set_memory_limit(torch.sim.memory_allocated() + 1000)  # type: ignore[attr-defined]  # the simulated backend, which the stubs do not know
     try:
         with Checkpointer(run_dir) as ckpt:
             ckpt.save(0, state).upload_completion.result()

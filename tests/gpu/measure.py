@@ -24,7 +24,7 @@ import torch
 
 from tests.benchmarks.footprint import tree
 from tests.benchmarks.peers import PEERS, Pending, Session
-from tests.benchmarks.saves import settle
+from tests.benchmarks.saves import settle, time_save
 from tests.benchmarks.workload import Workload
 
 CASES = {"big": (72, 1536 << 20), "small": (20_000, 20_000 << 10)}
@@ -107,13 +107,7 @@ def _workload(case: str, scale: float, device: torch.device) -> Workload:
 
 def _save(session: Session, step: int) -> tuple[float, float, float]:
     torch.accelerator.synchronize()
-    started = time.perf_counter()
-    pending = session.save(step)
-    blocked = time.perf_counter() - started
-    pending.wait_staged()
-    staged = time.perf_counter() - started
-    pending.wait_stored()
-    return blocked, staged, time.perf_counter() - started
+    return time_save(session, step)
 
 
 def _load(session: Session, workload: Workload, step: int, note: Callable[..., None]) -> None:

@@ -361,7 +361,7 @@ def test_missing_and_unexpected_are_told(tmp_path: Path, kind: str) -> None:
     if kind == "dcp":
         save_dcp(path, state)
     elif kind == "safetensors":
-        names = {f"model.{name}": tensor for name, tensor in state["model"].items()}  # type: ignore[union-attr]
+        names = {f"model.{name}": tensor for name, tensor in state["model"].items()}  # type: ignore[union-attr]  # this state has a model
         safetensors.torch.save_file({**names, "other": torch.ones(1)}, path)
     else:
         torch.save(state, path)

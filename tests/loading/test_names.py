@@ -153,16 +153,19 @@ RENAMED: list[tuple[Any, Any]] = [
 ]
 
 
+def saved_by(origin: str, run_dir: Path, state: dict[str, Any]) -> Path:
+    """Save a state as ``origin`` does; return the path of the checkpoint."""
+    if origin == "stager":
+        return Path(save(run_dir, state).path)
+    run_dir.mkdir()
+    torch.save(state, run_dir / "a.pt")
+    return run_dir / "a.pt"
+
+
 @pytest.mark.parametrize("rename, expected", RENAMED)
 @pytest.mark.parametrize("origin", ["stager", "torch.save"])
 def test_rename(run_dir: Path, rename: Any, expected: Any, origin: str) -> None:
-    path = run_dir / "a.pt"
-    if origin == "torch.save":
-        run_dir.mkdir()
-        torch.save(NESTED, path)
-    else:
-        path = Path(save(run_dir, NESTED).path)
-    state = load_checkpoint(path, rename=rename).state
+    state = load_checkpoint(saved_by(origin, run_dir, NESTED), rename=rename).state
     name, keys = expected
     assert set(state[name]) == keys
     if name == "nested":
@@ -207,13 +210,7 @@ MOVED = [
 @pytest.mark.parametrize("rename, expected", MOVED)
 @pytest.mark.parametrize("origin", ["stager", "torch.save"])
 def test_rename_to_another_depth_and_of_integers(run_dir: Path, rename: Any, expected: Any, origin: str) -> None:
-    path = run_dir / "a.pt"
-    if origin == "torch.save":
-        run_dir.mkdir()
-        torch.save(MOVED_FROM, path)
-    else:
-        path = Path(save(run_dir, MOVED_FROM).path)
-    state = load_checkpoint(path, rename=rename).state
+    state = load_checkpoint(saved_by(origin, run_dir, MOVED_FROM), rename=rename).state
     for name, keys in expected.items():
         if isinstance(keys, set):
             assert set(state[name]) == keys and {*map(type, state[name])} == {*map(type, keys)}

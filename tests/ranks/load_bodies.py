@@ -216,7 +216,7 @@ def damaged_for_one_rank(rank: int, directory: str) -> list[Any]:
     """Only rank 1 reads the damaged bytes. What each rank loads, skips, warns of, and tells its listeners."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[method-assign]  # a handler that only collects
     logging.getLogger("stager").addHandler(handler)
     events: list[str] = []
     run = Path(directory, "run")

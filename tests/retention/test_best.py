@@ -139,7 +139,7 @@ def test_metrics_are_kept_with_the_checkpoint_whatever_number_they_are(run_dir: 
 def test_a_loss_that_requires_grad_is_a_metric(run_dir: Path) -> None:
     loss = torch.full((1,), 2.0, requires_grad=True) * 2
     with Checkpointer(run_dir, {"workers": {"count": 1}}) as ckpt:
-        handle = ckpt.save(1, {"x": torch.ones(3)}, metrics={"loss": loss, "mean": loss.mean()})  # type: ignore[dict-item]
+        handle = ckpt.save(1, {"x": torch.ones(3)}, metrics={"loss": loss, "mean": loss.mean()})  # type: ignore[dict-item]  # tensors are taken, too
         assert handle.upload_completion.result().metrics == {"loss": 4.0, "mean": 4.0}
 
 
@@ -190,7 +190,7 @@ def test_operation_and_command_take_the_rules(run_dir: Path) -> None:
     assert report.steps(PruneFate.KEPT) == [3, 1]
     for wrong in ({"keep_best": KeepBest("loss", count=0)}, {"keep_every_secs": 0.0}, {"keep_every_secs": NAN}):
         with pytest.raises(UsageError):
-            stager.prune(run_dir, **wrong)  # type: ignore[arg-type]
+            stager.prune(run_dir, **wrong)  # type: ignore[arg-type]  # wrong on purpose
     assert _keep_best("loss") == KeepBest("loss", "min", 1)
     assert _keep_best("val:loss:max:3") == KeepBest("val:loss", "max", 3)
     assert _keep_best("loss:2") == KeepBest("loss", "min", 2)

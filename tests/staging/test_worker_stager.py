@@ -388,7 +388,7 @@ class TestPersisting:
 
     def test_what_is_no_path_is_refused(self, worker_stager: WorkerStager) -> None:
         with pytest.raises(ArgumentError, match="persist_to must be the path of a file, got 3"):
-            worker_stager.stage({}, persist_to=3)  # type: ignore[arg-type]
+            worker_stager.stage({}, persist_to=3)  # type: ignore[arg-type]  # wrong on purpose
 
 
 AT_EXIT = """

@@ -192,7 +192,7 @@ def test_removed_checkpoints_are_told(run_dir: Path) -> None:
         for step in (1, 2):
             ckpt.save(step, STATE).upload_completion.result()
         ckpt.prune()
-    removed = [step for event in events for step in event.report.steps(stager.PruneFate.REMOVED)]  # type: ignore[attr-defined]
+    removed = [step for event in events for step in event.report.steps(stager.PruneFate.REMOVED)]  # type: ignore[attr-defined]  # only pruned events are here
     assert removed == [1]
 
 
@@ -247,7 +247,7 @@ def test_a_listener_of_a_checkpointer_that_is_being_closed_loads_and_is_refused_
     def listener(event: Event) -> None:
         if isinstance(event, CommittedEvent):
             closing.wait(60)
-            seen.append(ckpt.load().step)  # type: ignore[union-attr]
+            seen.append(ckpt.load().step)  # type: ignore[union-attr]  # there is a checkpoint
             for call in (lambda: ckpt.guard(optimizer), lambda: ckpt.protect(1)):
                 with pytest.raises(stager.ClosedError, match="is being closed"):
                     call()
