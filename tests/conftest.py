@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import pytest
 from tests import temporary  # isort: skip  # before all that may make a temporary file
 from stager.config.host import usable_cores
 from stager.workers.checkpoint.directory import files
-from tests import fork_server
+from stager.workers.pool import process
+from tests import fork_server, prepared_workers
 from tests.faults import Faults
 from tests.leaks import Snapshot, temporary_leaks
+
+process.subprocess = prepared_workers  # type: ignore[assignment]  # tests/pool takes this back
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,6 +53,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     fork_server.stop()
+    prepared_workers.stop()
     temporary.remove()
 
 
@@ -72,6 +77,13 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     problems = before.leaks(roots)
     assert not problems, "left behind: " + "; ".join(problems)
+
+
+@pytest.fixture
+def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers in interpreters of their own, which have imported nothing: for tests about a worker's start or memory."""
+    monkeypatch.setattr(process, "subprocess", subprocess)
+    monkeypatch.setenv(prepared_workers.FRESH, "1")
 
 
 @pytest.fixture

@@ -29,9 +29,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from tests import prepared_workers
+
 ROOT = Path(__file__).resolve().parents[1]
 _READY = "ready"
-_COMMAND = "from tests.fork_server import serve; serve()"
+_COMMAND = "from tests.fork_server import serve; serve()" + " " * 200  # room for a worker's: see prepared_workers
 _PRELOADED = (
     "torch",
     "torch._dynamo",  # the first optimizer of a process imports it
@@ -43,6 +45,7 @@ _PRELOADED = (
     "stager.workers.checkpoint.formats.torch_save",  # imported late by the first save
     "pytest",
     "psutil",
+    *prepared_workers.PRELOADED,
 )
 
 
@@ -278,6 +281,8 @@ def _become_process(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     faults._DIRECTORY = os.environ.get("STAGER_FAULTS")
+    if prepared_workers.FRESH not in os.environ:
+        prepared_workers.nest()
 
 
 def exit_now() -> NoReturn:

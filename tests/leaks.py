@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from tests import fork_server, temporary
+from tests import fork_server, prepared_workers, temporary
 
 _PATIENCE_SECS = 10.0
 _MARK = "STAGER_TEST_SESSION"  # inherited by everything this session starts
@@ -80,7 +80,8 @@ def _children() -> frozenset[int]:
         mine |= seen
     marks = {pid: _is_marked(pid) for pid in parents.keys() - mine - {os.getpid()}}
     _strangers.update(pid for pid, mark in marks.items() if mark is False or _KERNEL in (pid, parents[pid]))
-    return frozenset(mine | set(_workers_among(pid for pid in marks if marks[pid]))) - fork_server.server_pids()
+    kept = fork_server.server_pids() | prepared_workers.server_pids()
+    return frozenset(mine | set(_workers_among(pid for pid in marks if marks[pid]))) - kept
 
 
 def worker_processes() -> list[int]:
@@ -141,7 +142,7 @@ def _threads() -> frozenset[str]:
 
 def _fds() -> frozenset[tuple[str, str]]:
     result = set()
-    kept = {str(fd) for fd in fork_server.server_descriptors()}
+    kept = {str(fd) for fd in fork_server.server_descriptors() | prepared_workers.server_descriptors()}
     for name in set(os.listdir("/proc/self/fd")) - kept:
         try:
             target = os.readlink(f"/proc/self/fd/{name}")

@@ -6,12 +6,19 @@ from pathlib import Path
 
 import psutil
 
-from tests import fork_server
+from tests import fork_server, prepared_workers
 
 
 def child_pids() -> list[int]:
     """This process's children: the workers of its pools, also those that have just been forked."""
-    return sorted({child.pid for child in psutil.Process().children()} - fork_server.server_pids())
+    kept = fork_server.server_pids() | prepared_workers.server_pids()
+    return sorted({child.pid for child in psutil.Process().children()} - kept)
+
+
+def workers_of(pid: int) -> list[int]:
+    """The live workers that this process has started."""
+    children = psutil.Process(pid).children()
+    return [child.pid for child in children if any("worker_main" in word for word in child.cmdline())]
 
 
 def slab_ranges() -> list[tuple[int, int]]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
+from stager.workers.gc_pause import no_collection
+
 _HANG_SECS = 60.0
 _BLOCKING = (threading.Condition.wait.__code__, threading.Thread.join.__code__)
 
@@ -40,7 +42,8 @@ def wait_until_blocked(thread: threading.Thread, function: Callable[..., Any]) -
 def _frames(thread: threading.Thread) -> Iterator[FrameType]:
     """From the innermost to the outermost."""
     assert thread.ident is not None
-    frame = sys._current_frames().get(thread.ident)
+    with no_collection():  # or it may hang: see stager/snapshot/tripwires.py
+        frame = sys._current_frames().get(thread.ident)
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -42,6 +42,7 @@ from stager.snapshot.picker import Picker, picker
 from stager.state.fingerprint import TensorMemory
 from stager.state.placement import SMALL_BYTES, Copy
 from stager.state.tensor_kinds import BLOCK, PLAIN_TENSORS
+from stager.workers.gc_pause import no_collection
 from stager.workers.memory.slab import Slab
 
 _SAMPLE_BYTES = 16
@@ -275,7 +276,10 @@ def wait_until_call_is_left(thread: int, secs: float) -> None:
 
 def _place(thread: int) -> tuple[int, int] | None:
     """Say where a thread is in its Python code; None: it has none, or it waits for a lock there."""
-    frame = sys._current_frames().get(thread)
+    # A collection in there hangs the process for ever where it lets a thread run that begins or ends: CPython's gh-106883,
+    # seen with 3.11.7.
+    with no_collection():
+        frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code.co_filename == threading.__file__:
         return None
     return id(frame), frame.f_lasti

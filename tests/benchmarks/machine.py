@@ -19,6 +19,7 @@ from tests.benchmarks.launch import ROOT
 
 _PACKAGES = ("torch", "numpy", "torch_checkpointing", "torchsnapshot", "transformers")
 NO_GPU = "none"
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of the Linux subsystem of Windows
 _WRITE_BYTES = 512 << 20
 
 
@@ -94,6 +95,8 @@ def _cpu(key: str) -> str:
 
 def _gpu() -> str:
     """In a process of its own: this one must not import torch, see ``cases.py``."""
+    if not any(map(os.path.exists, _DRIVERS)):
+        return NO_GPU
     command = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '" + NO_GPU + "')"
     return subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True).stdout.strip()
 

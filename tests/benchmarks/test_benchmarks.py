@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -41,10 +43,16 @@ from tests.benchmarks.run import run
 SCALE = 0.001
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def children_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For children that do not look at their own memory: pages shared with the fork server are slow to count."""
-    monkeypatch.setattr(launch_module, "subprocess", forked_subprocess)
+    """But those whose memory is looked at: pages shared with the fork server are slow to count."""
+
+    def popen(arguments: list[str], **options: Any) -> Any:
+        job = json.loads(arguments[-1])
+        fresh = job["measure"] == "memory" or job["case"] == "soak"
+        return (subprocess if fresh else forked_subprocess).Popen(arguments, **options)
+
+    monkeypatch.setattr(launch_module, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": popen}))
 
 
 def _options(directory: Path, case: str, *peers: str, memory: bool = False) -> Options:
@@ -88,7 +96,6 @@ def test_case_of_saves_has_every_figure_of_times_and_memory(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("children_are_forked")
 @pytest.mark.parametrize(("case", "peer"), [("small", "torch-checkpointing"), ("many", "torch-save")])
 def test_peer_that_may_fail_or_not_be_there_is_a_row(tmp_path: Path, case: str, peer: str) -> None:
     row = _run(_options(tmp_path, case, peer))[peer]
@@ -97,7 +104,6 @@ def test_peer_that_may_fail_or_not_be_there_is_a_row(tmp_path: Path, case: str, 
     assert bool(row.message) == (outcome is not Outcome.OK)
 
 
-@pytest.mark.usefixtures("children_are_forked")
 def test_training_loop_pairs_stretches(tmp_path: Path) -> None:
     row = _run(_options(tmp_path, "loop", "stager-guarded"))["stager-guarded"]
     assert row.outcome == "ok"
@@ -120,7 +126,7 @@ def test_program_prints_every_case_and_writes_its_files(tmp_path: Path) -> None:
     arguments += ["--no-memory", "--case", "lora", "--peer", "torch-save", "--case", "cuda"]
     arguments += ["--out", str(out), "--directory", str(tmp_path / "work")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    printed = subprocess.run(arguments, check=True, capture_output=True, text=True, cwd=ROOT, env=environment).stdout
+    printed = forked_subprocess.run(arguments, check=True, cwd=ROOT, env=environment).stdout
     results = Results.load(out / "results.json")
     assert set(results.cases) == {"lora", "cuda"}
     assert results.cases["cuda"].skipped
@@ -172,7 +178,6 @@ def test_records_survive_a_kill_but_for_a_line_that_was_cut(tmp_path: Path) -> N
     assert read_records(path) == [Ready(5), State(6, 7)]
 
 
-@pytest.mark.usefixtures("children_are_forked")
 def test_child_that_raises_is_a_failure_with_its_message(tmp_path: Path) -> None:
     job = _job(tmp_path, peer="torch-save", directory="/proc/nowhere")
     launched = launch(job, deadline_secs=100)

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.crash.aftermath import (
@@ -25,6 +24,7 @@ from tests.crash.aftermath import (
     wait_for_workers_to_end,
 )
 from tests.crash.nursery import Nursery, Trainer
+from tests.observed import workers_of
 
 _SAVE_FOREVER = "tests.crash.trainers:save_forever"
 _NBYTES = 8 << 20
@@ -76,7 +76,7 @@ class Run:
         self._tail = b""
 
     def workers(self) -> list[int]:
-        return [child.pid for child in psutil.Process(self.trainer.pid).children()]
+        return workers_of(self.trainer.pid)
 
     def read(self, timeout: float) -> bool:
         """What it says within a moment; whether it goes on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from stager import Checkpointer
-from tests.observed import slab_ranges
+from tests.observed import slab_ranges, workers_of
 from tests.states import same
 
 pytestmark = pytest.mark.usefixtures("reached")
@@ -214,6 +215,7 @@ def test_load_fills_tensors_on_their_device(run_dir: Path, device: torch.device)
     assert torch.equal(state["x"].cpu(), torch.arange(1000))
 
 
+@pytest.mark.usefixtures("fresh_workers")  # which have not imported torch, and so map none of its libraries
 def test_buffers_are_reached_as_the_backend_can_and_workers_have_no_context(
     run_dir: Path, device: torch.device, reached: str
 ) -> None:
@@ -226,5 +228,6 @@ def test_buffers_are_reached_as_the_backend_can_and_workers_have_no_context(
         for begin, _ in ranges:
             first = torch.frombuffer((ctypes.c_char * 16).from_address(begin), dtype=torch.uint8)
             assert first.is_pinned() is (reached == "registered")
-        for child in psutil.Process().children():
-            assert not any("nvidia" in mapping.path or "simulated" in mapping.path for mapping in child.memory_maps())
+        for pid in workers_of(os.getpid()):
+            maps = psutil.Process(pid).memory_maps()
+            assert not any("nvidia" in mapping.path or "simulated" in mapping.path for mapping in maps)

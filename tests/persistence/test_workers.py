@@ -16,6 +16,7 @@ from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests import scripts
 from tests.faults import Faults
+from tests.observed import workers_of
 from tests.persistence.tasks import load, save
 from tests.states import same
 
@@ -123,7 +124,7 @@ def kill_everybody(run_dir: Path, faults: Faults, point: str) -> None:
     hold = faults.hold(point)
     with scripts.running(TRAINER, run_dir) as trainer:
         hold.wait()
-        (worker,) = psutil.Process(trainer.pid).children()
+        (worker,) = map(psutil.Process, workers_of(trainer.pid))
         trainer.kill(signal.SIGKILL)
         worker.kill()
     psutil.wait_procs([worker])

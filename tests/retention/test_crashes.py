@@ -22,6 +22,7 @@ from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import StorageError
 from tests import scripts
 from tests.faults import Faults
+from tests.observed import workers_of
 from tests.persistence.tasks import Crash, failing_call, in_turn
 from tests.retention.runs import make_run, steps_of
 
@@ -120,7 +121,7 @@ def test_everybody_killed_while_one_is_removed_and_the_next_run_goes_on(
     hold = faults.hold(point, after=2 if point == "prune.removing" else 0)
     with scripts.running(TRAINER, run_dir) as trainer:
         hold.wait()
-        (worker,) = psutil.Process(trainer.pid).children()
+        (worker,) = map(psutil.Process, workers_of(trainer.pid))
         trainer.kill(signal.SIGKILL)
         worker.kill()
     psutil.wait_procs([worker])

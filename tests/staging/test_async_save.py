@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
 from stager.torch_api.staging import BlockingAsyncStager, DefaultStager, StagingOptions, WorkerStager
+from tests.observed import child_pids
 from tests.staging.child import run
 
 HERE = "tests.staging.test_async_save"
@@ -59,7 +60,7 @@ def saves(kind: str, names: list[str], directory: str, count: int) -> dict[str, 
     _async_process_executor._CHECKPOINT_PROCESS = None  # its __del__ ends the daemon
     gc.collect()
     dist.destroy_process_group()
-    children = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    children = [" ".join(psutil.Process(pid).cmdline()) for pid in child_pids()]
     return {
         "growth": growth,
         "children": [command for command in children if "resource_tracker" not in command],
