@@ -13,6 +13,7 @@ from stager.demo import DemoConfig, DemoSettings, RanksConfig
 from stager.demo.chart import draw_chart
 from stager.demo.results import Results
 from stager.state.rng_state import RngState
+from tests import prepared_workers
 
 TINY: dict[str, Any] = {
     "steps": 24,
@@ -44,6 +45,14 @@ TINY_ON_RANKS: dict[str, Any] = {
     "kill_staging_at_save": 4,
     "other_ranks": [1],
 }
+
+
+@pytest.fixture(scope="package", autouse=True)
+def workers_of_programs_are_fresh() -> Iterator[None]:
+    """A job counts its trainers' children, and kills them: those of a demo are what a user has."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv(prepared_workers.FRESH, "1")
+        yield
 
 
 @pytest.fixture
