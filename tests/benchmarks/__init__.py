@@ -7,7 +7,7 @@
       saves.py    cases that are one state         footprint.py  memory of a process tree, descriptors
       training.py the training loop                records.py    what a child reports, one JSON line each
       soak.py     thousands of saves               results.py    everything of a run, to and from JSON
-      cuda.py     from a GPU                       summary.py, criteria.py, report.py, chart.py, machine.py
+                                                   summary.py, criteria.py, report.py, chart.py, machine.py
     scale/        thousands of ranks, simulated: a program of its own
 
 Nothing here is a test on time. ``test_benchmarks.py`` runs it tiny, and looks at the structure of what comes out.

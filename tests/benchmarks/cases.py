@@ -35,7 +35,6 @@ _ALL = (
 )
 _LOOP = (*(name for name in _ALL if name not in {"stager-cold", "dcp-save"}), "raw-write")
 _SOAK = tuple(name for name in _ALL if name.startswith("stager") and name != "stager-cold")
-_CUDA = ("stager", "stager-guarded", "torch-stager", "torch-checkpointing", "torch-checkpointing-buffered")
 
 
 class Kind(Enum):
@@ -44,7 +43,6 @@ class Kind(Enum):
     SAVES = "saves"
     LOOP = "training loop"
     SOAK = "soak"
-    CUDA = "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +153,6 @@ def _soak(scale: float) -> Workload:
     return _flat(64, 4096)
 
 
-def _cuda(scale: float) -> Workload:
-    """As ``big``, on the GPU."""
-    import torch
-
-    length = max(1, int(1536 * MIB * scale) // 72 // 4)
-    tensors = {f"layers.{i}.weight": torch.randn(length, device="cuda") for i in range(72)}
-    values = list(tensors.values())
-    return Workload({"model": tensors}, [torch.optim.SGD(values, lr=0.1)], values)
-
-
 CASES = {
     case.name: case
     for case in (
@@ -182,6 +170,5 @@ CASES = {
             peers=_LOOP,
         ),
         Case("soak", "thousands of saves of 64 tensors, 1 MiB", Kind.SOAK, MIB, _soak, peers=_SOAK),
-        Case("cuda", "1.5 GiB in 72 tensors on a GPU", Kind.CUDA, 1536 * MIB, _cuda, peers=_CUDA),
     )
 }

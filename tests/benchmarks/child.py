@@ -109,13 +109,7 @@ def _soak() -> Any:
     return run
 
 
-def _cuda() -> Any:
-    from tests.benchmarks.cuda import run
-
-    return run
-
-
-_RUNNERS = {Kind.SAVES: _saves, Kind.LOOP: _training, Kind.SOAK: _soak, Kind.CUDA: _cuda}
+_RUNNERS = {Kind.SAVES: _saves, Kind.LOOP: _training, Kind.SOAK: _soak}
 
 if __name__ == "__main__":
     main()

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from tests.benchmarks.records import DeviceSave, Memory, Save, Speed, State, Stretch
+from tests.benchmarks.records import Memory, Save, Speed, State, Stretch
 from tests.benchmarks.results import Results, Row
-from tests.benchmarks.summary import cost, first, later, memcpy_ratio, rate, soak_ends
+from tests.benchmarks.summary import cost, first, later, memcpy_ratio, soak_ends
 
 _MIB = 1 << 20
 _BUFFERS = 2  # arena.buffers by default
@@ -49,7 +49,6 @@ def evaluate(results: Results) -> list[Criterion]:
         lines += _small(results, plain, guarded, where)
         lines += _speed(results, plain, where)
         lines += _memory(results, plain, where)
-    lines += _cuda(results)
     return lines
 
 
@@ -153,22 +152,6 @@ def _peak(row: Row | None, name: str) -> Criterion:
     workers = memory[0].num_processes - 1
     limit = state[0].nbytes * (1 + _BUFFERS) / _MIB + 100 + 250 * workers
     return _at_most(name, memory[0].peak_bytes / _MIB, limit)
-
-
-def _cuda(results: Results) -> Iterator[Criterion]:
-    for peer in ("stager", "stager-guarded"):
-        row = results.row("cuda", peer)
-        saves = row.of(DeviceSave) if row else []
-        ours = _median(rate(row, lambda s: s.staged_secs)) if row else None
-        pinned = _median(rate(row, lambda s: s.pinned_copy_secs)) if row else None
-        yield _at_least(f"cuda: {peer}: rate / a pinned copy's", _divide(ours, pinned), 0.9)
-        if peer == "stager-guarded":
-            lost = _median([s.stream_blocked_secs * 1e3 for s in saves if s.index])
-            yield _at_most("cuda: stream blocked by a guarded save, ms", lost, 2)
-        wrong = float(sum(s.correct is False for s in saves)) if saves else None
-        yield _at_most(f"cuda: {peer}: snapshots that differ from what was there", wrong, 0)
-        contexts = float(max(s.worker_contexts for s in saves)) if saves else None
-        yield _at_most(f"cuda: {peer}: workers that use the GPU", contexts, 0)
 
 
 def _median(values: list[float]) -> float | None:

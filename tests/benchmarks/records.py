@@ -148,28 +148,6 @@ class SoakPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceSave:
-    """One snapshot of tensors on a GPU.
-
-    Attributes:
-        pinned_copy_secs: the same bytes into pinned memory, by events.
-        blocked_secs, staged_secs: as in :class:`Save`.
-        stream_blocked_secs: what the trainer's stream lost, by events: the same kernels with a save less without.
-        worker_contexts: processes of the tree, besides the trainer, that hold an NVIDIA device open.
-        correct: what was saved is what the tensors held at ``save()``; None: not looked at.
-    """
-
-    round: int
-    index: int
-    pinned_copy_secs: float
-    blocked_secs: float
-    staged_secs: float
-    stream_blocked_secs: float
-    worker_contexts: int
-    correct: bool | None
-
-
-@dataclass(frozen=True, slots=True)
 class State:
     """The state that is saved."""
 
@@ -190,21 +168,7 @@ class Finished:
     """The peer is closed; what is left is the end of the process."""
 
 
-Record = (
-    Opened
-    | Save
-    | Load
-    | Speed
-    | Descriptors
-    | Ready
-    | Memory
-    | Stretch
-    | SoakPoint
-    | DeviceSave
-    | State
-    | Failure
-    | Finished
-)
+Record = Opened | Save | Load | Speed | Descriptors | Ready | Memory | Stretch | SoakPoint | State | Failure | Finished
 _KINDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (
@@ -217,7 +181,6 @@ _KINDS: dict[str, Any] = {
         Memory,
         Stretch,
         SoakPoint,
-        DeviceSave,
         State,
         Failure,
         Finished,

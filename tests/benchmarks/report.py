@@ -68,9 +68,6 @@ def remarks(row: Row) -> str:
 
 def print_case(console: Console, case: CaseResults) -> None:
     console.print(Text(f"\n{heading(case)}", style="bold"))
-    if case.skipped:
-        console.print(f"  {case.skipped}")
-        return
     for shown in _in_parts(columns(case)):
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("", no_wrap=True)
@@ -115,9 +112,6 @@ def write_markdown(results: Results, path: Path, pictures: dict[str, str]) -> No
     parts += _criteria(evaluate(results))
     for case in results.cases.values():
         parts += ["", f"## {heading(case)}", ""]
-        if case.skipped:
-            parts.append(f"{case.skipped}.")
-            continue
         if case.name in pictures:
             parts += [f"![{case.name}]({pictures[case.name]})", ""]
         parts += _case(case)

@@ -38,11 +38,8 @@ class Row:
 
 @dataclass(slots=True)
 class CaseResults:
-    """``skipped`` says why nothing was measured; empty otherwise."""
-
     name: str
     what: str
-    skipped: str = ""
     rows: dict[str, Row] = field(default_factory=dict)
 
 
@@ -99,7 +96,7 @@ def _case_to_json(case: CaseResults) -> dict[str, Any]:
         }
         for name, row in case.rows.items()
     }
-    return {"what": case.what, "skipped": case.skipped, "rows": rows}
+    return {"what": case.what, "rows": rows}
 
 
 def _case_from_json(name: str, value: dict[str, Any]) -> CaseResults:
@@ -107,4 +104,4 @@ def _case_from_json(name: str, value: dict[str, Any]) -> CaseResults:
         peer: Row(peer, row["outcome"], row["message"], row["notes"], [from_json(r) for r in row["records"]])
         for peer, row in value["rows"].items()
     }
-    return CaseResults(name, value["what"], value["skipped"], rows)
+    return CaseResults(name, value["what"], rows)

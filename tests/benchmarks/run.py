@@ -20,7 +20,7 @@ import psutil
 from tests.benchmarks.cases import CASES, Case, Kind
 from tests.benchmarks.job import Job
 from tests.benchmarks.launch import ROOT, launch
-from tests.benchmarks.machine import NO_GPU, describe_machine, describe_versions
+from tests.benchmarks.machine import describe_machine, describe_versions
 from tests.benchmarks.options import Options
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.results import CaseResults, Results, Row
@@ -44,7 +44,7 @@ def run(options: Options, progress: Progress, on_case: Callable[[Results, CaseRe
         cases = [CASES[case] for case in options.cases or CASES]
         _touch_memory(cases, options, progress)
         for case in cases:
-            results.cases[case.name] = _run_case(case, options, directory, results.machine.gpu, progress)
+            results.cases[case.name] = _run_case(case, options, directory, progress)
             on_case(results, results.cases[case.name])
     return results
 
@@ -57,11 +57,9 @@ def _touch_memory(cases: list[Case], options: Options, progress: Progress) -> No
     subprocess.run([sys.executable, "-c", _TOUCH, str(nbytes)], check=False)
 
 
-def _run_case(case: Case, options: Options, directory: Path, gpu: str, progress: Progress) -> CaseResults:
-    results = CaseResults(case.name, case.what, skipped=_why_not(case, gpu))
+def _run_case(case: Case, options: Options, directory: Path, progress: Progress) -> CaseResults:
+    results = CaseResults(case.name, case.what)
     peers = [peer for peer in case.peers if not options.peers or peer in options.peers]
-    if results.skipped:
-        return results
     results.rows = {peer: Row(peer) for peer in peers}
     for job in _jobs(case, peers, options):
         row = results.rows[job.peer]
@@ -70,10 +68,6 @@ def _run_case(case: Case, options: Options, directory: Path, gpu: str, progress:
         progress(f"{case.name}, pass {job.round + 1}, {PEERS[job.peer].title}, {job.measure}")
         _run_job(job, row, options, directory)
     return results
-
-
-def _why_not(case: Case, gpu: str) -> str:
-    return "no CUDA device here: not run" if case.kind is Kind.CUDA and gpu == NO_GPU else ""
 
 
 def _jobs(case: Case, peers: list[str], options: Options) -> list[Job]:

@@ -10,7 +10,6 @@ from enum import Enum
 from tests.benchmarks.cases import CASES, Kind
 from tests.benchmarks.records import (
     Descriptors,
-    DeviceSave,
     Load,
     Memory,
     Opened,
@@ -142,23 +141,7 @@ SOAK = (
 )
 
 
-def rate(row: Row, seconds: Callable[[DeviceSave], float]) -> list[float]:
-    """GB/s of each later snapshot."""
-    nbytes = next((state.nbytes for state in row.of(State)), 0)
-    return [nbytes / seconds(s) / 1e9 for s in row.of(DeviceSave) if s.index]
-
-
-CUDA = (
-    Figure("blocked", Unit.SECS, lambda r: [s.blocked_secs for s in r.of(DeviceSave) if s.index]),
-    Figure("staged, first", Unit.SECS, lambda r: [s.staged_secs for s in r.of(DeviceSave) if not s.index]),
-    Figure("staged", Unit.SECS, lambda r: [s.staged_secs for s in r.of(DeviceSave) if s.index]),
-    Figure("rate", Unit.GB_PER_SEC, lambda r: rate(r, lambda s: s.staged_secs)),
-    Figure("rate of a pinned copy", Unit.GB_PER_SEC, lambda r: rate(r, lambda s: s.pinned_copy_secs)),
-    Figure("stream blocked", Unit.SECS, lambda r: [s.stream_blocked_secs for s in r.of(DeviceSave) if s.index]),
-    Figure("workers on the GPU", Unit.COUNT, lambda r: [float(s.worker_contexts) for s in r.of(DeviceSave)]),
-    Figure("correct", Unit.RATIO, lambda r: [float(s.correct) for s in r.of(DeviceSave) if s.correct is not None]),
-)
-_FIGURES = {Kind.SAVES: SAVES, Kind.LOOP: LOOP, Kind.SOAK: SOAK, Kind.CUDA: CUDA}
+_FIGURES = {Kind.SAVES: SAVES, Kind.LOOP: LOOP, Kind.SOAK: SOAK}
 
 
 def figures_of(case: str) -> tuple[Figure, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -120,20 +119,17 @@ def test_soak_has_points_after_twenty_and_at_the_end(tmp_path: Path) -> None:
 
 
 def test_program_prints_every_case_and_writes_its_files(tmp_path: Path) -> None:
-    """Also: a case that cannot be run here is a line, not a failure."""
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "tests.benchmarks", "--rounds", "1", "--saves", "2", "--scale", str(SCALE)]
-    arguments += ["--no-memory", "--case", "lora", "--peer", "torch-save", "--case", "cuda"]
+    arguments += ["--no-memory", "--case", "lora", "--peer", "torch-save"]
     arguments += ["--out", str(out), "--directory", str(tmp_path / "work")]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    printed = forked_subprocess.run(arguments, check=True, cwd=ROOT, env=environment).stdout
+    printed = forked_subprocess.run(arguments, check=True, cwd=ROOT).stdout
     results = Results.load(out / "results.json")
-    assert set(results.cases) == {"lora", "cuda"}
-    assert results.cases["cuda"].skipped
+    assert set(results.cases) == {"lora"}
     assert results.cases["lora"].rows["torch-save"].outcome == "ok"
     assert results.versions.packages["torch"] in (out / "results.md").read_text()
     assert {path.name for path in out.iterdir()} - {"lora.png"} == {"results.json", "results.md"}
-    for text in ("lora: ", "cuda: ", "What stager promises"):
+    for text in ("lora: ", "What stager promises"):
         assert text in printed
     assert str(tmp_path) not in (out / "results.json").read_text()
 
@@ -222,4 +218,4 @@ def test_every_peer_runs_on_every_case(tmp_path: Path) -> None:
     arguments += ["--pairs", "2", "--soak-saves", "40", "--out", str(out), "--directory", str(tmp_path / "work")]
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     for name, case in json.loads((out / "results.json").read_text())["cases"].items():
-        assert case["skipped"] or set(case["rows"]) == set(CASES[name].peers)
+        assert set(case["rows"]) == set(CASES[name].peers)
