@@ -466,7 +466,8 @@ class Checkpointer:
                 "load(into=...) was called by a listener; where several ranks save together, all of them load together, and "
                 "listeners run at other times on each: call load() without into, or let the training loop call it"
             )
-        if self._is_open:
+        is_open = self._is_open and self._owner == os.getpid()  # a forked child loads as a closed one does
+        if is_open:
             if not in_listener:
                 self._refuse_in_callback("load()")
                 if wait:
@@ -487,9 +488,9 @@ class Checkpointer:
 
         loaded = load(number) if into is None else self._together.load(number, load)
         self._after_looking(None if loaded is None else loaded.step)
-        if number is None and not self._is_open:  # opening for saving has told it, and what is there now is this run's
+        if number is None and not is_open:  # opening for saving has told it, and what is there now is this run's
             self._loader.tell_of_unfinished(None if loaded is None else loaded.step)
-        if self._is_open and loaded is not None:
+        if is_open and loaded is not None:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
                 self._run.saver.expect(loaded.info.nbytes // self._group.num_ranks)
             if self._loader.knows_whole(loaded.path):

@@ -178,8 +178,8 @@ def shared() -> ForkServer:
 def nest() -> None:
     """Fork a server from this process, which has no second thread yet: :func:`shared` is that one from now on.
 
-    Returns here, and in every process that the new server forks, in which the caller's function is replaced by the one that
-    was asked for: there it raises SystemExit when that one has returned.
+    Returns in the caller only. In a process that the new server forks, the requested function runs, and then SystemExit is
+    raised.
     """
     their_requests, our_requests = os.pipe()
     our_answers, their_answers = os.pipe()
@@ -218,13 +218,13 @@ def serve() -> None:
     """Fork and reap as told, until standard input is closed. Returns in every child, when its function has returned."""
     import gc
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints is no answer
     for name in _PRELOADED:
         importlib.import_module(name)
     assert threading.active_count() == 1, "a process with threads cannot be forked"
     gc.collect()
     gc.freeze()  # a child's collections touch nothing of what all share
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an import prints is no answer
     print(_READY, file=answers, flush=True)
     _serve(sys.stdin, answers)
 

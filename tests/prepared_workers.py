@@ -24,12 +24,12 @@ import importlib
 import json
 import os
 import resource
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +42,7 @@ __all__ = ["DEVNULL", "Popen", "_args_from_interpreter_flags"]
 
 FRESH = "STAGER_TEST_FRESH_WORKERS"  # in the environment of a program: it starts them afresh, too
 _ROOT = Path(__file__).resolve().parents[1]
-_COMMAND = "from tests.prepared_workers import serve; serve()" + " " * 200  # room for a worker's: see _call_itself
+_COMMAND = "from tests.prepared_workers import serve; serve()" + " " * 200  # room for a worker's: see _set_command_line
 PRELOADED = (
     "torch",  # for deep copies
     "stager.workers.pool.worker_main",
@@ -91,7 +91,7 @@ class Popen:
                 "environment": dict(env),
                 "directory": os.getcwd(),
                 "numbers": [*pass_fds],
-                "asked_by": os.getpid(),
+                "inherited": _inherited(),
             }
             self.pid = _server().start(request, [output, *pass_fds])
 
@@ -99,13 +99,11 @@ class Popen:
         return self._wait(os.WNOHANG)
 
     def wait(self) -> int | None:
-        # Not in waitpid with the lock held: poll() has to answer meanwhile.
-        with suppress(ProcessLookupError):  # poll() has reaped it
-            ended = os.pidfd_open(self.pid)
-            try:
-                select.select([ended], [], [])
-            finally:
-                os.close(ended)
+        if self.returncode is None:
+            # Not in waitpid with the lock held: poll() has to answer meanwhile. This takes no descriptor, and leaves the
+            # process to be reaped.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         return self._wait(0)
 
     def kill(self) -> None:
@@ -149,9 +147,17 @@ class _Server:
         return _Server(process.pid, ours)
 
     def start(self, request: Mapping[str, object], fds: Sequence[int]) -> int:
+        """Fork a worker, and return its pid.
+
+        Raises:
+            OSError: it cannot be forked.
+        """
         with self._lock:
             socket.send_fds(self.socket, [json.dumps(request).encode()], fds)
-            return int(self.socket.recv(32))
+            answer = int(self.socket.recv(32))
+        if answer < 0:
+            raise OSError(-answer, os.strerror(-answer))
+        return answer
 
     def close(self) -> None:
         self.socket.close()
@@ -183,12 +189,12 @@ def nest() -> None:
         _serve(theirs)
     theirs.close()
     _servers[:] = [_Server(pid, ours)]
-    process.subprocess = sys.modules[__name__]  # type: ignore[assignment]
+    process.subprocess = sys.modules[__name__]  # type: ignore[assignment]  # it has what process.py uses
 
 
 def _forget() -> None:
     """After fork(), in the child: its workers would be its parent's children. It starts them afresh."""
-    global _starting  # noqa: PLW0603
+    global _starting  # noqa: PLW0603  # another thread may have held it at the fork
     _starting = threading.Lock()
     while _servers:
         _servers.pop().socket.close()
@@ -239,15 +245,16 @@ def _serve(requests: socket.socket) -> NoReturn:
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     while True:
-        message, fds, _, _ = socket.recv_fds(requests, _LARGEST_REQUEST, _MOST_DESCRIPTORS)
+        message, fds, flags, _ = socket.recv_fds(requests, _LARGEST_REQUEST, _MOST_DESCRIPTORS)
         if not message:
             os._exit(0)
+        assert not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC), "the request is too large"
         pid = _clone()
         if not pid:
             _become_worker(json.loads(message), fds, requests)
-        requests.send(str(pid).encode())
-        for fd in fds:
+        for fd in fds:  # before the answer: the asker may look who holds them
             os.close(fd)
+        requests.send(str(pid).encode())
 
 
 def _forget_descriptors(kept: socket.socket) -> None:
@@ -262,18 +269,30 @@ def _forget_descriptors(kept: socket.socket) -> None:
 
 
 def _clone() -> int:
-    """os.fork(), but the child's parent is this process's parent."""
+    """os.fork(), but the child's parent is this process's parent. Returns -errno if it fails."""
     python = ctypes.pythonapi
-    syscall = ctypes.PyDLL(None).syscall  # PyDLL: the global interpreter lock is held, as os.fork() holds it
+    # PyDLL: the global interpreter lock is held, as os.fork() holds it.
+    syscall = ctypes.PyDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     python.PyOS_BeforeFork()
     pid = int(syscall(_SYS_CLONE[os.uname().machine], _CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0))
+    error = ctypes.get_errno()
     (python.PyOS_AfterFork_Parent if pid else python.PyOS_AfterFork_Child)()
-    return pid
+    return -error if pid < 0 else pid
 
 
 def _become_worker(request: dict[str, Any], fds: list[int], requests: socket.socket) -> NoReturn:
     """In the child: what Popen would have prepared; then the bootstrap, which does not return."""
+    try:
+        _prepare(request, fds, requests)
+        bootstrap, *sys.argv[1:] = request["command"]
+        exec(bootstrap, {"__name__": "__main__"})
+    except BaseException:  # noqa: BLE001  # the edge of the process: nothing of the server's may run
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _prepare(request: dict[str, Any], fds: list[int], requests: socket.socket) -> None:
     from stager.workers import faults
 
     os.setsid()
@@ -291,34 +310,46 @@ def _become_worker(request: dict[str, Any], fds: list[int], requests: socket.soc
     os.dup2(null, 0)
     os.close(null)
     os.chdir(request["directory"])
-    _inherit(request["asked_by"])
+    _inherit(**request["inherited"])
     for number in _IGNORED:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _call_itself(request["command"])
+    _set_command_line(request["command"])
     os.environ.clear()
     os.environ.update(request["environment"])
     faults._DIRECTORY = os.environ.get("STAGER_FAULTS")
-    bootstrap, *sys.argv[1:] = request["command"]
-    exec(bootstrap, {"__name__": "__main__"})
-    os._exit(1)
 
 
-def _inherit(pid: int) -> None:
-    """Take over what a process has of its parent's: mask of modes, priorities, cores, limits."""
-    asker, me = psutil.Process(pid), psutil.Process()
-    status = Path(f"/proc/{pid}/status").read_text()
-    os.umask(int(status.partition("Umask:")[2].split()[0], 8))
-    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, pid))
-    kind, level = asker.ionice()
+_LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_MEMLOCK)
+
+
+def _inherited() -> dict[str, Any]:
+    """What a child of this process has of it: :func:`_inherit`."""
+    status = Path("/proc/self/status").read_text()
+    return {
+        "umask": int(status.partition("Umask:")[2].split()[0], 8),
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        "ionice": list(psutil.Process().ionice()),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "limits": [resource.getrlimit(limit) for limit in _LIMITS],
+    }
+
+
+def _inherit(
+    *, umask: int, niceness: int, ionice: Sequence[int], cores: Sequence[int], limits: Sequence[Sequence[int]]
+) -> None:
+    """Take over umask, priorities, cores and limits of the process that asked."""
+    os.umask(umask)
+    os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    kind, level = ionice
     if kind != psutil.IOPRIO_CLASS_NONE:
-        me.ionice(kind, level)
-    os.sched_setaffinity(0, os.sched_getaffinity(pid))
-    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_MEMLOCK):
-        resource.prlimit(0, limit, resource.prlimit(pid, limit))
+        psutil.Process().ionice(kind, level)
+    os.sched_setaffinity(0, cores)
+    for limit, (soft, hard) in zip(_LIMITS, limits, strict=True):
+        resource.setrlimit(limit, (soft, hard))
 
 
-def _call_itself(command: Sequence[str]) -> None:
+def _set_command_line(command: Sequence[str]) -> None:
     """Write over the arguments that ``ps`` and the leak check show, as far as there is room.
 
     ``arg_start`` and ``arg_end`` are the fields 48 and 49 of ``/proc/self/stat`` (proc(5)).

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from stager.arena.buffer import Buffer, SlabState
 from stager.arena.slabs import Slabs
@@ -55,8 +56,10 @@ class Prefaulter:
         if self._starts_to_skip:
             self._starts_to_skip -= 1
             return
-        self._thread = threading.Thread(target=self._run_quietly, args=(nbytes,), name="stager-prefault", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run_quietly, args=(nbytes,), name="stager-prefault", daemon=True)
+        with suppress(RuntimeError):  # the interpreter is shutting down, or no thread can be had
+            thread.start()
+            self._thread = thread
 
     def join(self) -> None:
         """Wait for the thread, without the lock. Close the arena first, or this takes as long as the work does."""

@@ -101,7 +101,7 @@ def match(
     if not isinstance(target, MutableMapping):
         structure, name = sole_fit(structure, manifest.layout.items, target, path, renaming, strict=strict)
         matcher.whole, target = structure, {name: target}
-    structure = renaming.aligned(structure, target)
+    structure, matcher.whole = renaming.aligned(structure, target), renaming.aligned(matcher.whole, target)
     if selection is not None:
         selection.check_target(structure, target, path)
     matcher.top(structure, target)

@@ -96,15 +96,22 @@ def kind_of(node: Node) -> str:
     return {"list": "a list", "sequence": "a list", "wrapper": "a tensor made of others"}.get(node[0], "a mapping")
 
 
-def tensors_of(value: Any, path: Path = ()) -> dict[Path, torch.Tensor]:
-    """The tensors in nested mappings and lists, by key path."""
+def tensors_of(value: Any, path: Path = (), above: frozenset[int] = frozenset()) -> dict[Path, torch.Tensor]:
+    """The tensors in nested mappings and lists, by key path.
+
+    Args:
+        above: identities of the containers that this one is in; what holds itself is not walked again.
+    """
     if isinstance(value, torch.Tensor):
         return {path: value}
     found: dict[Path, torch.Tensor] = {}
+    if id(value) in above:
+        return found
+    above |= {id(value)}
     if isinstance(value, Mapping):
         for key, child in value.items():
-            found |= tensors_of(child, (*path, key))
+            found |= tensors_of(child, (*path, key), above)
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            found |= tensors_of(child, (*path, index))
+            found |= tensors_of(child, (*path, index), above)
     return found

@@ -222,7 +222,10 @@ class Restorer:
         """Turn a failed allocation into a StorageError: an item may be larger than memory, or claim to be."""
         try:
             yield
-        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError when it cannot allocate
+        except (MemoryError, RuntimeError) as error:
+            # torch's allocator of host memory raises a plain RuntimeError.
+            if type(error) is RuntimeError and "allocat" not in str(error):
+                raise
             nbytes = self._items[index].data_nbytes
             name = next(describe(path) for path, leaf in self._manifest.paths() if leaf == index)
             raise StorageError(

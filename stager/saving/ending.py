@@ -85,8 +85,6 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
     secs = min((limit for limit in (timeout, deadline_secs) if limit is not None), default=None)
     try:
         with saver.progress.shown("closing"):
-            with suppress(TimeoutError):  # then the steps that follow have no time left
-                saver.wait_for_staging(secs)  # 1.
             is_drained = _drain(saver, pool, secs)
         if is_drained:
             pool.close()  # 5.
@@ -100,12 +98,16 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
 
 
 def _drain(saver: Saver, pool: WorkerPool, timeout: float | None) -> bool:
-    """Steps 2 to 4; False: they took longer than ``timeout`` seconds."""
+    """Steps 1 to 4; False: they took longer than ``timeout`` seconds."""
     deadline = None if timeout is None else time.monotonic() + timeout
 
     def rest() -> float | None:
         return None if deadline is None else max(0.0, deadline - time.monotonic())
 
+    try:
+        saver.wait_for_staging(rest())
+    except TimeoutError:
+        return False  # the pool may have nothing to do now, and has not got all that it is to write
     return pool.drain(rest()) and saver.completion.wait_for_ranks(rest()) and pool.drain(rest())
 
 

@@ -145,12 +145,14 @@ class HandOver:
             save.move(SaveState.PERSISTING)
             point("save.handed-over")
             save.complete_staging()
-            # Only now: before, prefaulting would compete with the copy for the memory's bandwidth.
-            self.arena.prepare_in_background(staging.leases[0].nbytes)
         # 4. before 5.: the completion releases the slab when the parts are done, and the replicator needs its own hold.
         if staging.pieces.is_whole:
             self.replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
+        nbytes = staging.leases[0].nbytes
         self.completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
+        if staging.is_complete:
+            # Only now: before, prefaulting would compete with the copy for the memory's bandwidth.
+            self.arena.prepare_in_background(nbytes)
 
     def fail(self, save: Save, error: BaseException) -> None:
         """End a save of which nothing was handed over."""

@@ -70,12 +70,12 @@ class OpenRun:
         self._listeners = listeners
         self._preemption = _NOT_PREEMPTED
         self._signals = ExitStack()  # expect_preemption() adds what restores their handlers
-        setup.check_for_ranks(config, group)
         with ExitStack() as opened:
             opened.callback(on_closed)
             opened.callback(self._close_listeners)  # late, because everything that is closed before may post an event
             opened.callback(self._signals.close)
             opened.callback(group.close)
+            setup.check_for_ranks(config, group)
             self._lock_fd = take_directory(
                 directory,
                 group,

@@ -61,7 +61,11 @@ class SaveProgress:
             return
         ended = threading.Event()
         thread = threading.Thread(target=self._show, args=(console, what, ended), name="stager-progress", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down, or no thread can be had
+            yield
+            return
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from stager.workers.checkpoint.directory.protected import read_protected, write_protected
+from stager.workers.checkpoint.directory.protected import change_protected_steps
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune, remove
@@ -81,7 +81,8 @@ class Retainer:
     def run(self, *, dry_run: bool) -> PruneReport:
         """Apply the rules now, and wait for it. With ``dry_run`` nothing is removed."""
         report = self.pool.submit(prune, self.directory, self.rules, dry_run=dry_run).result()
-        self.on_report(report)
+        if not dry_run:
+            self.on_report(report)
         return report
 
     def remove(self, step: int) -> PruneReport:
@@ -128,5 +129,4 @@ class Retainer:
 def change_protected(directory: str, step: int, *, keep: bool) -> None:
     """Add a step to the run's list of protected steps, or remove it. Errors: :meth:`stager.Checkpointer.protect`."""
     with reading(os.path.join(directory, checkpoint_name(step))):  # so that it is not removed meanwhile
-        steps = read_protected(directory)
-        write_protected(directory, steps | {step} if keep else steps - {step})
+        change_protected_steps(directory, lambda steps: steps | {step} if keep else steps - {step})

@@ -174,15 +174,18 @@ class SaveErrors:
             saves = [*(due.save for due in self._due), *self._in_order]
             self._due = []
             self._in_order.clear()
-        unread = [error for save in saves if (error := save.upload_completion.take_unread()) is not None]
+        unread = [(save, error) for save in saves if (error := save.upload_completion.take_unread()) is not None]
         if self._on_error != "raise":
+            for save, error in unread:  # not judged: an earlier save, that the workers finish alone, had not ended
+                logger.warning("save of step %d failed: %s: %s", save.step, type(error).__name__, error)
             return
-        errors = list({id(error): error for error in unread}.values())  # saves that fail together share one error
+        errors = list({id(error): error for _, error in unread}.values())  # saves that fail together share one error
         for error, following in pairwise(errors):
-            last = error
-            while (inner := last.__cause__ or last.__context__) is not None:
+            last, seen = error, {id(error), id(following)}
+            while (inner := last.__cause__ or last.__context__) is not None and id(inner) not in seen:
                 last = inner
-            if last is not following:
+                seen.add(id(last))
+            if inner is None and last is not following:
                 last.__context__ = following
         if errors:
             raise errors[0]

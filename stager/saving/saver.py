@@ -207,9 +207,14 @@ class Saver:
     def _lease(self, save: Save, nbytes: int) -> Lease | None:
         """None: this save is skipped."""
         self._waiting.add(save)
+        lease: Lease | None = None
         try:
             with save.timeline.timed("wait for a buffer"), self.progress.shown("waiting for a buffer"):
                 lease = self._arena.lease(nbytes)
+        except BaseException:  # Ctrl-C, while the progress bar ends
+            if lease is not None:
+                lease.release()
+            raise
         finally:
             self._waiting.discard(save)
         if lease is None:

@@ -136,9 +136,10 @@ def wait_uninterrupted(futures: Sequence[Future[Any]]) -> None:
         KeyboardInterrupt: Ctrl-C was pressed meanwhile; all are done then.
     """
     interrupted: KeyboardInterrupt | None = None
-    while not all(future.done() for future in futures):
+    while True:
         try:
             wait(futures)
+            break
         except KeyboardInterrupt as error:
             interrupted = error
     if interrupted is not None:

@@ -52,7 +52,8 @@ class ObjectPickler:
         if kind in _CACHED_TYPES and (blob := self._blobs.get((kind, value))) is not None:
             return blob
         try:
-            blob, kinds = tree.pickled.get(id(value)) or self._object_blob(tree, leaf, value)
+            _, found = tree.pickled.get(id(value), (None, None))
+            blob, kinds = found or self._object_blob(tree, leaf, value)
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise UnstageableError(

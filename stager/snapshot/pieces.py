@@ -153,7 +153,7 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incre
     total = sum(file.nbytes for file in layout.files)
     num_parts = max(1, -(-total // max(1, room)))
     whole_bytes = max(0, room // _FILES_PER_PIECE) if incremental else 0
-    while room > layout.segment_bytes:
+    while room >= layout.segment_bytes + BLOCK_BYTES:  # a piece of one segment may begin up to a block before it
         pieces = tuple(_pieces(layout, num_parts, whole_bytes))
         largest = max(piece.nbytes for piece in pieces)
         if largest <= room:

@@ -59,15 +59,18 @@ Place = tuple[int, int]
 
 
 class _Words:
-    """This process's memory as numpy sees it: words of 1 or 8 bytes, from ``_FIRST`` on."""
+    """This process's memory as numpy sees it: words of 1 or 8 bytes, from ``_FIRST`` to ``_END``."""
 
     def __init__(self, word_bytes: int) -> None:
-        shape = (((1 << 47) - _FIRST) // word_bytes,)
+        shape = ((_END - _FIRST) // word_bytes,)
         typestr = np.dtype(f"u{word_bytes}").str
         self.__array_interface__ = {"data": (_FIRST, True), "shape": shape, "typestr": typestr, "version": 3}
 
 
 _FIRST = 1 << 12  # nothing is mapped below
+_END = (
+    1 << 56
+)  # more than a program can address: 47 bits on x86-64, 48 or 52 on ARM, 56 with five levels of page tables
 _BYTES = np.asarray(_Words(1))
 _WORDS = np.asarray(_Words(8))
 

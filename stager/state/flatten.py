@@ -301,7 +301,7 @@ class _Visitor:
             return False
         if b"param_groups" in pickled.blob or any(map(_is_apart, pickled.kinds)):
             return False
-        self.tree.pickled[id(value)] = pickled
+        self.tree.pickled[id(value)] = value, pickled
         return True
 
     def _forget(self, before: tuple[int, int, int]) -> None:
@@ -426,10 +426,16 @@ def _is_param_groups(value: Any, path: Path) -> bool:
     return path[-1] == "param_groups" and isinstance(value, list)
 
 
-def _is_terminal(values: list[Any], depth: int) -> bool:
-    """Tell whether DCP takes a list as a leaf: no tensor, mapping or such a list is in it."""
-    if depth > _MAX_DEPTH:
+def _is_terminal(values: list[Any], depth: int, seen: set[int] | None = None) -> bool:
+    """Tell whether DCP takes a list as a leaf: no tensor, mapping or such a list is in it.
+
+    Args:
+        seen: identities of lists that were looked at; lists may share lists, and hold themselves.
+    """
+    seen = set() if seen is None else seen
+    if depth > _MAX_DEPTH or id(values) in seen:
         return True
+    seen.add(id(values))
     kinds = set(map(type, values))  # a list may have a million entries, of few types
     if kinds <= _SCALARS:
         return True
@@ -437,7 +443,7 @@ def _is_terminal(values: list[Any], depth: int) -> bool:
         return False
     if any(map(is_stateful, values)):
         return False
-    return not any(isinstance(entry, list) and not _is_terminal(entry, depth + 1) for entry in values)
+    return not any(isinstance(entry, list) and not _is_terminal(entry, depth + 1, seen) for entry in values)
 
 
 _SCALARS = {type(None), bool, int, float, complex, str, bytes}

@@ -30,7 +30,8 @@ class StateTree:
         rank: the rank whose ``PerRank`` values these are.
         owners: the Stateful objects whose state is being visited, outermost first.
         has_recipes: whether the format stores containers with recipes; without, they are leaves.
-        pickled: large containers that were pickled to find out that they have no tensors, by identity.
+        pickled: large containers that were pickled to find out that they have no tensors, by identity, with
+            what they are: an identity may be given to another object when that one is gone.
         has_shards: whether a sharded tensor was met. No leaf is one if it is False.
     """
 
@@ -42,7 +43,7 @@ class StateTree:
     rank: int = 0
     owners: list[Any] = field(default_factory=list)
     has_recipes: bool = True
-    pickled: dict[int, PickledObject] = field(default_factory=dict)
+    pickled: dict[int, tuple[Any, PickledObject]] = field(default_factory=dict)
     has_shards: bool = False
 
     @cached_property

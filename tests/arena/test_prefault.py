@@ -252,3 +252,15 @@ def test_background_has_a_low_priority(make_arena: Make, gate: Gate) -> None:
     gate.open()
     wait_for_prefault()
     assert num_waiting(arena) == 0
+
+
+def test_a_spare_is_not_prepared_where_no_thread_can_be_had(make_arena: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    arena = make_arena()
+    with monkeypatch.context() as refusing:
+        refusing.setattr(threading.Thread, "start", refuse)
+        arena.prepare_in_background(MIB)
+    arena.lease(MIB).release()
+    arena.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stager.workers.checkpoint.directory.protected import write_protected
+from stager.workers.checkpoint.directory.protected import change_protected_steps
 from tests.cli.conftest import Outcome, flip_bit
 from tests.retention.runs import everything_in
 
@@ -32,7 +32,7 @@ def test_dry_run_changes_nothing(run: Path) -> None:
 
 
 def test_json_and_every_rule(run: Path) -> None:
-    write_protected(str(run), {1})
+    change_protected_steps(str(run), lambda steps: steps | {1})
     answer = Outcome("prune", run, "--keep-every", 100, "--protect", 20, "--json").json
     assert (answer["ok"], answer["dry_run"], answer["freed_bytes"]) == (True, False, 0)
     assert [(row["step"], row["fate"], row["reason"]) for row in answer["checkpoints"]] == [

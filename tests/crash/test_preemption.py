@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from stager import ArenaFullError, ArgumentError, Checkpointer, UsageError
+from stager.saving import ending
 from stager.saving.preemption import Preemption
+from stager.workers.errors import LeftRunningError
 from tests.crash.aftermath import committed_steps, value_of, wait_for_workers_to_end
 from tests.crash.nursery import Nursery
 from tests.faults import Faults
+from tests.waiting import wait_until_blocked
 
 _PREEMPTED = "tests.crash.trainers:preempted"
 
@@ -52,6 +55,30 @@ def test_what_is_not_committed_at_the_deadline_is_left_to_the_workers_who_commit
         wait_for_workers_to_end()
         assert "step 1 is staged and not committed yet" in trainer.stderr.read_text()
     assert committed_steps(run_dir) == [0, 1]
+
+
+def test_what_is_still_copied_at_the_deadline_is_handed_over_and_left_to_the_workers(
+    run_dir: Path, faults: Faults
+) -> None:
+    """1. the copy of a guarded save is held, while the worker has nothing to do; 2. the deadline passes, and close() goes
+    on to detach; 3. the copy is done: the workers get it, and commit it."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters())
+    ckpt = Checkpointer(run_dir, {"workers": {"count": 1}})
+    ckpt.guard(optimizer)
+    ckpt.on_preemption([signal.SIGUSR1], deadline_secs=0.2)
+    hold = faults.hold("save.copied")
+    handle = ckpt.save(1, {"model": model})
+    hold.wait()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    closing = threading.Thread(target=ckpt.close)
+    closing.start()
+    wait_until_blocked(closing, ending._detach)  # 2.
+    hold.release()  # 3.
+    closing.join()
+    assert isinstance(handle.upload_completion.exception(), LeftRunningError)
+    wait_for_workers_to_end()
+    assert [info.step for info in Checkpointer(run_dir, read_only=True).checkpoints()] == [1]
 
 
 def test_save_that_finds_no_buffer_before_the_deadline_is_refused_and_those_before_are_committed(

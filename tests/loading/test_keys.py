@@ -205,3 +205,13 @@ def test_a_pattern_that_is_no_text(run_dir: Path) -> None:
     save(run_dir, {"n": 1})
     with pytest.raises(UsageError, match="keys= has 3, a int; each of them has to be a text"):
         load(run_dir, ["n", 3])
+
+
+def test_a_part_with_a_prefix_that_only_the_target_has(run_dir: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    with Checkpointer(run_dir) as ckpt:
+        ckpt.save(1, {"opt": optimizer, "model": model}).upload_completion.result()
+        optimizer.param_groups[0]["lr"] = 7.0
+        ckpt.load(into={"module.opt": optimizer}, keys="opt", strip_prefix="module.")
+    assert optimizer.param_groups[0]["lr"] == 1e-3

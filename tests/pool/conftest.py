@@ -21,6 +21,6 @@ def every_worker_is_fresh() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def pool(every_worker_is_fresh: None) -> Iterator[WorkerPool]:
-    """For tests that harm nobody: starting a worker costs time. It is there before and after each of them."""
+    """For tests that harm nobody: starting a worker costs time. It outlives each test: the leak check sees it throughout."""
     with WorkerPool(count=2) as shared:
         yield shared

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from stager import Checkpointer, ClosedError, UsageError
+from stager import Checkpointer, ClosedError, Event, PrunedEvent, UsageError
+from stager.saving.retainer import change_protected
+from stager.workers.checkpoint.directory.protected import read_protected
 from stager.workers.checkpoint.maintenance.retention import PruneFate
 from tests.faults import Faults
 from tests.retention.runs import damage, everything_in, make_run, steps_of
@@ -111,3 +114,37 @@ def test_save_goes_on_while_old_ones_are_removed(run_dir: Path, faults: Faults) 
         hold.release()
         assert handle.upload_completion.result().step == 4
     assert steps_of(run_dir) == [4]
+
+
+def test_a_dry_run_tells_no_listener_and_the_next_save_still_links(run_dir: Path) -> None:
+    heard: list[Event] = []
+    incremental = {**config(keep_latest=1), "persistence": {"fsync": False, "incremental": True}}
+    state = {"frozen": torch.ones(100_000), "x": torch.zeros(9)}
+    with Checkpointer(run_dir, {**incremental, "retention": {}}) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state).upload_completion.result()
+    with Checkpointer(run_dir, {**incremental, "retention": {}}, on_event=heard.append) as ckpt:
+        ckpt.load(1)  # the next save links to what was loaded
+        reader = Checkpointer(run_dir, incremental, read_only=True, on_event=heard.append)
+        for one in (ckpt, reader):
+            assert one.prune(dry_run=True).dry_run
+        assert ckpt.save(3, state).upload_completion.result().linked_bytes > 0
+    assert not [event for event in heard if isinstance(event, PrunedEvent)]
+
+
+def test_a_dry_run_of_a_run_that_prunes_removes_nothing_from_what_is_known(run_dir: Path) -> None:
+    heard: list[Event] = []
+    make_run(run_dir, (1, 2))
+    with Checkpointer(run_dir, config(keep_latest=1), on_event=heard.append) as ckpt:
+        assert ckpt.prune(dry_run=True).steps(PruneFate.REMOVED) == [1]
+    assert steps_of(run_dir) == [1, 2]
+    assert not [event for event in heard if isinstance(event, PrunedEvent)]
+
+
+def test_steps_that_are_protected_at_once_are_all_kept(run_dir: Path) -> None:
+    run_dir.mkdir()
+    steps = range(40)
+    with ThreadPoolExecutor(8) as pool:  # each call opens the directory anew, as processes do
+        for _ in pool.map(lambda step: change_protected(str(run_dir), step, keep=True), steps):
+            pass
+    assert read_protected(str(run_dir)) == set(steps)

@@ -16,7 +16,7 @@ from stager.loading.place import Run
 from stager.loading.restore import Restorer
 from stager.workers.checkpoint.commit.persist import persist_part
 from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.protected import PROTECTED_NAME, read_protected, write_protected
+from stager.workers.checkpoint.directory.protected import PROTECTED_NAME, change_protected_steps, read_protected
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import committed_steps, partial_names, removing_names
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
@@ -212,7 +212,7 @@ def test_partial_directories_are_not_touched(run_dir: Path) -> None:
 
 def test_protected_steps_stay_and_are_remembered(run_dir: Path) -> None:
     make_run(run_dir, (1, 2, 3))
-    write_protected(str(run_dir), {1, 7})
+    change_protected_steps(str(run_dir), lambda steps: steps | {1, 7})
     assert read_protected(str(run_dir)) == {1, 7}
     prune(str(run_dir), RetentionRules(keep_latest=1))
     assert steps_of(run_dir) == [1, 3]

@@ -69,3 +69,22 @@ def test_child_that_outlives_the_checkpointer_holds_nothing_of_it(run_dir: Path)
         os.close(done_write)
         os.close(done_read)
         os.waitpid(pid, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # Python 3.12 and later, with threads
+def test_a_child_that_is_forked_in_the_middle_of_a_copy_loads_into_its_own_state(run_dir: Path, faults: Faults) -> None:
+    """1. a guarded copy is held 2. the child, where nobody ends it, loads 3. the copy goes on."""
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters())
+    with Checkpointer(run_dir, {"workers": {"count": 1}}) as ckpt:
+        ckpt.save(1, {"model": model}).upload_completion.result()
+        ckpt.guard(optimizer)
+        with faults.hold("save.copied") as hold:
+            ckpt.save(2, {"model": model})
+            hold.wait()
+            pid = os.fork()
+            if not pid:
+                loaded = ckpt.load(1, into={"model": model})
+                os._exit(0 if loaded is not None and loaded.step == 1 else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            hold.release()

@@ -230,3 +230,36 @@ def test_a_dead_rank_is_not_waited_for_longer_than_a_turn() -> None:
         return False
 
     assert on_ranks(2, body) == [True, True]
+
+
+def test_a_failure_behind_a_save_that_is_left_to_the_workers_is_told_at_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is not judged before the one in front of it has ended."""
+    rank = Ranks(RankGroup(), on_error="warn")
+    rank.save()
+    rank.save()
+    rank.end(1, broken())
+    assert "save of step 1 failed" not in caplog.text
+    left = LeftRunningError("the workers finish it")
+    rank.saves[0].upload_completion.was_read = True
+    rank.saves[0].fail(left)
+    rank.errors.raise_all()
+    assert "save of step 1 failed: StorageError" in caplog.text and "the workers finish it" not in caplog.text
+
+
+def test_errors_with_one_cause_are_chained_without_a_circle() -> None:
+    rank, cause = Ranks(RankGroup()), ValueError("the disk")
+    for number in range(3):
+        rank.save()
+        error = broken()
+        error.__cause__ = cause
+        rank.saves[number].fail(error)
+    with pytest.raises(StorageError) as raised:
+        rank.errors.raise_all()
+    seen: set[int] = set()
+    error: BaseException | None = raised.value
+    while error is not None:
+        assert id(error) not in seen
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stager import Checkpointer, PerRank, UnstageableError, load_checkpoint
+from stager.loading.nodes import tensors_of
 from stager.state.flatten import flatten
 from tests.persistence.tasks import save
 from tests.states import same
@@ -79,3 +80,22 @@ def test_a_leaf_that_holds_a_tensor_is_kept(run_dir: Path) -> None:
     value = [*log(100), {"pair": (torch.ones(2), 1)}]
     loaded = load_checkpoint(save(run_dir, {"x": value}).path).state["x"]
     assert loaded[:100] == value[:100] and same(loaded[100]["pair"][0], torch.ones(2))
+
+
+def test_lists_that_share_lists_are_looked_at_once(run_dir: Path) -> None:
+    """A graph as lists of neighbours: there are more paths through it than anybody can walk."""
+    nodes: list[list[Any]] = [[] for _ in range(40)]
+    for number, node in enumerate(nodes):
+        node += [nodes[(number + 1) % 40], nodes[(number + 2) % 40]]
+    with Checkpointer(run_dir) as ckpt:
+        ckpt.save(1, {"graph": nodes[0], "x": torch.ones(2)})
+        loaded = ckpt.load(1)
+    assert loaded is not None
+    graph = loaded.state["graph"]
+    assert graph[0][0] is graph[1]
+
+
+def test_a_target_that_holds_itself_is_searched_for_tensors_once() -> None:
+    target: dict[str, Any] = {"x": torch.ones(2), "list": []}
+    target["list"] += [target, torch.zeros(1)]
+    assert set(tensors_of(target)) == {("x",), ("list", 1)}

@@ -141,3 +141,21 @@ def test_warmup_prepares_for_pieces(run_dir: Path) -> None:
         assert 0 < before <= 4 * MIB
         ckpt.save(0, large_state()).upload_completion.result()
         assert slab_nbytes() == before
+
+
+@pytest.mark.parametrize("spare", [1, 100, 2048, 4095, 4096])
+def test_a_budget_of_hardly_more_than_a_segment_is_enough_or_refused(run_dir: Path, spare: int) -> None:
+    """A piece may begin up to a block before its segment: parts that get ever smaller do not help there."""
+    bench = Bench()
+    bench.planner = Planner(get_format("dcp"), 2, 256 << 10, in_order=True)
+    snapshot = bench.begin(
+        {"big": torch.ones(300_001), "odd": torch.ones(3, dtype=torch.uint8), "end": torch.ones(99_999)}
+    )
+    plenty = cut(snapshot.plan, snapshot.blobs, 64 * MIB)
+    overhead = plenty.slab_nbytes - plenty.plan_offset
+    try:
+        pieces = cut(snapshot.plan, snapshot.blobs, overhead + snapshot.plan.layout.segment_bytes + spare)
+    except MemoryBudgetError:
+        assert spare < 4096
+    else:
+        assert max(piece.nbytes for piece in pieces.pieces) <= snapshot.plan.layout.segment_bytes + spare

@@ -263,3 +263,9 @@ def test_tensor_with_gaps_guards_nothing(bench: Bench) -> None:
     bench.guard.add(optimizer)
     snapshot = bench.begin({"base": base[:50]})
     assert bench.guard.protects(snapshot.plan, snapshot.tree.leaves, bench.guard.tensors()).protected == [False]
+
+
+def test_memory_is_looked_at_wherever_a_kernel_may_map_it() -> None:
+    """Above 47 bits on 64-bit ARM, up to 56 on x86-64 with five levels of page tables."""
+    assert tripwires._FIRST + tripwires._BYTES.nbytes >= 1 << 56
+    assert tripwires._FIRST + tripwires._WORDS.nbytes >= 1 << 56

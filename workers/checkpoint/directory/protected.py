@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Collection
+from collections.abc import Callable
+from contextlib import suppress
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal, unseal
@@ -12,6 +14,7 @@ from stager.workers.checkpoint.layout.layout_check import check_step
 from stager.workers.errors import CorruptCheckpointError
 
 PROTECTED_NAME = ".stager.protected"
+_PATIENCE_SECS = 5.0  # a process that holds the lock writes one small file
 
 
 def read_protected(directory: str) -> frozenset[int]:
@@ -32,11 +35,19 @@ def read_protected(directory: str) -> frozenset[int]:
         ) from error
 
 
-def write_protected(directory: str, steps: Collection[int]) -> None:
-    """Write the protected steps, durably."""
+def change_protected_steps(directory: str, change: Callable[[frozenset[int]], frozenset[int]]) -> None:
+    """Write what ``change`` makes of the protected steps, durably. Processes that do this at once do it in turn.
+
+    Raises:
+        CorruptCheckpointError: the list is damaged.
+        StorageError: it cannot be written.
+    """
     with storage_errors("write", os.path.join(directory, PROTECTED_NAME)):
         directory_fd = files.open_directory(directory)
         try:
+            with suppress(OSError):  # this file system has no locks
+                files.flock(directory_fd, fcntl.LOCK_EX, _PATIENCE_SECS)
+            steps = change(read_protected(directory))
             files.write_atomically(directory_fd, directory, PROTECTED_NAME, seal(sorted(steps)), fsync=True)
             os.fsync(directory_fd)
         finally:
