@@ -23,6 +23,11 @@ def usable_cores(cgroup: Cgroup | None = None) -> int:
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
+def reading_threads() -> int:
+    """Return how many threads read a checkpoint unless the user says otherwise: one per usable core, at most 8."""
+    return min(8, usable_cores())
+
+
 def lower_priority() -> None:
     """Let the calling thread yield to the one that started it: lower its priority by ``BACKGROUND_NICE``.
 

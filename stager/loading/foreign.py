@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from stager.config.calls import explained
+from stager.config.host import reading_threads
 from stager.loading.dcp.stock_checkpoint import StockCheckpoint
 from stager.loading.foreign_path import Found, Origin, find
 from stager.loading.foreign_restore import ForeignCheckpoint, restore_foreign
@@ -26,7 +27,6 @@ from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
-from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import UnsafePickleError, UsageError
 
 
@@ -88,7 +88,7 @@ def load_checkpoint(
             restorer = Restorer(
                 where,
                 manifest,
-                default_threads(),
+                reading_threads(),
                 allow_pickle,
                 selection,
                 rank,
@@ -107,7 +107,7 @@ def load_checkpoint(
 
 def _open(found: Found, allow_pickle: bool, safe_globals: Sequence[str]) -> ForeignCheckpoint:
     if found.origin is Origin.SAFETENSORS:
-        return SafetensorsFiles(found.path, default_threads())
+        return SafetensorsFiles(found.path, reading_threads())
     if found.origin is Origin.DCP:
         return StockCheckpoint(found.path, allow_pickle, safe_globals)
     try:

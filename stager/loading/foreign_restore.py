@@ -63,7 +63,7 @@ def restore_foreign(
     renaming: Renaming,
     other_ranks: OtherRanks = NO_OTHER_RANKS,
 ) -> tuple[Any, Outcome]:
-    """Load into ``into``, and return it; without it, return a new state. With it comes what did not find each other.
+    """Load into ``into``, and return it, or a new state without it; and the names that only one side has.
 
     Args:
         into: see :meth:`stager.loading.restore.Restorer.load_into`.

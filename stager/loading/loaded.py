@@ -14,7 +14,7 @@ StepT = TypeVar("StepT", bound="int | None", default=int)
 
 
 class Outcome(NamedTuple):
-    """What of a checkpoint and of the target did not find each other. For the fields see :class:`Loaded`."""
+    """The names that only the checkpoint or only the target has. For the fields see :class:`Loaded`."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()

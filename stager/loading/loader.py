@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from stager.config import LoadingConfig
-from stager.config.host import usable_cores
+from stager.config.host import reading_threads
 from stager.loading.extras import NO_OTHER_RANKS, OtherRanks
 from stager.loading.loaded import Loaded
 from stager.loading.lookalikes import lookalikes
@@ -264,4 +264,4 @@ class Loader:
     @cached_property
     def _num_threads(self) -> int:
         threads = self._config.threads
-        return min(8, usable_cores()) if threads == "auto" else threads
+        return reading_threads() if threads == "auto" else threads

@@ -64,7 +64,7 @@ class Restorer:
         other_ranks: asked which names they have, and waited for before anything is changed.
 
     Attributes:
-        outcome: what of the checkpoint and of the target did not find each other, once it is restored.
+        outcome: the names that only the checkpoint or only the target has, once it is restored.
         has_overwritten: reading straight into tensors of the target has begun. They are whole when ``load_into`` returns.
         has_read_all: every byte of the checkpoint's data was read, and its hash was right.
     """

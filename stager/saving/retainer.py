@@ -1,4 +1,4 @@
-"""Retention: which checkpoints stay. A worker prunes after each commit, once at a time.
+"""Retention: which checkpoints stay. A worker prunes after each commit, one pruning at a time.
 
 A commit during a pruning is followed by another pruning, so that the newest checkpoint always counts.
 """

@@ -173,7 +173,7 @@ class _Matching:
         )
 
     def holds(self, plan: SnapshotPlan, leaves: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
-        """Tell whether the same leaves are the same tensors as then. A leaf that is one since may be missed."""
+        """Tell whether the same leaves are the same tensors as then. A leaf that became one since may be missed."""
         return (
             plan is self.plan
             and len(tensors) == self.num_tensors

@@ -68,7 +68,7 @@ class HeldSources:
     """Memory that is held.
 
     Attributes:
-        leaves: of the state; what torch copies by its tensor is the tensor of then.
+        leaves: of the state; what torch copies by its tensor is the tensor as it was at ``save()``.
         memory: what is held.
     """
 

@@ -177,7 +177,7 @@ def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None, held: list
     lazy = list(map(_Tensor.is_neg, tensors))
     if any(dtype.is_complex for dtype in kinds):
         lazy = [tensor.is_conj() or neg for tensor, neg in zip(tensors, lazy, strict=True)]
-    addresses = list(map(_Tensor.data_ptr, tensors))  # first: it raises if there are none, or no strides
+    addresses = list(map(_Tensor.data_ptr, tensors))  # before the shapes: it raises if there are none, or no strides
     shapes = list(map(_shape, tensors))
     if last is not None and last.is_row_major and shapes == last.shapes and all(map(_Tensor.is_contiguous, tensors)):
         shapes, strides, is_row_major = last.shapes, last.strides, True

@@ -126,7 +126,7 @@ def place_in_order(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Plac
     for leaf, p in rows:
         position = offsets[leaf] = _next(position, 0, file_offsets.get(leaf), [(leaf, p)])
         if p.nbytes:
-            address = p.address if is_dense(p) else -1
+            address = p.address if is_dense(p) else PACKED
             copies.append(Copy(leaf, address, position, p.nbytes, (leaf,), p.device.type == "cpu"))
         position += p.nbytes
     return Placement(tuple(copies), offsets, position)

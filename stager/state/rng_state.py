@@ -43,7 +43,8 @@ class RngState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set every generator to the state that ``state_dict()`` returned.
 
-        If the state has another number of devices than this process, as many are set as both have, and a warning is logged.
+        If the state has another number of devices than this process, as many are set as both have, and a warning is logged;
+        none if it has no device: the process that saved it used no accelerator.
         """
         torch.set_rng_state(state["torch"])
         _set_devices(state["devices"])

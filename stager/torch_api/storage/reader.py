@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from stager.config.host import reading_threads
 from stager.loading.dcp.index import Index, read_index
 from stager.loading.dcp.read_plan import read_plan
 from stager.loading.dcp.stock import StockReader
@@ -21,7 +22,6 @@ from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.read.blob_reader import BlobReader
-from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import CheckpointNotFoundError, UsageError
 
 
@@ -58,7 +58,7 @@ class StagerStorageReader(StorageReader):
         super().__init__()
         if num_threads is not None and num_threads < 1:
             raise UsageError(f"num_threads is {num_threads}; it must be at least 1")
-        self._num_threads = num_threads or default_threads()
+        self._num_threads = num_threads or reading_threads()
         self._verify = verify
         self._allow_pickle = allow_pickle
         self._path = local_path(path, "path")

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from stager.config.host import reading_threads
 from stager.ranks.launch import local_world_size
 from stager.torch_api.storage.assembly import assemble
 from stager.torch_api.storage.spans import Payload, SpanWriter, Written, payload_of
@@ -35,7 +36,6 @@ from stager.torch_api.storage.target import Target
 from stager.workers._version import __version__
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import ManifestHeader
-from stager.workers.checkpoint.read.verify import default_threads
 from stager.workers.errors import UnstageableError, UsageError
 
 _SMALLEST_FILE_BYTES = 16 << 20  # below this, another thread and file cost more time than they save
@@ -73,7 +73,7 @@ class StagerStorageWriter(StorageWriter):
         if num_threads is not None and num_threads < 1:
             raise UsageError(f"num_threads is {num_threads}; it must be at least 1")
         self._fsync = fsync
-        self._num_threads = num_threads or max(1, default_threads() // local_world_size(os.environ))
+        self._num_threads = num_threads or max(1, reading_threads() // local_world_size(os.environ))
         self._overwrite = overwrite
         self._target = Target(path, overwrite)
         self.save_id = uuid.uuid4().hex

@@ -101,7 +101,7 @@ def check_files(
         if full:
             progress(index_file.nbytes)
     try:
-        with BlobReader(path, manifest, num_threads or default_threads(), progress) as reader:
+        with BlobReader(path, manifest, num_threads or _default_threads(), progress) as reader:
             if full:
                 every_item = [Wanted(i, None) for i in range(len(manifest.layout.items))]
                 reader.read(every_item, lambda error: problems.append(str(error)))
@@ -137,6 +137,6 @@ def _check_index_file(path: str, expected: IndexFile) -> None:
         raise CorruptCheckpointError(path, "is damaged: its xxh3 hash does not match")
 
 
-def default_threads() -> int:
+def _default_threads() -> int:
     """Return how many threads read: one per usable core, at most 8."""
     return min(8, len(os.sched_getaffinity(0)))
