@@ -68,7 +68,7 @@ def verify(
         progress: called with the number of bytes just checked, from several threads.
     """
     started = time.monotonic()
-    path = local_path(path, "path")
+    path = local_path(path, "the path of the checkpoint")
     if (problem := not_ours(path)) is not None:
         return VerifyReport(path, False, (f"{path}: {problem}",), 0, 0, time.monotonic() - started)
     report = verify_checkpoint(path, full=full, strict=strict, num_threads=num_threads, progress=progress)

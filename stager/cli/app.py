@@ -35,6 +35,9 @@ class _ErrorsAsExitCodes(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's words, by which typer converts
+            raise
         except Exception as error:
             from stager.workers.errors import (  # late: a command that succeeds may not need torch
                 StagerError,

@@ -149,10 +149,12 @@ def _print_table(directory: str, rows: list[Row]) -> None:
     from rich.text import Text
 
     from stager.config.sizes import format_bytes
+    from stager.workers.checkpoint.directory.choice import runs_inside
 
     console = stdout()
     if not rows:
-        console.print(f"no checkpoints in {printable(directory)}", markup=False, soft_wrap=True)
+        found = f"no checkpoints in {directory}{runs_inside(directory)}"
+        console.print(printable(found), markup=False, soft_wrap=True)
         return
     colours = {RowStatus.COMMITTED: "green", RowStatus.PARTIAL: "yellow", RowStatus.INVALID: "red"}
     table = Table("step", "status", "size", "created", "tensors", "objects", box=None, padding=(0, 2, 0, 0))

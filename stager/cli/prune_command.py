@@ -100,11 +100,14 @@ def _as_json(report: PruneReport) -> dict[str, object]:
 
 def _print(run: str, report: PruneReport) -> None:
     from stager.config.sizes import format_bytes
+    from stager.workers.checkpoint.directory.choice import runs_inside
+    from stager.workers.checkpoint.directory.paths import local_path
     from stager.workers.checkpoint.maintenance.retention import PruneFate
 
     console = stdout()
     if not report.verdicts:
-        console.print(f"no checkpoints in {printable(run)}", markup=False, soft_wrap=True)
+        found = f"no checkpoints in {run}{runs_inside(local_path(run))}"
+        console.print(printable(found), markup=False, soft_wrap=True)
         return
     removed = "would remove" if report.dry_run else "removed"
     words = {PruneFate.KEPT: "kept", PruneFate.REMOVED: removed, PruneFate.LEFT: "left"}

@@ -38,9 +38,12 @@ def recover(
 
 
 def _print(run: str, report: RecoverReport) -> None:
+    from stager.workers.checkpoint.directory.choice import runs_inside
+
     console = stdout()
     if not report.found:
-        console.print(f"nothing to recover in {printable(run)}", markup=False, soft_wrap=True)
+        found = f"nothing to recover in {run}{runs_inside(report.directory)}"
+        console.print(printable(found), markup=False, soft_wrap=True)
     words = {
         "COMMITTED": "commit" if report.dry_run else "committed",
         "REMOVED": "remove" if report.dry_run else "removed",

@@ -146,7 +146,7 @@ def check_state(state: object, call: str) -> None:
         example = '{"optimizer": optimizer}' if hasattr(state, "param_groups") else '{"model": model}'
         advice = f"give it a name, as in {call.format(example=example)}"
     else:
-        advice = f"write names to values, as in {call.format(example=_EXAMPLE)}"
+        advice = f"give each value a name, as in {call.format(example=_EXAMPLE)}"
     raise ArgumentError(f"state must be a mapping, got {shown(state)}; {advice}")
 
 

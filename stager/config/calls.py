@@ -80,14 +80,12 @@ def _problem(
 
 
 def _too_many(call: str, extra: Sequence[object], positional: Sequence[str], by_name: Sequence[str]) -> str:
-    takes = f"takes {', '.join(positional)} by position" if positional else "takes nothing by position"
+    takes = f"takes only {' and '.join(positional)} by position" if positional else "takes nothing by position"
     if not by_name:
-        return f"{call} {takes}, and no more"
+        return f"{call} {takes}"
     values = [repr(value) if isinstance(value, bool | int | float | str | None) else "..." for value in extra]
     meant = ", ".join(f"{name}={value}" for name, value in zip(by_name, values, strict=False))
-    return (
-        f"{call} {takes}, and the rest by name; say {meant} if that is what you mean (there are: {', '.join(by_name)})"
-    )
+    return f"{call} {takes}; write {meant} if that is what you mean (arguments by name: {', '.join(by_name)})"
 
 
 def _advice(name: str, known: Sequence[str]) -> str:

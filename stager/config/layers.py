@@ -5,6 +5,8 @@ A layer holds what was written and where; it knows no models. ``precedence.py`` 
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,11 @@ import yaml
 from stager.workers.errors import ConfigError
 
 ENV_PREFIX = "STAGER_"
+_OPENED = {  # by what PyYAML says that it was reading
+    "while parsing a flow mapping": "'{'",
+    "while parsing a flow sequence": "'['",
+    "while scanning a quoted scalar": "quote",
+}
 KeyPath = tuple[str, ...]
 
 
@@ -68,20 +75,49 @@ def file_layer(path: str) -> Layer:
     try:
         with open(path, encoding="utf-8") as file:
             values, lines = _parse(file.read(), path)
+    except FileNotFoundError as error:
+        raise ConfigError(_missing_file(path)) from error
     except OSError as error:
-        advice = '; a text is the path of a YAML file, and a mapping gives single settings: {"arena": {"buffers": 3}}'
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}{advice if '=' in path else ''}") from error
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark, problem = _yaml_problem(error)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: must be a mapping of sections such as 'arena:', not a {type(values).__name__}")
     return Layer(path, values or {}, lines)
+
+
+def _missing_file(path: str) -> str:
+    """Say that a file does not exist, and what to do. A text may have been meant as a setting."""
+    if "=" in path:
+        return (
+            f"config: {path!r} is taken as the path of a YAML file, which does not exist; give single settings as a "
+            'mapping, as in {"arena": {"buffers": 3}}, or on the command line by --set'
+        )
+    file = os.path.abspath(path) if path else "''"
+    make_it = f", or make it by `stager init {shlex.quote(path)}`" if os.path.isdir(os.path.dirname(file)) else ""
+    return f"the configuration file {file} does not exist; give the right path{make_it}"
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError) -> tuple[Any, str]:
+    """Return where the problem is, None if that is not known, and what it is. PyYAML says where it stopped reading."""
+    problem = error.problem or error.context or ""
+    ends = "<stream end>" in problem or "unexpected end of stream" in problem
+    opened, at = _OPENED.get(error.context or ""), error.context_mark
+    if opened and at and ends:
+        return at, f"the {opened} that is opened here is not closed before the end of the file"
+    if opened and at:
+        problem += f" (is the {opened} of line {at.line + 1} closed?)"
+    elif ends:
+        problem = "a bracket is not closed before the end of the file"
+    elif r"'\t'" in problem:
+        problem += " (a tab; write spaces)"
+    return error.problem_mark or at, problem
 
 
 def _parse(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:

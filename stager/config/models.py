@@ -155,8 +155,8 @@ class PersistenceConfig(Section):
     def _incremental_needs_files(self) -> PersistenceConfig:
         if self.incremental and self.format == "torch":
             raise ValueError(
-                'incremental saves link files in which nothing changed, and format "torch" has one file only, in which '
-                "something always did; set format to dcp or safetensors, or incremental to false"
+                'incremental saves reuse unchanged files, and format "torch" writes one single file, which always changes; '
+                "set format to dcp or safetensors, or incremental to false"
             )
         return self
 

@@ -110,7 +110,8 @@ class _Merged(Generic[_M]):
             if name in fields:
                 self._add_section(layer, name, body)
             elif name not in passed_over:
-                self._note(layer, (str(name),), problems.unknown_section(name, self._model))
+                problem = problems.unknown_section(name, body, self._model, in_yaml=bool(layer.lines))
+                self._note(layer, (str(name),), problem)
 
     def _add_section(self, layer: Layer, section: str, body: object) -> None:
         """Put what a layer says of one section on top: ``body``, from key to value. It is not checked yet."""

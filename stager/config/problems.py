@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from stager.config.sizes import Allowed
@@ -31,10 +32,33 @@ def section_model(field: FieldInfo) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def unknown_section(name: object, model: type[BaseModel]) -> str:
+def unknown_section(name: object, value: object, model: type[BaseModel], *, in_yaml: bool) -> str:
+    """Say that there is no section of this name, and what must have been meant.
+
+    Args:
+        value: what was given for it.
+        in_yaml: it was given in a YAML file.
+    """
     sections = list(model.model_fields)
+    with_key = [path.partition(".")[0] for path in _key_paths(model, name)]
+    if with_key and not isinstance(value, Mapping):
+        return _without_section(name, value, with_key, in_yaml=in_yaml)
     suggestion = difflib.get_close_matches(str(name), sections, n=1) or _key_paths(model, name)
     return f"{name}: unknown section{_did_you_mean(suggestion)} (sections: {', '.join(sections)})"
+
+
+def _without_section(name: object, value: object, sections: Sequence[str], *, in_yaml: bool) -> str:
+    """Say that a key stands where sections do, and how to write it."""
+    of, write = f"the section {sections[0]}", "write"
+    if len(sections) > 1:
+        of, write = f"the sections {', '.join(sections)}", "write it in the one that you mean, as in"
+    text = "..."
+    if value is None or isinstance(value, bool | int | float | str):
+        text = json.dumps(value) if in_yaml else repr(value)
+    example = f"`{sections[0]}:` and below it, indented, `{name}: {text}`"
+    if not in_yaml:
+        example = f'{{"{sections[0]}": {{"{name}": {text}}}}}'
+    return f"{name}: is a key of {of}; {write} {example}"
 
 
 def unknown_key(section: str, key: object, model: type[BaseModel]) -> str:
@@ -50,8 +74,20 @@ def wrong_value(path: Sequence[str], value: object, field: FieldInfo | None, rea
     given = f"got {shown(value)}"
     if reason:
         given = reason if repr(value) in reason else f"{given}: {reason}"
-    allowed = f"; allowed: {allowed_text(field.annotation, field.metadata)}" if field else ""
+    allowed = f"; allowed: {allowed_text(field.annotation, field.metadata)}{_as_list(value, field)}" if field else ""
     return f"{'.'.join(path)}: {given}{allowed}"
+
+
+def _as_list(value: object, field: FieldInfo) -> str:
+    """Say how to write the list of this one value, if that is allowed."""
+    annotation: Any = field.annotation
+    if get_origin(annotation) is not list:
+        return ""
+    try:
+        TypeAdapter(annotation).validate_python([value], strict=True)
+    except ValidationError:
+        return ""
+    return f"; write {json.dumps([value])}"
 
 
 def shown(value: object) -> str:

@@ -78,7 +78,7 @@ def _nothing_known(head: bytes, nbytes: int) -> str:
         return f"seems to be a safetensors file that is cut short: its header has {length} bytes, and the file {nbytes}"
     return (
         "is not what torch.save writes, nor safetensors, nor anything else that stager knows; it begins with "
-        f"{head[:12]!r}. Name a file of these, or the directory of a checkpoint"
+        f"{head[:12]!r}. Give a file that torch.save or safetensors wrote, or the directory of a checkpoint"
     )
 
 

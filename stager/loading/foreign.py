@@ -76,7 +76,7 @@ def load_checkpoint(
         UnloadableError: as in :meth:`stager.Checkpointer.load`.
         StorageError
     """
-    path = local_path(path, "path")
+    path = local_path(path, "the path of the checkpoint")
     found = find(path)
     where = os.path.realpath(path)
     selection = None if keys is None else Selection(keys)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from stager.loading.file_kinds import refuse_other_kinds
 from stager.loading.safetensors_reader import INDEX_ENDING, SHARD_ADVICE, SHARD_BEGINNING, is_safetensors
+from stager.workers.checkpoint.directory.choice import runs_inside
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.run_directory import (
@@ -90,7 +91,10 @@ def not_ours(path: str) -> str | None:
         return error.message
     except (CorruptCheckpointError, UsageError):
         return "is no checkpoint of stager, which is a directory with a manifest.json; name one, such as step-00000100"
-    return f"was written by {found.origin.value}, so it has no manifest with hashes; load_checkpoint() reads it"
+    return (
+        f"cannot be verified: it was written by {found.origin.value}, which stores no hashes. This says nothing about "
+        "damage; load_checkpoint() reads such checkpoints"
+    )
 
 
 def _find_in(directory: str) -> Found:
@@ -157,6 +161,8 @@ def _of_others(directory: str, names: list[str]) -> str:
         )
     if inside := [name for name in names if _is_checkpoint(os.path.join(directory, name))]:
         return f"has checkpoints in it: {_shown(inside)}; name one of them"
+    if runs := runs_inside(directory):
+        return f"is a directory without checkpoints{runs}"
     without = "is a directory without manifest.json, .metadata or safetensors"
     if files := [name for name in names if name.endswith(TORCH_ENDINGS)]:
         return f"{without}; name one of its files: {_shown(files)}"

@@ -193,7 +193,9 @@ class Loader:
         """Warn of what could be taken for checkpoints, where there are none."""
         if found := lookalikes(self._place.directory):
             logger.warning(
-                "%s has no checkpoint of a run, so load() returns None; what is there: %s", self._place.directory, found
+                "%s has no checkpoint of a run, so load() returns None. Found there, with what reads it: %s",
+                self._place.directory,
+                found,
             )
 
     def tell_of_unfinished(self, taken: int | None) -> None:

@@ -12,8 +12,9 @@ from contextlib import suppress
 from itertools import islice
 
 from stager.loading.foreign_path import TORCH_ENDINGS, Origin, find, is_in_safetensors
+from stager.workers.checkpoint.directory.choice import is_run
 from stager.workers.checkpoint.directory.manifest import has_own_manifest
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps, parse_checkpoint
+from stager.workers.checkpoint.directory.run_directory import parse_checkpoint
 from stager.workers.errors import StagerError
 
 _LOOKED_AT = 1000  # names
@@ -28,7 +29,7 @@ def lookalikes(directory: str) -> str:
     """
     found: list[str] = []
     with suppress(OSError, StagerError):  # it only looks
-        if (itself := _foreign(directory)) is not None:
+        if (itself := _foreign(directory, "the directory itself")) is not None:
             found.append(itself)
         with os.scandir(directory) as entries:
             names = sorted(entry.name for entry in islice(entries, _LOOKED_AT))
@@ -46,22 +47,25 @@ def _of_names(directory: str, names: list[str]) -> Iterator[str]:
             continue  # of stager's, and no checkpoint any more, or not yet
         if not os.path.isdir(path):
             if name.endswith(TORCH_ENDINGS) or is_in_safetensors(name):
-                yield f"{name} is one file, which load_checkpoint({path!r}) reads"
+                wrote = Origin.SAFETENSORS if is_in_safetensors(name) else Origin.TORCH_SAVE  # by its name
+                yield _found(name, wrote.value, f"load_checkpoint({path!r})")
         elif has_own_manifest(path):
             if parse_checkpoint(name) is None:
-                yield f"{name} is a checkpoint that was renamed, which load_checkpoint({path!r}) reads"
-        elif any(has_own_manifest(os.path.join(path, checkpoint_name(step))) for step in committed_steps(path)):
-            yield f"{name} is the directory of a run, which Checkpointer({path!r}) opens"
-        elif (foreign := _foreign(path)) is not None:
-            yield f"{name}: {foreign}"
+                yield _found(name, "a checkpoint that was renamed", f"load_checkpoint({path!r})")
+        elif is_run(path):
+            yield _found(name, "the directory of a run", f"Checkpointer({path!r})")
+        elif (foreign := _foreign(path, name)) is not None:
+            yield foreign
 
 
-def _foreign(path: str) -> str | None:
-    """Say who wrote the checkpoint in a directory, and what reads it; None: there is none, or it is stager's."""
+def _foreign(path: str, name: str) -> str | None:
+    """Describe the checkpoint in the directory at ``path``; None: there is none, or it is stager's."""
     try:
         origin = find(path).origin
     except StagerError:
         return None
-    if origin is Origin.STAGER:
-        return None
-    return f"a checkpoint that {origin.value} wrote, which load_checkpoint({path!r}) reads"
+    return None if origin is Origin.STAGER else _found(name, origin.value, f"load_checkpoint({path!r})")
+
+
+def _found(name: str, what: str, call: str) -> str:
+    return f"{name} ({what}): {call}"

@@ -77,7 +77,7 @@ class Renaming:
         for name in self.rename if isinstance(self.rename, Mapping) else ():
             if not any(one == name or one.startswith(f"{name}.") for one in names):
                 near = difflib.get_close_matches(str(name), names, n=3)
-                advice = f"Near names: {', '.join(near)}" if near else "stager inspect lists its names"
+                advice = f"Similar names: {', '.join(near)}" if near else "stager inspect lists its names"
                 raise StateMismatchError(
                     f"{path}: rename= has {name!r}, which is no name of the checkpoint; nothing was changed. {advice}"
                 )

@@ -57,12 +57,12 @@ class Selection:
         for pattern in self._patterns:
             if not any(map(_compile([pattern]), names)):
                 raise StateMismatchError(
-                    f"{path}: no key matches keys={pattern!r}; nothing was changed. {_near(pattern, structure, names)}"
+                    f"{path}: no key matches keys={pattern!r}; nothing was done. {_near(pattern, structure, names)}"
                 )
         selected = self._visit(structure, ())
         if selected is None:
             raise StateMismatchError(
-                f"{path}: no key matches keys={self._patterns!r}; nothing was changed; leave keys out to load everything"
+                f"{path}: no key matches keys={self._patterns!r}; nothing was done; leave keys out to take everything"
             )
         return selected
 
@@ -147,6 +147,6 @@ def _near(pattern: str, structure: Node, names: Sequence[str]) -> str:
         candidates |= dict.fromkeys(".".join(parts[:length]) for length in range(1, len(parts) + 1))
     near = difflib.get_close_matches(pattern, list(candidates)[:_MOST_COMPARED], n=3)
     if near:
-        return f"Near names: {', '.join(near)}"
+        return f"Similar names: {', '.join(near)}"
     shown = list(map(str, children_of(structure)))
     return f"The names at the top are {', '.join(shown[:8]) or 'none'}{', ...' if len(shown) > 8 else ''}"

@@ -11,6 +11,7 @@ import torch
 from stager.config import StagerConfig
 from stager.planning.source import PickledObject
 from stager.planning.stand_in import with_stand_ins
+from stager.snapshot.object_pickler import why_not_pickled
 from stager.snapshot.pieces import Pieces, cut, object_items, segment_bytes_for, whole
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
@@ -93,7 +94,7 @@ class Measured:
         try:
             return self._format.object_blob(value, leaf).blob
         except Exception as error:
-            raise UnstageableError(flat.name(leaf), f"{type(value).__name__} cannot be pickled: {error}") from error
+            raise UnstageableError(flat.name(leaf), why_not_pickled(value, error)) from error
 
     def _stand_in(self, nbytes: int, leaf: int) -> bytes:
         """A blob of about this size, or of the smallest possible size."""

@@ -145,7 +145,9 @@ class OpenRun:
     def expect_preemption(self, signals: Iterable[int] | int, deadline_secs: float | None) -> Preemption:
         """Handle these signals from now on. Errors: :meth:`stager.Checkpointer.on_preemption`."""
         if self._preemption is not _NOT_PREEMPTED:
-            raise UsageError("on_preemption() was called before; read the object that it returned")
+            raise UsageError(
+                "on_preemption() may be called once only; keep the object that the first call returned, and use that"
+            )
         numbers = (signals,) if isinstance(signals, int) else signals
         self._preemption = Preemption(numbers, deadline_secs)
         self._signals.callback(self._preemption.restore)

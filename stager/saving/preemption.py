@@ -68,9 +68,11 @@ class Preemption:
             return signal.signal(number, self._handle)
         except (OSError, ValueError, TypeError) as error:
             known = isinstance(number, int) and number in set(signal.Signals)
-            what = f"{signal.Signals(number).name}, which no process can handle" if known else f"{number!r}, no signal"
+            name = signal.Signals(number).name if known else repr(number)
+            problem = "no process can handle" if known else "is not the number of a signal"
             raise ArgumentError(
-                f"signals has {what}; give signals that announce the end, as in on_preemption([signal.SIGTERM])"
+                f"signals has {name}, which {problem}; give signals that announce the end, as in "
+                "on_preemption([signal.SIGTERM])"
             ) from error
 
     @property

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from stager.config.arguments import shown
 from stager.state.state_tree import StateTree
 from stager.state.tensor_kinds import TensorRecipe, WholeTensor
 from stager.workers.checkpoint.formats import Format
@@ -55,12 +57,7 @@ class ObjectPickler:
             _, found = tree.pickled.get(id(value), (None, None))
             blob, kinds = found or self._object_blob(tree, leaf, value)
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise UnstageableError(
-                tree.name(leaf),
-                f"{kind.__name__} cannot be pickled, as torch.save would: {reason}; leave it out, or "
-                "save values it can be made from",
-            ) from error
+            raise UnstageableError(tree.name(leaf), why_not_pickled(value, error)) from error
         if kind in _CACHED_TYPES and len(self._blobs) < _CACHED_BLOBS:
             self._blobs[kind, value] = blob
         if isinstance(value, torch.Tensor) and value.is_meta and "meta" not in self._warned:
@@ -100,9 +97,29 @@ class ObjectPickler:
         self._warned |= new
         if new:
             logger.warning(
-                "%s is pickled, and weights_only rules do not allow it (%s): loading it will need allow_pickle=True, "
-                "or loading.safe_globals: [%s]",
+                "%s is pickled, and weights_only rules do not allow it (%s). To load it, you will need "
+                "load(allow_pickle=True), or the setting loading.safe_globals: [%s]. To avoid this, save its values as a "
+                "dict of numbers, texts and tensors",
                 name,
                 reason,
                 ", ".join(sorted(new)),
             )
+
+
+def why_not_pickled(value: object, error: Exception) -> str:
+    """Say why a value of a state cannot be saved, and what to do.
+
+    Args:
+        error: what its pickling raised.
+    """
+    if isinstance(value, ModuleType):
+        return (
+            f"is the Python module {value.__name__!r}, which cannot be pickled; leave it out of the state, or save the "
+            "values that you need from it"
+        )
+    reason = str(error) or type(error).__name__
+    if len(error.args) == 2 and "{}" in str(error.args[0]):  # of torch's DataLoader, which forgets to format
+        reason = str(error.args[0]).replace("{}", str(error.args[1]))
+    first_line = reason.partition("\n")[0]
+    advice = "leave it out of the state, or save values that it can be made from"
+    return f"{shown(value)} cannot be pickled: {first_line}; {advice}"

@@ -292,10 +292,11 @@ class SnapshotTaker:
         names = [snapshot.tree.name(leaf) for leaf in torn]
         raise TornSnapshotError(
             f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} changed while the snapshot "
-            "was taken, although guarded: something other than the optimizer's step() wrote there (nn.Embedding with "
-            "max_norm, weights that are swapped by .data.copy_(), another optimizer). Nothing of this save is "
-            "committed. From the next save on, these tensors are copied before save() returns, so that it is whole; "
-            "write to them only in the guarded step() to have them overlapped again"
+            "was still being copied, by something other than the step() of a guarded optimizer (code of yours, "
+            "nn.Embedding with max_norm, weights swapped by .data.copy_(), another optimizer). This save is not "
+            "committed: save again. Before your code writes to guarded tensors, call wait_for_staging(), or wait for the "
+            "save's staging_completion. From the next save on, save() copies these tensors before it returns, which makes "
+            "it slower"
         )
 
     def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Assignment:

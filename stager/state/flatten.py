@@ -130,11 +130,7 @@ class _Visitor:
             pass
         for key in state:
             if not _is_plain_key(key):
-                raise UnstageableError(
-                    "state",
-                    f"has the key {key!r} of type {type(key).__name__}, which this format cannot have at the top; "
-                    "name each entry by a str, or set persistence.format to dcp",
-                )
+                raise _wrong_key(key, state, has_recipes=self.tree.has_recipes)
         # The values count, whatever holds them.
         if not isinstance(state, OrderedDict):
             return self._mapping(dict(state), ())
@@ -415,6 +411,17 @@ def _without_items(value: Any, position: int) -> Any:
     except Exception:  # noqa: BLE001  # the class's own code: then the value is pickled as a whole, which says more
         return None
     return empty
+
+
+def _wrong_key(key: Any, state: Mapping[Any, Any], *, has_recipes: bool) -> UnstageableError:
+    """Make the error for a key at the top that is not plain, in a state that cannot be taken apart."""
+    if has_recipes:  # with them, a dict can have any keys
+        where, instead = f"which a {type(state).__name__} cannot have at the top", "give a dict"
+    else:
+        where = "and with persistence.format: torch a key at the top must be text or a finite number"
+        instead = "set persistence.format to dcp"
+    reason = f"has the key {key!r} (a {type(key).__name__}), {where}; name the entry by a text, or {instead}"
+    return UnstageableError("state", reason)
 
 
 def _is_plain_key(key: Any) -> bool:

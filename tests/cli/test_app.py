@@ -184,6 +184,18 @@ def test_mistake_in_set_or_environment_is_wrong_usage(command: str, monkeypatch:
     assert outcome.err.startswith("stager: environment variable STAGER_ARENA__BUFFERS: arena.buffers: got 'none'")
 
 
+@pytest.mark.parametrize("command", ["ls", "inspect", "verify", "prune --keep-latest 1", "recover", "plan"])
+def test_directory_above_runs_is_answered_with_the_runs(command: str, run: Path) -> None:
+    name, *options = command.split()
+    outcome = Outcome(name, run.parent, *options)
+    assert f"; it contains the run run: give the directory of one run, such as {run}\n" in outcome.out + outcome.err
+
+
+def test_choice_that_does_not_exist_is_answered_with_those_that_do(tmp_path: Path) -> None:
+    outcome = Outcome("export", tmp_path, "a.h5", "--format", "hdf5")
+    assert outcome.code == 2 and "'--format': 'hdf5' is not one of" in outcome.err
+
+
 def test_unknown_command_and_unknown_option_are_wrong_usage() -> None:
     assert Outcome("lss").code == 2
     assert Outcome("ls").code == 2

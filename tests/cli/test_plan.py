@@ -344,7 +344,7 @@ CALLABLES = {
     "{module}:fails": "it raised: ValueError: no such file (",
     "{module}:leaves": "it raised: SystemExit: 3 (",
     "{module}:nothing": "returned a int; it must return a state",
-    "{module}:unstageable": "a['b']: function cannot be pickled: ",
+    "{module}:unstageable": "a['b']: a function cannot be pickled: ",
 }
 
 

@@ -39,7 +39,8 @@ def call(*args: Any, **kwargs: Any) -> int:
         (
             (1, [], True, train),
             {},
-            "by name; say dry_run=True, only=... if that is what you mean (there are: dry_run, only)",
+            "train() takes only step and data by position; write dry_run=True, only=... if that is what you mean (arguments "
+            "by name: dry_run, only)",
         ),
     ],
 )

@@ -133,6 +133,9 @@ WRONG_VALUES = [
     ("workers.start_timeout_secs=0", "got 0 (an integer); allowed: a number of seconds, above 0"),
     ("workers.start_timeout_secs=.inf", "got inf (a number); allowed: a number of seconds, above 0"),
     ("workers.start_timeout_secs=.nan", "got nan (a number)"),
+    ("loading.safe_globals=a.B", "got 'a.B' (text); allowed: a list; write [\"a.B\"]"),
+    ("retention.protect=3", "got 3 (an integer); allowed: a list; write [3]"),
+    ("retention.protect=x", "got 'x' (text); allowed: a list"),
     ("telemetry.events=3", "got 3 (an integer); allowed: the path of a file or null"),
 ]
 
@@ -190,10 +193,22 @@ def test_every_problem_is_listed_with_its_own_source(tmp_path: Path) -> None:
         ({"arena": 5}, "config: arena: got 5 (an integer); a section is a mapping of keys to values"),
         ({"arena": {"bufers": 5}}, "config: arena.bufers: unknown key; did you mean arena.buffers?"),
         ({"arena": {1: 5}}, "config: arena.1: unknown key"),
+        ({"pin": True}, 'config: pin: is a key of the section arena; write {"arena": {"pin": True}}'),
+        ({"pin": object()}, 'config: pin: is a key of the section arena; write {"arena": {"pin": ...}}'),
+        ({"keep_best": {}}, "config: keep_best: unknown section; did you mean retention.keep_best?"),
         ({1: {}}, "config: 1: unknown section"),
         (17, "config: expected a path, a mapping, a StagerConfig or None, got 17"),
     ],
-    ids=["section not a mapping", "misspelt", "integer key", "integer section", "another type"],
+    ids=[
+        "section not a mapping",
+        "misspelt",
+        "integer key",
+        "key alone",
+        "object",
+        "rule alone",
+        "integer section",
+        "another type",
+    ],
 )
 def test_wrong_mapping_is_refused(config: Any, words: str) -> None:
     assert error_of(config).startswith(words)
@@ -211,8 +226,23 @@ def test_config_error_is_the_users() -> None:
 BAD_FILES = {
     "a list": ("- 1\n", ": must be a mapping of sections such as 'arena:', not a list"),
     "a number": ("3\n", ": must be a mapping of sections such as 'arena:', not a int"),
-    "open bracket": ("arena:\n  buffers: [1\n", ":3: not valid YAML: "),
-    "tab": ("arena:\n\tbuffers: 3\n", ":2: not valid YAML: found character '\\t' that cannot start any token"),
+    "open bracket": ("arena:\n  buffers: [1\n", ":2: not valid YAML: the '[' that is opened here is not closed"),
+    "open brace": ("arena: {buffers: 3\n\n\n", ":1: not valid YAML: the '{' that is opened here is not closed"),
+    "open quote": ("arena:\n  when_full: 'wait\n\n", ":2: not valid YAML: the quote that is opened here is not closed"),
+    "bracket without anything": (
+        "arena: [\n",
+        ":2: not valid YAML: a bracket is not closed before the end of the file",
+    ),
+    "open brace, and another section": ("arena: {pin: auto\nworkers: {}\n", ":2: not valid YAML: expected ',' or '}'"),
+    "tab": ("arena:\n\tbuffers: 3\n", ":2: not valid YAML: found character '\\t' that cannot start any token (a tab; "),
+    "key without its section": (
+        "arena:\n  pin: auto\nbuffers: 3\n",
+        ":3: buffers: is a key of the section arena; write `arena:` and below it, indented, `buffers: 3`",
+    ),
+    "key of several sections": (
+        "verify: full\n",
+        ":1: verify: is a key of the sections staging, retention, loading; write it in the one that you mean, as in ",
+    ),
     "two documents": ("arena:\n---\narena:\n", ":2: not valid YAML: "),
     "python object": ("arena: !!python/object/apply:os.getcwd []\n", ":1: not valid YAML: could not determine"),
     "no such date": ("arena: {buffers: 2024-99-99}\n", ": not valid YAML: month must be in 1..12"),
@@ -235,7 +265,14 @@ def test_bad_file_is_named_with_its_line(text: str, words: str, tmp_path: Path) 
 
 
 def test_unreadable_file_is_named(tmp_path: Path) -> None:
-    assert error_of(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
+    assert error_of(tmp_path / "none.yaml") == (
+        f"the configuration file {tmp_path}/none.yaml does not exist; give the right path, or make it by "
+        f"`stager init {tmp_path}/none.yaml`"
+    )
+    assert error_of(tmp_path / "none" / "c.yaml").endswith("/none/c.yaml does not exist; give the right path")
+    assert error_of("arena.buffers=3").startswith(
+        "config: 'arena.buffers=3' is taken as the path of a YAML file, which"
+    )
     assert error_of(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
     (tmp_path / "latin.yaml").write_bytes(b"arena: {pin: \xe9}")
     assert error_of(tmp_path / "latin.yaml").startswith(f"{tmp_path / 'latin.yaml'}: is not UTF-8 text")

@@ -56,9 +56,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "empty": ("", r"empty path; write '\.' for the current directory"),
     "blank": ("  ", "empty path"),
     "null": ("a\0b", "null character"),
-    "None": (None, r"directory must be a path, got None"),
-    "number": (3, r"must be a path, got 3 \(int\)"),
-    "mapping": ({"a": 1}, r"must be a path, got .* \(dict\)"),
+    "https": ("https://example.com/model.pt", r"does not support https://.* To read what is there, download it"),
+    "None": (None, r"directory must be text or a pathlib\.Path, got None \(NoneType\)$"),
+    "number": (3, r"got 3 \(int\); a step is given to save\(\) or load\(\), as in .*\.load\(3\)"),
+    "mapping": ({"a": 1}, r"must be text or a pathlib\.Path, got .* \(dict\)$"),
 }
 
 

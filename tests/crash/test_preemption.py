@@ -113,7 +113,7 @@ def test_handlers_are_chained_and_put_back(run_dir: Path) -> None:
             second = preemption.remaining_secs()
             assert first is not None and second is not None and 0 < second <= first <= 1000
             assert seen == [signal.SIGUSR2] * 2
-            with pytest.raises(UsageError, match="called before"):
+            with pytest.raises(UsageError, match="may be called once only; keep the object"):
                 ckpt.on_preemption()
             handle = ckpt.save(0, {"x": torch.ones(10)})
         assert handle.upload_completion.result().step == 0
@@ -176,6 +176,8 @@ def test_other_thread_than_the_main_one_is_refused() -> None:
         Preemption([signal.SIGUSR2], float("nan"))
     with pytest.raises(ArgumentError, match="SIGKILL, which no process can handle"):
         Preemption([signal.SIGUSR2, signal.SIGKILL], None)
+    with pytest.raises(ArgumentError, match="signals has 99, which is not the number of a signal"):
+        Preemption([signal.SIGUSR2, 99], None)
     assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
 
 

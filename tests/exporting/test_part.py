@@ -84,7 +84,7 @@ def test_objects_that_are_left_out_are_those_of_the_part(run_dir: Path, tmp_path
 @pytest.mark.parametrize(
     ("keys", "strip_prefix", "says"),
     [
-        ("modle", None, r"no key matches keys='modle'.*Near names: model"),
+        ("modle", None, r"no key matches keys='modle'; nothing was done\. Similar names: model"),
         (["model", "x"], None, r"no key matches keys='x'"),
         (None, "model.", r"no name begins with strip_prefix='model\.'; .*give keys='model', too"),
         ("model", "model", r"names inside of 'model' begin with 'model\.'"),

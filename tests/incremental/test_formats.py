@@ -58,7 +58,7 @@ def test_a_format_of_one_file_is_refused(kind: str) -> None:
     if not FORMATS[kind].one_file:
         assert load_config(config).persistence.incremental
         return
-    with pytest.raises(ConfigError, match=rf"persistence: incremental saves link files .* format \"{kind}\" has one"):
+    with pytest.raises(ConfigError, match=rf"persistence: incremental saves reuse .* format \"{kind}\" writes one"):
         load_config(config)
 
 

@@ -105,9 +105,9 @@ BAD_SAVES: dict[str, tuple[tuple[Any, Any], str]] = {
     "swapped": (({"x": torch.ones(2)}, 3), r"save\(\) takes the step first.*got a dict as step and 3 \(int\) as state"),
     "swapped module": ((MODULE, 3), "save.. takes the step first.*got a Linear as step"),
     "module": ((3, MODULE), r'state must be a mapping, got a Linear; give it a name.*save\(100, \{"model": model\}\)'),
-    "tensor": ((3, torch.ones(2)), r"got a Tensor of shape \(2,\); write names to values"),
-    "list": ((3, [torch.ones(2)]), "got a list; write names to values"),
-    "None": ((3, None), "got None; write names to values"),
+    "tensor": ((3, torch.ones(2)), r"got a Tensor of shape \(2,\); give each value a name"),
+    "list": ((3, [torch.ones(2)]), "got a list; give each value a name"),
+    "None": ((3, None), "got None; give each value a name"),
     "a path": ((Path("step-00000003"), {"x": 1}), r"step must be an integer.*PosixPath"),
 }
 

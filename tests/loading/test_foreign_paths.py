@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -63,6 +64,15 @@ def test_directory_of_a_run_is_told_with_its_steps_and_advice_that_works(run: Pa
     assert load_checkpoint(one_step).step == 9
     newest = said[said.index("Checkpointer(") :].removesuffix(" loads the newest valid one)")
     assert eval(newest, {"Checkpointer": Checkpointer}).step == 9  # our own text
+
+
+def test_directory_above_runs_is_told_with_the_runs(run: Path) -> None:
+    run.rename(run.parent / "b")
+    for name in ("a", "c", "d"):
+        shutil.copytree(run.parent / "b", run.parent / name)
+    (run.parent / "not a run").mkdir()
+    said = refusal(run.parent)
+    assert f"contains the runs a, b, c and 1 more: give the directory of one run, such as {run.parent / 'a'}" in said
 
 
 def test_step_that_is_not_there_is_told_with_those_that_are(run: Path) -> None:

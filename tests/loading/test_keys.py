@@ -167,9 +167,9 @@ def test_containers_without_leaves_are_kept(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     "keys, near",
     [
-        (["model", "modle"], "Near names: model"),
-        (["model", "epcoh"], "Near names: epoch"),
-        ("model.wieght", r"Near names: model\.weight"),
+        (["model", "modle"], "Similar names: model"),
+        (["model", "epcoh"], "Similar names: epoch"),
+        ("model.wieght", r"Similar names: model\.weight"),
         ("weight", r"keys='\*\.weight' would match"),
         (["epoch", "zzz"], "The names at the top are model, opt, epoch"),
     ],

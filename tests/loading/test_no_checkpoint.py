@@ -83,9 +83,8 @@ def test_checkpoints_of_dcp_save_are_none_and_named(run_dir: Path, caplog: pytes
     path = run_dir / "step-00000005"
     dcp.save(STATE, checkpoint_id=path, no_dist=True)
     assert load(run_dir) is None
-    assert (
-        f"torch.distributed.checkpoint.save wrote, which load_checkpoint({str(path)!r}) reads" in warnings(caplog)[-1]
-    )
+    said = f"step-00000005 (torch.distributed.checkpoint.save): load_checkpoint({str(path)!r})"
+    assert said in warnings(caplog)[-1]
     assert torch.equal(load_checkpoint(path).state["v"], STATE["v"])
     path.rename(run_dir / "other")
     caplog.clear()
@@ -93,6 +92,7 @@ def test_checkpoints_of_dcp_save_are_none_and_named(run_dir: Path, caplog: pytes
     assert f"load_checkpoint({str(run_dir / 'other')!r})" in warnings(caplog)[-1]
     caplog.clear()
     assert load(run_dir / "other") is None
+    assert "the directory itself (torch.distributed.checkpoint.save): load_checkpoint(" in warnings(caplog)[-1]
     assert f"load_checkpoint({str(run_dir / 'other')!r})" in warnings(caplog)[-1]
 
 
@@ -101,7 +101,12 @@ def test_files_are_none_and_named(run_dir: Path, name: str, caplog: pytest.LogCa
     run_dir.mkdir()
     save_file(STATE, run_dir / name) if name.endswith("s") else torch.save(STATE, run_dir / name)
     assert load(run_dir) is None
-    assert f"load_checkpoint({str(run_dir / name if name.endswith('.pt') else run_dir)!r}) reads" in warnings(caplog)[0]
+    said = (
+        f"{name} (torch.save): load_checkpoint({str(run_dir / name)!r})"
+        if name.endswith(".pt")
+        else f"the directory itself (safetensors): load_checkpoint({str(run_dir)!r})"
+    )
+    assert warnings(caplog)[0].endswith(said)
 
 
 def test_file_of_torch_save_in_a_directory_of_a_step_is_not_ours(run_dir: Path) -> None:
@@ -113,13 +118,11 @@ def test_file_of_torch_save_in_a_directory_of_a_step_is_not_ours(run_dir: Path) 
 def test_parent_of_a_run_and_a_renamed_checkpoint_are_named(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = Path(save(run_dir, STATE, step=5).path)
     assert load(run_dir.parent) is None
-    assert f"which Checkpointer({str(run_dir)!r}) opens" in warnings(caplog)[0]
+    assert f"(the directory of a run): Checkpointer({str(run_dir)!r})" in warnings(caplog)[0]
     path.rename(run_dir / "best")
     caplog.clear()
     assert load(run_dir) is None
-    assert (
-        f"a checkpoint that was renamed, which load_checkpoint({str(run_dir / 'best')!r}) reads" in warnings(caplog)[0]
-    )
+    assert f"(a checkpoint that was renamed): load_checkpoint({str(run_dir / 'best')!r})" in warnings(caplog)[0]
 
 
 def test_nothing_is_told_of_an_empty_run(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

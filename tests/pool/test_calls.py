@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from stager.workers import RemoteTraceback, WorkerError, WorkerPool
-from stager.workers.errors import UsageError
+from stager.workers.errors import ArgumentError, UsageError
 from stager.workers.pool.handle import WorkerState
 from tests.pool import tasks
 
@@ -51,14 +51,37 @@ def test_system_exit_of_a_task_is_an_answer(pool: WorkerPool) -> None:
 def test_unpicklable_argument_raises_at_submit_and_leaks_no_descriptor(pool: WorkerPool) -> None:
     shared = torch.ones(10)
     for call in (pool.submit, pool.hand_over):
-        with pytest.raises(TypeError, match="cannot pickle"):
+        with pytest.raises(
+            ArgumentError, match=r"identity .*: argument 1 \(list\) cannot be pickled: cannot pickle"
+        ) as caught:
             call(tasks.identity, [shared, threading.Lock()])
+        assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_refused_call_names_the_argument_or_the_function(pool: WorkerPool) -> None:
+    lock = threading.Lock()
+    with pytest.raises(ArgumentError, match=r"argument other \(lock\) cannot be pickled"):
+        pool.submit(dict, first=1, other=lock)
+    with pytest.raises(
+        ArgumentError, match=r"<lambda> cannot be sent to a worker: the function, or a value that it uses,"
+    ):
+        pool.submit(lambda: lock)
+
+
+@pytest.mark.parametrize("value", ["train", 3, None])
+def test_what_is_no_function_is_refused_at_submit(value: Any, pool: WorkerPool) -> None:
+    for call, name in ((pool.submit, "submit"), (pool.hand_over, "hand_over")):
+        with pytest.raises(
+            ArgumentError, match=rf"^{name}\(\) takes a function, .*; got {value!r} \({type(value).__name__}"
+        ):
+            call(value)
 
 
 def test_unpicklable_result(pool: WorkerPool) -> None:
-    with pytest.raises(TypeError, match="cannot pickle") as caught:
+    with pytest.raises(WorkerError, match=r"the result of returns_unpicklable \(\w+\) cannot be sent back") as caught:
         pool.submit(tasks.returns_unpicklable).result()
     assert isinstance(caught.value.__cause__, RemoteTraceback)
+    assert "TypeError: cannot pickle" in str(caught.value.__cause__)
 
 
 class _FailsToLoad:

@@ -43,7 +43,7 @@ SURVIVED = {
     "calls sys.exit": Crash(tasks.exits_python, SystemExit, "4"),
     "gets SIGTERM": Crash(partial(tasks.dies_of, signal.SIGTERM), None),
     "is out of memory": Crash(tasks.runs_out_of_memory, MemoryError),
-    "returns unpicklable": Crash(tasks.returns_unpicklable, TypeError, "cannot pickle"),
+    "returns unpicklable": Crash(tasks.returns_unpicklable, WorkerError, "cannot be sent back"),
     "returns what fails to load": Crash(tasks.FailsToLoad, WorkerError, "cannot be unpickled"),
     "raises what fails to load": Crash(tasks.raises_what_fails_to_load, WorkerError, "cannot be unpickled here"),
 }

@@ -131,7 +131,7 @@ class Opaque:
 def test_pickled_object_needs_permission_at_load(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Checkpointer(run_dir) as ckpt:
         ckpt.save(0, {"thing": Opaque(5), "x": torch.ones(2)}).upload_completion.result()
-        assert "loading it will need allow_pickle=True" in caplog.text
+        assert "To load it, you will need load(allow_pickle=True), or the setting" in caplog.text
         with pytest.raises(UnsafePickleError, match="thing"):
             ckpt.load()
         loaded = ckpt.load(allow_pickle=True)
@@ -141,8 +141,8 @@ def test_pickled_object_needs_permission_at_load(run_dir: Path, caplog: pytest.L
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"a": {"b": [1, open]}, "f": {"g": (i for i in ())}}, r"^f\['g'\]: generator cannot be pickled"),
-        ({"f": {"g": lambda: 1}}, r"^f\['g'\]: function cannot be pickled"),
+        ({"a": {"b": [1, open]}, "f": {"g": (i for i in ())}}, r"^f\['g'\]: a generator cannot be pickled"),
+        ({"f": {"g": lambda: 1}}, r"^f\['g'\]: a function cannot be pickled"),
     ],
 )
 def test_what_cannot_be_saved_is_named(run_dir: Path, state: dict[str, Any], message: str) -> None:

@@ -71,7 +71,7 @@ def test_param_groups_stay_apart_however_many_there_are() -> None:
 
 
 def test_a_value_that_cannot_be_pickled_is_named(run_dir: Path) -> None:
-    with Checkpointer(run_dir) as ckpt, pytest.raises(UnstageableError, match=r"^x: list cannot be pickled"):
+    with Checkpointer(run_dir) as ckpt, pytest.raises(UnstageableError, match=r"^x: a list cannot be pickled"):
         ckpt.save(1, {"x": [*log(100), {"f": lambda: 1}]})
 
 

@@ -299,7 +299,10 @@ def _has_memory(storage: torch.UntypedStorage) -> bool:
 
 
 def _describe_failure(x: object, error: BaseException) -> str:
-    return f"a {type(x).__module__}.{type(x).__qualname__} cannot be copied: {type(error).__name__}: {error}"
+    return (
+        f"a {type(x).__module__}.{type(x).__qualname__} cannot be copied: {type(error).__name__}: {error}; leave it out, or "
+        "stage values that it can be made from"
+    )
 
 
 def _set_state(y: Any, state: Any, setter: Callable[[Any, Any], Any] | None) -> None:

@@ -24,8 +24,9 @@ from typing import Any, cast
 
 import cloudpickle
 
-from stager.workers.errors import InternalError
+from stager.workers.errors import ArgumentError, InternalError, WorkerError
 
+_SYSTEM_ERRORS = (OSError, MemoryError)  # no descriptors or memory are left: nothing is wrong with the value
 _received = threading.local()
 
 
@@ -84,6 +85,61 @@ def dumps(value: object) -> tuple[bytes, list[int]]:
     finally:
         context.set_spawning_popen(previous)
     return file.getvalue(), collector.fds
+
+
+def dump_call(call: tuple[Any, tuple[Any, ...], dict[str, Any]], label: str) -> tuple[bytes, list[int]]:
+    """Pickle a function, its arguments by position and those by name, as :func:`dumps` does.
+
+    Raises:
+        ArgumentError: one of them cannot be pickled; says which.
+    """
+    try:
+        return dumps(call)
+    except _SYSTEM_ERRORS:
+        raise
+    except Exception as error:
+        problem = f"cannot be pickled: {_first_line(error)}"
+        raise ArgumentError(f"{label} cannot be sent to a worker: {_blame(call[1], call[2], problem)}") from error
+
+
+def _blame(args: tuple[Any, ...], kwargs: dict[str, Any], problem: str) -> str:
+    for name, value in (*enumerate(args, 1), *kwargs.items()):
+        if not _can_be_pickled(value):
+            kind = type(value).__name__
+            return (
+                f"argument {name} ({kind}) {problem}; pass values that it can be made from, such as the path of a file"
+            )
+    return f"the function, or a value that it uses, {problem}; let the function make such a value itself"
+
+
+def dump_result(result: object, label: str) -> tuple[bytes, list[int]]:
+    """Pickle what a task returned, as :func:`dumps` does.
+
+    Raises:
+        WorkerError: it cannot be pickled.
+    """
+    try:
+        return dumps(result)
+    except _SYSTEM_ERRORS:
+        raise
+    except Exception as error:
+        raise WorkerError(
+            f"the result of {label} ({type(result).__name__}) cannot be sent back from the worker: {_first_line(error)}; "
+            "return values that it can be made from"
+        ) from error
+
+
+def _can_be_pickled(value: object) -> bool:
+    try:
+        _, fds = dumps(value)
+    except Exception:  # noqa: BLE001  (a user's __reduce__ can fail in any way)
+        return False
+    close_fds(fds)
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def loads(data: bytes, fds: list[int]) -> Any:

@@ -54,7 +54,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from stager.workers.errors import ClosedError
+from stager.workers.errors import ArgumentError, ClosedError
 from stager.workers.pool import codec
 from stager.workers.pool.handle import WorkerHealth
 from stager.workers.pool.options import PoolOptions
@@ -105,7 +105,7 @@ class WorkerPool:
 
         Raises:
             ClosedError: the pool is closed, or belongs to the process that forked this one.
-            TypeError, pickle.PicklingError: the call cannot be pickled.
+            ArgumentError: ``fn`` is no function, or the call cannot be pickled; names the argument.
         """
         future: Future[T] = Future()
         self.submit_to(future, fn, *args, **kwargs)
@@ -135,10 +135,16 @@ class WorkerPool:
 
     def _make_item(self, call: tuple[Any, ...], future: Future[Any], *, handed_over: bool) -> WorkItem:
         self._check_owner()
+        function = call[0]
+        label = getattr(function, "__qualname__", None) or type(function).__name__
+        if not callable(function):
+            raise ArgumentError(
+                f"{'hand_over' if handed_over else 'submit'}() takes a function, and after it the function's arguments: "
+                f"write submit(sum, [1, 2]), not submit(sum([1, 2])); got {function!r:.40} ({label})"
+            )
         # In the caller's thread, so that a mistake in the call is raised where it was made.
         # The descriptors are duplicates: the caller may close its own as soon as this returns.
-        payload, fds = codec.dumps(call)
-        label = getattr(call[0], "__qualname__", None) or type(call[0]).__name__
+        payload, fds = codec.dump_call(call, label)
         return WorkItem(payload, fds, label, self._options.task_timeout_secs, future, handed_over)
 
     @property

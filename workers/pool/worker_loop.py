@@ -35,7 +35,7 @@ def _answer(channel: TrainerChannel, task: Task, task_fds: list[int], whole: boo
     fds: list[int] = []
     reply: Done | Failed
     try:
-        payload, fds = codec.dumps(_run(task, task_fds, whole))
+        payload, fds = codec.dump_result(_run(task, task_fds, whole), task.label)
         point("task.reply")
         reply = Done(task.task_id, payload)
     except BaseException as error:  # noqa: BLE001  (the edge of the process: a task's SystemExit is a reply, too)

@@ -55,7 +55,7 @@ class StockReader:
                 what = "is no checkpoint: it has neither manifest.json nor .metadata"
                 raise CheckpointNotFoundError(
                     error.errno,
-                    what if rank is None else "is missing: the checkpoint has no metadata of this rank",
+                    what if rank is None else "is not there either; only dcp.save(use_collectives=False) writes it",
                     path,
                 ) from error
         if self._allow_pickle:

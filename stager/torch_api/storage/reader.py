@@ -61,7 +61,7 @@ class StagerStorageReader(StorageReader):
         self._num_threads = num_threads or reading_threads()
         self._verify = verify
         self._allow_pickle = allow_pickle
-        self._path = local_path(path, "path")
+        self._path = local_path(path, "the path of the checkpoint")
         self.load_id = str(uuid.uuid4())
         self._index: Index | None = None
         self._metadata: Metadata | None = None

@@ -34,7 +34,7 @@ class Target:
     """
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool) -> None:
-        self.path = os.path.realpath(local_path(path, "path"))
+        self.path = os.path.realpath(local_path(path, "the path of the checkpoint"))
         self.partial = f"{self.path}.partial-0"
         self._overwrite = overwrite
         self._made: os.stat_result | None = None  # the partial directory that this coordinator made

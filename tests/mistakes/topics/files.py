@@ -36,6 +36,11 @@ TOPIC = Topic(
             'load_checkpoint("dcp", into={"net": model}, strict=False)',
             "Load strictly, which names what is missing.",
         ),
-        python("A saved checkpoint by torch.load", 'torch.load("runs/gpt/step-00000300")'),
+        python(
+            "A saved checkpoint by torch.load",
+            'torch.load("runs/gpt/step-00000300")',
+            'A checkpoint is a directory: write `load_checkpoint("runs/gpt/step-00000300").state`. '
+            "`stager export runs/gpt/step-00000300 all.pt` makes a file of it that `torch.load` reads.",
+        ),
     ),
 )

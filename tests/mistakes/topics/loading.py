@@ -33,12 +33,12 @@ TOPIC = Topic(
         python(
             "What load() returns, as a dict",
             'loaded = ckpt.load()\nloaded["model"]',
-            'The state is an attribute: `loaded.state["model"]`.',
+            'The state is an attribute: write `loaded.state["model"]`.',
         ),
         python(
             "What load() returns, as an object with the state's names",
             "loaded = ckpt.load()\nloaded.model",
-            'The state is a mapping: `loaded.state["model"]`.',
+            'The state is a mapping: write `loaded.state["model"]`.',
         ),
         python(
             "A loaded module as a module",

@@ -13,13 +13,13 @@ TOPIC = Topic(
         python(
             "Waiting for the handle itself",
             "ckpt.save(3, state).result()",
-            "A handle has two Futures: `staging_completion` and `upload_completion`. Wait for the second: "
-            "`save(...).upload_completion.result()`.",
+            "A handle has two Futures: `staging_completion` and `upload_completion`. To wait for the commit, write "
+            "`ckpt.save(3, state).upload_completion.result()`.",
         ),
         python(
             "Calling a Future",
             "ckpt.save(3, state).upload_completion()",
-            "A Future is not called: `upload_completion.result()` waits for it.",
+            "A Future is not called. Write `ckpt.save(3, state).upload_completion.result()`.",
         ),
         python(
             "A Future's result as a path",
@@ -29,7 +29,8 @@ TOPIC = Topic(
         python(
             "The path of the handle",
             "ckpt.save(3, state).path",
-            "There is none before the commit: `upload_completion.result().path`.",
+            "There is none before the commit. Write `ckpt.save(3, state).upload_completion.result().path`, which waits for "
+            "the commit.",
         ),
         python(
             "Saving in a callback of a save",
@@ -107,7 +108,7 @@ TOPIC = Topic(
         python(
             "A method of other libraries",
             "ckpt.async_save(3, state)",
-            "`save()` is asynchronous: it returns when the snapshot is taken.",
+            "Write `ckpt.save(3, state)`: `save()` is asynchronous, and returns when the snapshot is taken.",
         ),
         python(
             "The newest checkpoint as an attribute",

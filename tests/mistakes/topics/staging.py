@@ -36,13 +36,23 @@ TOPIC = Topic(
         python(
             "An option that does not exist",
             "StagingOptions(use_pinned=True)",
-            "As torch's class of this name, it has `use_pinned_memory`, `use_shared_memory`, `use_async_staging` and "
-            "`use_non_blocking_copy`.",
+            "Write `StagingOptions(use_pinned_memory=True)`. As torch's class of this name, it has `use_pinned_memory`, "
+            "`use_shared_memory`, `use_async_staging` and `use_non_blocking_copy`.",
         ),
         python("Pinned memory without CUDA", "DefaultStager(StagingOptions(use_pinned_memory=True)).close()"),
         python("An abstract stager", "CheckpointStager()", "Make a `DefaultStager`."),
-        python("Replication without a process group", "ReplicationStager()"),
-        python("A writer without a path", "StagerStorageWriter()"),
+        python(
+            "Replication without a process group",
+            "ReplicationStager()",
+            "As torch's class, it takes a process group. Write `ReplicationStager(dist.group.WORLD)`, or "
+            "`ReplicationStager(None)`, which takes the default group, too. The job must have called "
+            "`dist.init_process_group()` first.",
+        ),
+        python(
+            "A writer without a path",
+            "StagerStorageWriter()",
+            'Give the directory of the checkpoint: `StagerStorageWriter("runs/gpt/step-00000400")`.',
+        ),
         python(
             "A writer for None",
             'dcp.save({"w": torch.ones(3)}, storage_writer=StagerStorageWriter(None), no_dist=True)',

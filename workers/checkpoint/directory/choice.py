@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 
+from stager.workers.checkpoint.directory.manifest import has_own_manifest
 from stager.workers.checkpoint.directory.run_directory import (
     checkpoint_name,
     committed_steps,
     is_checkpoint_directory,
     require_run_directory,
 )
-from stager.workers.errors import CheckpointNotFoundError, UsageError
+from stager.workers.errors import CheckpointNotFoundError, StagerError, UsageError
 
 _SHOWN_STEPS = 5
+_SHOWN_RUNS = 3
+_LOOKED_AT = 1000  # names
 
 
 def choose_checkpoint(path: str, step: int | None) -> str:
@@ -36,13 +40,36 @@ def choose_checkpoint(path: str, step: int | None) -> str:
 def _step_of_run(path: str, step: int | None) -> int:
     steps = committed_steps(path)
     if step is not None and step not in steps:
-        there = f"there are {_named(steps)}" if steps else "there are no checkpoints"
+        there = f"there are {_named(steps)}" if steps else f"there are no checkpoints{runs_inside(path)}"
         raise CheckpointNotFoundError(None, f"no checkpoint of step {step}; {there}", path)
     if not steps:
-        raise CheckpointNotFoundError(None, "the directory has no committed checkpoint", path)
+        raise CheckpointNotFoundError(None, f"the directory has no committed checkpoint{runs_inside(path)}", path)
     return steps[0] if step is None else step
 
 
 def _named(steps: list[int]) -> str:
     more = f" and {len(steps) - _SHOWN_STEPS} more" if len(steps) > _SHOWN_STEPS else ""
     return f"steps {', '.join(map(str, steps[:_SHOWN_STEPS]))}{more}"
+
+
+def is_run(directory: str) -> bool:
+    """Whether a directory is that of a run with a checkpoint."""
+    return any(has_own_manifest(os.path.join(directory, checkpoint_name(step))) for step in committed_steps(directory))
+
+
+def runs_inside(directory: str) -> str:
+    """Say which runs a directory contains, for the end of a message that it has no checkpoint; "" if there are none.
+
+    Args:
+        directory: absolute.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            runs = sorted(entry.name for entry in islice(entries, _LOOKED_AT) if entry.is_dir() and is_run(entry.path))
+    except (OSError, StagerError):  # it only looks
+        return ""
+    if not runs:
+        return ""
+    more = f" and {len(runs) - _SHOWN_RUNS} more" if len(runs) > _SHOWN_RUNS else ""
+    named = f"the run{'s' * (len(runs) > 1)} {', '.join(runs[:_SHOWN_RUNS])}{more}"
+    return f"; it contains {named}: give the directory of one run, such as {os.path.join(directory, runs[0])}"

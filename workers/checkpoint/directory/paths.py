@@ -16,6 +16,8 @@ _COLLAPSED_URL = re.compile(
     r"(s3a?|gs|gcs|az|abfss?|wasbs?|adl|hdfs|webhdfs|https?|ftp|sftp|ssh|hf|oss|cos|dbfs|memory|file):/", re.IGNORECASE
 )
 
+_DOWNLOADED = ("http", "https", "ftp", "hf")
+
 
 def local_path(path: object, what: str = "directory", environ: Mapping[str, str] | None = None) -> str:
     """Return the absolute path that ``path`` means: ``~`` and ``$VAR`` are expanded.
@@ -53,13 +55,20 @@ def local_path(path: object, what: str = "directory", environ: Mapping[str, str]
 
 def _text(path: object, what: str) -> str:
     if not isinstance(path, str | bytes | os.PathLike):
-        raise ArgumentError(f"{what} must be a path, got {path!r:.100} ({type(path).__name__})")
+        got = f"{path!r:.100} ({type(path).__name__})"
+        raise ArgumentError(f"{what} must be text or a pathlib.Path, got {got}{_advice(path)}")
     text = os.fsdecode(path)
     if not text.strip():
         raise ArgumentError(f"{what} is an empty path; write '.' for the current directory")
     if "\0" in text:
         raise ArgumentError(f"{what} is {text!r}, which has a null character in it")
     return text
+
+
+def _advice(path: object) -> str:
+    if type(path) is not int:
+        return ""
+    return f'; a step is given to save() or load(), as in Checkpointer("runs/gpt", read_only=True).load({path})'
 
 
 def _of_url(match: re.Match[str], text: str, what: str) -> str:
@@ -72,9 +81,12 @@ def _of_url(match: re.Match[str], text: str, what: str) -> str:
         raise ArgumentError(
             f"{what} is {text!r}, which names no file of this host; write file:///path, or the path itself"
         )
+    if scheme in _DOWNLOADED:
+        advice = "To read what is there, download it, and give the path of the file or directory"
+    else:
+        advice = "Give a path: where that storage is mounted, or on a local disk, and copy checkpoints yourself"
     raise ArgumentError(
-        f"{what} is {text!r}, and stager does not support {scheme}://; it reads and writes file systems only. Give a path: "
-        "of a mount of that storage, or of a local disk that you copy to or from"
+        f"{what} is {text!r}, and stager does not support {scheme}://; it reads and writes file systems only. {advice}"
     )
 
 

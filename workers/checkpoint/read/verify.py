@@ -63,7 +63,7 @@ def verify_checkpoint(
         progress: called with the number of bytes just checked, from several threads.
     """
     started = time.monotonic()
-    path = local_path(path, "path")
+    path = local_path(path, "the path of the checkpoint")
     problems: list[str] = []
     nbytes = num_items = 0
     step = None
