@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class ObjectPickler:
             )
         if not kinds <= self._checked:
             self._checked |= kinds
-            self._warn_if_refused(tree.name(leaf), blob)
+            self._warn_if_refused(tree.name(leaf), blob, value)
         return blob
 
     def _object_blob(self, tree: StateTree, leaf: int, value: Any) -> PickledObject:
@@ -91,9 +92,20 @@ class ObjectPickler:
                 )
             return self._format.object_blob(tuple(value.without_attributes()), leaf)
 
-    def _warn_if_refused(self, name: str, blob: bytes) -> None:
+    def _warn_if_refused(self, name: str, blob: bytes, value: object) -> None:
         """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
         if (reason := refusal_of(blob, self._safe_globals)) is None:
+            return
+        if isinstance(value, FunctionType | MethodType):
+            owner = f" of a {type(value.__self__).__name__}" if isinstance(value, MethodType) else ""
+            logger.warning(
+                "%s is the function %s%s, not what it returns; if that is meant, call it: write %s(). Loading the function "
+                "will need permission, such as allow_pickle=True",
+                name,
+                value.__name__,
+                owner,
+                value.__name__,
+            )
             return
         new = set(refused_classes(blob, self._safe_globals) or [reason]) - self._warned
         self._warned |= new

@@ -142,11 +142,11 @@ def test_wrong_value_is_worded_alike_from_set_environment_and_mapping(setting: s
     path, _, value = setting.partition("=")
     section, _, key = path.partition(".")
     from_set = error_of(None, (setting,))
-    assert from_set.startswith(f"--set {setting}: {path}: ")
+    assert from_set.startswith(f"overrides[0] {setting!r}: {path}: ")
     assert words in from_set
     variable = f"STAGER_{section}__{key}".upper()
     assert error_of(environ={variable: value}) == from_set.replace(
-        f"--set {setting}", f"environment variable {variable}"
+        f"overrides[0] {setting!r}", f"environment variable {variable}"
     )
 
 
@@ -162,12 +162,12 @@ UNKNOWN_KEYS = [
 
 @pytest.mark.parametrize(("setting", "words"), UNKNOWN_KEYS, ids=[s for s, _ in UNKNOWN_KEYS])
 def test_unknown_key_is_named_with_the_nearest(setting: str, words: str) -> None:
-    assert error_of(None, (setting,)).startswith(f"--set {setting}: {words}")
+    assert error_of(None, (setting,)).startswith(f"overrides[0] {setting!r}: {words}")
 
 
 @pytest.mark.parametrize("text", ["arena.buffers", "buffers=3", "=3", ".buffers=3", "arena.=3", ""])
 def test_malformed_set_is_refused(text: str) -> None:
-    assert error_of(None, (text,)).startswith(f"--set {text}: must have the form section.key=value")
+    assert error_of(None, (text,)).startswith(f"overrides[0] {text!r}: must have the form section.key=value")
 
 
 def test_every_problem_is_listed_with_its_own_source(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_every_problem_is_listed_with_its_own_source(tmp_path: Path) -> None:
     message = error_of(file, ("workers.nice=-1",), environ={"STAGER_LOADING__VERIFY": "never"})
     assert [line.split(": ")[:2] for line in sorted(message.splitlines())] == sorted(
         [
-            ["--set workers.nice=-1", "workers.nice"],
+            ["overrides[0] 'workers.nice=-1'", "workers.nice"],
             [f"{file}:2", "arena.bufers"],
             [f"{file}:3", "arena.prefault"],
             ["environment variable STAGER_LOADING__VERIFY", "loading.verify"],
@@ -201,7 +201,7 @@ def test_wrong_mapping_is_refused(config: Any, words: str) -> None:
 
 def test_rule_between_keys_names_the_section_and_the_sources_of_its_keys() -> None:
     message = error_of({"shop": {"apples": 1}}, ("shop.pears=2",), model=ShopConfig)
-    assert message == "config, --set shop.pears=2: shop: pears must not outnumber apples"
+    assert message == "config, overrides[0] 'shop.pears=2': shop: pears must not outnumber apples"
 
 
 def test_config_error_is_the_users() -> None:

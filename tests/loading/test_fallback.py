@@ -83,7 +83,9 @@ def test_all_are_damaged(checkpoints: Path) -> None:
         flip_bit(path / "__0_0.distcp", 100)
     with Checkpointer(checkpoints, read_only=True) as ckpt:
         assert ckpt.latest() is None
-        with pytest.raises(CorruptCheckpointError, match=r"step-00000030.*3 were tried.*to begin anew"):
+        with pytest.raises(
+            CorruptCheckpointError, match=r"step-00000030.*none of the 3 checkpoints .*steps 30, 20, 10.*to begin anew"
+        ):
             ckpt.load()  # None would say that there is nothing to resume from
         assert [s.name for s in ckpt.skipped] == ["step-00000030", "step-00000020", "step-00000010"]
         assert [info.step for info in ckpt.checkpoints()] == [10, 20, 30]  # by their manifests

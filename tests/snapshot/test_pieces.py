@@ -48,7 +48,7 @@ def test_pieces_cover_the_snapshot_once_and_fit(run_dir: Path) -> None:
     bench = Bench()
     bench.planner = Planner(get_format("dcp"), 2, 256 << 10, in_order=True)
     snapshot = bench.begin(state)
-    pieces = cut(snapshot.plan, snapshot.blobs, 2 * MIB)
+    pieces = cut(snapshot.plan, snapshot.blobs, 2 * MIB, 2)
     assert len(pieces.pieces) > 5 and pieces.slab_nbytes <= 2 * MIB
     covered = [0] * (pieces.items[-1].slab_offset + len(snapshot.blobs[-1]))
     for piece in pieces.pieces:
