@@ -54,7 +54,7 @@ def match_tensor(replacer: Replacer, node: Node, container: Any, key: Key, path:
         plan.add_problem(path, problem)
     elif replacer.strict:
         give = "give the module; " if is_module_node(node) else ""
-        plan.add_problem(path, f"{problem}; {give}strict=False would put what was saved in the place of the tensor")
+        plan.add_problem(path, f"{problem}; {give}strict=False puts what was saved in the place of the tensor")
     else:
         plan.replaced.append(path)
         replacer.replace(stored, container, key, path)

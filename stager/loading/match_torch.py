@@ -71,16 +71,13 @@ def match_module(
 def nothing_fits(path: Path, here: Collection[Any], there: Collection[Any]) -> str:
     """Say that no name of the target is in the checkpoint, and no name of the checkpoint in the target."""
     name = describe(path)
-    text = (
-        f"{name}: nothing fits: the target has the keys {listed(here)}; the checkpoint has the keys {listed(there)}. Is "
-        f"this the object that was saved as {name}?"
-    )
-    types = {str(name): type(name).__name__ for name in there}
-    alike = next((name for name in here if types.get(str(name), type(name).__name__) != type(name).__name__), None)
+    text = f"{name}: nothing fits: the target has the keys {listed(here)}; the checkpoint has the keys {listed(there)}"
+    types = {str(key): type(key).__name__ for key in there}
+    alike = next((key for key in here if types.get(str(key), type(key).__name__) != type(key).__name__), None)
     if alike is None:
-        return text
+        return f"{text}. Is this the object that was saved as {name}?"
     kinds = f"{type(alike).__name__} in the target, and {types[str(alike)]} in the checkpoint"
-    return f"{text} The key {alike} is of type {kinds}"
+    return f"{text}; the key {alike} is of type {kinds}"
 
 
 def listed(names: Collection[Any]) -> str:

@@ -85,8 +85,8 @@ def _in_checkpoint(
     advice = f"pass strip_prefix={prefix!r}"
     if _is_wrapper(prefix):
         sentence = (
-            f"the checkpoint's keys{_of(path)} begin with {prefix!r}: a wrapped model was saved; {advice} to load it "
-            f"(and save {_unwrapped(path, prefix)} in future, to have names without it)"
+            f"the checkpoint's keys{_of(path)} begin with {prefix!r}, because a wrapped model was saved (in future, save "
+            f"{_unwrapped(path, prefix)}); {advice}"
         )
     elif len(fitting) == len(unexpected):
         sentence = f"the checkpoint's keys{_of(path)} begin with {prefix!r}, and the target's do not; {advice}"
@@ -107,7 +107,7 @@ def _in_target(path: Path, missing: set[str], unexpected: set[str], shapes: Mapp
     advice = f"pass strip_prefix={prefix!r}"
     if _is_wrapper(prefix):
         sentence = (
-            f"the target's keys{_of(path)} begin with {prefix!r}: the model is wrapped; load into "
+            f"the target's keys{_of(path)} begin with {prefix!r}, because its model is wrapped; load into "
             f"{_unwrapped(path, prefix)}, or {advice}"
         )
     elif len(fitting) == len(missing):
@@ -131,7 +131,8 @@ def _of_a_part(path: Path, prefix: str, fitting: list[str], short: str, long: st
 
 
 def _unwrapped(path: Path, prefix: str) -> str:
-    return f"{describe(path) if path else 'the object'}.{prefix.rstrip('.')}"
+    name = prefix.rstrip(".")
+    return f"{describe(path)}.{name}" if path else f"its {name}"
 
 
 def _inside(path: Path, missing: set[str], unexpected: set[str]) -> PrefixFound | None:

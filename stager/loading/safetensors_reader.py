@@ -201,8 +201,8 @@ def _layout(header: dict[str, Any], path: str, start: int, size: int) -> Layout:
     if start + position > size:
         raise CorruptCheckpointError(
             path,
-            f"is cut short: its header and tensors need {start + position} bytes, and it has only {size}; copy it again, "
-            "or load another checkpoint",
+            f"its header and tensors need {start + position} bytes, and it has only {size}: it is cut short, or its header "
+            "is damaged; copy it again, or load another checkpoint",
         )
     if start + position != size:
         raise ValueError(f"the file has {size} bytes, and header and tensors take {start + position}")

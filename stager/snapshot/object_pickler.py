@@ -97,13 +97,11 @@ class ObjectPickler:
         if (reason := refusal_of(blob, self._safe_globals)) is None:
             return
         if isinstance(value, FunctionType | MethodType):
-            owner = f" of a {type(value.__self__).__name__}" if isinstance(value, MethodType) else ""
             logger.warning(
-                "%s is the function %s%s, not what it returns; if that is meant, call it: write %s(). Loading the function "
-                "will need permission, such as allow_pickle=True",
+                "%s is %s, not what it returns; if that is meant, call it: write %s(). Loading it as it is will need "
+                "permission, such as allow_pickle=True",
                 name,
-                value.__name__,
-                owner,
+                _described(value),
                 value.__name__,
             )
             return
@@ -117,3 +115,11 @@ class ObjectPickler:
                 reason,
                 ", ".join(sorted(new)),
             )
+
+
+def _described(function: FunctionType | MethodType) -> str:
+    if isinstance(function, FunctionType):
+        return f"the function {function.__name__}"
+    owner = function.__self__
+    name = owner.__name__ if isinstance(owner, type) else f"a {type(owner).__name__}"
+    return f"the method {function.__name__} of {name}"

@@ -184,6 +184,14 @@ def test_every_problem_is_listed_with_its_own_source(tmp_path: Path) -> None:
     )
 
 
+def test_space_that_is_missing_behind_a_colon_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("workers:\n  count: 1\narena:\n  buffers:3\n")
+    assert error_of(file) == f"{file}:4: arena: 'buffers:3' is text; put a space after the colon: buffers: 3"
+    file.write_text("arena:\n  nothing\n")
+    assert error_of(file) == f"{file}:2: arena: got 'nothing' (text); a section is a mapping of keys to values"
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

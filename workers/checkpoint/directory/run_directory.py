@@ -216,8 +216,8 @@ def read_checkpoint_at(path: str, step: int) -> tuple[CheckpointInfo, Manifest]:
             raise
         raise CorruptCheckpointError(
             os.path.join(path, MANIFEST_NAME),
-            f"is missing, although this checkpoint was committed: {kept} is still there; put the manifest back from a copy, "
-            f"or read the checkpoint unverified with load_checkpoint({path!r})",
+            f"is missing, although this checkpoint was committed: {kept} is still there "
+            f"(load_checkpoint({path!r}) reads the checkpoint unverified)",
         ) from error
     if manifest.header.step != step:
         raise CorruptCheckpointError(path, f"its manifest is of step {manifest.header.step}: the directory was renamed")
