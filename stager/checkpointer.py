@@ -237,13 +237,13 @@ class Checkpointer:
     def _refuse_in_callback(self, what: str) -> None:
         if self._listeners.is_current:
             raise UsageError(
-                f"{what} was called by a listener, and close() would wait for both; let the listener set a flag, and call "
-                "it from the training loop"
+                f"{what} was called by a listener, and close() would wait for both; set a flag in the listener, and call "
+                f"{what} from the training loop when it is set"
             )
         if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._run.saver.in_callback:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
-                "let the callback set a flag, and call it from the training loop"
+                f"set a flag in the callback, and call {what} from the training loop when it is set"
                 + (" (or look with latest(), or read with stager.load_checkpoint())" if what == "load()" else "")
             )
 

@@ -101,7 +101,10 @@ def recover(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Reco
         if dry_run:
             held.enter_context(unused_directory(directory))  # takes no lock: that would change the lock file
         else:
-            take_over(directory)
+            take_over(
+                directory,
+                "recover() needs the run for itself: close that one with its close(), then call recover() again",
+            )
             held.callback(os.close, lock_directory(directory, 0))
         return RecoverReport(directory, tuple(recover_all(directory, dry_run=dry_run)), dry_run)
 

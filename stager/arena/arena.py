@@ -64,6 +64,7 @@ class Arena:
         self.max_slab_nbytes = max_bytes  # the largest snapshot that can be staged in one slab
         # Of larger snapshots: whole pages, and so small that every buffer can be in flight.
         self.piece_nbytes = max(mmap.PAGESIZE, max_bytes // buffers // mmap.PAGESIZE * mmap.PAGESIZE)
+        self.num_buffers = buffers
         self._when_full = when_full
         self._prefault = prefault
         self._pin = pin

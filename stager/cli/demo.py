@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from stager.cli.console import stdout
-from stager.cli.options import ConfigOption, JsonOption, SetOption
+from stager.cli.options import ConfigOption, JsonOption, SetOption, load_settings
 
 
 def demo(
@@ -25,11 +25,10 @@ def demo(
 
     On several ranks: torchrun --nproc-per-node 2 -m stager demo --config configs/torchrun.yaml
     """
-    from stager.config import load_config
     from stager.demo import DemoConfig, RanksConfig, run_demo
     from stager.demo.run import world_size
 
     on_ranks = world_size(os.environ) > 1
-    settings = load_config(config, overrides or (), model=RanksConfig if on_ranks else DemoConfig)
+    settings = load_settings(config, overrides, RanksConfig if on_ranks else DemoConfig)
     out = out or Path("runs/demo-ranks" if on_ranks else "runs/demo")
     raise typer.Exit(run_demo(settings, out, stdout(), as_json))

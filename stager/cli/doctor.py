@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stager.cli.console import print_json, printable, stdout
-from stager.cli.options import ConfigOption, JsonOption, SetOption
+from stager.cli.options import ConfigOption, JsonOption, SetOption, load_settings
 
 if TYPE_CHECKING:
     from stager.doctor import Finding
@@ -23,10 +23,10 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Check this host and DIR for stager. Writes at most 64 MiB into DIR and removes it. Exit 1 if something fails."""
-    from stager.config import load_config
+    from stager.config import StagerConfig
     from stager.doctor import Status, run_checks
 
-    findings = run_checks(directory, load_config(config, overrides or ()))
+    findings = run_checks(directory, load_settings(config, overrides, StagerConfig))
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:

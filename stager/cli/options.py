@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from stager.config import StagerConfig
 
 ConfigOption = Annotated[
     Path | None,
@@ -16,3 +20,13 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; may be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of tables.")]
+
+_M = TypeVar("_M", bound="StagerConfig")
+
+
+def load_settings(config: Path | None, overrides: Sequence[str] | None, model: type[_M]) -> _M:
+    """Return the configuration that these options give."""
+    from stager.config.layers import override_layer
+    from stager.config.precedence import merged
+
+    return merged(config, [override_layer(text, f"--set {text}") for text in overrides or ()], None, model)

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stager.cli.console import print_json, printable, stdout
-from stager.cli.options import ConfigOption, JsonOption, SetOption
+from stager.cli.options import ConfigOption, JsonOption, SetOption, load_settings
 from stager.cli.selection import select_checkpoints
 from stager.cli.state_options import OptimizerName, host_of_options, job_of_options, state_of_options
 
 if TYPE_CHECKING:
     from stager.planning import Need, StateSource
+
+
+_PROBLEMS = {  # by verdict
+    "fewer in flight": "there is memory for fewer snapshots at a time than arena.buffers",
+    "in pieces": "a snapshot is larger than the memory for it, so each save is made in pieces",
+    "too large": "a snapshot is too large for the memory for it, even in pieces",
+    "not enough memory": "the host has less memory than buffers and workers would take",
+}
 
 
 def plan(
@@ -52,7 +60,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Print what saving a state takes: buffers, host memory, workers, disk. Exit 1 if it does not fit as configured."""
-    from stager.config import load_config
+    from stager.config import StagerConfig
     from stager.planning import work_out
     from stager.workers.errors import UsageError
 
@@ -67,7 +75,7 @@ def plan(
         )
     if step is not None and path is None:
         raise UsageError("--step goes with the directory of a run only; give one, or leave it out")
-    settings = load_config(config, overrides or ())
+    settings = load_settings(config, overrides, StagerConfig)
     job = job_of_options(ranks, local_world_size, shards)
     host = host_of_options(memory, cores)
     source = _source(path, step, module, meta, params, dtype, tensors, optimizer)
@@ -109,7 +117,7 @@ def _print(source: StateSource, need: Need, this_host: bool) -> None:
     console.print(table)
     for assumed in source.assumed:
         console.print(f"assumed: {printable(assumed)}", markup=False, soft_wrap=True)
-    verdict = "it fits" if need.fits else f"it does not fit as configured: {need.verdict.value}"
+    verdict = "it fits" if need.fits else f"it does not fit as configured: {_PROBLEMS[need.verdict.value]}"
     console.print(verdict, style="green" if need.fits else "bold red")
     for advice in need.advice:
         console.print(f"-> {printable(advice)}", markup=False, soft_wrap=True)
@@ -129,7 +137,7 @@ def _rows(source: StateSource, need: Need, this_host: bool) -> list[tuple[str, s
         (
             "disk per checkpoint",
             format_bytes(need.state.disk_nbytes),
-            "of the whole job; copies of a rank's count once",
+            "of the whole job; what several ranks have alike counts once",
         ),
         ("job", ranks, f"each tensor sharded over {job.num_shards}" if job.num_shards > 1 else "nothing is sharded"),
         ("buffer", format_bytes(rank.slab_nbytes), f"one snapshot of one rank, {rank.slab_nbytes} bytes"),
@@ -147,6 +155,6 @@ def _rows(source: StateSource, need: Need, this_host: bool) -> list[tuple[str, s
             available,
         ),
         ("budget of a rank", format_bytes(need.budget_nbytes), "for buffers: arena.max_host_bytes"),
-        ("descriptors", f"about {need.num_descriptors} for each rank", "however many tensors there are"),
+        ("open files", f"about {need.num_descriptors} for each rank", "more tensors take no more of them"),
     ]
     return rows

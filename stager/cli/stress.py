@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from stager.cli.console import stdout
-from stager.cli.options import ConfigOption, JsonOption, SetOption
+from stager.cli.options import ConfigOption, JsonOption, SetOption, load_settings
 
 
 def stress(
@@ -24,10 +24,9 @@ def stress(
     as_json: JsonOption = False,
 ) -> None:
     """Kill and stop processes, fill disks, damage files; check that nothing hangs or leaks and staged saves are safe."""
-    from stager.config import load_config
     from stager.stress import StressConfig, StressOptions, run_stress
 
-    settings = load_config(config, overrides or (), model=StressConfig)
+    settings = load_settings(config, overrides, StressConfig)
     options = StressOptions(seed, minutes, out.absolute(), tuple(episode or ()))
     before = signal.signal(
         signal.SIGTERM, signal.default_int_handler

@@ -132,7 +132,7 @@ def check_save(step: object, state: object) -> None:
     Raises:
         ArgumentError: names the argument, and says what to write.
     """
-    if _is_state(step) and _integer(step) is None:
+    if is_state(step) and _integer(step) is None:
         got = f"got {shown(step)} as step" + (f" and {shown(state)} as state" if state is not None else "")
         raise ArgumentError(f"save() takes the step first, as in save(100, state); {got}")
     check_state(state, "save(100, {example})")
@@ -153,7 +153,8 @@ def check_state(state: object, call: str) -> None:
 _EXAMPLE = '{"model": model, "optimizer": optimizer}'
 
 
-def _is_state(value: object) -> bool:
+def is_state(value: object) -> bool:
+    """Whether a value is a state, or an object that has one."""
     return isinstance(value, Mapping) or hasattr(value, "state_dict")
 
 
@@ -167,7 +168,7 @@ def load_arguments(step: object, into: object, directory: str) -> tuple[int | No
     Raises:
         ArgumentError: one of them cannot be meant.
     """
-    if _is_state(step) and _integer(step) is None:
+    if is_state(step) and _integer(step) is None:
         if into is not None:
             got = f"got {shown(step)} as step and {shown(into)} as into"
             raise ArgumentError(f"load() takes the step first, as in load(100, into=state); {got}")
@@ -180,8 +181,13 @@ def load_arguments(step: object, into: object, directory: str) -> tuple[int | No
     if isinstance(step, os.PathLike) or (isinstance(step, str) and os.sep in step) or _names_checkpoint(step):
         return _step_of_path(step, directory), into
     if isinstance(step, str) and step.strip().lower() in ("latest", "newest", "last"):
-        raise ArgumentError(f"step is {step!r}; load() without a step loads the newest checkpoint")
+        raise ArgumentError(f"step is {step!r}; {_NEWEST}")
+    if (number := _integer(step)) is not None and number < 0:
+        raise ArgumentError(f"step must be an integer of 0 or more, got {number}; {_NEWEST}")
     return as_step(step), into
+
+
+_NEWEST = "load() without a step loads the newest checkpoint"
 
 
 def _names_checkpoint(value: object) -> bool:

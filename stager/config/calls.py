@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from stager.config.arguments import is_state, shown
 from stager.config.models import StagerConfig
 from stager.config.problems import section_model
 from stager.workers.errors import ArgumentError
@@ -21,7 +22,7 @@ _R = TypeVar("_R")
 # Arguments of other libraries.
 _MEANT = {
     "blocking": "save(...).upload_completion.result() waits until the checkpoint is committed",
-    "map_location": "tensors are loaded to where those of into are, and without into to the CPU",
+    "map_location": "leave it out: each tensor goes to the device of the tensor in into; without into, all go to the CPU",
     "weights_only": "the rules of weights_only hold unless you pass allow_pickle=True, which runs code from the checkpoint",
 }
 _SETTINGS = {  # by their names in other libraries
@@ -76,7 +77,14 @@ def _problem(
         one.name for one in parameters.values() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
     ]
     missing = [name for name in needed if name not in given]
-    return f"{call} needs {' and '.join(needed)}, as in {example}; {missing[-1]} is missing" if missing else None
+    return _missing(call, example, args, needed, missing) if missing else None
+
+
+def _missing(call: str, example: str, args: Sequence[object], needed: Sequence[str], missing: Sequence[str]) -> str:
+    if needed[0] == "step" and args and is_state(args[0]):
+        return f"{call} takes the step first, as in {example}; got {shown(args[0])} in the place of the step"
+    lacks = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
+    return f"{call} needs {' and '.join(needed)}, as in {example}; {lacks}"
 
 
 def _too_many(call: str, extra: Sequence[object], positional: Sequence[str], by_name: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ class Layer:
     """Values by section and key.
 
     Attributes:
-        source: as an error message names it: a path, ``mapping``, ``environment variable X``, ``--set a.b=c``.
+        source: as an error message names it: a path, ``config``, ``environment variable X``, ``--set a.b=c``.
         values: section -> key -> value; not checked yet, so a section may be anything.
         lines: for a file, the line of each section and key, from 1.
     """
@@ -140,11 +140,10 @@ def environment_layers(environ: Mapping[str, str]) -> Iterator[Layer]:
             yield Layer(source, {section: {key: _scalar(environ[name], source)}})
 
 
-def override_layer(text: str) -> Layer:
-    """Make the layer of one ``--set section.key=value``; ConfigError if it has another form, or is not YAML."""
+def override_layer(text: str, source: str) -> Layer:
+    """Make the layer of one ``section.key=value``; ConfigError if it has another form, or is not YAML."""
     path, equals, value = text.partition("=")
     section, dot, key = path.strip().partition(".")
-    source = f"--set {text}"
     if not (equals and dot and section and key):
         raise ConfigError(f"{source}: must have the form section.key=value, for example arena.buffers=3")
     return Layer(source, {section: {key: _scalar(value, source)}})
@@ -191,5 +190,7 @@ def _children(node: yaml.MappingNode, prefix: KeyPath, source: str) -> list[tupl
             message = f"{'.'.join(path)}: given twice, first on line {first_lines[identity]}; keep one"
             raise ConfigError(f"{source}:{line}: {message}")
         first_lines[identity] = line
+        if not prefix and isinstance(value, yaml.ScalarNode) and value.value:  # a section that is text, on its own line
+            line = value.start_mark.line + 1
         children.append((path, line, value))
     return children

@@ -46,8 +46,18 @@ def load_config(
         ConfigError: an unknown key, a wrong type, an impossible value or unreadable YAML. It names the source (with the
             line, for a file), the key path, and what is allowed; every problem is listed, one per line.
     """
+    on_top = [layers.override_layer(text, f"overrides[{i}] {text!r}") for i, text in enumerate(overrides)]
+    return merged(config, on_top, environ, model)
+
+
+def merged(config: ConfigSource, on_top: Sequence[Layer], environ: Mapping[str, str] | None, model: type[_M]) -> _M:
+    """Return the configuration as :func:`load_config` does.
+
+    Args:
+        on_top: overrides; the last one wins.
+    """
     if isinstance(config, StagerConfig):
-        if isinstance(config, model) and not overrides:
+        if isinstance(config, model) and not on_top:
             return config
         model = type(config) if isinstance(config, model) else model
         sources = [Layer("config", config.model_dump())]
@@ -55,12 +65,12 @@ def load_config(
         environ = os.environ if environ is None else environ
         _refuse_single_underscores(environ, model)
         sources = [*_base_layers(config), *layers.environment_layers(environ)]
-    merged = _Merged(model)
+    settings = _Merged(model)
     for layer in sources:
-        merged.add(layer, passed_over=COMMAND_SECTIONS)
-    for text in overrides:
-        merged.add(layers.override_layer(text))
-    return merged.validate()
+        settings.add(layer, passed_over=COMMAND_SECTIONS)
+    for layer in on_top:
+        settings.add(layer)
+    return settings.validate()
 
 
 def _base_layers(config: object) -> list[Layer]:
@@ -123,9 +133,7 @@ class _Merged(Generic[_M]):
         elif isinstance(body, Mapping):
             self._add_keys(layer, section, body, section_model.model_fields)
         elif body is not None:  # a section whose keys are all commented out is null
-            self._note(
-                layer, (section,), f"{section}: got {problems.shown(body)}; a section is a mapping of keys to values"
-            )
+            self._note(layer, (section,), problems.not_a_section(section, body, section_model.model_fields))
 
     def _add_keys(self, layer: Layer, section: str, body: Mapping[Any, Any], known: Collection[str]) -> None:
         values = self._values.setdefault(section, {})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -67,6 +68,14 @@ def unknown_key(section: str, key: object, model: type[BaseModel]) -> str:
     near = [f"{section}.{k}" for k in difflib.get_close_matches(str(key), keys, n=1)]
     suggestion = _did_you_mean(_key_paths(model, key) or near)
     return f"{section}.{key}: unknown key{suggestion} (keys of {section}: {', '.join(keys)})"
+
+
+def not_a_section(section: str, body: object, keys: Collection[str]) -> str:
+    """Say that a section is no mapping. ``buffers:3``, without a space, is text in YAML."""
+    pair = re.match(r"(\w+):(\S+)", body) if isinstance(body, str) else None
+    if pair is not None and pair[1] in keys:
+        return f"{section}: {body!r} is text; put a space after the colon: {pair[1]}: {pair[2]}"
+    return f"{section}: got {shown(body)}; a section is a mapping of keys to values"
 
 
 def wrong_value(path: Sequence[str], value: object, field: FieldInfo | None, reason: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stager.loading.nodes import is_plain_mapping
+from stager.loading.match_torch import listed
+from stager.loading.nodes import children_of, is_plain_mapping
 from stager.loading.renaming import Renaming
 from stager.loading.selection import Selection
 from stager.workers.checkpoint.layout.structure import Node
@@ -52,17 +53,27 @@ class Part:
         renamed = Renaming(strip_prefix=rest).of(node, path)
         if renamed == node:
             raise StateMismatchError(
-                f"{path}: no name begins with strip_prefix={self.strip_prefix!r}; {self._advice(structure)}"
+                f"{path}: no name of what is exported begins with strip_prefix={self.strip_prefix!r}; nothing was written; "
+                + _advice(self.strip_prefix, structure)
             )
         return renamed
 
-    def _advice(self, structure: Node) -> str:
-        head = self.strip_prefix.partition(".")[0]
-        if not is_plain_mapping(structure) or head not in structure[1]:
-            return "stager inspect lists the names"
-        if len(structure[1]) > 1:
-            return f"to export only what is in {head!r}, give keys={head!r}, too"
-        return f"names inside of {head!r} begin with {f'{head}.'!r}; stager inspect lists them"
+
+def _advice(prefix: str, structure: Node) -> str:
+    """Say which prefix names have.
+
+    Args:
+        structure: what is exported.
+    """
+    head = prefix.partition(".")[0]
+    if not is_plain_mapping(children_of(structure).get(head)):
+        return f"the names at its top are {listed(children_of(structure))}; stager inspect lists all names"
+    if len(structure[1]) > 1:
+        return (
+            f"the names at its top are {listed(structure[1])}; to export what is in {head} alone, pass "
+            f"keys={head!r}, strip_prefix={f'{head}.'!r}"
+        )
+    return f"the names in {head} begin with {f'{head}.'!r}; pass strip_prefix={f'{head}.'!r}"
 
 
 def _inside(node: Node, prefix: str) -> tuple[Node, str]:

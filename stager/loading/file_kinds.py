@@ -75,7 +75,10 @@ def _nothing_known(head: bytes, nbytes: int) -> str:
         return "begins with zeros only: the host stopped before the data was on disk; load another checkpoint"
     if _begins_as_safetensors(head):
         length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-        return f"seems to be a safetensors file that is cut short: its header has {length} bytes, and the file {nbytes}"
+        return (
+            f"seems to be a safetensors file that is cut short: its header alone needs {_LENGTH_BYTES + length} bytes, and "
+            f"the file has only {nbytes}; copy it again, or load another checkpoint"
+        )
     return (
         "is not what torch.save writes, nor safetensors, nor anything else that stager knows; it begins with "
         f"{head[:12]!r}. Give a file that torch.save or safetensors wrote, or the directory of a checkpoint"
@@ -89,13 +92,14 @@ def _begins_as_safetensors(head: bytes) -> bool:
 
 def _refuse_other_archives(fd: int, path: str) -> None:
     """Refuse a zip archive that torch.save did not write."""
-    name = os.path.basename(path)
     try:
         with zipfile.ZipFile(f"/proc/self/fd/{fd}") as archive:
             names = archive.namelist()
     except Exception as error:  # a damaged archive can make zipfile raise anything
         raise CorruptCheckpointError(
-            path, f"{name} begins as torch.save writes and its end is missing: it is cut short, or damaged ({error})"
+            path,
+            f"is a file of torch.save, or another zip archive, whose end is missing or damaged ({os.fstat(fd).st_size} "
+            f"bytes are there; {error}); copy it again, or load another checkpoint",
         ) from error
     records = {one.rpartition("/")[2] for one in names}
     if "constants.pkl" in records:

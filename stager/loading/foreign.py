@@ -132,14 +132,13 @@ def load_torch_save(path: str, allow_pickle: bool, map_location: str = "cpu", sa
     Raises:
         CorruptCheckpointError, UnsafePickleError, UsageError, StorageError
     """
-    name = os.path.basename(path)
     with storage_errors("open", path):
         fd = open_regular(path)
     with open(fd, "rb") as file, storage_errors("read", path):
         nbytes, source = os.fstat(file.fileno()).st_size, f"/proc/self/fd/{file.fileno()}"
         if is_legacy(file.peek()):
             if not allow_pickle:
-                check_legacy(file, nbytes, name, path)
-            return load_unverified(source, name, path, allow_pickle, map_location, safe_globals, load_legacy)
-        check_archive(file, nbytes, name, path, pickles=not allow_pickle)
-        return load_unverified(source, name, path, allow_pickle, map_location, safe_globals)
+                check_legacy(file, nbytes, path)
+            return load_unverified(source, path, allow_pickle, map_location, safe_globals, load_legacy)
+        check_archive(file, nbytes, "the file", path, pickles=not allow_pickle)
+        return load_unverified(source, path, allow_pickle, map_location, safe_globals)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -75,9 +77,8 @@ class Loader:
         self._verified: dict[str, Fingerprint] = {}
         self._skipped: list[SkippedCheckpoint] = []
         self._told: set[int] = set()
-        self._unusable: list[
-            StagerError
-        ] = []  # why committed checkpoints were skipped; those that were removed excepted
+        # step -> why its committed checkpoint was skipped, newest first; those that were removed excepted
+        self._unusable: dict[int, StagerError] = {}
 
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
@@ -106,7 +107,7 @@ class Loader:
         """
         with self._lock:
             if below is None:
-                self._skipped, self._unusable = [], []
+                self._skipped, self._unusable = [], {}
             found = self._find_newest(self._config.verify_first, below)
             return None if found is None else found.info
 
@@ -125,7 +126,7 @@ class Loader:
         allowed = self._config.allow_pickle if allow_pickle is None else allow_pickle
         first = self._config.verify_first and into is not None
         damaged: CorruptCheckpointError | None = None  # set once a damaged checkpoint has overwritten some of ``into``
-        with self._lock:
+        with self._lock, self._advising(step):
             found = self._find(step, first)
             while found is not None and (damaged is None or strict):
                 restorer = Restorer(
@@ -164,6 +165,16 @@ class Loader:
             self.tell_of_lookalikes()
             return None
 
+    @contextmanager
+    def _advising(self, step: int | None) -> Iterator[None]:
+        """Add to the error of a damaged checkpoint that was asked for what to do."""
+        try:
+            yield
+        except CorruptCheckpointError as error:
+            if step is None:
+                raise
+            raise CorruptCheckpointError(error.path, f"{error.problem}; {self._place.instead_of([step])}") from error
+
     def note_passed_over(self, passed_over: list[SkippedCheckpoint]) -> None:
         """Add to :attr:`skipped` what this load has passed over before, newest first."""
         self._skipped[:0] = passed_over
@@ -177,11 +188,8 @@ class Loader:
         """
         if not self._unusable:
             return
-        newest_error = self._unusable[0]
-        advice = (
-            f"no older checkpoint of {self._place.directory} can be used either ({len(self._unusable)} were tried); restore "
-            "one from elsewhere, or remove them to begin anew"
-        )
+        newest_error = next(iter(self._unusable.values()))
+        advice = self._place.instead_of(list(self._unusable))
         if isinstance(newest_error, CorruptCheckpointError):
             raise CorruptCheckpointError(newest_error.path, f"{newest_error.problem}; {advice}") from newest_error
         if isinstance(newest_error, StorageError):
@@ -216,7 +224,7 @@ class Loader:
             SkippedCheckpoint(name, "partial: its save was never committed, or is still being written")
             for name in reversed(self._place.partial_names())
         ]
-        self._unusable = []
+        self._unusable = {}
         if step is None:
             return self._find_newest(full)
         if not self._place.has(step):
@@ -239,7 +247,7 @@ class Loader:
     def _skip(self, step: int, error: StagerError) -> None:
         self._skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
         if not isinstance(error, CheckpointNotFoundError):
-            self._unusable.append(error)
+            self._unusable[step] = error
         logger.warning("%s skipped: %s", checkpoint_name(step), error)
 
     def _check(self, step: int, full: bool) -> _Candidate:

@@ -168,10 +168,15 @@ class _Matcher:
 
     def missing(self, value: Any, path: Path) -> None:
         """Note that ``value`` is in the target and not in the checkpoint."""
+        self._note_shape(value, path)
         if self._selection is None:
             self.plan.missing.append(path)
         else:
             self.plan.missing += self._selection.in_value(value, path)
+
+    def _note_shape(self, value: Any, path: Path) -> None:
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested:
+            self.plan.shapes[path] = tuple(value.shape)
 
     def entry(self, node: Node, container: Any, key: Key, path: Path, owner: _Owner = _Owner.NOBODY) -> None:
         """Match ``container[key]`` with a node, and plan how it is restored.
@@ -324,6 +329,7 @@ class _Matcher:
         elif (refusal := self._replacer.refusal(container, key)) is not None:
             self.plan.problems.append(self._replacer.refused(container, path, refusal))
         else:
+            self._note_shape(value, path)
             self.plan.dropped += tensor_paths(value, path)
             self._last.append((path, lambda values: container.pop(key, None)))
 
@@ -343,6 +349,7 @@ class _Matcher:
 
         elif not isinstance(mapping, MutableMapping) and not is_unexpected:
             self.plan.add_problem(path, f"is not in the target, and a {type(mapping).__name__} cannot be changed")
+        self.plan.note_shape(path, child, self._items)
         self._extras.note(path, add, is_unexpected=is_unexpected)
 
     def _list(self, node: Node, value: list[Any], path: Path, owner: _Owner) -> None:

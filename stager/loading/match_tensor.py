@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from stager.loading.belongings import is_module_node
 from stager.loading.difference import difference, fits, object_difference, obstacle
 from stager.loading.nodes import kind_of
 from stager.loading.replacing import Replacer, put
@@ -39,7 +40,8 @@ def match_tensor(replacer: Replacer, node: Node, container: Any, key: Key, path:
         _match_object(replacer, node, container, key, path, is_data=is_data)
         return
     if type(node) is not int:
-        problem: str | None = f"is a tensor in the target and {kind_of(node)} in the checkpoint"
+        saved = "the state dict of a module" if is_module_node(node) else kind_of(node)
+        problem: str | None = f"is a tensor in the target and {saved} in the checkpoint"
     else:
         problem = difference(replacer.items[node], value)
     if problem is None:
@@ -51,7 +53,8 @@ def match_tensor(replacer: Replacer, node: Node, container: Any, key: Key, path:
     elif not is_data or not replacer.may_replace_tensor(container, key):
         plan.add_problem(path, problem)
     elif replacer.strict:
-        plan.add_problem(path, f"{problem}; strict=False puts what the checkpoint has in its place")
+        give = "give the module; " if is_module_node(node) else ""
+        plan.add_problem(path, f"{problem}; {give}strict=False puts what was saved in the place of the tensor")
     else:
         plan.replaced.append(path)
         replacer.replace(stored, container, key, path)

@@ -50,7 +50,7 @@ def match_module(
     for name, value in state.items():
         if name not in nodes:
             missing(value, (*path, name))
-    plan.unexpected += [(*path, key) for key in nodes if key not in state]
+    plan.note_unexpected(path, nodes, state, items)
     for key, child in nodes.items():
         tensor = state.get(key)
         if type(child) is not int or items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
@@ -70,11 +70,12 @@ def match_module(
 
 def nothing_fits(path: Path, here: Collection[Any], there: Collection[Any]) -> str:
     """Say that no name of the target is in the checkpoint, and no name of the checkpoint in the target."""
-    text = f"{describe(path)}: nothing of it fits: the target has {listed(here)}, and the checkpoint {listed(there)}"
-    types = {str(name): type(name).__name__ for name in there}
-    alike = next((name for name in here if types.get(str(name), type(name).__name__) != type(name).__name__), None)
+    name = describe(path)
+    text = f"{name}: nothing fits: the target has the keys {listed(here)}; the checkpoint has the keys {listed(there)}"
+    types = {str(key): type(key).__name__ for key in there}
+    alike = next((key for key in here if types.get(str(key), type(key).__name__) != type(key).__name__), None)
     if alike is None:
-        return text
+        return f"{text}. Is this the object that was saved as {name}?"
     kinds = f"{type(alike).__name__} in the target, and {types[str(alike)]} in the checkpoint"
     return f"{text}; the key {alike} is of type {kinds}"
 

@@ -55,6 +55,8 @@ class Run:
 
     def which(self, missing: int) -> str:
         """Say that a step is missing, and which steps there are: those beside it, and the newest."""
+        if not os.path.lexists(self.directory):
+            return f"does not exist, so there is no checkpoint of step {missing}; check the path"
         steps = self.steps()
         begun = any(parse_partial(name)[0] == missing for name in self.partial_names())
         why = f"there is no checkpoint of step {missing}"
@@ -74,6 +76,18 @@ class Run:
             near.remove(newest)
         nearest = f"the nearest {'are' if len(near) > 1 else 'is'} {_in_words(near)}, " if near else ""
         return f"{why}; of {len(steps)}, {nearest}the newest is {newest}"
+
+    def instead_of(self, damaged: list[int]) -> str:
+        """Say what to do about steps that cannot be used, newest first."""
+        if others := [step for step in self.steps() if step not in damaged]:
+            return f"put it back from a copy, or load another step: {_first(others)}"
+        if len(damaged) == 1:
+            name = checkpoint_name(damaged[0])
+            return f"the run has no other checkpoint: put this one back from a copy, or remove {name} to begin anew"
+        return (
+            f"none of the {len(damaged)} checkpoints of {self.directory} can be used (steps {_first(damaged)}): put one "
+            "back from a copy, or remove them all to begin anew"
+        )
 
 
 class OneCheckpoint(Run):
@@ -115,9 +129,19 @@ class OneCheckpoint(Run):
         """Return nothing: what lies beside it is not looked at."""
         return []
 
+    def instead_of(self, damaged: list[int]) -> str:
+        """Say what to do about it."""
+        return "put it back from a copy, or open its run and load another step"
+
     def which(self, missing: int) -> str:
         """Say which step it has."""
         return f"this is the checkpoint of step {self._step}, not of step {missing}; open its run for other steps"
+
+
+def _first(steps: list[int]) -> str:
+    """``300, 200, 100 and 7 more``."""
+    more = f" and {len(steps) - _NUM_SHOWN} more" if len(steps) > _NUM_SHOWN else ""
+    return ", ".join(map(str, steps[:_NUM_SHOWN])) + more
 
 
 def _in_words(steps: list[int]) -> str:

@@ -11,13 +11,18 @@ Any other prefix that fits is found, too, and several on top of each other (``mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from stager.workers.checkpoint.layout.structure import Path, describe
 
 _WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "base_model.model.")
 _MOST_TRIED = 200  # names from which a prefix is guessed
+_SHOWN_NAMES = 3
+
+Shape = tuple[int, ...]
+NO_SHAPES: Mapping[Path, Shape] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +40,15 @@ class PrefixFound:
     unexpected: frozenset[Path]
 
 
-def find_prefixes(missing: Iterable[Path], unexpected: Iterable[Path]) -> list[PrefixFound]:
+def find_prefixes(
+    missing: Iterable[Path], unexpected: Iterable[Path], shapes: Mapping[Path, Shape] = NO_SHAPES
+) -> list[PrefixFound]:
     """Find prefixes among names that do not fit, for each mapping by itself.
 
     Args:
         missing: key paths of the target that the checkpoint does not have.
         unexpected: key paths of the checkpoint that the target does not have.
+        shapes: of the tensors among them, where they are known.
     """
     there, here = _by_mapping(unexpected), _by_mapping(missing)
     found = []
@@ -48,7 +56,11 @@ def find_prefixes(missing: Iterable[Path], unexpected: Iterable[Path]) -> list[P
         stored = there.get(path)
         if not stored:
             continue
-        for one in (_in_checkpoint(path, names, stored), _in_target(path, names, stored), _inside(path, names, stored)):
+        for one in (
+            _in_checkpoint(path, names, stored, shapes),
+            _in_target(path, names, stored, shapes),
+            _inside(path, names, stored),
+        ):
             if one is not None:
                 found.append(one)
                 break
@@ -63,23 +75,64 @@ def _by_mapping(paths: Iterable[Path]) -> dict[Path, set[str]]:
     return names
 
 
-def _in_checkpoint(path: Path, missing: set[str], unexpected: set[str]) -> PrefixFound | None:
-    prefix = _prefix(unexpected, missing)
+def _in_checkpoint(
+    path: Path, missing: set[str], unexpected: set[str], shapes: Mapping[Path, Shape]
+) -> PrefixFound | None:
+    prefix = _prefix(path, unexpected, missing, shapes)
     if prefix is None:
         return None
-    unwrapped = f"{describe(path) if path else 'the module'}.{prefix.rstrip('.')}"
-    save = f"save {unwrapped}, or " if _is_wrapper(prefix) else ""
-    return _found(path, prefix, missing, unexpected, "the checkpoint", save)
+    fitting = [name for name in missing if prefix + name in unexpected]
+    advice = f"pass strip_prefix={prefix!r}"
+    if _is_wrapper(prefix):
+        sentence = (
+            f"the checkpoint's keys{_of(path)} begin with {prefix!r}, because a wrapped model was saved (in future, save "
+            f"{_unwrapped(path, prefix)}); {advice}"
+        )
+    elif len(fitting) == len(unexpected):
+        sentence = f"the checkpoint's keys{_of(path)} begin with {prefix!r}, and the target's do not; {advice}"
+    else:
+        sentence = _of_a_part(path, prefix, fitting, "the target", "the checkpoint")
+    return PrefixFound(
+        sentence,
+        frozenset((*path, name) for name in fitting),
+        frozenset((*path, prefix + name) for name in fitting),
+    )
 
 
-def _in_target(path: Path, missing: set[str], unexpected: set[str]) -> PrefixFound | None:
-    prefix = _prefix(missing, unexpected)
+def _in_target(path: Path, missing: set[str], unexpected: set[str], shapes: Mapping[Path, Shape]) -> PrefixFound | None:
+    prefix = _prefix(path, missing, unexpected, shapes)
     if prefix is None:
         return None
-    unwrapped = f"{describe(path) if path else 'the module'}.{prefix.rstrip('.')}"
-    give = f"load into {unwrapped}, or " if _is_wrapper(prefix) else ""
-    found = _found(path, prefix, unexpected, missing, "the target", give)
-    return PrefixFound(found.sentence, found.unexpected, found.missing)
+    fitting = [name for name in unexpected if prefix + name in missing]
+    advice = f"pass strip_prefix={prefix!r}"
+    if _is_wrapper(prefix):
+        sentence = (
+            f"the target's keys{_of(path)} begin with {prefix!r}, because its model is wrapped; load into "
+            f"{_unwrapped(path, prefix)}, or {advice}"
+        )
+    elif len(fitting) == len(missing):
+        sentence = f"the target's keys{_of(path)} begin with {prefix!r}, and the checkpoint's do not; {advice}"
+    else:
+        sentence = _of_a_part(path, prefix, fitting, "the checkpoint", "the target")
+    return PrefixFound(
+        sentence,
+        frozenset((*path, prefix + name) for name in fitting),
+        frozenset((*path, name) for name in fitting),
+    )
+
+
+def _of_a_part(path: Path, prefix: str, fitting: list[str], short: str, long: str) -> str:
+    """Say that one side has a part of what the other has, under a prefix; this may be a coincidence."""
+    shown = ", ".join(sorted(fitting)[:_SHOWN_NAMES]) + (", ..." if len(fitting) > _SHOWN_NAMES else "")
+    return (
+        f"{short}'s keys{_of(path)} that do not fit ({shown}) are in {long} with {prefix!r} before them; if these are "
+        f"meant, pass strip_prefix={prefix!r} and strict=False, which leaves out the other keys"
+    )
+
+
+def _unwrapped(path: Path, prefix: str) -> str:
+    name = prefix.rstrip(".")
+    return f"{describe(path)}.{name}" if path else f"its {name}"
 
 
 def _inside(path: Path, missing: set[str], unexpected: set[str]) -> PrefixFound | None:
@@ -88,7 +141,7 @@ def _inside(path: Path, missing: set[str], unexpected: set[str]) -> PrefixFound 
         fitting = {name for name in unexpected if f".{wrapper}" in name and _without(name, wrapper) in missing}
         if fitting:
             return PrefixFound(
-                f"the checkpoint's keys{_of(path)} have {wrapper} within them; pass "
+                f"the checkpoint's keys{_of(path)} have {wrapper!r} within them; pass "
                 f"rename=lambda name: name.replace('.{wrapper}', '.')",
                 frozenset((*path, _without(name, wrapper)) for name in fitting),
                 frozenset((*path, name) for name in fitting),
@@ -104,33 +157,29 @@ def _of(path: Path) -> str:
     return f" of {describe(path)}" if path else ""
 
 
-def _found(path: Path, prefix: str, short: set[str], long: set[str], whose: str, other_way: str) -> PrefixFound:
-    fitting = [name for name in short if prefix + name in long]
-    if len(fitting) == len(long) or _is_wrapper(prefix):
-        sentence = f"{whose}'s keys{_of(path)} have the prefix {prefix}; {other_way}pass strip_prefix={prefix!r}"
-    else:  # a part of a larger module, or a coincidence
-        sentence = (
-            f"{len(fitting)} of {whose}'s {len(long)} keys{_of(path)} that do not fit have the prefix {prefix}, and "
-            f"would fit without it; pass strip_prefix={prefix!r} and strict=False to load these only"
-        )
-    return PrefixFound(
-        sentence,
-        frozenset((*path, name) for name in fitting),
-        frozenset((*path, prefix + name) for name in fitting),
-    )
+def _prefix(path: Path, long: Collection[str], short: Collection[str], shapes: Mapping[Path, Shape]) -> str | None:
+    """Return the prefix that makes the most of the short names long ones; None: there is none.
 
-
-def _prefix(long: Collection[str], short: Collection[str]) -> str | None:
-    """Return the prefix that makes the most of the short names long ones; None: there is none."""
+    Where the long names have others among them, the shapes have to be the same, too.
+    """
     votes: Counter[str] = Counter()
     ordered = sorted(short)[:_MOST_TRIED]
     for name in sorted(long)[:_MOST_TRIED]:
         votes.update({name[: -len(one)] for one in ordered if name.endswith(f".{one}")})
     for prefix, _ in votes.most_common(5):
-        fitting = sum(prefix + name in long for name in short)
-        if fitting == min(len(short), len(long)) or (_is_wrapper(prefix) and fitting):
+        fitting = [name for name in short if prefix + name in long]
+        if fitting and _is_wrapper(prefix):
+            return prefix
+        if len(fitting) == len(long) or (
+            len(fitting) == len(short)
+            and not any(_differ(shapes, (*path, name), (*path, prefix + name)) for name in fitting)
+        ):
             return prefix
     return None
+
+
+def _differ(shapes: Mapping[Path, Shape], one: Path, other: Path) -> bool:
+    return one in shapes and other in shapes and shapes[one] != shapes[other]
 
 
 def _is_wrapper(prefix: str) -> bool:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ import torch
 
 from stager.loading.loaded import Outcome
 from stager.loading.one_memory import contradictions
-from stager.loading.prefixes import PrefixFound, find_prefixes
+from stager.loading.prefixes import PrefixFound, Shape, find_prefixes
 from stager.loading.sharded import Sharded
 from stager.state.shards import is_sharded
+from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, fqn, walk
+from stager.workers.checkpoint.layout.tensor_node import without_flags
 from stager.workers.errors import StateMismatchError, UnloadableError
 
 logger = logging.getLogger("stager")
@@ -62,6 +65,7 @@ class RestorePlan:
         replaced: tensors of the target whose place new ones take, because they do not fit.
         problems: all other mismatches.
         unfit: values for which the checkpoint has something, and nothing of it fits: path, and a sentence.
+        shapes: of tensors that only one side has.
         converted: key paths of tensors that get another dtype, the saved dtype, and that of the target.
         per_rank: values of ranks that this job does not have: by name, then by rank.
         cause: of a problem: what code of the user raised.
@@ -80,6 +84,7 @@ class RestorePlan:
     replaced: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     unfit: list[tuple[Path, str]] = field(default_factory=list)
+    shapes: dict[Path, Shape] = field(default_factory=dict)
     per_rank: dict[str, dict[int, Any]] = field(default_factory=dict)
     converted: list[tuple[Path, torch.dtype, torch.dtype]] = field(default_factory=list)
     cause: Exception | None = None
@@ -129,7 +134,7 @@ class RestorePlan:
         return UnloadableError(
             key_path,
             f"{reason}. The bytes in {path} are intact, and no older checkpoint was tried. {self._how_far(number)} "
-            "Correct the code that raised, or leave the value out by load(keys=...)",
+            f"Correct the code that raised, or leave {describe(step.path[:1])} out of into",
         )
 
     def _how_far(self, number: int) -> str:
@@ -145,32 +150,60 @@ class RestorePlan:
         """Note a mismatch at ``path``; ``text`` is a predicate."""
         self.problems.append(f"{describe(path)}: {text}")
 
+    def note_unexpected(
+        self, path: Path, nodes: Mapping[Any, Node], names: Collection[Any], items: Sequence[Item]
+    ) -> None:
+        """Note what a mapping of the checkpoint has, and the target, with these ``names``, has not."""
+        for key, node in nodes.items():
+            if key not in names:
+                self.unexpected.append((*path, key))
+                self.note_shape((*path, key), node, items)
+
+    def note_shape(self, path: Path, node: Node, items: Sequence[Item]) -> None:
+        """Note the shape of what only the checkpoint has, if it is a tensor."""
+        node = without_flags(node)
+        if type(node) is int and items[node].kind == "tensor":
+            self.shapes[path] = items[node].shape
+
     def refuse_mismatches(self, path: str, strict: bool) -> None:
         """Raise StateMismatchError if there is a problem, or, when ``strict``, a missing or unexpected key.
 
         Args:
             path: of the checkpoint, for the message.
         """
-        prefixes = find_prefixes([*self.missing, *self.dropped], [*self.unexpected, *self.ignored])
+        prefixes = find_prefixes([*self.missing, *self.dropped], [*self.unexpected, *self.ignored], self.shapes)
         explained = {path[:-1] for one in prefixes for path in one.missing}
-        lines = [*self.problems, *(text for path, text in self.unfit if path not in explained)]
+        unfit = {path: text for path, text in self.unfit if path not in explained}
+        lines = [*self.problems, *unfit.values()]
         if strict or self.unfit:
             lines += [one.sentence for one in prefixes]
         if strict:
-            lines += self._differences(prefixes)
+            lines += self._differences(prefixes, unfit)
         advice = "" if self.problems or self.unfit else "\nload(..., strict=False) restores the keys that both have"
         refuse(path, lines, advice, self.cause)
 
-    def _differences(self, prefixes: Sequence[PrefixFound]) -> Iterator[str]:
-        """Iterate over a line for each key that is missing or unexpected, and does not differ by a prefix only."""
+    def _differences(self, prefixes: Sequence[PrefixFound], unfit: Collection[Path]) -> Iterator[str]:
+        """Iterate over a line for each key that is missing or unexpected, and does not differ by a prefix only.
+
+        Args:
+            unfit: paths of mappings whose keys were named already.
+        """
         missing = frozenset[Path]().union(*(one.missing for one in prefixes))
         unexpected = frozenset[Path]().union(*(one.unexpected for one in prefixes))
-        yield from (
-            f"{describe(p)}: is in the target but not in the checkpoint" for p in self.missing if p not in missing
-        )
+        for path in self.missing:
+            if path not in missing and path[:-1] not in unfit:
+                yield f"{describe(path)}: is in the target but not in the checkpoint{self._near(path)}"
         for path in self.unexpected:
-            if path not in unexpected:
+            if path not in unexpected and path[:-1] not in unfit:
                 yield f"{describe(path)}: is in the checkpoint but not in the target"
+
+    def _near(self, path: Path) -> str:
+        """Say which names at the top the checkpoint has beside those of the target, and which was meant."""
+        if len(path) > 1 or not self.ignored:
+            return ""
+        names = [str(name) for (name,) in self.ignored]
+        near = difflib.get_close_matches(str(path[0]), names, n=1)
+        return f", which also has {_shown(names)}" + (f"; did you mean {near[0]}?" if near else "")
 
     def refuse_failed_checks(self, path: str, values: Values) -> None:
         """Raise StateMismatchError if a check finds a problem with an unpickled object."""

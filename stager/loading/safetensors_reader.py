@@ -198,6 +198,12 @@ def _layout(header: dict[str, Any], path: str, start: int, size: int) -> Layout:
             raise ValueError(f"{name} begins at byte {low}, not at {position}")
         items.append(_item(name, entry, path, start + low - head, head, high - low))
         position, head = high, 0
+    if start + position > size:
+        raise CorruptCheckpointError(
+            path,
+            f"its header and tensors need {start + position} bytes, and it has only {size}: it is cut short, or its header "
+            "is damaged; copy it again, or load another checkpoint",
+        )
     if start + position != size:
         raise ValueError(f"the file has {size} bytes, and header and tensors take {start + position}")
     numbers = {name: number for number, (name, _) in enumerate(entries)}

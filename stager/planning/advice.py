@@ -32,9 +32,10 @@ def _on_memory(need: Need, config: StagerConfig) -> Iterator[str]:
         )
     elif verdict is Verdict.PIECES:
         yield (
-            f"no snapshot fits as a whole: save() copies and writes {need.staging.num_pieces} pieces, through buffers of "
-            f"{format_bytes(need.staging.buffer_nbytes)}, and returns when the last one is copied. It blocks for most of "
-            "the time that writing takes, and guard() does not shorten that"
+            f"a snapshot needs {format_bytes(need.rank.slab_nbytes)}, and arena.max_host_bytes allows "
+            f"{format_bytes(need.budget_nbytes)}. So save() copies and writes {need.staging.num_pieces} pieces, through "
+            f"buffers of {format_bytes(need.staging.buffer_nbytes)}, and returns when the last one is copied: training "
+            "waits for most of the time that writing takes, with guard(), too"
         )
         yield f"for one whole snapshot, set arena.max_host_bytes to {_size(need.rank.slab_nbytes)} or more"
     else:

@@ -64,6 +64,7 @@ class Measured:
         self._segment_bytes = config.persistence.segment_bytes
         self._flat = with_stand_ins(flatten(state), num_shards)
         self._incremental = config.persistence.incremental
+        self._num_buffers = config.arena.buffers
         planner = Planner(self._format, num_workers, self._segment_bytes, incremental=self._incremental)
         plan = planner.plan(self._flat)
         blobs = [self._blob(self._flat, leaf) for leaf in plan.objects]
@@ -85,7 +86,8 @@ class Measured:
         """
         segment_bytes = segment_bytes_for(budget_nbytes, self._segment_bytes)
         planner = Planner(self._format, self._num_workers, segment_bytes, in_order=True, incremental=self._incremental)
-        return cut(planner.plan(self._flat), self._blobs, budget_nbytes, incremental=self._incremental)
+        plan = planner.plan(self._flat)
+        return cut(plan, self._blobs, budget_nbytes, self._num_buffers, incremental=self._incremental)
 
     def _blob(self, flat: StateTree, leaf: int) -> bytes:
         value = flat.leaves[leaf]

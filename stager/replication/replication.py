@@ -62,7 +62,9 @@ class Replication:
             raise
         if group.is_alone:
             logger.warning(
-                "replication.partners is %d, but this process saves for itself: it has no partner that could keep a copy",
+                "replication.partners is %d, but this process saves alone (there is no process group of several ranks, or "
+                "ranks.together is false), so no other process keeps a copy; start several ranks, call "
+                "init_process_group() before the Checkpointer is made, or set replication.partners to 0",
                 config.partners,
             )
         restorer = ReplicaRestorer(group, directory, replicas, pool)

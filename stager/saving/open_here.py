@@ -65,8 +65,14 @@ def add(owner: object, directory: str, close: Callable[[], None]) -> Callable[[]
     return forget
 
 
-def take_over(directory: str) -> None:
+def take_over(
+    directory: str,
+    advice: str = "use that one, or close it first with its close(); to look only, pass read_only=True",
+) -> None:
     """Make sure that no other Checkpointer of this process has the directory open.
+
+    Args:
+        advice: what to do if one has, for the message.
 
     Raises:
         DirectoryInUseError: one has, and somebody still holds it.
@@ -80,8 +86,7 @@ def take_over(directory: str) -> None:
     if opened.owner() is not None:
         raise DirectoryInUseError(
             errno.EBUSY,
-            f"this process has it open already, by the Checkpointer that was made at {opened.where}; use that one, or close "
-            "it first with its close(); to look only, pass read_only=True",
+            f"this process has it open already, by the Checkpointer that was made at {opened.where}; {advice}",
             directory,
         )
     logger.warning(

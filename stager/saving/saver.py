@@ -173,7 +173,8 @@ class Saver:
         pieces = whole(snapshot.plan, snapshot.blobs, self._num_parts, _ANY_SIZE if self._incremental else 0)
         if pieces.slab_nbytes > self._arena.max_slab_nbytes:
             snapshot = self._taker.begin(timeline, tree, self._piece_planner)
-            pieces = cut(snapshot.plan, snapshot.blobs, self._arena.piece_nbytes, incremental=self._incremental)
+            room, num_buffers = self._arena.piece_nbytes, self._arena.num_buffers
+            pieces = cut(snapshot.plan, snapshot.blobs, room, num_buffers, incremental=self._incremental)
             timeline.note(
                 f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
                 f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"

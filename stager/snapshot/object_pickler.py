@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class ObjectPickler:
             )
         if not kinds <= self._checked:
             self._checked |= kinds
-            self._warn_if_refused(tree.name(leaf), blob)
+            self._warn_if_refused(tree.name(leaf), blob, value)
         return blob
 
     def _object_blob(self, tree: StateTree, leaf: int, value: Any) -> PickledObject:
@@ -89,9 +89,18 @@ class ObjectPickler:
                 )
             return self._format.object_blob(tuple(value.without_attributes()), leaf)
 
-    def _warn_if_refused(self, name: str, blob: bytes) -> None:
+    def _warn_if_refused(self, name: str, blob: bytes, value: object) -> None:
         """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
         if (reason := refusal_of(blob, self._safe_globals)) is None:
+            return
+        if isinstance(value, FunctionType | MethodType):
+            logger.warning(
+                "%s is %s, not what it returns; if that is meant, call it: write %s(). Loading it as it is will need "
+                "permission, such as allow_pickle=True",
+                name,
+                _described(value),
+                value.__name__,
+            )
             return
         new = set(refused_classes(blob, self._safe_globals) or [reason]) - self._warned
         self._warned |= new
@@ -123,3 +132,11 @@ def why_not_pickled(value: object, error: Exception) -> str:
     first_line = reason.partition("\n")[0]
     advice = "leave it out of the state, or save values that it can be made from"
     return f"{shown(value)} cannot be pickled: {first_line}; {advice}"
+
+
+def _described(function: FunctionType | MethodType) -> str:
+    if isinstance(function, FunctionType):
+        return f"the function {function.__name__}"
+    owner = function.__self__
+    name = owner.__name__ if isinstance(owner, type) else f"a {type(owner).__name__}"
+    return f"the method {function.__name__} of {name}"

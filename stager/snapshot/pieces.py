@@ -18,6 +18,7 @@ The slab of a piece (``slab_writer.py`` writes what is not tensors):
 from __future__ import annotations
 
 import bisect
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -135,12 +136,15 @@ def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
     return max(_MIN_SEGMENT_BYTES, min(configured, budget_nbytes // _SEGMENTS_PER_PIECE))
 
 
-def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incremental: bool = False) -> Pieces:
+def cut(
+    plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, num_buffers: int, *, incremental: bool = False
+) -> Pieces:
     """Divide the snapshot into pieces, each of which fits a slab of ``budget_nbytes`` bytes.
 
     Args:
         plan: one that keeps to the files' order (``Planner(in_order=True)``).
         budget_nbytes: bytes of one slab, at most.
+        num_buffers: number of slabs, for the message.
         incremental: keep files that are much smaller than a piece whole, so that unchanged ones can be hard-linked.
 
     Raises:
@@ -170,8 +174,15 @@ def cut(plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, *, incre
     raise MemoryBudgetError(
         f"the snapshot needs {total:,} bytes of host memory and would be staged in pieces, but a buffer of "
         f"{budget_nbytes:,} bytes (arena.max_host_bytes / arena.buffers) does not hold even one piece of "
-        f"{layout.segment_bytes:,} bytes and the {overhead:,} bytes that describe it; raise arena.max_host_bytes"
+        f"{layout.segment_bytes:,} bytes and the {overhead:,} bytes that describe it; raise arena.max_host_bytes to "
+        f"{num_buffers * _smallest_slab(overhead)} or more"
     )
+
+
+def _smallest_slab(overhead: int) -> int:
+    """Return the bytes of a slab in which a segment, as :func:`segment_bytes_for` chooses it, has room beside the rest."""
+    needed = overhead * _SEGMENTS_PER_PIECE // (_SEGMENTS_PER_PIECE - 1) + _MIN_SEGMENT_BYTES + 1
+    return -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _pieces(layout: Layout, num_parts: int, whole_bytes: int) -> Iterator[Piece]:

@@ -56,3 +56,22 @@ def test_error_that_the_function_itself_raises_is_left_alone() -> None:
     with pytest.raises(TypeError, match=r"object of type 'int' has no len\(\)") as raised:
         call(1, 2)
     assert type(raised.value) is TypeError
+
+
+@explained("save(100, state)")
+def save(step: int, state: Any) -> None:
+    """As ``Checkpointer.save()``."""
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((), "save() needs step and state, as in save(100, state); step and state are missing"),
+        ((3,), "save() needs step and state, as in save(100, state); state is missing"),
+        (({"a": 1},), "save() takes the step first, as in save(100, state); got a dict in the place of the step"),
+    ],
+)
+def test_state_without_a_step(args: Any, said: str) -> None:
+    with pytest.raises(ArgumentError) as raised:
+        save(*args)
+    assert str(raised.value) == said

@@ -145,11 +145,11 @@ def test_wrong_value_is_worded_alike_from_set_environment_and_mapping(setting: s
     path, _, value = setting.partition("=")
     section, _, key = path.partition(".")
     from_set = error_of(None, (setting,))
-    assert from_set.startswith(f"--set {setting}: {path}: ")
+    assert from_set.startswith(f"overrides[0] {setting!r}: {path}: ")
     assert words in from_set
     variable = f"STAGER_{section}__{key}".upper()
     assert error_of(environ={variable: value}) == from_set.replace(
-        f"--set {setting}", f"environment variable {variable}"
+        f"overrides[0] {setting!r}", f"environment variable {variable}"
     )
 
 
@@ -165,12 +165,12 @@ UNKNOWN_KEYS = [
 
 @pytest.mark.parametrize(("setting", "words"), UNKNOWN_KEYS, ids=[s for s, _ in UNKNOWN_KEYS])
 def test_unknown_key_is_named_with_the_nearest(setting: str, words: str) -> None:
-    assert error_of(None, (setting,)).startswith(f"--set {setting}: {words}")
+    assert error_of(None, (setting,)).startswith(f"overrides[0] {setting!r}: {words}")
 
 
 @pytest.mark.parametrize("text", ["arena.buffers", "buffers=3", "=3", ".buffers=3", "arena.=3", ""])
 def test_malformed_set_is_refused(text: str) -> None:
-    assert error_of(None, (text,)).startswith(f"--set {text}: must have the form section.key=value")
+    assert error_of(None, (text,)).startswith(f"overrides[0] {text!r}: must have the form section.key=value")
 
 
 def test_every_problem_is_listed_with_its_own_source(tmp_path: Path) -> None:
@@ -179,12 +179,20 @@ def test_every_problem_is_listed_with_its_own_source(tmp_path: Path) -> None:
     message = error_of(file, ("workers.nice=-1",), environ={"STAGER_LOADING__VERIFY": "never"})
     assert [line.split(": ")[:2] for line in sorted(message.splitlines())] == sorted(
         [
-            ["--set workers.nice=-1", "workers.nice"],
+            ["overrides[0] 'workers.nice=-1'", "workers.nice"],
             [f"{file}:2", "arena.bufers"],
             [f"{file}:3", "arena.prefault"],
             ["environment variable STAGER_LOADING__VERIFY", "loading.verify"],
         ]
     )
+
+
+def test_space_that_is_missing_behind_a_colon_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("workers:\n  count: 1\narena:\n  buffers:3\n")
+    assert error_of(file) == f"{file}:4: arena: 'buffers:3' is text; put a space after the colon: buffers: 3"
+    file.write_text("arena:\n  nothing\n")
+    assert error_of(file) == f"{file}:2: arena: got 'nothing' (text); a section is a mapping of keys to values"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +224,7 @@ def test_wrong_mapping_is_refused(config: Any, words: str) -> None:
 
 def test_rule_between_keys_names_the_section_and_the_sources_of_its_keys() -> None:
     message = error_of({"shop": {"apples": 1}}, ("shop.pears=2",), model=ShopConfig)
-    assert message == "config, --set shop.pears=2: shop: pears must not outnumber apples"
+    assert message == "config, overrides[0] 'shop.pears=2': shop: pears must not outnumber apples"
 
 
 def test_config_error_is_the_users() -> None:

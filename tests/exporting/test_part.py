@@ -86,10 +86,10 @@ def test_objects_that_are_left_out_are_those_of_the_part(run_dir: Path, tmp_path
     [
         ("modle", None, r"no key matches keys='modle'; nothing was done\. Similar names: model"),
         (["model", "x"], None, r"no key matches keys='x'"),
-        (None, "model.", r"no name begins with strip_prefix='model\.'; .*give keys='model', too"),
-        ("model", "model", r"names inside of 'model' begin with 'model\.'"),
-        ("model", "module.", r"no name begins with strip_prefix='module\.'; stager inspect lists the names"),
-        ("model", "model.module.", r"no name begins with strip_prefix='model\.module\.'"),
+        (None, "model.", r"begins with strip_prefix='model\.'; .*pass keys='model', strip_prefix='model\.'"),
+        ("model", "model", r"the names in model begin with 'model\.'; pass strip_prefix='model\.'$"),
+        ("model", "module.", r"begins with strip_prefix='module\.'; .*its top are model; stager inspect lists"),
+        ("model", "model.module.", r"begins with strip_prefix='model\.module\.'; .* pass strip_prefix='model\.'$"),
     ],
 )
 def test_what_fits_nothing_is_said_and_nothing_is_written(

@@ -69,8 +69,8 @@ BAD_STEPS: dict[str, tuple[Any, str]] = {
     "vector": (torch.tensor([3]), r"got a Tensor of shape \(1,\); convert"),
     "array": (np.array([3, 4]), r"got a ndarray of shape \(2,\); give one number"),
     "list": ([3], "got a list"),
-    "negative": (-1, "got -1$"),
-    "negative numpy": (np.int32(-4), "got -4$"),
+    "negative": (-1, r"got -1\b"),
+    "negative numpy": (np.int32(-4), r"got -4\b"),
 }
 
 
@@ -169,6 +169,8 @@ def test_missing_step_says_which_there_are(run_dir: Path) -> None:
             ckpt.load(step)
         return str(raised.value).removeprefix(f"{run_dir}: there is no checkpoint of step {step}")
 
+    assert message(7) == f"{run_dir}: does not exist, so there is no checkpoint of step 7; check the path"
+    run_dir.mkdir()
     assert message(7) == ", and no other one"
     save(run_dir, state_of(5), step=5, fsync=False)
     assert message(7) == "; there is step 5"

@@ -78,12 +78,36 @@ def test_missing_and_truncated_files(checkpoints: Path) -> None:
             shutil.copytree(original, newest)
 
 
+def test_damaged_step_that_was_asked_for_names_the_others(checkpoints: Path) -> None:
+    os.truncate(checkpoints / "step-00000020" / "__0_0.distcp", 100)
+    with Checkpointer(checkpoints, read_only=True) as ckpt:
+        with pytest.raises(CorruptCheckpointError, match=r"100 bytes long.*from a copy, or load another step: 30, 10$"):
+            ckpt.load(20)
+    with Checkpointer(checkpoints / "step-00000020", read_only=True) as ckpt:
+        with pytest.raises(CorruptCheckpointError, match=r"or open its run and load another step$"):
+            ckpt.load()
+
+
+def test_only_checkpoint_is_damaged(checkpoints: Path) -> None:
+    for step in (10, 20):
+        shutil.rmtree(checkpoints / f"step-000000{step}")
+    os.truncate(checkpoints / "step-00000030" / "__0_0.distcp", 100)
+    for step in (None, 30):
+        with (
+            Checkpointer(checkpoints, read_only=True) as ckpt,
+            pytest.raises(CorruptCheckpointError, match=r"the run has no other checkpoint: .* remove step-00000030"),
+        ):
+            ckpt.load(step)
+
+
 def test_all_are_damaged(checkpoints: Path) -> None:
     for path in checkpoints.iterdir():
         flip_bit(path / "__0_0.distcp", 100)
     with Checkpointer(checkpoints, read_only=True) as ckpt:
         assert ckpt.latest() is None
-        with pytest.raises(CorruptCheckpointError, match=r"step-00000030.*3 were tried.*to begin anew"):
+        with pytest.raises(
+            CorruptCheckpointError, match=r"step-00000030.*none of the 3 checkpoints .*steps 30, 20, 10.*to begin anew"
+        ):
             ckpt.load()  # None would say that there is nothing to resume from
         assert [s.name for s in ckpt.skipped] == ["step-00000030", "step-00000020", "step-00000010"]
         assert [info.step for info in ckpt.checkpoints()] == [10, 20, 30]  # by their manifests

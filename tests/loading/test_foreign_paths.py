@@ -277,12 +277,15 @@ BROKEN = {
     "empty": (b"", "is empty: its writer was stopped"),
     "zeros": (bytes(5000), "begins with zeros only"),
     "text": (b"hello", r"nor anything else that stager knows; it begins with b'hello'"),
-    "safetensors": ((1000).to_bytes(8, "little") + b'{"a":', "seems to be a safetensors file that is cut short"),
+    "safetensors": (
+        (1000).to_bytes(8, "little") + b'{"a":',
+        "its header alone needs 1008 bytes, and the file has only 13",
+    ),
     "safetensors, whose length is a brace": (
         b"{" + bytes(7) + b'{"a":',
         "seems to be a safetensors file that is cut short",
     ),
-    "archive": (b"PK\3\4" + bytes(100), "its end is missing: it is cut short"),
+    "archive": (b"PK\3\4" + bytes(100), "whose end is missing or damaged (104 bytes are there"),
 }
 
 
@@ -297,6 +300,6 @@ def test_file_that_is_broken_is_told_as_what_it_seems_to_be(tmp_path: Path, kind
 def test_archive_of_torch_save_that_is_cut_short(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1000)}, tmp_path / "a.pt")
     os.truncate(tmp_path / "a.pt", 2000)
-    assert "a.pt begins as torch.save writes and its end is missing" in refusal(
+    assert "a.pt: is a file of torch.save, or another zip archive, whose end is missing" in refusal(
         tmp_path / "a.pt", CorruptCheckpointError
     )

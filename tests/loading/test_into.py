@@ -164,7 +164,7 @@ def test_every_missing_and_unexpected_key_is_listed(run_dir: Path) -> None:
             for name in "ms"
             for key in ("weight", "bias")
         ]
-        + ["  y: is in the target but not in the checkpoint"]
+        + ["  y: is in the target but not in the checkpoint, which also has other"]
     )
     assert contents(into) == before and "strict=False" in lines[-1]
 

@@ -92,7 +92,7 @@ def test_every_cut_is_an_error(tmp_path: Path) -> None:
     whole = legacy(model_state(), tmp_path / "a.pt").read_bytes()
     for length in [*range(3, 40), *range(40, len(whole), 61), len(whole) - 1]:
         (tmp_path / "a.pt").write_bytes(whole[:length])
-        with pytest.raises(CorruptCheckpointError, match=r"a\.pt is cut short, or damaged"):
+        with pytest.raises(CorruptCheckpointError, match=r"a\.pt: is cut short, or damaged"):
             load_checkpoint(tmp_path / "a.pt")
     assert Outcome("inspect", tmp_path / "a.pt").code == 1
 
@@ -109,7 +109,7 @@ def test_a_storage_that_is_longer_than_the_file_is_refused_before_memory_is_take
     path = legacy({"w": torch.ones(1000)}, tmp_path / "a.pt")
     path.write_bytes(with_counts(path.read_bytes(), count))
     with pytest.raises(
-        CorruptCheckpointError, match=r"a\.pt is cut short, or damaged: (the pickle claims that storage|its tensors)"
+        CorruptCheckpointError, match=r"a\.pt: is cut short, or damaged: (the pickle claims that storage|its tensors)"
     ):
         load_checkpoint(path)
 

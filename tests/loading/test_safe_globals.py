@@ -122,7 +122,7 @@ def test_load_checkpoint_allows_the_classes_that_are_named(run_dir: Path, tmp_pa
         torch.save(STATE, path)
     else:
         dcp.save(STATE, checkpoint_id=str(path), no_dist=True)
-    with pytest.raises(UnsafePickleError, match=r"load_checkpoint\(\.\.\., safe_globals="):
+    with pytest.raises(UnsafePickleError, match=r"load_checkpoint\(.*, safe_globals="):
         load_checkpoint(path, safe_globals=NAMES[:1])
     assert load_checkpoint(path, safe_globals=NAMES).state["plan"] == STATE["plan"]
     with pytest.raises(ConfigError, match=r"safe_globals.*Renamed"):

@@ -284,10 +284,12 @@ def test_what_is_said_to_be_missing_is_what_is_missing(tmp_path: Path) -> None:
 
     run, gone = str(tmp_path / "run"), str(tmp_path / "link")
     os.symlink("nowhere", gone)
-    in_use = f"{run} was removed or renamed while it was in use"
-    assert said("save", run) == in_use
-    assert said("create", f"{run}/step-00000001.partial-ab") == in_use
-    assert said("write", f"{run}/.stager.protected") == in_use
+    in_use = (
+        "was removed or renamed while it was in use; undo that, or save again with a new Checkpointer or storage writer"
+    )
+    assert said("save", run) == f"it {in_use}"
+    assert said("create", f"{run}/step-00000001.partial-ab") == f"{run} {in_use}"
+    assert said("write", f"{run}/.stager.protected") == f"{run} {in_use}"
     assert said("write", f"{run}/x.pt") == f"the directory {run} does not exist; create it, or use another one"
     assert said("read", run) == "there is nothing of this name"
     assert said("create", f"{gone}/run") == f"the link {gone} leads nowhere"
@@ -302,5 +304,7 @@ def test_directory_where_none_can_be_made() -> None:
 def test_run_directory_that_is_removed_while_it_is_in_use(run_dir: Path) -> None:
     with Checkpointer(run_dir, {"workers": {"count": 1}}) as ckpt:
         shutil.rmtree(run_dir)
-        with pytest.raises(StorageError, match=f"{run_dir} was removed or renamed while it was in use"):
+        with pytest.raises(StorageError, match=f"{run_dir}: .*it was removed or renamed .* with a new Checkpointer"):
             ckpt.save(1, {"x": torch.ones(2)})
+    with Checkpointer(run_dir, {"workers": {"count": 1}}) as ckpt:
+        assert ckpt.save(1, {"x": torch.ones(2)}).upload_completion.result().step == 1

@@ -58,7 +58,7 @@ def test_recover_refuses_while_a_run_is_alive(run_dir: Path) -> None:
         Checkpointer(run_dir, {"workers": {"count": 1}}),
         pytest.raises(
             stager.DirectoryInUseError,
-            match=r"this process has it open already, .*test_operations\.py",
+            match=r"this process has it open already, .*test_operations\.py:\d+; recover\(\) needs the run for itself",
         ),
     ):
         stager.recover(run_dir)

@@ -128,6 +128,20 @@ class Opaque:
         self.value = value
 
 
+def make_state() -> dict[str, int]:
+    return {}
+
+
+def test_function_whose_call_was_forgotten_is_told_and_saved(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(2, 2)
+    with Checkpointer(run_dir) as ckpt:
+        ckpt.save(0, {"f": make_state, "model": model.state_dict}).upload_completion.result()
+        loaded = ckpt.load(allow_pickle=True)
+    assert "model is the method state_dict of a Linear, not what it returns; if that is meant, call it" in caplog.text
+    assert "f is the function make_state, not what it returns" in caplog.text
+    assert loaded is not None and same(loaded.state["model"](), model.state_dict()) and loaded.state["f"] is make_state
+
+
 def test_pickled_object_needs_permission_at_load(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Checkpointer(run_dir) as ckpt:
         ckpt.save(0, {"thing": Opaque(5), "x": torch.ones(2)}).upload_completion.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_pieces_cover_the_snapshot_once_and_fit(run_dir: Path) -> None:
     bench = Bench()
     bench.planner = Planner(get_format("dcp"), 2, 256 << 10, in_order=True)
     snapshot = bench.begin(state)
-    pieces = cut(snapshot.plan, snapshot.blobs, 2 * MIB)
+    pieces = cut(snapshot.plan, snapshot.blobs, 2 * MIB, 2)
     assert len(pieces.pieces) > 5 and pieces.slab_nbytes <= 2 * MIB
     covered = [0] * (pieces.items[-1].slab_offset + len(snapshot.blobs[-1]))
     for piece in pieces.pieces:
@@ -86,9 +87,13 @@ def test_state_larger_than_the_budget_is_saved_in_pieces(run_dir: Path, count: i
 
 def test_budget_too_small_for_even_a_piece_is_refused_with_the_numbers(run_dir: Path) -> None:
     with Checkpointer(run_dir, {"arena": {"max_host_bytes": 64 << 10}}) as ckpt:
-        with pytest.raises(MemoryBudgetError, match=r"does not hold even one piece of 65,536 bytes"):
+        with pytest.raises(MemoryBudgetError, match=r"does not hold even one piece of 65,536 bytes") as raised:
             ckpt.save(0, large_state())
         assert ckpt.save(1, {"x": torch.ones(10)}).upload_completion.result().step == 1
+    enough = re.search(r"raise arena\.max_host_bytes to (\d+) or more", str(raised.value))
+    assert enough is not None
+    with Checkpointer(run_dir, {"arena": {"max_host_bytes": int(enough[1])}}) as ckpt:
+        assert ckpt.save(2, large_state()).upload_completion.result().step == 2
 
 
 def test_worker_killed_between_pieces_is_replaced_and_the_save_commits(run_dir: Path, faults: Faults) -> None:

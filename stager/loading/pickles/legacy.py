@@ -34,6 +34,7 @@ _MAGIC_AT_MOST = 16  # so many bytes of the pickle come before it
 _torch: Any = serialization
 _NUM_FACTS = 3  # pickles before that of the value
 _COUNT_BYTES = 8
+_ADVICE = "; copy it again, or load another checkpoint"
 
 
 def is_legacy(head: bytes) -> bool:
@@ -43,13 +44,12 @@ def is_legacy(head: bytes) -> bool:
     return head[:1] == _START[:1] and _MAGIC in head[: _MAGIC_AT_MOST + len(_MAGIC)]
 
 
-def check_legacy(file: IO[bytes], nbytes: int, name: str, path: str) -> None:
+def check_legacy(file: IO[bytes], nbytes: int, path: str) -> None:
     """Raise unless the file can be one of ``torch.save``, whose values take no more memory than the file has bytes.
 
     Args:
         file: begins as :func:`is_legacy` says; the data of its tensors is not read.
         nbytes: size of the file.
-        name: of the file, for messages.
         path: of the file, for messages.
 
     Raises:
@@ -58,9 +58,9 @@ def check_legacy(file: IO[bytes], nbytes: int, name: str, path: str) -> None:
     try:
         problem = _problem_of(file, nbytes)
     except Exception as error:  # a hostile pickle can make pickletools raise anything
-        raise CorruptCheckpointError(path, f"{name} is cut short, or damaged: {error}") from error
+        raise CorruptCheckpointError(path, f"is cut short, or damaged: {error}{_ADVICE}") from error
     if problem is not None:
-        raise CorruptCheckpointError(path, f"{name} is cut short, or damaged: {problem}")
+        raise CorruptCheckpointError(path, f"is cut short, or damaged: {problem}{_ADVICE}")
 
 
 def _problem_of(file: IO[bytes], nbytes: int) -> str | None:

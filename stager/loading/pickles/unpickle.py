@@ -72,9 +72,10 @@ _PERMISSION = (
 
 
 def _unloadable(name: str, path: str, error: Exception) -> UnloadableError:
+    where = "" if name == path else f" in {path}"
     return UnloadableError(
         name,
-        f"its bytes in {path} are intact, but the object cannot be made here ({type(error).__name__}: {error}); "
+        f"its bytes{where} are intact, but the object cannot be made here ({type(error).__name__}: {error}); "
         "no older checkpoint was tried. Make its class importable as it was when it was saved, or load the other "
         "values with load(keys=...)",
     )
@@ -104,16 +105,16 @@ def load_archive(
 
 def load_unverified(
     source: IO[bytes] | str,
-    name: str,
     path: str,
     allow_pickle: bool,
     map_location: str = "cpu",
     safe_globals: Sequence[str] = (),
     load: Callable[..., Any] = load_archive,
 ) -> Any:
-    """Load a file whose bytes nobody has verified: of another library. Arguments as for :func:`unpickle`.
+    """Load a file whose bytes nobody has verified: of another library. Other arguments as for :func:`unpickle`.
 
     Args:
+        path: of the file, for messages.
         load: :func:`load_archive`, or ``load_legacy`` for a file that is no archive.
 
     Raises:
@@ -129,12 +130,14 @@ def load_unverified(
     except Exception as error:  # a hostile pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and not allow_pickle:
             raise UnsafePickleError(
-                f"{name} in {path} is a pickled object that could run code when loaded "
-                f"({reason_of(error, source, safe_globals)}); nothing was changed. {_PERMISSION}"
+                f"{path} holds a pickled object that could run code when loaded "
+                f"({reason_of(error, source, safe_globals)}); nothing was changed. If you trust its origin, load it by "
+                "load_checkpoint(path, allow_pickle=True), or allow its classes by "
+                "load_checkpoint(path, safe_globals=['package.module.Class', ...])"
             ) from error
         if allow_pickle and (isinstance(error, (ImportError, AttributeError)) or _is_as_written(source)):
-            raise _unloadable(name, path, error) from error
-        raise CorruptCheckpointError(path, f"{name} cannot be read: {error!r}") from error
+            raise _unloadable(path, path, error) from error
+        raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from error
 
 
 def _is_as_written(source: IO[bytes] | str) -> bool:

@@ -79,8 +79,9 @@ class DefaultStager(CheckpointStager, AsyncStager, AbstractContextManager["Defau
         self._use_non_blocking_copy = _decide(self._config, "use_non_blocking_copy", has_accelerator)
         if self._use_non_blocking_copy and not has_accelerator:
             raise AssertionError(
-                "use_non_blocking_copy=True needs an accelerator, and torch sees none: copies between CPU tensors cannot "
-                'be queued. Set it to False or "auto" (DefaultStager() without options does).'
+                "use_non_blocking_copy=True, the default of StagingOptions, needs an accelerator, and torch sees none: "
+                "copies between CPU tensors cannot be queued. Pass use_non_blocking_copy=False beside your other options; "
+                "use_pinned_memory may stay, and is ignored here. DefaultStager() without options chooses all of them."
             )
         self._state_dict_stager = StateDictStager(
             pin_memory=_decide(self._config, "use_pinned_memory", has_accelerator),

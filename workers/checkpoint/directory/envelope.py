@@ -45,7 +45,7 @@ def unseal(data: bytes, path: str) -> Any:
     body = data[_BODY_START : -len(_END)]
     expected = b"".join((_HEAD, xxhash.xxh3_128_hexdigest(body).encode(), _MIDDLE))
     if data[:_BODY_START] != expected or data[-len(_END) :] != _END:
-        raise CorruptCheckpointError(path, f"its checksum does not match its {len(data)} bytes")
+        raise CorruptCheckpointError(path, f"is damaged: its {len(data)} bytes do not match the checksum")
     try:
         return json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # only if another program sealed it

@@ -70,7 +70,11 @@ def _what_is_missing(action: str, path: str) -> str:
     if missing == path and action in _READING:
         return "there is nothing of this name"
     if action in _OF_A_RUN or any(_IN_A_RUN.match(name) for name in path.split(os.sep)):
-        return f"{missing} was removed or renamed while it was in use"
+        gone = "it" if missing == path else missing
+        return (
+            f"{gone} was removed or renamed while it was in use; undo that, or save again with a new Checkpointer or "
+            "storage writer"
+        )
     if os.path.islink(parent):
         return f"the link {parent} leads nowhere"
     if action == "create":

@@ -216,8 +216,8 @@ def read_checkpoint_at(path: str, step: int) -> tuple[CheckpointInfo, Manifest]:
             raise
         raise CorruptCheckpointError(
             os.path.join(path, MANIFEST_NAME),
-            f"is missing, although this checkpoint was committed: {kept} is still there; put the manifest back from a copy, "
-            "or read the checkpoint unverified with load_checkpoint()",
+            f"is missing, although this checkpoint was committed: {kept} is still there "
+            f"(load_checkpoint({path!r}) reads the checkpoint unverified)",
         ) from error
     if manifest.header.step != step:
         raise CorruptCheckpointError(path, f"its manifest is of step {manifest.header.step}: the directory was renamed")
@@ -303,7 +303,7 @@ def _acquire(fd: int, kind: int, directory: str, timeout: float = 0) -> None:
     raise DirectoryInUseError(
         errno.EWOULDBLOCK,
         f"another run (trainer process {_holder(fd)}, or workers that it left) still writes checkpoints here{waited}; "
-        "wait for it, stop it, use another directory, or open this one with read_only=True",
+        "wait for it, or stop it. A Checkpointer can use another directory, or open this one with read_only=True",
         directory,
     )
 
