@@ -100,7 +100,7 @@ def test_state_that_does_not_fit_is_said(tmp_path: Path) -> None:
     outcome = Outcome("init", tmp_path / "a.yaml", "--params", "1B", "--memory", "2GiB")
     assert outcome.code == 0
     assert "-> a snapshot needs " in outcome.out
-    assert "# Note: no snapshot fits as a whole" in (tmp_path / "a.yaml").read_text()
+    assert "# Note: a snapshot needs " in (tmp_path / "a.yaml").read_text()
 
 
 @pytest.mark.parametrize(
