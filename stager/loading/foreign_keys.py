@@ -167,6 +167,20 @@ def _by_first(node: Node) -> dict[Key, Node]:
     return {**{first: _dict(below) for first, below in joined.items()}, **children}
 
 
+def _by_parameter(node: Node) -> dict[Key, Node]:
+    """The states of an optimizer, by their parameters' numbers or names. Names have dots of their own: ``0.weight``."""
+    nodes = children_of(node)
+    if any(map(is_mapping, nodes.values())):
+        return dict(nodes)
+    parts = [str(key).split(".") for key in nodes]
+    if all(_INTEGER.fullmatch(first) for first, *_ in parts) and any(len(words) == 2 for words in parts):
+        return _by_first(node)  # 0.step
+    joined: dict[Key, dict[Key, Node]] = {}
+    for words, child in zip(parts, nodes.values(), strict=True):
+        joined.setdefault(".".join(words[:-1]), {})[words[-1]] = child  # layer.weight.step
+    return {name: _dict(below) for name, below in joined.items()}
+
+
 def _list(node: Node, value: list[Any] | tuple[Any, ...], path: Path) -> Node:
     if is_mapping(node):
         children = {_integer(key): child for key, child in _by_first(node).items()}
@@ -185,11 +199,11 @@ def _list(node: Node, value: list[Any] | tuple[Any, ...], path: Path) -> Node:
 
 
 def _optimizer(node: Node, optimizer: torch.optim.Optimizer, path: Path) -> Node:
-    """An optimizer has a state for each parameter, by number, that made a step; and ``param_groups`` always."""
+    """An optimizer has a state for each parameter, by number or name, that made a step; and ``param_groups`` always."""
     children = _by_first(node)
     if "param_groups" not in children:
         return node
-    state = {_integer(key): child for key, child in _by_first(children.get("state", _dict({}))).items()}
+    state = {_integer(key): child for key, child in _by_parameter(children.get("state", _dict({}))).items()}
     groups = _list(children["param_groups"], optimizer.param_groups, (*path, "param_groups"))
     return _dict({**children, "state": _dict(state), "param_groups": groups})
 

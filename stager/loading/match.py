@@ -37,7 +37,7 @@ from stager.loading.match_objects import (
     offer_values_of_others,
 )
 from stager.loading.match_tensor import match_tensor
-from stager.loading.match_torch import listed, match_module, match_optimizer, nothing_fits
+from stager.loading.match_torch import check_states_have_parameters, listed, match_module, match_optimizer, nothing_fits
 from stager.loading.nodes import (
     children_of,
     in_one_order,
@@ -427,7 +427,10 @@ class _Matcher:
         self.plan.want(node)
 
         def restore(values: Values) -> None:
-            value.load_state_dict(build(node, values.__getitem__, path), **arguments)
+            state = build(node, values.__getitem__, path)
+            if loader is torch.optim.Optimizer.load_state_dict:
+                check_states_have_parameters(state)
+            value.load_state_dict(state, **arguments)
 
         self.plan.then(path, restore, what)
 

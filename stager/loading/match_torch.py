@@ -116,6 +116,26 @@ def match_optimizer(
             plan.read_into(index, tensor, leaf)
 
 
+def check_states_have_parameters(state: Any) -> None:
+    """Check that an optimizer's states are of parameters of its groups: torch takes others, too, and steps from zero.
+
+    Raises:
+        ValueError: none is; to be told with the key path.
+    """
+    groups, states = state.get("param_groups", ()), state.get("state", {})
+    parameters = [parameter for group in groups for parameter in group.get("params", ())]
+    if (
+        parameters
+        and states
+        and states.keys().isdisjoint(parameters)
+        and all(isinstance(v, Mapping) for v in states.values())
+    ):
+        raise ValueError(
+            f"the checkpoint has states of {', '.join(map(repr, list(states)[:3]))}, and its groups the parameters "
+            f"{', '.join(map(repr, parameters[:3]))}: none of them belong together"
+        )
+
+
 def _of_another_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Node]) -> str:
     """Say that another class of optimizer was saved; "": it may be the same.
 

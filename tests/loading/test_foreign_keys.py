@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from stager import StateMismatchError, UnloadableError, UnsafePickleError, UsageError, load_checkpoint
 from tests.loading.restoring import contents
@@ -63,6 +64,54 @@ def test_an_optimizer_gets_the_state_that_it_had_if_it_had_one(
     assert load_checkpoint(path, into).missing == ()
     assert same(dict(other.state_dict()), dict(model.state_dict()))
     assert same(into["optimizer"].state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("has_stepped", [False, True])
+@pytest.mark.parametrize("name", ["", "block"])
+def test_an_optimizer_whose_states_have_the_names_of_parameters(
+    tmp_path: Path, name: str, has_stepped: bool, flat: bool
+) -> None:
+    """As torch's ``get_state_dict`` makes them: such names have dots, and may begin with a number."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        model = nn.ModuleDict({name: model})[name] if name else model
+        whole = nn.ModuleDict({name: model}) if name else model
+        return whole, torch.optim.AdamW(whole.parameters(), lr=0.1)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        (model[name] if name else model)(torch.randn(5, 4)).sum().backward()  # type: ignore[index]
+        optimizer.step()
+
+    model, optimizer = make()
+    train(model, optimizer)
+    model_state, state = get_state_dict(model, optimizer)
+    if flat:
+        state = {
+            **{f"state.{key}.{one}": value for key, values in state["state"].items() for one, value in values.items()},
+            "param_groups": state["param_groups"],
+        }
+    path = save_dcp(tmp_path / "dcp", {"model": model_state, "optimizer": state})
+    into = make()
+    if has_stepped:
+        train(*into)
+    loaded = load_checkpoint(path, into={"model": into[0], "optimizer": into[1]})
+    assert loaded.missing == loaded.unexpected == ()
+    assert same(into[0].state_dict(), model.state_dict())
+    assert same(into[1].state_dict(), optimizer.state_dict())
+
+
+def test_states_of_an_optimizer_that_belong_to_none_of_its_parameters_are_refused(tmp_path: Path) -> None:
+    """torch takes them, and begins with states of zero."""
+    model = small_model()
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, optimizer)
+    state = optimizer.state_dict()
+    state["state"] = {number + 10: value for number, value in state["state"].items()}
+    torch.save({"optimizer": state}, tmp_path / "a.pt")
+    with pytest.raises(UnloadableError, match=r"^optimizer: .*none of them belong together"):
+        load_checkpoint(tmp_path / "a.pt", into={"optimizer": optimizer})
 
 
 def test_what_has_no_value_is_not_missing(tmp_path: Path) -> None:
