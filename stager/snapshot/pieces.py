@@ -181,6 +181,7 @@ def cut(
 
 def _smallest_slab(overhead: int) -> int:
     """Return the bytes of a slab in which a segment, as :func:`segment_bytes_for` chooses it, has room beside the rest."""
+    overhead += BLOCK_BYTES  # a piece may begin a block before its segment
     needed = overhead * _SEGMENTS_PER_PIECE // (_SEGMENTS_PER_PIECE - 1) + _MIN_SEGMENT_BYTES + 1
     return -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE
 

@@ -23,7 +23,6 @@ _PANELS: dict[Kind, tuple[tuple[str, str, str | None], ...]] = {
     ),
     Kind.LOOP: (("what one save costs the loop", "cost of a save", None), ("of it: blocked", "blocked of it", None)),
     Kind.SOAK: (("memory of the process tree", "memory at the end", "memory after 20"),),
-    Kind.CUDA: (("until staged", "staged", "staged, first"), ("stream blocked", "stream blocked", None)),
 }
 _AXES = {
     Unit.SECS: "seconds",

@@ -198,9 +198,10 @@ def test_program_maps_none_of_torchs_libraries() -> None:
 
 def test_every_peer_of_a_case_is_known_and_every_kind_has_a_case() -> None:
     from tests.benchmarks.peers import PEERS
+    from tests.gpu.__main__ import PEERS as PEERS_ON_DEVICES
 
     assert {case.kind for case in CASES.values()} == set(Kind)
-    assert {peer for case in CASES.values() for peer in case.peers} == set(PEERS)
+    assert {peer for case in CASES.values() for peer in case.peers} | {*PEERS_ON_DEVICES} == set(PEERS)
 
 
 @pytest.mark.parametrize("what", ["case", "peer"])

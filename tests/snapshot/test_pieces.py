@@ -156,10 +156,10 @@ def test_a_budget_of_hardly_more_than_a_segment_is_enough_or_refused(run_dir: Pa
     snapshot = bench.begin(
         {"big": torch.ones(300_001), "odd": torch.ones(3, dtype=torch.uint8), "end": torch.ones(99_999)}
     )
-    plenty = cut(snapshot.plan, snapshot.blobs, 64 * MIB)
+    plenty = cut(snapshot.plan, snapshot.blobs, 64 * MIB, 2)
     overhead = plenty.slab_nbytes - plenty.plan_offset
     try:
-        pieces = cut(snapshot.plan, snapshot.blobs, overhead + snapshot.plan.layout.segment_bytes + spare)
+        pieces = cut(snapshot.plan, snapshot.blobs, overhead + snapshot.plan.layout.segment_bytes + spare, 2)
     except MemoryBudgetError:
         assert spare < 4096
     else:
