@@ -82,21 +82,10 @@ def _in_checkpoint(
     if prefix is None:
         return None
     fitting = [name for name in missing if prefix + name in unexpected]
-    advice = f"pass strip_prefix={prefix!r}"
-    if _is_wrapper(prefix):
-        sentence = (
-            f"the checkpoint's keys{_of(path)} begin with {prefix!r}, because a wrapped model was saved (in future, save "
-            f"{_unwrapped(path, prefix)}); {advice}"
-        )
-    elif len(fitting) == len(unexpected):
-        sentence = f"the checkpoint's keys{_of(path)} begin with {prefix!r}, and the target's do not; {advice}"
-    else:
-        sentence = _of_a_part(path, prefix, fitting, "the target", "the checkpoint")
-    return PrefixFound(
-        sentence,
-        frozenset((*path, name) for name in fitting),
-        frozenset((*path, prefix + name) for name in fitting),
-    )
+    wrapped = f"because a wrapped model was saved (in future, save {_unwrapped(path, prefix)});"
+    sentence = _sentence(path, prefix, fitting, unexpected, ("the checkpoint", "the target"), wrapped)
+    here, there = _names(path, "", fitting), _names(path, prefix, fitting)
+    return PrefixFound(sentence, here, there)
 
 
 def _in_target(path: Path, missing: set[str], unexpected: set[str], shapes: Mapping[Path, Shape]) -> PrefixFound | None:
@@ -104,21 +93,35 @@ def _in_target(path: Path, missing: set[str], unexpected: set[str], shapes: Mapp
     if prefix is None:
         return None
     fitting = [name for name in unexpected if prefix + name in missing]
+    wrapped = f"because its model is wrapped; load into {_unwrapped(path, prefix)}, or"
+    sentence = _sentence(path, prefix, fitting, missing, ("the target", "the checkpoint"), wrapped)
+    here, there = _names(path, prefix, fitting), _names(path, "", fitting)
+    return PrefixFound(sentence, here, there)
+
+
+def _sentence(
+    path: Path, prefix: str, fitting: Collection[str], longer: set[str], sides: tuple[str, str], wrapped: str
+) -> str:
+    """Say that the names of one side begin with a prefix, and what to do.
+
+    Args:
+        fitting: the names of the other side that fit without the prefix.
+        longer: all names of the one side that do not fit.
+        sides: the one side, and the other.
+        wrapped: why, and what else to do, if it is the prefix of a wrapper.
+    """
+    side, other = sides
     advice = f"pass strip_prefix={prefix!r}"
+    begin = f"{side}'s keys{_of(path)} begin with {prefix!r},"
     if _is_wrapper(prefix):
-        sentence = (
-            f"the target's keys{_of(path)} begin with {prefix!r}, because its model is wrapped; load into "
-            f"{_unwrapped(path, prefix)}, or {advice}"
-        )
-    elif len(fitting) == len(missing):
-        sentence = f"the target's keys{_of(path)} begin with {prefix!r}, and the checkpoint's do not; {advice}"
-    else:
-        sentence = _of_a_part(path, prefix, fitting, "the checkpoint", "the target")
-    return PrefixFound(
-        sentence,
-        frozenset((*path, prefix + name) for name in fitting),
-        frozenset((*path, name) for name in fitting),
-    )
+        return f"{begin} {wrapped} {advice}"
+    if len(fitting) == len(longer):
+        return f"{begin} and {other}'s do not; {advice}"
+    return _of_a_part(path, prefix, fitting, other, side)
+
+
+def _names(path: Path, prefix: str, names: Iterable[str]) -> frozenset[Path]:
+    return frozenset((*path, prefix + name) for name in names)
 
 
 def _of_a_part(path: Path, prefix: str, fitting: list[str], short: str, long: str) -> str:

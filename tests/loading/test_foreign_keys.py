@@ -81,7 +81,7 @@ def test_an_optimizer_whose_states_have_the_names_of_parameters(
         return whole, torch.optim.AdamW(whole.parameters(), lr=0.1)
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        (model[name] if name else model)(torch.randn(5, 4)).sum().backward()  # type: ignore[index]
+        (model[name] if name else model)(torch.randn(5, 4)).sum().backward()  # type: ignore[index]  # a ModuleDict if it has a name
         optimizer.step()
 
     model, optimizer = make()

@@ -40,12 +40,8 @@ other.join()
 """
 
 
-def test_a_look_at_another_thread_does_not_hang_when_a_collection_is_due() -> None:
-    """It hangs with CPython 3.11.7 if the collection runs inside of the look."""
-    subprocess.run([sys.executable, "-c", _LOOKS_WHILE_THREADS_COME_AND_GO], check=True, timeout=120)
-
-
-def test_it_lasts_until_the_last_thread_leaves() -> None:
+def pausing_thread() -> tuple[threading.Thread, threading.Event, threading.Event]:
+    """A thread that is to be started; the event that it is in a pause; and the one that lets it leave."""
     entered, leave = threading.Event(), threading.Event()
 
     def pause() -> None:
@@ -53,7 +49,16 @@ def test_it_lasts_until_the_last_thread_leaves() -> None:
             entered.set()
             leave.wait()
 
-    thread = threading.Thread(target=pause)
+    return threading.Thread(target=pause), entered, leave
+
+
+def test_a_look_at_another_thread_does_not_hang_when_a_collection_is_due() -> None:
+    """It hangs with CPython 3.11.7 if the collection runs inside of the look."""
+    subprocess.run([sys.executable, "-c", _LOOKS_WHILE_THREADS_COME_AND_GO], check=True, timeout=120)
+
+
+def test_it_lasts_until_the_last_thread_leaves() -> None:
+    thread, entered, leave = pausing_thread()
     with no_collection():
         thread.start()
         entered.wait()
@@ -75,14 +80,7 @@ def test_who_had_it_off_keeps_it_off() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # that is what this is about
 def test_a_child_that_is_forked_in_another_threads_pause_collects() -> None:
-    entered, leave = threading.Event(), threading.Event()
-
-    def pause() -> None:
-        with no_collection():
-            entered.set()
-            leave.wait()
-
-    thread = threading.Thread(target=pause)
+    thread, entered, leave = pausing_thread()
     thread.start()
     entered.wait()
     try:
