@@ -124,7 +124,7 @@ def _names(path: Path, prefix: str, names: Iterable[str]) -> frozenset[Path]:
     return frozenset((*path, prefix + name) for name in names)
 
 
-def _of_a_part(path: Path, prefix: str, fitting: list[str], short: str, long: str) -> str:
+def _of_a_part(path: Path, prefix: str, fitting: Collection[str], short: str, long: str) -> str:
     """Say that one side has a part of what the other has, under a prefix; this may be a coincidence."""
     shown = ", ".join(sorted(fitting)[:_SHOWN_NAMES]) + (", ..." if len(fitting) > _SHOWN_NAMES else "")
     return (
