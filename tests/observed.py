@@ -1,7 +1,8 @@
-"""What a run holds, as the operating system sees it: its processes and its slabs."""
+"""What a run holds, as the operating system sees it: its processes, its slabs, its names in ``/dev/shm``."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,15 @@ def workers_of(pid: int) -> list[int]:
     """The live workers that this process has started."""
     children = psutil.Process(pid).children()
     return [child.pid for child in children if any("worker_main" in word for word in child.cmdline())]
+
+
+def shm_names(*pids: int) -> list[str]:
+    """The names in ``/dev/shm`` that these processes have made, also those that ended: torch puts the pid into them.
+
+    All that is there would be too much: other tests run at the same time.
+    """
+    parts = {str(pid) for pid in pids}
+    return [name for name in os.listdir("/dev/shm") if parts & set(name.split("_"))]
 
 
 def slab_ranges() -> list[tuple[int, int]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 from tests import scripts
 from tests.faults import Faults
+from tests.observed import shm_names
 from tests.pool import tasks
 
 _SETUP = """
@@ -80,7 +80,6 @@ def test_storage_that_is_shared_by_name_stays_with_those_who_share_it() -> None:
 
 def test_trainer_killed_while_a_worker_copies_leaves_nothing(faults: Faults) -> None:
     """The worker is held in the middle of its copy; it ends by itself afterwards, and with it the memory."""
-    before = set(os.listdir("/dev/shm"))
     hold = faults.hold("copy.piece")
     script = (
         "pool = started()\n"
@@ -93,5 +92,6 @@ def test_trainer_killed_while_a_worker_copies_leaves_nothing(faults: Faults) -> 
         trainer.kill(signal.SIGKILL)
         assert trainer.wait() == -signal.SIGKILL
         hold.release()
-        tasks.wait_gone(int(trainer.stdout.read()))
-    assert set(os.listdir("/dev/shm")) <= before
+        worker = int(trainer.stdout.read())
+        tasks.wait_gone(worker)
+    assert shm_names(trainer.pid, worker) == []

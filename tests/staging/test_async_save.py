@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
 from stager.torch_api.staging import BlockingAsyncStager, DefaultStager, StagingOptions, WorkerStager
-from tests.observed import child_pids
+from tests.observed import child_pids, shm_names
 from tests.staging.child import run
 
 HERE = "tests.staging.test_async_save"
@@ -98,7 +98,7 @@ def wait_all(pending: list[Future[Any]]) -> None:
 
 
 def take_census() -> dict[str, int]:
-    return {"fds": len(os.listdir("/proc/self/fd")), "shm": len(os.listdir("/dev/shm"))}
+    return {"fds": len(os.listdir("/proc/self/fd")), "shm": len(shm_names(os.getpid(), *child_pids()))}
 
 
 def flat(state: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from stager.torch_api.staging.state_dict_stager import StateDictStager
 from stager.workers.memory.host_buffers import HostBuffers, SharedSlice
 from tests import scripts
+from tests.observed import shm_names
 from tests.staging.child import run
 
 
@@ -20,16 +21,12 @@ def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def shm_entries() -> int:
-    return len(os.listdir("/dev/shm"))
-
-
 def many_tensors(which: str) -> dict[str, Any]:
     """Runs in a child with 1,024 descriptors: stage 20,000 tensors and send them to a process that adds one to each."""
     from torch.distributed.checkpoint._state_dict_stager import StateDictStager as TorchStager
 
     source = {str(index): torch.full((256,), float(index)) for index in range(20_000)}
-    before = open_fds(), shm_entries()
+    before = open_fds()
     stager = (TorchStager if which == "torch" else StateDictStager)(share_memory=True)
     try:
         staged = stager.stage(source)
@@ -38,8 +35,8 @@ def many_tensors(which: str) -> dict[str, Any]:
     result = {
         "shared": all(tensor.is_shared() for tensor in staged.values()),
         "equal": all(torch.equal(tensor, source[key]) for key, tensor in staged.items()),
-        "fds": open_fds() - before[0],
-        "shm": shm_entries() - before[1],
+        "fds": open_fds() - before,
+        "shm": len(shm_names(os.getpid())),
     }
     context = mp.get_context("fork")
     ours, theirs = context.Pipe()
@@ -119,9 +116,8 @@ import signal; signal.pause()
 
 
 def test_sigkill_leaves_no_name_in_dev_shm() -> None:
-    before = set(os.listdir("/dev/shm"))
     with scripts.running(KILLED) as program:
         assert program.stdout.readline() == "staged\n"
         program.kill(signal.SIGKILL)
         program.wait()
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shm_names(program.pid) == []
