@@ -12,19 +12,19 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 $(BENCH_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
 $(STATES_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,states]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev,states]'
 	touch $@
 
 $(DOCS_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
@@ -33,7 +33,7 @@ demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
 demo-ranks: $(INSTALLED)  ## the same on two ranks; resume on one and on four; without a log directory in /tmp
 	$(BIN)/torchrun --nproc-per-node 2 --log-dir /dev/null -m stager demo --config configs/torchrun.yaml --out runs/demo-ranks
 
-test long states: export PYTHONDONTWRITEBYTECODE =  # or each of the thousands of workers would compile its modules anew
+demo demo-ranks test long states: export PYTHONDONTWRITEBYTECODE =  # pip leaves it to the first import to compile
 
 test: $(INSTALLED)  ## lint, types and the whole suite
 	$(MAKE) lint

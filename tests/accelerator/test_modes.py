@@ -11,6 +11,8 @@ import pytest
 
 from tests.accelerator import build
 
+pytestmark = pytest.mark.costly_fixture  # the build
+
 _ROOT = Path(__file__).parents[2]
 
 

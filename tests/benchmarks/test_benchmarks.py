@@ -111,6 +111,7 @@ def test_training_loop_pairs_stretches(tmp_path: Path) -> None:
         assert min(stretch.without_secs, stretch.with_secs, stretch.compute_secs, stretch.memcpy_threads_secs) > 0
 
 
+@pytest.mark.long
 def test_soak_has_points_after_twenty_and_at_the_end(tmp_path: Path) -> None:
     row = _run(_options(tmp_path, "soak", "stager"))["stager"]
     assert row.outcome == "ok"

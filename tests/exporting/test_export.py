@@ -118,7 +118,7 @@ print(json.dumps([(after - before) * 1024, result.nbytes]))
 """
 
 
-@pytest.mark.parametrize("file_format", ["torch", "safetensors"])
+@pytest.mark.parametrize("file_format", ["torch", pytest.param("safetensors", marks=pytest.mark.long)])
 def test_peak_memory_stays_within_the_budget_of_a_state_eight_times_as_large(
     run_dir: Path, tmp_path: Path, file_format: str
 ) -> None:

@@ -13,8 +13,9 @@ from tests.house.code_blocks import blocks_of
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the README's examples in a script, beside a module and a package that have names of our folders."""
+    monkeypatch.setenv("STAGER_WORKERS__COUNT", "1")
     (tmp_path / "workers.py").write_text("MINE = True\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "__init__.py").write_text("MINE = True\n")

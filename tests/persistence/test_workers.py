@@ -39,7 +39,7 @@ CONFIG = {"workers": {"count": 2}, "persistence": {"segment_bytes": "256KiB", "f
 
 
 def state_of(number: int) -> dict[str, object]:
-    return {"x": torch.full((24 << 20,), number % 256, dtype=torch.uint8), "n": number}
+    return {"x": torch.full((6 << 20,), number % 256, dtype=torch.uint8), "n": number}
 
 
 def committed(ckpt: Checkpointer, handle: SaveHandle, number: int) -> None:

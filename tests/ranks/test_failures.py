@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,20 @@ from tests.ranks.bodies import COMMITTED_ALL_THE_SAME, TRAINER_POINTS, WORKER_PO
 from tests.staging.ranks import run_ranks
 
 
-@pytest.mark.parametrize("point", [*TRAINER_POINTS, *WORKER_POINTS])
-def test_a_rank_is_killed(point: str, tmp_path: Path) -> None:
-    """Rank 0, which looks for all, or another one: two jobs at the same time, for both wait for deadlines. The store is
-    nobody's: it goes on answering."""
-    victims = (0, 1)
-    for victim in victims:
-        (tmp_path / str(victim)).mkdir()
+def _deaths() -> list[Any]:
+    """Rank 0, which looks for all, and another one, in turn; ``make long`` has the others."""
+    return [
+        pytest.param(point, victim, marks=() if number % 2 == victim else pytest.mark.long)
+        for number, point in enumerate([*TRAINER_POINTS, *WORKER_POINTS])
+        for victim in (0, 1)
+    ]
 
-    def kill(victim: int) -> list[Any]:
-        return run_ranks("tests.ranks.bodies:die_in_save", 3, tmp_path / str(victim), point, victim)
 
-    with ThreadPoolExecutor(len(victims)) as threads:
-        for victim, results in zip(victims, threads.map(kill, victims), strict=True):
-            _check_that_the_others_know(results, point, victim, tmp_path / str(victim))
+@pytest.mark.parametrize(("point", "victim"), _deaths())
+def test_a_rank_is_killed(point: str, victim: int, tmp_path: Path) -> None:
+    """The store is nobody's: it goes on answering."""
+    results = run_ranks("tests.ranks.bodies:die_in_save", 3, tmp_path, point, victim)
+    _check_that_the_others_know(results, point, victim, tmp_path)
 
 
 def _check_that_the_others_know(results: list[Any], point: str, victim: int, directory: Path) -> None:

@@ -31,7 +31,10 @@ def _run(target: str, num_ranks: int, directory: Path, *args: object) -> list[ob
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [layout if NUM_RANKS[layout] == 4 else pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS],
+)
 def test_every_layout_is_saved_and_loaded_in_every_way(layout: str, tmp_path: Path) -> None:
     num_ranks = NUM_RANKS[layout]
     (tmp_path / "ranks").write_text(str(num_ranks))

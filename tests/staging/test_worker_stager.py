@@ -177,10 +177,10 @@ class TestLeases:
             assert_private_copy(source, worker_stager.stage(source).result())
         assert worker_stager._memory._pool.nbytes <= 8 * 9 * MIB
 
-    def test_200_stagings_leave_what_one_leaves(self, worker_stager: WorkerStager) -> None:
+    def test_60_stagings_leave_what_one_leaves(self, worker_stager: WorkerStager) -> None:
         source = state(0)
         seen = set()
-        for value in range(200):
+        for value in range(60):
             change(source, value)
             staged = worker_stager.stage(source).result()
             assert staged["large"][-1] == value

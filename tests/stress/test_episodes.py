@@ -42,6 +42,7 @@ def test_workers_that_crash_and_stop_in_the_middle_of_a_save(stage: Stage) -> No
     assert set(outcomes.values()) == {FaultResult.MOVED}
 
 
+@pytest.mark.long
 def test_storage_errors_are_reported_and_the_next_save_works(stage: Stage) -> None:
     faults = (PointFault("part.write", "errno", 1, "ENOSPC"), PointFault("commit.begin", "errno", 2, "EIO"))
     vanishing = (RemovePartial(4), PointFault("part.opened", "delay", 4, "0.4"))
@@ -54,6 +55,7 @@ def test_storage_errors_are_reported_and_the_next_save_works(stage: Stage) -> No
     assert 2 <= result.num_failed <= 3 and result.num_committed == 9 - result.num_failed
 
 
+@pytest.mark.long
 def test_trainer_that_is_terminated_saves_once_more_and_one_that_ends_without_a_word(stage: Stage) -> None:
     told = SignalFault("trainer", "SIGTERM", save=2, delay_secs=0.0)
     first = RunPlan(200, on_term="save", faults=(told,), ending="exit")
