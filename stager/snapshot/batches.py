@@ -5,6 +5,7 @@ large, in host memory   memmove, in pieces that several threads share; one core 
 small, in host memory   many in one ``pwritev`` into the slab's memfd: 20,000 of 1 KiB took 6 ms, where memmove one by
                         one took 15 ms and ``torch._foreach_copy_`` 15 ms; and the GIL is taken once per 1,024
                         copies, not once per copy, which counts in a thread beside a busy trainer
+all, in the background  the kernel copies large ones, too: see ``kernel_copies.py``
 all others              device memory and packed copies: by torch
 """
 
@@ -20,7 +21,7 @@ import numpy as np
 from stager.state.placement import SMALL_BYTES, Copy
 from stager.workers.checkpoint.directory.files import IOV_MAX
 
-_PIECE_BYTES = 16 << 20
+PIECE_BYTES = 16 << 20
 _MAX_GAP_BYTES = 64  # alignment leaves less than that between small copies
 
 _zeros = ctypes.create_string_buffer(_MAX_GAP_BYTES)
@@ -29,7 +30,7 @@ _zeros_address = ctypes.addressof(_zeros)
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One memmove."""
+    """One stretch."""
 
     address: int
     slab_offset: int
@@ -78,8 +79,8 @@ def batch(copies: Sequence[Copy]) -> Batches:
 
 def _moves(copies: list[Copy]) -> Iterator[Move]:
     for copy in copies:
-        for start in range(0, copy.nbytes, _PIECE_BYTES):
-            nbytes = min(_PIECE_BYTES, copy.nbytes - start)
+        for start in range(0, copy.nbytes, PIECE_BYTES):
+            nbytes = min(PIECE_BYTES, copy.nbytes - start)
             yield Move(copy.address + start, copy.slab_offset + start, nbytes)
 
 
@@ -89,7 +90,7 @@ def _gathers(copies: list[Copy]) -> Iterator[Gather]:
     start = end = 0
     for copy in copies:
         gap = copy.slab_offset - end
-        if vectors and (not 0 <= gap < _MAX_GAP_BYTES or len(vectors) > IOV_MAX - 2 or end - start >= _PIECE_BYTES):
+        if vectors and (not 0 <= gap < _MAX_GAP_BYTES or len(vectors) > IOV_MAX - 2 or end - start >= PIECE_BYTES):
             yield _gather(vectors, start, end)
             vectors = []
         if not vectors:

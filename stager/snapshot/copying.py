@@ -1,7 +1,8 @@
 """Copying a planned snapshot into its slab: by bytes, on all cores the trainer may use, without the GIL.
 
 In ``save()`` the copy has the trainer's priority and all its threads, because the trainer waits. Guarded tensors are copied
-in the background, by fewer threads of a lower priority, so that forward and backward keep their cores.
+in the background, by fewer threads of a lower priority, so that forward and backward keep their cores; and by the kernel,
+because the program may free their memory meanwhile.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from stager.config.host import lower_priority
-from stager.snapshot.batches import Batches, Gather, Move
+from stager.snapshot import kernel_copies
+from stager.snapshot.batches import PIECE_BYTES, Batches, Gather, Move
 from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
 from stager.state.placement import Copy
 from stager.workers.device.streams import NO_STREAMS, SideStreams
@@ -27,8 +30,6 @@ from stager.workers.memory.slab import Slab
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_libc.pwritev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long]
-_libc.pwritev.restype = ctypes.c_ssize_t
 
 
 class Copier:
@@ -60,12 +61,15 @@ class Copier:
             streams: copy from devices; made in the trainer's thread.
             cold: the slab's pages may not be allocated yet: allocate each right before it is written.
             background: the trainer does not wait.
+
+        Raises:
+            MemoryGoneError: memory of a tensor was freed meanwhile.
         """
         on_streams = [copy for copy in batches.others if not copy.on_host] if streams else []
         if on_streams:
             enqueue(on_streams, leaves, slab, streams)
         threads = self._background if background else self._foreground
-        threads.run([partial(_do, work, slab, cold) for work in batches.on_host])
+        threads.run([partial(_do, work, slab, cold, background) for work in batches.on_host])
         with torch.no_grad():
             for copy in batches.others:
                 if copy.on_host or not streams:
@@ -146,28 +150,33 @@ def wait_uninterrupted(futures: Sequence[Future[Any]]) -> None:
         raise interrupted
 
 
-def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:
+def _do(work: Move | Gather, slab: Slab, cold: bool, may_go: bool) -> None:
     """Copy one stretch, or gather many small ones.
 
     Args:
         cold: the slab's pages may not be allocated yet.
+        may_go: the memory may be freed meanwhile.
+
+    Raises:
+        MemoryGoneError: it was.
     """
     if work.slab_offset < 0 or work.slab_offset + work.nbytes > slab.nbytes:
         raise InternalError(
             f"a copy of {work.nbytes} bytes to offset {work.slab_offset} is outside of slab {slab.slab_id}, which has "
             f"{slab.nbytes} bytes"
         )
-    if isinstance(work, Move):
+    if isinstance(work, Gather):
+        kernel_copies.write(slab.fd, work.vectors, work.slab_offset)
+    elif may_go:
+        kernel_copies.write(slab.fd, _stretch(work.address, work.nbytes), work.slab_offset)
+    else:
         if cold:
             slab.populate(work.slab_offset, work.nbytes)
         ctypes.memmove(slab.address + work.slab_offset, work.address, work.nbytes)
-        return
-    written = _libc.pwritev(slab.fd, work.vectors.ctypes.data, len(work.vectors), work.slab_offset)
-    if written != work.nbytes:  # never seen; whatever the reason, memmove does the same
-        offset = work.slab_offset
-        for address, nbytes in work.vectors.tolist():
-            ctypes.memmove(slab.address + offset, address, nbytes)
-            offset += nbytes
+
+
+def _stretch(address: int, nbytes: int) -> Any:
+    return np.array([(address, nbytes)], dtype=np.uint64)
 
 
 def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, name: Callable[[int], str]) -> None:
@@ -175,12 +184,13 @@ def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, 
 
     Raises:
         TornSnapshotError: naming the tensors that changed.
+        MemoryGoneError: memory of a tensor was freed meanwhile.
     """
     torn = []
     for copy in copies:
         source = leaves[copy.leaf].detach()
         if copy.on_host and not copy.is_packed:
-            same = _libc.memcmp(copy.address, slab.address + copy.slab_offset, copy.nbytes) == 0
+            same = _is_same(copy, slab)
         else:
             source = source.resolve_conj().resolve_neg().contiguous() if copy.is_packed else bytes_of(source, copy)
             staged = torch.empty(0, dtype=torch.uint8).set_(slab.storage, copy.slab_offset, (copy.nbytes,))  # type: ignore[call-overload]  # torch's stubs lack this form
@@ -193,3 +203,12 @@ def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, 
             "another thread, or a step that was not guarded, wrote to the state during save(); write to it after save() has "
             "returned. Nothing of this save is committed"
         )
+
+
+def _is_same(copy: Copy, slab: Slab) -> bool:
+    for start in range(0, copy.nbytes, PIECE_BYTES):
+        nbytes = min(PIECE_BYTES, copy.nbytes - start)
+        now = kernel_copies.read(_stretch(copy.address + start, nbytes))
+        if _libc.memcmp(now, slab.address + copy.slab_offset + start, nbytes) != 0:
+            return False
+    return True

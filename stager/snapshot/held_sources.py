@@ -3,7 +3,7 @@
 Copies read addresses. After ``param.data = other`` or ``param.set_(other)`` nothing else need refer to the memory at
 them: it would be unmapped, and reading it would end the process. A reference to a tensor's storage holds it. It does not
 hold it against ``storage.resize_()``, which frees the memory of a storage that is held, too. :meth:`HeldSources.lost`
-finds that before and after the copy. Nothing in torch holds memory that is freed *while* it is read.
+finds that; memory that is freed *while* it is copied is an error of the copy (``kernel_copies.py``).
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
 from stager.snapshot.copying import Copier, compare
 from stager.snapshot.guard import Guard
+from stager.snapshot.held_sources import HeldSources
+from stager.snapshot.kernel_copies import MemoryGoneError
 from stager.snapshot.object_pickler import ObjectPickler
 from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.snapshot.tripwires import Armed, Place, Wires
@@ -293,10 +295,10 @@ class SnapshotTaker:
         raise TornSnapshotError(
             f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} changed while the snapshot "
             "was still being copied, by something other than the step() of a guarded optimizer (code of yours, "
-            "nn.Embedding with max_norm, weights swapped by .data.copy_(), another optimizer). This save is not "
-            "committed: save again. Before your code writes to guarded tensors, call wait_for_staging(), or wait for the "
-            "save's staging_completion. From the next save on, save() copies these tensors before it returns, which makes "
-            "it slower"
+            "nn.Embedding with max_norm, weights swapped by .data.copy_(), a storage that was resized, another optimizer). "
+            "This save is not committed: save again. Before your code writes to guarded tensors, call wait_for_staging(), "
+            "or wait for the save's staging_completion. From the next save on, save() copies these tensors before it "
+            "returns, which makes it slower"
         )
 
     def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Assignment:
@@ -311,12 +313,34 @@ class SnapshotTaker:
             background: the trainer does not wait for it.
 
         Raises:
-            TornSnapshotError: something wrote to the sources meanwhile: a tripwire says so, or ``staging.verify``.
+            TornSnapshotError: something wrote to the sources meanwhile, or freed them: a tripwire says so, the kernel, or
+                ``staging.verify``.
         """
+        # Until all is copied, compared, and the tripwires are read.
+        held = snapshot.armed.held if background and snapshot.armed is not None else None
+        try:
+            self._copy(snapshot, work, slab, held, cold=cold, background=background)
+        except MemoryGoneError:
+            if held is not None:
+                self._refuse_torn(snapshot, held.lost())
+            raise TornSnapshotError(
+                "memory of a tensor was freed while save() copied it: another thread resized a storage of the state. "
+                "Nothing of this save is committed: save again, and resize storages after save() has returned"
+            ) from None
+
+    def _copy(
+        self,
+        snapshot: Snapshot,
+        work: Assignment,
+        slab: Slab,
+        held: HeldSources | None,
+        *,
+        cold: bool,
+        background: bool,
+    ) -> None:
         timeline = snapshot.timeline
         leaves: Sequence[Any] = snapshot.tree.leaves
-        if background and snapshot.armed is not None:
-            held = snapshot.armed.held  # until all is copied, compared, and the tripwires are read
+        if held is not None:
             leaves = held.leaves
             self._refuse_torn(snapshot, held.lost())
 

@@ -46,7 +46,7 @@ def load() -> ModuleType:
         os.environ["PATH"] = f"{bin_directory}{os.pathsep}{os.environ['PATH']}"
     return cpp_extension.load(
         name="stager_simulated_accelerator",
-        sources=[str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
+        sources=[str(_SOURCES / "all.cpp")],
         build_directory=str(directory),
         extra_cflags=["-O1", "-Wno-unknown-pragmas"],
     )
