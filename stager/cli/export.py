@@ -13,6 +13,7 @@ import typer
 from stager.cli.console import byte_progress, print_json, printable, stdout
 from stager.cli.options import JsonOption
 from stager.cli.selection import directory_nbytes, select_checkpoints
+from stager.workers.wording import first_of
 
 if TYPE_CHECKING:
     from stager.exporting.export import Exported
@@ -107,6 +108,5 @@ def _print(result: Exported) -> None:
     line = f"{printable(result.path)}: step {result.step}, {result.format}, {facts}, {result.secs:.2f} s"
     console.print(line, markup=False, soft_wrap=True)
     if result.left_out:
-        names = ", ".join(map(printable, result.left_out[:_SHOWN_NAMES]))
-        more = f" and {len(result.left_out) - _SHOWN_NAMES} more" if len(result.left_out) > _SHOWN_NAMES else ""
-        console.print(f"left out, because safetensors holds tensors only: {names}{more}", markup=False, soft_wrap=True)
+        names = printable(first_of(result.left_out, _SHOWN_NAMES))
+        console.print(f"left out, because safetensors holds tensors only: {names}", markup=False, soft_wrap=True)

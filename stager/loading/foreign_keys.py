@@ -27,6 +27,7 @@ from stager.loading.prefixes import find_prefixes
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.layout.structure import ABSENT, Key, Node, Path
 from stager.workers.errors import UsageError
+from stager.workers.wording import first_of
 
 _MAX_DEPTH = 100
 _KEY_TYPES = (str, int, float, tuple, type(None))
@@ -103,9 +104,7 @@ def _heads(text: str) -> list[str]:
 
 
 def _shown(names: Iterable[Any]) -> str:
-    names = [str(name) for name in names]
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return (", ".join(names[:_SHOWN_NAMES]) or "none") + more
+    return first_of(list(names), _SHOWN_NAMES) or "none"
 
 
 def _fit(node: Node, value: Any, path: Path) -> Node:

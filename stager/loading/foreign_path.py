@@ -18,6 +18,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     parse_checkpoint,
 )
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
+from stager.workers.wording import first_of
 
 METADATA_NAME = ".metadata"
 _DATA_ENDING = ".distcp"
@@ -170,8 +171,7 @@ def _of_others(directory: str, names: list[str]) -> str:
 
 
 def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
+    return first_of(names, _SHOWN_NAMES)
 
 
 def _steps(steps: list[int]) -> str:

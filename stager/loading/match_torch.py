@@ -18,6 +18,7 @@ from stager.state.shards import is_sharded, shape_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
+from stager.workers.wording import first_of
 
 _SHOWN_NAMES = 5
 
@@ -82,8 +83,7 @@ def nothing_fits(path: Path, here: Collection[Any], there: Collection[Any]) -> s
 
 def listed(names: Collection[Any]) -> str:
     """Write down the first of some names."""
-    shown = [str(name) for name in list(names)[:_SHOWN_NAMES]]
-    return ", ".join(shown) + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "")
+    return first_of(names, _SHOWN_NAMES)
 
 
 def match_optimizer(

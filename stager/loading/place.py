@@ -19,6 +19,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     read_checkpoint_at,
 )
 from stager.workers.errors import CorruptCheckpointError, UsageError
+from stager.workers.wording import first_of
 
 _NUM_SHOWN = 3
 
@@ -80,13 +81,13 @@ class Run:
     def instead_of(self, damaged: list[int]) -> str:
         """Say what to do about steps that cannot be used, newest first."""
         if others := [step for step in self.steps() if step not in damaged]:
-            return f"put it back from a copy, or load another step: {_first(others)}"
+            return f"put it back from a copy, or load another step: {first_of(others, _NUM_SHOWN)}"
         if len(damaged) == 1:
             name = checkpoint_name(damaged[0])
             return f"the run has no other checkpoint: put this one back from a copy, or remove {name} to begin anew"
         return (
-            f"none of the {len(damaged)} checkpoints of {self.directory} can be used (steps {_first(damaged)}): put one "
-            "back from a copy, or remove them all to begin anew"
+            f"none of the {len(damaged)} checkpoints of {self.directory} can be used (steps "
+            f"{first_of(damaged, _NUM_SHOWN)}): put one back from a copy, or remove them all to begin anew"
         )
 
 
@@ -136,12 +137,6 @@ class OneCheckpoint(Run):
     def which(self, missing: int) -> str:
         """Say which step it has."""
         return f"this is the checkpoint of step {self._step}, not of step {missing}; open its run for other steps"
-
-
-def _first(steps: list[int]) -> str:
-    """``300, 200, 100 and 7 more``."""
-    more = f" and {len(steps) - _NUM_SHOWN} more" if len(steps) > _NUM_SHOWN else ""
-    return ", ".join(map(str, steps[:_NUM_SHOWN])) + more
 
 
 def _in_words(steps: list[int]) -> str:

@@ -22,6 +22,7 @@ from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, fqn, walk
 from stager.workers.checkpoint.layout.tensor_node import without_flags
 from stager.workers.errors import StateMismatchError, UnloadableError
+from stager.workers.wording import first_of
 
 logger = logging.getLogger("stager")
 
@@ -247,8 +248,7 @@ class RestorePlan:
 
 
 def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return (", ".join(names[:_SHOWN_NAMES]) or "nothing") + more
+    return first_of(names, _SHOWN_NAMES) or "nothing"
 
 
 def refuse(path: str, lines: list[str], advice: str = "", cause: Exception | None = None) -> None:

@@ -29,6 +29,7 @@ from stager.ranks import keys
 from stager.ranks.messages import HolderRange, KindOfRank, LeafDigests, LeafEntry, ValuesCompared, WhoHolds, encode
 from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.workers.errors import InconsistentRanksError
+from stager.workers.wording import first_of
 
 logger = logging.getLogger("stager")
 
@@ -228,8 +229,7 @@ def differing(found: Sequence[tuple[int, Mapping[str, str]]], names: Set[str]) -
 
 def _named(found: Mapping[str, Sequence[int]]) -> str:
     """Name leaves, and ranks on which they differ."""
-    shown = [f"{name} (ranks {some_ranks(ranks)})" for name, ranks in list(found.items())[:_SHOWN_NAMES]]
-    return ", ".join(shown) + (f" and {len(found) - len(shown)} more" if len(found) > len(shown) else "")
+    return first_of([f"{name} (ranks {some_ranks(ranks)})" for name, ranks in found.items()], _SHOWN_NAMES)
 
 
 def kind_of(plain: Sequence[LeafEntry], outline: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
@@ -20,13 +20,16 @@ import numpy as np
 import torch
 
 from stager.config.host import lower_priority
-from stager.snapshot import kernel_copies
 from stager.snapshot.batches import PIECE_BYTES, Batches, Gather, Move
 from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
+from stager.snapshot.kernel_copies import Scratch, vectors, write
 from stager.state.placement import Copy
 from stager.workers.device.streams import NO_STREAMS, SideStreams
 from stager.workers.errors import InternalError, TornSnapshotError
 from stager.workers.memory.slab import Slab
+from stager.workers.wording import first_of
+
+MOST_NAMES = 5  # in a message
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -59,23 +62,25 @@ class Copier:
         Args:
             leaves: the tensors that ``Copy.leaf`` numbers.
             streams: copy from devices; made in the trainer's thread.
-            cold: the slab's pages may not be allocated yet: allocate each right before it is written.
+            cold: the slab's pages may not be allocated yet: allocate those of a large copy right before it is written.
             background: the trainer does not wait.
 
         Raises:
             MemoryGoneError: memory of a tensor was freed meanwhile.
         """
         on_streams = [copy for copy in batches.others if not copy.on_host] if streams else []
-        if on_streams:
-            enqueue(on_streams, leaves, slab, streams)
         threads = self._background if background else self._foreground
-        threads.run([partial(_do, work, slab, cold, background) for work in batches.on_host])
-        with torch.no_grad():
-            for copy in batches.others:
-                if copy.on_host or not streams:
-                    copy_by_torch(copy, leaves, slab)
-        if on_streams:
-            streams.synchronize()
+        try:
+            if on_streams:
+                enqueue(on_streams, leaves, slab, streams)
+            threads.run([partial(_do, work, slab, cold, background) for work in batches.on_host])
+            with torch.no_grad():
+                for copy in batches.others:
+                    if copy.on_host or not streams:
+                        copy_by_torch(copy, leaves, slab)
+        finally:
+            if on_streams:
+                streams.synchronize()  # also after an error: the slab is used for something else then
 
     def close(self) -> None:
         """End the threads."""
@@ -96,8 +101,12 @@ class _Threads:
         iterator = iter(calls)  # shared: next() on an iterator over a list is atomic, so each call is taken once
 
         def work() -> None:
-            for call in iterator:
-                call()
+            try:
+                for call in iterator:
+                    call()
+            except BaseException:
+                deque(iterator, maxlen=0)  # drop the calls that no thread has begun
+                raise
 
         helpers = min(self._count, len(calls)) - (
             0 if self._is_background else 1
@@ -109,9 +118,6 @@ class _Threads:
                     futures.append(self._threads().submit(work))
             if not self._is_background or not futures:
                 work()
-        except BaseException:
-            deque(iterator, maxlen=0)  # drop the calls that no thread has begun
-            raise
         finally:
             wait_uninterrupted(futures)  # they write into the slab
         for future in futures:
@@ -166,49 +172,73 @@ def _do(work: Move | Gather, slab: Slab, cold: bool, may_go: bool) -> None:
             f"{slab.nbytes} bytes"
         )
     if isinstance(work, Gather):
-        kernel_copies.write(slab.fd, work.vectors, work.slab_offset)
+        write(slab.fd, work.vectors, work.slab_offset)
     elif may_go:
-        kernel_copies.write(slab.fd, _stretch(work.address, work.nbytes), work.slab_offset)
+        write(slab.fd, vectors([(work.address, work.nbytes)]), work.slab_offset)
     else:
         if cold:
             slab.populate(work.slab_offset, work.nbytes)
         ctypes.memmove(slab.address + work.slab_offset, work.address, work.nbytes)
 
 
-def _stretch(address: int, nbytes: int) -> Any:
-    return np.array([(address, nbytes)], dtype=np.uint64)
-
-
-def compare(copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, name: Callable[[int], str]) -> None:
+def compare(
+    copies: Sequence[Copy], leaves: Sequence[torch.Tensor], slab: Slab, name: Callable[[int], str], *, may_go: bool
+) -> None:
     """Compare the snapshot with its sources, byte for byte (``staging.verify``).
+
+    Args:
+        may_go: the sources may be freed meanwhile.
 
     Raises:
         TornSnapshotError: naming the tensors that changed.
         MemoryGoneError: memory of a tensor was freed meanwhile.
     """
-    torn = []
-    for copy in copies:
-        source = leaves[copy.leaf].detach()
-        if copy.on_host and not copy.is_packed:
-            same = _is_same(copy, slab)
-        else:
-            source = source.resolve_conj().resolve_neg().contiguous() if copy.is_packed else bytes_of(source, copy)
-            staged = torch.empty(0, dtype=torch.uint8).set_(slab.storage, copy.slab_offset, (copy.nbytes,))  # type: ignore[call-overload]  # torch's stubs lack this form
-            same = torch.equal(source.cpu().view(-1).view(torch.uint8), staged)
-        if not same:
-            torn += [name(leaf) for leaf in copy.leaves]
-    if torn:
+    by_address = [copy for copy in copies if copy.on_host and not copy.is_packed]
+    others = [copy for copy in copies if not copy.on_host or copy.is_packed]
+    differing = [*_differing(by_address, slab, may_go), *(copy for copy in others if not _is_same(copy, leaves, slab))]
+    if differing:
+        torn = [name(leaf) for copy in differing for leaf in copy.leaves]
         raise TornSnapshotError(
-            f"{', '.join(torn[:5])}{' ...' if len(torn) > 5 else ''} changed while the snapshot was taken: "
-            "another thread, or a step that was not guarded, wrote to the state during save(); write to it after save() has "
-            "returned. Nothing of this save is committed"
+            f"{first_of(torn, MOST_NAMES)} changed while the snapshot was taken: another thread, or a step that was not "
+            "guarded, wrote to the state during save(); write to it after save() has returned. Nothing of this save is "
+            "committed"
         )
 
 
-def _is_same(copy: Copy, slab: Slab) -> bool:
-    for start in range(0, copy.nbytes, PIECE_BYTES):
-        nbytes = min(PIECE_BYTES, copy.nbytes - start)
-        now = kernel_copies.read(_stretch(copy.address + start, nbytes))
-        if _libc.memcmp(now, slab.address + copy.slab_offset + start, nbytes) != 0:
-            return False
-    return True
+def _is_same(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> bool:
+    """Compare by torch."""
+    source = leaves[copy.leaf].detach()
+    source = source.resolve_conj().resolve_neg().contiguous() if copy.is_packed else bytes_of(source, copy)
+    staged = torch.empty(0, dtype=torch.uint8).set_(slab.storage, copy.slab_offset, (copy.nbytes,))  # type: ignore[call-overload]  # torch's stubs lack this form
+    return torch.equal(source.cpu().view(-1).view(torch.uint8), staged)
+
+
+def _differing(copies: Sequence[Copy], slab: Slab, may_go: bool) -> Iterator[Copy]:
+    """Compare by address."""
+    if not may_go:
+        yield from (c for c in copies if _libc.memcmp(c.address, slab.address + c.slab_offset, c.nbytes))
+        return
+    with Scratch() as scratch:
+        for stretches in _read_at_once(copies):
+            data = scratch.read(vectors([(copy.address + start, nbytes) for copy, start, nbytes in stretches]))
+            here = np.frombuffer(data, dtype=np.uint8).ctypes.data
+            for copy, start, nbytes in stretches:
+                if _libc.memcmp(here, slab.address + copy.slab_offset + start, nbytes):
+                    yield copy
+                here += nbytes
+
+
+def _read_at_once(copies: Sequence[Copy]) -> Iterator[list[tuple[Copy, int, int]]]:
+    """Group stretches (copy, start, nbytes) of 16 MiB at most into groups of hardly more."""
+    group: list[tuple[Copy, int, int]] = []
+    total = 0
+    for copy in copies:
+        for start in range(0, copy.nbytes, PIECE_BYTES):
+            nbytes = min(PIECE_BYTES, copy.nbytes - start)
+            if group and total + nbytes > PIECE_BYTES:
+                yield group
+                group, total = [], 0
+            group.append((copy, start, nbytes))
+            total += nbytes
+    if group:
+        yield group

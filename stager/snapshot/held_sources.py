@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from stager.state.fingerprint import TensorMemory
@@ -26,26 +25,23 @@ class Sources:
     """Which leaves' memory some copies read; kept for as long as the copies stay the same.
 
     Attributes:
-        copies: those that read an address.
-        owners: for each copy, the position of its ``leaf`` in ``TensorMemory``.
-        addresses: of each copy.
+        copies: those that read memory.
+        owners: for each of them, the position of its ``leaf`` in ``TensorMemory``.
         on_devices: leaves of copies from devices.
     """
 
     copies: tuple[Copy, ...]
-    owners: Any
-    addresses: Any
+    owners: tuple[int, ...]
     on_devices: tuple[int, ...]
 
     @staticmethod
     def of(copies: Sequence[Copy], leaves: Sequence[int]) -> Sources:
         """Note what these copies read. ``leaves``: of :class:`TensorMemory`."""
         positions = {leaf: position for position, leaf in enumerate(leaves)}
-        reading = tuple(copy for copy in copies if not copy.is_packed and copy.nbytes)
+        reading = tuple(copy for copy in copies if copy.nbytes)
         return Sources(
             copies=reading,
-            owners=np.array([positions[copy.leaf] for copy in reading], dtype=np.int64),
-            addresses=np.array([copy.address for copy in reading], dtype=np.uint64),
+            owners=tuple(positions[copy.leaf] for copy in reading),
             on_devices=tuple(copy.leaf for copy in copies if not copy.on_host),
         )
 
@@ -60,7 +56,8 @@ class Sources:
             leaves = list(leaves)
             for leaf in self.on_devices:
                 leaves[leaf] = leaves[leaf].detach()
-        return HeldSources(self, leaves, memory)
+        storages = [memory.storages[owner] for owner in self.owners]
+        return HeldSources(self, leaves, storages, _places(storages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +66,30 @@ class HeldSources:
 
     Attributes:
         leaves: of the state; what torch copies by its tensor is the tensor as it was at ``save()``.
-        memory: what is held.
+        storages: what is held, of each copy.
+        places: where these were then, and how large.
     """
 
     sources: Sources
     leaves: Sequence[Any]
-    memory: TensorMemory
+    storages: Sequence[torch.UntypedStorage]
+    places: tuple[list[int], list[int]]
 
     def lost(self) -> set[int]:
-        """Find the leaves whose memory was freed all the same, because their storage was resized."""
-        storages = self.memory.storages
-        starts = np.array(list(map(_Storage.data_ptr, storages)), dtype=np.uint64)
-        ends = starts + np.array(list(map(_Storage.nbytes, storages)), dtype=np.uint64)
-        owners, addresses = self.sources.owners, self.sources.addresses
-        is_lost = (addresses < starts[owners]) | (addresses >= ends[owners])
-        return {leaf for number in np.flatnonzero(is_lost).tolist() for leaf in self.sources.copies[number].leaves}
+        """Find the leaves whose memory was freed all the same, because their storage was resized, or moved.
+
+        Not found is a storage that was resized, and then got the same size at the same address again.
+        """
+        now = _places(self.storages)
+        if now == self.places:
+            return set()
+        found = zip(self.sources.copies, *now, *self.places, strict=True)
+        return {leaf for copy, a, b, c, d in found if (a, b) != (c, d) for leaf in copy.leaves}
+
+    def leaves_at(self, address: int) -> set[int]:
+        """Find the leaves whose copies read this address."""
+        return {leaf for c in self.sources.copies if c.address <= address < c.address + c.nbytes for leaf in c.leaves}
+
+
+def _places(storages: Sequence[torch.UntypedStorage]) -> tuple[list[int], list[int]]:
+    return list(map(_Storage.data_ptr, storages)), list(map(_Storage.nbytes, storages))

@@ -10,15 +10,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from contextlib import closing
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from stager.workers.checkpoint.directory.files import IOV_MAX
-from stager.workers.errors import StorageError
-
-_SCRATCH = "stager-samples"
+from stager.workers.errors import InternalError, StorageError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.pwritev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long]
@@ -26,31 +24,48 @@ _libc.pwritev.restype = ctypes.c_ssize_t
 
 
 class MemoryGoneError(Exception):
-    """The memory that was to be copied is not mapped any more. Whoever copies knows which tensor's it was."""
+    """The memory that was to be copied is not mapped any more. Whoever copies knows which tensor's it was.
+
+    Attributes:
+        address: of the first byte of a stretch that was not copied.
+    """
+
+    def __init__(self, address: int) -> None:
+        super().__init__(f"nothing is mapped at {address:#x}")
+        self.address = address
+
+
+def vectors(stretches: Sequence[tuple[int, int]]) -> Any:
+    """Return (address, number of bytes) pairs as the kernel takes them: as an array of ``struct iovec``."""
+    return np.array(stretches, dtype=np.uint64).reshape(len(stretches), 2)
 
 
 def write(fd: int, vectors: Any, offset: int) -> None:
-    """Copy stretches of memory to a file, one behind the other.
+    """Copy stretches of memory to a file in memory, one behind the other.
 
     Args:
-        vectors: (n, 2) array of uint64, n at most IOV_MAX: address and number of bytes of each stretch, which the kernel
-            takes as ``struct iovec``.
+        vectors: see :func:`vectors`; at most IOV_MAX.
         offset: where in the file.
 
     Raises:
         MemoryGoneError: some of it is not mapped.
-        StorageError: the kernel refuses for another reason.
+        MemoryError: the kernel has no more memory to give.
+        StorageError: it refuses for another reason.
     """
-    while len(vectors):
+    left = int(vectors[:, 1].sum())
+    while left:
         written = _libc.pwritev(fd, vectors.ctypes.data, len(vectors), offset)
-        if written < 0:
-            code = ctypes.get_errno()
+        if written <= 0:
+            code = ctypes.get_errno() if written else 0
             if code == errno.EINTR:
                 continue
             if code == errno.EFAULT:
-                raise MemoryGoneError
-            raise StorageError(code, "the kernel does not copy a snapshot into shared memory", "memfd")
+                raise MemoryGoneError(int(vectors[0, 0]))
+            if code in (errno.ENOMEM, errno.ENOSPC):
+                raise MemoryError(f"the kernel refused {left:,} bytes of shared memory: {os.strerror(code)}")
+            raise StorageError(code or None, "the kernel does not copy a snapshot into shared memory", "memfd")
         offset += written
+        left -= written
         vectors = _rest(vectors, written)
 
 
@@ -58,28 +73,43 @@ def _rest(vectors: Any, written: int) -> Any:
     """Return what is left of the stretches behind their first ``written`` bytes."""
     ends = np.cumsum(vectors[:, 1])
     first = int(np.searchsorted(ends, written, side="right"))
-    if first == len(vectors):
-        return vectors[first:]
     rest = vectors[first:].copy()
-    done = int(vectors[first, 1]) - (int(ends[first]) - written)
-    rest[0] += np.array((done, -done)).astype(np.uint64)
+    if len(rest):
+        left = int(ends[first]) - written
+        rest[0] = int(rest[0, 0]) + int(rest[0, 1]) - left, left
     return rest
 
 
-def read(vectors: Any) -> bytes:
-    """Read stretches of memory, one behind the other.
+class Scratch:
+    """A file in memory through which memory is read."""
 
-    Args:
-        vectors: as for :func:`write`, of any length.
+    def __init__(self) -> None:
+        try:
+            self._fd = os.memfd_create("stager-scratch", os.MFD_CLOEXEC)
+        except OSError as error:
+            raise StorageError(error.errno, "a file in memory cannot be made", "memfd") from error
 
-    Raises:
-        MemoryGoneError, StorageError: see :func:`write`.
-    """
-    fd = os.memfd_create(_SCRATCH, os.MFD_CLOEXEC)
-    with closing(os.fdopen(fd, "rb", buffering=0)) as scratch:
-        offset = 0
+    def read(self, vectors: Any) -> bytes:
+        """Read stretches of memory, one behind the other.
+
+        Args:
+            vectors: as for :func:`write`, of any length.
+
+        Raises:
+            MemoryGoneError, MemoryError, StorageError: see :func:`write`.
+        """
+        nbytes = 0
         for start in range(0, len(vectors), IOV_MAX):
             block = vectors[start : start + IOV_MAX]
-            write(fd, block, offset)
-            offset += int(block[:, 1].sum())
-        return os.pread(scratch.fileno(), offset, 0)
+            write(self._fd, block, nbytes)
+            nbytes += int(block[:, 1].sum())
+        data = os.pread(self._fd, nbytes, 0)
+        if len(data) != nbytes:
+            raise InternalError(f"{len(data)} of {nbytes} bytes were read of a file in memory")
+        return data
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)

@@ -21,7 +21,7 @@ from stager.ranks.partition import Partitioner
 from stager.ranks.rank_group import RankGroup
 from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
-from stager.snapshot.copying import Copier, compare
+from stager.snapshot.copying import MOST_NAMES, Copier, compare
 from stager.snapshot.guard import Guard
 from stager.snapshot.held_sources import HeldSources
 from stager.snapshot.kernel_copies import MemoryGoneError
@@ -39,6 +39,7 @@ from stager.workers.checkpoint.formats.torch_settings import real_tensors
 from stager.workers.device.streams import SideStreams
 from stager.workers.errors import TornSnapshotError
 from stager.workers.memory.slab import Slab
+from stager.workers.wording import first_of
 
 logger = logging.getLogger("stager")
 
@@ -293,12 +294,11 @@ class SnapshotTaker:
         self._torn |= {snapshot.tree.names[leaf] for leaf in torn}
         names = [snapshot.tree.name(leaf) for leaf in torn]
         raise TornSnapshotError(
-            f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} changed while the snapshot "
-            "was still being copied, by something other than the step() of a guarded optimizer (code of yours, "
-            "nn.Embedding with max_norm, weights swapped by .data.copy_(), a storage that was resized, another optimizer). "
-            "This save is not committed: save again. Before your code writes to guarded tensors, call wait_for_staging(), "
-            "or wait for the save's staging_completion. From the next save on, save() copies these tensors before it "
-            "returns, which makes it slower"
+            f"{first_of(names, MOST_NAMES)} changed while the snapshot was still being copied, by something other than the "
+            "step() of a guarded optimizer (code of yours, nn.Embedding with max_norm, weights swapped by .data.copy_(), a "
+            "storage that was resized or put into shared memory, another optimizer). This save is not committed: save "
+            "again. Before your code writes to guarded tensors, call wait_for_staging(), or wait for the save's "
+            "staging_completion. From the next save on, save() copies these tensors before it returns, which makes it slower"
         )
 
     def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Assignment:
@@ -320,13 +320,20 @@ class SnapshotTaker:
         held = snapshot.armed.held if background and snapshot.armed is not None else None
         try:
             self._copy(snapshot, work, slab, held, cold=cold, background=background)
-        except MemoryGoneError:
+        except MemoryGoneError as error:
             if held is not None:
-                self._refuse_torn(snapshot, held.lost())
+                later = {leaf for copy in held.sources.copies for leaf in copy.leaves}
+                self._refuse_torn(snapshot, held.lost() or held.leaves_at(error.address) or later)
             raise TornSnapshotError(
                 "memory of a tensor was freed while save() copied it: another thread resized a storage of the state. "
                 "Nothing of this save is committed: save again, and resize storages after save() has returned"
             ) from None
+        except TornSnapshotError:
+            raise
+        except Exception:  # of torch, or of a worker, when a storage has other memory than it had at save()
+            if held is not None:
+                self._refuse_torn(snapshot, held.lost())
+            raise
 
     def _copy(
         self,
@@ -366,7 +373,7 @@ class SnapshotTaker:
             self._check(snapshot, slab)
         if self._verify:
             with timeline.timed("verify"):
-                compare(work.copies, leaves, slab, snapshot.tree.name)
+                compare(work.copies, leaves, slab, snapshot.tree.name, may_go=background)
 
     def forget(self) -> None:
         """Drop what was kept for the next save."""

@@ -36,9 +36,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stager.snapshot import kernel_copies
 from stager.snapshot.guard import here
 from stager.snapshot.held_sources import HeldSources, Sources
+from stager.snapshot.kernel_copies import Scratch
 from stager.snapshot.picker import Picker, picker
 from stager.state.fingerprint import TensorMemory
 from stager.state.placement import SMALL_BYTES, Copy
@@ -108,7 +108,8 @@ class _Samples:
         vectors = np.empty((len(self.words) + len(self.bytes), 2), dtype=np.uint64)
         vectors[: len(self.words)] = np.stack((self.words << 3, np.full_like(self.words, 8)), axis=1)
         vectors[len(self.words) :] = np.stack((self.bytes, np.ones_like(self.bytes)), axis=1)
-        data = np.frombuffer(kernel_copies.read(vectors), dtype=np.uint8)
+        with Scratch() as scratch:
+            data = np.frombuffer(scratch.read(vectors), dtype=np.uint8)
         return np.concatenate((data[:num_bytes].view(np.uint64), data[num_bytes:].astype(np.uint64)))
 
 

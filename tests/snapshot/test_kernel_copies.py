@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from stager.snapshot import kernel_copies
-from stager.snapshot.kernel_copies import MemoryGoneError, read, write
+from stager import TornSnapshotError
+from stager.snapshot import copying, kernel_copies
+from stager.snapshot.kernel_copies import MemoryGoneError, Scratch, vectors, write
+from stager.snapshot.pieces import whole
+from stager.workers.device.byte_copies import stretch_of
 from stager.workers.errors import StorageError
+from stager.workers.memory.slab import Slab
 from tests import scripts
+from tests.snapshot.staged import Bench
 
 PAGE = mmap.PAGESIZE
 
@@ -26,8 +34,9 @@ def fd() -> Iterator[int]:
     os.close(made)
 
 
-def vectors(*stretches: tuple[int, int]) -> Any:
-    return np.array(stretches, dtype=np.uint64)
+def read(stretches: Sequence[tuple[int, int]]) -> bytes:
+    with Scratch() as scratch:
+        return scratch.read(vectors(stretches))
 
 
 def gone() -> int:
@@ -42,7 +51,7 @@ def test_stretches_are_read_one_behind_the_other_however_many() -> None:
     data = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
     begin, lengths = data.ctypes.data, [1 + number % 20 for number in range(5000)]
     starts = [number * 17 % 99_000 for number in range(5000)]
-    found = read(vectors(*[(begin + start, nbytes) for start, nbytes in zip(starts, lengths, strict=True)]))
+    found = read([(begin + start, nbytes) for start, nbytes in zip(starts, lengths, strict=True)])
     assert found == b"".join(bytes(data[start : start + nbytes]) for start, nbytes in zip(starts, lengths, strict=True))
 
 
@@ -50,10 +59,11 @@ def test_memory_that_is_gone_is_an_error_wherever_it_is(fd: int) -> None:
     data = np.full(3 * PAGE, 7, np.uint8)
     there = data.ctypes.data
     for stretches in ([(gone(), 8)], [(there, PAGE), (gone(), 8), (there, 8)], [(0, 1)]):
+        with pytest.raises(MemoryGoneError) as caught:
+            write(fd, vectors(stretches), 0)
+        assert caught.value.address == next(address for address, _ in stretches if address != there)
         with pytest.raises(MemoryGoneError):
-            write(fd, vectors(*stretches), 0)
-        with pytest.raises(MemoryGoneError):
-            read(vectors(*stretches))
+            read(stretches)
 
 
 def test_kernel_that_writes_less_than_asked_is_asked_again(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,18 +86,118 @@ def test_kernel_that_writes_less_than_asked_is_asked_again(fd: int, monkeypatch:
     monkeypatch.setattr(kernel_copies, "_libc", Slow())
     data = np.arange(100, dtype=np.uint8)
     begin = data.ctypes.data
-    write(fd, vectors((begin, 20), (begin + 50, 1), (begin + 60, 40)), 3)
+    write(fd, vectors([(begin, 20), (begin + 50, 1), (begin + 60, 40)]), 3)
     assert os.pread(fd, 200, 0) == bytes(3) + bytes(data[:20]) + bytes(data[50:51]) + bytes(data[60:])
 
 
 def test_other_refusals_of_the_kernel_are_told() -> None:
     data = np.zeros(8, np.uint8)
     with open(os.devnull) as not_writable, pytest.raises(StorageError, match="Bad file descriptor"):
-        write(not_writable.fileno(), vectors((data.ctypes.data, 8)), 0)
+        write(not_writable.fileno(), vectors([(data.ctypes.data, 8)]), 0)
+
+
+def test_no_stretch_and_an_empty_one_are_nothing(fd: int) -> None:
+    write(fd, vectors([]), 0)
+    write(fd, vectors([(1, 0), (2, 0)]), 0)
+    assert read([]) == b"" == os.pread(fd, 1, 0)
+
+
+@pytest.mark.parametrize("answer", [0, -errno.ENOSPC])
+def test_kernel_without_memory_or_progress_does_not_hold_up_anybody(
+    fd: int, monkeypatch: pytest.MonkeyPatch, answer: int
+) -> None:
+    def pwritev(*_: object) -> int:
+        ctypes.set_errno(-answer)
+        return min(answer, 0) and -1
+
+    monkeypatch.setattr(kernel_copies, "_libc", SimpleNamespace(pwritev=pwritev))
+    data = np.zeros(8, np.uint8)
+    with pytest.raises(MemoryError if answer else StorageError):
+        write(fd, vectors([(data.ctypes.data, 8)]), 0)
+
+
+# -- storages that are resized between save() and the copy ---------------------------------------------------------
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench(verify=False)
+    yield bench
+    bench.close()
+
+
+class Late:
+    """A guarded tensor whose copy has not begun."""
+
+    def __init__(self, bench: Bench, numel: int = 10_000) -> None:
+        self.bench, self.parameter = bench, torch.nn.Parameter(torch.ones(numel))
+        self.optimizer = torch.optim.SGD([self.parameter], lr=0.1)
+        bench.guard.add(self.optimizer)
+        self.state = {"w": self.parameter}
+
+    def stage(self, meanwhile: Callable[[torch.UntypedStorage], object]) -> int:
+        """How many copies were made late; what happens before them is ``meanwhile``."""
+        taker, snapshot = self.bench.taker, self.bench.begin(self.state)
+        pieces = whole(snapshot.plan, snapshot.blobs, 2)
+        slab = Slab.create(pieces.slab_nbytes)
+        now, later = taker.split(snapshot, pieces, pieces.pieces[0])
+        taker.copy(snapshot, now, slab, cold=True, background=False)
+        taker.arm(snapshot, later)
+        meanwhile(self.parameter.untyped_storage())
+        taker.copy(snapshot, later, slab, cold=True, background=True)
+        return len(later.copies)
+
+
+@pytest.mark.parametrize("nbytes", [20_064, 39_999, 40_001, 400_000])
+def test_storage_of_another_size_is_refused_though_its_address_may_be_the_same(bench: Bench, nbytes: int) -> None:
+    def resize(storage: torch.UntypedStorage) -> None:
+        storage.resize_(0)
+        storage.resize_(nbytes)
+
+    late = Late(bench)
+    with pytest.raises(TornSnapshotError, match=r"^w changed"):
+        late.stage(resize)
+    late.parameter.untyped_storage().resize_(40_000)
+    assert late.stage(lambda storage: None) == 0  # it is copied before save() returns from now on
+
+
+def test_memory_that_is_gone_and_there_again_is_refused_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its storage looks as before when somebody looks."""
+
+    def write_nothing(fd: int, stretches: Any, offset: int) -> None:
+        raise MemoryGoneError(int(stretches[-1, 0]))
+
+    late = Late(bench)
+    with monkeypatch.context() as patch, pytest.raises(TornSnapshotError, match=r"^w changed"):
+        late.stage(lambda storage: patch.setattr(copying, "write", write_nothing))
+    assert late.stage(lambda storage: None) == 0
+
+
+def test_other_errors_that_a_resized_storage_causes_are_told_as_what_they_are(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Late(bench)
+
+    def write_resized(fd: int, stretches: Any, offset: int) -> None:
+        late.parameter.untyped_storage().resize_(0)
+        raise RuntimeError("data is not allocated yet")
+
+    with monkeypatch.context() as patch, pytest.raises(TornSnapshotError, match=r"^w changed"):
+        late.stage(lambda storage: patch.setattr(copying, "write", write_resized))
+
+
+def test_view_of_a_storage_does_not_enlarge_it() -> None:
+    tensor = torch.zeros(100, dtype=torch.uint8)
+    address = tensor.data_ptr()
+    assert stretch_of(tensor, address + 90, 10).numel() == 10
+    for start, nbytes in ((0, 101), (91, 10), (-1, 1)):
+        with pytest.raises(RuntimeError, match="was resized"):
+            stretch_of(tensor, address + start, nbytes)
+    assert tensor.untyped_storage().nbytes() == 100
 
 
 PROGRAM = """
-import itertools, os, sys, threading, torch
+import sys, torch
 from stager import Checkpointer, TornSnapshotError
 config = {"workers": {"count": 1}, "persistence": {"fsync": False}, "staging": {"verify": sys.argv[2] == "verify"}}
 parameters = [torch.nn.Parameter(torch.full((1 << 20,), float(n))) for n in range(24)]  # 4 MiB each: mapped alone

@@ -9,10 +9,17 @@ import torch
 
 
 def stretch_of(tensor: torch.Tensor, address: int, nbytes: int) -> torch.Tensor:
-    """View ``nbytes`` bytes of a tensor's storage, from ``address`` on, as uint8 on its device."""
+    """View ``nbytes`` bytes of a tensor's storage, from ``address`` on, as uint8 on its device.
+
+    Raises:
+        RuntimeError: they are not in it. ``set_()`` would enlarge the storage.
+    """
     storage = tensor.untyped_storage()
+    offset = address - storage.data_ptr()
+    if not 0 <= offset <= storage.nbytes() - nbytes:
+        raise RuntimeError("a tensor's storage was resized, or has other memory now")
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return flat.set_(storage, address - storage.data_ptr(), (nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
+    return flat.set_(storage, offset, (nbytes,))  # type: ignore[call-overload,no-any-return]  # torch's stubs lack it
 
 
 def copy_many(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:

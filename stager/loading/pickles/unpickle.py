@@ -65,9 +65,9 @@ def unpickle(blob: bytes, name: str, path: str, allow_pickle: bool, safe_globals
 
 
 _PERMISSION = (
-    "If you trust the origin of this checkpoint, use load(..., allow_pickle=True), or allow the class by the setting "
-    "loading.safe_globals: [package.module.Class], by load_checkpoint(..., safe_globals=[...]), or by "
-    "torch.serialization.add_safe_globals([...])"
+    "If you trust the origin of this checkpoint, load it with allow_pickle=True (load() and load_checkpoint() take it, "
+    "stager export has --allow-pickle), or allow the class by the setting loading.safe_globals: [package.module.Class], by "
+    "load_checkpoint(..., safe_globals=[...]), or by torch.serialization.add_safe_globals([...])"
 )
 
 

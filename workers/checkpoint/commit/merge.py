@@ -32,6 +32,9 @@ from stager.workers.checkpoint.layout.structure import (
 from stager.workers.checkpoint.layout.tensor_node import TensorNode, is_tensor_node, open_tensor
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import CorruptCheckpointError, InconsistentRanksError
+from stager.workers.wording import first_of
+
+_SHOWN_NAMES = 3
 
 _OfRank = tuple[int, Node]
 
@@ -215,8 +218,8 @@ def _check_whole(layout: Layout) -> None:
     if lost:
         raise InconsistentRanksError(
             _namesake(layout.structure, lost)
-            or f"{_some(list(map(describe, lost)))}: no rank wrote it, because each rank expects another to; give all ranks "
-            "states of the same keys"
+            or f"{first_of(list(map(describe, lost)), _SHOWN_NAMES)}: no rank wrote it, because each rank expects another "
+            "to; give all ranks states of the same keys"
         )
     wholes: dict[Chunks, Path] = {}
     for path, chunks in leaves(layout.structure):
@@ -234,7 +237,8 @@ def _check_whole(layout: Layout) -> None:
     if (shared := shared_too_often(wholes)) is not None:
         of = [describe(path) for chunks, path in wholes.items() if any(index == shared for _, index in chunks.parts)]
         raise InconsistentRanksError(
-            f"{_some(of)} are one tensor on one rank, and not on the others; what is tied has to be tied on all ranks"
+            f"{first_of(of, _SHOWN_NAMES)} are one tensor on one rank, and not on the others; what is tied has to be "
+            "tied on all ranks"
         )
 
 
@@ -251,7 +255,3 @@ def _namesake(structure: Node, broken: Sequence[Path]) -> str | None:
                     "different ranks, which take them for one value: rename a key, or give all ranks the same keys"
                 )
     return None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -13,6 +13,7 @@ from stager.workers.checkpoint.directory.run_directory import (
     require_run_directory,
 )
 from stager.workers.errors import CheckpointNotFoundError, StagerError, UsageError
+from stager.workers.wording import first_of
 
 _SHOWN_STEPS = 5
 _SHOWN_RUNS = 3
@@ -48,8 +49,7 @@ def _step_of_run(path: str, step: int | None) -> int:
 
 
 def _named(steps: list[int]) -> str:
-    more = f" and {len(steps) - _SHOWN_STEPS} more" if len(steps) > _SHOWN_STEPS else ""
-    return f"steps {', '.join(map(str, steps[:_SHOWN_STEPS]))}{more}"
+    return f"steps {first_of(steps, _SHOWN_STEPS)}"
 
 
 def is_run(directory: str) -> bool:
@@ -70,6 +70,5 @@ def runs_inside(directory: str) -> str:
         return ""
     if not runs:
         return ""
-    more = f" and {len(runs) - _SHOWN_RUNS} more" if len(runs) > _SHOWN_RUNS else ""
-    named = f"the run{'s' * (len(runs) > 1)} {', '.join(runs[:_SHOWN_RUNS])}{more}"
+    named = f"the run{'s' * (len(runs) > 1)} {first_of(runs, _SHOWN_RUNS)}"
     return f"; it contains {named}: give the directory of one run, such as {os.path.join(directory, runs[0])}"
