@@ -44,9 +44,9 @@ class Loaded(Generic[StepT]):
 
     step: StepT
     path: str
-    state: Any
+    state: Any = field(repr=False)  # it may be large
     info: CheckpointInfo | None
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
-    per_rank: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
+    per_rank: Mapping[str, Mapping[int, Any]] = field(default_factory=dict, repr=False)

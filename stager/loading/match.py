@@ -37,7 +37,14 @@ from stager.loading.match_objects import (
     offer_values_of_others,
 )
 from stager.loading.match_tensor import match_tensor
-from stager.loading.match_torch import check_states_have_parameters, listed, match_module, match_optimizer, nothing_fits
+from stager.loading.match_torch import (
+    check_states_have_parameters,
+    listed,
+    match_module,
+    match_optimizer,
+    nothing_fits,
+    shard_states,
+)
 from stager.loading.nodes import (
     children_of,
     in_one_order,
@@ -430,6 +437,7 @@ class _Matcher:
             state = build(node, values.__getitem__, path)
             if loader is torch.optim.Optimizer.load_state_dict:
                 check_states_have_parameters(state)
+                shard_states(state, value)
             value.load_state_dict(state, **arguments)
 
         self.plan.then(path, restore, what)

@@ -14,7 +14,7 @@ from stager.loading.difference import difference, obstacle, shape_problem
 from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, state_of, tensors_of
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.state.dtensors import is_dtensor
-from stager.state.shards import is_sharded, shape_of
+from stager.state.shards import is_sharded, shape_of, shard_of, views_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
@@ -134,6 +134,33 @@ def check_states_have_parameters(state: Any) -> None:
             f"the checkpoint has states of {', '.join(map(repr, list(states)[:3]))}, and its groups the parameters "
             f"{', '.join(map(repr, parameters[:3]))}: none of them belong together"
         )
+
+
+def shard_states(state: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Give each state that was read whole the sharding of its parameter, if that is a DTensor.
+
+    States that are named, as ``get_state_dict()`` makes them, are read whole: which parameter has a name is known only
+    when the groups have been read. torch's ``load_state_dict()`` would take them as they are, and the next step would fail.
+    """
+    states = state.get("state", {})
+    for saved, group in zip(state.get("param_groups", ()), optimizer.param_groups, strict=False):
+        for name, parameter in zip(saved.get("params", ()), group["params"], strict=False):
+            values = states.get(name)
+            if is_dtensor(parameter) and isinstance(values, dict):
+                like = parameter.detach()
+                values.update({key: _sharded_as(like, value, str(name)) for key, value in values.items()})
+
+
+def _sharded_as(like: torch.Tensor, value: Any, name: str) -> Any:
+    if not isinstance(value, torch.Tensor) or is_sharded(value) or tuple(value.shape) != shape_of(like):
+        return value
+    sharded = torch.empty_like(like, dtype=value.dtype)
+    shard = shard_of(sharded, name)
+    if shard is not None and shard.boxes:
+        for box, view in zip(shard.boxes, views_of(sharded), strict=True):
+            places = zip(box.offsets, box.lengths, strict=True)
+            view.copy_(value[tuple(slice(start, start + length) for start, length in places)])
+    return sharded
 
 
 def _of_another_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Node]) -> str:

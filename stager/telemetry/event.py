@@ -162,7 +162,11 @@ class PrunedEvent(Event):
 
     def __str__(self) -> str:
         fates = (("removed", PruneFate.REMOVED), ("left", PruneFate.LEFT))
-        steps = [f"{what}: {', '.join(map(str, found))}" for what, fate in fates if (found := self.report.steps(fate))]
+        steps = [
+            f"{what} step{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
+            for what, fate in fates
+            if (found := self.report.steps(fate))
+        ]
         return f"pruned; {'; '.join([*steps, f'bytes freed: {self.report.freed_bytes:,}'])}"
 
 

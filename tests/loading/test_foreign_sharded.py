@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from stager import StateMismatchError, load_checkpoint
+from stager import Checkpointer, StateMismatchError, load_checkpoint
 from tests.staging.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -234,3 +235,33 @@ def test_each_rank_gets_its_part_of_a_foreign_checkpoint(tmp_path: Path) -> None
         (tmp_path / "store").unlink(missing_ok=True)
         for result in run_ranks("tests.loading.test_foreign_sharded:read", world_size, tmp_path):
             check(result, num_spreads)
+
+
+def load_named(rank: int, directory: str) -> list[bool]:
+    """What ``get_state_dict()`` makes of a sharded optimizer names its states; load it into objects, and step."""
+    saved = sharded_model()
+    with torch.no_grad():
+        optimizer = step(saved)
+    states = dict(zip(("model", "optimizer"), get_state_dict(saved, optimizer), strict=True))
+    dcp.save(states, checkpoint_id=f"{directory}/named")
+    with Checkpointer(f"{directory}/run", {"workers": {"count": 1}}) as ckpt:
+        ckpt.save(1, states).upload_completion.result()
+        good = []
+        for way in ("stock", "own", "own, with a state before"):
+            model = sharded_model(fill=-1.0)
+            into = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.5)}
+            if way.endswith("before"):
+                into["optimizer"] = step(model)
+            if way == "stock":
+                load_checkpoint(f"{directory}/named", into)
+            else:
+                ckpt.load(into=into)
+            good.append(is_whole(model, into["optimizer"]))
+            for one, other in zip(model.parameters(), saved.parameters(), strict=True):
+                one.grad = other.grad
+            into["optimizer"].step()
+    return good
+
+
+def test_named_states_of_an_optimizer_are_sharded_as_its_parameters(tmp_path: Path) -> None:
+    assert run_ranks("tests.loading.test_foreign_sharded:load_named", 2, tmp_path) == [[True] * 3] * 2

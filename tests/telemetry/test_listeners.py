@@ -300,7 +300,7 @@ def test_an_event_prints_as_one_short_line(run_dir: Path, faults: Faults) -> Non
     begins = ("step 1 staged: after ", "step 1 written: after ", "step 1 committed: after ", "step 2 committed: after ")
     for begin in (
         *begins,
-        "pruned; removed: 1; bytes freed: ",
+        "pruned; removed step 1; bytes freed: ",
         "step 3 failed: StorageError: ",
         "fell back to no checkpoint: step-",
     ):
