@@ -32,6 +32,7 @@ from torch import nn
 
 import stager
 from stager import Checkpointer, SaveHandle
+from tests.waiting import wait_until
 
 _CHANGES_IT = re.compile(r"guard\(optimizer\)|on_preemption|close\(|callback")
 _STEPS = (1, 2)  # of the shared Checkpointer's run
@@ -100,6 +101,17 @@ class Home:
             for step in _STEPS:
                 Checkpointer.save(self._ckpt, step, state).upload_completion.result()
         return self._ckpt
+
+    def wait_until_judged(self) -> None:
+        """Wait until what the shared Checkpointer says of saves that have ended is said."""
+        if self._ckpt is not None and self.handles:
+            errors = self._ckpt._run._errors
+
+            def are_judged() -> bool:
+                with errors._lock:
+                    return not errors._in_order
+
+            wait_until(are_judged)
 
     def close(self) -> None:
         """Close the shared Checkpointer; the next mistake that needs one gets a new one."""

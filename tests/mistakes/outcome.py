@@ -37,18 +37,21 @@ def outcome_of(mistake: Mistake, home: Home) -> str:
 
 def _run(mistake: Mistake, home: Home, say: Callable[[str], None]) -> None:
     printed = io.StringIO()
+    raised: BaseException | None = None
     with home.names_for(mistake.code) as names, _as_main(names) as main:
         try:
             with contextlib.redirect_stdout(printed):
                 exec(compile(mistake.code, "train.py", "exec"), main)
         except (Exception, CheckpointException) as error:  # noqa: BLE001  # it is what this is about
-            say(_name(error))
+            raised = error
+        failed = [handle.upload_completion.exception(timeout=60) for handle in home.handles]
+        home.wait_until_judged()  # a save that failed is logged behind its Future
+        if raised is not None:
+            say(_name(raised))
         if printed.getvalue():
             say(f"printed: {printed.getvalue().rstrip()}")
-        for handle in home.handles:
-            error = handle.upload_completion.exception(timeout=60)
-            if error is not None:
-                say(f"in upload_completion: {_name(error)}")
+        for error in filter(None, failed):
+            say(f"in upload_completion: {_name(error)}")
 
 
 @contextmanager
