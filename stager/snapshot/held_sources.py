@@ -28,21 +28,26 @@ class Sources:
         copies: those that read memory.
         owners: for each of them, the position of its ``leaf`` in ``TensorMemory``.
         on_devices: leaves of copies from devices.
+        places: where the storages of the owners are, and how large. They stay as long as the copies do, because a plan holds
+            only while each tensor has its address and its storage has its size.
     """
 
     copies: tuple[Copy, ...]
     owners: tuple[int, ...]
     on_devices: tuple[int, ...]
+    places: tuple[list[int], list[int]]
 
     @staticmethod
-    def of(copies: Sequence[Copy], leaves: Sequence[int]) -> Sources:
-        """Note what these copies read. ``leaves``: of :class:`TensorMemory`."""
-        positions = {leaf: position for position, leaf in enumerate(leaves)}
+    def of(copies: Sequence[Copy], memory: TensorMemory) -> Sources:
+        """Note what these copies read. ``memory``: of the state that they are copies of, as it is now."""
+        positions = {leaf: position for position, leaf in enumerate(memory.leaves)}
         reading = tuple(copy for copy in copies if copy.nbytes)
+        owners = tuple(positions[copy.leaf] for copy in reading)
         return Sources(
             copies=reading,
-            owners=tuple(positions[copy.leaf] for copy in reading),
+            owners=owners,
             on_devices=tuple(copy.leaf for copy in copies if not copy.on_host),
+            places=_places([memory.storages[owner] for owner in owners]),
         )
 
     def hold(self, leaves: Sequence[Any], memory: TensorMemory) -> HeldSources:
@@ -57,7 +62,7 @@ class Sources:
             for leaf in self.on_devices:
                 leaves[leaf] = leaves[leaf].detach()
         storages = [memory.storages[owner] for owner in self.owners]
-        return HeldSources(self, leaves, storages, _places(storages))
+        return HeldSources(self, leaves, storages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +72,11 @@ class HeldSources:
     Attributes:
         leaves: of the state; what torch copies by its tensor is the tensor as it was at ``save()``.
         storages: what is held, of each copy.
-        places: where these were then, and how large.
     """
 
     sources: Sources
     leaves: Sequence[Any]
     storages: Sequence[torch.UntypedStorage]
-    places: tuple[list[int], list[int]]
 
     def lost(self) -> set[int]:
         """Find the leaves whose memory was freed all the same, because their storage was resized, or moved.
@@ -81,9 +84,9 @@ class HeldSources:
         Not found is a storage that was resized, and then got the same size at the same address again.
         """
         now = _places(self.storages)
-        if now == self.places:
+        if now == self.sources.places:
             return set()
-        found = zip(self.sources.copies, *now, *self.places, strict=True)
+        found = zip(self.sources.copies, *now, *self.sources.places, strict=True)
         return {leaf for copy, a, b, c, d in found if (a, b) != (c, d) for leaf in copy.leaves}
 
     def leaves_at(self, address: int) -> set[int]:

@@ -152,7 +152,7 @@ class SnapshotTaker:
         self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
         self._split: _Split | None = None
-        self._wires = Wires.of((), ())  # the tripwires of the copies that the last split makes later
+        self._wires = Wires.of((), TensorMemory())  # the tripwires of the copies that the last split makes later
         self._torn: frozenset[str] = frozenset()  # names of tensors that somebody else wrote to, once
         self._pickler = ObjectPickler(file_format, safe_globals)
 
@@ -234,7 +234,7 @@ class SnapshotTaker:
         own_now = set(compress(plan.leaves, is_own)).difference(*(copy.leaves for copy in later))
         now_work = self._assign(now, leaves, guarded=False)
         later_work = self._assign(later, leaves, guarded=True)
-        self._wires = Wires.of(later_work.copies, snapshot.memory.leaves)
+        self._wires = Wires.of(later_work.copies, snapshot.memory)
         return _Split(
             plan=plan,
             key=key,

@@ -163,8 +163,8 @@ class Wires:
     owners: Any
 
     @staticmethod
-    def of(copies: Sequence[Copy], tensors: Sequence[int]) -> Wires:
-        """Choose the samples of these copies. ``tensors``: the leaves that are tensors."""
+    def of(copies: Sequence[Copy], memory: TensorMemory) -> Wires:
+        """Choose the samples of these copies. ``memory``: of the state that they are copies of."""
         words: list[tuple[int, int, int]] = []  # position of the copy, address, where in the slab
         others: list[tuple[int, int, int]] = []
         for number, copy in enumerate(copies):
@@ -183,7 +183,7 @@ class Wires:
             copies=tuple(copies),
             leaves=leaves,
             leaves_of=picker(leaves),
-            memory=Sources.of(copies, tensors),
+            memory=Sources.of(copies, memory),
             sources=sources,
             targets=targets,
             owners=np.concatenate((w[:, 0], b[:, 0])),
