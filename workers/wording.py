@@ -1,4 +1,4 @@
-"""Sentences that several messages have in common."""
+"""How messages list names."""
 
 from __future__ import annotations
 

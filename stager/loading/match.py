@@ -37,14 +37,7 @@ from stager.loading.match_objects import (
     offer_values_of_others,
 )
 from stager.loading.match_tensor import match_tensor
-from stager.loading.match_torch import (
-    check_states_have_parameters,
-    listed,
-    match_module,
-    match_optimizer,
-    nothing_fits,
-    shard_states,
-)
+from stager.loading.match_torch import fit_states, listed, match_module, match_optimizer, nothing_fits
 from stager.loading.nodes import (
     children_of,
     in_one_order,
@@ -436,8 +429,7 @@ class _Matcher:
         def restore(values: Values) -> None:
             state = build(node, values.__getitem__, path)
             if loader is torch.optim.Optimizer.load_state_dict:
-                check_states_have_parameters(state)
-                shard_states(state, value)
+                fit_states(state, value)
             value.load_state_dict(state, **arguments)
 
         self.plan.then(path, restore, what)

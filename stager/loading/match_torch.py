@@ -116,7 +116,17 @@ def match_optimizer(
             plan.read_into(index, tensor, leaf)
 
 
-def check_states_have_parameters(state: Any) -> None:
+def fit_states(state: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Prepare a state that was read for ``optimizer.load_state_dict()``, which checks less and shards nothing.
+
+    Raises:
+        ValueError: its states belong to none of its parameters.
+    """
+    _check_states_have_parameters(state)
+    _shard_states(state, optimizer)
+
+
+def _check_states_have_parameters(state: Any) -> None:
     """Check that an optimizer's states are of parameters of its groups: torch takes others, too, and steps from zero.
 
     Raises:
@@ -136,7 +146,7 @@ def check_states_have_parameters(state: Any) -> None:
         )
 
 
-def shard_states(state: Any, optimizer: torch.optim.Optimizer) -> None:
+def _shard_states(state: Any, optimizer: torch.optim.Optimizer) -> None:
     """Give each state that was read whole the sharding of its parameter, if that is a DTensor.
 
     States that are named, as ``get_state_dict()`` makes them, are read whole: which parameter has a name is known only

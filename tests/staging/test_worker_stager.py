@@ -434,12 +434,13 @@ def many_tensors(count: int) -> dict[str, Any]:
         equal = all(torch.equal(tensor, source[key]) for key, tensor in staged.items())
         is_shared = all(tensor.is_shared() for tensor in staged.values())
         again = stager.stage(source).result()["7"].tolist() == source["7"].tolist()
+        workers = child_pids()
     return {
         "equal": equal,
         "shared": is_shared,
         "again": again,
         "fds": fds,
-        "shm": shm_names(os.getpid(), *child_pids()),
+        "shm": shm_names(os.getpid(), *workers),
     }
 
 
