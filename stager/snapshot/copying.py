@@ -22,7 +22,7 @@ import torch
 from stager.config.host import lower_priority
 from stager.snapshot.batches import PIECE_BYTES, Batches, Gather, Move
 from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
-from stager.snapshot.kernel_copies import Scratch, vectors, write
+from stager.snapshot.kernel_copies import Scratch, read_into, vectors, write
 from stager.state.placement import Copy
 from stager.workers.device.streams import NO_STREAMS, SideStreams
 from stager.workers.errors import InternalError, TornSnapshotError
@@ -73,7 +73,8 @@ class Copier:
         try:
             if on_streams:
                 enqueue(on_streams, leaves, slab, streams)
-            threads.run([partial(_do, work, slab, cold, background) for work in batches.on_host])
+            do = partial(_do_guarded, shares=threads.count > 1) if background else _do
+            threads.run([partial(do, work, slab, cold) for work in batches.on_host])
             with torch.no_grad():
                 for copy in batches.others:
                     if copy.on_host or not streams:
@@ -92,7 +93,7 @@ class _Threads:
     """Runs calls on the calling thread and some more, started when first needed."""
 
     def __init__(self, count: int, *, is_background: bool) -> None:
-        self._count = count
+        self.count = count
         self._is_background = is_background
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -108,7 +109,7 @@ class _Threads:
                 deque(iterator, maxlen=0)  # drop the calls that no thread has begun
                 raise
 
-        helpers = min(self._count, len(calls)) - (
+        helpers = min(self.count, len(calls)) - (
             0 if self._is_background else 1
         )  # the caller's thread keeps its priority
         futures: list[Future[None]] = []
@@ -128,7 +129,7 @@ class _Threads:
             if self._executor is None:
                 initializer = lower_priority if self._is_background else None
                 self._executor = ThreadPoolExecutor(
-                    self._count, thread_name_prefix="stager-copy", initializer=initializer
+                    self.count, thread_name_prefix="stager-copy", initializer=initializer
                 )
             return self._executor
 
@@ -156,29 +157,47 @@ def wait_uninterrupted(futures: Sequence[Future[Any]]) -> None:
         raise interrupted
 
 
-def _do(work: Move | Gather, slab: Slab, cold: bool, may_go: bool) -> None:
+def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:
     """Copy one stretch, or gather many small ones.
 
     Args:
         cold: the slab's pages may not be allocated yet.
-        may_go: the memory may be freed meanwhile.
+    """
+    _check_inside(work, slab)
+    if isinstance(work, Gather):
+        write(slab.fd, work.vectors, work.slab_offset)
+        return
+    if cold:
+        slab.populate(work.slab_offset, work.nbytes)
+    ctypes.memmove(slab.address + work.slab_offset, work.address, work.nbytes)
+
+
+def _do_guarded(work: Move | Gather, slab: Slab, cold: bool, *, shares: bool) -> None:
+    """Do as :func:`_do`, while the memory that is copied may be freed. See ``kernel_copies.py``.
+
+    Args:
+        shares: other threads copy at the same time.
 
     Raises:
-        MemoryGoneError: it was.
+        MemoryGoneError: it was freed.
     """
+    _check_inside(work, slab)
+    if isinstance(work, Gather):
+        write(slab.fd, work.vectors, work.slab_offset)
+        return
+    done = 0
+    if shares and not cold:  # a page of the slab that cannot be allocated is EFAULT, too
+        done = read_into(slab.address + work.slab_offset, work.address, work.nbytes)
+    if done < work.nbytes:
+        write(slab.fd, vectors([(work.address + done, work.nbytes - done)]), work.slab_offset + done)
+
+
+def _check_inside(work: Move | Gather, slab: Slab) -> None:
     if work.slab_offset < 0 or work.slab_offset + work.nbytes > slab.nbytes:
         raise InternalError(
             f"a copy of {work.nbytes} bytes to offset {work.slab_offset} is outside of slab {slab.slab_id}, which has "
             f"{slab.nbytes} bytes"
         )
-    if isinstance(work, Gather):
-        write(slab.fd, work.vectors, work.slab_offset)
-    elif may_go:
-        write(slab.fd, vectors([(work.address, work.nbytes)]), work.slab_offset)
-    else:
-        if cold:
-            slab.populate(work.slab_offset, work.nbytes)
-        ctypes.memmove(slab.address + work.slab_offset, work.address, work.nbytes)
 
 
 def compare(

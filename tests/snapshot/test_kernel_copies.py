@@ -16,8 +16,11 @@ import torch
 
 from stager import TornSnapshotError
 from stager.snapshot import copying, kernel_copies
-from stager.snapshot.kernel_copies import MemoryGoneError, Scratch, vectors, write
+from stager.snapshot.batches import batch
+from stager.snapshot.copying import Copier
+from stager.snapshot.kernel_copies import MemoryGoneError, Scratch, read_into, vectors, write
 from stager.snapshot.pieces import whole
+from stager.state.placement import Copy
 from stager.workers.device.byte_copies import stretch_of
 from stager.workers.errors import StorageError
 from stager.workers.memory.slab import Slab
@@ -116,6 +119,78 @@ def test_kernel_without_memory_or_progress_does_not_hold_up_anybody(
         write(fd, vectors([(data.ctypes.data, 8)]), 0)
 
 
+# -- copies that several threads make at the same time ---------------------------------------------------------------
+
+
+def test_memory_is_copied_to_memory_and_what_is_gone_is_an_error() -> None:
+    source, target = np.arange(5 * PAGE, dtype=np.uint32), np.zeros(5 * PAGE, dtype=np.uint32)
+    there, here = source.ctypes.data, target.ctypes.data
+    assert read_into(here + 4, there + 8, 4 * PAGE) == 4 * PAGE
+    assert (target[1 : 1 + PAGE] == source[2 : 2 + PAGE]).all() and target[0] == 0 and not target[1 + PAGE :].any()
+    memory = mmap.mmap(-1, 3 * PAGE)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    ctypes.CDLL(None).munmap(ctypes.c_void_p(address + PAGE), PAGE)  # a hole in the middle
+    with pytest.raises(MemoryGoneError):
+        read_into(here, address, 3 * PAGE)
+    assert ctypes.CDLL(None).mmap(
+        ctypes.c_void_p(address + PAGE), PAGE, mmap.PROT_READ, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10, -1, 0
+    )  # so that nothing else comes there before ``memory`` is unmapped as a whole
+    memory.close()
+
+
+def test_copy_that_is_interrupted_or_short_goes_on_and_a_refusal_leaves_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    libc, answers = kernel_copies._libc, [errno.EINTR, None, errno.EPERM]
+
+    def process_vm_readv(pid: int, to: int, to_count: int, source: int, count: int, flags: int) -> int:
+        if answer := answers.pop(0):
+            ctypes.set_errno(answer)
+            return -1
+        for vector in (to, source):
+            np.ctypeslib.as_array((ctypes.c_uint64 * 2).from_address(vector))[1] = 7
+        return int(libc.process_vm_readv(pid, to, to_count, source, count, flags))
+
+    monkeypatch.setattr(kernel_copies, "_libc", SimpleNamespace(process_vm_readv=process_vm_readv))
+    source, target = np.arange(20, dtype=np.uint8), np.zeros(20, np.uint8)
+    assert read_into(target.ctypes.data, source.ctypes.data, 20) == 7
+    assert target.tolist() == [*range(7), *[0] * 13]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_guarded_copies_of_several_threads_are_whole_whether_or_not_the_kernel_lets_them_share(
+    monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    """In slabs with and without pages; stretches of more than one piece, and small ones."""
+    if refused:
+        libc = kernel_copies._libc
+
+        def process_vm_readv(*_: object) -> int:
+            ctypes.set_errno(errno.EPERM)
+            return -1
+
+        monkeypatch.setattr(
+            kernel_copies, "_libc", SimpleNamespace(pwritev=libc.pwritev, process_vm_readv=process_vm_readv)
+        )
+    tensors = [torch.randn(size) for size in (5 << 20, 1 << 20, 300_000, 10, 1_000, 3)]
+    address = 0
+    copies = []
+    for number, tensor in enumerate(tensors):
+        nbytes = tensor.untyped_storage().nbytes()
+        copies.append(Copy(number, tensor.data_ptr(), address, nbytes, (number,), True))
+        address += -(-nbytes // 64) * 64
+    copier = Copier(1, num_background_threads=3)
+    for cold in (True, False):
+        slab = Slab.create(address)
+        if not cold:
+            slab.prefault()
+        copier.copy(batch(copies), tensors, slab, cold=cold, background=True)
+        for copy, tensor in zip(copies, tensors, strict=True):
+            staged = bytes(ctypes.string_at(slab.address + copy.slab_offset, copy.nbytes))
+            assert staged == tensor.numpy().tobytes()
+    copier.close()
+
+
 # -- storages that are resized between save() and the copy ---------------------------------------------------------
 
 
@@ -199,7 +274,8 @@ def test_view_of_a_storage_does_not_enlarge_it() -> None:
 PROGRAM = """
 import sys, torch
 from stager import Checkpointer, TornSnapshotError
-config = {"workers": {"count": 1}, "persistence": {"fsync": False}, "staging": {"verify": sys.argv[2] == "verify"}}
+staging = {"verify": sys.argv[2] == "verify", "background_threads": 3 if sys.argv[2] == "threads" else "auto"}
+config = {"workers": {"count": 1}, "persistence": {"fsync": False}, "staging": staging}
 parameters = [torch.nn.Parameter(torch.full((1 << 20,), float(n))) for n in range(24)]  # 4 MiB each: mapped alone
 small = [torch.nn.Parameter(torch.full((1000,), float(n))) for n in range(3000)]
 optimizer = torch.optim.SGD([*parameters, *small], lr=0.1)
@@ -208,6 +284,8 @@ torn = 0
 for number in range(5):
     with Checkpointer(sys.argv[1], config) as ckpt:  # each copies everything in the background
         ckpt.guard(optimizer)
+        if sys.argv[2] == "threads":
+            ckpt.warmup(state)  # so that the pages of the slab are there
         handle = ckpt.save(number, state)
         for _ in range(number * 40_000):  # later each time
             pass
@@ -229,11 +307,9 @@ print("torn", torn)
 """
 
 
-@pytest.mark.parametrize("verify", ["", "verify"])
-def test_storages_that_are_resized_in_the_middle_of_a_copy_end_no_process(
-    verify: str, run_dir: os.PathLike[str]
-) -> None:
+@pytest.mark.parametrize("how", ["", "verify", "threads"])
+def test_storages_that_are_resized_in_the_middle_of_a_copy_end_no_process(how: str, run_dir: os.PathLike[str]) -> None:
     """Without the kernel's copies this is a SIGSEGV, in most runs at the first save."""
-    ended = scripts.run(PROGRAM, run_dir, verify)
+    ended = scripts.run(PROGRAM, run_dir, how)
     assert ended.returncode == 0
     assert int(ended.stdout.split()[1]) > 0
