@@ -50,7 +50,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 long: $(INSTALLED)  ## the long versions of the crash tests
-	$(BIN)/python -m pytest -m long -o timeout=1800
+	$(BIN)/python -m pytest -m long -o timeout=1800 -n auto --dist worksteal
 
 states: $(STATES_INSTALLED)  ## the whole corpus of states in every format, with the libraries whose tensors are in it
 	$(BIN)/python -m pytest -m 'long or not long' -o timeout=1800 tests/states tests/snapshot/test_guard.py
