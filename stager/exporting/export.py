@@ -35,11 +35,12 @@ from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.directory.run_directory import committed_steps, is_checkpoint_directory
 from stager.workers.checkpoint.formats import get_format, safetensors_format
-from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.layout import Item, Layout, align, contiguous_stride
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import RECIPE, describe, map_leaves, names_of, walk
 from stager.workers.errors import CheckpointNotFoundError, MemoryBudgetError, UnstageableError, UsageError
@@ -187,7 +188,7 @@ class _Export:
                     f"has dtype {source.items[number].dtype}, which this format cannot store; "
                     "convert the tensor, or export to another format",
                 )
-        laid_out = self._format.lay_out(list(map(self._spec, tensors)), 0, evenly(1))
+        laid_out = self._format.lay_out(TensorSpecs.of(list(map(self._spec, tensors))), 0, evenly(1))
         self._tensors = [tensors[place] for place in laid_out.order]
         objects = source.objects if folded is None else folded.objects
         leaves: dict[Any, int] = {number: leaf for leaf, number in enumerate([*self._tensors, *objects])}

@@ -7,14 +7,15 @@ checkpoint. A whole has a dtype, a shape and C order; its bytes are those of its
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import contiguous_stride
 from stager.workers.checkpoint.layout.structure import Chunks, map_leaves
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.memory.pages import bytes_at
@@ -84,7 +85,7 @@ class Place:
         self.tensor.copy_(chunk)
 
 
-def places(whole: torch.Tensor, chunks: Chunks, items: tuple[Item, ...]) -> Iterator[Place]:
+def places(whole: torch.Tensor, chunks: Chunks, items: Sequence[Item]) -> Iterator[Place]:
     """Yield the place of every chunk. ``whole`` is on the CPU and has the dtype of the items."""
     for offsets, index in chunks.parts:
         item, view = items[index], whole.detach()

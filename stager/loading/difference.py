@@ -8,7 +8,7 @@ import torch
 
 from stager.state.shards import is_sharded, problem_of_shard, shape_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import Path, describe
 from stager.workers.memory.tensor_memory import problem_of
 

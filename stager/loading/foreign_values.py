@@ -13,7 +13,8 @@ from stager.state.shards import Box, is_sharded, shard_of, views_of
 from stager.state.tensor_kinds import WholeTensor
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.dtypes import name_of
-from stager.workers.checkpoint.layout.layout import Item, Layout
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.structure import describe
 
 

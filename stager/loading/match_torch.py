@@ -16,7 +16,7 @@ from stager.loading.restore_plan import RestorePlan, Values
 from stager.state.dtensors import is_dtensor
 from stager.state.shards import is_sharded, shape_of, shard_of, views_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
 from stager.workers.wording import first_of
 

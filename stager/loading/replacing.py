@@ -16,7 +16,7 @@ from stager.loading.belongings import is_owned_tensor
 from stager.loading.merge import Merge, StandsFor, is_equal
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, walk
 
 _ITS_ENTRIES = object()  # equal to no loaded value

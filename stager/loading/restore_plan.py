@@ -18,7 +18,7 @@ from stager.loading.one_memory import contradictions
 from stager.loading.prefixes import PrefixFound, Shape, find_prefixes
 from stager.loading.sharded import Sharded
 from stager.state.shards import is_sharded
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, fqn, walk
 from stager.workers.checkpoint.layout.tensor_node import without_flags
 from stager.workers.errors import StateMismatchError, UnloadableError

@@ -26,7 +26,8 @@ from stager.workers.checkpoint.directory.files import open_regular, read_small, 
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.formats.safetensors_format import DTYPES
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_file_name, check_layout, check_shape, check_text
 from stager.workers.checkpoint.read.blob_reader import Wanted
 from stager.workers.errors import CorruptCheckpointError, UsageError

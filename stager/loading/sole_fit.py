@@ -12,7 +12,7 @@ from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, stat
 from stager.loading.prefixes import find_prefixes
 from stager.loading.renaming import Renaming
 from stager.state.shards import shape_of
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import Node
 from stager.workers.checkpoint.layout.tensor_node import without_flags
 from stager.workers.errors import StateMismatchError

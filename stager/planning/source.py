@@ -19,7 +19,7 @@ from stager.planning.optimizers import OptimizerKind, new_state, state_after_fir
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import Chunks, fqn, leaves
 from stager.workers.checkpoint.layout.tensor_node import without_flags
 from stager.workers.errors import CorruptCheckpointError, UsageError

@@ -25,12 +25,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from stager.sharing.movable import Reason, move, sendable, why_not
 from stager.sharing.worker_copy import Copied, SharedCopy, WorkerCopier
-from stager.state.snapshot_plan import Copy
+from stager.state.copies import Copies, Copy
 from stager.workers.errors import ClosedError, InternalError
 from stager.workers.memory.host_buffers import default_fd_budget
 from stager.workers.memory.shared_source import SharedSource, detach_all_but
@@ -179,7 +180,7 @@ class SourceSharer:
 
     def split(
         self, copies: Sequence[Copy], leaves: Sequence[Any], *, guarded: bool = True
-    ) -> tuple[list[Copy], list[Copy]]:
+    ) -> tuple[Copies, list[Copy]]:
         """Divide ``copies`` into those of the trainer, and those of the workers: large, and wholly in one shared source.
 
         Args:
@@ -187,15 +188,14 @@ class SourceSharer:
         """
         with self._lock:
             self._forget_the_dead()
+            copies = Copies.of(copies)
             if not self._entries or not self._options.may_copy(guarded=guarded):
-                return list(copies), []
-            for_trainer: list[Copy] = []
-            for_workers: list[Copy] = []
-            for copy in copies:
-                large = copy.nbytes >= _MIN_COPY_BYTES and not copy.is_packed
-                mine = for_workers if large and self._holds(copy, leaves[copy.leaf]) else for_trainer
-                mine.append(copy)
-            return for_trainer, for_workers
+                return copies, []
+            by_workers = (copies.nbytes >= _MIN_COPY_BYTES) & ~copies.is_packed
+            for position in np.flatnonzero(by_workers).tolist():
+                copy = copies[position]
+                by_workers[position] = self._holds(copy, leaves[copy.leaf])
+            return copies.where(~by_workers), list(copies.where(by_workers))
 
     def _holds(self, copy: Copy, leaf: torch.Tensor) -> bool:
         if not _is_on_cpu(leaf):
@@ -234,14 +234,14 @@ class SourceSharer:
         copies: Sequence[Copy],
         slab: Slab,
         copy_here: Callable[[list[Copy]], None],
-        meanwhile: Sequence[Copy] = (),
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Copied:
-        """Return when every byte of ``copies`` and ``meanwhile`` is in the slab.
+        """Return when every byte of ``copies`` is in the slab, and ``meanwhile`` has returned.
 
         Args:
             copies: what :meth:`split` gave the workers; the caller keeps the tensors alive and unchanged.
-            copy_here: the trainer's own way to copy: for ``meanwhile``, and for what no worker could do.
-            meanwhile: what the trainer copies itself, while the workers copy.
+            copy_here: the trainer's own way to copy, for what no worker could do.
+            meanwhile: called while the workers copy: the trainer does its own part.
 
         Raises:
             ClosedError: the pool is closed.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
-from stager.state.snapshot_plan import Copy
+from stager.state.copies import Copy
 from stager.workers.errors import WorkerError
 from stager.workers.memory.shared_source import CopyResult, SharedSource, Stretch, copy_shared
 from stager.workers.memory.slab import Slab
@@ -87,7 +87,7 @@ class WorkerCopier:
         slab: Slab,
         live_sources: frozenset[int],
         copy_here: Callable[[list[Copy]], None],
-        meanwhile: Sequence[Copy],
+        meanwhile: Callable[[], None],
     ) -> Copied:
         """Return when every byte is in the slab. Return, or raise, only when no worker writes into the slab any more.
 
@@ -97,15 +97,17 @@ class WorkerCopier:
         """
         num_workers = min(self._num_workers, self._count_idle()) if shared else 0
         if num_workers == 0:
+            meanwhile()
+            if not shared:
+                return Copied()
             copies = [s.copy for s in shared]
-            copy_here([*meanwhile, *copies])
-            return Copied(notes=(_note(copies, "no worker was idle"),) if copies else ())
+            copy_here(copies)
+            return Copied(notes=(_note(copies, "no worker was idle"),))
         tasks = divide(shared, num_workers)
         try:
             # 1. The workers begin before the trainer does its part.
             failure = self._submit(tasks, slab, live_sources)
-            if meanwhile:
-                copy_here(list(meanwhile))
+            meanwhile()
         finally:
             # 2. Also after an error or Ctrl-C: a worker that writes after the lease has ended would spoil the next snapshot.
             _wait(tasks)

@@ -14,11 +14,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from stager.state.placement import SMALL_BYTES, Copy
+from stager.state.copies import NO_COPIES, SMALL_BYTES, Copies, Copy
 from stager.workers.checkpoint.directory.files import IOV_MAX
 
 PIECE_BYTES = 16 << 20
@@ -56,12 +57,12 @@ class Batches:
         others: from device memory, and packed ones.
     """
 
-    copies: tuple[Copy, ...]
+    copies: Copies
     on_host: tuple[Move | Gather, ...]
     others: tuple[Copy, ...]
 
 
-EMPTY = Batches((), (), ())
+EMPTY = Batches(NO_COPIES, (), ())
 
 
 def batch(copies: Sequence[Copy]) -> Batches:
@@ -70,39 +71,45 @@ def batch(copies: Sequence[Copy]) -> Batches:
     Args:
         copies: in slab order, not overlapping.
     """
-    by_address = [c for c in copies if c.on_host and not c.is_packed]
-    small = [c for c in by_address if c.nbytes <= SMALL_BYTES]
-    large = [c for c in by_address if c.nbytes > SMALL_BYTES]
+    copies = Copies.of(copies)
+    by_address = copies.on_host & ~copies.is_packed
+    is_small = copies.nbytes <= SMALL_BYTES
+    small, large = copies.where(by_address & is_small), copies.where(by_address & ~is_small)
     on_host: tuple[Move | Gather, ...] = (*_gathers(small), *_moves(large))
-    return Batches(tuple(copies), on_host, tuple(c for c in copies if not c.on_host or c.is_packed))
+    return Batches(copies, on_host, tuple(copies.where(~by_address)))
 
 
-def _moves(copies: list[Copy]) -> Iterator[Move]:
-    for copy in copies:
-        for start in range(0, copy.nbytes, PIECE_BYTES):
-            nbytes = min(PIECE_BYTES, copy.nbytes - start)
-            yield Move(copy.address + start, copy.slab_offset + start, nbytes)
+def _moves(copies: Copies) -> Iterator[Move]:
+    columns = (copies.address.tolist(), copies.slab_offset.tolist(), copies.nbytes.tolist())
+    for address, slab_offset, total in zip(*columns, strict=True):
+        for start in range(0, total, PIECE_BYTES):
+            yield Move(address + start, slab_offset + start, min(PIECE_BYTES, total - start))
 
 
-def _gathers(copies: list[Copy]) -> Iterator[Gather]:
+def _gathers(copies: Copies) -> Iterator[Gather]:
     """Runs of copies that lie next to each other in the slab; the gaps between them are filled with zeros."""
-    vectors: list[tuple[int, int]] = []
-    start = end = 0
-    for copy in copies:
-        gap = copy.slab_offset - end
-        if vectors and (not 0 <= gap < _MAX_GAP_BYTES or len(vectors) > IOV_MAX - 2 or end - start >= PIECE_BYTES):
-            yield _gather(vectors, start, end)
-            vectors = []
-        if not vectors:
-            start = end = copy.slab_offset
-        elif gap:
-            vectors.append((_zeros_address, gap))
-            end += gap
-        vectors.append((copy.address, copy.nbytes))
-        end += copy.nbytes
-    if vectors:
-        yield _gather(vectors, start, end)
-
-
-def _gather(vectors: list[tuple[int, int]], start: int, end: int) -> Gather:
-    return Gather(np.array(vectors, dtype=np.uint64), start, end - start)
+    if not len(copies):
+        return
+    ends = copies.slab_offset + copies.nbytes
+    gaps = np.zeros(len(copies), dtype=np.int64)  # before each
+    gaps[1:] = copies.slab_offset[1:] - ends[:-1]
+    apart = np.flatnonzero((gaps < 0) | (gaps >= _MAX_GAP_BYTES)).tolist()
+    # Two vectors for each copy: its gap, then itself. Those of no gap are left out.
+    vectors = np.empty((len(copies), 2, 2), dtype=np.uint64)
+    vectors[:, 0, 0], vectors[:, 0, 1] = _zeros_address, gaps.clip(0)
+    vectors[:, 1, 0], vectors[:, 1, 1] = copies.address, copies.nbytes
+    used = np.ones((len(copies), 2), dtype=bool)
+    used[:, 0] = gaps > 0
+    counts = np.cumsum(used.sum(axis=1))
+    vectors = vectors[used]
+    for start, end in pairwise([0, *apart, len(copies)]):
+        first = start
+        while first < end:
+            # As many as one call takes, and not much more than PIECE_BYTES.
+            skipped = int(counts[first]) - 1  # the vectors before this copy, and its gap
+            most = int(np.searchsorted(counts, skipped + IOV_MAX, side="right"))
+            full = int(np.searchsorted(ends, int(copies.slab_offset[first]) + PIECE_BYTES)) + 1
+            last = min(end, most, max(full, first + 1))
+            offset = int(copies.slab_offset[first])
+            yield Gather(vectors[skipped : int(counts[last - 1])], offset, int(ends[last - 1]) - offset)
+            first = last

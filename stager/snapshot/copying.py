@@ -23,7 +23,7 @@ from stager.config.host import lower_priority
 from stager.snapshot.batches import PIECE_BYTES, Batches, Gather, Move
 from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
 from stager.snapshot.kernel_copies import Scratch, read_into, vectors, write
-from stager.state.placement import Copy
+from stager.state.copies import Copy
 from stager.workers.device.streams import NO_STREAMS, SideStreams
 from stager.workers.errors import InternalError, TornSnapshotError
 from stager.workers.memory.slab import Slab

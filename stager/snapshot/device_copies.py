@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from stager.state.placement import SMALL_BYTES, Copy
+from stager.state.copies import SMALL_BYTES, Copy
 from stager.workers.device.byte_copies import copy_many, stretch_of
 from stager.workers.device.host_memory import new_pinned
 from stager.workers.device.streams import SideStreams

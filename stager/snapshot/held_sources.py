@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from stager.snapshot.picker import Picker, picker
+from stager.state.copies import Copies, Copy
 from stager.state.fingerprint import TensorMemory
-from stager.state.placement import Copy
 
 _Storage: Any = torch.UntypedStorage  # its methods are called unbound, which the stubs do not know
 
@@ -26,28 +28,29 @@ class Sources:
 
     Attributes:
         copies: those that read memory.
-        owners: for each of them, the position of its ``leaf`` in ``TensorMemory``.
+        owners: picks the storage of each of them from those of a ``TensorMemory``.
         on_devices: leaves of copies from devices.
-        places: where the storages of the owners are, and how large. They stay as long as the copies do, because a plan holds
-            only while each tensor has its address and its storage has its size.
+        places: where the storages of the owners are, and how large: see :func:`_places`. They stay as long as the copies do,
+            because a plan holds only while each tensor has its address and its storage has its size.
     """
 
-    copies: tuple[Copy, ...]
-    owners: tuple[int, ...]
+    copies: Copies
+    owners: Picker
     on_devices: tuple[int, ...]
-    places: tuple[list[int], list[int]]
+    places: Any
 
     @staticmethod
     def of(copies: Sequence[Copy], memory: TensorMemory) -> Sources:
         """Note what these copies read. ``memory``: of the state that they are copies of, as it is now."""
-        positions = {leaf: position for position, leaf in enumerate(memory.leaves)}
-        reading = tuple(copy for copy in copies if copy.nbytes)
-        owners = tuple(positions[copy.leaf] for copy in reading)
+        copies = Copies.of(copies)
+        owners = picker(
+            np.searchsorted(np.array(memory.leaves, dtype=np.int64), copies.leaf).tolist()
+        )  # they are sorted
         return Sources(
-            copies=reading,
+            copies=copies,
             owners=owners,
-            on_devices=tuple(copy.leaf for copy in copies if not copy.on_host),
-            places=_places([memory.storages[owner] for owner in owners]),
+            on_devices=tuple(copies.leaf[~copies.on_host].tolist()),
+            places=_places(owners(memory.storages)),
         )
 
     def hold(self, leaves: Sequence[Any], memory: TensorMemory) -> HeldSources:
@@ -61,8 +64,7 @@ class Sources:
             leaves = list(leaves)
             for leaf in self.on_devices:
                 leaves[leaf] = leaves[leaf].detach()
-        storages = [memory.storages[owner] for owner in self.owners]
-        return HeldSources(self, leaves, storages)
+        return HeldSources(self, leaves, self.owners(memory.storages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +86,18 @@ class HeldSources:
         Not found is a storage that was resized, and then got the same size at the same address again.
         """
         now = _places(self.storages)
-        if now == self.sources.places:
-            return set()
-        found = zip(self.sources.copies, *now, *self.sources.places, strict=True)
-        return {leaf for copy, a, b, c, d in found if (a, b) != (c, d) for leaf in copy.leaves}
+        return self._leaves_of((now != self.sources.places).any(axis=0))
 
     def leaves_at(self, address: int) -> set[int]:
         """Find the leaves whose copies read this address."""
-        return {leaf for c in self.sources.copies if c.address <= address < c.address + c.nbytes for leaf in c.leaves}
+        starts = self.sources.copies.address
+        return self._leaves_of((starts <= address) & (address < starts + self.sources.copies.nbytes))
+
+    def _leaves_of(self, chosen: Any) -> set[int]:
+        return set(self.sources.copies.where(chosen).all_leaves()) if chosen.any() else set()
 
 
-def _places(storages: Sequence[torch.UntypedStorage]) -> tuple[list[int], list[int]]:
-    return list(map(_Storage.data_ptr, storages)), list(map(_Storage.nbytes, storages))
+def _places(storages: Sequence[torch.UntypedStorage]) -> Any:
+    """Return an array of two rows: the addresses of storages, and their sizes in bytes."""
+    count = len(storages)
+    return np.stack([np.fromiter(map(of, storages), np.int64, count) for of in (_Storage.data_ptr, _Storage.nbytes)])

@@ -24,9 +24,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stager.state.placement import PACKED, Copy
+from stager.state.copies import PACKED, Copy
 from stager.state.snapshot_plan import SnapshotPlan
-from stager.workers.checkpoint.layout.layout import Item, Layout, Segment, align, partition
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import Layout, Segment, align, partition
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
 from stager.workers.errors import MemoryBudgetError
 

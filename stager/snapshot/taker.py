@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from stager.ranks.partition import Partitioner
@@ -28,9 +29,9 @@ from stager.snapshot.kernel_copies import MemoryGoneError
 from stager.snapshot.object_pickler import ObjectPickler
 from stager.snapshot.pieces import Piece, Pieces, copies_of
 from stager.snapshot.tripwires import Armed, Place, Wires
+from stager.state.copies import NO_COPIES, Copies, Copy
 from stager.state.fingerprint import TensorMemory
 from stager.state.flatten import flatten
-from stager.state.placement import Copy
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.state.state_tree import StateTree
 from stager.telemetry.timeline import Timeline
@@ -84,7 +85,7 @@ class Assignment:
         kept: temporary tensors that copies read.
     """
 
-    copies: tuple[Copy, ...] = ()
+    copies: Copies = NO_COPIES
     by_trainer: Batches = EMPTY
     by_workers: tuple[Copy, ...] = ()
     kept: tuple[torch.Tensor, ...] = ()
@@ -209,7 +210,8 @@ class SnapshotTaker:
         plan, leaves = snapshot.plan, snapshot.tree.leaves
         if not pieces.is_whole:
             of_piece, kept = copies_of(piece, plan, leaves)
-            return Assignment(tuple(of_piece), batch(of_piece), kept=tuple(kept)), Assignment()
+            batches = batch(of_piece)
+            return Assignment(batches.copies, batches, kept=tuple(kept)), Assignment()
         protected, is_own = self._protected(snapshot)
         key, last = _SplitKey(protected, is_own, self._sharer.live_sources()), self._split
         if last is None or last.plan is not plan or last.key != key:
@@ -224,14 +226,13 @@ class SnapshotTaker:
         """
         plan, leaves = snapshot.plan, snapshot.tree.leaves
         protected, is_own, _ = key  # in the order of plan.leaves; empty if nothing is guarded
-        may_wait = {leaf for leaf, is_protected in zip(plan.leaves, protected, strict=False) if is_protected}
-        now: list[Copy] = []
-        later: list[Copy] = []
-        for copy in plan.copies:
-            # A packed copy from host memory has no tripwire: nobody would notice a write through .data. So it is made now.
-            waits = may_wait.issuperset(copy.leaves) and not (copy.is_packed and copy.on_host)
-            (later if waits else now).append(copy)
-        own_now = set(compress(plan.leaves, is_own)).difference(*(copy.leaves for copy in later))
+        copies = plan.copies
+        may_wait = np.zeros(len(leaves), dtype=bool)
+        may_wait[list(compress(plan.leaves, protected))] = True
+        # A packed copy from host memory has no tripwire: nobody would notice a write through .data. So it is made now.
+        waits = copies.all_in(may_wait) & ~(copies.is_packed & copies.on_host)
+        now, later = copies.where(~waits), copies.where(waits)
+        own_now = set(compress(plan.leaves, is_own)).difference(later.all_leaves())
         now_work = self._assign(now, leaves, guarded=False)
         later_work = self._assign(later, leaves, guarded=True)
         self._wires = Wires.of(later_work.copies, snapshot.memory)
@@ -301,9 +302,9 @@ class SnapshotTaker:
             "staging_completion. From the next save on, save() copies these tensors before it returns, which makes it slower"
         )
 
-    def _assign(self, copies: list[Copy], leaves: Sequence[Any], *, guarded: bool) -> Assignment:
+    def _assign(self, copies: Copies, leaves: Sequence[Any], *, guarded: bool) -> Assignment:
         by_trainer, by_workers = self._sharer.split(copies, leaves, guarded=guarded)
-        return Assignment(tuple(copies), batch(by_trainer), tuple(by_workers))
+        return Assignment(copies, batch(by_trainer), tuple(by_workers))
 
     def copy(self, snapshot: Snapshot, work: Assignment, slab: Slab, *, cold: bool, background: bool) -> None:
         """Copy into a slab; returns when every byte is there.
@@ -322,7 +323,7 @@ class SnapshotTaker:
             self._copy(snapshot, work, slab, held, cold=cold, background=background)
         except MemoryGoneError as error:
             if held is not None:
-                later = {leaf for copy in held.sources.copies for leaf in copy.leaves}
+                later = set(held.sources.copies.all_leaves())
                 self._refuse_torn(snapshot, held.lost() or held.leaves_at(error.address) or later)
             raise TornSnapshotError(
                 "memory of a tensor was freed while save() copied it: another thread resized a storage of the state. "
@@ -356,12 +357,11 @@ class SnapshotTaker:
 
         with timeline.timed("stage"):
             if work.by_workers:
-                meanwhile = work.by_trainer.copies
                 copied = self._sharer.copy(
                     work.by_workers,
                     slab,
-                    lambda copies: copy_here(work.by_trainer if tuple(copies) == meanwhile else batch(copies)),
-                    meanwhile,
+                    lambda copies: copy_here(batch(copies)),
+                    lambda: copy_here(work.by_trainer),
                 )
                 for result in copied.results:
                     timeline.timing("stage", result.started, result.ended, f"worker {result.pid}")

@@ -40,8 +40,8 @@ from stager.snapshot.guard import here
 from stager.snapshot.held_sources import HeldSources, Sources
 from stager.snapshot.kernel_copies import Scratch
 from stager.snapshot.picker import Picker, picker
+from stager.state.copies import SMALL_BYTES, Copies, Copy
 from stager.state.fingerprint import TensorMemory
-from stager.state.placement import SMALL_BYTES, Copy
 from stager.state.tensor_kinds import BLOCK, PLAIN_TENSORS
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.slab import Slab
@@ -154,7 +154,7 @@ class Wires:
         owners: for each word of the samples, the position of its copy in ``copies``.
     """
 
-    copies: tuple[Copy, ...]
+    copies: Copies
     leaves: tuple[int, ...]
     leaves_of: Picker
     memory: Sources
@@ -165,28 +165,27 @@ class Wires:
     @staticmethod
     def of(copies: Sequence[Copy], memory: TensorMemory) -> Wires:
         """Choose the samples of these copies. ``memory``: of the state that they are copies of."""
-        words: list[tuple[int, int, int]] = []  # position of the copy, address, where in the slab
-        others: list[tuple[int, int, int]] = []
-        for number, copy in enumerate(copies):
-            if not copy.on_host or copy.is_packed:
-                continue
-            is_aligned = (copy.address | copy.slab_offset) % 8 == 0 and copy.nbytes >= _SAMPLE_BYTES
-            step, rows = (8, words) if is_aligned else (1, others)
-            for place in _places(copy.nbytes):
-                for at in range(place, min(place + _SAMPLE_BYTES, copy.nbytes), step):
-                    rows.append((number, copy.address + at, copy.slab_offset + at))
-        w = np.array(words, dtype=np.int64).reshape(len(words), 3)
-        b = np.array(others, dtype=np.int64).reshape(len(others), 3)
-        leaves = tuple(leaf for copy in copies for leaf in copy.leaves)
-        sources, targets = (_Samples(w[:, column] >> 3, b[:, column].copy()) for column in (1, 2))
+        copies = Copies.of(copies)
+        watched = np.flatnonzero(copies.on_host & ~copies.is_packed)
+        numbers, places = _places(copies.nbytes[watched])
+        numbers = watched[numbers]
+        address, offset, nbytes = (column[numbers] for column in (copies.address, copies.slab_offset, copies.nbytes))
+        is_aligned = ((address | offset) % 8 == 0) & (nbytes >= _SAMPLE_BYTES)
+        words = _rows(numbers[is_aligned], places[is_aligned], nbytes[is_aligned], 8)
+        others = _rows(numbers[~is_aligned], places[~is_aligned], nbytes[~is_aligned], 1)
+        leaves = tuple(copies.all_leaves())
+        sources, targets = (
+            _Samples((column[words[0]] + words[1]) >> 3, column[others[0]] + others[1])
+            for column in (copies.address, copies.slab_offset)
+        )
         return Wires(
-            copies=tuple(copies),
+            copies=copies,
             leaves=leaves,
             leaves_of=picker(leaves),
             memory=Sources.of(copies, memory),
             sources=sources,
             targets=targets,
-            owners=np.concatenate((w[:, 0], b[:, 0])),
+            owners=np.concatenate((words[0], others[0])),
         )
 
     def arm(self, leaves: Sequence[Any], held_memory: TensorMemory, guarded: Sequence[torch.Tensor]) -> Armed:
@@ -262,13 +261,38 @@ class Tripped:
     places: list[Place]
 
 
-def _places(nbytes: int) -> list[int]:
-    """Return the offsets of a copy's samples."""
-    last = nbytes - min(_SAMPLE_BYTES, nbytes)
-    if nbytes <= SMALL_BYTES:
-        return [last // 2 & -8]
-    count = min(_MOST_SAMPLES, 2 + nbytes // _BYTES_PER_SAMPLE)
-    return [last * number // (count - 1) & -8 for number in range(count)]
+def _places(nbytes: Any) -> tuple[Any, Any]:
+    """Choose where samples begin.
+
+    Args:
+        nbytes: of each copy; an array.
+
+    Returns:
+        For each sample, the position of its copy, and the offset in it.
+    """
+    last = nbytes - np.minimum(_SAMPLE_BYTES, nbytes)
+    small = np.flatnonzero(nbytes <= SMALL_BYTES)
+    numbers, places = [small], [last[small] // 2 & -8]
+    for number in np.flatnonzero(nbytes > SMALL_BYTES).tolist():
+        end, count = int(last[number]), min(_MOST_SAMPLES, 2 + int(nbytes[number]) // _BYTES_PER_SAMPLE)
+        numbers.append(np.full(count, number))
+        places.append(np.array([end * sample // (count - 1) & -8 for sample in range(count)]))
+    return np.concatenate(numbers), np.concatenate(places)
+
+
+def _rows(numbers: Any, places: Any, nbytes: Any, step: int) -> tuple[Any, Any]:
+    """Cut samples into words of ``step`` bytes.
+
+    Args:
+        numbers, places: see :func:`_places`; of some samples.
+        nbytes: of their copies.
+
+    Returns:
+        For each word, the position of its copy, and the offset in it.
+    """
+    at = places[:, None] + np.arange(0, _SAMPLE_BYTES, step)
+    inside = at < np.minimum(places + _SAMPLE_BYTES, nbytes)[:, None]
+    return np.broadcast_to(numbers[:, None], at.shape)[inside], at[inside]
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:

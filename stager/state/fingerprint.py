@@ -7,19 +7,20 @@ and 20,000 tensors cost about 15 ms instead of 45. Sources are identified by add
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter, is_
 from typing import Any
 
+import numpy as np
 import torch
 
 from stager.state.state_tree import StateTree
 from stager.state.tensor_kinds import BLOCK, PLAIN_TENSORS
+from stager.state.tensor_table import MemoryKind, TensorTable
 from stager.workers.checkpoint.layout.layout import contiguous_stride
 from stager.workers.errors import UnstageableError
-from stager.workers.memory.tensor_memory import problem_of, storage_nbytes
+from stager.workers.memory.tensor_memory import problem_of
 
 _Tensor: Any = torch.Tensor  # its methods are called unbound, which the stubs do not know
 _is_on_host: Any = attrgetter("is_cpu")
@@ -29,30 +30,7 @@ _QUANTIZED = frozenset((torch.qint8, torch.quint8, torch.qint32, torch.quint4x2,
 _HOST = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """The fingerprint of one tensor.
-
-    Attributes:
-        address: of its first element, on its device.
-        dtype, shape, stride, device: as torch has them.
-        is_lazy: a conjugate or negative view: its memory does not hold its values.
-    """
-
-    address: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    device: torch.device
-    is_lazy: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the elements, without gaps between them."""
-        return self.shape.numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Block:
     """The fingerprints of some consecutive tensors, one column per property.
 
@@ -63,21 +41,37 @@ class _Block:
         is_row_major: whether all are, and no dimension is 0 or 1 long. Then the shapes leave no choice of strides.
     """
 
-    addresses: list[int]
+    addresses: Any
     dtypes: list[torch.dtype]
     shapes: list[torch.Size]
     strides: list[tuple[int, ...]]
     devices: list[torch.device] | None
     lazy: list[bool] | None
-    held: list[int]
+    held: Any
     is_row_major: bool
 
-    def rows(self) -> Iterator[Fingerprint]:
-        count = len(self.addresses)
-        devices = self.devices or [_HOST] * count
-        lazy = self.lazy or [False] * count
-        columns = (self.addresses, self.dtypes, self.shapes, self.strides, devices, lazy)
-        return map(Fingerprint, *columns)
+    def is_as(self, last: _Block) -> bool:
+        """Tell whether nothing has changed."""
+        return (
+            np.array_equal(self.addresses, last.addresses)
+            and np.array_equal(self.held, last.held)
+            and self.dtypes == last.dtypes
+            and self.shapes == last.shapes
+            and self.strides == last.strides
+            and self.devices == last.devices
+            and self.lazy == last.lazy
+        )
+
+    def to_keep(self, known: dict[Any, Any]) -> _Block:
+        """Return the block with one object for equal shapes, and one for equal strides: each tensor has its own.
+
+        Args:
+            known: those of other blocks, by type and value: a shape is another type of tuple.
+        """
+        shapes, strides = (
+            [known.setdefault((type(one), one), one) for one in column] for column in (self.shapes, self.strides)
+        )
+        return replace(self, shapes=shapes, strides=strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +99,38 @@ class Fingerprints:
     leaves: Sequence[int]
     blocks: tuple[_Block, ...]
 
-    def rows(self) -> list[tuple[int, Fingerprint]]:
-        """List (leaf, fingerprint) of each tensor."""
-        return list(zip(self.leaves, chain.from_iterable(block.rows() for block in self.blocks), strict=True))
+    def table(self) -> TensorTable:
+        """Return them as the table that a plan is made from."""
+        codes: list[int] = []
+        kinds: dict[tuple[torch.dtype, torch.Size, tuple[int, ...]], int] = {}
+        for block in self.blocks:
+            of_block = list(zip(block.dtypes, block.shapes, block.strides, strict=True))
+            for kind in dict.fromkeys(of_block):
+                kinds.setdefault(kind, len(kinds))
+            codes += map(kinds.__getitem__, of_block)
+        found = {device for block in self.blocks for device in block.devices or ()} | {_HOST}
+        devices = sorted(found, key=str)
+        positions = {device: number for number, device in enumerate(devices)}
+        on = [
+            np.full(len(block.dtypes), positions[_HOST])
+            if block.devices is None
+            else np.array([positions[device] for device in block.devices])
+            for block in self.blocks
+        ]
+        lazy = [np.array(block.lazy or [False] * len(block.dtypes), dtype=bool) for block in self.blocks]
+        return TensorTable(
+            leaves=np.array(self.leaves, dtype=np.int64),
+            addresses=_joined([block.addresses for block in self.blocks]),
+            kinds=[MemoryKind(*kind) for kind in kinds],
+            codes=np.array(codes, dtype=np.int64),
+            devices=devices,
+            on=_joined(on),
+            lazy=_joined(lazy).astype(bool),
+        )
+
+
+def _joined(columns: list[Any]) -> Any:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *columns])
 
 
 def read_fingerprints(tree: StateTree, known: Fingerprints | None = None) -> tuple[Fingerprints, TensorMemory]:
@@ -146,15 +169,17 @@ def _read(
     storages: list[torch.UntypedStorage] = []
     old = known.blocks if known is not None else ()
     blocks: list[_Block] = []
+    kept: dict[Any, Any] = {}
     # In blocks, because each column touches every tensor again: those of a block stay in the processor's cache.
     for i, start in enumerate(range(0, len(tensors), BLOCK)):
         of_block = tensors[start : start + BLOCK]
         last = old[i] if i < len(old) else None
         block = _read_block(of_block, last, storages)
-        if block == last:
+        if last is not None and block.is_as(last):
             block = last
         else:
-            _check_storages(of_block, block)
+            _check_storages(of_block, block, storages[start : start + BLOCK])
+            block = block.to_keep(kept)
         blocks.append(block)
     if known is not None and len(old) == len(blocks) and known.leaves == numbers and all(map(is_, old, blocks)):
         return known, TensorMemory(numbers, storages)
@@ -177,7 +202,8 @@ def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None, held: list
     lazy = list(map(_Tensor.is_neg, tensors))
     if any(dtype.is_complex for dtype in kinds):
         lazy = [tensor.is_conj() or neg for tensor, neg in zip(tensors, lazy, strict=True)]
-    addresses = list(map(_Tensor.data_ptr, tensors))  # before the shapes: it raises if there are none, or no strides
+    # Before the shapes: it raises if there are none, or no strides.
+    addresses = _numbers(map(_Tensor.data_ptr, tensors), len(tensors))
     shapes = list(map(_shape, tensors))
     if last is not None and last.is_row_major and shapes == last.shapes and all(map(_Tensor.is_contiguous, tensors)):
         shapes, strides, is_row_major = last.shapes, last.strides, True
@@ -193,7 +219,7 @@ def _read_block(tensors: Sequence[torch.Tensor], last: _Block | None, held: list
         strides=strides,
         devices=devices,
         lazy=lazy if any(lazy) else None,
-        held=list(map(torch.UntypedStorage.nbytes, storages)),
+        held=_numbers(map(torch.UntypedStorage.nbytes, storages), len(storages)),
         is_row_major=is_row_major,
     )
 
@@ -203,7 +229,11 @@ def _has_no_other_stride(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return 0 not in shape and 1 not in shape and stride == contiguous_stride(shape)
 
 
-def _check_storages(tensors: Sequence[torch.Tensor], block: _Block) -> None:
+def _numbers(values: Iterable[int], count: int) -> Any:
+    return np.fromiter(values, dtype=np.int64, count=count)
+
+
+def _check_storages(tensors: Sequence[torch.Tensor], block: _Block, storages: Sequence[torch.UntypedStorage]) -> None:
     """Check that each storage has all bytes of its tensor.
 
     Once per block is enough: torch makes no tensor that reaches beyond its storage, and a storage that is resized later
@@ -212,9 +242,13 @@ def _check_storages(tensors: Sequence[torch.Tensor], block: _Block) -> None:
     Raises:
         RuntimeError: one has not; nothing was read.
     """
-    for tensor, held in zip(tensors, block.held, strict=True):
-        if storage_nbytes(tensor) > held or torch._is_functional_tensor(tensor):
-            raise RuntimeError("a tensor has elements beyond the end of its storage")
+    kinds = list(zip(block.dtypes, block.shapes, block.strides, strict=True))
+    span_of = {kind: MemoryKind(*kind).span_nbytes for kind in set(kinds)}
+    spans = _numbers(map(span_of.__getitem__, kinds), len(kinds))
+    starts = _numbers(map(torch.UntypedStorage.data_ptr, storages), len(kinds))
+    ends = block.addresses - starts + spans
+    if ((spans > 0) & (ends > block.held)).any() or any(map(torch._is_functional_tensor, tensors)):
+        raise RuntimeError("a tensor has elements beyond the end of its storage")
 
 
 def _is_raw(tensor: torch.Tensor, tree: StateTree, leaf: int) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from stager.workers.checkpoint.formats.contract import TensorSpec
+from stager.workers.checkpoint.formats.contract import TensorSpecs
 
 _MAX_ROLES = 128
 _SMALLEST_ROLE_BYTES = 64 << 10
@@ -29,9 +29,9 @@ def role(name: str) -> str:
     return _NUMBER.sub("#", name)
 
 
-def by_role(tensors: Sequence[TensorSpec], sizes: Sequence[int]) -> list[list[int]]:
+def by_role(tensors: TensorSpecs, sizes: Sequence[int]) -> list[list[int]]:
     """Split by role, as a :data:`stager.workers.checkpoint.formats.contract.Split`."""
-    return group([role(spec.names[0]) for spec in tensors], sizes)
+    return group([role(spec.names[0]) for spec in tensors], list(map(int, sizes)))
 
 
 def group(roles: Sequence[str], sizes: Sequence[int]) -> list[list[int]]:

@@ -12,48 +12,18 @@ file, so that the disk can take it from there (``stager.workers.checkpoint.write
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-import torch
+import numpy as np
 
-from stager.state.fingerprint import Fingerprint
+from stager.state.copies import PACKED, SMALL_BYTES, Copies
+from stager.state.tensor_table import TensorTable
 from stager.workers.checkpoint.layout.layout import align
-from stager.workers.checkpoint.layout.layout import is_dense as is_dense_stride
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
 
 LARGE_BYTES = 1 << 20  # from here on the place in the file counts
-SMALL_BYTES = 64 << 10  # up to here many in one system call is faster than a memmove for each
-
-PACKED = -1  # in the place of an address
-
-Row = tuple[int, Fingerprint]
-"""A leaf and its fingerprint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One stretch of memory to copy.
-
-    Attributes:
-        leaf: number of a leaf whose tensor owns the memory. The next save finds the memory through the same leaf.
-        address: of the first byte, on the tensor's device; ``PACKED``: see :attr:`is_packed`.
-        slab_offset, nbytes: where to, how much.
-        leaves: numbers of all leaves that lie in it.
-        on_host: whether the address can be read by the CPU.
-    """
-
-    leaf: int
-    address: int
-    slab_offset: int
-    nbytes: int
-    leaves: tuple[int, ...]
-    on_host: bool = True
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether it is copied element by element, because its tensor is no stretch of memory."""
-        return self.address == PACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,111 +32,163 @@ class Placement:
 
     Attributes:
         copies: in slab order.
-        offsets: by leaf, where its first byte is in the slab.
+        offsets: for each row of the table, where its first byte is in the slab; an array.
         nbytes: bytes of the slab that the copies fill.
     """
 
-    copies: tuple[Copy, ...]
-    offsets: dict[int, int]
+    copies: Copies
+    offsets: Any
     nbytes: int
 
 
-@dataclass(slots=True)
-class _Extent:
-    start: int
-    end: int
-    rows: list[Row]
-    leaves: tuple[int, ...] = ()
-
-
-def place(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
+def place(table: TensorTable, file_offsets: Any, is_packed: Any) -> Placement:
     """Place each byte of the sources once, large extents first.
 
     Args:
-        file_offsets: by leaf, where its bytes go in a file; of large tensors only.
+        file_offsets: for each row of the table, where its bytes go in a file, or -1; of large tensors only.
+        is_packed: for each row, whether it is copied element by element.
     """
-    extents = _merge([row for row in rows if is_dense(row[1]) and row[1].nbytes])
-    copies: list[Copy] = []
-    offsets = {leaf: 0 for leaf, p in rows if not p.nbytes}
-    position = 0
-    for extent in extents:
-        extent.leaves = tuple(sorted(leaf for leaf, _ in extent.rows)) if extent.rows[1:] else (extent.rows[0][0],)
+    nbytes = table.of_each(lambda kind: kind.nbytes)
+    offsets = np.zeros(len(table), dtype=np.int64)
+    rows = np.flatnonzero(~is_packed & (nbytes > 0))
+    extents = _merge(table, rows, nbytes)
+    is_small = extents.nbytes <= SMALL_BYTES
     # Small ones of one device stand together, so that they are gathered there: device_copies.py.
-    devices = {device: number for number, device in enumerate(sorted({p.device for _, p in rows}, key=str))}
-
-    def order(extent: _Extent) -> tuple[bool, int, int]:
-        is_small = extent.end - extent.start <= SMALL_BYTES
-        return is_small, devices[extent.rows[0][1].device] if is_small else 0, extent.leaves[0]
-
-    for extent in sorted(extents, key=order):
-        nbytes = extent.end - extent.start
-        position = _next(position, extent.start, file_offsets.get(extent.rows[0][0]), extent.rows)
-        for leaf, p in extent.rows:
-            offsets[leaf] = position + p.address - extent.start
-        on_host = extent.rows[0][1].device.type == "cpu"
-        copies.append(Copy(extent.leaves[0], extent.start, position, nbytes, extent.leaves, on_host))
-        position += nbytes
-    packed: dict[Fingerprint, int] = {}
-    for leaf, p in rows:
-        if is_dense(p) or not p.nbytes:
-            continue
-        if p not in packed:
-            position = packed[p] = _next(position, 0, file_offsets.get(leaf), [(leaf, p)])
-            copies.append(Copy(leaf, PACKED, position, p.nbytes, (leaf,), p.device.type == "cpu"))
-            position += p.nbytes
-        offsets[leaf] = packed[p]
-    return Placement(tuple(copies), offsets, position)
-
-
-def place_in_order(rows: Sequence[Row], file_offsets: Mapping[int, int]) -> Placement:
-    """Place each row's bytes in this order. Memory that several rows share is copied for each of them."""
-    copies: list[Copy] = []
-    offsets: dict[int, int] = {}
+    order = np.lexsort((extents.leaf, np.where(is_small, extents.on, 0), is_small))
+    places = np.zeros(len(order), dtype=np.int64)
+    num_large = int(len(order) - is_small.sum())
     position = 0
-    for leaf, p in rows:
-        position = offsets[leaf] = _next(position, 0, file_offsets.get(leaf), [(leaf, p)])
-        if p.nbytes:
-            address = p.address if is_dense(p) else PACKED
-            copies.append(Copy(leaf, address, position, p.nbytes, (leaf,), p.device.type == "cpu"))
-        position += p.nbytes
-    return Placement(tuple(copies), offsets, position)
+    for extent in order[:num_large].tolist():
+        first = int(extents.first[extent])
+        position = _next(position, int(extents.start[extent]), int(file_offsets[first]), int(extents.itemsize[extent]))
+        places[extent] = position
+        position += int(extents.nbytes[extent])
+    small = order[num_large:]
+    if len(small):
+        # Each begins within 64 bytes as its address does: see _next().
+        shift = extents.start[small] % 64
+        slots = -(-(shift + extents.nbytes[small]) // 64) * 64
+        places[small] = align(position) + np.cumsum(slots) - slots + shift
+        position = int(places[small[-1]] + extents.nbytes[small[-1]])
+    offsets[rows] = places[extents.of_row] + table.addresses[rows] - extents.start[extents.of_row]
+    copies = [(extents.leaf[order], extents.start[order], places[order], extents.nbytes[order])]
+    on_host = [table.on_host[extents.first[order]]]
+    packed: dict[Any, int] = {}
+    rest = np.flatnonzero(is_packed & (nbytes > 0))
+    itemsizes = table.of_each(lambda kind: kind.dtype.itemsize)
+    made: list[tuple[int, int, int, int]] = []
+    for row, identity in zip(rest.tolist(), table.identities(rest), strict=True):
+        if identity not in packed:
+            position = packed[identity] = _next(position, 0, int(file_offsets[row]), int(itemsizes[row]))
+            made.append((row, PACKED, position, int(nbytes[row])))
+            position += int(nbytes[row])
+        offsets[row] = packed[identity]
+    if made:
+        numbers = np.array(made, dtype=np.int64)
+        copies.append((table.leaves[numbers[:, 0]], numbers[:, 1], numbers[:, 2], numbers[:, 3]))
+        on_host.append(table.on_host[numbers[:, 0]])
+    leaf, address, place_of, length = (np.concatenate(parts) for parts in zip(*copies, strict=True))
+    placed = Copies(leaf, address, place_of, length, np.concatenate(on_host), extents.shared)
+    return Placement(placed, offsets, position)
 
 
-def _next(position: int, address: int, file_offset: int | None, rows: Sequence[Row]) -> int:
+def place_in_order(table: TensorTable, order: Any, file_offsets: Any, is_packed: Any) -> Placement:
+    """Place rows' bytes in this order. Memory that several rows share is copied for each of them.
+
+    Args:
+        order: rows of the table, one for each tensor that is to be placed.
+        file_offsets, is_packed: see :func:`place`.
+    """
+    nbytes, itemsizes = table.of_each(lambda kind: kind.nbytes), table.of_each(lambda kind: kind.dtype.itemsize)
+    places: list[int] = []
+    position = 0
+    for count, file_offset, itemsize in zip(
+        nbytes[order].tolist(), file_offsets[order].tolist(), itemsizes[order].tolist(), strict=True
+    ):
+        position = _next(position, 0, file_offset, itemsize)
+        places.append(position)
+        position += count
+    offsets = np.zeros(len(table), dtype=np.int64)
+    offsets[order] = places
+    copied = order[nbytes[order] > 0]
+    addresses = np.where(is_packed[copied], PACKED, table.addresses[copied])
+    copies = Copies(table.leaves[copied], addresses, offsets[copied], nbytes[copied], table.on_host[copied])
+    return Placement(copies, offsets, position)
+
+
+def _next(position: int, address: int, file_offset: int, itemsize: int) -> int:
     """Find the next free place that lies within a block as ``file_offset`` does, if that keeps every view aligned.
 
     Otherwise find the next one that lies within 64 bytes as the address does. That keeps every view aligned, too, because
     the slab starts on a page.
+
+    Args:
+        file_offset: -1: the place in the file does not count.
+        itemsize: of the largest elements.
     """
-    if file_offset is not None and (file_offset - address) % max(p.dtype.itemsize for _, p in rows) == 0:
+    if file_offset >= 0 and (file_offset - address) % itemsize == 0:
         return position + (file_offset - position) % BLOCK_BYTES
     return align(position) + address % 64
 
 
-def _merge(rows: list[Row]) -> list[_Extent]:
+@dataclass(frozen=True, slots=True)
+class _Extents:
+    """Stretches of memory, in columns, by device and address.
+
+    Attributes:
+        start, nbytes: where, how long.
+        on: number of the device.
+        leaf: the first of the leaves that lie in it.
+        first: the row that begins first.
+        itemsize: of the largest elements in it.
+        of_row: for each row that was given, the position of its extent.
+        shared: by their first leaf, the leaves of extents that have several, in order.
+    """
+
+    start: Any
+    nbytes: Any
+    on: Any
+    leaf: Any
+    first: Any
+    itemsize: Any
+    of_row: Any
+    shared: dict[int, tuple[int, ...]]
+
+
+def _merge(table: TensorTable, rows: Any, nbytes: Any) -> _Extents:
     """Join overlapping stretches of one device's memory."""
-    extents: list[_Extent] = []
-    last_device: torch.device | None = None
-    for row in sorted(rows, key=lambda row: (str(row[1].device), row[1].address)):
-        p = row[1]
-        start, end = p.address, p.address + p.nbytes
-        if extents and p.device == last_device and start < extents[-1].end:
-            extents[-1].end = max(extents[-1].end, end)
-            extents[-1].rows.append(row)
-        else:
-            extents.append(_Extent(start, end, [row]))
-        last_device = p.device
-    return extents
-
-
-def is_dense(p: Fingerprint) -> bool:
-    """Whether the tensor's bytes are exactly one stretch of memory, and mean what they say."""
-    return not p.is_lazy and is_dense_stride(p.shape, p.stride)
-
-
-def span_nbytes(p: Fingerprint) -> int:
-    """Count the bytes from a tensor's first byte to its last."""
-    if not p.nbytes:
-        return 0
-    reach = sum((length - 1) * step for length, step in zip(p.shape, p.stride, strict=True))
-    return (reach + 1) * p.dtype.itemsize
+    if not len(rows):
+        nothing = np.zeros(0, dtype=np.int64)
+        return _Extents(*(nothing,) * 7, {})
+    order = np.lexsort(
+        (table.addresses[rows], table.on[rows])
+    )  # stable: of those at one address, the first row is first
+    in_order = rows[order]
+    start, on, leaves = table.addresses[in_order], table.on[in_order], table.leaves[in_order]
+    end = start + nbytes[in_order]
+    reached = end.copy()
+    edges = [0, *(np.flatnonzero(np.diff(on)) + 1).tolist(), len(on)]
+    for low, high in pairwise(edges):  # of each device
+        reached[low:high] = np.maximum.accumulate(end[low:high])
+    begins = np.ones(len(on), dtype=bool)
+    begins[1:] = (start[1:] >= reached[:-1]) | (on[1:] != on[:-1])
+    firsts = np.flatnonzero(begins)
+    lasts = np.append(firsts[1:], len(on)) - 1
+    of_row = np.empty(len(rows), dtype=np.int64)
+    of_row[order] = np.cumsum(begins) - 1
+    itemsizes = table.of_each(lambda kind: kind.dtype.itemsize)[in_order]
+    leaf = np.minimum.reduceat(leaves, firsts)
+    shared: dict[int, tuple[int, ...]] = {}
+    for extent in np.flatnonzero(lasts > firsts).tolist():
+        members = sorted(leaves[firsts[extent] : lasts[extent] + 1].tolist())
+        shared[members[0]] = tuple(members)
+    return _Extents(
+        start=start[firsts],
+        nbytes=reached[lasts] - start[firsts],
+        on=on[firsts],
+        leaf=leaf,
+        first=in_order[firsts],
+        itemsize=np.maximum.reduceat(itemsizes, firsts),
+        of_row=of_row,
+        shared=shared,
+    )

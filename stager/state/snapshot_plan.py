@@ -10,32 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
-from stager.state.fingerprint import Fingerprint, Fingerprints, TensorMemory, read_fingerprints
+from stager.state.copies import Copies
+from stager.state.fingerprint import Fingerprints, TensorMemory, read_fingerprints
 from stager.state.grouping import by_role
-from stager.state.placement import (
-    LARGE_BYTES,
-    Copy,
-    Row,
-    is_dense,
-    place,
-    place_in_order,
-    span_nbytes,
-)
+from stager.state.placement import LARGE_BYTES, place, place_in_order
 from stager.state.state_tree import StateTree
+from stager.state.tensor_table import TensorTable
 from stager.workers.checkpoint.formats import Format
-from stager.workers.checkpoint.formats.contract import Split, TensorSpec, Trailer, evenly
+from stager.workers.checkpoint.formats.contract import Split, TensorSpec, TensorSpecs, Trailer, evenly
 from stager.workers.checkpoint.layout.dtypes import name_of
-from stager.workers.checkpoint.layout.layout import Item, contiguous_stride
-from stager.workers.checkpoint.layout.layout import is_dense as is_dense_stride
+from stager.workers.checkpoint.layout.items import ItemKind, column
+from stager.workers.checkpoint.layout.layout import contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import Chunks, Node, map_leaves
 from stager.workers.checkpoint.layout.tensor_node import TensorNode
 from stager.workers.gc_pause import no_collection
 
-__all__ = ["Copy", "Planner", "SnapshotPlan"]
+__all__ = ["Planner", "SnapshotPlan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +52,18 @@ class SnapshotPlan:
         has_slices: whether some tensors may be rows of a larger one, of which other ranks write the rest.
     """
 
-    copies: tuple[Copy, ...]
+    copies: Copies
     objects: tuple[int, ...]
     nbytes: int
     layout: LayoutPlan
     document: bytes
     plan_id: str
     trailer: Trailer
-    leaves: tuple[int, ...]
-    addresses: tuple[int, ...]
+    leaves: Sequence[int]
+    addresses: Sequence[int]
     devices: tuple[torch.device, ...] | None
-    spans: tuple[int, ...]
-    dense: tuple[bool, ...]
+    spans: Sequence[int]
+    dense: bytes
     has_slices: bool = False
 
     @property
@@ -139,7 +134,7 @@ class Planner:
             or _same_objects(tree.leaves, self._tied) != self._same_objects
         ):
             with no_collection():
-                self._last_plan = self._make(tree, fingerprints.rows())
+                self._last_plan = self._make(tree, fingerprints.table())
             self._last_fingerprints, self._last_key = fingerprints, key
         return self._last_plan, memory
 
@@ -147,98 +142,124 @@ class Planner:
         """Drop the last plan."""
         self._last_plan = self._last_fingerprints = self._last_key = None
 
-    def _make(self, tree: StateTree, rows: list[Row]) -> SnapshotPlan:
-        foreign = [(leaf, p) for leaf, p in rows if not self._format.holds(name_of(p.dtype))]
-        rows = [(leaf, p) for leaf, p in rows if self._format.holds(name_of(p.dtype))] if foreign else rows
-        permuted: dict[int, list[int]] = {}
-        if self._format.row_major:
-            permuted = {leaf: list(p.stride) for leaf, p in rows if is_dense(p) and not _is_row_major(p)}
-            rows = [(leaf, p if _is_row_major(p) else replace(p, is_lazy=True)) for leaf, p in rows]
-        same_as = {leaf: group[0][0] for group in _group(foreign) for leaf, _ in group[1:]}  # tied: one object
-        no_objects = {leaf for leaf, _ in rows} | same_as.keys()
-        objects = tuple(i for i in range(len(tree.leaves)) if i not in no_objects)
-        groups = _group(rows)
-        laid_out = self._format.lay_out([_spec(tree, group) for group in groups], self._rank, self._split)
-        in_order = [groups[number] for number in laid_out.order]
-        file_offsets = {
-            leaf: item.data_offset
-            for item, group in zip(laid_out.items, in_order, strict=True)
-            if item.data_nbytes >= LARGE_BYTES
-            for leaf, _ in group
-        }
-        if self._in_order:
-            placement = place_in_order([group[0] for group in in_order], file_offsets)
-        else:
-            placement = place(rows, file_offsets)
-        items = [
-            replace(item, slab_offset=placement.offsets[group[0][0]])
-            for item, group in zip(laid_out.items, in_order, strict=True)
-        ]
-        item_of = {leaf: number for number, group in enumerate(in_order) for leaf, _ in group}
-        for number, leaf in enumerate(objects):
-            item_of[leaf] = len(items) + number
-        for leaf, first in same_as.items():
-            item_of[leaf] = item_of[first]
-        self._tied = [[leaf for leaf, _ in group] for group in [*groups, *_group(foreign)] if len(group) > 1]
+    def _make(self, tree: StateTree, table: TensorTable) -> SnapshotPlan:
+        # 1. Which tensors the format stores as tensors, and which of these are one item.
+        is_held = table.of_each(lambda kind: self._format.holds(name_of(kind.dtype))).astype(bool)
+        foreign = table.where(~is_held)
+        table = table.where(is_held)
+        tied, tied_foreign = _tied(table), _tied(foreign)
+        is_first = np.ones(len(table), dtype=bool)
+        is_first[[row for group in tied for row in group[1:]]] = False
+        firsts = np.flatnonzero(is_first)  # a row for each item
+        # 2. Which of them are copied element by element.
+        is_dense = table.of_each(lambda kind: kind.is_dense).astype(bool) & ~table.lazy
+        is_row_major = table.of_each(lambda kind: kind.is_row_major).astype(bool)
+        is_packed = ~is_dense | (~is_row_major if self._format.row_major else False)
+        # 3. Where everything goes: in the files, then in the slab.
+        laid_out = self._format.lay_out(_specs(tree, table, firsts, ~is_packed, tied), self._rank, self._split)
+        in_order = firsts[np.asarray(laid_out.order, dtype=np.int64)]
+        sizes, data_offsets = np.array(laid_out.items.data_nbytes), np.array(laid_out.items.data_offset)
+        file_offsets = np.full(len(table), -1)
+        file_offsets[in_order] = np.where(sizes >= LARGE_BYTES, data_offsets, -1)
+        for group in tied:
+            file_offsets[group] = file_offsets[group[0]]
+        placement = (
+            place_in_order(table, in_order, file_offsets, is_packed)
+            if self._in_order
+            else place(table, file_offsets, is_packed)
+        )
+        items = laid_out.items.in_slab(column(placement.offsets[in_order]))
+        # 4. The structure names items: the tensors, then the objects.
+        item_of = np.full(len(tree.leaves), -1)
+        item_of[table.leaves[in_order]] = np.arange(len(in_order))
+        groups = [table.leaves[group].tolist() for group in tied]
+        foreign_groups = [foreign.leaves[group].tolist() for group in tied_foreign]
+        for first, *others in groups:
+            item_of[others] = item_of[first]
+        is_object = item_of < 0
+        is_object[[leaf for group in foreign_groups for leaf in group[1:]]] = False
+        objects = np.flatnonzero(is_object)
+        item_of[objects] = np.arange(len(items), len(items) + len(objects))
+        for first, *others in foreign_groups:
+            item_of[others] = item_of[first]
+        self._tied = [*groups, *foreign_groups]
         self._same_objects = _same_objects(tree.leaves, self._tied)
         flags: dict[int, dict[str, Any]] = {leaf: {"object": number} for leaf, number in self._same_objects.items()}
-        for leaf, stride in permuted.items():
-            flags.setdefault(leaf, {})["stride"] = stride
+        if self._format.row_major:
+            for row in np.flatnonzero(is_dense & ~is_row_major).tolist():
+                flags.setdefault(int(table.leaves[row]), {})["stride"] = list(table.kinds[table.codes[row]].stride)
         layout = LayoutPlan(
             files=laid_out.files,
             object_file=self._format.object_file_name(self._rank),
-            tensors=tuple(items),
+            tensors=items,
             structure=_renumber(tree.structure, item_of, flags),
             segment_bytes=self._segment_bytes,
-            templates=self._format.templates([*items, *_of_others(tree)]),
+            templates=self._format.templates([*items.kinds, *_of_others(tree)]),
         )
         document = layout.to_document()
         return SnapshotPlan(
             copies=placement.copies,
-            objects=objects,
+            objects=tuple(objects.tolist()),
             nbytes=placement.nbytes,
             layout=layout,
             document=document,
             plan_id=xxhash.xxh3_128_hexdigest(document),
             trailer=self._format.trailer(layout),
-            leaves=tuple(leaf for leaf, _ in rows),
-            addresses=tuple(p.address for _, p in rows),
-            devices=tuple(p.device for _, p in rows) if any(p.device.type != "cpu" for _, p in rows) else None,
-            spans=tuple(span_nbytes(p) for _, p in rows),
-            dense=tuple(is_dense_stride(p.shape, p.stride) for _, p in rows),
+            leaves=column(table.leaves),
+            addresses=column(table.addresses),
+            devices=None if table.on_host.all() else tuple(table.devices[number] for number in table.on.tolist()),
+            spans=column(table.of_each(lambda kind: kind.span_nbytes)),
+            dense=table.of_each(lambda kind: kind.is_dense).astype(np.uint8).tobytes(),
             has_slices=bool(tree.kinds),
         )
 
 
-def _group(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group the leaves that are the same bytes, seen the same way (tied weights): each group becomes one item."""
-    groups: list[list[Row]] = []
-    known: dict[Fingerprint | int, int] = {}
-    for row in rows:
-        leaf, p = row
-        identity = p if p.nbytes else leaf
-        if identity not in known:
-            known[identity] = len(groups)
-            groups.append([])
-        groups[known[identity]].append(row)
-    return groups
+def _tied(table: TensorTable) -> list[list[int]]:
+    """Group the rows that are the same bytes, seen the same way (tied weights): each group becomes one item.
+
+    Returns the groups of two rows or more.
+    """
+    rows = np.flatnonzero(table.of_each(lambda kind: kind.nbytes) > 0)
+    _, position, times = np.unique(table.addresses[rows], return_inverse=True, return_counts=True)
+    rows = rows[times[position] > 1]  # mostly none
+    groups: dict[Any, list[int]] = {}
+    for row, identity in zip(rows.tolist(), table.identities(rows), strict=True):
+        groups.setdefault(identity, []).append(row)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def _spec(tree: StateTree, group: list[Row]) -> TensorSpec:
-    p = group[0][1]
-    stride = p.stride if is_dense(p) else contiguous_stride(p.shape)
-    names = tuple(tree.names[leaf] for leaf, _ in group)
-    return TensorSpec(tuple(tree.paths[leaf] for leaf, _ in group), names, name_of(p.dtype), tuple(p.shape), stride)
+def _specs(tree: StateTree, table: TensorTable, firsts: Any, as_it_is: Any, tied: list[list[int]]) -> TensorSpecs:
+    """Tell the format what the items are.
+
+    Args:
+        firsts: for each item, the first of the rows that are this item.
+        as_it_is: for each row of the table, whether its memory is stored as it is, and not in C order.
+        tied: the rows of the items that have several.
+    """
+    of_first = {group[0]: group for group in tied}
+    kinds: dict[ItemKind, int] = {}
+    pairs = 2 * table.codes[firsts] + as_it_is[firsts]
+    numbers = np.zeros(2 * len(table.kinds), dtype=np.int64)
+    for pair in dict.fromkeys(pairs.tolist()):
+        kind = table.kinds[pair // 2]
+        stride = kind.stride if pair % 2 else contiguous_stride(kind.shape)
+        item_kind = ItemKind("tensor", name_of(kind.dtype), tuple(kind.shape), stride)
+        numbers[pair] = kinds.setdefault(item_kind, len(kinds))
+    item_codes, listed = numbers[pairs], tuple(kinds)
+
+    def spec(index: int) -> TensorSpec:
+        row = int(firsts[index])
+        leaves = table.leaves[of_first.get(row, [row])].tolist()
+        paths, names = (tuple(each[leaf] for leaf in leaves) for each in (tree.paths, tree.names))
+        _, dtype, shape, stride = listed[item_codes[index]]
+        return TensorSpec(paths, names, dtype, shape, stride)
+
+    return TensorSpecs(listed, item_codes, spec)
 
 
-def _is_row_major(p: Fingerprint) -> bool:
-    """A format that stores row-major tensors only needs all others copied element by element."""
-    return p.stride == contiguous_stride(p.shape)
-
-
-def _of_others(tree: StateTree) -> list[Item]:
+def _of_others(tree: StateTree) -> list[ItemKind]:
     """Make a stand-in for each kind of tensor that other ranks write: the rank that commits describes those, too."""
-    return [Item("tensor", 0, 0, 0, 0, 0, dtype, (0,) * dims, (1,) * dims) for dtype, dims in sorted(tree.kinds)]
+    return [ItemKind("tensor", dtype, (0,) * dims, (1,) * dims) for dtype, dims in sorted(tree.kinds)]
 
 
 def _same_objects(leaves: Sequence[Any], tied: Sequence[Sequence[int]]) -> dict[int, int]:
@@ -256,14 +277,17 @@ def _same_objects(leaves: Sequence[Any], tied: Sequence[Sequence[int]]) -> dict[
     return numbers
 
 
-def _renumber(structure: Node, item_of: dict[int, int], flags: dict[int, dict[str, Any]]) -> Node:
+def _renumber(structure: Node, item_of: Any, flags: dict[int, dict[str, Any]]) -> Node:
     """Let the structure name items, not leaves, and add flags to leaves."""
+    if not flags and np.array_equal(item_of, np.arange(len(item_of))):
+        return structure
+    numbers: list[int] = item_of.tolist()
 
     def renumbered(leaf: int | Chunks) -> Node:
         if isinstance(leaf, Chunks):
-            parts = tuple((offsets, item_of[index]) for offsets, index in leaf.parts)
-            numbers = {name: value for name, value in flags.get(leaf.parts[0][1], {}).items() if name == "object"}
-            return TensorNode(replace(leaf, parts=parts).to_node(), numbers, []).to_node()
-        return item_of[leaf] if leaf not in flags else TensorNode(item_of[leaf], flags[leaf], []).to_node()
+            parts = tuple((offsets, numbers[index]) for offsets, index in leaf.parts)
+            named = {name: value for name, value in flags.get(leaf.parts[0][1], {}).items() if name == "object"}
+            return TensorNode(replace(leaf, parts=parts).to_node(), named, []).to_node()
+        return numbers[leaf] if leaf not in flags else TensorNode(numbers[leaf], flags[leaf], []).to_node()
 
     return map_leaves(structure, renumbered)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from stager.snapshot import device_copies
-from stager.state.fingerprint import Fingerprint
-from stager.state.placement import Copy, place
+from stager.state.copies import Copy
+from stager.state.fingerprint import read_fingerprints
+from stager.state.placement import place
+from stager.state.state_tree import StateTree
 from stager.workers.device.host_memory import can_register, pin
 from stager.workers.device.streams import SideStreams
 from stager.workers.memory.slab import Slab
@@ -18,11 +21,10 @@ pytestmark = pytest.mark.usefixtures("reached")
 
 
 def _copies(leaves: list[torch.Tensor]) -> tuple[list[Copy], int]:
-    rows = [
-        (i, Fingerprint(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device, t.is_conj()))
-        for i, t in enumerate(leaves)
-    ]
-    placed = place(rows, {})
+    fingerprints, _ = read_fingerprints(StateTree(leaves=list(leaves)))
+    table = fingerprints.table()
+    is_packed = np.array([leaf.is_conj() or not leaf.is_contiguous() for leaf in leaves])
+    placed = place(table, np.full(len(leaves), -1), is_packed)
     return list(placed.copies), placed.nbytes
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from tests.persistence.tasks import save
@@ -20,7 +20,7 @@ from tests.states import same
 def write_sparse(path: Path, shapes: Sequence[tuple[int, ...]], data: Callable[[int], bytes]) -> Layout:
     """A state ``{"t": [int32 tensors]}`` of which only the first bytes of each tensor are written; the rest is a hole."""
     specs = [TensorSpec((("t", i),), (f"t.{i}",), "int32", shape, (1,)) for i, shape in enumerate(shapes)]
-    laid_out = get_format("torch").lay_out(specs, 0, evenly(1))
+    laid_out = get_format("torch").lay_out(TensorSpecs.of(specs), 0, evenly(1))
     structure = ["dict", ["t"], [["list", list(range(len(specs)))]]]
     plan = LayoutPlan(laid_out.files, "state.pt", laid_out.items, structure, 1 << 20)
     [trailer] = get_format("torch").trailer(plan)([])

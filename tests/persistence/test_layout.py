@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align, num_segments, partition, segments
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, align, num_segments, partition, segments
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader, parse_manifest
-from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, Layout, num_segments
+from stager.workers.checkpoint.layout.items import ROW_COLUMNS
+from stager.workers.checkpoint.layout.layout import Layout, num_segments
 from stager.workers.checkpoint.write.write_task import read_layout
 from tests.persistence.tasks import make_task
 from tests.states import everything

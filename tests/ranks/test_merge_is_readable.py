@@ -12,7 +12,7 @@ from stager.workers.checkpoint.commit.merge import RankContribution, merge
 from stager.workers.checkpoint.directory.manifest import parse_manifest
 from stager.workers.checkpoint.directory.receipt import Receipt
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
+from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
@@ -31,7 +31,7 @@ def _share(rank: int, num_ranks: int, items_of: Sequence[int | None], linked_byt
     """
     num_items = 1 + max((item for item in items_of if item is not None), default=-1)
     laid_out = get_format("dcp").lay_out(
-        [TensorSpec((("w",),), ("w",), "float32", (1, 4), (4, 1))] * num_items, rank, evenly(1)
+        TensorSpecs.of([TensorSpec((("w",),), ("w",), "float32", (1, 4), (4, 1))] * num_items), rank, evenly(1)
     )
     nodes: list[Node] = [
         ABSENT if item is None else ["chunks", [num_ranks, 4], [[[rank, 0], item]]] for item in items_of

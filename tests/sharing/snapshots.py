@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 
 from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.sharing.worker_copy import Copied
+from stager.state.copies import Copy
 from stager.state.flatten import flatten
-from stager.state.snapshot_plan import Copy, Planner
+from stager.state.snapshot_plan import Planner
 from stager.state.state_tree import StateTree
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.structure import describe
@@ -59,15 +60,17 @@ class Snapshots:
         self.sharer.share(flat.leaves, may_move=True)
         plan = Planner(get_format("dcp"), 1, 64 << 20).plan(flat)
         mine, theirs = self.sharer.split(plan.copies, flat.leaves, guarded=guarded)
-        assert sorted(map(id, [*mine, *theirs])) == sorted(map(id, plan.copies))
+        assert sorted([*mine, *theirs], key=lambda copy: copy.leaf) == sorted(plan.copies, key=lambda copy: copy.leaf)
         slab = slab or Slab.create(plan.nbytes)
         self.by_trainer = 0
-        copied = self.sharer.copy(theirs, slab, lambda copies: self._copy_here(copies, slab), mine)
+        copied = self.sharer.copy(
+            theirs, slab, lambda copies: self._copy_here(copies, slab), lambda: self._copy_here(mine, slab)
+        )
         names = {_name(flat, copy.leaf) for copy in theirs}
         notes = self.sharer.notes(lambda leaf: _name(flat, leaf))
-        return Taken(slab, plan.copies, names, self.by_trainer, copied, notes)
+        return Taken(slab, tuple(plan.copies), names, self.by_trainer, copied, notes)
 
-    def _copy_here(self, copies: list[Copy], slab: Slab) -> None:
+    def _copy_here(self, copies: Sequence[Copy], slab: Slab) -> None:
         for copy in copies:
             ctypes.memmove(slab.address + copy.slab_offset, copy.address, copy.nbytes)
             self.by_trainer += copy.nbytes

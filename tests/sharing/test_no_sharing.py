@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stager.sharing.sharer import SharingOptions, SourceSharer
-from stager.state.placement import Copy
+from stager.state.copies import Copy
 from stager.workers.memory.slab import Slab
 from stager.workers.pool.pool import WorkerPool
 
@@ -20,7 +20,7 @@ def test_without_sharing_storages_stay_and_the_trainer_copies_all(lone_pool: Wor
     assert sharer.split(copies, [tensor]) == (copies, [])
     assert sharer.live_sources() == frozenset()
     assert sharer.notes(str) == ()
-    copied = sharer.copy([], Slab.create(tensor.nbytes), done.extend, copies)
+    copied = sharer.copy([], Slab.create(tensor.nbytes), done.extend, lambda: done.extend(copies))
     assert done == copies
     assert not copied.results
     assert not copied.notes

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from stager.snapshot.batches import Gather, Move, batch
 from stager.snapshot.copying import Copier
-from stager.state.placement import SMALL_BYTES, Copy
+from stager.state.copies import SMALL_BYTES, Copy
 from stager.workers.errors import InternalError
 from stager.workers.memory.slab import Slab
 from tests.snapshot.staged import Bench, tensors_are_staged

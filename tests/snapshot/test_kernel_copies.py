@@ -20,7 +20,7 @@ from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier
 from stager.snapshot.kernel_copies import MemoryGoneError, Scratch, read_into, vectors, write
 from stager.snapshot.pieces import whole
-from stager.state.placement import Copy
+from stager.state.copies import Copy
 from stager.workers.device.byte_copies import stretch_of
 from stager.workers.errors import StorageError
 from stager.workers.memory.slab import Slab

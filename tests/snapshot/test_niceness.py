@@ -10,7 +10,7 @@ _PROGRAM = """
 import logging, os, threading, torch
 from stager.arena.arena import Arena
 from stager.snapshot.copying import Copier
-from stager.state.placement import Copy
+from stager.state.copies import Copy
 from stager.workers.memory.slab import Slab
 from stager.workers.pool.pool import PoolOptions, WorkerPool
 from stager.snapshot.batches import batch

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from stager.torch_api.storage.assembly import assemble, nest
 from stager.torch_api.storage.spans import Written
 from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.structure import Chunks, leaves, walk
 from stager.workers.errors import UnstageableError, UsageError

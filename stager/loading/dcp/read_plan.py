@@ -14,7 +14,7 @@ from stager.loading.dcp.objects import hand_over_object
 from stager.loading.reading.direct_read import overlapping, takes_bytes, tell_autograd
 from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.errors import StateMismatchError
 from stager.workers.memory.pages import bytes_at

@@ -23,7 +23,8 @@ from stager.state.shards import Box
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of, new_tensor
-from stager.workers.checkpoint.layout.layout import Item, Layout, contiguous_stride
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import Layout, contiguous_stride
 from stager.workers.checkpoint.layout.structure import Node
 from stager.workers.errors import CorruptCheckpointError, StagerError, UsageError
 

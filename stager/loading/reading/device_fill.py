@@ -16,7 +16,8 @@ from contextlib import suppress
 
 import torch
 
-from stager.workers.checkpoint.layout.layout import Item, align
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import align
 from stager.workers.checkpoint.read.blob_reader import CHUNK_BYTES, GROUP_BYTES, BlobReader, Wanted
 from stager.workers.device.byte_copies import copy_many, stretch_of
 from stager.workers.device.host_memory import new_pinned

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from stager.workers.checkpoint.layout.layout import Item
+from stager.workers.checkpoint.layout.items import Item
 
 _Extent = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # start and end address, key, shape, stride
 

@@ -27,7 +27,8 @@ from stager.sharing.sharer import SourceSharer
 from stager.sharing.worker_copy import CopyTask, divide
 from stager.snapshot.batches import batch
 from stager.snapshot.copying import Copier, wait_uninterrupted
-from stager.state.placement import LARGE_BYTES, Copy
+from stager.state.copies import Copy
+from stager.state.placement import LARGE_BYTES
 from stager.workers.device.streams import SideStreams
 from stager.workers.memory.host_buffers import slice_shared
 from stager.workers.memory.slab import Slab

@@ -17,7 +17,8 @@ from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.formats.object_pickle import pickle_object
 from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.dtypes import name_of
-from stager.workers.checkpoint.layout.layout import Item, align, contiguous_stride, is_dense
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import align, contiguous_stride, is_dense
 from stager.workers.memory.pages import bytes_at
 
 SEGMENT_BYTES = 64 << 20  # what one hash covers; the default of persistence.segment_bytes

@@ -12,8 +12,9 @@ from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.receipt import Receipt
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.formats.contract import TensorSpec, evenly
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, Templates, align, partition_once
+from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
+from stager.workers.checkpoint.layout.items import Item, Items
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, Templates, align, partition_once
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan, objects_to_json
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
 from stager.workers.checkpoint.write.save_spec import SaveSpec
@@ -74,15 +75,15 @@ def _plan(size: Size, rank: int) -> LayoutPlan:
 
 
 @lru_cache
-def _laid_out(num_tensors: int) -> tuple[tuple[Item, ...], tuple[FileSpec, ...]]:
+def _laid_out(num_tensors: int) -> tuple[Items, tuple[FileSpec, ...]]:
     spec = TensorSpec((("w",),), ("w",), "float32", _SHARD, (_SHARD[1], 1))
-    laid_out = get_format("dcp").lay_out([spec] * num_tensors, 0, evenly(1))
+    laid_out = get_format("dcp").lay_out(TensorSpecs.of([spec] * num_tensors), 0, evenly(1))
     return laid_out.items, laid_out.files
 
 
 @lru_cache
 def _templates() -> Templates:
-    return get_format("dcp").templates(_laid_out(1)[0])
+    return get_format("dcp").templates(_laid_out(1)[0].kinds)
 
 
 def _structure(size: Size, rank: int, held: range) -> Node:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, PlanCache, num_segments, partition_once
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, PlanCache, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often
 from stager.workers.checkpoint.layout.structure import (
     ABSENT,
@@ -58,13 +59,13 @@ class RankContribution:
         """
         layout = self.layout
         # Compare counts first: a hostile record may claim more segments than fit into memory.
-        expected = sum(num_segments(end - item.offset, layout.segment_bytes) for _, item, end in layout.spans())
+        expected = layout.num_segments()
         actual = sum(len(receipt.hashes) for receipt in self.receipts)
         if actual != expected:
             raise CorruptCheckpointError(
                 partial, f"the receipts in it have {actual} hashes, and what the rank wrote has {expected} segments"
             )
-        hashes: list[list[str]] = [[] for _ in layout.items]
+        hashes: list[list[str]] = [[] for _ in range(len(layout.items))]
         parts = partition_once(layout, len(self.receipts), self.spec.whole_bytes)
         for receipt, part in zip(self.receipts, parts, strict=True):
             if len(receipt.hashes) != len(part):

@@ -30,7 +30,8 @@ from stager.workers.checkpoint.directory import files, metrics
 from stager.workers.checkpoint.directory.envelope import is_sealed, seal_json, unseal
 from stager.workers.checkpoint.directory.metrics import Metrics
 from stager.workers.checkpoint.directory.own_files import is_own
-from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, FileSpec, Item, Layout, num_segments
+from stager.workers.checkpoint.layout.items import ROW_COLUMNS, Item, Joined, in_columns
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, num_segments
 from stager.workers.checkpoint.layout.layout_check import (
     check_count,
     check_distinct,
@@ -145,7 +146,8 @@ def _rows(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
     The text of a tensor's row is the same from save to save but for its hashes. It is kept with the plan.
     """
     num_fixed = layout.cache.num_fixed
-    fixed = layout.cache.once_per_plan("rows", lambda: _texts(layout.items[:num_fixed]))
+    items = layout.items.tensors if isinstance(layout.items, Joined) else layout.items[:num_fixed]
+    fixed = layout.cache.once_per_plan("rows", lambda: _texts(items))
     texts = [*fixed, *_texts(layout.items[num_fixed:])]
     joined = list(map("".join, hashes))
     if all(map(str.isalnum, joined)) and "".join(joined).isascii():
@@ -158,15 +160,13 @@ def _rows(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
 @no_collection()
 def _texts(items: Sequence[Item]) -> list[str]:
     """Serialise each row, without brackets and hashes."""
-    kinds: dict[object, str] = {}  # most have one of a few dtypes and shapes
-    texts = []
-    for item in items:
-        key = item.dtype, item.shape, item.stride
-        if key not in kinds:
-            kinds[key] = _compact(key)[1:-1]
-        numbers = f"{item.file},{item.offset},{item.nbytes},{item.data_offset},{item.data_nbytes}"
-        texts.append(f'"{item.kind}",{numbers},{kinds[key]}')
-    return texts
+    columns = in_columns(items)
+    kinds = [(f'"{kind}"', _compact(others)[1:-1]) for kind, *others in columns.kinds]  # a few
+    *numbers, _ = columns.columns()  # all but the place in the slab
+    return [
+        f"{kinds[code][0]},{file},{offset},{nbytes},{data_offset},{data_nbytes},{kinds[code][1]}"
+        for code, file, offset, nbytes, data_offset, data_nbytes in zip(*numbers, strict=True)
+    ]
 
 
 def has_own_manifest(directory: str | os.PathLike[str]) -> bool:

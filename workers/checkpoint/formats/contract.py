@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, overload
 
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, Templates, itemsize_of
+from stager.workers.checkpoint.layout.items import Item, ItemKind, Items
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, Templates, itemsize_of
 from stager.workers.checkpoint.layout.structure import Path, describe
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 SMALLEST_FILE_BYTES = 1 << 20  # a smaller file costs more time than a second writer saves
 
-Split = Callable[[Sequence["TensorSpec"], Sequence[int]], list[list[int]]]
+Split = Callable[["TensorSpecs", Sequence[int]], Sequence[Sequence[int]]]
 """From tensors, and the bytes that each takes, to files: the indices of each file's tensors. No file is empty."""
 
 HeadersAndTails = Callable[[int], tuple[bytes, bytes]]
@@ -72,6 +74,50 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorSpecs(Sequence[TensorSpec]):
+    """Tensors that will be items, in columns.
+
+    Attributes:
+        kinds: the different dtypes, shapes and strides, as kinds of items.
+        codes: for each tensor, the position of its kind in ``kinds``; an array of numpy's.
+        spec: makes the spec of the tensor at an index.
+    """
+
+    kinds: Sequence[ItemKind]
+    codes: Any
+    spec: Callable[[int], TensorSpec]
+
+    @staticmethod
+    def of(specs: Sequence[TensorSpec]) -> TensorSpecs:
+        """Put specs into columns."""
+        import numpy as np  # late: the workers start without it
+
+        kinds: dict[ItemKind, int] = {}
+        codes = [kinds.setdefault(ItemKind("tensor", s.dtype, s.shape, s.stride), len(kinds)) for s in specs]
+        return TensorSpecs(tuple(kinds), np.array(codes, dtype=np.int64), specs.__getitem__)
+
+    def of_each(self, of_kind: Callable[[ItemKind], int]) -> Any:
+        """Return a number for each tensor, which depends on its kind alone, as an array of numpy's."""
+        import numpy as np  # late: as above
+
+        return np.array([of_kind(kind) for kind in self.kinds] or [0], dtype=np.int64)[self.codes]
+
+    @overload
+    def __getitem__(self, index: int) -> TensorSpec: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TensorSpec]: ...
+
+    def __getitem__(self, index: int | slice) -> TensorSpec | Sequence[TensorSpec]:
+        if isinstance(index, slice):
+            return list(map(self.spec, range(len(self))[index]))
+        return self.spec(range(len(self))[index])
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorLayout:
     """Where a format puts tensors.
 
@@ -82,7 +128,7 @@ class TensorLayout:
     """
 
     order: Sequence[int]
-    items: tuple[Item, ...]
+    items: Items
     files: tuple[FileSpec, ...]
 
 
@@ -107,7 +153,7 @@ class Format(ABC):
         return True
 
     @abstractmethod
-    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+    def lay_out(self, tensors: TensorSpecs, rank: int, split: Split) -> TensorLayout:
         """Decide where each tensor goes.
 
         Args:
@@ -118,8 +164,8 @@ class Format(ABC):
             UnstageableError: the format cannot hold a tensor; the error names its key path.
         """
 
-    def templates(self, tensors: Sequence[Item]) -> Templates:
-        """Make the bytes that only torch can make. Needs torch."""
+    def templates(self, kinds: Iterable[ItemKind]) -> Templates:
+        """Make the bytes that only torch can make, for tensors of these kinds. Needs torch."""
         return {}
 
     @abstractmethod
@@ -145,19 +191,24 @@ class Format(ABC):
         return {}
 
 
+def nbytes_of(kind: ItemKind) -> int:
+    """Return the number of raw bytes of a tensor of a kind."""
+    return math.prod(kind.shape) * itemsize_of(kind.dtype)
+
+
 def evenly(num_files: int) -> Split:
     """Split tensors into at most ``num_files`` runs of about the same number of bytes."""
 
-    def split(tensors: Sequence[TensorSpec], sizes: Sequence[int]) -> list[list[int]]:
-        total = sum(sizes)
+    def split(tensors: TensorSpecs, sizes: Sequence[int]) -> Sequence[Sequence[int]]:
+        import numpy as np  # late: the workers start without it
+
+        nbytes = np.asarray(sizes, dtype=np.int64)
+        total = int(nbytes.sum())
         count = max(1, min(num_files, total // SMALLEST_FILE_BYTES))
-        runs: list[list[int]] = [[] for _ in range(count)]
-        file, done = 0, 0
-        for number, nbytes in enumerate(sizes):
-            while file < count - 1 and done * count >= total * (file + 1):
-                file += 1
-            runs[file].append(number)
-            done += nbytes
-        return [run for run in runs if run]
+        # A file ends behind the tensor with which its share of the bytes is reached.
+        before = np.cumsum(nbytes) - nbytes
+        file = np.minimum(before * count // max(1, total), count - 1)
+        starts = [*np.flatnonzero(np.diff(file, prepend=-1)).tolist(), len(nbytes)]
+        return [range(start, end) for start, end in pairwise(starts)]
 
     return split

@@ -7,11 +7,19 @@ Stock ``FileSystemReader`` finds the item in ``.metadata``, a pickled ``Metadata
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from stager.workers.checkpoint.formats.contract import Format, HeadersAndTails, Split, TensorLayout, TensorSpec
+from stager.workers.checkpoint.formats.contract import (
+    Format,
+    HeadersAndTails,
+    Split,
+    TensorLayout,
+    TensorSpecs,
+    nbytes_of,
+)
 from stager.workers.checkpoint.formats.dcp_index import dcp_index, index_templates, tensor_name
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, Templates, align
+from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ItemKind, Items, Joined, column, tensor_kinds
+from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Layout, Templates
 
 METADATA_NAME = ".metadata"
 
@@ -23,42 +31,61 @@ class DcpFormat(Format):
         """Objects have a file of their own, so that the offsets of tensors never change."""
         return f"__{rank}_objects.distcp"
 
-    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+    def lay_out(self, tensors: TensorSpecs, rank: int, split: Split) -> TensorLayout:
         """Make each tensor an archive of its own. Archives follow each other at multiples of 64 bytes."""
+        import numpy as np  # late: the workers start without it
+
         from stager.workers.checkpoint.formats.torch_save import headers_and_tails_of
 
-        around = [(len(head), len(tail)) for head, tail in headers_and_tails_of(tensors)]
-        sizes = [align(head + spec.nbytes + tail) for spec, (head, tail) in zip(tensors, around, strict=True)]
-        items: list[Item] = []
-        files: list[FileSpec] = []
+        around = headers_and_tails_of(tensors)
+        data = tensors.of_each(nbytes_of)
+        heads, tails = (np.array([len(pair[end]) for pair in around] or [0], np.int64)[tensors.codes] for end in (0, 1))
+        nbytes = heads + data + tails
+        sizes = -(-nbytes // BLOB_ALIGN_BYTES) * BLOB_ALIGN_BYTES
         runs = split(tensors, sizes)
-        for file, run in enumerate(runs):
-            offset = 0
-            for number in run:
-                items.append(tensors[number].item(file, offset, *around[number]))
-                offset += sizes[number]
-            files.append(FileSpec(f"__{rank}_{file}.distcp", offset))
-        return TensorLayout([number for run in runs for number in run], tuple(items), tuple(files))
+        order = np.concatenate([np.zeros(0, np.int64), *(np.asarray(run, dtype=np.int64) for run in runs)])
+        lengths = [len(run) for run in runs]
+        sizes = sizes[order]
+        ends = np.cumsum(sizes)
+        last = np.cumsum(lengths, dtype=np.int64) - 1
+        starts = np.concatenate([[0], ends[last][:-1]])[: len(lengths)]  # of the files, if they followed each other
+        offset = ends - sizes - np.repeat(starts, lengths)
+        items = Items(
+            kinds=tuple(tensors.kinds),
+            kind=column(tensors.codes[order]),
+            file=column(np.repeat(np.arange(len(runs)), lengths)),
+            offset=column(offset),
+            nbytes=column(nbytes[order]),
+            data_offset=column(offset + heads[order]),
+            data_nbytes=column(data[order]),
+            slab_offset=column(np.full(len(order), NOT_IN_A_SLAB)),
+        )
+        files = [FileSpec(f"__{rank}_{file}.distcp", end) for file, end in enumerate((ends[last] - starts).tolist())]
+        return TensorLayout(order.tolist(), items, tuple(files))
 
-    def templates(self, tensors: Sequence[Item]) -> Templates:
+    def templates(self, kinds: Iterable[ItemKind]) -> Templates:
         """Make header and tail for each (dtype, shape, stride), and the pieces of ``.metadata``."""
         from stager.workers.checkpoint.formats.torch_save import header_and_tail
 
-        around = {_around_name(item): header_and_tail(item.dtype, item.shape, item.stride) for item in tensors}
-        return {**around, **index_templates(tensors)}
+        kinds = list(kinds)
+        around = {_around_name(kind): header_and_tail(kind.dtype, kind.shape, kind.stride) for kind in kinds}
+        return {**around, **index_templates(kinds)}
 
     def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
         """Take header and tail from the templates."""
         made = self._templates(layout)
 
-        def around(index: int) -> tuple[bytes, bytes]:
-            item = layout.items[index]
-            if item.kind != "tensor":
+        def around(kind: ItemKind) -> tuple[bytes, bytes]:
+            if kind.kind != "tensor":
                 return b"", b""
-            head, tail = made[_around_name(item)]
+            head, tail = made[_around_name(kind)]
             return head, tail
 
-        return around
+        if not isinstance(layout.items, Joined):
+            return lambda index: around(ItemKind.of(layout.items[index]))
+        tensors = layout.items.tensors
+        of_kinds = layout.cache.once_per_plan("headers and tails of kinds", lambda: list(map(around, tensors.kinds)))
+        return lambda index: of_kinds[tensors.kind[index]] if index < len(tensors) else (b"", b"")
 
     def index_files(self, layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
         """Make ``.metadata`` as ``dcp.save`` writes it."""
@@ -68,8 +95,7 @@ class DcpFormat(Format):
         """Return the templates that came with the plan; make them, with torch, for a layout from elsewhere."""
         if layout.cache.templates is not None:
             return layout.cache.templates
-        tensors = [item for item in layout.items if item.kind == "tensor"]
-        return layout.cache.once_per_plan("templates", lambda: self.templates(tensors))
+        return layout.cache.once_per_plan("templates", lambda: self.templates(tensor_kinds(layout.items)))
 
     def _index_templates(self, layout: Layout) -> Templates:
         """Return the templates that ``.metadata`` is made of (``dcp_index.py``), for the tensors of all ranks.
@@ -77,17 +103,14 @@ class DcpFormat(Format):
         Mostly the plan of this rank has them. New ones are made if other ranks have dtypes or dimensions that it lacks.
         """
         made, cache = self._templates(layout), layout.cache
-        # 0: the layout has no plan (it is merged of several ranks', or was read), so all of its items are looked at.
-        num_items = cache.num_fixed if cache.num_fixed > 0 else len(layout.items)
-        tensors = [item for item in layout.items[:num_items] if item.kind == "tensor"]
         has_all = cache.once_per_plan(
-            "has index templates", lambda: {tensor_name(item) for item in tensors} <= made.keys()
+            "has index templates", lambda: {tensor_name(kind) for kind in tensor_kinds(layout.items)} <= made.keys()
         )
         if has_all:
             return made
-        return cache.once_per_plan("index templates", lambda: self.templates(tensors))
+        return cache.once_per_plan("index templates", lambda: self.templates(tensor_kinds(layout.items)))
 
 
-def _around_name(item: Item) -> str:
+def _around_name(kind: ItemKind) -> str:
     # Replicas of version 0.1 hold templates of this name: it stays "frame".
-    return f"frame {item.dtype} {item.shape} {item.stride}"
+    return f"frame {kind.dtype} {kind.shape} {kind.stride}"

@@ -27,7 +27,8 @@ from stager.workers.checkpoint.formats.pickle_template import (
     plain_string,
     tuple_of,
 )
-from stager.workers.checkpoint.layout.layout import Item, Layout, Templates
+from stager.workers.checkpoint.layout.items import Item, ItemKind, in_columns
+from stager.workers.checkpoint.layout.layout import Layout, Templates
 from stager.workers.checkpoint.layout.structure import Chunks, Path, is_recipe, leaves, names_of
 from stager.workers.gc_pause import no_collection
 
@@ -40,12 +41,12 @@ from stager.workers.gc_pause import no_collection
 #   metadata                      the whole: three dictionaries, path of the checkpoint, id of the save
 
 
-def tensor_name(item: Item) -> str:
+def tensor_name(of: ItemKind) -> str:
     """Name the template of a tensor's ``TensorStorageMetadata``."""
-    return f"tensor {item.dtype} {len(item.shape)}"
+    return f"tensor {of.dtype} {len(of.shape)}"
 
 
-def index_templates(tensors: Sequence[Item]) -> Templates:
+def index_templates(tensors: Sequence[ItemKind]) -> Templates:
     """Make a template for each dtype and number of dimensions, and those that every ``.metadata`` needs. Needs torch."""
     from torch import Size
     from torch.distributed.checkpoint import metadata as dcp
@@ -53,7 +54,7 @@ def index_templates(tensors: Sequence[Item]) -> Templates:
 
     from stager.workers.checkpoint.layout.dtypes import dtype_of
 
-    kinds = {tensor_name(item): (item.dtype, len(item.shape)) for item in tensors}
+    kinds = {tensor_name(kind): (kind.dtype, len(kind.shape)) for kind in tensors}
     properties = {
         dtype: dcp.TensorProperties(dtype=dtype_of(dtype)) for dtype in {dtype for dtype, _ in kinds.values()}
     }
@@ -128,7 +129,8 @@ class _StemWriter:
         self._start, first_string = templates["start"]
         self._strings = Strings(int.from_bytes(first_string, "little"))
         self._whole_indices: dict[int, tuple[bytes, bytes]] = {}  # by dimensions: the bytes around the name
-        self._whole_tensors: dict[tuple[str, tuple[int, ...]], bytes] = {}  # by (dtype, shape): most have one of a few
+        self._whole_tensors: dict[int, bytes] = {}  # by kind: most have one of a few
+        self._items = in_columns(layout.items)
 
     @no_collection()
     def write(self) -> _Stem:
@@ -150,45 +152,47 @@ class _StemWriter:
         pieces += (DICT_END, storage, DICT_START)
         objects = []
         files = [plain_string(file.name) for file in self._layout.files]
+        items = self._items
         before, after_file, after_offset, end = self._templates["storage info"]
         for _, name, leaf in named:
             for offsets, index in leaf.parts if isinstance(leaf, Chunks) else ((None, leaf),):
-                item = self._layout.items[index]
-                key = self._index(name, item, offsets)
+                key = self._index(name, items.kinds[items.kind[index]], offsets)
                 if index >= self._layout.cache.num_fixed:
                     objects.append((index, key))
                 else:
-                    pieces += (key, before, files[item.file], after_file, integer(item.offset), after_offset)
-                    pieces += (integer(item.nbytes), end)
+                    file, offset = files[items.file[index]], integer(items.offset[index])
+                    pieces += (key, before, file, after_file, offset, after_offset, integer(items.nbytes[index]), end)
         return _Stem(b"".join(pieces), objects, (DICT_END + middle, between, after + END))
 
     def _state(self, leaf: int | Chunks) -> bytes:
         """Return the value of ``state_dict_metadata`` for a leaf."""
-        items = self._layout.items
+        kinds, codes = self._items.kinds, self._items.kind
         if isinstance(leaf, Chunks):
-            chunks = [(offsets, items[index].shape) for offsets, index in leaf.parts]
-            return self._tensor(items[leaf.parts[0][1]], leaf.shape, chunks)
-        item = items[leaf]
-        if item.kind != "tensor":
-            return self._templates["object"][0]
-        kind = item.dtype, item.shape
-        if kind not in self._whole_tensors:
-            self._whole_tensors[kind] = self._tensor(item, item.shape, [((0,) * len(item.shape), item.shape)])
-        return self._whole_tensors[kind]
+            chunks = [(offsets, kinds[codes[index]].shape) for offsets, index in leaf.parts]
+            return self._tensor(kinds[codes[leaf.parts[0][1]]], leaf.shape, chunks)
+        code = codes[leaf]
+        if code not in self._whole_tensors:
+            kind = kinds[code]
+            self._whole_tensors[code] = (
+                self._tensor(kind, kind.shape, [((0,) * len(kind.shape), kind.shape)])
+                if kind.kind == "tensor"
+                else self._templates["object"][0]
+            )
+        return self._whole_tensors[code]
 
-    def _tensor(self, item: Item, shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], ...]]) -> bytes:
+    def _tensor(self, kind: ItemKind, shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], ...]]) -> bytes:
         template = self._templates[f"chunk {len(shape)}"]
         filled = [fill(template, map(integer, (*offsets, *lengths))) for offsets, lengths in chunks]
-        return fill(self._templates[tensor_name(item)], [*map(integer, shape), list_of(filled)])
+        return fill(self._templates[tensor_name(kind)], [*map(integer, shape), list_of(filled)])
 
     def _path(self, path: Path) -> bytes:
         return tuple_of([self._strings.piece(key) if isinstance(key, str) else integer(int(key or 0)) for key in path])
 
-    def _index(self, name: str, item: Item, offsets: tuple[int, ...] | None) -> bytes:
-        """Return the ``MetadataIndex`` of an item; ``offsets`` is None if the item is not a chunk."""
-        if item.kind != "tensor":
+    def _index(self, name: str, kind: ItemKind, offsets: tuple[int, ...] | None) -> bytes:
+        """Return the ``MetadataIndex`` of an item of a kind; ``offsets`` is None if the item is not a chunk."""
+        if kind.kind != "tensor":
             return fill(self._templates["index of an object"], [self._strings.piece(name)])
-        dims = len(item.shape)
+        dims = len(kind.shape)
         if offsets is not None:
             return fill(self._templates[f"index {dims}"], [self._strings.piece(name), *map(integer, offsets)])
         if dims not in self._whole_indices:

@@ -21,8 +21,16 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stager.workers.checkpoint.formats.contract import Format, HeadersAndTails, Split, TensorLayout, TensorSpec
-from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Item, Layout, itemsize_of
+from stager.workers.checkpoint.formats.contract import (
+    Format,
+    HeadersAndTails,
+    Split,
+    TensorLayout,
+    TensorSpec,
+    TensorSpecs,
+)
+from stager.workers.checkpoint.layout.items import Item, Items
+from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Layout, itemsize_of
 from stager.workers.checkpoint.layout.structure import Chunks, leaves, names_of
 from stager.workers.errors import UnstageableError
 
@@ -52,27 +60,28 @@ class SafetensorsFormat(Format):
         """Objects have a file of their own, which safetensors does not read."""
         return "objects.bin" if rank == 0 else f"objects-rank{rank:05d}.bin"
 
-    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+    def lay_out(self, tensors: TensorSpecs, rank: int, split: Split) -> TensorLayout:
         """Put the tensors into files, in each by element size.
 
         Raises:
             UnstageableError: safetensors reserves a name or cannot store it, or one file would have too many tensors.
         """
-        _check_names(tensors)
-        order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(tensors[number].dtype))
-        runs = split([tensors[number] for number in order], [tensors[number].nbytes for number in order])
+        specs = list(tensors)
+        _check_names(specs)
+        order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(specs[number].dtype))
+        runs = split(TensorSpecs.of([specs[number] for number in order]), [specs[number].nbytes for number in order])
         order = [order[number] for run in runs for number in sorted(run)]  # sorted within each file, too
         items: list[Item] = []
         files: list[FileSpec] = []
         for file, run in enumerate(runs):
-            specs = [tensors[number] for number in order[len(items) : len(items) + len(run)]]
-            head, offset = _header_nbytes(specs), 0
-            for spec in specs:
+            in_file = [specs[number] for number in order[len(items) : len(items) + len(run)]]
+            head, offset = _header_nbytes(in_file), 0
+            for spec in in_file:
                 items.append(spec.item(file, offset, head))
                 offset += items[-1].nbytes
                 head = 0  # only the first item of a file has a header
             files.append(FileSpec(_file_name(rank, file, len(runs)), offset))
-        return TensorLayout(order, tuple(items), tuple(files))
+        return TensorLayout(order, Items.of(items), tuple(files))
 
     def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
         """Give the first item of each file the file's header; no item has a tail."""

@@ -28,7 +28,7 @@ from stager.workers.checkpoint.formats.contract import (
     HeadersAndTails,
     Split,
     TensorLayout,
-    TensorSpec,
+    TensorSpecs,
     Trailer,
 )
 from stager.workers.checkpoint.formats.pickle_template import END, HEADER
@@ -40,7 +40,8 @@ from stager.workers.checkpoint.formats.zip_records import (
     local_header,
     put_records,
 )
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, align
+from stager.workers.checkpoint.layout.items import Item, Items
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, align
 
 if TYPE_CHECKING:
     from stager.workers.checkpoint.formats.torch_save import Piece
@@ -63,7 +64,7 @@ class TorchFormat(Format):
         """Objects go to the end of the one file."""
         return "state.pt" if rank == 0 else f"state-rank{rank:05d}.pt"
 
-    def lay_out(self, tensors: Sequence[TensorSpec], rank: int, split: Split) -> TensorLayout:
+    def lay_out(self, tensors: TensorSpecs, rank: int, split: Split) -> TensorLayout:
         """Put the tensors into one file, as zip records without gaps."""
         from stager.workers.checkpoint.formats.torch_save import headers_and_tails_of
 
@@ -75,7 +76,7 @@ class TorchFormat(Format):
             items.append(spec.item(0, offset, head))
             offset += items[-1].nbytes
         files = (FileSpec(self.object_file_name(rank), align(offset)),) if items else ()
-        return TensorLayout(range(len(items)), tuple(items), files)
+        return TensorLayout(range(len(items)), Items.of(items), files)
 
     def headers_and_tails(self, layout: Layout) -> HeadersAndTails:
         """Give each tensor its zip header; no item has a tail."""

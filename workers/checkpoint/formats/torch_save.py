@@ -19,14 +19,14 @@ import pickle
 import pickletools
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import groupby
 from typing import IO, Any, cast
 
 import torch
 
-from stager.workers.checkpoint.formats.contract import TensorSpec
+from stager.workers.checkpoint.formats.contract import TensorSpecs
 from stager.workers.checkpoint.formats.pickle_template import (
     DICT_END,
     DICT_START,
@@ -126,18 +126,19 @@ def _data_start(sink: _Sink, nbytes: int) -> int:
     )
 
 
-def headers_and_tails_of(tensors: Sequence[TensorSpec]) -> list[tuple[bytes, bytes]]:
-    """Return :func:`header_and_tail` of each tensor.
+def headers_and_tails_of(tensors: TensorSpecs) -> list[tuple[bytes, bytes]]:
+    """Return :func:`header_and_tail` of each kind of tensors.
 
     Raises:
         UnstageableError: ``torch.save`` cannot write a tensor.
     """
     around = []
-    for spec in tensors:
+    for code, kind in enumerate(tensors.kinds):
         try:
-            around.append(header_and_tail(spec.dtype, spec.shape, spec.stride))
+            around.append(header_and_tail(kind.dtype, kind.shape, kind.stride))
         except Exception as error:
-            raise UnstageableError(spec.describe(), f"torch.save cannot write {spec.dtype}: {error}") from error
+            first = tensors[tensors.codes.tolist().index(code)]
+            raise UnstageableError(first.describe(), f"torch.save cannot write {kind.dtype}: {error}") from error
     return around
 
 

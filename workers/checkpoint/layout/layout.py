@@ -8,8 +8,7 @@ Three sides agree on it: ``stager.state.snapshot_plan`` makes it, ``persist`` wr
     span      from the start of a blob to the start of the next one, padding included; the spans of a file tile it
     segment   a run of a span, of at most ``segment_bytes``. One worker writes it, and it has one hash
 
-Hence exactly one hash covers each byte of each file. In JSON, items are rows (``ROW_COLUMNS``), because a checkpoint can
-have hundreds of thousands of them.
+Hence exactly one hash covers each byte of each file. In the manifest, items are rows (``ROW_COLUMNS``).
 """
 
 from __future__ import annotations
@@ -18,14 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby, zip_longest
-from operator import attrgetter
 from typing import Any, TypeVar
 
+from stager.workers.checkpoint.layout.items import Item, Items, Joined, in_columns
 from stager.workers.checkpoint.layout.structure import Node
 
 BLOB_ALIGN_BYTES = 64  # what torch.save aligns a storage to within its file
-
-ROW_COLUMNS = ("kind", "file", "offset", "nbytes", "data_offset", "data_nbytes", "dtype", "shape", "stride")
 
 Templates = Mapping[str, tuple[bytes, ...]]
 """Pieces of bytes by name. The format says what each is for (``formats/dcp.py``)."""
@@ -41,48 +38,6 @@ _BY_SIZE = {
     16: "complex128",
 }
 SIZES = {name: size for size, names in _BY_SIZE.items() for name in names.split()}
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One tensor, object or trailer.
-
-    Attributes:
-        kind: "tensor", "object", or "frame" for a trailer. Manifests of version 0.1 say "frame", so the literal stays.
-        file: index into ``Layout.files``.
-        offset: where the blob starts in its file, in bytes.
-        nbytes: length of the blob, in bytes.
-        data_offset: where the raw bytes start in the file.
-        data_nbytes: number of raw bytes.
-        dtype: of a tensor, "float32" for example; else "".
-        shape, stride: of a tensor, in elements; else ().
-        slab_offset: where the raw bytes start in the slab; -1 in a layout that was read from a manifest.
-    """
-
-    kind: str
-    file: int
-    offset: int
-    nbytes: int
-    data_offset: int
-    data_nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    slab_offset: int = -1
-
-    def to_row(self) -> list[Any]:
-        """Return the values of ``ROW_COLUMNS``."""
-        return list(_row_of(self))
-
-    @staticmethod
-    def from_row(row: Sequence[Any], slab_offset: int = -1) -> Item:
-        """Make the item of a row, as :meth:`to_row` gives it."""
-        kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride = row
-        shape, stride = tuple(shape), tuple(stride)
-        return Item(kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, slab_offset)
-
-
-_row_of = attrgetter(*ROW_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +90,7 @@ class Layout:
     """
 
     files: tuple[FileSpec, ...]
-    items: tuple[Item, ...]
+    items: Sequence[Item]
     structure: Node
     segment_bytes: int
     cache: PlanCache = field(default_factory=PlanCache, init=False, compare=False, repr=False)
@@ -147,20 +102,42 @@ class Layout:
 
     def ends(self) -> list[int]:
         """Return where each item's span ends in its file."""
-        return self.cache.until_changed("ends", self.varying, lambda: [end for _, _, end in self.spans()])
+        return self.cache.until_changed("ends", self.varying, self._ends)
+
+    def _ends(self) -> list[int]:
+        files, offsets = self.place_columns()
+        ends = [*offsets[1:], 0]
+        for number, (file, following) in enumerate(zip_longest(files, files[1:])):
+            if file != following:
+                ends[number] = self.files[file].nbytes
+        return ends[: len(files)]
+
+    def place_columns(self) -> tuple[list[int], list[int]]:
+        """Return the file of each item, and where its blob starts there."""
+        if isinstance(self.items, (Items, Joined)):
+            items = in_columns(self.items)
+            return items.file.tolist(), items.offset.tolist()
+        return [item.file for item in self.items], [item.offset for item in self.items]
 
     @property
     def varying(self) -> tuple[Any, ...]:
         """What differs between two layouts of one plan: file sizes, objects, trailer."""
-        return self.files, self.items[self.cache.num_fixed :]
+        behind = self.items.objects if isinstance(self.items, Joined) else self.items[self.cache.num_fixed :]
+        return self.files, behind
+
+    def num_segments(self) -> int:
+        """Return how many segments the whole layout has."""
+
+        def count() -> int:
+            (_, offsets), step = self.place_columns(), self.segment_bytes
+            return sum(num_segments(end - offset, step) for offset, end in zip(offsets, self.ends(), strict=True))
+
+        return self.cache.until_changed("number of segments", self.varying, count)
 
     def spans(self) -> Iterator[tuple[int, Item, int]]:
         """Iterate over (index, item, end of the item's span in its file)."""
-        for index, (item, following) in enumerate(zip_longest(self.items, self.items[1:])):
-            if following is not None and following.file == item.file:
-                yield index, item, following.offset
-            else:
-                yield index, item, self.files[item.file].nbytes
+        for index, (item, end) in enumerate(zip(self.items, self.ends(), strict=True)):
+            yield index, item, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +152,12 @@ class Segment:
 def segments(layout: Layout) -> Iterator[Segment]:
     """Iterate over every segment, in file order; :func:`num_segments` says how many an item has."""
     step = layout.segment_bytes
-    for index, item, end in layout.spans():
-        if end - item.offset <= step:  # most
-            yield Segment(index, item.offset, end)
+    _, offsets = layout.place_columns()
+    for index, (offset, end) in enumerate(zip(offsets, layout.ends(), strict=True)):
+        if end - offset <= step:  # most
+            yield Segment(index, offset, end)
         else:
-            for start in range(item.offset, end, step):
+            for start in range(offset, end, step):
                 yield Segment(index, start, min(start + step, end))
 
 
@@ -211,7 +189,8 @@ def partition(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list
 
 def _units(layout: Layout, whole_bytes: int) -> Iterator[list[Segment]]:
     """Iterate over what must stay in one part: a segment, or all segments of a small file."""
-    for file, group in groupby(segments(layout), key=lambda segment: layout.items[segment.index].file):
+    files, _ = layout.place_columns()
+    for file, group in groupby(segments(layout), key=lambda segment: files[segment.index]):
         if layout.files[file].nbytes <= whole_bytes:
             yield list(group)
         else:

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stager.workers.checkpoint.layout.layout import Item, Layout, is_dense, itemsize_of
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import Layout, is_dense, itemsize_of
 from stager.workers.checkpoint.layout.structure import Chunks, absent, leaves
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")

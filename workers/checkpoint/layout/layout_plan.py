@@ -1,7 +1,7 @@
 """The layout plan: the part of a layout that stays the same from save to save.
 
-A layout can have hundreds of thousands of items, too many for a message. So it lies in the slab behind the data, as two JSON
-documents: the *plan* (tensors, structure; the format's templates follow it), and the *objects*, whose sizes change.
+A layout can have a million items, too many for a message. So it lies in the slab behind the data, as two JSON documents: the
+*plan* (tensors, structure; the format's templates follow it), and the *objects*, whose sizes change.
 
 NOTE [ Once per plan ]
 From save to save the tensors of a layout stay the same; only the objects behind them change their sizes. So everything that
@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stager.workers.checkpoint.layout.layout import FileSpec, Item, Layout, PlanCache, Templates
+from stager.workers.checkpoint.layout.items import Item, Items, Joined
+from stager.workers.checkpoint.layout.layout import FileSpec, Layout, PlanCache, Templates
 from stager.workers.checkpoint.layout.structure import Node
 
 
@@ -46,7 +47,7 @@ class LayoutPlan:
 
     files: tuple[FileSpec, ...]
     object_file: str
-    tensors: tuple[Item, ...]
+    tensors: Items
     structure: Node
     segment_bytes: int
     templates: Templates | None = None
@@ -60,7 +61,7 @@ class LayoutPlan:
         document = {
             "files": [[f.name, f.nbytes] for f in self.files],
             "object_file": self.object_file,
-            "rows": _rows(self.tensors),
+            **self.tensors.to_document(),
             "structure": self.structure,
             "segment_bytes": self.segment_bytes,
         }
@@ -78,7 +79,7 @@ class LayoutPlan:
         return LayoutPlan(
             files=tuple(FileSpec(*entry) for entry in document["files"]),
             object_file=document["object_file"],
-            tensors=tuple(Item.from_row(row[:-1], row[-1]) for row in document["rows"]),
+            tensors=_tensors_of(document),
             structure=document["structure"],
             segment_bytes=document["segment_bytes"],
             templates=made,
@@ -97,7 +98,14 @@ class LayoutPlan:
         if objects:
             end = objects[-1].offset + objects[-1].nbytes
             files = (*files[: self.object_place[0]], FileSpec(self.object_file, end))
-        return Layout(files, (*self.tensors, *objects), self.structure, self.segment_bytes).with_cache(self.cache)
+        items = Joined(self.tensors, tuple(objects))
+        return Layout(files, items, self.structure, self.segment_bytes).with_cache(self.cache)
+
+
+def _tensors_of(document: dict[str, Any]) -> Items:
+    if "rows" in document:  # a save record of version 0.1
+        return Items.of(Item.from_row(row[:-1], row[-1]) for row in document["rows"])
+    return Items.from_document(document)
 
 
 def objects_to_json(objects: Sequence[Item]) -> bytes:

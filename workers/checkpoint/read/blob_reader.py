@@ -18,7 +18,8 @@ import xxhash
 
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest
-from stager.workers.checkpoint.layout.layout import Item, num_segments
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import describe
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.memory.pages import bytes_at

@@ -28,7 +28,8 @@ from stager.workers.checkpoint.directory.envelope import unseal
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, VERSION
 from stager.workers.checkpoint.directory.run_directory import checkpoint_name
-from stager.workers.checkpoint.layout.layout import ROW_COLUMNS, Layout, Segment
+from stager.workers.checkpoint.layout.items import ROW_COLUMNS
+from stager.workers.checkpoint.layout.layout import Layout, Segment
 from stager.workers.checkpoint.layout.layout_check import check_count
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import CorruptCheckpointError

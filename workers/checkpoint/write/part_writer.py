@@ -16,7 +16,8 @@ import xxhash
 
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.layout.layout import Item, Layout, Segment
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import Layout, Segment
 from stager.workers.checkpoint.write import direct_io
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES, DirectWriter
 from stager.workers.checkpoint.write.write_back import WRITE_BYTES, CachedWriter, Pace, drop_cached

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 
 from stager.workers.checkpoint.directory import metrics
 from stager.workers.checkpoint.directory.envelope import seal_json, unseal
-from stager.workers.checkpoint.layout.layout import Item, Layout
+from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.write.save_spec import SaveSpec, check_spec
