@@ -36,22 +36,23 @@ class Wholes:
 
 def with_wholes(manifest: Manifest) -> Wholes:
     """Replace every tensor in chunks by a whole."""
-    items = list(manifest.layout.items)
+    items = manifest.layout.items
+    wholes: list[Item] = []
     numbers: dict[Chunks, int] = {}  # tied tensors have equal chunks, so they become one whole
 
     def number_of(leaf: int | Chunks) -> int:
         if isinstance(leaf, int):
             return leaf
         if leaf not in numbers:
-            numbers[leaf] = len(items)
-            items.append(_item(leaf, items[leaf.parts[0][1]].dtype))
+            numbers[leaf] = len(items) + len(wholes)
+            wholes.append(_item(leaf, items[leaf.parts[0][1]].dtype))
         return numbers[leaf]
 
     structure = map_leaves(manifest.layout.structure, number_of)
     chunks = {number: one for one, number in numbers.items()}
     if not chunks:
         return Wholes(manifest, chunks)
-    layout = replace(manifest.layout, items=tuple(items), structure=structure)
+    layout = replace(manifest.layout, items=(*items, *wholes), structure=structure)
     return Wholes(replace(manifest, layout=layout), chunks)
 
 

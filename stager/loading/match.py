@@ -135,7 +135,7 @@ class _Matcher:
     ) -> None:
         self._rank = rank
         self._is_alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        self._items = manifest.layout.items
+        self._items = tuple(manifest.layout.items)  # each is asked for several times
         self.whole = structure
         self._strict = strict
         self._selection = selection

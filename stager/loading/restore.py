@@ -14,6 +14,7 @@ import errno
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
+from stager.workers.checkpoint.layout.items import Item, in_columns
 from stager.workers.checkpoint.layout.structure import describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.device.accelerator import has_streams
@@ -91,12 +93,17 @@ class Restorer:
         wholes = with_wholes(manifest)
         self._manifest = wholes.manifest
         self._chunks = wholes.chunks
-        self._items = self._manifest.layout.items
+        self._columns = in_columns(self._manifest.layout.items)
         self._num_threads = num_threads
         self._allow_pickle = allow_pickle
         self._selection = selection
         self.has_overwritten = False
         self.has_read_all = False
+
+    @cached_property
+    def _items(self) -> tuple[Item, ...]:
+        """The items, for what asks for many of them one by one."""
+        return tuple(self._columns)
 
     def restore(self, into: Any, strict: bool) -> Any:
         """Load into ``into`` and return it; without it, return a new state. See :meth:`load_into` and :meth:`load`."""
@@ -175,15 +182,17 @@ class Restorer:
         stored = set(range(len(self._stored.layout.items)))
         with BlobReader(self._path, self._stored, self._num_threads) as reader:
             # Objects first: until the checks of the plan have passed, nothing of the target may change.
-            objects = [index for index in wanted if self._items[index].kind == "object"]
+            is_object = [kind.kind == "object" for kind in self._columns.kinds]
+            objects = [index for index in wanted if is_object[self._columns.kind[index]]]
             values = self._unpickle(self._read_blobs(reader, objects))
             plan.refuse_failed_checks(self._path, values)
-            agreeing = {index: self._new(index) for index in sorted(shared)}
+            agreeing = self._new_tensors(sorted(shared))
             self._fill(reader, agreeing)
             plan.refuse_contradictions(self._path, agreeing)
             before_change()
             others = [i for i in wanted if i not in values and i not in agreeing and i not in on_devices]
-            tensors = {i: direct[i] if i in direct else self._new(i) for i in others}
+            made = self._new_tensors([i for i in others if i not in direct])
+            tensors = {i: direct[i] if i in direct else made[i] for i in others}
             if check_unwanted:
                 unwanted = stored - set(wanted) - self._chunk_items()
                 reader.read([Wanted(index, None) for index in sorted(unwanted)])
@@ -212,10 +221,20 @@ class Restorer:
                 raise StorageError(error.errno, f"{error.message}; {_PARTLY_OVERWRITTEN}", error.path) from error
             raise
 
-    def _new(self, index: int) -> torch.Tensor:
-        item = self._items[index]
-        with self._enough_memory(index):
-            return new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
+    def _new_tensors(self, indices: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Make tensors for items, by their indices."""
+        items = self._columns
+        dtypes = {code: dtype_of(items.kinds[code].dtype) for code in {items.kind[index] for index in indices}}
+        tensors: dict[int, torch.Tensor] = {}
+        for index in indices:
+            code = items.kind[index]
+            _, _, shape, stride = items.kinds[code]
+            try:
+                tensors[index] = new_tensor(dtypes[code], shape, stride, items.data_nbytes[index])
+            except (MemoryError, RuntimeError):
+                with self._enough_memory(index):
+                    raise
+        return tensors
 
     @contextmanager
     def _enough_memory(self, index: int) -> Iterator[None]:

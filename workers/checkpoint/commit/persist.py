@@ -132,7 +132,8 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
         unchanged = link_unchanged(spec, layout, whole, writer.hash, directory_fd)
         if unchanged.linked:
-            rest = [segment for segment in segments if layout.items[segment.index].file not in unchanged.linked]
+            files_of_items = layout.files_of_items()
+            rest = [segment for segment in segments if files_of_items[segment.index] not in unchanged.linked]
         hashes = writer.write(rest, whole, unchanged.hashes)
         if unchanged.linked:
             known = {**unchanged.hashes, **dict(zip(rest, hashes, strict=True))}

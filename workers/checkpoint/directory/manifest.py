@@ -40,6 +40,7 @@ from stager.workers.checkpoint.layout.layout_check import (
     check_step,
     check_text,
     check_time,
+    items_of_rows,
 )
 from stager.workers.checkpoint.layout.structure import Path, walk
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -111,7 +112,8 @@ class Manifest:
 
     def count(self, kind: str) -> int:
         """Return how many items of this kind there are."""
-        return sum(item.kind == kind for item in self.layout.items)
+        items = in_columns(self.layout.items)
+        return sum(items.kind.count(code) for code, of in enumerate(items.kinds) if of.kind == kind)
 
     def to_bytes(self) -> bytes:
         """Serialise the manifest, sealed."""
@@ -251,7 +253,7 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
     layout = Layout(
         files=tuple(FileSpec(name, nbytes) for name, nbytes in body["files"]),
-        items=tuple([Item.from_row(row[:-1]) for row in body["rows"]]),
+        items=items_of_rows(body["rows"]),
         structure=body["structure"],
         segment_bytes=body["segment_bytes"],
     )
@@ -261,8 +263,7 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")
     step = layout.segment_bytes
-    for index, (item, end) in enumerate(zip(layout.items, layout.ends(), strict=True)):
-        span = end - item.offset
-        if len(hashes[index]) != (1 if span <= step else num_segments(span, step)):
+    for index, (of_item, start, end) in enumerate(zip(hashes, layout.starts(), layout.ends(), strict=True)):
+        if len(of_item) != (1 if end - start <= step else num_segments(end - start, step)):
             raise ValueError(f"item {index}: wrong number of hashes")
     return Manifest(header, layout, hashes, index_files)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal, unseal
@@ -52,7 +52,8 @@ class Receipt:
     def write(self, directory_fd: int, directory: str, fsync: bool) -> None:
         """Write the receipt into the partial directory."""
         name = receipt_name(self.rank, self.part, self.num_parts)
-        files.write_atomically(directory_fd, directory, name, seal(asdict(self)), fsync)
+        body = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict() would copy each hash
+        files.write_atomically(directory_fd, directory, name, seal(body), fsync)
 
 
 def receipt_name(rank: int, part: int, num_parts: int) -> str:

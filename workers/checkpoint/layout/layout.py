@@ -100,37 +100,48 @@ class Layout:
         object.__setattr__(self, "cache", cache)
         return self
 
+    def files_of_items(self) -> list[int]:
+        """Return the file of each item."""
+        return self._places()[0]
+
+    def starts(self) -> list[int]:
+        """Return where each item's span starts in its file."""
+        return self._places()[1]
+
     def ends(self) -> list[int]:
         """Return where each item's span ends in its file."""
         return self.cache.until_changed("ends", self.varying, self._ends)
 
     def _ends(self) -> list[int]:
-        files, offsets = self.place_columns()
+        files, offsets = self._places()
         ends = [*offsets[1:], 0]
         for number, (file, following) in enumerate(zip_longest(files, files[1:])):
             if file != following:
                 ends[number] = self.files[file].nbytes
         return ends[: len(files)]
 
-    def place_columns(self) -> tuple[list[int], list[int]]:
-        """Return the file of each item, and where its blob starts there."""
-        if isinstance(self.items, (Items, Joined)):
-            items = in_columns(self.items)
-            return items.file.tolist(), items.offset.tolist()
-        return [item.file for item in self.items], [item.offset for item in self.items]
+    def _places(self) -> tuple[list[int], list[int]]:
+        def make() -> tuple[list[int], list[int]]:
+            if isinstance(self.items, (Items, Joined)):
+                items = in_columns(self.items)
+                return items.file.tolist(), items.offset.tolist()
+            return [item.file for item in self.items], [item.offset for item in self.items]
+
+        return self.cache.until_changed("places", self.varying, make)
 
     @property
     def varying(self) -> tuple[Any, ...]:
         """What differs between two layouts of one plan: file sizes, objects, trailer."""
-        behind = self.items.objects if isinstance(self.items, Joined) else self.items[self.cache.num_fixed :]
-        return self.files, behind
+        return self.files, self.items.objects if isinstance(
+            self.items, Joined
+        ) else ()  # of no plan: there is one layout
 
     def num_segments(self) -> int:
         """Return how many segments the whole layout has."""
 
         def count() -> int:
-            (_, offsets), step = self.place_columns(), self.segment_bytes
-            return sum(num_segments(end - offset, step) for offset, end in zip(offsets, self.ends(), strict=True))
+            spans = zip(self.starts(), self.ends(), strict=True)
+            return sum(num_segments(end - start, self.segment_bytes) for start, end in spans)
 
         return self.cache.until_changed("number of segments", self.varying, count)
 
@@ -152,8 +163,7 @@ class Segment:
 def segments(layout: Layout) -> Iterator[Segment]:
     """Iterate over every segment, in file order; :func:`num_segments` says how many an item has."""
     step = layout.segment_bytes
-    _, offsets = layout.place_columns()
-    for index, (offset, end) in enumerate(zip(offsets, layout.ends(), strict=True)):
+    for index, (offset, end) in enumerate(zip(layout.starts(), layout.ends(), strict=True)):
         if end - offset <= step:  # most
             yield Segment(index, offset, end)
         else:
@@ -189,7 +199,7 @@ def partition(layout: Layout, num_parts: int, whole_bytes: int = 0) -> list[list
 
 def _units(layout: Layout, whole_bytes: int) -> Iterator[list[Segment]]:
     """Iterate over what must stay in one part: a segment, or all segments of a small file."""
-    files, _ = layout.place_columns()
+    files = layout.files_of_items()
     for file, group in groupby(segments(layout), key=lambda segment: files[segment.index]):
         if layout.files[file].nbytes <= whole_bytes:
             yield list(group)

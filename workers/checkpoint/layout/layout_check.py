@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ROW_COLUMNS, ItemKind, Items, column, in_columns
 from stager.workers.checkpoint.layout.layout import Layout, is_dense, itemsize_of
 from stager.workers.checkpoint.layout.structure import Chunks, absent, leaves
 
@@ -86,71 +85,93 @@ def check_shape(value: Any) -> tuple[int, ...]:
     return numbers
 
 
+def items_of_rows(rows: Sequence[Sequence[Any]]) -> Items:
+    """Put rows that were read from a file into columns. Each has the values of ``ROW_COLUMNS``, and maybe more.
+
+    Raises:
+        ValueError, TypeError: a row has too few values, or a number is none.
+    """
+    if not rows:
+        return Items.of(())
+    kind, *numbers, dtype, shapes, strides = list(zip(*rows, strict=True))[: len(ROW_COLUMNS)]
+    for values in numbers:
+        if set(map(type, values)) - {int} or min(values) < 0 or max(values) > _LARGEST:
+            list(map(check_count, values))
+    lengths = set(map(type, itertools.chain.from_iterable((*shapes, *strides))))
+    if lengths - {int}:  # True == 1, so the kinds below would not tell them apart
+        list(map(check_shape, (*shapes, *strides)))
+    kinds: dict[Any, int] = {}
+    keys = zip(kind, dtype, map(tuple, shapes), map(tuple, strides), strict=True)
+    codes = [kinds.setdefault(key, len(kinds)) for key in keys]
+    file, offset, nbytes, data_offset, data_nbytes = map(column, numbers)
+    not_in_slab = column([NOT_IN_A_SLAB]) * len(codes)
+    columns = (column(codes), file, offset, nbytes, data_offset, data_nbytes, not_in_slab)
+    return Items(tuple(ItemKind(*key) for key in kinds), *columns)
+
+
 def _check_items(layout: Layout) -> None:
     """Check: spans tile the files, each file in one run; raw bytes lie in their blob; shape, stride and size agree."""
-    _check_counts(layout.items)
-    # Most items have one of a few (dtype, shape, stride): check each of these once. But True == 1, and True is not a
-    # length, so the short cut is only taken where every number is an int.
-    lengths = itertools.chain.from_iterable((*item.shape, *item.stride) for item in layout.items)
-    may_know = set(map(type, lengths)) <= {int}
-    known: set[object] = set()
-    position, file = 0, -1
-    for index, item, end in layout.spans():
-        if item.file != file:
+    items = in_columns(layout.items)
+    *columns, _ = items.columns()
+    for numbers in columns:
+        check_count(min(numbers, default=0))
+    # Most items have one of a few dtypes and shapes: check each of these once.
+    firsts = {code: index for index, code in reversed(list(enumerate(items.kind)))}
+    sizes = {code: _check_kind(index, items.kinds[code]) for code, index in sorted(firsts.items())}
+    position, last = 0, -1
+    rows = zip(*columns, layout.ends(), strict=True)
+    for index, (code, file, offset, nbytes, data_offset, data_nbytes, end) in enumerate(rows):
+        if file != last:
             # Files come in order and once: a file that recurred would be read, and take memory, again each time.
-            if item.file != file + 1 or (file >= 0 and position != layout.files[file].nbytes):
-                raise ValueError(f"item {index} is in file {item.file}, but the items of file {file} do not end there")
-            position, file = 0, item.file
-        if item.offset != position or item.offset + item.nbytes > end:
+            if file != last + 1 or (last >= 0 and position != layout.files[last].nbytes):
+                raise ValueError(f"item {index} is in file {file}, but the items of file {last} do not end there")
+            position, last = 0, file
+        if offset != position or offset + nbytes > end:
             raise ValueError(
-                f"item {index} starts at byte {item.offset} of its file, and the item before it ends at byte {position}"
+                f"item {index} starts at byte {offset} of its file, and the item before it ends at byte {position}"
             )
-        if not item.offset <= item.data_offset <= item.data_offset + item.data_nbytes <= item.offset + item.nbytes:
+        if not offset <= data_offset <= data_offset + data_nbytes <= offset + nbytes:
             raise ValueError(f"item {index} has raw bytes that are not inside its own bytes")
-        if item.kind != "tensor" or not may_know:
-            _check_kind(index, item)
-        elif (kind := (item.dtype, item.shape, item.stride, item.data_nbytes)) not in known:
-            _check_kind(index, item)
-            known.add(kind)
+        size = sizes[code]
+        if size is None:
+            if (data_offset, data_nbytes) != (offset, nbytes):
+                raise ValueError(
+                    f"item {index} is of kind {items.kinds[code].kind}, and must have no header and no tail"
+                )
+        elif size != data_nbytes:
+            _, dtype, shape, _ = items.kinds[code]
+            raise ValueError(f"item {index} has {data_nbytes} bytes, which a {dtype} tensor of shape {shape} has not")
         position = end
-    if file + 1 != len(layout.files):
-        raise ValueError(f"file {layout.files[file + 1].name} contains no item")
+    if last + 1 != len(layout.files):
+        raise ValueError(f"file {layout.files[last + 1].name} contains no item")
 
 
-def _check_counts(items: Sequence[Item]) -> None:
-    """Check every number of every row, a column at a time, which is faster."""
-    for name in ("file", "offset", "nbytes", "data_offset", "data_nbytes"):
-        column = list(map(operator.attrgetter(name), items))
-        if set(map(type, column)) - {int} or min(column, default=0) < 0 or max(column, default=0) > _LARGEST:
-            for number in column:
-                check_count(number)
+def _check_kind(index: int, kind: ItemKind) -> int | None:
+    """Check a kind of items. Returns the number of bytes of a tensor of it; None: it is none of a tensor.
 
-
-def _check_kind(index: int, item: Item) -> None:
-    """Check what depends on the kind of an item alone."""
-    if item.kind == "tensor":
-        _check_tensor(index, item)
-    elif item.kind not in ("object", "frame"):
+    Args:
+        index: of an item of this kind.
+    """
+    if kind.kind == "tensor":
+        return _check_tensor(index, kind)
+    if kind.kind not in ("object", "frame"):
         raise ValueError(
-            f"item {index} is of the kind {str(item.kind)[:60]!r}, which this version of stager does not know"
+            f"item {index} is of the kind {str(kind.kind)[:60]!r}, which this version of stager does not know"
         )
-    elif (item.data_offset, item.data_nbytes) != (item.offset, item.nbytes):
-        raise ValueError(f"item {index} is of kind {item.kind}, and must have no header and no tail")
-    elif (item.dtype, item.shape, item.stride) != ("", (), ()):
-        raise ValueError(f"item {index} is of kind {item.kind}, and must have no dtype, shape or stride")
+    if (kind.dtype, kind.shape, kind.stride) != ("", (), ()):
+        raise ValueError(f"item {index} is of kind {kind.kind}, and must have no dtype, shape or stride")
+    return None
 
 
-def _check_tensor(index: int, item: Item) -> None:
-    check_shape(item.shape)
-    check_shape(item.stride)
-    if math.prod(item.shape) * itemsize_of(item.dtype) != item.data_nbytes:
-        raise ValueError(
-            f"item {index} has {item.data_nbytes} bytes, which a {item.dtype} tensor of shape {item.shape} has not"
-        )
-    if math.prod(filter(None, item.shape)) > _LARGEST:  # what torch multiplies before it comes to the zero
-        raise ValueError(f"item {index} has the shape {item.shape}, which is too large for torch")
-    if len(item.stride) != len(item.shape) or not is_dense(item.shape, item.stride):
-        raise ValueError(f"item {index} has the stride {item.stride}, which does not fit its shape {item.shape}")
+def _check_tensor(index: int, kind: ItemKind) -> int:
+    check_shape(kind.shape)
+    check_shape(kind.stride)
+    if math.prod(filter(None, kind.shape)) > _LARGEST:  # what torch multiplies before it comes to the zero
+        raise ValueError(f"item {index} has the shape {kind.shape}, which is too large for torch")
+    nbytes = math.prod(kind.shape) * itemsize_of(kind.dtype)
+    if len(kind.stride) != len(kind.shape) or not is_dense(kind.shape, kind.stride):
+        raise ValueError(f"item {index} has the stride {kind.stride}, which does not fit its shape {kind.shape}")
+    return nbytes
 
 
 def _check_structure(layout: Layout, of_one_rank: bool) -> None:
@@ -160,13 +181,15 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
         raise ValueError("the structure of the state is not a mapping")
     if not of_one_rank and (path := next(absent(structure), None)) is not None:
         raise ValueError(f"no rank wrote the leaf {path}")
-    used = [item.kind == "frame" for item in layout.items]
+    items = in_columns(layout.items)
+    is_frame = [items.kinds[code].kind == "frame" for code in items.kind]
+    used = is_frame.copy()
     wholes: dict[Chunks, None] = {}
     for path, leaf in leaves(structure):
         for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
             if not 0 <= index < len(used):
                 raise ValueError(f"leaf {path} names item {index}, and only {len(used)} items are stored")
-            if layout.items[index].kind == "frame":
+            if is_frame[index]:
                 raise ValueError(f"leaf {path} names item {index}, which is a trailer")
             used[index] = True
         if isinstance(leaf, Chunks) and leaf not in wholes:

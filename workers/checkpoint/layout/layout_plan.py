@@ -28,6 +28,7 @@ from typing import Any
 
 from stager.workers.checkpoint.layout.items import Item, Items, Joined
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, PlanCache, Templates
+from stager.workers.checkpoint.layout.layout_check import items_of_rows
 from stager.workers.checkpoint.layout.structure import Node
 
 
@@ -104,7 +105,7 @@ class LayoutPlan:
 
 def _tensors_of(document: dict[str, Any]) -> Items:
     if "rows" in document:  # a save record of version 0.1
-        return Items.of(Item.from_row(row[:-1], row[-1]) for row in document["rows"])
+        return items_of_rows(document["rows"])
     return Items.from_document(document)
 
 

@@ -18,7 +18,7 @@ import xxhash
 
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, in_columns
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import describe
 from stager.workers.errors import CorruptCheckpointError
@@ -87,7 +87,8 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         self._manifest = manifest
         self._num_threads = num_threads
         self._progress = progress
-        self._ends = manifest.layout.ends()
+        self._items = in_columns(manifest.layout.items)
+        self._starts, self._ends = manifest.layout.starts(), manifest.layout.ends()
         self._fds: list[int] = []
         try:
             for file, spec in enumerate(manifest.layout.files):
@@ -161,7 +162,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         many: list[partial[None]] = []
         others: list[list[partial[None]]] = []
         for group in self._groups(wanted):
-            span = self._ends[group[0].index] - layout.items[group[0].index].offset
+            span = self._ends[group[0].index] - self._starts[group[0].index]
             if span > GROUP_BYTES:
                 numbers = range(num_segments(span, layout.segment_bytes))
                 others += [[partial(self._read_segment, group[0], number)] for number in numbers]
@@ -173,33 +174,33 @@ class BlobReader(AbstractContextManager["BlobReader"]):
 
     def _groups(self, wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
         """Iterate over groups of neighbours in one file, up to ``GROUP_BYTES`` together. A larger item is alone."""
-        items, ends = self._manifest.layout.items, self._ends
+        files, starts, ends = self._items.file, self._starts, self._ends
         group: list[Wanted] = []
-        start, following = 0, (-1, -1)
+        start = last_file = last_end = -1
         for want in wanted:
-            item, end = items[want.index], ends[want.index]
-            if (item.file, item.offset) == following and end - start <= GROUP_BYTES:
+            index = want.index
+            file, offset, end = files[index], starts[index], ends[index]
+            if offset == last_end and file == last_file and end - start <= GROUP_BYTES:
                 group.append(want)
             else:
                 if group:
                     yield group
-                group, start = [want], item.offset
-            following = item.file, end
+                group, start = [want], offset
+            last_file, last_end = file, end
         if group:
             yield group
 
     def _read_group(self, group: Sequence[Wanted], on_error: _OnError) -> None:
-        layout, ends, hashes = self._manifest.layout, self._ends, self._manifest.hashes
-        items, step = layout.items, layout.segment_bytes
+        starts, ends, hashes = self._starts, self._ends, self._manifest.hashes
+        step, (offsets, sizes) = self._manifest.layout.segment_bytes, (self._items.data_offset, self._items.data_nbytes)
         digest, copy = xxhash.xxh3_128_hexdigest, ctypes.memmove
-        start = items[group[0].index].offset
+        start = starts[group[0].index]
         memory = _new_memory(ends[group[-1].index] - start)
         buffer, address = memory.data, memory.ctypes.data
-        self._pread(items[group[0].index].file, [buffer], start)
+        self._pread(self._items.file[group[0].index], [buffer], start)
         for want in group:
             index, target = want.index, want.target
-            item = items[index]
-            span = buffer[item.offset - start : ends[index] - start]
+            span = buffer[starts[index] - start : ends[index] - start]
             if len(span) > step or digest(span) != hashes[index][0]:  # rare: several segments, or damage
                 try:
                     for number in range(num_segments(len(span), step)):
@@ -208,9 +209,9 @@ class BlobReader(AbstractContextManager["BlobReader"]):
                     on_error(error)
                     continue
             if type(target) is int:
-                copy(target, address + item.data_offset - start, item.data_nbytes)
+                copy(target, address + offsets[index] - start, sizes[index])
             elif isinstance(target, memoryview):
-                target[:] = buffer[item.data_offset - start : item.data_offset - start + item.data_nbytes]
+                target[:] = buffer[offsets[index] - start : offsets[index] - start + sizes[index]]
         self._progress(len(buffer))
 
     def _read_segment(self, want: Wanted, number: int) -> None:

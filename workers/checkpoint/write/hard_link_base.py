@@ -75,7 +75,8 @@ class UnchangedFiles:
 
 def whole_files(layout: Layout, segments: Sequence[Segment]) -> dict[int, list[Segment]]:
     """Return the files that a part has all segments of, and these segments."""
-    groups = groupby(segments, key=lambda segment: layout.items[segment.index].file)
+    files = layout.files_of_items()
+    groups = groupby(segments, key=lambda segment: files[segment.index])
     by_file = ((file, list(group)) for file, group in groups)
     return {file: group for file, group in by_file if (group[0].start, group[-1].end) == (0, layout.files[file].nbytes)}
 

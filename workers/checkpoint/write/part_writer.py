@@ -90,7 +90,8 @@ class PartWriter:
         hashes: list[str] = []
         with closing(self._sink(sum(segment.end - segment.start for segment in segments))) as sink:
             # File by file, so that an error names the file it is about.
-            for file, of_file in groupby(segments, key=lambda segment: self._layout.items[segment.index].file):
+            files = self._layout.files_of_items()
+            for file, of_file in groupby(segments, key=lambda segment: files[segment.index]):
                 with storage_errors("write", self._path(file)):
                     for small, run in runs(self._layout, list(of_file)):
                         if small:
@@ -221,13 +222,13 @@ class PartWriter:
 
 def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Sequence[Segment]]]:
     """Cut ``segments`` into runs: (True, small whole spans that follow each other in a file) or (False, any others)."""
-    items, ends = layout.items, layout.ends()
+    starts, ends = layout.starts(), layout.ends()
     first, nbytes = 0, 0
     was_small = False
     for position, segment in enumerate(segments):
         length = segment.end - segment.start
-        item = items[segment.index]
-        small = length <= _SMALL_BYTES and segment.start == item.offset and segment.end == ends[segment.index]
+        index = segment.index
+        small = length <= _SMALL_BYTES and segment.start == starts[index] and segment.end == ends[index]
         follows = small and was_small and nbytes + length <= _RUN_BYTES and segment.start != 0
         if position and not (follows or (not small and not was_small)):
             yield was_small, segments[first:position]
