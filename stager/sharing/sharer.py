@@ -32,6 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from stager.sharing.movable import Reason, move, sendable, why_not
 from stager.sharing.worker_copy import Copied, SharedCopy, WorkerCopier
 from stager.state.copies import Copies, Copy
+from stager.state.tensor_kinds import PLAIN_TENSORS
 from stager.workers.errors import ClosedError, InternalError
 from stager.workers.memory.host_buffers import default_fd_budget
 from stager.workers.memory.shared_source import SharedSource, detach_all_but
@@ -112,10 +113,11 @@ class SourceSharer:
                 for it with ``location: workers``.
 
         Returns:
-            Whether addresses may have changed, so that the snapshot has to be planned again.
+            Whether something was moved: its address is another now, so the snapshot has to be planned again.
         """
+        has_moved = False
         if self._options.location == "trainer":
-            return False
+            return has_moved
         may_move = may_move and self._options.location == "workers"
         with self._lock:
             self._forget_the_dead()
@@ -128,15 +130,21 @@ class SourceSharer:
                 self._enter(leaf, storage, reason or self._check_budget())
             for leaf, storage in found:
                 if not storage.is_shared():
-                    self._enter(leaf, storage, self._move(leaves[leaf], may_move))
-        return True
+                    reason = self._move(leaves[leaf], may_move)
+                    has_moved = has_moved or reason is None
+                    self._enter(leaf, storage, reason)
+        return has_moved
 
     def _find(self, leaves: Sequence[Any]) -> list[tuple[int, torch.UntypedStorage]]:
         """(leaf, storage) of every large CPU storage that is not known, once each, largest first."""
         found: dict[int, tuple[int, torch.UntypedStorage]] = {}
-        for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, torch.Tensor) or torch.nn.parameter.is_lazy(leaf) or leaf.numel() < _MIN_ELEMENTS:
-                continue
+        large = [
+            i
+            for i, leaf in enumerate(leaves)
+            if (leaf.numel() >= _MIN_ELEMENTS if type(leaf) in PLAIN_TENSORS else _is_large(leaf))
+        ]
+        for i in large:
+            leaf = leaves[i]
             if not _is_on_cpu(leaf):
                 continue
             storage = leaf.untyped_storage()
@@ -278,6 +286,10 @@ def _locate(copies: Sequence[Copy], sources: list[SharedSource]) -> list[SharedC
             raise InternalError(f"the source of {copy} moved, or was freed, while its snapshot was taken")
         located.append(SharedCopy(copy, sources[number]))
     return located
+
+
+def _is_large(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and not torch.nn.parameter.is_lazy(leaf) and leaf.numel() >= _MIN_ELEMENTS
 
 
 def _is_on_cpu(tensor: torch.Tensor) -> bool:
