@@ -180,7 +180,7 @@ class Checkpointer:
 
         ``save()`` then returns before these tensors are copied, and the optimizers' ``step()`` waits for the copy. Do not
         write to these tensors in any other way between ``save()`` and the next ``step()``, unless you call
-        ``wait_for_staging()`` first.
+        ``wait_for_staging()`` first. Memory for a snapshot of them is allocated in the background from here on.
 
         Args:
             optimizers: one or several, each by itself or in a list.
@@ -191,6 +191,7 @@ class Checkpointer:
         """
         with self._exclusively() as run:
             run.saver.guard.add(*arguments.each_of(optimizers))
+            run.saver.expect_what_is_guarded()
 
     @explained("warmup(state)")
     def warmup(self, state: Mapping[str, Any]) -> None:

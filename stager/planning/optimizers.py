@@ -1,13 +1,15 @@
-"""The state that an optimizer will have. It makes the state in its first step, so there is nothing to measure before."""
+"""The kinds of optimizers whose state ``stager plan`` can tell before there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from stager.state.optimizer_states import state_after_first_step
 
 
 class OptimizerKind(str, Enum):
@@ -37,30 +39,3 @@ def new_state(kind: OptimizerKind, parameters: Iterable[torch.Tensor]) -> tuple[
     state = state_after_first_step(optimizer)
     assert state is not None  # the kinds above are known
     return state, f"the optimizer is {_ASSUMED[kind]}, of the parameter's dtype"
-
-
-def state_after_first_step(optimizer: Optimizer) -> dict[str, Any] | None:
-    """Return the state dict that an optimizer will have after its first step; None if its class is not known."""
-    if not isinstance(optimizer, (SGD, Adam)):  # AdamW is an Adam from torch 2.7 on
-        if not isinstance(optimizer, AdamW):
-            return None
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    number = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and (entries := _entries(optimizer, group, parameter)):
-                state[number] = entries
-            number += 1
-    return {**optimizer.state_dict(), "state": state}
-
-
-def _entries(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    if isinstance(optimizer, SGD):
-        names = ["momentum_buffer"] if group["momentum"] else []
-        return {name: _like(parameter) for name in names}
-    names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-    return {"step": torch.zeros((), dtype=torch.float32), **{name: _like(parameter) for name in names}}
-
-
-def _like(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(parameter, device="meta")

@@ -15,7 +15,8 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from stager.planning.optimizers import OptimizerKind, new_state, state_after_first_step
+from stager.planning.optimizers import OptimizerKind, new_state
+from stager.state.optimizer_states import state_after_first_step
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of

@@ -62,6 +62,7 @@ from stager.workers.pool.pool import WorkerPool
 logger = logging.getLogger("stager")
 
 _ANY_SIZE = (1 << 63) - 1
+_WORTH_PREPARING_BYTES = 16 << 20  # smaller slabs take milliseconds to allocate
 
 
 class Saver:
@@ -102,6 +103,7 @@ class Saver:
         self._post = post
         self._replicator = replicator
         self._thread = StagingThread()
+        self._knows_size = False  # of the state, from a save or a checkpoint; guesses do not count then
         self.completion = SaveCompletion(
             pool, group, on_done, incremental=self._incremental, keep_unfinished=replicator.is_on
         )
@@ -149,6 +151,7 @@ class Saver:
             raise
 
     def _save(self, save: Save, state: Mapping[str, Any]) -> None:
+        self._knows_size = True
         snapshot, pieces = self._plan(save, self._taker.flatten(state, save.save_id))
         # Before a slab is leased: a save that cannot be written must not hold one.
         if self._checks_free_space and self.completion.base_step is None:  # with a base, less is written than that
@@ -370,6 +373,17 @@ class Saver:
 
     def expect(self, nbytes: int) -> None:
         """Prepare memory in the background: a state of about ``nbytes`` bytes was loaded, so it will be saved."""
+        self._knows_size = True
+        self._prepare(nbytes)
+
+    def expect_what_is_guarded(self) -> None:
+        """Prepare memory in the background for the guarded optimizers, if the size of the state is not known better."""
+        if not self._knows_size:
+            self._prepare(self.guard.expected_nbytes(self._group.num_ranks) or 0)
+
+    def _prepare(self, nbytes: int) -> None:
+        if nbytes < _WORTH_PREPARING_BYTES:
+            return
         nbytes += nbytes // 64 + (1 << 20)  # what describes the tensors comes on top; a slab may be larger than needed
         if nbytes <= self._arena.max_slab_nbytes:
             self._arena.prepare_in_background(nbytes)

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from stager.config.arguments import shown
 from stager.snapshot.picker import Picker, picker
+from stager.state.optimizer_states import expected_nbytes
 from stager.state.shards import is_sharded, memory_of
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.state.tensor_kinds import PLAIN_TENSORS
@@ -92,6 +93,14 @@ class Guard:
     def tensors(self) -> list[torch.Tensor]:
         """List the parameters and states of the guarded optimizers, as the optimizers hold them (DTensors, say)."""
         return [tensor for optimizer in self._optimizers for tensor in _tensors_of(optimizer)]
+
+    def expected_nbytes(self, num_ranks: int) -> int | None:
+        """Guess how many bytes of the guarded optimizers this rank will save; None: there is nothing to go by.
+
+        Args:
+            num_ranks: that save together.
+        """
+        return expected_nbytes(self._optimizers, num_ranks) if self else None
 
     def protects(self, plan: SnapshotPlan, leaves: Sequence[Any], tensors: Sequence[torch.Tensor]) -> Protection:
         """Tell which leaves' memory only a guarded step changes.

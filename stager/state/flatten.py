@@ -21,7 +21,6 @@ A leaf that is no plain tensor is pickled, which keeps its class, and what it ha
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stager.state.containers import MAX_DEPTH, is_plain_key, is_terminal, plain_metadata, without_items
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.shards import is_sharded, state_dict_of
 from stager.state.state_tree import StateTree
@@ -49,7 +49,6 @@ from stager.workers.checkpoint.layout.tensor_node import TensorNode
 from stager.workers.errors import StagerError, UnstageableError
 from stager.workers.memory.tensor_memory import problem_of
 
-_MAX_DEPTH = 100
 _MAX_APART = 64  # so many leaves without a tensor are stored apart; with more, their container is one leaf
 
 
@@ -129,13 +128,13 @@ class _Visitor:
         except _NotApartError:
             pass
         for key in state:
-            if not _is_plain_key(key):
+            if not is_plain_key(key):
                 raise _wrong_key(key, state, has_recipes=self.tree.has_recipes)
         # The values count, whatever holds them.
         if not isinstance(state, OrderedDict):
             return self._mapping(dict(state), ())
         plain: Any = OrderedDict(state)
-        if (metadata := _plain_metadata(state)) is not None:
+        if (metadata := plain_metadata(state)) is not None:
             plain._metadata = metadata
         return self._mapping(plain, ())
 
@@ -206,7 +205,7 @@ class _Visitor:
         """Visit a value that is not asked for its ``state_dict()``."""
         if type(value) is PerRank:
             return self._per_rank(value, path)
-        if isinstance(value, Mapping) or (isinstance(value, list) and not _is_terminal(value, len(path))):
+        if isinstance(value, Mapping) or (isinstance(value, list) and not is_terminal(value, len(path))):
             return self._container(value, path)
         return self._leaf(value)
 
@@ -215,7 +214,7 @@ class _Visitor:
         tree, identity = self.tree, id(value)
         if identity in self._open:
             raise _ContainsItselfError(identity)
-        if len(path) >= _MAX_DEPTH:
+        if len(path) >= MAX_DEPTH:
             return self._leaf(value)
         if type(value) is dict and (node := self._dict_of_tensors(value)) is not None:
             return node
@@ -324,15 +323,15 @@ class _Visitor:
     def _sequence(self, value: list[Any], path: Path) -> Node:
         if type(value) is list:
             return ["list", self._children(range(len(value)), value, path)]
-        if not self.tree.has_recipes or (empty := _without_items(value, 3)) is None:
+        if not self.tree.has_recipes or (empty := without_items(value, 3)) is None:
             raise _NotApartError
         return self._with_recipe("sequence", (empty,), list(map(str, range(len(value)))), list(value), path)
 
     def _mapping(self, value: Mapping[Any, Any], path: Path) -> Node:
         kind, keys = type(value), list(value)
         kinds = set(map(type, keys))
-        has_names = kinds <= _KEY_TYPES or all(map(_is_plain_key, keys))
-        metadata = _plain_metadata(value) if kind is OrderedDict else None
+        has_names = kinds <= _KEY_TYPES or all(map(is_plain_key, keys))
+        metadata = plain_metadata(value) if kind is OrderedDict else None
         if kind not in _PLAIN or not has_names or (kind is OrderedDict and self._has_more(value, metadata)):
             return self._other_mapping(value, keys, has_names, path)
         self._note_keys(keys, kinds)
@@ -357,7 +356,7 @@ class _Visitor:
         if not self.tree.has_recipes:
             raise _NotApartError
         empty = None
-        if type(value) is not dict and (empty := _without_items(value, 4)) is None:
+        if type(value) is not dict and (empty := without_items(value, 4)) is None:
             raise _NotApartError
         names = key_names(keys)
         recipe = empty, None if names == keys else keys
@@ -386,33 +385,6 @@ _PLAIN = (dict, OrderedDict)
 _KEY_TYPES = {str, int, bool, type(None)}  # JSON can hold any value of these
 
 
-def _without_items(value: Any, position: int) -> Any:
-    """Make what pickle makes of a container before it puts the items in; None if its class does not do it that way.
-
-    Args:
-        position: of the items in what ``__reduce_ex__`` returns: 3 for a list, 4 for a mapping.
-    """
-    try:
-        reduced = value.__reduce_ex__(2)
-        if not isinstance(reduced, tuple) or len(reduced) <= position or reduced[position] is None:
-            return None
-        make, arguments, state = reduced[:3]
-        empty = make(*arguments)
-        if len(empty):  # its constructor puts some in already
-            return None
-        if state is not None:
-            if hasattr(empty, "__setstate__"):
-                empty.__setstate__(state)
-            else:
-                plain, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-                vars(empty).update(plain or {})
-                for name, slot in (slots or {}).items():
-                    setattr(empty, name, slot)
-    except Exception:  # noqa: BLE001  # the class's own code: then the value is pickled as a whole, which says more
-        return None
-    return empty
-
-
 def _wrong_key(key: Any, state: Mapping[Any, Any], *, has_recipes: bool) -> UnstageableError:
     """Make the error for a key at the top that is not plain, in a state that cannot be taken apart."""
     if has_recipes:  # with them, a dict can have any keys
@@ -424,45 +396,5 @@ def _wrong_key(key: Any, state: Mapping[Any, Any], *, has_recipes: bool) -> Unst
     return UnstageableError("state", reason)
 
 
-def _is_plain_key(key: Any) -> bool:
-    """Tell whether JSON can hold a key."""
-    return type(key) in (str, int, bool) or key is None or (type(key) is float and math.isfinite(key))
-
-
 def _is_param_groups(value: Any, path: Path) -> bool:
     return path[-1] == "param_groups" and isinstance(value, list)
-
-
-def _is_terminal(values: list[Any], depth: int, seen: set[int] | None = None) -> bool:
-    """Tell whether DCP takes a list as a leaf: no tensor, mapping or such a list is in it.
-
-    Args:
-        seen: identities of lists that were looked at; lists may share lists, and hold themselves.
-    """
-    seen = set() if seen is None else seen
-    if depth > _MAX_DEPTH or id(values) in seen:
-        return True
-    seen.add(id(values))
-    kinds = set(map(type, values))  # a list may have a million entries, of few types
-    if kinds <= _SCALARS:
-        return True
-    if any(issubclass(kind, (Mapping, torch.Tensor, PerRank)) for kind in kinds):
-        return False
-    if any(map(is_stateful, values)):
-        return False
-    return not any(isinstance(entry, list) and not _is_terminal(entry, depth + 1, seen) for entry in values)
-
-
-_SCALARS = {type(None), bool, int, float, complex, str, bytes}
-
-
-def _plain_metadata(value: Any) -> dict[str, dict[str, int]] | None:
-    """Keep only the version numbers that ``nn.Module.state_dict`` adds to its result as ``_metadata``."""
-    metadata = getattr(value, "_metadata", None)
-    if not isinstance(metadata, Mapping):
-        return None
-    return {
-        str(name): {k: v for k, v in entry.items() if isinstance(k, str) and type(v) in (int, str, bool)}
-        for name, entry in metadata.items()
-        if isinstance(entry, Mapping)
-    }

@@ -1,0 +1,84 @@
+"""What is made ready before the first save, in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stager import Checkpointer
+from stager.state.optimizer_states import expected_nbytes
+from tests.waiting import wait_until
+
+MIB = 1 << 20
+
+
+def _parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.randn(n)) for n in (MIB, 3 * MIB, 5)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.AdamW,
+        torch.optim.Adam,
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    ],
+)
+def test_size_of_an_optimizers_state_is_known_before_its_first_step(
+    make: Callable[[Any], torch.optim.Optimizer],
+) -> None:
+    parameters = _parameters()
+    optimizer = make(parameters)
+    before = expected_nbytes([optimizer], 1)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    after = expected_nbytes([optimizer], 1)
+    held = [*parameters, *(value for state in optimizer.state.values() for value in state.values())]
+    assert after == sum(tensor.nbytes for tensor in held if torch.is_tensor(tensor))
+    assert before is not None and after - before in (0, 4 * len(parameters))  # the steps that were counted
+    assert expected_nbytes([optimizer], 4) == pytest.approx(after / 4, abs=len(parameters))
+
+
+def test_nothing_is_guessed_of_what_cannot_be_known() -> None:
+    lazy = torch.nn.LazyLinear(3)
+    assert expected_nbytes([torch.optim.RMSprop(_parameters())], 1) is None
+    assert expected_nbytes([torch.optim.SGD(lazy.parameters(), lr=0.1)], 1) is None
+    assert expected_nbytes([], 1) == 0
+
+
+def _slabs(ckpt: Checkpointer) -> int:
+    arena = ckpt._run.arena  # type: ignore[attr-defined]  # nothing else tells how much is prepared
+    return int(arena.nbytes)
+
+
+def test_guard_prepares_memory_that_the_first_save_uses(run_dir: Path) -> None:
+    parameters = _parameters()
+    optimizer = torch.optim.AdamW(parameters)
+    with Checkpointer(run_dir, {"persistence": {"fsync": False}, "workers": {"count": 1}}) as ckpt:
+        ckpt.guard(optimizer)
+        wait_until(lambda: _slabs(ckpt) >= 2 * 3 * 16 * MIB)
+        prepared = _slabs(ckpt)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        ckpt.save(1, {"model": parameters, "optimizer": optimizer}).upload_completion.result()
+        assert _slabs(ckpt) == prepared
+
+
+def test_small_states_and_saved_ones_are_not_guessed(run_dir: Path) -> None:
+    small, large = torch.nn.Parameter(torch.randn(10)), torch.nn.Parameter(torch.randn(8 * MIB))
+    with Checkpointer(run_dir, {"persistence": {"fsync": False}, "workers": {"count": 1}}) as ckpt:
+        ckpt.guard(torch.optim.AdamW([small]))
+        assert _slabs(ckpt) == 0
+        ckpt.save(1, {"x": small}).upload_completion.result()
+        known = _slabs(ckpt)
+        ckpt.guard(torch.optim.AdamW([large]))  # a part of a state, or not: its size was seen
+        ckpt.save(2, {"x": small}).upload_completion.result()
+        assert _slabs(ckpt) <= 2 * known
