@@ -185,7 +185,11 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
     is_frame = [items.kinds[code].kind == "frame" for code in items.kind]
     used = is_frame.copy()
     wholes: dict[Chunks, None] = {}
+    count = len(used)
     for path, leaf in leaves(structure):
+        if type(leaf) is int and 0 <= leaf < count and not is_frame[leaf]:  # most
+            used[leaf] = True
+            continue
         for index in [index for _, index in leaf.parts] if isinstance(leaf, Chunks) else (leaf,):
             if not 0 <= index < len(used):
                 raise ValueError(f"leaf {path} names item {index}, and only {len(used)} items are stored")

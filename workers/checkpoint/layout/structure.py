@@ -199,13 +199,20 @@ def open_container(node: Node, depth: int) -> Container:
         case ["list", list()]:
             return container_of(node)
         case ["dict", list(keys), list(children)] | ["odict", list(keys), list(children), _]:
-            if len(keys) == len(children) and all(map(_is_key, keys)) and len(set(keys)) == len(keys):
+            if len(keys) == len(children) and _are_keys(keys) and len(set(keys)) == len(keys):
                 if _is_metadata(*node[3:]):
                     return container_of(node)
         case [("mapping" | "sequence" | "wrapper"), [str(first), *names], [int(), *children]] if first == RECIPE:
             if len(names) == len(children) == len(set(names)) and all(isinstance(name, str) for name in names):
                 return container_of(node)
     raise _malformed(node)
+
+
+def _are_keys(keys: Sequence[Any]) -> bool:
+    return set(map(type, keys)) <= _KEY_TYPES or all(map(_is_key, keys))
+
+
+_KEY_TYPES = {str, int, bool, type(None)}
 
 
 def _is_key(key: Any) -> bool:
