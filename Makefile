@@ -49,11 +49,14 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without faulthandler's dump of a test that takes long: on Python 3.11 the dump itself may end the process.
+LONG := -o timeout=1800 -o faulthandler_timeout=0
+
 long: $(INSTALLED)  ## the long versions of the crash tests
-	$(BIN)/python -m pytest -m long -o timeout=1800 -n auto --dist worksteal
+	$(BIN)/python -m pytest -m long $(LONG) -n auto --dist worksteal
 
 states: $(STATES_INSTALLED)  ## the whole corpus of states in every format, with the libraries whose tensors are in it
-	$(BIN)/python -m pytest -m 'long or not long' -o timeout=1800 tests/states tests/snapshot/test_guard.py
+	$(BIN)/python -m pytest -m 'long or not long' $(LONG) tests/states tests/snapshot/test_guard.py
 
 bench: $(BENCH_INSTALLED)  ## stager beside the other ways to checkpoint; hours; BENCH='--rounds 1 --case big' for less
 	$(BIN)/python -m tests.benchmarks $(BENCH)

@@ -35,6 +35,13 @@ def test_python_values(tmp_path: Path) -> None:
         assert all(one[ratio] > 0 for ratio in ("stall / torch.save", "size / torch.save", "load / torch.load"))
 
 
+def test_many_tensors(tmp_path: Path) -> None:
+    arguments = ("--count", "50", "--count", "100", "--rounds", "1")
+    results = _run("tests.benchmarks.many_tensors", tmp_path / "out.json", *arguments)
+    assert [one["tensors"] for one in results] == [50, 100]
+    assert all(one[name] > 0 for one in results for name in ("first_ms", "later_ms", "stored_ms", "loaded_ms"))
+
+
 def test_ranks(tmp_path: Path) -> None:
     arguments = ("--ranks", "2", "--mib", "2", "--pairs", "1", "--stretch", "2")
     results = _run("tests.benchmarks.ranks", tmp_path / "out.json", *arguments)
