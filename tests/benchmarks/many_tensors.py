@@ -53,10 +53,7 @@ def measure(count: int, nbytes: int, wait_secs: float, *, profile: bool = False)
         wait_secs: between the constructor and the first save.
     """
     state = {"model": {f"layers.{number}.weight": torch.randn(nbytes // 4) for number in range(count)}}
-    torch.save(
-        {"x": torch.ones(2)}, Path(tempfile.gettempdir()) / "stager-many.pt"
-    )  # what torch makes at its first use
-    Path(tempfile.gettempdir(), "stager-many.pt").unlink()
+    torch.save({"x": torch.ones(2)}, io.BytesIO())  # what torch makes at its first use
     with tempfile.TemporaryDirectory(prefix="stager-bench-") as directory:
         before, objects = _private_bytes(), len(gc.get_objects())
         with Checkpointer(directory) as ckpt:
