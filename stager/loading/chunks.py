@@ -52,7 +52,7 @@ def with_wholes(manifest: Manifest) -> Wholes:
     chunks = {number: one for one, number in numbers.items()}
     if not chunks:
         return Wholes(manifest, chunks)
-    layout = replace(manifest.layout, items=(*items, *wholes), structure=structure)
+    layout = replace(manifest.layout, items=items.followed_by(wholes), structure=structure)
     return Wholes(replace(manifest, layout=layout), chunks)
 
 

@@ -13,7 +13,7 @@ from stager.state.shards import Box, is_sharded, shard_of, views_of
 from stager.state.tensor_kinds import WholeTensor
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.dtypes import name_of
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.structure import describe
 
@@ -35,7 +35,7 @@ class LoadedValues:
         self.path = path
         flat = flatten(state)
         self._leaves = [leaf.tensor if type(leaf) is WholeTensor else leaf for leaf in flat.leaves]
-        layout = Layout((), tuple(map(_item_of, self._leaves)), flat.structure, 1)
+        layout = Layout((), Items.of(map(_item_of, self._leaves)), flat.structure, 1)
         self.manifest = Manifest(ManifestHeader("", 0, "", 0.0, "", ""), layout, (), ())
 
     def objects(self, numbers: Sequence[int]) -> dict[int, Any]:

@@ -34,7 +34,7 @@ from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.items import Item, in_columns
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
 from stager.workers.device.accelerator import has_streams
@@ -93,7 +93,7 @@ class Restorer:
         wholes = with_wholes(manifest)
         self._manifest = wholes.manifest
         self._chunks = wholes.chunks
-        self._columns = in_columns(self._manifest.layout.items)
+        self._columns = self._manifest.layout.items
         self._num_threads = num_threads
         self._allow_pickle = allow_pickle
         self._selection = selection

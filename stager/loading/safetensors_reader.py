@@ -26,7 +26,7 @@ from stager.workers.checkpoint.directory.files import open_regular, read_small, 
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.formats.safetensors_format import DTYPES
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_file_name, check_layout, check_shape, check_text
 from stager.workers.checkpoint.read.blob_reader import Wanted
@@ -152,7 +152,7 @@ def read_index(path: str) -> Manifest:
         items += [replace(item, file=position) for item in one.layout.items]
     if lost := [name for name in weights if name not in numbers]:
         raise CorruptCheckpointError(path, f"{lost[0]} is not in {weights[lost[0]]}, where the index says that it is")
-    layout = Layout(tuple(files), tuple(items), ["dict", list(numbers), list(numbers.values())], 1)
+    layout = Layout(tuple(files), Items.of(items), ["dict", list(numbers), list(numbers.values())], 1)
     return Manifest(ManifestHeader("safetensors", 0, "", 0.0, "", ""), layout, (), ())
 
 
@@ -209,7 +209,7 @@ def _layout(header: dict[str, Any], path: str, start: int, size: int) -> Layout:
         raise ValueError(f"the file has {size} bytes, and header and tensors take {start + position}")
     numbers = {name: number for number, (name, _) in enumerate(entries)}
     numbers |= {other: numbers[name] for other, name in metadata.items() if other not in numbers and name in numbers}
-    layout = Layout((FileSpec("data", size),), tuple(items), ["dict", list(numbers), list(numbers.values())], size)
+    layout = Layout((FileSpec("data", size),), Items.of(items), ["dict", list(numbers), list(numbers.values())], size)
     if items:
         check_layout(layout)
     return Layout((FileSpec(os.path.basename(path), size),), layout.items, layout.structure, size)

@@ -11,6 +11,7 @@ import torch
 
 from stager.torch_api.storage.spans import SEGMENT_BYTES, SpanWriter, payload_of
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
+from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.structure import Chunks
 
@@ -51,7 +52,7 @@ def chunked_checkpoint(directory: Path) -> tuple[str, dict[str, torch.Tensor]]:
     os.close(fd)
     files = (FileSpec("__0_0.distcp", written[-1].end),)
     structure = ["dict", list(nodes), list(nodes.values())]
-    layout = Layout(files, tuple(one.item for one in written), structure, SEGMENT_BYTES)
+    layout = Layout(files, Items.of(one.item for one in written), structure, SEGMENT_BYTES)
     header = ManifestHeader("dcp", 1, "0" * 16, time.time(), str(torch.__version__), "0")
     manifest = Manifest(header, layout, tuple(one.hashes for one in written), ())
     (path / "manifest.json").write_bytes(manifest.to_bytes())

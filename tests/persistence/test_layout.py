@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.formats import get_format
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, align, num_segments, partition, segments
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
@@ -29,7 +29,10 @@ def layout_of(files: list[list[int]], segment_bytes: int) -> Layout:
             offset = align(offset + nbytes)
         specs.append(FileSpec(f"f{file}", offset))
     return Layout(
-        tuple(specs), tuple(items), ["dict", [str(i) for i in range(len(items))], [*range(len(items))]], segment_bytes
+        tuple(specs),
+        Items.of(items),
+        ["dict", [str(i) for i in range(len(items))], [*range(len(items))]],
+        segment_bytes,
     )
 
 

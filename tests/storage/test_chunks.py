@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from stager.torch_api.storage.assembly import assemble, nest
 from stager.torch_api.storage.spans import Written
 from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.structure import Chunks, leaves, walk
@@ -26,7 +26,7 @@ def layout_of(structure: Any, shapes: tuple[tuple[int, ...], ...] = ((2, 3), (3,
         stride = (shape[1], 1)
         items.append(Item("tensor", 0, offset, nbytes, offset, nbytes, "float32", shape, stride))
         offset += 64
-    return Layout((FileSpec("__0_0.distcp", offset),), tuple(items), structure, 1 << 20)
+    return Layout((FileSpec("__0_0.distcp", offset),), Items.of(items), structure, 1 << 20)
 
 
 GOOD = ["chunks", [5, 3], [[[0, 0], 0], [[2, 0], 1]]]
@@ -80,7 +80,7 @@ def test_chunks_of_two_dtypes_or_of_objects_are_refused() -> None:
     first, second = layout.items
     for other in (replace(second, dtype="int32"), replace(second, kind="object", dtype="", shape=(), stride=())):
         with pytest.raises(ValueError, match="item 1"):
-            check_layout(replace(layout, items=(first, other)))
+            check_layout(replace(layout, items=Items.of((first, other))))
 
 
 def test_paths_of_a_planner_become_containers() -> None:

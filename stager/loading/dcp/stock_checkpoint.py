@@ -23,7 +23,7 @@ from stager.state.shards import Box
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of, new_tensor
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import Layout, contiguous_stride
 from stager.workers.checkpoint.layout.structure import Node
 from stager.workers.errors import CorruptCheckpointError, StagerError, UsageError
@@ -49,7 +49,7 @@ class StockCheckpoint:
         self._metadata = self._reader.read_metadata()
         self._names = list(self._metadata.state_dict_metadata)
         try:
-            layout = Layout((), tuple(map(self._item, self._names)), _structure(self._metadata), 1)
+            layout = Layout((), Items.of(map(self._item, self._names)), _structure(self._metadata), 1)
         except (ValueError, TypeError, AttributeError, LookupError) as error:  # allow_pickle: nobody has checked it
             raise CorruptCheckpointError(path, f"its .metadata cannot be understood: {error}") from error
         self.manifest = Manifest(ManifestHeader("dcp", 0, "", 0.0, "", ""), layout, (), ())

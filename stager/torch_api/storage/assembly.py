@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from stager.torch_api.storage.spans import SEGMENT_BYTES, Written
+from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout
 from stager.workers.checkpoint.layout.structure import Chunks, Key, Node, Path, fqn
@@ -44,7 +45,7 @@ def assemble(
             f"{missing}: the save planner's metadata has this value, and no rank wrote it; check that "
             "create_local_plan() of one rank returns it"
         )
-    layout = Layout(tuple(FileSpec(*entry) for entry in sizes.items()), items, None, SEGMENT_BYTES)
+    layout = Layout(tuple(FileSpec(*entry) for entry in sizes.items()), Items.of(items), None, SEGMENT_BYTES)
     nodes = {name: _node(name, parts[name], metadata, layout) for name in metadata.state_dict_metadata}
     layout = replace(layout, structure=nest(nodes, metadata.planner_data))
     try:

@@ -41,6 +41,7 @@ from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
 from stager.workers.checkpoint.directory.run_directory import REPLACED, CheckpointInfo, checkpoint_name, partial_name
 from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_count, check_distinct
 from stager.workers.checkpoint.write.save_spec import SaveSpec
@@ -151,7 +152,7 @@ def commit_recorded(spec: SaveSpec) -> Committed | None:
         try:
             own, layout = _read_record(spec, spec.rank, threading.Lock())
         except FileNotFoundError:  # step 3 has removed it: the manifest is there, only the rename is missing
-            own, layout = spec, Layout((), (), None, 1)
+            own, layout = spec, Layout((), Items.of(()), None, 1)
     return try_commit(own, layout)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, PlanCache, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often
 from stager.workers.checkpoint.layout.structure import (
@@ -106,7 +106,7 @@ def merge(contributions: Sequence[RankContribution], partial: str) -> tuple[Layo
     # Only the contribution of this process's own rank has templates. With them the commit runs without torch.
     templates = next((layout.cache.templates for layout in layouts if layout.cache.templates is not None), None)
     num_tensors = sum(item.kind == "tensor" for item in items)
-    layout = Layout(files, items, structure, sizes.pop()).with_cache(PlanCache(num_tensors, templates))
+    layout = Layout(files, Items.of(items), structure, sizes.pop()).with_cache(PlanCache(num_tensors, templates))
     _check_whole(layout)
     return layout, tuple(hashes)
 

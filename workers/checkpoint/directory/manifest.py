@@ -30,7 +30,7 @@ from stager.workers.checkpoint.directory import files, metrics
 from stager.workers.checkpoint.directory.envelope import is_sealed, seal_json, unseal
 from stager.workers.checkpoint.directory.metrics import Metrics
 from stager.workers.checkpoint.directory.own_files import is_own
-from stager.workers.checkpoint.layout.items import ROW_COLUMNS, Item, Joined, in_columns
+from stager.workers.checkpoint.layout.items import ROW_COLUMNS, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, num_segments
 from stager.workers.checkpoint.layout.layout_check import (
     check_count,
@@ -112,7 +112,7 @@ class Manifest:
 
     def count(self, kind: str) -> int:
         """Return how many items of this kind there are."""
-        items = in_columns(self.layout.items)
+        items = self.layout.items
         return sum(items.kind.count(code) for code, of in enumerate(items.kinds) if of.kind == kind)
 
     def to_bytes(self) -> bytes:
@@ -148,9 +148,8 @@ def _rows(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
     The text of a tensor's row is the same from save to save but for its hashes. It is kept with the plan.
     """
     num_fixed = layout.cache.num_fixed
-    items = layout.items.tensors if isinstance(layout.items, Joined) else layout.items[:num_fixed]
-    fixed = layout.cache.once_per_plan("rows", lambda: _texts(items))
-    texts = [*fixed, *_texts(layout.items[num_fixed:])]
+    fixed = layout.cache.once_per_plan("rows", lambda: _texts(layout.items, slice(num_fixed)))
+    texts = [*fixed, *_texts(layout.items, slice(num_fixed, None))]
     joined = list(map("".join, hashes))
     if all(map(str.isalnum, joined)) and "".join(joined).isascii():
         lists = ['["' + '","'.join(values) + '"]' for values in hashes]
@@ -160,11 +159,10 @@ def _rows(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
 
 
 @no_collection()
-def _texts(items: Sequence[Item]) -> list[str]:
-    """Serialise each row, without brackets and hashes."""
-    columns = in_columns(items)
-    kinds = [(f'"{kind}"', _compact(others)[1:-1]) for kind, *others in columns.kinds]  # a few
-    *numbers, _ = columns.columns()  # all but the place in the slab
+def _texts(items: Items, chosen: slice) -> list[str]:
+    """Serialise the rows of some items, without brackets and hashes."""
+    kinds = [(f'"{kind}"', _compact(others)[1:-1]) for kind, *others in items.kinds]  # a few
+    *numbers, _ = [values[chosen] for values in items.columns()]  # all but the place in the slab
     return [
         f"{kinds[code][0]},{file},{offset},{nbytes},{data_offset},{data_nbytes},{kinds[code][1]}"
         for code, file, offset, nbytes, data_offset, data_nbytes in zip(*numbers, strict=True)

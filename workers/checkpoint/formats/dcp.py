@@ -18,7 +18,7 @@ from stager.workers.checkpoint.formats.contract import (
     nbytes_of,
 )
 from stager.workers.checkpoint.formats.dcp_index import dcp_index, index_templates, tensor_name
-from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ItemKind, Items, Joined, column, tensor_kinds
+from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ItemKind, Items, column
 from stager.workers.checkpoint.layout.layout import BLOB_ALIGN_BYTES, FileSpec, Layout, Templates
 
 METADATA_NAME = ".metadata"
@@ -81,11 +81,9 @@ class DcpFormat(Format):
             head, tail = made[_around_name(kind)]
             return head, tail
 
-        if not isinstance(layout.items, Joined):
-            return lambda index: around(ItemKind.of(layout.items[index]))
-        tensors = layout.items.tensors
-        of_kinds = layout.cache.once_per_plan("headers and tails of kinds", lambda: list(map(around, tensors.kinds)))
-        return lambda index: of_kinds[tensors.kind[index]] if index < len(tensors) else (b"", b"")
+        items = layout.items
+        of_kinds = list(map(around, items.kinds))
+        return lambda index: of_kinds[items.kind[index]]
 
     def index_files(self, layout: Layout, save_id: str, directory: str) -> dict[str, bytes]:
         """Make ``.metadata`` as ``dcp.save`` writes it."""
@@ -95,7 +93,7 @@ class DcpFormat(Format):
         """Return the templates that came with the plan; make them, with torch, for a layout from elsewhere."""
         if layout.cache.templates is not None:
             return layout.cache.templates
-        return layout.cache.once_per_plan("templates", lambda: self.templates(tensor_kinds(layout.items)))
+        return layout.cache.once_per_plan("templates", lambda: self.templates(layout.items.tensor_kinds()))
 
     def _index_templates(self, layout: Layout) -> Templates:
         """Return the templates that ``.metadata`` is made of (``dcp_index.py``), for the tensors of all ranks.
@@ -104,11 +102,11 @@ class DcpFormat(Format):
         """
         made, cache = self._templates(layout), layout.cache
         has_all = cache.once_per_plan(
-            "has index templates", lambda: {tensor_name(kind) for kind in tensor_kinds(layout.items)} <= made.keys()
+            "has index templates", lambda: {tensor_name(kind) for kind in layout.items.tensor_kinds()} <= made.keys()
         )
         if has_all:
             return made
-        return cache.once_per_plan("index templates", lambda: self.templates(tensor_kinds(layout.items)))
+        return cache.once_per_plan("index templates", lambda: self.templates(layout.items.tensor_kinds()))
 
 
 def _around_name(kind: ItemKind) -> str:

@@ -27,7 +27,7 @@ from stager.workers.checkpoint.formats.pickle_template import (
     plain_string,
     tuple_of,
 )
-from stager.workers.checkpoint.layout.items import Item, ItemKind, in_columns
+from stager.workers.checkpoint.layout.items import Item, ItemKind
 from stager.workers.checkpoint.layout.layout import Layout, Templates
 from stager.workers.checkpoint.layout.structure import Chunks, Path, is_recipe, leaves, names_of
 from stager.workers.gc_pause import no_collection
@@ -130,7 +130,7 @@ class _StemWriter:
         self._strings = Strings(int.from_bytes(first_string, "little"))
         self._whole_indices: dict[int, tuple[bytes, bytes]] = {}  # by dimensions: the bytes around the name
         self._whole_tensors: dict[int, bytes] = {}  # by kind: most have one of a few
-        self._items = in_columns(layout.items)
+        self._items = layout.items
 
     @no_collection()
     def write(self) -> _Stem:

@@ -104,11 +104,24 @@ class Items(Sequence[Item]):
     @staticmethod
     def of(items: Iterable[Item]) -> Items:
         """Put items into columns."""
+        if isinstance(items, Items):
+            return items
         kinds: dict[ItemKind, int] = {}
         items = list(items)
         codes = [kinds.setdefault(ItemKind.of(item), len(kinds)) for item in items]
         columns = zip(*map(_numbers_of, items), strict=True) if items else ((),) * len(_NUMBERS)
         return Items(tuple(kinds), column(codes), *map(column, columns))
+
+    def followed_by(self, items: Iterable[Item]) -> Items:
+        """Return these items and, behind them, some more."""
+        more = Items.of(items)
+        codes = column([len(self.kinds) + code for code in more.kind])
+        columns = zip(self.columns(), (codes, *more.columns()[1:]), strict=True)
+        return Items((*self.kinds, *more.kinds), *(ours + theirs for ours, theirs in columns))
+
+    def tensor_kinds(self) -> list[ItemKind]:
+        """List the different kinds of tensors."""
+        return [kind for kind in self.kinds if kind.kind == "tensor"]
 
     def in_slab(self, slab_offset: array[int]) -> Items:
         """Return the same items with places in a slab."""
@@ -177,68 +190,6 @@ class Items(Sequence[Item]):
         if len(codes) and not 0 <= min(codes) <= max(codes) < len(kinds):
             raise ValueError("an item is of a kind that is not listed")
         return Items(kinds, *columns)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Joined(Sequence[Item]):
-    """Tensors, which a plan keeps, and the objects behind them, which are others in each save.
-
-    Attributes:
-        tensors: of the plan.
-        objects: the pickled objects, and the trailer.
-    """
-
-    tensors: Items
-    objects: tuple[Item, ...]
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
-        if isinstance(index, slice):
-            return tuple(map(self.__getitem__, range(len(self))[index]))
-        count = len(self.tensors)
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        return self.tensors[index] if index < count else self.objects[index - count]
-
-    def __len__(self) -> int:
-        return len(self.tensors) + len(self.objects)
-
-    def __iter__(self) -> Iterator[Item]:
-        yield from self.tensors
-        yield from self.objects
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Item.__eq__, self, other))
-
-    __hash__ = None  # type: ignore[assignment]  # as that of a list
-
-
-def in_columns(items: Sequence[Item]) -> Items:
-    """Return items in columns, whatever sequence they are in."""
-    if isinstance(items, Items):
-        return items
-    if not isinstance(items, Joined):
-        return Items.of(items)
-    first, behind = items.tensors, Items.of(items.objects)
-    codes = column([len(first.kinds) + code for code in behind.kind])
-    columns = zip(first.columns(), (codes, *behind.columns()[1:]), strict=True)
-    return Items((*first.kinds, *behind.kinds), *(ahead + more for ahead, more in columns))
-
-
-def tensor_kinds(items: Sequence[Item]) -> Sequence[ItemKind]:
-    """Return the different kinds of tensors among items."""
-    if isinstance(items, Joined):
-        items = items.tensors
-    if isinstance(items, Items):
-        return [kind for kind in items.kinds if kind.kind == "tensor"]
-    return list(dict.fromkeys(ItemKind.of(item) for item in items if item.kind == "tensor"))
 
 
 def column(values: Iterable[int]) -> array[int]:

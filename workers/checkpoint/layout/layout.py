@@ -13,13 +13,13 @@ Hence exactly one hash covers each byte of each file. In the manifest, items are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby, zip_longest
 from typing import Any, TypeVar
 
-from stager.workers.checkpoint.layout.items import Item, Items, Joined, in_columns
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.structure import Node
 
 BLOB_ALIGN_BYTES = 64  # what torch.save aligns a storage to within its file
@@ -55,10 +55,12 @@ class PlanCache:
     Attributes:
         num_fixed: the first so many items are the same in every layout that shares this cache: the tensors.
         templates: what the trainer made; None in a process that got the layout from elsewhere (a save record, a manifest).
+        is_of_plan: several layouts share it. Otherwise nothing changes.
     """
 
     num_fixed: int = 0
     templates: Templates | None = None
+    is_of_plan: bool = False
     _fixed: dict[str, Any] = field(default_factory=dict, init=False)
     _changing: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False)
 
@@ -90,7 +92,7 @@ class Layout:
     """
 
     files: tuple[FileSpec, ...]
-    items: Sequence[Item]
+    items: Items
     structure: Node
     segment_bytes: int
     cache: PlanCache = field(default_factory=PlanCache, init=False, compare=False, repr=False)
@@ -121,20 +123,14 @@ class Layout:
         return ends[: len(files)]
 
     def _places(self) -> tuple[list[int], list[int]]:
-        def make() -> tuple[list[int], list[int]]:
-            if isinstance(self.items, (Items, Joined)):
-                items = in_columns(self.items)
-                return items.file.tolist(), items.offset.tolist()
-            return [item.file for item in self.items], [item.offset for item in self.items]
-
-        return self.cache.until_changed("places", self.varying, make)
+        return self.cache.until_changed(
+            "places", self.varying, lambda: (self.items.file.tolist(), self.items.offset.tolist())
+        )
 
     @property
     def varying(self) -> tuple[Any, ...]:
         """What differs between two layouts of one plan: file sizes, objects, trailer."""
-        return self.files, self.items.objects if isinstance(
-            self.items, Joined
-        ) else ()  # of no plan: there is one layout
+        return self.files, self.items[self.cache.num_fixed :] if self.cache.is_of_plan else ()
 
     def num_segments(self) -> int:
         """Return how many segments the whole layout has."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ROW_COLUMNS, ItemKind, Items, column, in_columns
+from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ROW_COLUMNS, ItemKind, Items, column
 from stager.workers.checkpoint.layout.layout import Layout, is_dense, itemsize_of
 from stager.workers.checkpoint.layout.structure import Chunks, absent, leaves
 
@@ -111,7 +111,7 @@ def items_of_rows(rows: Sequence[Sequence[Any]]) -> Items:
 
 def _check_items(layout: Layout) -> None:
     """Check: spans tile the files, each file in one run; raw bytes lie in their blob; shape, stride and size agree."""
-    items = in_columns(layout.items)
+    items = layout.items
     *columns, _ = items.columns()
     for numbers in columns:
         check_count(min(numbers, default=0))
@@ -181,7 +181,7 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
         raise ValueError("the structure of the state is not a mapping")
     if not of_one_rank and (path := next(absent(structure), None)) is not None:
         raise ValueError(f"no rank wrote the leaf {path}")
-    items = in_columns(layout.items)
+    items = layout.items
     is_frame = [items.kinds[code].kind == "frame" for code in items.kind]
     used = is_frame.copy()
     wholes: dict[Chunks, None] = {}

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stager.workers.checkpoint.layout.items import Item, Items, Joined
+from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, PlanCache, Templates
 from stager.workers.checkpoint.layout.layout_check import items_of_rows
 from stager.workers.checkpoint.layout.structure import Node
@@ -55,7 +55,7 @@ class LayoutPlan:
     cache: PlanCache = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cache", PlanCache(len(self.tensors), self.templates))
+        object.__setattr__(self, "cache", PlanCache(len(self.tensors), self.templates, is_of_plan=True))
 
     def to_document(self) -> bytes:
         """Serialise the plan, a line of JSON, and its templates, as a slab has them. A save record has the first line."""
@@ -99,7 +99,7 @@ class LayoutPlan:
         if objects:
             end = objects[-1].offset + objects[-1].nbytes
             files = (*files[: self.object_place[0]], FileSpec(self.object_file, end))
-        items = Joined(self.tensors, tuple(objects))
+        items = self.tensors.followed_by(objects)
         return Layout(files, items, self.structure, self.segment_bytes).with_cache(self.cache)
 
 

@@ -18,7 +18,7 @@ import xxhash
 
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest
-from stager.workers.checkpoint.layout.items import Item, in_columns
+from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import describe
 from stager.workers.errors import CorruptCheckpointError
@@ -87,7 +87,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         self._manifest = manifest
         self._num_threads = num_threads
         self._progress = progress
-        self._items = in_columns(manifest.layout.items)
+        self._items = manifest.layout.items
         self._starts, self._ends = manifest.layout.starts(), manifest.layout.ends()
         self._fds: list[int] = []
         try:
