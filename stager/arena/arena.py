@@ -137,15 +137,18 @@ class Arena:
         with self._changed:
             self._check_open()
 
-    def prepare_in_background(self, nbytes: int) -> None:
+    def prepare_in_background(self, nbytes: int, *, is_guess: bool = False) -> None:
         """As :meth:`prepare`, in a low-priority thread, and only where the limits leave room.
 
         It stops as soon as a lease has to wait: a cold slab is better than none.
+
+        Args:
+            is_guess: no snapshot of this size was taken yet. It replaces what was prepared by a guess of fewer bytes.
         """
         self._check_process()
         with self._changed:
             if self._prefault and not self._slabs.closed:
-                self._prefaulter.start(nbytes)
+                self._prefaulter.start(nbytes, replaces=is_guess)
 
     def close(self) -> None:
         """Free all slabs. Those still leased are freed by their release. Idempotent."""

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from stager.arena.buffer import Buffer, SlabState
 from stager.arena.slabs import Slabs
@@ -34,6 +35,7 @@ class Prefaulter:
         self._pin = pin
         self._thread: threading.Thread | None = None
         self._starts_to_skip = 0
+        self._wanted, self._replaces = 0, False  # what the thread prepares
 
     def run(self, nbytes: int) -> None:
         """Prepare every slab that states of ``nbytes`` bytes will need, with several threads; return when that is done.
@@ -45,18 +47,28 @@ class Prefaulter:
         while (buffer := self._next(nbytes)) is not None:
             self._warm(buffer, lambda: not self._slabs.closed, num_threads)
 
-    def start(self, nbytes: int) -> None:
+    def start(self, nbytes: int, *, replaces: bool = False) -> None:
         """Create and prefault slabs of ``nbytes`` bytes in a low-priority thread. The caller holds the lock.
 
-        Does nothing while that thread runs, if there is no room for a new slab, or for some calls after a failure.
+        Does nothing while that thread prepares slabs that are large enough, if there is no room for a new slab, or for some
+        calls after a failure.
+
+        Args:
+            replaces: free slabs that are too small make room: they were prepared by a guess, and this is a better one.
         """
-        busy = self._thread is not None and self._thread.is_alive()
-        if busy or not self._slabs.has_room(nbytes):
+        if self._thread is not None and self._thread.is_alive():
+            if replaces and nbytes > self._wanted:  # the thread goes on with this
+                self._wanted, self._replaces = nbytes, True
+            return
+        if replaces:
+            self._slabs.make_room(nbytes)
+        if not self._slabs.has_room(nbytes):
             return
         if self._starts_to_skip:
             self._starts_to_skip -= 1
             return
-        thread = threading.Thread(target=self._run_quietly, args=(nbytes,), name="stager-prefault", daemon=True)
+        self._wanted, self._replaces = nbytes, replaces
+        thread = threading.Thread(target=self._run_quietly, name="stager-prefault", daemon=True)
         with suppress(RuntimeError):  # the interpreter is shutting down, or no thread can be had
             thread.start()
             self._thread = thread
@@ -66,19 +78,25 @@ class Prefaulter:
         if self._thread is not None:
             self._thread.join()
 
-    def _run_quietly(self, nbytes: int) -> None:
+    def _run_quietly(self) -> None:
         lower_priority()
         try:
-            while (buffer := self._next_spare(nbytes)) is not None:
-                self._warm(buffer, lambda: not (self._slabs.closed or self._slabs.waiting), num_threads=1)
+            while (buffer := self._next_spare()) is not None:
+                self._warm(buffer, partial(self._is_wanted, buffer), num_threads=1)
         except (MemoryError, OSError) as error:
             self._starts_to_skip = _SKIPPED_AFTER_REFUSAL
             # As text: the error's traceback would keep the slab mapped as long as a handler keeps the log record.
             logger.warning("no buffer was prepared ahead of the next save: %s", str(error))
 
-    def _next_spare(self, nbytes: int) -> Buffer | None:
+    def _is_wanted(self, buffer: Buffer) -> bool:
+        return not (self._slabs.closed or self._slabs.waiting) and buffer.nbytes >= self._wanted
+
+    def _next_spare(self) -> Buffer | None:
         slabs = self._slabs
         with slabs.changed:
+            nbytes = self._wanted
+            if self._replaces:
+                slabs.make_room(nbytes)
             if slabs.closed or slabs.waiting or not slabs.has_room(nbytes):
                 return None
             shortage = slabs.shortage(nbytes)

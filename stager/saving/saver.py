@@ -103,7 +103,7 @@ class Saver:
         self._post = post
         self._replicator = replicator
         self._thread = StagingThread()
-        self._knows_size = False  # of the state, from a save or a checkpoint; guesses do not count then
+        self._knows_size = False  # of the state: it was saved, warmed up for, or loaded. Then nothing is guessed
         self.completion = SaveCompletion(
             pool, group, on_done, incremental=self._incremental, keep_unfinished=replicator.is_on
         )
@@ -345,6 +345,7 @@ class Saver:
 
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, create slabs, start workers. Waits for all of it."""
+        self._knows_size = True
         save = Save(0, self._group.save_id(WARM_UP), lambda make: None, {})  # nobody hears of it: it is no save
         try:
             tree = self._taker.flatten(state, save.save_id)
@@ -386,7 +387,7 @@ class Saver:
             return
         nbytes += nbytes // 64 + (1 << 20)  # what describes the tensors comes on top; a slab may be larger than needed
         if nbytes <= self._arena.max_slab_nbytes:
-            self._arena.prepare_in_background(nbytes)
+            self._arena.prepare_in_background(nbytes, is_guess=True)
 
     def close(self) -> None:
         """Free what staging uses. Call it after the pool is closed: then nothing is in flight any more."""

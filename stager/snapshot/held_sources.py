@@ -90,7 +90,7 @@ class HeldSources:
 
     def leaves_at(self, address: int) -> set[int]:
         """Find the leaves whose copies read this address."""
-        starts = self.sources.copies.address
+        starts = self.sources.copies.address  # on the host: no memory of a device is found gone
         return self._leaves_of((starts <= address) & (address < starts + self.sources.copies.nbytes))
 
     def _leaves_of(self, chosen: Any) -> set[int]:
@@ -100,4 +100,4 @@ class HeldSources:
 def _places(storages: Sequence[torch.UntypedStorage]) -> Any:
     """Return an array of two rows: the addresses of storages, and their sizes in bytes."""
     count = len(storages)
-    return np.stack([np.fromiter(map(of, storages), np.int64, count) for of in (_Storage.data_ptr, _Storage.nbytes)])
+    return np.stack([np.fromiter(map(of, storages), np.uint64, count) for of in (_Storage.data_ptr, _Storage.nbytes)])

@@ -29,7 +29,6 @@ _libc.pwritev.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_
 _libc.pwritev.restype = ctypes.c_ssize_t
 _libc.process_vm_readv.argtypes = [ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong]
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
-_REFUSALS = (errno.EPERM, errno.ENOSYS)  # of a container, of a kernel built without it
 
 
 class MemoryGoneError(Exception):
@@ -83,7 +82,7 @@ def read_into(target: int, address: int, nbytes: int) -> int:
 
     Raises:
         MemoryGoneError: some of it is not mapped.
-        MemoryError, StorageError: see :func:`write`.
+        MemoryError: see :func:`write`.
     """
     copied = 0
     while copied < nbytes:
@@ -91,9 +90,9 @@ def read_into(target: int, address: int, nbytes: int) -> int:
         count = _libc.process_vm_readv(os.getpid(), to.ctypes.data, 1, source.ctypes.data, 1, 0)
         if count <= 0:
             code = ctypes.get_errno() if count else 0
-            if code in _REFUSALS:
-                break
-            _raise_for(code, address, nbytes - copied)
+            if code not in (errno.EINTR, errno.EFAULT, errno.ENOMEM):
+                break  # a container or a kernel that does not let a process do so
+            _raise_for(code, address + copied, nbytes - copied)
         copied += max(count, 0)
     return copied
 

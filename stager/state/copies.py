@@ -47,7 +47,8 @@ class Copies(Sequence[Copy]):
     """Copies, in numpy's columns; a :class:`Copy` is made when somebody asks for it.
 
     Attributes:
-        leaf, address, slab_offset, nbytes, on_host: of each copy; see :class:`Copy`.
+        leaf, address, slab_offset, nbytes, on_host: of each copy; see :class:`Copy`. Addresses from 2**63 on, which some
+            devices have, are less 2**64, so that eight bytes hold them.
         shared: by leaf, the leaves of the copies that have several.
     """
 
@@ -63,7 +64,8 @@ class Copies(Sequence[Copy]):
         """Put copies into columns. No two of them may have the same ``leaf`` and different ``leaves``."""
         if isinstance(copies, Copies):
             return copies
-        numbers = np.array(list(map(_numbers_of, copies)), dtype=np.int64).reshape(len(copies), 5)
+        rows = [(leaf, _signed(address), *others) for leaf, address, *others in map(_numbers_of, copies)]
+        numbers = np.array(rows, dtype=np.int64).reshape(len(copies), 5)
         shared = {copy.leaf: copy.leaves for copy in copies if copy.leaves != (copy.leaf,)}
         leaf, address, slab_offset, nbytes, on_host = numbers.T
         return Copies(leaf, address, slab_offset, nbytes, on_host.astype(bool), shared)
@@ -105,13 +107,15 @@ class Copies(Sequence[Copy]):
             return self.where(index)
         columns = (self.leaf, self.address, self.slab_offset, self.nbytes)
         leaf, address, slab_offset, nbytes = (int(column[index]) for column in columns)
-        return Copy(leaf, address, slab_offset, nbytes, self.shared.get(leaf, (leaf,)), bool(self.on_host[index]))
+        return Copy(
+            leaf, _unsigned(address), slab_offset, nbytes, self.shared.get(leaf, (leaf,)), bool(self.on_host[index])
+        )
 
     def __iter__(self) -> Iterator[Copy]:
         columns = (self.leaf, self.address, self.slab_offset, self.nbytes, self.on_host)
         shared = self.shared
         for leaf, address, slab_offset, nbytes, on_host in zip(*(column.tolist() for column in columns), strict=True):
-            yield Copy(leaf, address, slab_offset, nbytes, shared.get(leaf, (leaf,)), on_host)
+            yield Copy(leaf, _unsigned(address), slab_offset, nbytes, shared.get(leaf, (leaf,)), on_host)
 
     def __len__(self) -> int:
         return len(self.leaf)
@@ -119,8 +123,17 @@ class Copies(Sequence[Copy]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # so that a dataclass may have one as its default
         return hash(len(self))
 
 
+def _signed(address: int) -> int:
+    return address - _TWO_TO_64 if address >= _TWO_TO_64 >> 1 else address
+
+
+def _unsigned(address: int) -> int:
+    return address if address >= PACKED else address + _TWO_TO_64
+
+
+_TWO_TO_64 = 1 << 64
 NO_COPIES = Copies.of(())

@@ -230,7 +230,8 @@ def _has_no_other_stride(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 
 
 def _numbers(values: Iterable[int], count: int) -> Any:
-    return np.fromiter(values, dtype=np.int64, count=count)
+    """Return integers up to 2**64 as 8-byte ones. Addresses of some devices are above 2**63: they become negative."""
+    return np.fromiter(values, dtype=np.uint64, count=count).view(np.int64)
 
 
 def _check_storages(tensors: Sequence[torch.Tensor], block: _Block, storages: Sequence[torch.UntypedStorage]) -> None:

@@ -34,8 +34,8 @@ def _entries(optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Te
 def _names(optimizer: Optimizer, group: Mapping[str, Any]) -> list[str]:
     """Return the entries of the state that are as large as their parameter."""
     if isinstance(optimizer, SGD):
-        return ["momentum_buffer"] if group["momentum"] else []
-    return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        return ["momentum_buffer"] if group.get("momentum") else []
+    return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
 
 
 def _like(parameter: torch.Tensor) -> torch.Tensor:
@@ -53,14 +53,16 @@ def expected_nbytes(optimizers: Iterable[Optimizer], num_ranks: int) -> int | No
     """
     total = 0
     for optimizer in optimizers:
+        is_known = isinstance(optimizer, (SGD, Adam, AdamW))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                state = optimizer.state.get(parameter)
-                if torch.nn.parameter.is_lazy(parameter) or not (state or isinstance(optimizer, (SGD, Adam, AdamW))):
+                found: Any = optimizer.state.get(parameter)
+                state = list(found.values()) if isinstance(found, Mapping) else []
+                if torch.nn.parameter.is_lazy(parameter) or not (state or is_known):
                     return None
                 nbytes = _nbytes(parameter)
                 if state:
-                    nbytes += sum(_nbytes(value) for value in state.values() if isinstance(value, torch.Tensor))
+                    nbytes += sum(_nbytes(value) for value in state if isinstance(value, torch.Tensor))
                 elif parameter.requires_grad:
                     nbytes += nbytes * len(_names(optimizer, group))
                 total += nbytes if is_sharded(parameter) else nbytes // num_ranks
@@ -68,5 +70,6 @@ def expected_nbytes(optimizers: Iterable[Optimizer], num_ranks: int) -> int | No
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
-    """Count this rank's bytes of a tensor."""
-    return sum(part.nbytes for part in memory_of(tensor)) if is_sharded(tensor) else tensor.nbytes
+    """Count this rank's bytes of a tensor; those of a sparse or nested one are pickled, and not counted."""
+    parts = memory_of(tensor) if is_sharded(tensor) else [tensor]
+    return sum(part.nbytes for part in parts if part.layout is torch.strided and not part.is_nested)

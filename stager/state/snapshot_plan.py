@@ -6,6 +6,7 @@ kept as long as those are the same, which is checked in full on every save; it i
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,9 +29,12 @@ from stager.workers.checkpoint.layout.layout import contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import Chunks, Node, map_leaves
 from stager.workers.checkpoint.layout.tensor_node import TensorNode
+from stager.workers.errors import UnstageableError
 from stager.workers.gc_pause import no_collection
 
 __all__ = ["Planner", "SnapshotPlan"]
+
+_LARGEST = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ class Planner:
         self._last_plan = self._last_fingerprints = self._last_key = None
 
     def _make(self, tree: StateTree, table: TensorTable) -> SnapshotPlan:
+        _refuse_too_large(tree, table)
         # 1. Which tensors the format stores as tensors, and which of these are one item.
         is_held = table.of_each(lambda kind: self._format.holds(name_of(kind.dtype))).astype(bool)
         foreign = table.where(~is_held)
@@ -206,12 +211,25 @@ class Planner:
             plan_id=xxhash.xxh3_128_hexdigest(document),
             trailer=self._format.trailer(layout),
             leaves=column(table.leaves),
-            addresses=column(table.addresses),
+            addresses=array("Q", table.addresses.tobytes()),
             devices=None if table.on_host.all() else tuple(table.devices[number] for number in table.on.tolist()),
             spans=column(table.of_each(lambda kind: kind.span_nbytes)),
             dense=table.of_each(lambda kind: kind.is_dense).astype(np.uint8).tobytes(),
             has_slices=bool(tree.kinds),
         )
+
+
+def _refuse_too_large(tree: StateTree, table: TensorTable) -> None:
+    """Refuse an expanded tensor whose elements would take more bytes than can be counted.
+
+    Raises:
+        UnstageableError
+    """
+    for code, kind in enumerate(table.kinds):
+        if kind.nbytes > _LARGEST:
+            leaf = int(table.leaves[np.flatnonzero(table.codes == code)[0]])
+            reason = f"has {kind.nbytes:,} bytes if it is stored element by element; save the tensor that was expanded"
+            raise UnstageableError(tree.name(leaf), reason)
 
 
 def _tied(table: TensorTable) -> list[list[int]]:

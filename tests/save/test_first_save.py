@@ -53,6 +53,34 @@ def test_nothing_is_guessed_of_what_cannot_be_known() -> None:
     assert expected_nbytes([], 1) == 0
 
 
+class _Odd(torch.optim.Adam):
+    """An optimizer of the user's: its groups lack what Adam's have, and its state is no dict."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], state: Any) -> None:
+        super().__init__(parameters)
+        for group in self.param_groups:
+            del group["amsgrad"]
+        for parameter in parameters:
+            self.state[parameter] = state
+
+
+@pytest.mark.parametrize("state", [None, [torch.ones(3)], torch.ones(3), 7], ids=["none", "list", "tensor", "number"])
+def test_guard_takes_optimizers_of_which_nothing_is_known(run_dir: Path, state: Any) -> None:
+    with Checkpointer(run_dir, {"persistence": {"fsync": False}, "workers": {"count": 1}}) as ckpt:
+        ckpt.guard(_Odd(_parameters(), state))
+
+
+def test_guard_takes_sparse_parameters_and_states(run_dir: Path) -> None:
+    embedding = torch.nn.Embedding(10, 3, sparse=True)
+    optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1, momentum=0.9)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    sparse = torch.nn.Parameter(torch.eye(3).to_sparse())
+    with Checkpointer(run_dir, {"persistence": {"fsync": False}, "workers": {"count": 1}}) as ckpt:
+        ckpt.guard(optimizer, torch.optim.SGD([sparse], lr=0.1))
+        ckpt.save(1, {"model": embedding, "optimizer": optimizer}).upload_completion.result()
+
+
 def _slabs(ckpt: Checkpointer) -> int:
     arena = ckpt._run.arena  # type: ignore[attr-defined]  # nothing else tells how much is prepared
     return int(arena.nbytes)
@@ -69,6 +97,22 @@ def test_guard_prepares_memory_that_the_first_save_uses(run_dir: Path) -> None:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         ckpt.save(1, {"model": parameters, "optimizer": optimizer}).upload_completion.result()
+        assert _slabs(ckpt) == prepared
+
+
+def test_optimizers_that_are_guarded_one_by_one_are_prepared_for_together(run_dir: Path) -> None:
+    first, second = torch.optim.AdamW(_parameters()), torch.optim.AdamW(_parameters())
+    with Checkpointer(run_dir, {"persistence": {"fsync": False}, "workers": {"count": 1}}) as ckpt:
+        ckpt.guard(first)
+        ckpt.guard(second)
+        wait_until(lambda: _slabs(ckpt) >= 4 * 3 * 16 * MIB)
+        parameters = [group["params"] for one in (first, second) for group in one.param_groups]
+        prepared = _slabs(ckpt)
+        for parameter in [one for some in parameters for one in some]:
+            parameter.grad = torch.ones_like(parameter)
+        first.step()
+        second.step()
+        ckpt.save(1, {"model": parameters, "optimizers": [first, second]}).upload_completion.result()
         assert _slabs(ckpt) == prepared
 
 

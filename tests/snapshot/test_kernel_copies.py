@@ -138,10 +138,11 @@ def test_memory_is_copied_to_memory_and_what_is_gone_is_an_error() -> None:
     memory.close()
 
 
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.ENOSYS, errno.EACCES, errno.ESRCH, errno.EINVAL])
 def test_copy_that_is_interrupted_or_short_goes_on_and_a_refusal_leaves_the_rest(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, refusal: int
 ) -> None:
-    libc, answers = kernel_copies._libc, [errno.EINTR, None, errno.EPERM]
+    libc, answers = kernel_copies._libc, [errno.EINTR, None, refusal]
 
     def process_vm_readv(pid: int, to: int, to_count: int, source: int, count: int, flags: int) -> int:
         if answer := answers.pop(0):

@@ -249,15 +249,16 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
         raise ValueError("its items have columns that this version of stager does not know")
     header = _parse_header(body)
     index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
+    items, lists = items_of_rows(body["rows"])
     layout = Layout(
         files=tuple(FileSpec(name, nbytes) for name, nbytes in body["files"]),
-        items=items_of_rows(body["rows"]),
+        items=items,
         structure=body["structure"],
         segment_bytes=body["segment_bytes"],
     )
     check_layout(layout)
     check_distinct([MANIFEST_NAME, *(f.name for f in (*layout.files, *index_files))])
-    hashes = tuple([tuple(row[-1]) for row in body["rows"]])
+    hashes = tuple(map(tuple, lists))
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")
     step = layout.segment_bytes

@@ -2,7 +2,7 @@
 
     Item        one of them, made when somebody asks for it
     ItemKind    what many items have in common: kind, dtype, shape, stride. Models have many tensors and few of these
-    Items       all of them: the number of its kind, and seven numbers, for each
+    Items       all of them: the number of its kind, and six numbers, for each
 
 Trainer, workers and readers see ``Items`` as a sequence of ``Item``; what runs for each item of every save reads columns.
 """
@@ -160,7 +160,9 @@ class Items(Sequence[Item]):
             yield Item(kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, slab_offset)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(Item.__eq__, self, other))
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return all(ours == theirs for ours, theirs in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]  # as that of a list
 
@@ -187,17 +189,24 @@ class Items(Sequence[Item]):
         codes = columns[0]
         if {len(codes)} != set(map(len, columns)):
             raise ValueError("the columns of the items differ in length")
-        if len(codes) and not 0 <= min(codes) <= max(codes) < len(kinds):
-            raise ValueError("an item is of a kind that is not listed")
+        if set(codes) != set(range(len(kinds))):
+            raise ValueError("an item is of a kind that is not listed, or no item is of a kind that is")
         return Items(kinds, *columns)
 
 
 def column(values: Iterable[int]) -> array[int]:
-    """Make a column: of integers, or of a numpy array of 8-byte integers."""
+    """Make a column: of integers, or of a numpy array of 8-byte integers.
+
+    Raises:
+        TypeError: an array of something else.
+    """
     made = array("q")
     if isinstance(values, (array, range, list, tuple)):
         return array("q", values)
-    made.frombytes(memoryview(values).cast("B"))  # type: ignore[arg-type]  # it is an array of numpy's
+    view = memoryview(values)  # type: ignore[arg-type]  # it is an array of numpy's
+    if view.format not in ("l", "q") or view.itemsize != made.itemsize:
+        raise TypeError(f"an array of {view.format} is no column")
+    made.frombytes(view.cast("B"))
     return made
 
 

@@ -85,15 +85,22 @@ def check_shape(value: Any) -> tuple[int, ...]:
     return numbers
 
 
-def items_of_rows(rows: Sequence[Sequence[Any]]) -> Items:
-    """Put rows that were read from a file into columns. Each has the values of ``ROW_COLUMNS``, and maybe more.
+def items_of_rows(rows: Sequence[Sequence[Any]]) -> tuple[Items, Sequence[Any]]:
+    """Put rows that were read from a file into columns. Each has the values of ``ROW_COLUMNS``, and one more.
+
+    Returns:
+        The items, and the last values of the rows.
 
     Raises:
-        ValueError, TypeError: a row has too few values, or a number is none.
+        ValueError, TypeError: a row has another number of values, or a number is none.
     """
+    if not isinstance(rows, list):
+        raise TypeError(f"the items are a {type(rows).__name__}, and must be a list")
     if not rows:
-        return Items.of(())
-    kind, *numbers, dtype, shapes, strides = list(zip(*rows, strict=True))[: len(ROW_COLUMNS)]
+        return Items.of(()), ()
+    kind, *numbers, dtype, shapes, strides, others = zip(*rows, strict=True)
+    if len(rows[0]) != len(ROW_COLUMNS) + 1:
+        raise ValueError(f"a row of items has {len(rows[0])} values, and must have {len(ROW_COLUMNS) + 1}")
     for values in numbers:
         if set(map(type, values)) - {int} or min(values) < 0 or max(values) > _LARGEST:
             list(map(check_count, values))
@@ -106,7 +113,7 @@ def items_of_rows(rows: Sequence[Sequence[Any]]) -> Items:
     file, offset, nbytes, data_offset, data_nbytes = map(column, numbers)
     not_in_slab = column([NOT_IN_A_SLAB]) * len(codes)
     columns = (column(codes), file, offset, nbytes, data_offset, data_nbytes, not_in_slab)
-    return Items(tuple(ItemKind(*key) for key in kinds), *columns)
+    return Items(tuple(ItemKind(*key) for key in kinds), *columns), others
 
 
 def _check_items(layout: Layout) -> None:

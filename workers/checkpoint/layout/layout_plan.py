@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stager.workers.checkpoint.layout.items import Item, Items
+from stager.workers.checkpoint.layout.items import Item, Items, column
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, PlanCache, Templates
-from stager.workers.checkpoint.layout.layout_check import items_of_rows
+from stager.workers.checkpoint.layout.layout_check import check_count, items_of_rows
 from stager.workers.checkpoint.layout.structure import Node
 
 
@@ -104,9 +104,11 @@ class LayoutPlan:
 
 
 def _tensors_of(document: dict[str, Any]) -> Items:
-    if "rows" in document:  # a save record of version 0.1
-        return items_of_rows(document["rows"])
-    return Items.from_document(document)
+    if "rows" not in document:
+        return Items.from_document(document)
+    # A save record or a replica of the first version. The last value of a row is the place in the slab.
+    items, places = items_of_rows(document["rows"])
+    return items.in_slab(column([check_count(place) for place in places]))
 
 
 def objects_to_json(objects: Sequence[Item]) -> bytes:

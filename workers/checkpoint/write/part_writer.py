@@ -184,6 +184,8 @@ class PartWriter:
     def _header_and_tail(self, index: int) -> tuple[bytes, bytes]:
         item = self._layout.items[index]
         head, tail = self._make_header_and_tail(index)
+        if item.slab_offset < 0:
+            raise InternalError(f"{item} has no place in the slab")
         if (item.offset + len(head), len(head) + item.data_nbytes + len(tail)) != (item.data_offset, item.nbytes):
             raise InternalError(
                 f"the worker made a header of {len(head)} bytes and a tail of {len(tail)} bytes for {item}, which do not "

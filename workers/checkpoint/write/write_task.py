@@ -18,7 +18,7 @@ from stager.workers.checkpoint.directory import metrics
 from stager.workers.checkpoint.directory.envelope import seal_json, unseal
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.layout.layout_check import check_layout
+from stager.workers.checkpoint.layout.layout_check import check_layout, items_of_rows
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.write.save_spec import SaveSpec, check_spec
 from stager.workers.checkpoint.write.write_back import PLAIN, Writing
@@ -26,7 +26,7 @@ from stager.workers.errors import CorruptCheckpointError
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import Memory
 
-_CACHED_PLANS = 2  # for states that are saved in turn; a plan takes about 1 KiB per tensor
+_CACHED_PLANS = 2  # for states that are saved in turn; a plan takes some hundred bytes per tensor
 _RECORD = re.compile(r"save-([0-9]{1,9})\.json")
 
 
@@ -111,7 +111,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layou
     body = unseal(data, path)
     try:
         spec = check_spec(SaveSpec(directory=directory, **body["facts"]))
-        objects = [Item.from_row(row[:-1]) for row in body["objects"]]
+        objects, _ = items_of_rows(body["objects"])
         layout = LayoutPlan.from_body(body["plan"]).with_objects(objects)
         check_layout(layout, of_one_rank=spec.num_ranks > 1)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
