@@ -38,15 +38,15 @@ POINTS = {
 CONFIG = {"workers": {"count": 2}, "persistence": {"segment_bytes": "256KiB", "fsync": False}}
 
 
-def state_of(number: int) -> dict[str, object]:
-    return {"x": torch.full((6 << 20,), number % 256, dtype=torch.uint8), "n": number}
+def state_of(number: int, mib: int = 6) -> dict[str, object]:
+    return {"x": torch.full((mib << 20,), number % 256, dtype=torch.uint8), "n": number}
 
 
-def committed(ckpt: Checkpointer, handle: SaveHandle, number: int) -> None:
+def committed(ckpt: Checkpointer, handle: SaveHandle, number: int, mib: int = 6) -> None:
     info = handle.upload_completion.result()
     assert verify_checkpoint(info.path).problems == ()
     loaded = ckpt.load(handle.step)
-    assert loaded is not None and same(loaded.state, state_of(number))
+    assert loaded is not None and same(loaded.state, state_of(number, mib))
 
 
 def test_worker_killed_at_each_point_and_the_save_commits_all_the_same(run_dir: Path, faults: Faults) -> None:
@@ -63,10 +63,11 @@ def test_worker_killed_at_each_point_and_the_save_commits_all_the_same(run_dir: 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_worker_killed_in_the_middle_of_writing_20_times(run_dir: Path, faults: Faults) -> None:
+    mib = 24  # so that each worker writes three times, at least
     with Checkpointer(run_dir, CONFIG) as ckpt:
         for number in range(20):
             faults.arm("part.write", f"kill after={number % 3}")
-            committed(ckpt, ckpt.save(number, state_of(number)), number)
+            committed(ckpt, ckpt.save(number, state_of(number, mib)), number, mib)
             assert faults.fired("part.write")
         assert len(ckpt.checkpoints()) == 20
 
