@@ -231,7 +231,7 @@ class SnapshotTaker:
         may_wait[list(compress(plan.leaves, protected))] = True
         # A packed copy from host memory has no tripwire: nobody would notice a write through .data. So it is made now.
         waits = copies.all_in(may_wait) & ~(copies.is_packed & copies.on_host)
-        now, later = copies.where(~waits), copies.where(waits)
+        now, later = (copies.where(~waits), copies.where(waits)) if waits.any() else (copies, NO_COPIES)
         own_now = set(compress(plan.leaves, is_own)).difference(later.all_leaves())
         now_work = self._assign(now, leaves, guarded=False)
         later_work = self._assign(later, leaves, guarded=True)

@@ -69,7 +69,10 @@ def test_array_of_something_else_is_no_column(values: Any) -> None:
     "change",
     [
         lambda document: document["columns"].pop("offset"),
-        lambda document: document["columns"].update(offset="AAAA"),
+        lambda document: document["columns"].update(offset="qAAAA"),
+        lambda document: document["columns"].update(offset="I" + document["columns"]["offset"][1:]),
+        lambda document: document["columns"].update(offset="u" + document["columns"]["offset"][1:]),
+        lambda document: document["columns"].update(offset=""),
         lambda document: document["columns"].update(kind=document["columns"]["offset"]),
         lambda document: document["columns"].update(file=7),
         lambda document: document["kinds"].append(["tensor", "float32", [1 << 62], [1]]),

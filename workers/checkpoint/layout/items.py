@@ -171,7 +171,7 @@ class Items(Sequence[Item]):
         return self.kind, self.file, self.offset, self.nbytes, self.data_offset, self.data_nbytes, self.slab_offset
 
     def to_document(self) -> dict[str, Any]:
-        """Return what JSON can hold. A column is base64 of little-endian integers of 8 bytes."""
+        """Return what JSON can hold. A column is the type of its integers and, in base64, their little-endian bytes."""
         names = ("kind", *_NUMBERS)
         return {"kinds": self.kinds, "columns": dict(zip(names, map(_encoded, self.columns()), strict=True))}
 
@@ -211,18 +211,28 @@ def column(values: Iterable[int]) -> array[int]:
 
 
 def _encoded(values: array[int]) -> str:
-    return base64.b64encode(_little_endian(values)).decode()
+    if min(values, default=0) < 0:
+        code = "q"
+    else:
+        most = max(values, default=0)
+        code = next((code for code, limit in _LIMITS.items() if most < limit), "q")
+    return code + base64.b64encode(_little_endian(array(code, values))).decode()
+
+
+_LIMITS = {"B": 1 << 8, "H": 1 << 16, "I": 1 << 32}  # types of ``array`` that are of the same size everywhere
 
 
 def _decoded(text: str) -> array[int]:
-    values = array("q")
-    values.frombytes(base64.b64decode(text, validate=True))
-    return _little_endian(values)
+    if text[:1] not in ("q", *_LIMITS):
+        raise ValueError(f"{text[:60]!r} is no column")
+    values = array(text[0])
+    values.frombytes(base64.b64decode(text[1:], validate=True))
+    return array("q", _little_endian(values))
 
 
 def _little_endian(values: array[int]) -> array[int]:
     if sys.byteorder == "little":
         return values
-    swapped = array("q", values)
+    swapped = array(values.typecode, values)
     swapped.byteswap()
     return swapped
