@@ -36,7 +36,7 @@ def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     }
     with Checkpointer(directory) as checkpointer:
         for step in STEPS:
-            checkpointer.save(step, state)
+            checkpointer.save(step, state).upload_completion.result()  # one after the other: retention looks at times
     yield directory
 
 
