@@ -44,7 +44,7 @@ def hostile_value(rng: random.Random) -> Any:
     if kind < 0.8:
         return rng.choice(_TEXTS)
     if kind < 0.95:
-        return copy.deepcopy(rng.choice(_OTHERS))
+        return _copied(rng.choice(_OTHERS))
     if kind < 0.97:
         return _nested(rng.choice((5, 90, 150, 250)))
     return [rng.choice((0, 1, (1 << 62) + 1)) for _ in range(rng.choice((3, 70, 2000, 50_000)))]
@@ -70,12 +70,9 @@ def mutate_json(rng: random.Random, document: Any) -> Any:
                                  if type(value) is int else value))  # fmt: skip
     elif kind < 0.75:
         other, other_key = _any_place(rng, document)
-        try:
-            place[key] = copy.deepcopy(other[other_key])
-        except RecursionError:
-            place[key] = None
+        place[key] = _copied(other[other_key])
     elif kind < 0.85 and isinstance(place, list):
-        place.insert(key, copy.deepcopy(value))
+        place.insert(key, _copied(value))
     elif kind < 0.9:
         del place[key]
     elif isinstance(value, list) and value:
@@ -83,6 +80,14 @@ def mutate_json(rng: random.Random, document: Any) -> Any:
     else:
         place[key] = hostile_value(rng)
     return document
+
+
+def _copied(value: Any) -> Any:
+    """Copy a value, so that what is done to the one is not done to the other; None if it is nested too deeply."""
+    try:
+        return copy.deepcopy(value)
+    except RecursionError:
+        return None
 
 
 def _any_place(rng: random.Random, document: Any) -> tuple[Any, Any]:
