@@ -36,6 +36,7 @@ class Prefaulter:
         self._thread: threading.Thread | None = None
         self._starts_to_skip = 0
         self._wanted, self._replaces = 0, False  # what the thread prepares
+        self._num_waiting = 0  # calls of run(): somebody waits
 
     def run(self, nbytes: int) -> None:
         """Prepare every slab that states of ``nbytes`` bytes will need, with several threads; return when that is done.
@@ -44,8 +45,14 @@ class Prefaulter:
             MemoryBudgetError: the system has no memory for a single one, or ran out of it.
         """
         num_threads = min(usable_cores(), _MAX_THREADS)
-        while (buffer := self._next(nbytes)) is not None:
-            self._warm(buffer, lambda: not self._slabs.closed, num_threads)
+        with self._slabs.changed:
+            self._num_waiting += 1  # the thread stops, and what it has begun is gone on with here
+        try:
+            while (buffer := self._next(nbytes)) is not None:
+                self._warm(buffer, lambda: not self._slabs.closed, num_threads)
+        finally:
+            with self._slabs.changed:
+                self._num_waiting -= 1
 
     def start(self, nbytes: int, *, replaces: bool = False) -> None:
         """Create and prefault slabs of ``nbytes`` bytes in a low-priority thread. The caller holds the lock.
@@ -89,7 +96,9 @@ class Prefaulter:
             logger.warning("no buffer was prepared ahead of the next save: %s", str(error))
 
     def _is_wanted(self, buffer: Buffer) -> bool:
-        return not (self._slabs.closed or self._slabs.waiting) and buffer.nbytes >= self._wanted
+        if self._slabs.closed or self._slabs.waiting or self._num_waiting:
+            return False
+        return buffer.nbytes >= self._wanted
 
     def _next_spare(self) -> Buffer | None:
         slabs = self._slabs
@@ -97,7 +106,7 @@ class Prefaulter:
             nbytes = self._wanted
             if self._replaces:
                 slabs.make_room(nbytes)
-            if slabs.closed or slabs.waiting or not slabs.has_room(nbytes):
+            if slabs.closed or slabs.waiting or self._num_waiting or not slabs.has_room(nbytes):
                 return None
             shortage = slabs.shortage(nbytes)
             if shortage is not None:

@@ -212,6 +212,27 @@ def test_prepare_waits_for_the_background(make_arena: Make, gate: Gate, threads:
     assert all(take(arena, MIB).warm for _ in range(2))
 
 
+def test_prepare_takes_over_what_the_background_has_begun(make_arena: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The background's thread is slow: it allocates nothing until it is told to stop."""
+    real = Slab.prefault
+
+    def prefault_slowly(slab: Slab, keep_going: Callable[[], bool], num_threads: int = 1) -> None:
+        if threading.current_thread().name == "stager-prefault":
+            wait_until(lambda: not keep_going())
+        else:
+            real(slab, keep_going, num_threads)
+
+    monkeypatch.setattr(Slab, "prefault", prefault_slowly)
+    arena = make_arena(buffers=2)
+    arena.prepare_in_background(20 * MIB)
+    wait_until(lambda: sizes(arena) == [20 * MIB])
+    arena.prepare(20 * MIB)
+    assert sizes(arena) == [20 * MIB] * 2
+    for lease in [take(arena, 20 * MIB) for _ in range(2)]:
+        assert lease.warm
+        lease.release()
+
+
 def test_half_a_slab_is_given_back_when_memory_runs_out(make_arena: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = make_arena(buffers=1)
     refuse_memory(monkeypatch, after=1)
