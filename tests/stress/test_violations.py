@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,13 +61,17 @@ def test_run_that_hangs_is_ended_and_its_stacks_are_kept(stage: Stage) -> None:
 
 def test_shared_memory_and_names_that_are_left_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     before = replace(Traces.take(os.getpid()), shmem_bytes=0)  # others may give theirs back at any moment
-    with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="left_") as left, mmap.mmap(-1, 32 << 20) as memory:
-        memory.write(bytes(32 << 20))
-        monkeypatch.setattr(system, "_PATIENCE_SECS", 0.0)
-        monkeypatch.setattr(system, "others_with_shared_memory", lambda _: [])  # whoever runs beside this test
-        problems = before.left_behind(os.getpid(), 8 << 20)
+    left = Path("/dev/shm", f"left-{uuid.uuid4().hex}x")  # no part of the name is a number: it would be its owner's pid
+    try:
+        with open(left, "xb"), mmap.mmap(-1, 32 << 20) as memory:
+            memory.write(bytes(32 << 20))
+            monkeypatch.setattr(system, "_PATIENCE_SECS", 0.0)
+            monkeypatch.setattr(system, "others_with_shared_memory", lambda _: [])  # whoever runs beside this test
+            problems = before.left_behind(os.getpid(), 8 << 20)
+    finally:
+        left.unlink()
     assert any(line.endswith("bytes more of shared memory than before the episode") for line in problems)
-    assert f"{left.name} was left behind" in problems
+    assert f"{left} was left behind" in problems
     assert any("the fork server had" in line for line in problems)  # its descriptor of the file
 
 
