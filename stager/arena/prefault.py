@@ -46,7 +46,7 @@ class Prefaulter:
         """
         num_threads = min(usable_cores(), _MAX_THREADS)
         with self._slabs.changed:
-            self._num_waiting += 1  # the thread stops, and what it has begun is gone on with here
+            self._num_waiting += 1  # the background thread stops; this call finishes the slab that it had begun
         try:
             while (buffer := self._next(nbytes)) is not None:
                 self._warm(buffer, lambda: not self._slabs.closed, num_threads)

@@ -115,9 +115,9 @@ class SourceSharer:
         Returns:
             Whether something was moved: its address is another now, so the snapshot has to be planned again.
         """
-        has_moved = False
         if self._options.location == "trainer":
-            return has_moved
+            return False
+        has_moved = False
         may_move = may_move and self._options.location == "workers"
         with self._lock:
             self._forget_the_dead()

@@ -94,7 +94,7 @@ def _gathers(copies: Copies) -> Iterator[Gather]:
     gaps = np.zeros(len(copies), dtype=np.int64)  # before each
     gaps[1:] = copies.slab_offset[1:] - ends[:-1]
     apart = np.flatnonzero((gaps < 0) | (gaps >= _MAX_GAP_BYTES)).tolist()
-    # Two vectors for each copy: its gap, then itself. Those of no gap are left out.
+    # Two vectors for each copy: the gap before it, then the copy. A gap of no bytes has no vector.
     vectors = np.empty((len(copies), 2, 2), dtype=np.uint64)
     vectors[:, 0, 0], vectors[:, 0, 1] = _zeros_address, gaps.clip(0)
     vectors[:, 1, 0], vectors[:, 1, 1] = copies.address, copies.nbytes

@@ -181,10 +181,10 @@ def _do_guarded(work: Move | Gather, slab: Slab, cold: bool, *, shares: bool) ->
     Raises:
         MemoryGoneError: it was freed.
     """
-    _check_inside(work, slab)
-    if isinstance(work, Gather):
-        write(slab.fd, work.vectors, work.slab_offset)
+    if isinstance(work, Gather):  # the kernel copies it in either case
+        _do(work, slab, cold)
         return
+    _check_inside(work, slab)
     done = 0
     if shares and not cold:  # a page of the slab that cannot be allocated is EFAULT, too
         done = read_into(slab.address + work.slab_offset, work.address, work.nbytes)

@@ -171,8 +171,8 @@ class Wires:
         numbers = watched[numbers]
         address, offset, nbytes = (column[numbers] for column in (copies.address, copies.slab_offset, copies.nbytes))
         is_aligned = ((address | offset) % 8 == 0) & (nbytes >= _SAMPLE_BYTES)
-        words = _rows(numbers[is_aligned], places[is_aligned], nbytes[is_aligned], 8)
-        others = _rows(numbers[~is_aligned], places[~is_aligned], nbytes[~is_aligned], 1)
+        words = _words(numbers[is_aligned], places[is_aligned], nbytes[is_aligned], 8)
+        others = _words(numbers[~is_aligned], places[~is_aligned], nbytes[~is_aligned], 1)
         leaves = tuple(copies.all_leaves())
         sources, targets = (
             _Samples((column[words[0]] + words[1]) >> 3, column[others[0]] + others[1])
@@ -280,7 +280,7 @@ def _places(nbytes: Any) -> tuple[Any, Any]:
     return np.concatenate(numbers), np.concatenate(places)
 
 
-def _rows(numbers: Any, places: Any, nbytes: Any, step: int) -> tuple[Any, Any]:
+def _words(numbers: Any, places: Any, nbytes: Any, step: int) -> tuple[Any, Any]:
     """Cut samples into words of ``step`` bytes.
 
     Args:

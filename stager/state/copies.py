@@ -47,8 +47,8 @@ class Copies(Sequence[Copy]):
     """Copies, in numpy's columns; a :class:`Copy` is made when somebody asks for it.
 
     Attributes:
-        leaf, address, slab_offset, nbytes, on_host: of each copy; see :class:`Copy`. Addresses from 2**63 on, which some
-            devices have, are less 2**64, so that eight bytes hold them.
+        leaf, address, slab_offset, nbytes, on_host: of each copy; see :class:`Copy`. Some devices have addresses of 2**63
+            and more; of these 2**64 is subtracted, so that they fit signed integers of 8 bytes.
         shared: by leaf, the leaves of the copies that have several.
     """
 

@@ -59,7 +59,7 @@ class TensorTable:
 
     Attributes:
         leaves: numbers of their leaves.
-        addresses: of each tensor's first element, on its device; less 2**64 from 2**63 on.
+        addresses: of each tensor's first element, on its device; from 2**63 on, 2**64 is subtracted.
         kinds: the different memory kinds.
         codes: for each tensor, the position of its kind in ``kinds``.
         devices: the different devices, in the order of their names.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,108 +9,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from stager import StateMismatchError, UnloadableError, UnsafePickleError, UsageError, load_checkpoint
+from stager import StateMismatchError, UnsafePickleError, UsageError, load_checkpoint
+from tests.loading.foreign_files import save_dcp, small_model
 from tests.loading.restoring import contents
 from tests.states import same
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-def save_dcp(path: Path, state: dict[str, Any], *, flat: bool = False) -> Path:
-    planner = DefaultSavePlanner(flatten_state_dict=not flat)
-    dcp.save(state, checkpoint_id=path, planner=planner, no_dist=True)
-    return path
-
-
-def small_model() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.randn(5, 4)).sum().backward()
-    optimizer.step()
-
-
-OPTIMIZERS = [
-    lambda parameters: torch.optim.Adam(parameters, lr=0.1),
-    lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-    lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
-]
-
-
-@pytest.mark.parametrize("has_made_a_step", [False, True])
-@pytest.mark.parametrize("make", OPTIMIZERS)
-@pytest.mark.parametrize("steps", [0, 1])
-def test_an_optimizer_gets_the_state_that_it_had_if_it_had_one(
-    tmp_path: Path, make: Any, steps: int, has_made_a_step: bool
-) -> None:
-    model = small_model()
-    optimizer = make(model.parameters())
-    for _ in range(steps):
-        step(model, optimizer)
-    path = save_dcp(tmp_path / "stock", {"model": model, "optimizer": optimizer})
-    other = small_model()
-    into = {"model": other, "optimizer": make(other.parameters())}
-    into["optimizer"].param_groups[0]["lr"] = 0.5
-    if has_made_a_step:
-        step(other, into["optimizer"])
-    assert load_checkpoint(path, into).missing == ()
-    assert same(dict(other.state_dict()), dict(model.state_dict()))
-    assert same(into["optimizer"].state_dict(), optimizer.state_dict())
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("has_stepped", [False, True])
-@pytest.mark.parametrize("name", ["", "block"])
-def test_an_optimizer_whose_states_have_the_names_of_parameters(
-    tmp_path: Path, name: str, has_stepped: bool, flat: bool
-) -> None:
-    """As torch's ``get_state_dict`` makes them: such names have dots, and may begin with a number."""
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-        model = nn.ModuleDict({name: model})[name] if name else model
-        whole = nn.ModuleDict({name: model}) if name else model
-        return whole, torch.optim.AdamW(whole.parameters(), lr=0.1)
-
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        (model[name] if name else model)(torch.randn(5, 4)).sum().backward()  # type: ignore[index]  # a ModuleDict if it has a name
-        optimizer.step()
-
-    model, optimizer = make()
-    train(model, optimizer)
-    model_state, state = get_state_dict(model, optimizer)
-    if flat:
-        state = {
-            **{f"state.{key}.{one}": value for key, values in state["state"].items() for one, value in values.items()},
-            "param_groups": state["param_groups"],
-        }
-    path = save_dcp(tmp_path / "dcp", {"model": model_state, "optimizer": state})
-    into = make()
-    if has_stepped:
-        train(*into)
-    loaded = load_checkpoint(path, into={"model": into[0], "optimizer": into[1]})
-    assert loaded.missing == loaded.unexpected == ()
-    assert same(into[0].state_dict(), model.state_dict())
-    assert same(into[1].state_dict(), optimizer.state_dict())
-
-
-def test_states_of_an_optimizer_that_belong_to_none_of_its_parameters_are_refused(tmp_path: Path) -> None:
-    """torch takes them, and begins with states of zero."""
-    model = small_model()
-    optimizer = torch.optim.Adam(model.parameters())
-    step(model, optimizer)
-    state = optimizer.state_dict()
-    state["state"] = {number + 10: value for number, value in state["state"].items()}
-    torch.save({"optimizer": state}, tmp_path / "a.pt")
-    with pytest.raises(UnloadableError, match=r"^optimizer: .*none of them belong together"):
-        load_checkpoint(tmp_path / "a.pt", into={"optimizer": optimizer})
 
 
 def test_what_has_no_value_is_not_missing(tmp_path: Path) -> None:
@@ -160,26 +65,6 @@ def test_a_number_that_the_target_lacks_is_one_where_its_keys_are_numbers(tmp_pa
     assert list(into["a"]) == [1, 2, -3] and list(into["b"]) == ["x", "2"]  # in the order of the checkpoint
 
 
-class Counts:
-    """As a data loader: its state has numbers as keys."""
-
-    def __init__(self, counts: dict[int, int]) -> None:
-        self.counts = counts
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counts = state["counts"]
-
-
-def test_an_object_gets_its_keys_as_it_has_them(tmp_path: Path) -> None:
-    path = save_dcp(tmp_path / "stock", {"loader": Counts({3: 1, 4: 2})})
-    loader = Counts({3: 0})
-    load_checkpoint(path, {"loader": loader})
-    assert loader.counts == {3: 1, 4: 2}
-
-
 NESTED = {"model": {"0.weight": torch.randn(3, 2), "0.bias": torch.randn(3)}, "list": [torch.ones(1), torch.ones(2)]}
 
 
@@ -217,113 +102,6 @@ def test_only_what_is_asked_for_is_read(names_only: Path) -> None:
     assert same(into["model"]["0.bias"], NESTED["model"]["0.bias"]) and not into["model"]["0.weight"].any()
     with pytest.raises(StateMismatchError, match="optimizer"):
         load_checkpoint(names_only, keys=["list.*", "optimizer"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Unknown:
-    n: int
-
-
-def test_an_object_that_needs_permission_is_read_only_if_it_is_asked_for(tmp_path: Path) -> None:
-    path = save_dcp(tmp_path / "stock", {"w": torch.ones(2), "o": {Unknown(3)}, "n": 3})
-    w = torch.zeros(2)
-    load_checkpoint(path, {"w": w, "n": 0})
-    assert w.all()
-    w.zero_()
-    with pytest.raises(UnsafePickleError, match=r"o in .* allow_pickle"):
-        load_checkpoint(path, {"w": w, "o": None})
-    assert not w.any()
-    assert load_checkpoint(path, {"w": w, "o": None}, allow_pickle=True).state["o"] == {Unknown(3)}
-
-
-class Gone:
-    """Its class is not there any more when it is loaded."""
-
-
-@pytest.mark.parametrize("kind", ["dcp", "torch.save", "no archive"])
-def test_an_object_that_cannot_be_made_is_told_and_nothing_is_changed(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, state = tmp_path / "saved", {"w": torch.ones(2), "deep": {"o": Gone()}}
-    if kind == "dcp":
-        save_dcp(path, state)
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=kind == "torch.save")
-    monkeypatch.delattr(f"{__name__}.Gone")
-    w = torch.zeros(2)
-    with pytest.raises(UnloadableError, match="Gone") as raised:
-        load_checkpoint(path, {"w": w, "deep": {"o": None}}, allow_pickle=True)
-    assert not w.any()
-    if kind == "dcp":  # the others are one pickle
-        assert raised.value.key_path == "deep.o"
-        load_checkpoint(path, {"w": w, "deep": {"o": None}}, keys="w")
-        assert w.all()
-
-
-class Refuses(Counts):
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise ValueError("not this one")
-
-
-@pytest.mark.parametrize("kind", ["dcp", "torch.save"])
-def test_a_load_state_dict_that_raises_is_told_with_its_key_path(tmp_path: Path, kind: str) -> None:
-    path, state = tmp_path / "saved", {"w": torch.ones(2), "deep": {"loader": {"counts": {3: 1}}}}
-    torch.save(state, path) if kind == "torch.save" else save_dcp(path, state)
-    with pytest.raises(
-        UnloadableError, match=r"Refuses\.load_state_dict\(\) raised ValueError: not this one"
-    ) as raised:
-        load_checkpoint(path, {"w": torch.zeros(2), "deep": {"loader": Refuses({3: 0})}})
-    assert raised.value.key_path == "deep['loader']" and isinstance(raised.value.__cause__, ValueError)
-
-
-@pytest.mark.parametrize("kind", ["dcp", "torch.save", "no archive", "safetensors", "stager"])
-@pytest.mark.parametrize("is_itself", [False, True])
-def test_one_object_is_filled_from_its_own_state_dict_or_its_entry(tmp_path: Path, kind: str, is_itself: bool) -> None:
-    from tests.persistence.tasks import save
-
-    model = small_model()
-    state: dict[str, Any] = dict(model.state_dict()) if is_itself else {"model": model.state_dict(), "n": torch.ones(1)}
-    path = tmp_path / "saved"
-    if kind == "dcp":
-        save_dcp(path, state)
-    elif kind == "safetensors":
-        names = state if is_itself else {f"model.{name}": one for name, one in model.state_dict().items()}
-        safetensors.torch.save_file(names, path)
-    elif kind == "stager":
-        path = Path(save(tmp_path / "run", state).path)
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=kind == "torch.save")
-    other = small_model()
-    assert load_checkpoint(path, other).state is other
-    assert same(dict(other.state_dict()), dict(model.state_dict()))
-
-
-@pytest.mark.parametrize("steps", [0, 1])
-def test_one_optimizer_is_filled_from_its_entry(tmp_path: Path, steps: int) -> None:
-    model = small_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for _ in range(steps):
-        step(model, optimizer)
-    path = save_dcp(tmp_path / "stock", {"model": model, "optimizer": optimizer})
-    other = torch.optim.AdamW(small_model().parameters())
-    load_checkpoint(path, other)
-    assert same(other.state_dict(), optimizer.state_dict())
-
-
-@pytest.mark.parametrize("kind", ["dcp", "torch.save", "safetensors"])
-def test_the_state_dict_of_one_object_is_not_taken_for_a_mapping_of_names(tmp_path: Path, kind: str) -> None:
-    model, path = small_model(), tmp_path / "saved"
-    if kind == "dcp":
-        save_dcp(path, dict(model.state_dict()))
-    elif kind == "safetensors":
-        safetensors.torch.save_file(dict(model.state_dict()), path)
-    else:
-        torch.save(model.state_dict(), path)
-    target = {"model": small_model()}
-    before = contents(target)
-    with pytest.raises(UsageError, match=r"no 'model'.* 0\.weight, 0\.bias, .* load_checkpoint\(path, into=model\)"):
-        load_checkpoint(path, target)
-    assert contents(target) == before
 
 
 @pytest.mark.parametrize("kind", ["dcp", "torch.save", "safetensors"])

@@ -177,10 +177,10 @@ class Items(Sequence[Item]):
 
     @staticmethod
     def from_document(document: dict[str, Any]) -> Items:
-        """Return what :meth:`to_document` was called on. What it says is not checked.
+        """Make the items that :meth:`to_document` serialised. Whether they fit together, ``check_layout`` checks.
 
         Raises:
-            KeyError, TypeError, ValueError, IndexError: it is not such a document.
+            KeyError, TypeError, ValueError, IndexError: the document is malformed.
         """
         kinds = tuple(
             ItemKind(kind, dtype, tuple(shape), tuple(stride)) for kind, dtype, shape, stride in document["kinds"]
@@ -190,22 +190,22 @@ class Items(Sequence[Item]):
         if {len(codes)} != set(map(len, columns)):
             raise ValueError("the columns of the items differ in length")
         if set(codes) != set(range(len(kinds))):
-            raise ValueError("an item is of a kind that is not listed, or no item is of a kind that is")
+            raise ValueError("an item names a kind that is not listed, or a listed kind has no item")
         return Items(kinds, *columns)
 
 
 def column(values: Iterable[int]) -> array[int]:
-    """Make a column: of integers, or of a numpy array of 8-byte integers.
+    """Make a column of integers, or of a numpy array of 8-byte integers.
 
     Raises:
-        TypeError: an array of something else.
+        TypeError: the array holds another type.
     """
     made = array("q")
     if isinstance(values, (array, range, list, tuple)):
         return array("q", values)
     view = memoryview(values)  # type: ignore[arg-type]  # it is an array of numpy's
     if view.format not in ("l", "q") or view.itemsize != made.itemsize:
-        raise TypeError(f"an array of {view.format} is no column")
+        raise TypeError(f"a column holds integers of 8 bytes; this array holds {view.format} of {view.itemsize} bytes")
     made.frombytes(view.cast("B"))
     return made
 
@@ -224,7 +224,7 @@ _LIMITS = {"B": 1 << 8, "H": 1 << 16, "I": 1 << 32}  # types of ``array`` that a
 
 def _decoded(text: str) -> array[int]:
     if text[:1] not in ("q", *_LIMITS):
-        raise ValueError(f"{text[:60]!r} is no column")
+        raise ValueError(f"a column begins with the type of its integers, and this one with {text[:1]!r}")
     values = array(text[0])
     values.frombytes(base64.b64decode(text[1:], validate=True))
     return array("q", _little_endian(values))

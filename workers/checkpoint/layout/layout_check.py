@@ -92,7 +92,7 @@ def items_of_rows(rows: Sequence[Sequence[Any]]) -> tuple[Items, Sequence[Any]]:
         The items, and the last values of the rows.
 
     Raises:
-        ValueError, TypeError: a row has another number of values, or a number is none.
+        ValueError, TypeError: a row has too few or too many values, or one of the wrong type.
     """
     if not isinstance(rows, list):
         raise TypeError(f"the items are a {type(rows).__name__}, and must be a list")
@@ -154,10 +154,13 @@ def _check_items(layout: Layout) -> None:
 
 
 def _check_kind(index: int, kind: ItemKind) -> int | None:
-    """Check a kind of items. Returns the number of bytes of a tensor of it; None: it is none of a tensor.
+    """Check what items of one kind have in common.
 
     Args:
-        index: of an item of this kind.
+        index: of an item of this kind, for messages.
+
+    Returns:
+        The number of raw bytes of a tensor of this kind; None if the items are objects or trailers.
     """
     if kind.kind == "tensor":
         return _check_tensor(index, kind)
