@@ -95,10 +95,10 @@ class Guard:
         return [tensor for optimizer in self._optimizers for tensor in _tensors_of(optimizer)]
 
     def expected_nbytes(self, num_ranks: int) -> int | None:
-        """Guess how many bytes of the guarded optimizers this rank will save; None: there is nothing to go by.
+        """Guess how many bytes of the guarded optimizers this rank will save; None if nothing tells.
 
         Args:
-            num_ranks: that save together.
+            num_ranks: ranks that save together.
         """
         return expected_nbytes(self._optimizers, num_ranks) if self else None
 

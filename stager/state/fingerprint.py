@@ -63,10 +63,10 @@ class _Block:
         )
 
     def to_keep(self, known: dict[Any, Any]) -> _Block:
-        """Return the block with one object for equal shapes, and one for equal strides: each tensor has its own.
+        """Return the block with one object for all equal shapes, and one for all equal strides, to save memory.
 
         Args:
-            known: those of other blocks, by type and value: a shape is another type of tuple.
+            known: shapes and strides of earlier blocks, by type, too: ``()`` equals ``torch.Size([])``.
         """
         shapes, strides = (
             [known.setdefault((type(one), one), one) for one in column] for column in (self.shapes, self.strides)
@@ -230,7 +230,7 @@ def _has_no_other_stride(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 
 
 def _numbers(values: Iterable[int], count: int) -> Any:
-    """Return integers up to 2**64 as 8-byte ones. Addresses of some devices are above 2**63: they become negative."""
+    """Put integers into an array of signed ones of 8 bytes. Addresses from 2**63 on, of some devices, become negative."""
     return np.fromiter(values, dtype=np.uint64, count=count).view(np.int64)
 
 

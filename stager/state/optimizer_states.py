@@ -1,4 +1,4 @@
-"""The state that an optimizer has, or will have: it makes the state in its first step, and before there is none."""
+"""The state that an optimizer will have. It makes its state in its first step; before that, only its class tells."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def expected_nbytes(optimizers: Iterable[Optimizer], num_ranks: int) -> int | No
     """Guess how many bytes this rank will save of the parameters and states of optimizers.
 
     Args:
-        num_ranks: that save together. They divide what each of them has.
+        num_ranks: ranks that save together. Each writes a part of what all of them hold alike.
 
     Returns:
-        None: the class of an optimizer is not known, and it has no state yet; or a parameter has no values yet.
+        The number of bytes; None if an optimizer of an unknown class has no state yet, or a parameter has no values yet.
     """
     total = 0
     for optimizer in optimizers:

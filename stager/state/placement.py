@@ -65,7 +65,7 @@ def place(table: TensorTable, file_offsets: Any, is_packed: Any) -> Placement:
         position += int(extents.nbytes[extent])
     small = order[num_large:]
     if len(small):
-        # Each begins within 64 bytes as its address does: see _next().
+        # Each keeps its address modulo 64, as in _next().
         shift = extents.start[small] % 64
         slots = -(-(shift + extents.nbytes[small]) // 64) * 64
         places[small] = align(position) + np.cumsum(slots) - slots + shift
@@ -123,7 +123,7 @@ def _next(position: int, address: int, file_offset: int, itemsize: int) -> int:
     the slab starts on a page.
 
     Args:
-        file_offset: -1: the place in the file does not count.
+        file_offset: where the bytes go in a file; -1 if that does not matter.
         itemsize: of the largest elements.
     """
     if file_offset >= 0 and (file_offset - address) % itemsize == 0:
@@ -160,9 +160,8 @@ def _merge(table: TensorTable, rows: Any, nbytes: Any) -> _Extents:
     if not len(rows):
         nothing = np.zeros(0, dtype=np.int64)
         return _Extents(*(nothing,) * 7, {})
-    order = np.lexsort(
-        (table.addresses[rows], table.on[rows])
-    )  # stable: of those at one address, the first row is first
+    # lexsort is stable: rows at one address keep their order.
+    order = np.lexsort((table.addresses[rows], table.on[rows]))
     in_order = rows[order]
     start, on, leaves = table.addresses[in_order], table.on[in_order], table.leaves[in_order]
     end = start + nbytes[in_order]

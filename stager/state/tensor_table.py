@@ -92,7 +92,7 @@ class TensorTable:
         return np.array([device.type == "cpu" for device in self.devices] or [True])[self.on]
 
     def identities(self, rows: Any) -> list[tuple[int, int, int, bool]]:
-        """Return what is equal for two of these rows if they are the same bytes, seen the same way."""
+        """Return a key for each of these rows. Rows with equal keys are the same bytes, seen the same way."""
         columns = (self.addresses[rows], self.codes[rows], self.on[rows], self.lazy[rows])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 

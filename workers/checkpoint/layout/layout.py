@@ -55,7 +55,7 @@ class PlanCache:
     Attributes:
         num_fixed: the first so many items are the same in every layout that shares this cache: the tensors.
         templates: what the trainer made; None in a process that got the layout from elsewhere (a save record, a manifest).
-        is_of_plan: several layouts share it. Otherwise nothing changes.
+        is_of_plan: whether the layouts of one plan share the cache. Otherwise it belongs to one layout, which never changes.
     """
 
     num_fixed: int = 0
