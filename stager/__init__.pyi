@@ -51,6 +51,7 @@ from stager.workers.checkpoint.maintenance.retention import PruneReport as Prune
 from stager.workers.checkpoint.maintenance.retention import PruneVerdict as PruneVerdict
 from stager.workers.checkpoint.maintenance.retention_rules import KeepBest as KeepBest
 from stager.workers.checkpoint.read.verify import VerifyReport as VerifyReport
+from stager.workers.errors import AbandonedSnapshotError as AbandonedSnapshotError
 from stager.workers.errors import ArenaFullError as ArenaFullError
 from stager.workers.errors import ArgumentError as ArgumentError
 from stager.workers.errors import CheckpointNotFoundError as CheckpointNotFoundError

@@ -18,6 +18,7 @@
     |   |-- WorkerStartError          it never became ready
     |   `-- TaskTimeoutError          its task missed the deadline, and the worker was killed
     |-- TornSnapshotError             a tensor changed during its copy (guard(), staging.verify)
+    |-- AbandonedSnapshotError        a worker was to write a snapshot that never became whole; the save's error says why
     |-- ReplicationError              a replica could not be exchanged; names the rank that failed
     |-- StorageError                  the file system failed; names path and errno
     |   |-- DirectoryInUseError       another run writes into the directory
@@ -152,6 +153,21 @@ class TaskTimeoutError(WorkerError, TimeoutError):
 
 class TornSnapshotError(StagerError):
     """The caller's program changed the state during its snapshot: write to it later. The snapshot was discarded."""
+
+
+class AbandonedSnapshotError(StagerError):
+    """Of another error: a worker was to write a snapshot that will never be whole; the error of its save says why.
+
+    Attributes:
+        is_orphan: nobody is left to say so: the process that took the snapshot is gone.
+    """
+
+    def __init__(self, is_orphan: bool) -> None:
+        super().__init__(
+            "the snapshot was never whole: the process that took it "
+            + ("is gone" if is_orphan else "gave it up, and its save says why")
+        )
+        self.is_orphan = is_orphan
 
 
 class ReplicationError(StagerError, RuntimeError):

@@ -1,13 +1,14 @@
-"""Handing the staged pieces of a save over to the workers.
+"""Handing the pieces of a save over to the workers, each while its slab is still being filled.
 
-    1. A piece's tensors are in its slab: add the plan and the objects.
-    2. Submit one write task for each part that the piece holds. From now on the workers read the slab.
-    3. The piece's parts are done: release the slab, which the next piece may be waiting for.
-    4. The last piece is out: resolve ``staging_completion``, and offer the snapshot for replication.
-    5. ``completion.py`` waits for all parts and ends the save.
+    1. A piece has a slab: add the plan and the objects, and marks that say how far the slab is filled.
+    2. Submit one write task for each part that the piece holds. From now on the workers read what is marked.
+    3. The piece's tensors are copied: mark the slab whole. Only now can the workers sign what they write.
+    4. The piece's parts are done: release the slab, which the next piece may be waiting for.
+    5. The last piece is whole: resolve ``staging_completion``, and offer the snapshot for replication.
+    6. ``completion.py`` waits for all parts and ends the save.
 
-Step 2 follows step 1 because a worker begins to read at once. Step 4 follows step 2 because "staged" promises that the
-workers commit the checkpoint even if this process is killed.
+Step 2 may also follow the copies: if workers make them, tasks that wait for them would be in their way. Step 3 follows
+step 2 because "staged" promises that the workers commit the checkpoint even if this process is killed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from stager.arena.arena import Arena, Lease, SlabState
 from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion, when_all_done
 from stager.saving.save import Save
+from stager.snapshot.filling import Filling, Ranges
 from stager.snapshot.pieces import Piece, Pieces
 from stager.snapshot.slab_writer import SlabWriter
 from stager.snapshot.taker import Snapshot
@@ -31,6 +33,7 @@ from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import LeftRunningError
 from stager.workers.faults import point
+from stager.workers.memory.fill_marks import FillState
 from stager.workers.pool.pool import WorkerPool
 
 
@@ -39,9 +42,12 @@ class Staging:
     """One save while it is staged. The trainer's thread and the staging thread share it.
 
     Attributes:
-        claim: see NOTE [ Ctrl-C in save() ] in ``saver.py``.
         given_up: set when ``save()`` was interrupted: no further piece is to be copied.
         copied: resolved when the sources are not read any more.
+        has_ended: the save was given to its completion; see NOTE [ Ctrl-C in save() ] in ``saver.py``.
+        filling: the marks of the piece that is copied now; None: workers copy it.
+        handed_over: the piece that was handed over last; None: no piece was.
+        num_whole: how many pieces are whole.
         tasks: one for each piece that was handed over.
         futures: of the parts that were handed over.
         leases: of the slabs that these parts use.
@@ -51,9 +57,12 @@ class Staging:
     save: Save
     snapshot: Snapshot
     pieces: Pieces
-    claim: threading.Lock = field(default_factory=threading.Lock)
     given_up: threading.Event = field(default_factory=threading.Event)
     copied: Future[None] = field(default_factory=Future)
+    has_ended: bool = False
+    filling: Filling | None = None
+    handed_over: Piece | None = None
+    num_whole: int = 0
     tasks: list[WriteTask] = field(default_factory=list)
     futures: list[Future[PartResult]] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
@@ -61,14 +70,33 @@ class Staging:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every part was handed over."""
-        return len(self.futures) == self.pieces.num_parts
+        """Whether the workers have every part, and all of it is in slabs."""
+        return self.num_whole == len(self.pieces.pieces) and self.failure is None
 
     @property
     def is_lost(self) -> bool:
         """Whether the save cannot be committed any more, so that a further piece would be for nothing."""
         failed = any(future.done() and future.exception() is not None for future in self.futures)
         return failed or self.failure is not None or self.given_up.is_set()
+
+    def begin_filling(self, piece: Piece, lease: Lease, to_come: Ranges) -> None:
+        """Put marks into a piece's slab.
+
+        Args:
+            to_come: where the trainer will copy tensors to; all else is there.
+        """
+        self.filling = Filling(lease.slab, self.pieces.marks_offset, piece.nbytes, to_come)
+
+    def abandon(self) -> None:
+        """Tell the workers that the piece they wait for will not be whole; nothing if it is."""
+        if self.filling is not None:
+            self.filling.end(FillState.ABANDONED)
+            self.filling = None
+
+    def wrote(self, offset: int, nbytes: int) -> None:
+        """Mark a range of the slab that the trainer has copied."""
+        if self.filling is not None:
+            self.filling.wrote(offset, nbytes)
 
 
 @dataclass(eq=False)
@@ -93,22 +121,19 @@ class HandOver:
         self.slab_writer.begin(pieces, lease.slab)
 
     def hand_over(self, staging: Staging, piece: Piece, lease: Lease) -> None:
-        """Hand one piece over, whose tensors are in the slab. The slab is released when its parts are done.
+        """Hand one piece over, whose slab has marks.
 
-        Raises:
-            Exception: no part of the piece could be handed over; the caller still has the lease.
+        If this raises, no worker has anything of the piece, and the caller still has the lease. Otherwise the lease is the
+        save's, whatever fails.
         """
         started = time.time()
         save, pieces = staging.save, staging.pieces
-        is_last = piece is pieces.pieces[-1]
-        lease.move(SlabState.STAGED)
-        if is_last:  # every tensor is in a slab; no worker has the last piece yet, so the save is not safe yet
-            save.move(SaveState.STAGED)
-            point("save.copied")
         # 1. One spec for all pieces: its time and its hard-link base are those of the whole checkpoint.
         spec = staging.tasks[0].spec if staging.tasks else self._spec(save, pieces)
-        task = self.slab_writer.write(spec, pieces, piece, lease.slab, self.arena.live_slabs())
-        # 2. After the first part is out, a worker reads the slab: from there on the lease is the save's, whatever fails.
+        assert staging.filling is not None  # its slab has marks
+        live, marks = self.arena.live_slabs(), staging.filling.marks
+        task = self.slab_writer.write(spec, pieces, piece, lease.slab, live, marks)
+        # 2. After the first part is out, a worker reads the slab.
         futures: list[Future[PartResult]] = []
         try:
             for part in piece.parts:
@@ -119,11 +144,30 @@ class HandOver:
             staging.failure = error
         staging.tasks.append(task)
         staging.futures += futures
-        save.watch_parts(futures)
         staging.leases.append(lease)
-        lease.move(SlabState.PERSISTING)
+        staging.handed_over = piece
+        save.watch_parts(futures)
         save.timeline.timing("hand over", started)
-        # 3. The completion releases the slab of the last piece: nothing in this process waits for that one.
+
+    def is_whole(self, staging: Staging, piece: Piece, lease: Lease) -> None:
+        """Tell the workers that every tensor of a piece, which was handed over, is in its slab.
+
+        The slab is released when the piece's parts are done.
+        """
+        save, is_last = staging.save, piece is staging.pieces.pieces[-1]
+        futures = staging.futures[len(staging.futures) - len(piece.parts) :]
+        lease.move(SlabState.STAGED)
+        if is_last:  # the workers cannot sign the last piece yet, so the save is not safe yet
+            save.move(SaveState.STAGED)
+            point("save.copied")
+        # 3. A worker that has died meanwhile had the task: the promise holds for one that lives.
+        self.pool.wait_delivered(futures)
+        staging.num_whole += 1
+        if staging.filling is not None and staging.failure is None:
+            staging.filling.end(FillState.WHOLE)
+            staging.filling = None
+        lease.move(SlabState.PERSISTING)
+        # 4. The completion releases the slab of the last piece: nothing in this process waits for that one.
         if not is_last:
             when_all_done(futures, lambda: _release(staging, futures, lease))
 
@@ -131,7 +175,7 @@ class HandOver:
         """Hand the save over to its completion: no further piece will come.
 
         Args:
-            error: why not every piece was handed over; None: every piece was, or a part has failed.
+            error: why not every piece is whole; None: every piece is, or a part has failed.
         """
         save = staging.save
         error = error or staging.failure
@@ -145,9 +189,12 @@ class HandOver:
             save.move(SaveState.PERSISTING)
             point("save.handed-over")
             save.complete_staging()
-        # 4. before 5.: the completion releases the slab when the parts are done, and the replicator needs its own hold.
+        # 5. before 6.: the completion releases the slab when the parts are done, and the replicator needs its own hold.
         if staging.pieces.is_whole:
-            self.replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
+            if staging.num_whole:
+                self.replicator.offer(save.timeline, staging.tasks[0], staging.leases[0].hold())
+            elif error is not None:
+                self.do_not_replicate(save, error)
         nbytes = staging.leases[0].nbytes
         self.completion.await_parts(staging.futures, staging.tasks[0].spec, save, staging.leases, error)
         if staging.is_complete:

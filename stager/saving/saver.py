@@ -1,7 +1,8 @@
 """One save, from the state to the hand-over.
 
     trainer's thread   flatten -> plan -> pickle objects -> lease a slab -> copy what is not guarded of the first piece
-    staging thread     copy the rest of it -> hand it over -> lease, copy and hand over the other pieces, if there are any
+    staging thread     hand the first piece over -> copy the rest of it -> the same for other pieces, if there are any
+    workers            hash and write what is in the slab, while it is filled
     pool's thread      all parts are done -> resolve upload_completion (``completion.py``)
 
 A snapshot is one piece, or several if it is larger than ``arena.max_host_bytes`` (``snapshot/pieces.py``). ``save()``
@@ -10,9 +11,9 @@ returns when the staging thread has ended, or before that if all that is left to
 NOTE [ Ctrl-C in save() ]
 KeyboardInterrupt can be raised between any two instructions of the main thread, and the program may go on after it. A slab
 whose save was interrupted halfway through the hand-over must not be leased again while a worker has it. So all that must not
-stop halfway happens in the staging thread, where no signal handler runs; the trainer's thread only waits for it.
-  1. Whoever takes ``claim`` first deals with the lease. If the interrupted trainer's thread gets it, the save fails and the
-     staging thread does nothing; otherwise the staging thread goes on.
+stop halfway happens in the staging thread, where no signal handler runs; the trainer's thread only copies, and waits.
+  1. The staging thread alone hands over, and deals with the lease. An interrupted ``save()`` has it end the save, unless the
+     call that ends it was begun before (``has_ended``): then that one goes on.
   2. An interrupted save whose pieces are not all copied stops before its next piece (``given_up``), and fails as a whole.
   3. ``save()`` raises only when the sources are not read any more (``copied``), because the program may change them then.
 """
@@ -126,6 +127,7 @@ class Saver:
             self.guard,
             sharer,
             group,
+            self._num_parts,
             verify=staging.verify,
             safe_globals=config.loading.safe_globals,
             differing=config.ranks.differing,
@@ -236,33 +238,43 @@ class Saver:
         return lease
 
     def _stage(self, staging: Staging, lease: Lease) -> None:
+        first = staging.pieces.pieces[0]
         try:
-            now, later = self._taker.split(staging.snapshot, staging.pieces, staging.pieces.pieces[0])
+            now, later = self._taker.split(staging.snapshot, staging.pieces, first)
             for note in self._taker.notes(staging.snapshot):
                 staging.save.timeline.note(note)
+            if not (now.by_workers or later.by_workers):  # they would wait for their own copies, which come behind
+                staging.begin_filling(first, lease, [*now.ranges, *later.ranges])
+                self._thread.run(lambda: self._begin_hand_over(staging, first, lease))
             self._copy(staging, now, lease)
             self._taker.arm(staging.snapshot, later)  # last: what is written from here on trips a wire
             waits = not later.copies
             if waits and len(staging.pieces.pieces) == 1:
                 staging.copied.set_result(None)  # an interrupt from here on need not wait for the staging thread
-            # Whether this thread or the staging thread deals with the lease from here on, the claim decides.
             staged = self._thread.run(lambda: self._stage_rest(staging, lease, later))
             if waits:
                 staged.result()
         except BaseException as error:  # see NOTE [ Ctrl-C in save() ]
-            staging.given_up.set()  # 2. before 1.: a staging thread that has the claim must not begin another piece
-            if staging.claim.acquire(blocking=False):
-                lease.release()
-                self._hand_over.fail(staging.save, error)
-            else:
-                wait_uninterrupted([staging.copied])  # 3.
+            staging.given_up.set()  # 2. before 1.: the staging thread must not begin another piece
+            reason = error  # ``error`` is gone when this block ends
+            self._thread.run(lambda: self._end(staging, lease, reason))
+            wait_uninterrupted([staging.copied])  # 3.
             raise
 
     def _copy(self, staging: Staging, copies: Assignment, lease: Lease, *, background: bool = False) -> None:
         self._hand_over.begin_copying(staging.pieces, lease)
-        self._taker.copy(staging.snapshot, copies, lease.slab, cold=not lease.warm, background=background)
+        self._taker.copy(
+            staging.snapshot, copies, lease.slab, staging.wrote, cold=not lease.warm, background=background
+        )
 
     # -- the staging thread -------------------------------------------------------------------------------------
+
+    def _begin_hand_over(self, staging: Staging, piece: Piece, lease: Lease) -> None:
+        """Hand the first piece over while the trainer's thread copies it."""
+        try:
+            self._hand_over.hand_over(staging, piece, lease)
+        except BaseException as error:  # noqa: BLE001  # the call that comes behind this one ends the save
+            staging.failure = error
 
     def _stage_rest(self, staging: Staging, lease: Lease, later: Assignment) -> None:
         """Copy what is left of the first piece, and the other pieces; hand all of them over.
@@ -270,9 +282,7 @@ class Saver:
         Raises:
             Exception: of the staging, if ``save()`` waits for it. It ends the save in any case.
         """
-        # 1. of the NOTE. From here on this thread ends the save, whatever happens to the trainer's.
-        if not staging.claim.acquire(blocking=False):
-            return  # the trainer's thread was interrupted, and has given the save up
+        # 1. of the NOTE. From here on this call ends the save, whatever happens to the trainer's thread.
         error: BaseException | None = None
         try:
             self._stage_pieces(staging, lease, later)
@@ -284,14 +294,37 @@ class Saver:
             if not later.copies:  # save() waits
                 raise
         finally:
-            # Before the hand-over to the completion, which may fail: an interrupted save() waits for it.
-            if not staging.copied.done():
-                staging.copied.set_result(None)
-            self._hand_over.finish(staging, error)
+            self._end(staging, lease, error)
+
+    def _end(self, staging: Staging, lease: Lease, error: BaseException | None) -> None:
+        """End the staging of a save, once.
+
+        Args:
+            lease: of the first piece's slab.
+            error: why the save cannot be committed; None: it can, or a part of it has failed.
+        """
+        if staging.has_ended:
+            return
+        staging.has_ended = True
+        # Before the hand-over to the completion, which may fail: an interrupted save() waits for it.
+        if not staging.copied.done():
+            staging.copied.set_result(None)
+        staging.abandon()  # while the slab is this save's
+        if not staging.tasks:  # no worker has anything of it
+            lease.release()
+        self._hand_over.finish(staging, error)
 
     def _stage_pieces(self, staging: Staging, lease: Lease, later: Assignment) -> None:
         first, *others = staging.pieces.pieces
-        self._stage_piece(staging, first, lease, later)
+        if staging.handed_over is None and staging.failure is not None:
+            raise staging.failure  # no worker has anything of it
+        if later.copies:
+            point("save.overlapped")
+            self._copy(staging, later, lease, background=True)
+        if staging.handed_over is None:  # workers have copied it
+            staging.begin_filling(first, lease, [])
+            self._hand_over.hand_over(staging, first, lease)
+        self._hand_over.is_whole(staging, first, lease)
         for piece in others:
             if staging.is_lost:
                 break
@@ -300,18 +333,18 @@ class Saver:
             assert next_lease is not None  # it waits
             self._stage_piece(staging, piece, next_lease)
 
-    def _stage_piece(self, staging: Staging, piece: Piece, lease: Lease, later: Assignment | None = None) -> None:
-        """Copy a piece, or what is left of it to be copied later, and hand it over."""
+    def _stage_piece(self, staging: Staging, piece: Piece, lease: Lease) -> None:
+        """Hand over a piece that is not the first, and copy it."""
         try:
-            if later is None:
-                self._copy(staging, self._taker.split(staging.snapshot, staging.pieces, piece)[0], lease)
-            elif later.copies:
-                point("save.overlapped")
-                self._copy(staging, later, lease, background=True)
+            copies, _ = self._taker.split(staging.snapshot, staging.pieces, piece)
+            staging.begin_filling(piece, lease, copies.ranges)
             self._hand_over.hand_over(staging, piece, lease)
         except BaseException:  # nothing of this piece is out: no worker reads the slab
+            staging.abandon()
             lease.release()
             raise
+        self._copy(staging, copies, lease)
+        self._hand_over.is_whole(staging, piece, lease)
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -65,17 +65,19 @@ class Batches:
 EMPTY = Batches(NO_COPIES, (), ())
 
 
-def batch(copies: Sequence[Copy]) -> Batches:
+def batch(copies: Sequence[Copy], num_parts: int = 1) -> Batches:
     """Group copies by how they are done: large ones in host memory, small ones in host memory, all others.
 
     Args:
         copies: in slab order, not overlapping.
+        num_parts: so many workers wait for the bytes, each for another stretch of the slab: they are filled in turn.
     """
     copies = Copies.of(copies)
     by_address = copies.on_host & ~copies.is_packed
     is_small = copies.nbytes <= SMALL_BYTES
     small, large = copies.where(by_address & is_small), copies.where(by_address & ~is_small)
-    on_host: tuple[Move | Gather, ...] = (*_gathers(small), *_moves(large))
+    # Small ones first: they lie between the large ones in the files, so that every worker needs some of them.
+    on_host: tuple[Move | Gather, ...] = (*_gathers(small), *_in_turn(list(_moves(large)), num_parts))
     return Batches(copies, on_host, tuple(copies.where(~by_address)))
 
 
@@ -84,6 +86,14 @@ def _moves(copies: Copies) -> Iterator[Move]:
     for address, slab_offset, total in zip(*columns, strict=True):
         for start in range(0, total, PIECE_BYTES):
             yield Move(address + start, slab_offset + start, min(PIECE_BYTES, total - start))
+
+
+def _in_turn(moves: list[Move], num_parts: int) -> Iterator[Move]:
+    """Divide moves into ``num_parts`` runs of about as many bytes, and take the next one of each run in turn."""
+    length = -(-len(moves) // num_parts)
+    runs = [moves[start : start + length] for start in range(0, len(moves), max(1, length))]
+    for of_each in zip_longest(*runs):
+        yield from (move for move in of_each if move is not None)
 
 
 def _gathers(copies: Copies) -> Iterator[Gather]:

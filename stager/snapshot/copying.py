@@ -35,6 +35,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
+Wrote = Callable[[int, int], None]
+"""Told of a range of a slab that is there: its offset, and the number of bytes."""
+
+
+def tell_nobody(offset: int, nbytes: int) -> None:
+    """Do nothing: nobody reads the slab before all of it is there."""
+
+
 class Copier:
     """Copies batches with ``num_threads`` threads (the caller's included).
 
@@ -56,6 +64,7 @@ class Copier:
         *,
         cold: bool = False,
         background: bool = False,
+        wrote: Wrote = tell_nobody,
     ) -> None:
         """Copy; returns when every byte is in the slab.
 
@@ -64,6 +73,7 @@ class Copier:
             streams: copy from devices; made in the trainer's thread.
             cold: the slab's pages may not be allocated yet: allocate those of a large copy right before it is written.
             background: the trainer does not wait.
+            wrote: told of each range of the slab that is there, from any thread.
 
         Raises:
             MemoryGoneError: memory of a tensor was freed meanwhile.
@@ -74,14 +84,22 @@ class Copier:
             if on_streams:
                 enqueue(on_streams, leaves, slab, streams)
             do = partial(_do_guarded, shares=threads.count > 1) if background else _do
-            threads.run([partial(do, work, slab, cold) for work in batches.on_host])
+
+            def do_and_tell(work: Move | Gather) -> None:
+                do(work, slab, cold)
+                wrote(work.slab_offset, work.nbytes)
+
+            threads.run([partial(do_and_tell, work) for work in batches.on_host])
             with torch.no_grad():
                 for copy in batches.others:
                     if copy.on_host or not streams:
                         copy_by_torch(copy, leaves, slab)
+                        wrote(copy.slab_offset, copy.nbytes)
         finally:
             if on_streams:
                 streams.synchronize()  # also after an error: the slab is used for something else then
+        for copy in on_streams:
+            wrote(copy.slab_offset, copy.nbytes)
 
     def close(self) -> None:
         """End the threads."""

@@ -8,10 +8,10 @@ used again when its part is written. What is on disk, and what a crash leaves, i
 and one commit when all parts are there. The state must not change until the last piece is copied, so ``save()`` waits for
 it.
 
-The slab of a piece (``slab_writer.py`` writes what is not tensors):
+The slab of a piece (``slab_writer.py`` writes what is not tensors; the marks: ``filling.py``):
 
-    whole     | tensors | plan | objects | objects document |
-    one of    | the piece's stretch of tensors and objects  ... | plan | objects document |
+    whole     | tensors | plan | objects | objects document ... | marks |
+    one of    | the piece's stretch of tensors and objects  ... | plan | objects document ... | marks |
     several                                                     ^ at the same place in every slab
 """
 
@@ -30,6 +30,7 @@ from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, Segment, align, partition
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
 from stager.workers.errors import MemoryBudgetError
+from stager.workers.memory.fill_marks import num_stretches
 
 _MIN_SEGMENT_BYTES = 64 << 10
 _SEGMENTS_PER_PIECE = 8  # parts are cut between segments, so these bound how unequal they are
@@ -68,6 +69,7 @@ class Pieces:
         pieces: in the order of their parts.
         items: where the pickled objects and the trailer lie, in the files and in a whole snapshot's slab.
         plan_offset: where each slab has the plan.
+        marks_offset: where each slab has the marks of how far it is filled; they are the last bytes of it.
         slab_nbytes: bytes that a slab for any of the pieces needs.
         whole_bytes: files up to this size are in one part (:func:`stager.workers.checkpoint.layout.layout.partition`).
     """
@@ -77,6 +79,7 @@ class Pieces:
     pieces: tuple[Piece, ...]
     items: tuple[Item, ...]
     plan_offset: int
+    marks_offset: int
     slab_nbytes: int
     whole_bytes: int
 
@@ -119,7 +122,7 @@ def whole(plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_byte
     objects_offset = align(plan_offset + len(plan.document))
     items = tuple(object_items(plan, blobs, objects_offset))
     objects_nbytes = sum(align(len(blob)) for blob in blobs)
-    slab_nbytes = objects_offset + int((objects_nbytes + _ROW_BYTES * len(blobs)) * _OBJECT_SLACK) + _DOCUMENT_BYTES
+    marks_offset = objects_offset + int((objects_nbytes + _ROW_BYTES * len(blobs)) * _OBJECT_SLACK) + _DOCUMENT_BYTES
     piece = Piece(parts=range(num_parts), start=0, end=objects_offset + objects_nbytes)
     return Pieces(
         plan=plan,
@@ -127,9 +130,14 @@ def whole(plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_byte
         pieces=(piece,),
         items=items,
         plan_offset=plan_offset,
-        slab_nbytes=slab_nbytes,
+        marks_offset=marks_offset,
+        slab_nbytes=marks_offset + _marks_nbytes(piece.nbytes),
         whole_bytes=whole_bytes,
     )
+
+
+def _marks_nbytes(nbytes: int) -> int:
+    return 1 + num_stretches(nbytes)
 
 
 def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
@@ -153,7 +161,8 @@ def cut(
     """
     items = object_items(plan, blobs, align(plan.nbytes))
     layout = plan.layout.with_objects(items)
-    overhead = align(len(plan.document)) + _ROW_BYTES * len(items) + _DOCUMENT_BYTES + _ROUNDING_BYTES
+    documents = align(len(plan.document)) + _ROW_BYTES * len(items) + _DOCUMENT_BYTES + _ROUNDING_BYTES
+    overhead = documents + _marks_nbytes(budget_nbytes)
     room = budget_nbytes - overhead  # in a slab, for a piece
     total = sum(file.nbytes for file in layout.files)
     num_parts = max(1, -(-total // max(1, room)))
@@ -168,6 +177,7 @@ def cut(
                 pieces=pieces,
                 items=tuple(items),
                 plan_offset=align(largest),
+                marks_offset=align(largest) + documents,
                 slab_nbytes=align(largest) + overhead,
                 whole_bytes=whole_bytes,
             )

@@ -9,6 +9,7 @@ from stager.workers.checkpoint.layout.layout import align
 from stager.workers.checkpoint.layout.layout_plan import objects_to_json
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import Extent, WriteTask
+from stager.workers.memory.fill_marks import WHOLE_ALREADY, FillMarks
 from stager.workers.memory.slab import Slab
 
 
@@ -26,8 +27,16 @@ class SlabWriter:
         if self._plans.get(slab) != (pieces.plan.plan_id, pieces.plan_offset):
             self._plans.pop(slab, None)
 
-    def write(self, spec: SaveSpec, pieces: Pieces, piece: Piece, slab: Slab, live_slabs: frozenset[str]) -> WriteTask:
-        """Add plan and objects to a slab that holds the tensors of ``piece``.
+    def write(
+        self,
+        spec: SaveSpec,
+        pieces: Pieces,
+        piece: Piece,
+        slab: Slab,
+        live_slabs: frozenset[str],
+        marks: FillMarks = WHOLE_ALREADY,
+    ) -> WriteTask:
+        """Add plan and objects to a slab. The tensors of ``piece`` may follow: the marks say how many are there.
 
         Args:
             live_slabs: ids of the slabs that the trainer still has.
@@ -41,7 +50,7 @@ class SlabWriter:
             self._plans[slab] = key
         behind = max(plan.offset + plan.nbytes, piece.nbytes)
         objects = put(slab, align(behind), objects_to_json(pieces.items))
-        return WriteTask(spec, slab, plan, pieces.plan.plan_id, objects, live_slabs, piece.start)
+        return WriteTask(spec, slab, plan, pieces.plan.plan_id, objects, live_slabs, piece.start, marks=marks)
 
 
 def put(slab: Slab, offset: int, data: bytes) -> Extent:

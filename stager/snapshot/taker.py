@@ -22,7 +22,8 @@ from stager.ranks.partition import Partitioner
 from stager.ranks.rank_group import RankGroup
 from stager.sharing.sharer import SourceSharer
 from stager.snapshot.batches import EMPTY, Batches, batch
-from stager.snapshot.copying import MOST_NAMES, Copier, compare
+from stager.snapshot.copying import MOST_NAMES, Copier, Wrote, compare, tell_nobody
+from stager.snapshot.filling import Ranges, ranges_of
 from stager.snapshot.guard import Guard
 from stager.snapshot.held_sources import HeldSources
 from stager.snapshot.kernel_copies import MemoryGoneError
@@ -90,6 +91,11 @@ class Assignment:
     by_workers: tuple[Copy, ...] = ()
     kept: tuple[torch.Tensor, ...] = ()
 
+    @property
+    def ranges(self) -> Ranges:
+        """Where in the slab the trainer's copies go."""
+        return ranges_of(self.by_trainer)
+
 
 class _SplitKey(NamedTuple):
     """What the division of a plan's copies depends on.
@@ -127,6 +133,7 @@ class SnapshotTaker:
         guard: what may be copied later.
         sharer: has workers copy, if any do.
         group: the ranks that make one checkpoint together.
+        num_parts: into how many parts a save in one piece is divided.
         verify: compare each copy with its source.
         safe_globals: classes that loading will allow, beside plain data.
         differing: see :class:`stager.ranks.agreement.Agreement`.
@@ -139,6 +146,7 @@ class SnapshotTaker:
         guard: Guard,
         sharer: SourceSharer,
         group: RankGroup,
+        num_parts: int,
         *,
         verify: bool,
         safe_globals: Sequence[str] = (),
@@ -150,6 +158,7 @@ class SnapshotTaker:
         self._sharer = sharer
         self._verify = verify
         self._group = group
+        self._num_parts = num_parts
         self._partitioner = Partitioner(self._group, differing, has_chunks=file_format.has_chunks)
         self._shared_for: SnapshotPlan | None = None
         self._split: _Split | None = None
@@ -304,12 +313,22 @@ class SnapshotTaker:
 
     def _assign(self, copies: Copies, leaves: Sequence[Any], *, guarded: bool) -> Assignment:
         by_trainer, by_workers = self._sharer.split(copies, leaves, guarded=guarded)
-        return Assignment(copies, batch(by_trainer), tuple(by_workers))
+        return Assignment(copies, batch(by_trainer, self._num_parts), tuple(by_workers))
 
-    def copy(self, snapshot: Snapshot, work: Assignment, slab: Slab, *, cold: bool, background: bool) -> None:
+    def copy(
+        self,
+        snapshot: Snapshot,
+        work: Assignment,
+        slab: Slab,
+        wrote: Wrote = tell_nobody,
+        *,
+        cold: bool,
+        background: bool,
+    ) -> None:
         """Copy into a slab; returns when every byte is there.
 
         Args:
+            wrote: told of each range that the trainer has copied.
             cold: pages of the slab may not be allocated yet.
             background: the trainer does not wait for it.
 
@@ -320,7 +339,7 @@ class SnapshotTaker:
         # Until all is copied, compared, and the tripwires are read.
         held = snapshot.armed.held if background and snapshot.armed is not None else None
         try:
-            self._copy(snapshot, work, slab, held, cold=cold, background=background)
+            self._copy(snapshot, work, slab, held, wrote, cold=cold, background=background)
         except MemoryGoneError as error:
             if held is not None:
                 later = set(held.sources.copies.all_leaves())
@@ -342,6 +361,7 @@ class SnapshotTaker:
         work: Assignment,
         slab: Slab,
         held: HeldSources | None,
+        wrote: Wrote,
         *,
         cold: bool,
         background: bool,
@@ -353,7 +373,7 @@ class SnapshotTaker:
             self._refuse_torn(snapshot, held.lost())
 
         def copy_here(batches: Batches) -> None:
-            self._copier.copy(batches, leaves, slab, snapshot.streams, cold=cold, background=background)
+            self._copier.copy(batches, leaves, slab, snapshot.streams, cold=cold, background=background, wrote=wrote)
 
         with timeline.timed("stage"):
             if work.by_workers:

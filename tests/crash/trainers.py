@@ -82,6 +82,22 @@ def end_while_staging(directory: str) -> None:
         say("staged" if handle.staging_completion.done() else "staging")
 
 
+def end_half_filled(directory: str, num_mib: int, is_guarded: bool) -> None:
+    """Save step 0, of a single element, to the end, and begin step 1, of several stretches."""
+    parameters = [nn.Parameter(torch.full((1 << 18,), float(value_of(1)))) for _ in range(num_mib)]
+    optimizer = torch.optim.SGD(parameters)
+    with Checkpointer(directory, {**CONFIG, "workers": {**CONFIG["workers"], "count": 2}}) as ckpt:
+        if is_guarded:
+            ckpt.guard(optimizer)
+        ckpt.save(0, {"x": torch.tensor(value_of(0))}).upload_completion.result()
+        say("base")
+        ckpt.save(
+            1, {str(number): parameter for number, parameter in enumerate(parameters)}
+        ).staging_completion.result()
+        say("staged")
+        signal.pause()
+
+
 # -- many saves -----------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ POOL: dict[str, tuple[Callable[[WorkerPool], Any], Callable[[Any], bool] | None]
     "submit": (lambda p: p.submit(int), None),
     "submit_to": (lambda p: p.submit_to(Future(), int), None),
     "hand_over": (lambda p: p.hand_over(int), None),
+    "wait_delivered": (lambda p: p.wait_delivered([Future()]), lambda nothing: nothing is None),
     "pids": (lambda p: p.pids, lambda pids: pids == ()),
     "health": (lambda p: p.health(), lambda rows: rows == ()),
     "in_callback": (lambda p: p.in_callback, lambda answer: answer is False),

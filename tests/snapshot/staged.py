@@ -31,7 +31,7 @@ class Bench:
         self.copier = Copier(num_threads)
         self.guard = guard or Guard(lambda: None)
         sharer = SourceSharer(cast(Any, None), 1, SharingOptions("trainer"))  # no pool: the trainer copies all
-        self.taker = SnapshotTaker(get_format("dcp"), self.copier, self.guard, sharer, RankGroup(), verify=verify)
+        self.taker = SnapshotTaker(get_format("dcp"), self.copier, self.guard, sharer, RankGroup(), 1, verify=verify)
 
     def begin(self, state: Mapping[str, Any]) -> Snapshot:
         return self.taker.begin(Timeline(0, "nonce"), flatten(state), self.planner)

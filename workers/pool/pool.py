@@ -49,7 +49,7 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -130,8 +130,15 @@ class WorkerPool:
         # 1. Send what the socket takes at once. If that is not all, the supervisor sends the rest.
         self._roster.place(item)
         # 2. Without the lock, which the supervisor needs to send.
-        self._roster.wait_delivered(item)
+        self._roster.wait_delivered(frozenset([future]))
         return future
+
+    def wait_delivered(self, futures: Iterable[Future[Any]]) -> None:
+        """Wait until each call of these Futures is done, or the kernel holds it for a worker that is alive.
+
+        ``hand_over`` has waited for that; but a worker may have died since, and its calls wait for another one.
+        """
+        self._roster.wait_delivered(frozenset(futures))
 
     def _make_item(self, call: tuple[Any, ...], future: Future[Any], *, handed_over: bool) -> WorkItem:
         self._check_owner()

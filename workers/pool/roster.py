@@ -18,7 +18,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from enum import Enum
+from typing import Any
 
 from stager.workers.errors import ClosedError, UsageError
 from stager.workers.pool import codec
@@ -76,18 +78,18 @@ class Roster:
             # 3. The supervisor watches the deadline of the task, and the socket if it is full.
             self._wake()
 
-    def wait_delivered(self, item: WorkItem) -> None:
-        """Wait until the kernel holds the message of ``item`` for a worker that is alive, or its Future is done."""
+    def wait_delivered(self, futures: frozenset[Future[Any]]) -> None:
+        """Wait until the kernel holds the message of each task for a worker that is alive, or its Future is done."""
         if not self.in_callback:
             with self.lock:
-                self._changed.wait_for(lambda: self._is_delivered(item))
+                self._changed.wait_for(lambda: self._are_delivered(futures))
 
-    def _is_delivered(self, item: WorkItem) -> bool:
-        holders = [w for w in self.workers if item.task_id in w.items]
-        if not holders:
-            return item not in self._unplaced  # then it is ending, or has ended
+    def _are_delivered(self, futures: frozenset[Future[Any]]) -> bool:
+        if any(item.future in futures for item in self._unplaced):
+            return False
         # A worker that is no longer usable does not read: its task is sent again when it has been reaped.
-        return holders[0].usable and not holders[0].process.outbox
+        holders = [w for w in self.workers if any(item.future in futures for item in w.items.values())]
+        return all(worker.usable and not worker.process.outbox for worker in holders)
 
     def _admit(self, item: WorkItem) -> None:
         if self._state is not PoolState.OPEN:

@@ -3,9 +3,10 @@
     1. Open the partial directory; make it if needed. Take its flock shared: NOTE [ The lock on a partial directory ].
     2. Return at once if the save is committed, or if this part has a receipt: the task ran before, in a worker that died.
     3. Part 0 of each rank writes the save record.
-    4. Link unchanged files of an incremental save; hash and write everything else.
+    4. Link unchanged files of an incremental save; hash and write everything else. What is not in the slab yet is waited
+       for: NOTE [ A slab that is half filled ] in ``workers/memory/fill_marks.py``.
     5. Sync the data files, then the directory.
-    6. Write the receipt under a temporary name, sync it, rename it.
+    6. Write the receipt under a temporary name, sync it, rename it. Not before the snapshot is whole.
     7. Release the lock, then try to commit (``commit.py``). The last part to get here succeeds.
 
 A worker may die at any step. Another one then runs the same task: it writes the same bytes to the same places.
@@ -37,9 +38,11 @@ from stager.workers.checkpoint.layout.layout import Layout, partition_once
 from stager.workers.checkpoint.write.hard_link_base import link_unchanged, whole_files
 from stager.workers.checkpoint.write.part_writer import PartWriter
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout, record_name, to_record
+from stager.workers.errors import AbandonedSnapshotError
 from stager.workers.faults import point
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import detach_all_but
+from stager.workers.memory.fill_marks import FillWatch
 
 _OPEN_ATTEMPTS = 10
 _DISCARD_SECS = 10.0
@@ -64,6 +67,8 @@ def persist_part(task: WriteTask, part: int) -> PartResult:
 
     Raises:
         StorageError: a system call failed. Nothing that looks like a checkpoint is left.
+        AbandonedSnapshotError: the snapshot will never be whole. The partial directory is removed if this is an orphan, and
+            no other rank writes there.
         CorruptCheckpointError: another program has written into the partial directory.
     """
     detach_all_but(task.live_slabs)
@@ -71,7 +76,12 @@ def persist_part(task: WriteTask, part: int) -> PartResult:
     with storage_errors("save", partial_path(task.spec)), no_collection():
         point("part.begin")
         layout = read_layout(task)
-        done = _write_part(task, layout, part)
+        try:
+            done = _write_part(task, layout, part)
+        except AbandonedSnapshotError as error:
+            if error.is_orphan and task.spec.num_ranks == 1:  # otherwise the trainer, or another rank, does it
+                discard_partial(task.spec.directory, task.spec.step, task.spec.save_id)
+            raise
         if isinstance(done, Committed):
             return PartResult(part, os.getpid(), done.started, done.started, done.started, done)
         # 7. After the shared lock is released: with it, this part would refuse itself the exclusive one. Every part tries,
@@ -125,8 +135,9 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
     # 3. Before any data: without the record, nobody could tell after a crash what is missing.
     if part == 0:
         files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(task), spec.fsync)
+    filled = FillWatch(task.slab, task.marks)
     with ExitStack() as opened:
-        writer = PartWriter(task, layout, directory_fd, partial, opened)
+        writer = PartWriter(task, layout, filled, directory_fd, partial, opened)
         segments = rest = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
         # 4. Links first: what was linked must not be opened for writing, because other checkpoints share it.
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
@@ -149,7 +160,8 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
             os.fsync(directory_fd)  # the files' names must be durable, too
     synced = time.time()
     point("part.synced")
-    # 6. Last: a receipt exists only when all of the above is durable.
+    # 6. Last: a receipt exists only when all of the above is durable, and the snapshot was found whole and not torn.
+    filled.wait_until_whole()
     linked = unchanged.nbytes, unchanged.generation, unchanged.note
     receipt = Receipt(
         part, spec.num_parts, spec.save_id, tuple(hashes), os.getpid(), started, written, synced, *linked, spec.rank

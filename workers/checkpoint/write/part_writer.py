@@ -24,6 +24,7 @@ from stager.workers.checkpoint.write.write_back import WRITE_BYTES, CachedWriter
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import InternalError
 from stager.workers.faults import point
+from stager.workers.memory.fill_marks import FillWatch
 
 _DIRECT_FROM_BYTES = 4 << 20  # smaller parts gain nothing
 _SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
@@ -46,12 +47,22 @@ class PartWriter:
     """Writes segments. Opens each file once.
 
     Args:
+        filled: waited for before bytes of the slab are read.
         opened: the exit stack that closes the files.
     """
 
-    def __init__(self, task: WriteTask, layout: Layout, directory_fd: int, directory: str, opened: ExitStack) -> None:
+    def __init__(
+        self,
+        task: WriteTask,
+        layout: Layout,
+        filled: FillWatch,
+        directory_fd: int,
+        directory: str,
+        opened: ExitStack,
+    ) -> None:
         self._task = task
         self._view = task.slab.view
+        self._filled = filled
         self._layout = layout
         self._make_header_and_tail = get_format(task.spec.kind).headers_and_tails(layout)
         self._span_ends = layout.ends()
@@ -124,14 +135,18 @@ class PartWriter:
         """Return the bytes of a run of small whole spans, and the hash of each span, hex."""
         view, kept = self._view, self._kept_spans
         view_start, num_kept = self._task.base, len(kept)  # the slab may have a later piece of the snapshot only
+        spans = [
+            (kept[segment.index] if segment.index < num_kept else None) or self._span_of(segment) for segment in run
+        ]
+        if not self._filled.is_whole:
+            low, high = min(span.slab_start for span in spans), max(span.slab_end for span in spans)
+            self._filled.wait_for(low - view_start, high - view_start)
         pieces: list[bytes | memoryview] = []
-        for segment in run:
-            index = segment.index
-            head, start, end, tail = (kept[index] if index < num_kept else None) or self._span_of(segment)
+        for head, start, end, tail in spans:
             pieces += (head, view[start - view_start : end - view_start], tail)
         data = b"".join(pieces)
-        spans, position = memoryview(data), run[0].start
-        return data, [xxhash.xxh3_128_hexdigest(spans[s.start - position : s.end - position]) for s in run]
+        joined, position = memoryview(data), run[0].start
+        return data, [xxhash.xxh3_128_hexdigest(joined[s.start - position : s.end - position]) for s in run]
 
     def _span_of(self, segment: Segment) -> _Span:
         """Put together the span of a small item, which is one segment. It is kept if all saves of the plan have it."""
@@ -175,6 +190,7 @@ class PartWriter:
             )  # from an offset in the file to one in the view
             while low < high:  # cut at multiples of WRITE_BYTES in the file
                 cut = min(high, (low // WRITE_BYTES + 1) * WRITE_BYTES)
+                self._filled.wait_for(to_view + low, to_view + cut)
                 yield self._view[to_view + low : to_view + cut]
                 low = cut
         if end > data_end:

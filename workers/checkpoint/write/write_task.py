@@ -25,6 +25,7 @@ from stager.workers.checkpoint.write.write_back import PLAIN, Writing
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import Memory
+from stager.workers.memory.fill_marks import WHOLE_ALREADY, FillMarks
 
 _CACHED_PLANS = 2  # for states that are saved in turn; a plan takes some hundred bytes per tensor
 _RECORD = re.compile(r"save-([0-9]{1,9})\.json")
@@ -48,6 +49,7 @@ class WriteTask:
         objects: where the objects document lies.
         live_slabs: the slabs that the trainer still uses; workers unmap the others.
         base: the offset in the whole snapshot of the slab's first byte; 0 unless the slab has a later piece.
+        marks: say how far the slab is filled. Plan and objects are there before any worker has the task.
     """
 
     spec: SaveSpec
@@ -58,6 +60,7 @@ class WriteTask:
     live_slabs: frozenset[str]
     base: int = 0
     writing: Writing = PLAIN
+    marks: FillMarks = WHOLE_ALREADY
 
 
 _plans: OrderedDict[str, LayoutPlan] = OrderedDict()
