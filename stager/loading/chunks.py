@@ -17,8 +17,7 @@ from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import contiguous_stride
 from stager.workers.checkpoint.layout.structure import Chunks, map_leaves
-from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
-from stager.workers.memory.pages import bytes_at
+from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ class Place:
             CorruptCheckpointError, StorageError
         """
         chunk = new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
-        reader.read([Wanted(self.index, bytes_at(chunk.data_ptr(), item.data_nbytes))])
+        reader.read([self.index], [chunk.data_ptr()])
         self.tensor.copy_(chunk)
 
 

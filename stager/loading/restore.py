@@ -36,7 +36,7 @@ from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import describe, walk
-from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
+from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.device.accelerator import has_streams
 from stager.workers.errors import CorruptCheckpointError, StorageError
 from stager.workers.gc_pause import no_collection
@@ -195,7 +195,7 @@ class Restorer:
             tensors = {i: direct[i] if i in direct else made[i] for i in others}
             if check_unwanted:
                 unwanted = stored - set(wanted) - self._chunk_items()
-                reader.read([Wanted(index, None) for index in sorted(unwanted)])
+                reader.read(sorted(unwanted))
             self.has_overwritten = bool(direct or sharded or on_devices)
             with self._telling_overwritten():
                 self._fill(reader, tensors)
@@ -252,16 +252,17 @@ class Restorer:
             ) from error
 
     def _fill(self, reader: BlobReader, tensors: dict[int, torch.Tensor]) -> None:
-        wanted = [Wanted(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks]
+        reads = [(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks]
         others: list[tuple[int, Place]] = []
         for index, chunks in self._chunks.items():
             if index in tensors:
                 for place in places(tensors[index], chunks, self._items):
                     if place.takes_bytes:
-                        wanted.append(Wanted(place.index, place.tensor.data_ptr()))
+                        reads.append((place.index, place.tensor.data_ptr()))
                     else:
                         others.append((index, place))
-        reader.read(sorted(wanted, key=lambda one: one.index))
+        reads.sort()
+        reader.read([index for index, _ in reads], [address for _, address in reads])
         with torch.no_grad():
             for index, place in others:
                 with self._enough_memory(index):
@@ -275,7 +276,7 @@ class Restorer:
         for index in indices:
             with self._enough_memory(index):
                 blobs[index] = _stream_of(self._items[index].nbytes)
-        reader.read([Wanted(index, blob.getbuffer()) for index, blob in blobs.items()])
+        reader.read(indices, [blob.getbuffer() for blob in blobs.values()])
         return blobs
 
     def _unpickle(self, blobs: dict[int, io.BytesIO]) -> dict[int, Any]:

@@ -29,7 +29,6 @@ from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_file_name, check_layout, check_shape, check_text
-from stager.workers.checkpoint.read.blob_reader import Wanted
 from stager.workers.errors import CorruptCheckpointError, UsageError
 
 _LARGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader
@@ -94,12 +93,13 @@ class SafetensorsFiles:
         """
         with closing(PlainReader(os.path.dirname(self.path), self.manifest, self._num_threads)) as reader:
             whole = {number: self._new(number) for number, box in wanted if box is None}
-            reader.read([Wanted(number, tensor.data_ptr()) for number, tensor in sorted(whole.items())])
+            numbers = sorted(whole)
+            reader.read(numbers, [whole[number].data_ptr() for number in numbers])
             return [whole[number] if box is None else self._box(reader, number, box) for number, box in wanted]
 
     def _box(self, reader: PlainReader, number: int, box: Box) -> torch.Tensor:
         tensor = view = self._new(number)
-        reader.read([Wanted(number, tensor.data_ptr())])
+        reader.read([number], [tensor.data_ptr()])
         for dim, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
             view = view.narrow(dim, offset, length)
         return tensor if view.shape == tensor.shape else view.clone()

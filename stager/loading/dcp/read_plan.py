@@ -15,9 +15,8 @@ from stager.loading.reading.direct_read import overlapping, takes_bytes, tell_au
 from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item
-from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
+from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.errors import StateMismatchError
-from stager.workers.memory.pages import bytes_at
 
 _BATCH_BYTES = 256 << 20  # memory used beside the targets; one item may need more
 
@@ -84,25 +83,23 @@ class _Load:
 
     def _load_objects(self, requests: list[tuple[ReadItem, int]]) -> None:
         blobs = {number: bytearray(self._items[number].data_nbytes) for _, number in requests}
-        self._reader.read([Wanted(number, memoryview(blobs[number])) for number in sorted(blobs)])
+        numbers = sorted(blobs)
+        self._reader.read(numbers, [memoryview(blobs[number]) for number in numbers])
         for request, number in requests:
             hand_over_object(self._planner, request, bytes(blobs[number]), self._index.path, self._allow_pickle)
 
     def _fill(self, reads: list[_Read]) -> None:
         """Read straight into the targets."""
-        wanted = [
-            Wanted(read.number, bytes_at(read.target.data_ptr(), self._items[read.number].data_nbytes))
-            for read in sorted(reads, key=lambda read: read.number)
-        ]
-        self._reader.read(wanted)
+        in_order = sorted(reads, key=lambda read: read.number)
+        self._reader.read([read.number for read in in_order], [read.target.data_ptr() for read in in_order])
         tell_autograd(read.target for read in reads)
 
     def _copy(self, reads: list[_Read]) -> None:
         """Read into memory of our own, and copy in the order of the plan: where targets share memory, the last one wins."""
         for batch in self._batches(reads):
             sources = {read.number: _new(self._items[read.number]) for read in batch}
-            views = {number: bytes_at(t.data_ptr(), self._items[number].data_nbytes) for number, t in sources.items()}
-            self._reader.read([Wanted(number, views[number]) for number in sorted(views)])
+            numbers = sorted(sources)
+            self._reader.read(numbers, [sources[number].data_ptr() for number in numbers])
             with torch.no_grad():
                 for read in batch:
                     source = sources[read.number]

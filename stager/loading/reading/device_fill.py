@@ -18,7 +18,7 @@ import torch
 
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import align
-from stager.workers.checkpoint.read.blob_reader import CHUNK_BYTES, GROUP_BYTES, BlobReader, Wanted
+from stager.workers.checkpoint.read.blob_reader import CHUNK_BYTES, GROUP_BYTES, BlobReader
 from stager.workers.device.byte_copies import copy_many, stretch_of
 from stager.workers.device.host_memory import new_pinned
 from stager.workers.device.streams import SideStreams
@@ -45,7 +45,7 @@ def fill_devices(reader: BlobReader, items: Sequence[Item], targets: Sequence[Ta
     others = [target for target in targets if items[target[0]].nbytes <= GROUP_BYTES]
     try:
         sinks = _Lanes(streams)
-        reader.read([Wanted(index, _LargeTarget(sinks, tensor)) for index, tensor in large])
+        reader.read([index for index, _ in large], [_LargeTarget(sinks, tensor) for _, tensor in large])
         _fill_batches(reader, items, others, streams)
     finally:
         streams.synchronize()
@@ -120,8 +120,7 @@ def _fill_batches(reader: BlobReader, items: Sequence[Item], targets: Sequence[T
         for index, _ in batch:
             places.append(end)
             end += align(items[index].data_nbytes)
-        wanted = [Wanted(index, buffer.data_ptr() + at) for (index, _), at in zip(batch, places, strict=True)]
-        reader.read(wanted)
+        reader.read([index for index, _ in batch], [buffer.data_ptr() + at for at in places])
         with torch.no_grad(), streams.stream():
             tensors = [tensor.detach() for _, tensor in batch]
             nbytes = [items[index].data_nbytes for index, _ in batch]

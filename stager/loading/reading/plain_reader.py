@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest
-from stager.workers.checkpoint.read.blob_reader import Wanted
+from stager.workers.checkpoint.read.blob_reader import Target
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.memory.pages import bytes_at
 
 _GROUP_BYTES = 8 << 20
+
+_Read = tuple[int, Target]
 
 
 class PlainReader:
@@ -31,14 +33,14 @@ class PlainReader:
                     self._fds.append(open_regular(name))
             undo.pop_all()
 
-    def read(self, wanted: Sequence[Wanted]) -> None:
-        """Read items. Each target must have exactly ``data_nbytes`` bytes.
+    def read(self, indices: Sequence[int], targets: Sequence[Target]) -> None:
+        """Read items into their targets. Each must have exactly ``data_nbytes`` bytes, and none may be a sink.
 
         Raises:
             CorruptCheckpointError: a file ends early.
             StorageError: a read failed.
         """
-        groups = self._group(wanted)
+        groups = self._group(zip(indices, targets, strict=True))
         if len(groups) < 2 or self._num_threads == 1:
             for group in groups:
                 self._read_all(group)
@@ -46,28 +48,27 @@ class PlainReader:
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="stager-read") as executor:
             list(executor.map(self._read_all, groups))
 
-    def _group(self, wanted: Sequence[Wanted]) -> list[list[Wanted]]:
+    def _group(self, reads: Iterable[_Read]) -> list[list[_Read]]:
         """Divide the items into groups of about ``_GROUP_BYTES``; a thread reads one group at a time."""
-        groups: list[list[Wanted]] = []
+        groups: list[list[_Read]] = []
         nbytes = _GROUP_BYTES
-        for want in wanted:
-            size = self._items[want.index].nbytes
+        for index, target in reads:
+            size = self._items.nbytes[index]
             if nbytes + size > _GROUP_BYTES:
                 groups.append([])
                 nbytes = 0
-            groups[-1].append(want)
+            groups[-1].append((index, target))
             nbytes += size
         return groups
 
-    def _read_all(self, group: list[Wanted]) -> None:
-        for want in group:
-            self._read(want)
+    def _read_all(self, group: list[_Read]) -> None:
+        for index, target in group:
+            self._read(index, target)
 
-    def _read(self, want: Wanted) -> None:
-        item, view = self._items[want.index], want.target
-        if isinstance(view, int):
-            view = bytes_at(view, item.data_nbytes)
-        assert view is None or isinstance(view, memoryview), "sinks take bytes that were checked"
+    def _read(self, index: int, target: Target) -> None:
+        item = self._items[index]
+        view = bytes_at(target, item.data_nbytes) if isinstance(target, int) else target
+        assert isinstance(view, memoryview), "sinks take bytes that were checked"
         position = item.data_offset
         with storage_errors("read", self._paths[item.file]):
             while view:

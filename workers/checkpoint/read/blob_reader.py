@@ -5,14 +5,14 @@ The bytes go straight into memory that the caller owns (``preadv``). Nothing is 
 
 from __future__ import annotations
 
-import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import xxhash
 
@@ -21,22 +21,13 @@ from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import describe
+from stager.workers.checkpoint.read.scatter import scatter
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.memory.pages import bytes_at
-
-if TYPE_CHECKING:
-    import numpy as np
 
 GROUP_BYTES = 2 << 20  # of small items: one read, which stays in the CPU's cache until it is hashed
 CHUNK_BYTES = 1 << 20  # of large items, for the same reason
 _MANY_ITEMS = 128  # in one group
-
-
-def _new_memory(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Return memory that is not zeroed, unlike a bytearray."""
-    import numpy as np  # here: the workers, which only write, start without it
-
-    return np.empty(nbytes, np.uint8)
 
 
 class Sink(Protocol):
@@ -49,22 +40,32 @@ class Sink(Protocol):
         """Take what this thread has read into its memory: the item's raw bytes from ``start`` on."""
 
 
-@dataclass(slots=True)  # not frozen, which takes twice as long to make, and there can be 200,000
-class Wanted:
-    """An item to read, and where its raw bytes go: memory, its address, or a sink. None: nowhere, only check them.
+Target: TypeAlias = memoryview | int | Sink
+"""Where the raw bytes of an item go: memory, its address, or a sink.
 
-    A sink's item is larger than ``GROUP_BYTES``, with what stands around its bytes.
-    """
-
-    index: int
-    target: memoryview | int | Sink | None
-
+A sink's item is larger than ``GROUP_BYTES``, with what stands around its bytes.
+"""
 
 _OnError = Callable[[CorruptCheckpointError], None]
 
 
 def _raise(error: CorruptCheckpointError) -> None:
     raise error
+
+
+class _Scratch(threading.local):
+    """Memory of each reading thread. It is kept from read to read, because new pages take as long as reading into them."""
+
+    def __init__(self) -> None:
+        self._memory: Any = None
+
+    def take(self, nbytes: int) -> Any:
+        """Return an array of bytes, which is the thread's until it takes the next."""
+        import numpy as np  # here: the workers, which only write, start without it
+
+        if self._memory is None or len(self._memory) < nbytes:
+            self._memory = np.empty(nbytes, np.uint8)  # not zeroed, unlike a bytearray
+        return self._memory[:nbytes]
 
 
 class BlobReader(AbstractContextManager["BlobReader"]):
@@ -89,6 +90,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         self._progress = progress
         self._items = manifest.layout.items
         self._starts, self._ends = manifest.layout.starts(), manifest.layout.ends()
+        self._scratch = _Scratch()
         self._fds: list[int] = []
         try:
             for file, spec in enumerate(manifest.layout.files):
@@ -119,11 +121,14 @@ class BlobReader(AbstractContextManager["BlobReader"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read(self, wanted: Sequence[Wanted], on_error: _OnError = _raise) -> None:
-        """Read and check items. Each target must be exactly ``data_nbytes`` long.
+    def read(
+        self, indices: Sequence[int], targets: Sequence[Target] | None = None, on_error: _OnError = _raise
+    ) -> None:
+        """Read and check items.
 
         Args:
-            wanted: in file order for speed.
+            indices: of the items; in file order for speed.
+            targets: of each item, exactly ``data_nbytes`` long. None: the bytes are only checked.
             on_error: called for each damaged item, from any thread; without it the first one is raised.
 
         Raises:
@@ -138,7 +143,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
                 except CorruptCheckpointError as error:
                     on_error(error)
 
-        units = self._reads(wanted, on_error)
+        units = self._reads(indices, targets, on_error)
         if self._num_threads == 1 or len(units) < 2:
             for unit in units:
                 do(unit)
@@ -152,76 +157,106 @@ class BlobReader(AbstractContextManager["BlobReader"]):
                 for future in futures:
                     future.cancel()
 
-    def _reads(self, wanted: Sequence[Wanted], on_error: _OnError) -> list[list[partial[None]]]:
+    def _reads(
+        self, indices: Sequence[int], targets: Sequence[Target] | None, on_error: _OnError
+    ) -> list[list[partial[None]]]:
         """Return lists of reads. One thread does a whole list: a group of items, or one segment of a large item.
 
         Groups of many small items share one list. They are work for Python, of which one thread at a time does any, so
         several threads would only take turns.
         """
-        layout = self._manifest.layout
+        step = self._manifest.layout.segment_bytes
         many: list[partial[None]] = []
         others: list[list[partial[None]]] = []
-        for group in self._groups(wanted):
-            span = self._ends[group[0].index] - self._starts[group[0].index]
+        for at, group in self._groups(indices):
+            places = None if targets is None else targets[at : at + len(group)]
+            span = self._ends[group[0]] - self._starts[group[0]]
             if span > GROUP_BYTES:
-                numbers = range(num_segments(span, layout.segment_bytes))
-                others += [[partial(self._read_segment, group[0], number)] for number in numbers]
+                target = None if places is None else places[0]
+                numbers = range(num_segments(span, step))
+                others += [[partial(self._read_segment, group[0], target, number)] for number in numbers]
             elif len(group) > _MANY_ITEMS:
-                many.append(partial(self._read_group, group, on_error))
+                many.append(partial(self._read_group, group, places, on_error))
             else:
-                others.append([partial(self._read_group, group, on_error)])
+                others.append([partial(self._read_group, group, places, on_error)])
         return [many, *others] if many else others
 
-    def _groups(self, wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-        """Iterate over groups of neighbours in one file, up to ``GROUP_BYTES`` together. A larger item is alone."""
-        files, starts, ends = self._items.file, self._starts, self._ends
-        group: list[Wanted] = []
-        start = last_file = last_end = -1
-        for want in wanted:
-            index = want.index
-            file, offset, end = files[index], starts[index], ends[index]
-            if offset == last_end and file == last_file and end - start <= GROUP_BYTES:
-                group.append(want)
-            else:
-                if group:
-                    yield group
-                group, start = [want], offset
-            last_file, last_end = file, end
-        if group:
-            yield group
+    def _groups(self, indices: Sequence[int]) -> Iterator[tuple[int, range]]:
+        """Iterate over groups of neighbours in one file, up to ``GROUP_BYTES`` together. A larger item is alone.
 
-    def _read_group(self, group: Sequence[Wanted], on_error: _OnError) -> None:
-        starts, ends, hashes = self._starts, self._ends, self._manifest.hashes
-        step, (offsets, sizes) = self._manifest.layout.segment_bytes, (self._items.data_offset, self._items.data_nbytes)
-        digest, copy = xxhash.xxh3_128_hexdigest, ctypes.memmove
-        start = starts[group[0].index]
-        memory = _new_memory(ends[group[-1].index] - start)
-        buffer, address = memory.data, memory.ctypes.data
-        self._pread(self._items.file[group[0].index], [buffer], start)
-        for want in group:
-            index, target = want.index, want.target
-            span = buffer[starts[index] - start : ends[index] - start]
-            if len(span) > step or digest(span) != hashes[index][0]:  # rare: several segments, or damage
+        Yields:
+            Where in ``indices`` the group begins, and its items.
+        """
+        import numpy as np  # here: as above
+
+        if not len(indices):
+            return
+        column = np.array(indices, np.int64)
+        files = np.frombuffer(self._items.file, np.int64)[column]
+        run_ends = np.flatnonzero((np.diff(column) != 1) | (np.diff(files) != 0)) + 1
+        at = 0
+        for run_end in (*run_ends.tolist(), len(column)):
+            first = int(column[at])
+            behind = first + run_end - at
+            while first < behind:
+                fitting = bisect_right(self._ends, self._starts[first] + GROUP_BYTES, first + 1, behind)
+                yield at, range(first, fitting)
+                at, first = at + fitting - first, fitting
+
+    def _read_group(self, group: range, targets: Sequence[Target] | None, on_error: _OnError) -> None:
+        step, digest, chosen = (
+            self._manifest.layout.segment_bytes,
+            xxhash.xxh3_128_hexdigest,
+            slice(group.start, group.stop),
+        )
+        start = self._starts[group.start]
+        spans = [(low - start, end - start) for low, end in zip(self._starts[chosen], self._ends[chosen], strict=True)]
+        memory = self._scratch.take(spans[-1][1])
+        buffer = memory.data
+        self._pread(self._items.file[group.start], [buffer], start)
+        actual = [(digest(buffer[low:end]),) for low, end in spans]
+        damaged = set()
+        if tuple(actual) != self._manifest.hashes[chosen]:  # rare: damage, or several segments
+            for number, (index, span) in enumerate(zip(group, spans, strict=True)):
                 try:
-                    for number in range(num_segments(len(span), step)):
-                        self._check(index, number, digest(span[number * step : (number + 1) * step]))
+                    for segment, low in enumerate(range(span[0], max(span[1], span[0] + 1), step)):
+                        self._check(index, segment, digest(buffer[low : min(low + step, span[1])]))
                 except CorruptCheckpointError as error:
                     on_error(error)
-                    continue
-            if type(target) is int:
-                copy(target, address + offsets[index] - start, sizes[index])
-            elif isinstance(target, memoryview):
-                target[:] = buffer[offsets[index] - start : offsets[index] - start + sizes[index]]
+                    damaged.add(number)
+        if targets is not None:
+            self._scatter(memory, group, start, targets, damaged)
         self._progress(len(buffer))
 
-    def _read_segment(self, want: Wanted, number: int) -> None:
+    def _scatter(
+        self, memory: Any, group: range, start: int, targets: Sequence[Target], damaged: Collection[int]
+    ) -> None:
+        """Copy the raw bytes of a group to their targets.
+
+        Args:
+            memory: what was read, from byte ``start`` of the file on.
+            damaged: which of the group's items are not copied.
+        """
+        import numpy as np  # here: as above
+
+        chosen = slice(group.start, group.stop)
+        offsets, nbytes = (
+            np.frombuffer(column[chosen], np.int64) for column in (self._items.data_offset, self._items.data_nbytes)
+        )
+        if damaged:
+            whole = [number for number in range(len(group)) if number not in damaged]
+            offsets, nbytes, targets = offsets[whole], nbytes[whole], [targets[number] for number in whole]
+        scatter(memory, offsets - start, nbytes, targets)
+
+    def _read_segment(self, index: int, target: Target | None, number: int) -> None:
         """Read one segment of an item, its raw bytes straight into the target."""
-        item, end = self._manifest.layout.items[want.index], self._ends[want.index]
-        target = bytes_at(want.target, item.data_nbytes) if isinstance(want.target, int) else want.target
+        item, end = self._items[index], self._ends[index]
+        if isinstance(target, int):
+            target = bytes_at(target, item.data_nbytes)
         step = self._manifest.layout.segment_bytes
         start = item.offset + number * step
         stop = min(start + step, end)
-        scratch = _new_memory(min(CHUNK_BYTES, stop - start)).data
+        scratch = self._scratch.take(min(CHUNK_BYTES, stop - start)).data
         hasher = xxhash.xxh3_128()
         for low in range(start, stop, CHUNK_BYTES):
             high = min(low + CHUNK_BYTES, stop)
@@ -230,7 +265,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
             if target is not None and not isinstance(target, memoryview):
                 first, last = _raw(item, low, high)
                 target.put(first - item.data_offset, last - first)
-        self._check(want.index, number, hasher.hexdigest())
+        self._check(index, number, hasher.hexdigest())
         self._progress(stop - start)
 
     def _pieces(

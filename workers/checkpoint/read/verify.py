@@ -18,7 +18,7 @@ from stager.workers.checkpoint.directory.files import read_small, storage_errors
 from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, read_manifest
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
-from stager.workers.checkpoint.read.blob_reader import BlobReader, Wanted
+from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 Fingerprint: TypeAlias = dict[str, tuple[int, int, int, int]]
@@ -103,8 +103,7 @@ def check_files(
     try:
         with BlobReader(path, manifest, num_threads or _default_threads(), progress) as reader:
             if full:
-                every_item = [Wanted(i, None) for i in range(len(manifest.layout.items))]
-                reader.read(every_item, lambda error: problems.append(str(error)))
+                reader.read(range(len(manifest.layout.items)), on_error=lambda error: problems.append(str(error)))
     except (CorruptCheckpointError, StorageError) as error:
         problems.append(str(error))
     return problems
