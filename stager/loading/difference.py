@@ -8,26 +8,12 @@ import torch
 
 from stager.state.shards import is_sharded, problem_of_shard, shape_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import ItemKind
 from stager.workers.checkpoint.layout.structure import Path, describe
 from stager.workers.memory.tensor_memory import problem_of
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-
-
-def fits(item: Item, tensor: torch.Tensor) -> bool:
-    """Whether the item certainly fits: a fast answer for most tensors. False means that the slower checks have to decide."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.is_cpu
-        and item.kind == "tensor"
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and tensor.shape == item.shape
-        and tensor.dtype is dtype_of(item.dtype)
-        and not hasattr(tensor, "global_shape")
-        and _is_all_there(tensor)
-    )
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+"""The classes of tensors whose memory holds their values, and nothing else does."""
 
 
 def _is_all_there(tensor: torch.Tensor) -> bool:
@@ -45,7 +31,7 @@ def obstacle(tensor: torch.Tensor) -> str | None:
         return "is on the meta device, which has no memory to load into; materialize it first (Module.to_empty)"
     if is_sharded(tensor):
         return problem_of_shard(tensor)
-    plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
+    plain = type(tensor) in PLAIN and tensor.layout is torch.strided
     if not (plain and tensor.is_contiguous() and _is_all_there(tensor)):
         if (problem := problem_of(tensor)) is not None:
             return f"{problem.partition(';')[0]}; materialize the target before you load into it"
@@ -56,7 +42,7 @@ def obstacle(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def difference(item: Item, tensor: torch.Tensor) -> str | None:
+def difference(item: ItemKind, tensor: torch.Tensor) -> str | None:
     """How an item differs from a tensor of the target; None if it fits."""
     if item.shape != shape_of(tensor):
         return shape_problem(item, tensor)
@@ -83,7 +69,7 @@ def object_difference(loaded: Any, tensor: torch.Tensor, path: Path) -> str | No
     return None if problem is None else f"{describe(path)}: {problem}"
 
 
-def shape_problem(item: Item, tensor: torch.Tensor) -> str:
+def shape_problem(item: ItemKind, tensor: torch.Tensor) -> str:
     """The message for an item of another shape than the tensor's."""
     return f"has shape {list(shape_of(tensor))} in the target and {list(item.shape)} in the checkpoint"
 

@@ -111,7 +111,7 @@ def _fill(source: ForeignCheckpoint, plan: RestorePlan) -> dict[int, Any]:
     """Read what the plan wants, and fill the tensors of the target. Returns the values by item, as ``Restorer`` does."""
     items = source.manifest.layout.items
     sharded = {one.index: one.tensor for one in plan.sharded}
-    wanted = (plan.wanted - sharded.keys()) | {index for index, _ in plan.targets}
+    wanted = (plan.wanted - sharded.keys()) | set(plan.targets.indices)
     objects = source.objects(sorted(index for index in wanted if items[index].kind == "object"))
     plan.refuse_failed_checks(source.path, objects)
     whole = sorted(wanted - objects.keys())
@@ -124,8 +124,8 @@ def _fill(source: ForeignCheckpoint, plan: RestorePlan) -> dict[int, Any]:
     with torch.no_grad():
         for (_, _, view), part in zip(boxes, read[len(whole) :], strict=True):
             view.copy_(part)
-    shared = overlapping(plan.targets)
-    own = {index: tensor for index, tensor in reversed(plan.targets) if index not in shared}
+    targets = plan.targets
+    own = targets.first_of_each(without=overlapping(targets.indices, targets.tensors))
     return {**objects, **tensors, **sharded, **own}
 
 
@@ -139,7 +139,7 @@ def _boxes(tensor: torch.Tensor, name: str) -> list[tuple[Box, torch.Tensor]]:
 
 def _refuse_parts(source: ForeignCheckpoint, plan: RestorePlan, tensors: dict[int, torch.Tensor]) -> None:
     """Refuse to fill a whole tensor from a file that has a DTensor in its place: the other ranks' parts are not in it."""
-    parts = {index for index, _ in plan.targets if is_sharded(tensors[index])}
+    parts = {index for index in plan.targets.indices if is_sharded(tensors[index])}
     names = [describe(path) for path, index in source.manifest.paths() if index in parts]
     refuse(
         source.path,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -27,6 +27,7 @@ from stager.loading.belongings import (
     looks_like_module_state,
     tensor_paths,
 )
+from stager.loading.direct_targets import DirectTargets
 from stager.loading.extras import NO_OTHER_RANKS, Extras, OtherRanks
 from stager.loading.match_objects import (
     TORCH_LOADERS,
@@ -58,6 +59,7 @@ from stager.state.per_rank import PerRank, rank_key
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.building import build
+from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.structure import ABSENT, Key, Node, Path, describe, is_with_recipe
 from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, without_flags
 
@@ -135,7 +137,8 @@ class _Matcher:
     ) -> None:
         self._rank = rank
         self._is_alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        self._items = tuple(manifest.layout.items)  # each is asked for several times
+        self._items = manifest.layout.items
+        self._direct = DirectTargets(self._items)
         self.whole = structure
         self._strict = strict
         self._selection = selection
@@ -149,11 +152,9 @@ class _Matcher:
         """Match the names at the top. Those of the checkpoint that the target does not ask for are ignored."""
         names, nodes = names_and_children(node, target)
         self._extras.know((), names.values())
-        for key, name in in_one_order(names):
-            if name in nodes:
-                self.entry(nodes[name], target, key, (key,))
-            else:
-                self.missing(target[key], (key,))
+        self._entries(
+            target, in_one_order(names), nodes, (), _Owner.NOBODY, lambda key: self.missing(target[key], (key,))
+        )
         present = set(names.values())
         self.plan.ignored += [(name,) for name in nodes if name not in present]
         if present and nodes and present.isdisjoint(nodes):
@@ -216,6 +217,41 @@ class _Matcher:
         else:
             self._replacer.replace(node, container, key, path)
 
+    def _entries(
+        self,
+        container: Any,
+        names: Sequence[tuple[Any, Any]],
+        nodes: Mapping[Any, Node],
+        path: Path,
+        owner: _Owner,
+        absent: Callable[[Any], None],
+    ) -> None:
+        """Match the entries of a container with the nodes that its checkpoint has.
+
+        Args:
+            names: of the entries: (key, name in the checkpoint).
+            path: of the container.
+            absent: called with each key that the checkpoint does not have, in its turn.
+        """
+        if type(container) in PLAIN_CONTAINERS:  # reading their entries runs no code of the user
+            there = [(key, nodes[name]) for key, name in names if name in nodes]
+            values = [container[key] for key, _ in there]
+            children = [child for _, child in there]
+            are_direct = self._direct.among(children, values)
+            if len(there) == len(names) and all(are_direct):  # most
+                self.plan.read_directly_into(children, values, [(*path, key) for key, _ in names])
+                return
+        else:
+            are_direct = [False] * len(names)
+        is_direct = iter(are_direct)
+        for key, name in names:
+            if name not in nodes:
+                absent(key)
+            elif next(is_direct):
+                self.plan.read_directly_into([nodes[name]], [container[key]], [(*path, key)])
+            else:
+                self.entry(nodes[name], container, key, (*path, key), owner)
+
     def _none_for_object(self, path: Path) -> None:
         """Match None with the state of a module or optimizer, which would be of no use in its place."""
         if self._strict:
@@ -256,7 +292,7 @@ class _Matcher:
         return is_with_recipe(node) or self._is_object(node)
 
     def _is_object(self, node: Node) -> bool:
-        return type(node) is int and self._items[node].kind == "object"
+        return type(node) is int and self._items.kind_of(node).kind == "object"
 
     def _per_rank(self, node: Node, value: PerRank, path: Path) -> None:
         key = rank_key(self._rank)
@@ -285,11 +321,9 @@ class _Matcher:
         if (lacks or len(nodes) > len(present)) and owner is _Owner.NOBODY and nodes:
             if looks_like_module_state(value) and any(_is_tensor(child, self._items) for child in nodes.values()):
                 owner = _Owner.MODULE
-        for key, name in in_one_order(names):
-            if name in nodes:
-                self.entry(nodes[name], value, key, (*path, key), owner)
-            else:
-                self._absent(value, key, (*path, key), owner)
+        self._entries(
+            value, in_one_order(names), nodes, path, owner, lambda key: self._absent(value, key, (*path, key), owner)
+        )
         for position, (name, child) in enumerate(nodes.items()):
             if name not in present:
                 self._extra_entry(node, position, child, value, (*path, name), owner)
@@ -355,11 +389,9 @@ class _Matcher:
     def _list(self, node: Node, value: list[Any], path: Path, owner: _Owner) -> None:
         children = node[1]
         num_both = min(len(children), len(value))
-        for index in range(num_both):
-            if children[index] is ABSENT:
-                self.missing(value[index], (*path, index))
-            else:
-                self.entry(children[index], value, index, (*path, index), owner)
+        there = {index: children[index] for index in range(num_both) if children[index] is not ABSENT}
+        numbers = [(index, index) for index in range(num_both)]
+        self._entries(value, numbers, there, path, owner, lambda index: self.missing(value[index], (*path, index)))
         kept = []
         for index in range(num_both, len(value)):
             if owner is _Owner.NOBODY and not holds_belongings(value[index]):
@@ -418,12 +450,12 @@ class _Matcher:
             state = state_of(value, path)
             node = self._renaming.aligned(node, state)
             self._extras.know(path, state.keys())
-            match_module(self.plan, self._items, node, value, state, path, self.missing)
+            match_module(self.plan, self._items, self._direct, node, value, state, path, self.missing)
             arguments = {} if self._strict and self._selection is None else {"strict": False}
             if self._strict and not self._is_alone and is_mapping(node):  # the rest is unexpected, or of other ranks
                 node = _with_keys(node, state)
         elif loader is torch.optim.Optimizer.load_state_dict:
-            match_optimizer(self.plan, self._items, node, value, path)
+            match_optimizer(self.plan, self._items, self._direct, node, value, path)
         self.plan.want(node)
 
         def restore(values: Values) -> None:
@@ -450,8 +482,8 @@ def _with_keys(node: Node, keys: Collection[Any]) -> Node:
     return [node[0], [node[1][number] for number in kept], [node[2][number] for number in kept], *node[3:]]
 
 
-def _is_tensor(node: Node, items: Any) -> bool:
-    return is_tensor_node(node) or (type(node) is int and items[node].kind == "tensor")
+def _is_tensor(node: Node, items: Items) -> bool:
+    return is_tensor_node(node) or (type(node) is int and items.kind_of(node).kind == "tensor")
 
 
 def _is_optimizer_node(node: Node) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stager.loading.belongings import is_module_node
-from stager.loading.difference import difference, fits, object_difference, obstacle
+from stager.loading.difference import difference, object_difference, obstacle
 from stager.loading.nodes import kind_of
 from stager.loading.replacing import Replacer, put
 from stager.loading.restore_plan import Values
@@ -29,21 +29,15 @@ def match_tensor(replacer: Replacer, node: Node, container: Any, key: Key, path:
     if isinstance(node, list) and node[0] == "wrapper":
         _match_wrapper(replacer, node, value, path)
         return
-    if type(node) is int and fits(replacer.items[node], value):
-        plan.wanted.add(node)
-        plan.targets.append((node, value))
-        plan.target_paths.append(path)
-        return
-    if (
-        type(node) is int and replacer.items[node].kind == "object"
-    ):  # perhaps sparse or quantized, pickled by torch.save
+    if type(node) is int and replacer.items.kind_of(node).kind == "object":
+        # perhaps sparse or quantized, pickled by torch.save
         _match_object(replacer, node, container, key, path, is_data=is_data)
         return
     if type(node) is not int:
         saved = "the state dict of a module" if is_module_node(node) else kind_of(node)
         problem: str | None = f"is a tensor in the target and {saved} in the checkpoint"
     else:
-        problem = difference(replacer.items[node], value)
+        problem = difference(replacer.items.kind_of(node), value)
     if problem is None:
         if (hindrance := obstacle(value)) is not None:
             plan.add_problem(path, hindrance)

@@ -6,17 +6,18 @@ It would find most mismatches itself, but only after it has overwritten some of 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from stager.loading.difference import difference, obstacle, shape_problem
+from stager.loading.direct_targets import DirectTargets
 from stager.loading.nodes import children_of, is_list, is_mapping, kind_of, state_of, tensors_of
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.state.dtensors import is_dtensor
 from stager.state.shards import is_sharded, shape_of, shard_of, views_of
 from stager.workers.checkpoint.layout.dtypes import dtype_of
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import ItemKind, Items
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, walk
 from stager.workers.wording import first_of
 
@@ -25,7 +26,8 @@ _SHOWN_NAMES = 5
 
 def match_module(
     plan: RestorePlan,
-    items: Sequence[Item],
+    items: Items,
+    direct: DirectTargets,
     node: Node,
     module: torch.nn.Module,
     state: Mapping[Any, Any],
@@ -37,6 +39,7 @@ def match_module(
     Args:
         plan: is added to.
         items: of the checkpoint.
+        direct: tells which tensors need no more checks.
         node: of the module in the checkpoint.
         state: the module's ``state_dict()``.
         path: of the module in the target.
@@ -52,11 +55,14 @@ def match_module(
         if name not in nodes:
             missing(value, (*path, name))
     plan.note_unexpected(path, nodes, state, items)
-    for key, child in nodes.items():
-        tensor = state.get(key)
-        if type(child) is not int or items[child].kind != "tensor" or not isinstance(tensor, torch.Tensor):
+    children, tensors = list(nodes.values()), list(map(state.get, nodes))
+    for key, child, tensor, is_direct in zip(nodes, children, tensors, direct.among(children, tensors), strict=True):
+        if is_direct:
+            plan.read_directly_into([child], [cast(torch.Tensor, tensor)], [(*path, key)])
             continue
-        item = items[child]
+        if type(child) is not int or items.kind_of(child).kind != "tensor" or not isinstance(tensor, torch.Tensor):
+            continue
+        item = items.kind_of(child)
         if torch.nn.parameter.is_lazy(tensor):  # it has no shape until it is loaded
             continue
         if item.shape != shape_of(tensor):
@@ -87,7 +93,12 @@ def listed(names: Collection[Any]) -> str:
 
 
 def match_optimizer(
-    plan: RestorePlan, items: Sequence[Item], node: Node, optimizer: torch.optim.Optimizer, path: Path
+    plan: RestorePlan,
+    items: Items,
+    direct: DirectTargets,
+    node: Node,
+    optimizer: torch.optim.Optimizer,
+    path: Path,
 ) -> None:
     """Plan to read the tensors of an optimizer's state in place. For the arguments see :func:`match_module`."""
     groups: Node = children_of(node).get("param_groups")
@@ -107,11 +118,14 @@ def match_optimizer(
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     existing = tensors_of(state_of(optimizer, path), path)
-    for leaf, index in walk(node, path):
-        item = items[index]
-        tensor = existing.get(leaf)
-        if tensor is None:
-            tensor = _new_sharded(parameters, leaf[len(path) :], item)
+    leaves = list(walk(node, path))
+    indices, tensors = [index for _, index in leaves], [existing.get(leaf) for leaf, _ in leaves]
+    for (leaf, index), present, is_direct in zip(leaves, tensors, direct.among(indices, tensors), strict=True):
+        if is_direct:
+            plan.read_directly_into([index], [cast(torch.Tensor, present)], [leaf])
+            continue
+        item = items.kind_of(index)
+        tensor = _new_sharded(parameters, leaf[len(path) :], item) if present is None else present
         if tensor is not None and item.kind == "tensor" and not (difference(item, tensor) or obstacle(tensor)):
             plan.read_into(index, tensor, leaf)
 
@@ -208,7 +222,7 @@ def _match_parameter_group(plan: RestorePlan, node: Node, group: dict[str, Any],
     plan.checks.append(check)
 
 
-def _new_sharded(parameters: list[torch.Tensor], path: Path, item: Item) -> torch.Tensor | None:
+def _new_sharded(parameters: list[torch.Tensor], path: Path, item: ItemKind) -> torch.Tensor | None:
     """A tensor for a leaf that a new optimizer does not have yet: sharded as its parameter, if that is a DTensor.
 
     Args:

@@ -11,61 +11,54 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from stager.loading.reading.direct_read import nbytes_spanned, overlapping
-from stager.workers.checkpoint.layout.structure import Path, describe
+from stager.loading.targets import Targets
+from stager.workers.checkpoint.layout.structure import describe
 
 _ALIGNMENT = 16  # bytes; no element of a tensor is larger
 
 
-def contradictions(
-    targets: Sequence[tuple[int, torch.Tensor]], paths: Sequence[Path], tensors: Mapping[int, torch.Tensor]
-) -> list[str]:
+def contradictions(targets: Targets, tensors: Mapping[int, torch.Tensor]) -> list[str]:
     """Return a line for each target whose value would be overwritten by another's.
 
     Args:
-        targets: (item, tensor that receives it), in the order in which they are filled.
-        paths: of each target.
+        targets: in the order in which they are filled.
         tensors: loaded, by item, in memory of their own; those whose targets share memory are among them.
     """
-    shared = overlapping(targets)
+    shared = overlapping(targets.indices, targets.tensors)
     return [
         line
-        for group in _groups([number for number, (index, _) in enumerate(targets) if index in shared], targets)
-        for line in _of_group(group, targets, paths, tensors)
+        for group in _groups([k for k, index in enumerate(targets.indices) if index in shared], targets.tensors)
+        for line in _of_group(group, targets, tensors)
     ]
 
 
-def _groups(numbers: Sequence[int], targets: Sequence[tuple[int, torch.Tensor]]) -> Iterator[list[int]]:
+def _groups(numbers: Sequence[int], targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
     """Group the numbers of targets whose memory is one stretch, each group in the order of the targets."""
 
     def start(number: int) -> tuple[str, int]:
-        tensor = targets[number][1]
+        tensor = targets[number]
         return str(tensor.device), tensor.data_ptr()
 
     group: list[int] = []
     device, end = "", 0
-    for number in sorted((one for one in numbers if targets[one][1].numel()), key=start):
+    for number in sorted((one for one in numbers if targets[one].numel()), key=start):
         here, address = start(number)
         if group and (here != device or address >= end):
             yield sorted(group)
             group, end = [], 0
         group.append(number)
-        device, end = here, max(end, address + nbytes_spanned(targets[number][1]))
+        device, end = here, max(end, address + nbytes_spanned(targets[number]))
     if group:
         yield sorted(group)
 
 
-def _of_group(
-    group: Sequence[int],
-    targets: Sequence[tuple[int, torch.Tensor]],
-    paths: Sequence[Path],
-    tensors: Mapping[int, torch.Tensor],
-) -> Iterator[str]:
-    members = [targets[number][1] for number in group]
+def _of_group(group: Sequence[int], targets: Targets, tensors: Mapping[int, torch.Tensor]) -> Iterator[str]:
+    members = [targets.tensors[number] for number in group]
     start = min(tensor.data_ptr() for tensor in members) // _ALIGNMENT * _ALIGNMENT
     end = max(tensor.data_ptr() + nbytes_spanned(tensor) for tensor in members)
     memory = torch.empty(end - start + _ALIGNMENT, dtype=torch.uint8).untyped_storage()
     views = [_view(memory, tensor, start) for tensor in members]
-    sources = [tensors[targets[number][0]] for number in group]
+    sources = [tensors[targets.indices[number]] for number in group]
     with torch.no_grad():
         for view, source in zip(views, sources, strict=True):
             view.copy_(source)
@@ -73,7 +66,7 @@ def _of_group(
     for position in lost:
         others = (k for k in range(position + 1, len(group)) if _overwrites(k, position, views, sources))
         if (other := next(others, None)) is not None:
-            names = f"{describe(paths[group[position]])} and {describe(paths[group[other]])}"
+            names = f"{describe(targets.paths[group[position]])} and {describe(targets.paths[group[other]])}"
             yield (
                 f"{names}: share memory in the target, and have different values in the checkpoint; give each a tensor of "
                 "its own, or select one of them by keys="

@@ -7,7 +7,7 @@ it what it has. If it refuses, its values have to be what the checkpoint has.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from stager.loading.belongings import is_owned_tensor
 from stager.loading.merge import Merge, StandsFor, is_equal
 from stager.loading.restore_plan import RestorePlan, Values
 from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.structure import Key, Node, Path, describe, walk
 
 _ITS_ENTRIES = object()  # equal to no loaded value
@@ -34,7 +34,7 @@ class Replacer:
         strict: a tensor of another shape or dtype is a problem.
     """
 
-    def __init__(self, plan: RestorePlan, items: Sequence[Item], *, strict: bool) -> None:
+    def __init__(self, plan: RestorePlan, items: Items, *, strict: bool) -> None:
         self.plan = plan
         self.items = items
         self.strict = strict
@@ -132,7 +132,7 @@ class Replacer:
 
     def _compare_only(self, node: Node, container: Any, key: Key, path: Path, refusal: Exception) -> None:
         """Match a value that cannot be replaced: it has to be what the checkpoint has."""
-        if any(self.items[index].kind != "object" for _, index in walk(node)):
+        if any(self.items.kind_of(index).kind != "object" for _, index in walk(node)):
             self.plan.problems.append(self.refused(container, path, refusal))
             return
 

@@ -14,9 +14,11 @@ import errno
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from itertools import compress
+from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 
 from stager.loading.chunks import Place, places, with_wholes
@@ -25,16 +27,16 @@ from stager.loading.loaded import Outcome
 from stager.loading.match import match
 from stager.loading.pickles.unpickle import unpickle
 from stager.loading.reading.device_fill import fill_devices
-from stager.loading.reading.direct_read import has_memory_like, overlapping, takes_bytes, tell_autograd
+from stager.loading.reading.direct_read import are_apart, has_memory_like, overlapping, takes_bytes, tell_autograd
 from stager.loading.renaming import Renaming
 from stager.loading.restore_plan import RestorePlan
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
+from stager.loading.targets import Targets
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
-from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.structure import describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.device.accelerator import has_streams
@@ -93,17 +95,12 @@ class Restorer:
         wholes = with_wholes(manifest)
         self._manifest = wholes.manifest
         self._chunks = wholes.chunks
-        self._columns = self._manifest.layout.items
+        self._items = self._manifest.layout.items
         self._num_threads = num_threads
         self._allow_pickle = allow_pickle
         self._selection = selection
         self.has_overwritten = False
         self.has_read_all = False
-
-    @cached_property
-    def _items(self) -> tuple[Item, ...]:
-        """The items, for what asks for many of them one by one."""
-        return tuple(self._columns)
 
     def restore(self, into: Any, strict: bool) -> Any:
         """Load into ``into`` and return it; without it, return a new state. See :meth:`load_into` and :meth:`load`."""
@@ -170,29 +167,32 @@ class Restorer:
             before_change: called when all that can be checked was checked, before anything of the target is changed.
         """
         sharded = {one.index: one.tensor for one in plan.sharded}
-        wanted = sorted((plan.wanted - sharded.keys()) | {index for index, _ in plan.targets})
-        shared = overlapping(plan.targets)
-        own = {index: tensor for index, tensor in reversed(plan.targets) if index not in shared}
-        direct = {index: tensor for index, tensor in own.items() if takes_bytes(self._items[index], tensor)}
+        targets, kind_of = plan.targets, self._items.kind_of
+        wanted = sorted((plan.wanted - sharded.keys()).union(targets.indices))
+        shared = self._sharing_memory(targets)
+        own = targets.first_of_each(shared)
+        direct = own
+        if not all(targets.is_direct):
+            certain = {id(tensor) for tensor in compress(targets.tensors, targets.is_direct)}
+            direct = {i: one for i, one in own.items() if id(one) in certain or takes_bytes(kind_of(i), one)}
         on_devices = {
-            index: tensor
-            for index, tensor in own.items()
-            if index not in self._chunks and has_streams(tensor.device) and has_memory_like(self._items[index], tensor)
+            index: own[index]
+            for index in own.keys() - direct.keys() - self._chunks.keys()
+            if has_streams(own[index].device) and has_memory_like(kind_of(index), own[index])
         }
         stored = set(range(len(self._stored.layout.items)))
         with BlobReader(self._path, self._stored, self._num_threads) as reader:
             # Objects first: until the checks of the plan have passed, nothing of the target may change.
-            is_object = [kind.kind == "object" for kind in self._columns.kinds]
-            objects = [index for index in wanted if is_object[self._columns.kind[index]]]
+            is_object = [kind.kind == "object" for kind in self._items.kinds]
+            objects = [index for index in wanted if is_object[self._items.kind[index]]]
             values = self._unpickle(self._read_blobs(reader, objects))
             plan.refuse_failed_checks(self._path, values)
             agreeing = self._new_tensors(sorted(shared))
             self._fill(reader, agreeing)
             plan.refuse_contradictions(self._path, agreeing)
             before_change()
-            others = [i for i in wanted if i not in values and i not in agreeing and i not in on_devices]
-            made = self._new_tensors([i for i in others if i not in direct])
-            tensors = {i: direct[i] if i in direct else made[i] for i in others}
+            not_made = set().union(values, agreeing, on_devices, direct)
+            tensors = direct | self._new_tensors(sorted(set(wanted) - not_made))
             if check_unwanted:
                 unwanted = stored - set(wanted) - self._chunk_items()
                 reader.read(sorted(unwanted))
@@ -204,8 +204,16 @@ class Restorer:
                 if sharded:
                     fill_sharded(self._path, self._stored, self._chunks, reader, plan.sharded)
         self.has_read_all = check_unwanted or (not self._chunks and not sharded and stored <= set(wanted))
-        copy_to_targets(tensors, plan.targets)
+        copy_to_targets(tensors, targets)
         return {**values, **tensors, **sharded, **own}
+
+    def _sharing_memory(self, targets: Targets) -> set[int]:
+        """Return the items whose targets share memory with another target."""
+        if all(targets.is_direct):  # in most states; their items tell how long they are
+            starts = np.array(list(map(torch.Tensor.data_ptr, targets.tensors)), np.uint64)
+            if are_apart(starts, np.array(self._items.data_nbytes, np.uint64)[targets.indices]):
+                return set()
+        return overlapping(targets.indices, targets.tensors)
 
     @contextmanager
     def _telling_overwritten(self) -> Iterator[None]:
@@ -223,7 +231,7 @@ class Restorer:
 
     def _new_tensors(self, indices: Sequence[int]) -> dict[int, torch.Tensor]:
         """Make tensors for items, by their indices."""
-        items = self._columns
+        items = self._items
         dtypes = {code: dtype_of(items.kinds[code].dtype) for code in {items.kind[index] for index in indices}}
         tensors: dict[int, torch.Tensor] = {}
         for index in indices:
@@ -252,17 +260,19 @@ class Restorer:
             ) from error
 
     def _fill(self, reader: BlobReader, tensors: dict[int, torch.Tensor]) -> None:
-        reads = [(index, t.data_ptr()) for index, t in tensors.items() if index not in self._chunks]
+        stored = {index: t for index, t in tensors.items() if index not in self._chunks} if self._chunks else tensors
+        indices, addresses = list(stored), list(map(torch.Tensor.data_ptr, stored.values()))
         others: list[tuple[int, Place]] = []
         for index, chunks in self._chunks.items():
             if index in tensors:
                 for place in places(tensors[index], chunks, self._items):
                     if place.takes_bytes:
-                        reads.append((place.index, place.tensor.data_ptr()))
+                        indices.append(place.index)
+                        addresses.append(place.tensor.data_ptr())
                     else:
                         others.append((index, place))
-        reads.sort()
-        reader.read([index for index, _ in reads], [address for _, address in reads])
+        in_order = sorted(range(len(indices)), key=indices.__getitem__)
+        reader.read([indices[k] for k in in_order], [addresses[k] for k in in_order])
         with torch.no_grad():
             for index, place in others:
                 with self._enough_memory(index):
@@ -297,13 +307,16 @@ def _stream_of(nbytes: int) -> io.BytesIO:
     return stream
 
 
-def copy_to_targets(tensors: Mapping[int, torch.Tensor], targets: list[tuple[int, torch.Tensor]]) -> None:
+def copy_to_targets(tensors: Mapping[int, torch.Tensor], targets: Targets) -> None:
     """Copy each tensor into its targets, unless it was read straight into them.
 
     Args:
         tensors: what was read, by item.
-        targets: (item, target).
+        targets: of the items.
     """
+    if all(map(is_, map(tensors.get, targets.indices), targets.tensors)):  # most states
+        tell_autograd(targets.tensors)
+        return
     written: list[torch.Tensor] = []
     with torch.no_grad():
         for index, target in targets:

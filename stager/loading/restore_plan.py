@@ -17,8 +17,9 @@ from stager.loading.loaded import Outcome
 from stager.loading.one_memory import contradictions
 from stager.loading.prefixes import PrefixFound, Shape, find_prefixes
 from stager.loading.sharded import Sharded
+from stager.loading.targets import Targets
 from stager.state.shards import is_sharded
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.structure import Node, Path, describe, fqn, walk
 from stager.workers.checkpoint.layout.tensor_node import without_flags
 from stager.workers.errors import StateMismatchError, UnloadableError
@@ -53,9 +54,7 @@ class RestorePlan:
 
     Attributes:
         wanted: items that have to be read.
-        targets: (item, tensor that receives it), in the order of the walk. Where targets share memory, their
-            values have to agree.
-        target_paths: of each of the ``targets``.
+        targets: the tensors that receive items. Where they share memory, their values have to agree.
         sharded: tensors that lie on several ranks; each rank fills its own boxes.
         checks: run once objects are unpickled and before tensors are read. Each returns a problem, or None.
         steps: done in order once everything is read.
@@ -73,8 +72,7 @@ class RestorePlan:
     """
 
     wanted: set[int] = field(default_factory=set)
-    targets: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    target_paths: list[Path] = field(default_factory=list)
+    targets: Targets = field(default_factory=Targets)
     sharded: list[Sharded] = field(default_factory=list)
     checks: list[Callable[[Values], str | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -102,8 +100,14 @@ class RestorePlan:
         if is_sharded(tensor):
             self.sharded.append(Sharded(index, describe(path), tensor))
         else:
-            self.targets.append((index, tensor))
-            self.target_paths.append(path)
+            self.targets.add(index, tensor, path)
+
+    def read_directly_into(
+        self, indices: Sequence[int], tensors: Sequence[torch.Tensor], paths: Sequence[Path]
+    ) -> None:
+        """Read items into tensors that certainly take their bytes as they are."""
+        self.wanted.update(indices)
+        self.targets.add_all(indices, tensors, paths, is_direct=True)
 
     def then(self, path: Path, run: Callable[[Values], None], what: str = "putting it in its place") -> None:
         """Add a step, see :class:`Step`."""
@@ -151,20 +155,18 @@ class RestorePlan:
         """Note a mismatch at ``path``; ``text`` is a predicate."""
         self.problems.append(f"{describe(path)}: {text}")
 
-    def note_unexpected(
-        self, path: Path, nodes: Mapping[Any, Node], names: Collection[Any], items: Sequence[Item]
-    ) -> None:
+    def note_unexpected(self, path: Path, nodes: Mapping[Any, Node], names: Collection[Any], items: Items) -> None:
         """Note what a mapping of the checkpoint has, and the target, with these ``names``, has not."""
         for key, node in nodes.items():
             if key not in names:
                 self.unexpected.append((*path, key))
                 self.note_shape((*path, key), node, items)
 
-    def note_shape(self, path: Path, node: Node, items: Sequence[Item]) -> None:
+    def note_shape(self, path: Path, node: Node, items: Items) -> None:
         """Note the shape of what only the checkpoint has, if it is a tensor."""
         node = without_flags(node)
-        if type(node) is int and items[node].kind == "tensor":
-            self.shapes[path] = items[node].shape
+        if type(node) is int and (kind := items.kind_of(node)).kind == "tensor":
+            self.shapes[path] = kind.shape
 
     def refuse_mismatches(self, path: str, strict: bool) -> None:
         """Raise StateMismatchError if there is a problem, or, when ``strict``, a missing or unexpected key.
@@ -218,7 +220,7 @@ class RestorePlan:
             tensors: loaded, by item; those of targets that share memory are among them, in memory of their own.
         """
         if tensors:  # none, in most states
-            refuse(path, contradictions(self.targets, self.target_paths, tensors))
+            refuse(path, contradictions(self.targets, tensors))
 
     def outcome(self) -> Outcome:
         """Return what :class:`Loaded` says of a restore, and log what a user might not expect."""

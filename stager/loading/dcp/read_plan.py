@@ -70,7 +70,7 @@ class _Load:
         for read in reads:
             _check_shape(read)
         self._load_objects([(r, number) for r, number in requests if r.type == LoadItemType.BYTE_IO])
-        shared = overlapping([(position, read.target) for position, read in enumerate(reads)])
+        shared = overlapping(range(len(reads)), [read.target for read in reads])
         direct: list[_Read] = []
         copied: list[_Read] = []
         for position, read in enumerate(reads):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import compress, filterfalse
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
 
-from stager.workers.checkpoint.layout.items import Item
+from stager.workers.checkpoint.layout.items import Item, ItemKind
+
+_layout, _is_cpu = map(attrgetter, ("layout", "is_cpu"))
 
 _Extent = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]  # start and end address, key, shape, stride
 
 
-def takes_bytes(item: Item, tensor: torch.Tensor) -> bool:
+def takes_bytes(item: Item | ItemKind, tensor: torch.Tensor) -> bool:
     """Whether the stored bytes of an item of the same shape and dtype can be read into the tensor's memory as they are."""
     return tensor.is_cpu and has_memory_like(item, tensor)
 
 
-def has_memory_like(item: Item, tensor: torch.Tensor) -> bool:
+def has_memory_like(item: Item | ItemKind, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the same shape and dtype, on any device, has its elements where the stored item has them."""
     return (
         tensor.layout is torch.strided
@@ -28,33 +33,41 @@ def has_memory_like(item: Item, tensor: torch.Tensor) -> bool:
 
 def tell_autograd(tensors: Iterable[torch.Tensor]) -> None:
     """Count an in-place change of each tensor: autograd does not see what ``preadv`` writes."""
-    versioned = [tensor for tensor in tensors if not tensor.is_inference()]  # inference tensors have no version
+    versioned = list(filterfalse(torch.Tensor.is_inference, tensors))  # inference tensors have no version
     if versioned:
         torch.autograd.graph.increment_version(versioned)
 
 
-def overlapping(targets: Sequence[tuple[int, torch.Tensor]]) -> set[int]:
+def overlapping(keys: Sequence[int], targets: Sequence[torch.Tensor]) -> set[int]:
     """Return the keys of targets that share memory with another target.
 
     Threads that read into overlapping targets would mix their bytes. Such targets are copied in order instead.
 
     Args:
-        targets: (key, tensor). The same view twice under one key does not count.
+        keys: of the targets. The same view twice under one key does not count.
     """
-    by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
-    for key, tensor in targets:
-        if tensor.layout is torch.strided and tensor.numel():
-            by_device.setdefault(tensor.device, []).append((key, tensor))
-    return set[int]().union(*map(_overlapping_there, by_device.values()))
+    if not {torch.strided}.issuperset(map(_layout, targets)):
+        strided = [tensor.layout is torch.strided for tensor in targets]
+        keys, targets = list(compress(keys, strided)), list(compress(targets, strided))
+    if all(map(_is_cpu, targets)):  # in most states
+        return _overlapping_there(keys, targets)
+    by_device: dict[torch.device, tuple[list[int], list[torch.Tensor]]] = {}
+    for key, tensor in zip(keys, targets, strict=True):
+        keys_there, tensors_there = by_device.setdefault(tensor.device, ([], []))
+        keys_there.append(key)
+        tensors_there.append(tensor)
+    return set[int]().union(*(_overlapping_there(*there) for there in by_device.values()))
 
 
-def _overlapping_there(targets: Sequence[tuple[int, torch.Tensor]]) -> set[int]:
+def _overlapping_there(keys: Sequence[int], targets: Sequence[torch.Tensor]) -> set[int]:
     """Return the keys of targets on one device that share memory with another of them."""
-    if _are_apart([tensor for _, tensor in targets]):
+    starts = np.array(list(map(torch.Tensor.data_ptr, targets)), np.uint64)
+    nbytes = np.array([nbytes_spanned(tensor) if tensor.numel() else 0 for tensor in targets], np.uint64)
+    if are_apart(starts, nbytes):
         return set()
     shared: set[int] = set()
     furthest: _Extent | None = None
-    for extent in sorted({_extent(key, tensor) for key, tensor in targets}):
+    for extent in sorted({_extent(key, tensor) for key, tensor in zip(keys, targets, strict=True) if tensor.numel()}):
         if furthest is not None and extent[0] < furthest[1]:
             shared.update((extent[2], furthest[2]))
         if furthest is None or extent[1] > furthest[1]:
@@ -62,17 +75,18 @@ def _overlapping_there(targets: Sequence[tuple[int, torch.Tensor]]) -> set[int]:
     return shared
 
 
-def _are_apart(tensors: list[torch.Tensor]) -> bool:
-    """Whether no two tensors overlap. This is the usual case, and numpy finds it out fast for 100,000 tensors."""
-    starts = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
-    nbytes = [t.nbytes if t.is_contiguous() else nbytes_spanned(t) for t in tensors]
+def are_apart(starts: Any, nbytes: Any) -> bool:
+    """Tell whether no two stretches of memory overlap: arrays of their addresses and lengths."""
+    starts, nbytes = starts[nbytes > 0], nbytes[nbytes > 0]
     order = np.argsort(starts)
-    ends = np.maximum.accumulate((starts + np.array(nbytes, np.uint64))[order])
+    ends = np.maximum.accumulate((starts + nbytes)[order])
     return bool((starts[order][1:] >= ends[:-1]).all())
 
 
 def nbytes_spanned(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last one."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 

@@ -127,6 +127,10 @@ class Items(Sequence[Item]):
         """Return the same items with places in a slab."""
         return replace(self, slab_offset=slab_offset)
 
+    def kind_of(self, index: int) -> ItemKind:
+        """Return the kind of one item, for which no ``Item`` has to be made."""
+        return self.kinds[self.kind[index]]
+
     @overload
     def __getitem__(self, index: int) -> Item: ...
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import groupby, zip_longest
+from itertools import compress, groupby
+from operator import ne
 from typing import Any, TypeVar
 
 from stager.workers.checkpoint.layout.items import Item, Items
@@ -117,9 +118,8 @@ class Layout:
     def _ends(self) -> list[int]:
         files, offsets = self._places()
         ends = [*offsets[1:], 0]
-        for number, (file, following) in enumerate(zip_longest(files, files[1:])):
-            if file != following:
-                ends[number] = self.files[file].nbytes
+        for number in compress(range(len(files)), map(ne, files, [*files[1:], None])):  # the last items of files
+            ends[number] = self.files[files[number]].nbytes
         return ends[: len(files)]
 
     def _places(self) -> tuple[list[int], list[int]]:

@@ -10,15 +10,22 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
+from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from operator import add, le
 from typing import Any
 
 from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ROW_COLUMNS, ItemKind, Items, column
 from stager.workers.checkpoint.layout.layout import Layout, is_dense, itemsize_of
-from stager.workers.checkpoint.layout.structure import Chunks, absent, leaves
+from stager.workers.checkpoint.layout.structure import Chunks, absent, is_chunks, leaves, open_container
+from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, open_tensor
 
 _FILE_NAME = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+_HIGHEST_BYTE = 7 if sys.byteorder == "little" else 0  # of a column's integer
 _LARGEST = (1 << 63) - 1  # torch and the kernel count in signed 64-bit numbers
 _MAX_DIMS = 256  # bounds the time that multiplying the lengths takes
 _MAX_WHOLES = 4  # of so many tensors an item may be a chunk; tied tensors have equal chunks and count as one
@@ -101,19 +108,31 @@ def items_of_rows(rows: Sequence[Sequence[Any]]) -> tuple[Items, Sequence[Any]]:
     kind, *numbers, dtype, shapes, strides, others = zip(*rows, strict=True)
     if len(rows[0]) != len(ROW_COLUMNS) + 1:
         raise ValueError(f"a row of items has {len(rows[0])} values, and must have {len(ROW_COLUMNS) + 1}")
-    for values in numbers:
-        if set(map(type, values)) - {int} or min(values) < 0 or max(values) > _LARGEST:
-            list(map(check_count, values))
+    file, offset, nbytes, data_offset, data_nbytes = map(_column_of_counts, numbers)
     lengths = set(map(type, itertools.chain.from_iterable((*shapes, *strides))))
     if lengths - {int}:  # True == 1, so the kinds below would not tell them apart
         list(map(check_shape, (*shapes, *strides)))
     kinds: dict[Any, int] = {}
     keys = zip(kind, dtype, map(tuple, shapes), map(tuple, strides), strict=True)
-    codes = [kinds.setdefault(key, len(kinds)) for key in keys]
-    file, offset, nbytes, data_offset, data_nbytes = map(column, numbers)
+    codes = column([kinds.setdefault(key, len(kinds)) for key in keys])
     not_in_slab = column([NOT_IN_A_SLAB]) * len(codes)
-    columns = (column(codes), file, offset, nbytes, data_offset, data_nbytes, not_in_slab)
-    return Items(tuple(ItemKind(*key) for key in kinds), *columns), others
+    return Items(
+        tuple(ItemKind(*key) for key in kinds), codes, file, offset, nbytes, data_offset, data_nbytes, not_in_slab
+    ), others
+
+
+def _column_of_counts(values: Sequence[Any]) -> array[int]:
+    """Put values into a column, each of which :func:`check_count` takes."""
+    with suppress(TypeError, OverflowError):
+        made = column(values)
+        if set(map(type, values)) == {int} and _are_counts(made):
+            return made
+    return column(list(map(check_count, values)))
+
+
+def _are_counts(values: array[int]) -> bool:
+    """Return whether no integer is negative: whether the highest bit of none is set."""
+    return values.tobytes()[_HIGHEST_BYTE :: values.itemsize].isascii()
 
 
 def _check_items(layout: Layout) -> None:
@@ -121,10 +140,14 @@ def _check_items(layout: Layout) -> None:
     items = layout.items
     *columns, _ = items.columns()
     for numbers in columns:
-        check_count(min(numbers, default=0))
+        if not _are_counts(numbers):
+            check_count(min(numbers))
     # Most items have one of a few dtypes and shapes: check each of these once.
-    firsts = {code: index for index, code in reversed(list(enumerate(items.kind)))}
+    firsts = dict(zip(reversed(items.kind), range(len(items) - 1, -1, -1), strict=True))
     sizes = {code: _check_kind(index, items.kinds[code]) for code, index in sorted(firsts.items())}
+    if _tile_files(layout) and _agree_in_size(items, sizes):
+        return
+    # Something is wrong, and is told with the number of the item.
     position, last = 0, -1
     rows = zip(*columns, layout.ends(), strict=True)
     for index, (code, file, offset, nbytes, data_offset, data_nbytes, end) in enumerate(rows):
@@ -151,6 +174,32 @@ def _check_items(layout: Layout) -> None:
         position = end
     if last + 1 != len(layout.files):
         raise ValueError(f"file {layout.files[last + 1].name} contains no item")
+
+
+def _tile_files(layout: Layout) -> bool:
+    """Return whether spans tile the files, each file in one run, and raw bytes lie in their blob."""
+    items, files, starts, ends = layout.items, layout.files_of_items(), layout.starts(), layout.ends()
+    if files != sorted(files) or list(dict.fromkeys(files)) != list(range(len(layout.files))):
+        return False
+    if any(starts[bisect_left(files, file)] for file in range(len(layout.files))):
+        return False
+    # The end of a span is the start of the next one in its file. So they tile it if each blob lies in its span.
+    blob_ends = list(map(add, starts, items.nbytes))
+    return (
+        all(map(le, blob_ends, ends))
+        and all(map(le, starts, items.data_offset))
+        and all(map(le, map(add, items.data_offset, items.data_nbytes), blob_ends))
+    )
+
+
+def _agree_in_size(items: Items, sizes: Mapping[int, int | None]) -> bool:
+    """Return whether each tensor has as many raw bytes as its kind (``sizes``), and an object or trailer has no others."""
+    wanted = map(sizes.__getitem__, items.kind)
+    numbers = zip(wanted, items.data_nbytes, items.data_offset, items.offset, items.nbytes, strict=True)
+    return all(
+        nbytes == size or (size is None and at == start and nbytes == whole)
+        for size, nbytes, at, start, whole in numbers
+    )
 
 
 def _check_kind(index: int, kind: ItemKind) -> int | None:
@@ -189,6 +238,8 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
     structure = layout.structure
     if not isinstance(structure, list) or structure[:1] not in (["dict"], ["odict"], ["mapping"]):
         raise ValueError("the structure of the state is not a mapping")
+    if _names_each_item(structure, layout.items):  # most checkpoints
+        return
     if not of_one_rank and (path := next(absent(structure), None)) is not None:
         raise ValueError(f"no rank wrote the leaf {path}")
     items = layout.items
@@ -215,6 +266,47 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
         raise ValueError(f"item {shared} is a chunk of too many tensors; at most {_MAX_WHOLES} are allowed")
     if not all(used):
         raise ValueError(f"no leaf of the state's structure names item {used.index(False)}, which is stored")
+
+
+def _names_each_item(structure: Any, items: Items) -> bool:
+    """Return whether the leaves of a structure are items, none of them a trailer, and no item is missing.
+
+    False: there may be chunks, or leaves that another rank writes, or something is wrong.
+    """
+    try:
+        named = set(_items_of_leaves(structure))
+    except ValueError:
+        return False
+    trailers = {code for code, kind in enumerate(items.kinds) if kind.kind == "frame"}
+    trailing = {number for number, code in enumerate(items.kind) if code in trailers} if trailers else set()
+    return named.isdisjoint(trailing) and named | trailing == set(range(len(items)))
+
+
+def _items_of_leaves(structure: Any) -> list[int]:
+    """List the items of all leaves, in any order.
+
+    Raises:
+        ValueError: a node is malformed, or a leaf is no item.
+    """
+    found: list[int] = []
+    todo = [(structure, 0)]
+    while todo:
+        node, depth = todo.pop()
+        if is_tensor_node(node):
+            inner, _, recipes = open_tensor(node)
+            children: Sequence[Any] = [inner, *recipes]
+            if set(map(type, children)) != {int}:
+                raise ValueError("a part of a tensor is no item")
+        elif not isinstance(node, list) or is_chunks(node):
+            raise ValueError("a leaf is no item")
+        else:
+            children = open_container(node, depth).children
+        if set(map(type, children)) <= {int}:  # most
+            found += children
+        else:
+            found += [child for child in children if type(child) is int]
+            todo += [(child, depth + 1) for child in children if type(child) is not int]
+    return found
 
 
 def shared_too_often(wholes: Iterable[Chunks]) -> int | None:
