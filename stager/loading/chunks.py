@@ -16,7 +16,7 @@ from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import contiguous_stride
-from stager.workers.checkpoint.layout.structure import Chunks, map_leaves
+from stager.workers.checkpoint.layout.structure import Chunks, has_chunks, map_leaves
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 
 
@@ -36,6 +36,8 @@ class Wholes:
 def with_wholes(manifest: Manifest) -> Wholes:
     """Replace every tensor in chunks by a whole."""
     items = manifest.layout.items
+    if not has_chunks(manifest.layout.structure):  # most checkpoints
+        return Wholes(manifest, {})
     wholes: list[Item] = []
     numbers: dict[Chunks, int] = {}  # tied tensors have equal chunks, so they become one whole
 
@@ -49,8 +51,6 @@ def with_wholes(manifest: Manifest) -> Wholes:
 
     structure = map_leaves(manifest.layout.structure, number_of)
     chunks = {number: one for one, number in numbers.items()}
-    if not chunks:
-        return Wholes(manifest, chunks)
     layout = replace(manifest.layout, items=items.followed_by(wholes), structure=structure)
     return Wholes(replace(manifest, layout=layout), chunks)
 

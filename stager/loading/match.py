@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from stager.loading.match_objects import (
     offer_values_of_others,
 )
 from stager.loading.match_tensor import match_tensor
-from stager.loading.match_torch import fit_states, listed, match_module, match_optimizer, nothing_fits
+from stager.loading.match_torch import fit_states, listed, match_module, match_optimizer
 from stager.loading.nodes import (
     children_of,
     in_one_order,
@@ -46,10 +45,9 @@ from stager.loading.nodes import (
     is_mapping,
     kind_of,
     names_and_children,
-    readable_items,
     state_of,
 )
-from stager.loading.prefixes import find_prefixes
+from stager.loading.one_sided import OneSided, Owner, is_tensor
 from stager.loading.renaming import Renaming
 from stager.loading.replacing import PLAIN_CONTAINERS, Replacer
 from stager.loading.restore_plan import RestorePlan, Values
@@ -59,9 +57,8 @@ from stager.state.per_rank import PerRank, rank_key
 from stager.state.stateful import is_stateful
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.layout.building import build
-from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.structure import ABSENT, Key, Node, Path, describe, is_with_recipe
-from stager.workers.checkpoint.layout.tensor_node import is_tensor_node, without_flags
+from stager.workers.checkpoint.layout.tensor_node import without_flags
 
 logger = logging.getLogger("stager")
 
@@ -107,22 +104,9 @@ def match(
     if selection is not None:
         selection.check_target(structure, target, path)
     matcher.top(structure, target)
-    matcher.settle(other_ranks)
+    matcher.one_sided.settle(other_ranks)
     matcher.plan.refuse_mismatches(path, strict)
     return matcher.plan
-
-
-class _Owner(Enum):
-    """Whose a mapping is, and so what becomes of names that only one side has.
-
-    NOBODY   data: entries are added and removed
-    OBJECT   the state of an object, given to its ``load_state_dict()``; or a mapping of which keys= selects a part
-    MODULE   the state dict of a module, in a plain container: its owner wants these names and no others
-    """
-
-    NOBODY = "nobody"
-    OBJECT = "an object"
-    MODULE = "a module"
 
 
 class _Matcher:
@@ -143,17 +127,22 @@ class _Matcher:
         self._strict = strict
         self._selection = selection
         self._renaming = renaming
-        self._last: list[tuple[Path, Callable[[Values], None]]] = []  # steps that come after all others
         self.plan = RestorePlan()
         self._extras = Extras(self.plan)
         self._replacer = Replacer(self.plan, self._items, strict=strict)
+        self.one_sided = OneSided(self._replacer, self._extras, selection)
 
     def top(self, node: Node, target: MutableMapping[str, Any]) -> None:
         """Match the names at the top. Those of the checkpoint that the target does not ask for are ignored."""
         names, nodes = names_and_children(node, target)
         self._extras.know((), names.values())
         self._entries(
-            target, in_one_order(names), nodes, (), _Owner.NOBODY, lambda key: self.missing(target[key], (key,))
+            target,
+            in_one_order(names),
+            nodes,
+            (),
+            Owner.NOBODY,
+            lambda key: self.one_sided.missing(target[key], (key,)),
         )
         present = set(names.values())
         self.plan.ignored += [(name,) for name in nodes if name not in present]
@@ -161,25 +150,7 @@ class _Matcher:
             text = f"the target asks for {listed(present)}, and the checkpoint has {listed(nodes)}: nothing fits"
             self.plan.unfit.append(((), text))
 
-    def settle(self, other_ranks: OtherRanks) -> None:
-        """Decide on names that only the checkpoint has, and plan what comes last."""
-        self._extras.settle(other_ranks)
-        for path, step in self._last:
-            self.plan.then(path, step)
-
-    def missing(self, value: Any, path: Path) -> None:
-        """Note that ``value`` is in the target and not in the checkpoint."""
-        self._note_shape(value, path)
-        if self._selection is None:
-            self.plan.missing.append(path)
-        else:
-            self.plan.missing += self._selection.in_value(value, path)
-
-    def _note_shape(self, value: Any, path: Path) -> None:
-        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_nested:
-            self.plan.shapes[path] = tuple(value.shape)
-
-    def entry(self, node: Node, container: Any, key: Key, path: Path, owner: _Owner = _Owner.NOBODY) -> None:
+    def entry(self, node: Node, container: Any, key: Key, path: Path, owner: Owner = Owner.NOBODY) -> None:
         """Match ``container[key]`` with a node, and plan how it is restored.
 
         Args:
@@ -196,7 +167,7 @@ class _Matcher:
             if self._is_whole(node) and value.is_nested:  # nothing can be copied into another raggedness
                 self._replacer.replace(node, container, key, path)
             else:
-                match_tensor(self._replacer, node, container, key, path, is_data=owner is _Owner.NOBODY)
+                match_tensor(self._replacer, node, container, key, path, is_data=owner is Owner.NOBODY)
         elif type(value) is PerRank:
             self._per_rank(node, value, path)
         elif is_stateful(value):
@@ -223,7 +194,7 @@ class _Matcher:
         names: Sequence[tuple[Any, Any]],
         nodes: Mapping[Any, Node],
         path: Path,
-        owner: _Owner,
+        owner: Owner,
         absent: Callable[[Any], None],
     ) -> None:
         """Match the entries of a container with the nodes that its checkpoint has.
@@ -233,16 +204,16 @@ class _Matcher:
             path: of the container.
             absent: called with each key that the checkpoint does not have, in its turn.
         """
-        if type(container) in PLAIN_CONTAINERS:  # reading their entries runs no code of the user
-            there = [(key, nodes[name]) for key, name in names if name in nodes]
-            values = [container[key] for key, _ in there]
-            children = [child for _, child in there]
+        if type(container) not in PLAIN_CONTAINERS:  # reading its entries may run code of the user, or raise
+            are_direct = [False] * len(names)
+        else:
+            there = [key for key, name in names if name in nodes]
+            children = [nodes[name] for _, name in names if name in nodes]
+            values = list(map(container.__getitem__, there))
             are_direct = self._direct.among(children, values)
             if len(there) == len(names) and all(are_direct):  # most
-                self.plan.read_directly_into(children, values, [(*path, key) for key, _ in names])
+                self.plan.read_directly_into(children, values, [(*path, key) for key in there])
                 return
-        else:
-            are_direct = [False] * len(names)
         is_direct = iter(are_direct)
         for key, name in names:
             if name not in nodes:
@@ -263,7 +234,7 @@ class _Matcher:
         else:
             self._extras.note(path)
 
-    def _container_of_state(self, node: Node, container: Any, key: Key, path: Path, owner: _Owner) -> None:
+    def _container_of_state(self, node: Node, container: Any, key: Key, path: Path, owner: Owner) -> None:
         """Match a container that has in it what is to be restored in place."""
         value = container[key]
         if isinstance(value, Mapping) and is_mapping(node):
@@ -280,12 +251,12 @@ class _Matcher:
             self.plan.replaced += tensor_paths(value, path)
             self._replacer.replace(node, container, key, path)
 
-    def _owner_of(self, node: Node, value: Mapping[Any, Any], path: Path, owner: _Owner) -> _Owner:
+    def _owner_of(self, node: Node, value: Mapping[Any, Any], path: Path, owner: Owner) -> Owner:
         if value and is_module_state(node, value):
-            return _Owner.MODULE
-        if owner is _Owner.OBJECT or (self._selection is not None and not self._selection.takes(path)):
-            return _Owner.OBJECT
-        return _Owner.NOBODY
+            return Owner.MODULE
+        if owner is Owner.OBJECT or (self._selection is not None and not self._selection.takes(path)):
+            return Owner.OBJECT
+        return Owner.NOBODY
 
     def _is_whole(self, node: Node) -> bool:
         """Whether a container was stored as one value: it is built anew."""
@@ -312,102 +283,55 @@ class _Matcher:
             self.plan.add_problem(path, f"is a PerRank in the target and {kind_of(node)} in the checkpoint")
         offer_values_of_others(self.plan, ranks, path, self._rank)
 
-    def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path, owner: _Owner) -> None:
+    def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path, owner: Owner) -> None:
         node = self._renaming.aligned(node, value)
         names, nodes = names_and_children(node, value)
         present = set(names.values())
         self._extras.know(path, present)
         lacks = not nodes.keys() >= present
-        if (lacks or len(nodes) > len(present)) and owner is _Owner.NOBODY and nodes:
-            if looks_like_module_state(value) and any(_is_tensor(child, self._items) for child in nodes.values()):
-                owner = _Owner.MODULE
+        if (lacks or len(nodes) > len(present)) and owner is Owner.NOBODY and nodes:
+            if looks_like_module_state(value) and any(is_tensor(child, self._items) for child in nodes.values()):
+                owner = Owner.MODULE
         self._entries(
-            value, in_one_order(names), nodes, path, owner, lambda key: self._absent(value, key, (*path, key), owner)
+            value,
+            in_one_order(names),
+            nodes,
+            path,
+            owner,
+            lambda key: self.one_sided.absent(value, key, (*path, key), owner),
         )
         for position, (name, child) in enumerate(nodes.items()):
             if name not in present:
-                self._extra_entry(node, position, child, value, (*path, name), owner)
+                self.one_sided.extra_entry(node, position, child, value, (*path, name), owner)
         if lacks and nodes and present.isdisjoint(nodes):
-            self._check_unfit(nodes, value, path, owner)
-        if owner is _Owner.NOBODY and isinstance(value, (dict, OrderedDict)) and type(value) in PLAIN_CONTAINERS:
-            self._keep_order(node, value, path)
+            self.one_sided.check_unfit(nodes, value, path, owner)
+        if owner is Owner.NOBODY and isinstance(value, (dict, OrderedDict)) and type(value) in PLAIN_CONTAINERS:
+            self.one_sided.keep_order(node, value, path)
 
-    def _check_unfit(self, nodes: Mapping[Any, Node], value: Mapping[Any, Any], path: Path, owner: _Owner) -> None:
-        """Note a mapping of tensors, none of which the checkpoint has, though it has others there."""
-        if not any(isinstance(one, torch.Tensor) for _, one in readable_items(value)):
-            return
-        if not any(_is_tensor(child, self._items) for child in nodes.values()):
-            return
-        here, there = [(*path, key) for key in value], [(*path, name) for name in nodes]
-        if len(path) == 1 or owner is _Owner.MODULE or find_prefixes(here, there):
-            self.plan.unfit.append((path, nothing_fits(path, value, nodes)))
-
-    def _keep_order(self, node: Node, value: MutableMapping[Any, Any], path: Path) -> None:
-        """Plan to give a mapping the order of the checkpoint."""
-        wanted = list(children_of(node))
-        if node[0] != "mapping" and list(value) != wanted:
-
-            def sort(values: Values) -> None:
-                entries = {key: value[key] for key in wanted if key in value} | dict(value)
-                if list(entries) != list(value):
-                    value.clear()
-                    value.update(entries)
-
-            self._last.append((path, sort))
-
-    def _absent(self, container: Any, key: Any, path: Path, owner: _Owner) -> None:
-        """Match an entry of a mapping that the checkpoint does not have: data is removed."""
-        value = container[key]
-        if owner is not _Owner.NOBODY or holds_belongings(value):
-            self.missing(value, path)
-        elif (refusal := self._replacer.refusal(container, key)) is not None:
-            self.plan.problems.append(self._replacer.refused(container, path, refusal))
-        else:
-            self._note_shape(value, path)
-            self.plan.dropped += tensor_paths(value, path)
-            self._last.append((path, lambda values: container.pop(key, None)))
-
-    def _extra_entry(
-        self, node: Node, position: int, child: Node, mapping: Mapping[Any, Any], path: Path, owner: _Owner
-    ) -> None:
-        """Match an entry of the checkpoint that a mapping of the target lacks."""
-        has_objects_only = (
-            is_mapping(child) and bool(mapping) and all(is_stateful(one) for _, one in readable_items(mapping))
-        )
-        is_unexpected = owner is not _Owner.NOBODY or has_objects_only
-        add = None
-        if isinstance(mapping, MutableMapping) and owner is not _Owner.MODULE and not has_objects_only:
-
-            def add() -> None:
-                self._replacer.add(node, position, child, mapping, path)
-
-        elif not isinstance(mapping, MutableMapping) and not is_unexpected:
-            self.plan.add_problem(path, f"is not in the target, and a {type(mapping).__name__} cannot be changed")
-        self.plan.note_shape(path, child, self._items)
-        self._extras.note(path, add, is_unexpected=is_unexpected)
-
-    def _list(self, node: Node, value: list[Any], path: Path, owner: _Owner) -> None:
+    def _list(self, node: Node, value: list[Any], path: Path, owner: Owner) -> None:
         children = node[1]
         num_both = min(len(children), len(value))
         there = {index: children[index] for index in range(num_both) if children[index] is not ABSENT}
         numbers = [(index, index) for index in range(num_both)]
-        self._entries(value, numbers, there, path, owner, lambda index: self.missing(value[index], (*path, index)))
+        self._entries(
+            value, numbers, there, path, owner, lambda index: self.one_sided.missing(value[index], (*path, index))
+        )
         kept = []
         for index in range(num_both, len(value)):
-            if owner is _Owner.NOBODY and not holds_belongings(value[index]):
+            if owner is Owner.NOBODY and not holds_belongings(value[index]):
                 self.plan.dropped += tensor_paths(value[index], (*path, index))
             else:
-                self.missing(value[index], (*path, index))
+                self.one_sided.missing(value[index], (*path, index))
                 kept.append(value[index])
         if len(kept) < len(value) - num_both:
-            self._last.append((path, lambda values: value.__setitem__(slice(num_both, None), kept)))
+            self.one_sided.at_the_end(path, lambda values: value.__setitem__(slice(num_both, None), kept))
         has_objects_only = bool(value) and all(map(is_stateful, value))
         for index in range(num_both, len(children)):
             child = children[index]
             if has_objects_only and is_mapping(child):
                 self._extras.note((*path, index))
             else:
-                if owner is not _Owner.NOBODY:
+                if owner is not Owner.NOBODY:
                     self.plan.unexpected.append((*path, index))
                 self._replacer.append(child, value, (*path, index))
 
@@ -436,7 +360,7 @@ class _Matcher:
         if has_sharded(value, path):
             state = state_of(value, path)
             if isinstance(state, Mapping) and is_mapping(node):
-                self._mapping(node, state, path, _Owner.OBJECT)
+                self._mapping(node, state, path, Owner.OBJECT)
             else:
                 kind = type(state).__name__
                 self.plan.add_problem(
@@ -450,7 +374,7 @@ class _Matcher:
             state = state_of(value, path)
             node = self._renaming.aligned(node, state)
             self._extras.know(path, state.keys())
-            match_module(self.plan, self._items, self._direct, node, value, state, path, self.missing)
+            match_module(self.plan, self._items, self._direct, node, value, state, path, self.one_sided.missing)
             arguments = {} if self._strict and self._selection is None else {"strict": False}
             if self._strict and not self._is_alone and is_mapping(node):  # the rest is unexpected, or of other ranks
                 node = _with_keys(node, state)
@@ -480,10 +404,6 @@ def _with_keys(node: Node, keys: Collection[Any]) -> Node:
     """Return a mapping's node with some of its keys only."""
     kept = [number for number, key in enumerate(node[1]) if key in keys or (node[0] == "mapping" and number == 0)]
     return [node[0], [node[1][number] for number in kept], [node[2][number] for number in kept], *node[3:]]
-
-
-def _is_tensor(node: Node, items: Items) -> bool:
-    return is_tensor_node(node) or (type(node) is int and items.kind_of(node).kind == "tensor")
 
 
 def _is_optimizer_node(node: Node) -> bool:

@@ -16,7 +16,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from operator import add, le
+from itertools import compress
+from operator import add, is_, le
 from typing import Any
 
 from stager.workers.checkpoint.layout.items import NOT_IN_A_SLAB, ROW_COLUMNS, ItemKind, Items, column
@@ -194,12 +195,12 @@ def _tile_files(layout: Layout) -> bool:
 
 def _agree_in_size(items: Items, sizes: Mapping[int, int | None]) -> bool:
     """Return whether each tensor has as many raw bytes as its kind (``sizes``), and an object or trailer has no others."""
-    wanted = map(sizes.__getitem__, items.kind)
-    numbers = zip(wanted, items.data_nbytes, items.data_offset, items.offset, items.nbytes, strict=True)
-    return all(
-        nbytes == size or (size is None and at == start and nbytes == whole)
-        for size, nbytes, at, start, whole in numbers
-    )
+    wanted = list(map(sizes.__getitem__, items.kind))
+    for index in compress(range(len(wanted)), map(is_, wanted, itertools.repeat(None))):
+        if items.data_offset[index] != items.offset[index]:
+            return False
+        wanted[index] = items.nbytes[index]
+    return wanted == items.data_nbytes.tolist()
 
 
 def _check_kind(index: int, kind: ItemKind) -> int | None:

@@ -170,6 +170,18 @@ def map_leaves(node: Node, leaf: Callable[[int | Chunks], Node]) -> Node:
     return [*node[:position], children, *node[position + 1 :]]
 
 
+def has_chunks(node: Node) -> bool:
+    """Return whether a tensor of the structure is stored in chunks. The nodes are not checked."""
+    if not isinstance(node, list):
+        return False
+    if is_chunks(node):
+        return True
+    if is_tensor_node(node):
+        return has_chunks(node[1])
+    children = node[1 if node[0] == "list" else 2]
+    return set(map(type, children)) != {int} and any(map(has_chunks, children))
+
+
 def is_with_recipe(node: Node) -> bool:
     """Tell whether the node is a container that can be built only whole, by its recipe."""
     return isinstance(node, list) and node[0] in WITH_RECIPE

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+_STEP_BYTES = 64 << 10  # what numpy copies in between: more would be new pages from the system each time
 _FEW = 8  # of one size: for these, the calls of numpy take longer than one for each item
 
 
@@ -38,10 +39,14 @@ def scatter(memory: Any, offsets: Any, nbytes: Any, targets: Sequence[Any]) -> N
             for offset, target in zip(offsets[chosen].tolist(), addresses[chosen].tolist(), strict=True):
                 ctypes.memmove(target, memory.ctypes.data + offset, size)
         elif size:
-            places = addresses[chosen]
-            lowest = places.min()
-            there = _elements_at(int(lowest), int(places.max() - lowest) + 1, size)
-            there[places - lowest] = _elements_at(memory.ctypes.data, len(memory) - size + 1, size)[offsets[chosen]]
+            lowest = addresses[chosen].min()
+            places = (addresses[chosen] - lowest).astype(np.int64)
+            there = _elements_at(int(lowest), int(places.max()) + 1, size)
+            here = _elements_at(memory.ctypes.data, len(memory) - size + 1, size)
+            step = max(1, _STEP_BYTES // size)
+            for first in range(0, len(chosen), step):
+                some = slice(first, first + step)
+                there[places[some]] = here[offsets[chosen[some]]]
 
 
 def _by_size(nbytes: Any) -> Iterator[tuple[int, Any]]:
