@@ -70,7 +70,7 @@ class Source(BlobReader):
             hasher = xxhash.xxh3_128()
             for position in range(start, stop, len(self._buffer)):
                 chunk = self._buffer[: stop - position]
-                self._pread(item.file, [chunk], position)
+                self._pread(item.file, chunk, position)
                 hasher.update(chunk)
                 yield chunk[max(low - position, 0) : max(high - position, 0)]  # without header, tail and padding
             self._check(number, segment, hasher.hexdigest())

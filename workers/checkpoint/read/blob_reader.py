@@ -26,7 +26,8 @@ from stager.workers.errors import CorruptCheckpointError
 from stager.workers.memory.pages import bytes_at
 
 GROUP_BYTES = 2 << 20  # of small items: one read, which stays in the CPU's cache until it is hashed
-CHUNK_BYTES = 1 << 20  # of large items, for the same reason
+_CACHED_BYTES = 256 << 10  # of large items, for the same reason: the kernel's copy leaves little of more in the cache
+CHUNK_BYTES = 1 << 20  # of large items that go elsewhere: to a sink, or nowhere
 _MANY_ITEMS = 128  # in one group
 
 
@@ -213,7 +214,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         spans = [(low - start, end - start) for low, end in zip(self._starts[chosen], self._ends[chosen], strict=True)]
         memory = self._scratch.take(spans[-1][1])
         buffer = memory.data
-        self._pread(self._items.file[group.start], [buffer], start)
+        self._pread(self._items.file[group.start], buffer, start)
         actual = [(digest(buffer[low:end]),) for low, end in spans]
         damaged = set()
         if tuple(actual) != self._manifest.hashes[chosen]:  # rare: damage, or several segments
@@ -250,52 +251,53 @@ class BlobReader(AbstractContextManager["BlobReader"]):
 
     def _read_segment(self, index: int, target: Target | None, number: int) -> None:
         """Read one segment of an item, its raw bytes straight into the target."""
-        item, end = self._items[index], self._ends[index]
+        item = self._items[index]
         if isinstance(target, int):
             target = bytes_at(target, item.data_nbytes)
-        step = self._manifest.layout.segment_bytes
-        start = item.offset + number * step
-        stop = min(start + step, end)
-        scratch = self._scratch.take(min(CHUNK_BYTES, stop - start)).data
-        hasher = xxhash.xxh3_128()
-        for low in range(start, stop, CHUNK_BYTES):
-            high = min(low + CHUNK_BYTES, stop)
-            for piece in self._pieces(item, low, high, target, scratch):
+        start = item.offset + number * self._manifest.layout.segment_bytes
+        stop = min(start + self._manifest.layout.segment_bytes, self._ends[index])
+        fd, preadv, hasher = self._fds[item.file], os.preadv, xxhash.xxh3_128()
+        # Few lines for each piece: while one thread holds the GIL for them, the others wait.
+        with storage_errors("read", self.file_path(item.file)):
+            for at, piece, sink in self._pieces(item, start, stop, target):
+                count = preadv(fd, [piece], at)
+                if count != len(piece):
+                    self._pread(item.file, piece[count:], at + count)
                 hasher.update(piece)
-            if target is not None and not isinstance(target, memoryview):
-                first, last = _raw(item, low, high)
-                target.put(first - item.data_offset, last - first)
+                if sink is not None:
+                    sink.put(at - item.data_offset, len(piece))
         self._check(index, number, hasher.hexdigest())
         self._progress(stop - start)
 
     def _pieces(
-        self, item: Item, low: int, high: int, target: memoryview | Sink | None, scratch: memoryview
-    ) -> list[memoryview]:
-        """Read bytes ``low`` to ``high`` of the file: raw bytes into the target, the others into ``scratch``."""
-        data_low, data_high = _raw(item, low, high)
-        before, after = data_low - low, high - data_high
-        pieces = [scratch[: high - low]]
-        if target is not None:
-            if isinstance(target, memoryview):
-                raw = target[data_low - item.data_offset : data_high - item.data_offset]
-            else:
-                raw = target.take(data_high - data_low)
-            pieces = [scratch[:before], raw, scratch[before : before + after]]
-        self._pread(item.file, pieces, low)
-        return pieces
+        self, item: Item, start: int, stop: int, target: memoryview | Sink | None
+    ) -> Iterator[tuple[int, memoryview, Sink | None]]:
+        """Iterate over the pieces of bytes ``start`` to ``stop`` of the file.
 
-    def _pread(self, file: int, buffers: list[memoryview], offset: int) -> None:
-        pending = [buffer for buffer in buffers if len(buffer)]  # a span of safetensors may have no bytes
+        Yields:
+            Where a piece begins, the memory for it, and the sink that takes it from there.
+        """
+        scratch = self._scratch.take(min(CHUNK_BYTES, stop - start)).data
+        data_start, data_stop = (start, start) if target is None else _raw(item, start, stop)
+        for low in range(start, data_start, CHUNK_BYTES):
+            yield low, scratch[: min(CHUNK_BYTES, data_start - low)], None
+        if isinstance(target, memoryview):
+            raw = target[data_start - item.data_offset : data_stop - item.data_offset]
+            for low in range(0, len(raw), _CACHED_BYTES):
+                yield data_start + low, raw[low : low + _CACHED_BYTES], None
+        elif target is not None:
+            for low in range(data_start, data_stop, CHUNK_BYTES):
+                yield low, target.take(min(CHUNK_BYTES, data_stop - low)), target
+        for low in range(data_stop, stop, CHUNK_BYTES):
+            yield low, scratch[: min(CHUNK_BYTES, stop - low)], None
+
+    def _pread(self, file: int, buffer: memoryview, offset: int) -> None:
         with storage_errors("read", self.file_path(file)):
-            while pending:
-                count = os.preadv(self._fds[file], pending, offset)
+            while buffer:
+                count = os.preadv(self._fds[file], [buffer], offset)
                 if count == 0:
                     raise CorruptCheckpointError(self.file_path(file), f"is cut short: it ends at byte {offset}")
-                offset += count
-                while pending and count >= len(pending[0]):
-                    count -= len(pending.pop(0))
-                if count:
-                    pending[0] = pending[0][count:]
+                buffer, offset = buffer[count:], offset + count
 
     def _check(self, index: int, number: int, actual: str) -> None:
         if actual == self._manifest.hashes[index][number]:
