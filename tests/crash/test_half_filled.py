@@ -76,11 +76,13 @@ def test_trainer_killed_while_it_fills_the_slab_100_times(
 
 
 def test_nothing_is_signed_before_the_snapshot_is_whole(run_dir: Path, faults: Faults, nursery: Nursery) -> None:
-    """1. every byte is copied, and the trainer has not said so 2. both workers have written all 3. the trainer dies."""
-    copied = faults.hold("save.copied", after=1)
-    synced = faults.hold("part.synced", after=1)
+    """1. every byte is copied, and the trainer has not said so 2. a worker has written all 3. the trainer dies."""
+    planned, copied = faults.hold("save.planned", after=1), faults.hold("save.copied", after=1)
     with nursery.start("tests.crash.trainers:end_half_filled", str(run_dir), _MIB, False) as trainer:
         assert trainer.read() == "base"
+        planned.wait()
+        synced = faults.hold("part.synced")  # of step 1: step 0 is committed
+        planned.release()
         copied.wait()
         synced.wait()
         assert _receipts(run_dir) == []
