@@ -13,7 +13,7 @@ from stager.workers.checkpoint.directory.run_directory import read_checkpoint
 from stager.workers.checkpoint.layout.layout import Segment, partition, partition_once, segments
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write import part_writer
-from stager.workers.checkpoint.write.part_writer import runs
+from stager.workers.checkpoint.write.part_writer import runs_of
 from stager.workers.checkpoint.write.write_task import read_layout
 from tests.persistence.tasks import load, make_task, run
 from tests.states import same
@@ -53,12 +53,13 @@ def test_runs_are_the_segments_in_order_and_tile(run_dir: Path, seed: int, monke
     monkeypatch.setattr(part_writer, "_RUN_BYTES", 30_000)
     layout = read_layout(make_task(run_dir, mixture(seed), num_files=3, segment_bytes=50_000))
     every = list(segments(layout))
-    found = list(runs(layout, every))
-    assert [segment for _, part in found for segment in part] == every
-    assert any(small and len(part) > 1 for small, part in found)
-    for small, part in found:
-        if small:
-            assert len({layout.items[segment.index].file for segment in part}) == 1
+    found = list(runs_of(layout, every))
+    assert [segment for run in found for segment in run.segments] == every
+    assert any(run.is_small and len(run.segments) > 1 for run in found)
+    for file, is_small, part, nbytes in found:
+        assert nbytes == sum(segment.end - segment.start for segment in part)
+        assert {layout.items[segment.index].file for segment in part} == {file}
+        if is_small:
             assert all(a.end == b.start for a, b in itertools.pairwise(part))
             assert all(is_whole(layout.ends(), layout.items[s.index].offset, s) for s in part)
             assert len(part) == 1 or part[-1].end - part[0].start <= 30_000

@@ -36,7 +36,7 @@ from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
 from stager.workers.checkpoint.directory.run_directory import partial_name, removing_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout, partition_once
 from stager.workers.checkpoint.write.hard_link_base import link_unchanged, whole_files
-from stager.workers.checkpoint.write.part_writer import PartWriter
+from stager.workers.checkpoint.write.part_writer import PartWriter, runs_once
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout, record_name, to_record
 from stager.workers.errors import AbandonedSnapshotError
 from stager.workers.faults import point
@@ -139,13 +139,15 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
     with ExitStack() as opened:
         writer = PartWriter(task, layout, filled, directory_fd, partial, opened)
         segments = rest = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
+        runs = runs_once(layout, part, spec.num_parts, spec.whole_bytes)
         # 4. Links first: what was linked must not be opened for writing, because other checkpoints share it.
         whole = whole_files(layout, segments) if spec.whole_bytes else {}
         unchanged = link_unchanged(spec, layout, whole, writer.hash, directory_fd)
         if unchanged.linked:
             files_of_items = layout.files_of_items()
             rest = [segment for segment in segments if files_of_items[segment.index] not in unchanged.linked]
-        hashes = writer.write(rest, whole, unchanged.hashes)
+            runs = [run for run in runs if run.file not in unchanged.linked]
+        hashes = writer.write(runs, whole, unchanged.hashes)
         if unchanged.linked:
             known = {**unchanged.hashes, **dict(zip(rest, hashes, strict=True))}
             hashes = [known[segment] for segment in segments]

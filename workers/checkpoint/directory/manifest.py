@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from operator import sub
@@ -151,21 +152,40 @@ def _rows(layout: Layout, hashes: Sequence[Sequence[str]]) -> str:
     num_fixed = layout.cache.num_fixed
     fixed = layout.cache.once_per_plan("rows", lambda: _texts(layout.items, slice(num_fixed)))
     texts = [*fixed, *_texts(layout.items, slice(num_fixed, None))]
+    lists = _lists(hashes)
+    if len(lists) != len(texts):
+        raise ValueError(f"{len(lists)} items have hashes, and there are {len(texts)} items")
+    # One join of texts and hashes in turn: a row's closing brackets stand at the head of the next one's text.
+    pieces = [""] * (2 * len(texts))
+    pieces[::2], pieces[1::2] = texts, lists
+    rows = "".join(pieces)
+    return f"[{rows[len(_CLOSE) + 1 :]}{_CLOSE}]" if rows else "[]"
+
+
+def _lists(hashes: Sequence[Sequence[str]]) -> list[str]:
+    """Serialise the lists of hashes, without brackets."""
     joined = list(map("".join, hashes))
-    if all(map(str.isalnum, joined)) and "".join(joined).isascii():
-        lists = ['["' + '","'.join(values) + '"]' for values in hashes]
-    else:  # not hashes: whoever reads the manifest reports that
-        lists = list(map(_compact, hashes))
-    return "[" + ",".join([f"[{text},{values}]" for text, values in zip(texts, lists, strict=True)]) + "]"
+    together = "".join(joined)
+    if "" in joined or not together.isascii() or together.encode().translate(None, _ALPHANUMERIC):
+        # Not hashes: whoever reads the manifest reports that.
+        return [_compact(values)[1:-1] for values in hashes]
+    if len(joined) == sum(map(len, hashes)):  # most items have one
+        return [f'"{value}"' for value in joined]
+    return ['"' + '","'.join(values) + '"' for values in hashes]
+
+
+_ALPHANUMERIC = (string.ascii_letters + string.digits).encode()
+_CLOSE = "]]"
+"""What ends a row: the list of its hashes, and the row."""
 
 
 @no_collection()
 def _texts(items: Items, chosen: slice) -> list[str]:
-    """Serialise the rows of some items, without brackets and hashes."""
+    """Serialise the rows of some items up to their hashes, each with the end of the row before it at its head."""
     kinds = [(f'"{kind}"', _compact(others)[1:-1]) for kind, *others in items.kinds]  # a few
     *numbers, _ = [values[chosen] for values in items.columns()]  # all but the place in the slab
     return [
-        f"{kinds[code][0]},{file},{offset},{nbytes},{data_offset},{data_nbytes},{kinds[code][1]}"
+        f"{_CLOSE},[{kinds[code][0]},{file},{offset},{nbytes},{data_offset},{data_nbytes},{kinds[code][1]},["
         for code, file, offset, nbytes, data_offset, data_nbytes in zip(*numbers, strict=True)
     ]
 

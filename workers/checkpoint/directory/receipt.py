@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal, unseal
-from stager.workers.checkpoint.layout.layout_check import check_count, check_text
+from stager.workers.checkpoint.layout.layout_check import check_count, check_texts
 from stager.workers.errors import CorruptCheckpointError
 
 _UNWATCHED = nullcontext()
@@ -94,7 +94,7 @@ def read_receipt(
     try:
         with parsing:
             body = unseal(data, path)
-            receipt = Receipt(**{**body, "hashes": tuple(map(check_text, body["hashes"]))})
+            receipt = Receipt(**{**body, "hashes": check_texts(body["hashes"])})
         check_count(receipt.linked_bytes)
         check_count(receipt.generation)
     except (TypeError, KeyError, ValueError) as error:

@@ -59,6 +59,12 @@ check_file_name: Callable[[Any], str] = _check_of(
 )
 
 
+def check_texts(values: Sequence[Any]) -> tuple[str, ...]:
+    """Check that each of ``values``, of which there may be a million, is a string; returns a tuple."""
+    texts = tuple(values)
+    return texts if set(map(type, texts)) <= {str} else tuple(map(check_text, texts))
+
+
 def check_layout(layout: Layout, *, of_one_rank: bool = False) -> None:
     """Check that ``layout`` can be the layout of a checkpoint.
 

@@ -40,6 +40,10 @@ def _whole_blocks(offset: int, nbytes: int) -> tuple[int, int]:
     return -offset % BLOCK_BYTES, (offset + nbytes) // BLOCK_BYTES * BLOCK_BYTES - offset
 
 
+_kept_buffers: list[_Buffer] = []
+"""Of writers that are closed: new pages for two buffers take as long as writing them."""
+
+
 class _Buffer:
     """Memory whose bytes from ``start`` to ``end`` must be written. Byte 0 belongs at ``offset``, where a block begins."""
 
@@ -74,7 +78,7 @@ class DirectWriter:
         self._before_write = before_write
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="stager-write")
         self._under_way: deque[Future[None]] = deque()
-        self._buffers = [_Buffer(), _Buffer()]
+        self._buffers = [_kept_buffers.pop() if _kept_buffers else _Buffer() for _ in range(2)]
         self._file, self._end = -1, 0
         self._direct: dict[int, int] = {}  # descriptors; -1: refused
 
@@ -106,10 +110,12 @@ class DirectWriter:
             self._under_way.popleft().result()
 
     def close(self) -> None:
-        """Wait for the writes under way, and free the buffers."""
+        """Wait for the writes under way, and keep the buffers for the next writer."""
         self._executor.shutdown()
         for buffer in self._buffers:
-            buffer.memory.release()
+            buffer.written, buffer.start, buffer.end = None, 0, 0
+        _kept_buffers.extend(self._buffers[len(_kept_buffers) :])  # two at most
+        self._buffers = []
 
     def _begin(self, file: int, offset: int) -> None:
         self._file, self._end = file, offset

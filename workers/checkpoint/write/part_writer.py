@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 import xxhash
@@ -17,7 +18,7 @@ import xxhash
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.items import Item
-from stager.workers.checkpoint.layout.layout import Layout, Segment
+from stager.workers.checkpoint.layout.layout import Layout, Segment, partition_once
 from stager.workers.checkpoint.write import direct_io
 from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES, DirectWriter
 from stager.workers.checkpoint.write.write_back import WRITE_BYTES, CachedWriter, Pace, drop_cached
@@ -41,6 +42,15 @@ class _Span(NamedTuple):
     slab_start: int
     slab_end: int
     tail: bytes
+
+
+class Run(NamedTuple):
+    """Segments that follow each other in a file: all of them small whole spans, which are written at once, or any others."""
+
+    file: int
+    is_small: bool
+    segments: Sequence[Segment]
+    nbytes: int
 
 
 class PartWriter:
@@ -80,18 +90,18 @@ class PartWriter:
 
     def hash(self, segments: Sequence[Segment]) -> Iterator[str]:
         """Iterate over the hashes of the segments, hex, without writing."""
-        for small, run in runs(self._layout, segments):
-            if small:
-                yield from self._pack(run)[1]
+        for run in runs_of(self._layout, segments):
+            if run.is_small:
+                yield from self._pack(run.segments)[1]
                 continue
-            for segment in run:
+            for segment in run.segments:
                 hasher = xxhash.xxh3_128()
                 for piece in self._pieces(self._layout.items[segment.index], segment):
                     hasher.update(piece)
                 yield hasher.hexdigest()
 
-    def write(self, segments: Sequence[Segment], own_files: Collection[int], known: Mapping[Segment, str]) -> list[str]:
-        """Write the segments. Returns their hashes, hex.
+    def write(self, runs: Sequence[Run], own_files: Collection[int], known: Mapping[Segment, str]) -> list[str]:
+        """Write runs of segments. Returns the segments' hashes, hex.
 
         Args:
             own_files: files that only this part writes. They are created anew: an existing one may be a link.
@@ -99,18 +109,17 @@ class PartWriter:
         """
         self._own_files = own_files
         hashes: list[str] = []
-        with closing(self._sink(sum(segment.end - segment.start for segment in segments))) as sink:
+        with closing(self._sink(sum(run.nbytes for run in runs))) as sink:
             # File by file, so that an error names the file it is about.
-            files = self._layout.files_of_items()
-            for file, of_file in groupby(segments, key=lambda segment: files[segment.index]):
+            for file, of_file in groupby(runs, key=attrgetter("file")):
                 with storage_errors("write", self._path(file)):
-                    for small, run in runs(self._layout, list(of_file)):
-                        if small:
-                            data, of_run = self._pack(run)
-                            sink.put(file, run[0].start, data)
+                    for run in of_file:
+                        if run.is_small:
+                            data, of_run = self._pack(run.segments)
+                            sink.put(file, run.segments[0].start, data)
                             hashes += of_run
                         else:
-                            hashes += [self._write_one(sink, segment, known.get(segment)) for segment in run]
+                            hashes += [self._write_one(sink, segment, known.get(segment)) for segment in run.segments]
                     sink.flush()
         return hashes
 
@@ -238,8 +247,23 @@ class PartWriter:
         return os.path.join(self._directory, self._layout.files[file].name)
 
 
-def runs(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Sequence[Segment]]]:
-    """Cut ``segments`` into runs: (True, small whole spans that follow each other in a file) or (False, any others)."""
+def runs_once(layout: Layout, part: int, num_parts: int, whole_bytes: int) -> list[Run]:
+    """Return the runs of a part, kept for the next save of the plan; do not modify them."""
+    key = num_parts, whole_bytes, layout.varying
+    segments = partition_once(layout, num_parts, whole_bytes)[part]
+    return layout.cache.until_changed(f"runs of part {part}", key, lambda: list(runs_of(layout, segments)))
+
+
+def runs_of(layout: Layout, segments: Sequence[Segment]) -> Iterator[Run]:
+    """Cut segments into runs."""
+    files = layout.files_of_items()
+    for file, group in groupby(segments, key=lambda segment: files[segment.index]):
+        of_file = list(group)
+        for is_small, run in _runs_of_file(layout, of_file):
+            yield Run(file, is_small, run, sum(segment.end - segment.start for segment in run))
+
+
+def _runs_of_file(layout: Layout, segments: Sequence[Segment]) -> Iterator[tuple[bool, Sequence[Segment]]]:
     starts, ends = layout.starts(), layout.ends()
     first, nbytes = 0, 0
     was_small = False
