@@ -39,6 +39,7 @@ from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
 from stager.saving.hand_over import HandOver, Staging
 from stager.saving.progress import SaveProgress
+from stager.saving.rehearsal import Rehearsal
 from stager.saving.save import Save
 from stager.saving.setup import save_template, writing
 from stager.saving.staging_thread import StagingThread
@@ -118,6 +119,7 @@ class Saver:
         planner = partial(Planner, file_format, self._num_parts, rank=group.rank, incremental=self._incremental)
         self._planner = planner(segment_bytes)
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, segment_bytes), in_order=True)
+        self._rehearsal = Rehearsal(planner(segment_bytes))
         self.guard = Guard(self._wait_before_step)
         self._copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
         sharer = SourceSharer(pool, self._num_parts, SharingOptions(staging.location, staging.share_min_bytes))
@@ -425,6 +427,7 @@ class Saver:
     def close(self) -> None:
         """Free what staging uses. Call it after the pool is closed: then nothing is in flight any more."""
         self.completion.close()  # first: it ends saves, whose callbacks may still ask the rest
+        self._rehearsal.close()
         self.guard.close()
         self._thread.close()
         self._copier.close()

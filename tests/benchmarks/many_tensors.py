@@ -46,19 +46,26 @@ def _ms(started: float) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
+def _train(tensors: list[torch.Tensor], secs: float) -> None:
+    """Use the tensors as a training loop does. Memory that nobody uses for a second is slow at its next use on some hosts."""
+    until = time.monotonic() + secs
+    while time.monotonic() < until:
+        torch._foreach_add_(tensors, 0.0)
+
+
 def measure(count: int, nbytes: int, wait_secs: float, *, profile: bool = False) -> dict[str, Any]:
     """Measure one number of tensors in this process.
 
     Args:
         nbytes: of each tensor.
-        wait_secs: between the constructor and the first save.
+        wait_secs: between the constructor and the first save; the tensors are used meanwhile.
     """
     state = {"model": {f"layers.{number}.weight": torch.randn(nbytes // 4) for number in range(count)}}
     torch.save({"x": torch.ones(2)}, io.BytesIO())  # what torch makes at its first use
     with tempfile.TemporaryDirectory(prefix="stager-bench-") as directory:
         before, objects = _private_bytes(), len(gc.get_objects())
         with Checkpointer(directory) as ckpt:
-            time.sleep(wait_secs)
+            _train(list(state["model"].values()), wait_secs)
             blocked, stored = [], 0.0
             for step in range(1 + _LATER_SAVES):
                 profiler = cProfile.Profile() if profile and step == _LATER_SAVES else None
@@ -106,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What each of many small tensors costs.")
     parser.add_argument("--count", type=int, action="append", help="number of tensors; may be repeated")
     parser.add_argument("--nbytes", type=int, default=256, help="of each tensor")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds between the constructor and the first save")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds of training before the first save")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each number; the figures are medians")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--profile", action="store_true", help="print where the trainer's thread spends a later save")
