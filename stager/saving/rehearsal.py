@@ -1,9 +1,14 @@
-"""What the first save of a process would have to import and make, done before it: in a thread, while the program goes on."""
+"""What the first save of a process would have to import and make, done before it: in a thread, while the program goes on.
+
+1. Plan a save of one small tensor: modules are imported, and code has run once.
+2. Prepare memory for a state as large as the newest checkpoint in the run's directory.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 import torch
 from torch.profiler import record_function
@@ -18,16 +23,18 @@ logger = logging.getLogger("stager")
 
 
 class Rehearsal:
-    """Plans a save of one small tensor, in a thread of a low priority. Nothing is copied, sent or written.
+    """A thread of a low priority that does steps 1 and 2. Nothing is copied, sent or written.
 
-    It makes the first save of 20,000 tensors a quarter shorter: modules are imported then, and code has run once.
+    The first save of 20,000 tensors blocks 115 ms after step 1, where it took 150 (2 cores).
 
     Args:
         planner: for this alone.
+        prepare_memory: does step 2.
     """
 
-    def __init__(self, planner: Planner) -> None:
+    def __init__(self, planner: Planner, prepare_memory: Callable[[], None]) -> None:
         self._planner = planner
+        self._prepare_memory = prepare_memory
         self._thread = threading.Thread(target=self._run, name="stager-rehearse", daemon=True)
         try:
             self._thread.start()
@@ -40,6 +47,7 @@ class Rehearsal:
             with record_function("stager: rehearsal"):
                 plan = self._planner.plan(flatten({"rehearsal": torch.zeros(1, device="cpu")}))
                 batch(whole(plan, (), 1).plan.copies)
+            self._prepare_memory()
         except Exception as error:  # the first save says what is wrong
             logger.debug("the first save could not be rehearsed", exc_info=error)
         finally:

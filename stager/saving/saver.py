@@ -54,7 +54,7 @@ from stager.telemetry.event import Event
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name, newest_nbytes
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
@@ -119,7 +119,6 @@ class Saver:
         planner = partial(Planner, file_format, self._num_parts, rank=group.rank, incremental=self._incremental)
         self._planner = planner(segment_bytes)
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, segment_bytes), in_order=True)
-        self._rehearsal = Rehearsal(planner(segment_bytes))
         self.guard = Guard(self._wait_before_step)
         self._copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
         sharer = SourceSharer(pool, self._num_parts, SharingOptions(staging.location, staging.share_min_bytes))
@@ -134,6 +133,7 @@ class Saver:
             safe_globals=config.loading.safe_globals,
             differing=config.ranks.differing,
         )
+        self._rehearsal = Rehearsal(planner(segment_bytes), self._expect_the_last_runs)  # last: it uses the rest
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 
@@ -416,6 +416,11 @@ class Saver:
         """Prepare memory in the background for the guarded optimizers, if the size of the state is not known better."""
         if not self._knows_size:
             self._prepare(self.guard.expected_nbytes(self._group.num_ranks) or 0)
+
+    def _expect_the_last_runs(self) -> None:
+        """The same for a state as large as the newest checkpoint that is there: the program most likely goes on from it."""
+        if not self._knows_size:
+            self._prepare(newest_nbytes(self._directory) // self._group.num_ranks)
 
     def _prepare(self, nbytes: int) -> None:
         if nbytes < _WORTH_PREPARING_BYTES:

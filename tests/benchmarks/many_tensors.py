@@ -47,7 +47,7 @@ def _ms(started: float) -> float:
 
 
 def _train(tensors: list[torch.Tensor], secs: float) -> None:
-    """Use the tensors as a training loop does. Memory that nobody uses for a second is slow at its next use on some hosts."""
+    """Use the tensors as a training loop does. On some hosts, memory that was idle for a second is slow at its next use."""
     until = time.monotonic() + secs
     while time.monotonic() < until:
         torch._foreach_add_(tensors, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,30 @@ def test_small_states_and_saved_ones_are_not_guessed(run_dir: Path) -> None:
         ckpt.guard(torch.optim.AdamW([large]))  # a part of a state, or not: its size was seen
         ckpt.save(2, {"x": small}).upload_completion.result()
         assert _slabs(ckpt) <= 2 * known
+
+
+def test_run_that_goes_on_prepares_memory_for_a_state_as_large_as_the_last(run_dir: Path) -> None:
+    config = {"persistence": {"fsync": False}, "workers": {"count": 1}}
+    state = {"x": torch.randn(8 * MIB)}
+    with Checkpointer(run_dir, config) as ckpt:
+        ckpt.save(1, state).upload_completion.result()
+    with Checkpointer(run_dir, config) as ckpt:  # it neither loads nor guards
+        wait_until(lambda: _slabs(ckpt) >= 2 * 32 * MIB)
+        prepared = _slabs(ckpt)
+        ckpt.save(2, state).upload_completion.result()
+        assert _slabs(ckpt) == prepared
+
+
+def test_first_save_imports_nothing(run_dir: Path) -> None:
+    """In an interpreter of its own. The thread that does it is waited for, and nothing else of the first save is done."""
+    program = (
+        "import sys, threading, torch\n"
+        "from stager import Checkpointer\n"
+        f"with Checkpointer({str(run_dir)!r}, {{'persistence': {{'fsync': False}}, 'workers': {{'count': 1}}}}) as ckpt:\n"
+        "    [t.join() for t in threading.enumerate() if t.name == 'stager-rehearse']\n"
+        "    before = set(sys.modules)\n"
+        "    ckpt.save(1, {'model': torch.nn.Linear(3, 3), 'step': 1}).upload_completion.result()\n"
+        "    print(sorted(set(sys.modules) - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stdout

@@ -132,6 +132,14 @@ def committed_steps(directory: str) -> list[int]:
     return sorted((step for name in _names(directory) if (step := parse_checkpoint(name)) is not None), reverse=True)
 
 
+def newest_nbytes(directory: str) -> int:
+    """Return about how many bytes the newest checkpoint has, from its files' sizes; 0: there is none, or nobody knows."""
+    for step in committed_steps(directory)[:1]:
+        with suppress(OSError), os.scandir(os.path.join(directory, checkpoint_name(step))) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+    return 0
+
+
 def parse_checkpoint(name: str) -> int | None:
     """Return the step of a checkpoint's directory name; None for any other name."""
     match = _COMMITTED.fullmatch(name)
