@@ -25,7 +25,7 @@ from stager.saving.save import Save
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.commit.persist import PartResult, discard_partial
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.errors import ClosedError, LeftRunningError, StorageError
+from stager.workers.errors import ClosedError, InternalError, LeftRunningError, StorageError
 from stager.workers.pool.pool import WorkerPool
 
 
@@ -85,10 +85,18 @@ class SaveCompletion:
             failure: why not every part was handed over; None: every part was, or one of ``futures`` has failed.
         """
 
+        # close() has detached from the workers while this save was still being staged, and has passed it by.
+        was_passed_by = any(future.done() and isinstance(future.exception(), LeftRunningError) for future in futures)
+
         def end() -> None:
             # 1. All parts are done.
             errors = [error for future in futures if (error := future.exception()) is not None]
-            if any(isinstance(error, LeftRunningError) for error in errors):
+            left = next((error for error in errors if isinstance(error, LeftRunningError)), None)
+            if left is not None:
+                if was_passed_by:
+                    save.upload_completion.was_read = failure is None  # most likely it is no error
+                    with suppress(InternalError):  # it has ended
+                        save.fail(failure or left)
                 return
             # 2. Release the slabs.
             for lease in leases:

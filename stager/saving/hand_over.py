@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -95,8 +96,9 @@ class Staging:
 
     def wrote(self, offset: int, nbytes: int) -> None:
         """Mark a range of the slab that the trainer has copied."""
-        if self.filling is not None:
-            self.filling.wrote(offset, nbytes)
+        filling = self.filling  # read once: the staging thread may give it up meanwhile
+        if filling is not None:
+            filling.wrote(offset, nbytes)
 
 
 @dataclass(eq=False)
@@ -160,9 +162,11 @@ class HandOver:
         if is_last:  # the workers cannot sign the last piece yet, so the save is not safe yet
             save.move(SaveState.STAGED)
             point("save.copied")
-        # 3. A worker that has died meanwhile had the task: the promise holds for one that lives.
+        # 3. A worker that has died meanwhile had the task: the promise holds for one that lives. And it cannot be given for
+        #    a save of which a part has failed already.
         self.pool.wait_delivered(futures)
         staging.num_whole += 1
+        staging.failure = staging.failure or _failure_of(staging.futures)
         if staging.filling is not None and staging.failure is None:
             staging.filling.end(FillState.WHOLE)
             staging.filling = None
@@ -221,6 +225,12 @@ class HandOver:
             base_step=self.completion.base_step,
             metrics=save.metrics,
         )
+
+
+def _failure_of(futures: Sequence[Future[PartResult]]) -> BaseException | None:
+    """Return why a part has failed; None: none has, or workers that finish alone have it."""
+    errors = (future.exception() for future in futures if future.done())
+    return next((e for e in errors if e is not None and not isinstance(e, LeftRunningError)), None)
 
 
 def _release(staging: Staging, futures: list[Future[PartResult]], lease: Lease) -> None:

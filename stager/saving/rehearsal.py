@@ -33,27 +33,26 @@ class Rehearsal:
     """
 
     def __init__(self, planner: Planner, prepare_memory: Callable[[], None]) -> None:
-        self._planner = planner
-        self._prepare_memory = prepare_memory
-        self._thread = threading.Thread(target=self._run, name="stager-rehearse", daemon=True)
+        self._thread = threading.Thread(
+            target=_rehearse, args=(planner, prepare_memory), name="stager-rehearse", daemon=True
+        )
         try:
             self._thread.start()
         except RuntimeError as error:  # the interpreter is shutting down, or there are too many threads
             logger.debug("the first save is not rehearsed: %s", error)
 
-    def _run(self) -> None:
-        lower_priority()
-        try:
-            with record_function("stager: rehearsal"):
-                plan = self._planner.plan(flatten({"rehearsal": torch.zeros(1, device="cpu")}))
-                batch(whole(plan, (), 1).plan.copies)
-            self._prepare_memory()
-        except Exception as error:  # the first save says what is wrong
-            logger.debug("the first save could not be rehearsed", exc_info=error)
-        finally:
-            self._planner.forget()
-
     def close(self) -> None:
         """Wait for the thread."""
         if self._thread.ident is not None:
             self._thread.join()
+
+
+def _rehearse(planner: Planner, prepare_memory: Callable[[], None]) -> None:
+    lower_priority()
+    try:
+        with record_function("stager: rehearsal"):
+            plan = planner.plan(flatten({"rehearsal": torch.zeros(1, device="cpu")}))
+            batch(whole(plan, (), 1).plan.copies)
+        prepare_memory()
+    except Exception as error:  # the first save says what is wrong
+        logger.debug("the first save could not be rehearsed", exc_info=error)

@@ -64,6 +64,7 @@ from stager.workers.pool.pool import WorkerPool
 logger = logging.getLogger("stager")
 
 _ANY_SIZE = (1 << 63) - 1
+_TURN_SECS = 0.2
 _WORTH_PREPARING_BYTES = 16 << 20  # smaller slabs take milliseconds to allocate
 
 
@@ -246,6 +247,7 @@ class Saver:
             for note in self._taker.notes(staging.snapshot):
                 staging.save.timeline.note(note)
             if not (now.by_workers or later.by_workers):  # they would wait for their own copies, which come behind
+                self._hand_over.begin_copying(staging.pieces, lease)  # also for the marks
                 staging.begin_filling(first, lease, [*now.ranges, *later.ranges])
                 self._thread.run(lambda: self._begin_hand_over(staging, first, lease))
             self._copy(staging, now, lease)
@@ -255,13 +257,26 @@ class Saver:
                 staging.copied.set_result(None)  # an interrupt from here on need not wait for the staging thread
             staged = self._thread.run(lambda: self._stage_rest(staging, lease, later))
             if waits:
+                while not staged.done():  # in turns: a Ctrl-C that comes right before a wait does not end that wait
+                    wait([staged], _TURN_SECS)
                 staged.result()
         except BaseException as error:  # see NOTE [ Ctrl-C in save() ]
-            staging.given_up.set()  # 2. before 1.: the staging thread must not begin another piece
-            reason = error  # ``error`` is gone when this block ends
-            self._thread.run(lambda: self._end(staging, lease, reason))
-            wait_uninterrupted([staging.copied])  # 3.
+            self._give_up(staging, lease, error)
             raise
+
+    def _give_up(self, staging: Staging, lease: Lease, error: BaseException) -> None:
+        """Have the staging thread end the save, whatever else is raised here: without it, workers would wait for bytes."""
+        interrupted: BaseException | None = None
+        while True:
+            try:
+                staging.given_up.set()  # 2. before 1.: the staging thread must not begin another piece
+                self._thread.run(partial(self._end, staging, lease, error))
+                wait_uninterrupted([staging.copied])  # 3.
+                break
+            except BaseException as another:  # noqa: BLE001  # Ctrl-C again; raised when all is done
+                interrupted = another
+        if interrupted is not None:
+            raise interrupted
 
     def _copy(self, staging: Staging, copies: Assignment, lease: Lease, *, background: bool = False) -> None:
         self._hand_over.begin_copying(staging.pieces, lease)
@@ -273,6 +288,8 @@ class Saver:
 
     def _begin_hand_over(self, staging: Staging, piece: Piece, lease: Lease) -> None:
         """Hand the first piece over while the trainer's thread copies it."""
+        if staging.has_ended:
+            return
         try:
             self._hand_over.hand_over(staging, piece, lease)
         except BaseException as error:  # noqa: BLE001  # the call that comes behind this one ends the save
@@ -284,6 +301,8 @@ class Saver:
         Raises:
             Exception: of the staging, if ``save()`` waits for it. It ends the save in any case.
         """
+        if staging.has_ended:  # the trainer's thread was interrupted
+            return
         # 1. of the NOTE. From here on this call ends the save, whatever happens to the trainer's thread.
         error: BaseException | None = None
         try:
@@ -339,6 +358,7 @@ class Saver:
         """Hand over a piece that is not the first, and copy it."""
         try:
             copies, _ = self._taker.split(staging.snapshot, staging.pieces, piece)
+            self._hand_over.begin_copying(staging.pieces, lease)
             staging.begin_filling(piece, lease, copies.ranges)
             self._hand_over.hand_over(staging, piece, lease)
         except BaseException:  # nothing of this piece is out: no worker reads the slab
@@ -419,8 +439,9 @@ class Saver:
 
     def _expect_the_last_runs(self) -> None:
         """The same for a state as large as the newest checkpoint that is there: the program most likely goes on from it."""
+        nbytes = newest_nbytes(self._directory) // self._group.num_ranks
         if not self._knows_size:
-            self._prepare(newest_nbytes(self._directory) // self._group.num_ranks)
+            self._prepare(nbytes)
 
     def _prepare(self, nbytes: int) -> None:
         if nbytes < _WORTH_PREPARING_BYTES:

@@ -9,33 +9,47 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 
 from stager.workers.long_wait import LongWait
 
 
 class StagingThread:
-    """One thread, started by the first call. :meth:`run` is called by one thread at a time."""
+    """One thread, which lives from here on. :meth:`run` is called by one thread at a time.
+
+    It is started by the constructor: Ctrl-C in a ``save()`` that started it could leave a thread that nobody knows of, and
+    two calls would run at once. If it cannot be started, each call runs in the thread that asks for it.
+    """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="stager-stage")
         self._ident = 0  # of the thread that runs a call now; 0: none does
         self._newest = _done()
+        self._one_at_a_time = threading.Lock()
+        try:
+            self._executor.submit(int).result()
+            self._has_thread = True
+        except RuntimeError:  # the interpreter is shutting down, or there are too many threads
+            self._has_thread = False
 
     def run(self, call: Callable[[], None]) -> Future[None]:
         """Run ``call`` in the thread, or at once if the interpreter is shutting down (an ``atexit`` handler saves)."""
-        try:
-            self._newest = self._executor.submit(self._run, call)
-        except RuntimeError:  # no thread takes it any more; what it took before is still waited for
-            self._run(call)
-            return _done()
-        return self._newest
+        if self._has_thread:
+            # It takes no call any more; what it took before comes first.
+            with suppress(RuntimeError):
+                self._newest = self._executor.submit(self._run, call)
+                return self._newest
+        wait([self._newest])
+        self._run(call)
+        return _done()
 
     def _run(self, call: Callable[[], None]) -> None:
-        self._ident = threading.get_ident()
-        try:
-            call()
-        finally:
-            self._ident = 0  # the thread's number, or the main thread's, must not look like a callback's afterwards
+        with self._one_at_a_time:
+            self._ident = threading.get_ident()
+            try:
+                call()
+            finally:
+                self._ident = 0  # the thread's number, or the main thread's, must not look like a callback's afterwards
 
     @property
     def is_busy(self) -> bool:

@@ -130,15 +130,22 @@ class _Threads:
         helpers = min(self.count, len(calls)) - (
             0 if self._is_background else 1
         )  # the caller's thread keeps its priority
+        gate = _Gate()
         futures: list[Future[None]] = []
         try:
             with suppress(RuntimeError):  # the interpreter is shutting down: no thread can be asked any more
                 for _ in range(helpers):
-                    futures.append(self._threads().submit(work))
+                    futures.append(self._threads().submit(gate.run, work))
             if not self._is_background or not futures:
                 work()
+        except BaseException:
+            deque(iterator, maxlen=0)
+            raise
         finally:
-            wait_uninterrupted(futures)  # they write into the slab
+            try:
+                wait_uninterrupted(futures)  # they write into the slab
+            finally:
+                gate.close()  # so may a thread whose Future Ctrl-C has kept from the list
         for future in futures:
             future.result()
 
@@ -156,6 +163,41 @@ class _Threads:
             executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown()
+
+
+class _Gate:
+    """Lets threads in until it is closed; who closes it waits until all are out."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_open = True
+        self._num_inside = 0
+
+    def run(self, work: Callable[[], None]) -> None:
+        with self._changed:
+            if not self._is_open:
+                return
+            self._num_inside += 1
+        try:
+            work()
+        finally:
+            with self._changed:
+                self._num_inside -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in any more. Raises KeyboardInterrupt, when all are out, if Ctrl-C was pressed meanwhile."""
+        interrupted: KeyboardInterrupt | None = None
+        while True:
+            try:
+                with self._changed:
+                    self._is_open = False
+                    self._changed.wait_for(lambda: not self._num_inside)
+                break
+            except KeyboardInterrupt as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
 
 def wait_uninterrupted(futures: Sequence[Future[Any]]) -> None:

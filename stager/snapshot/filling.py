@@ -44,6 +44,7 @@ class Filling:
         self._lock = threading.Lock()
         self._missing = _counts(list(ranges), marks.num_stretches)  # ranges that are not there yet, of each stretch
         here = np.zeros(marks.nbytes, dtype=np.uint8)
+        here[0] = self._state
         here[1:] = self._missing == 0
         slab.view[marks.offset : marks.offset + marks.nbytes] = here.data
 
@@ -51,6 +52,8 @@ class Filling:
         """Mark what became whole by this range, whose every byte is in the slab."""
         first, end = offset // STRETCH_BYTES, num_stretches(offset + nbytes)
         with self._lock:  # it also orders the bytes of the range before their marks
+            if self._state is not FillState.FILLING:  # the slab may be another save's by now
+                return
             self._missing[first:end] -= 1
             for stretch in np.flatnonzero(self._missing[first:end] == 0).tolist():
                 self._slab.view[self.marks.offset + 1 + first + stretch] = 1

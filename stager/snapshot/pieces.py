@@ -137,7 +137,7 @@ def whole(plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_byte
 
 
 def _marks_nbytes(nbytes: int) -> int:
-    return 1 + num_stretches(nbytes)
+    return align(1 + num_stretches(nbytes))
 
 
 def segment_bytes_for(budget_nbytes: int, configured: int) -> int:

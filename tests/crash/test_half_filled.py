@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from stager import Checkpointer, StorageError
+from stager import Checkpointer, LeftRunningError, StorageError
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.crash.aftermath import committed_steps, recover_as_the_next_run, wait_for_workers_to_end
 from tests.crash.nursery import Nursery
@@ -160,3 +161,37 @@ def test_save_in_pieces_is_written_while_each_piece_is_filled(run_dir: Path) -> 
             ckpt.save(step, _state(step)).upload_completion.result()
             loaded = ckpt.load()
             assert loaded is not None and same(loaded.state, _state(step))
+
+
+def test_part_that_failed_before_the_snapshot_was_whole_breaks_the_promise(run_dir: Path, faults: Faults) -> None:
+    """1. the copy is held 2. a part fails 3. the copy ends: the save is never called staged."""
+    with Checkpointer(run_dir, _CONFIG) as ckpt:
+        model = nn.ParameterDict({name: nn.Parameter(value) for name, value in _state(1).items()})
+        optimizer = torch.optim.SGD(model.values())
+        ckpt.guard(optimizer)
+        with faults.hold("save.copied") as hold:
+            faults.arm("part.write", "errno EIO")
+            failing = ckpt.save(1, {"model": model})
+            hold.wait()
+            while not faults.fired("part.write") or failing._save.parts[0] == 0:
+                os.sched_yield()
+            hold.release()
+        assert isinstance(failing.upload_completion.exception(), StorageError)
+        assert isinstance(failing.staging_completion.exception(), StorageError)
+
+
+def test_close_that_detaches_while_the_slab_is_filled_resolves_every_future(run_dir: Path, faults: Faults) -> None:
+    ckpt = Checkpointer(run_dir, {**_CONFIG, "persistence": {"fsync": False}})
+    model = nn.ParameterDict({name: nn.Parameter(value) for name, value in _state(1).items()})
+    optimizer = torch.optim.SGD(model.values())
+    ckpt.guard(optimizer)
+    hold = faults.hold("save.copied")
+    handle = ckpt.save(1, {"model": model})
+    hold.wait()
+    ckpt._run.pool.detach()  # type: ignore[attr-defined]  # as close() does when its deadline is over
+    hold.release()
+    assert isinstance(handle.upload_completion.exception(), LeftRunningError)
+    handle.staging_completion.result()
+    ckpt.close()
+    wait_for_workers_to_end()
+    assert [info.step for info in list_checkpoints(run_dir)[0]] == [1]

@@ -352,8 +352,8 @@ def test_what_a_task_starts_heeds_sigterm_and_inherits_no_descriptor(pool: Worke
 
 
 def test_health_names_pid_state_and_tasks(pool: WorkerPool, tmp_path: Path) -> None:
-    assert {worker.state for worker in pool.health()} == {WorkerState.READY}
     with tasks.blocked_worker(pool, tmp_path), tasks.blocked_worker(pool, tmp_path):
+        assert {worker.state for worker in pool.health()} == {WorkerState.READY}
         queued = pool.hand_over(tasks.identity, 1)
         assert sorted(len(worker.tasks) for worker in pool.health()) == [1, 2]
         assert not pool.drain(timeout=0)

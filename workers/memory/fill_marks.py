@@ -38,11 +38,11 @@ _LONGEST_PAUSE_SECS = 0.01
 
 
 class FillState(IntEnum):
-    """The first of the marks."""
+    """The first of the marks. Memory that was given back reads as zeros: nobody fills it."""
 
-    FILLING = 0
-    WHOLE = 1
-    ABANDONED = 2
+    ABANDONED = 0
+    FILLING = 1
+    WHOLE = 2
 
 
 @dataclass(frozen=True, slots=True)

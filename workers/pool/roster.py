@@ -85,6 +85,8 @@ class Roster:
                 self._changed.wait_for(lambda: self._are_delivered(futures))
 
     def _are_delivered(self, futures: frozenset[Future[Any]]) -> bool:
+        if self._state is PoolState.STOPPED:  # no thread delivers anything any more
+            return True
         if any(item.future in futures for item in self._unplaced):
             return False
         # A worker that is no longer usable does not read: its task is sent again when it has been reaped.
@@ -222,6 +224,7 @@ class Roster:
         with self.lock:
             self._state = PoolState.STOPPED
             self._wake()
+            self._changed.notify_all()
 
     @property
     def stopped(self) -> bool:

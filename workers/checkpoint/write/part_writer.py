@@ -148,8 +148,10 @@ class PartWriter:
             (kept[segment.index] if segment.index < num_kept else None) or self._span_of(segment) for segment in run
         ]
         if not self._filled.is_whole:
-            low, high = min(span.slab_start for span in spans), max(span.slab_end for span in spans)
-            self._filled.wait_for(low - view_start, high - view_start)
+            places = [(span.slab_start, span.slab_end) for span in spans if span.slab_start < span.slab_end]
+            if places:
+                low, high = min(start for start, _ in places), max(end for _, end in places)
+                self._filled.wait_for(low - view_start, high - view_start)
         pieces: list[bytes | memoryview] = []
         for head, start, end, tail in spans:
             pieces += (head, view[start - view_start : end - view_start], tail)
