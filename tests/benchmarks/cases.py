@@ -33,7 +33,7 @@ _ALL = (
     "torch-checkpointing-buffered",
     "torchsnapshot",
 )
-_LOOP = (*(name for name in _ALL if name not in {"stager-cold", "dcp-save"}), "raw-write")
+_LOOP = (*(name for name in _ALL if name not in {"stager-cold", "dcp-save"}), "raw-write", "nothing")
 _SOAK = tuple(name for name in _ALL if name.startswith("stager") and name != "stager-cold")
 
 

@@ -1,4 +1,8 @@
-"""No checkpoint at all: another process writes as many bytes of its own memory, and syncs them. What nobody can be below."""
+"""No checkpoint at all.
+
+    raw-write   another process writes as many bytes of its own memory, and syncs them: what nobody can be below
+    nothing     nothing is done: what the loop's figures are worth, measured in the same way (an A/A run)
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.benchmarks.peers.contracts import Peer, Session, path_of
+from tests.benchmarks.peers.contracts import Done, Peer, Session, path_of
 from tests.benchmarks.workload import Workload
 
 _PIECE_BYTES = 8 << 20
@@ -92,7 +96,18 @@ def _open(path: str) -> int:
         return os.open(path, flags)
 
 
+class NothingSession(Session):
+    """Saves nothing."""
+
+    def __init__(self, workload: Workload, directory: Path) -> None:
+        pass
+
+    def save(self, step: int) -> Done:
+        return Done()
+
+
 PEERS = (
+    Peer("nothing", "no save at all", "an A/A run: its cost is noise", True, NothingSession),
     Peer(
         "raw-write", "as many bytes, written by another process", "no snapshot, no hash: a limit", True, RawWriteSession
     ),
