@@ -128,6 +128,8 @@ def test_whole_blocks_are_written_from_where_they_lie(tmp_path: Path, seed: int)
 def test_what_lies_in_place_is_not_copied(tmp_path: Path) -> None:
     with memoryview(mmap.mmap(-1, 8 * MIB)) as view, writer_of([tmp_path / "file"]) as writer:
         buffers = [buffer.memory for buffer in writer._buffers]
+        for memory in buffers:  # they may be those of an earlier writer
+            memory[:] = bytes(len(memory))
         view[:] = b"a" * len(view)
         writer.put(0, 0, view[: 4 * MIB], in_place=True)
         writer.put(0, 4 * MIB, view[4 * MIB :], in_place=True)
