@@ -1,7 +1,7 @@
 """No checkpoint at all.
 
-    raw-write   another process writes as many bytes of its own memory, and syncs them: what nobody can be below
-    nothing     nothing is done: what the loop's figures are worth, measured in the same way (an A/A run)
+raw-write   another process writes as many bytes of its own memory, and syncs them: what nobody can be below
+nothing     nothing is done: what the loop's figures are worth, measured in the same way (an A/A run)
 """
 
 from __future__ import annotations
