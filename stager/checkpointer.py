@@ -191,7 +191,7 @@ class Checkpointer:
         """
         with self._exclusively() as run:
             run.saver.guard.add(*arguments.each_of(optimizers))
-            run.saver.expect_what_is_guarded()
+            run.saver.memory.expect_what_is_guarded()
 
     @explained("warmup(state)")
     def warmup(self, state: Mapping[str, Any]) -> None:
@@ -493,7 +493,7 @@ class Checkpointer:
             self._loader.tell_of_unfinished(None if loaded is None else loaded.step)
         if is_open and loaded is not None:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
-                self._run.saver.expect(loaded.info.nbytes // self._group.num_ranks)
+                self._run.saver.memory.expect_loaded(loaded.info.nbytes)
             if self._loader.knows_whole(loaded.path):
                 self._run.saver.completion.set_base(loaded.step)
         return loaded

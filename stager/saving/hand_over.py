@@ -151,13 +151,13 @@ class HandOver:
         save.watch_parts(futures)
         save.timeline.timing("hand over", started)
 
-    def is_whole(self, staging: Staging, piece: Piece, lease: Lease) -> None:
+    def mark_whole(self, staging: Staging, piece: Piece, lease: Lease) -> None:
         """Tell the workers that every tensor of a piece, which was handed over, is in its slab.
 
         The slab is released when the piece's parts are done.
         """
         save, is_last = staging.save, piece is staging.pieces.pieces[-1]
-        futures = staging.futures[len(staging.futures) - len(piece.parts) :]
+        futures = staging.futures[-len(piece.parts) :]
         lease.move(SlabState.STAGED)
         if is_last:  # the workers cannot sign the last piece yet, so the save is not safe yet
             save.move(SaveState.STAGED)

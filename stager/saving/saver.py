@@ -37,6 +37,7 @@ from stager.config import StagerConfig
 from stager.ranks.rank_group import WARM_UP, RankGroup
 from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
+from stager.saving.expected_memory import ExpectedMemory
 from stager.saving.hand_over import HandOver, Staging
 from stager.saving.progress import SaveProgress
 from stager.saving.rehearsal import Rehearsal
@@ -54,7 +55,7 @@ from stager.telemetry.event import Event
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name, newest_nbytes
+from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
@@ -65,7 +66,6 @@ logger = logging.getLogger("stager")
 
 _ANY_SIZE = (1 << 63) - 1
 _TURN_SECS = 0.2
-_WORTH_PREPARING_BYTES = 16 << 20  # smaller slabs take milliseconds to allocate
 
 
 class Saver:
@@ -79,6 +79,7 @@ class Saver:
 
     Attributes:
         guard: which optimizers' memory may be copied while training goes on.
+        memory: prepares slabs for the saves to come.
         completion: ends the saves that were handed over.
         progress: shows the saves in flight to whoever waits for them.
     """
@@ -106,7 +107,6 @@ class Saver:
         self._post = post
         self._replicator = replicator
         self._thread = StagingThread()
-        self._knows_size = False  # of the state: it was saved, warmed up for, or loaded. Then nothing is guessed
         self.completion = SaveCompletion(
             pool, group, on_done, incremental=self._incremental, keep_unfinished=replicator.is_on
         )
@@ -121,6 +121,7 @@ class Saver:
         self._planner = planner(segment_bytes)
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, segment_bytes), in_order=True)
         self.guard = Guard(self._wait_before_step)
+        self.memory = ExpectedMemory(arena, directory, self.guard, group)
         self._copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
         sharer = SourceSharer(pool, self._num_parts, SharingOptions(staging.location, staging.share_min_bytes))
         self._taker = SnapshotTaker(
@@ -134,7 +135,7 @@ class Saver:
             safe_globals=config.loading.safe_globals,
             differing=config.ranks.differing,
         )
-        self._rehearsal = Rehearsal(planner(segment_bytes), self._expect_the_last_runs)  # last: it uses the rest
+        self._rehearsal = Rehearsal(planner(segment_bytes), self.memory.expect_the_last_runs)
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class Saver:
             raise
 
     def _save(self, save: Save, state: Mapping[str, Any]) -> None:
-        self._knows_size = True
+        self.memory.know_size()
         snapshot, pieces = self._plan(save, self._taker.flatten(state, save.save_id))
         # Before a slab is leased: a save that cannot be written must not hold one.
         if self._checks_free_space and self.completion.base_step is None:  # with a base, less is written than that
@@ -345,7 +346,7 @@ class Saver:
         if staging.handed_over is None:  # workers have copied it
             staging.begin_filling(first, lease, [])
             self._hand_over.hand_over(staging, first, lease)
-        self._hand_over.is_whole(staging, first, lease)
+        self._hand_over.mark_whole(staging, first, lease)
         for piece in others:
             if staging.is_lost:
                 break
@@ -366,7 +367,7 @@ class Saver:
             lease.release()
             raise
         self._copy(staging, copies, lease)
-        self._hand_over.is_whole(staging, piece, lease)
+        self._hand_over.mark_whole(staging, piece, lease)
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
 
@@ -400,7 +401,7 @@ class Saver:
 
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, create slabs, start workers. Waits for all of it."""
-        self._knows_size = True
+        self.memory.know_size()
         save = Save(0, self._group.save_id(WARM_UP), lambda make: None, {})  # nobody hears of it: it is no save
         try:
             tree = self._taker.flatten(state, save.save_id)
@@ -426,29 +427,6 @@ class Saver:
         finally:
             for lease in leases:
                 lease.release()
-
-    def expect(self, nbytes: int) -> None:
-        """Prepare memory in the background: a state of about ``nbytes`` bytes was loaded, so it will be saved."""
-        self._knows_size = True
-        self._prepare(nbytes)
-
-    def expect_what_is_guarded(self) -> None:
-        """Prepare memory in the background for the guarded optimizers, if the size of the state is not known better."""
-        if not self._knows_size:
-            self._prepare(self.guard.expected_nbytes(self._group.num_ranks) or 0)
-
-    def _expect_the_last_runs(self) -> None:
-        """The same for a state as large as the newest checkpoint that is there: the program most likely goes on from it."""
-        nbytes = newest_nbytes(self._directory) // self._group.num_ranks
-        if not self._knows_size:
-            self._prepare(nbytes)
-
-    def _prepare(self, nbytes: int) -> None:
-        if nbytes < _WORTH_PREPARING_BYTES:
-            return
-        nbytes += nbytes // 64 + (1 << 20)  # what describes the tensors comes on top; a slab may be larger than needed
-        if nbytes <= self._arena.max_slab_nbytes:
-            self._arena.prepare_in_background(nbytes, is_guess=True)
 
     def close(self) -> None:
         """Free what staging uses. Call it after the pool is closed: then nothing is in flight any more."""

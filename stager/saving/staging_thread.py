@@ -35,11 +35,10 @@ class StagingThread:
     def run(self, call: Callable[[], None]) -> Future[None]:
         """Run ``call`` in the thread, or at once if the interpreter is shutting down (an ``atexit`` handler saves)."""
         if self._has_thread:
-            # It takes no call any more; what it took before comes first.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # the interpreter is shutting down, so the thread takes no further call
                 self._newest = self._executor.submit(self._run, call)
                 return self._newest
-        wait([self._newest])
+        wait([self._newest])  # the calls that it took come first
         self._run(call)
         return _done()
 

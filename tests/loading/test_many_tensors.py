@@ -32,7 +32,7 @@ def with_freed_memory(nbytes: int) -> torch.Tensor:
 
 def marked() -> torch.Tensor:
     tensor = torch.zeros(SHAPE)
-    tensor.global_shape = torch.Size(SHAPE)  # type: ignore[attr-defined]
+    tensor.global_shape = torch.Size(SHAPE)  # type: ignore[attr-defined]  # a tensor that has it is a shard
     return tensor
 
 

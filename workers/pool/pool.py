@@ -18,7 +18,7 @@
 
 The caller's threads
   * pickle the call, so that a mistake in it is raised where it was made;
-  * never wait for a worker, except that ``hand_over`` waits until the kernel has taken the message.
+  * never wait for a worker, except that ``hand_over`` and ``wait_delivered`` wait until the kernel has taken the message.
 The supervisor thread (``supervisor.py``) is the only one that
   * reads from workers and resolves Futures, so a Future's callbacks run in it; only ``close`` and ``detach``
     also fail Futures, in their caller's thread;
