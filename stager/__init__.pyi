@@ -10,10 +10,12 @@ from stager.operations import RecoverReport as RecoverReport
 from stager.operations import prune as prune
 from stager.operations import recover as recover
 from stager.operations import verify as verify
+from stager.path_checkpointer import PathCheckpointer as PathCheckpointer
 from stager.saving.preemption import Preemption as Preemption
 from stager.saving.save import SaveHandle as SaveHandle
 from stager.state.per_rank import PerRank as PerRank
 from stager.state.rng_state import RngState as RngState
+from stager.telemetry.event import CancelledEvent as CancelledEvent
 from stager.telemetry.event import CommittedEvent as CommittedEvent
 from stager.telemetry.event import Event as Event
 from stager.telemetry.event import FailedEvent as FailedEvent
@@ -74,6 +76,7 @@ from stager.workers.errors import UnloadableError as UnloadableError
 from stager.workers.errors import UnsafePickleError as UnsafePickleError
 from stager.workers.errors import UnstageableError as UnstageableError
 from stager.workers.errors import UsageError as UsageError
+from stager.workers.errors import WithdrawnError as WithdrawnError
 from stager.workers.errors import WorkerDiedError as WorkerDiedError
 from stager.workers.errors import WorkerError as WorkerError
 from stager.workers.errors import WorkerStartError as WorkerStartError

@@ -1,6 +1,6 @@
 """The public face: a run's checkpoints.
 
-Start here. Then read ``saving/open_run.py`` (what it takes to save) and ``saving/saver.py`` (one save, end to end);
+Start here. Then read ``saving/pipeline.py`` (what it takes to save) and ``saving/saver.py`` (one save, end to end);
 ``snapshot/`` and ``arena/``; ``loading/`` for the way back; ``ranks/`` for several processes that make one checkpoint;
 ``replication/`` for processes that keep copies of each other's snapshots. ``workers/`` is what the worker processes run
 (``workers/pool/pool.py`` has the diagram).
@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from enum import Enum
-from types import TracebackType
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, SupportsIndex
 
-from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from stager.config import StagerConfig, arguments, load_config
+from stager.base_checkpointer import BaseCheckpointer
+from stager.config import StagerConfig, arguments
 from stager.config.calls import explained
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
@@ -29,46 +24,27 @@ from stager.loading.loader import Loader
 from stager.loading.place import place_of
 from stager.loading.renaming import Renaming
 from stager.loading.selection import Selection
-from stager.ranks.rank_group import find_rank_group
-from stager.saving import at_exit, setup
+from stager.saving import setup
 from stager.saving.open_here import weakly
 from stager.saving.open_run import OpenRun
-from stager.saving.preemption import Preemption
 from stager.saving.retainer import change_protected
 from stager.saving.save import SaveHandle
+from stager.saving.sidecars import File
 from stager.state.stateful import Stateful
 from stager.telemetry.event import Event, FellBackEvent
-from stager.telemetry.listeners import Listeners
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
-    parse_checkpoint,
     require_run_directory,
 )
 from stager.workers.checkpoint.maintenance.retention import PruneReport, prune
-from stager.workers.errors import ClosedError, UsageError
+from stager.workers.errors import UsageError
 
 logger = logging.getLogger("stager")
 
 
-class _Lifecycle(Enum):
-    """What a Checkpointer may do.
-
-    READ_ONLY --------------> CLOSED        a closed one still loads
-    OPEN ------> CLOSING ---> CLOSED        while it is CLOSING, saves in flight end, and callbacks of their Futures run
-    """
-
-    READ_ONLY = "was opened with read_only=True"
-    OPEN = "is open"
-    CLOSING = "is being closed"
-    CLOSED = "is closed"
-
-
-_LOOK_SECS = 0.05  # so often who waits for the lock looks whether the Checkpointer is being closed
-
-
-class Checkpointer:
+class Checkpointer(BaseCheckpointer[OpenRun]):
     """Saves and loads the checkpoints of one run, in one directory.
 
     Args:
@@ -98,25 +74,16 @@ class Checkpointer:
         read_only: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        self._config = load_config(config)
         self._directory = local_path(directory)
         self._place = place_of(self._directory, read_only=read_only)
-        self._owner = os.getpid()
-        self._lock = threading.RLock()
-        self._lifecycle = _Lifecycle.READ_ONLY if read_only else _Lifecycle.OPEN
-        self._listeners = Listeners()
-        if on_event is not None:
-            self._listeners.add(on_event)
-        ranks = self._config.ranks
-        self._group = find_rank_group(False if read_only else ranks.together, ranks.timeout_secs)
+        super().__init__(f"the Checkpointer of {self._directory}", config, read_only=read_only, on_event=on_event)
         self._loader = Loader(self._place, self._config.loading, self._group.own_rank)
-        self._together = JointLoader(self._group, self._directory, self._loader)
+        self._together = JointLoader(self._group, self._loader)
         if not read_only:
             on_closed = weakly(self._become_closed)
-            self._run = OpenRun(self._directory, self._config, self._group, self._listeners, on_closed)
-            self._run.belongs_to(self)
-            self._together.restore = self._run.replication.restore
-            at_exit.watch(self, self._close, self._abandon)
+            run = OpenRun(self._directory, self._config, self._group, self._listeners, on_closed)
+            self._together.restore = run.replication.restore
+            self._belongs_here(run)
         elif not os.path.lexists(self._directory):
             logger.warning("%s does not exist, so no checkpoint is found there", self._directory)
 
@@ -124,7 +91,12 @@ class Checkpointer:
 
     @explained("save(100, state)")
     def save(
-        self, step: SupportsIndex, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+        self,
+        step: SupportsIndex,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        files: Mapping[str, File] | None = None,
     ) -> SaveHandle:
         """Take a snapshot of ``state`` and let the workers write it as the checkpoint of ``step``.
 
@@ -137,11 +109,15 @@ class Checkpointer:
                 anything that can be pickled.
             metrics: numbers that describe the checkpoint: for ``retention.keep_best``, ``CheckpointInfo.metrics``, and
                 ``stager ls``. Of several ranks, those of rank 0 are kept. None: no metrics.
+            files: small files that belong to the checkpoint, by their names: bytes, or the path of a file to copy. They are
+                read before this returns, committed and hashed with the rest, and lie beside it in the directory. Of several
+                ranks, those of rank 0 are kept. None: no files.
 
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
-            ArgumentError: ``step``, ``state`` or ``metrics`` cannot be meant.
+            ArgumentError: ``step``, ``state``, ``metrics`` or ``files`` cannot be meant.
+            StorageError: one of ``files`` cannot be read, or there is no room.
             UsageError: called by a listener, or by a callback of a save's Future.
             ClosedError
             Exception: the error of an earlier save that nobody has read. The save that was asked for is begun all the same.
@@ -154,128 +130,7 @@ class Checkpointer:
         numbers = {} if metrics is None else arguments.as_metrics(metrics)
         self._refuse_in_callback("save()")
         with self._lock, record_function("stager: save"):
-            return SaveHandle(self._opened().save(number, state, numbers))
-
-    def listen(self, listener: Callable[[Event], object]) -> Callable[[], None]:
-        """Call ``listener`` with every event from now on, in the order in which they happen, in a thread of its own.
-
-        Whatever a listener does changes no save: an error in it is logged, and one that hangs holds up nothing, except that
-        ``close()`` waits for it for up to ``telemetry.listen_timeout_secs``. It may look at checkpoints and load them.
-
-        Args:
-            listener: gets an object of a subclass of ``stager.Event``: ``CommittedEvent`` and so on.
-
-        Returns:
-            A function that ends it. Events that are not delivered by then are dropped.
-
-        Raises:
-            ClosedError
-        """
-        if self._lifecycle is _Lifecycle.CLOSED:
-            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}")
-        return self._listeners.add(listener)
-
-    def guard(self, *optimizers: Optimizer | Iterable[Optimizer]) -> None:
-        """Copy the parameters and state of these optimizers while training goes on.
-
-        ``save()`` then returns before these tensors are copied, and the optimizers' ``step()`` waits for the copy. Do not
-        write to these tensors in any other way between ``save()`` and the next ``step()``, unless you call
-        ``wait_for_staging()`` first. Memory for a snapshot of them is allocated in the background from here on.
-
-        Args:
-            optimizers: one or several, each by itself or in a list.
-
-        Raises:
-            ArgumentError: something else than an optimizer; none is guarded then.
-            ClosedError
-        """
-        with self._exclusively() as run:
-            run.saver.guard.add(*arguments.each_of(optimizers))
-            run.saver.memory.expect_what_is_guarded()
-
-    @explained("warmup(state)")
-    def warmup(self, state: Mapping[str, Any]) -> None:
-        """Do now what the first save of such a state would have to do: plan, allocate, start workers. Waits for it."""
-        arguments.check_state(state, "warmup({example})")
-        self._refuse_in_callback("warmup()")
-        with self._lock:
-            self._opened().saver.warm_up(state)
-
-    @explained("on_preemption(signal.SIGTERM, deadline_secs=60)")
-    def on_preemption(
-        self, signals: Iterable[int] | int = (signal.SIGTERM, signal.SIGUSR1), deadline_secs: float | None = None
-    ) -> Preemption:
-        """Treat these signals as a warning that this process will be killed soon.
-
-        ``requested`` of the returned object becomes true when a signal comes. Read it in the training loop, save once more,
-        and close. ``close()`` waits for commits until ``deadline_secs`` after the signal. The workers commit what is only
-        staged by then, after this process is gone. A ``save()`` that still waits for a buffer at the deadline raises
-        ArenaFullError. ``close()`` restores the earlier signal handlers.
-
-        Args:
-            signals: one or several; their earlier handlers are called as well; their default actions are not taken.
-            deadline_secs: seconds from the first signal until this process must be gone; None: no limit.
-
-        Raises:
-            ArgumentError: a signal that no process can handle, or a deadline below 0.
-            UsageError: called twice, or not in the main thread.
-            ClosedError
-        """
-        with self._lock:
-            return self._opened().expect_preemption(signals, deadline_secs)
-
-    def wait_for_staging(self, timeout: float | None = None) -> None:
-        """Wait until every snapshot begun so far is taken. Then the state may be changed in any way.
-
-        Raises:
-            TimeoutError: a snapshot is not taken within ``timeout`` seconds (None: as long as it takes).
-            ArgumentError: ``timeout`` is no number of seconds.
-        """
-        arguments.check_secs(timeout)
-        self._refuse_in_callback("wait_for_staging()")
-        self._opened().saver.wait_for_staging(timeout)
-
-    def _refuse_in_callback(self, what: str) -> None:
-        if self._listeners.is_current:
-            raise UsageError(
-                f"{what} was called by a listener, and close() would wait for both; set a flag in the listener, and call "
-                f"{what} from the training loop when it is set"
-            )
-        if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._run.saver.in_callback:
-            raise UsageError(
-                f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
-                f"set a flag in the callback, and call {what} from the training loop when it is set"
-                + (" (or look with latest(), or read with stager.load_checkpoint())" if what == "load()" else "")
-            )
-
-    def _opened(self) -> OpenRun:
-        if self._owner != os.getpid():
-            raise ClosedError(f"this Checkpointer belongs to process {self._owner}; make a new one in the forked child")
-        if not self._is_open:
-            advice = (
-                "make one without it to change the run" if self._lifecycle is _Lifecycle.READ_ONLY else "make a new one"
-            )
-            raise ClosedError(f"the Checkpointer of {self._directory} {self._lifecycle.value}; {advice}")
-        return self._run
-
-    @contextmanager
-    def _exclusively(self) -> Iterator[OpenRun]:
-        """Hold the lock, for what a listener may do, too: close() holds it while it waits for the listeners.
-
-        Raises:
-            ClosedError: it is closed, or is being closed.
-        """
-        self._opened()
-        while not self._lock.acquire(timeout=_LOOK_SECS):
-            self._opened()
-        try:
-            yield self._opened()
-        finally:
-            self._lock.release()
-
-    @property
-    def _is_open(self) -> bool:
-        return self._lifecycle is _Lifecycle.OPEN
+            return SaveHandle(self._opened().save_step(number, state, numbers, {} if files is None else files))
 
     # -- retention ----------------------------------------------------------------------------------------------
 
@@ -304,8 +159,9 @@ class Checkpointer:
 
     @explained("delete(100)")
     def delete(self, step: SupportsIndex) -> PruneReport:
-        """Remove the checkpoint of ``step``, in a worker, and wait for it. Saves of this step that are in flight end first.
+        """Remove the checkpoint of ``step``, in a worker, and wait for it.
 
+        A save of this step that is in flight is cancelled: its ``upload_completion`` is, and it does not appear later.
         Checkpoints that share files with it (incremental saves) stay whole. Where several ranks save together, any rank may
         call it, or each: then the first one removes it, and the others find nothing to do.
 
@@ -321,7 +177,7 @@ class Checkpointer:
         number = arguments.as_step(step)
         self._refuse_in_callback("delete()")
         with self._lock:
-            report = self._opened().delete(number)
+            report = self._opened().delete_step(number)
             self._together.deleted(number)
             return report
 
@@ -340,7 +196,7 @@ class Checkpointer:
         in_listener = self._listeners.is_current
         if not (dry_run and in_listener):
             self._refuse_in_callback("prune()")
-        if dry_run and (in_listener or self._lifecycle is _Lifecycle.READ_ONLY):
+        if dry_run and (in_listener or self._is_read_only):
             require_run_directory(self._directory)
             rules = setup.retention_rules(self._config.retention, num_threads=None)
             return prune(self._directory, rules, dry_run=True)
@@ -386,9 +242,9 @@ class Checkpointer:
         Args:
             taken: the step that was found in its place.
         """
-        damaged = {step: one for one in self._loader.skipped if (step := parse_checkpoint(one.name)) is not None}
+        damaged = {one.step: one for one in self._loader.skipped if one.step is not None}
         if self._is_open:
-            self._run.saver.completion.forget_base(damaged)
+            self._run.saver.completion.forget_base(self._directory, {one.name for one in damaged.values()})
         if damaged:
             self._listeners.post(lambda: FellBackEvent(step=taken, skipped=tuple(damaged.values())))
 
@@ -495,62 +351,10 @@ class Checkpointer:
             if into is not None and loaded.info is not None:  # what was loaded will be saved: about this rank's share
                 self._run.saver.memory.expect_loaded(loaded.info.nbytes)
             if self._loader.knows_whole(loaded.path):
-                self._run.saver.completion.set_base(loaded.step)
+                self._run.saver.completion.set_base(*os.path.split(loaded.path))
         return loaded
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    @explained("close(timeout=60)")
-    def close(self, timeout: float | None = None) -> None:
-        """Finish every save that was begun, then stop the workers and free the memory. Idempotent.
-
-        The listeners get the events that are still queued, for which it waits ``telemetry.listen_timeout_secs`` at most.
-
-        Args:
-            timeout: seconds to wait for saves in flight; those not committed by then fail with ClosedError.
-
-        Raises:
-            ArgumentError: ``timeout`` is no number of seconds; nothing was closed.
-            UsageError: called by a listener, or by a callback of a save's Future.
-            KeyboardInterrupt: while it waited; what is staged is committed by the workers after this process is gone.
-            Exception: the oldest error of a save that nobody has looked at, unless ``persistence.on_save_error`` says
-                otherwise; others follow it as its context.
-        """
-        arguments.check_secs(timeout)
-        self._close(has_failed=False, timeout=timeout)
-
-    def _close(self, has_failed: bool, timeout: float | None = None) -> None:
-        if self._owner != os.getpid():
-            return
-        self._refuse_in_callback("close()")  # before the lock, which close() holds while it waits for a listener
-        with self._lock:
-            at_exit.forget(self)
-            if not self._is_open:
-                if self._lifecycle is _Lifecycle.READ_ONLY:
-                    self._listeners.close(self._config.telemetry.listen_timeout_secs)
-                self._lifecycle = _Lifecycle.CLOSED
-                return
-            self._lifecycle = _Lifecycle.CLOSING
-            self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more
-            self._run.finish(timeout, has_failed=has_failed)
-
-    def _become_closed(self) -> None:
-        self._lifecycle = _Lifecycle.CLOSED
-
-    def __enter__(self) -> Checkpointer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self._close(has_failed=True)
-        except Exception:  # the exception that is on its way up comes first, whatever a worker's was
-            logger.exception("a save failed as well")
-
-    def _abandon(self) -> None:
-        if self._is_open:
-            self._run.abandon()
+    def _before_end(self) -> None:
+        self._together.restore = nothing_to_restore  # load() still works, but nothing is written any more

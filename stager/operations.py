@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from stager.config.calls import explained
 from stager.loading.foreign_path import not_ours
 from stager.saving.open_here import take_over
+from stager.workers.checkpoint.directory.names import parse_checkpoint
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import (
     lock_directory,
-    parse_checkpoint,
-    read_checkpoint,
+    read_checkpoint_at,
     require_run_directory,
     unused_directory,
 )
@@ -72,11 +72,12 @@ def verify(
     if (problem := not_ours(path)) is not None:
         return VerifyReport(path, False, (f"{path}: {problem}",), 0, 0, time.monotonic() - started)
     report = verify_checkpoint(path, full=full, strict=strict, num_threads=num_threads, progress=progress)
-    directory, name = os.path.split(report.path)
-    step = parse_checkpoint(name)
+    step = parse_checkpoint(os.path.basename(report.path))
     if report.ok and step is not None:
         try:
-            read_checkpoint(directory, step)  # a whole checkpoint under another step's name was not committed there
+            read_checkpoint_at(
+                report.path, step
+            )  # a whole checkpoint under another step's name was not committed there
         except (CorruptCheckpointError, CheckpointNotFoundError) as error:
             return replace(report, ok=False, problems=(str(error),))
     return report

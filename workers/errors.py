@@ -19,6 +19,7 @@
     |   `-- TaskTimeoutError          its task missed the deadline, and the worker was killed
     |-- TornSnapshotError             a tensor changed during its copy (guard(), staging.verify)
     |-- AbandonedSnapshotError        a worker was to write a snapshot that never became whole; the save's error says why
+    |-- WithdrawnError                a checkpoint was deleted while its save was in flight: the save is cancelled
     |-- ReplicationError              a replica could not be exchanged; names the rank that failed
     |-- StorageError                  the file system failed; names path and errno
     |   |-- DirectoryInUseError       another run writes into the directory
@@ -168,6 +169,10 @@ class AbandonedSnapshotError(StagerError):
             + ("is gone" if is_orphan else "gave it up, and its save says why")
         )
         self.is_orphan = is_orphan
+
+
+class WithdrawnError(StagerError):
+    """A checkpoint was deleted while its save was in flight. The save's ``upload_completion`` is cancelled."""
 
 
 class ReplicationError(StagerError, RuntimeError):

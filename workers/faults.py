@@ -13,7 +13,8 @@ of the point's name, the first process to get there takes the file away and does
 
 ``after=N`` as a further word lets N visits of this process pass first. No sleeps, no timing: see ``tests/faults.py``.
 
-Points of the trainer: ``save.planned save.overlapped save.filled save.copied save.handed-over``;
+Points of the trainer: ``save.planned save.overlapped save.filled save.copied save.handed-over withdraw.marked
+withdraw.synced``;
 of a worker's life: ``worker.start worker.import worker.ready task.receive task.run task.reply worker.shutdown``;
 of its copies: ``copy.begin copy.piece copy.done``;
 of a deep copy that it makes: ``stage.begin stage.unpacked stage.copied stage.packed``, and of writing it:

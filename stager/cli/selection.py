@@ -27,7 +27,7 @@ def select_checkpoints(path: str, step: int | None, *, all_steps: bool = False) 
     """
     from stager.workers.checkpoint.directory.choice import choose_checkpoint
     from stager.workers.checkpoint.directory.paths import local_path
-    from stager.workers.checkpoint.directory.run_directory import checkpoint_name, committed_steps
+    from stager.workers.checkpoint.directory.run_directory import checkpoint_names
     from stager.workers.errors import UsageError
 
     path = local_path(path, "path")
@@ -37,8 +37,8 @@ def select_checkpoints(path: str, step: int | None, *, all_steps: bool = False) 
         raise UsageError("--all and --step were both given; give one of them")
     if is_checkpoint(path):
         raise UsageError(f"{path} is one checkpoint; leave --all out, or give the directory of its run")
-    newest = choose_checkpoint(path, None)  # raises if there is none
-    return [os.path.join(os.path.dirname(newest), checkpoint_name(number)) for number in committed_steps(path)]
+    choose_checkpoint(path, None)  # raises if there is none
+    return [os.path.join(path, name) for name in checkpoint_names(path).values()]
 
 
 def require_directory(path: str) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stager.config.sizes import SIZE_FORM, parse_bytes
+from stager.workers.checkpoint.directory.names import parse_checkpoint
 from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, parse_checkpoint
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_names
 from stager.workers.errors import ArgumentError, UsageError
 
 logger = logging.getLogger("stager")
@@ -178,7 +179,11 @@ def load_arguments(step: object, into: object, directory: str) -> tuple[int | No
         return None, into
     if isinstance(step, CheckpointInfo):
         return _step_of_path(step.path, directory), into
-    if isinstance(step, os.PathLike) or (isinstance(step, str) and os.sep in step) or _names_checkpoint(step):
+    if (
+        isinstance(step, os.PathLike)
+        or (isinstance(step, str) and os.sep in step)
+        or _names_checkpoint(step, directory)
+    ):
         return _step_of_path(step, directory), into
     if isinstance(step, str) and step.strip().lower() in ("latest", "newest", "last"):
         raise ArgumentError(f"step is {step!r}; {_NEWEST}")
@@ -190,8 +195,14 @@ def load_arguments(step: object, into: object, directory: str) -> tuple[int | No
 _NEWEST = "load() without a step loads the newest checkpoint"
 
 
-def _names_checkpoint(value: object) -> bool:
-    return isinstance(value, str) and parse_checkpoint(value) is not None
+def _names_checkpoint(value: object, directory: str) -> bool:
+    return isinstance(value, str) and _step_of_name(value, directory) is not None
+
+
+def _step_of_name(name: str, directory: str) -> int | None:
+    """Return the step of the checkpoint of a name in a run; None: there is none, and the name is not a default one."""
+    named = {other: step for step, other in checkpoint_names(directory).items()}
+    return named.get(name, parse_checkpoint(name))
 
 
 def check_into(into: object) -> None:
@@ -212,13 +223,12 @@ def check_into(into: object) -> None:
 
 def _step_of_path(path: object, directory: str) -> int:
     """Return the step of the checkpoint at ``path``, which must be one of this run's."""
-    if _names_checkpoint(path):  # step-00000100, without the directory
-        step = parse_checkpoint(str(path))
-        assert step is not None
-        return step
+    if isinstance(path, str) and (step := _step_of_name(path, directory)) is not None:
+        return step  # step-00000100, without the directory
     found = local_path(path, "step")
-    step = parse_checkpoint(os.path.basename(found))
-    places = (os.path.dirname(found), found)  # in the run, or the one checkpoint that is open
+    parent, name = os.path.split(found)
+    step = _step_of_name(name, parent)
+    places = (parent, found)  # in the run, or the one checkpoint that is open
     if step is None or not any(os.path.realpath(place) == os.path.realpath(directory) for place in places):
         raise ArgumentError(
             f"step is the path {found}, which is no checkpoint of {directory}; give a step of this run, or read the path "

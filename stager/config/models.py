@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from stager.config.host import usable_cores
 from stager.config.sizes import Allowed, Bytes, MemoryLimit, parse_share
+from stager.workers.checkpoint.directory.names import DEFAULT_TEMPLATE, check_template
 from stager.workers.checkpoint.directory.paths import local_path
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
@@ -131,6 +132,10 @@ class PersistenceConfig(Section):
     format: Literal["dcp", "torch", "safetensors"] = setting(
         "dcp", "Files that dcp.load, torch.load or safetensors' load_file reads."
     )
+    name: Annotated[str, AfterValidator(check_template)] = setting(
+        DEFAULT_TEMPLATE,
+        "Name of a checkpoint's directory: {step}, or {step:08d}. Others that are there are read, too.",
+    )
     fsync: bool = setting(True, "Sync before commit, so that a commit survives a power loss.")
     segment_bytes: Annotated[Bytes, Field(ge=64 << 10)] = setting(
         64 << 20, "Bytes that one hash covers at most, and that one worker writes at a time."
@@ -188,6 +193,11 @@ class RetentionConfig(Section):
     verify: Verification = setting(
         "full", "What the newest must pass before others go. full: every hash; quick: sizes."
     )
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything is removed."""
+        return any((self.keep_latest, self.keep_every, self.keep_every_secs, self.keep_best))
 
 
 class LoadingConfig(Section):

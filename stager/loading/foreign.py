@@ -8,6 +8,7 @@ from typing import Any
 
 from stager.config.calls import explained
 from stager.config.host import reading_threads
+from stager.loading.checkpoint_files import CheckpointFiles
 from stager.loading.dcp.stock_checkpoint import StockCheckpoint
 from stager.loading.foreign_path import Found, Origin, find
 from stager.loading.foreign_restore import ForeignCheckpoint, restore_foreign
@@ -97,7 +98,8 @@ def load_checkpoint(
                 other_ranks=others,
             )
             state = restorer.restore(into, strict)
-        return Loaded(manifest.header.step, where, state, CheckpointInfo.of(where, manifest), *restorer.outcome)
+        info, files = CheckpointInfo.of(where, manifest), CheckpointFiles(where, manifest)
+        return Loaded(manifest.header.step, where, state, info, *restorer.outcome, files)
     if found.origin is Origin.TORCH_SAVE and into is None and selection is None and renaming == Renaming():
         return Loaded(None, where, load_torch_save(found.path, allow_pickle, safe_globals=safe_globals), None)
     source = _open(found, allow_pickle, safe_globals)

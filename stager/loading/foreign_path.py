@@ -11,12 +11,8 @@ from stager.loading.safetensors_reader import INDEX_ENDING, SHARD_ADVICE, SHARD_
 from stager.workers.checkpoint.directory.choice import runs_inside
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.run_directory import (
-    checkpoint_name,
-    committed_steps,
-    is_partial,
-    parse_checkpoint,
-)
+from stager.workers.checkpoint.directory.names import is_partial, parse_checkpoint
+from stager.workers.checkpoint.directory.run_directory import checkpoint_names, committed_steps
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from stager.workers.wording import first_of
 
@@ -141,8 +137,9 @@ def _of_directory(directory: str, names: list[str], weights: list[str]) -> str:
             "is a save that was never committed, or is still being written; "
             f"`stager recover {os.path.dirname(directory)}` commits it if all of it is there"
         )
-    if steps := committed_steps(directory):
-        newest = os.path.join(directory, checkpoint_name(steps[0]))
+    if checkpoints := checkpoint_names(directory):
+        steps = list(checkpoints)
+        newest = os.path.join(directory, checkpoints[steps[0]])
         return (
             f"is the directory of a run, with the checkpoints of {_steps(steps)}; name one of them, {newest} for example "
             f"(Checkpointer({directory!r}, read_only=True).load() loads the newest valid one)"

@@ -26,12 +26,7 @@ from stager.ranks import keys
 from stager.ranks.messages import LoadFailed, LoadNames, NewestStep, StepToLoad
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.run_directory import (
-    CheckpointInfo,
-    SkippedCheckpoint,
-    checkpoint_name,
-    committed_steps,
-)
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -60,19 +55,19 @@ class JointLoader(OtherRanks):
 
     Args:
         group: a group of one leaves everything to ``loader``, which falls back by itself.
-        directory: of the run, absolute.
         loader: of this rank.
+        num_tries: how many loads the group has tried before, with other loaders.
 
     Attributes:
+        num_tries: how many loads the group has tried; each has keys of its own.
         restore: restores the checkpoint of a damaged step, or a newer one, from replicas; returns whether it did. Every rank
             calls it.
     """
 
-    def __init__(self, group: RankGroup, directory: str, loader: Loader) -> None:
+    def __init__(self, group: RankGroup, loader: Loader, num_tries: int = 0) -> None:
         self._group = group
-        self._directory = directory
         self._loader = loader
-        self._num_tries = 0
+        self.num_tries = num_tries
         self._is_changing = False  # all ranks have found that the checkpoint fits
         self._awaited: set[int] = set()
         self._restored: set[int] = set()
@@ -105,8 +100,8 @@ class JointLoader(OtherRanks):
         below: int | None = None
         damaged: StagerError | None = None
         while True:
-            self._num_tries += 1
-            key = keys.load(self._num_tries)
+            self.num_tries += 1
+            key = keys.load(self.num_tries)
             choice = self._choose(key, step, below)
             chosen = choice.step if step is None else step
             if chosen is None:
@@ -131,8 +126,9 @@ class JointLoader(OtherRanks):
             damaged, below = error, None if self._restores(chosen) else chosen
             if below is not None:
                 reason = f"damaged on rank {cause.rank}: {cause.error}"
-                passed_over.append(SkippedCheckpoint(checkpoint_name(chosen), reason))
-                logger.warning("%s skipped on all ranks: %s", checkpoint_name(chosen), reason)
+                name = os.path.basename(self._loader.place.path(chosen))
+                passed_over.append(SkippedCheckpoint(name, reason, chosen))
+                logger.warning("%s skipped on all ranks: %s", name, reason)
 
     def refuse(self, error: Exception) -> NoReturn:
         """Raise ``error``, which keeps this rank from loading, and let the load fail on the other ranks, too."""
@@ -159,7 +155,7 @@ class JointLoader(OtherRanks):
             failure = LoadFailed(self._group.rank, f"{type(error).__name__}: {error}")
             self._group.post_first(f"{key}/damaged" if is_damaged else f"{key}/failed", failure)
             for barrier in (keys.load_names, keys.load_names_had, keys.load_fits):
-                self._group.leave_barrier(barrier(self._num_tries), error)  # no effect on those to which this rank came
+                self._group.leave_barrier(barrier(self.num_tries), error)  # no effect on those to which this rank came
             if isinstance(error, RankFailedError):  # a rank did not come: it does not come to the end, either
                 self._group.cancel_barrier(key, str(error), error.ranks)
             if not isinstance(error, Exception):  # Ctrl-C: this rank does not come to the barrier
@@ -184,7 +180,7 @@ class JointLoader(OtherRanks):
         """
         if self._group.is_alone:
             return set()
-        asked, had = keys.load_names(self._num_tries), keys.load_names_had(self._num_tries)
+        asked, had = keys.load_names(self.num_tries), keys.load_names_had(self.num_tries)
         try:
             self._post_names(asked, names)
             self._group.barrier(asked, "comparing the names of what is loaded")
@@ -208,7 +204,7 @@ class JointLoader(OtherRanks):
         if self._group.is_alone:
             return
         try:
-            self._group.barrier(keys.load_fits(self._num_tries), "checking that the checkpoint fits on every rank")
+            self._group.barrier(keys.load_fits(self.num_tries), "checking that the checkpoint fits on every rank")
         except RankFailedError:
             if self._has_said_why():
                 raise _StoppedError from None
@@ -217,7 +213,7 @@ class JointLoader(OtherRanks):
 
     def _has_said_why(self) -> bool:
         """Whether the rank that did not come has posted what failed there: the end of this load repeats that."""
-        key = keys.load(self._num_tries)
+        key = keys.load(self.num_tries)
         return any(self._group.first(f"{key}/{how}", LoadFailed) is not None for how in ("failed", "damaged"))
 
     def _post_names(self, key: str, names: Collection[str]) -> None:
@@ -250,7 +246,7 @@ class JointLoader(OtherRanks):
         """Let no rank wait to see the checkpoint of a step, which was deleted."""
         with suppress(RankFailedError):
             if not self._group.is_alone and self._group.read(keys.NEWEST) == NewestStep(step):
-                left = committed_steps(self._directory)
+                left = self._loader.place.steps()
                 self._group.post(keys.NEWEST, NewestStep(left[0] if left else -1))
 
     def _choose(self, key: str, step: int | None, below: int | None) -> StepToLoad:
@@ -283,4 +279,4 @@ class JointLoader(OtherRanks):
         self._awaited.add(step)
 
     def _sees(self, step: int) -> bool:
-        return os.path.lexists(os.path.join(self._directory, checkpoint_name(step), MANIFEST_NAME))
+        return os.path.lexists(os.path.join(self._loader.place.path(step), MANIFEST_NAME))

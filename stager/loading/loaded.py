@@ -38,8 +38,9 @@ class Loaded(Generic[StepT]):
             ``strict``, only those for which the checkpoint has None.
         per_rank: values of :class:`~stager.PerRank` that were saved by ranks which this job does not have: by name, then by
             rank. Each is offered on one rank: that of rank ``r`` on rank ``r`` modulo the number of ranks.
+        files: what was given to ``save(files=...)``: names to bytes, read and checked when somebody asks for one.
 
-    A name is its keys, joined by dots, as ``keys=`` takes it. Without ``into``, the last four are empty.
+    A name is its keys, joined by dots, as ``keys=`` takes it. Without ``into``, ``missing`` to ``per_rank`` are empty.
     """
 
     step: StepT
@@ -50,3 +51,4 @@ class Loaded(Generic[StepT]):
     unexpected: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     per_rank: Mapping[str, Mapping[int, Any]] = field(default_factory=dict, repr=False)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)

@@ -21,6 +21,7 @@ from typing import Any
 
 from stager.config import LoadingConfig
 from stager.config.host import reading_threads
+from stager.loading.checkpoint_files import CheckpointFiles
 from stager.loading.extras import NO_OTHER_RANKS, OtherRanks
 from stager.loading.loaded import Loaded
 from stager.loading.lookalikes import lookalikes
@@ -31,13 +32,7 @@ from stager.loading.selection import Selection
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.directory.read_lock import reading
-from stager.workers.checkpoint.directory.run_directory import (
-    REPLACED,
-    CheckpointInfo,
-    SkippedCheckpoint,
-    checkpoint_name,
-    parse_partial,
-)
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
 from stager.workers.checkpoint.read.verify import Fingerprint, check_files, fingerprint
 from stager.workers.errors import (
     CheckpointNotFoundError,
@@ -66,10 +61,13 @@ class Loader:
         place: where the checkpoints are.
         config: section ``loading``.
         rank: selects the values of ``PerRank``.
+
+    Attributes:
+        place: where the checkpoints are.
     """
 
     def __init__(self, place: Run, config: LoadingConfig, rank: int = 0) -> None:
-        self._place = place
+        self.place = place
         self._config = config
         self._rank = rank
         self._lock = threading.RLock()
@@ -145,7 +143,8 @@ class Loader:
                         state = restorer.restore(into, strict)
                     if restorer.has_read_all and len(found.identity) == len(found.manifest.file_names):
                         self._verified[found.info.path] = found.identity  # every byte was hashed
-                    return Loaded(found.info.step, found.info.path, state, found.info, *restorer.outcome)
+                    files = CheckpointFiles(found.info.path, found.manifest)
+                    return Loaded(found.info.step, found.info.path, state, found.info, *restorer.outcome, files)
                 # Reading found damage, or the checkpoint was removed meanwhile.
                 except (CorruptCheckpointError, CheckpointNotFoundError) as error:
                     self._verified.pop(found.info.path, None)
@@ -173,7 +172,7 @@ class Loader:
         except CorruptCheckpointError as error:
             if step is None:
                 raise
-            raise CorruptCheckpointError(error.path, f"{error.problem}; {self._place.instead_of([step])}") from error
+            raise CorruptCheckpointError(error.path, f"{error.problem}; {self.place.instead_of([step])}") from error
 
     def note_passed_over(self, passed_over: list[SkippedCheckpoint]) -> None:
         """Add to :attr:`skipped` what this load has passed over before, newest first."""
@@ -189,7 +188,7 @@ class Loader:
         if not self._unusable:
             return
         newest_error = next(iter(self._unusable.values()))
-        advice = self._place.instead_of(list(self._unusable))
+        advice = self.place.instead_of(list(self._unusable))
         if isinstance(newest_error, CorruptCheckpointError):
             raise CorruptCheckpointError(newest_error.path, f"{newest_error.problem}; {advice}") from newest_error
         if isinstance(newest_error, StorageError):
@@ -199,17 +198,16 @@ class Loader:
 
     def tell_of_lookalikes(self) -> None:
         """Warn of what could be taken for checkpoints, where there are none."""
-        if found := lookalikes(self._place.directory):
+        if found := lookalikes(self.place.directory):
             logger.warning(
                 "%s has no checkpoint of a run, so load() returns None. Found there, with what reads it: %s",
-                self._place.directory,
+                self.place.directory,
                 found,
             )
 
     def tell_of_unfinished(self, taken: int | None) -> None:
         """Tell, once for each step, that a later one than what is loaded was begun and is not there."""
-        begun = {parse_partial(name)[0] for name in self._place.partial_names() if not name.endswith(REPLACED)}
-        later = {step for step in begun if taken is None or step > taken} - self._told
+        later = {step for step in self.place.begun() if taken is None or step > taken} - self._told
         self._told |= later
         for step in sorted(later):
             logger.info(
@@ -222,17 +220,17 @@ class Loader:
         """Find the checkpoint of ``step``, or the newest valid one, and start the list of skipped ones anew."""
         self._skipped = [
             SkippedCheckpoint(name, "partial: its save was never committed, or is still being written")
-            for name in reversed(self._place.partial_names())
+            for name in reversed(self.place.partial_names())
         ]
         self._unusable = {}
         if step is None:
             return self._find_newest(full)
-        if not self._place.has(step):
-            raise CheckpointNotFoundError(None, self._place.which(step), self._place.directory)
+        if not self.place.has(step):
+            raise CheckpointNotFoundError(None, self.place.which(step), self.place.directory)
         return self._check(step, full)
 
     def _find_newest(self, full: bool, below: int | None = None) -> _Candidate | None:
-        for candidate in self._place.steps():
+        for candidate in self.place.steps():
             if below is not None and candidate >= below:
                 continue
             try:
@@ -245,20 +243,21 @@ class Loader:
         return None
 
     def _skip(self, step: int, error: StagerError) -> None:
-        self._skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
+        name = os.path.basename(self.place.path(step))
+        self._skipped.append(SkippedCheckpoint(name, str(error), step))
         if not isinstance(error, CheckpointNotFoundError):
             self._unusable[step] = error
-        logger.warning("%s skipped: %s", checkpoint_name(step), error)
+        logger.warning("%s skipped: %s", name, error)
 
     def _check(self, step: int, full: bool) -> _Candidate:
-        path = self._place.path(step)
+        path = self.place.path(step)
         with storage_errors("look at", path):
             try:  # before anything is read, so that a later change of a file is noticed
                 found = fingerprint(path)
             except (FileNotFoundError, NotADirectoryError):  # read_checkpoint() below says so; or a stranger vanished
                 found = {}
         with reading(path):
-            info, manifest = self._place.read(step)
+            info, manifest = self.place.read(step)
             # Only the files of the checkpoint count, not what somebody else has put beside them.
             identity = {name: found[name] for name in found.keys() & manifest.file_names}
             if self._verified.get(path) != identity:

@@ -14,7 +14,8 @@ from itertools import islice
 from stager.loading.foreign_path import TORCH_ENDINGS, Origin, find, is_in_safetensors
 from stager.workers.checkpoint.directory.choice import is_run
 from stager.workers.checkpoint.directory.manifest import has_own_manifest
-from stager.workers.checkpoint.directory.run_directory import parse_checkpoint
+from stager.workers.checkpoint.directory.names import may_be_checkpoint, parse_checkpoint
+from stager.workers.checkpoint.directory.run_directory import checkpoint_names
 from stager.workers.errors import StagerError
 
 _LOOKED_AT = 1000  # names
@@ -40,17 +41,18 @@ def lookalikes(directory: str) -> str:
 
 
 def _of_names(directory: str, names: list[str]) -> Iterator[str]:
+    ours = {*checkpoint_names(directory).values(), *(name for name in names if parse_checkpoint(name) is not None)}
     for name in names:
         path = os.path.join(directory, name)
         stem, dot, _ = name.partition(".")
-        if dot and parse_checkpoint(stem) is not None:
+        if (dot and parse_checkpoint(stem) is not None) or not may_be_checkpoint(name):
             continue  # of stager's, and no checkpoint any more, or not yet
         if not os.path.isdir(path):
             if name.endswith(TORCH_ENDINGS) or is_in_safetensors(name):
                 wrote = Origin.SAFETENSORS if is_in_safetensors(name) else Origin.TORCH_SAVE  # by its name
                 yield _found(name, wrote.value, f"load_checkpoint({path!r})")
         elif has_own_manifest(path):
-            if parse_checkpoint(name) is None:
+            if name not in ours:
                 yield _found(name, "a checkpoint that was renamed", f"load_checkpoint({path!r})")
         elif is_run(path):
             yield _found(name, "the directory of a run", f"Checkpointer({path!r})")

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 
 from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
+from stager.workers.checkpoint.directory.names import REPLACED, number_in, parse_checkpoint, parse_partial
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
-    checkpoint_name,
     committed_steps,
     is_checkpoint_directory,
     list_checkpoints,
-    parse_checkpoint,
-    parse_partial,
     partial_names,
+    path_of,
     read_checkpoint,
     read_checkpoint_at,
 )
@@ -36,7 +35,7 @@ class Run:
 
     def path(self, step: int) -> str:
         """Return the path of a step's checkpoint."""
-        return os.path.join(self.directory, checkpoint_name(step))
+        return path_of(self.directory, step)
 
     def has(self, step: int) -> bool:
         """Return whether something has the name of a step's checkpoint."""
@@ -54,12 +53,17 @@ class Run:
         """Return the names of partial directories."""
         return partial_names(self.directory)
 
+    def begun(self) -> set[int]:
+        """Return the steps whose saves were begun and not committed, as far as their names tell."""
+        partial = (name for name in self.partial_names() if not name.endswith(REPLACED))
+        return {step for name in partial if (step := number_in(parse_partial(name)[0])) is not None}
+
     def which(self, missing: int) -> str:
         """Say that a step is missing, and which steps there are: those beside it, and the newest."""
         if not os.path.lexists(self.directory):
             return f"does not exist, so there is no checkpoint of step {missing}; check the path"
         steps = self.steps()
-        begun = any(parse_partial(name)[0] == missing for name in self.partial_names())
+        begun = missing in self.begun()
         why = f"there is no checkpoint of step {missing}"
         if begun:
             why += " (its save was not committed, or is still being written)"
@@ -83,7 +87,7 @@ class Run:
         if others := [step for step in self.steps() if step not in damaged]:
             return f"put it back from a copy, or load another step: {first_of(others, _NUM_SHOWN)}"
         if len(damaged) == 1:
-            name = checkpoint_name(damaged[0])
+            name = os.path.basename(self.path(damaged[0]))
             return f"the run has no other checkpoint: put this one back from a copy, or remove {name} to begin anew"
         return (
             f"none of the {len(damaged)} checkpoints of {self.directory} can be used (steps "

@@ -162,7 +162,7 @@ class CommitWatch:
         if self._group.is_coordinator:
             for spec in left:
                 with suppress(ClosedError):
-                    self._pool.submit(discard_unfinished, spec.directory, spec.step, spec.save_id)
+                    self._pool.submit(discard_unfinished, spec.directory, spec.final_name, spec.save_id)
 
     def drain(self, timeout: float | None) -> bool:
         """Wait until no save is pending. False if some are after ``timeout`` seconds."""
@@ -363,7 +363,7 @@ class CommitWatch:
         return self.found_by_others(spec)
 
     def _rename_away(self, spec: SaveSpec, keeps: bool) -> None:
-        partial = spec.directory, spec.step, spec.save_id
+        partial = spec.directory, spec.final_name, spec.save_id
         task = (quarantine, *partial) if keeps else (discard_partial, *partial, self._group.discard_secs)
         try:
             self._pool.submit(*task).result()

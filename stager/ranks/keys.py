@@ -4,8 +4,8 @@ A key that ends in a save id, a round or a step belongs to one save, one load or
 Save ids come from :meth:`stager.ranks.rank_group.RankGroup.save_id`: every rank derives the same one.
 """
 
-OPENING = "opening"  # barrier: every rank holds the run's lock
-OPENED = "opened"  # broadcast of DirectoryOpened
+opening = "opening/{}".format  # by number of the directory: barrier, every rank holds its lock
+opened = "opened/{}".format  # by number of the directory: broadcast of DirectoryOpened
 host = "host/{}".format  # count of the ranks on a host
 
 NEWEST = "newest"  # NewestStep: the step of the last checkpoint that a rank knows of

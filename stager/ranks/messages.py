@@ -58,7 +58,10 @@ class HolderRange(NamedTuple):
 
 
 class OfferedReplica(NamedTuple):
-    """A replica that some host keeps: in which memory (see ``ReplicaOffer``), whose, and of which save."""
+    """A replica that some host keeps: in which memory (see ``ReplicaOffer``), whose, and of which save.
+
+    ``name``: of the checkpoint's directory.
+    """
 
     place: str
     owner: int
@@ -66,6 +69,7 @@ class OfferedReplica(NamedTuple):
     save_id: str
     num_ranks: int
     created: float
+    name: str
 
 
 class Arrived(Message):
@@ -153,12 +157,14 @@ class SaveCommitted(Message):
 class SaveFailed(Message):
     """The first rank on which a save fails, or that finds ``ranks`` missing at its deadline. The others fail, too.
 
-    ``is_unfinished``: nothing failed, but the parts of ``ranks`` are missing.
+    ``is_unfinished``: nothing failed, but the parts of ``ranks`` are missing. ``is_withdrawn``: nothing failed, but the
+    checkpoint was deleted.
     """
 
     error: str
     ranks: tuple[int, ...]
     is_unfinished: bool = False
+    is_withdrawn: bool = False
 
 
 class EveryPartWritten(Message):
@@ -213,11 +219,13 @@ class ReplicaOffer(Message):
 class RestorePlan:
     """What is to be written of a save, in a ``RestoreChoice``.
 
+    ``name``: of the checkpoint's directory.
     ``written_as``: the id of the partial directory; the save's own where parts of the save are on the disk already.
     ``owners``: by place, the ranks whose parts are written from the replicas there.
     """
 
     step: int
+    name: str
     save_id: str
     written_as: str
     owners: dict[str, tuple[int, ...]]

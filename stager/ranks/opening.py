@@ -37,6 +37,7 @@ def take_directory(
     group: RankGroup,
     lock_timeout_secs: float,
     *,
+    number: int = 1,
     replicates: bool = False,
     take_over: Callable[[], None] = lambda: None,
 ) -> int:
@@ -44,6 +45,7 @@ def take_directory(
 
     Args:
         lock_timeout_secs: how long to wait for another run's lock.
+        number: of the directory, among those that the group takes.
         take_over: called first, on every rank; raises if this process has the directory open already.
         replicates: whether partners keep replicas. Then what an earlier run left unfinished stays: replicas may complete it.
 
@@ -73,21 +75,22 @@ def take_directory(
     try:
         if not group.is_coordinator:
             take_over()  # before it could wait for itself
-        group.count(host)
+        if number == 1:
+            group.count(host)
         opened = group.broadcast(
-            keys.OPENED, DirectoryOpened, open_as_coordinator, f"open {directory}", more_secs=lock_timeout_secs
+            keys.opened(number), DirectoryOpened, open_as_coordinator, f"open {directory}", more_secs=lock_timeout_secs
         )
         if not group.is_coordinator:  # 3.
             _check_that_it_is_the_same(opened, directory, group, replicates)
             held.append(lock_directory(directory, lock_timeout_secs, shared=True))
         # 4. Each rank has counted itself at its host before it comes, so the count is final after the barrier.
-        group.barrier(keys.OPENING, f"opening {directory}")
+        group.barrier(keys.opening(number), f"opening {directory}")
         group.local_size = max(group.local_size, group.count(host, 0))
     except BaseException as error:
         for lock_fd in held:
             os.close(lock_fd)
         with suppress(RankFailedError):
-            group.leave_barrier(keys.OPENING, error)
+            group.leave_barrier(keys.opening(number), error)
         raise
     return held[0]
 

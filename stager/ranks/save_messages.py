@@ -6,7 +6,6 @@ Nothing is posted while the store cannot be reached: the other ranks then see th
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,10 +13,9 @@ from dataclasses import replace
 from stager.ranks import keys
 from stager.ranks.messages import EveryPartWritten, NewestStep, SaveCommitted, SaveFailed
 from stager.ranks.rank_group import RankGroup
-from stager.workers.checkpoint.commit.commit import Committed
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
+from stager.workers.checkpoint.commit.commit import Committed, final_path
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.errors import InternalError, RankFailedError, StorageError
+from stager.workers.errors import InternalError, RankFailedError, StagerError, StorageError, WithdrawnError
 
 _MAX_HELPERS = 3  # where locks do not reach from host to host, each commits anew
 
@@ -48,12 +46,25 @@ class SaveMessages:
         rank = self._group.rank
         self.post_failure(save_id, f"failed on rank {rank}: {type(error).__name__}: {error}", (rank,))
 
-    def post_failure(self, save_id: str, why: str, ranks: Sequence[int], *, is_unfinished: bool = False) -> None:
+    def post_withdrawn(self, save_id: str, why: str) -> None:
+        """Post that the save's checkpoint was deleted: the save ends without it, and that is no failure."""
+        if not self._group.is_alone:
+            self.post_failure(save_id, why, (), is_withdrawn=True)
+
+    def post_failure(
+        self,
+        save_id: str,
+        why: str,
+        ranks: Sequence[int],
+        *,
+        is_unfinished: bool = False,
+        is_withdrawn: bool = False,
+    ) -> None:
         """Post why a save failed, and which ranks are to blame. The first rank's message stands: see ``SaveFailed``."""
         with suppress(RankFailedError):
             # The barrier first: the others may still wait there for this rank to agree on who writes what.
             self._group.cancel_barrier(keys.agreement(save_id), f"the save {why}", ranks)
-            self._group.post_first(keys.save_end(save_id), SaveFailed(why, tuple(ranks), is_unfinished))
+            self._group.post_first(keys.save_end(save_id), SaveFailed(why, tuple(ranks), is_unfinished, is_withdrawn))
 
     def post_every_part(self, save_id: str) -> None:
         """Post that only the commit is missing."""
@@ -83,8 +94,7 @@ class SaveMessages:
             return message
         if not isinstance(message, SaveCommitted):
             raise InternalError(f"{message} is no end of a save")
-        path = os.path.join(spec.directory, checkpoint_name(spec.step))
-        return replace(message.committed, info=replace(message.committed.info, path=path))
+        return replace(message.committed, info=replace(message.committed.info, path=final_path(spec)))
 
     def first_failure(self, spec: SaveSpec, error: BaseException) -> BaseException:
         """The error that made a save fail: another rank's, if this rank's ``error`` is that its directory was removed.
@@ -98,6 +108,8 @@ class SaveMessages:
         return error
 
 
-def rank_failure(end: SaveFailed, spec: SaveSpec) -> RankFailedError:
-    """The error of a save that failed on another rank."""
+def rank_failure(end: SaveFailed, spec: SaveSpec) -> StagerError:
+    """The error of a save that failed on another rank, or was withdrawn there."""
+    if end.is_withdrawn:
+        return WithdrawnError(end.error)
     return RankFailedError(f"the save of step {spec.step} {end.error}", end.ranks)

@@ -11,12 +11,12 @@ from contextlib import suppress
 
 from stager.ranks.messages import OfferedReplica, RestorePlan
 from stager.ranks.rank_group import some_ranks
+from stager.workers.checkpoint.directory.names import partial_name
 from stager.workers.checkpoint.directory.receipt import finished_ranks
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
-    checkpoint_name,
     committed_steps,
-    partial_name,
+    path_of,
     read_checkpoint,
 )
 from stager.workers.checkpoint.read.verify import check_files
@@ -98,12 +98,12 @@ class Candidates:
         for rank in missing:
             owners[replicas[rank].place] += (rank,)
         written_as = save.save_id if on_disk is not None else secrets.token_hex(8)
-        return RestorePlan(save.step, save.save_id, written_as, dict(owners))
+        return RestorePlan(save.step, save.name, save.save_id, written_as, dict(owners))
 
     def _ranks_on_disk(self, save: OfferedReplica) -> set[int] | None:
         """The ranks whose parts are in the save's partial directory; None: there is no such directory."""
         with suppress(OSError):
-            return finished_ranks(os.listdir(os.path.join(self._directory, partial_name(save.step, save.save_id))))
+            return finished_ranks(os.listdir(os.path.join(self._directory, partial_name(save.name, save.save_id))))
         return None
 
 
@@ -119,7 +119,7 @@ def newest_whole(directory: str, damaged: Collection[int]) -> CheckpointInfo | N
 
 def if_whole(directory: str, step: int) -> CheckpointInfo | None:
     """The checkpoint of a step, if its files are there, with their sizes."""
-    path = os.path.join(directory, checkpoint_name(step))
+    path = path_of(directory, step)
     with suppress(CorruptCheckpointError, StorageError):
         info, manifest = read_checkpoint(directory, step)
         if not check_files(path, manifest, full=False):

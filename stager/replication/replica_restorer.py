@@ -40,9 +40,9 @@ from stager.replication.replicas import Replicas
 from stager.workers.checkpoint.commit.persist import discard_partial
 from stager.workers.checkpoint.commit.replica import check_replica, persist_replica
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.errors import ReplicationError, StagerError, StorageError
+from stager.workers.memory.descriptor import Descriptor
 from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -57,11 +57,14 @@ class ReplicaRestorer:
     Every rank of the group calls the same methods. The workers of ``pool`` write.
     """
 
-    def __init__(self, group: RankGroup, directory: str, replicas: Replicas, pool: WorkerPool) -> None:
+    def __init__(
+        self, group: RankGroup, directory: str, replicas: Replicas, pool: WorkerPool, lock: Descriptor
+    ) -> None:
         self._group = group
         self._directory = directory
         self._replicas = replicas
         self._pool = pool
+        self._lock = lock
         self._num_restores = 0
 
     def open(self) -> str:
@@ -171,8 +174,7 @@ class ReplicaRestorer:
         Args:
             has_failed: a rank could not write its parts, so do not wait for the checkpoint to become visible.
         """
-        name = checkpoint_name(plan.step)
-        manifest = os.path.join(self._directory, name, MANIFEST_NAME)
+        manifest = os.path.join(self._directory, plan.name, MANIFEST_NAME)
         # A network file system may show it to this host later.
         deadline = time.monotonic() + (0.0 if has_failed else min(_VISIBLE_SECS, self._group.timeout_secs / 2))
         while not os.path.lexists(manifest) and time.monotonic() < deadline:
@@ -180,11 +182,11 @@ class ReplicaRestorer:
         found = if_whole(self._directory, plan.step)
         if found is not None and found.save_id == plan.written_as:
             told = "%s was not whole on the disk; the parts of %d ranks were written from their partners' memory"
-            logger.warning(told, name, sum(map(len, plan.owners.values())))
+            logger.warning(told, plan.name, sum(map(len, plan.owners.values())))
             return True
         if plan.written_as != plan.save_id:
             with suppress(StorageError):
-                discard_partial(self._directory, plan.step, plan.written_as)
+                discard_partial(self._directory, plan.name, plan.written_as)
         return False
 
     def _offer(self, key: str) -> tuple[str, int]:
@@ -195,7 +197,9 @@ class ReplicaRestorer:
         number = self._group.count(f"{key}/places/{place}") - 1
         if number == 0:
             rows = [
-                OfferedReplica(place, replica.owner, spec.step, spec.save_id, spec.num_ranks, spec.created)
+                OfferedReplica(
+                    place, replica.owner, spec.step, spec.save_id, spec.num_ranks, spec.created, spec.final_name
+                )
                 for replica in self._replicas.whole()
                 for spec in (replica.header.spec,)
             ]
@@ -218,7 +222,7 @@ class ReplicaRestorer:
         for checked in [self._pool.submit(check_replica, replica.path) for replica in replicas]:
             checked.result()
         parts = [
-            self._pool.submit(persist_replica, replica.path, part, self._directory, plan.written_as)
+            self._pool.submit(persist_replica, replica.path, part, self._directory, plan.written_as, self._lock)
             for replica in replicas
             for part in range(replica.header.spec.num_parts)
         ]

@@ -17,6 +17,7 @@ from stager.replication.replicas import Replicas
 from stager.replication.replicator import NoReplication, Replicator
 from stager.workers.checkpoint.directory.run_directory import committed_steps
 from stager.workers.errors import ConfigError, RankFailedError, StorageError
+from stager.workers.memory.descriptor import Descriptor
 from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -39,8 +40,13 @@ class Replication:
     restore: Callable[[int], bool] = lambda damaged: False
 
     @staticmethod
-    def open(config: ReplicationConfig, directory: str, group: RankGroup, pool: WorkerPool) -> Replication:
+    def open(
+        config: ReplicationConfig, directory: str, group: RankGroup, pool: WorkerPool, lock: Descriptor
+    ) -> Replication:
         """Restore what an earlier run left in memory, and begin. Every rank calls it, before anything is saved.
+
+        Args:
+            lock: on the directory.
 
         Raises:
             ConfigError, StorageError: replicas cannot be kept.
@@ -67,7 +73,7 @@ class Replication:
                 "init_process_group() before the Checkpointer is made, or set replication.partners to 0",
                 config.partners,
             )
-        restorer = ReplicaRestorer(group, directory, replicas, pool)
+        restorer = ReplicaRestorer(group, directory, replicas, pool, lock)
         whole_id = restorer.open()
         if group.is_alone:
             replicas.tidy()

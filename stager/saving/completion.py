@@ -23,10 +23,12 @@ from stager.ranks.commit_watch import CommitWatch
 from stager.ranks.rank_group import RankGroup
 from stager.saving.save import Save
 from stager.workers.checkpoint.commit.commit import Committed
-from stager.workers.checkpoint.commit.persist import PartResult, discard_partial
+from stager.workers.checkpoint.commit.persist import PartResult, discard_partial, withdraw
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.errors import ClosedError, InternalError, LeftRunningError, StorageError
+from stager.workers.errors import ClosedError, InternalError, LeftRunningError, StorageError, WithdrawnError
 from stager.workers.pool.pool import WorkerPool
+
+_WITHDRAWN = "its checkpoint was deleted while the save was in flight"
 
 
 class SaveCompletion:
@@ -35,9 +37,6 @@ class SaveCompletion:
     Args:
         on_done: called with every save that has ended.
         keep_unfinished: see :class:`CommitWatch`.
-
-    Attributes:
-        base_step: the hard-link base of the next save (``workers/checkpoint/write/hard_link_base.py``); None: there is none.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class SaveCompletion:
         self._commit_watch = CommitWatch(group, pool, keep_unfinished=keep_unfinished)
         self._in_flight: set[Save] = set()
         self._lock = threading.Lock()
-        self.base_step: int | None = None
+        self._bases: dict[str, str] = {}  # by directory: the name of the hard-link base of the next save
 
     def begin(self, save: Save) -> None:
         """Count a save as in flight until it ends."""
@@ -128,11 +127,13 @@ class SaveCompletion:
             return
         # 5. Tell first: the other ranks need not wait for the removal.
         error = self._commit_watch.messages.first_failure(spec, error)
+        if save.is_withdrawn:
+            error = WithdrawnError(_WITHDRAWN)
         self.tell(save, error)
         self._discard(spec, partial(self._end_failed, spec, save, error))
 
     def _discard(self, spec: SaveSpec, then: Callable[[], None]) -> None:
-        leftovers = spec.directory, spec.step, spec.save_id
+        leftovers = spec.directory, spec.final_name, spec.save_id
         try:
             cleaned = self._pool.submit(discard_partial, *leftovers)
         except ClosedError:
@@ -152,14 +153,29 @@ class SaveCompletion:
             self._commit(save, committed)
 
     def _commit(self, save: Save, committed: Committed) -> None:
-        self.set_base(
-            save.step
-        )  # before the Future is done: who waits for it may save at once, and link this checkpoint
+        # Before the Future is done: who waits for it may save at once, and link this checkpoint.
+        self.set_base(save.destination.directory, save.destination.name)
         self._commit_watch.remove_unfinished(committed.info.created)
         self._settle(save, lambda: save.commit(committed))
 
     def _give_up(self, save: Save, error: BaseException) -> None:
-        self._settle(save, lambda: save.fail(error))
+        is_withdrawn = save.is_withdrawn or isinstance(error, WithdrawnError)
+        self._settle(save, save.cancel if is_withdrawn else lambda: save.fail(error))
+
+    def withdraw(self, save: Save) -> None:
+        """Have a save in flight end without a checkpoint, on all ranks, unless it is committed just now.
+
+        Raises:
+            StorageError: the partial directory cannot be renamed; the save goes on.
+        """
+        # 1. Before the directory is renamed: workers that notice fail their parts, on any rank.
+        save.is_withdrawn = True
+        self._commit_watch.messages.post_withdrawn(save.save_id, _WITHDRAWN)
+        try:
+            withdraw(save.destination.directory, save.destination.name, save.save_id)
+        except StorageError:
+            save.is_withdrawn = False
+            raise
 
     def _settle(self, save: Save, resolve: Callable[[], None]) -> None:
         if save.upload_completion.done():
@@ -171,15 +187,19 @@ class SaveCompletion:
 
     # -- the hard-link base (workers/checkpoint/write/hard_link_base.py) ----------------------------------------
 
-    def set_base(self, step: int) -> None:
+    def base_in(self, directory: str) -> str | None:
+        """Return the name of the checkpoint that the next save in a directory may link; None: there is none."""
+        return self._bases.get(directory)
+
+    def set_base(self, directory: str, name: str) -> None:
         """Let the next incremental save link this checkpoint: it is whole, because it was just committed or verified."""
         if self._incremental:
-            self.base_step = step
+            self._bases[directory] = name
 
-    def forget_base(self, steps: Collection[int]) -> None:
+    def forget_base(self, directory: str, names: Collection[str]) -> None:
         """Link none of these checkpoints: they are damaged or removed."""
-        if self.base_step in steps:
-            self.base_step = None
+        if self._bases.get(directory) in names:
+            del self._bases[directory]
 
     # -- lifecycle ----------------------------------------------------------------------------------------------
 

@@ -6,10 +6,11 @@ guessed   from the optimizers that are guarded, and from the newest checkpoint i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from stager.arena.arena import Arena
 from stager.ranks.rank_group import RankGroup
 from stager.snapshot.guard import Guard
-from stager.workers.checkpoint.directory.run_directory import newest_nbytes
 
 _WORTH_PREPARING_BYTES = 16 << 20  # smaller slabs take milliseconds to allocate
 
@@ -18,13 +19,13 @@ class ExpectedMemory:
     """Prepares slabs for this rank's part of the state.
 
     Args:
-        directory: of the run.
+        newest_nbytes: returns about how many bytes the newest checkpoint has; 0: nobody knows.
         guard: knows the optimizers.
     """
 
-    def __init__(self, arena: Arena, directory: str, guard: Guard, group: RankGroup) -> None:
+    def __init__(self, arena: Arena, newest_nbytes: Callable[[], int], guard: Guard, group: RankGroup) -> None:
         self._arena = arena
-        self._directory = directory
+        self._newest_nbytes = newest_nbytes
         self._guard = guard
         self._num_ranks = group.num_ranks
         self._knows_size = False
@@ -45,7 +46,7 @@ class ExpectedMemory:
 
     def expect_the_last_runs(self) -> None:
         """Prepare for a state as large as the newest checkpoint that is there: the program most likely goes on from it."""
-        nbytes = newest_nbytes(self._directory) // self._num_ranks
+        nbytes = self._newest_nbytes() // self._num_ranks
         if not self._knows_size:
             self._prepare(nbytes)
 

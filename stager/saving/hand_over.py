@@ -134,12 +134,17 @@ class HandOver:
         spec = staging.tasks[0].spec if staging.tasks else self._spec(save, pieces)
         assert staging.filling is not None  # its slab has marks
         live, marks = self.arena.live_slabs(), staging.filling.marks
-        task = self.slab_writer.write(spec, pieces, piece, lease.slab, live, marks)
+        sidecars = save.sidecars.data if 0 in piece.parts else ()
+        task = self.slab_writer.write(spec, pieces, piece, lease.slab, live, marks, sidecars)
         # 2. After the first part is out, a worker reads the slab.
         futures: list[Future[PartResult]] = []
         try:
             for part in piece.parts:
-                futures.append(self.pool.hand_over(persist_part, replace(task, writing=self.writing), part))
+                futures.append(
+                    self.pool.hand_over(
+                        persist_part, replace(task, writing=self.writing, lock=save.destination.lock), part
+                    )
+                )
         except Exception as error:
             if not futures:
                 raise
@@ -217,13 +222,17 @@ class HandOver:
     def _spec(self, save: Save, pieces: Pieces) -> SaveSpec:
         return replace(
             self.template,
+            directory=save.destination.directory,
+            name=save.destination.name_in_spec(save.step),
             step=save.step,
             save_id=save.save_id,
             num_parts=pieces.num_parts,
             created=time.time(),
             whole_bytes=pieces.whole_bytes,
-            base_step=self.completion.base_step,
+            base=self.completion.base_in(save.destination.directory),
             metrics=save.metrics,
+            number=save.number,
+            sidecars=save.sidecars.files,
         )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -16,8 +15,8 @@ from enum import Enum, auto
 
 from stager.workers.checkpoint.directory.protected import change_protected_steps
 from stager.workers.checkpoint.directory.read_lock import reading
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
-from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune, remove
+from stager.workers.checkpoint.directory.run_directory import path_of
+from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
 from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules
 from stager.workers.errors import ClosedError
 from stager.workers.pool.pool import WorkerPool
@@ -85,12 +84,6 @@ class Retainer:
             self.on_report(report)
         return report
 
-    def remove(self, step: int) -> PruneReport:
-        """Remove one checkpoint, and wait for it. Errors: :meth:`stager.Checkpointer.delete`."""
-        report = self.pool.submit(remove, self.directory, step).result()
-        self.on_report(report)
-        return report
-
     def _submit(self) -> None:
         try:
             future = self.pool.submit(prune, self.directory, self.rules)
@@ -128,5 +121,5 @@ class Retainer:
 
 def change_protected(directory: str, step: int, *, keep: bool) -> None:
     """Add a step to the run's list of protected steps, or remove it. Errors: :meth:`stager.Checkpointer.protect`."""
-    with reading(os.path.join(directory, checkpoint_name(step))):  # so that it is not removed meanwhile
+    with reading(path_of(directory, step)):  # so that it is not removed meanwhile
         change_protected_steps(directory, lambda steps: steps | {step} if keep else steps - {step})

@@ -3,6 +3,7 @@
 PLANNED --> STAGING --> STAGED --> PERSISTING --> COMMITTED
    |           |           |           |
    +-----------+-----------+-----------+--> FAILED          (PLANNED --> SKIPPED: arena.when_full is "skip")
+               +-----------+-----------+--> CANCELLED       (delete() was called)
 
 Two views of it: ``Save`` for the threads that take part, and ``SaveHandle`` for the user. Each step forward is an event
 (``telemetry/event.py``), which is posted before the Future of the step is done: who waits for the Future and closes the
@@ -18,7 +19,10 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+from stager.saving.destination import Destination
+from stager.saving.sidecars import NO_SIDECARS, Sidecars
 from stager.telemetry.event import (
+    CancelledEvent,
     CommittedEvent,
     Event,
     FailedEvent,
@@ -38,12 +42,13 @@ T = TypeVar("T")
 
 _TRANSITIONS = {
     SaveState.PLANNED: {SaveState.STAGING, SaveState.FAILED, SaveState.SKIPPED},
-    SaveState.STAGING: {SaveState.STAGED, SaveState.FAILED},
-    SaveState.STAGED: {SaveState.PERSISTING, SaveState.FAILED},
-    SaveState.PERSISTING: {SaveState.COMMITTED, SaveState.FAILED},
+    SaveState.STAGING: {SaveState.STAGED, SaveState.FAILED, SaveState.CANCELLED},
+    SaveState.STAGED: {SaveState.PERSISTING, SaveState.FAILED, SaveState.CANCELLED},
+    SaveState.PERSISTING: {SaveState.COMMITTED, SaveState.FAILED, SaveState.CANCELLED},
     SaveState.COMMITTED: set(),
     SaveState.FAILED: set(),
     SaveState.SKIPPED: set(),
+    SaveState.CANCELLED: set(),
 }
 
 
@@ -81,8 +86,10 @@ class Save:
     """The record of one save, which the threads that take part in it move forward.
 
     Args:
+        number: of this save, among those that the trainer has begun.
         post: gets what makes each event, if somebody listens (``Listeners.post``).
-        metrics: to be kept with the checkpoint.
+        destination: where the checkpoint will be.
+        metrics, sidecars: to be kept with the checkpoint.
 
     Attributes:
         step, save_id: which save; the id is the same on all ranks.
@@ -91,11 +98,22 @@ class Save:
     """
 
     def __init__(
-        self, step: int, save_id: str, post: Callable[[Callable[[], Event]], None], metrics: Mapping[str, float]
+        self,
+        step: int,
+        save_id: str,
+        number: int,
+        post: Callable[[Callable[[], Event]], None],
+        destination: Destination,
+        metrics: Mapping[str, float],
+        sidecars: Sidecars = NO_SIDECARS,
     ) -> None:
         self.step = step
         self.save_id = save_id
+        self.number = number
+        self.destination = destination
         self.metrics = metrics
+        self.sidecars = sidecars
+        self.is_withdrawn = False  # by delete(): if it is not committed yet, it will not be
         self._post = post
         self.timeline = Timeline(step, save_id)
         self.staging_completion: ReadTrackingFuture[None] = ReadTrackingFuture()
@@ -108,6 +126,12 @@ class Save:
     def state(self) -> SaveState:
         """How far the save is."""
         return self._report.state
+
+    @property
+    def shown(self) -> str:
+        """The save for a message: by its step, if its directory has the default name."""
+        is_default = self.destination.name_in_spec(self.step) == ""
+        return f"step {self.step}" if is_default else self.destination.name
 
     @property
     def report(self) -> SaveReport:
@@ -196,6 +220,15 @@ class Save:
         self.upload_completion.cancel()
         self.upload_completion.set_running_or_notify_cancel()
 
+    def cancel(self) -> None:
+        """End the save without a checkpoint, because that was deleted."""
+        self.move(SaveState.CANCELLED)
+        self._post(lambda: CancelledEvent(report=self.report))
+        if not self.staging_completion.done():
+            self.staging_completion.set_result(None)
+        self.upload_completion.cancel()
+        self.upload_completion.set_running_or_notify_cancel()
+
     def fail(self, error: BaseException) -> None:
         """End the save with an error."""
         self.move(
@@ -235,7 +268,8 @@ class SaveHandle:
         staging_completion: resolves when the snapshot is whole and the workers have it. From then on the state may be
             mutated, and the checkpoint will be committed even if this process is killed.
         upload_completion: resolves to the :class:`~stager.CheckpointInfo` when the checkpoint is durable and committed.
-            Its exception says why the save failed. It is cancelled when the save was skipped.
+            Its exception says why the save failed. It is cancelled when the save was skipped, or its checkpoint was
+            deleted.
     """
 
     def __init__(self, save: Save) -> None:

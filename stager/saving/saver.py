@@ -21,10 +21,11 @@ stop halfway happens in the staging thread, where no signal handler runs; the tr
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
 from functools import partial
@@ -37,12 +38,14 @@ from stager.config import StagerConfig
 from stager.ranks.rank_group import WARM_UP, RankGroup
 from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
+from stager.saving.destination import Destination
 from stager.saving.expected_memory import ExpectedMemory
 from stager.saving.hand_over import HandOver, Staging
 from stager.saving.progress import SaveProgress
 from stager.saving.rehearsal import Rehearsal
 from stager.saving.save import Save
 from stager.saving.setup import save_template, writing
+from stager.saving.sidecars import Sidecars
 from stager.saving.staging_thread import StagingThread
 from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.snapshot.copying import Copier, wait_uninterrupted
@@ -55,11 +58,11 @@ from stager.telemetry.event import Event
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
 from stager.workers.long_wait import LongWait
+from stager.workers.memory.descriptor import Descriptor
 from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -72,7 +75,7 @@ class Saver:
     """Takes snapshots and hands them over to the workers.
 
     Args:
-        directory: of the run, absolute.
+        newest_nbytes: returns about how many bytes the newest checkpoint has; 0: nobody knows.
         segment_bytes: the same on all ranks.
         on_done: called with every save that has ended, in the pool's or the commit watch's thread, or in that of ``save()``.
         post: gets what makes each event of a save (``Listeners.post``).
@@ -87,7 +90,7 @@ class Saver:
     def __init__(
         self,
         config: StagerConfig,
-        directory: str,
+        newest_nbytes: Callable[[], int],
         segment_bytes: int,
         arena: Arena,
         pool: WorkerPool,
@@ -97,7 +100,6 @@ class Saver:
         post: Callable[[Callable[[], Event]], None],
     ) -> None:
         staging, persistence = config.staging, config.persistence
-        self._directory = directory
         self._checks_free_space = persistence.check_free_space
         self._incremental = persistence.incremental
         self._num_parts = config.workers.resolve_count(group.local_size)  # of a save in one piece: one for each worker
@@ -107,6 +109,7 @@ class Saver:
         self._post = post
         self._replicator = replicator
         self._thread = StagingThread()
+        self._numbers = itertools.count(1)
         self.completion = SaveCompletion(
             pool, group, on_done, incremental=self._incremental, keep_unfinished=replicator.is_on
         )
@@ -114,14 +117,14 @@ class Saver:
         self.progress = SaveProgress(
             config.telemetry.progress, lambda: [*self.completion.in_flight(), *tuple(self._waiting)]
         )
-        template, how = save_template(persistence, directory, group), writing(persistence, self._num_parts)
+        template, how = save_template(persistence, group), writing(persistence, self._num_parts)
         self._hand_over = HandOver(template, how, arena, pool, self.completion, replicator)
         file_format = get_format(persistence.format)
         planner = partial(Planner, file_format, self._num_parts, rank=group.rank, incremental=self._incremental)
         self._planner = planner(segment_bytes)
         self._piece_planner = planner(segment_bytes_for(arena.piece_nbytes, segment_bytes), in_order=True)
         self.guard = Guard(self._wait_before_step)
-        self.memory = ExpectedMemory(arena, directory, self.guard, group)
+        self.memory = ExpectedMemory(arena, newest_nbytes, self.guard, group)
         self._copier = Copier(staging.resolve_copy_threads(), staging.resolve_background_threads())
         sharer = SourceSharer(pool, self._num_parts, SharingOptions(staging.location, staging.share_min_bytes))
         self._taker = SnapshotTaker(
@@ -139,9 +142,9 @@ class Saver:
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
 
-    def new_save(self, step: int, metrics: Mapping[str, float]) -> Save:
+    def new_save(self, step: int, destination: Destination, metrics: Mapping[str, float], sidecars: Sidecars) -> Save:
         """Make the record of a save, for :meth:`save`."""
-        return Save(step, self._group.save_id(step), self._post, metrics)
+        return Save(step, self._group.save_id(step), next(self._numbers), self._post, destination, metrics, sidecars)
 
     def save(self, save: Save, state: Mapping[str, Any]) -> None:
         """Take a snapshot, and have it written. Errors: :meth:`stager.Checkpointer.save`. The save has failed with them."""
@@ -160,9 +163,12 @@ class Saver:
         self.memory.know_size()
         snapshot, pieces = self._plan(save, self._taker.flatten(state, save.save_id))
         # Before a slab is leased: a save that cannot be written must not hold one.
-        if self._checks_free_space and self.completion.base_step is None:  # with a base, less is written than that
-            self._check_free_space(snapshot.nbytes)
-        self._tell_of_a_file_in_its_place(save.step)
+        directory = save.destination.directory
+        if (
+            self._checks_free_space and self.completion.base_in(directory) is None
+        ):  # with one, less is written than that
+            _check_free_space(directory, snapshot.nbytes + save.sidecars.nbytes)
+        self._tell_of_a_file_in_its_place(save.destination.path)
         if not pieces.is_whole:
             self._hand_over.do_not_replicate(
                 save, UsageError("the snapshot is larger than arena.max_host_bytes, and is staged in pieces")
@@ -179,11 +185,15 @@ class Saver:
         save.planned(nbytes=snapshot.nbytes, num_tensors=plan.num_tensors, num_objects=len(plan.objects))
         timeline.timing("plan", timeline.started)
         # In one piece if it fits a slab. Only the plan of the whole snapshot says how large it is.
-        pieces = whole(snapshot.plan, snapshot.blobs, self._num_parts, _ANY_SIZE if self._incremental else 0)
+        extra, whole_bytes = save.sidecars.nbytes, _ANY_SIZE if self._incremental else 0
+        pieces = whole(snapshot.plan, snapshot.blobs, self._num_parts, whole_bytes, extra)
         if pieces.slab_nbytes > self._arena.max_slab_nbytes:
             snapshot = self._taker.begin(timeline, tree, self._piece_planner)
             room, num_buffers = self._arena.piece_nbytes, self._arena.num_buffers
-            pieces = cut(snapshot.plan, snapshot.blobs, room, num_buffers, incremental=self._incremental)
+            incremental = self._incremental
+            pieces = cut(
+                snapshot.plan, snapshot.blobs, room, num_buffers, incremental=incremental, sidecars_nbytes=extra
+            )
             timeline.note(
                 f"staged in {len(pieces.pieces)} pieces: the snapshot is larger than arena.max_host_bytes "
                 f"({self._arena.max_slab_nbytes:,} bytes), so save() returned when its last piece was copied"
@@ -191,24 +201,11 @@ class Saver:
             )
         return snapshot, pieces
 
-    def _check_free_space(self, nbytes: int) -> None:
-        with storage_errors("save", self._directory):
-            stats = os.statvfs(self._directory)
-        free = stats.f_bavail * stats.f_frsize
-        if nbytes > free:
-            raise StorageError(
-                errno.ENOSPC,
-                f"a checkpoint of {nbytes:,} bytes does not fit the {free:,} bytes that are free; nothing was written. "
-                "Free space, or set persistence.check_free_space to false if the file system reports it wrongly",
-                self._directory,
-            )
-
-    def _tell_of_a_file_in_its_place(self, step: int) -> None:
-        path = os.path.join(self._directory, checkpoint_name(step))
+    def _tell_of_a_file_in_its_place(self, path: str) -> None:
         with suppress(OSError):
             if self._group.is_coordinator and not stat.S_ISDIR(os.lstat(path).st_mode):
                 logger.warning(
-                    "%s is no directory, and the checkpoint of this step needs the name: what is there is kept, and renamed "
+                    "%s is no directory, and the checkpoint needs the name: what is there is kept, and renamed "
                     "to %s.not-a-checkpoint-...",
                     path,
                     os.path.basename(path),
@@ -380,13 +377,13 @@ class Saver:
         """Wait until every snapshot that was begun is taken; TimeoutError after ``timeout`` seconds."""
         self._thread.wait(timeout)
 
-    def wait_for_saves(self, counts: Callable[[Save], bool] = lambda save: True) -> None:
-        """Wait until every save that was begun has ended, committed or not. Errors stay unread in their Futures.
+    def wait_for_saves(self, saves: Sequence[Save] | None = None) -> None:
+        """Wait until saves have ended, committed or not. Errors stay unread in their Futures.
 
         Args:
-            counts: tells which saves are waited for.
+            saves: those that are waited for; None: all that are in flight.
         """
-        saves = list(filter(counts, self.completion.in_flight()))
+        saves = self.completion.in_flight() if saves is None else saves
 
         def ended(timeout: float | None) -> bool:
             return not wait([save.upload_completion for save in saves], timeout).not_done
@@ -402,7 +399,8 @@ class Saver:
     def warm_up(self, state: Mapping[str, Any]) -> None:
         """Do now what the first save would have to do: plan, create slabs, start workers. Waits for all of it."""
         self.memory.know_size()
-        save = Save(0, self._group.save_id(WARM_UP), lambda make: None, {})  # nobody hears of it: it is no save
+        # Nobody hears of it, and it goes nowhere: it is no save.
+        save = Save(0, self._group.save_id(WARM_UP), 0, lambda make: None, Destination("", "", Descriptor(-1)), {})
         try:
             tree = self._taker.flatten(state, save.save_id)
         except BaseException as error:
@@ -438,3 +436,16 @@ class Saver:
         self._planner.forget()
         self._piece_planner.forget()
         self._taker.forget()
+
+
+def _check_free_space(directory: str, nbytes: int) -> None:
+    with storage_errors("save", directory):
+        stats = os.statvfs(directory)
+    free = stats.f_bavail * stats.f_frsize
+    if nbytes > free:
+        raise StorageError(
+            errno.ENOSPC,
+            f"a checkpoint of {nbytes:,} bytes does not fit the {free:,} bytes that are free; nothing was written. "
+            "Free space, or set persistence.check_free_space to false if the file system reports it wrongly",
+            directory,
+        )

@@ -89,22 +89,17 @@ def agree_on_segment_bytes(persistence: PersistenceConfig, group: RankGroup, are
     return group.smallest("persistence.segment_bytes", segment_bytes_for(arena.piece_nbytes, own))
 
 
-def start_pool(workers: WorkersConfig, local_size: int, inherit_fds: tuple[int, ...] = ()) -> WorkerPool:
-    """Start the worker processes.
-
-    Args:
-        local_size: trainers on this host, which share its cores.
-        inherit_fds: what the workers keep open: NOTE [ The lock ] in ``directory/run_directory.py``.
-    """
+def start_pool(workers: WorkersConfig, local_size: int) -> WorkerPool:
+    """Start the worker processes. ``local_size`` trainers on this host share its cores."""
     settings = workers.model_dump(exclude={"count"})
     options = PoolOptions(**settings, env=NO_DEVICE_ENVIRONMENT)  # workers never create a context
-    return WorkerPool(workers.resolve_count(local_size), options, inherit_fds=inherit_fds)
+    return WorkerPool(workers.resolve_count(local_size), options)
 
 
-def save_template(persistence: PersistenceConfig, directory: str, group: RankGroup) -> SaveSpec:
+def save_template(persistence: PersistenceConfig, group: RankGroup) -> SaveSpec:
     """Return what the specs of all saves have in common; each save fills in the rest."""
     return SaveSpec(
-        directory=directory,
+        directory="",
         step=0,
         save_id="",
         kind=persistence.format,
@@ -116,6 +111,7 @@ def save_template(persistence: PersistenceConfig, directory: str, group: RankGro
         full_every=persistence.full_every,
         rank=group.rank,
         num_ranks=group.num_ranks,
+        run=group.nonce,
     )
 
 

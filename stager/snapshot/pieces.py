@@ -10,8 +10,8 @@ it.
 
 The slab of a piece (``slab_writer.py`` writes what is not tensors; the marks: ``filling.py``):
 
-    whole     | tensors | plan | objects | objects document ... | marks |
-    one of    | the piece's stretch of tensors and objects  ... | plan | objects document ... | marks |
+    whole     | tensors | plan | objects | objects document, sidecars ... | marks |
+    one of    | the piece's stretch of tensors and objects  ... | plan | objects document, sidecars ... | marks |
     several                                                     ^ at the same place in every slab
 """
 
@@ -111,18 +111,22 @@ def object_items(plan: SnapshotPlan, blobs: Sequence[bytes], slab_offset: int) -
     return items
 
 
-def whole(plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_bytes: int = 0) -> Pieces:
+def whole(
+    plan: SnapshotPlan, blobs: Sequence[bytes], num_parts: int, whole_bytes: int = 0, sidecars_nbytes: int = 0
+) -> Pieces:
     """Divide the snapshot into one piece: tensors, then the plan, then the objects, with room for objects to grow.
 
     Args:
         num_parts: into how many parts the save is divided.
         whole_bytes: see :class:`Pieces`.
+        sidecars_nbytes: bytes of the files that are saved with it.
     """
     plan_offset = align(plan.nbytes)
     objects_offset = align(plan_offset + len(plan.document))
     items = tuple(object_items(plan, blobs, objects_offset))
     objects_nbytes = sum(align(len(blob)) for blob in blobs)
-    marks_offset = objects_offset + int((objects_nbytes + _ROW_BYTES * len(blobs)) * _OBJECT_SLACK) + _DOCUMENT_BYTES
+    growing = objects_nbytes + _ROW_BYTES * len(blobs) + sidecars_nbytes
+    marks_offset = objects_offset + int(growing * _OBJECT_SLACK) + _DOCUMENT_BYTES
     piece = Piece(parts=range(num_parts), start=0, end=objects_offset + objects_nbytes)
     return Pieces(
         plan=plan,
@@ -146,7 +150,13 @@ def segment_bytes_for(budget_nbytes: int, configured: int) -> int:
 
 
 def cut(
-    plan: SnapshotPlan, blobs: Sequence[bytes], budget_nbytes: int, num_buffers: int, *, incremental: bool = False
+    plan: SnapshotPlan,
+    blobs: Sequence[bytes],
+    budget_nbytes: int,
+    num_buffers: int,
+    *,
+    incremental: bool = False,
+    sidecars_nbytes: int = 0,
 ) -> Pieces:
     """Divide the snapshot into pieces, each of which fits a slab of ``budget_nbytes`` bytes.
 
@@ -155,13 +165,16 @@ def cut(
         budget_nbytes: bytes of one slab, at most.
         num_buffers: number of slabs, for the message.
         incremental: keep files that are much smaller than a piece whole, so that unchanged ones can be hard-linked.
+        sidecars_nbytes: bytes of the files that are saved with it.
 
     Raises:
         MemoryBudgetError: not even a piece fits.
     """
     items = object_items(plan, blobs, align(plan.nbytes))
     layout = plan.layout.with_objects(items)
-    documents = align(len(plan.document)) + _ROW_BYTES * len(items) + _DOCUMENT_BYTES + _ROUNDING_BYTES
+    documents = (
+        align(len(plan.document)) + _ROW_BYTES * len(items) + _DOCUMENT_BYTES + _ROUNDING_BYTES + sidecars_nbytes
+    )
     overhead = documents + _marks_nbytes(budget_nbytes)
     room = budget_nbytes - overhead  # in a slab, for a piece
     total = sum(file.nbytes for file in layout.files)

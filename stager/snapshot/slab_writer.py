@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 from stager.snapshot.pieces import Piece, Pieces, blobs_of
 from stager.workers.checkpoint.layout.layout import align
@@ -35,11 +36,13 @@ class SlabWriter:
         slab: Slab,
         live_slabs: frozenset[str],
         marks: FillMarks = WHOLE_ALREADY,
+        sidecars: Sequence[bytes] = (),
     ) -> WriteTask:
-        """Add plan and objects to a slab. The tensors of ``piece`` may follow: the marks say how many are there.
+        """Add plan, objects and sidecars to a slab. The tensors of ``piece`` may follow: the marks say how many are there.
 
         Args:
             live_slabs: ids of the slabs that the trainer still has.
+            sidecars: the files' bytes, for the piece that has part 0.
         """
         for offset, data in blobs_of(piece, pieces.items, pieces.blobs):
             put(slab, offset, data)
@@ -50,7 +53,9 @@ class SlabWriter:
             self._plans[slab] = key
         behind = max(plan.offset + plan.nbytes, piece.nbytes)
         objects = put(slab, align(behind), objects_to_json(pieces.items))
-        return WriteTask(spec, slab, plan, pieces.plan.plan_id, objects, live_slabs, piece.start, marks=marks)
+        files = put(slab, objects.offset + objects.nbytes, b"".join(sidecars))
+        plan_id, start = pieces.plan.plan_id, piece.start
+        return WriteTask(spec, slab, plan, plan_id, objects, live_slabs, start, marks=marks, sidecars=files)
 
 
 def put(slab: Slab, offset: int, data: bytes) -> Extent:

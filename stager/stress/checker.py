@@ -13,11 +13,10 @@ from typing import Any
 
 from stager import Checkpointer
 from stager.stress.digest import digest
+from stager.workers.checkpoint.directory.names import is_partial, number_in, parse_partial
 from stager.workers.checkpoint.directory.run_directory import (
     LOCK_NAME,
     committed_steps,
-    is_partial,
-    parse_partial,
     read_checkpoint,
 )
 from stager.workers.checkpoint.read.verify import verify_checkpoint
@@ -99,7 +98,7 @@ def _strangers(names: list[str], partials: list[str], expected: Expectation) -> 
             continue
         if name in partials:
             if not expected.partials_allowed:
-                yield f"{name} (step {parse_partial(name)[0]}) was not cleaned up"
+                yield f"{name} (step {number_in(parse_partial(name)[0])}) was not cleaned up"
         elif _QUARANTINED not in name or not expected.quarantine_allowed:
             yield f"{name} does not belong here"
 

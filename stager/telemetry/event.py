@@ -3,6 +3,7 @@
     PlannedEvent -> StagedEvent -> WrittenEvent -> CommittedEvent
          |              |              |
          +--------------+--------------+--> FailedEvent          SkippedEvent: no buffer was free (arena.when_full: skip)
+                                       '--> CancelledEvent: its checkpoint was deleted
 
     FellBackEvent: a damaged checkpoint was passed over                PrunedEvent: checkpoints were removed
 
@@ -129,6 +130,16 @@ class SkippedEvent(SaveEvent):
 
     def _details(self) -> str:
         return "every buffer was in flight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelledEvent(SaveEvent):
+    """A save ended without a checkpoint, because ``delete()`` was called while it was in flight."""
+
+    name: ClassVar[str] = "cancelled"
+
+    def _details(self) -> str:
+        return "its checkpoint was deleted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ class SaveState(str, Enum):
     COMMITTED = "committed"
     FAILED = "failed"
     SKIPPED = "skipped"
+    CANCELLED = "cancelled"
 
     def __str__(self) -> str:
         return self.value

@@ -29,6 +29,15 @@ def state_of(step: int, nbytes: int) -> dict[str, torch.Tensor]:
     return {"x": torch.full((nbytes // 8,), value_of(step), dtype=torch.int64), "y": torch.tensor(value_of(step))}
 
 
+def delete_in_flight(directory: str) -> None:
+    """Save step 0 to the end; begin step 1, and delete it."""
+    with Checkpointer(directory, CONFIG) as ckpt:
+        ckpt.save(0, state_of(0, 1 << 20)).upload_completion.result()
+        say("base")
+        ckpt.save(1, state_of(1, 1 << 20))
+        ckpt.delete(1)
+
+
 # -- one save, and the end ------------------------------------------------------------------------------------------
 
 

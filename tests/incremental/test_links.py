@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stager.workers.checkpoint.commit import persist
+from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.receipt import Receipt
 from stager.workers.checkpoint.directory.run_directory import read_checkpoint
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
@@ -159,7 +160,7 @@ def test_full_disk_while_linking_is_an_error_like_any_other(run_dir: Path, monke
     with pytest.raises(StorageError, match="cannot link; free space") as caught:
         persist.persist_part(job, 0)
     assert caught.value.errno == errno.ENOSPC
-    persist.discard_partial(str(run_dir), 2, job.spec.save_id)
+    persist.discard_partial(str(run_dir), checkpoint_name(2), job.spec.save_id)
     assert verify_checkpoint(run_dir / "step-00000001").ok
 
 

@@ -22,6 +22,7 @@ from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.commit import persist
 from stager.workers.checkpoint.commit.commit import Committed
+from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
 from stager.workers.checkpoint.formats import contract, get_format
 from stager.workers.checkpoint.write.save_spec import SaveSpec
@@ -69,7 +70,7 @@ def make_task(
         stager="0",
         torch=torch.__version__,
         whole_bytes=1 << 62 if incremental else 0,
-        base_step=base_step,
+        base=None if base_step is None else checkpoint_name(base_step),
         full_every=full_every,
         metrics=metrics or {},
     )

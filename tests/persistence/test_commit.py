@@ -19,6 +19,7 @@ from stager.workers.checkpoint.commit.commit import partial_path, try_commit
 from stager.workers.checkpoint.commit.persist import PartResult, discard_partial, persist_part
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal
+from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.own_files import remove_own
 from stager.workers.checkpoint.directory.receipt import read_receipt, receipt_name
 from stager.workers.checkpoint.directory.run_directory import partial_names, read_checkpoint
@@ -101,7 +102,7 @@ def test_failed_second_rename_puts_the_old_one_back(run_dir: Path, monkeypatch: 
     with pytest.raises(StorageError) as raised:
         run(job)
     assert raised.value.errno == errno.EIO and moved
-    discard_partial(str(run_dir), 1, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id)
     assert same(load(read_checkpoint(str(run_dir), 1)[0]), OLD)
     assert os.listdir(run_dir) == ["step-00000001"]
 
@@ -273,7 +274,7 @@ def test_receipt_of_something_else_is_refused(run_dir: Path, changes: dict[str, 
     change_receipt(job, **changes)
     with pytest.raises(CorruptCheckpointError, match="receipt"):
         persist_part(job, 1)
-    discard_partial(str(run_dir), 1, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 
@@ -295,11 +296,11 @@ def test_what_was_discarded_is_not_committed_by_whoever_still_writes(
     """Another rank, which has told that the save failed. Who wrote until then removes what is left."""
     run_dir.mkdir()
     job = make_task(run_dir, NEW, num_parts=1)
-    at("part.receipt", lambda: discard_partial(str(run_dir), 1, job.spec.save_id, wait_secs=0.05))
+    at("part.receipt", lambda: discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id, wait_secs=0.05))
     with pytest.raises(StorageError, match="was removed while it was being written"):
         persist_part(job, 0)
     assert os.listdir(run_dir) == [f"step-00000001.removing-{job.spec.save_id}"]
-    discard_partial(str(run_dir), 1, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 
@@ -311,7 +312,7 @@ def test_manifest_that_nobody_would_read_is_not_committed(run_dir: Path, monkeyp
     with pytest.raises(StorageError, match=r"docs/scale\.md") as raised:
         run(job)
     assert raised.value.errno == errno.EFBIG
-    discard_partial(str(run_dir), 2, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(2), job.spec.save_id)
     assert os.listdir(run_dir) == ["step-00000001"]
 
 

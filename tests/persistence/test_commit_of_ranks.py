@@ -24,6 +24,7 @@ from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, 
 from stager.workers.checkpoint.commit.persist import discard_partial
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import open_regular
+from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.receipt import receipt_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.maintenance import recover
@@ -71,7 +72,7 @@ def written(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SaveSpec
         for job in jobs:
             persist.persist_part(job, 0)
     yield jobs[0].spec
-    discard_partial(str(run_dir), 1, jobs[0].spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), jobs[0].spec.save_id)
 
 
 def test_many_ranks_have_threads_and_one_rank_has_none(

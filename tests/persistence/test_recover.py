@@ -16,12 +16,8 @@ from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import discard_unfinished, persist_part, quarantine
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal, unseal
-from stager.workers.checkpoint.directory.run_directory import (
-    list_checkpoints,
-    partial_names,
-    read_checkpoint,
-    unfinished_name,
-)
+from stager.workers.checkpoint.directory.names import checkpoint_name, unfinished_name
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints, partial_names, read_checkpoint
 from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, RecoverOutcome, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write.write_task import WriteTask
@@ -342,7 +338,7 @@ def give_up(run_dir: Path) -> WriteTask:
     run_dir.mkdir()
     task = make_task(run_dir, NEW, num_parts=3)
     persist_part(task, 0)
-    quarantine(str(run_dir), task.spec.step, task.spec.save_id)
+    quarantine(str(run_dir), checkpoint_name(task.spec.step), task.spec.save_id)
     return task
 
 
@@ -351,8 +347,8 @@ def test_what_was_given_up_is_not_committed_by_a_part_that_comes_late(run_dir: P
     for part in (1, 2):
         assert persist_part(given_up, part).committed is None
     assert list_checkpoints(run_dir)[0] == []
-    quarantine(str(run_dir), given_up.spec.step, given_up.spec.save_id)  # of the rank that was late
-    assert os.listdir(run_dir) == [unfinished_name(given_up.spec.step, given_up.spec.save_id)]
+    quarantine(str(run_dir), checkpoint_name(given_up.spec.step), given_up.spec.save_id)  # of the rank that was late
+    assert os.listdir(run_dir) == [unfinished_name(given_up.spec.final_name, given_up.spec.save_id)]
 
 
 def test_what_was_given_up_can_be_taken_up_again(run_dir: Path) -> None:
@@ -382,13 +378,13 @@ def test_what_was_given_up_goes_where_there_are_no_replicas(run_dir: Path) -> No
 def test_what_was_given_up_is_removed_when_it_is_not_needed_any_more(run_dir: Path) -> None:
     given_up = give_up(run_dir)
     for _ in range(2):  # the second time it is gone
-        discard_unfinished(str(run_dir), given_up.spec.step, given_up.spec.save_id)
+        discard_unfinished(str(run_dir), checkpoint_name(given_up.spec.step), given_up.spec.save_id)
         assert os.listdir(run_dir) == []
-    quarantine(str(run_dir), given_up.spec.step, given_up.spec.save_id)
+    quarantine(str(run_dir), checkpoint_name(given_up.spec.step), given_up.spec.save_id)
 
 
 def test_what_is_committed_cannot_be_set_aside(run_dir: Path) -> None:
     save(run_dir, NEW)
     (info,) = list_checkpoints(run_dir)[0]
-    quarantine(str(run_dir), info.step, info.save_id)
+    quarantine(str(run_dir), checkpoint_name(info.step), info.save_id)
     assert same(states_of(run_dir)[1], NEW)

@@ -16,6 +16,7 @@ from stager import Checkpointer
 from stager.workers.checkpoint.commit.persist import discard_partial
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.run_directory import (
     LOCK_NAME,
     committed_steps,
@@ -55,7 +56,7 @@ def test_error_at_each_system_call(tmp_path: Path, step: int, code: int) -> None
                 failures += 1
                 assert error.errno == code and os.path.commonpath([error.path, run_dir]) == str(run_dir)
                 assert os.strerror(code) in str(error)
-                discard_partial(str(run_dir), step, job.spec.save_id)  # as the trainer has it done
+                discard_partial(str(run_dir), checkpoint_name(step), job.spec.save_id)  # as the trainer has it done
         if partial_names(str(run_dir)):  # only the replaced one, when what failed was its removal
             assert read_checkpoint(str(run_dir), step)[0].save_id == job.spec.save_id
             assert [found.outcome for found in recover(str(run_dir))] == [RecoverOutcome.REMOVED]
@@ -85,7 +86,7 @@ def test_message_says_what_to_do(run_dir: Path, monkeypatch: pytest.MonkeyPatch,
         with pytest.raises(StorageError, match=r"cannot write; .* \[") as raised:
             run(job)
     assert raised.value.errno == code
-    discard_partial(str(run_dir), 1, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 
@@ -106,7 +107,7 @@ def test_write_that_gets_nowhere_is_an_error_and_no_endless_loop(
         patch.setattr(os, "pwritev", lambda *_: 0)
         with pytest.raises(StorageError, match="dmesg"):
             run(job)
-    discard_partial(str(run_dir), 1, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id)
 
 
 def test_short_reads_are_continued(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ def test_full_disk(small_disk: Path, where: str) -> None:
         "manifest": "manifest.json",
     }[where]
     assert raised.value.errno == errno.ENOSPC and Path(raised.value.path).name == name
-    discard_partial(str(small_disk), 2, job.spec.save_id)
+    discard_partial(str(small_disk), checkpoint_name(2), job.spec.save_id)
     assert committed_steps(str(small_disk)) == [1] and verify_checkpoint(old.path).ok
     assert not partial_names(str(small_disk))
     assert verify_checkpoint(save(small_disk, NEW, step=2).path).ok
@@ -165,7 +166,7 @@ def test_run_directory_that_was_removed_is_not_made_again(run_dir: Path) -> None
         run(job)
     assert raised.value.errno == errno.ENOENT
     assert not run_dir.exists()
-    discard_partial(str(run_dir), 1, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id)
 
 
 def test_file_where_the_run_directory_should_be(run_dir: Path) -> None:
@@ -188,7 +189,7 @@ def test_something_else_where_the_partial_directory_should_be(run_dir: Path, tmp
     with pytest.raises(StorageError) as raised:
         run(job)
     assert raised.value.errno in (errno.ENOTDIR, errno.ELOOP)
-    discard_partial(str(run_dir), 1, job.spec.save_id)
+    discard_partial(str(run_dir), checkpoint_name(1), job.spec.save_id)
     assert os.listdir(run_dir) == []
 
 

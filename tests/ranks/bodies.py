@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from stager import Checkpointer, InconsistentRanksError, PerRank, PruneFate, RankFailedError, StorageError, UsageError
+from stager import (
+    Checkpointer,
+    InconsistentRanksError,
+    PathCheckpointer,
+    PerRank,
+    PruneFate,
+    RankFailedError,
+    StorageError,
+    UsageError,
+)
 from stager.ranks.partition import Partitioner
 from stager.ranks.rendezvous import Rendezvous
 from stager.state.flatten import flatten
@@ -37,6 +46,11 @@ def state_of(trained: Trained, rank: int) -> dict[str, Any]:
 def board_of(ckpt: Checkpointer) -> Rendezvous:
     """Where the ranks leave word for each other: tests ask it how far the others are."""
     return ckpt._group.rendezvous
+
+
+def of_step(ckpt: Checkpointer, step: int) -> list[Any]:
+    """The saves in flight of a step."""
+    return [save for save in ckpt._run.saver.completion.in_flight() if save.step == step]
 
 
 def save(rank: int, directory: str, layout: str) -> None:
@@ -211,7 +225,7 @@ def go_on_after_a_failure(rank: int, directory: str, victim: int, on_save_error:
         for step in range(1, 8):
             dist.barrier()
             if step == 2:
-                ckpt._run.saver.wait_for_saves(lambda save: save.step == 1)  # so that the fault meets the second
+                ckpt._run.saver.wait_for_saves(of_step(ckpt, 1))  # so that the fault meets the second
                 if faults is not None:
                     faults.arm("part.write", "errno ENOSPC")
             try:
@@ -220,7 +234,7 @@ def go_on_after_a_failure(rank: int, directory: str, victim: int, on_save_error:
                 raised.append(step)
             if step == 5:
                 for earlier in range(1, 6):
-                    ckpt._run.saver.wait_for_saves(lambda save, step=earlier: save.step == step)
+                    ckpt._run.saver.wait_for_saves(of_step(ckpt, earlier))
     with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
         return {"raised": raised, "steps": [info.step for info in ckpt.checkpoints()]}
 
@@ -384,3 +398,57 @@ def delete_on_each_rank(rank: int, directory: str) -> tuple[list[int], list[int]
         removed = ckpt.delete(1).steps(PruneFate.REMOVED)
         dist.barrier()
         return removed, [info.step for info in ckpt.checkpoints()]
+
+
+def save_files(rank: int, directory: str) -> dict[str, str]:
+    """Each rank gives a file with its rank."""
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+        ckpt.save(1, {"x": torch.ones(3)}, files={"who": str(rank).encode()}).upload_completion.result(60)
+        return _texts(ckpt.load(1, into={"x": torch.zeros(3)}).files)
+
+
+def _texts(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: data.decode() for name, data in files.items()}
+
+
+def save_to_paths(rank: int, directory: str, layout: str) -> list[Any]:
+    """Save to two directories, load, delete one on rank 0 only, save again in its place."""
+    trained = build(layout, seed=3)
+    first, second = Path(directory, "a", "checkpoint-1"), Path(directory, "b", "last.ckpt")
+    with PathCheckpointer(CONFIG) as ckpt:
+        for path in (first, second):
+            ckpt.save(path, state_of(trained, rank), files={"who": str(rank).encode()}).upload_completion.result(60)
+        found = []
+        for path in (first, second):
+            again = build(layout, seed=9)
+            loaded = ckpt.load(path, into=state_of(again, rank))
+            found.append((loaded.step, _texts(loaded.files), differences(whole_state(trained), whole_state(again))))
+        if rank == 0:
+            ckpt.delete(first)
+        dist.barrier()
+        found.append(first.exists())
+        ckpt.save(first, state_of(trained, rank), step=9).upload_completion.result(60)
+        found.append(ckpt.load(first, into=state_of(build(layout, seed=9), rank)).step)
+    return found
+
+
+def delete_in_flight_on_rank_0(rank: int, directory: str) -> list[Any]:
+    """1. the workers of rank 1 are held while they write 2. rank 0 deletes the save 3. the next save of all is committed."""
+    faults = faults_of_this_process(Path(directory, f"faults-{rank}"))
+    hold = faults.hold("part.write") if rank == 1 else None
+    state = {"x": torch.ones(100_000), "own": PerRank(torch.full((5,), float(rank)))}
+    with PathCheckpointer(CONFIG) as ckpt:
+        path = Path(directory, "a", "last.ckpt")
+        handle = ckpt.save(path, state)
+        if hold is not None:
+            hold.wait()
+        dist.barrier()
+        if rank == 0:
+            ckpt.delete(path)
+        dist.barrier()
+        if hold is not None:
+            hold.release()
+        ckpt.wait_for(path)
+        found = [str(handle.state), handle.upload_completion.cancelled(), path.exists()]
+        again = ckpt.save(path, state, step=4).upload_completion.result(60)
+        return [*found, again.step]

@@ -22,8 +22,8 @@ from stager import Checkpointer, RankFailedError, SaveHandle, StorageError
 from stager.ranks import keys
 from stager.ranks.messages import ReplicaFate, decode
 from stager.replication.replicator import Replicator
+from stager.saving import directories as opening
 from stager.saving import open_here
-from stager.saving import open_run as opening
 from tests.faults import Faults, faults_of_this_process
 from tests.ranks.bodies import CONFIG, board_of, flip, no_collectives, state_of
 from tests.ranks.layouts import Trained, build, differences, whole_state

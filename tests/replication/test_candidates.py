@@ -16,7 +16,9 @@ from stager.replication.candidates import Candidates
 def offered(step: int, *owners: int, num_ranks: int = 2, created: float = 0.0, name: str = "") -> list[OfferedReplica]:
     """Each owner's by a host of its own."""
     return [
-        OfferedReplica(f"host-{owner}", owner, step, name or f"save {step}", num_ranks, created or 4e9 + step)
+        OfferedReplica(
+            f"host-{owner}", owner, step, name or f"save {step}", num_ranks, created or 4e9 + step, f"step-{step:08d}"
+        )
         for owner in owners
     ]
 

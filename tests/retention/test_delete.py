@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from stager import (
     UsageError,
 )
 from stager.workers.checkpoint.directory.read_lock import reading
-from tests.faults import Faults
 from tests.retention.runs import make_run, steps_of
 from tests.staging.ranks import run_ranks
-from tests.waiting import wait_until_blocked
 
 
 def config(**persistence: Any) -> dict[str, Any]:
@@ -58,22 +55,6 @@ def test_a_protected_one_is_refused_and_the_advice_works(run_dir: Path) -> None:
         ckpt.unprotect(1)
         ckpt.delete(1)
     assert steps_of(run_dir) == [2]
-
-
-def test_a_save_that_is_in_flight_stays_deleted(run_dir: Path, faults: Faults) -> None:
-    """1. the save is held while it is written. 2. delete() waits for it. 3. it is committed, and removed."""
-    with Checkpointer(run_dir, config()) as ckpt:
-        with faults.hold("part.write") as hold:
-            handle = ckpt.save(1, {"x": torch.ones(10)})
-            hold.wait()
-            deleting = threading.Thread(target=lambda: ckpt.delete(1))
-            deleting.start()
-            wait_until_blocked(deleting, Checkpointer.delete)
-            hold.release()
-        deleting.join()
-        assert handle.upload_completion.result().step == 1
-        assert ckpt.checkpoints() == []
-    assert steps_of(run_dir) == []
 
 
 def test_what_shares_files_with_it_stays_whole_and_the_next_save_links_nothing_to_it(run_dir: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 
 from stager import Checkpointer, Event, FailedEvent, SaveState, StorageError, UnstageableError
 from stager.ranks.rank_group import RankGroup
+from stager.saving.destination import Destination
 from stager.saving.save import Save
 from stager.saving.save_errors import SaveErrors
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.errors import LeftRunningError, RankFailedError
+from stager.workers.memory.descriptor import Descriptor
 from tests.faults import Faults
 from tests.ranks.threads import on_ranks
 
@@ -129,7 +131,8 @@ class Ranks:
     def save(self) -> bool:
         """Begin a save, as ``Checkpointer.save`` does. Whether it raised the error of an earlier one."""
         self.errors.judge()
-        save = Save(len(self.saves), f"{len(self.saves):x}", lambda make: None, {})
+        number = len(self.saves)
+        save = Save(number, f"{number:x}", number, lambda make: None, Destination("", "", Descriptor(-1)), {})
         self.errors.begin(save)
         self.saves.append(save)
         try:

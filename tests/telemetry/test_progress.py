@@ -12,9 +12,11 @@ from rich.console import Console
 
 from stager import Checkpointer
 from stager.saving import progress
+from stager.saving.destination import Destination
 from stager.saving.progress import SaveProgress
 from stager.saving.save import Save
 from stager.telemetry.report import SaveState
+from stager.workers.memory.descriptor import Descriptor
 from tests.faults import Faults
 from tests.waiting import wait_until
 
@@ -29,7 +31,7 @@ def shown(on: Console) -> str:
 
 
 def a_save() -> Save:
-    save = Save(7, "a7", lambda make: None, {})
+    save = Save(7, "a7", 1, lambda make: None, Destination("", "", Descriptor(-1)), {})
     save.record(nbytes=256 << 20)
     return save
 

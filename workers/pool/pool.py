@@ -77,21 +77,16 @@ class WorkerPool:
     CPU tensors share their storages (torch.multiprocessing), they are not copied. Workers do not import the main module, so
     no ``if __name__ == "__main__"`` is needed.
 
-    Args:
-        inherit_fds: descriptors that the workers keep open as long as they live (a lock on a directory, say).
-
     Raises:
         WorkerStartError: the operating system refused to start a process.
     """
 
-    def __init__(
-        self, count: int = 2, options: PoolOptions | None = None, *, inherit_fds: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, count: int = 2, options: PoolOptions | None = None) -> None:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         self._owner = os.getpid()
         self._options = options or PoolOptions()
-        self._supervisor = Supervisor(count, self._options, inherit_fds)
+        self._supervisor = Supervisor(count, self._options)
         self._roster = self._supervisor.roster
         self._close_lock = threading.Lock()
         # When all is there, so that a pool that could not be made is not closed at exit.

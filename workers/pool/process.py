@@ -42,7 +42,7 @@ class WorkerProcess:
         WorkerStartError: the operating system refused the process, or a descriptor for it.
     """
 
-    def __init__(self, options: PoolOptions, inherit_fds: tuple[int, ...] = ()) -> None:
+    def __init__(self, options: PoolOptions) -> None:
         self.sentinel = self._beats = -1
         try:
             self.sock, theirs = map(_socket_above_stdio, socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -52,7 +52,7 @@ class WorkerProcess:
                 # The trainer closes its copy of the worker's end, so that the worker's death is an end-of-file here.
                 with theirs:
                     self._beats = _above_stdio(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-                    self._popen = _start(theirs, self._beats, options, inherit_fds)
+                    self._popen = _start(theirs, self._beats, options)
                 self.pid = self._popen.pid
                 # At once, while the process was surely not reaped yet: the pid is still its own.
                 self.sentinel = self._open_sentinel()
@@ -121,9 +121,7 @@ class WorkerProcess:
         self._popen.returncode = 0
 
 
-def _start(
-    theirs: socket.socket, beats: int, options: PoolOptions, inherit_fds: tuple[int, ...]
-) -> subprocess.Popen[bytes]:
+def _start(theirs: socket.socket, beats: int, options: PoolOptions) -> subprocess.Popen[bytes]:
     executable = spawn.get_executable() or sys.executable
     if not executable:
         raise WorkerStartError(
@@ -147,7 +145,7 @@ def _start(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        pass_fds=(theirs.fileno(), beats, *inherit_fds),
+        pass_fds=(theirs.fileno(), beats),
         env={**os.environ, **_ONE_THREAD, **(options.env or {})},
         # Ctrl-C and a launcher's killpg are for the trainer. Its workers drain first.
         start_new_session=True,

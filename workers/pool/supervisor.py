@@ -56,10 +56,9 @@ class Supervisor:
         WorkerStartError: the operating system refused to start a process.
     """
 
-    def __init__(self, count: int, options: PoolOptions, inherit_fds: tuple[int, ...]) -> None:
+    def __init__(self, count: int, options: PoolOptions) -> None:
         self._count = count
         self._options = options
-        self._inherit_fds = inherit_fds
         self._restart_budget = RestartBudget(options.max_restarts)
         self._heartbeats = HeartbeatClock(options.heartbeat_timeout_secs, time.monotonic())
         self.roster = Roster()
@@ -259,7 +258,7 @@ class Supervisor:
             self._give_up_if_broken(error)
 
     def _spawn(self) -> None:
-        process = WorkerProcess(self._options, self._inherit_fds)
+        process = WorkerProcess(self._options)
         self.roster.add(WorkerHandle(process, self._options.start_timeout_secs))
 
     def _give_up_if_broken(self, cause: WorkerStartError) -> None:

@@ -13,9 +13,9 @@ from stager.workers.checkpoint.commit.commit import put_in_place
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
+from stager.workers.checkpoint.directory.names import parse_checkpoint
 from stager.workers.checkpoint.directory.own_files import is_own, remove_own
 from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.run_directory import parse_checkpoint
 from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.errors import StorageError, UsageError

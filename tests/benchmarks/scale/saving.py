@@ -58,6 +58,7 @@ class Save:
         yield from directory.share(actor)
         yield from files.call(actor, Call.OPEN)  # is it committed?
         yield from files.call(actor, Call.ATTRIBUTES)  # is it still the same?
+        yield from files.call(actor, Call.ATTRIBUTES)  # is it withdrawn?
         yield from files.call(actor, Call.OPEN)  # is there a receipt?
         if part == 0:
             yield from files.write_atomically(actor, directory, self._world.costs.record_bytes)
@@ -119,7 +120,8 @@ class Save:
         removers = [self._remove] * self._num_files
         yield from in_threads(self._world.simulation, actor, removers, threads)
         files.sync(actor)
-        yield from files.call(actor, Call.OPEN)  # is there an older checkpoint of this step?
+        yield from files.call(actor, Call.ATTRIBUTES)  # is there a later checkpoint of this name?
+        yield from files.call(actor, Call.OPEN)  # is there an older one?
         yield from files.call(actor, Call.RENAME)
         directory.commit()
         yield from files.call(actor, Call.OPEN)  # the run's directory

@@ -21,14 +21,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import NoReturn
 
 import xxhash
 
 from stager.workers.checkpoint.commit.in_threads import in_threads
 from stager.workers.checkpoint.commit.merge import RankContribution, merge
 from stager.workers.checkpoint.directory import files, run_directory
-from stager.workers.checkpoint.directory.files import is_still, storage_errors
+from stager.workers.checkpoint.directory.files import is_still, storage_errors, vanished
 from stager.workers.checkpoint.directory.manifest import (
     MANIFEST_NAME,
     IndexFile,
@@ -36,10 +35,11 @@ from stager.workers.checkpoint.directory.manifest import (
     ManifestHeader,
     parse_manifest,
 )
+from stager.workers.checkpoint.directory.names import REPLACED, partial_name
 from stager.workers.checkpoint.directory.own_files import own_files, remove_own
 from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
-from stager.workers.checkpoint.directory.run_directory import REPLACED, CheckpointInfo, checkpoint_name, partial_name
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.layout import Layout
@@ -70,23 +70,22 @@ class Committed:
 
 def partial_path(spec: SaveSpec) -> str:
     """Return the path of the save's partial directory."""
-    return os.path.join(spec.directory, partial_name(spec.step, spec.save_id))
+    return os.path.join(spec.directory, partial_name(spec.final_name, spec.save_id))
+
+
+def final_path(spec: SaveSpec) -> str:
+    """Return the path of the checkpoint's directory."""
+    return os.path.join(spec.directory, spec.final_name)
 
 
 def already_committed(spec: SaveSpec) -> Committed | None:
     """Return the commit of this very save if it has happened, else None."""
     try:
-        info, _ = run_directory.read_checkpoint(spec.directory, spec.step)
+        info, _ = run_directory.read_checkpoint_at(final_path(spec), spec.step)
     except (CheckpointNotFoundError, CorruptCheckpointError):
         return None
     now = time.time()
     return Committed(info, now, now, os.getpid()) if info.save_id == spec.save_id else None
-
-
-def vanished(partial: str) -> NoReturn:
-    """Raise a StorageError: somebody removed the partial directory."""
-    message = "the partial checkpoint was removed while it was being written; find out by whom, then save again"
-    raise StorageError(errno.ENOENT, message, partial)
 
 
 # NOTE [ The lock on a partial directory ]
@@ -125,7 +124,7 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
         InconsistentRanksError: the ranks did not save the same state.
     """
     started = time.time()
-    partial, final = partial_path(spec), os.path.join(spec.directory, checkpoint_name(spec.step))
+    partial, final = partial_path(spec), final_path(spec)
     with storage_errors("commit", partial), ExitStack() as stack:
         try:
             directory_fd = stack.enter_context(locked(partial))
@@ -142,8 +141,21 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
         # With the name exchanged, this is the older checkpoint of the step, and its manifest is not ours to publish.
         if manifest.header.save_id != spec.save_id:
             return already_committed(spec) or vanished(partial)
-        put_in_place(partial, final, manifest, directory_fd, spec.fsync, num_threads=num_threads(spec.num_ranks))
+        if _is_superseded(final, spec):
+            remove_own(partial)
+        else:
+            put_in_place(partial, final, manifest, directory_fd, spec.fsync, num_threads=num_threads(spec.num_ranks))
     return Committed(CheckpointInfo.of(final, manifest), started, time.time(), os.getpid())
+
+
+def _is_superseded(final: str, spec: SaveSpec) -> bool:
+    """Return whether a later save of the same trainer to the same name was committed first.
+
+    That happens when a worker is slow, or dies. The earlier save counts as committed, and replaced at once. The clock does
+    not decide: it may have been set back.
+    """
+    head = run_directory.read_head(final)
+    return head is not None and head.run == spec.run != "" and head.number > spec.number
 
 
 def commit_recorded(spec: SaveSpec) -> Committed | None:
@@ -220,9 +232,8 @@ def _write_manifest(contributions: list[RankContribution], directory_fd: int, pa
     point("commit.begin")
     spec = contributions[0].spec
     layout, hashes = merge(contributions, partial)
-    final = os.path.join(spec.directory, checkpoint_name(spec.step))
-    index_files = []
-    for name, data in get_format(spec.kind).index_files(layout, spec.save_id, final).items():
+    index_files = list(spec.sidecars)  # a worker has written and synced them (``persist.py``)
+    for name, data in get_format(spec.kind).index_files(layout, spec.save_id, final_path(spec)).items():
         files.write_atomically(directory_fd, partial, name, data, spec.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
@@ -258,9 +269,20 @@ def build_manifest(
         check_distinct([MANIFEST_NAME, *(f.name for f in layout.files), *(f.name for f in index_files)])
     except ValueError as error:
         raise CorruptCheckpointError(partial_path(spec), f"cannot be committed: {error}") from error
-    versions = spec.torch, spec.stager
     header = ManifestHeader(
-        spec.kind, spec.step, spec.save_id, spec.created, *versions, linked_bytes, generation, dict(spec.metrics)
+        kind=spec.kind,
+        step=spec.step,
+        save_id=spec.save_id,
+        created=spec.created,
+        torch=spec.torch,
+        stager=spec.stager,
+        linked_bytes=linked_bytes,
+        generation=generation,
+        metrics=dict(spec.metrics),
+        name=spec.name,
+        run=spec.run,
+        number=spec.number,
+        sidecars=tuple(file.name for file in spec.sidecars),
     )
     return Manifest(header, layout, hashes, index_files)
 

@@ -2,7 +2,7 @@
 
     1. Open the partial directory; make it if needed. Take its flock shared: NOTE [ The lock on a partial directory ].
     2. Return at once if the save is committed, or if this part has a receipt: the task ran before, in a worker that died.
-    3. Part 0 of each rank writes the save record.
+    3. Part 0 of each rank writes the save record, and the sidecars.
     4. Link unchanged files of an incremental save; hash and write everything else. What is not in the slab yet is waited
        for: NOTE [ A slab that is half filled ] in ``workers/memory/fill_marks.py``.
     5. Sync the data files, then the directory.
@@ -27,17 +27,17 @@ from stager.workers.checkpoint.commit.commit import (
     partial_path,
     rename_onto_nothing,
     try_commit,
-    vanished,
 )
 from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import is_still, storage_errors
+from stager.workers.checkpoint.directory.files import is_still, storage_errors, vanished
+from stager.workers.checkpoint.directory.names import partial_name, removing_name, unfinished_name
 from stager.workers.checkpoint.directory.own_files import remove_own
 from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
-from stager.workers.checkpoint.directory.run_directory import partial_name, removing_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout, partition_once
 from stager.workers.checkpoint.write.hard_link_base import link_unchanged, whole_files
 from stager.workers.checkpoint.write.part_writer import PartWriter, runs_once
-from stager.workers.checkpoint.write.write_task import WriteTask, read_layout, record_name, to_record
+from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.write.write_task import WriteTask, read_extent, read_layout, record_name, to_record
 from stager.workers.errors import AbandonedSnapshotError
 from stager.workers.faults import point
 from stager.workers.gc_pause import no_collection
@@ -80,7 +80,7 @@ def persist_part(task: WriteTask, part: int) -> PartResult:
             done = _write_part(task, layout, part)
         except AbandonedSnapshotError as error:
             if error.is_orphan and task.spec.num_ranks == 1:  # otherwise the trainer, or another rank, does it
-                discard_partial(task.spec.directory, task.spec.step, task.spec.save_id)
+                discard_partial(task.spec.directory, task.spec.final_name, task.spec.save_id)
             raise
         if isinstance(done, Committed):
             return PartResult(part, os.getpid(), done.started, done.started, done.started, done)
@@ -108,7 +108,7 @@ def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committ
         if committed is not None:
             remove_own(partial)  # an empty directory, or the checkpoint that this save replaced
             return committed
-        if not is_still(partial, directory_fd):
+        if not is_still(partial, directory_fd) or os.path.lexists(_withdrawn_path(spec)):
             vanished(partial)
         # A worker that died after its receipt has done everything but the commit.
         receipt = read_receipt(partial, spec.rank, part, spec.num_parts, spec.save_id)
@@ -135,6 +135,7 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
     # 3. Before any data: without the record, nobody could tell after a crash what is missing.
     if part == 0:
         files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(task), spec.fsync)
+        _write_sidecars(task, directory_fd, partial)
     filled = FillWatch(task.slab, task.marks)
     with ExitStack() as opened:
         writer = PartWriter(task, layout, filled, directory_fd, partial, opened)
@@ -173,19 +174,56 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
     return receipt
 
 
-# -- the end of a failed save -----------------------------------------------------------------------------------
+def _write_sidecars(task: WriteTask, directory_fd: int, partial: str) -> None:
+    data = read_extent(task, task.sidecars)
+    for file in task.spec.sidecars:
+        files.write_atomically(directory_fd, partial, file.name, data[: file.nbytes], task.spec.fsync)
+        data = data[file.nbytes :]
 
 
-def discard_partial(directory: str, step: int, save_id: str, wait_secs: float = _DISCARD_SECS) -> None:
+# -- the end of a save that is deleted, or has failed ------------------------------------------------------------------
+
+
+# NOTE [ Withdrawing a save ]
+# Who deletes a save in flight makes the directory ``<name>.removing-<save_id>``, and then renames the partial directory onto
+# it. A part makes the partial directory, and then looks for ``.removing-``. So whichever comes first, nobody writes into a
+# directory that could be committed: parts that write find that the name is gone (before each write, and at the end), and
+# parts that begin later find ``.removing-``. It stays until no part of this rank runs any more (``discard_partial``).
+def withdraw(directory: str, name: str, save_id: str) -> None:
+    """Take its name from the partial directory of a save in flight. From then on nobody can commit it.
+
+    It may have been committed just before; then nothing happens.
+
+    Raises:
+        StorageError
+    """
+    partial = os.path.join(directory, partial_name(name, save_id))
+    removed = os.path.join(directory, removing_name(name, save_id))
+    with storage_errors("remove", partial):
+        with suppress(FileExistsError):
+            os.mkdir(removed)
+        point("withdraw.marked")
+        with suppress(FileNotFoundError):
+            rename_onto_nothing(partial, removed)
+        files.sync_directory(directory)  # a power failure must not bring it back
+        point("withdraw.synced")
+
+
+def _withdrawn_path(spec: SaveSpec) -> str:
+    return os.path.join(spec.directory, removing_name(spec.final_name, spec.save_id))
+
+
+def discard_partial(directory: str, name: str, save_id: str, wait_secs: float = _DISCARD_SECS) -> None:
     """Remove the partial directory of a failed save, unless the save is committed after all.
 
-    Runs in a worker, when no part of this rank runs any more. Another rank may still write, or be about to commit.
+    ``name`` is that of the checkpoint. Runs in a worker, when no part of this rank runs any more. Another rank may still
+    write, or be about to commit.
     """
-    partial = os.path.join(directory, partial_name(step, save_id))
-    removed = os.path.join(directory, removing_name(step, save_id))
+    partial = os.path.join(directory, partial_name(name, save_id))
+    removed = os.path.join(directory, removing_name(name, save_id))
     with storage_errors("remove", partial):
         # 1. Rename. From then on nobody can commit it. If it was committed just before, there is nothing to rename.
-        with suppress(FileNotFoundError):  # it is committed, or another rank was first
+        with suppress(FileNotFoundError):  # it is committed, or withdrawn, or another rank was first
             if not rename_onto_nothing(partial, removed):  # a rank that began late has made the directory again
                 removed += secrets.token_hex(4)
                 os.rename(partial, removed)
@@ -193,21 +231,21 @@ def discard_partial(directory: str, step: int, save_id: str, wait_secs: float = 
         _remove_when_alone(removed, wait_secs)
 
 
-def quarantine(directory: str, step: int, save_id: str) -> None:
+def quarantine(directory: str, name: str, save_id: str) -> None:
     """Quarantine an incomplete save: rename it so that nobody commits it, and keep it for replicas to complete.
 
     Does nothing if the save is committed after all.
     """
-    partial = os.path.join(directory, partial_name(step, save_id))
+    partial = os.path.join(directory, partial_name(name, save_id))
     # One rename decides between this and a commit: whichever comes first takes the name away from the other.
     with storage_errors("rename", partial), suppress(FileNotFoundError):  # it is committed, or another rank was first
-        if not rename_onto_nothing(partial, os.path.join(directory, unfinished_name(step, save_id))):
-            discard_partial(directory, step, save_id)  # a rank that began late has made the directory again
+        if not rename_onto_nothing(partial, os.path.join(directory, unfinished_name(name, save_id))):
+            discard_partial(directory, name, save_id)  # a rank that began late has made the directory again
 
 
-def discard_unfinished(directory: str, step: int, save_id: str) -> None:
+def discard_unfinished(directory: str, name: str, save_id: str) -> None:
     """Remove what :func:`quarantine` kept."""
-    path = os.path.join(directory, unfinished_name(step, save_id))
+    path = os.path.join(directory, unfinished_name(name, save_id))
     with storage_errors("remove", path):
         _remove_when_alone(path, _DISCARD_SECS)
 

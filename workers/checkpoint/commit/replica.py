@@ -19,10 +19,11 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.layout.layout_check import check_count, check_text
-from stager.workers.checkpoint.write.save_spec import SaveSpec, check_spec
-from stager.workers.checkpoint.write.write_task import Extent, WriteTask
+from stager.workers.checkpoint.write.save_spec import SaveSpec, decode_spec, encode_spec
+from stager.workers.checkpoint.write.write_task import NOTHING, Extent, WriteTask
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.memory.attached import AttachedSlab
+from stager.workers.memory.descriptor import Descriptor
 
 HEADER_SUFFIX = ".json"
 _HASHED_BYTES = 64 << 20
@@ -44,19 +45,31 @@ class ReplicaHeader:
     objects: Extent
     nbytes: int
     digest: str
+    sidecars: Extent = NOTHING
 
     @staticmethod
     def of(task: WriteTask) -> ReplicaHeader:
         """Make the header of a whole snapshot; hashes its bytes."""
-        nbytes = task.objects.offset + task.objects.nbytes
+        nbytes = max(extent.offset + extent.nbytes for extent in (task.objects, task.sidecars))
         # No hard-link base: that checkpoint may be gone when the replica is needed.
-        spec = replace(task.spec, directory="", base_step=None)
-        return ReplicaHeader(spec, task.plan, task.plan_id, task.objects, nbytes, digest_of(task.slab.view, nbytes))
+        spec = replace(task.spec, directory="", base=None)
+        digest = digest_of(task.slab.view, nbytes)
+        return ReplicaHeader(spec, task.plan, task.plan_id, task.objects, nbytes, digest, task.sidecars)
 
     def to_bytes(self) -> bytes:
         """Serialise the header, sealed."""
-        fields = asdict(self)
-        return seal({"facts": fields.pop("spec"), **fields})  # "facts": the key of version 0.1
+        places = {name: asdict(getattr(self, name)) for name in ("plan", "objects", "sidecars")}
+        if self.sidecars == NOTHING:
+            del places["sidecars"]  # so that an older version can read the header
+        return seal(  # "facts": the key of version 0.1
+            {
+                "facts": encode_spec(self.spec),
+                "plan_id": self.plan_id,
+                "nbytes": self.nbytes,
+                "digest": self.digest,
+                **places,
+            }
+        )
 
     @staticmethod
     def from_bytes(data: bytes, path: str) -> ReplicaHeader:
@@ -67,17 +80,17 @@ class ReplicaHeader:
         """
         body = unseal(data, path)
         try:
-            spec, nbytes = check_spec(SaveSpec(**body["facts"])), check_count(body["nbytes"])
-            plan, objects = (
+            spec, nbytes = decode_spec(body["facts"]), check_count(body["nbytes"])
+            plan, objects, sidecars = (
                 Extent(check_count(extent["offset"]), check_count(extent["nbytes"]))
-                for extent in (body["plan"], body["objects"])
+                for extent in (body["plan"], body["objects"], body.get("sidecars", asdict(NOTHING)))
             )
             plan_id, digest = check_text(body["plan_id"]), check_text(body["digest"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptCheckpointError(path, f"is not the header of a replica: {error!r}") from error
-        if (end := max(plan.offset + plan.nbytes, objects.offset + objects.nbytes)) > nbytes:
+        if (end := max(extent.offset + extent.nbytes for extent in (plan, objects, sidecars))) > nbytes:
             raise CorruptCheckpointError(path, f"refers to bytes up to {end:,}, and the replica has {nbytes:,}")
-        return ReplicaHeader(spec, plan, plan_id, objects, nbytes, digest)
+        return ReplicaHeader(spec, plan, plan_id, objects, nbytes, digest, sidecars)
 
 
 def digest_of(view: memoryview, nbytes: int) -> str:
@@ -106,16 +119,27 @@ def check_replica(path: str) -> None:
         raise CorruptCheckpointError(path, "is damaged: its bytes do not match the hash in its header")
 
 
-def persist_replica(path: str, part: int, directory: str, save_id: str) -> PartResult:
+def persist_replica(path: str, part: int, directory: str, save_id: str, lock: Descriptor) -> PartResult:
     """Write a part from a replica that :func:`check_replica` accepted, as ``persist_part`` does from a snapshot.
 
     Args:
         directory: of the run.
+        lock: on the directory.
         save_id: of the save to write. It is the replica's own if other ranks' parts of that save still exist.
     """
     header, slab = _open(path)
     spec = replace(header.spec, directory=directory, save_id=save_id)
-    return persist_part(WriteTask(spec, slab, header.plan, header.plan_id, header.objects, frozenset()), part)
+    task = WriteTask(
+        spec=spec,
+        slab=slab,
+        plan=header.plan,
+        plan_id=header.plan_id,
+        objects=header.objects,
+        live_slabs=frozenset(),
+        lock=lock,
+        sidecars=header.sidecars,
+    )
+    return persist_part(task, part)
 
 
 def _open(path: str) -> tuple[ReplicaHeader, AttachedSlab]:

@@ -7,8 +7,7 @@ from itertools import islice
 
 from stager.workers.checkpoint.directory.manifest import has_own_manifest
 from stager.workers.checkpoint.directory.run_directory import (
-    checkpoint_name,
-    committed_steps,
+    checkpoint_names,
     is_checkpoint_directory,
     require_run_directory,
 )
@@ -35,17 +34,18 @@ def choose_checkpoint(path: str, step: int | None) -> str:
         if step is not None:
             raise UsageError(f"{path} is one checkpoint; leave the step out, or give the directory of its run")
         return path
-    return os.path.join(path, checkpoint_name(_step_of_run(require_run_directory(path), step)))
+    return os.path.join(path, _name_in_run(require_run_directory(path), step))
 
 
-def _step_of_run(path: str, step: int | None) -> int:
-    steps = committed_steps(path)
+def _name_in_run(path: str, step: int | None) -> str:
+    names = checkpoint_names(path)
+    steps = list(names)
     if step is not None and step not in steps:
         there = f"there are {_named(steps)}" if steps else f"there are no checkpoints{runs_inside(path)}"
         raise CheckpointNotFoundError(None, f"no checkpoint of step {step}; {there}", path)
     if not steps:
         raise CheckpointNotFoundError(None, f"the directory has no committed checkpoint{runs_inside(path)}", path)
-    return steps[0] if step is None else step
+    return names[steps[0] if step is None else step]
 
 
 def _named(steps: list[int]) -> str:
@@ -54,7 +54,7 @@ def _named(steps: list[int]) -> str:
 
 def is_run(directory: str) -> bool:
     """Whether a directory is that of a run with a checkpoint."""
-    return any(has_own_manifest(os.path.join(directory, checkpoint_name(step))) for step in committed_steps(directory))
+    return any(has_own_manifest(os.path.join(directory, name)) for name in checkpoint_names(directory).values())
 
 
 def runs_inside(directory: str) -> str:

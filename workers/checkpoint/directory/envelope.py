@@ -36,18 +36,22 @@ def is_sealed(data: bytes) -> bool:
     return data.startswith(_HEAD)
 
 
+def is_intact(data: bytes) -> bool:
+    """Return whether a sealed document is as it was written."""
+    head = b"".join((_HEAD, xxhash.xxh3_128_hexdigest(memoryview(data)[_BODY_START : -len(_END)]).encode(), _MIDDLE))
+    return data[:_BODY_START] == head and data[-len(_END) :] == _END
+
+
 def unseal(data: bytes, path: str) -> Any:
     """Check a sealed document, and return its body.
 
     Raises:
         CorruptCheckpointError: a byte is not as it was written; ``path`` names the file.
     """
-    body = data[_BODY_START : -len(_END)]
-    expected = b"".join((_HEAD, xxhash.xxh3_128_hexdigest(body).encode(), _MIDDLE))
-    if data[:_BODY_START] != expected or data[-len(_END) :] != _END:
+    if not is_intact(data):
         raise CorruptCheckpointError(path, f"is damaged: its {len(data)} bytes do not match the checksum")
     try:
-        return json.loads(body, parse_constant=_refuse)
+        return json.loads(data[_BODY_START : -len(_END)], parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # only if another program sealed it
         raise CorruptCheckpointError(path, f"not valid JSON: {error}") from error
 

@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from stager.workers.errors import CorruptCheckpointError, StorageError
 
@@ -231,3 +232,9 @@ def sync_directory(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def vanished(partial: str) -> NoReturn:
+    """Raise a StorageError: somebody removed the partial directory."""
+    message = "the partial checkpoint was removed while it was being written; find out by whom, then save again"
+    raise StorageError(errno.ENOENT, message, partial)

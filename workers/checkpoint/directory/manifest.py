@@ -4,11 +4,15 @@ Its presence under its final name is what makes a directory a checkpoint. It nam
 with its place, dtype, shape and hashes, and the structure of the state. Body of the sealed document
 (:mod:`stager.workers.checkpoint.directory.envelope`), version 1:
 
-    format "stager", version 1, kind "dcp" (the on-disk format of the items), step, save_id, created (unix seconds),
-    torch, stager (versions that wrote it), segment_bytes,
+    format "stager", version 1,
+    name         of the directory, unless it is the default one of its step (``names.py``)
+    order        [run, number]: a nonce of the trainer's, and how many saves it had begun
+    kind "dcp" (the on-disk format of the items), step, save_id, created (unix seconds), torch, stager (versions that
+    wrote it), segment_bytes,
     linked       [bytes of files that are hard links to an earlier checkpoint's, saves since one was written without links]
     files        [[name, nbytes], ...]                 data files, tiled by the items' spans
-    index_files  [[name, nbytes, xxh3_128], ...]       .metadata
+    index_files  [[name, nbytes, xxh3_128], ...]       .metadata, and the sidecars
+    sidecars     [name, ...]                           which of the index files the user gave to ``save(files=...)``
     columns      names of the columns of a row
     rows         [[kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, [xxh3_128, ...]], ...]
     structure    see :mod:`stager.workers.checkpoint.layout.structure`
@@ -31,6 +35,7 @@ from typing import Any, TypeVar
 from stager.workers.checkpoint.directory import files, metrics
 from stager.workers.checkpoint.directory.envelope import is_sealed, seal_json, unseal
 from stager.workers.checkpoint.directory.metrics import Metrics
+from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.own_files import is_own
 from stager.workers.checkpoint.layout.items import ROW_COLUMNS, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, num_segments
@@ -39,6 +44,7 @@ from stager.workers.checkpoint.layout.layout_check import (
     check_distinct,
     check_file_name,
     check_layout,
+    check_sidecar_name,
     check_step,
     check_text,
     check_time,
@@ -71,6 +77,9 @@ class ManifestHeader:
         linked_bytes: of files that were hard links to an earlier checkpoint's when this one was committed.
         generation: 0: all of it was written by its own save; else one more than the checkpoint that it was linked to.
         metrics: as the user gave them to ``save()``.
+        name: of the checkpoint's directory, when it was committed; "": the default one of its step.
+        run, number: a nonce of the trainer's, and how many saves it had begun: of two of them, the later one counts.
+        sidecars: names of the files that the user gave to ``save()``.
     """
 
     kind: str
@@ -82,6 +91,15 @@ class ManifestHeader:
     linked_bytes: int = 0
     generation: int = 0
     metrics: Metrics = field(default_factory=dict, hash=False)
+    name: str = ""
+    run: str = ""
+    number: int = 0
+    sidecars: tuple[str, ...] = ()
+
+    @property
+    def final_name(self) -> str:
+        """The name with which the checkpoint's directory was committed."""
+        return self.name or checkpoint_name(self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +108,7 @@ class Manifest:
 
     Attributes:
         hashes: for each item of the layout, the hashes of its segments, hex.
-        index_files: the files written at commit.
+        index_files: small files, each hashed as a whole: those that readers of the format start from, and the sidecars.
     """
 
     header: ManifestHeader
@@ -122,12 +140,18 @@ class Manifest:
         facts = asdict(self.header)
         linked = [facts.pop("linked_bytes"), facts.pop("generation")]
         facts["metrics"] = metrics.encode(self.header.metrics)
-        if not facts["metrics"]:
-            del facts["metrics"]
+        # What is not there is left out, so that an older version can read the manifest.
+        name = {"name": name} if (name := facts.pop("name")) else {}
+        order = facts.pop("run"), facts.pop("number")
+        for optional in ("metrics", "sidecars"):
+            if not facts[optional]:
+                del facts[optional]
         head = _compact(
             {
-                "format": "stager",
+                "format": "stager",  # what comes first here, ``run_directory.py`` reads without the rest
                 "version": VERSION,
+                **name,
+                **({"order": order} if order[0] else {}),
                 **facts,
                 "segment_bytes": self.layout.segment_bytes,
                 "linked": linked,
@@ -255,6 +279,7 @@ def _parsed(data: bytes, path: str, parse: Callable[[dict[str, Any]], T]) -> T:
 
 def _parse_header(body: dict[str, Any]) -> ManifestHeader:
     linked_bytes, generation = body.get("linked", (0, 0))
+    run, number = body.get("order", ("", 0))
     return ManifestHeader(
         **{name: check_text(body[name]) for name in ("kind", "save_id", "torch", "stager")},
         step=check_step(body["step"]),
@@ -262,6 +287,10 @@ def _parse_header(body: dict[str, Any]) -> ManifestHeader:
         linked_bytes=check_count(linked_bytes),
         generation=check_count(generation),
         metrics=metrics.decode(body.get("metrics", {})),
+        name=check_text(body.get("name", "")),
+        run=check_text(run),
+        number=check_count(number),
+        sidecars=tuple(map(check_sidecar_name, body.get("sidecars", ()))),
     )
 
 
@@ -269,7 +298,7 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     if body["columns"] != _COLUMNS:
         raise ValueError("its items have columns that this version of stager does not know")
     header = _parse_header(body)
-    index_files = tuple(IndexFile(check_file_name(n), check_count(b), check_text(h)) for n, b, h in body["index_files"])
+    index_files = tuple(_index_file(row, header.sidecars) for row in body["index_files"])
     items, lists = items_of_rows(body["rows"])
     layout = Layout(
         files=tuple(FileSpec(name, nbytes) for name, nbytes in body["files"]),
@@ -279,11 +308,19 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     )
     check_layout(layout)
     check_distinct([MANIFEST_NAME, *(f.name for f in (*layout.files, *index_files))])
+    if not {file.name for file in index_files}.issuperset(header.sidecars):
+        raise ValueError("a sidecar is not among the index files")
     hashes = tuple(map(tuple, lists))
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")
     _check_numbers_of_hashes(layout, hashes)
     return Manifest(header, layout, hashes, index_files)
+
+
+def _index_file(row: Sequence[Any], sidecars: Sequence[str]) -> IndexFile:
+    name, nbytes, digest = row
+    check = check_sidecar_name if name in sidecars else check_file_name
+    return IndexFile(check(name), check_count(nbytes), check_text(digest))
 
 
 def _check_numbers_of_hashes(layout: Layout, hashes: Sequence[Sequence[str]]) -> None:

@@ -1,49 +1,50 @@
 """The directory of a run: its names, its lock, and which checkpoints are committed.
 
-    <run>/step-00000100/                      a committed checkpoint
-    <run>/step-00000100.partial-<save_id>/    being written, or left by a crash; never a checkpoint
-    <run>/step-00000100.partial-<save_id>.replaced/   the checkpoint that this save replaces, for a moment, where the file
-                                              system cannot exchange two names
-    <run>/step-00000100.removing-<nonce>/     being removed, by retention or because its save failed
-    <run>/step-00000100.strangers-<nonce>/    what somebody else had put into a directory that was removed (``own_files.py``)
-    <run>/step-00000100.unfinished-<save_id>/   quarantined: parts did not arrive in time, and partners may have replicas
-                                              of them (``stager/replication``)
+    <run>/<name>/                             a committed checkpoint; ``names.py`` has the names, and what else there is
     <run>/.stager.lock                        held (flock) by the trainer and its workers
     <run>/.stager.protected                   steps that retention keeps (``protected.py``)
 
 NOTE [ The lock ]
-The lock belongs to an open file description, which the trainer's workers inherit. It is released when the last of these
-processes has ended. So a run that starts while workers of a killed trainer finish its last checkpoint waits for them, and
-then sees that checkpoint. Several ranks of one run share it (``stager/ranks/opening.py``).
+The lock belongs to an open file description. Each write task has a duplicate of its descriptor, so that a worker holds
+the lock as long as it has the task. It is released when the trainer and the last of these tasks have ended. So a run
+that starts while workers of a killed trainer finish its last checkpoint waits for them, and then sees that checkpoint.
+Several ranks of one run share it (``stager/ranks/opening.py``).
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from stat import S_ISDIR
+from typing import NamedTuple
 
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.lost_manifest import file_of_ours
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, has_own_manifest, read_manifest
+from stager.workers.checkpoint.directory.names import (
+    checkpoint_name,
+    is_partial,
+    is_removing,
+    may_be_checkpoint,
+    number_in,
+    parse_checkpoint,
+    parse_unfinished,
+)
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError, UsageError
 from stager.workers.long_wait import LongWait
 
 LOCK_NAME = ".stager.lock"
-
-REPLACED = ".replaced"
-
-_STEP = r"step-([0-9]{8}|[1-9][0-9]{8,})"  # as checkpoint_name() writes it: a step has one name
-_COMMITTED = re.compile(_STEP)
-_PARTIAL = re.compile(_STEP + r"\.partial-([0-9a-f]+)(?:\.replaced)?")
-_REMOVING = re.compile(_STEP + r"\.removing-([0-9a-f]+)")
-_UNFINISHED = re.compile(_STEP + r"\.unfinished-([0-9a-f]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class CheckpointInfo:
         num_tensors, num_objects: what is in it; tied tensors count once.
         linked_bytes: of ``nbytes``, what was linked to an earlier checkpoint's files and not written (incremental saves).
         metrics: as they were given to ``save()``.
+        files: names of the files that were given to ``save()``.
     """
 
     step: int
@@ -69,6 +71,7 @@ class CheckpointInfo:
     format: str
     linked_bytes: int = 0
     metrics: dict[str, float] = field(default_factory=dict, hash=False)
+    files: tuple[str, ...] = ()
 
     @staticmethod
     def of(path: str, manifest: Manifest) -> CheckpointInfo:
@@ -85,65 +88,154 @@ class CheckpointInfo:
             format=header.kind,
             linked_bytes=header.linked_bytes,
             metrics=dict(header.metrics),
+            files=header.sidecars,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class SkippedCheckpoint:
-    """A directory that looks like a checkpoint but does not count as one: its name, and why."""
+    """A directory that looks like a checkpoint but does not count as one.
+
+    Attributes:
+        name: of the directory.
+        reason: why it does not count.
+        step: of a checkpoint that was committed and cannot be used; None: it was never committed, or is being removed.
+    """
 
     name: str
     reason: str
+    step: int | None = None
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the directory name of a committed checkpoint."""
-    return f"step-{step:08d}"
+class Head(NamedTuple):
+    """What the first bytes of a manifest say; for the fields see :class:`ManifestHeader`."""
+
+    name: str
+    run: str
+    number: int
+    step: int
+    created: float
 
 
-def partial_name(step: int, save_id: str) -> str:
-    """Return the name of a save's partial directory."""
-    return f"{checkpoint_name(step)}.partial-{save_id}"
+# As ``Manifest.to_bytes`` writes it, behind the seal.
+_HEAD = re.compile(
+    rb'[^{]*{[^{]*{"format":"stager","version":\d+,(?:"name":("(?:[^"\\]|\\.)*"),)?'
+    rb'(?:"order":\["(\w*)",(\d{1,19})\],)?"kind":"\w+","step":(\d{1,19}),"save_id":"\w*","created":([0-9.e+-]+),'
+)
+_HEAD_BYTES = 4096
 
 
-def removing_name(step: int, nonce: str) -> str:
-    """Return the name that a checkpoint has while it is removed."""
-    return f"{checkpoint_name(step)}.removing-{nonce}"
+def checkpoint_names(directory: str) -> dict[int, str]:
+    """Return the name of each step's checkpoint, newest step first.
+
+    Default names are only read. Of directories with other names, the first bytes of the manifest are read: one counts if its
+    manifest has its name. Renamed ones and copies do not count. Of two checkpoints of one step, the later one counts.
+    """
+    found: dict[int, str] = {}
+    for name in _names(directory):
+        step = parse_checkpoint(name)
+        if step is None:
+            step = _step_of_other(directory, name)
+            if step is None:
+                continue
+        rival = found.get(step)
+        if rival is None or _created(directory, name) > _created(directory, rival):
+            found[step] = name
+    return dict(sorted(found.items(), reverse=True))
 
 
-def removing_names(directory: str) -> list[str]:
-    """Return the names of the directories whose removal has begun."""
-    return sorted(filter(_REMOVING.fullmatch, _names(directory)))
+def _step_of_other(directory: str, name: str) -> int | None:
+    """Return the step of a checkpoint with a name that is not the default; None: it is none."""
+    if not may_be_checkpoint(name):
+        return None
+    path = os.path.join(directory, name)
+    head = read_head(path)
+    if head is not None:
+        return head.step if head.name == name else None
+    # A manifest that is damaged or lost must not make a checkpoint vanish: whoever reads it reports that.
+    number = number_in(name)
+    return number if number is not None and _has_file_of_ours(path) else None
 
 
-def unfinished_name(step: int, save_id: str) -> str:
-    """Return the name of a save's directory in quarantine."""
-    return f"{checkpoint_name(step)}.unfinished-{save_id}"
+def _created(directory: str, name: str) -> float:
+    head = read_head(os.path.join(directory, name))
+    return -math.inf if head is None else head.created
 
 
-def unfinished_saves(directory: str) -> list[tuple[int, str]]:
-    """Return (step, save_id) of each save in quarantine, oldest step first."""
-    matches = filter(None, map(_UNFINISHED.fullmatch, _names(directory)))
-    return sorted((int(match[1]), match[2]) for match in matches)
+def read_head(path: str) -> Head | None:
+    """Return what the first bytes of a checkpoint's manifest say, unchecked; None: it cannot be read."""
+    manifest = os.path.join(path, MANIFEST_NAME)
+    try:
+        stat = os.lstat(manifest)
+    except OSError:
+        return None
+    return _read_head(manifest, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4096)  # a run looks at its names after each commit, and a manifest never changes
+def _read_head(path: str, *_identity: int) -> Head | None:
+    try:
+        fd = files.open_regular(path, os.O_RDONLY)
+    except (OSError, CorruptCheckpointError):
+        return None
+    try:
+        match = _HEAD.match(os.pread(fd, _HEAD_BYTES, 0))
+        if match is None:
+            return None
+        name, run, number, step, created = match.groups()
+        name = "" if name is None else json.loads(name)
+        return Head(name, (run or b"").decode(), int(number or 0), int(step), float(created))
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)
+
+
+def _has_file_of_ours(path: str) -> bool:
+    try:
+        stat = os.lstat(path)
+    except OSError:
+        return False
+    return S_ISDIR(stat.st_mode) and _shows_file_of_ours(path, stat.st_ino, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _shows_file_of_ours(path: str, *_identity: int) -> bool:
+    return file_of_ours(path) is not None
 
 
 def committed_steps(directory: str) -> list[int]:
-    """Return the steps that have a checkpoint's directory, newest first. Reads names only."""
-    return sorted((step for name in _names(directory) if (step := parse_checkpoint(name)) is not None), reverse=True)
+    """Return the steps that have a checkpoint's directory, newest first."""
+    return list(checkpoint_names(directory))
+
+
+def name_of(directory: str, step: int) -> str:
+    """Return the name of a step's checkpoint; the default name if there is none."""
+    return checkpoint_names(directory).get(step, checkpoint_name(step))
+
+
+def path_of(directory: str, step: int) -> str:
+    """Return the path of a step's checkpoint, as :func:`name_of` has its name."""
+    return os.path.join(directory, name_of(directory, step))
 
 
 def newest_nbytes(directory: str) -> int:
     """Return about how many bytes the newest checkpoint has, from its files' sizes; 0: there is none, or nobody knows."""
-    for step in committed_steps(directory)[:1]:
-        with suppress(OSError), os.scandir(os.path.join(directory, checkpoint_name(step))) as entries:
+    for name in islice(checkpoint_names(directory).values(), 1):
+        with suppress(OSError), os.scandir(os.path.join(directory, name)) as entries:
             return sum(entry.stat().st_size for entry in entries if entry.is_file())
     return 0
 
 
-def parse_checkpoint(name: str) -> int | None:
-    """Return the step of a checkpoint's directory name; None for any other name."""
-    match = _COMMITTED.fullmatch(name)
-    return int(match[1]) if match is not None else None
+def removing_names(directory: str) -> list[str]:
+    """Return the names of the directories whose removal has begun."""
+    return sorted(filter(is_removing, _names(directory)))
+
+
+def unfinished_saves(directory: str) -> list[tuple[str, str]]:
+    """Return (name of the checkpoint, save_id) of each save in quarantine, oldest step first."""
+    found = filter(None, map(parse_unfinished, _names(directory)))
+    return sorted(found, key=lambda save: (number_in(save[0]) or 0, save))
 
 
 def is_checkpoint_directory(path: str) -> bool:
@@ -154,8 +246,8 @@ def is_checkpoint_directory(path: str) -> bool:
     if has_own_manifest(path):
         return True
     name = os.path.basename(path)
-    named = any(pattern.fullmatch(name) for pattern in (_COMMITTED, _PARTIAL, _REMOVING))
-    return named and not (os.path.isdir(path) and any(map(_COMMITTED.fullmatch, _names(path))))
+    named = parse_checkpoint(name) is not None or is_partial(name) or is_removing(name)
+    return named and not (os.path.isdir(path) and bool(checkpoint_names(path)))
 
 
 def require_run_directory(path: str | os.PathLike[str]) -> str:
@@ -179,23 +271,6 @@ def partial_names(directory: str) -> list[str]:
     return sorted(filter(is_partial, _names(directory)))
 
 
-def is_partial(name: str) -> bool:
-    """Return whether ``name`` is a partial directory's."""
-    return _PARTIAL.fullmatch(name) is not None
-
-
-def parse_partial(name: str) -> tuple[int, str]:
-    """Return (step, save_id) of a partial directory's name.
-
-    Raises:
-        ValueError: it is not a partial directory's name.
-    """
-    match = _PARTIAL.fullmatch(name)
-    if match is None:
-        raise ValueError(f"not a partial directory: {name}")
-    return int(match[1]), match[2]
-
-
 def _names(directory: str) -> list[str]:
     with storage_errors("list", directory):
         try:
@@ -211,7 +286,7 @@ def read_checkpoint(directory: str, step: int) -> tuple[CheckpointInfo, Manifest
         CheckpointNotFoundError: there is none.
         CorruptCheckpointError: its manifest is damaged, or was lost, or is another step's.
     """
-    return read_checkpoint_at(os.path.join(directory, checkpoint_name(step)), step)
+    return read_checkpoint_at(path_of(directory, step), step)
 
 
 def read_checkpoint_at(path: str, step: int) -> tuple[CheckpointInfo, Manifest]:
@@ -241,11 +316,11 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[Checkpoint
         for name in partial_names(directory)
     ]
     skipped += [SkippedCheckpoint(name, "being removed") for name in removing_names(directory)]
-    for step in committed_steps(directory):
+    for step, name in checkpoint_names(directory).items():
         try:
-            committed.append(read_checkpoint(directory, step)[0])
+            committed.append(read_checkpoint_at(os.path.join(directory, name), step)[0])
         except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-            skipped.append(SkippedCheckpoint(checkpoint_name(step), str(error)))
+            skipped.append(SkippedCheckpoint(name, str(error), step))
     return committed[::-1], skipped
 
 

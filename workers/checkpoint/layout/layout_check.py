@@ -59,6 +59,11 @@ check_file_name: Callable[[Any], str] = _check_of(
 )
 
 
+check_sidecar_name: Callable[[Any], str] = _check_of(
+    "the name of a file", lambda name: isinstance(name, str) and "/" not in name and name not in ("", ".", "..")
+)
+
+
 def check_texts(values: Sequence[Any]) -> tuple[str, ...]:
     """Check that each of ``values``, of which there may be a million, is a string; returns a tuple."""
     texts = tuple(values)

@@ -1,11 +1,11 @@
 """Recover: finish or remove what earlier runs left when they crashed. A run does this before its first save.
 
-For each ``step-N.partial-<id>``, with its lock held (the caller holds the run's lock, so no run writes to it):
+For each ``<name>.partial-<id>``, with its lock held (the caller holds the run's lock, so no run writes to it):
 
     1. It has a manifest, or is ``.replaced``: the crash came between manifest and rename. Check the files, rename.
     2. It has save records and every receipt: only the commit is missing. Check the files, commit.
     3. Parts are missing: remove it. Or, if replicas may complete it (``leave_unfinished``), leave it.
-    4. It is damaged, or older than the checkpoint of its step: remove it.
+    4. It is damaged, or older than the checkpoint of its name: remove it.
 
 Before them, what was quarantined (``.unfinished-<id>``) is resumed for the replicas, or removed. After them, removals that a
 crash interrupted (``.removing-<nonce>``) are finished. All steps can be repeated after another crash.
@@ -27,10 +27,23 @@ from stager.workers.checkpoint.commit.merge import merge
 from stager.workers.checkpoint.commit.persist import discard_unfinished
 from stager.workers.checkpoint.directory import files, run_directory
 from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest, ManifestHeader, parse_manifest
+from stager.workers.checkpoint.directory.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ManifestHeader,
+    parse_manifest,
+    read_header,
+)
+from stager.workers.checkpoint.directory.names import (
+    REPLACED,
+    is_partial,
+    parse_checkpoint,
+    parse_partial,
+    partial_name,
+    unfinished_name,
+)
 from stager.workers.checkpoint.directory.own_files import remove_own
 from stager.workers.checkpoint.directory.receipt import finished_ranks, receipt_name
-from stager.workers.checkpoint.directory.run_directory import REPLACED, checkpoint_name, partial_name, unfinished_name
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.read.verify import check_files
 from stager.workers.checkpoint.write.save_spec import SaveSpec
@@ -58,8 +71,10 @@ class RecoveredDirectory:
 
     def __str__(self) -> str:
         begun = ""
-        if self.outcome is RecoverOutcome.REMOVED and run_directory.is_partial(self.name):
-            begun = f"step {run_directory.parse_partial(self.name)[0]} was begun and is not whole: "
+        if self.outcome is RecoverOutcome.REMOVED and is_partial(self.name):
+            name, _ = parse_partial(self.name)
+            step = parse_checkpoint(name)
+            begun = f"{name if step is None else f'step {step}'} was begun and is not whole: "
         return f"{begun}{self.name} left by an earlier run: {self.outcome.value} ({self.reason})"
 
 
@@ -96,7 +111,7 @@ def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = F
     return found
 
 
-def _resume(directory: str, save: tuple[int, str], dry_run: bool, leave_unfinished: bool) -> tuple[RecoverOutcome, str]:
+def _resume(directory: str, save: tuple[str, str], dry_run: bool, leave_unfinished: bool) -> tuple[RecoverOutcome, str]:
     """Resume a save from quarantine (``persist.quarantine``), or remove it."""
     if not leave_unfinished:
         if not dry_run:
@@ -135,17 +150,17 @@ def _recover_partial(directory: str, name: str, dry_run: bool, leave_unfinished:
 
 def _finish(directory: str, name: str, dry_run: bool) -> str:
     """Commit a partial directory and return why that was right; raise if it cannot be committed."""
-    step, save_id = run_directory.parse_partial(name)
-    path, final = os.path.join(directory, name), os.path.join(directory, checkpoint_name(step))
+    final_name, save_id = parse_partial(name)
+    path, final = os.path.join(directory, name), os.path.join(directory, final_name)
     with ExitStack() as stack:
         directory_fd = _lock(path, stack)
         # 1. A manifest first. Once it is written, the commit removes receipts, so their number says nothing any more.
         data = files.read_if_exists(os.path.join(path, MANIFEST_NAME))
         manifest = None if data is None else parse_manifest(data, os.path.join(path, MANIFEST_NAME))
         if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
-            return _finish_replacement(path, final, step, manifest, directory_fd, dry_run)
+            return _finish_replacement(path, final, manifest, directory_fd, dry_run)
         if manifest is not None:
-            _check_place(path, manifest.header, step, save_id)
+            _check_place(path, final, manifest.header, save_id)
             # The manifest does not say whether the save synced its files. If not, a power failure may have spoiled them:
             # hash them before the rename, after which they would count as committed.
             _check_files(path, manifest, full=True)
@@ -154,7 +169,7 @@ def _finish(directory: str, name: str, dry_run: bool) -> str:
             return _RENAME_MISSING
         spec, layout = _read_record(directory, path)
         # Before the receipts are read: an older save is removed, whether it is complete or not.
-        _check_place(path, spec, step, save_id)
+        _check_place(path, final, spec, save_id)
         manifest = _from_receipts(path, spec, layout, directory_fd, dry_run)
         # 2. A receipt proves nothing after a power failure if the save did not sync its files: then check every hash.
         #    Otherwise sizes are enough. Again before the rename.
@@ -165,17 +180,15 @@ def _finish(directory: str, name: str, dry_run: bool) -> str:
     return "every part was written, only the commit was missing"
 
 
-def _finish_replacement(
-    path: str, final: str, step: int, manifest: Manifest | None, directory_fd: int, dry_run: bool
-) -> str:
+def _finish_replacement(path: str, final: str, manifest: Manifest | None, directory_fd: int, dry_run: bool) -> str:
     """Put a replaced checkpoint back if its replacement was not committed; or commit one of ``StagerStorageWriter``.
 
     The partial directories of ``StagerStorageWriter`` do not have the save's id in their name, so their files are hashed.
     """
     if os.path.lexists(final):
         raise CorruptCheckpointError(path, f"cannot be resumed: {final} took its place")
-    if manifest is None or manifest.header.step != step:
-        raise CorruptCheckpointError(path, "has no manifest of its step")
+    if manifest is None or manifest.header.final_name != os.path.basename(final):
+        raise CorruptCheckpointError(path, f"has no manifest of {os.path.basename(final)}")
     if not path.endswith(REPLACED):
         _check_files(path, manifest, full=True)
         if not dry_run:
@@ -209,17 +222,17 @@ def _read_record(directory: str, path: str) -> tuple[SaveSpec, Layout]:
     return from_record(data, record, directory)
 
 
-def _check_place(path: str, found: SaveSpec | ManifestHeader, step: int, save_id: str) -> None:
-    """Raise if ``path`` contains another save than its name says, or if the step has a newer checkpoint: that one stays."""
-    if (found.step, found.save_id) != (step, save_id):
-        inside = partial_name(found.step, found.save_id)
+def _check_place(path: str, final: str, found: SaveSpec | ManifestHeader, save_id: str) -> None:
+    """Raise if ``path`` contains another save than its name says, or if a newer one is at ``final``: that one stays."""
+    if (found.final_name, found.save_id) != (os.path.basename(final), save_id):
+        inside = partial_name(found.final_name, found.save_id)
         raise CorruptCheckpointError(path, f"contains the save {inside}: the directory was renamed")
     try:
-        info, _ = run_directory.read_checkpoint(os.path.dirname(path), step)
+        there = read_header(final)
     except (CheckpointNotFoundError, CorruptCheckpointError):
         return
-    if info.created >= found.created:
-        raise CorruptCheckpointError(path, f"is older than {info.path}")
+    if there.final_name == found.final_name and there.created >= found.created:
+        raise CorruptCheckpointError(path, f"is older than {final}")
 
 
 def _check_files(path: str, manifest: Manifest, *, full: bool) -> None:

@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from stager.workers.checkpoint.commit.commit import has_manifest, locked
-from stager.workers.checkpoint.directory import files, run_directory
+from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import is_still, storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.directory.names import removing_name
 from stager.workers.checkpoint.directory.own_files import is_own, remove_own
 from stager.workers.checkpoint.directory.protected import read_protected
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
+from stager.workers.checkpoint.directory.run_directory import checkpoint_names, path_of, removing_names
 from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules, best_steps, spaced_steps
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import CheckpointNotFoundError, StorageError, UsageError
@@ -55,6 +56,11 @@ class PruneVerdict:
     fate: PruneFate
     reason: str
     damaged: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's directory."""
+        return os.path.basename(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,38 +97,43 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
     point("prune.begin")
     if not dry_run:
         # 1. First: the disk may be full.
-        for name in run_directory.removing_names(directory):
+        for name in removing_names(directory):
             path = os.path.join(directory, name)
             with storage_errors("remove", path):
                 remove_own(path)
-    steps = run_directory.committed_steps(directory)
+    paths = {step: os.path.join(directory, name) for step, name in checkpoint_names(directory).items()}
     # 2. Names only: a run prunes after each commit, and mostly nothing has to go.
-    verdicts = _judge(directory, steps, rules, verified=False)
+    verdicts = _judge(directory, paths, rules, verified=False)
     # 3. Only if needed, because it reads. Damage that it finds can only let more of them stay.
     if any(verdict.fate is PruneFate.REMOVED for verdict in verdicts.values()):
-        verdicts = _judge(directory, steps, rules, verified=True)
+        verdicts = _judge(directory, paths, rules, verified=True)
     doomed = [verdict for verdict in verdicts.values() if verdict.fate is PruneFate.REMOVED]
     point("prune.verified")
     if dry_run or not doomed:
         freed_bytes = _exclusive_bytes(verdict.path for verdict in doomed)
     else:
         freed_bytes = _remove(directory, doomed, verdicts)
-    return PruneReport(tuple(verdicts[step] for step in steps), freed_bytes, dry_run)
+    return PruneReport(tuple(verdicts[step] for step in paths), freed_bytes, dry_run)
 
 
-def remove(directory: str, step: int) -> PruneReport:
+def remove(directory: str, step: int, name: str | None = None) -> PruneReport:
     """Remove one checkpoint, whatever the rules say. Returns its verdict: REMOVED, or LEFT and why.
 
+    Args:
+        name: of its directory; None: that of the step's checkpoint.
+
     Raises:
-        CheckpointNotFoundError: there is none of this step.
+        CheckpointNotFoundError: there is none.
         UsageError: it is protected.
         StorageError
     """
     point("remove.begin")
-    path = os.path.join(directory, checkpoint_name(step))
-    if step in read_protected(directory):
-        raise UsageError(f"the checkpoint of step {step} is protected; call unprotect({step}) first")
+    path = path_of(directory, step) if name is None else os.path.join(directory, name)
+    refuse_protected(directory, step)
     if not os.path.lexists(path):
+        if (freed := _go_on(directory, os.path.basename(path))) is not None:
+            verdict = PruneVerdict(step, path, PruneFate.REMOVED, "delete() was called")
+            return PruneReport((verdict,), freed, False)
         raise CheckpointNotFoundError(None, f"there is no checkpoint of step {step} that could be removed", path)
     verdict = PruneVerdict(step, path, PruneFate.REMOVED, "delete() was called")
     if os.path.islink(path) or not has_manifest(path):
@@ -133,20 +144,37 @@ def remove(directory: str, step: int) -> PruneReport:
     return PruneReport(tuple(verdicts.values()), freed_bytes, False)
 
 
+def _go_on(directory: str, name: str) -> int | None:
+    """Go on with a removal that a worker began before it died. Returns the bytes freed; None: there is none."""
+    begun = [
+        os.path.join(directory, one) for one in removing_names(directory) if one.startswith(removing_name(name, ""))
+    ]
+    freed = _exclusive_bytes(begun)
+    for path in begun:
+        with storage_errors("remove", path):
+            remove_own(path)
+    return freed if begun else None
+
+
+def refuse_protected(directory: str, step: int) -> None:
+    """Raise a UsageError if the checkpoint of a step is protected. Raises also what :func:`read_protected` does."""
+    if step in read_protected(directory):
+        raise UsageError(f"the checkpoint of step {step} is protected; call unprotect({step}) first")
+
+
 # -- who goes ---------------------------------------------------------------------------------------------------
 
 
-def _judge(directory: str, steps: list[int], rules: RetentionRules, *, verified: bool) -> dict[int, PruneVerdict]:
+def _judge(directory: str, paths: dict[int, str], rules: RetentionRules, *, verified: bool) -> dict[int, PruneVerdict]:
     """Return the verdict on each step: the rules keep it (KEPT), or it goes (REMOVED), or it would go but must not (LEFT).
 
     "Newest" is by the step's number. A checkpoint that was committed last may have a lower number, after the run went back
     to an earlier step; it stays, too.
 
     Args:
-        steps: newest first.
+        paths: of the checkpoints by their steps, newest first.
         verified: whether to verify those that count as newest; otherwise all pass for valid, and nothing is read.
     """
-    paths = {step: os.path.join(directory, checkpoint_name(step)) for step in steps}
     reason = "there is no rule: all are kept"
     best, worse = best_steps(paths, rules.keep_best, lambda step: _quick_problem(step, paths[step], rules, verified))
     if rules.keep_best is not None and not best:
@@ -262,7 +290,7 @@ def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, Prun
     """Remove checkpoints; put the final verdicts into ``verdicts``. Returns the bytes freed."""
     renamed: dict[str, PruneVerdict] = {}
     for verdict in doomed:
-        aside = os.path.join(directory, run_directory.removing_name(verdict.step, secrets.token_hex(8)))
+        aside = os.path.join(directory, removing_name(os.path.basename(verdict.path), secrets.token_hex(8)))
         verdicts[verdict.step] = _take_name(directory, verdict, aside)
         if verdicts[verdict.step] is verdict:
             renamed[aside] = verdict

@@ -95,7 +95,7 @@ def check_files(
     progress = progress or (lambda nbytes: None)
     for index_file in manifest.index_files:
         try:
-            _check_index_file(os.path.join(path, index_file.name), index_file)
+            read_index_file(os.path.join(path, index_file.name), index_file)
         except (CorruptCheckpointError, StorageError) as error:
             problems.append(str(error))
         if full:
@@ -127,13 +127,20 @@ def _unnamed(path: str, manifest: Manifest) -> tuple[str, ...]:
         return tuple(sorted(set(os.listdir(path)) - manifest.file_names))
 
 
-def _check_index_file(path: str, expected: IndexFile) -> None:
+def read_index_file(path: str, expected: IndexFile) -> bytes:
+    """Read a small file, and check it.
+
+    Raises:
+        CorruptCheckpointError: it is not as it was written.
+        StorageError: it cannot be read.
+    """
     with storage_errors("read", path):
         data = read_small(path)
     if len(data) != expected.nbytes:
         raise CorruptCheckpointError(path, f"is {len(data)} bytes long, should be {expected.nbytes}")
     if xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:
         raise CorruptCheckpointError(path, "is damaged: its xxh3 hash does not match")
+    return data
 
 
 def _default_threads() -> int:

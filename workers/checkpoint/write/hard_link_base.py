@@ -27,7 +27,6 @@ from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.envelope import unseal
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, VERSION
-from stager.workers.checkpoint.directory.run_directory import checkpoint_name
 from stager.workers.checkpoint.layout.items import ROW_COLUMNS
 from stager.workers.checkpoint.layout.layout import Layout, Segment
 from stager.workers.checkpoint.layout.layout_check import check_count
@@ -94,10 +93,10 @@ def link_unchanged(
         hash_all: hashes segments of the slab, one after the other.
     """
     unchanged = UnchangedFiles()
-    if spec.base_step is None or not whole:
+    if spec.base is None or not whole:
         return unchanged
     try:
-        base = _HardLinkBase(spec.directory, spec.base_step)
+        base = _HardLinkBase(spec.directory, spec.base)
     except CannotLinkError as error:
         unchanged.note = f"not incremental: {error}"
         return unchanged
@@ -138,12 +137,12 @@ class _HardLinkBase:
     All access is by the directory's descriptor, so removing or replacing its name does no harm.
 
     Raises:
-        CannotLinkError: the checkpoint of ``step`` is missing, or its manifest cannot be read.
+        CannotLinkError: the checkpoint ``name`` is missing, or its manifest cannot be read.
         StorageError
     """
 
-    def __init__(self, directory: str, step: int) -> None:
-        self.name = checkpoint_name(step)
+    def __init__(self, directory: str, name: str) -> None:
+        self.name = name
         try:
             self._directory_fd = files.open_directory(os.path.join(directory, self.name), follow=False)
         except OSError as error:

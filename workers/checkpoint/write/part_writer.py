@@ -7,6 +7,7 @@ bytes, tail), an item costs 8 microseconds of Python. Joined, it costs about 1.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from itertools import groupby
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.files import is_still, storage_errors, vanished
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, Segment, partition_once
@@ -27,6 +28,7 @@ from stager.workers.errors import InternalError
 from stager.workers.faults import point
 from stager.workers.memory.fill_marks import FillWatch
 
+_LOOK_SECS = 0.2  # so often a worker looks whether its partial directory is there still: each look costs a file server
 _DIRECT_FROM_BYTES = 4 << 20  # smaller parts gain nothing
 _SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
 _RUN_BYTES = 2 << 20  # stays in the cache
@@ -81,6 +83,7 @@ class PartWriter:
         self._opened = opened
         self._fds: dict[int, int] = {}
         self._pace = Pace(task.writing.max_bytes_per_sec)
+        self._looked = time.monotonic()  # the caller has
         self._own_files: Collection[int] = ()
         # Spans of small items. Made once per plan (``layout_plan.py``), for the items that are the same in each of its
         # saves: the first ``num_fixed``.
@@ -222,6 +225,10 @@ class PartWriter:
 
     def _before_write(self, nbytes: int) -> None:
         point("part.write")
+        if time.monotonic() - self._looked >= _LOOK_SECS:
+            self._looked = time.monotonic()
+            if not is_still(self._directory, self._directory_fd):  # removed or withdrawn: the rest would be for nothing
+                vanished(self._directory)
         self._pace.wrote(nbytes)
 
     def _open_direct(self, file: int) -> int:

@@ -1,6 +1,6 @@
 """The write task: what a worker is sent. It fits a message, and with it workers finish a save without the trainer.
 
-slab:  | tensor bytes ... | plan JSON, newline, templates | object bytes ... | objects JSON |
+slab:  | tensor bytes ... | plan JSON, newline, templates | object bytes ... | objects JSON | sidecars |
 
 Its save record is a file in the partial directory, which says what the rank contributes to the checkpoint. After a crash, a
 commit needs save records and receipts, and nothing else. The key "facts" is version 0.1's name of the save spec.
@@ -12,19 +12,19 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from stager.workers.checkpoint.directory import metrics
 from stager.workers.checkpoint.directory.envelope import seal_json, unseal
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout, items_of_rows
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.write.save_spec import SaveSpec, check_spec
+from stager.workers.checkpoint.write.save_spec import SaveSpec, decode_spec, encode_spec
 from stager.workers.checkpoint.write.write_back import PLAIN, Writing
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import Memory
+from stager.workers.memory.descriptor import Descriptor
 from stager.workers.memory.fill_marks import WHOLE_ALREADY, FillMarks
 
 _CACHED_PLANS = 2  # for states that are saved in turn; a plan takes some hundred bytes per tensor
@@ -39,6 +39,9 @@ class Extent:
     nbytes: int
 
 
+NOTHING = Extent(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class WriteTask:
     """A save, as workers write it.
@@ -49,7 +52,9 @@ class WriteTask:
         objects: where the objects document lies.
         live_slabs: the slabs that the trainer still uses; workers unmap the others.
         base: the offset in the whole snapshot of the slab's first byte; 0 unless the slab has a later piece.
-        marks: say how far the slab is filled. Plan and objects are there before any worker has the task.
+        marks: say how far the slab is filled. All but the tensors is there before any worker has the task.
+        lock: on the run's directory; None: whoever calls the worker holds it, and waits.
+        sidecars: where the bytes of ``spec.sidecars`` lie, one file behind the other.
     """
 
     spec: SaveSpec
@@ -61,6 +66,8 @@ class WriteTask:
     base: int = 0
     writing: Writing = PLAIN
     marks: FillMarks = WHOLE_ALREADY
+    lock: Descriptor | None = None
+    sidecars: Extent = NOTHING
 
 
 _plans: OrderedDict[str, LayoutPlan] = OrderedDict()
@@ -95,11 +102,8 @@ def recorded_ranks(names: Iterable[str]) -> list[int]:
 
 def to_record(task: WriteTask) -> bytes:
     """Serialise a task without its memory, sealed."""
-    spec = asdict(task.spec)
+    spec = encode_spec(task.spec)
     del spec["directory"]  # it may be mounted elsewhere by then
-    spec["metrics"] = metrics.encode(task.spec.metrics)
-    if not spec["metrics"]:
-        del spec["metrics"]  # so that an older version can read the record
     head = json.dumps(spec, separators=(",", ":")).encode()
     plan, _, _ = read_extent(task, task.plan).partition(b"\n")
     return seal_json(b'{"facts":%b,"plan":%b,"objects":%b}' % (head, plan, read_extent(task, task.objects)))
@@ -113,7 +117,7 @@ def from_record(data: bytes, path: str, directory: str) -> tuple[SaveSpec, Layou
     """
     body = unseal(data, path)
     try:
-        spec = check_spec(SaveSpec(directory=directory, **body["facts"]))
+        spec = decode_spec(body["facts"], directory=directory)
         objects, _ = items_of_rows(body["objects"])
         layout = LayoutPlan.from_body(body["plan"]).with_objects(objects)
         check_layout(layout, of_one_rank=spec.num_ranks > 1)

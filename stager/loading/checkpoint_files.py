@@ -1,0 +1,36 @@
+"""The files that were saved with a checkpoint (``save(files=...)``), read when somebody asks for one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.read.verify import read_index_file
+
+
+class CheckpointFiles(Mapping[str, bytes]):
+    """The files of one checkpoint: names to bytes, each checked against its hash when it is read.
+
+    Raises:
+        CorruptCheckpointError: the file is damaged.
+        StorageError: it cannot be read: the checkpoint was removed, for example.
+    """
+
+    def __init__(self, path: str, manifest: Manifest) -> None:
+        self._path = path
+        names = set(manifest.header.sidecars)
+        self._files = {file.name: file for file in manifest.index_files if file.name in names}
+
+    def __getitem__(self, name: str) -> bytes:
+        file = self._files[name]
+        return read_index_file(os.path.join(self._path, name), file)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __repr__(self) -> str:
+        return f"<files {', '.join(self._files)} of {self._path}>"
