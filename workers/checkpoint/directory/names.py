@@ -10,6 +10,9 @@ checkpoint-100, last.ckpt          a committed checkpoint with another name: its
 <name>.unfinished-<save_id>        quarantined: parts did not arrive in time, and partners may have replicas of them
                                    (``stager/replication``)
 <name>.not-a-checkpoint-<save_id>  what somebody else had put where a checkpoint was committed
+
+Of a name that is not the default one, the directories that are no checkpoints are hidden: ``.checkpoint-100.partial-...``.
+Frameworks take every ``checkpoint-*`` for a checkpoint, count it, and remove it.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ REPLACED = ".replaced"
 _STEP = r"step-([0-9]{8}|[1-9][0-9]{8,})"  # as the default template writes it: a step has one name
 _DEFAULT = re.compile(_STEP)
 # A directory with another name is ours only with an id as saves have it: users may name theirs nearly like that.
-_BASE, _ID = r"([^/]+?)", r"([0-9a-f]{16,})"
+_BASE, _ID = r"\.([^/]+?)", r"([0-9a-f]{16,})"
 _BY_DEFAULT = rf"({_STEP})"
 _SET_ASIDE = re.compile(r".+\.(?:partial|removing|strangers|unfinished|not-a-checkpoint)-[0-9a-f]*(?:\.replaced)?")
 
@@ -110,17 +113,21 @@ def may_be_checkpoint(name: str) -> bool:
 
 def partial_name(name: str, save_id: str) -> str:
     """Return the name of a save's partial directory. ``name`` is that of the checkpoint."""
-    return f"{name}.partial-{save_id}"
+    return f"{_hidden(name)}.partial-{save_id}"
 
 
 def removing_name(name: str, nonce: str) -> str:
     """Return the name that a checkpoint has while it is removed."""
-    return f"{name}.removing-{nonce}"
+    return f"{_hidden(name)}.removing-{nonce}"
 
 
 def unfinished_name(name: str, save_id: str) -> str:
     """Return the name of a save's directory in quarantine."""
-    return f"{name}.unfinished-{save_id}"
+    return f"{_hidden(name)}.unfinished-{save_id}"
+
+
+def _hidden(name: str) -> str:
+    return name if parse_checkpoint(name) is not None else f".{name}"
 
 
 def is_partial(name: str) -> bool:
