@@ -6,8 +6,9 @@ INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 STATES_INSTALLED := $(VENV)/.installed-states
 DOCS_INSTALLED := $(VENV)/.installed-docs
+INTEGRATIONS_INSTALLED := $(VENV)/.installed-integrations
 
-.PHONY: demo demo-ranks test lint format bench gpu long states docs clean
+.PHONY: demo demo-ranks test test-integrations lint format bench gpu long states docs clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -17,6 +18,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+$(INTEGRATIONS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev,integrations]'
 	touch $@
 
 $(STATES_INSTALLED): $(INSTALLED)
@@ -33,7 +38,7 @@ demo: $(INSTALLED)  ## train, be killed, resume, compare bit for bit
 demo-ranks: $(INSTALLED)  ## the same on two ranks; resume on one and on four; without a log directory in /tmp
 	$(BIN)/torchrun --nproc-per-node 2 --log-dir /dev/null -m stager demo --config configs/torchrun.yaml --out runs/demo-ranks
 
-demo demo-ranks test long states: export PYTHONDONTWRITEBYTECODE =  # pip leaves it to the first import to compile
+demo demo-ranks test test-integrations long states: export PYTHONDONTWRITEBYTECODE =  # pip leaves it to the first import to compile
 
 test: $(INSTALLED)  ## lint, types and the whole suite
 	$(MAKE) lint
@@ -54,6 +59,9 @@ LONG := -o timeout=1800 -o faulthandler_timeout=0
 
 long: $(INSTALLED)  ## the long versions of the crash tests
 	$(BIN)/python -m pytest -m long $(LONG) -n auto --dist worksteal
+
+test-integrations: $(INTEGRATIONS_INSTALLED)  ## the real frameworks: training runs that are killed and resumed, bit for bit
+	$(BIN)/python -m pytest -m 'long or not long' $(LONG) tests/integrations tests/exporting/test_transformers.py
 
 states: $(STATES_INSTALLED)  ## the whole corpus of states in every format, with the libraries whose tensors are in it
 	$(BIN)/python -m pytest -m 'long or not long' $(LONG) tests/states tests/snapshot/test_guard.py

@@ -1,0 +1,6 @@
+"""stager in frameworks, one file each. Each imports its framework, and nothing imports this folder.
+
+lightning           CheckpointIO and strategies
+transformers        the Trainer of Hugging Face, and of TRL
+accelerate          save_state() and load_state()
+"""
