@@ -103,7 +103,7 @@ def test_tied_names_with_new_names_and_prefixes(tmp_path: Path) -> None:
         assert_filled(into["net"])
     wrapped = nn.ModuleDict({"module": Tied()})  # names as those of DistributedDataParallel
     load_checkpoint(path, into=wrapped, strip_prefix="module.")
-    assert_filled(wrapped["module"])  # type: ignore[arg-type]  # ModuleDict says Module
+    assert_filled(wrapped["module"])
 
 
 def test_tied_tensors_of_a_plain_mapping_stay(tmp_path: Path) -> None:
