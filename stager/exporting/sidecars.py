@@ -1,4 +1,7 @@
-"""Files that lie beside exported weights: the configuration of the model, those of its tokenizer."""
+"""Files that lie beside exported weights: the configuration of the model, those of its tokenizer.
+
+A checkpoint has some of its own, those that were given to ``save(files=...)``. The caller of the export names others.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
+from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest
 from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.read.verify import read_index_file
 from stager.workers.errors import UsageError
 
 _OF_WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -44,11 +49,34 @@ class Sidecar:
                 os.fsync(copy.fileno())
 
 
-def sidecars_of(paths: Sequence[str | os.PathLike[str]]) -> tuple[Sidecar, ...]:
-    """Return the files that are copied: those that the caller names.
+@dataclass(frozen=True, slots=True)
+class OwnSidecar(Sidecar):
+    """A file of the checkpoint itself, which its manifest lists."""
 
-    A manifest lists no such files yet. When it does, they come first here, and one that the caller names replaces the one of
-    the same name.
+    file: IndexFile
+
+    def copy_to(self, directory: str) -> None:
+        """Copy the file, check its hash, and sync the copy.
+
+        Raises:
+            CorruptCheckpointError, StorageError
+        """
+        data, target = read_index_file(self.path, self.file), os.path.join(directory, self.name)
+        with storage_errors("write", target), open(target, "xb") as copy:
+            copy.write(data)
+            copy.flush()
+            os.fsync(copy.fileno())
+
+
+def with_own(checkpoint: str, manifest: Manifest, named: Sequence[Sidecar]) -> tuple[Sidecar, ...]:
+    """Return the checkpoint's own sidecars, and those that the caller names, which replace own ones of the same name."""
+    own = {name for name in manifest.header.sidecars if not name.endswith(_OF_WEIGHTS)} - {one.name for one in named}
+    found = (OwnSidecar(os.path.join(checkpoint, file.name), file) for file in manifest.index_files if file.name in own)
+    return (*found, *named)
+
+
+def sidecars_of(paths: Sequence[str | os.PathLike[str]]) -> tuple[Sidecar, ...]:
+    """Return the files that the caller names.
 
     Raises:
         UsageError: there is no such file, it has a name of the weights, or two have one name.

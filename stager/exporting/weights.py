@@ -27,7 +27,7 @@ from stager.exporting.new_directory import MARKER, new_directory, refuse_if_take
 from stager.exporting.part import Part
 from stager.exporting.shard_writer import write_shards
 from stager.exporting.shards import INDEX_NAME, Shard, Weight, index_of, shards_of, total_nbytes
-from stager.exporting.sidecars import Sidecar, sidecars_of
+from stager.exporting.sidecars import Sidecar, sidecars_of, with_own
 from stager.exporting.source import Source, chosen_checkpoint
 from stager.exporting.tensor_copier import TensorCopier
 from stager.exporting.weight_names import Rename, WeightNames, check_rename, name_weights
@@ -101,7 +101,8 @@ def export_weights(
             name leaves a weight out. A mapping may also name what is above weights: ``{"encoder": "body"}``.
         dtype: convert float64, float32, float16 and bfloat16 tensors to this one of them. None: dtypes stay.
         max_shard_bytes: of the tensors of a file, or text such as "200MB". A larger tensor has a file of its own.
-        sidecars: files that are copied beside the weights: ``config.json``, those of the tokenizer.
+        sidecars: files that are copied beside the weights: ``config.json``, those of the tokenizer. The checkpoint's own
+            (``save(files=...)``) are copied in any case; one that is named here replaces that of the same name.
         max_memory_bytes: for data in memory, beside the manifest; or text such as "1GiB". A tensor that changes its memory
             layout must fit as a whole, twice.
         force: replace ``out``, if it is an export of weights and has nothing else in it.
@@ -126,6 +127,7 @@ def export_weights(
     checkpoint = chosen_checkpoint(checkpoint, None if step is None else as_step(step))
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
+        beside = with_own(checkpoint, manifest, beside)
         progress = progress or (lambda nbytes: None)
         with closing(Source(checkpoint, manifest, part, budget.chunk_bytes, progress)) as source:
             names = name_weights(source, rename, checkpoint)

@@ -19,6 +19,7 @@ from torch import nn
 
 from stager import (
     ArgumentError,
+    Checkpointer,
     CorruptCheckpointError,
     StateMismatchError,
     StorageError,
@@ -420,3 +421,18 @@ def test_command_renames(saved_run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     ):
         outcome = Outcome("export", saved_run, tmp_path / "no", *weights, rename)
         assert (outcome.code, says in outcome.err) == (code, True), (rename, outcome.err)
+
+
+def test_files_that_were_saved_with_the_checkpoint_go_with_its_weights(run_dir: Path, tmp_path: Path) -> None:
+    with Checkpointer(run_dir, {"workers": {"count": 1}, "persistence": {"fsync": False}}) as ckpt:
+        files = {"config.json": b"saved", "vocab.txt": b"a b", "model.safetensors": b"not weights"}
+        ckpt.save(1, {"x": torch.ones(3)}, files=files).upload_completion.result()
+    (tmp_path / "config.json").write_bytes(b"named")
+    result = export_weights(run_dir, tmp_path / "out", sidecars=[tmp_path / "config.json"])
+    assert sorted(result.sidecars) == ["config.json", "vocab.txt"]
+    assert (tmp_path / "out" / "config.json").read_bytes() == b"named"
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == b"a b"
+    (run_dir / "step-00000001" / "vocab.txt").write_bytes(b"a c")
+    with pytest.raises(CorruptCheckpointError, match=r"vocab\.txt"):
+        export_weights(run_dir, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
