@@ -27,6 +27,9 @@ logger = logging.getLogger("stager")
 _OF_SLURM = "hpc_ckpt_"  # what Lightning saves when Slurm is about to end the job, right before it asks for a new one
 
 
+_FAILING_SECS = 60.0  # a rank that fails waits so long for the others' parts of a save: they may have failed before
+
+
 class CheckpointWriter:
     """Saves and removes checkpoints of one trainer, by their paths. Usable again after :meth:`close`.
 
@@ -166,7 +169,7 @@ class CheckpointWriter:
             self._opened = None
             self._handles.clear()
             try:
-                checkpointer.close()
+                checkpointer.close(_FAILING_SECS if failing and self.config.ranks.together is not False else None)
             except Exception:
                 if not failing:
                     raise
