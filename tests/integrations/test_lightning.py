@@ -363,14 +363,14 @@ def test_a_signal_handler_may_save_while_a_save_is_made(
 
 def test_an_error_in_the_background_is_raised_once(framework: Framework, tmp_path: Path, faults: Faults) -> None:
     io = framework.ours.StagerCheckpointIO(CONFIG)
-    every = framework.pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2)
+    every = framework.pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1)
     faults.arm("part.write", "errno ENOSPC")
     with pytest.raises(StorageError, match="No space left on device"):
         fit(framework.pl, io, [every], 8)
     assert not io.stager_writer.is_open
-    every = framework.pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2)
+    every = framework.pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "again", every_n_train_steps=2)
     fit(framework.pl, io, [every], 4)
-    assert len(names(tmp_path)) == 1
+    assert len(names(tmp_path / "again")) == 1
 
 
 def test_an_error_in_training_comes_first(
