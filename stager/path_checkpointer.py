@@ -62,7 +62,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         super().__init__("the PathCheckpointer", config, read_only=False, on_event=on_event)
-        _refuse_rules(self._config)
+        refuse_rules(self._config)
         self._num_tries = 0  # loads of several ranks
         self._belongs_here(Pipeline(self._config, self._group, self._listeners, weakly(self._become_closed)))
 
@@ -210,7 +210,8 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.join(os.path.realpath(directory), name)
 
 
-def _refuse_rules(config: StagerConfig) -> None:
+def refuse_rules(config: StagerConfig) -> None:
+    """Raise a ConfigError if the configuration has what only a Checkpointer does: ``retention``, ``replication``."""
     if config.replication.partners:
         raise ConfigError(
             "replication.partners is 1, and a PathCheckpointer keeps no replicas; set it to 0, or use a Checkpointer"
