@@ -2,6 +2,4 @@
 
 lightning           CheckpointIO, strategy and callbacks; pytorch_lightning: the same for the package of that name
 lightning_parts     what these two have in common
-transformers        the Trainer of Hugging Face, and of TRL
-accelerate          save_state() and load_state()
 """

@@ -59,6 +59,7 @@ def test_replication(tmp_path: Path) -> None:
     assert result["to_partner_secs"] > 0
 
 
+@pytest.mark.long  # a dozen processes that import torch
 def test_weights(tmp_path: Path) -> None:
     arguments = ["--mib", "8", "--rounds", "1", "--directory", str(tmp_path), "--out", str(tmp_path / "out.json")]
     result = weights.main(arguments)

@@ -35,6 +35,7 @@ def test_trainer_killed_after_staging_then_its_last_checkpoint_damaged(stage: St
     assert result.num_saves > 10  # the damaged step was saved again
 
 
+@pytest.mark.long
 def test_workers_that_crash_and_stop_in_the_middle_of_a_save(stage: Stage) -> None:
     faults = (PointFault("commit.indexed", "segv"), PointFault("part.write", "stop", 4))
     settings = config(2, workers={"task_timeout_secs": 4.0}, persistence={"fsync": False})
