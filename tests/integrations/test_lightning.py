@@ -77,6 +77,7 @@ def fit(pl: Any, plugin: Any, callbacks: list[Any], max_steps: int, ckpt_path: A
     data = torch.utils.data.TensorDataset(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)))
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     plugins = [] if plugin is None else [plugin]
+    quiet["enable_checkpointing"] = any(isinstance(one, pl.callbacks.ModelCheckpoint) for one in callbacks)
     model = more.pop("model", None) or new_model(pl)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=max_steps, plugins=plugins, callbacks=callbacks, **quiet | more
