@@ -139,3 +139,10 @@ def goes_on_from_stock(rank: int, directory: str, out: str) -> int:
     fit_sharded(f"{out}/mixed", 2, stock=True, max_steps=3, ckpt_path=None)
     trainer, _ = fit_sharded(f"{out}/mixed", 2, max_steps=9, ckpt_path=f"{out}/mixed/step=3.ckpt")
     return int(trainer.global_step)
+
+
+def loads_on_one_rank(rank: int, directory: str, path: str) -> list[Any]:
+    """stager's strategy loads on one rank what two have saved. Returns the parameters."""
+    _become(rank, 1)
+    _, model = fit_sharded(f"{directory}/one", 1, max_steps=9, ckpt_path=path)  # all nine are done
+    return [parameter.full_tensor().tolist() for parameter in model.parameters()]  # type: ignore[attr-defined]
