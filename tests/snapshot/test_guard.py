@@ -99,9 +99,9 @@ def test_snapshot_holds_the_values_from_before_the_step_whatever_the_optimizer(
         expected = _clone(state)
         handle = ckpt.save(1, state)
         hold.wait()
-        stepping = threading.Thread(target=_step, args=(net, optimizer))
-        stepping.start()
         net.norm.running_mean.fill_(77)  # not guarded: copied before save() returned
+        stepping = threading.Thread(target=_step, args=(net, optimizer))
+        stepping.start()  # its forward pass, in a closure, need not wait
         hold.release()
         stepping.join()
         handle.upload_completion.result()
