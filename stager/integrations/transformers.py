@@ -14,15 +14,14 @@ Trainer._maybe_log_save_evaluate
     `-- rotation thread       waits for that, and applies save_total_limit (trainer_rotation.py)
 Trainer._finalize_training    waits for all of that first: the best checkpoint is loaded there
 
-``checkpoint-100`` has the entries ``model`` (of peft: ``adapters``), ``optimizer``, ``scheduler``, ``scaler`` and ``rng``, and
-the files of ``trainer_files.py``. Checkpoints of other writers are loaded by the Trainer's own methods.
+``checkpoint-100`` has the entries ``model`` (of peft: ``adapters``), ``optimizer``, ``scheduler``, ``scaler`` and ``rng``,
+and the files of ``trainer_files.py``. Checkpoints of other writers are loaded by the Trainer's own methods.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -30,16 +29,17 @@ from typing import Any, ClassVar
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
-from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from stager import Event, PerRank, RngState, load_checkpoint
 from stager.config import load_config
-from stager.integrations.trainer_files import TrainerFiles, is_peft_model
-from stager.integrations.trainer_leftovers import take_leftovers
-from stager.integrations.trainer_rotation import RotationRule
-from stager.integrations.trainer_saves import Config, TrainerSaves
+from stager.integrations.transformers_parts.peft_adapters import ADAPTERS, adapters_of, is_peft_model, load_adapters
+from stager.integrations.transformers_parts.trainer_files import TrainerFiles, uncompiled
+from stager.integrations.transformers_parts.trainer_leftovers import Leftovers, take_leftovers
+from stager.integrations.transformers_parts.trainer_refusals import refuse_what_cannot_be_saved
+from stager.integrations.transformers_parts.trainer_rotation import RotationRule
+from stager.integrations.transformers_parts.trainer_saves import Config, TrainerSaves
 from stager.workers.checkpoint.directory.manifest import has_own_manifest, read_manifest
-from stager.workers.errors import StateMismatchError, UsageError
+from stager.workers.errors import UsageError
 
 logger = logging.getLogger("stager")
 
@@ -51,8 +51,8 @@ class StagerTrainerMixin(Trainer):
 
         class MyTrainer(StagerTrainerMixin, Trainer): ...
 
-    A Trainer with a ``_save_checkpoint()`` of its own, as TRL's have, comes first, so that its method is called and goes on to
-    this one. :func:`stager_trainer` makes such a class::
+    A Trainer with a ``_save_checkpoint()`` of its own, as TRL's have, comes first, so that its method is called and then
+    calls this one. :func:`stager_trainer` makes such a class::
 
         class MyTrainer(SFTTrainer, StagerTrainerMixin): ...
 
@@ -69,13 +69,13 @@ class StagerTrainerMixin(Trainer):
     stager_on_event: ClassVar[Callable[..., object] | None] = None
 
     _stager_saves: TrainerSaves | None = None  # while it trains
-    _stager_files: TrainerFiles | None = None
+    _stager_files: TrainerFiles
 
     # -- training -----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as ``Trainer.train()`` does. A checkpoint that a killed run's workers still commit is waited for."""
-        _refuse_what_cannot_be_saved(self)
+        refuse_what_cannot_be_saved(self)
         with self._stager_open() as saves:
             if resume_from_checkpoint:
                 self._stager_recover(saves, resume_from_checkpoint)
@@ -137,33 +137,35 @@ class StagerTrainerMixin(Trainer):
         with self._stager_open() as saves:
             if self.hp_search_backend is None and trial is None:
                 self.store_flos()
-            run_directory = os.path.abspath(self._get_output_dir(trial=trial))
-            path = _checkpoint_path(run_directory, self.state.global_step)
-            self._stager_note_best(saves, run_directory, path)
-            files: dict[str, bytes] = {}
-            rule = None
-            ends_here = False
-            if self.args.should_save:
+            run_directory = self._get_output_dir(trial=trial)
+            path = os.path.abspath(_checkpoint_path(run_directory, self.state.global_step))
+            self._stager_note_best(saves, run_directory)
+            leftovers, files, rule = Leftovers(), {}, None
+            if self.args.should_save:  # rank 0
                 leftovers = take_leftovers(path)
-                ends_here = leftovers.is_preemption
-                assert self._stager_files is not None
                 files = {**leftovers.files, **self._stager_files.make()}
-                if self.args.save_total_limit is not None and self.args.save_total_limit > 0:
-                    rule = RotationRule(self.args.save_total_limit, self.state.best_model_checkpoint)
+                rule = self._stager_rule()
             handle = saves.save(path, self._stager_state(), self.state.global_step, files, rule)
-            if ends_here:  # the process may be killed, with its workers, once this has returned
+            if leftovers.is_preemption:  # the process may be killed, with its workers, once this has returned
                 handle.upload_completion.result()
 
-    def _stager_note_best(self, saves: TrainerSaves, run_directory: str, path: str) -> None:
+    def _stager_note_best(self, saves: TrainerSaves, run_directory: str) -> None:
         """Set ``best_model_checkpoint`` before it is serialised: the best one may be this one, or still be in flight."""
-        if self.args.save_strategy == SaveStrategy.NO or not self.state.best_global_step:
+        best_step = self.state.best_global_step
+        if self.args.save_strategy == SaveStrategy.NO or not best_step:
             return
-        best = _checkpoint_path(run_directory, self.state.best_global_step)
-        if best == path or saves.will_have(best):
+        best = _checkpoint_path(run_directory, best_step)
+        if best_step == self.state.global_step or saves.will_have(os.path.abspath(best)):
             self.state.best_model_checkpoint = best
 
+    def _stager_rule(self) -> RotationRule | None:
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if limit is None or limit <= 0:
+            return None
+        return RotationRule(limit, None if best is None else os.path.abspath(best))
+
     def _stager_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = _weights_of(self.model)
+        state: dict[str, Any] = _weights_of(uncompiled(self.model))
         if self.args.save_only_model:
             return state
         state["optimizer"] = _inner(self.optimizer)
@@ -193,8 +195,9 @@ class StagerTrainerMixin(Trainer):
         self._stager_load_weights(best, self.model)
 
     def _stager_load_weights(self, path: str, model: Any) -> None:
+        model = uncompiled(model)
         if is_peft_model(model):
-            _load_adapters(path, model)
+            load_adapters(path, model)
         else:
             self._stager_load(path, _weights_of(model))
 
@@ -275,23 +278,7 @@ def _inner(optimizer: Any) -> Any:
 
 def _weights_of(model: Any) -> dict[str, Any]:
     """Return what is saved of a model, and filled by loading: the module, or the weights of its adapters."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model): the names do not depend on it
-    if not is_peft_model(model):
-        return {"model": model}
-    weights = sys.modules["peft"].get_peft_model_state_dict
-    return {"adapters": {name: weights(model, adapter_name=name) for name in model.peft_config}}
-
-
-def _load_adapters(path: str, model: Any) -> None:
-    model = getattr(model, "_orig_mod", model)
-    adapters = load_checkpoint(path, keys="adapters").state.get("adapters", {})
-    if set(adapters) != set(model.peft_config):
-        raise StateMismatchError(
-            f"{path} has the adapters {sorted(adapters)}, and the model has {sorted(model.peft_config)}; give the Trainer a "
-            "model with the adapters that were saved"
-        )
-    for name, weights in adapters.items():
-        sys.modules["peft"].set_peft_model_state_dict(model, weights, adapter_name=name)
+    return {ADAPTERS: adapters_of(model)} if is_peft_model(model) else {"model": model}
 
 
 def _entries(path: str) -> set[Any]:
@@ -301,29 +288,3 @@ def _entries(path: str) -> set[Any]:
 
 def _checkpoint_path(run_directory: str, step: int) -> str:
     return os.path.join(run_directory, f"checkpoint-{step}")
-
-
-def _refuse_what_cannot_be_saved(trainer: Any) -> None:
-    """Raise UsageError for what would not be saved, or not in this way. Called on every rank, before training."""
-    args = trainer.args
-    is_fsdp2 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
-    is_xla = is_torch_xla_available()
-    jit = getattr(args, "enable_jit_checkpoint", False)  # since transformers 5.0
-    several = args.world_size > 1
-    refusals = {
-        "DeepSpeed shards the state by itself; use the Trainer without stager": trainer.is_deepspeed_enabled,
-        "FSDP1 is not supported; set fsdp_config={'version': 2}": trainer.is_fsdp_enabled and not is_fsdp2,
-        "TPUs and SageMaker's model parallelism are not supported": is_xla or is_sagemaker_mp_enabled(),
-        "save_on_each_node=True, but all ranks write one checkpoint together; set it to False, and output_dir to a directory "
-        "that all nodes see": args.save_on_each_node,
-        "a checkpoint is not there yet when the Trainer would push it to the hub; set hub_strategy='end', and call "
-        "push_to_hub() after train()": args.push_to_hub and args.hub_strategy != "end",
-        "enable_jit_checkpoint=True with several ranks: each would save at the step at which it gets the signal, and the steps "
-        "may differ; set it to False, and save more often": jit and several,
-        "several ranks save one checkpoint together, and ranks.together is False in stager_config; leave it out": (
-            several and load_config(trainer.stager_config).ranks.together is False
-        ),
-    }
-    for reason, applies in refusals.items():
-        if applies:
-            raise UsageError(f"stager cannot write this Trainer's checkpoints: {reason}")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import wait
-from contextlib import ExitStack
 from typing import Any
 
 from stager import Event, PathCheckpointer, SaveHandle, StagerConfig
-from stager.integrations.trainer_rotation import Rotation, RotationRule
+from stager.integrations.transformers_parts.trainer_rotation import Rotation, RotationRule
 from stager.telemetry.report import SaveState
 
 Config = str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None
@@ -72,16 +70,17 @@ class TrainerSaves:
         Raises:
             Exception: the oldest error of a save that nobody has looked at (``persistence.on_save_error``).
         """
-        with ExitStack() as last:
-            last.callback(self._checkpointer.close)
-            self._wait()
+        try:
+            self._rotation.close()  # while the workers are there that remove
+        except BaseException as error:
+            self.finish_after(error)
+            raise
+        self._checkpointer.close()
 
     def finish_after(self, error: BaseException) -> None:
-        """The same on the way of an exception: errors of saves are logged."""
-        with ExitStack() as last:
-            last.push(lambda *_: self._checkpointer.__exit__(type(error), error, error.__traceback__))
-            self._wait()
-
-    def _wait(self) -> None:
-        wait([handle.upload_completion for handle in self._handles.values()])
-        self._rotation.close()
+        """Wait for every commit, and free everything, while an exception is on its way. Errors of saves are logged."""
+        self._rotation.give_up()
+        try:
+            self._checkpointer.__exit__(type(error), error, error.__traceback__)
+        finally:
+            self._rotation.close()

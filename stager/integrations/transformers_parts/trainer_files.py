@@ -15,7 +15,6 @@ import io
 import json
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
+
+from stager.integrations.transformers_parts.peft_adapters import is_peft_model
 
 logger = logging.getLogger("stager")
 
@@ -67,7 +68,7 @@ class TrainerFiles:
 
 def files_of_model(model: Any) -> dict[str, bytes]:
     """Return what the model's ``save_pretrained()`` writes beside the weights."""
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     if is_peft_model(model):
         return _files_of_adapters(model)
     if not isinstance(model, PreTrainedModel):
@@ -75,10 +76,9 @@ def files_of_model(model: Any) -> dict[str, bytes]:
     return _written(lambda directory: _write_configuration(model, directory))
 
 
-def is_peft_model(model: Any) -> bool:
-    """Tell whether a model is one of peft's. Does not import peft: without it there is no such model."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)
+def uncompiled(model: Any) -> Any:
+    """Return the module of ``torch.compile(module)``: the names of its weights do not depend on the compiler."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _write_configuration(model: Any, directory: str) -> None:

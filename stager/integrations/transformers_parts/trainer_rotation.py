@@ -34,7 +34,7 @@ class RotationRule:
 
     Attributes:
         limit: so many, and the newest and the best in any case.
-        best: path of the best checkpoint; None: there is none.
+        best: path of the best checkpoint, absolute; None: there is none.
     """
 
     limit: int
@@ -62,6 +62,7 @@ class Rotation:
         self._committed: dict[str, int] = {}  # paths, with their places in the order of commits
         self._awaited: SimpleQueue[_Awaited | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._gives_up = threading.Event()
 
     def after(self, handle: SaveHandle, path: str, rule: RotationRule) -> None:
         """Apply a rule when a save to ``path`` is committed."""
@@ -69,6 +70,10 @@ class Rotation:
             self._thread = threading.Thread(target=self._run, name="stager rotation", daemon=True)
             self._thread.start()
         self._awaited.put(_Awaited(handle, path, rule))
+
+    def give_up(self) -> None:
+        """Begin no further removal. What is left over goes after the next commit, of whichever training."""
+        self._gives_up.set()
 
     def close(self) -> None:
         """Wait until every save has ended and its rule is applied."""
@@ -87,6 +92,8 @@ class Rotation:
                 self._remove(path)
 
     def _remove(self, path: str) -> None:
+        if self._gives_up.is_set():
+            return
         logger.info("removing %s, because of save_total_limit", path)
         try:
             if has_own_manifest(path):
