@@ -2,4 +2,5 @@
 
 lightning           CheckpointIO, strategy and callbacks; pytorch_lightning: the same for the package of that name
 lightning_parts     what these two have in common
+transformers        the Trainer of Hugging Face, and those of TRL; transformers_parts: what its mixin is made of
 """
