@@ -383,6 +383,17 @@ def test_what_cannot_be_removed_goes_after_the_next_commit(out: Path, monkeypatc
 # -- what else there is of the Trainer -------------------------------------------------------------------------------
 
 
+def test_a_rotation_that_is_late_removes_none_of_the_later_checkpoints(tmp_path: Path) -> None:
+    """1. three saves are committed before the first one's turn comes 2. each turn knows nothing of the later ones."""
+    for step in (4, 8, 12, 16):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    paths = {step: str(tmp_path / f"checkpoint-{step}") for step in (4, 8, 12, 16)}
+    rule = RotationRule(1, None)
+    assert surplus(str(tmp_path), rule, {paths[8]: 0}, [paths[12], paths[16]]) == [paths[4]]
+    assert surplus(str(tmp_path), rule, {paths[8]: 0, paths[12]: 1}, [paths[16]]) == [paths[4], paths[8]]
+
+
 def test_the_preemption_callback_returns_when_its_checkpoint_is_committed(out: Path, tmp_path: Path) -> None:
     whole = new_trainer(tmp_path / "whole", stock=True, max_steps=5, save_strategy="no")
     whole.train()

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import wait
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -60,6 +60,7 @@ class Rotation:
     def __init__(self, delete: Callable[[str], object]) -> None:
         self._delete = delete
         self._committed: dict[str, int] = {}  # paths, with their places in the order of commits
+        self._pending: list[str] = []  # paths of saves whose turn has not come, in the order of the saves
         self._awaited: SimpleQueue[_Awaited | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._gives_up = threading.Event()
@@ -69,6 +70,7 @@ class Rotation:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="stager rotation", daemon=True)
             self._thread.start()
+        self._pending.append(path)
         self._awaited.put(_Awaited(handle, path, rule))
 
     def give_up(self) -> None:
@@ -85,10 +87,14 @@ class Rotation:
     def _run(self) -> None:
         while (awaited := self._awaited.get()) is not None:
             wait([awaited.handle.upload_completion])  # does not count as reading its error
+            self._pending.remove(awaited.path)
             if awaited.handle.state is not SaveState.COMMITTED:
                 continue
-            self._committed[awaited.path] = len(self._committed)
-            for path in surplus(os.path.dirname(awaited.path), awaited.rule, self._committed):
+            self._committed.pop(awaited.path, None)  # one that is saved again is the newest
+            self._committed[awaited.path] = 1 + max(self._committed.values(), default=-1)
+            # This thread may be late: later saves may be committed already. They are newer than all that is known here, so
+            # they neither count nor go before their turn.
+            for path in surplus(os.path.dirname(awaited.path), awaited.rule, self._committed, self._pending):
                 self._remove(path)
 
     def _remove(self, path: str) -> None:
@@ -106,13 +112,14 @@ class Rotation:
             logger.warning("%s was not removed, and will be after the next save: %s", path, error)
 
 
-def surplus(directory: str, rule: RotationRule, committed: dict[str, int]) -> list[str]:
+def surplus(directory: str, rule: RotationRule, committed: dict[str, int], pending: Collection[str] = ()) -> list[str]:
     """Return the checkpoints that have to go, oldest first.
 
     Args:
         directory: in which they lie.
         committed: the paths of those that this training has committed, with their places in the order of commits. They are
             newer than all others, whatever their numbers: a training may have gone back to an earlier step.
+        pending: paths of later saves, whether they are committed or not. They do not count, and stay.
     """
 
     def age(path: str) -> tuple[int, int]:
@@ -120,7 +127,8 @@ def surplus(directory: str, rule: RotationRule, committed: dict[str, int]) -> li
         assert match is not None
         return committed.get(path, -1), int(match[1])
 
-    found = sorted(checkpoints_in(directory), key=age)
+    left_alone = set(pending)
+    found = sorted((path for path in checkpoints_in(directory) if path not in left_alone), key=age)
     protected = set(found[-1:])
     if rule.best is not None and os.path.realpath(os.path.dirname(rule.best)) == os.path.realpath(directory):
         protected.add(os.path.join(directory, os.path.basename(rule.best)))
