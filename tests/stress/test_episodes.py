@@ -67,6 +67,7 @@ def test_trainer_that_is_terminated_saves_once_more_and_one_that_ends_without_a_
     assert result.num_runs == 2
 
 
+@pytest.mark.long
 def test_disk_that_is_full_for_a_while(stage: Stage, tmp_path: Path) -> None:
     try:
         SmallDisk(str(tmp_path / "probe"), 1 << 20).unmount()
