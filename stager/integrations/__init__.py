@@ -2,5 +2,6 @@
 
 lightning           CheckpointIO and strategies
 transformers        the Trainer of Hugging Face, and of TRL
+transformers_parts  what that is made of
 accelerate          save_state() and load_state()
 """

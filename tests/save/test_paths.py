@@ -212,3 +212,28 @@ def test_of_several_ranks(tmp_path: Path, layout: str) -> None:
     results = run_ranks("tests.ranks.bodies:save_to_paths", 2, tmp_path, layout)
     for found in results:
         assert found == [[1, {"who": "0"}, []], [0, {"who": "0"}, []], False, 9]
+
+
+def test_recover_finishes_what_a_killed_process_has_left_before_anything_is_saved(
+    tmp_path: Path, faults: Faults
+) -> None:
+    """The process is killed when its workers have all of the snapshot; they commit it, while the next one waits."""
+    program = (
+        "import sys, torch\nfrom stager import PathCheckpointer\n"
+        "PathCheckpointer({'workers': {'count': 1}}).save(sys.argv[1], {'x': torch.ones(9)})\n"
+    )
+    faults.arm("save.handed-over", "kill")
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path / "out/checkpoint-5"], check=False)
+    assert ended.returncode < 0
+    with PathCheckpointer(config()) as ckpt:
+        ckpt.recover(tmp_path / "out")
+        assert names(tmp_path / "out") == ["checkpoint-5"]
+        with PathCheckpointer(config()) as other, pytest.raises(DirectoryInUseError):
+            other.recover(tmp_path / "out")
+        with pytest.raises(UsageError, match="lies in"):
+            ckpt.recover(tmp_path / "out/checkpoint-5")
+        ckpt.recover(tmp_path / "new")
+        ckpt.recover(tmp_path / "new")
+        assert (tmp_path / "new").is_dir()
+    with pytest.raises(ClosedError):
+        ckpt.recover(tmp_path / "out")
