@@ -630,6 +630,13 @@ def test_ddp_on_two_ranks_resumes_bit_equal(
 
 
 @pytest.mark.long
+def test_shards_of_fsdp2_come_back_to_each_rank(tmp_path: Path) -> None:
+    assert run_ranks(f"{BODIES}:sharded", 2, tmp_path) == [[True] * 4] * 2
+    whole = load_checkpoint(tmp_path / "out/checkpoint-2").state["model"]
+    assert whole["transformer.wte.weight"].shape == (64, 8)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("point", ["save.copied", "save.handed-over", "part.written", "commit.published"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_script_by_itself_and_by_torchrun_resumes_bit_equal(
