@@ -44,6 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402  # afte
 
 from stager.integrations.transformers import StagerTrainerMixin, stager_trainer  # noqa: E402
 from stager.integrations.transformers_parts.trainer_files import trainer_state_json  # noqa: E402
+from stager.integrations.transformers_parts.trainer_leftovers import take_leftovers  # noqa: E402
 from stager.integrations.transformers_parts.trainer_refusals import refuse_what_cannot_be_saved  # noqa: E402
 from stager.integrations.transformers_parts.trainer_rotation import RotationRule, surplus  # noqa: E402
 from tests.integrations.transformers_bodies import CONFIG, AfterSave, At, made_by, new_model, new_trainer  # noqa: E402
@@ -419,6 +420,20 @@ def test_a_file_that_a_trainer_has_put_into_the_directory_is_saved_with_it(out: 
     new_trainer(out, of=Puts, max_steps=4).train()
     assert [load_checkpoint(out / name).files["rollout_state.json"] for name in checkpoints(out)] == [b"2", b"4"]
     assert verify(out / "checkpoint-4", strict=True).ok
+
+
+def test_what_else_lies_where_a_checkpoint_goes_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-2"
+    (path / "own").mkdir(parents=True)
+    (path / "own/notes").touch()
+    (path / "a.json").write_text("{}")
+    (path / "checkpoint-is-incomplete.txt").touch()
+    leftovers = take_leftovers(str(path))
+    assert leftovers.files == {"a.json": b"{}"} and leftovers.is_preemption
+    new_trainer(tmp_path, max_steps=2).train()
+    (kept,) = tmp_path.glob(".checkpoint-2.not-a-checkpoint-*")
+    assert (kept / "own/notes").exists() and verify(path, strict=True).ok
+    assert not take_leftovers(str(path)).files and verify(path).ok
 
 
 @pytest.mark.parametrize("first", ["the mixin", "the Trainer"])

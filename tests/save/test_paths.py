@@ -133,7 +133,7 @@ def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
     with PathCheckpointer(config()) as ckpt:
         ckpt.save(tmp_path / "mine", state(1)).upload_completion.result()
     assert verify(tmp_path / "mine").ok
-    (aside,) = [path for path in tmp_path.iterdir() if "not-a-checkpoint" in path.name]
+    (aside,) = [path for path in tmp_path.iterdir() if path.name.startswith(".mine.not-a-checkpoint-")]
     assert (aside / "notes.txt").read_text() == "keep"
 
 
