@@ -224,6 +224,19 @@ def test_only_the_model_is_saved_and_resuming_says_what_begins_anew(
     assert same(resumed.model.state_dict(), first.model.state_dict())
 
 
+def test_the_scaler_of_mixed_precision_is_saved_and_loaded(out: Path) -> None:
+    """As Accelerate makes one where it has a device: none is made on a CPU."""
+    trainer, resumed = (new_trainer(out, max_steps=1, save_strategy="no") for _ in range(2))
+    trainer.train()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer._save_checkpoint(trainer.model, trial=None)
+    path = str(out / "checkpoint-1")
+    resumed._load_scaler(path)  # there is none to fill
+    resumed.accelerator.scaler = torch.amp.GradScaler("cpu")
+    resumed._load_scaler(path)
+    assert resumed.accelerator.scaler.get_scale() == 8.0
+
+
 # -- commits ---------------------------------------------------------------------------------------------------------
 
 
