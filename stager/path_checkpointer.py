@@ -29,7 +29,7 @@ from stager.workers.checkpoint.directory.manifest import has_own_manifest
 from stager.workers.checkpoint.directory.names import check_name, number_in
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.maintenance.retention import PruneReport
-from stager.workers.errors import ArgumentError, ConfigError
+from stager.workers.errors import ArgumentError, ConfigError, UsageError
 
 
 class PathCheckpointer(BaseCheckpointer[Pipeline]):
@@ -194,6 +194,10 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         """
         found = os.path.realpath(local_path(directory, "directory"))
         self._refuse_in_callback("recover()")
+        if has_own_manifest(found):
+            raise UsageError(
+                f"{found} is a checkpoint; call recover({os.path.dirname(found)!r}), with the directory that it lies in"
+            )
         with self._lock:
             self._opened().directories.take(found)
 

@@ -58,6 +58,7 @@ from stager.telemetry.event import Event
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.directory.names import not_a_checkpoint_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
@@ -204,10 +205,9 @@ class Saver:
         with suppress(OSError):
             if self._group.is_coordinator and not stat.S_ISDIR(os.lstat(path).st_mode):
                 logger.warning(
-                    "%s is no directory, and the checkpoint needs the name: what is there is kept, and renamed "
-                    "to %s.not-a-checkpoint-...",
+                    "%s is no directory, and the checkpoint needs the name: what is there is kept, and renamed to %s",
                     path,
-                    os.path.basename(path),
+                    not_a_checkpoint_name(os.path.basename(path), "..."),
                 )
 
     def _lease(self, save: Save, nbytes: int) -> Lease | None:

@@ -44,6 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint  # noqa: E402  # afte
 
 from stager.integrations.transformers import StagerTrainerMixin, stager_trainer  # noqa: E402
 from stager.integrations.transformers_parts.trainer_files import trainer_state_json  # noqa: E402
+from stager.integrations.transformers_parts.trainer_leftovers import take_leftovers  # noqa: E402
 from stager.integrations.transformers_parts.trainer_refusals import refuse_what_cannot_be_saved  # noqa: E402
 from stager.integrations.transformers_parts.trainer_rotation import RotationRule, surplus  # noqa: E402
 from tests.integrations.transformers_bodies import CONFIG, AfterSave, At, made_by, new_model, new_trainer  # noqa: E402
@@ -221,6 +222,19 @@ def test_only_the_model_is_saved_and_resuming_says_what_begins_anew(
         resumed.train(resume_from_checkpoint=True)
     assert "begin anew" in caplog.text
     assert same(resumed.model.state_dict(), first.model.state_dict())
+
+
+def test_the_scaler_of_mixed_precision_is_saved_and_loaded(out: Path) -> None:
+    """As Accelerate makes one where it has a device: none is made on a CPU."""
+    trainer, resumed = (new_trainer(out, max_steps=1, save_strategy="no") for _ in range(2))
+    trainer.train()
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer._save_checkpoint(trainer.model, trial=None)
+    path = str(out / "checkpoint-1")
+    resumed._load_scaler(path)  # there is none to fill
+    resumed.accelerator.scaler = torch.amp.GradScaler("cpu")
+    resumed._load_scaler(path)
+    assert resumed.accelerator.scaler.get_scale() == 8.0
 
 
 # -- commits ---------------------------------------------------------------------------------------------------------
@@ -432,6 +446,20 @@ def test_a_file_that_a_trainer_has_put_into_the_directory_is_saved_with_it(out: 
     assert verify(out / "checkpoint-4", strict=True).ok
 
 
+def test_what_else_lies_where_a_checkpoint_goes_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-2"
+    (path / "own").mkdir(parents=True)
+    (path / "own/notes").touch()
+    (path / "a.json").write_text("{}")
+    (path / "checkpoint-is-incomplete.txt").touch()
+    leftovers = take_leftovers(str(path))
+    assert leftovers.files == {"a.json": b"{}"} and leftovers.is_preemption
+    new_trainer(tmp_path, max_steps=2).train()
+    (kept,) = tmp_path.glob(".checkpoint-2.not-a-checkpoint-*")
+    assert (kept / "own/notes").exists() and verify(path, strict=True).ok
+    assert not take_leftovers(str(path)).files and verify(path).ok
+
+
 @pytest.mark.parametrize("first", ["the mixin", "the Trainer"])
 def test_the_class_may_be_derived_by_hand(out: Path, first: str) -> None:
     class Own(transformers.Trainer):  # type: ignore[misc]
@@ -638,6 +666,13 @@ def test_ddp_on_two_ranks_resumes_bit_equal(
     assert same(final(tmp_path / "whole"), final(tmp_path / "broken"))
     state = load_checkpoint(tmp_path / "broken/checkpoint-24").state
     assert set(state["rng"]) == {"rank-0", "rank-1"}
+
+
+@pytest.mark.long
+def test_shards_of_fsdp2_come_back_to_each_rank(tmp_path: Path) -> None:
+    assert run_ranks(f"{BODIES}:sharded", 2, tmp_path) == [[True] * 4] * 2
+    whole = load_checkpoint(tmp_path / "out/checkpoint-2").state["model"]
+    assert whole["transformer.wte.weight"].shape == (64, 8)
 
 
 @pytest.mark.long

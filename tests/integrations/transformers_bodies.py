@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from stager.integrations.transformers import stager_trainer
 from stager.integrations.transformers_parts.trainer_saves import TrainerSaves
+from tests.states import same
 
 CONFIG: dict[str, Any] = {"workers": {"count": 1}, "persistence": {"fsync": False, "lock_timeout_secs": 20}}
 ARGUMENTS: dict[str, Any] = {
@@ -133,3 +136,42 @@ def page(rank: int, directory: str, script: str, out: str, num_ranks: int = 2) -
     exec(compile(Path(script).read_text(), script, "exec"), names)
     names["main"](out)
     return "trained"
+
+
+def sharded(rank: int, directory: str, num_ranks: int = 2) -> list[bool]:
+    """A model of FSDP2, as the Trainer has it after ``accelerator.prepare()``: its loop needs an accelerator for that."""
+    _become(rank, num_ranks)
+    made = []
+    for attempt in range(2):
+        trainer = new_trainer(Path(directory, "out"), max_steps=4)
+        mesh = torch.distributed.init_device_mesh("cpu", (num_ranks,))
+        for block in trainer.model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(trainer.model, mesh=mesh)
+        trainer.create_optimizer_and_scheduler(4)
+        if attempt == 0:
+            for _ in range(2):
+                trainer.model(**{name: row[None] for name, row in new_data()[rank].items()}).loss.backward()
+                trainer.optimizer.step()
+                trainer.lr_scheduler.step()
+            trainer.state.global_step = 2
+            torch.rand(rank + 1)  # each rank has random numbers of its own
+            trainer._save_checkpoint(trainer.model, trial=None)
+        else:
+            path = str(Path(directory, "out/checkpoint-2"))
+            trainer._load_from_checkpoint(path, trainer.model)
+            trainer._load_optimizer_and_scheduler(path)
+            trainer._load_rng_state(path)
+        states = [
+            trainer.model.state_dict(),
+            trainer.optimizer.state_dict()["state"],
+            trainer.lr_scheduler.state_dict(),
+        ]
+        made.append([_local(state) for state in states] + [torch.get_rng_state()])
+    return [same(*pair) for pair in zip(*made, strict=True)]
+
+
+def _local(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _local(one) for key, one in value.items()}
+    return value.to_local().clone() if hasattr(value, "to_local") else copy.deepcopy(value)

@@ -133,7 +133,7 @@ def test_what_is_somebody_elses_stays(tmp_path: Path) -> None:
     with PathCheckpointer(config()) as ckpt:
         ckpt.save(tmp_path / "mine", state(1)).upload_completion.result()
     assert verify(tmp_path / "mine").ok
-    (aside,) = [path for path in tmp_path.iterdir() if "not-a-checkpoint" in path.name]
+    (aside,) = [path for path in tmp_path.iterdir() if path.name.startswith(".mine.not-a-checkpoint-")]
     assert (aside / "notes.txt").read_text() == "keep"
 
 
@@ -224,3 +224,28 @@ def test_many_directories_leave_descriptors_where_they_were(tmp_path: Path) -> N
         ckpt.save(tmp_path / "0" / "last.ckpt", state(1000), step=1000)  # whose directory was let go of
         assert ckpt.load(tmp_path / "0" / "last.ckpt").step == 1000
         assert ckpt.load(tmp_path / "100" / "last.ckpt").step == 100
+
+
+def test_recover_finishes_what_a_killed_process_has_left_before_anything_is_saved(
+    tmp_path: Path, faults: Faults
+) -> None:
+    """The process is killed when its workers have all of the snapshot; they commit it, while the next one waits."""
+    program = (
+        "import sys, torch\nfrom stager import PathCheckpointer\n"
+        "PathCheckpointer({'workers': {'count': 1}}).save(sys.argv[1], {'x': torch.ones(9)})\n"
+    )
+    faults.arm("save.handed-over", "kill")
+    ended = subprocess.run([sys.executable, "-c", program, tmp_path / "out/checkpoint-5"], check=False)
+    assert ended.returncode < 0
+    with PathCheckpointer(config()) as ckpt:
+        ckpt.recover(tmp_path / "out")
+        assert names(tmp_path / "out") == ["checkpoint-5"]
+        with PathCheckpointer(config()) as other, pytest.raises(DirectoryInUseError):
+            other.recover(tmp_path / "out")
+        with pytest.raises(UsageError, match="lies in"):
+            ckpt.recover(tmp_path / "out/checkpoint-5")
+        ckpt.recover(tmp_path / "new")
+        ckpt.recover(tmp_path / "new")
+        assert (tmp_path / "new").is_dir()
+    with pytest.raises(ClosedError):
+        ckpt.recover(tmp_path / "out")

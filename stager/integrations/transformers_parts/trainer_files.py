@@ -108,8 +108,8 @@ def _files_of_adapters(model: Any) -> dict[str, bytes]:
 def trainer_state_json(trainer: Any) -> bytes:
     """Serialise the TrainerState, with what the callbacks export, as ``TrainerState.load_from_json()`` reads it.
 
-    ``TrainerState.save_to_json()`` copies every entry of the log, and indents in Python: for 10,000 entries that takes
-    longer than writing a checkpoint should hold up a loop. This is one line.
+    ``TrainerState.save_to_json()`` copies every entry of the log first, and indents, which json does in Python. This is one
+    line, made without Python code for each entry, because the training loop waits for it.
     """
     state = trainer.state
     exported: dict[str, list[Any]] = {}

@@ -8,7 +8,7 @@ checkpoint, and ``get_last_checkpoint()`` would take it for one until the save i
 from __future__ import annotations
 
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -32,17 +32,24 @@ class Leftovers:
 
 
 def take_leftovers(path: str) -> Leftovers:
-    """Read and remove what lies at the path of a checkpoint and is none. A checkpoint stays until it is replaced."""
+    """Read and remove the files that lie at the path of a checkpoint, if they are none.
+
+    A checkpoint stays until it is replaced. A directory with more than files stays, too: when the checkpoint is committed,
+    it is set aside.
+    """
     sentinel = os.path.join(path, _SENTINEL)
     is_preemption = os.path.lexists(sentinel)
     if is_preemption:
         os.remove(sentinel)
     if not os.path.isdir(path) or has_own_manifest(path) or os.path.exists(os.path.join(path, TRAINER_STATE_NAME)):
         return Leftovers({}, is_preemption)
+    with os.scandir(path) as entries:
+        found = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
     files = {}
-    for entry in os.scandir(path):
-        if entry.is_file():
-            with open(entry.path, "rb") as file:
-                files[entry.name] = file.read()
-    shutil.rmtree(path)
+    for entry in found:
+        with open(entry.path, "rb") as file:
+            files[entry.name] = file.read()
+        os.remove(entry.path)
+    with suppress(OSError):  # not empty
+        os.rmdir(path)
     return Leftovers(files, is_preemption)

@@ -35,7 +35,7 @@ from stager.workers.checkpoint.directory.manifest import (
     ManifestHeader,
     parse_manifest,
 )
-from stager.workers.checkpoint.directory.names import REPLACED, partial_name
+from stager.workers.checkpoint.directory.names import REPLACED, not_a_checkpoint_name, partial_name
 from stager.workers.checkpoint.directory.own_files import own_files, remove_own
 from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
@@ -322,7 +322,7 @@ def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -
             return None
         ours = not os.path.islink(final) and replaceable(final)
         exchanged = ours and files.exchange(partial, final)
-        aside = f"{partial}{REPLACED}" if ours else f"{final}.not-a-checkpoint-{partial.rpartition('-')[2]}"
+        aside = f"{partial}{REPLACED}" if ours else _not_a_checkpoint(final, partial.rpartition("-")[2])
         if not exchanged:
             os.rename(final, aside)
     point("commit.replaced")
@@ -352,6 +352,11 @@ def _let_the_later_one_stay(partial: str, final: str) -> None:
 
 def _is_later(one: run_directory.Head | None, other: run_directory.Head | None) -> bool:
     return one is not None and other is not None and one.run == other.run != "" and one.number > other.number
+
+
+def _not_a_checkpoint(final: str, save_id: str) -> str:
+    directory, name = os.path.split(final)
+    return os.path.join(directory, not_a_checkpoint_name(name, save_id))
 
 
 def rename_onto_nothing(source: str, target: str) -> bool:

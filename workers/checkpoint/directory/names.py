@@ -126,6 +126,11 @@ def unfinished_name(name: str, save_id: str) -> str:
     return f"{_hidden(name)}.unfinished-{save_id}"
 
 
+def not_a_checkpoint_name(name: str, save_id: str) -> str:
+    """Return the new name of what somebody else had put where the checkpoint ``name`` was committed."""
+    return f"{_hidden(name)}.not-a-checkpoint-{save_id}"
+
+
 def _hidden(name: str) -> str:
     return name if parse_checkpoint(name) is not None else f".{name}"
 
