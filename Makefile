@@ -73,9 +73,8 @@ gpu:  ## tests and figures of the accelerator, in 8 minutes; GPU=--dry simulates
 	if $(PYTHON) -c 'import torch, pytest, pytest_timeout, xxhash, pydantic, cloudpickle, psutil, typer, yaml' 2>/dev/null; \
 	then $(PYTHON) -m tests.gpu $(GPU); else $(MAKE) $(INSTALLED) && $(BIN)/python -m tests.gpu $(GPU); fi
 
-docs: $(DOCS_INSTALLED)  ## the site, into site/; a broken link or anchor fails it. Then the examples with Lightning and transformers
+docs: $(DOCS_INSTALLED)  ## the site, into site/; a broken link or anchor fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/python -m pytest -k from-trainers tests/house/test_code_blocks.py
 
 clean:
 	rm -rf $(VENV) site .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -4,6 +4,8 @@ from stager.config import StagerConfig as StagerConfig
 from stager.config import load_config as load_config
 from stager.exporting.export import Exported as Exported
 from stager.exporting.export import export_checkpoint as export_checkpoint
+from stager.exporting.weights import ExportedWeights as ExportedWeights
+from stager.exporting.weights import export_weights as export_weights
 from stager.loading.foreign import load_checkpoint as load_checkpoint
 from stager.loading.loaded import Loaded as Loaded
 from stager.operations import RecoverReport as RecoverReport

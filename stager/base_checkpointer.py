@@ -269,8 +269,8 @@ class BaseCheckpointer(Generic[P]):
             return
         try:
             self._close(has_failed=True)
-        except Exception:  # the exception that is on its way up comes first, whatever a worker's was
-            logger.exception("a save failed as well")
+        except Exception:  # the error of the with block is raised; this one is only logged
+            logger.exception("closing %s failed as well, after an error in its with block", self._shown)
 
     def _abandon(self) -> None:
         if self._is_open:

@@ -51,7 +51,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         WorkerStartError: no worker process can be started.
 
     Thread safety: as of :class:`stager.Checkpointer`. Where several ranks save together, every rank calls ``save()`` and
-    ``load()`` with the same paths, in the same order.
+    ``load()`` with the same paths, in the same order, and ``recover()`` with the same directories.
     """
 
     @explained("PathCheckpointer()")
@@ -62,7 +62,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
         super().__init__("the PathCheckpointer", config, read_only=False, on_event=on_event)
-        _refuse_rules(self._config)
+        refuse_rules(self._config)
         self._num_tries = 0  # loads of several ranks
         self._belongs_here(Pipeline(self._config, self._group, self._listeners, weakly(self._become_closed)))
 
@@ -176,6 +176,27 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         with self._lock:
             return self._opened().delete(directory, name, number_in(name) or 0)
 
+    @explained('recover("out")')
+    def recover(self, directory: str | os.PathLike[str]) -> None:
+        """Lock a directory now, and finish or remove what an earlier process left unfinished there.
+
+        The first save there does so otherwise. Call it before you look for the newest checkpoint: a process that was killed
+        leaves workers who still commit its last one. Waits for them for ``persistence.lock_timeout_secs`` at most.
+
+        Args:
+            directory: in which checkpoints lie. It is made if it does not exist.
+
+        Raises:
+            DirectoryInUseError: another run saves there.
+            UsageError: ``directory`` is a checkpoint; or called by a listener, or by a callback of a save's Future.
+            StorageError: it cannot be made, read or locked.
+            ClosedError
+        """
+        found = os.path.realpath(local_path(directory, "directory"))
+        self._refuse_in_callback("recover()")
+        with self._lock:
+            self._opened().directories.take(found)
+
     def wait_for(self, path: str | os.PathLike[str]) -> None:
         """Wait until every save to ``path`` has ended, committed or not. Errors stay unread in their Futures.
 
@@ -210,7 +231,8 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.join(os.path.realpath(directory), name)
 
 
-def _refuse_rules(config: StagerConfig) -> None:
+def refuse_rules(config: StagerConfig) -> None:
+    """Raise a ConfigError if the configuration has what only a Checkpointer does: ``retention``, ``replication``."""
     if config.replication.partners:
         raise ConfigError(
             "replication.partners is 1, and a PathCheckpointer keeps no replicas; set it to 0, or use a Checkpointer"

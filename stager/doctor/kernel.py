@@ -44,10 +44,10 @@ def check_huge_pages(shmem_enabled: str | None) -> Finding:
     name = "huge pages (shmem)"
     chosen = re.search(r"\[(\w+)\]", shmem_enabled or "")
     if chosen is None:
-        return Finding(name, "not available", Status.OK, "buffers are made of 4 KiB pages, which works")
+        return Finding(name, "not available", Status.OK, "buffers are made of small pages, which works")
     if chosen[1] in ("always", "within_size", "force"):
-        return Finding(name, chosen[1], Status.OK, "buffers are made of 2 MiB pages where possible: fewer page faults")
-    meaning = "buffers are made of 4 KiB pages: more page faults when they are allocated, none after"
+        return Finding(name, chosen[1], Status.OK, "buffers are made of huge pages where possible: fewer page faults")
+    meaning = "buffers are made of small pages: more page faults when they are allocated, none after"
     return Finding(name, chosen[1], Status.OK, meaning)
 
 

@@ -22,18 +22,16 @@ import torch
 from stager.config.arguments import as_bytes, as_step
 from stager.config.calls import explained
 from stager.exporting.file_format import format_of
-from stager.exporting.output import Runs, new_file, refuse_directory, runs_of
+from stager.exporting.output import new_file, refuse_directory
 from stager.exporting.part import Part
-from stager.exporting.source import Source
+from stager.exporting.source import Source, chosen_checkpoint
+from stager.exporting.tensor_copier import TensorCopier
 from stager.exporting.whole import Folded
-from stager.loading.foreign_path import not_ours
 from stager.loading.pickles.unpickle import unpickle
 from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.choice import choose_checkpoint
 from stager.workers.checkpoint.directory.manifest import read_manifest
 from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.read_lock import reading
-from stager.workers.checkpoint.directory.run_directory import committed_steps, is_checkpoint_directory
 from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
@@ -42,9 +40,8 @@ from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
-from stager.workers.checkpoint.layout.structure import RECIPE, describe, map_leaves, names_of, walk
-from stager.workers.errors import CheckpointNotFoundError, MemoryBudgetError, UnstageableError, UsageError
-from stager.workers.memory.pages import bytes_at
+from stager.workers.checkpoint.layout.structure import Path, map_leaves, names_of, walk
+from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
 
 _CHUNK_BYTES = 8 << 20
 _SMALLEST_BUDGET_BYTES = 1 << 20
@@ -121,7 +118,7 @@ def export_checkpoint(
     budget_bytes = as_bytes(max_memory_bytes, "max_memory_bytes")
     if budget_bytes < _SMALLEST_BUDGET_BYTES:
         raise UsageError(f"max_memory_bytes is {budget_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
-    checkpoint = _chosen(checkpoint, None if step is None else as_step(step))
+    checkpoint = chosen_checkpoint(checkpoint, None if step is None else as_step(step))
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
         chunk_bytes = min(_CHUNK_BYTES, budget_bytes // 4)
@@ -138,23 +135,9 @@ def export_checkpoint(
         step=manifest.header.step,
         num_tensors=len(source.tensors),
         num_objects=len(export.objects),
-        left_out=() if export.objects else _names_of_objects(source),
+        left_out=() if export.objects else source.names_of_objects(),
         secs=time.monotonic() - started,
     )
-
-
-def _chosen(path: str, step: int | None) -> str:
-    """Return the checkpoint of stager that ``path`` is or has."""
-    is_run = os.path.isdir(path) and not is_checkpoint_directory(path) and bool(committed_steps(path))
-    if not is_run and (problem := not_ours(path)) is not None:
-        raise CheckpointNotFoundError(None, problem, path)
-    return choose_checkpoint(path, step)
-
-
-def _names_of_objects(source: Source) -> tuple[str, ...]:
-    """The objects as a user would write them. A recipe is named for its container, whose class it is."""
-    paths = (path[:-1] if path[-1:] == (RECIPE,) else path for path in (source.paths[n][0] for n in source.objects))
-    return tuple(dict.fromkeys(map(describe, paths)))
 
 
 class _Export:
@@ -167,11 +150,13 @@ class _Export:
     def __init__(self, path: str, source: Source, file_format: str, budget_bytes: int, allow_pickle: bool) -> None:
         self._path = path
         self._source = source
+        self._copier = TensorCopier(source, budget_bytes)
         self._format = get_format(file_format)
         self._budget_bytes = budget_bytes
         self._allow_pickle = allow_pickle
         self._folded = Folded(source, self._unpickle) if file_format == "torch" else None
         self.objects = [] if self._folded is None else self._folded.objects
+        self._names: dict[Path, str] = {}
         self._tensors: list[int] = []  # item numbers, in the order of the file
         self._blobs: list[bytes] = []  # of the objects, then the trailer
 
@@ -188,6 +173,8 @@ class _Export:
                     f"has dtype {source.items[number].dtype}, which this format cannot store; "
                     "convert the tensor, or export to another format",
                 )
+        paths = [path for number in tensors for path in source.paths[number]]
+        self._names = dict(zip(paths, names_of(paths), strict=True))
         laid_out = self._format.lay_out(TensorSpecs.of(list(map(self._spec, tensors))), 0, evenly(1))
         self._tensors = [tensors[place] for place in laid_out.order]
         objects = source.objects if folded is None else folded.objects
@@ -209,7 +196,7 @@ class _Export:
         item = self._source.items[number]
         stride = contiguous_stride(item.shape) if self._format.row_major else item.stride
         paths = self._source.paths[number]
-        return TensorSpec(tuple(paths), tuple(names_of(paths)), item.dtype, item.shape, stride)
+        return TensorSpec(tuple(paths), tuple(self._names[path] for path in paths), item.dtype, item.shape, stride)
 
     def _read_objects(self) -> list[bytes]:
         """Return the objects' blobs as the file has them. They stay in memory until the end."""
@@ -251,7 +238,7 @@ class _Export:
         """Read a tensor as a whole, with the strides that it has in the checkpoint."""
         ((first, part), *others) = self._source.parts(number)
         if not others and self._source.items[part].shape == self._source.items[number].shape:
-            return self._read(part)
+            return self._copier.read(part)
         item = self._source.items[number]
         whole = new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
         for offsets, index in ((first, part), *others):
@@ -259,18 +246,8 @@ class _Export:
                 slice(start, start + length)
                 for start, length in zip(offsets, self._source.items[index].shape, strict=True)
             )
-            whole[place].copy_(self._read(index))
+            whole[place].copy_(self._copier.read(index))
         return whole
-
-    def _read(self, part: int) -> torch.Tensor:
-        """Read a stored item."""
-        stored = self._source.items[part]
-        tensor = new_tensor(dtype_of(stored.dtype), stored.shape, stored.stride, stored.data_nbytes)
-        view, position = bytes_at(tensor.data_ptr(), stored.data_nbytes), 0
-        for piece in self._source.data(part):
-            view[position : position + len(piece)] = piece
-            position += len(piece)
-        return tensor
 
     def write(self, layout: Layout, fd: int) -> None:
         """Do step 3: tensors with what the format puts around them; then objects and trailer."""
@@ -283,35 +260,6 @@ class _Export:
             head, tail = frame(index)
             files.write_all(fd, [head], item.offset)
             files.write_all(fd, [tail], item.data_offset + item.data_nbytes)
-            for offsets, part in self._source.parts(number):
-                self._write_part(fd, item, number, offsets, part)
+            self._copier.copy(number, fd, item)
         for item, blob in zip(layout.items[len(self._tensors) :], self._blobs, strict=True):
             files.write_all(fd, [blob], item.offset)
-
-    def _write_part(self, fd: int, target: Item, number: int, offsets: tuple[int, ...], part: int) -> None:
-        stored = self._source.items[part]
-        data = self._source.data(part)
-        if (target.shape, target.stride) == (stored.shape, stored.stride):
-            Runs(max(1, stored.data_nbytes)).write(fd, target.data_offset, data)
-            return
-        runs = runs_of(target.shape, stored.shape, offsets, dtype_of(stored.dtype).itemsize)
-        if _is_c_order(stored):
-            runs.write(fd, target.data_offset, data)
-            return
-        dense = self._in_c_order(number, part)
-        runs.write(fd, target.data_offset, [bytes_at(dense.data_ptr(), stored.data_nbytes)])
-
-    def _in_c_order(self, number: int, part: int) -> torch.Tensor:
-        """Read an item with other strides as a whole, and bring it into C order."""
-        stored = self._source.items[part]
-        if 2 * stored.data_nbytes > self._budget_bytes:
-            raise MemoryBudgetError(
-                f"{self._source.name(number)}: is stored with strides {list(stored.stride)}; bringing it into C order takes "
-                f"{2 * stored.data_nbytes:,} bytes of memory, and max_memory leaves {self._budget_bytes:,}; raise max_memory"
-            )
-        return self._read(part).contiguous()
-
-
-def _is_c_order(item: Item) -> bool:
-    steps = zip(item.shape, item.stride, contiguous_stride(item.shape), strict=True)
-    return 0 in item.shape or all(length == 1 or stride == dense for length, stride, dense in steps)

@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 
 import xxhash
 
 from stager.exporting.part import Part
 from stager.loading.chunks import with_wholes
+from stager.loading.foreign_path import not_ours
+from stager.workers.checkpoint.directory.choice import choose_checkpoint
 from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.directory.run_directory import committed_steps, is_checkpoint_directory
 from stager.workers.checkpoint.layout.layout import num_segments
-from stager.workers.checkpoint.layout.structure import Path, describe, walk
+from stager.workers.checkpoint.layout.structure import RECIPE, Path, describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader
+from stager.workers.errors import CheckpointNotFoundError
+
+
+def chosen_checkpoint(path: str, step: int | None) -> str:
+    """Return the checkpoint of stager that ``path`` is or has.
+
+    Args:
+        path: absolute; of a checkpoint or a run.
+        step: which checkpoint of the run; None: the newest.
+
+    Raises:
+        CheckpointNotFoundError: there is none; says what there is.
+        UsageError: ``step`` is given, and ``path`` is no run.
+    """
+    is_run = os.path.isdir(path) and not is_checkpoint_directory(path) and bool(committed_steps(path))
+    if not is_run and (problem := not_ours(path)) is not None:
+        raise CheckpointNotFoundError(None, problem, path)
+    return choose_checkpoint(path, step)
+
+
+class _Buffer(threading.local):
+    """Memory for a chunk, for each thread that reads."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = memoryview(bytearray(nbytes))
 
 
 class Source(BlobReader):
     """What is exported of a checkpoint, and its bytes: little memory however large an item is, each hash checked.
 
+    Several threads may read at a time.
+
     Args:
         path, manifest: the checkpoint.
         part: what is exported of it.
-        chunk_bytes: how much is in memory at a time.
-        progress: called with the number of bytes just read.
+        chunk_bytes: how much each thread has in memory at a time.
+        progress: called with the number of bytes just read, from the thread that read them.
 
     Attributes:
         items: those of the manifest, then the wholes of tensors that are stored in chunks.
@@ -42,12 +74,17 @@ class Source(BlobReader):
         self.tensors = [number for number in self.paths if self.items[number].kind == "tensor"]
         self.objects = [number for number in self.paths if self.items[number].kind == "object"]
         self._chunks = wholes.chunks
-        self._buffer = memoryview(bytearray(chunk_bytes))
+        self._buffer = _Buffer(chunk_bytes)
         super().__init__(path, manifest, 1, progress)  # last: it opens files, which are closed only if all is well
 
     def name(self, number: int) -> str:
         """A leaf's first key path, as a user would write it."""
         return describe(self.paths[number][0])
+
+    def names_of_objects(self) -> tuple[str, ...]:
+        """The objects as a user would write them. A recipe is named for its container, whose class it is."""
+        paths = (path[:-1] if path[-1:] == (RECIPE,) else path for path in (self.paths[n][0] for n in self.objects))
+        return tuple(dict.fromkeys(map(describe, paths)))
 
     def parts(self, number: int) -> tuple[tuple[tuple[int, ...], int], ...]:
         """What a tensor consists of: (offsets in the tensor, stored item) of each part."""
@@ -56,20 +93,21 @@ class Source(BlobReader):
         return (((0,) * len(self.items[number].shape), number),)
 
     def data(self, number: int) -> Iterator[memoryview]:
-        """The raw bytes of a stored item, in order. What was yielded is valid until the next one is asked for.
+        """The raw bytes of a stored item, in order. What was yielded is valid until this thread asks for the next.
 
         Raises:
             CorruptCheckpointError: a hash does not match, perhaps after the bytes it covers were yielded.
             StorageError: a read failed.
         """
+        buffer = self._buffer.memory
         item, end, step = self.items[number], self._ends[number], self._manifest.layout.segment_bytes
         low, high = item.data_offset, item.data_offset + item.data_nbytes
         for segment in range(num_segments(end - item.offset, step)):
             start = item.offset + segment * step
             stop = min(start + step, end)
             hasher = xxhash.xxh3_128()
-            for position in range(start, stop, len(self._buffer)):
-                chunk = self._buffer[: stop - position]
+            for position in range(start, stop, len(buffer)):
+                chunk = buffer[: stop - position]
                 self._pread(item.file, chunk, position)
                 hasher.update(chunk)
                 yield chunk[max(low - position, 0) : max(high - position, 0)]  # without header, tail and padding

@@ -1,6 +1,6 @@
 """stager in frameworks, one file each. Each imports its framework, and nothing imports this folder.
 
-lightning           CheckpointIO and strategies
-transformers        the Trainer of Hugging Face, and of TRL
-accelerate          save_state() and load_state()
+lightning           CheckpointIO, strategy and callbacks; pytorch_lightning: the same for the package of that name
+lightning_parts     what these two have in common
+transformers        the Trainer of Hugging Face, and those of TRL; transformers_parts: what its mixin is made of
 """

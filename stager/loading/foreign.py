@@ -116,8 +116,8 @@ def _open(found: Found, allow_pickle: bool, safe_globals: Sequence[str]) -> Fore
         values = load_torch_save(found.path, allow_pickle, safe_globals=safe_globals)
     except UnsafePickleError as error:
         raise UnsafePickleError(
-            f"{error}. If the file holds an object as a whole, as torch.save(model) writes it, load it by "
-            "load_checkpoint(path, allow_pickle=True), without into and keys"
+            f"{error}. If the file holds an object as a whole, as torch.save(model, path) writes it, and "
+            "you trust its origin, load it by load_checkpoint(path, allow_pickle=True), without the arguments into and keys"
         ) from error
     if not isinstance(values, Mapping):
         permission = ", allow_pickle=True" if allow_pickle else ""

@@ -61,10 +61,13 @@ def refuse_if_itself(structure: Node, target: Any, path: str) -> None:
         return
     ((key, value),) = target.items()
     prefix = f"{key}."
-    if not is_stateful(value) or any(name == key or str(name).startswith(prefix) for name in nodes):
+    if not is_stateful(value) or key in nodes:
         return
     state = state_of(value, (key,))
     common = [name for name in state if name in nodes] if isinstance(state, Mapping) else []
+    inside = [str(name)[len(prefix) :] for name in nodes if str(name).startswith(prefix)]
+    if inside and (not common or any(name in state for name in inside)):  # transformers has names in model itself, too
+        return
     if common:
         raise UsageError(
             f"{path} has no {key!r}: it is the state dict of one object itself, with the names {_shown(common)}; "

@@ -1,6 +1,7 @@
 """Restoring a checkpoint that stager did not write: the steps and the matching are those of ``restore.py``.
 
-1. fit      give the checkpoint's keys the types that those of the target have (foreign_keys.py), where its format lost them
+1. fit      give the checkpoint's keys the types that those of the target have (foreign_keys.py), where its format lost them,
+            and the names of tied weights that it does not store (tied_names.py)
 2. match    find every mismatch, and plan what goes where (match.py); nothing is changed yet
 3. objects  unpickle them under ``weights_only`` rules, run the checks of the plan
 4. tensors  read them into new memory; of a tensor that lies on several ranks, this rank's boxes only
@@ -26,6 +27,7 @@ from stager.loading.renaming import Renaming
 from stager.loading.restore import copy_to_targets
 from stager.loading.restore_plan import RestorePlan, refuse
 from stager.loading.selection import Selection
+from stager.loading.tied_names import with_tied_names
 from stager.state.shards import Box, is_sharded, shard_of, views_of
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
@@ -90,7 +92,15 @@ def restore_foreign(
 
     with no_collection():
         plan = match(
-            source.manifest, source.path, into, strict, selection, renaming=renaming, other_ranks=other_ranks, fit=fit
+            source.manifest,
+            source.path,
+            into,
+            strict,
+            selection,
+            renaming=renaming,
+            other_ranks=other_ranks,
+            fit=fit,
+            complete=lambda structure, target: with_tied_names(structure, target, renaming),
         )
         with torch_defaults():
             values = _fill(source, plan)

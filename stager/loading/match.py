@@ -73,6 +73,7 @@ def match(
     renaming: Renaming = Renaming(),  # noqa: B008  # frozen
     other_ranks: OtherRanks = NO_OTHER_RANKS,
     fit: Callable[[Node, Any], Node] = lambda structure, target: structure,
+    complete: Callable[[Node, Any], Node] = lambda structure, target: structure,
 ) -> RestorePlan:
     """Plan a restore of a checkpoint into ``target``.
 
@@ -86,6 +87,7 @@ def match(
         renaming: of the checkpoint's names; the selection sees the new ones.
         other_ranks: asked which names they have.
         fit: gives the structure the types of keys that the target has, if a format has lost them.
+        complete: gives the structure, when its names are new, those that a format does not store.
 
     Raises:
         StateMismatchError: keys, shapes or dtypes differ.
@@ -94,6 +96,7 @@ def match(
     structure = fit(manifest.layout.structure, target)
     if renaming != Renaming():
         structure = fit(renaming.of(structure, path, target), target)
+    structure = complete(structure, target)
     matcher = _Matcher(manifest, structure, strict, selection, rank, renaming)
     if selection is not None:
         structure = selection.of(structure, path)

@@ -70,17 +70,8 @@ class Renaming:
             splitter = Splitter(structure, target)
             builder = _Builder(lambda old, inside: self._renamed(old, inside, splitter), path)
             structure = builder.build(structure)
-            self._check_used(builder.names(), path)
+            check_used(self.rename, builder.names(), path)
         return structure
-
-    def _check_used(self, names: Sequence[str], path: str) -> None:
-        for name in self.rename if isinstance(self.rename, Mapping) else ():
-            if not any(one == name or one.startswith(f"{name}.") for one in names):
-                near = difflib.get_close_matches(str(name), names, n=3)
-                advice = f"Similar names: {', '.join(near)}" if near else "stager inspect lists its names"
-                raise StateMismatchError(
-                    f"{path}: rename= has {name!r}, which is no name of the checkpoint; nothing was changed. {advice}"
-                )
 
     def aligned(self, node: Node, keys: Iterable[Any]) -> Node:
         """Give the keys of a mapping the prefix that only the target's ``keys`` have."""
@@ -103,20 +94,52 @@ class Renaming:
 
     def _renamed(self, path: Path, inside: Node, splitter: Splitter) -> Path:
         name = fqn(path)
-        new = self._new_name(name)
+        new = new_name(self.rename, name)
         if not isinstance(new, str) or not new:
             raise UsageError(f"rename= made {new!r} of {name!r}; it has to be a text that is not empty")
         return path if new == name else splitter.split(new, path, inside)
 
-    def _new_name(self, name: str) -> Any:
-        if not isinstance(self.rename, Mapping):
-            return self.rename(name)
-        parts = name.split(".")
-        for length in range(len(parts), 0, -1):  # the longest that is there
-            head = ".".join(parts[:length])
-            if head in self.rename:
-                return ".".join([self.rename[head], *parts[length:]])
-        return name
+
+def new_name(rename: Mapping[str, Any] | Callable[[str], Any], name: str) -> Any:
+    """Return what ``rename`` makes of a name. In a mapping, the longest beginning of the name that is there counts.
+
+    None in a mapping is returned as it is, whatever is below it.
+    """
+    if not isinstance(rename, Mapping):
+        return rename(name)
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        head = ".".join(parts[:length])
+        if head in rename:
+            new = rename[head]
+            return new if new is None else ".".join([new, *parts[length:]])
+    return name
+
+
+def check_used(rename: Mapping[str, Any] | Callable[[str], Any], names: Sequence[str], path: str) -> None:
+    """Raise if a mapping renames what is not there.
+
+    Args:
+        names: of the leaves.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        StateMismatchError
+    """
+    if not isinstance(rename, Mapping):
+        return
+    heads = {name[:end] for name in names for end in (*_dots(name), len(name))}
+    for name in rename:
+        if name not in heads:
+            near = difflib.get_close_matches(str(name), names, n=3)
+            advice = f"Similar names: {', '.join(near)}" if near else "stager inspect lists its names"
+            raise StateMismatchError(
+                f"{path}: rename= has {name!r}, which is no name of the checkpoint; nothing was changed. {advice}"
+            )
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "."]
 
 
 class _Builder:

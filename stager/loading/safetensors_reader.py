@@ -86,27 +86,46 @@ class SafetensorsFiles:
         return {}
 
     def tensors(self, wanted: Sequence[tuple[int, Box | None]]) -> list[torch.Tensor]:
-        """Read tensors into new memory. For a box, the whole tensor is read, and kept only until the next one is.
+        """Read tensors into new memory. For a box, the rows are read that it is in, as all other ranks read theirs.
 
         Raises:
             CorruptCheckpointError, StorageError
         """
+        rows = [self._rows(number, box) for number, box in wanted]
+        read: dict[tuple[int, int, int], torch.Tensor] = {}  # tied tensors are read once
+        for one in rows:
+            if one not in read:
+                read[one] = self._new(*one)
+        ordered = sorted(read)
         with closing(PlainReader(os.path.dirname(self.path), self.manifest, self._num_threads)) as reader:
-            whole = {number: self._new(number) for number, box in wanted if box is None}
-            numbers = sorted(whole)
-            reader.read(numbers, [whole[number].data_ptr() for number in numbers])
-            return [whole[number] if box is None else self._box(reader, number, box) for number, box in wanted]
+            starts = [self._row_nbytes(number) * first for number, first, _ in ordered]
+            reader.read_parts([number for number, _, _ in ordered], starts, [read[one] for one in ordered])
+        return [_narrowed(read[one], box) for one, (_, box) in zip(rows, wanted, strict=True)]
 
-    def _box(self, reader: PlainReader, number: int, box: Box) -> torch.Tensor:
-        tensor = view = self._new(number)
-        reader.read([number], [tensor.data_ptr()])
-        for dim, (offset, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
-            view = view.narrow(dim, offset, length)
-        return tensor if view.shape == tensor.shape else view.clone()
+    def _rows(self, number: int, box: Box | None) -> tuple[int, int, int]:
+        """Return the tensor, and the first row and the number of rows that a box is in."""
+        shape = self.manifest.layout.items[number].shape
+        if box is None or not shape:
+            return number, 0, shape[0] if shape else 1
+        return number, box.offsets[0], box.lengths[0]
 
-    def _new(self, number: int) -> torch.Tensor:
+    def _row_nbytes(self, number: int) -> int:
         item = self.manifest.layout.items[number]
-        return new_tensor(dtype_of(item.dtype), item.shape, item.stride, item.data_nbytes)
+        return item.data_nbytes // max(1, item.shape[0]) if item.shape else item.data_nbytes
+
+    def _new(self, number: int, first: int, num_rows: int) -> torch.Tensor:
+        item = self.manifest.layout.items[number]
+        shape = (num_rows, *item.shape[1:]) if item.shape else ()
+        return new_tensor(dtype_of(item.dtype), shape, item.stride, self._row_nbytes(number) * num_rows)
+
+
+def _narrowed(rows: torch.Tensor, box: Box | None) -> torch.Tensor:
+    """Return what a box has of the rows that it is in."""
+    view = rows
+    if box is not None:
+        for dim, (offset, length) in enumerate(zip(box.offsets[1:], box.lengths[1:], strict=True), 1):
+            view = view.narrow(dim, offset, length)
+    return rows if view.shape == rows.shape else view.clone()
 
 
 def manifest_of(path: str) -> Manifest:
@@ -134,6 +153,7 @@ def read_index(path: str) -> Manifest:
     files: list[FileSpec] = []
     items: list[Item] = []
     numbers: dict[str, int] = {}
+    owners: dict[str, str] = {}  # the file of each name
     for position, file in enumerate(sorted(set(weights.values()))):
         # The Hugging Face hub's cache has a link in the place of each file.
         real = os.path.realpath(os.path.join(os.path.dirname(path), file))
@@ -142,12 +162,17 @@ def read_index(path: str) -> Manifest:
                 path, f"names {file}, which is missing: copy or download all files of the model"
             )
         directory, one = os.path.dirname(real), read_header(real)
-        for (name,), number in one.paths():
-            if (
-                weights.get(name, file) == file
-                and numbers.setdefault(str(name), len(items) + number) != len(items) + number
-            ):
-                raise CorruptCheckpointError(path, f"{name} is in two files, and the index does not say in which")
+        for (key,), number in one.paths():
+            name = str(key)
+            if weights.get(name, file) != file:
+                continue  # the index says in which file it is
+            if (other := owners.setdefault(name, file)) != file:
+                raise CorruptCheckpointError(
+                    path,
+                    f"{name} is in two files, {other} and {file}, and the index does not say in which; "
+                    "download all files of the model again",
+                )
+            numbers[name] = len(items) + number
         files += [FileSpec(os.path.join(directory, spec.name), spec.nbytes) for spec in one.layout.files]
         items += [replace(item, file=position) for item in one.layout.items]
     if lost := [name for name in weights if name not in numbers]:
@@ -164,6 +189,31 @@ def read_header(path: str) -> Manifest:
         UsageError: a tensor has a dtype that stager does not know.
         StorageError
     """
+    data, size = _read_json(path)
+    try:
+        layout = _layout(json.loads(data, object_pairs_hook=_distinct), path, 8 + len(data), size)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise CorruptCheckpointError(path, f"its safetensors header is not valid: {error}") from error
+    return Manifest(ManifestHeader("safetensors", 0, "", 0.0, "", ""), layout, (), ())
+
+
+def metadata_of(path: str) -> dict[str, Any]:
+    """Read the metadata in the header of a file, which is not checked. Empty if there is none.
+
+    Raises:
+        CorruptCheckpointError: the file has no header of safetensors.
+        StorageError
+    """
+    data, _ = _read_json(path)
+    try:
+        metadata = json.loads(data).get(_METADATA, {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpointError(path, f"its safetensors header is not valid: {error}") from error
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _read_json(path: str) -> tuple[bytes, int]:
+    """Return the JSON of a header, and the size of the file."""
     with storage_errors("read", path), open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -171,18 +221,15 @@ def read_header(path: str) -> Manifest:
             raise CorruptCheckpointError(
                 path, f"its first 8 bytes say that the header has {length} bytes, and the file has {size}"
             )
-        data = file.read(length)
-    try:
-        layout = _layout(json.loads(data, object_pairs_hook=_distinct), path, 8 + length, size)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise CorruptCheckpointError(path, f"its safetensors header is not valid: {error}") from error
-    return Manifest(ManifestHeader("safetensors", 0, "", 0.0, "", ""), layout, (), ())
+        return file.read(length), size
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in result if names.count(name) > 1)
+        raise ValueError(f"the name {twice} occurs twice")
     return result
 
 

@@ -185,9 +185,9 @@ def _check_complete(tree: StateTree, shards: Mapping[int, Shard | None], has_chu
         if not is_complete(shard):
             raise UnstageableError(
                 tree.name(leaf),
-                f"is a {_kind_name(tree.leaves[leaf])} of which other ranks have the rest, and this one saves for itself: "
-                "let them save together (ranks.together, and init_process_group() before the Checkpointer is made), or "
-                "save its full or local tensor",
+                f"is a {_kind_name(tree.leaves[leaf])} of which other ranks have the rest, and this rank saves alone: "
+                "let the ranks save together (ranks.together: auto or true, and init_process_group() before the "
+                "Checkpointer is made), or save tensor.full_tensor() or tensor.to_local()",
             )
         if not has_chunks and shard is not None and len(shard.boxes) > 1:
             raise UnstageableError(

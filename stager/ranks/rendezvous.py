@@ -113,7 +113,9 @@ class Rendezvous:
             raise self._silent() from None
         except RuntimeError as error:
             raise RankFailedError(
-                f"the job's store cannot be reached; the process that serves it is gone ({error})", ()
+                f"the job's store cannot be reached ({error}); most likely the process that serves it has ended: "
+                "look at the log of rank 0",
+                (),
             ) from error
 
     def _silent(self) -> RankFailedError:

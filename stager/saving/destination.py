@@ -16,12 +16,13 @@ class Destination:
     Attributes:
         directory: in which it is; absolute.
         name: of the checkpoint's own directory.
-        lock: on ``directory``. It travels with each task, so that workers hold it when this process is gone.
+        lock: on ``directory``. It travels with each task, so that workers hold it when this process is gone. None: nothing
+            is written there.
     """
 
     directory: str
     name: str
-    lock: Descriptor
+    lock: Descriptor | None
 
     @property
     def path(self) -> str:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import RankGroup
 from stager.saving import open_here
 from stager.workers.memory.descriptor import Descriptor
 
+_MOST = 64  # directories that are held: each takes a descriptor
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A directory that is held: its lock, and what forgets that this process has it open."""
+
+    lock: Descriptor
+    forget: Callable[[], None]
+
 
 class Directories:
     """Takes directories: their locks, and what earlier runs left in them. Every rank takes the same ones, in one order.
+
+    Of many, the one that was taken first is let go of. A save to it that is in flight still holds its lock: see
+    :class:`Destination`.
 
     Args:
         lock_timeout_secs: how long to wait for another run's lock.
@@ -25,9 +38,8 @@ class Directories:
         self._group = group
         self._lock_timeout_secs = lock_timeout_secs
         self._replicates = replicates
-        self._locks: dict[str, Descriptor] = {}
+        self._held: dict[str, _Held] = {}
         self._num_tried = 0
-        self._registered = ExitStack()
         self._register: Callable[[str], Callable[[], None]] = lambda directory: lambda: None
 
     def belong_to(self, owner: object, finish: Callable[[], None]) -> None:
@@ -38,11 +50,10 @@ class Directories:
             return open_here.add(here, directory, finish) if (here := held()) is not None else lambda: None
 
         self._register = register
-        for directory in self._locks:
-            self._registered.callback(self._register(directory))
+        self._held = {directory: _Held(one.lock, register(directory)) for directory, one in self._held.items()}
 
     def take(self, directory: str) -> Descriptor:
-        """Return the lock of a directory; take it if it was not taken yet. Every rank calls it.
+        """Return the lock of a directory; take it if it is not held. Every rank calls it.
 
         Args:
             directory: absolute; it is made if it does not exist.
@@ -50,7 +61,9 @@ class Directories:
         Raises:
             DirectoryInUseError, RankFailedError, StorageError, UsageError, ConfigError: :func:`take_directory`.
         """
-        if directory not in self._locks:
+        if directory not in self._held:
+            if len(self._held) >= _MOST:  # in the order in which they were taken, which is the same on all ranks
+                self._held.pop(next(iter(self._held))).forget()
             self._num_tried += 1
             lock_fd = take_directory(
                 directory,
@@ -60,18 +73,18 @@ class Directories:
                 replicates=self._replicates,
                 take_over=lambda: open_here.take_over(directory),
             )
-            self._locks[directory] = Descriptor(lock_fd)
-            self._registered.callback(self._register(directory))
-        return self._locks[directory]
+            self._held[directory] = _Held(Descriptor(lock_fd), self._register(directory))
+        return self._held[directory].lock
 
     def close(self) -> None:
         """Let go of every directory. Legal when nothing is in flight."""
-        self._registered.close()
+        for held in self._held.values():
+            held.forget()
         self.abandon()
 
     def abandon(self) -> None:
         """Close the locks' descriptors in a forked child: otherwise the child would hold the directories."""
-        while self._locks:
-            _, lock = self._locks.popitem()
+        for held in self._held.values():
             with suppress(OSError):
-                os.close(lock.fd)
+                held.lock.close()
+        self._held.clear()

@@ -97,7 +97,7 @@ def take_over(
     try:
         opened.close()
     except Exception:  # nobody else could be told
-        logger.exception("a save of the Checkpointer that was not closed has failed")
+        logger.exception("closing an earlier Checkpointer, which nobody holds, failed; its last save may be missing")
 
 
 def weakly(method: Callable[_P, None]) -> Callable[_P, None]:

@@ -241,7 +241,7 @@ class Save:
         self.upload_completion.set_exception(error)
 
     def commit(self, committed: Committed) -> None:
-        """End the save with a checkpoint, of all ranks."""
+        """End the save: the checkpoint of all ranks is committed."""
         self.timeline.timing("commit", committed.started, committed.ended, f"worker {committed.pid}")
         since, info = self.timeline.started, committed.info
         with self._lock:  # None where a worker wrote a part and died before it could say so

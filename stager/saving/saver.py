@@ -62,7 +62,6 @@ from stager.workers.checkpoint.formats import get_format
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
 from stager.workers.long_wait import LongWait
-from stager.workers.memory.descriptor import Descriptor
 from stager.workers.pool.pool import WorkerPool
 
 logger = logging.getLogger("stager")
@@ -400,7 +399,7 @@ class Saver:
         """Do now what the first save would have to do: plan, create slabs, start workers. Waits for all of it."""
         self.memory.know_size()
         # Nobody hears of it, and it goes nowhere: it is no save.
-        save = Save(0, self._group.save_id(WARM_UP), 0, lambda make: None, Destination("", "", Descriptor(-1)), {})
+        save = Save(0, self._group.save_id(WARM_UP), 0, lambda make: None, Destination("", "", None), {})
         try:
             tree = self._taker.flatten(state, save.save_id)
         except BaseException as error:

@@ -283,7 +283,7 @@ def _locate(copies: Sequence[Copy], sources: list[SharedSource]) -> list[SharedC
     for copy in copies:
         number = bisect_right(addresses, copy.address) - 1
         if number < 0 or copy.address + copy.nbytes > sources[number].address + sources[number].nbytes:
-            raise InternalError(f"the source of {copy} moved, or was freed, while its snapshot was taken")
+            raise InternalError(f"the memory of a tensor moved, or was freed, while workers copied it ({copy})")
         located.append(SharedCopy(copy, sources[number]))
     return located
 

@@ -3,7 +3,9 @@
 NOTE [ Overlap is safe by construction ]
 ``save()`` may return before a tensor is copied only if nothing changes the tensor before the copy is done.
   1. By calling ``guard(optimizer)``, the user promises that only ``optimizer.step()`` writes to its parameters and state.
-  2. Before each step, a pre-hook waits for every snapshot that is still being taken.
+  2. Before each step, a pre-hook waits for every snapshot that is still being taken. If the step was given a closure, the
+     forward and backward pass are in it (Lightning does so). Torch's own optimizers call it before they write to anything,
+     so there the wait comes when the closure returns. Others may write first (SAM does), so they wait at once.
   3. All other tensors (buffers that a forward pass changes, counters, averaged weights) are copied before ``save()``
      returns.
   4. A step that is captured in a graph runs its hooks once, and its replays run none. So an optimizer whose step is
@@ -76,8 +78,12 @@ class Guard:
                 self._optimizers.add(one)
                 self._hooks.append(one.register_step_pre_hook(self._before_step))
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not is_capturing():
+            if (later := _waiting_in_closure(optimizer, args, kwargs or {}, self._wait)) is not None:
+                return later
             self._wait()
         elif optimizer in self._optimizers:
             self._optimizers.discard(optimizer)
@@ -86,6 +92,7 @@ class Guard:
                 "wait for a snapshot. Its tensors are copied before save() returns from now on",
                 type(optimizer).__name__,
             )
+        return None
 
     # torch.compile(optimizer.step) calls it as it is: compiled, it would be a constant that it had nothing to wait for.
     _before_step._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable() sets
@@ -284,6 +291,31 @@ def _with_hooks(optimizer: Any) -> list[Optimizer]:
             "give the optimizer that changes the parameters"
         )
     return hooked
+
+
+def _waiting_in_closure(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], wait: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Move the wait behind the closure of a step, see 2. of the NOTE.
+
+    Args:
+        args, kwargs: of ``step()``, with the optimizer itself first, as torch gives them to a pre-hook.
+
+    Returns:
+        The arguments to step with; None: there is no closure, or the optimizer may write before it calls it.
+    """
+    closure = kwargs.get("closure") if len(args) < 2 else args[1]
+    if closure is None or not type(optimizer).step.__module__.startswith("torch.optim."):
+        return None
+
+    def closure_then_wait() -> Any:
+        result = closure()
+        wait()
+        return result
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure_then_wait}
+    return (args[0], closure_then_wait, *args[2:]), kwargs
 
 
 def _wraps(value: Any) -> bool:

@@ -75,11 +75,11 @@ def flatten(state: Mapping[str, Any], rank: int = 0, *, has_recipes: bool = True
     return tree
 
 
-class _ElsewiseError(Exception):
+class _StoreOtherwiseError(Exception):
     """A container has to be stored in another way. None of these leaves this file."""
 
 
-class _ContainsItselfError(_ElsewiseError):
+class _ContainsItselfError(_StoreOtherwiseError):
     """A container was met inside itself.
 
     Attributes:
@@ -91,7 +91,7 @@ class _ContainsItselfError(_ElsewiseError):
         self.container = container
 
 
-class _ManyLeavesError(_ElsewiseError):
+class _ManyLeavesError(_StoreOtherwiseError):
     """A container has many leaves, and perhaps none that has to be apart."""
 
 
@@ -102,7 +102,7 @@ class _Start(NamedTuple):
     num_apart: int
 
 
-class _NotApartError(_ElsewiseError):
+class _NotApartError(_StoreOtherwiseError):
     """A container cannot be stored as its parts: it becomes a leaf."""
 
 
@@ -373,7 +373,7 @@ def _code_of(value: Any, path: Path, what: str = "taking it apart") -> Iterator[
     """Name the value whose own code raised. Its class may be of the user, and do anything when it is asked for its parts."""
     try:
         yield
-    except (StagerError, _ElsewiseError):
+    except (StagerError, _StoreOtherwiseError):
         raise
     except Exception as error:
         raise UnstageableError(

@@ -56,7 +56,7 @@ def chrome_trace(path: Path) -> FileSink:
 
 
 def _trace_lines(report: SaveReport) -> list[str]:
-    """Complete events ("ph": "X"); times in microseconds."""
+    """Return one line for each timing: complete events ("ph": "X") of Chrome's trace format; times in microseconds."""
     common = {"cat": "stager", "ph": "X", "pid": os.getpid()}
     rows = (
         {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import forked_subprocess
-from tests.benchmarks import listeners
+from tests.benchmarks import listeners, weights
 from tests.benchmarks.launch import ROOT
 from tests.benchmarks.python_values import CASES
 
@@ -57,6 +57,15 @@ def test_replication(tmp_path: Path) -> None:
     assert list(result["resume"]) == ["disk, cold", "disk, warm", "memory"]
     assert all(row["both_secs"] > 0 for row in result["resume"].values())
     assert result["to_partner_secs"] > 0
+
+
+@pytest.mark.long  # a dozen processes that import torch
+def test_weights(tmp_path: Path) -> None:
+    arguments = ["--mib", "8", "--rounds", "1", "--directory", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    result = weights.main(arguments)
+    assert json.loads((tmp_path / "out.json").read_text()) == result
+    assert list(result["legs"]) == ["raw", "stager", "stager, bfloat16", "dcp"]
+    assert all(one["secs"] > 0 and one["peak_bytes"] > 0 for one in result["legs"].values())
 
 
 def test_worker_stager(tmp_path: Path) -> None:

@@ -217,11 +217,11 @@ def test_missing_populate_write_is_slow_not_fatal() -> None:
 @pytest.mark.parametrize(
     ("text", "value", "words"),
     [
-        ("always within_size advise [never] deny force", "never", "4 KiB"),
-        ("always [within_size] advise never deny force", "within_size", "2 MiB"),
-        ("[always] within_size advise never deny force", "always", "2 MiB"),
-        ("", "not available", "4 KiB"),
-        (None, "not available", "4 KiB"),
+        ("always within_size advise [never] deny force", "never", "small pages"),
+        ("always [within_size] advise never deny force", "within_size", "huge pages"),
+        ("[always] within_size advise never deny force", "always", "huge pages"),
+        ("", "not available", "small pages"),
+        (None, "not available", "small pages"),
     ],
 )
 def test_huge_pages(text: str | None, value: str, words: str) -> None:

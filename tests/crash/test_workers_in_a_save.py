@@ -118,7 +118,7 @@ def test_error_of_a_worker_reaches_the_next_save_with_its_traceback_and_masks_no
         faults.arm("part.begin", last)
         ckpt.save(3, state_of(3))
         raise KeyError("primary")
-    assert "a save failed as well" in caplog.text
+    assert "failed as well, after an error in its with block" in caplog.text
 
 
 def test_worker_that_a_user_stops_and_continues_goes_on(run_dir: Path, faults: Faults) -> None:

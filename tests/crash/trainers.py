@@ -43,6 +43,7 @@ def delete_in_flight(directory: str) -> None:
 
 def end(directory: str, way: str) -> None:
     """Save step 0 to the end, and begin step 1; then end in some way. Whoever started us holds what is to be held."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that are run by nohup inherit that it is ignored
     ckpt = Checkpointer(directory, CONFIG)
     if way == "never closes":
         save_two(ckpt)

@@ -166,6 +166,7 @@ def test_run_that_did_not_reach_the_end_is_a_failure(evidence: tuple[Workspace, 
     assert (check.ok, check.problems) == (False, ("resumed ended at step 23 of 24",))
 
 
+@pytest.mark.long  # the next but one is as long, and is run always
 def test_stock_load_finds_weights_that_differ(evidence: tuple[Workspace, Results]) -> None:
     workspace, _ = evidence
     truth = workspace.run("uninterrupted") / "final.pt"
@@ -175,6 +176,7 @@ def test_stock_load_finds_weights_that_differ(evidence: tuple[Workspace, Results
     assert check.problems[0].startswith("state['model']['norm.bias']: 1 of 64 elements differ")
 
 
+@pytest.mark.long
 def test_stock_load_of_a_missing_checkpoint_is_a_failure(evidence: tuple[Workspace, Results]) -> None:
     workspace, _ = evidence
     check = check_stock_load(workspace.run("uninterrupted") / "final.pt", workspace.checkpoints / "step-99999999")

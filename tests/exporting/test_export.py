@@ -77,6 +77,13 @@ def test_any_checkpoint_becomes_one_safetensors_file(run_dir: Path, tmp_path: Pa
     assert result.left_out == ("n",)
 
 
+def test_two_keys_that_join_to_one_name_are_two_tensors(run_dir: Path, tmp_path: Path) -> None:
+    info = save(run_dir, {"a.w": torch.ones(2), "a": {"w": torch.zeros(3)}})
+    export_checkpoint(info.path, tmp_path / "a.safetensors")
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert sorted(tensor.tolist() for tensor in loaded.values()) == [[0, 0, 0], [1, 1]]
+
+
 @pytest.mark.parametrize("state", [{}, {"n": 1}, {"e": torch.empty(0)}], ids=str)
 def test_states_with_next_to_nothing_in_them(run_dir: Path, tmp_path: Path, state: dict[str, Any]) -> None:
     info = save(run_dir, state)

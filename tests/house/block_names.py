@@ -34,6 +34,9 @@ def build_state():
 """
 """The reader's module, which commands name as ``train:build``."""
 
+BESIDE_WEIGHTS = {"config.json": "{}", "tokenizer.json": "{}", "names.json": '{"weight": "layer.weight"}'}
+"""What commands that export weights name."""
+
 
 class Loader:
     """A data loader that knows its position."""
@@ -57,8 +60,9 @@ def prepare_process() -> None:
     """Make this process, in the current directory, one in which every block can run."""
     # torch's own, where dcp.save runs without a process group.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    with open("train.py", "w", encoding="utf-8") as file:
-        file.write(TRAIN_PY)
+    for name, text in {"train.py": TRAIN_PY, **BESIDE_WEIGHTS}.items():
+        with open(name, "w", encoding="utf-8") as file:
+            file.write(text)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 

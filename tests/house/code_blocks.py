@@ -39,7 +39,7 @@ NOT_RUN = {
 MAY_SAY_NO = {"plan": "whether it fits depends on the host", "doctor": "what it finds depends on the host"}
 """Commands of stager that may exit with 1."""
 
-NEEDS = {"docs/from-trainers.md": ("pytorch_lightning", "transformers", "accelerate")}
+NEEDS: dict[str, tuple[str, ...]] = {}
 """Documents whose Python needs packages that only the extra ``docs`` installs: skipped without them."""
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -67,7 +67,11 @@ def documents() -> list[str]:
     return ["README.md", *(page for page in pages if not page.startswith("docs/results/"))]
 
 
-RUN_ELSEWHERE = {"docs/mistakes.md": "every block of it is a mistake; tests/mistakes makes each of them"}
+RUN_ELSEWHERE = {
+    "docs/mistakes.md": "every block of it is a mistake; tests/mistakes makes each of them",
+    "docs/integrations/lightning.md": "its script is killed and resumed by tests/integrations",
+    "docs/integrations/transformers.md": "its script is killed and resumed by tests/integrations, which run the rest, too",
+}
 """Documents whose blocks other tests run, and why."""
 
 

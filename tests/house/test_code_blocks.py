@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def test_code_blocks_of_the_readme_run_and_leave_a_checkpoint_and_resume_from_it
     run("README.md", prepared, tmp_path)
     for made in ("a.pt", "stager.yaml"):
         os.unlink(tmp_path / made)  # commands do not overwrite files
+    shutil.rmtree(tmp_path / "hf")
     run("README.md", prepared, tmp_path)
     names = [path.name for path in sorted((tmp_path / "runs/first").glob("step-*"))]
     assert names == ["step-00000000", "step-00000100", "step-00000200"]

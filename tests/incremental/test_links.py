@@ -119,7 +119,7 @@ def _move_behind_link(base: Path) -> None:
     [
         (shutil.rmtree, "cannot be opened"),
         (_truncate, "is damaged"),
-        (_write_to, "written to, or copied, after"),
+        (_write_to, "is not the file that was committed"),
         (_symlink, "is damaged"),
         (_remove_files, "removed meanwhile"),
         (_damage_manifest, "the manifest of step-00000001 is damaged"),

@@ -58,7 +58,14 @@ class Training:
         launcher = (
             []
             if self.num_ranks == 1
-            else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.num_ranks}"]
+            else [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={self.num_ranks}",
+                "--log-dir",
+                os.devnull,
+            ]
         )
         command = [sys.executable, *launcher, str(self.script), str(out), *map(str, arguments)]
         environment = {**os.environ, **_QUIET, **dict(self.environment)}

@@ -158,7 +158,8 @@ def test_keys_that_differ_in_their_type_only(tmp_path: Path) -> None:
 def test_module_that_torch_saved_whole(tmp_path: Path) -> None:
     path, model = tmp_path / "whole.pt", small_model()
     torch.save(model, path)
-    with pytest.raises(UnsafePickleError, match=r"load_checkpoint\(path, allow_pickle=True\), without into and keys"):
+    advice = r"load_checkpoint\(path, allow_pickle=True\), without the arguments into and keys"
+    with pytest.raises(UnsafePickleError, match=advice):
         load_checkpoint(path, small_model())
     with pytest.raises(
         UsageError, match=r"without into and keys, by load_checkpoint\(path, allow_pickle=True\)\.state"

@@ -32,6 +32,7 @@ def test_an_error_that_nobody_looked_at_keeps_no_rank_from_the_next_save(tmp_pat
     assert run_ranks(f"{_BODIES}:fail_once_and_go_on", 2, tmp_path) == [[1, 3, 4, 5]] * 2
 
 
+@pytest.mark.long
 def test_a_save_that_one_rank_gave_up_is_committed_by_no_other(tmp_path: Path) -> None:
     first, second = run_ranks(f"{_BODIES}:slow_rank", 2, tmp_path)
     for result in (first, second):

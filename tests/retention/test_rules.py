@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stager.exporting.export import export_checkpoint
+from stager.exporting.weights import export_weights
 from stager.loading import loader
 from stager.loading.loader import Loader
 from stager.loading.place import Run
@@ -187,14 +189,15 @@ def test_save_of_a_step_again_and_a_removal_of_that_step(
     assert steps_of(run_dir) == [1, 3]
 
 
-def test_export_holds_what_it_reads(run_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("export", "out"), [(export_checkpoint, "x.pt"), (export_weights, "x")])
+def test_export_holds_what_it_reads(run_dir: Path, tmp_path: Path, export: Any, out: str) -> None:
     make_run(run_dir, (1, 2, 3))
     reports = []
 
     def progress(_: int) -> None:
         reports.append(prune(str(run_dir), RetentionRules(keep_latest=1)))
 
-    export_checkpoint(run_dir / "step-00000001", tmp_path / "x.pt", progress=progress)
+    export(run_dir / "step-00000001", tmp_path / out, progress=progress)
     assert fates(reports[0]) == {3: "kept", 2: "removed", 1: "left"}
     assert steps_of(run_dir) == [1, 3]
 

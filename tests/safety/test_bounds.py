@@ -137,7 +137,7 @@ def test_record_of_a_million_billion_segments_is_removed_without_counting_them(r
     receipt = unseal((partial / "receipt-0-0-of-2.json").read_bytes(), "")
     (partial / "receipt-0-1-of-2.json").write_bytes(seal({**receipt, "part": 1}))
     (found,) = recover(str(run_dir))
-    assert found.outcome is RecoverOutcome.REMOVED and f"wrote has {1 << 50} segments" in found.reason
+    assert found.outcome is RecoverOutcome.REMOVED and f"the rank wrote {1 << 50} segments" in found.reason
 
 
 @pytest.mark.parametrize("name", ["manifest.json", ".metadata"])

@@ -96,7 +96,7 @@ def test_failed_save_of_one_that_was_taken_over_is_logged(
     gc.collect()
     with Checkpointer(run_dir, CONFIG) as second:
         assert second.latest() is None
-    assert "a save of the Checkpointer that was not closed has failed" in caplog.text
+    assert "closing an earlier Checkpointer, which nobody holds, failed" in caplog.text
 
 
 def test_directory_of_another_path_and_a_closed_one_are_no_hindrance(run_dir: Path, tmp_path: Path) -> None:

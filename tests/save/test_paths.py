@@ -212,3 +212,15 @@ def test_of_several_ranks(tmp_path: Path, layout: str) -> None:
     results = run_ranks("tests.ranks.bodies:save_to_paths", 2, tmp_path, layout)
     for found in results:
         assert found == [[1, {"who": "0"}, []], [0, {"who": "0"}, []], False, 9]
+
+
+def test_many_directories_leave_descriptors_where_they_were(tmp_path: Path) -> None:
+    with PathCheckpointer(config()) as ckpt:
+        counts = []
+        for n in range(140):
+            ckpt.save(tmp_path / str(n) / "last.ckpt", state(n), step=n).upload_completion.result()
+            counts.append(psutil.Process().num_fds())
+        assert counts[-1] <= counts[75] + 3
+        ckpt.save(tmp_path / "0" / "last.ckpt", state(1000), step=1000)  # whose directory was let go of
+        assert ckpt.load(tmp_path / "0" / "last.ckpt").step == 1000
+        assert ckpt.load(tmp_path / "100" / "last.ckpt").step == 100

@@ -18,7 +18,6 @@ from stager.saving.save_errors import SaveErrors
 from stager.workers.checkpoint.commit.commit import Committed
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
 from stager.workers.errors import LeftRunningError, RankFailedError
-from stager.workers.memory.descriptor import Descriptor
 from tests.faults import Faults
 from tests.ranks.threads import on_ranks
 
@@ -132,7 +131,7 @@ class Ranks:
         """Begin a save, as ``Checkpointer.save`` does. Whether it raised the error of an earlier one."""
         self.errors.judge()
         number = len(self.saves)
-        save = Save(number, f"{number:x}", number, lambda make: None, Destination("", "", Descriptor(-1)), {})
+        save = Save(number, f"{number:x}", number, lambda make: None, Destination("", "", None), {})
         self.errors.begin(save)
         self.saves.append(save)
         try:

@@ -99,9 +99,9 @@ def test_snapshot_holds_the_values_from_before_the_step_whatever_the_optimizer(
         expected = _clone(state)
         handle = ckpt.save(1, state)
         hold.wait()
-        stepping = threading.Thread(target=_step, args=(net, optimizer))
-        stepping.start()
         net.norm.running_mean.fill_(77)  # not guarded: copied before save() returned
+        stepping = threading.Thread(target=_step, args=(net, optimizer))
+        stepping.start()  # its forward pass, in a closure, need not wait
         hold.release()
         stepping.join()
         handle.upload_completion.result()
@@ -129,6 +129,42 @@ def test_gradients_accumulate_while_the_copy_goes_on(run_dir: Path, faults: Faul
         handle.upload_completion.result()
         loaded = ckpt.load(1)
     assert loaded is not None and same(loaded.state["model"], before)
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+def test_step_with_a_closure_waits_when_the_closure_has_run(how: str) -> None:
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    before = net.first.weight.detach().clone()
+    order: list[str] = []
+
+    def wait() -> None:
+        order.append("wait")
+        assert torch.equal(net.first.weight, before)
+
+    def closure() -> float:
+        order.append("closure")
+        net(torch.randn(4, 6)).sum().backward()
+        return 7.0
+
+    guard = Guard(wait)
+    guard.add(optimizer)
+    returned = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
+    assert order == ["closure", "wait"] and returned == 7.0
+    assert not torch.equal(net.first.weight, before)
+    guard.close()
+
+
+def test_step_that_writes_before_its_closure_waits_at_once() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)
+    optimizer = Sharpness(torch.optim.SGD([parameter], lr=0.1))
+    seen: list[float] = []
+    guard = Guard(lambda: seen.append(parameter[0].item()))
+    guard.add(optimizer)
+    optimizer.step(lambda: None)
+    assert seen[0] == 1.0
+    guard.close()
 
 
 def test_each_of_several_optimizers_waits(run_dir: Path, faults: Faults) -> None:

@@ -128,7 +128,11 @@ def assert_clean(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"), [("THREAD", list(STAGERS)), ("PROCESS", ["async", "leases", "cached", "workers"])]
+    ("kind", "names"),
+    [
+        ("THREAD", list(STAGERS)),
+        pytest.param("PROCESS", ["async", "leases", "cached", "workers"], marks=pytest.mark.long),
+    ],
 )
 def test_saves_in_a_row(kind: str, names: list[str], tmp_path: Path) -> None:
     assert_clean(run(f"{HERE}:saves", kind, names, str(tmp_path), 7))

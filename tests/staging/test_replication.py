@@ -49,7 +49,7 @@ def on_rank(rank: int, directory: str, groups: list[list[int]]) -> dict[str, Any
     handles = [(world, None), *((ranks, dist.new_group(ranks)) for ranks in groups)]
     for index, (ranks, group) in enumerate(handles):
         if rank not in ranks:
-            with pytest.raises(UsageError, match="not a member"):
+            with pytest.raises(UsageError, match="not in the process group"):
                 ReplicationStager(group, storage_dir=f"{directory}/none").stage({})
             continue
         source = ranks[(ranks.index(rank) - len(ranks) // 2) % len(ranks)]

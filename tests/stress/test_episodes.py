@@ -35,6 +35,7 @@ def test_trainer_killed_after_staging_then_its_last_checkpoint_damaged(stage: St
     assert result.num_saves > 10  # the damaged step was saved again
 
 
+@pytest.mark.long
 def test_workers_that_crash_and_stop_in_the_middle_of_a_save(stage: Stage) -> None:
     faults = (PointFault("commit.indexed", "segv"), PointFault("part.write", "stop", 4))
     settings = config(2, workers={"task_timeout_secs": 4.0}, persistence={"fsync": False})
@@ -66,6 +67,7 @@ def test_trainer_that_is_terminated_saves_once_more_and_one_that_ends_without_a_
     assert result.num_runs == 2
 
 
+@pytest.mark.long
 def test_disk_that_is_full_for_a_while(stage: Stage, tmp_path: Path) -> None:
     try:
         SmallDisk(str(tmp_path / "probe"), 1 << 20).unmount()

@@ -49,6 +49,7 @@ def test_process_that_outlives_its_trainer_is_found_and_killed(stage: Stage) -> 
     assert (Path(result.directory) / "left.txt").read_text().startswith("pid ")
 
 
+@pytest.mark.long
 def test_run_that_hangs_is_ended_and_its_stacks_are_kept(stage: Stage) -> None:
     stopped = SignalFault("trainer", "SIGSTOP", save=1, delay_secs=0.0, pause_secs=600.0)
     settings = StressConfig(stress=StressSettings(run_deadline_secs=3.0))

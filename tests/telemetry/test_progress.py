@@ -16,7 +16,6 @@ from stager.saving.destination import Destination
 from stager.saving.progress import SaveProgress
 from stager.saving.save import Save
 from stager.telemetry.report import SaveState
-from stager.workers.memory.descriptor import Descriptor
 from tests.faults import Faults
 from tests.waiting import wait_until
 
@@ -31,7 +30,7 @@ def shown(on: Console) -> str:
 
 
 def a_save() -> Save:
-    save = Save(7, "a7", 1, lambda make: None, Destination("", "", Descriptor(-1)), {})
+    save = Save(7, "a7", 1, lambda make: None, Destination("", "", None), {})
     save.record(nbytes=256 << 20)
     return save
 

@@ -13,23 +13,27 @@ from typing import Any
 
 
 class Descriptor:
-    """A descriptor. In the process that made it, whoever opened it closes it.
+    """An open descriptor. It is closed with the last reference to it, or by :meth:`close`.
 
     Attributes:
         fd: its number in this process.
     """
 
-    __slots__ = ("__weakref__", "fd")
+    __slots__ = ("__weakref__", "_finalizer", "fd")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._finalizer = weakref.finalize(self, os.close, fd)
+        self._finalizer.atexit = False
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        self._finalizer()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return receive, (reduction.DupFd(self.fd),)
 
 
 def receive(sent_fd: Any) -> Descriptor:
-    """Unpickle a descriptor. It is closed with the last reference to it."""
-    descriptor = Descriptor(sent_fd.detach())
-    weakref.finalize(descriptor, os.close, descriptor.fd).atexit = False
-    return descriptor
+    """Unpickle a descriptor."""
+    return Descriptor(sent_fd.detach())

@@ -107,7 +107,7 @@ def reachable_leaves(root: object, walked: dict[int, object]) -> Iterator[Leaf]:
 
 
 def _array_elements(value: object) -> list[Any]:
-    """Return the elements of a numpy array of objects, which the garbage collector does not track."""
+    """Return the elements of a numpy array of objects: the garbage collector does not look into it. [] for other values."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.hasobject:
         return list(value.flat)

@@ -50,7 +50,7 @@ class LocatedError(UnstageableError):
         self.segments.insert(0, segment)
 
     def enter_object(self, has_slots: bool) -> None:
-        """Turn a path into an object's pickled state into one that reads as that object's attributes."""
+        """Rewrite a path through the pickled state of an object, so that it names the object's attributes."""
         if has_slots and self.segments:  # the state is (dict, dict of slots): drop the index into this tuple
             self.segments.pop(0)
         if self.segments and self.segments[0].name:

@@ -336,7 +336,7 @@ class _Repacker(_StructurePickler):
         if isinstance(x, torch.Tensor):
             reduced = self.reduce_plain_tensor(x, take_apart(x))
             if reduced is None:
-                raise InternalError(f"a worker has a {type(x).__name__}, which it cannot have been sent")
+                raise InternalError(f"a worker found a {type(x).__name__} in its task, and the trainer sends none")
             return reduced
         if isinstance(x, torch.dtype):
             return _dtype, (str(x).removeprefix("torch."),)

@@ -115,7 +115,7 @@ def _of_data(x: torch.Tensor) -> Pieces:
     if not torch._C._has_storage(x):
         raise LocatedError(
             f"a {type(x).__name__} on device {x.device} has no storage that could be copied; "
-            "convert it to a plain tensor, or leave it out of the state"
+            "convert it, with to_dense() for example, or leave it out of the state"
         )
     if _HAS_NAMES is not None and _HAS_NAMES(x):
         raise LocatedError("a tensor with named dimensions cannot be rebuilt exactly; use rename(None)")

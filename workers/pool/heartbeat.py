@@ -81,7 +81,7 @@ class Pulse:
     def __init__(self, pid: int, fd: int) -> None:
         self._pid = pid
         self._fd = fd
-        self._cpu_ticks = -1
+        self._cpu_ticks = -1  # not looked yet
         self.silent_secs = 0.0  # for how long no sign was seen
 
     def look(self, elapsed: float) -> None:

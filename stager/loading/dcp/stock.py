@@ -79,7 +79,7 @@ class StockReader:
         except Exception as error:  # torch may raise anything for hostile bytes
             if isinstance(error, (StagerError, OSError)) or error is guarded.error:
                 raise
-            raise CorruptCheckpointError(self._path, f"cannot be read: {error!r}") from error
+            raise CorruptCheckpointError(self._path, f"is damaged: its content cannot be parsed ({error!r})") from error
 
     def _check_tensors(self, plan: LoadPlan, metadata: Metadata) -> None:
         """Check files and archives before torch opens them: it would open a FIFO, too, and unpack an archive to any size."""

@@ -86,7 +86,7 @@ def parse_stock_metadata(data: bytes, path: str) -> Metadata:
             f"{path}: could run code when loaded ({error}). If you trust its origin, use allow_pickle=True"
         ) from error
     except Exception as error:
-        raise CorruptCheckpointError(path, f"cannot be read: {error!r}") from error
+        raise CorruptCheckpointError(path, f"is damaged: its content cannot be parsed ({error!r})") from error
     if type(metadata) is not Metadata:
         raise CorruptCheckpointError(path, "is not the .metadata of a torch.distributed.checkpoint")
     try:
@@ -114,7 +114,7 @@ def _memory_format(value: object) -> _MEM_FORMAT_ENCODING:
 
 def _check(metadata: Metadata, directory: str) -> None:
     if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("its state_dict_metadata or storage_data is not a mapping")
+        raise ValueError(".metadata: state_dict_metadata or storage_data is not a mapping")
     if not isinstance(getattr(metadata, "storage_meta", None), StorageMeta | None):
         raise ValueError("its storage_meta is not a StorageMeta")
     if not isinstance(metadata.planner_data, dict | None):
@@ -155,7 +155,7 @@ def _check_paths(paths: dict[Any, Any], num_names: int) -> None:
 
 def _key(index: Any) -> tuple[str, tuple[int, ...] | None]:
     if type(index) is not MetadataIndex:
-        raise ValueError(f"its storage_data has an index that is no MetadataIndex: {str(index)[:60]}")
+        raise ValueError(f".metadata: storage_data has a key that is not a MetadataIndex: {str(index)[:60]}")
     return check_text(index.fqn), None if index.offset is None else _shape(index.offset)
 
 
@@ -174,9 +174,9 @@ def _check_place(info: Any, directory: str, sizes: dict[str, int]) -> int:
         raise ValueError(f"a value lies outside of the checkpoint's directory: {name[:60]}")
     if getattr(info, "transform_descriptors", None):
         raise UsageError(
-            f"{os.path.join(directory, name)} was written through a storage extension of DCP, so the file "
-            "does not tell how much memory its values take, and loading it is refused; if you trust its origin, pass "
-            "allow_pickle=True, which reads it as torch does"
+            f"{os.path.join(directory, name)} was written through a storage extension of DCP, for example "
+            "compressed, so stager cannot know how much memory loading it takes, and refuses. If you trust its origin, pass "
+            "allow_pickle=True: torch then reads it, without stager's checks"
         )
     if name not in sizes:
         sizes[name] = _size_of(os.path.join(directory, name))

@@ -45,18 +45,20 @@ def check_archive(file: IO[bytes], nbytes: int, name: str, path: str, *, pickles
 
 def _problem_of(file: IO[bytes], nbytes: int, pickles: bool) -> str | None:
     file.seek(0)
-    if file.read(len(_ZIP)) != _ZIP:  # torch tells archives by these bytes
+    if file.read(len(_ZIP)) != _ZIP:  # torch recognizes archives by these bytes
         return "does not begin as a zip archive"
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        if not stored or sum(entry.file_size for entry in entries) > nbytes:
+        if not stored:
             return "is a compressed archive"
+        if sum(entry.file_size for entry in entries) > nbytes:
+            return "has records that are together larger than the file"
         names = [entry.orig_filename.lower() for entry in entries]
         if len(set(names)) != len(names):
-            return "has two records of one name"
+            return "has two records whose names differ in case at most"
         if _directory_start(file, nbytes) != archive.start_dir:
-            return "has its directory in another place than its end says"
+            return "has its directory in another place than its end record says"
         if pickles:
             storages = {_key(entry.orig_filename): entry.file_size for entry in entries}
             for entry in entries:

@@ -32,11 +32,11 @@ Target = tuple[int, torch.Tensor]
 
 
 def fill_devices(reader: BlobReader, items: Sequence[Item], targets: Sequence[Target]) -> None:
-    """Read items into tensors of devices; returns when the bytes are there.
+    """Read items into tensors on devices; returns when the bytes are there.
 
     Raises:
-        CorruptCheckpointError, StorageError: some of the tensors are overwritten.
-        UsageError: the trainer's stream records a graph; nothing is changed.
+        CorruptCheckpointError, StorageError: reading failed; some of the tensors may be overwritten already.
+        UsageError: the current stream captures a graph; nothing is changed.
     """
     if not targets:
         return

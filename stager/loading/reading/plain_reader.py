@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import torch
+
 from stager.workers.checkpoint.directory.files import open_regular, storage_errors
 from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.read.blob_reader import Target
@@ -15,7 +17,8 @@ from stager.workers.memory.pages import bytes_at
 
 _GROUP_BYTES = 8 << 20
 
-_Read = tuple[int, Target]
+_Read = tuple[int, int, memoryview]
+"""An item, where to begin among its raw bytes, and the memory for what is read."""
 
 
 class PlainReader:
@@ -40,7 +43,28 @@ class PlainReader:
             CorruptCheckpointError: a file ends early.
             StorageError: a read failed.
         """
-        groups = self._group(zip(indices, targets, strict=True))
+        wholes = [(index, 0, self._view(index, target)) for index, target in zip(indices, targets, strict=True)]
+        self._read_in_threads(wholes)
+
+    def read_parts(self, indices: Sequence[int], starts: Sequence[int], targets: Sequence[torch.Tensor]) -> None:
+        """Read parts of items into tensors, which are contiguous.
+
+        Args:
+            starts: where the part begins among the raw bytes of each item.
+
+        Raises:
+            CorruptCheckpointError, StorageError: as :meth:`read`.
+        """
+        views = [bytes_at(target.data_ptr(), target.nbytes) for target in targets]
+        self._read_in_threads(list(zip(indices, starts, views, strict=True)))
+
+    def _view(self, index: int, target: Target) -> memoryview:
+        view = bytes_at(target, self._items[index].data_nbytes) if isinstance(target, int) else target
+        assert isinstance(view, memoryview), "sinks take bytes that were checked"
+        return view
+
+    def _read_in_threads(self, reads: Iterable[_Read]) -> None:
+        groups = self._group(reads)
         if len(groups) < 2 or self._num_threads == 1:
             for group in groups:
                 self._read_all(group)
@@ -52,24 +76,22 @@ class PlainReader:
         """Divide the items into groups of about ``_GROUP_BYTES``; a thread reads one group at a time."""
         groups: list[list[_Read]] = []
         nbytes = _GROUP_BYTES
-        for index, target in reads:
-            size = self._items.nbytes[index]
+        for read in reads:
+            size = len(read[-1])
             if nbytes + size > _GROUP_BYTES:
                 groups.append([])
                 nbytes = 0
-            groups[-1].append((index, target))
+            groups[-1].append(read)
             nbytes += size
         return groups
 
     def _read_all(self, group: list[_Read]) -> None:
-        for index, target in group:
-            self._read(index, target)
+        for read in group:
+            self._read(*read)
 
-    def _read(self, index: int, target: Target) -> None:
+    def _read(self, index: int, start: int, view: memoryview) -> None:
         item = self._items[index]
-        view = bytes_at(target, item.data_nbytes) if isinstance(target, int) else target
-        assert isinstance(view, memoryview), "sinks take bytes that were checked"
-        position = item.data_offset
+        position = item.data_offset + start
         with storage_errors("read", self._paths[item.file]):
             while view:
                 count = os.preadv(self._fds[item.file], [view], position)

@@ -133,7 +133,9 @@ class ReplicationStager(AsyncStager, AbstractContextManager["ReplicationStager"]
         """This rank's global number, the rank that keeps its replica, and the rank whose replica it keeps."""
         group: Any = dist.group.WORLD if self._pg is None else self._pg
         if not isinstance(group, dist.ProcessGroup):  # torch gives non-members a number
-            raise UsageError("this process is not a member of the stager's process group")
+            raise UsageError(
+                "this process is not in the process group that the stager was given; make it on the ranks of that group only"
+            )
         rank, size = group.rank(), group.size()
         if size < 2:
             raise UsageError("replication needs a process group of at least 2 ranks; this one has 1")

@@ -35,7 +35,7 @@ class _CachedStorages:
         """Do nothing: no lease can have ended."""
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
-        """Copy a storage to the CPU, and return the copy."""
+        """Copy a storage to the CPU; return the copy. With ``non_blocking`` it may still run: the caller synchronises."""
         cached: torch.UntypedStorage | None = self.mapping.get(storage)  # type: ignore[no-untyped-call]  # torch does not annotate it
         if cached is None or cached.nbytes() != storage.nbytes():  # or the source was resized in place
             cached = self._buffers.new(storage.nbytes())
@@ -59,7 +59,7 @@ class _LeasedStorages(BufferPool):
     mapping = WeakIdKeyDictionary()  # stays empty: leases are not cached by source
 
     def stage(self, storage: torch.UntypedStorage, non_blocking: bool) -> torch.UntypedStorage:
-        """Copy a storage to the CPU, and return the copy."""
+        """Copy a storage to the CPU; return the copy. With ``non_blocking`` it may still run: the caller synchronises."""
         leased = self.take(storage.nbytes())
         leased.copy_(storage, non_blocking)
         return leased

@@ -69,7 +69,7 @@ class WorkerStaging:
         """Return the staged state dict, and what a worker needs to read it. Runs in the staging thread.
 
         Raises:
-            WorkerDiedError: workers died while they copied, as often as is allowed.
+            WorkerDiedError: workers died while they copied, and the allowed number of restarts is used up.
             ClosedError: the pool is closed.
             OSError: no descriptor is left.
         """

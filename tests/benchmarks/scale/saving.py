@@ -120,7 +120,6 @@ class Save:
         removers = [self._remove] * self._num_files
         yield from in_threads(self._world.simulation, actor, removers, threads)
         files.sync(actor)
-        yield from files.call(actor, Call.ATTRIBUTES)  # is there a later checkpoint of this name?
         yield from files.call(actor, Call.OPEN)  # is there an older one?
         yield from files.call(actor, Call.RENAME)
         directory.commit()

@@ -20,6 +20,13 @@ TOPIC = Topic(
         command("Export over a file", "stager export runs/gpt model.pt"),
         command("Export with a size that is none", "stager export runs/gpt a.pt --max-memory much"),
         command("Export in a format that does not exist", "stager export runs/gpt a.h5 --format hdf5"),
+        command(
+            "Export of weights without the layout", "stager export runs/gpt a.safetensors --keys model --dtype bfloat16"
+        ),
+        command(
+            "Export of weights with names from a module that is not there",
+            "stager export runs/gpt gpt-hf --layout hf --keys model --rename nmaes:rename",
+        ),
         command("prune without a rule", "stager prune runs/gpt"),
         command("prune that keeps nothing", "stager prune runs/gpt --keep-latest 0"),
         command("prune of what does not exist", "stager prune runs/gtp --keep-latest 3"),

@@ -1,9 +1,9 @@
-"""verify(), recover(), prune(), export_checkpoint()."""
+"""verify(), recover(), prune(), export_checkpoint(), export_weights()."""
 
 from tests.mistakes.mistake import Topic, python
 
 TOPIC = Topic(
-    "verify(), recover(), prune() and export_checkpoint()",
+    "verify(), recover(), prune(), export_checkpoint() and export_weights()",
     (
         python("verify() of a run", 'print(verify("runs/gpt").problems)'),
         python("verify() of what does not exist", 'print(verify("runs/gtp").problems)'),
@@ -66,6 +66,26 @@ TOPIC = Topic(
         python(
             "Export with too little memory",
             'export_checkpoint("runs/gpt/step-00000300", "a.pt", max_memory_bytes="1 MB")',
+        ),
+        python(
+            "Export of weights into a directory with other files",
+            'export_weights("runs/gpt", "runs", keys="model", strip_prefix="model.", force=True)',
+        ),
+        python(
+            "Export of weights in a dtype that is none",
+            'export_weights("runs/gpt", "gpt-hf", keys="model", strip_prefix="model.", dtype="bf16")',
+        ),
+        python(
+            "Export of weights with a new name for what is not there",
+            'export_weights("runs/gpt", "gpt-hf", keys="model", strip_prefix="model.", rename={"haed": "head"})',
+        ),
+        python(
+            "Export of weights, all under one name",
+            'export_weights("runs/gpt", "gpt-hf", keys="model", rename=lambda name: "weight")',
+        ),
+        python(
+            "Export of weights with a configuration that is not there",
+            'export_weights("runs/gpt", "gpt-hf", keys="model", sidecars=["config.json"])',
         ),
         python("Export of what does not exist", 'export_checkpoint("runs/gtp/step-00000001", "a.pt")'),
     ),

@@ -141,21 +141,8 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
         # With the name exchanged, this is the older checkpoint of the step, and its manifest is not ours to publish.
         if manifest.header.save_id != spec.save_id:
             return already_committed(spec) or vanished(partial)
-        if _is_superseded(final, spec):
-            remove_own(partial)
-        else:
-            put_in_place(partial, final, manifest, directory_fd, spec.fsync, num_threads=num_threads(spec.num_ranks))
+        put_in_place(partial, final, manifest, directory_fd, spec.fsync, num_threads=num_threads(spec.num_ranks))
     return Committed(CheckpointInfo.of(final, manifest), started, time.time(), os.getpid())
-
-
-def _is_superseded(final: str, spec: SaveSpec) -> bool:
-    """Return whether a later save of the same trainer to the same name was committed first.
-
-    That happens when a worker is slow, or dies. The earlier save counts as committed, and replaced at once. The clock does
-    not decide: it may have been set back.
-    """
-    head = run_directory.read_head(final)
-    return head is not None and head.run == spec.run != "" and head.number > spec.number
 
 
 def commit_recorded(spec: SaveSpec) -> Committed | None:
@@ -340,6 +327,7 @@ def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -
             os.rename(final, aside)
     point("commit.replaced")
     if exchanged:
+        _let_the_later_one_stay(partial, final)
         return partial
     try:
         os.rename(partial, final)
@@ -347,6 +335,23 @@ def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -
         os.rename(aside, final)
         raise
     return aside if ours else None
+
+
+def _let_the_later_one_stay(partial: str, final: str) -> None:
+    """Exchange the names again if what was replaced is from a later save of the same trainer.
+
+    A worker is slow, or dies, and of two saves to one name the earlier is committed last. It counts as committed, and
+    replaced at once. Two commits may do this at the same time: each goes on until what it has taken out is not later than
+    what is there, so the latest one stays. The clock does not decide: it may have been set back.
+    """
+    # Without the read lock of ``final``: that is the directory whose lock this process has, so nobody removes it.
+    while _is_later(run_directory.read_head(partial), run_directory.read_head(final)):
+        if not files.exchange(partial, final):
+            return
+
+
+def _is_later(one: run_directory.Head | None, other: run_directory.Head | None) -> bool:
+    return one is not None and other is not None and one.run == other.run != "" and one.number > other.number
 
 
 def rename_onto_nothing(source: str, target: str) -> bool:

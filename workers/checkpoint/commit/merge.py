@@ -64,7 +64,8 @@ class RankContribution:
         actual = sum(len(receipt.hashes) for receipt in self.receipts)
         if actual != expected:
             raise CorruptCheckpointError(
-                partial, f"the receipts in it have {actual} hashes, and what the rank wrote has {expected} segments"
+                partial,
+                f"its receipts list {actual} hashes, and the rank wrote {expected} segments, each of which has one",
             )
         parts = partition_once(layout, len(self.receipts), self.spec.whole_bytes)
         if all(len(receipt.hashes) == len(part) for receipt, part in zip(self.receipts, parts, strict=True)):

@@ -35,9 +35,10 @@ def reading(path: str) -> Iterator[None]:
 
 @contextmanager
 def holding(path: str) -> Iterator[bool]:
-    """Hold the read lock as :func:`reading` does, but yield False if the directory was renamed or removed meanwhile.
+    """Hold the read lock, if it can be had. Yields False if the directory was renamed or removed while it was taken.
 
-    If the directory cannot be opened, yields True without a lock: whoever reads it then reports the error.
+    Yields True without a lock if the file system has none, if it is not to be had in time, or if the directory cannot be
+    opened: whoever reads it then reports the error.
 
     Raises:
         StorageError: the directory cannot be looked at.

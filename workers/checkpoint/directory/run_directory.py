@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -123,6 +124,7 @@ _HEAD = re.compile(
     rb'(?:"order":\["(\w*)",(\d{1,19})\],)?"kind":"\w+","step":(\d{1,19}),"save_id":"\w*","created":([0-9.e+-]+),'
 )
 _HEAD_BYTES = 4096
+_TICK_NS = 2_000_000_000  # the coarsest time stamps of file systems
 
 
 def checkpoint_names(directory: str) -> dict[int, str]:
@@ -169,11 +171,18 @@ def read_head(path: str) -> Head | None:
         stat = os.lstat(manifest)
     except OSError:
         return None
-    return _read_head(manifest, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    # Of two manifests written in one tick of the clock, the second may have got inode and size of the first.
+    if time.time_ns() - stat.st_mtime_ns < _TICK_NS:
+        return _read_head(manifest)
+    return _known_head(manifest, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=4096)  # a run looks at its names after each commit, and a manifest never changes
-def _read_head(path: str, *_identity: int) -> Head | None:
+def _known_head(path: str, *_identity: int) -> Head | None:
+    return _read_head(path)
+
+
+def _read_head(path: str) -> Head | None:
     try:
         fd = files.open_regular(path, os.O_RDONLY)
     except (OSError, CorruptCheckpointError):

@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from stager.workers.checkpoint.formats.contract import (
@@ -67,7 +68,7 @@ class SafetensorsFormat(Format):
             UnstageableError: safetensors reserves a name or cannot store it, or one file would have too many tensors.
         """
         specs = list(tensors)
-        _check_names(specs)
+        check_names(specs)
         order = sorted(range(len(tensors)), key=lambda number: -itemsize_of(specs[number].dtype))
         runs = split(TensorSpecs.of([specs[number] for number in order]), [specs[number].nbytes for number in order])
         order = [order[number] for run in runs for number in sorted(run)]  # sorted within each file, too
@@ -75,7 +76,7 @@ class SafetensorsFormat(Format):
         files: list[FileSpec] = []
         for file, run in enumerate(runs):
             in_file = [specs[number] for number in order[len(items) : len(items) + len(run)]]
-            head, offset = _header_nbytes(in_file), 0
+            head, offset = len(header_of(in_file)), 0
             for spec in in_file:
                 items.append(spec.item(file, offset, head))
                 offset += items[-1].nbytes
@@ -121,7 +122,8 @@ class SafetensorsFormat(Format):
         return {f"{stem}.safetensors.index.json": json.dumps(document, indent=2).encode()}
 
 
-def _check_names(tensors: Sequence[TensorSpec]) -> None:
+def check_names(tensors: Sequence[TensorSpec]) -> None:
+    """Raise UnstageableError if safetensors cannot store a name."""
     for spec in tensors:
         if _METADATA in spec.names:
             raise UnstageableError(spec.describe(), f"safetensors reserves the name {_METADATA}; rename this tensor")
@@ -130,15 +132,20 @@ def _check_names(tensors: Sequence[TensorSpec]) -> None:
             raise UnstageableError(spec.describe(), what)
 
 
-def _header_nbytes(specs: Sequence[TensorSpec]) -> int:
-    """Return the size of the header of a file of these tensors."""
-    nbytes = len(header([(spec.names, spec.dtype, spec.shape) for spec in specs]))
-    if nbytes > _LARGEST_HEADER_BYTES:
+def header_of(specs: Sequence[TensorSpec], metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """Make the header of a file of these tensors. See :func:`header`.
+
+    Raises:
+        UnstageableError: readers would not accept it, because it is too long.
+    """
+    data = header(((spec.names, spec.dtype, spec.shape) for spec in specs), metadata)
+    if len(data) > _LARGEST_HEADER_BYTES:
         raise UnstageableError(
             specs[0].describe(),
-            f"safetensors readers accept headers of {_LARGEST_HEADER_BYTES:,} bytes; {len(specs)} tensors need {nbytes:,}",
+            f"safetensors readers accept headers of {_LARGEST_HEADER_BYTES:,} bytes; {len(specs)} tensors need "
+            f"{len(data):,}",
         )
-    return nbytes
+    return data
 
 
 def _file_name(rank: int, file: int, count: int) -> str:
@@ -146,11 +153,14 @@ def _file_name(rank: int, file: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{file + 1:05d}-of-{count:05d}.safetensors"
 
 
-def header(tensors: Iterable[tuple[Sequence[str], str, tuple[int, ...]]]) -> bytes:
+def header(
+    tensors: Iterable[tuple[Sequence[str], str, tuple[int, ...]]], metadata: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """Make a file's header: its length, then JSON.
 
     Args:
         tensors: (every name, dtype, shape) of each tensor, in file order.
+        metadata: more entries beside the format and the names of tied tensors.
     """
     entries: dict[str, object] = {}
     tied: dict[str, str] = {}
@@ -160,7 +170,7 @@ def header(tensors: Iterable[tuple[Sequence[str], str, tuple[int, ...]]]) -> byt
         entries[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": (offset, offset + nbytes)}
         tied.update(dict.fromkeys(others, name))
         offset += nbytes
-    document = {_METADATA: {**tied, "format": "pt"}, **entries}
+    document = {_METADATA: {**tied, **metadata, "format": "pt"}, **entries}
     data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     data += b" " * (-(8 + len(data)) % BLOB_ALIGN_BYTES)
     return struct.pack("<Q", len(data)) + data

@@ -122,7 +122,7 @@ def _data_start(sink: _Sink, nbytes: int) -> int:
         return end
     raise InternalError(
         f"torch.save wrote the {nbytes} bytes of a storage that it was told to skip; "
-        "stager does not support this version of torch"
+        "this version of torch is not supported: install one that docs/index.md names"
     )
 
 

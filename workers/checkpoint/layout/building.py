@@ -141,7 +141,7 @@ def _make_tensor(tensor: Any, flags: dict[str, Any], recipe: Any) -> Any:
 
     kind, state = recipe
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"a tensor is stored as a {type(tensor).__name__}")
+        raise TypeError(f"the entry of a tensor is a {type(tensor).__name__}")
     if kind is not None:
         tensor = tensor.as_subclass(kind)
     requires_grad = flags.get("requires_grad", False)
@@ -165,7 +165,7 @@ def _make_mapping(recipe: Any, names: list[Key], values: list[Any]) -> Any:
 
 
 def _make_sequence(recipe: Any, names: list[Key], values: list[Any]) -> Any:
-    """``recipe``: the list without its elements."""
+    """``recipe``: a tuple of one list without elements, which is filled and returned. ``names`` are not needed."""
     (sequence,) = recipe
     sequence.extend(values)
     return sequence

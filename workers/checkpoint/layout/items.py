@@ -228,7 +228,7 @@ _LIMITS = {"B": 1 << 8, "H": 1 << 16, "I": 1 << 32}  # types of ``array`` that a
 
 def _decoded(text: str) -> array[int]:
     if text[:1] not in ("q", *_LIMITS):
-        raise ValueError(f"a column begins with the type of its integers, and this one with {text[:1]!r}")
+        raise ValueError(f"a column begins with {text[:1]!r}, and must begin with q, {', '.join(_LIMITS)}")
     values = array(text[0])
     values.frombytes(base64.b64decode(text[1:], validate=True))
     return array("q", _little_endian(values))

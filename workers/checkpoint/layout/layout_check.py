@@ -173,7 +173,7 @@ def _check_items(layout: Layout) -> None:
                 f"item {index} starts at byte {offset} of its file, and the item before it ends at byte {position}"
             )
         if not offset <= data_offset <= data_offset + data_nbytes <= offset + nbytes:
-            raise ValueError(f"item {index} has raw bytes that are not inside its own bytes")
+            raise ValueError(f"item {index}: its data (bytes {data_offset} on) does not lie inside the item")
         size = sizes[code]
         if size is None:
             if (data_offset, data_nbytes) != (offset, nbytes):
@@ -182,7 +182,7 @@ def _check_items(layout: Layout) -> None:
                 )
         elif size != data_nbytes:
             _, dtype, shape, _ = items.kinds[code]
-            raise ValueError(f"item {index} has {data_nbytes} bytes, which a {dtype} tensor of shape {shape} has not")
+            raise ValueError(f"item {index} has {data_nbytes} bytes; a {dtype} tensor of shape {shape} needs {size}")
         position = end
     if last + 1 != len(layout.files):
         raise ValueError(f"file {layout.files[last + 1].name} contains no item")
@@ -249,7 +249,7 @@ def _check_structure(layout: Layout, of_one_rank: bool) -> None:
     """Check: it is a mapping, no leaf is missing, each item is in it, and chunks fill their tensors."""
     structure = layout.structure
     if not isinstance(structure, list) or structure[:1] not in (["dict"], ["odict"], ["mapping"]):
-        raise ValueError("the structure of the state is not a mapping")
+        raise ValueError("the stored structure does not begin with a mapping of names to values")
     if _names_each_item(structure, layout.items):  # most checkpoints
         return
     if not of_one_rank and (path := next(absent(structure), None)) is not None:
@@ -334,7 +334,7 @@ def _check_chunks(layout: Layout, chunks: Chunks) -> list[Box]:
     for offsets, index in chunks.parts:
         item, first = layout.items[index], layout.items[chunks.parts[0][1]]
         if item.kind != "tensor" or item.dtype != first.dtype:
-            raise ValueError(f"item {index} cannot be a chunk of a {first.dtype} tensor")
+            raise ValueError(f"item {index} is no {first.dtype} tensor, and another chunk of the same tensor is")
         if not len(chunks.shape) == len(offsets) == len(item.shape) or not all(
             0 <= offset <= offset + length <= whole
             for offset, length, whole in zip(offsets, item.shape, chunks.shape, strict=True)

@@ -218,7 +218,7 @@ def _read_record(directory: str, path: str) -> tuple[SaveSpec, Layout]:
     record = os.path.join(path, record_name(min(recorded_ranks(os.listdir(path)), default=0)))
     data = files.read_if_exists(record)
     if data is None:
-        raise _UnfinishedError(path, "was never finished, because it has no save record; it can be removed")
+        raise _UnfinishedError(path, "has no save record, so its save had hardly begun; it can be removed")
     return from_record(data, record, directory)
 
 

@@ -134,7 +134,7 @@ def remove(directory: str, step: int, name: str | None = None) -> PruneReport:
         if (freed := _go_on(directory, os.path.basename(path))) is not None:
             verdict = PruneVerdict(step, path, PruneFate.REMOVED, "delete() was called")
             return PruneReport((verdict,), freed, False)
-        raise CheckpointNotFoundError(None, f"there is no checkpoint of step {step} that could be removed", path)
+        raise CheckpointNotFoundError(None, f"there is no checkpoint of step {step}, so none was removed", path)
     verdict = PruneVerdict(step, path, PruneFate.REMOVED, "delete() was called")
     if os.path.islink(path) or not has_manifest(path):
         reason = "it is a symbolic link" if os.path.islink(path) else "it has no manifest: it may not be a checkpoint"

@@ -190,7 +190,9 @@ class _HardLinkBase:
             if not stat.S_ISREG(found.st_mode) or found.st_size != nbytes:
                 raise CannotLinkError(f"{self.name}/{name} is damaged")
             if found.st_mtime_ns > self._mtime_ns:
-                raise CannotLinkError(f"{self.name}/{name} was written to, or copied, after {self.name} was committed")
+                raise CannotLinkError(
+                    f"{self.name}/{name} is not the file that was committed: it was changed since, or replaced by a copy"
+                )
             os.link(name, name, src_dir_fd=self._directory_fd, dst_dir_fd=target_fd, follow_symlinks=False)
             linked = os.stat(name, dir_fd=target_fd, follow_symlinks=False)
         except FileNotFoundError as error:
@@ -201,7 +203,7 @@ class _HardLinkBase:
             raise CannotLinkError(f"files of {self.name} cannot be linked here ({error.strerror})") from error
         if not os.path.samestat(found, linked):  # between the check and the link, another file took the name
             os.unlink(name, dir_fd=target_fd)
-            raise CannotLinkError(f"{self.name}/{name} was replaced meanwhile")
+            raise CannotLinkError(f"{self.name}/{name} was replaced while it was linked")
 
     def _hashes(self, layout: Layout, file: int, indices: range) -> list[str]:
         """Return the hashes of a file's segments; none if the base has no file of this name with the same items."""
@@ -226,7 +228,7 @@ class _HardLinkBase:
                 body = unseal(file.read(), os.path.join(name, MANIFEST_NAME))
                 self._mtime_ns = os.fstat(fd).st_mtime_ns
             if body["version"] != VERSION or body["columns"] != [*ROW_COLUMNS, "xxh3_128"]:
-                raise CannotLinkError(f"{name} was written by another version of stager")
+                raise CannotLinkError(f"{name} has other columns than this version of stager links")
             self.generation = check_count(body.get("linked", (0, 0))[1])
             self._segment_bytes = body["segment_bytes"]
             names = [name for name, _ in body["files"]]

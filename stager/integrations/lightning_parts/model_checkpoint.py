@@ -1,0 +1,83 @@
+"""A ``ModelCheckpoint`` that knows that its checkpoints appear later."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+from weakref import proxy
+
+from stager.config import load_config
+from stager.integrations.lightning_parts.earlier_run import finish_earlier_run, newest_in
+from stager.integrations.lightning_parts.guarding import writer_of
+
+logger = logging.getLogger("stager")
+
+
+class _WithoutLoggers:
+    """A trainer that shows no loggers, so that ``ModelCheckpoint`` tells them nothing yet."""
+
+    loggers = ()
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+class ModelCheckpointMixin:
+    """What differs from Lightning's ``ModelCheckpoint``; all arguments are the same.
+
+    - Loggers hear of a checkpoint (``after_save_checkpoint``) when every checkpoint that this callback names is durable: in
+      the training thread, when a later batch starts or the fit ends.
+    - ``ckpt_path="last"`` takes the checkpoint that was committed last, if the run was killed before the one that "last"
+      names was committed. Lightning would train from the beginning.
+    """
+
+    _untold: tuple[str, ...] = ()  # paths of checkpoints that the loggers have not heard of
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        writer = writer_of(trainer)
+        if writer is None:
+            super()._save_checkpoint(trainer, filepath)  # type: ignore[misc]  # of ModelCheckpoint, as all that follow
+            return
+        super()._save_checkpoint(_WithoutLoggers(trainer), filepath)  # type: ignore[misc]
+        self._untold = (*self._untold, filepath)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Tell the loggers of checkpoints that have become durable."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)  # type: ignore[misc]
+        self._tell(trainer)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Tell the loggers of the last checkpoints: the trainer has waited for their commits."""
+        super().on_fit_end(trainer, pl_module)  # type: ignore[misc]
+        self._tell(trainer)
+
+    def _tell(self, trainer: Any) -> None:
+        writer = writer_of(trainer)
+        if not self._untold or writer is None or any(map(writer.is_in_flight, self._untold)):
+            return
+        is_there, self._untold = any(map(os.path.exists, self._untold)), ()
+        if trainer.is_global_zero and is_there:  # else their saves failed, which raises elsewhere
+            for logger_ in trainer.loggers:
+                logger_.after_save_checkpoint(proxy(self))
+
+    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+        directory = self._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
+        writer = writer_of(trainer)
+        config = load_config() if writer is None else writer.config
+        finish_earlier_run(os.fspath(directory), config.persistence.lock_timeout_secs)
+        found: set[str] = super()._find_last_checkpoints(trainer)  # type: ignore[misc]
+        if not self.save_last or any(map(os.path.exists, found)):  # type: ignore[attr-defined]
+            return found
+        newest = newest_in(os.fspath(directory), self.FILE_EXTENSION)  # type: ignore[attr-defined]
+        if newest is None:
+            return found
+        logger.warning(
+            "%s: the run was killed before its last checkpoint was committed; resumes from %s, the one before it",
+            directory,
+            newest,
+        )
+        return {newest}

@@ -1,0 +1,56 @@
+"""``load_from_checkpoint()`` of a checkpoint that is a directory."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any, TypeVar
+
+import torch
+
+from stager import load_checkpoint
+from stager.workers.checkpoint.directory.manifest import has_own_manifest, read_manifest
+from stager.workers.checkpoint.directory.paths import local_path
+
+M = TypeVar("M")
+
+META = "meta.pt"  # as Lightning calls the file beside the shards
+_LEFT_OUT = "optimizer_states"
+
+
+def load_from_checkpoint(model_class: type[M], path: str | os.PathLike[str], **options: Any) -> M:
+    """Do what ``model_class.load_from_checkpoint(path)`` does, also for a checkpoint of stager's.
+
+    Lightning reads one file there, and does not ask the CheckpointIO. So the checkpoint, without the states of optimizers,
+    is read by stager and given to Lightning as a file in memory.
+
+    Args:
+        model_class: a ``LightningModule`` or a ``LightningDataModule``.
+        path: of the checkpoint, stager's or Lightning's; of one rank or sharded.
+        options: what ``load_from_checkpoint()`` takes beside the path. With ``weights_only=False``, objects that are not
+            plain data are unpickled, which runs code from the checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint at ``path``.
+        Exception: as :func:`stager.load_checkpoint`, and as Lightning's ``load_from_checkpoint()``.
+    """
+    found = local_path(path, "the path of the checkpoint")
+    if not os.path.isdir(found):
+        return model_class.load_from_checkpoint(path, **options)  # type: ignore[attr-defined,no-any-return]
+    state = _without_optimizers(found, allow_pickle=options.get("weights_only") is False)
+    file = io.BytesIO()
+    torch.save(state, file)
+    del state
+    file.seek(0)
+    # What needs a permission was refused above.
+    return model_class.load_from_checkpoint(file, **{**options, "weights_only": False})  # type: ignore[attr-defined,no-any-return]
+
+
+def _without_optimizers(path: str, *, allow_pickle: bool) -> dict[str, Any]:
+    names = {str(key_path[0]) for key_path, _ in read_manifest(path).paths()} if has_own_manifest(path) else set()
+    wanted = [name for name in sorted(names) if name != _LEFT_OUT and not name.startswith("optimizer_")]
+    loaded = load_checkpoint(path, keys=wanted or None, allow_pickle=allow_pickle)
+    state = dict(loaded.state)
+    if META in loaded.files:
+        state |= torch.load(io.BytesIO(loaded.files[META]), weights_only=not allow_pickle)
+    return state
