@@ -243,15 +243,18 @@ class AcceleratorCheckpointer:
                 "ProjectConfiguration has save_on_each_node=True, and stager writes one checkpoint of all processes, on a "
                 "file system that all of them see; take it out"
             )
+        self._config = load_config(config)
         self._accelerator = accelerator
         self._guards = guard
         self._guarded: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run: Checkpointer | None = None
         if project.automatic_checkpoint_naming:
             self._directory = os.path.join(_project_dir(accelerator), DIRECTORY)
-            self.checkpointer = self._run = Checkpointer(self._directory, _run_config(config, project.total_limit))
+            self.checkpointer = self._run = Checkpointer(
+                self._directory, _run_config(self._config, project.total_limit)
+            )
         else:
-            self._by_path = self.checkpointer = PathCheckpointer(config)
+            self._by_path = self.checkpointer = PathCheckpointer(self._config)
         try:
             self._guard()
         except BaseException:
@@ -359,14 +362,18 @@ class AcceleratorCheckpointer:
             if _is_of_accelerate(path):
                 return self._load_of_accelerate(path, content)
             return self._by_path.load(path, allow_pickle=allow_pickle, **options)
-        if os.path.realpath(os.path.dirname(path)) == os.path.realpath(self._directory):
-            loaded = self._run.load(path, allow_pickle=allow_pickle, **options)
+        directory, name = os.path.split(path)
+        numbered = _NUMBERED.fullmatch(name)
+        if numbered is not None and os.path.realpath(directory) == os.path.realpath(self._directory):
+            loaded = self._run.load(int(numbered[1]), allow_pickle=allow_pickle, **options)
             assert loaded is not None  # a checkpoint was named
             return loaded
         if _is_of_accelerate(path):
             return self._load_of_accelerate(path, content)
         self._run.wait_for_staging()  # do not overwrite what is being copied
-        return load_checkpoint(path, allow_pickle=bool(allow_pickle), **options)
+        rules = self._config.loading
+        options["allow_pickle"] = rules.allow_pickle if allow_pickle is None else allow_pickle
+        return load_checkpoint(path, safe_globals=rules.safe_globals, **options)
 
     def _load_newest_of_accelerate(self, content: dict[str, Any]) -> Loaded[Any] | None:
         directory = os.path.join(_project_dir(self._accelerator), "checkpoints")
@@ -460,8 +467,7 @@ def _project_dir(accelerator: Accelerator) -> str:
     return local_path(accelerator.project_dir, "project_dir")
 
 
-def _run_config(config: Any, total_limit: int | None) -> StagerConfig:
-    given = load_config(config)
+def _run_config(given: StagerConfig, total_limit: int | None) -> StagerConfig:
     overrides = [f"persistence.name={_NAME}"]
     if total_limit is not None:
         if given.retention.has_rules:
