@@ -33,7 +33,7 @@ from tests.states import same
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # accelerate and torchdata warn of devices and their own code
 
-pytest.importorskip("accelerate", reason="pip install 'stager[accelerate]'")
+accelerate = pytest.importorskip("accelerate", reason="pip install 'stager[accelerate]'")
 pytest.importorskip("torchdata", reason="pip install torchdata")
 
 from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402  # after importorskip
@@ -42,6 +42,10 @@ from stager.integrations.accelerate import DIRECTORY, AcceleratorCheckpointer, s
 from tests.integrations.accelerate_bodies import CONFIG, PER_EPOCH, Registered, Training, reset  # noqa: E402
 
 BODIES = "tests.integrations.accelerate_bodies"
+positions_on_ranks = pytest.mark.skipif(
+    tuple(map(int, accelerate.__version__.split(".")[:2])) < (1, 13),
+    reason="Accelerate before 1.13 counts the position wrong where several processes have a stateful loader",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +173,7 @@ def test_a_loader_without_a_position_keeps_its_epoch(out: Path) -> None:
     with new_checkpointer(again) as checkpointer:
         checkpointer.load_state()
     rest = again.accelerator.skip_first_batches(again.loader, 1)
+    rest.set_epoch(again.loader.iteration)  # Accelerate 1.15 does so itself
     assert same(following, [rows for (rows,) in rest])
 
 
@@ -497,6 +502,7 @@ def test_an_error_of_a_save_is_raised_at_the_end_and_the_trackers_end_all_the_sa
 # -- several processes, and whole scripts -----------------------------------------------------------------------------
 
 
+@positions_on_ranks
 def test_two_processes_save_one_checkpoint_which_one_process_loads(tmp_path: Path, out: Path) -> None:
     results = run_ranks(f"{BODIES}:saved_by_ranks", 2, tmp_path, str(out))
     for drawn, again, row, row_again in results:
@@ -546,6 +552,7 @@ def test_killed_in_the_middle_of_a_save_it_resumes_bit_equal(script: Path, tmp_p
     assert "resumed at step 12" in said
 
 
+@positions_on_ranks
 def test_ddp_on_two_ranks_resumes_bit_equal(
     script: Path, tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
