@@ -3,4 +3,6 @@
 lightning           CheckpointIO, strategy and callbacks; pytorch_lightning: the same for the package of that name
 lightning_parts     what these two have in common
 transformers        the Trainer of Hugging Face, and those of TRL; transformers_parts: what its mixin is made of
+accelerate          save_state() and load_state() of Hugging Face Accelerate
+ray                 report() of Ray Train
 """
