@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from typing import Any, SupportsIndex
 
 from torch.profiler import record_function
@@ -18,6 +19,7 @@ from stager.loading.loader import Loader
 from stager.loading.place import OneCheckpoint
 from stager.loading.renaming import Renaming
 from stager.loading.selection import Selection
+from stager.saving.deletions import Deletions
 from stager.saving.destination import Destination
 from stager.saving.open_here import weakly
 from stager.saving.pipeline import Pipeline
@@ -64,6 +66,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         super().__init__("the PathCheckpointer", config, read_only=False, on_event=on_event)
         refuse_rules(self._config)
         self._num_tries = 0  # loads of several ranks
+        self._deletions = Deletions()
         self._belongs_here(Pipeline(self._config, self._group, self._listeners, weakly(self._become_closed)))
 
     @explained('save("out/checkpoint-100", state)')
@@ -96,6 +99,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         number = (number_in(name) or 0) if step is None else arguments.as_step(step)
         numbers = {} if metrics is None else arguments.as_metrics(metrics)
         self._refuse_in_callback("save()")
+        self._deletions.wait(Destination.path_of(directory, name))
         with self._lock, record_function("stager: save"):
             run = self._opened()
             destination = Destination(directory, name, run.directories.take(directory))
@@ -160,7 +164,8 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         """Remove the checkpoint at ``path``, in a worker, and wait for it.
 
         A save to it that is in flight is cancelled: its ``upload_completion`` is, and it does not appear later. Where
-        several ranks save together, any rank may call it, or each.
+        several ranks save together, any rank may call it, or each. Other threads may save meanwhile; a save to this path
+        waits until it is deleted, and so does ``close()``.
 
         Returns:
             The verdict on this checkpoint, and the bytes that were freed.
@@ -173,8 +178,12 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         """
         directory, name = _split(path)
         self._refuse_in_callback("delete()")
-        with self._lock:
-            return self._opened().delete(directory, name, number_in(name) or 0)
+        with ExitStack() as in_flight:
+            with self._lock:
+                run = self._opened()
+                in_flight.enter_context(self._deletions.of(Destination.path_of(directory, name)))
+            # Without the lock: removing many gigabytes takes seconds.
+            return run.delete(directory, name, number_in(name) or 0)
 
     @explained('recover("out")')
     def recover(self, directory: str | os.PathLike[str]) -> None:
@@ -211,6 +220,9 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         self._refuse_in_callback("wait_for()")
         if self._is_open:
             self._opened().saver.wait_for_saves(self._in_flight(found))
+
+    def _before_end(self) -> None:
+        self._deletions.wait()
 
     def _in_flight(self, path: str) -> list[Save]:
         if not self._is_open or self._owner != os.getpid():  # in a forked child, nothing resolves their Futures

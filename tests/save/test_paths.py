@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,27 @@ def test_delete(tmp_path: Path) -> None:
             ckpt.delete(tmp_path / "a-1")
     assert names(tmp_path) == ["a-2"]
     assert [event.name for event in events].count("pruned") == 1
+
+
+@pytest.mark.parametrize("call", ["save", "close"])
+def test_other_saves_go_on_while_one_is_deleted(tmp_path: Path, faults: Faults, call: str) -> None:
+    """Held in the middle: saves elsewhere return. A save to that path, and close(), come after it."""
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(2) as threads, PathCheckpointer(config()) as ckpt:
+        ckpt.save(out / "a-1", state(1)).upload_completion.result()
+        with faults.hold("remove.begin") as held:
+            deleted = threads.submit(ckpt.delete, out / "a-1")
+            held.wait()
+            ckpt.save(out / "a-2", state(2)).staging_completion.result()
+            after = (
+                threads.submit(ckpt.save, out / "a-1", state(3)) if call == "save" else threads.submit(ckpt.close)
+            )
+            assert not wait([after, deleted], 0.5, FIRST_COMPLETED).done
+            held.release()
+        assert [verdict.fate for verdict in deleted.result().verdicts] == [PruneFate.REMOVED]
+        after.result()
+    assert names(out) == (["a-1", "a-2"] if call == "save" else ["a-2"])
+    assert load_checkpoint(out / names(out)[0]).state["step"] == (3 if call == "save" else 2)
 
 
 @pytest.mark.parametrize(
