@@ -120,9 +120,7 @@ def test_other_saves_go_on_while_one_is_deleted(tmp_path: Path, faults: Faults, 
             deleted = threads.submit(ckpt.delete, out / "a-1")
             held.wait()
             ckpt.save(out / "a-2", state(2)).staging_completion.result()
-            after = (
-                threads.submit(ckpt.save, out / "a-1", state(3)) if call == "save" else threads.submit(ckpt.close)
-            )
+            after = threads.submit(ckpt.save, out / "a-1", state(3)) if call == "save" else threads.submit(ckpt.close)
             assert not wait([after, deleted], 0.5, FIRST_COMPLETED).done
             held.release()
         assert [verdict.fate for verdict in deleted.result().verdicts] == [PruneFate.REMOVED]
