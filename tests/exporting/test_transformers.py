@@ -1,7 +1,4 @@
 """``from_pretrained`` of transformers takes what is exported, bit for bit; stager takes what ``save_pretrained`` writes.
-
-transformers is not among the development dependencies. Where it is not installed, this file is skipped; the extras ``bench``
-and ``docs`` have it.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default::DeprecationWarning"),  # transformers' own, of Python and torch
     pytest.mark.filterwarnings("default::FutureWarning"),
 ]
+_WORLD_SIZES = [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)]
 _RANKS = "tests.exporting.transformers_models"
 _AUTO = {"t5": "AutoModelForSeq2SeqLM"}
 # save_pretrained writes the experts of Mixtral one by one, by other names than the model's.
@@ -73,7 +71,7 @@ def _tied(state: dict[str, torch.Tensor]) -> set[frozenset[str]]:
     return {frozenset(names) for names in groups.values() if len(names) > 1}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", _WORLD_SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_from_pretrained_gives_what_ranks_saved(tmp_path: Path, name: str, world_size: int, warned: list[str]) -> None:
     run_ranks(f"{_RANKS}:save", world_size, tmp_path, name)
@@ -101,7 +99,7 @@ def test_names_that_are_kept_are_those_that_save_pretrained_keeps(tmp_path: Path
     assert set(ours) - tied == set(theirs)  # the reader has the tied names, too, which the metadata has
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", _WORLD_SIZES)
 @pytest.mark.parametrize("name", _OF_ONE_LAYOUT)
 def test_what_save_pretrained_wrote_is_loaded_on_ranks(tmp_path: Path, name: str, world_size: int) -> None:
     build(name).save_pretrained(tmp_path / "pretrained", max_shard_size="4KB")

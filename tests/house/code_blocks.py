@@ -14,10 +14,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,9 +36,6 @@ NOT_RUN = {
 
 MAY_SAY_NO = {"plan": "whether it fits depends on the host", "doctor": "what it finds depends on the host"}
 """Commands of stager that may exit with 1."""
-
-NEEDS: dict[str, tuple[str, ...]] = {}
-"""Documents whose Python needs packages that only the extra ``docs`` installs: skipped without them."""
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -100,11 +95,6 @@ def reason_not_to_run(command: str) -> str | None:
     return next((reason for start, reason in NOT_RUN.items() if command.startswith(start)), None)
 
 
-def missing_packages(document: str) -> list[str]:
-    """The packages that the document's Python needs and that are not installed."""
-    return [name for name in NEEDS.get(document, ()) if find_spec(name) is None]
-
-
 def run_document(document: str, prepared: str) -> None:
     """Run every block of ``document`` in the current directory, in order. Called in a process of its own.
 
@@ -115,8 +105,6 @@ def run_document(document: str, prepared: str) -> None:
 
     prepare_process()
     names = Namespace()
-    if document in NEEDS:
-        warnings.simplefilter("default")  # other libraries warn of what is theirs
     for block in blocks_of(document):
         print(f"{document}:{block.line}", file=sys.stderr)  # the last one before a traceback is the one that failed
         run_block(block, names, prepared)

@@ -16,7 +16,6 @@ from tests import scripts
 from tests.house.block_names import Namespace
 from tests.house.code_blocks import (
     MAY_SAY_NO,
-    NEEDS,
     NOT_RUN,
     ROOT,
     RUN_ELSEWHERE,
@@ -25,7 +24,6 @@ from tests.house.code_blocks import (
     blocks_of,
     commands_of,
     documents,
-    missing_packages,
     needs_process,
     run_block,
 )
@@ -65,9 +63,6 @@ def run(document: str, prepared: Path, directory: Path) -> None:
 
 @pytest.mark.parametrize("document", [name for name in WITH_BLOCKS if name != "README.md"])
 def test_code_blocks_of_a_document_run(document: str, prepared: Path, tmp_path: Path) -> None:
-    missing = missing_packages(document)
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}: pip install 'stager[docs]'")
     if any(map(needs_process, blocks_of(document))):
         run(document, prepared, tmp_path)
     else:
@@ -93,7 +88,6 @@ def test_each_reason_not_to_run_a_command_is_in_use() -> None:
     assert [start for start in NOT_RUN if not any(command.startswith(start) for command in commands)] == []
     names = {command.split()[1] for command in commands if command.startswith("stager ")}
     assert set(MAY_SAY_NO) <= names
-    assert set(NEEDS) <= set(WITH_BLOCKS)
 
 
 def test_modules_that_commands_name_exist() -> None:
