@@ -3,15 +3,16 @@
 NOTE [ Who does what when a replica group recovers ]
     healthy replica: torchft's quorum thread        threads of the transport         recovering replica: quorum thread
     send_checkpoint(): snapshot, offer it   ---->   listen: accept, greet   <----    recv_checkpoint(): connect, greet
-    disallow_checkpoint(): nothing to wait for      hash the snapshot, send ---->    receive, compare hashes
+    disallow_checkpoint(): does not wait            hash the snapshot, send ---->    receive, compare hashes
     training goes on, and may change the state      give its memory back    <----    accept; fill tensors
   1. Metadata must be known before the step is: torchft reads it at each quorum. It is the address, and the secret unless the
      user has given one.
   2. Either side may come first. A receiver that comes first waits until its step is offered, or its time is up.
   3. There is one snapshot at a time. The next send_checkpoint() ends what is still being sent of the one before: torchft has
      gone on to another step by then, and a replica that is still behind asks for that one.
-  4. After disallow_checkpoint() nobody begins to receive a snapshot any more: a step that is tried again is staged again.
-     Its memory is free when the transfers that have begun are done.
+  4. A snapshot stays until all receivers of send_checkpoint() have accepted it, or until the next send_checkpoint(). When
+     its timeout has passed, the next disallow_checkpoint() drops it: torchft calls that at each step. A step that is tried
+     again is staged again.
   5. What goes wrong with a receiver is logged here and raised there. Nothing of it reaches the training of the sender.
      torchft notes an error of recv_checkpoint(), does not commit the step, and asks again at the next quorum.
 """
@@ -35,10 +36,9 @@ from torchft.checkpointing.transport import CheckpointTransport
 from stager.config.host import available_memory_bytes
 from stager.integrations.torchft_parts.connection import Connection, Wish, sign
 from stager.integrations.torchft_parts.restoring import Restoring, fill
-from stager.integrations.torchft_parts.snapshot import Snapshot
+from stager.integrations.torchft_parts.snapshot import Snapshot, Stager
 from stager.replication.exchange import Exchange, Peer
 from stager.replication.parcel import Parcel
-from stager.torch_api.staging import DefaultStager, StagingOptions
 from stager.torch_api.staging.state_dict_stager import storages_of
 from stager.workers.errors import ArgumentError, ClosedError, MemoryBudgetError, ReplicationError
 
@@ -54,11 +54,12 @@ _NO_PARCEL = Parcel(b"", ())
 
 
 class _Offer:
-    """What send_checkpoint() offers, until disallow_checkpoint(). The transport's lock guards it.
+    """What send_checkpoint() offers. The transport's lock guards it.
 
     Attributes:
         step: of the snapshot.
         secs: for how long each transfer may take.
+        until: when its receivers have given up, by ``time.monotonic()``.
         content: the snapshot, or why there is none; None: its memory was given back.
         is_open: whether another receiver may begin. Those that have begun go on.
         connections: to receivers that have begun.
@@ -67,6 +68,7 @@ class _Offer:
     def __init__(self, step: int, content: Snapshot | ReplicationError, num_receivers: int, secs: float) -> None:
         self.step = step
         self.secs = secs
+        self.until = time.monotonic() + secs
         self.content: Snapshot | ReplicationError | None = content
         self.is_open = True
         self.connections: set[Connection] = set()
@@ -136,7 +138,7 @@ class StagerTransport(CheckpointTransport[Any]):
         self._target = state_dict
         self._allow_pickle = allow_pickle
         self._safe_globals = tuple(safe_globals)
-        self._stager = DefaultStager(StagingOptions("auto", "auto", False, "auto", use_leases=True))
+        self._stager = Stager()
         self._kept_bytes = 0  # of its memory, which is kept for the next snapshot
         self._listener = _listen(port)
         self._address = f"{_bracketed(host or socket.gethostname())}:{self._listener.getsockname()[1]}"
@@ -161,7 +163,7 @@ class StagerTransport(CheckpointTransport[Any]):
             dst_ranks: how many are there will receive it.
             step: of the state.
             state_dict: what to send.
-            timeout: how long the transfer to each receiver may take.
+            timeout: how long it is offered, and how long the transfer to each receiver may take.
 
         Raises:
             UnstageableError: something in the state cannot be copied or pickled; receivers are told.
@@ -179,9 +181,9 @@ class StagerTransport(CheckpointTransport[Any]):
         self._begin_offer(_Offer(step, snapshot, len(dst_ranks), secs))
 
     def disallow_checkpoint(self) -> None:
-        """Let no receiver begin any more; does not wait. What is being sent goes on: it is a snapshot."""
+        """Wait for nobody: what is sent is a snapshot. Drops it if all that were to receive it have given up by now."""
         with self._changed:
-            if self._offer is not None:
+            if self._offer is not None and time.monotonic() > self._offer.until:
                 self._offer.close()
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> Any:
@@ -240,7 +242,7 @@ class StagerTransport(CheckpointTransport[Any]):
         if wait:
             for thread in threads:
                 thread.join(_JOIN_SECS)
-        self._stager.close()
+        self._stager.memory.close()
 
     def _check_memory(self, state: Any) -> None:
         """Refuse a state for which there is no memory: a page fault in shared memory would otherwise end the process."""
@@ -308,7 +310,9 @@ class StagerTransport(CheckpointTransport[Any]):
                 Exchange(_CPU, timedelta(seconds=_GREETING_SECS)).run(found, _peer(connection), None, None)
         except (OSError, ReplicationError) as error:
             if not self._closed:
-                logger.warning("a replica that recovers, at %s, did not receive its state: %s", connection.peer, str(error))
+                logger.warning(
+                    "a replica that recovers, at %s, did not receive its state: %s", connection.peer, str(error)
+                )
         except Exception:
             logger.exception("a replica that recovers, at %s, did not receive its state", connection.peer)
         finally:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gc
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,8 @@ from stager import (
     UnstageableError,
 )
 from tests import fork_server
-from tests.integrations.training import Training
+from tests.faults import Faults
+from tests.integrations.training import Training, final, page_script, resumes_bit_equal
 from tests.staging.child import environment
 from tests.states import same
 
@@ -79,24 +85,26 @@ def test_memory_is_used_again(pair: Pair) -> None:
     for step in range(4):
         assert same(pair.moved(large(step), step), large(step))
         pair.until_idle()
-    pool: Any = pair.sender._stager._state_dict_stager._storages
+    pool: Any = pair.sender._stager.memory
     assert len(pool) == 1
 
 
-def test_a_snapshot_without_a_receiver_is_dropped_by_disallow_checkpoint(pair: Pair) -> None:
+def test_a_snapshot_stays_until_its_receivers_must_have_given_up(pair: Pair) -> None:
     pair.send(large())
-    assert pair.num_leased() == 1
+    pair.sender.disallow_checkpoint()  # before anybody has come
+    assert same(pair.receive(), large())
+    pair.sender.send_checkpoint([1], 2, large(), timedelta(0))
     pair.sender.disallow_checkpoint()
     assert pair.num_leased() == 0
+    with pytest.raises(ReplicationError, match="timed out"):
+        pair.receive(step=2, timeout=SHORT)
 
 
 def test_a_step_that_is_tried_again_is_staged_again(pair: Pair) -> None:
     pair.send(nested({"x": torch.zeros(1)}))
     pair.sender.disallow_checkpoint()
-    late = in_thread(pair.receive)
-    until(lambda: pair.sender._connections)
     pair.send(nested({"x": torch.ones(1)}))
-    assert late.result()["user"]["default"]["x"].item() == 1
+    assert pair.receive()["user"]["default"]["x"].item() == 1
 
 
 def test_a_step_that_is_not_offered_is_an_error(pair: Pair) -> None:
@@ -188,7 +196,7 @@ def test_an_object_that_could_run_code_is_refused_unless_its_class_is_allowed(pa
         "what_does_not_fit_changes_nothing",
     ],
 )
-def test_in_a_child(tmp_path: Path, name: str) -> None:
+def test_in_a_child_where_a_process_group_is(tmp_path: Path, name: str) -> None:
     in_child(name, tmp_path)
 
 
@@ -315,13 +323,13 @@ def test_a_receiver_that_does_not_read_in_time_is_given_up(pair: Pair, caplog: p
     gc.disable()  # memory comes back without it
     try:
         stuck = Stuck(pair, begins=False)
+        until(lambda: "did not answer within 0.2 s" in caplog.text)
         pair.until_idle()
         pair.sender.disallow_checkpoint()
         until(lambda: pair.num_leased() == 0)
     finally:
         gc.enable()
     stuck.connection.close()
-    assert "did not answer within 0.2 s" in caplog.text
 
 
 def test_a_receiver_that_dies_in_the_middle_costs_nobody_anything(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
@@ -430,13 +438,59 @@ def test_shutdown_ends_what_is_under_way(wait: bool) -> None:
 
 @contextmanager
 def lighthouse(min_replicas: int) -> Iterator[str]:
-    """A lighthouse that waits for so many replica groups."""
-    server = LighthouseServer(bind="[::]:0", min_replicas=min_replicas, join_timeout_ms=200)
-    try:
-        yield server.address()
-    finally:
-        server.shutdown()
+    """A lighthouse, in a process of its own, that waits for so many replica groups."""
+    source = (
+        "import sys; from torchft.coordination import LighthouseServer\n"
+        f"server = LighthouseServer(bind='[::]:0', min_replicas={min_replicas}, join_timeout_ms=200)\n"
+        "print(server.address(), flush=True); sys.stdin.read(); server.shutdown()"
+    )
+    command = [sys.executable, "-c", source]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield next(line.strip() for line in process.stdout if line.startswith("http"))
+        process.communicate()
 
 
-def group(script: Path, number: int, address: str) -> Training:
+def replica_group(script: Path, number: int, address: str) -> Training:
     return Training(script, environment=(("TORCHFT_LIGHTHOUSE", address), ("REPLICA_GROUP_ID", str(number))))
+
+
+def script_that_is_killed(directory: Path, step: int) -> Path:
+    """The script of the page, which kills itself in the middle of a step, before its group has given its gradients."""
+    directory.mkdir()
+    path = page_script("torchft", directory)
+    source, line = path.read_text(), "            for parameter in model.parameters():\n"
+    assert source.count(line) == 1
+    path.write_text(
+        source.replace(line, f"            if step == {step}:\n                os.kill(os.getpid(), 9)\n{line}")
+    )
+    return path
+
+
+def trained_by_two(directory: Path, script: Path, killed: Path | None = None) -> str:
+    """Train with two groups, of which one may be killed and come back. Returns what that one printed at last."""
+    with lighthouse(min_replicas=2) as address, ThreadPoolExecutor(1) as threads:
+        first = threads.submit(replica_group(script, 0, address).run, directory / "0")
+        if killed is not None:
+            ended = replica_group(killed, 1, address).run(directory / "1", check=False)
+            assert ended.returncode == -signal.SIGKILL
+        second = replica_group(script, 1, address).run(directory / "1")
+        first.result()
+    return second.output
+
+
+@pytest.mark.long
+def test_a_group_that_is_killed_comes_back_and_recovers_bit_equal(tmp_path: Path) -> None:
+    script = page_script("torchft", tmp_path)
+    trained_by_two(tmp_path / "whole", script)
+    output = trained_by_two(tmp_path / "broken", script, script_that_is_killed(tmp_path / "killed", step=9))
+    assert "loaded step None" in output, "it had a checkpoint of its own, and need not have recovered"
+    whole = final(tmp_path / "whole/0")
+    for number in ("whole/1", "broken/0", "broken/1"):
+        assert same(whole, final(tmp_path / number)), number
+
+
+def test_a_group_alone_saves_is_killed_and_resumes_bit_equal(tmp_path: Path, faults: Faults) -> None:
+    training = Training(page_script("torchft", tmp_path))
+    output = resumes_bit_equal(training, tmp_path, faults, "save.copied", 3)
+    assert "loaded step 12" in output

@@ -48,7 +48,7 @@ class Pair:
 
     def num_leased(self) -> int:
         """How many pieces of the sender's memory hold a snapshot."""
-        pool: Any = self.sender._stager._state_dict_stager._storages
+        pool: Any = self.sender._stager.memory
         return sum(buffer.is_leased() for buffer in pool._all.values())
 
     def until_idle(self) -> None:
