@@ -1,3 +1,6 @@
-"""What the transport for torchft is made of: ``connection.py`` (two processes that know one secret), ``snapshot.py`` (the
-state as one header and a few slabs), ``restoring.py`` (the way back, into tensors that are there).
+"""What ``stager.integrations.torchft`` is made of.
+
+connection   two processes that know one secret, connected by TCP
+snapshot     the state as it travels: one header and a few slabs
+restoring    the way back, into tensors that are there
 """
