@@ -51,11 +51,22 @@ class NothingSentError(ReplicationError):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another rank: its number in a process group of both, through which it is reached, and its ``rank`` in the job."""
+    """Another rank: its number in a process group of both, through which it is reached, and its ``rank`` in the job.
 
-    group: Any  # dist.ProcessGroup, or one of its backends, of which torch's annotations do not say what they can
+    Attributes:
+        group: a ``dist.ProcessGroup``, one of its backends, of which torch's annotations do not say what they can, or
+            anything that has their ``send()`` and ``recv()``.
+        rank: -1: it has none in this job, and ``name`` says who it is.
+        name: for messages, if it is not "rank 3".
+    """
+
+    group: Any
     group_rank: int
     rank: int
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name or f"rank {self.rank}"
 
 
 class Receiver(Protocol):
@@ -108,9 +119,9 @@ class Exchange:
     def run(
         self,
         parcel: Parcel | Exception,
-        destination: Peer | ReplicationError,
-        source: Peer | ReplicationError,
-        receiver: Receiver,
+        destination: Peer | ReplicationError | None,
+        source: Peer | ReplicationError | None,
+        receiver: Receiver | None,
     ) -> ExchangeResult:
         """Send ``parcel``, and receive what ``source`` sends.
 
@@ -119,19 +130,25 @@ class Exchange:
 
         Args:
             parcel: what to send; an exception: why there is nothing to send.
-            destination, source: an error: why that rank cannot be reached. It is returned for that direction.
+            destination, source: an error: why that rank cannot be reached. It is returned for that direction. None: nothing
+                travels in that direction.
+            receiver: None if ``source`` is.
         """
         result = ExchangeResult()
         pending: list[tuple[Any, Any]] = []
 
         def send() -> None:
             nonlocal pending
+            if destination is None:
+                return
             try:
                 pending = self._post(parcel, _reachable(destination))
             except ReplicationError as error:
                 result.not_sent = error
 
         def receive() -> None:
+            if source is None or receiver is None:
+                return
             try:
                 result.received = self._receive(_reachable(source), receiver)
             except ReplicationError as error:
@@ -150,7 +167,8 @@ class Exchange:
         finally:  # wait for the sends: the memory is the caller's again afterwards
             try:
                 for work, _ in pending:
-                    self._wait(work, _reachable(destination), "sending to")
+                    assert isinstance(destination, Peer)
+                    self._wait(work, destination, "sending to")
             except ReplicationError as error:
                 result.not_sent = error
         return result
@@ -170,7 +188,7 @@ class Exchange:
         kind, nbytes = self._receive_tensor(torch.zeros(2, dtype=torch.int64), peer).tolist()
         data = self._receive_tensor(torch.empty(nbytes, dtype=torch.uint8), peer).numpy().tobytes()
         if kind == _ParcelKind.FAILURE:
-            raise NothingSentError(f"rank {peer.rank} has nothing to send: {data.decode()}", peer.rank)
+            raise NothingSentError(f"{peer} has nothing to send: {data.decode()}", peer.rank)
         for tensor in receiver.begin(data):
             self._receive_tensor(tensor, peer)
         return receiver.finish()
@@ -199,7 +217,7 @@ class Exchange:
     def _peer_failed(self, peer: Peer, doing: str, error: Exception) -> ReplicationError:
         secs = self._timeout.total_seconds()
         return ReplicationError(
-            f"{doing} rank {peer.rank} failed (it died, or did not answer within {secs:g} s): {error}", peer.rank
+            f"{doing} {peer} failed (it died, or did not answer within {secs:g} s): {error}", peer.rank
         )
 
 
