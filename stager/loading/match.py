@@ -269,6 +269,7 @@ class _Matcher:
         return type(node) is int and self._items.kind_of(node).kind == "object"
 
     def _per_rank(self, node: Node, value: PerRank, path: Path) -> None:
+        """Match this rank's value of a ``PerRank``. Where the checkpoint has none of this rank, the value stays."""
         key = rank_key(self._rank)
         nodes = children_of(node)
         ranks = nodes_of_ranks(node)
@@ -287,6 +288,11 @@ class _Matcher:
         offer_values_of_others(self.plan, ranks, path, self._rank)
 
     def _mapping(self, node: Node, value: Mapping[Any, Any], path: Path, owner: Owner) -> None:
+        """Match the entries of two mappings by name, and note the names that only one of them has.
+
+        A plain dict whose names are those of a module's state is treated as one if the names differ: a dict takes new
+        names, a module does not.
+        """
         node = self._renaming.aligned(node, value)
         names, nodes = names_and_children(node, value)
         present = set(names.values())
@@ -312,6 +318,7 @@ class _Matcher:
             self.one_sided.keep_order(node, value, path)
 
     def _list(self, node: Node, value: list[Any], path: Path, owner: Owner) -> None:
+        """Match the elements of two lists by their numbers. The longer end of one is appended, dropped or missing."""
         children = node[1]
         num_both = min(len(children), len(value))
         there = {index: children[index] for index in range(num_both) if children[index] is not ABSENT}

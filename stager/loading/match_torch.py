@@ -176,6 +176,7 @@ def _shard_states(state: Any, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _sharded_as(like: torch.Tensor, value: Any, name: str) -> Any:
+    """Return a whole tensor as one that is spread over the ranks as ``like`` is, if it has its shape."""
     if not isinstance(value, torch.Tensor) or is_sharded(value) or tuple(value.shape) != shape_of(like):
         return value
     sharded = torch.empty_like(like, dtype=value.dtype)

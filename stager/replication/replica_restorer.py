@@ -123,7 +123,7 @@ class ReplicaRestorer:
 
         while True:
             at = f"{key}/{len(tried)}"
-            # 2.
+            # 2. Rank 0 chooses; the others read its choice.
             choice = group.broadcast(f"{at}/choice", RestoreChoice, choose, "choose what to restore from memory")
             plan = choice.plan
             if plan is None:
@@ -136,7 +136,7 @@ class ReplicaRestorer:
             # 4. A failure is posted before its rank comes, so every rank reads the same one after the barrier.
             group.barrier(f"{at}/written", f"restoring step {plan.step} from memory")
             failed = group.first(f"{at}/failed", RestoreFailed)
-            # 5.
+            # 5. Rank 0 looks, all hear of it; without a checkpoint, the next choice.
             if self._ended(at, plan, failed):
                 return choice.whole_id, True
             tried.append(plan)

@@ -1,5 +1,4 @@
-"""``from_pretrained`` of transformers takes what is exported, bit for bit; stager takes what ``save_pretrained`` writes.
-"""
+"""``from_pretrained`` of transformers takes what is exported, bit for bit; stager takes what ``save_pretrained`` writes."""
 
 from __future__ import annotations
 
