@@ -5,4 +5,6 @@ lightning_parts     what these two have in common
 transformers        the Trainer of Hugging Face, and those of TRL; transformers_parts: what its mixin is made of
 accelerate          save_state() and load_state() of Hugging Face Accelerate
 ray                 report() of Ray Train
+torch_checkpointing the stager, the storage and the CheckpointManager of Meta's torch_checkpointing
+torch_checkpointing_parts    what these three are made of
 """

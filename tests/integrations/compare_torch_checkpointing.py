@@ -100,8 +100,8 @@ def main() -> None:
         f"without a save are within {high - low:.3f} s"
     )
     for way, seconds in taken.items():
-        lost, in_calls, end = (statistics.median(seconds) - plain, *map(statistics.median, (calls[way], ends[way])))
-        print(f"{way:20} {lost:7.3f} s lost per save   {in_calls:7.3f} s in save()   {end:7.3f} s at the end")
+        lost, in_call, end = (statistics.median(seconds) - plain, *map(statistics.median, (calls[way], ends[way])))
+        print(f"{way:20} {lost:7.3f} s lost per save   {in_call:7.3f} s in save()   {end:7.3f} s at the end")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def new_manager(**fields: Any) -> StagerCheckpointManager:
     config = StagerCheckpointManager.Config.with_sync_save()
     for name, value in fields.items():
         setattr(config, name, value)
-    return config.build()
+    return StagerCheckpointManager(config)
 
 
 def note(args: CallbackArgs) -> None:
@@ -65,7 +65,7 @@ def main(out: str) -> None:
     config = StagerCheckpointManager.Config(items={"frozen": ItemSpec(requires_copy=False, required=False)})
     manager = config.build()
     assert type(manager._saver.stager) is StagerCheckpointStager
-    state = {"model": {"weight": WHOLE.clone()}, "frozen": torch.ones(3)}
+    state: dict[str, Any] = {"model": {"weight": WHOLE.clone()}, "frozen": torch.ones(3)}
     manager.prewarm_staging(state)
     written = manager.save(f"{out}/step-3", state)
     with manager.lock():
