@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -674,5 +675,6 @@ def test_a_trainer_that_is_killed_while_its_subprocess_writes_resumes_bit_equal(
         assert process.wait() == -signal.SIGKILL
         hold.release()
     said = training.run(tmp_path / "broken").output
-    assert "resumed at step 8" in said
+    # 12: the subprocess gets SIGINT when its trainer dies, and commits what it has if this process was told to ignore that.
+    assert re.search(r"resumed at step (8|12)$", said, re.MULTILINE)
     assert same(final(tmp_path / "whole"), final(tmp_path / "broken"))
