@@ -349,25 +349,31 @@ POINTS += ["commit.begin", "commit.indexed", "commit.manifest"]
 def test_a_save_that_fails_leaves_no_checkpoint_and_the_next_one_is_whole(
     tmp_path: Path, faults: Faults, point: str
 ) -> None:
-    manager = new_manager()
+    failing, manager = (new_manager(storage_config=of_run(run)) for run in ("0123abcd", "4567abcd"))
     faults.arm(point, "errno ENOSPC")
     with pytest.raises(OSError, match="No space left"):
-        manager.save(str(tmp_path / "step-3"), {**payload(), "given_up": 1})
+        failing.save(str(tmp_path / "step-3"), {**payload(), "given_up": 1})
     assert faults.fired(point) and not (tmp_path / "step-3").exists()
     assert list_checkpoints(tmp_path) == ([], [])
-    (tmp_path / "tmp_step-3" / "given_up_0.pt").unlink(missing_ok=True)
     manager.save(str(tmp_path / "step-3"), payload(2.0))
     assert {path.name for path in tmp_path.glob("*step*")} == {"step-3"}
+    assert set(os.listdir(tmp_path / "step-3")) == {"manifest.json", "model_0.pt", "optimizer_0.pt", "step_0.pt"}
     assert verify(tmp_path / "step-3", strict=True).ok
     assert same(dict(manager.load(tmp_path / "step-3", into=ITEMS)), payload(2.0))
+    failing.close()
     manager.close()
+
+
+def of_run(run: str) -> StagerStorageConfig:
+    """The configuration of a training with a process group."""
+    config = StagerStorageConfig()
+    config._run = run
+    return config
 
 
 def test_files_of_a_killed_training_are_no_part_of_the_checkpoint(tmp_path: Path) -> None:
     """It had two ranks, and the one that resumes has one."""
-    killed = StagerStorageConfig()
-    killed._run = "0123456789abcdef"
-    storage = killed.create_storage()
+    storage = of_run("0123abcd").create_storage()
     storage.mkdir(tmp_path / "tmp_step-3")
     for name in ("model_0.pt", "model_1.pt"):
         content = io.BytesIO()
@@ -381,6 +387,19 @@ def test_files_of_a_killed_training_are_no_part_of_the_checkpoint(tmp_path: Path
     assert set(os.listdir(tmp_path / "step-3")) == names
     assert same(dict(manager.load(tmp_path / "step-3", into=ITEMS)), payload())
     manager.close()
+
+
+def test_a_directory_of_another_training_is_committed_and_renamed_as_it_is(tmp_path: Path) -> None:
+    """By a program that has written none of its files: nothing is taken for what was left."""
+    writer, other = of_run("0123abcd").create_storage(), StagerStorageConfig().create_storage()
+    writer.mkdir(tmp_path / "tmp")
+    for name in ("a", "b"):
+        writer.write(tmp_path / "tmp" / name, name.encode())
+    other.rename(tmp_path / "tmp", tmp_path / "step-1", is_directory=True)
+    writer.rename(tmp_path / "step-1", tmp_path / "step-2", is_directory=True)
+    assert set(os.listdir(tmp_path / "step-2")) == {"a", "b", "manifest.json"}
+    assert verify(tmp_path / "step-2", strict=True).ok
+    assert [one.step for one in list_checkpoints(tmp_path)[0]] == [2]
 
 
 def test_files_that_a_callback_writes_past_the_storage_are_hashed_by_the_commit(tmp_path: Path) -> None:
@@ -630,6 +649,7 @@ def environment() -> Iterator[tuple[tuple[str, str], ...]]:
     shutil.rmtree(directory)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("point", ["part.written"])
 def test_a_training_that_is_killed_while_it_writes_resumes_bit_equal(
     tmp_path: Path, faults: Faults, point: str

@@ -63,6 +63,7 @@ def loaded_as_shards(rank: int, directory: str, path: str) -> bool:
 def main(out: str) -> None:
     """Save without waiting, change the state when it is staged, and load what was saved."""
     config = StagerCheckpointManager.Config(items={"frozen": ItemSpec(requires_copy=False, required=False)})
+    config.save.process_config.subprocess_init_timeout_secs = 120  # on a busy machine, its 30 s may be too few
     manager = config.build()
     assert type(manager._saver.stager) is StagerCheckpointStager
     state: dict[str, Any] = {"model": {"weight": WHOLE.clone()}, "frozen": torch.ones(3)}

@@ -4,8 +4,8 @@
     every rank                  torch_checkpointing's barrier: all files are there
     rank 0       commit()       1. files of another training, which was killed while it saved to this name, are removed
                                 2. receipts become a layout; a file without one is read and hashed
-                                3. receipts are removed
-                                4. the manifest is written and synced, then the directory
+                                3. the manifest is written and synced
+                                4. receipts are removed, and the directory is synced
                                 5. the directory gets its final name, and the parent is synced. Now there is a checkpoint
 
 The files keep the names and bytes that torch_checkpointing gives them, so it reads them, with or without stager. An archive
@@ -81,18 +81,18 @@ def commit(source: str, final: str, run: str, fsync: bool) -> None:
         point("commit.begin")
         found = sorted(_files(source, run), key=lambda one: one.name)
         manifest = _manifest(found, name)
-        for left in filter(is_receipt, os.listdir(source)):
-            files.remove(os.path.join(source, left))
         point("commit.indexed")
         directory_fd = files.open_directory(source)
         try:
-            # Last, because it proves that every other file is complete. Its directory is synced before the rename.
+            # Before the receipts go: what a killed commit leaves without receipts is known by its manifest.
             files.write_atomically(directory_fd, source, MANIFEST_NAME, manifest.to_bytes(), fsync)
+            point("commit.manifest")
+            for left in filter(is_receipt, os.listdir(source)):
+                files.remove(os.path.join(source, left))
             if fsync:
                 os.fsync(directory_fd)
         finally:
             os.close(directory_fd)
-        point("commit.manifest")
         _rename(source, final)
         if fsync:
             files.sync_directory(directory)
@@ -122,11 +122,16 @@ def _rename(source: str, final: str) -> None:
 
 
 def _files(source: str, run: str) -> Iterable[_File]:
-    """Return what belongs to the checkpoint, and remove what a killed training has left in the same directory."""
-    for name in os.listdir(source):
-        path = os.path.join(source, name)
-        if is_receipt(name) or name == MANIFEST_NAME:  # the manifest: a commit that was killed has left it
-            continue
+    """Return what belongs to the checkpoint, and remove what a killed training has left in the same directory.
+
+    Nothing is removed from a directory of which this training has written no file.
+    """
+    names = [name for name in os.listdir(source) if not (is_receipt(name) or name == MANIFEST_NAME)]
+    receipts = {name: read_file_receipt(receipt_path(os.path.join(source, name))) for name in names}
+    is_ours = any(receipt is not None and receipt.run == run for receipt in receipts.values())
+    left = _mtime_ns(os.path.join(source, MANIFEST_NAME))
+    for name in names:
+        path, receipt = os.path.join(source, name), receipts[name]
         if is_unfinished(name):
             files.remove(path)
             continue
@@ -136,13 +141,22 @@ def _files(source: str, run: str) -> Iterable[_File]:
                 "a checkpoint of stager has no directories in it; take / out of LayoutInfo.file_path",
                 path,
             )
-        receipt = read_file_receipt(receipt_path(path))
-        if receipt is not None and receipt.run != run:
+        stat = os.stat(path)
+        is_left = stat.st_mtime_ns <= left if receipt is None else receipt.run != run
+        if is_ours and is_left:
             files.remove(path)
             continue
-        if receipt is None or not receipt.is_of(os.stat(path)):
+        if receipt is None or not receipt.is_of(stat):
             receipt = hash_file(path, run)
         yield _File(name, receipt, _is_archive(path))
+
+
+def _mtime_ns(path: str) -> int:
+    """Return when a commit wrote the manifest before it was killed; -1 if there is none."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return -1
 
 
 def _is_archive(path: str) -> bool:
