@@ -6,4 +6,6 @@ transformers        the Trainer of Hugging Face, and those of TRL; transformers_
 accelerate          save_state() and load_state() of Hugging Face Accelerate
 ray                 report() of Ray Train
 torchft             a CheckpointTransport for replica groups that recover; torchft_parts: what it is made of
+torch_checkpointing the stager, the storage and the CheckpointManager of Meta's torch_checkpointing
+torch_checkpointing_parts    what these three are made of
 """

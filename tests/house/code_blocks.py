@@ -69,6 +69,7 @@ RUN_ELSEWHERE = {
     "docs/integrations/torchft.md": "its script is run by tests/integrations, also as two groups, one of which is killed",
     "docs/integrations/torchdata.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/lightning.md": "its script is killed and resumed by tests/integrations",
+    "docs/integrations/torch_checkpointing.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/transformers.md": "its script is killed and resumed by tests/integrations, which run the rest, too",
 }
 """Documents whose blocks other tests run, and why."""

@@ -145,11 +145,19 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "metadata no mapping of mappings": set_key("structure", ["odict", list("abcd"), [0, 1, 2, 3], {"": 1}]),
     "another document": set_key("format", "other"),
     "rows a mapping": set_key("rows", {"0": 1}),
+    "a sidecar that is no file": set_key("sidecars", ["config.json"]),
 }  # fmt: skip
 
 
 def test_the_good_one_is_accepted(body: dict[str, Any]) -> None:
     assert parse_manifest(seal(body), "p").header.step == 1
+
+
+def test_a_data_file_may_have_another_program_s_name(body: dict[str, Any]) -> None:
+    """It is then named among the sidecars, so that it is removed with the checkpoint."""
+    changed = copy.deepcopy(body)
+    changed["files"][0][0], changed["sidecars"] = "model_0.pt", ["model_0.pt"]
+    assert parse_manifest(seal(changed), "p").header.sidecars == ("model_0.pt",)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

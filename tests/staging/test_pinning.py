@@ -72,6 +72,17 @@ def test_small_storages_are_not_pinned(runtime: FakeRuntime) -> None:
     assert runtime.registered == {}
 
 
+@pytest.mark.parametrize("lease", [False, True])
+def test_pinned_bytes_are_counted_and_none_of_small_storages(runtime: FakeRuntime, lease: bool) -> None:
+    stager = StateDictStager(pin_memory=True, pin_memory_min_bytes=100, lease=lease)
+    source = {"large": torch.ones(25), "larger": torch.ones(100), "small": torch.ones(24)}
+    staged = stager.stage(source)
+    assert stager.pinned_num_bytes() == 100 + 400
+    del staged
+    stager.close()
+    assert stager.pinned_num_bytes() == 0 and runtime.registered == {}
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_failure_to_register_warns_once_and_stages_unpinned(runtime: FakeRuntime, shared: bool) -> None:
     runtime.fail_with = 2  # cudaErrorMemoryAllocation

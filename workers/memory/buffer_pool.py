@@ -52,6 +52,11 @@ class BufferPool:
         """Bytes of all buffers, leased or not."""
         return sum(buffer.storage.nbytes() for buffer in self._all.values())
 
+    @property
+    def pinned_nbytes(self) -> int:
+        """Bytes of all buffers that are page-locked, leased or not."""
+        return sum(self._buffers.pinned_of(buffer.storage.nbytes()) for buffer in self._all.values())
+
     def has_free(self, nbytes: int) -> bool:
         """Whether :meth:`take` has a buffer of this size, as of the last :meth:`begin_pass`."""
         return bool(self._free.get(nbytes))

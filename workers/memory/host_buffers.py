@@ -70,7 +70,7 @@ class HostBuffers:
 
     def new(self, nbytes: int) -> torch.UntypedStorage:
         """Return an uninitialised storage of ``nbytes`` bytes. Raises OSError: no memory, or no descriptor, is left."""
-        pinned = self.pinned and nbytes >= self.pin_min_bytes
+        pinned = self.pinned_of(nbytes) > 0
         if nbytes == 0 or not (self.shared or pinned):
             return torch.UntypedStorage(nbytes, device="cpu")
         self._total_bytes += nbytes
@@ -79,6 +79,10 @@ class HostBuffers:
             self._regions.add(region)
             return region if start == 0 and region.nbytes() == nbytes else self._slice(region, start, nbytes)
         return self._carve(nbytes)
+
+    def pinned_of(self, nbytes: int) -> int:
+        """Return how many bytes of a storage of this size are page-locked: all, or none."""
+        return nbytes if self.pinned and nbytes >= self.pin_min_bytes else 0
 
     def drop(self) -> None:
         """Forget the slab being filled: the next storage starts a new one. Storages given out keep theirs."""

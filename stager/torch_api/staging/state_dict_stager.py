@@ -43,6 +43,12 @@ class _CachedStorages:
         cached.copy_(storage, non_blocking)
         return cached
 
+    @property
+    def pinned_nbytes(self) -> int:
+        """Bytes of all CPU storages that are page-locked."""
+        cached: Iterable[torch.UntypedStorage] = self.mapping.values()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return sum(self._buffers.pinned_of(storage.nbytes()) for storage in cached)
+
     def release(self, storages: Iterable[torch.UntypedStorage]) -> int:
         """Do nothing: results own no storages."""
         return 0
@@ -125,6 +131,10 @@ class StateDictStager(OffloadCopier):
     def release(self, staged: Any) -> int:
         """End the lease of a result now: the next ``stage()`` may overwrite it. Returns the number of buffers it held."""
         return self._storages.release(storages_of(staged))
+
+    def pinned_num_bytes(self) -> int:
+        """Return the bytes of page-locked memory that it holds. Not in torch."""
+        return self._storages.pinned_nbytes
 
     def close(self) -> None:
         """Forget all buffers. Results stay valid, and the stager can be used again, with new buffers."""

@@ -12,7 +12,9 @@ with its place, dtype, shape and hashes, and the structure of the state. Body of
     linked       [bytes of files that are hard links to an earlier checkpoint's, saves since one was written without links]
     files        [[name, nbytes], ...]                 data files, tiled by the items' spans
     index_files  [[name, nbytes, xxh3_128], ...]       .metadata, and the sidecars
-    sidecars     [name, ...]                           which of the index files the user gave to ``save(files=...)``
+    sidecars     [name, ...]                           which of the files have names that stager did not give them: index
+                                                       files of ``save(files=...)``, and data files that another program
+                                                       has named (``stager/integrations/torch_checkpointing.py``)
     columns      names of the columns of a row
     rows         [[kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, [xxh3_128, ...]], ...]
     structure    see :mod:`stager.workers.checkpoint.layout.structure`
@@ -79,7 +81,7 @@ class ManifestHeader:
         metrics: as the user gave them to ``save()``.
         name: of the checkpoint's directory, when it was committed; "": the default one of its step.
         run, number: a nonce of the trainer's, and how many saves it had begun: of two of them, the later one counts.
-        sidecars: names of the files that the user gave to ``save()``.
+        sidecars: names of the files that the user gave to ``save()``, and of data files that another program has named.
     """
 
     kind: str
@@ -308,8 +310,8 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     )
     check_layout(layout)
     check_distinct([MANIFEST_NAME, *(f.name for f in (*layout.files, *index_files))])
-    if not {file.name for file in index_files}.issuperset(header.sidecars):
-        raise ValueError("a sidecar is not among the index files")
+    if not {file.name for file in (*index_files, *layout.files)}.issuperset(header.sidecars):
+        raise ValueError("a sidecar is not among the files")
     hashes = tuple(map(tuple, lists))
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")

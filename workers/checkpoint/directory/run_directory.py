@@ -59,7 +59,7 @@ class CheckpointInfo:
         num_tensors, num_objects: what is in it; tied tensors count once.
         linked_bytes: of ``nbytes``, what was linked to an earlier checkpoint's files and not written (incremental saves).
         metrics: as they were given to ``save()``.
-        files: names of the files that were given to ``save()``.
+        files: names of the files that were given to ``save()``, or that another program has named.
     """
 
     step: int
