@@ -26,11 +26,12 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torchtitan.components.checkpointer import (
     DATALOADER,
@@ -100,8 +101,11 @@ class StagerCheckpointManager(BaseCheckpointManager):
         enable: bool = True
         """Whether to save and load at all. torchtitan's own is off by default."""
 
-        stager_config: str | dict[str, Any] | None = None
-        """Configuration of stager: path of a YAML file, or a mapping of sections; None: the defaults."""
+        stager_config: str | None = None
+        """Path of a YAML file with stager's configuration; None: there is none."""
+
+        stager_settings: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+        """stager's configuration as a mapping of sections, in place of the file. It is no flag of the command line."""
 
         guard: bool = True
         """Copy parameters and optimizer state while training goes on; only the optimizers may then write to them."""
@@ -111,6 +115,10 @@ class StagerCheckpointManager(BaseCheckpointManager):
 
         def __post_init__(self) -> None:
             BaseCheckpointManager.Config.__post_init__(self)
+            if self.stager_config is not None and self.stager_settings:
+                raise ValueError(
+                    "stager_config names a file, and stager_settings has settings; take one of the two out"
+                )
 
     checkpointer: Checkpointer
     save_future: Future[Any] | None
@@ -149,7 +157,7 @@ class StagerCheckpointManager(BaseCheckpointManager):
         self.save_future = None
         self._handles: list[SaveHandle] = []
         self._export: HFExport | None = None
-        self._given = _checked(load_config(config.stager_config), config)
+        self._given = _checked(load_config(config.stager_config or config.stager_settings), config)
         on_event = self._on_event if _own_rank() == 0 and config.keep_latest_k > 0 else None
         self.checkpointer = Checkpointer(
             self.folder, _run_config(self._given, config), read_only=config.load_only, on_event=on_event
