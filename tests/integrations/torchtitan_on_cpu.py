@@ -25,11 +25,10 @@ try:
 finally:
     _torch._utils._get_available_device_type = _answer
 
-assert torchtitan.tools.utils.device_type == "cpu", "torchtitan was imported before this module"
-
 
 def prepare() -> None:
     """Give the processor what torchtitan asks an accelerator for."""
+    assert torchtitan.tools.utils.device_type == "cpu", "torchtitan was imported before this module"
     cpu = _torch.cpu
     cpu.get_device_name = lambda *_: "processor"
     cpu.get_device_properties = lambda *_: SimpleNamespace(total_memory=1 << 30)
