@@ -46,9 +46,9 @@ from stager.saving.rehearsal import Rehearsal
 from stager.saving.save import Save
 from stager.saving.setup import save_template, writing
 from stager.saving.sidecars import Sidecars
-from stager.saving.staging_thread import StagingThread
+from stager.saving.staging_thread import StagingThread, wait_uninterrupted
 from stager.sharing.sharer import SharingOptions, SourceSharer
-from stager.snapshot.copying import Copier, wait_uninterrupted
+from stager.snapshot.copying import Copier
 from stager.snapshot.guard import Guard
 from stager.snapshot.pieces import Piece, Pieces, cut, segment_bytes_for, whole
 from stager.snapshot.taker import Assignment, Snapshot, SnapshotTaker
@@ -374,7 +374,8 @@ class Saver:
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Wait until every snapshot that was begun is taken; TimeoutError after ``timeout`` seconds."""
-        self._thread.wait(timeout)
+        with self._copier.hurried():
+            self._thread.wait(timeout)
 
     def wait_for_saves(self, saves: Sequence[Save] | None = None) -> None:
         """Wait until saves have ended, committed or not. Errors stay unread in their Futures.

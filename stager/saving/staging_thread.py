@@ -7,9 +7,10 @@ newest call has waited for all.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from typing import Any
 
 from stager.workers.long_wait import LongWait
 
@@ -85,3 +86,20 @@ def _done() -> Future[None]:
     future: Future[None] = Future()
     future.set_result(None)
     return future
+
+
+def wait_uninterrupted(futures: Sequence[Future[Any]]) -> None:
+    """Wait until all are done, even after Ctrl-C: they use memory that is used for something else afterwards.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile; all are done then.
+    """
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted

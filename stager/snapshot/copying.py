@@ -2,25 +2,22 @@
 
 In ``save()`` the copy has the trainer's priority and all its threads, because the trainer waits. Guarded tensors are copied
 in the background, by fewer threads of a lower priority, so that forward and backward keep their cores; and by the kernel,
-because the program may free their memory meanwhile.
+because the program may free their memory meanwhile. When the trainer comes to wait for that, before the next step, it gets
+all threads at the trainer's priority: on a busy host the others may not run for seconds.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from stager.config.host import lower_priority
 from stager.snapshot.batches import PIECE_BYTES, Batches, Gather, Move
+from stager.snapshot.copy_threads import CopyThreads
 from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
 from stager.snapshot.kernel_copies import Scratch, read_into, vectors, write
 from stager.state.copies import Copy
@@ -52,8 +49,7 @@ class Copier:
     """
 
     def __init__(self, num_threads: int, num_background_threads: int = 1) -> None:
-        self._foreground = _Threads(max(1, num_threads), is_background=False)
-        self._background = _Threads(max(1, num_background_threads), is_background=True)
+        self._threads = CopyThreads(max(1, num_threads), max(1, num_background_threads))
 
     def copy(
         self,
@@ -79,17 +75,20 @@ class Copier:
             MemoryGoneError: memory of a tensor was freed meanwhile.
         """
         on_streams = [copy for copy in batches.others if not copy.on_host] if streams else []
-        threads = self._background if background else self._foreground
         try:
             if on_streams:
                 enqueue(on_streams, leaves, slab, streams)
-            do = partial(_do_guarded, shares=threads.count > 1) if background else _do
 
             def do_and_tell(work: Move | Gather) -> None:
-                do(work, slab, cold)
+                if background:
+                    _do_guarded(work, slab, cold, shares=self._threads.several_in_background)
+                else:
+                    _do(work, slab, cold)
                 wrote(work.slab_offset, work.nbytes)
 
-            threads.run([partial(do_and_tell, work) for work in batches.on_host])
+            calls = [partial(do_and_tell, work) for work in batches.on_host]
+            run = self._threads.run_in_background if background else self._threads.run
+            run(calls)
             with torch.no_grad():
                 for copy in batches.others:
                     if copy.on_host or not streams:
@@ -101,120 +100,13 @@ class Copier:
         for copy in on_streams:
             wrote(copy.slab_offset, copy.nbytes)
 
+    def hurried(self) -> AbstractContextManager[None]:
+        """While it is entered, the trainer waits: copies in the background get the trainer's threads and priority, too."""
+        return self._threads.hurried()
+
     def close(self) -> None:
         """End the threads."""
-        self._foreground.close()
-        self._background.close()
-
-
-class _Threads:
-    """Runs calls on the calling thread and some more, started when first needed."""
-
-    def __init__(self, count: int, *, is_background: bool) -> None:
-        self.count = count
-        self._is_background = is_background
-        self._executor: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-
-    def run(self, calls: Sequence[Callable[[], None]]) -> None:
-        iterator = iter(calls)  # shared: next() on an iterator over a list is atomic, so each call is taken once
-
-        def work() -> None:
-            try:
-                for call in iterator:
-                    call()
-            except BaseException:
-                deque(iterator, maxlen=0)  # drop the calls that no thread has begun
-                raise
-
-        helpers = min(self.count, len(calls)) - (
-            0 if self._is_background else 1
-        )  # the caller's thread keeps its priority
-        gate = _Gate()
-        futures: list[Future[None]] = []
-        try:
-            with suppress(RuntimeError):  # the interpreter is shutting down: no thread can be asked any more
-                for _ in range(helpers):
-                    futures.append(self._threads().submit(gate.run, work))
-            if not self._is_background or not futures:
-                work()
-        except BaseException:
-            deque(iterator, maxlen=0)
-            raise
-        finally:
-            try:
-                wait_uninterrupted(futures)  # they write into the slab
-            finally:
-                gate.close()  # so may a thread whose Future Ctrl-C has kept from the list
-        for future in futures:
-            future.result()
-
-    def _threads(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._executor is None:
-                initializer = lower_priority if self._is_background else None
-                self._executor = ThreadPoolExecutor(
-                    self.count, thread_name_prefix="stager-copy", initializer=initializer
-                )
-            return self._executor
-
-    def close(self) -> None:
-        with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown()
-
-
-class _Gate:
-    """Lets threads in until it is closed; who closes it waits until all are out."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._is_open = True
-        self._num_inside = 0
-
-    def run(self, work: Callable[[], None]) -> None:
-        with self._changed:
-            if not self._is_open:
-                return
-            self._num_inside += 1
-        try:
-            work()
-        finally:
-            with self._changed:
-                self._num_inside -= 1
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let nobody in any more. Raises KeyboardInterrupt, when all are out, if Ctrl-C was pressed meanwhile."""
-        interrupted: KeyboardInterrupt | None = None
-        while True:
-            try:
-                with self._changed:
-                    self._is_open = False
-                    self._changed.wait_for(lambda: not self._num_inside)
-                break
-            except KeyboardInterrupt as error:
-                interrupted = error
-        if interrupted is not None:
-            raise interrupted
-
-
-def wait_uninterrupted(futures: Sequence[Future[Any]]) -> None:
-    """Wait until all are done, even after Ctrl-C: they use memory that is used for something else afterwards.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed meanwhile; all are done then.
-    """
-    interrupted: KeyboardInterrupt | None = None
-    while True:
-        try:
-            wait(futures)
-            break
-        except KeyboardInterrupt as error:
-            interrupted = error
-    if interrupted is not None:
-        raise interrupted
+        self._threads.close()
 
 
 def _do(work: Move | Gather, slab: Slab, cold: bool) -> None:

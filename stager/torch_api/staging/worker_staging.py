@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
+from stager.saving.staging_thread import wait_uninterrupted
 from stager.sharing.sharer import SourceSharer
 from stager.sharing.worker_copy import CopyTask, divide
 from stager.snapshot.batches import batch
-from stager.snapshot.copying import Copier, wait_uninterrupted
+from stager.snapshot.copying import Copier
 from stager.state.copies import Copy
 from stager.state.placement import LARGE_BYTES
 from stager.workers.device.streams import SideStreams
