@@ -5,4 +5,5 @@ lightning_parts     what these two have in common
 transformers        the Trainer of Hugging Face, and those of TRL; transformers_parts: what its mixin is made of
 accelerate          save_state() and load_state() of Hugging Face Accelerate
 ray                 report() of Ray Train
+torchtitan          a checkpoint manager of torchtitan; torchtitan_parts: what it is made of
 """

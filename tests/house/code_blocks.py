@@ -72,6 +72,7 @@ RUN_ELSEWHERE = {
     "docs/integrations/accelerate.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/ray.md": "its script is run by Ray, whose workers tests/integrations kill",
     "docs/integrations/torchdata.md": "its script is killed and resumed by tests/integrations",
+    "docs/integrations/torchtitan.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/lightning.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/transformers.md": "its script is killed and resumed by tests/integrations, which run the rest, too",
 }

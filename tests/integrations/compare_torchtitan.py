@@ -50,7 +50,7 @@ def _intervals(way: str, directory: Path, options: argparse.Namespace) -> tuple[
     schedulers = LRSchedulersContainer.Config(warmup_steps=2).build(optimizers=optimizers, training_steps=1000)
     manager, settings = WAYS[way]
     common = {"enable": True, "interval": options.every, "keep_latest_k": 2, "last_save_model_only": False}
-    saves = manager.Config(**{**common, **settings}).build(  # type: ignore[attr-defined]
+    saves = manager.Config(**{**common, **settings}).build(
         dataloader=Position(),
         model_parts=[model],
         optimizers=optimizers,
@@ -124,8 +124,8 @@ def _compare(options: argparse.Namespace) -> None:
         f"without a save are within {high - low:.3f} s"
     )
     for way, seconds in taken.items():
-        lost, in_calls, end = (statistics.median(seconds) - plain, *map(statistics.median, (calls[way], ends[way])))
-        print(f"{way:34} {lost:7.3f} s lost per save   {in_calls:7.3f} s in save()   {end:7.3f} s at the end")
+        lost, call, end = (statistics.median(seconds) - plain, *map(statistics.median, (calls[way], ends[way])))
+        print(f"{way:34} {lost:7.3f} s lost per save   {call:7.3f} s in save()   {end:7.3f} s at the end")
     if _ON_ACCELERATORS not in ways:
         print(f"{_ON_ACCELERATORS:34} needs an accelerator, and there is none")
 

@@ -37,6 +37,7 @@ pytest.importorskip("triton", reason="torchtitan needs triton, which torch for p
 from tests.integrations import torchtitan_on_cpu  # noqa: E402, F401  # isort: skip  # before the rest of torchtitan
 
 from torch.distributed.checkpoint import FileSystemReader  # noqa: E402  # after importorskip
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
 
 from stager.integrations.torchtitan import StagerCheckpointManager  # noqa: E402
@@ -224,6 +225,20 @@ def test_the_training_goes_back_to_an_earlier_step(out: Path) -> None:
     last.close()
 
 
+def test_a_checkpoint_of_torchtitans_is_set_aside_when_its_step_is_saved_again(out: Path) -> None:
+    trained(out, 4, **STOCK)
+    again = Training(out)
+    assert again.manager.load(2)
+    again.step(2)
+    made = again.made()
+    again.close()
+    assert checkpoints(out) == ["step-2", "step-4"]
+    assert len(list((out / "checkpoint").glob(".step-~4.not-a-checkpoint-*"))) == 1
+    last = Training(out, seed=1)
+    assert last.manager.load() and same(last.made(), made)
+    last.close()
+
+
 # -- when, and how many -----------------------------------------------------------------------------------------------
 
 
@@ -333,6 +348,10 @@ def test_the_last_save_has_the_model_alone_and_training_goes_on_from_the_one_bef
     weights = load_checkpoint(out / "checkpoint/step-5").state
     assert same(dict(weights), {name: value.bfloat16() for name, value in made[0].items()})
 
+    stock = Training(out, CheckpointManager)
+    with pytest.raises(CheckpointException):
+        stock.manager.load()
+    stock.close()
     again = Training(out, seed=1)
     assert again.manager.load() and again.progress.step == 4
     assert "step-5 is passed over: it has the model only" in caplog.text

@@ -109,7 +109,7 @@ class Training:
         given = {"enable": True, "interval": 2, "keep_latest_k": 0, "last_save_model_only": False}
         if issubclass(manager, StagerCheckpointManager):
             given["stager_settings"] = CONFIG
-        self.manager: Any = manager.Config(**{**given, **settings}).build(  # type: ignore[attr-defined]
+        self.manager: Any = manager.Config(**{**given, **settings}).build(
             dataloader=self.position,
             model_parts=self.parts,
             optimizers=self.optimizers,
