@@ -158,17 +158,15 @@ class StagerCheckpointManager(BaseCheckpointManager):
         self._handles: list[SaveHandle] = []
         self._export: HFExport | None = None
         self._given = _checked(load_config(config.stager_config or config.stager_settings), config)
-        on_event = self._on_event if _own_rank() == 0 and config.keep_latest_k > 0 else None
+        removes_others = _own_rank() == 0 and config.keep_latest_k > 0
         self.checkpointer = Checkpointer(
-            self.folder, _run_config(self._given, config), read_only=config.load_only, on_event=on_event
+            self.folder,
+            _run_config(self._given, config),
+            read_only=config.load_only,
+            on_event=_removing_others(self.folder, config.keep_latest_k) if removes_others else None,
         )
         if config.guard and not config.load_only:
             self.checkpointer.guard(*optimizers)
-
-    def _on_event(self, event: Event) -> None:
-        """Called by a thread of stager's, of rank 0."""
-        if isinstance(event, CommittedEvent):
-            remove_surplus_of_others(self.folder, self.keep_latest_k)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -364,6 +362,16 @@ def _run_config(given: StagerConfig, config: Any) -> StagerConfig:
     if config.keep_latest_k > 0:
         overrides.append(f"retention.keep_latest={config.keep_latest_k}")
     return load_config(given, overrides)
+
+
+def _removing_others(folder: str, limit: int) -> Callable[[Event], None]:
+    """Return a listener that keeps no manager alive, so that one which is dropped is closed."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, CommittedEvent):
+            remove_surplus_of_others(folder, limit)
+
+    return on_event
 
 
 def _hf_dtypes(path: str) -> Mapping[str, torch.dtype]:

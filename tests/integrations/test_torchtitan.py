@@ -585,6 +585,10 @@ def test_fsdp2_on_two_ranks_resumes_bit_equal(
     assert faults.fired("save.copied")
     assert trained("broken") == ["trained", "trained"]
     assert same(final(tmp_path / "whole"), final(tmp_path / "broken"))
+    state = load_checkpoint(tmp_path / "broken/checkpoint/step-24").state  # in one process, whole
+    parameters, moments = dict(state), state["optimizer"]
+    made = final(tmp_path / "broken")[0]
+    assert same({name: parameters[name] if name in parameters else moments[name] for name in made}, made)
 
 
 @pytest.mark.long
