@@ -592,6 +592,7 @@ def test_fsdp2_on_two_ranks_resumes_bit_equal(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", ["save.copied", "save.handed-over", "part.written", "commit.published"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_script_by_itself_and_by_torchrun_resumes_bit_equal(
