@@ -8,4 +8,5 @@ ray                 report() of Ray Train
 torchft             a CheckpointTransport for replica groups that recover; torchft_parts: what it is made of
 torch_checkpointing the stager, the storage and the CheckpointManager of Meta's torch_checkpointing
 torch_checkpointing_parts    what these three are made of
+torchtitan          a checkpoint manager of torchtitan; torchtitan_parts: what it is made of
 """

@@ -68,6 +68,7 @@ RUN_ELSEWHERE = {
     "docs/integrations/ray.md": "its script is run by Ray, whose workers tests/integrations kill",
     "docs/integrations/torchft.md": "its script is run by tests/integrations, also as two groups, one of which is killed",
     "docs/integrations/torchdata.md": "its script is killed and resumed by tests/integrations",
+    "docs/integrations/torchtitan.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/lightning.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/torch_checkpointing.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/transformers.md": "its script is killed and resumed by tests/integrations, which run the rest, too",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from stager.workers.checkpoint.directory.names import (
     checkpoint_name,
     is_partial,
     may_be_checkpoint,
+    not_a_checkpoint_name,
     parse_partial,
+    parse_unfinished,
     partial_name,
+    removing_name,
+    unfinished_name,
 )
 from tests.cli.conftest import Outcome
 
@@ -159,7 +164,10 @@ def test_a_bad_template_is_refused_with_the_key(run_dir: Path, name: str, why: s
     assert not run_dir.exists()
 
 
-@pytest.mark.parametrize("name", ["step-00000100", "checkpoint-1", "a.b", "best=0.1", "ü", "x.partial", "step-5"])
+@pytest.mark.parametrize(
+    "name",
+    ["step-00000100", "checkpoint-1", "a.b", "best=0.1", "ü", "x.partial", "step-5", "step-~5", "a-step-5.step-6"],
+)
 def test_what_is_partial_is_known_by_any_name(name: str) -> None:
     partial = partial_name(name, "0123456789abcdef")
     assert (
@@ -169,6 +177,16 @@ def test_what_is_partial_is_known_by_any_name(name: str) -> None:
     )
     assert may_be_checkpoint(name) and not may_be_checkpoint(partial)
     assert not is_partial(name)
+
+
+@pytest.mark.parametrize("name", ["step-5", "step-~~5", "epoch-1-step-5.ckpt", "step-step-5"])
+def test_nothing_that_is_no_checkpoint_has_step_and_a_number_in_its_name(name: str) -> None:
+    """torchtitan takes such a directory for that step's, wherever in the name it is."""
+    nonce = "0123456789abcdef"
+    for named in (partial_name, removing_name, unfinished_name, not_a_checkpoint_name):
+        assert re.search(r"step-(\d+)", named(name, nonce)) is None
+    assert parse_partial(partial_name(name, nonce)) == (name, nonce)
+    assert parse_unfinished(unfinished_name(name, nonce)) == (name, nonce)
 
 
 def test_every_allowed_template_gives_each_step_a_name_of_its_own() -> None:

@@ -12,7 +12,8 @@ checkpoint-100, last.ckpt          a committed checkpoint with another name: its
 <name>.not-a-checkpoint-<save_id>  what somebody else had put where a checkpoint was committed
 
 Of a name that is not the default one, the directories that are no checkpoints are hidden: ``.checkpoint-100.partial-...``.
-Frameworks take every ``checkpoint-*`` for a checkpoint, count it, and remove it.
+Frameworks take every ``checkpoint-*`` for a checkpoint, count it, and remove it. torchtitan does so with every name that has
+``step-100`` anywhere in it, also behind a dot, so there is a tilde in it: ``.step-~100.partial-...``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _DEFAULT = re.compile(_STEP)
 _BASE, _ID = r"\.([^/]+?)", r"([0-9a-f]{16,})"
 _BY_DEFAULT = rf"({_STEP})"
 _SET_ASIDE = re.compile(r".+\.(?:partial|removing|strangers|unfinished|not-a-checkpoint)-[0-9a-f]*(?:\.replaced)?")
+
+# What torchtitan takes for a step, wherever it is in a name; one tilde more, and it is none. See _hidden().
+_LOOKS_LIKE_STEP, _LOOKED_LIKE_STEP = re.compile(r"step-(?=~*[0-9])"), re.compile(r"step-~(?=~*[0-9])")
 
 _MAX_BYTES = 200  # file systems allow 255, and a partial directory has a longer name
 _SPEC = re.compile(r"(?:0[1-9][0-9]?)?d?")
@@ -132,7 +136,9 @@ def not_a_checkpoint_name(name: str, save_id: str) -> str:
 
 
 def _hidden(name: str) -> str:
-    return name if parse_checkpoint(name) is not None else f".{name}"
+    if parse_checkpoint(name) is not None:
+        return name
+    return "." + _LOOKS_LIKE_STEP.sub("step-~", name)
 
 
 def is_partial(name: str) -> bool:
@@ -164,5 +170,7 @@ def parse_unfinished(name: str) -> tuple[str, str] | None:
 
 
 def _parts(match: re.Match[str]) -> tuple[str, str]:
-    by_default, _, id_by_default, name, save_id = match.groups()
-    return (by_default, id_by_default) if by_default is not None else (name, save_id)
+    by_default, _, id_by_default, hidden, save_id = match.groups()
+    if by_default is not None:
+        return by_default, id_by_default
+    return _LOOKED_LIKE_STEP.sub("step-", hidden), save_id

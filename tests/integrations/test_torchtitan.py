@@ -1,0 +1,606 @@
+"""torchtitan: a training is resumed by either manager, whoever is killed meanwhile. docs/integrations/torchtitan.md."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stager import (
+    CheckpointNotFoundError,
+    ConfigError,
+    StateMismatchError,
+    UsageError,
+    load_checkpoint,
+    verify,
+)
+from tests import scripts
+from tests.faults import Faults
+from tests.integrations.training import Ended, final, page_script, resumes_bit_equal
+from tests.integrations.training import Training as Script
+from tests.staging.ranks import run_ranks
+from tests.states import same
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torchtitan and torch warn of their own code
+
+pytest.importorskip("torchtitan", reason="pip install 'stager[torchtitan]'")
+pytest.importorskip("triton", reason="torchtitan needs triton, which torch for processors alone comes without")
+
+from tests.integrations import torchtitan_on_cpu  # noqa: E402, F401  # isort: skip  # before the rest of torchtitan
+
+from torch.distributed.checkpoint import FileSystemReader  # noqa: E402  # after importorskip
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
+
+from stager.integrations.torchtitan import StagerCheckpointManager  # noqa: E402
+from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training  # noqa: E402
+
+BODIES = "tests.integrations.torchtitan_bodies"
+STOCK: dict[str, Any] = {"manager": CheckpointManager}
+MANAGERS = [StagerCheckpointManager, CheckpointManager]
+
+
+@pytest.fixture(autouse=True)
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, which torchtitan needs; one thread of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "outputs"
+
+
+def checkpoints(out: Path) -> list[str]:
+    """What is a checkpoint, or looks like one to torchtitan."""
+    return sorted(name for name in os.listdir(out / "checkpoint") if re.search(r"step-\d", name))
+
+
+def trained(out: Path, steps: int, *, last: bool = False, **options: Any) -> list[Any]:
+    """Train in a folder from its beginning; return what was made."""
+    training = Training(out, **options)
+    training.step(steps, last=last)
+    made = training.made()
+    training.close()
+    return made
+
+
+# -- what is saved, and who reads it ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_has_the_keys_of_torchtitans_own_and_random_numbers(tmp_path: Path) -> None:
+    found = []
+    for manager in MANAGERS:
+        out = tmp_path / manager.__name__
+        trained(out, 2, manager=manager)
+        metadata = FileSystemReader(out / "checkpoint" / "step-2").read_metadata()
+        assert metadata.planner_data.keys() == metadata.state_dict_metadata.keys()
+        found.append(metadata.planner_data)
+    ours, theirs = found
+    assert {key: path for key, path in ours.items() if not key.startswith("rng.")} == theirs
+    assert any(key.startswith("rng.rank-0.") for key in ours)
+    assert verify(tmp_path / "StagerCheckpointManager/checkpoint/step-2").ok
+
+
+@pytest.mark.parametrize("reader", MANAGERS)
+@pytest.mark.parametrize("writer", MANAGERS)
+def test_either_manager_goes_on_from_what_either_has_saved(out: Path, writer: type[Any], reader: type[Any]) -> None:
+    with_random = writer is reader is StagerCheckpointManager
+    made = trained(out, 4, manager=writer)
+    again = Training(out, reader, seed=1)
+    assert again.manager.load() is True
+    assert same(again.made()[: 6 if with_random else 5], made[: 6 if with_random else 5])
+    again.step(2)
+    again.close()
+    assert checkpoints(out) == ["step-2", "step-4", "step-6"]
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path, guard: bool) -> None:
+    whole = trained(tmp_path / "whole", 9, guard=guard)
+    trained(tmp_path / "broken", 5, guard=guard)
+    again = Training(tmp_path / "broken", guard=guard, seed=1)
+    assert again.manager.load() and again.progress.step == 4
+    again.step(5)
+    assert same(again.made(), whole)
+    again.close()
+
+
+def test_random_numbers_are_left_alone_where_that_is_asked_for(out: Path) -> None:
+    trained(out, 2)
+    again = Training(out, exclude_from_loading=["rng"])
+    before = torch.get_rng_state()
+    assert again.manager.load()
+    assert torch.equal(torch.get_rng_state(), before)
+    again.close()
+
+
+def test_random_numbers_of_another_number_of_ranks_are_left_alone(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(out, 2)
+    again = Training(out)
+    before = torch.get_rng_state()
+    monkeypatch.setattr("stager.integrations.torchtitan._num_ranks", lambda: 2)
+    monkeypatch.setattr("stager.integrations.torchtitan._of_rank_0", lambda look: look())
+    assert again.manager.load()
+    assert torch.equal(torch.get_rng_state(), before) and again.progress.step == 2
+    again.close()
+
+
+def test_without_save_rng_the_keys_are_torchtitans_own(out: Path) -> None:
+    trained(out, 2, save_rng=False)
+    assert "rng" not in load_checkpoint(out / "checkpoint/step-2").state
+    again = Training(out)
+    assert again.manager.load()
+    again.close()
+
+
+# -- what is taken for a checkpoint -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", MANAGERS)
+def test_what_is_not_committed_is_no_checkpoint_to_either(out: Path, reader: type[Any], faults: Faults) -> None:
+    """Also if it has ``.metadata``, as it has at the moment before the commit."""
+    training = Training(out)
+    training.step(2)
+    training.manager.maybe_wait_for_saving()
+    with faults.hold("part.write") as hold:
+        training.step(2)
+        hold.wait()
+        (partial,) = (out / "checkpoint").glob(".*.partial-*")
+        assert partial.name.startswith(".step-~4.partial-")
+        shutil.copytree(partial, out / "copy")
+        hold.release()
+        training.close()
+    shutil.rmtree(out / "checkpoint/step-4")
+    (out / "copy").rename(partial)
+    (partial / ".metadata").write_bytes((out / "checkpoint/step-2/.metadata").read_bytes())
+    again = Training(out, reader, seed=1)
+    assert again.manager.load() and again.progress.step == 2
+    again.close()
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def test_a_name_with_a_step_somewhere_in_it_is_no_checkpoint(out: Path) -> None:
+    """torchtitan's own manager takes ``old-step-8`` for step 8, and then does not find ``step-8``."""
+    trained(out, 2)
+    folder = out / "checkpoint"
+    shutil.copytree(folder / "step-2", folder / "old-step-8")
+    (folder / "step-6").mkdir()
+    (folder / "step-6" / "__0_0.distcp").write_bytes(b"half")
+    stock = Training(out, CheckpointManager)
+    with pytest.raises(FileNotFoundError):
+        stock.manager.load()
+    stock.close()
+    again = Training(out, seed=1, keep_latest_k=2)
+    assert again.manager.load() and again.progress.step == 2
+    again.step(4)
+    again.close()
+    assert checkpoints(out) == ["old-step-8", "step-4", "step-6"]
+
+
+def test_the_newest_is_passed_over_if_it_is_damaged(out: Path) -> None:
+    trained(out, 4)
+    (path,) = (out / "checkpoint/step-4").glob("__0_0.distcp")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    again = Training(out, seed=1)
+    assert again.manager.load() and again.progress.step == 2
+    again.close()
+
+
+def test_a_step_that_is_not_there_is_an_error_that_names_those_that_are(out: Path) -> None:
+    trained(out, 4)
+    training = Training(out)
+    assert training.manager.load(2) and training.progress.step == 2
+    with pytest.raises(CheckpointNotFoundError, match=r"load_step=3: .*no such directory.*: 2, 4"):
+        training.manager.load(3)
+    training.close()
+
+
+def test_the_training_goes_back_to_an_earlier_step(out: Path) -> None:
+    trained(out, 6)
+    again = Training(out)
+    assert again.manager.load(2)
+    again.step(2)
+    made = again.made()
+    again.close()
+    assert checkpoints(out) == ["step-2", "step-4", "step-6"]
+    last = Training(out, seed=1)
+    assert last.manager.load(4) and same(last.made(), made)
+    last.close()
+
+
+def test_a_checkpoint_of_torchtitans_is_set_aside_when_its_step_is_saved_again(out: Path) -> None:
+    trained(out, 4, **STOCK)
+    again = Training(out)
+    assert again.manager.load(2)
+    again.step(2)
+    made = again.made()
+    again.close()
+    assert checkpoints(out) == ["step-2", "step-4"]
+    assert len(list((out / "checkpoint").glob(".step-~4.not-a-checkpoint-*"))) == 1
+    last = Training(out, seed=1)
+    assert last.manager.load() and same(last.made(), made)
+    last.close()
+
+
+# -- when, and how many -----------------------------------------------------------------------------------------------
+
+
+def test_saves_are_due_as_torchtitans(tmp_path: Path) -> None:
+    for manager in MANAGERS:
+        out = tmp_path / manager.__name__
+        trained(out, 7, last=True, manager=manager, interval=3, enable_first_step_checkpoint=True)
+        assert checkpoints(out) == ["step-1", "step-3", "step-6", "step-7"]
+
+
+def test_keep_latest_k_holds_after_the_last_save_too(tmp_path: Path) -> None:
+    """torchtitan's own manager removes nothing after the last save, and counts what it has just begun."""
+    for manager, kept in ((StagerCheckpointManager, 2), (CheckpointManager, 3)):
+        out = tmp_path / manager.__name__
+        trained(out, 8, last=True, manager=manager, keep_latest_k=2)
+        assert checkpoints(out) == ["step-2", "step-4", "step-6", "step-8"][-kept:]
+
+
+def test_keep_latest_k_counts_and_removes_what_torchtitan_has_left(out: Path) -> None:
+    trained(out, 6, **STOCK)
+    again = Training(out, keep_latest_k=2)
+    assert again.manager.load() and again.progress.step == 6
+    again.step(2)
+    again.close()
+    assert checkpoints(out) == ["step-6", "step-8"]
+
+
+def test_load_only_changes_nothing(out: Path) -> None:
+    made = trained(out, 4)
+    before = sorted(os.listdir(out / "checkpoint"))
+    again = Training(out, load_only=True, seed=1)
+    assert again.manager.load() and same(again.made(), made)
+    again.step(2)
+    assert again.manager.save(8, last_step=True) is False
+    again.close()
+    assert sorted(os.listdir(out / "checkpoint")) == before
+
+
+def test_a_disabled_manager_does_nothing(out: Path) -> None:
+    training = Training(out, enable=False)
+    training.step(2)
+    assert training.manager.load() is False and training.manager.save(2) is False
+    training.close()
+    assert not out.exists()
+
+
+# -- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_optimizers_inside_are_guarded(out: Path) -> None:
+    for guard in (True, False):
+        training = Training(out, guard=guard)
+        (inner,) = training.optimizers.optimizers
+        assert len(inner._optimizer_step_pre_hooks) == guard
+        training.close()
+        assert not inner._optimizer_step_pre_hooks
+
+
+def test_what_a_step_changes_is_copied_when_waiting_for_staging_ends(out: Path) -> None:
+    training = Training(out)
+    training.step(2)
+    training.manager.maybe_wait_for_staging()
+    saved = training.made(with_random=False)[0]
+    with torch.no_grad():
+        for parameter in training.parts[0].parameters():
+            parameter.zero_()
+    training.close()
+    found = load_checkpoint(out / "checkpoint/step-2").state
+    assert same({name: found[name] for name in saved}, saved)
+
+
+def test_close_waits_for_the_commits_of_all_saves(out: Path, faults: Faults) -> None:
+    faults.arm("part.write", "delay 0.2")
+    training = Training(out)
+    training.step(4)
+    assert not training.manager.save_future.done()
+    training.manager.close()
+    assert checkpoints(out) == ["step-2", "step-4"]
+
+
+def test_maybe_wait_for_saving_waits_for_all_of_them(out: Path, faults: Faults) -> None:
+    faults.arm("part.write", "delay 0.2")
+    training = Training(out)
+    training.step(4)
+    training.manager.maybe_wait_for_saving()
+    assert checkpoints(out) == ["step-2", "step-4"] and training.manager.save_future is None
+    training.close()
+
+
+def test_an_error_of_a_save_is_raised_by_the_end(out: Path, faults: Faults) -> None:
+    faults.arm("part.write", "errno ENOSPC")
+    training = Training(out)
+    training.step(2)
+    with pytest.raises(OSError, match="No space left"):
+        training.manager.close()
+    assert checkpoints(out) == []
+
+
+# -- the model alone --------------------------------------------------------------------------------------------------
+
+
+def test_the_last_save_has_the_model_alone_and_training_goes_on_from_the_one_before(
+    out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torchtitan's own manager takes it for the newest checkpoint, and fails."""
+    made = trained(out, 5, last=True, last_save_model_only=True, export_dtype="bfloat16")
+    weights = load_checkpoint(out / "checkpoint/step-5").state
+    assert same(dict(weights), {name: value.bfloat16() for name, value in made[0].items()})
+
+    stock = Training(out, CheckpointManager)
+    with pytest.raises(CheckpointException):
+        stock.manager.load()
+    stock.close()
+    again = Training(out, seed=1)
+    assert again.manager.load() and again.progress.step == 4
+    assert "step-5 is passed over: it has the model only" in caplog.text
+    with pytest.raises(StateMismatchError, match="train_state"):
+        again.manager.load(5)
+    again.close()
+
+    for manager in MANAGERS:
+        path = str(out / "checkpoint/step-5")
+        other = Training(tmp_path / manager.__name__, manager, seed=1, initial_load_path=path)
+        assert other.manager.load() and other.progress.step == 0
+        assert same(other.made()[0], {name: value.bfloat16().float() for name, value in made[0].items()})
+        other.close()
+
+
+def test_a_seed_checkpoint_gives_the_model_alone(tmp_path: Path) -> None:
+    for manager in MANAGERS:
+        out = tmp_path / manager.__name__
+        seed = Training(out, create_seed_checkpoint=True, last_save_model_only=True)
+        assert seed.manager.save(curr_step=0, last_step=True)
+        weights = seed.made()[0]
+        seed.close()
+        again = Training(out, manager, seed=1)
+        assert again.manager.load()
+        assert same(again.made()[0], weights) and again.progress.step == 0
+        again.close()
+
+
+@pytest.mark.parametrize("writer", MANAGERS)
+def test_initial_load_path_gives_all_or_the_model(out: Path, tmp_path: Path, writer: type[Any]) -> None:
+    made = trained(out, 2, manager=writer)
+    path = str(out / "checkpoint/step-2")
+    model = Training(tmp_path / "model", initial_load_path=path, seed=1)
+    assert model.manager.load() and same(model.made()[0], made[0]) and model.progress.step == 0
+    model.close()
+    all_of_it = Training(tmp_path / "all", initial_load_path=path, initial_load_model_only=False, seed=1)
+    assert all_of_it.manager.load() and same(all_of_it.made()[:5], made[:5])
+    all_of_it.step(2)
+    all_of_it.close()
+    again = Training(tmp_path / "all", initial_load_path=path, initial_load_model_only=False, seed=1)
+    assert again.manager.load() and again.progress.step == 4  # the folder's own comes first
+    again.close()
+
+
+def test_what_is_excluded_stays(out: Path) -> None:
+    made = trained(out, 2)
+    again = Training(out, seed=1, exclude_from_loading=["optimizer", "lr_scheduler", "train_state"])
+    assert again.manager.load()
+    found = again.made()
+    assert same(found[0], made[0]) and not same(found[1], made[1])
+    assert again.progress.step == 0 and again.position.num_batches == 2
+    again.close()
+    wrong = Training(out, exclude_from_loading=["data_loader"])
+    with pytest.raises(ConfigError, match="exclude_from_loading has data_loader; there are train_state, model"):
+        wrong.manager.load()
+    wrong.close()
+
+
+# -- the layout of Hugging Face ---------------------------------------------------------------------------------------
+
+
+def test_the_last_save_in_hf_is_what_torchtitans_own_writes(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    found = []
+    for manager in MANAGERS:
+        out = tmp_path / manager.__name__
+        options = {"last_save_in_hf": True, "last_save_model_only": True, "export_dtype": "bfloat16"}
+        trained(out, 3, last=True, manager=manager, adapter=Adapter(), **options)
+        weights = load_checkpoint(next((out / "checkpoint/step-3").glob("*.safetensors"))).state
+        found.append(dict(weights))
+    assert found[0].keys() == {"model.0.weight", "model.0.bias", "model.2.weight", "model.2.bias"}
+    assert same(*found)
+    left = os.listdir(tmp_path / "StagerCheckpointManager/checkpoint")
+    assert sorted(left) == [".stager.lock", "step-2", "step-3"]
+
+
+@pytest.mark.parametrize("writer", MANAGERS)
+def test_weights_in_the_layout_of_hugging_face_are_loaded(out: Path, tmp_path: Path, writer: type[Any]) -> None:
+    pytest.importorskip("safetensors")
+    options = {"last_save_in_hf": True, "last_save_model_only": True, "export_dtype": "bfloat16"}
+    made = trained(out, 1, last=True, manager=writer, adapter=Adapter(), **options)
+    path = str(out / "checkpoint/step-1")
+    expected = {name: value.bfloat16().float() for name, value in made[0].items()}
+    for adapter, initial in ((Adapter(), path), (Adapter(path), None)):
+        again = Training(
+            tmp_path / str(initial is None), adapter=adapter, initial_load_in_hf=True, initial_load_path=initial, seed=1
+        )
+        assert again.manager.load() and same(again.made()[0], expected)
+        again.close()
+
+
+def test_weights_in_the_layout_of_hugging_face_are_no_checkpoint_to_go_on_from(out: Path) -> None:
+    trained(out, 3, last=True, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
+    again = Training(out, seed=1, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
+    with pytest.raises(CheckpointNotFoundError, match=r"load_step=3: .*initial_load_in_hf"):
+        again.manager.load(3)
+    assert again.manager.load() and again.progress.step == 2
+    again.step(1, last=True)  # the export is replaced
+    again.close()
+    assert checkpoints(out) == ["step-2", "step-3"]
+
+
+def test_an_export_replaces_a_checkpoint_and_nothing_else(out: Path) -> None:
+    trained(out, 2)
+    options: dict[str, Any] = {"adapter": Adapter(), "last_save_in_hf": True, "last_save_model_only": True}
+    trained(out, 2, last=True, **options)
+    assert [one.name for one in (out / "checkpoint/step-2").iterdir()] == ["model.safetensors"]
+    (out / "checkpoint/step-1").mkdir()
+    (out / "checkpoint/step-1/mine").touch()
+    training = Training(out, **options)
+    with pytest.raises(UsageError, match="step-1"):
+        training.step(1, last=True)
+    training.close()
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_cannot_be_followed_are_refused(out: Path) -> None:
+    for settings, message in (
+        ({"stager_settings": {"persistence": {"format": "torch"}}}, "persistence.format is torch"),
+        (
+            {"stager_settings": {"retention": {"keep_latest": 3}}, "keep_latest_k": 2},
+            "keep_latest_k is 2, and retention",
+        ),
+        ({"folder": "s3://bucket/run"}, "checkpoint.folder is 's3://bucket/run'"),
+        (
+            {"last_save_in_hf": True, "last_save_model_only": True},
+            "last_save_in_hf is True, and this model has no sd_adapter",
+        ),
+    ):
+        with pytest.raises((ConfigError, ValueError), match=message):
+            Training(out, **settings)
+    for settings, message in (
+        ({"initial_load_path": "s3://bucket/run"}, "checkpoint.initial_load_path is 's3://bucket/run'"),
+        (
+            {"initial_load_in_hf": True, "initial_load_path": "/nowhere"},
+            "initial_load_in_hf is True, and this model has no",
+        ),
+        ({"initial_load_in_hf": True, "adapter": Adapter()}, "set initial_load_path or hf_assets_path"),
+    ):
+        training = Training(out, **settings)
+        with pytest.raises(ConfigError, match=message):
+            training.manager.load()
+        training.close()
+    training = Training(out, initial_load_path=str(out))
+    with pytest.raises(CheckpointNotFoundError, match="its save was not finished, or it is something else"):
+        training.manager.load()
+    training.close()
+
+
+def test_the_rules_of_stagers_retention_are_taken_where_torchtitan_keeps_all(out: Path) -> None:
+    trained(out, 8, stager_settings={**CONFIG, "retention": {"keep_latest": 1, "keep_every": 4}})
+    assert checkpoints(out) == ["step-4", "step-8"]
+
+
+def test_the_settings_are_flags_of_the_command_line(tmp_path: Path) -> None:
+    import tyro
+
+    path = tmp_path / "stager.yaml"
+    path.write_text("arena:\n  buffers: 3\n")
+    arguments = ["--interval", "7", "--no-guard", "--stager-config", str(path)]
+    config = tyro.cli(
+        StagerCheckpointManager.Config, args=arguments, default=StagerCheckpointManager.Config(folder="here")
+    )
+    assert (config.interval, config.folder, config.guard, config.enable) == (7, "here", False, True)
+    assert config.stager_config == str(path)
+    assert config.to_dict()["save_rng"] is True
+    with pytest.raises(ValueError, match="stager_config names a file, and stager_settings has settings"):
+        StagerCheckpointManager.Config(stager_config=str(path), stager_settings=CONFIG)
+    training = Training(tmp_path, stager_config=str(path), stager_settings={})
+    assert training.manager.checkpointer._config.arena.buffers == 3
+    training.close()
+
+
+# -- several processes, and whole scripts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", ["stager", "torchtitan"])
+def test_stages_of_a_pipeline_are_loaded_each_by_its_rank(tmp_path: Path, out: Path, writer: str) -> None:
+    first, second = run_ranks(f"{BODIES}:stages", 2, tmp_path, str(out), writer)
+    assert (first, second[0]) == (["a0.bias", "a0.weight", "b0.bias", "b0.weight"], "a1.bias")
+    state = load_checkpoint(out / "checkpoint/step-2").state
+    assert {*first, *second} < set(state)
+    assert {"dp_rank_0", "dp_rank_1"} < set(state["dataloader"])
+
+
+class Forked(Script):
+    """The script, in processes that have imported torchtitan already."""
+
+    def run(self, out: Path, *arguments: object, check: bool = True) -> Ended:
+        source = f"import warnings\nwarnings.simplefilter('ignore')\n{self.script.read_text()}"
+        with warnings.catch_warnings():
+            ended = scripts.run(source, out, *arguments, modules=(BODIES,))
+        assert not check or ended.returncode == 0, ended
+        return Ended(ended.returncode, ended.stdout)
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page's script, on a machine without an accelerator."""
+    monkeypatch.setenv("STAGER_WORKERS__COUNT", "1")
+    path = page_script("torchtitan", tmp_path)
+    path.write_text(
+        f"from tests.integrations import torchtitan_on_cpu\ntorchtitan_on_cpu.prepare()\n{path.read_text()}"
+    )
+    return path
+
+
+def test_torchtitans_trainer_killed_in_the_middle_of_a_save_resumes_bit_equal(
+    script: Path, tmp_path: Path, faults: Faults
+) -> None:
+    said = resumes_bit_equal(Forked(script), tmp_path, faults, "save.copied", 3)
+    assert "Training starts at step 13" in said
+
+
+def test_fsdp2_on_two_ranks_resumes_bit_equal(
+    script: Path, tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(out: str) -> list[Any]:
+        results = run_ranks(f"{BODIES}:page", 2, tmp_path, str(script), str(tmp_path / out))
+        for path in (tmp_path / "store", *tmp_path.glob("result-*.json")):
+            path.unlink(missing_ok=True)
+        return results
+
+    trained("whole")
+    faults.arm("save.copied", "kill after=3")
+    with monkeypatch.context() as killing:
+        killing.setenv("STAGER_TEST_IS_KILLED", "yes")
+        assert trained("broken") == [None, None]
+    assert faults.fired("save.copied")
+    assert trained("broken") == ["trained", "trained"]
+    assert same(final(tmp_path / "whole"), final(tmp_path / "broken"))
+    state = load_checkpoint(tmp_path / "broken/checkpoint/step-24").state  # in one process, whole
+    parameters, moments = dict(state), state["optimizer"]
+    made = final(tmp_path / "broken")[0]
+    assert same({name: parameters[name] if name in parameters else moments[name] for name in made}, made)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("point", ["save.copied", "save.handed-over", "part.written", "commit.published"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_script_by_itself_and_by_torchrun_resumes_bit_equal(
+    script: Path, tmp_path: Path, faults: Faults, point: str, num_ranks: int
+) -> None:
+    """At a worker's point: first the worker is killed, and replaced; a save later, the trainer is."""
+    is_of_trainer = point.startswith("save.")
+    if not is_of_trainer:
+        faults.arm(point, "kill after=1")
+    resumes_bit_equal(Script(script, num_ranks), tmp_path, faults, point if is_of_trainer else "save.handed-over", 3)
+    assert faults.fired(point)
