@@ -30,7 +30,7 @@ from stager.integrations.deepspeed import use
 from stager.workers._version import __version__
 
 _NUM_SAVES = 5
-WAYS = ("no save", "DeepSpeed", "stager", "stager, guard=False")
+WAYS: tuple[str, ...] = ("no save", "DeepSpeed", "stager", "stager, guard=False")
 _COMPILED_WAYS = {
     "DeepSpeed, Fast": {"type": "FAST", "decoupled": False},
     "DeepSpeed, Decoupled": {"type": "FAST", "decoupled": True},
@@ -118,9 +118,10 @@ def main() -> None:
         f"the intervals without a save are within {high - low:.3f} s"
     )
     for way, seconds in taken.items():
-        lost, in_calls, end = (statistics.median(seconds) - plain, *map(statistics.median, (calls[way], ends[way])))
+        lost = statistics.median(seconds) - plain
+        called, at_end = statistics.median(calls[way]), statistics.median(ends[way])
         print(
-            f"{way:20} {lost:7.3f} s lost per save   {in_calls:7.3f} s in save_checkpoint()   {end:7.3f} s at the end"
+            f"{way:20} {lost:7.3f} s lost per save   {called:7.3f} s in save_checkpoint()   {at_end:7.3f} s at the end"
         )
 
 
