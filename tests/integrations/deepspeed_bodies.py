@@ -379,7 +379,7 @@ def universal(rank: int, directory: str, out: str, num_ranks: int) -> list[str]:
             )
         )
     found = sorted(
-        str(path.relative_to(f"{out}/ours")) for path in Path(out, "ours", "universal", "zero").rglob("*.pt")
+        str(path.relative_to(f"{out}/ours")) for path in Path(out, "ours", "universal", "zero").glob("*/*.pt")
     )
     for name in found:
         ours, stock = (torch.load(Path(out, kind, name), weights_only=False) for kind in ("ours", "stock"))
