@@ -9,4 +9,6 @@ torchft             a CheckpointTransport for replica groups that recover; torch
 torch_checkpointing the stager, the storage and the CheckpointManager of Meta's torch_checkpointing
 torch_checkpointing_parts    what these three are made of
 torchtitan          a checkpoint manager of torchtitan; torchtitan_parts: what it is made of
+deepspeed           save_checkpoint() of DeepSpeed's engine; deepspeed_parts: how a tag is published
+megatron_bridge     a save strategy of Megatron-Core, and a checkpoint manager of Megatron-Bridge
 """

@@ -135,7 +135,7 @@ class Saver:
             group,
             self._num_parts,
             verify=staging.verify,
-            safe_globals=config.loading.safe_globals,
+            safe_globals=None if config.loading.allow_pickle else config.loading.safe_globals,
             differing=config.ranks.differing,
         )
         self._rehearsal = Rehearsal(planner(segment_bytes), self.memory.expect_the_last_runs)

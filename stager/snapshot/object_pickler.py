@@ -28,10 +28,10 @@ class ObjectPickler:
 
     Args:
         file_format: how objects are pickled.
-        safe_globals: classes that loading will allow, beside plain data.
+        safe_globals: classes that loading will allow, beside plain data; None: it will allow all.
     """
 
-    def __init__(self, file_format: Format, safe_globals: Sequence[str]) -> None:
+    def __init__(self, file_format: Format, safe_globals: Sequence[str] | None) -> None:
         self._format = file_format
         self._safe_globals = safe_globals
         self._blobs: dict[tuple[type, Any], bytes] = {}
@@ -91,7 +91,7 @@ class ObjectPickler:
 
     def _warn_if_refused(self, name: str, blob: bytes, value: object) -> None:
         """Say at save time, not weeks later, that loading this will need permission. Once for each class."""
-        if (reason := refusal_of(blob, self._safe_globals)) is None:
+        if (reason := refusal_of(blob, self._safe_globals or ())) is None:
             return
         if isinstance(value, FunctionType | MethodType):
             logger.warning(
@@ -101,6 +101,8 @@ class ObjectPickler:
                 _described(value),
                 value.__name__,
             )
+            return
+        if self._safe_globals is None:
             return
         new = set(refused_classes(blob, self._safe_globals) or [reason]) - self._warned
         self._warned |= new

@@ -135,7 +135,7 @@ class SnapshotTaker:
         group: the ranks that make one checkpoint together.
         num_parts: into how many parts a save in one piece is divided.
         verify: compare each copy with its source.
-        safe_globals: classes that loading will allow, beside plain data.
+        safe_globals: classes that loading will allow, beside plain data; None: it will allow all.
         differing: see :class:`stager.ranks.agreement.Agreement`.
     """
 
@@ -149,7 +149,7 @@ class SnapshotTaker:
         num_parts: int,
         *,
         verify: bool,
-        safe_globals: Sequence[str] = (),
+        safe_globals: Sequence[str] | None = (),
         differing: str = "error",
     ) -> None:
         self._format = file_format

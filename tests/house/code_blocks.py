@@ -65,6 +65,8 @@ def documents() -> list[str]:
 RUN_ELSEWHERE = {
     "docs/mistakes.md": "every block of it is a mistake; tests/mistakes makes each of them",
     "docs/integrations/accelerate.md": "its script is killed and resumed by tests/integrations",
+    "docs/integrations/deepspeed.md": "its script is killed and resumed by tests/integrations",
+    "docs/integrations/megatron-bridge.md": "tests/integrations save and load in ranks of their own, as its blocks do",
     "docs/integrations/ray.md": "its script is run by Ray, whose workers tests/integrations kill",
     "docs/integrations/torchft.md": "its script is run by tests/integrations, also as two groups, one of which is killed",
     "docs/integrations/torchdata.md": "its script is killed and resumed by tests/integrations",

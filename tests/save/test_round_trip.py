@@ -152,6 +152,16 @@ def test_pickled_object_needs_permission_at_load(run_dir: Path, caplog: pytest.L
     assert loaded is not None and loaded.state["thing"].value == 5
 
 
+def test_pickled_object_is_not_warned_of_where_the_configuration_permits_it(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(run_dir, {"loading": {"allow_pickle": True}}) as ckpt:
+        ckpt.save(0, {"thing": Opaque(5), "forgotten": make_state}).upload_completion.result()
+        loaded = ckpt.load()
+    assert "thing" not in caplog.text and "forgotten is the function make_state" in caplog.text
+    assert loaded is not None and loaded.state["thing"].value == 5
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [

@@ -1,0 +1,1 @@
+"""What ``stager.integrations.deepspeed`` is made of; imports no DeepSpeed."""
