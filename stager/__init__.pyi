@@ -6,6 +6,7 @@ from stager.exporting.export import Exported as Exported
 from stager.exporting.export import export_checkpoint as export_checkpoint
 from stager.exporting.weights import ExportedWeights as ExportedWeights
 from stager.exporting.weights import export_weights as export_weights
+from stager.exporting.weights_export import WeightsExport as WeightsExport
 from stager.loading.foreign import load_checkpoint as load_checkpoint
 from stager.loading.loaded import Loaded as Loaded
 from stager.operations import RecoverReport as RecoverReport

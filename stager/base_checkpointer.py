@@ -176,7 +176,7 @@ class BaseCheckpointer(Generic[P]):
                 f"{what} was called by a listener, and close() would wait for both; set a flag in the listener, and call "
                 f"{what} from the training loop when it is set"
             )
-        if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._run.saver.in_callback:
+        if self._lifecycle in (_Lifecycle.OPEN, _Lifecycle.CLOSING) and self._run.in_callback:
             raise UsageError(
                 f"{what} was called in a callback of a save's Future, and would wait for that callback for ever; "
                 f"set a flag in the callback, and call {what} from the training loop when it is set"
@@ -220,12 +220,13 @@ class BaseCheckpointer(Generic[P]):
 
     @explained("close(timeout=60)")
     def close(self, timeout: float | None = None) -> None:
-        """Finish every save that was begun, then stop the workers and free the memory. Idempotent.
+        """Finish every save and every export that was begun, then stop the workers and free the memory. Idempotent.
 
         The listeners get the events that are still queued, for which it waits ``telemetry.listen_timeout_secs`` at most.
 
         Args:
-            timeout: seconds to wait for saves in flight; those not committed by then fail with ClosedError.
+            timeout: seconds to wait for saves in flight; those not committed by then fail with ClosedError. So do exports
+                that are not done by then; the log has the commands that make them.
 
         Raises:
             ArgumentError: ``timeout`` is no number of seconds; nothing was closed.

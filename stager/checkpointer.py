@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from stager.base_checkpointer import BaseCheckpointer
 from stager.config import StagerConfig, arguments
 from stager.config.calls import explained
+from stager.exporting.weights_export import WeightsExport
 from stager.loading.joint_loader import JointLoader, nothing_to_restore
 from stager.loading.loaded import Loaded
 from stager.loading.loader import Loader
@@ -97,6 +98,7 @@ class Checkpointer(BaseCheckpointer[OpenRun]):
         *,
         metrics: Mapping[str, float] | None = None,
         files: Mapping[str, File] | None = None,
+        export: WeightsExport | None = None,
     ) -> SaveHandle:
         """Take a snapshot of ``state`` and let the workers write it as the checkpoint of ``step``.
 
@@ -112,13 +114,18 @@ class Checkpointer(BaseCheckpointer[OpenRun]):
             files: small files that belong to the checkpoint, by their names: bytes, or the path of a file to copy. They are
                 read before this returns, committed and hashed with the rest, and lie beside it in the directory. Of several
                 ranks, those of rank 0 are kept. None: no files.
+            export: when the checkpoint is committed, a worker process of its own exports weights from it, one export after
+                the other: ``WeightsExport("gpt-hf-{step}", keys="model", strip_prefix="model.")``. The handle's
+                ``export_completion`` is its Future. An export that fails is logged, and the save has succeeded. Of several
+                ranks, rank 0 has it made. Until it is made, the checkpoint is not removed. None: no export.
 
         Raises:
             UnstageableError: a value cannot be saved; names its key path.
             MemoryBudgetError, ArenaFullError: see ``arena`` in the configuration.
-            ArgumentError: ``step``, ``state``, ``metrics`` or ``files`` cannot be meant.
-            StorageError: one of ``files`` cannot be read, or there is no room.
-            UsageError: called by a listener, or by a callback of a save's Future.
+            ArgumentError: ``step``, ``state``, ``metrics``, ``files`` or ``export`` cannot be meant.
+            StorageError: one of ``files`` cannot be read, or there is no room; or the directory in which the weights are to
+                lie does not exist.
+            UsageError: called by a listener, or by a callback of a save's Future; or something is in the way of the export.
             ClosedError
             Exception: the error of an earlier save that nobody has read. The save that was asked for is begun all the same.
 
@@ -130,7 +137,7 @@ class Checkpointer(BaseCheckpointer[OpenRun]):
         numbers = {} if metrics is None else arguments.as_metrics(metrics)
         self._refuse_in_callback("save()")
         with self._lock, record_function("stager: save"):
-            return SaveHandle(self._opened().save_step(number, state, numbers, {} if files is None else files))
+            return SaveHandle(self._opened().save_step(number, state, numbers, {} if files is None else files, export))
 
     # -- retention ----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from stager.base_checkpointer import BaseCheckpointer
 from stager.config import StagerConfig, arguments
 from stager.config.calls import explained
+from stager.exporting.weights_export import WeightsExport
 from stager.loading.foreign import load_checkpoint
 from stager.loading.joint_loader import JointLoader
 from stager.loading.loaded import Loaded
@@ -78,6 +79,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         step: SupportsIndex | None = None,
         metrics: Mapping[str, float] | None = None,
         files: Mapping[str, File] | None = None,
+        export: WeightsExport | None = None,
     ) -> SaveHandle:
         """Take a snapshot of ``state`` and let the workers write it as the checkpoint at ``path``.
 
@@ -87,7 +89,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         Args:
             path: of the checkpoint's directory. The directory that it lies in is made if it does not exist.
             step: the training step, for ``CheckpointInfo.step``; None: the last number in the path's name, or 0.
-            state, metrics, files: as of :meth:`stager.Checkpointer.save`.
+            state, metrics, files, export: as of :meth:`stager.Checkpointer.save`.
 
         Raises:
             ArgumentError: ``path`` cannot be that of a checkpoint.
@@ -103,7 +105,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
         with self._lock, record_function("stager: save"):
             run = self._opened()
             destination = Destination(directory, name, run.directories.take(directory))
-            return SaveHandle(run.save(number, destination, state, numbers, {} if files is None else files))
+            return SaveHandle(run.save(number, destination, state, numbers, {} if files is None else files, export))
 
     @explained('load("out/checkpoint-100", into=state)')
     def load(

@@ -2,13 +2,19 @@
 
 An export lists its files in the metadata of each file of weights. Only a directory that has such a file, and nothing that
 the file does not list, is replaced: whatever else somebody keeps in a directory is never removed.
+
+While it is written, the directory has a temporary name, and whoever writes it holds its flock. An export that was killed
+leaves the temporary directory without the lock. The next export to the same path removes it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -84,17 +90,47 @@ def new_directory(path: str, *, force: bool) -> Iterator[str]:
         StorageError
     """
     refuse_if_taken(path, force=force)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    remove_abandoned(path)
+    temporary = f"{path}.export-{secrets.token_hex(8)}.tmp"
     with storage_errors("write", path):
         os.mkdir(temporary)
         try:
-            yield temporary
-            files.sync_directory(temporary)
-            _put_in_place(temporary, path, force)
-            files.sync_directory(os.path.dirname(path))
+            with _flock_of(temporary):  # without a lock, nobody takes it for abandoned either
+                yield temporary
+                files.sync_directory(temporary)
+                _put_in_place(temporary, path, force)
+                files.sync_directory(os.path.dirname(path))
         finally:
             with suppress(OSError):
                 files.remove(temporary)  # what the block has left; or the export that was replaced
+
+
+def remove_abandoned(path: str) -> None:
+    """Remove what killed exports to ``path`` have left, if nobody writes it any more. What cannot be removed stays."""
+    parent, name = os.path.split(path)
+    temporary = re.compile(rf"{re.escape(name)}\.export-[0-9a-f]{{16}}\.tmp")
+    with suppress(OSError):
+        for found in os.listdir(parent):
+            if temporary.fullmatch(found) is not None:
+                abandoned = os.path.join(parent, found)
+                with suppress(OSError), _flock_of(abandoned) as is_ours:
+                    if is_ours:
+                        files.remove(abandoned)
+
+
+@contextmanager
+def _flock_of(directory: str) -> Iterator[bool]:
+    """Take the flock of a directory, and hold it. Yields False if another process has it, or the file system has none."""
+    directory_fd = files.open_directory(directory, follow=False)
+    try:
+        try:
+            fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        except OSError:
+            is_ours = False
+        yield is_ours
+    finally:
+        os.close(directory_fd)
 
 
 def _put_in_place(temporary: str, path: str, force: bool) -> None:

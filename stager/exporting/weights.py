@@ -18,19 +18,17 @@ from typing import SupportsIndex
 
 import torch
 
-from stager.config.arguments import as_bytes, as_step
+from stager.config.arguments import as_step
 from stager.config.calls import explained
-from stager.config.host import reading_threads
 from stager.exporting.conversion import dtype_in_file, dtype_named
-from stager.exporting.memory_budget import MemoryBudget
-from stager.exporting.new_directory import MARKER, new_directory, refuse_if_taken
-from stager.exporting.part import Part
+from stager.exporting.new_directory import MARKER, new_directory
 from stager.exporting.shard_writer import write_shards
 from stager.exporting.shards import INDEX_NAME, Shard, Weight, index_of, shards_of, total_nbytes
 from stager.exporting.sidecars import Sidecar, sidecars_of, with_own
 from stager.exporting.source import Source, chosen_checkpoint
 from stager.exporting.tensor_copier import TensorCopier
-from stager.exporting.weight_names import Rename, WeightNames, check_rename, name_weights
+from stager.exporting.weight_names import Rename, WeightNames, name_weights
+from stager.exporting.weights_export import WeightsExport, budget_of, part_of, resolved, shard_bytes_of
 from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.directory.manifest import read_manifest
@@ -39,7 +37,8 @@ from stager.workers.checkpoint.directory.read_lock import reading
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.formats.contract import TensorSpec
 from stager.workers.checkpoint.layout.layout import contiguous_stride
-from stager.workers.errors import ArgumentError, UnstageableError
+from stager.workers.errors import CheckpointNotFoundError, UnstageableError
+from stager.workers.faults import point
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,26 +115,70 @@ def export_weights(
             name that no tensor has, or gives two tensors one name, or no tensor is left.
         UsageError: something is in the way of ``out``; or a file of ``sidecars`` is missing; or ``rename`` raised.
     """
+    asked = WeightsExport(
+        out,
+        keys=keys,
+        strip_prefix=strip_prefix,
+        rename=rename,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        sidecars=sidecars,
+        max_memory_bytes=max_memory_bytes,
+        force=force,
+    )
+    export = resolved(asked)
+    chosen = chosen_checkpoint(local_path(checkpoint, "checkpoint"), None if step is None else as_step(step))
+    return write_weights(chosen, export, progress=progress or (lambda nbytes: None))
+
+
+def export_saved(checkpoint: str, save_id: str, export: WeightsExport) -> ExportedWeights:
+    """Export the checkpoint that a save has committed; in a worker.
+
+    Args:
+        checkpoint: its path.
+        save_id: of the save.
+        export: resolved.
+
+    Raises:
+        CheckpointNotFoundError: another checkpoint has the path now.
+        Exception: as :func:`export_weights`.
+    """
+    point("export.begin")
+    return write_weights(checkpoint, export, progress=lambda nbytes: None, save_id=save_id)
+
+
+def write_weights(
+    checkpoint: str, export: WeightsExport, *, progress: Callable[[int], None], save_id: str | None = None
+) -> ExportedWeights:
+    """Make an export, by the steps at the head of this file.
+
+    Args:
+        checkpoint: its path.
+        export: resolved.
+        progress: as of :func:`export_weights`.
+        save_id: which save must have made the checkpoint; None: any.
+
+    Raises:
+        CheckpointNotFoundError: another save made it.
+        Exception: as :func:`export_weights`.
+    """
     started = time.monotonic()
-    checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
-    refuse_if_taken(out, force=force)
-    check_rename(rename)
-    part, in_dtype, beside = Part.of_arguments(keys, strip_prefix), dtype_named(dtype), sidecars_of(sidecars)
-    if not (most_bytes := as_bytes(max_shard_bytes, "max_shard_bytes")):
-        raise ArgumentError("max_shard_bytes is 0; give the size of a file of weights, such as 5GB")
-    budget = MemoryBudget.of_threads(as_bytes(max_memory_bytes, "max_memory_bytes"), reading_threads())
-    checkpoint = chosen_checkpoint(checkpoint, None if step is None else as_step(step))
+    out, budget = os.fspath(export.out), budget_of(export)
     with reading(checkpoint):
         manifest = read_manifest(checkpoint)
-        beside = with_own(checkpoint, manifest, beside)
-        progress = progress or (lambda nbytes: None)
-        with closing(Source(checkpoint, manifest, part, budget.chunk_bytes, progress)) as source:
-            names = name_weights(source, rename, checkpoint)
-            shards = shards_of(_weights(source, names, in_dtype), most_bytes, [one.name for one in beside], MARKER)
+        if save_id not in (None, manifest.header.save_id):
+            what = "a later save has replaced the checkpoint, so its weights were not exported"
+            raise CheckpointNotFoundError(None, what, checkpoint)
+        beside = with_own(checkpoint, manifest, sidecars_of(export.sidecars))
+        with closing(Source(checkpoint, manifest, part_of(export), budget.chunk_bytes, progress)) as source:
+            names = name_weights(source, export.rename, checkpoint)
+            weights = _weights(source, names, dtype_named(export.dtype))
+            shards = shards_of(weights, shard_bytes_of(export), [one.name for one in beside], MARKER)
             copier = TensorCopier(source, budget.whole_bytes)
-            with new_directory(out, force=force) as directory:
+            with new_directory(out, force=export.force) as directory:
                 write_shards(shards, directory, copier, budget.num_threads)
                 _write_the_rest(shards, beside, directory)
+                point("export.written")
     return ExportedWeights(
         path=out,
         nbytes=total_nbytes(shards),

@@ -13,6 +13,7 @@ The order of a full close:
     3. Wait for the other ranks.
     4. Wait for what a commit leaves to be done (retention); the pool still accepts it.
     5. Stop the pool.
+    6. Wait for the exports of weights, and stop their worker. Nobody detaches from an export: the command line repeats it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from stager.replication.replication import Replication
+from stager.saving.exporter import Exporter
 from stager.saving.save_errors import SaveErrors
 from stager.saving.saver import Saver
 from stager.workers.errors import InternalError, LeftRunningError
@@ -45,6 +47,7 @@ class Ending:
     saver: Saver
     pool: WorkerPool
     replication: Replication
+    exporter: Exporter
     group_secs: float
     errors: SaveErrors
     resources: ExitStack
@@ -54,21 +57,24 @@ class Ending:
     ) -> None:
         """Finish the saves and close everything.
 
-        1. The saves end, and with them the pool. 2. The replicas of what is committed go. 3. Everything else is closed,
-        whatever was raised: the slabs after the workers that read them, the lock after the last write.
+        1. The saves end, and with them the pool. 2. The replicas of what is committed go. 3. The exports end. 4. Everything
+        else is closed, whatever was raised: the slabs after the workers that read them, the lock after the last write.
 
         Args:
-            timeout, deadline_secs: as of :func:`finish_saves`.
+            timeout, deadline_secs: as of :func:`finish_saves`; both bound the exports, too.
             has_failed: whether the program has: its replicas stay.
 
         Raises:
             KeyboardInterrupt: while it waited.
             Exception: the oldest error of a save that nobody has looked at.
         """
+        started = time.monotonic()
         with self.resources:
             limits = timeout, deadline_secs, self.group_secs
             with self.replication.closing(limits, has_failed=has_failed):
                 finish_saves(self.saver, self.pool, timeout, deadline_secs)
+            secs = _shorter(timeout, deadline_secs)
+            self.exporter.finish(None if secs is None else max(0.0, started + secs - time.monotonic()))
         self.errors.raise_all()
 
 
@@ -82,7 +88,7 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
     Raises:
         KeyboardInterrupt: while it waited. It has detached from every save then.
     """
-    secs = min((limit for limit in (timeout, deadline_secs) if limit is not None), default=None)
+    secs = _shorter(timeout, deadline_secs)
     try:
         with saver.progress.shown("closing"):
             is_drained = _drain(saver, pool, secs)
@@ -95,6 +101,10 @@ def finish_saves(saver: Saver, pool: WorkerPool, timeout: float | None, deadline
     except (KeyboardInterrupt, SystemExit):
         _detach(saver, pool)
         raise
+
+
+def _shorter(*limits: float | None) -> float | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _drain(saver: Saver, pool: WorkerPool, timeout: float | None) -> bool:

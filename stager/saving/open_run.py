@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stager.config import StagerConfig
+from stager.exporting.weights_export import WeightsExport
 from stager.ranks.rank_group import RankGroup
 from stager.replication.replication import Replication
 from stager.saving import setup
@@ -58,13 +59,18 @@ class OpenRun(Pipeline):
         return newest_nbytes(self._directory)
 
     def save_step(
-        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float], files: Mapping[str, File]
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        files: Mapping[str, File],
+        export: WeightsExport | None,
     ) -> Save:
         """Save the checkpoint of a step. Errors: :meth:`stager.Checkpointer.save`."""
         if self._group.is_coordinator:  # whose metrics are kept
             self.retainer.check_metrics(metrics)
         name = checkpoint_name(step, self._config.persistence.name)
-        return self.save(step, Destination(self._directory, name, self._lock), state, metrics, files)
+        return self.save(step, Destination(self._directory, name, self._lock), state, metrics, files, export)
 
     def _committed(self, save: Save) -> None:
         if self._group.is_coordinator:

@@ -1,6 +1,6 @@
 """The pipeline: what it takes to save. It is opened in this order, and closed from the last to the first.
 
-    the directories' locks -> the files that listen -> arena -> workers -> replication -> saver
+    the directories' locks -> the files that listen -> arena -> the exporter -> workers -> replication -> saver
 
 Two kinds of it: ``OpenRun`` saves into the directory of one run (``open_run.py``); a plain ``Pipeline`` takes a directory
 when a save names it for the first time. A Checkpointer with ``read_only=True`` has none. A pipeline holds no reference to
@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from stager.config import StagerConfig
+from stager.exporting.weights_export import WeightsExport
 from stager.ranks.rank_group import RankGroup
 from stager.replication.replication import Replication
 from stager.replication.replicator import NoReplication
@@ -22,6 +24,7 @@ from stager.saving import setup
 from stager.saving.destination import Destination
 from stager.saving.directories import Directories
 from stager.saving.ending import Ending
+from stager.saving.exporter import Exporter, check_export
 from stager.saving.preemption import Preemption
 from stager.saving.save import Save
 from stager.saving.save_errors import SaveErrors
@@ -58,6 +61,7 @@ class Pipeline:
         pool: the workers.
         arena: the snapshots' memory.
         replication: the copies of snapshots that other ranks keep.
+        exporter: exports weights where a save asks for it.
         saver: makes the saves.
 
     Raises:
@@ -86,6 +90,8 @@ class Pipeline:
             setup.listen_to_files(listeners, config.telemetry, group)
             self.arena = setup.make_arena(config.arena, group)
             opened.callback(self.arena.close)
+            self.exporter = Exporter(partial(setup.start_export_pool, config.workers))
+            opened.callback(self.exporter.close)
             segment_bytes = setup.agree_on_segment_bytes(persistence, group, self.arena)
             self.pool = setup.start_pool(config.workers, group.local_size)
             try:  # not one of the resources: how the pool ends depends on the saves in flight (ending.py)
@@ -106,9 +112,8 @@ class Pipeline:
             self._errors = SaveErrors(
                 persistence.on_save_error, persistence.tolerate_failures, group, listeners.are_there
             )
-            self._ending = Ending(
-                self.saver, self.pool, self.replication, group.timeout_secs, self._errors, opened.pop_all()
-            )
+            workers = self.saver, self.pool, self.replication, self.exporter
+            self._ending = Ending(*workers, group.timeout_secs, self._errors, opened.pop_all())
 
     # -- what an OpenRun does in another way
 
@@ -139,13 +144,17 @@ class Pipeline:
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
         files: Mapping[str, File],
+        export: WeightsExport | None,
     ) -> Save:
         """Make one save. Errors: :meth:`stager.Checkpointer.save`."""
+        check_export(export)
         # Rank 0's are kept; the others need not have the files.
         sidecars = read_sidecars(files) if files and self._group.is_coordinator else NO_SIDECARS
         self._errors.judge()  # before this save counts: see NOTE [ All ranks raise in the same save() ]
         save = self.saver.new_save(step, destination, metrics, sidecars)
         self._errors.begin(save)
+        if export is not None and self._group.is_coordinator:
+            self._expect_export(export, save)
         try:
             self.saver.save(save, state)
         except BaseException as error:
@@ -156,6 +165,21 @@ class Pipeline:
         self._errors.has_returned(save)
         self._errors.raise_due()
         return save
+
+    def _expect_export(self, export: WeightsExport, save: Save) -> None:
+        try:
+            self.exporter.accept(export, save)
+        except BaseException as error:
+            # Raised whatever on_save_error says: each later save would fail in the same way. The other ranks must not wait.
+            save.upload_completion.was_read = True
+            self.saver.refuse(save, error)
+            self._errors.was_raised(save)
+            raise
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether this thread runs a callback of one of a save's Futures."""
+        return self.saver.in_callback or self.exporter.in_callback
 
     def _on_done(self, save: Save) -> None:
         report = save.report
@@ -222,8 +246,9 @@ class Pipeline:
         self._ending.finish(timeout, self._preemption.remaining_secs(), has_failed=has_failed)
 
     def abandon(self) -> None:
-        """Let go of the directories in a forked child."""
+        """Let go of the directories, and of the checkpoints that are exported, in a forked child."""
         self.directories.abandon()
+        self.exporter.abandon()
 
     def _close_listeners(self) -> None:
         limits = self._config.telemetry.listen_timeout_secs, self._preemption.remaining_secs()

@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
+from stager.exporting.weights import ExportedWeights
 from stager.saving.destination import Destination
 from stager.saving.sidecars import NO_SIDECARS, Sidecars
 from stager.telemetry.event import (
@@ -94,7 +95,7 @@ class Save:
     Attributes:
         step, save_id: which save; the id is the same on all ranks.
         timeline: its timings and notes.
-        staging_completion, upload_completion: see :class:`~stager.SaveHandle`.
+        staging_completion, upload_completion, export_completion: see :class:`~stager.SaveHandle`.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Save:
         self.timeline = Timeline(step, save_id)
         self.staging_completion: ReadTrackingFuture[None] = ReadTrackingFuture()
         self.upload_completion: ReadTrackingFuture[CheckpointInfo] = ReadTrackingFuture()
+        self.export_completion: Future[ExportedWeights] | None = None
         self._report = SaveReport(step, SaveState.PLANNED)
         self._num_parts = self._num_parts_done = 0
         self._lock = threading.Lock()
@@ -270,6 +272,9 @@ class SaveHandle:
         upload_completion: resolves to the :class:`~stager.CheckpointInfo` when the checkpoint is durable and committed.
             Its exception says why the save failed. It is cancelled when the save was skipped, or its checkpoint was
             deleted.
+        export_completion: resolves to the :class:`~stager.ExportedWeights` when the weights are exported. Its exception
+            says why they were not; if the save failed, it is that of ``upload_completion``. It is cancelled with the save,
+            and you may cancel it until the checkpoint is committed. None: no export was asked for, or this is not rank 0.
     """
 
     def __init__(self, save: Save) -> None:
@@ -278,6 +283,7 @@ class SaveHandle:
         self.save_id: str = save.save_id
         self.staging_completion: ReadTrackingFuture[None] = save.staging_completion
         self.upload_completion: ReadTrackingFuture[CheckpointInfo] = save.upload_completion
+        self.export_completion: Future[ExportedWeights] | None = save.export_completion
 
     @property
     def state(self) -> SaveState:

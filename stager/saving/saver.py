@@ -159,6 +159,12 @@ class Saver:
             self._hand_over.do_not_replicate(save, error)
             raise
 
+    def refuse(self, save: Save, error: BaseException) -> None:
+        """End a save before its first step, on all ranks."""
+        self._replicator.begin(save.timeline)
+        self.completion.fail(save, error)
+        self._hand_over.do_not_replicate(save, error)
+
     def _save(self, save: Save, state: Mapping[str, Any]) -> None:
         self.memory.know_size()
         snapshot, pieces = self._plan(save, self._taker.flatten(state, save.save_id))

@@ -96,6 +96,12 @@ def start_pool(workers: WorkersConfig, local_size: int) -> WorkerPool:
     return WorkerPool(workers.resolve_count(local_size), options)
 
 
+def start_export_pool(workers: WorkersConfig) -> WorkerPool:
+    """Start the one worker that exports weights. A large model may take it longer than any write of a save."""
+    settings = workers.model_dump(exclude={"count", "task_timeout_secs"})
+    return WorkerPool(1, PoolOptions(**settings, env=NO_DEVICE_ENVIRONMENT))
+
+
 def save_template(persistence: PersistenceConfig, group: RankGroup) -> SaveSpec:
     """Return what the specs of all saves have in common; each save fills in the rest."""
     return SaveSpec(

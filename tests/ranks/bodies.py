@@ -25,6 +25,8 @@ from stager import (
     RankFailedError,
     StorageError,
     UsageError,
+    WeightsExport,
+    load_checkpoint,
 )
 from stager.ranks.partition import Partitioner
 from stager.ranks.rendezvous import Rendezvous
@@ -430,6 +432,33 @@ def save_to_paths(rank: int, directory: str, layout: str) -> list[Any]:
         ckpt.save(first, state_of(trained, rank), step=9).upload_completion.result(60)
         found.append(ckpt.load(first, into=state_of(build(layout, seed=9), rank)).step)
     return found
+
+
+def save_with_export(rank: int, directory: str) -> list[Any]:
+    """1. Rank 0 has weights exported 2. it refuses an export to the same directory 3. the next one is made."""
+    model, _ = build("fsdp", seed=3)
+    out = Path(directory, "hf-{step}")
+    found: list[Any] = []
+    with Checkpointer(Path(directory, "run"), CONFIG) as ckpt:
+
+        def save(step: int, to: Path) -> Any:
+            export = WeightsExport(to, keys="model", strip_prefix="model.")
+            return ckpt.save(step, {"model": model}, export=export)
+
+        first = save(1, out)
+        assert first.upload_completion.result(60).step == 1
+        found.append(None if first.export_completion is None else first.export_completion.result(60).step)
+        try:
+            found.append(type(save(2, Path(directory, "hf-1")).upload_completion.exception(60)).__name__)
+        except UsageError as error:
+            found.append(type(error).__name__)
+        third = save(3, out)
+        assert third.upload_completion.result(60).step == 3
+        found.append(None if third.export_completion is None else third.export_completion.result(60).step)
+    dist.barrier()
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    loaded = load_checkpoint(Path(directory, "hf-3")).state
+    return [*found, {name: list(tensor.shape) for name, tensor in loaded.items()} == shapes]
 
 
 def delete_in_flight_on_rank_0(rank: int, directory: str) -> list[Any]:

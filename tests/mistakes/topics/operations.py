@@ -87,6 +87,17 @@ TOPIC = Topic(
             "Export of weights with a configuration that is not there",
             'export_weights("runs/gpt", "gpt-hf", keys="model", sidecars=["config.json"])',
         ),
+        python("A path where save() takes an export of weights", 'ckpt.save(3, state, export="gpt-hf")'),
+        python(
+            "An export of weights at every save, to one directory",
+            """
+            with Checkpointer("runs/new") as ckpt:
+                for step in (1, 2):
+                    ckpt.save(step, state, export=WeightsExport("gpt-hf", keys="model")).export_completion.result()
+            """,
+            'With `{step}` in its name, as in `WeightsExport("gpt-hf-{step}", keys="model")`, each save has a directory '
+            "of its own.",
+        ),
         python("Export of what does not exist", 'export_checkpoint("runs/gtp/step-00000001", "a.pt")'),
     ),
 )
