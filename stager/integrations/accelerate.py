@@ -31,6 +31,7 @@ from typing_extensions import Self
 
 from stager.checkpointer import Checkpointer
 from stager.config import StagerConfig, load_config
+from stager.integrations.two_weights import has_two_weights
 from stager.loading.foreign import load_checkpoint
 from stager.loading.loaded import Loaded
 from stager.path_checkpointer import PathCheckpointer
@@ -213,7 +214,8 @@ class AcceleratorCheckpointer:
         config: as of :class:`stager.Checkpointer`. ``persistence.name`` and ``retention.keep_latest`` are set from the
             ``ProjectConfiguration`` when it names the checkpoints.
         guard: copy what the optimizers hold while training goes on (:meth:`stager.Checkpointer.guard`). Only
-            ``optimizer.step()`` may then write to it between two steps.
+            ``optimizer.step()`` may then write to it between two steps. Schedule-free optimizers, whose ``train()`` and
+            ``eval()`` write to it, are not guarded.
 
     Attributes:
         checkpointer: the :class:`stager.Checkpointer`, or the :class:`stager.PathCheckpointer` without automatic naming: for
@@ -402,7 +404,7 @@ class AcceleratorCheckpointer:
         if not self._guards:
             return
         for optimizer in self._accelerator._optimizers:
-            if optimizer in self._guarded:
+            if optimizer in self._guarded or has_two_weights(_torch_optimizer(optimizer)):
                 continue
             try:
                 self.checkpointer.guard(optimizer)

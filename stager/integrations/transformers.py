@@ -38,6 +38,7 @@ from stager.integrations.transformers_parts.trainer_leftovers import Leftovers, 
 from stager.integrations.transformers_parts.trainer_refusals import refuse_what_cannot_be_saved
 from stager.integrations.transformers_parts.trainer_rotation import RotationRule
 from stager.integrations.transformers_parts.trainer_saves import Config, TrainerSaves
+from stager.integrations.two_weights import has_two_weights
 from stager.workers.checkpoint.directory.manifest import has_own_manifest, read_manifest
 from stager.workers.errors import UsageError
 
@@ -265,8 +266,9 @@ class _Guarding(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        if self._trainer._stager_saves is not None and not self._trainer.args.save_only_model:
-            self._trainer._stager_saves.guard(_inner(self._trainer.optimizer))
+        saves, optimizer = self._trainer._stager_saves, _inner(self._trainer.optimizer)
+        if saves is not None and not self._trainer.args.save_only_model and not has_two_weights(optimizer):
+            saves.guard(optimizer)
 
 
 def _inner(optimizer: Any) -> Any:

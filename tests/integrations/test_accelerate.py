@@ -379,6 +379,20 @@ def test_the_optimizers_inside_are_guarded_also_those_that_are_prepared_later(ou
         assert not inner._optimizer_step_pre_hooks
 
 
+def test_an_optimizer_with_two_sets_of_weights_is_not_guarded(out: Path) -> None:
+    class Swaps(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    training = Training(out)
+    layer = torch.nn.Linear(2, 2)
+    swaps: Any = Swaps(layer.parameters(), lr=0.1)
+    training.accelerator.prepare(layer, swaps)
+    with new_checkpointer(training):
+        assert training.optimizer.optimizer._optimizer_step_pre_hooks and not swaps._optimizer_step_pre_hooks
+
+
 class Foreign:
     """An optimizer that is none of torch's."""
 
