@@ -3,11 +3,15 @@
 The Trainer's preemption callback (``enable_jit_checkpoint``) makes ``checkpoint-100`` with a sentinel in it, and then calls
 ``_save_checkpoint()``. Some Trainers of TRL put a file of theirs there, and then do the same. Such a directory is no
 checkpoint, and ``get_last_checkpoint()`` would take it for one until the save is committed.
+
+A Trainer without stager that was killed while it saved leaves a directory there, too. Its weights are older, and may not be
+whole: beside stager's, ``from_pretrained()`` would read them.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -16,6 +20,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from stager.workers.checkpoint.directory.manifest import has_own_manifest
 
 _SENTINEL = "checkpoint-is-incomplete.txt"
+
+# What a Trainer without stager writes between the first weights and trainer_state.json.
+_OF_UNFINISHED = re.compile(
+    r"(pytorch_model|model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +44,8 @@ class Leftovers:
 def take_leftovers(path: str) -> Leftovers:
     """Read and remove the files that lie at the path of a checkpoint, if they are none.
 
-    A checkpoint stays until it is replaced. A directory with more than files stays, too: when the checkpoint is committed,
-    it is set aside.
+    A checkpoint stays until it is replaced. What a Trainer without stager has not finished stays, too, and a directory with
+    more than files: when the checkpoint is committed, it is set aside.
     """
     sentinel = os.path.join(path, _SENTINEL)
     is_preemption = os.path.lexists(sentinel)
@@ -45,6 +55,8 @@ def take_leftovers(path: str) -> Leftovers:
         return Leftovers({}, is_preemption)
     with os.scandir(path) as entries:
         found = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+    if any(_OF_UNFINISHED.fullmatch(entry.name) for entry in found):
+        return Leftovers({}, is_preemption)
     files = {}
     for entry in found:
         with open(entry.path, "rb") as file:
