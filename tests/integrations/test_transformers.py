@@ -43,6 +43,7 @@ pytest.importorskip("accelerate", reason="pip install 'stager[transformers]'")
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402  # after importorskip
 
 from stager.integrations.transformers import StagerTrainerMixin, stager_trainer  # noqa: E402
+from stager.integrations.transformers_parts import trainer_saves  # noqa: E402
 from stager.integrations.transformers_parts.trainer_files import trainer_state_json  # noqa: E402
 from stager.integrations.transformers_parts.trainer_leftovers import take_leftovers  # noqa: E402
 from stager.integrations.transformers_parts.trainer_refusals import refuse_what_cannot_be_saved  # noqa: E402
@@ -304,6 +305,46 @@ def test_an_exception_in_training_comes_first_and_what_was_begun_is_committed(ou
     assert "checkpoint-4" in checkpoints(out)
 
 
+def test_a_rank_that_fails_does_not_wait_for_parts_that_may_never_come(
+    out: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer_saves, "_FAILING_SECS", 0.1)
+    monkeypatch.setattr(trainer_saves, "_has_other_ranks", lambda: True)
+    saves = trainer_saves.TrainerSaves(CONFIG, None)
+    hold = faults.hold("part.write")  # never released: close() kills the worker
+    saves.save(str(out / "checkpoint-2"), {"x": torch.ones(3)}, 2, {}, RotationRule(1, None))
+    hold.wait()
+    saves.finish_after(KeyError("of the user's"))
+    assert not checkpoints(out) and "a save failed as well, after KeyError" in caplog.text
+
+
+def test_an_optimizer_with_two_sets_of_weights_swaps_them_right_after_a_save(out: Path) -> None:
+    """As schedule-free ones do: the Trainer calls ``eval()`` before an evaluation, and ``train()`` at the next step."""
+
+    class Swaps(torch.optim.SGD):
+        is_swapped = False
+
+        def train(self) -> None:
+            self.swap(False)
+
+        def eval(self) -> None:
+            self.swap(True)
+
+        @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
+        def swap(self, to: bool) -> None:
+            if to is not self.is_swapped:
+                self.is_swapped = to
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.neg_()
+
+    model = new_model()
+    trainer = new_trainer(out, max_steps=6, eval_strategy="steps", eval_steps=2, model=model)
+    trainer.optimizer = Swaps(model.parameters())
+    trainer.train()
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+
 def test_a_checkpoint_that_is_saved_outside_of_train_is_committed_when_that_returns(out: Path) -> None:
     trainer = new_trainer(out, max_steps=1, save_strategy="no")
     trainer.train()
@@ -458,6 +499,15 @@ def test_what_else_lies_where_a_checkpoint_goes_is_set_aside(tmp_path: Path) -> 
     (kept,) = tmp_path.glob(".checkpoint-2.not-a-checkpoint-*")
     assert (kept / "own/notes").exists() and verify(path, strict=True).ok
     assert not take_leftovers(str(path)).files and verify(path).ok
+
+
+def test_weights_of_a_stock_trainer_that_was_killed_are_not_those_of_the_checkpoint(out: Path) -> None:
+    path = out / "checkpoint-2"
+    new_model().save_pretrained(path)
+    new_trainer(out, max_steps=2).train()
+    assert not (path / "model.safetensors").exists() and verify(path, strict=True).ok
+    (kept,) = out.glob(".checkpoint-2.not-a-checkpoint-*")
+    assert (kept / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("first", ["the mixin", "the Trainer"])

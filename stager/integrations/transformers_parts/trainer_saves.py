@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch.distributed as dist
 
 from stager import Event, PathCheckpointer, SaveHandle, StagerConfig
 from stager.integrations.transformers_parts.trainer_rotation import Rotation, RotationRule
 from stager.telemetry.report import SaveState
 
+logger = logging.getLogger("stager")
+
 Config = str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None
 """What a ``PathCheckpointer`` takes as its configuration."""
+
+_FAILING_SECS = 60.0
 
 _NO_CHECKPOINT = (SaveState.FAILED, SaveState.SKIPPED, SaveState.CANCELLED)
 
@@ -78,9 +85,18 @@ class TrainerSaves:
         self._checkpointer.close()
 
     def finish_after(self, error: BaseException) -> None:
-        """Wait for every commit, and free everything, while an exception is on its way. Errors of saves are logged."""
+        """Wait for every commit, and free everything, while an exception is on its way. Errors of saves are logged.
+
+        Where several ranks train, others may have failed before, so it does not wait for their parts of a save for long.
+        """
         self._rotation.give_up()
         try:
-            self._checkpointer.__exit__(type(error), error, error.__traceback__)
+            self._checkpointer.close(_FAILING_SECS if _has_other_ranks() else None)
+        except Exception:
+            logger.exception("a save failed as well, after %s", type(error).__name__)
         finally:
             self._rotation.close()
+
+
+def _has_other_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
