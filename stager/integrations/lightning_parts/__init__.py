@@ -9,5 +9,6 @@ earlier_run      finishes what a killed run has left, before anything is looked 
 checkpoint_io    single device and DDP: rank 0 saves
 model_parallel   FSDP2 and tensor parallel: all ranks save together
 guarding, random_state, model_checkpoint    the callbacks
+scratch          what Lightning saves only for itself
 whole_file       ``load_from_checkpoint()`` of a directory
 """

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from stager import ArgumentError, CheckpointNotFoundError, Event, StagerConfig, load_checkpoint, load_config
 from stager.integrations.lightning_parts.earlier_run import finish_earlier_run
 from stager.integrations.lightning_parts.ranks import of_rank_0, own_rank
+from stager.integrations.lightning_parts.scratch import is_scratch
 from stager.integrations.lightning_parts.writer import CheckpointWriter, absolute
 from stager.workers.errors import StagerError
 
@@ -48,6 +49,8 @@ class CheckpointIOMixin:
     ) -> None:
         """Take a snapshot of a checkpoint, and return; workers write it to the directory ``path`` while training goes on.
 
+        What Lightning saves only for itself (``scratch.py``) is written as Lightning does it, before this returns.
+
         Args:
             checkpoint: tensors and plain data. Other objects are pickled, and need ``weights_only=False`` to be loaded.
             path: on a file system.
@@ -61,6 +64,10 @@ class CheckpointIOMixin:
             raise ArgumentError(
                 "storage_options are for object stores, and stager writes to file systems; save without them"
             )
+        if is_scratch(path):
+            os.makedirs(os.path.dirname(absolute(path)), exist_ok=True)
+            torch.save(dict(checkpoint), path)
+            return
         step = checkpoint.get("global_step")
         self.stager_writer.save(path, checkpoint, step=step if type(step) is int else None)
 

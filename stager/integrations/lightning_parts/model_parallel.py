@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from stager import ArgumentError, Event, StagerConfig, load_checkpoint, load_config
 from stager.integrations.lightning_parts.earlier_run import finish_earlier_run
 from stager.integrations.lightning_parts.ranks import of_all_ranks, of_rank_0, own_rank
+from stager.integrations.lightning_parts.scratch import is_scratch
 from stager.integrations.lightning_parts.whole_file import META
 from stager.integrations.lightning_parts.writer import CheckpointWriter, absolute, optimizers_of
 from stager.workers.checkpoint.directory.manifest import has_own_manifest
@@ -86,6 +87,9 @@ class ModelParallelMixin:
                 "storage_options are for object stores, and stager writes to file systems; save without them"
             )
         path = of_rank_0(os.fspath(filepath))
+        if is_scratch(path):
+            super().save_checkpoint(checkpoint, path)  # type: ignore[misc]
+            return
         state = {"state_dict": checkpoint.pop("state_dict")}
         for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
             state[f"optimizer_{number}"] = optimizer_state
