@@ -13,8 +13,14 @@ class GuardMixin:
 
     The copy goes on while the next batch runs forward and backward, and ends before the optimizer writes. In return, nothing
     else may write to parameters between a save and the next step. Lightning's own callbacks that do so (averaged weights)
-    do it when an epoch, a validation or the training begins or ends; there this callback waits for the copy.
+    do it when an epoch, a validation or the training begins or ends; there this callback waits for the copy, and goes before
+    them wherever it stands in the list of callbacks.
     """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Become the first callback: one before it would write to the weights before this one has waited."""
+        trainer.callbacks.remove(self)
+        trainer.callbacks.insert(0, self)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Guard the optimizers.
