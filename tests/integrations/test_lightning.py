@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from stager import StorageError, UsageError, load_checkpoint
+from stager import CheckpointNotFoundError, StorageError, UsageError, load_checkpoint, load_config
+from stager.integrations.lightning_parts import writer
 from stager.workers.checkpoint.directory.names import partial_name
 from tests import scripts
 from tests.faults import Faults
@@ -220,6 +222,55 @@ def test_load_from_checkpoint_takes_a_directory_and_a_file(either: Framework, tm
     assert same(kind.load_from_checkpoint(tmp_path / "torch.ckpt/state.pt").state_dict(), expected["torch"])
 
 
+def test_load_from_checkpoint_waits_for_a_save_that_is_in_flight(
+    framework: Framework, tmp_path: Path, faults: Faults
+) -> None:
+    model = new_model(framework.pl)
+    trainer = fit(framework.pl, framework.ours.StagerCheckpointIO(CONFIG), [], 1, model=model)
+    with faults.hold("part.write") as hold, ThreadPoolExecutor(1) as thread:
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        hold.wait()
+        loading = thread.submit(framework.ours.load_from_checkpoint, type(model), tmp_path / "a.ckpt")
+        assert not loading.done()
+        hold.release()
+        assert same(loading.result().state_dict(), model.state_dict())
+    trainer.strategy.teardown()
+    with pytest.raises(CheckpointNotFoundError, match=r"b\.ckpt"):
+        framework.ours.load_from_checkpoint(type(model), tmp_path / "b.ckpt")
+
+
+def test_what_lightning_saves_for_itself_is_a_file_of_its_own(framework: Framework, tmp_path: Path) -> None:
+    """``ddp_spawn`` hands the weights over in it, when the trainer has been torn down."""
+    io = framework.ours.StagerCheckpointIO(CONFIG)
+    weights = {"net.weight": torch.ones(3)}
+    io.save_checkpoint(weights, tmp_path / "new/.temp.ckpt")
+    assert (tmp_path / "new/.temp.ckpt").is_file() and not io.stager_writer.is_open
+    assert same(io.load_checkpoint(tmp_path / "new/.temp.ckpt"), weights)
+    io.remove_checkpoint(tmp_path / "new/.temp.ckpt")
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_the_tuner_goes_back_to_what_it_has_saved(
+    framework: Framework, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("tqdm").tqdm, "monitor_interval", 0)  # a thread that never ends
+    model = new_model(framework.pl)
+    model.lr = 0.1
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen: list[bool] = []
+
+    class Watch(framework.pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(same(dict(pl_module.state_dict()), before))
+
+    finder = framework.pl.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    every = framework.pl.callbacks.ModelCheckpoint(dirpath=tmp_path / "run", filename="{step}", every_n_train_steps=2)
+    io = framework.ours.StagerCheckpointIO(CONFIG)
+    fit(framework.pl, io, [finder, Watch(), every], 2, model=model, default_root_dir=tmp_path)
+    assert seen[-1] and names(tmp_path / "run") == ["step=2.ckpt"]
+    assert not [name for name in os.listdir(tmp_path) if "lr_find" in name]
+
+
 def test_fabric_saves_and_loads(framework: Framework, tmp_path: Path) -> None:
     io = framework.ours.StagerCheckpointIO(CONFIG)
     fabric = L.Fabric(accelerator="cpu", devices=1, plugins=[io])
@@ -321,6 +372,19 @@ def test_a_path_that_is_saved_again_is_not_removed(framework: Framework, tmp_pat
     assert load_checkpoint(tmp_path / "best.ckpt").state["global_step"] == 3
 
 
+def test_a_link_is_removed_and_not_what_it_leads_to(
+    framework: Framework, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ``save_last="link"`` asks for, where the name of the last one has a step."""
+    io = framework.ours.StagerCheckpointIO(CONFIG)
+    io.save_checkpoint(state_of(1), tmp_path / "1.ckpt")
+    io.stager_writer.wait_for(tmp_path / "1.ckpt")
+    (tmp_path / "1-last.ckpt").symlink_to("1.ckpt")
+    io.remove_checkpoint(tmp_path / "1-last.ckpt")
+    io.teardown()
+    assert names(tmp_path) == ["1.ckpt"] and not caplog.records
+
+
 # -- Slurm, signals, errors ------------------------------------------------------------------------------------------
 
 
@@ -390,6 +454,28 @@ def test_an_error_in_training_comes_first(
     assert "a save failed as well" in caplog.text
 
 
+def test_a_rank_that_fails_does_not_wait_for_others_though_a_removal_does(
+    framework: Framework,
+    tmp_path: Path,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(writer, "_FAILING_SECS", 0.1)
+    one = writer.CheckpointWriter(load_config(CONFIG), None)
+    one.save(tmp_path / "1.ckpt", state_of(1))
+    one.wait_for(tmp_path / "1.ckpt")
+    hold = faults.hold("part.write")  # never released: close() kills the worker
+    one.save(tmp_path / "2.ckpt", state_of(2))
+    one.remove(tmp_path / "1.ckpt")
+    hold.wait()
+    try:
+        pytest.fail("training failed")
+    except pytest.fail.Exception:
+        one.close()
+    assert names(tmp_path) == ["1.ckpt"] and "was to be removed, and stays" in caplog.text
+
+
 def test_wrong_arguments_are_told(framework: Framework, tmp_path: Path) -> None:
     ours = framework.ours
     with pytest.raises(UsageError, match="retention has rules"):
@@ -436,6 +522,32 @@ def test_forward_and_backward_run_while_the_snapshot_is_taken(
     fit(framework.pl, io, [Watch(), framework.ours.StagerGuard(), every], 4)
     assert names(tmp_path) == ["step=2.ckpt", "step=4.ckpt"]
     assert same(dict(load_checkpoint(tmp_path / "step=2.ckpt").state["state_dict"]), held[0])
+
+
+def test_guard_waits_before_callbacks_that_come_earlier_in_the_list(framework: Framework, tmp_path: Path) -> None:
+    """Lightning's averages of weights are swapped in there."""
+    waits: list[str] = []
+    seen: list[tuple[str, int]] = []
+
+    class Swaps(framework.pl.Callback):  # type: ignore[misc, name-defined]
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(("epoch", len(waits)))
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(("end", len(waits)))
+
+    class Watched(framework.ours.StagerGuard):  # type: ignore[misc, name-defined]
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            waits.append("epoch")
+            super().on_train_epoch_start(trainer, pl_module)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            waits.append("end")
+            super().on_train_end(trainer, pl_module)
+
+    callbacks = [framework.pl.callbacks.RichModelSummary(), Swaps(), Watched()]
+    fit(framework.pl, framework.ours.StagerCheckpointIO(CONFIG), callbacks, 4, default_root_dir=tmp_path)
+    assert seen == [("epoch", 1), ("epoch", 2), ("end", 3)]
 
 
 def test_guard_that_can_guard_nothing_says_so(framework: Framework) -> None:

@@ -70,16 +70,20 @@ class Removals:
                     removal.replacement = handle
             self._start()
 
-    def drain(self) -> None:
-        """Wait until every removal is done that will be done. What is kept is logged."""
+    def drain(self, timeout: float | None = None) -> None:
+        """Wait until every removal is done that will be done. What is kept is logged.
+
+        Args:
+            timeout: seconds to wait for the saves that replace something; what they would have replaced is kept then.
+        """
         with self._changed:
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(timeout)
         with self._changed:
             kept, self._waiting = [removal.path for removal in self._waiting], []
         for path in kept:
-            logger.warning("%s was to be removed, and stays: the checkpoint that replaces it was not committed", path)
+            logger.warning("%s was to be removed, and stays: the checkpoint that replaces it is not committed", path)
 
     def _start(self) -> None:
         if self._thread is None and any(removal.replacement is not None for removal in self._waiting):

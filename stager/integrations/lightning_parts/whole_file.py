@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from stager import load_checkpoint
+from stager import CheckpointNotFoundError, load_checkpoint, load_config
+from stager.integrations.lightning_parts.earlier_run import finish_earlier_run
+from stager.integrations.lightning_parts.writer import absolute, wait_for_saves_to
 from stager.workers.checkpoint.directory.manifest import has_own_manifest, read_manifest
-from stager.workers.checkpoint.directory.paths import local_path
 
 M = TypeVar("M")
 
@@ -22,7 +23,7 @@ def load_from_checkpoint(model_class: type[M], path: str | os.PathLike[str], **o
     """Do what ``model_class.load_from_checkpoint(path)`` does, also for a checkpoint of stager's.
 
     Lightning reads one file there, and does not ask the CheckpointIO. So the checkpoint, without the states of optimizers,
-    is read by stager and given to Lightning as a file in memory.
+    is read by stager and given to Lightning as a file in memory. A save to ``path`` that is in flight is waited for.
 
     Args:
         model_class: a ``LightningModule`` or a ``LightningDataModule``.
@@ -34,7 +35,12 @@ def load_from_checkpoint(model_class: type[M], path: str | os.PathLike[str], **o
         CheckpointNotFoundError: there is no checkpoint at ``path``.
         Exception: as :func:`stager.load_checkpoint`, and as Lightning's ``load_from_checkpoint()``.
     """
-    found = local_path(path, "the path of the checkpoint")
+    found = absolute(path)
+    wait_for_saves_to(found)
+    if not os.path.exists(found):  # it may be saved by another rank just now, or by workers of a killed run
+        finish_earlier_run(os.path.dirname(found), load_config().persistence.lock_timeout_secs)
+    if not os.path.exists(found):
+        raise CheckpointNotFoundError(None, "there is no checkpoint", found)
     if not os.path.isdir(found):
         return model_class.load_from_checkpoint(path, **options)  # type: ignore[attr-defined,no-any-return]
     state = _without_optimizers(found, allow_pickle=options.get("weights_only") is False)

@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 from torch.optim import Optimizer
 
@@ -26,6 +28,8 @@ logger = logging.getLogger("stager")
 
 _OF_SLURM = "hpc_ckpt_"  # what Lightning saves when Slurm is about to end the job, right before it asks for a new one
 
+
+_writers: WeakSet[CheckpointWriter] = WeakSet()  # of this process
 
 _FAILING_SECS = 60.0  # a rank that fails waits so long for the others' parts of a save: they may have failed before
 
@@ -53,6 +57,7 @@ class CheckpointWriter:
         self._removals = Removals(self._remove_now)
         self._is_busy = False
         self._interrupting: list[Callable[[], None]] = []
+        _writers.add(self)
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -135,11 +140,13 @@ class CheckpointWriter:
         """Remove a path. Runs in the training thread, or in that of the removals."""
         checkpointer = self._current
         try:
-            if self.is_in_flight(path) or (checkpointer is not None and has_own_manifest(path)):
+            if self.is_in_flight(path):
                 assert checkpointer is not None
                 checkpointer.delete(path)
-            elif os.path.islink(path) or os.path.isfile(path):
+            elif os.path.islink(path) or os.path.isfile(path):  # a link of save_last="link": not what it leads to
                 os.unlink(path)
+            elif checkpointer is not None and has_own_manifest(path):
+                checkpointer.delete(path)
             elif has_own_manifest(path):
                 remove_here(os.path.dirname(path), number_in(os.path.basename(path)) or 0, os.path.basename(path))
             elif os.path.isfile(os.path.join(path, "meta.pt")):  # Lightning's own, of FSDP
@@ -163,13 +170,16 @@ class CheckpointWriter:
         if checkpointer is None:
             return
         failing = sys.exc_info()[1] is not None  # Lightning tears down in the except block of fit()
+        deadline = None
+        if failing and self.config.ranks.together is not False:
+            deadline = time.monotonic() + _FAILING_SECS
         try:
-            self._removals.drain()
+            self._removals.drain(_until(deadline))  # they wait for commits, and so for other ranks
         finally:
             self._opened = None
             self._handles.clear()
             try:
-                checkpointer.close(_FAILING_SECS if failing and self.config.ranks.together is not False else None)
+                checkpointer.close(_until(deadline))
             except Exception:
                 if not failing:
                     raise
@@ -199,6 +209,18 @@ class CheckpointWriter:
 
     def __reduce__(self) -> Any:
         return type(self), (self.config, self._on_event)  # to the processes of ddp_spawn: nothing is open there
+
+
+def wait_for_saves_to(path: str) -> None:
+    """Wait until every save to ``path`` has ended that a trainer of this process has begun."""
+    for writer in list(_writers):
+        if writer.is_in_flight(path):  # a listener may not wait, and what it is told of is committed
+            writer.wait_for(path)
+
+
+def _until(deadline: float | None) -> float | None:
+    """Return the seconds until a time of ``time.monotonic()``; None: there is no deadline."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
