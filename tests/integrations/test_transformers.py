@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,9 @@ import torch
 
 from stager import (
     CommittedEvent,
+    Event,
     PathCheckpointer,
+    PlannedEvent,
     StagerError,
     StateMismatchError,
     UsageError,
@@ -436,6 +439,32 @@ def test_what_cannot_be_removed_goes_after_the_next_commit(out: Path, monkeypatc
 
 
 # -- what else there is of the Trainer -------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_about_to_be_saved_again_is_not_removed(out: Path, faults: Faults) -> None:
+    """A training begins anew. A save waits for memory until an earlier one is committed, which the rotation follows."""
+    begun = threading.Event()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, PlannedEvent) and event.step == 4:
+            begun.set()
+
+    rule, files = RotationRule(1, None), {"trainer_state.json": b"{}"}
+    saves = trainer_saves.TrainerSaves(CONFIG, None)
+    saves.save(str(out / "checkpoint-4"), {"x": torch.zeros(3)}, 4, files, rule)
+    saves.finish()
+    saves = trainer_saves.TrainerSaves(CONFIG | {"arena": {"buffers": 2}}, on_event)
+    with faults.hold("part.write") as hold, ThreadPoolExecutor(1) as training:
+        saves.save(str(out / "checkpoint-2"), {"x": torch.ones(3)}, 2, files, rule)
+        saves.save(str(out / "checkpoint-3"), {"x": torch.ones(3)}, 3, files, rule)
+        hold.wait()
+        again = training.submit(saves.save, str(out / "checkpoint-4"), {"x": torch.ones(3)}, 4, files, rule)
+        begun.wait()
+        hold.release()
+        again.result()
+    saves.finish()
+    assert checkpoints(out) == ["checkpoint-4"]
+    assert same(load_checkpoint(out / "checkpoint-4").state, {"x": torch.ones(3)})
 
 
 def test_a_rotation_that_is_late_removes_none_of_the_later_checkpoints(tmp_path: Path) -> None:

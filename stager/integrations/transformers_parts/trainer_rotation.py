@@ -2,6 +2,13 @@
 
 The Trainer's own looks at the directory in the training thread. There, a save in flight is not to be seen yet, so the limit
 would be exceeded, and nothing would look again after the last commit.
+
+A training that has gone back to an earlier step, or begins anew in the same directory, saves to the paths of older
+checkpoints. ``PathCheckpointer.delete()`` cancels a save to its path, so a path that is about to be saved is not removed
+any more:
+    1. The training thread says so before it begins the save (``before()``). Beginning it may take long: it waits for memory.
+    2. It waits there if the path is being removed just now.
+    3. The rotation thread looks again right before each removal.
 """
 
 from __future__ import annotations
@@ -60,17 +67,25 @@ class Rotation:
     def __init__(self, delete: Callable[[str], object]) -> None:
         self._delete = delete
         self._committed: dict[str, int] = {}  # paths, with their places in the order of commits
+        self._changed = threading.Condition()
         self._pending: list[str] = []  # paths of saves whose turn has not come, in the order of the saves
+        self._removing: str | None = None
         self._awaited: SimpleQueue[_Awaited | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._gives_up = threading.Event()
 
+    def before(self, path: str) -> None:
+        """Do not remove what is at ``path``: it is about to be saved. Waits for a removal of it that has begun."""
+        with self._changed:
+            self._pending.append(path)
+            while self._removing == path:
+                self._changed.wait()
+
     def after(self, handle: SaveHandle, path: str, rule: RotationRule) -> None:
-        """Apply a rule when a save to ``path`` is committed."""
+        """Apply a rule when a save to ``path`` is committed, of which :meth:`before` was told."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="stager rotation", daemon=True)
             self._thread.start()
-        self._pending.append(path)
         self._awaited.put(_Awaited(handle, path, rule))
 
     def give_up(self) -> None:
@@ -87,19 +102,31 @@ class Rotation:
     def _run(self) -> None:
         while (awaited := self._awaited.get()) is not None:
             wait([awaited.handle.upload_completion])  # does not count as reading its error
-            self._pending.remove(awaited.path)
+            with self._changed:
+                self._pending.remove(awaited.path)
+                pending = list(self._pending)
             if awaited.handle.state is not SaveState.COMMITTED:
                 continue
             self._committed.pop(awaited.path, None)  # one that is saved again is the newest
             self._committed[awaited.path] = 1 + max(self._committed.values(), default=-1)
             # This thread may be late: later saves may be committed already. They are newer than all that is known here, so
             # they neither count nor go before their turn.
-            for path in surplus(os.path.dirname(awaited.path), awaited.rule, self._committed, self._pending):
+            for path in surplus(os.path.dirname(awaited.path), awaited.rule, self._committed, pending):
                 self._remove(path)
 
     def _remove(self, path: str) -> None:
-        if self._gives_up.is_set():
-            return
+        with self._changed:
+            if self._gives_up.is_set() or path in self._pending:
+                return
+            self._removing = path
+        try:
+            self._remove_now(path)
+        finally:
+            with self._changed:
+                self._removing = None
+                self._changed.notify_all()
+
+    def _remove_now(self, path: str) -> None:
         logger.info("removing %s, because of save_total_limit", path)
         try:
             if has_own_manifest(path):

@@ -60,6 +60,8 @@ class TrainerSaves:
         Raises:
             Exception: as :meth:`stager.PathCheckpointer.save`.
         """
+        if rule is not None:
+            self._rotation.before(path)
         handle = self._checkpointer.save(path, state, step=step, files=files)
         self._handles[path] = handle
         if rule is not None:
