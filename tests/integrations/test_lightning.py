@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -548,6 +549,16 @@ def test_guard_waits_before_callbacks_that_come_earlier_in_the_list(framework: F
     callbacks = [framework.pl.callbacks.RichModelSummary(), Swaps(), Watched()]
     fit(framework.pl, framework.ours.StagerCheckpointIO(CONFIG), callbacks, 4, default_root_dir=tmp_path)
     assert seen == [("epoch", 1), ("epoch", 2), ("end", 3)]
+
+
+@pytest.mark.parametrize("name", ["StagerGuard", "StagerModelCheckpoint"])
+def test_a_strategy_that_would_not_load_the_checkpoint_is_refused(framework: Framework, name: str) -> None:
+    pl, ours = framework.pl, framework.ours
+    strategy = pl.strategies.ModelParallelStrategy(save_distributed_checkpoint=False)
+    strategy.checkpoint_io = ours.StagerCheckpointIO(CONFIG)
+    trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(UsageError, match="ModelParallelStrategy loads checkpoints without asking"):
+        getattr(ours, name)().setup(trainer, None, "fit")
 
 
 def test_guard_that_can_guard_nothing_says_so(framework: Framework) -> None:

@@ -18,7 +18,12 @@ class GuardMixin:
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Become the first callback: one before it would write to the weights before this one has waited."""
+        """Become the first callback: one before it would write to the weights before this one has waited.
+
+        Raises:
+            UsageError: the trainer's strategy would not ask stager to load a checkpoint.
+        """
+        refuse_other_strategies(trainer)
         trainer.callbacks.remove(self)
         trainer.callbacks.insert(0, self)
 
@@ -65,6 +70,23 @@ def writer_of(trainer: Any) -> CheckpointWriter | None:
         writer = getattr(inner, "stager_writer", None)
         inner = getattr(inner, "checkpoint_io", None)
     return writer if isinstance(writer, CheckpointWriter) else None
+
+
+def refuse_other_strategies(trainer: Any) -> None:
+    """Raise a UsageError if a CheckpointIO of stager's saves, but the trainer's strategy loads without asking it.
+
+    Strategies of sharded models do so (FSDP, ModelParallelStrategy, DeepSpeed). Some let a CheckpointIO save all the same:
+    the trainer could not resume from that.
+    """
+    strategy = trainer.strategy
+    if hasattr(strategy, "stager_writer") or writer_of(trainer) is None:
+        return
+    by = next(one for one in type(strategy).__mro__ if "load_checkpoint" in vars(one))
+    if by.__name__ != "Strategy":
+        raise UsageError(
+            f"{type(strategy).__name__} loads checkpoints without asking StagerCheckpointIO, so that the trainer could not "
+            "resume; use StagerModelParallelStrategy, or that strategy without stager's plugin and callbacks"
+        )
 
 
 def saves_here(trainer: Any, writer: CheckpointWriter) -> bool:

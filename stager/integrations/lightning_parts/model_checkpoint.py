@@ -9,7 +9,7 @@ from weakref import proxy
 
 from stager.config import load_config
 from stager.integrations.lightning_parts.earlier_run import finish_earlier_run, newest_in
-from stager.integrations.lightning_parts.guarding import writer_of
+from stager.integrations.lightning_parts.guarding import refuse_other_strategies, writer_of
 
 logger = logging.getLogger("stager")
 
@@ -36,6 +36,15 @@ class ModelCheckpointMixin:
     """
 
     _untold: tuple[str, ...] = ()  # paths of checkpoints that the loggers have not heard of
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Do what ``ModelCheckpoint`` does, unless the trainer could not load what stager saves.
+
+        Raises:
+            UsageError: the trainer's strategy would not ask stager to load a checkpoint.
+        """
+        refuse_other_strategies(trainer)
+        super().setup(trainer, pl_module, stage)  # type: ignore[misc]
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         writer = writer_of(trainer)
