@@ -141,6 +141,15 @@ def test_last_is_overwritten_again_and_again_and_is_the_newest(framework: Framew
     assert goes_on.global_step == 9
 
 
+def test_a_run_that_goes_on_with_stagers_class_knows_its_best_checkpoint(framework: Framework, tmp_path: Path) -> None:
+    rule: dict[str, Any] = {"dirpath": tmp_path, "monitor": "loss", "every_n_train_steps": 1, "mode": "max"}
+    first = framework.pl.callbacks.ModelCheckpoint(**rule)
+    fit(framework.pl, framework.ours.StagerCheckpointIO(CONFIG), [first], 3)
+    second = framework.ours.StagerModelCheckpoint(**rule)
+    fit(framework.pl, framework.ours.StagerCheckpointIO(CONFIG), [second], 4, ckpt_path=first.best_model_path)
+    assert second.best_model_score >= first.best_model_score and first.best_model_path in second.best_k_models
+
+
 def test_link_names_the_newest_and_best_is_loaded(framework: Framework, tmp_path: Path) -> None:
     kinds: dict[str, Any] = {"monitor": "loss", "save_top_k": 2, "save_last": "link", "every_n_train_steps": 2}
     every = framework.ours.StagerModelCheckpoint(dirpath=tmp_path, filename="{step}", **kinds)

@@ -37,6 +37,15 @@ class ModelCheckpointMixin:
 
     _untold: tuple[str, ...] = ()  # paths of checkpoints that the loggers have not heard of
 
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint: that of Lightning's ``ModelCheckpoint``.
+
+        So a run that goes on with the other class still knows its best checkpoints.
+        """
+        key: str = super().state_key  # type: ignore[misc]
+        return key.removeprefix("Stager")
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Do what ``ModelCheckpoint`` does, unless the trainer could not load what stager saves.
 
