@@ -28,7 +28,7 @@ from tests.staging.ranks import run_ranks
 from tests.states import same
 
 L = pytest.importorskip("lightning", reason="pip install 'stager[lightning]'")
-pytest.importorskip("torchdata", reason="pip install 'stager[integrations]'")
+pytest.importorskip("torchdata", reason="pip install torchdata")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of devices, loaders and its own code
 
