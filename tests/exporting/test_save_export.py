@@ -414,7 +414,9 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("with_worker", [False, True], ids=["alone", "with its worker"])
+@pytest.mark.parametrize(
+    "with_worker", [pytest.param(False, marks=pytest.mark.long), True], ids=["alone", "with its worker"]
+)
 def test_trainer_killed_leaves_a_whole_export_or_none(
     run_dir: Path, tmp_path: Path, faults: Faults, with_worker: bool
 ) -> None:

@@ -106,7 +106,9 @@ def test_what_save_pretrained_wrote_is_loaded_on_ranks(tmp_path: Path, name: str
     assert run_ranks(f"{_RANKS}:load", world_size, tmp_path, name) == [[]] * world_size
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("gpt2", "t5") else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
+)
 def test_an_export_is_loaded_for_more_training(tmp_path: Path, name: str) -> None:
     run_ranks(f"{_RANKS}:save", 2, tmp_path, name)
     export_weights(tmp_path / "run", tmp_path / "pretrained", **_WEIGHTS, max_shard_bytes="4KB")

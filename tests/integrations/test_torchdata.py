@@ -42,7 +42,7 @@ class Forked(Training):
 @pytest.mark.parametrize(
     ("point", "after"),
     [
-        ("save.copied", 6),  # in the second epoch
+        pytest.param("save.copied", 6, marks=pytest.mark.long),  # in the second epoch
         pytest.param("save.handed-over", 4, marks=pytest.mark.long),  # at the end of the first
         pytest.param("save.copied", 2, marks=pytest.mark.long),
     ],

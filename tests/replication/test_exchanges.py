@@ -153,7 +153,7 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
     made.close()
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_receiver_that_fails_halfway_costs_one_replica(
     who: int, pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

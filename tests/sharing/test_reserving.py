@@ -81,6 +81,7 @@ def copied_by_the_trainer(done: subprocess.CompletedProcess[str]) -> str:
     return reason
 
 
+@pytest.mark.long
 def test_torch_that_does_not_reserve_is_not_asked_to_move(old_torch: Path) -> None:
     assert copied_by_the_trainer(move(old_torch)) == Reason.NOT_RESERVED.name
 

@@ -308,7 +308,7 @@ print("torn", torn)
 """
 
 
-@pytest.mark.parametrize("how", ["", "verify", pytest.param("threads", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", ["", *(pytest.param(how, marks=pytest.mark.long) for how in ("verify", "threads"))])
 def test_storages_that_are_resized_in_the_middle_of_a_copy_end_no_process(how: str, run_dir: os.PathLike[str]) -> None:
     """Without the kernel's copies this is a SIGSEGV, in most runs at the first save."""
     ended = scripts.run(PROGRAM, run_dir, how)
