@@ -147,7 +147,7 @@ def checkpoint_names(directory: str) -> dict[int, str]:
 
 
 def _step_of_other(directory: str, name: str) -> int | None:
-    """Return the step of a checkpoint with a name that is not the default; None: it is none."""
+    """Return the step of a checkpoint whose name is not the default one; None if ``name`` is no checkpoint."""
     if not may_be_checkpoint(name):
         return None
     path = os.path.join(directory, name)
