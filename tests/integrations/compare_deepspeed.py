@@ -11,11 +11,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import platform
 import shutil
-import statistics
 import time
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,8 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from stager.integrations.deepspeed import use
-from stager.workers._version import __version__
+from tests.integrations.comparing import NUM_SAVES, compare, parser_of
 
-_NUM_SAVES = 5
 WAYS: tuple[str, ...] = ("no save", "DeepSpeed", "stager", "stager, guard=False")
 _COMPILED_WAYS = {
     "DeepSpeed, Fast": {"type": "FAST", "decoupled": False},
@@ -62,7 +58,7 @@ def _train(way: str, directory: Path, options: argparse.Namespace) -> tuple[list
         closing = use(engine, guard=way == "stager")
     begins, calls = [], []
     with closing:
-        for step in range(options.every * (_NUM_SAVES + 2)):
+        for step in range(options.every * (NUM_SAVES + 2)):
             engine.backward(engine(batch).float().square().mean())
             engine.step()
             if step % options.every == 0:
@@ -81,16 +77,9 @@ def _train(way: str, directory: Path, options: argparse.Namespace) -> tuple[list
 
 def main() -> None:
     """Print a table of medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="where checkpoints are written; what is made there is removed")
+    parser = parser_of(__doc__)
     parser.add_argument("--stage", type=int, default=2, choices=(0, 1, 2, 3))
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--every", type=int, default=8, help="steps from one save to the next")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     deepspeed.init_distributed()
     ways = WAYS
@@ -98,31 +87,7 @@ def main() -> None:
         ways += tuple(_COMPILED_WAYS)
     else:
         print("async_io does not compile here, so that DeepSpeed's engines Fast and Decoupled are not run")
-    taken: dict[str, list[float]] = {way: [] for way in ways}
-    calls: dict[str, list[float]] = {way: [] for way in ways}
-    ends: dict[str, list[float]] = {way: [] for way in ways}
-    nbytes = 0
-    for number in range(options.rounds):
-        for way in (*ways[number % len(ways) :], *ways[: number % len(ways)]):  # none is always the first
-            intervals, in_calls, end, written = _train(way, options.directory / "compared", options)
-            taken[way] += intervals
-            calls[way] += in_calls
-            ends[way].append(end)
-            nbytes = max(nbytes, written)
-    plain = statistics.median(taken["no save"])
-    low, _, high = statistics.quantiles(taken["no save"])
-    print(
-        f"deepspeed {deepspeed.__version__}, torch {torch.__version__}, stager {__version__}, "
-        f"Python {platform.python_version()}; ZeRO {options.stage}, {nbytes / 1e6:.0f} MB a checkpoint, a save every "
-        f"{options.every} steps of {plain / options.every:.3f} s; {options.rounds} rounds of {_NUM_SAVES} saves; half of "
-        f"the intervals without a save are within {high - low:.3f} s"
-    )
-    for way, seconds in taken.items():
-        lost = statistics.median(seconds) - plain
-        called, at_end = statistics.median(calls[way]), statistics.median(ends[way])
-        print(
-            f"{way:20} {lost:7.3f} s lost per save   {called:7.3f} s in save_checkpoint()   {at_end:7.3f} s at the end"
-        )
+    compare(f"deepspeed {deepspeed.__version__}, ZeRO {options.stage}", ways, _train, options, "save_checkpoint()")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import platform
 import shutil
-import statistics
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,8 @@ from torch_checkpointing import CheckpointManager
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
 from stager.integrations.torch_checkpointing import StagerCheckpointManager
-from stager.workers._version import __version__
+from tests.integrations.comparing import NUM_SAVES, compare, parser_of
 
-_NUM_SAVES = 5
 WAYS = ("no save", "torch_checkpointing", "stager")
 
 
@@ -49,7 +45,7 @@ def _intervals(way: str, directory: Path, options: argparse.Namespace) -> tuple[
     batch = torch.randn(options.batch, options.width)
     manager = _manager(way)
     begins, calls = [], []
-    for step in range(options.every * (_NUM_SAVES + 2)):
+    for step in range(options.every * (NUM_SAVES + 2)):
         model(batch).square().mean().backward()
         with nullcontext() if manager is None else manager.lock():
             optimizer.step()
@@ -72,36 +68,8 @@ def _intervals(way: str, directory: Path, options: argparse.Namespace) -> tuple[
 
 def main() -> None:
     """Print a table of medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="where checkpoints are written; what is made there is removed")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--every", type=int, default=8, help="steps from one save to the next")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    taken: dict[str, list[float]] = {way: [] for way in WAYS}
-    calls: dict[str, list[float]] = {way: [] for way in WAYS}
-    ends: dict[str, list[float]] = {way: [] for way in WAYS}
-    nbytes = 0
-    for number in range(options.rounds):
-        for way in (*WAYS[number % len(WAYS) :], *WAYS[: number % len(WAYS)]):  # none is always the first
-            intervals, in_calls, end, nbytes = _intervals(way, options.directory / "compared", options)
-            taken[way] += intervals
-            calls[way] += in_calls
-            ends[way].append(end)
-    plain = statistics.median(taken["no save"])
-    low, _, high = statistics.quantiles(taken["no save"])
-    print(
-        f"torch_checkpointing {torch_checkpointing.__version__}, torch {torch.__version__}, stager {__version__}, "
-        f"Python {platform.python_version()}; {nbytes / 1e6:.0f} MB a checkpoint, a save every {options.every} steps of "
-        f"{plain / options.every:.3f} s; {options.rounds} rounds of {_NUM_SAVES} saves; half of the intervals "
-        f"without a save are within {high - low:.3f} s"
-    )
-    for way, seconds in taken.items():
-        lost, in_call, end = (statistics.median(seconds) - plain, *map(statistics.median, (calls[way], ends[way])))
-        print(f"{way:20} {lost:7.3f} s lost per save   {in_call:7.3f} s in save()   {end:7.3f} s at the end")
+    options = parser_of(__doc__, rounds=3).parse_args()
+    compare(f"torch_checkpointing {torch_checkpointing.__version__}", WAYS, _intervals, options)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import platform
 import shutil
-import statistics
 import tempfile
 import time
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,9 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 
 from stager.integrations.torchtitan import StagerCheckpointManager
-from stager.workers._version import __version__
+from tests.integrations.comparing import NUM_SAVES, compare, parser_of
 from tests.integrations.torchtitan_bodies import Position, Progress
 
-_NUM_SAVES = 5
 WAYS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "no save": (CheckpointManager, {"enable": False}),
     "torchtitan, disabled": (CheckpointManager, {"async_mode": "disabled"}),
@@ -61,7 +57,7 @@ def _intervals(way: str, directory: Path, options: argparse.Namespace) -> tuple[
     )
     batch = torch.randn(options.batch, options.width)
     begins, calls = [], []
-    for step in range(1, options.every * (_NUM_SAVES + 2) + 1):
+    for step in range(1, options.every * (NUM_SAVES + 2) + 1):
         optimizers.zero_grad()
         model(batch).square().mean().backward()
         saves.maybe_wait_for_staging()
@@ -84,48 +80,15 @@ def _intervals(way: str, directory: Path, options: argparse.Namespace) -> tuple[
 
 def main() -> None:
     """Print a table of medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="where checkpoints are written; what is made there is removed")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--every", type=int, default=8, help="steps from one save to the next")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=4)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
+    options = parser_of(__doc__).parse_args()
     logging.disable(logging.WARNING)
+    ways = [way for way in WAYS if way != _ON_ACCELERATORS or torch.accelerator.is_available()]
     with tempfile.TemporaryDirectory() as store:
         dist.init_process_group("gloo", init_method=f"file://{store}/group", rank=0, world_size=1)
         try:
-            _compare(options)
+            compare(f"torchtitan {version('torchtitan')}", ways, _intervals, options)
         finally:
             dist.destroy_process_group()
-
-
-def _compare(options: argparse.Namespace) -> None:
-    ways = [way for way in WAYS if way != _ON_ACCELERATORS or torch.accelerator.is_available()]
-    taken: dict[str, list[float]] = {way: [] for way in ways}
-    calls: dict[str, list[float]] = {way: [] for way in ways}
-    ends: dict[str, list[float]] = {way: [] for way in ways}
-    nbytes = 0
-    for number in range(options.rounds):
-        first = number % len(ways)
-        for way in (*ways[first:], *ways[:first]):  # none is always the first
-            intervals, in_calls, end, nbytes = _intervals(way, options.directory / "compared", options)
-            taken[way] += intervals
-            calls[way] += in_calls
-            ends[way].append(end)
-    plain = statistics.median(taken["no save"])
-    low, _, high = statistics.quantiles(taken["no save"])
-    print(
-        f"torchtitan {version('torchtitan')}, torch {torch.__version__}, stager {__version__}, "
-        f"Python {platform.python_version()}; {nbytes / 1e6:.0f} MB a checkpoint, a save every {options.every} steps of "
-        f"{plain / options.every:.3f} s; {options.rounds} rounds of {_NUM_SAVES} saves; half of the intervals "
-        f"without a save are within {high - low:.3f} s"
-    )
-    for way, seconds in taken.items():
-        lost, call, end = (statistics.median(seconds) - plain, *map(statistics.median, (calls[way], ends[way])))
-        print(f"{way:34} {lost:7.3f} s lost per save   {call:7.3f} s in save()   {end:7.3f} s at the end")
     if _ON_ACCELERATORS not in ways:
         print(f"{_ON_ACCELERATORS:34} needs an accelerator, and there is none")
 
