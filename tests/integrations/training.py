@@ -115,11 +115,29 @@ def final(out: Path) -> Any:
     return torch.load(out / "final.pt", weights_only=False)
 
 
-def resumes_bit_equal(training: Training, directory: Path, faults: Faults, point: str, after: int) -> str:
-    """Train without interruption; train, be killed at a point, and resume; compare. Returns what the resumed run printed."""
+def resumes_bit_equal(
+    training: Training, directory: Path, faults: Faults, point: str, after: int, workers_point: str | None = None
+) -> str:
+    """Train without interruption; train, be killed at a point, and resume; compare. Returns what the resumed run printed.
+
+    Args:
+        point: where the trainer is killed.
+        after: so many visits of it pass first.
+        workers_point: where a worker is killed before, the second time that it comes there. None: none is.
+    """
     whole, broken = directory / "whole", directory / "broken"
     training.run(whole)
+    if workers_point is not None:
+        faults.arm(workers_point, "kill after=1")  # where the trainer dies first, a worker of the resumed run is killed
     training.killed(broken, faults, point, after)
     resumed = training.run(broken)
+    assert workers_point is None or faults.fired(workers_point)
     assert same(final(whole), final(broken)), "the resumed run has made something else than the uninterrupted one"
     return resumed.output
+
+
+def resumes_from_any_point(training: Training, directory: Path, faults: Faults, point: str, after: int) -> str:
+    """Do as :func:`resumes_bit_equal`. At a point of a worker, that is killed first, and the trainer when it saves again."""
+    if point.startswith("save."):
+        return resumes_bit_equal(training, directory, faults, point, after)
+    return resumes_bit_equal(training, directory, faults, "save.handed-over", after, workers_point=point)
