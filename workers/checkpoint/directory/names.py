@@ -32,8 +32,8 @@ _BASE, _ID = r"\.([^/]+?)", r"([0-9a-f]{16,})"
 _BY_DEFAULT = rf"({_STEP})"
 _SET_ASIDE = re.compile(r".+\.(?:partial|removing|strangers|unfinished|not-a-checkpoint)-[0-9a-f]*(?:\.replaced)?")
 
-# torchtitan takes every name for a checkpoint that has "step-" and a digit somewhere. _hidden() puts a tilde between them, and
-# one tilde more where there are some already, so that the name can be read back.
+# torchtitan takes every name for a checkpoint that has "step-" and a digit somewhere. _hidden() puts a tilde between them,
+# and one tilde more where there are some already, so that the name can be read back.
 _LOOKS_LIKE_STEP, _LOOKED_LIKE_STEP = re.compile(r"step-(?=~*[0-9])"), re.compile(r"step-~(?=~*[0-9])")
 
 _MAX_BYTES = 200  # file systems allow 255, and a partial directory has a longer name
