@@ -33,13 +33,9 @@ from stager.saving.save import SaveHandle
 from stager.saving.sidecars import File
 from stager.state.stateful import Stateful
 from stager.telemetry.event import Event, FellBackEvent
-from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.run_directory import (
-    CheckpointInfo,
-    SkippedCheckpoint,
-    require_run_directory,
-)
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint, require_run_directory
 from stager.workers.checkpoint.maintenance.retention import PruneReport, prune
+from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.errors import UsageError
 
 logger = logging.getLogger("stager")

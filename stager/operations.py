@@ -15,20 +15,16 @@ from dataclasses import dataclass, replace
 from stager.config.calls import explained
 from stager.loading.foreign_path import not_ours
 from stager.saving.open_here import take_over
-from stager.workers.checkpoint.directory.names import parse_checkpoint
-from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.run_directory import (
-    lock_directory,
-    read_checkpoint_at,
-    require_run_directory,
-    unused_directory,
-)
+from stager.workers.checkpoint.directory.run_directory import read_checkpoint_at, require_run_directory
+from stager.workers.checkpoint.documents.names import parse_checkpoint
 from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, RecoverOutcome
 from stager.workers.checkpoint.maintenance.recover import recover as recover_all
 from stager.workers.checkpoint.maintenance.retention import PruneReport
 from stager.workers.checkpoint.maintenance.retention import prune as prune_by_rules
 from stager.workers.checkpoint.maintenance.retention_rules import KeepBest, RetentionRules
 from stager.workers.checkpoint.read.verify import VerifyReport, verify_checkpoint
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix.run_lock import lock_directory, unused_directory
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 
 

@@ -28,10 +28,10 @@ from stager.saving.save import Save, SaveHandle
 from stager.saving.sidecars import File
 from stager.state.stateful import Stateful
 from stager.telemetry.event import Event
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
-from stager.workers.checkpoint.directory.names import check_name, number_in
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
+from stager.workers.checkpoint.documents.names import check_name, number_in
 from stager.workers.checkpoint.maintenance.retention import PruneReport
+from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.errors import ArgumentError, ConfigError, UsageError
 
 

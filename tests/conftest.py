@@ -14,7 +14,7 @@ import pytest
 
 from tests import temporary  # isort: skip  # before all that may make a temporary file
 from stager.config.host import usable_cores
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.pool import process
 from tests import fork_server, prepared_workers
 from tests.faults import Faults

@@ -6,7 +6,7 @@ then what workers run: ``offload/`` (the deep copy), ``staged_copy/`` (a worker'
 write, commit, read, maintenance).
 
 This package never imports the rest of ``stager``. Names are imported when they are first used, so that
-``stager.workers.errors`` and ``stager.workers.checkpoint.directory.files`` can be imported where torch is not installed.
+``stager.workers.errors`` and ``stager.workers.checkpoint.storage.posix.files`` can be imported where torch is not installed.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stager.workers.checkpoint.directory.manifest import Manifest
+    from stager.workers.checkpoint.documents.manifest import Manifest
 
 
 @dataclass(frozen=True)

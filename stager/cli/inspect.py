@@ -18,7 +18,7 @@ from stager.cli.selection import select_checkpoints
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stager.workers.checkpoint.directory.manifest import Manifest
+    from stager.workers.checkpoint.documents.manifest import Manifest
 
 
 def inspect(
@@ -46,7 +46,7 @@ def inspect(
 
 
 def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[LeafEntry]]:
-    from stager.workers.checkpoint.directory.manifest import read_manifest
+    from stager.workers.checkpoint.directory.manifest_file import read_manifest
 
     (checkpoint,) = select_checkpoints(path, step)
     manifest = read_manifest(checkpoint)
@@ -55,7 +55,7 @@ def _inspect_own(path: str, step: int | None) -> tuple[dict[str, Any], list[Leaf
 
 def facts_of(path: str, manifest: Manifest) -> dict[str, Any]:
     """The facts about a checkpoint as a whole."""
-    from stager.workers.checkpoint.directory import metrics
+    from stager.workers.checkpoint.documents import metrics
 
     header, layout = manifest.header, manifest.layout
     files = [{"name": f.name, "nbytes": f.nbytes} for f in layout.files]

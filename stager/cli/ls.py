@@ -60,7 +60,7 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List the checkpoints in DIR: committed, partial (never committed, or being written now), invalid and why."""
-    from stager.workers.checkpoint.directory.paths import local_path
+    from stager.workers.checkpoint.storage.paths import local_path
 
     directory = local_path(directory)
     rows = list_rows(directory)
@@ -93,7 +93,7 @@ def list_rows(directory: str) -> list[Row]:
 
 
 def _committed_row(info: CheckpointInfo) -> Row:
-    from stager.workers.checkpoint.directory import metrics
+    from stager.workers.checkpoint.documents import metrics
 
     return Row(
         name=os.path.basename(info.path),

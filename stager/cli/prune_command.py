@@ -45,8 +45,8 @@ def prune(
     Exit 1 if one that no rule keeps could not be removed, or one that would count is damaged.
     """
     from stager.operations import prune as run_prune
-    from stager.workers.checkpoint.directory.paths import local_path
     from stager.workers.checkpoint.maintenance.retention import PruneFate
+    from stager.workers.checkpoint.storage.paths import local_path
     from stager.workers.errors import UsageError
 
     if all(rule is None for rule in (keep_latest, keep_every, keep_every_secs, keep_best)):
@@ -101,8 +101,8 @@ def _as_json(report: PruneReport) -> dict[str, object]:
 def _print(run: str, report: PruneReport) -> None:
     from stager.config.sizes import format_bytes
     from stager.workers.checkpoint.directory.choice import runs_inside
-    from stager.workers.checkpoint.directory.paths import local_path
     from stager.workers.checkpoint.maintenance.retention import PruneFate
+    from stager.workers.checkpoint.storage.paths import local_path
 
     console = stdout()
     if not report.verdicts:

@@ -42,7 +42,7 @@ def read_rename(text: str) -> Mapping[str, str | None] | Callable[[str], str | N
 def _mapping(path: str) -> Mapping[str, str | None]:
     import yaml
 
-    from stager.workers.checkpoint.directory.files import storage_errors
+    from stager.workers.checkpoint.storage.posix.files import storage_errors
     from stager.workers.errors import UsageError
 
     with storage_errors("read", path), open(path, encoding="utf-8") as file:

@@ -26,8 +26,8 @@ def select_checkpoints(path: str, step: int | None, *, all_steps: bool = False) 
         UsageError: the options contradict each other.
     """
     from stager.workers.checkpoint.directory.choice import choose_checkpoint
-    from stager.workers.checkpoint.directory.paths import local_path
     from stager.workers.checkpoint.directory.run_directory import checkpoint_names
+    from stager.workers.checkpoint.storage.paths import local_path
     from stager.workers.errors import UsageError
 
     path = local_path(path, "path")

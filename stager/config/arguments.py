@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stager.config.sizes import SIZE_FORM, parse_bytes
-from stager.workers.checkpoint.directory.names import parse_checkpoint
-from stager.workers.checkpoint.directory.paths import local_path
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_names
+from stager.workers.checkpoint.documents.names import parse_checkpoint
+from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.errors import ArgumentError, UsageError
 
 logger = logging.getLogger("stager")

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from stager.config.host import usable_cores
 from stager.config.sizes import Allowed, Bytes, MemoryLimit, parse_share
-from stager.workers.checkpoint.directory.names import DEFAULT_TEMPLATE, check_template
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.documents.names import DEFAULT_TEMPLATE, check_template
+from stager.workers.checkpoint.storage.paths import local_path
 
 Count = Literal["auto"] | Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), Allowed("a number of seconds")]

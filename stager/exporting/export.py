@@ -28,10 +28,8 @@ from stager.exporting.source import Source, chosen_checkpoint
 from stager.exporting.tensor_copier import TensorCopier
 from stager.exporting.whole import Folded
 from stager.loading.pickles.unpickle import unpickle
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.manifest import read_manifest
-from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.formats import get_format, safetensors_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
@@ -41,6 +39,8 @@ from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import Path, map_leaves, names_of, walk
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
 
 _CHUNK_BYTES = 8 << 20

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from stager.loading.safetensors_reader import metadata_of
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError, UsageError
 from stager.workers.wording import first_of
 

@@ -18,9 +18,9 @@ from contextlib import ExitStack
 
 from stager.exporting.shards import Shard
 from stager.exporting.tensor_copier import TensorCopier
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.write.write_back import start_write_back
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.posix.write_back import start_write_back
 
 _GROUP_BYTES = 32 << 20
 

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.documents.manifest import IndexFile, Manifest
 from stager.workers.checkpoint.read.verify import read_index_file
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix.files import open_regular, storage_errors
 from stager.workers.errors import UsageError
 
 _OF_WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -51,8 +51,14 @@ class Sidecar:
 
 @dataclass(frozen=True, slots=True)
 class OwnSidecar(Sidecar):
-    """A file of the checkpoint itself, which its manifest lists."""
+    """A file of the checkpoint itself, which its manifest lists.
 
+    Attributes:
+        checkpoint: its path.
+    """
+
+    checkpoint: str
+    manifest: Manifest
     file: IndexFile
 
     def copy_to(self, directory: str) -> None:
@@ -61,7 +67,8 @@ class OwnSidecar(Sidecar):
         Raises:
             CorruptCheckpointError, StorageError
         """
-        data, target = read_index_file(self.path, self.file), os.path.join(directory, self.name)
+        data = read_index_file(self.checkpoint, self.manifest, self.file)
+        target = os.path.join(directory, self.name)
         with storage_errors("write", target), open(target, "xb") as copy:
             copy.write(data)
             copy.flush()
@@ -71,7 +78,11 @@ class OwnSidecar(Sidecar):
 def with_own(checkpoint: str, manifest: Manifest, named: Sequence[Sidecar]) -> tuple[Sidecar, ...]:
     """Return the checkpoint's own sidecars, and those that the caller names, which replace own ones of the same name."""
     own = {name for name in manifest.header.sidecars if not name.endswith(_OF_WEIGHTS)} - {one.name for one in named}
-    found = (OwnSidecar(os.path.join(checkpoint, file.name), file) for file in manifest.index_files if file.name in own)
+    found = (
+        OwnSidecar(os.path.join(checkpoint, file.name), checkpoint, manifest, file)
+        for file in manifest.index_files
+        if file.name in own
+    )
     return (*found, *named)
 
 

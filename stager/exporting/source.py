@@ -12,8 +12,8 @@ from stager.exporting.part import Part
 from stager.loading.chunks import with_wholes
 from stager.loading.foreign_path import not_ours
 from stager.workers.checkpoint.directory.choice import choose_checkpoint
-from stager.workers.checkpoint.directory.manifest import Manifest
 from stager.workers.checkpoint.directory.run_directory import committed_steps, is_checkpoint_directory
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import RECIPE, Path, describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader

@@ -29,14 +29,14 @@ from stager.exporting.source import Source, chosen_checkpoint
 from stager.exporting.tensor_copier import TensorCopier
 from stager.exporting.weight_names import Rename, WeightNames, name_weights
 from stager.exporting.weights_export import WeightsExport, budget_of, part_of, resolved, shard_bytes_of
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import read_manifest
-from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.formats.contract import TensorSpec
 from stager.workers.checkpoint.layout.layout import contiguous_stride
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, UnstageableError
 from stager.workers.faults import point
 

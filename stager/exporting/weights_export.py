@@ -24,8 +24,8 @@ from stager.exporting.new_directory import refuse_if_taken
 from stager.exporting.part import Part
 from stager.exporting.sidecars import sidecars_of
 from stager.exporting.weight_names import Rename, check_rename
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import ArgumentError
 
 _STEP = re.compile(r"\{step(?::((?:0[1-9][0-9]?)?d?))?\}")  # as in persistence.name: {step}, {step:08d}

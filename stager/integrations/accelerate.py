@@ -40,8 +40,8 @@ from stager.saving.sidecars import File
 from stager.state.per_rank import PerRank
 from stager.state.rng_state import RngState
 from stager.state.stateful import is_stateful
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
+from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.errors import ArgumentError, ConfigError, UsageError
 
 logger = logging.getLogger("stager")

@@ -39,12 +39,12 @@ from stager.integrations.deepspeed_parts.area import MANIFESTS, Area, is_half_re
 from stager.integrations.deepspeed_parts.publisher import Publisher, TagSave
 from stager.path_checkpointer import PathCheckpointer
 from stager.saving.save import SaveHandle
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.manifest import Manifest, parse_manifest
-from stager.workers.checkpoint.directory.names import number_in
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.documents.manifest import Manifest, parse_manifest
+from stager.workers.checkpoint.documents.names import number_in
 from stager.workers.checkpoint.layout.layout import FileSpec
 from stager.workers.checkpoint.read.verify import check_files
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import (
     ArgumentError,
     CheckpointNotFoundError,

@@ -46,11 +46,11 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 from stager.config import StagerConfig, load_config
 from stager.path_checkpointer import PathCheckpointer
 from stager.saving.save import SaveHandle
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.manifest import read_manifest
-from stager.workers.checkpoint.directory.names import number_in
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.documents.names import number_in
 from stager.workers.checkpoint.formats.dcp import METADATA_NAME
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import ConfigError
 
 Config = str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None

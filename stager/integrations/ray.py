@@ -37,7 +37,7 @@ from stager.saving.preemption import Preemption
 from stager.saving.save import SaveHandle
 from stager.saving.sidecars import File
 from stager.state.stateful import Stateful
-from stager.workers.checkpoint.directory.names import number_in
+from stager.workers.checkpoint.documents.names import number_in
 from stager.workers.errors import ArgumentError, ConfigError, UsageError
 
 _NAME = "checkpoint_{step:08d}"

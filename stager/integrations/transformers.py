@@ -39,7 +39,7 @@ from stager.integrations.transformers_parts.trainer_refusals import refuse_what_
 from stager.integrations.transformers_parts.trainer_rotation import RotationRule
 from stager.integrations.transformers_parts.trainer_saves import Config, TrainerSaves
 from stager.integrations.two_weights import has_two_weights
-from stager.workers.checkpoint.directory.manifest import has_own_manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest, read_manifest
 from stager.workers.errors import UsageError
 
 logger = logging.getLogger("stager")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.read.verify import read_index_file
 
 
@@ -19,12 +18,12 @@ class CheckpointFiles(Mapping[str, bytes]):
 
     def __init__(self, path: str, manifest: Manifest) -> None:
         self._path = path
+        self._manifest = manifest
         names = set(manifest.header.sidecars)
         self._files = {file.name: file for file in manifest.index_files if file.name in names}
 
     def __getitem__(self, name: str) -> bytes:
-        file = self._files[name]
-        return read_index_file(os.path.join(self._path, name), file)
+        return read_index_file(self._path, self._manifest, self._files[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

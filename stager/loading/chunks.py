@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import contiguous_stride

@@ -6,7 +6,7 @@ import os
 import zipfile
 
 from stager.loading.pickles.legacy import is_legacy
-from stager.workers.checkpoint.directory.files import open_regular, storage_errors
+from stager.workers.checkpoint.storage.posix.files import open_regular, storage_errors
 from stager.workers.errors import CorruptCheckpointError, UsageError
 
 _HEAD_BYTES = 512

@@ -23,11 +23,11 @@ from stager.loading.restore import Restorer
 from stager.loading.safetensors_reader import SafetensorsFiles
 from stager.loading.selection import Selection
 from stager.state.stateful import Stateful
-from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import read_manifest
-from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix.files import open_regular, storage_errors
 from stager.workers.errors import UnsafePickleError, UsageError
 
 

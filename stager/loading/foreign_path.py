@@ -9,10 +9,10 @@ from typing import NamedTuple
 from stager.loading.file_kinds import refuse_other_kinds
 from stager.loading.safetensors_reader import INDEX_ENDING, SHARD_ADVICE, SHARD_BEGINNING, is_safetensors
 from stager.workers.checkpoint.directory.choice import runs_inside
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.names import is_partial, parse_checkpoint
 from stager.workers.checkpoint.directory.run_directory import checkpoint_names, committed_steps
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.documents.names import is_partial, parse_checkpoint
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from stager.workers.wording import first_of
 

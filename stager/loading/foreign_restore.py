@@ -29,7 +29,7 @@ from stager.loading.restore_plan import RestorePlan, refuse
 from stager.loading.selection import Selection
 from stager.loading.tied_names import with_tied_names
 from stager.state.shards import Box, is_sharded, shard_of, views_of
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.structure import Node, describe, walk

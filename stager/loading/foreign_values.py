@@ -11,7 +11,7 @@ from stager.loading.restore_plan import refuse
 from stager.state.flatten import flatten
 from stager.state.shards import Box, is_sharded, shard_of, views_of
 from stager.state.tensor_kinds import WholeTensor
-from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
+from stager.workers.checkpoint.documents.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import Layout

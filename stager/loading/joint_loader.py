@@ -25,8 +25,8 @@ from stager.loading.loader import Loader
 from stager.ranks import keys
 from stager.ranks.messages import LoadFailed, LoadNames, NewestStep, StepToLoad
 from stager.ranks.rank_group import RankGroup
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

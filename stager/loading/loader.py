@@ -29,11 +29,12 @@ from stager.loading.place import Run
 from stager.loading.renaming import Renaming
 from stager.loading.restore import Restorer
 from stager.loading.selection import Selection
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
-from stager.workers.checkpoint.read.verify import Fingerprint, check_files, fingerprint
+from stager.workers.checkpoint.documents.manifest import Manifest
+from stager.workers.checkpoint.read.verify import check_files, fingerprint
+from stager.workers.checkpoint.storage.contract import Fingerprint
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

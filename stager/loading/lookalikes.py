@@ -13,9 +13,9 @@ from itertools import islice
 
 from stager.loading.foreign_path import TORCH_ENDINGS, Origin, find, is_in_safetensors
 from stager.workers.checkpoint.directory.choice import is_run
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
-from stager.workers.checkpoint.directory.names import may_be_checkpoint, parse_checkpoint
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.checkpoint.directory.run_directory import checkpoint_names
+from stager.workers.checkpoint.documents.names import may_be_checkpoint, parse_checkpoint
 from stager.workers.errors import StagerError
 
 _LOOKED_AT = 1000  # names

@@ -55,7 +55,7 @@ from stager.loading.selection import Selection
 from stager.loading.sole_fit import sole_fit
 from stager.state.per_rank import PerRank, rank_key
 from stager.state.stateful import is_stateful
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.structure import ABSENT, Key, Node, Path, describe, is_with_recipe
 from stager.workers.checkpoint.layout.tensor_node import without_flags

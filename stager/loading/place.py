@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
-from stager.workers.checkpoint.directory.names import REPLACED, number_in, parse_checkpoint, parse_partial
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.run_directory import (
     CheckpointInfo,
     SkippedCheckpoint,
@@ -17,6 +16,8 @@ from stager.workers.checkpoint.directory.run_directory import (
     read_checkpoint,
     read_checkpoint_at,
 )
+from stager.workers.checkpoint.documents.manifest import Manifest
+from stager.workers.checkpoint.documents.names import REPLACED, number_in, parse_checkpoint, parse_partial
 from stager.workers.errors import CorruptCheckpointError, UsageError
 from stager.workers.wording import first_of
 

@@ -33,7 +33,7 @@ from stager.loading.restore_plan import RestorePlan
 from stager.loading.selection import Selection
 from stager.loading.sharded import fill_sharded
 from stager.loading.targets import Targets
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from stager.workers.checkpoint.layout.building import build, distinct
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor

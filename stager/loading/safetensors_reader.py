@@ -22,13 +22,13 @@ import torch
 
 from stager.loading.reading.plain_reader import PlainReader
 from stager.state.shards import Box
-from stager.workers.checkpoint.directory.files import open_regular, read_small, storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
+from stager.workers.checkpoint.documents.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.formats.safetensors_format import DTYPES
 from stager.workers.checkpoint.layout.dtypes import dtype_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_file_name, check_layout, check_shape, check_text
+from stager.workers.checkpoint.storage.posix.files import open_regular, read_small, storage_errors
 from stager.workers.errors import CorruptCheckpointError, UsageError
 
 _LARGEST_HEADER_BYTES = 100_000_000  # the limit of safetensors' own reader

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from stager.loading.dcp.index import Index
 from stager.loading.dcp.read_plan import read_plan
 from stager.state.shards import shard_of, views_of
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.structure import Chunks
 from stager.workers.checkpoint.read.blob_reader import BlobReader

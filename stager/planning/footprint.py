@@ -17,7 +17,7 @@ from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner, SnapshotPlan
 from stager.state.state_tree import StateTree
 from stager.workers._version import __version__
-from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader
+from stager.workers.checkpoint.documents.manifest import IndexFile, Manifest, ManifestHeader
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.layout import Layout, num_segments
 from stager.workers.errors import UnstageableError

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from stager.planning.optimizers import OptimizerKind, new_state
 from stager.state.optimizer_states import state_after_first_step
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.layout.building import build
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.items import Item

@@ -53,8 +53,8 @@ from stager.ranks.save_messages import SaveMessages, rank_failure
 from stager.workers import long_wait
 from stager.workers.checkpoint.commit.commit import Committed, already_committed, commit_recorded, partial_path
 from stager.workers.checkpoint.commit.persist import discard_partial, discard_unfinished, quarantine
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.receipt import finished_ranks
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.documents.receipt import finished_ranks
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import recorded_ranks
 from stager.workers.errors import ClosedError, RankFailedError, StagerError, StorageError

@@ -22,9 +22,9 @@ from contextlib import suppress
 from stager.ranks import keys
 from stager.ranks.messages import DirectoryOpened
 from stager.ranks.rank_group import RankGroup
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.run_directory import LOCK_NAME, lock_directory, share_lock
 from stager.workers.checkpoint.maintenance.recover import recover
+from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.posix.run_lock import LOCK_NAME, lock_directory, share_lock
 from stager.workers.errors import ConfigError, RankFailedError, UsageError
 
 logger = logging.getLogger("stager")

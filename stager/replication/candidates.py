@@ -11,14 +11,9 @@ from contextlib import suppress
 
 from stager.ranks.messages import OfferedReplica, RestorePlan
 from stager.ranks.rank_group import some_ranks
-from stager.workers.checkpoint.directory.names import partial_name
-from stager.workers.checkpoint.directory.receipt import finished_ranks
-from stager.workers.checkpoint.directory.run_directory import (
-    CheckpointInfo,
-    committed_steps,
-    path_of,
-    read_checkpoint,
-)
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, committed_steps, path_of, read_checkpoint
+from stager.workers.checkpoint.documents.names import partial_name
+from stager.workers.checkpoint.documents.receipt import finished_ranks
 from stager.workers.checkpoint.read.verify import check_files
 from stager.workers.errors import CorruptCheckpointError, StorageError
 

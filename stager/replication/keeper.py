@@ -19,8 +19,8 @@ import torch
 from stager.config.host import available_memory_bytes
 from stager.replication.replicas import Replicas
 from stager.workers.checkpoint.commit.replica import HEADER_SUFFIX, ReplicaHeader
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError, ReplicationError, StorageError
 
 MESSAGE_BYTES = 64 << 20  # of the messages that a snapshot travels in

@@ -39,7 +39,7 @@ from stager.replication.exchange import partners
 from stager.replication.replicas import Replicas
 from stager.workers.checkpoint.commit.persist import discard_partial
 from stager.workers.checkpoint.commit.replica import check_replica, persist_replica
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.errors import ReplicationError, StagerError, StorageError
 from stager.workers.memory.descriptor import Descriptor

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from stager.workers.checkpoint.commit.replica import HEADER_SUFFIX, ReplicaHeader, read_header
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.errors import ConfigError, CorruptCheckpointError, StorageError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from stager.workers.checkpoint.directory.names import checkpoint_name
+from stager.workers.checkpoint.documents.names import checkpoint_name
 from stager.workers.memory.descriptor import Descriptor
 
 

@@ -26,8 +26,8 @@ from stager.exporting.new_directory import remove_abandoned
 from stager.exporting.weights import ExportedWeights, export_saved
 from stager.exporting.weights_export import WeightsExport, command_of, resolved
 from stager.saving.save import Save
-from stager.workers.checkpoint.directory.read_lock import holding
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.storage.posix.read_lock import holding
 from stager.workers.errors import ArgumentError, CheckpointNotFoundError, ClosedError, LeftRunningError, UsageError
 from stager.workers.long_wait import LongWait
 from stager.workers.pool import codec

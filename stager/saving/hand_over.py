@@ -29,8 +29,8 @@ from stager.snapshot.slab_writer import SlabWriter
 from stager.snapshot.taker import Snapshot
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import PartResult, persist_part
+from stager.workers.checkpoint.storage.writing import Writing
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import LeftRunningError
 from stager.workers.faults import point

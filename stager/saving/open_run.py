@@ -17,8 +17,8 @@ from stager.saving.retainer import Retainer
 from stager.saving.save import Save
 from stager.saving.sidecars import File
 from stager.telemetry.listeners import Listeners
-from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.run_directory import checkpoint_names, newest_nbytes
+from stager.workers.checkpoint.documents.names import checkpoint_name
 from stager.workers.checkpoint.maintenance.retention import PruneReport
 from stager.workers.errors import UsageError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from stager.workers.checkpoint.directory.protected import change_protected_steps
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.directory.run_directory import path_of
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
 from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules

@@ -57,9 +57,9 @@ from stager.state.state_tree import StateTree
 from stager.telemetry.event import Event
 from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.names import not_a_checkpoint_name
+from stager.workers.checkpoint.documents.names import not_a_checkpoint_name
 from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
 from stager.workers.long_wait import LongWait

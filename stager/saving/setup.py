@@ -16,8 +16,8 @@ from stager.telemetry.listeners import Listeners
 from stager.telemetry.sinks import chrome_trace, json_lines
 from stager.workers._version import __version__
 from stager.workers.checkpoint.maintenance.retention_rules import KeepBest, RetentionRules
+from stager.workers.checkpoint.storage.writing import Writing
 from stager.workers.checkpoint.write.save_spec import SaveSpec
-from stager.workers.checkpoint.write.write_back import Writing
 from stager.workers.device.accelerator import NO_DEVICE_ENVIRONMENT
 from stager.workers.device.host_memory import can_register
 from stager.workers.errors import ConfigError

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import xxhash
 
 from stager.config.arguments import shown
-from stager.workers.checkpoint.directory.files import DOCUMENT_BYTES, storage_errors
-from stager.workers.checkpoint.directory.manifest import IndexFile
-from stager.workers.checkpoint.directory.own_files import is_own
+from stager.workers.checkpoint.documents.manifest import IndexFile
+from stager.workers.checkpoint.documents.own_names import is_own
+from stager.workers.checkpoint.storage.posix.files import DOCUMENT_BYTES, storage_errors
 from stager.workers.errors import ArgumentError
 
 File = bytes | bytearray | memoryview | str | os.PathLike[str]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from stager.state.copies import NO_COPIES, SMALL_BYTES, Copies, Copy
-from stager.workers.checkpoint.directory.files import IOV_MAX
+from stager.workers.checkpoint.storage.posix.files import IOV_MAX
 
 PIECE_BYTES = 16 << 20
 _MAX_GAP_BYTES = 64  # alignment leaves less than that between small copies

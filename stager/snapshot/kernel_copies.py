@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from stager.workers.checkpoint.directory.files import IOV_MAX
+from stager.workers.checkpoint.storage.posix.files import IOV_MAX
 from stager.workers.errors import InternalError, StorageError
 
 _libc = ctypes.CDLL(None, use_errno=True)

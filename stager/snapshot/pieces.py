@@ -28,7 +28,7 @@ from stager.state.copies import PACKED, Copy
 from stager.state.snapshot_plan import SnapshotPlan
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, Segment, align, partition
-from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
+from stager.workers.checkpoint.storage.posix.direct_io import BLOCK_BYTES
 from stager.workers.errors import MemoryBudgetError
 from stager.workers.memory.fill_marks import num_stretches
 

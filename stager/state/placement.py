@@ -7,7 +7,7 @@ overlap (tied weights, views, slices) become one extent and are copied once. A t
 The slab's order is not the files' order: large extents come first and small ones together behind them, so that small ones
 are copied many at a time (``batches.py``). Only a snapshot that is staged in pieces keeps to the files' order, because a
 piece holds what one part of the files needs. A large tensor lies within a block of memory as it does within a block of its
-file, so that the disk can take it from there (``stager.workers.checkpoint.write.direct_io``).
+file, so that the disk can take it from there (``stager.workers.checkpoint.storage.posix.direct_io``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from stager.state.copies import PACKED, SMALL_BYTES, Copies
 from stager.state.tensor_table import TensorTable
 from stager.workers.checkpoint.layout.layout import align
-from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES
+from stager.workers.checkpoint.storage.posix.direct_io import BLOCK_BYTES
 
 LARGE_BYTES = 1 << 20  # from here on the place in the file counts
 

@@ -13,13 +13,10 @@ from typing import Any
 
 from stager import Checkpointer
 from stager.stress.digest import digest
-from stager.workers.checkpoint.directory.names import is_partial, number_in, parse_partial
-from stager.workers.checkpoint.directory.run_directory import (
-    LOCK_NAME,
-    committed_steps,
-    read_checkpoint,
-)
+from stager.workers.checkpoint.directory.run_directory import committed_steps, read_checkpoint
+from stager.workers.checkpoint.documents.names import is_partial, number_in, parse_partial
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix.run_lock import LOCK_NAME
 from stager.workers.errors import StagerError
 
 _QUARANTINED = ".not-a-checkpoint-"

@@ -9,7 +9,7 @@ from stager import Checkpointer
 from stager.operations import recover
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.directory.run_directory import lock_directory
+from stager.workers.checkpoint.storage.posix.run_lock import lock_directory
 from stager.workers.errors import DirectoryInUseError
 from tests.cli.conftest import Outcome
 from tests.persistence.tasks import make_task

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stager import ArgumentError, Checkpointer, ConfigError, load_config, prune, recover, verify
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.storage.paths import local_path
 from tests.cli.conftest import Outcome
 from tests.persistence.tasks import save
 

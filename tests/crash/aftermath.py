@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from stager import Checkpointer
-from stager.workers.checkpoint.directory.run_directory import list_checkpoints, lock_directory
+from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix.run_lock import lock_directory
 from tests.crash.trainers import ORPHAN_TIMEOUT_SECS, value_of
 from tests.leaks import worker_processes
 

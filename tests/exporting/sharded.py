@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from stager.torch_api.storage.spans import SEGMENT_BYTES, SpanWriter, payload_of
-from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
+from stager.workers.checkpoint.documents.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.structure import Chunks

@@ -25,8 +25,8 @@ from stager import (
     export_checkpoint,
 )
 from stager.exporting.output import runs_of
-from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.formats import FORMATS
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import MemoryBudgetError
 from tests.cli.conftest import Outcome, flip_bit
 from tests.exporting.sharded import chunked_checkpoint

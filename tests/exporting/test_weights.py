@@ -244,7 +244,7 @@ def _exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _does_not_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stager.workers.checkpoint.directory import files
+    from stager.workers.checkpoint.storage.posix import files
 
     monkeypatch.setattr(files, "exchange", lambda first, second: False)
 

@@ -300,7 +300,7 @@ def test_what_changes_between_saves_of_one_plan_is_seen(kind: str, run_dir: Path
 
 
 def test_plain_state_has_the_structure_that_it_had_before(kind: str, run_dir: Path) -> None:
-    from stager.workers.checkpoint.directory.manifest import read_manifest
+    from stager.workers.checkpoint.directory.manifest_file import read_manifest
 
     weight = torch.ones(3)
     path = _save(run_dir, kind, {"a": weight, "b": weight.view(3), "c": [torch.ones(2), 5]})

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from stager.workers.checkpoint.commit import persist
-from stager.workers.checkpoint.directory.names import checkpoint_name
-from stager.workers.checkpoint.directory.receipt import Receipt
 from stager.workers.checkpoint.directory.run_directory import read_checkpoint
+from stager.workers.checkpoint.documents.names import checkpoint_name
+from stager.workers.checkpoint.documents.receipt import Receipt
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.write import part_writer
-from stager.workers.checkpoint.write.write_back import Writing
+from stager.workers.checkpoint.storage.posix import file_sink
+from stager.workers.checkpoint.storage.writing import Writing
 from stager.workers.errors import StorageError
 from tests.incremental.states import ADAPTER_FILE, FROZEN_FILES, frozen_and_adapter, save_incrementally, shared_files
 from tests.persistence.tasks import Crash, failing_call, in_turn, load, make_task, run
@@ -206,11 +206,11 @@ def test_part_that_is_run_again_never_writes_to_what_it_linked(
 ) -> None:
     """1. a worker links, and dies before its receipt. 2. the base is not to be trusted now. 3. the part is run again."""
     base = Path(save_incrementally(run_dir, 1.0, 1, None).path)
-    monkeypatch.setattr(part_writer, "_DIRECT_FROM_BYTES", 1)
+    monkeypatch.setattr(file_sink, "_DIRECT_FROM_BYTES", 1)
     job = make_task(run_dir, frozen_and_adapter(2.0), step=2, incremental=True, base_step=1, num_parts=1)
     job = replace(job, writing=Writing(direct_io=direct_io))
     with monkeypatch.context() as patch:
-        patch.setattr(Receipt, "write", _crash)
+        patch.setattr(Receipt, "to_bytes", _crash)
         with pytest.raises(Crash):
             persist.persist_part(job, 0)
     before = {name: ((base / name).read_bytes(), (base / name).stat().st_mtime_ns) for name in FROZEN_FILES}

@@ -17,7 +17,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from stager import ArgumentError, ConfigError, CorruptCheckpointError, RankFailedError, UsageError
 from stager.integrations.deepspeed import StagerCheckpointEngine, use, verify
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.storage.posix import files
 from tests.faults import faults_of_this_process
 from tests.states import same
 

@@ -20,7 +20,7 @@ import torch
 
 from stager import CheckpointNotFoundError, StorageError, UsageError, load_checkpoint, load_config
 from stager.integrations.lightning_parts import writer
-from stager.workers.checkpoint.directory.names import partial_name
+from stager.workers.checkpoint.documents.names import partial_name
 from tests import scripts
 from tests.faults import Faults
 from tests.integrations.training import Ended, Training, final, page_script, resumes_bit_equal, resumes_from_any_point

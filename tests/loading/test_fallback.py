@@ -13,7 +13,7 @@ import torch
 
 from stager import Checkpointer, CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from stager.loading.restore import Restorer
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.persistence.tasks import save
 from tests.states import same

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stager import Checkpointer, CorruptCheckpointError, StateMismatchError, UsageError, load_checkpoint
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from tests.persistence.tasks import save
 from tests.states import same
 

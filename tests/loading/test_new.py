@@ -16,8 +16,8 @@ import xxhash
 
 from stager import StagerError, UnloadableError, UnsafePickleError, UsageError
 from stager.loading.pickles.unpickle import unpickle
-from stager.workers.checkpoint.directory.envelope import seal, unseal
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
+from stager.workers.checkpoint.documents.envelope import seal, unseal
 from stager.workers.checkpoint.formats.object_pickle import pickle_object
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
 from tests.persistence.tasks import load, restorer, save

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from stager import Checkpointer, CorruptCheckpointError, load_checkpoint
-from stager.workers.checkpoint.directory.own_files import remove_own
+from stager.workers.checkpoint.storage.posix.own_files import remove_own
 from tests.persistence.tasks import save
 
 STATE = {"w": torch.arange(8.0), "v": torch.ones(3)}

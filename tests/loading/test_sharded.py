@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from stager import Checkpointer, CorruptCheckpointError, StateMismatchError
 from stager.torch_api.storage import StagerStorageWriter
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from tests.persistence.tasks import save
 from tests.staging.ranks import run_ranks
 

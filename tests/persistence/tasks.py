@@ -22,8 +22,8 @@ from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.commit import persist
 from stager.workers.checkpoint.commit.commit import Committed
-from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
+from stager.workers.checkpoint.documents.names import checkpoint_name
 from stager.workers.checkpoint.formats import contract, get_format
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask

@@ -17,13 +17,16 @@ import torch
 from stager.workers.checkpoint.commit import commit, persist
 from stager.workers.checkpoint.commit.commit import partial_path, try_commit
 from stager.workers.checkpoint.commit.persist import PartResult, discard_partial, persist_part
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import seal
-from stager.workers.checkpoint.directory.names import checkpoint_name
-from stager.workers.checkpoint.directory.own_files import remove_own
-from stager.workers.checkpoint.directory.receipt import read_receipt, receipt_name
 from stager.workers.checkpoint.directory.run_directory import partial_names, read_checkpoint
+from stager.workers.checkpoint.documents.envelope import seal
+from stager.workers.checkpoint.documents.names import checkpoint_name
+from stager.workers.checkpoint.documents.receipt import receipt_name
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.posix import files, transitions
+from stager.workers.checkpoint.storage.posix.file_system import FileSystem
+from stager.workers.checkpoint.storage.posix.own_files import remove_own
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 from stager.workers.errors import CorruptCheckpointError, StorageError
 from tests.persistence.tasks import load, make_task, run, save
@@ -53,6 +56,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], None]], N
 
         monkeypatch.setattr(commit, "point", point)
         monkeypatch.setattr(persist, "point", point)
+        monkeypatch.setattr(transitions, "point", point)
 
     return arm
 
@@ -149,16 +153,16 @@ def test_part_that_is_run_again_during_the_commit_waits_and_learns_of_it(
     results: list[PartResult] = []
     again = threading.Thread(target=lambda: results.append(persist_part(job, 0)))
     opened = threading.Event()
-    original = persist._open_partial
+    original = FileSystem.create
 
-    def open_partial(partial: str) -> int:
-        fd = original(partial)
+    def create(self: FileSystem, path: str) -> Entry:
+        entry = original(self, path)
         opened.set()
-        return fd
+        return entry
 
     def begin() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(persist, "_open_partial", open_partial)
+            patch.setattr(FileSystem, "create", create)
             again.start()
             opened.wait()
 
@@ -248,7 +252,8 @@ def work(job: WriteTask, part: int, runs: int, start: threading.Barrier, results
 
 def change_receipt(job: WriteTask, **changes: object) -> None:
     partial = partial_path(job.spec)
-    receipt = read_receipt(partial, 0, 0, job.spec.num_parts, job.spec.save_id)
+    with storage_of(partial).open(partial) as entry:
+        receipt = commit.read_receipt(entry, 0, 0, job.spec.num_parts, job.spec.save_id)
     assert receipt is not None
     Path(partial, receipt_name(0, 0, job.spec.num_parts)).write_bytes(seal({**asdict(receipt), **changes}))
 

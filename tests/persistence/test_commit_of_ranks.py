@@ -22,13 +22,14 @@ from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.commit import commit, persist
 from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, num_threads, partial_path
 from stager.workers.checkpoint.commit.persist import discard_partial
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import open_regular
-from stager.workers.checkpoint.directory.names import checkpoint_name
-from stager.workers.checkpoint.directory.receipt import receipt_name
+from stager.workers.checkpoint.documents.names import checkpoint_name
+from stager.workers.checkpoint.documents.receipt import receipt_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.maintenance import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import open_regular
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask, record_name
 from stager.workers.errors import CorruptCheckpointError, StorageError
@@ -139,8 +140,8 @@ def test_a_receipt_that_was_taken_away_meanwhile_is_missing(
 ) -> None:
     read = commit.read_receipt
 
-    def missing(directory: str, rank: int, *others: Any) -> Any:
-        return None if rank == 11 else read(directory, rank, *others)
+    def missing(entry: Entry, rank: int, *others: Any) -> Any:
+        return None if rank == 11 else read(entry, rank, *others)
 
     monkeypatch.setattr(commit, "read_receipt", missing)
     assert commit_recorded(written) is None

@@ -18,10 +18,15 @@ from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.write import direct_io as direct
-from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES, BUFFER_BYTES, IN_PLACE_FROM_BYTES, DirectWriter
-from stager.workers.checkpoint.write.part_writer import PartWriter
-from stager.workers.checkpoint.write.write_back import Writing
+from stager.workers.checkpoint.storage.posix import direct_io as direct
+from stager.workers.checkpoint.storage.posix.direct_io import (
+    BLOCK_BYTES,
+    BUFFER_BYTES,
+    IN_PLACE_FROM_BYTES,
+    DirectWriter,
+)
+from stager.workers.checkpoint.storage.posix.file_sink import FileSink
+from stager.workers.checkpoint.storage.writing import Writing
 from stager.workers.errors import StorageError
 from tests.persistence.tasks import load, make_task, run
 from tests.persistence.test_writing import cache_can_be_dropped, num_cached
@@ -242,7 +247,7 @@ def test_setting_decides(room: Path, monkeypatch: pytest.MonkeyPatch, direct_io:
 def test_full_disk_names_the_file(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir.mkdir()
     full = os.open("/dev/full", os.O_WRONLY)
-    monkeypatch.setattr(PartWriter, "_open_direct", lambda self, file: full)
+    monkeypatch.setattr(FileSink, "_open_direct", lambda self, file: full)
     job = replace(make_task(run_dir, {"big": torch.arange(6.0 * MIB)}), writing=Writing(direct_io=True))
     with pytest.raises(StorageError, match=r"__0_0\.distcp.*No space left"):
         run(job)

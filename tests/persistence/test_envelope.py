@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stager.workers.checkpoint.directory.envelope import seal, seal_json, unseal
+from stager.workers.checkpoint.documents.envelope import seal, seal_json, unseal
 from stager.workers.errors import CorruptCheckpointError
 
 BODY = {"step": 3, "files": [["a", 1]], "text": "grüße", "number": 0.1, "none": None}

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from stager.workers.checkpoint.commit.in_threads import in_threads
+from stager.workers.checkpoint.storage.in_threads import in_threads
 
 
 def test_one_thread_is_the_callers() -> None:

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stager.workers.checkpoint.directory.envelope import seal, seal_json
-from stager.workers.checkpoint.directory.manifest import parse_manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints
+from stager.workers.checkpoint.documents.envelope import seal, seal_json
+from stager.workers.checkpoint.documents.manifest import parse_manifest
 from stager.workers.errors import CorruptCheckpointError
 from tests.persistence.tasks import save
 

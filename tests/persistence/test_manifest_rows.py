@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, ManifestHeader, parse_manifest
+from stager.workers.checkpoint.documents.manifest import IndexFile, Manifest, ManifestHeader, parse_manifest
 from stager.workers.checkpoint.layout.items import ROW_COLUMNS
 from stager.workers.checkpoint.layout.layout import Layout, num_segments
 from stager.workers.checkpoint.write.write_task import read_layout

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.directory.manifest import read_header
+from stager.workers.checkpoint.directory.manifest_file import read_header
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.write.write_task import WriteTask
 from tests.persistence.tasks import make_task

@@ -14,12 +14,12 @@ import torch
 
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import discard_unfinished, persist_part, quarantine
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import seal, unseal
-from stager.workers.checkpoint.directory.names import checkpoint_name, unfinished_name
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints, partial_names, read_checkpoint
+from stager.workers.checkpoint.documents.envelope import seal, unseal
+from stager.workers.checkpoint.documents.names import checkpoint_name, unfinished_name
 from stager.workers.checkpoint.maintenance.recover import RecoveredDirectory, RecoverOutcome, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.write.write_task import WriteTask
 from tests.persistence.tasks import Crash, failing_call, in_turn, load, make_task, run, save
 from tests.states import same
@@ -124,7 +124,7 @@ def stop_before_renaming(run_dir: Path, **options: Any) -> WriteTask:
     """The manifest is there, the name is not."""
     task = make_task(run_dir, NEW, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", _crash)
+        patch.setattr("stager.workers.checkpoint.storage.posix.file_system.rename_over", _crash)
         with pytest.raises(Crash):
             run(task)
     return task

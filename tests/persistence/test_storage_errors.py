@@ -14,21 +14,20 @@ import torch
 
 from stager import Checkpointer
 from stager.workers.checkpoint.commit.persist import discard_partial
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.names import checkpoint_name
 from stager.workers.checkpoint.directory.run_directory import (
-    LOCK_NAME,
     committed_steps,
     list_checkpoints,
-    lock_directory,
     partial_names,
     read_checkpoint,
 )
+from stager.workers.checkpoint.documents.names import checkpoint_name
 from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.layout import align
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.posix.run_lock import LOCK_NAME, lock_directory
 from stager.workers.errors import DirectoryInUseError, StorageError
 from tests.persistence.tasks import failing_call, in_turn, load, make_task, run, save
 from tests.small_disk import small_disk_at

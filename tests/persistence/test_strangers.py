@@ -14,8 +14,8 @@ from stager import Checkpointer, RecoverOutcome, UsageError, recover, verify
 from stager.operations import prune
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.directory.own_files import is_own
 from stager.workers.checkpoint.directory.run_directory import is_checkpoint_directory
+from stager.workers.checkpoint.documents.own_names import is_own
 from tests.cli.conftest import Outcome
 from tests.persistence.tasks import load, make_task, save
 from tests.states import same

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.read.verify import check_files, fingerprint, verify_checkpoint
 from stager.workers.errors import CheckpointNotFoundError
 from tests.persistence.tasks import save

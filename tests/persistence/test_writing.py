@@ -15,9 +15,10 @@ import torch
 
 from stager import Checkpointer
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix import write_back as writing
+from stager.workers.checkpoint.storage.posix.write_back import WriteBack, drop_cached
+from stager.workers.checkpoint.storage.writing import Pace, Writing
 from stager.workers.checkpoint.write import part_writer
-from stager.workers.checkpoint.write import write_back as writing
-from stager.workers.checkpoint.write.write_back import Pace, WriteBack, Writing, drop_cached
 from tests.persistence.tasks import load, make_task, run
 from tests.states import same
 

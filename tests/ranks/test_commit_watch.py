@@ -25,8 +25,8 @@ from stager.ranks.rank_group import RankGroup
 from stager.ranks.rendezvous import Rendezvous
 from stager.workers import long_wait
 from stager.workers.checkpoint.commit.commit import Committed, commit_recorded, partial_path
-from stager.workers.checkpoint.directory.receipt import receipt_name
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.documents.receipt import receipt_name
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import record_name
 from stager.workers.errors import ClosedError, RankFailedError, StorageError

@@ -9,8 +9,8 @@ import pytest
 
 from stager.workers.checkpoint.commit.commit import build_manifest
 from stager.workers.checkpoint.commit.merge import RankContribution, merge
-from stager.workers.checkpoint.directory.manifest import parse_manifest
-from stager.workers.checkpoint.directory.receipt import Receipt
+from stager.workers.checkpoint.documents.manifest import parse_manifest
+from stager.workers.checkpoint.documents.receipt import Receipt
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, partition_once

@@ -15,8 +15,8 @@ import stager
 from stager import Checkpointer, ConfigError, KeepBest, UsageError
 from stager.cli.prune_command import _keep_best
 from stager.config import load_config
-from stager.workers.checkpoint.directory import metrics as codec
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.documents import metrics as codec
 from stager.workers.checkpoint.maintenance import retention_rules
 from stager.workers.checkpoint.maintenance.retention import PruneFate, prune
 from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules

@@ -18,7 +18,7 @@ from stager import (
     StorageError,
     UsageError,
 )
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.reading import reading
 from tests.retention.runs import make_run, steps_of
 from tests.staging.ranks import run_ranks
 

@@ -17,13 +17,13 @@ from stager.loading.loader import Loader
 from stager.loading.place import Run
 from stager.loading.restore import Restorer
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.protected import PROTECTED_NAME, change_protected_steps, read_protected
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.directory.run_directory import committed_steps, partial_names, removing_names
 from stager.workers.checkpoint.maintenance.retention import PruneFate, PruneReport, prune
 from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import CorruptCheckpointError
 from tests.incremental.states import save_incrementally
 from tests.persistence.tasks import make_task, save

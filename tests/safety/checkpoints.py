@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from stager.workers.checkpoint.directory.envelope import seal
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.documents.envelope import seal
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.formats import FORMATS
 from tests.persistence.tasks import save
 from tests.states import DTYPES, random_tensor

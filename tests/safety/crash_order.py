@@ -27,12 +27,11 @@ from stager.loading.loader import Loader
 from stager.loading.place import Run
 from stager.torch_api.storage import StagerStorageWriter
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.directory import files
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.write import part_writer
-from stager.workers.checkpoint.write.write_back import Writing
+from stager.workers.checkpoint.storage.posix import file_sink, files
+from stager.workers.checkpoint.storage.writing import Writing
 from stager.workers.checkpoint.write.write_task import WriteTask
 from tests.incremental.states import frozen_and_adapter, save_incrementally
 from tests.persistence.tasks import Crash, load, make_task, run, save
@@ -96,7 +95,7 @@ def _unnamed(run_dir: Path, **options: Any) -> None:
         raise Crash
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", crash)
+        patch.setattr("stager.workers.checkpoint.storage.posix.file_system.rename_over", crash)
         with suppress(Crash):
             run(make_task(run_dir, NEW, **options))
 
@@ -152,7 +151,7 @@ def _past_the_page_cache(run_dir: Path, seed: int) -> Callable[[Recorder], objec
 
     def work(_: Recorder) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(part_writer, "_DIRECT_FROM_BYTES", 1)
+            patch.setattr(file_sink, "_DIRECT_FROM_BYTES", 1)
             run(replace(job, writing=Writing(direct_io=True)))
 
     return work

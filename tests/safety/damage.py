@@ -19,8 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from stager.loading.restore import Restorer
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, Manifest
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, read_checkpoint
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError
 from tests.safety.checkpoints import draw_checkpoint

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stager.workers.checkpoint.directory.envelope import seal_json
+from stager.workers.checkpoint.documents.envelope import seal_json
 
 _NUMBERS: list[Any] = [-1, 0, 1, 2, 7, 63, 64, 255, 1 << 31, 1 << 32, 1 << 40, (1 << 62) + 1, (1 << 63) - 1, 1 << 63,
     1 << 64, 10**300, -(1 << 63), 0.0, -0.0, 0.5, 1e18, 1e300, 1.0, True, False]  # fmt: skip

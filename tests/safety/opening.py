@@ -26,7 +26,7 @@ from stager.exporting.export import export_checkpoint
 from stager.loading.loader import Loader
 from stager.loading.place import Run
 from stager.torch_api.storage import StagerStorageReader
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.storage.posix import files
 
 
 @dataclass(frozen=True)

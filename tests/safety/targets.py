@@ -19,8 +19,8 @@ import xxhash
 
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.directory.envelope import seal
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.documents.envelope import seal
 from tests.persistence.tasks import Crash, make_task, run, save
 from tests.safety.mutate import mutate_archive, mutate_bytes, mutate_file, mutate_json, mutate_pickle, sealed
 
@@ -130,7 +130,7 @@ def _unnamed(run_dir: Path) -> None:
     save(run_dir, {"a": torch.zeros(2)}, step=STEP, fsync=False)
     job = make_task(run_dir, STATE, step=STEP, fsync=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stager.workers.checkpoint.commit.commit._rename_over", crash)
+        patch.setattr("stager.workers.checkpoint.storage.posix.file_system.rename_over", crash)
         with pytest.raises(Crash):
             run(job)
     assert Path(partial_path(job.spec)).is_dir()

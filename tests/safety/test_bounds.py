@@ -20,12 +20,13 @@ from stager.loading.place import Run
 from stager.loading.restore import Restorer
 from stager.workers.checkpoint.commit.commit import partial_path
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.directory.envelope import seal, unseal
-from stager.workers.checkpoint.directory.files import read_small
-from stager.workers.checkpoint.directory.manifest import parse_manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.run_directory import read_checkpoint
+from stager.workers.checkpoint.documents.envelope import seal, unseal
+from stager.workers.checkpoint.documents.manifest import parse_manifest
 from stager.workers.checkpoint.layout.layout_check import _tile
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
+from stager.workers.checkpoint.storage.posix.files import read_small
 from stager.workers.memory.slab import Slab
 from tests import scripts
 from tests.persistence.tasks import make_task, restorer, save

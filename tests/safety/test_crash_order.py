@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.write import part_writer
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.file_sink import FileSink
 from tests.safety.crash_order import CASES, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -36,6 +36,6 @@ def test_names_that_are_not_synced_would_be_found(tmp_path: Path, monkeypatch: p
 
 def test_bytes_that_are_not_synced_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that signs its receipt before its files are on the disk."""
-    monkeypatch.setattr(part_writer.PartWriter, "sync", lambda self: None)
+    monkeypatch.setattr(FileSink, "sync", lambda self: None)
     violations = replay("first save", tmp_path, seed=1, num_random=0).violations
     assert any("damaged checkpoint under the name of a whole one" in line for line in violations)

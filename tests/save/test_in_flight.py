@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from stager import ArenaFullError, Checkpointer, ClosedError, DirectoryInUseError, SaveState, StorageError, UsageError
-from stager.workers.checkpoint.directory.run_directory import lock_directory
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix.run_lock import lock_directory
 from tests.faults import Faults
 from tests.states import same
 from tests.waiting import wait_until_blocked

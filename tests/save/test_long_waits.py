@@ -12,7 +12,7 @@ import pytest
 from stager.arena.arena import Arena
 from stager.saving.staging_thread import StagingThread
 from stager.workers import long_wait
-from stager.workers.checkpoint.directory.run_directory import lock_directory
+from stager.workers.checkpoint.storage.posix.run_lock import lock_directory
 from stager.workers.errors import DirectoryInUseError
 
 

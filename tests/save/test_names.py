@@ -20,7 +20,7 @@ from stager import (
     prune,
     verify,
 )
-from stager.workers.checkpoint.directory.names import (
+from stager.workers.checkpoint.documents.names import (
     check_template,
     checkpoint_name,
     is_partial,

@@ -13,9 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from stager.torch_api.storage import StagerStorageReader, StagerStorageWriter
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from stager import Checkpointer
 from stager.torch_api.storage import StagerStorageReader, StagerStorageWriter
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.layout.structure import Chunks, fqn, leaves
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.staging.ranks import run_ranks

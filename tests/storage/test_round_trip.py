@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from stager import Checkpointer, DefaultStager, StagingOptions
 from stager.torch_api.storage import StagerStorageReader, StagerStorageWriter, assembly, spans, writer
-from stager.workers.checkpoint.directory.manifest import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from tests.states import same
 from tests.storage.states import NOT_STOCKS, READERS, WRITERS, blank, load, save, state_for_dcp

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stager.workers.checkpoint.directory.files import remove, storage_errors, sync_directory
+from stager.workers.checkpoint.storage.posix.files import remove, storage_errors, sync_directory
 from stager.workers.faults import point
 
 

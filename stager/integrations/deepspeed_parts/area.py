@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.storage.posix import files
 
 AREA = ".stager"
 MANIFESTS = ".stager"  # in a tag

@@ -35,8 +35,8 @@ from stager.integrations.deepspeed_parts.area import (
     write_message,
 )
 from stager.saving.save import SaveHandle
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import InconsistentRanksError, RankFailedError
 from stager.workers.faults import point
 

@@ -7,8 +7,9 @@ import os
 import time
 
 from stager import recover
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.checkpoint.directory.run_directory import partial_names
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.errors import DirectoryInUseError, StorageError
 
 logger = logging.getLogger("stager")

@@ -26,7 +26,7 @@ from stager.integrations.lightning_parts.ranks import of_all_ranks, of_rank_0, o
 from stager.integrations.lightning_parts.scratch import is_scratch
 from stager.integrations.lightning_parts.whole_file import META
 from stager.integrations.lightning_parts.writer import CheckpointWriter, absolute, optimizers_of
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.errors import RankFailedError
 
 logger = logging.getLogger("stager")

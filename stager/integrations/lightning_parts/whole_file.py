@@ -11,7 +11,7 @@ import torch
 from stager import CheckpointNotFoundError, load_checkpoint, load_config
 from stager.integrations.lightning_parts.earlier_run import finish_earlier_run
 from stager.integrations.lightning_parts.writer import absolute, wait_for_saves_to
-from stager.workers.checkpoint.directory.manifest import has_own_manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest, read_manifest
 
 M = TypeVar("M")
 

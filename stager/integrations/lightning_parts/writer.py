@@ -19,10 +19,10 @@ from stager import CheckpointNotFoundError, Event, PathCheckpointer, SaveHandle,
 from stager.integrations.lightning_parts.removals import Removals
 from stager.path_checkpointer import refuse_rules
 from stager.saving.sidecars import File
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
-from stager.workers.checkpoint.directory.names import number_in
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
+from stager.workers.checkpoint.documents.names import number_in
 from stager.workers.checkpoint.maintenance.retention import remove as remove_here
+from stager.workers.checkpoint.storage.paths import local_path
 
 logger = logging.getLogger("stager")
 

@@ -34,13 +34,13 @@ from stager.integrations.torch_checkpointing_parts.receipt import (
 )
 from stager.integrations.torch_checkpointing_parts.write_stream import hash_file
 from stager.workers._version import __version__
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
-from stager.workers.checkpoint.directory.names import check_name, checkpoint_name, number_in
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
+from stager.workers.checkpoint.documents.names import check_name, checkpoint_name, number_in
 from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import StorageError
 from stager.workers.faults import point
 

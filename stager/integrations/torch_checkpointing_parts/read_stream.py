@@ -10,9 +10,10 @@ from typing import Any
 
 import xxhash
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest, has_own_manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest, read_manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError
 
 

@@ -10,9 +10,9 @@ import os
 import re
 from dataclasses import asdict, dataclass
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import seal, unseal
+from stager.workers.checkpoint.documents.envelope import seal, unseal
 from stager.workers.checkpoint.layout.layout_check import check_count, check_text, check_texts
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import CorruptCheckpointError
 
 SEGMENT_BYTES = 16 << 20

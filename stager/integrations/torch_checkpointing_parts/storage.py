@@ -19,9 +19,9 @@ from stager.integrations.torch_checkpointing_parts.commit import commit
 from stager.integrations.torch_checkpointing_parts.read_stream import HashedFile, ReadStream, hashed_files
 from stager.integrations.torch_checkpointing_parts.receipt import is_receipt, is_unfinished, receipt_path
 from stager.integrations.torch_checkpointing_parts.write_stream import WriteStream
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import ArgumentError
 
 _RUN_KEY = "stager/torch_checkpointing/run"

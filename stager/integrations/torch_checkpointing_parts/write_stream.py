@@ -18,8 +18,8 @@ from stager.integrations.torch_checkpointing_parts.receipt import (
     receipt_path,
     unfinished_path,
 )
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import UsageError
 from stager.workers.faults import point
 

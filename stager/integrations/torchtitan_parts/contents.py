@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.components.checkpointer import DATALOADER, LR_SCHEDULER, OPTIMIZER, TRAIN_STATE
 
 from stager.loading.dcp.stock_metadata import parse_stock_metadata
-from stager.workers.checkpoint.directory.files import read_small
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
+from stager.workers.checkpoint.storage.posix.files import read_small
 from stager.workers.errors import CheckpointNotFoundError, StagerError, StorageError
 
 logger = logging.getLogger("stager")

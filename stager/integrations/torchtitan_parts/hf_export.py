@@ -21,7 +21,7 @@ from stager.exporting.new_directory import refuse_if_taken
 from stager.exporting.weights import export_weights
 from stager.path_checkpointer import PathCheckpointer
 from stager.saving.save import SaveHandle
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 
 logger = logging.getLogger("stager")
 

@@ -7,7 +7,7 @@ import os
 import shutil
 
 from stager.integrations.torchtitan_parts.contents import step_path, steps_in
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 
 logger = logging.getLogger("stager")
 

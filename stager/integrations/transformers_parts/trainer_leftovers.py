@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 
 _SENTINEL = "checkpoint-is-incomplete.txt"
 

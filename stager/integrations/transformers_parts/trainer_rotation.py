@@ -27,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from stager import SaveHandle
 from stager.telemetry.report import SaveState
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.errors import CheckpointNotFoundError, StagerError
 
 logger = logging.getLogger("stager")

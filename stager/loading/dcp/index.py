@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from stager.workers.checkpoint.directory.manifest import Manifest, read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.structure import Chunks, is_recipe, leaves, names_of

@@ -21,7 +21,7 @@ from torch.futures import Future
 from stager.loading.dcp.objects import hand_over_object
 from stager.loading.dcp.stock_metadata import parse_stock_metadata
 from stager.loading.pickles.archive_check import check_archive
-from stager.workers.checkpoint.directory.files import open_regular, read_small, storage_errors
+from stager.workers.checkpoint.storage.posix.files import open_regular, read_small, storage_errors
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StagerError
 
 

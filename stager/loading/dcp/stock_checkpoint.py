@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from stager.loading.dcp.stock import StockReader
 from stager.state.shards import Box
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest, ManifestHeader
+from stager.workers.checkpoint.documents.manifest import Manifest, ManifestHeader
 from stager.workers.checkpoint.layout.dtypes import dtype_of, name_of, new_tensor
 from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import Layout, contiguous_stride
 from stager.workers.checkpoint.layout.structure import Node
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError, StagerError, UsageError
 
 

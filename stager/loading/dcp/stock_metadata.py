@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from stager.loading.pickles.pickle_check import check_pickle
-from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.layout.layout_check import Box, check_count, check_shape, check_text, check_tiling
 from stager.workers.checkpoint.layout.structure import fqn
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError, UnsafePickleError, UsageError
 
 _TIED = 2  # how many names may share the same bytes on average; each name takes memory of its own

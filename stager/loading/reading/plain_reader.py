@@ -9,9 +9,9 @@ from contextlib import ExitStack
 
 import torch
 
-from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.read.blob_reader import Target
+from stager.workers.checkpoint.storage.posix.files import open_regular, storage_errors
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.memory.pages import bytes_at
 

@@ -18,10 +18,10 @@ from stager.loading.dcp.read_plan import read_plan
 from stager.loading.dcp.stock import StockReader
 from stager.loading.foreign_path import METADATA_NAME, find
 from stager.loading.reading.plain_reader import PlainReader
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.reading import reading
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.read.blob_reader import BlobReader
+from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.errors import CheckpointNotFoundError, UsageError
 
 

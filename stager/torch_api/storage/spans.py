@@ -12,13 +12,13 @@ import xxhash
 
 from stager.ranks.cutting import is_stored_raw
 from stager.state.tensor_kinds import PLAIN_TENSORS
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
 from stager.workers.checkpoint.formats.object_pickle import pickle_object
 from stager.workers.checkpoint.formats.torch_save import header_and_tail
 from stager.workers.checkpoint.layout.dtypes import name_of
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import align, contiguous_stride, is_dense
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.memory.pages import bytes_at
 
 SEGMENT_BYTES = 64 << 20  # what one hash covers; the default of persistence.segment_bytes

@@ -10,14 +10,16 @@ from contextlib import contextmanager, suppress
 import xxhash
 
 from stager.workers.checkpoint.commit.commit import put_in_place
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
-from stager.workers.checkpoint.directory.names import parse_checkpoint
-from stager.workers.checkpoint.directory.own_files import is_own, remove_own
-from stager.workers.checkpoint.directory.paths import local_path
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, IndexFile, Manifest, ManifestHeader
+from stager.workers.checkpoint.documents.names import parse_checkpoint
+from stager.workers.checkpoint.documents.own_names import is_own
 from stager.workers.checkpoint.formats.dcp import METADATA_NAME
 from stager.workers.checkpoint.layout.layout import Layout
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.directory_entry import DirectoryEntry
+from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.posix.own_files import remove_own
 from stager.workers.errors import StorageError, UsageError
 
 _LARGEST_STEP = (1 << 63) - 1  # that a manifest can hold
@@ -102,7 +104,7 @@ class Target:
                 manifest = Manifest(header, layout, hashes, (index_file,))
                 # Last, because it proves that every other file is complete.
                 files.write_atomically(directory_fd, self.partial, MANIFEST_NAME, manifest.to_bytes(), fsync)
-                put_in_place(self.partial, self.path, manifest, directory_fd, fsync, is_replaceable)
+                put_in_place(DirectoryEntry(self.partial, directory_fd), self.path, manifest, fsync, is_replaceable)
             finally:
                 os.close(directory_fd)
         self._made = None

@@ -34,8 +34,8 @@ from stager.torch_api.storage.assembly import assemble
 from stager.torch_api.storage.spans import Payload, SpanWriter, Written, payload_of
 from stager.torch_api.storage.target import Target
 from stager.workers._version import __version__
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import ManifestHeader
+from stager.workers.checkpoint.documents.manifest import ManifestHeader
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import UnstageableError, UsageError
 
 _SMALLEST_FILE_BYTES = 16 << 20  # below this, another thread and file cost more time than they save

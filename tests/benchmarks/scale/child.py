@@ -16,8 +16,9 @@ import xxhash
 
 from stager.workers.checkpoint.commit.commit import build_manifest, partial_path, read_contributions
 from stager.workers.checkpoint.commit.merge import merge
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, IndexFile, read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, partial_names
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, IndexFile
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.gc_pause import no_collection
 from tests.benchmarks.scale.measured import Commit, Parse, Stock

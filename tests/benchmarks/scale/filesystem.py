@@ -78,7 +78,7 @@ class FileSystem:
         self.num_syncs += 1
 
     def write_atomically(self, actor: Actor, directory: Directory, nbytes: float = 0.0) -> Steps[None]:
-        """``stager.workers.checkpoint.directory.files.write_atomically``: create, write, sync, rename."""
+        """``stager.workers.checkpoint.storage.posix.files.write_atomically``: create, write, sync, rename."""
         yield from self.call(actor, Call.CREATE)
         directory.num_names += 1
         actor.now += nbytes / self._parameters.client_bytes_per_sec

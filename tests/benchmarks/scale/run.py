@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from stager.ranks.messages import LeafEntry
-from stager.workers.checkpoint.directory.files import DOCUMENT_BYTES
+from stager.workers.checkpoint.storage.posix.files import DOCUMENT_BYTES
 from stager.workers.gc_pause import no_collection
 from tests.benchmarks.scale.agreement import Kind, settle
 from tests.benchmarks.scale.costs import CostModel

@@ -9,14 +9,14 @@ from typing import Any
 
 from stager.ranks.naming import name_all, name_written
 from stager.workers.checkpoint.commit.commit import partial_path
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.receipt import Receipt
+from stager.workers.checkpoint.documents.receipt import Receipt
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.formats.contract import TensorSpec, TensorSpecs, evenly
 from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, Templates, align, partition_once
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan, objects_to_json
 from stager.workers.checkpoint.layout.structure import ABSENT, Node
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import Extent, WriteTask, record_name, to_record
 from tests.benchmarks.scale.size import Size

@@ -86,7 +86,7 @@ class Server:
 def in_threads(
     simulation: Simulation, actor: Actor, jobs: Sequence[Callable[[Actor], Steps[None]]], num_threads: int
 ) -> Steps[None]:
-    """All of ``jobs``, by so many threads of one process: ``stager.workers.checkpoint.commit.in_threads``."""
+    """All of ``jobs``, by so many threads of one process: ``stager.workers.checkpoint.storage.in_threads``."""
     workers = [Actor(actor.now) for _ in range(min(num_threads, len(jobs)))]
     num_working = len(workers)
     left = iter(jobs)

@@ -36,7 +36,7 @@ from stager.snapshot.slab_writer import SlabWriter
 from stager.state.flatten import flatten
 from stager.state.snapshot_plan import Planner
 from stager.workers.checkpoint.commit import persist
-from stager.workers.checkpoint.directory.receipt import receipt_name
+from stager.workers.checkpoint.documents.receipt import receipt_name
 from stager.workers.checkpoint.formats import contract, get_format
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask

@@ -14,36 +14,37 @@ the receipts; after a crash in 3 or 4, from the manifest.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import xxhash
 
-from stager.workers.checkpoint.commit.in_threads import in_threads
 from stager.workers.checkpoint.commit.merge import RankContribution, merge
-from stager.workers.checkpoint.directory import files, run_directory
-from stager.workers.checkpoint.directory.files import is_still, storage_errors, vanished
-from stager.workers.checkpoint.directory.manifest import (
+from stager.workers.checkpoint.directory import run_directory
+from stager.workers.checkpoint.directory.manifest_file import has_manifest
+from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.documents.manifest import (
     MANIFEST_NAME,
     IndexFile,
     Manifest,
     ManifestHeader,
     parse_manifest,
 )
-from stager.workers.checkpoint.directory.names import REPLACED, not_a_checkpoint_name, partial_name
-from stager.workers.checkpoint.directory.own_files import own_files, remove_own
-from stager.workers.checkpoint.directory.read_lock import holding
-from stager.workers.checkpoint.directory.receipt import finished_ranks, read_receipt
-from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
+from stager.workers.checkpoint.documents.names import partial_name
+from stager.workers.checkpoint.documents.receipt import Receipt, finished_ranks, parse_receipt, receipt_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_count, check_distinct
+from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.in_threads import in_threads
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import from_record, record_name
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
@@ -55,6 +56,7 @@ from stager.workers.faults import point
 # above holds. Only one thread at a time parses what was read: more would compete for the interpreter, which costs a fifth of
 # the time.
 _MAX_THREADS = 32
+_UNWATCHED: AbstractContextManager[object] = nullcontext()
 _RANKS_PER_THREAD = 4  # for fewer ranks, starting a thread costs more than it saves
 
 
@@ -89,7 +91,7 @@ def already_committed(spec: SaveSpec) -> Committed | None:
 
 
 # NOTE [ The lock on a partial directory ]
-# A part holds the directory's flock shared, from before it looks for its receipt until the receipt is written. A commit
+# A part holds the directory's lock shared, from before it looks for its receipt until the receipt is written. A commit
 # takes the lock exclusively, and gives up at once if it cannot. So nobody writes into a directory that is being
 # committed, not even a part that runs again because its worker died. And no commit is missed. Who is refused knows that
 # another part or commit is going on. The last part to release the shared lock either gets the exclusive lock, or is
@@ -98,20 +100,6 @@ def already_committed(spec: SaveSpec) -> Committed | None:
 # The lock belongs to the directory, not to its name, and a commit changes what the name stands for: nothing, or an
 # older checkpoint of the step until it is removed. So after taking the lock, a process first checks that it is not too
 # late (``is_still``, ``already_committed``). It publishes a manifest only if the manifest is this save's.
-@contextmanager
-def locked(path: str) -> Iterator[int]:
-    """Open the directory ``path`` and take its flock exclusively, without waiting. Yields the descriptor.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
-        OSError: the directory cannot be opened.
-    """
-    directory_fd = files.open_directory(path, follow=False)
-    try:
-        fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield directory_fd
-    finally:
-        os.close(directory_fd)  # releases the lock
 
 
 def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
@@ -125,23 +113,24 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
     """
     started = time.time()
     partial, final = partial_path(spec), final_path(spec)
-    with storage_errors("commit", partial), ExitStack() as stack:
+    with storage_errors("commit", partial):
         try:
-            directory_fd = stack.enter_context(locked(partial))
+            entry = storage_of(spec.directory).open(partial)
         except FileNotFoundError:
             return already_committed(spec) or vanished(partial)
-        except BlockingIOError:  # see NOTE [ The lock on a partial directory ]
-            return None
-        # Only with the lock: before, another process could still rename the directory.
-        if not is_still(partial, directory_fd):
-            return already_committed(spec) or vanished(partial)
-        manifest = manifest_of(spec, layout, directory_fd)
-        if manifest is None:
-            return None
-        # With the name exchanged, this is the older checkpoint of the step, and its manifest is not ours to publish.
-        if manifest.header.save_id != spec.save_id:
-            return already_committed(spec) or vanished(partial)
-        put_in_place(partial, final, manifest, directory_fd, spec.fsync, num_threads=num_threads(spec.num_ranks))
+        with entry:
+            if not entry.try_lock():  # see NOTE [ The lock on a partial directory ]
+                return None
+            # Only with the lock: before, another process could still rename the directory.
+            if not entry.is_still():
+                return already_committed(spec) or vanished(partial)
+            manifest = manifest_of(spec, layout, entry)
+            if manifest is None:
+                return None
+            # With the name exchanged, this is the older checkpoint of the step, and its manifest is not ours to publish.
+            if manifest.header.save_id != spec.save_id:
+                return already_committed(spec) or vanished(partial)
+            put_in_place(entry, final, manifest, spec.fsync, num_threads=num_threads(spec.num_ranks))
     return Committed(CheckpointInfo.of(final, manifest), started, time.time(), os.getpid())
 
 
@@ -149,7 +138,8 @@ def commit_recorded(spec: SaveSpec) -> Committed | None:
     """Commit as :func:`try_commit` does, without a layout: reads it from the save record in the partial directory."""
     with storage_errors("commit", partial_path(spec)):
         try:
-            own, layout = _read_record(spec, spec.rank, threading.Lock())
+            with storage_of(spec.directory).open(partial_path(spec)) as entry:
+                own, layout = _read_record(spec, spec.rank, entry, _UNWATCHED)
         except FileNotFoundError:  # step 3 has removed it: the manifest is there, only the rename is missing
             own, layout = spec, Layout((), Items.of(()), None, 1)
     return try_commit(own, layout)
@@ -158,34 +148,56 @@ def commit_recorded(spec: SaveSpec) -> Committed | None:
 # -- step 2: from receipts to a manifest ------------------------------------------------------------------------
 
 
-def manifest_of(spec: SaveSpec, layout: Layout, directory_fd: int) -> Manifest | None:
+def manifest_of(spec: SaveSpec, layout: Layout, entry: Entry) -> Manifest | None:
     """Return the manifest; write it first if all receipts are there, else return None. The caller holds the lock."""
-    partial = partial_path(spec)
-    path = os.path.join(partial, MANIFEST_NAME)
     # First look for a manifest. After a crash in 3, receipts may be gone, and the manifest proves that all were there.
-    data = files.read_if_exists(path)
+    data = entry.read(MANIFEST_NAME)
     if data is not None:
-        return parse_manifest(data, path)
-    contributions = read_contributions(spec, layout, os.listdir(directory_fd))
-    return None if contributions is None else _write_manifest(contributions, directory_fd, partial)
+        return parse_manifest(data, os.path.join(entry.path, MANIFEST_NAME))
+    contributions = read_contributions(spec, layout, entry)
+    return None if contributions is None else _write_manifest(contributions, entry)
 
 
-def read_contributions(spec: SaveSpec, layout: Layout, names: list[str]) -> list[RankContribution] | None:
+def read_receipt(
+    entry: Entry,
+    rank: int,
+    part: int,
+    num_parts: int,
+    save_id: str,
+    parsing: AbstractContextManager[object] = _UNWATCHED,
+) -> Receipt | None:
+    """Read the receipt of ``part``. Returns None if it does not exist yet.
+
+    Args:
+        parsing: entered while the receipt is parsed: a lock, if several threads read.
+
+    Raises:
+        CorruptCheckpointError: it is damaged, or of another save.
+    """
+    name = receipt_name(rank, part, num_parts)
+    data = entry.read(name)
+    if data is None:
+        return None
+    with parsing:
+        return parse_receipt(data, os.path.join(entry.path, name), rank, part, num_parts, save_id)
+
+
+def read_contributions(spec: SaveSpec, layout: Layout, entry: Entry) -> list[RankContribution] | None:
     """Read every rank's contribution. Returns None if receipts are missing.
 
     Args:
         spec, layout: of the one rank whose contribution need not be read.
-        names: of the files in the partial directory.
+        entry: the partial directory.
     """
     # The names decide at first: reading the files only to learn that one is missing would cost every part that.
-    if sum(rank < spec.num_ranks for rank in finished_ranks(names)) < spec.num_ranks:
+    if sum(rank < spec.num_ranks for rank in finished_ranks(entry.names())) < spec.num_ranks:
         return None
-    partial, parsing = partial_path(spec), threading.Lock()  # the lock: NOTE [ The threads of a commit ]
+    parsing = threading.Lock()  # NOTE [ The threads of a commit ]
 
     def read(rank: int) -> RankContribution | None:
-        theirs, of_rank = (spec, layout) if rank == spec.rank else _read_record(spec, rank, parsing)
+        theirs, of_rank = (spec, layout) if rank == spec.rank else _read_record(spec, rank, entry, parsing)
         parts = range(theirs.num_parts)
-        receipts = [read_receipt(partial, rank, part, len(parts), spec.save_id, parsing) for part in parts]
+        receipts = [read_receipt(entry, rank, part, len(parts), spec.save_id, parsing) for part in parts]
         there = tuple(receipt for receipt in receipts if receipt is not None)
         return RankContribution(theirs, of_rank, there) if len(there) == len(parts) else None
 
@@ -200,10 +212,14 @@ def num_threads(num_ranks: int) -> int:
     return max(1, min(_MAX_THREADS, num_ranks // _RANKS_PER_THREAD))
 
 
-def _read_record(spec: SaveSpec, rank: int, parsing: threading.Lock) -> tuple[SaveSpec, Layout]:
-    """Read the save record of a rank of this save."""
-    path = os.path.join(partial_path(spec), record_name(rank))
-    data = files.read_small(path)
+def _read_record(
+    spec: SaveSpec, rank: int, entry: Entry, parsing: AbstractContextManager[object]
+) -> tuple[SaveSpec, Layout]:
+    """Read the save record of a rank of this save. Raises FileNotFoundError if it is not there."""
+    path = os.path.join(entry.path, record_name(rank))
+    data = entry.read(record_name(rank))
+    if data is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     with parsing:
         theirs, layout = from_record(data, path, spec.directory)
     expected = spec.step, spec.save_id, spec.kind, spec.num_ranks, rank
@@ -215,13 +231,13 @@ def _read_record(spec: SaveSpec, rank: int, parsing: threading.Lock) -> tuple[Sa
     return theirs, layout
 
 
-def _write_manifest(contributions: list[RankContribution], directory_fd: int, partial: str) -> Manifest:
+def _write_manifest(contributions: list[RankContribution], entry: Entry) -> Manifest:
     point("commit.begin")
     spec = contributions[0].spec
-    layout, hashes = merge(contributions, partial)
+    layout, hashes = merge(contributions, entry.path)
     index_files = list(spec.sidecars)  # a worker has written and synced them (``persist.py``)
     for name, data in get_format(spec.kind).index_files(layout, spec.save_id, final_path(spec)).items():
-        files.write_atomically(directory_fd, partial, name, data, spec.fsync)
+        entry.put(name, data, sync=spec.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
     manifest = build_manifest(contributions, layout, hashes, tuple(index_files))
@@ -232,10 +248,10 @@ def _write_manifest(contributions: list[RankContribution], directory_fd: int, pa
             f"the manifest of {len(layout.items):,} items takes {len(document):,} bytes; readers accept at most "
             f"{files.DOCUMENT_BYTES:,}; save fewer tensors, or shard within groups of ranks and "
             "replicate between them (docs/scale.md)",
-            partial,
+            entry.path,
         )
     # Last, when the index files are durable: its presence proves that every receipt was there, and that 2 is done.
-    files.write_atomically(directory_fd, partial, MANIFEST_NAME, document, spec.fsync)
+    entry.put(MANIFEST_NAME, document, sync=spec.fsync)
     point("commit.manifest")
     return manifest
 
@@ -277,94 +293,27 @@ def build_manifest(
 # -- steps 3 to 5: from a manifest to a checkpoint --------------------------------------------------------------
 
 
-def has_manifest(path: str) -> bool:
-    """Return whether there is a manifest in the directory ``path``."""
-    return os.path.lexists(os.path.join(path, MANIFEST_NAME))
-
-
 def put_in_place(
-    partial: str,
+    entry: Entry,
     final: str,
     manifest: Manifest,
-    directory_fd: int,
     fsync: bool,
     replaceable: Callable[[str], bool] = has_manifest,
     num_threads: int = 1,
 ) -> None:
     """Do steps 3 to 5 for a directory of any name. Whatever is at ``final`` is removed if it is ``replaceable``."""
+    storage = storage_of(final)
     with storage_errors("commit", final):
         # 3. Before the rename, so that of our files a committed directory contains the checkpoint's and no others.
-        unnamed = sorted(set(own_files(directory_fd)) - manifest.file_names)
-        in_threads(lambda name: files.remove(os.path.join(partial, name)), unnamed, num_threads)
+        entry.remove_unnamed(manifest.file_names, num_threads)
         if fsync:
-            os.fsync(directory_fd)
+            entry.sync()
         # 4. The parent's sync makes the rename durable.
-        replaced = _rename_over(partial, final, replaceable)
+        replaced = storage.publish(entry, final, replaceable)
         if fsync:
-            files.sync_directory(os.path.dirname(final))
+            storage.sync(os.path.dirname(final))
         # 5. After that sync: before it, a power failure could undo the rename, and then the old one is needed.
         if replaced is not None:
             with suppress(OSError):  # its name is that of a partial directory now; the next run removes it
-                remove_own(replaced)
+                storage.remove(replaced)
     point("commit.published")
-
-
-def _rename_over(partial: str, final: str, replaceable: Callable[[str], bool]) -> str | None:
-    """Rename ``partial`` to ``final``. Returns the new path of the older checkpoint of the step, if there was one.
-
-    Where the file system can exchange two names, the replacement is one step. Elsewhere ``final`` does not exist for a
-    moment; after a crash right then, ``recover`` renames the old one back. Anything else that is at ``final`` is not ours
-    to remove, so it is renamed to ``.not-a-checkpoint-<id>``.
-    """
-    # With the read lock of ``final``: else retention, about to remove the old one, could remove the new one.
-    with holding(final):
-        if rename_onto_nothing(partial, final):
-            return None
-        ours = not os.path.islink(final) and replaceable(final)
-        exchanged = ours and files.exchange(partial, final)
-        aside = f"{partial}{REPLACED}" if ours else _not_a_checkpoint(final, partial.rpartition("-")[2])
-        if not exchanged:
-            os.rename(final, aside)
-    point("commit.replaced")
-    if exchanged:
-        _let_the_later_one_stay(partial, final)
-        return partial
-    try:
-        os.rename(partial, final)
-    except OSError:
-        os.rename(aside, final)
-        raise
-    return aside if ours else None
-
-
-def _let_the_later_one_stay(partial: str, final: str) -> None:
-    """Exchange the names again if what was replaced is from a later save of the same trainer.
-
-    A worker is slow, or dies, and of two saves to one name the earlier is committed last. It counts as committed, and
-    replaced at once. Two commits may do this at the same time: each goes on until what it has taken out is not later than
-    what is there, so the latest one stays. The clock does not decide: it may have been set back.
-    """
-    # Without the read lock of ``final``: that is the directory whose lock this process has, so nobody removes it.
-    while _is_later(run_directory.read_head(partial), run_directory.read_head(final)):
-        if not files.exchange(partial, final):
-            return
-
-
-def _is_later(one: run_directory.Head | None, other: run_directory.Head | None) -> bool:
-    return one is not None and other is not None and one.run == other.run != "" and one.number > other.number
-
-
-def _not_a_checkpoint(final: str, save_id: str) -> str:
-    directory, name = os.path.split(final)
-    return os.path.join(directory, not_a_checkpoint_name(name, save_id))
-
-
-def rename_onto_nothing(source: str, target: str) -> bool:
-    """Rename ``source`` if nothing is at ``target``. Returns whether it did."""
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            raise
-        return False
-    return True

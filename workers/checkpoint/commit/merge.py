@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from stager.workers.checkpoint.directory.receipt import Receipt, receipt_name
+from stager.workers.checkpoint.documents.receipt import Receipt, receipt_name
 from stager.workers.checkpoint.layout.items import Item, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, PlanCache, partition_once
 from stager.workers.checkpoint.layout.layout_check import check_tiling, shared_too_often

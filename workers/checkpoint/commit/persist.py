@@ -1,6 +1,6 @@
 """How a worker persists its part of a save, and how a failed save is removed or kept for replicas.
 
-    1. Open the partial directory; make it if needed. Take its flock shared: NOTE [ The lock on a partial directory ].
+    1. Open the partial directory; make it if needed. Take its lock shared: NOTE [ The lock on a partial directory ].
     2. Return at once if the save is committed, or if this part has a receipt: the task ran before, in a worker that died.
     3. Part 0 of each rank writes the save record, and the sidecars.
     4. Link unchanged files of an incremental save; hash and write everything else. What is not in the slab yet is waited
@@ -14,28 +14,26 @@ A worker may die at any step. Another one then runs the same task: it writes the
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 from stager.workers.checkpoint.commit.commit import (
     Committed,
     already_committed,
     partial_path,
-    rename_onto_nothing,
+    read_receipt,
     try_commit,
 )
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import is_still, storage_errors, vanished
-from stager.workers.checkpoint.directory.names import partial_name, removing_name, unfinished_name
-from stager.workers.checkpoint.directory.own_files import remove_own
-from stager.workers.checkpoint.directory.receipt import Receipt, read_receipt
+from stager.workers.checkpoint.documents.names import partial_name, removing_name, unfinished_name
+from stager.workers.checkpoint.documents.receipt import Receipt
 from stager.workers.checkpoint.layout.layout import Layout, partition_once
-from stager.workers.checkpoint.write.hard_link_base import link_unchanged, whole_files
-from stager.workers.checkpoint.write.part_writer import PartWriter, runs_once
+from stager.workers.checkpoint.storage.contract import Entry, HardLinkBase, Storage, UnchangedFiles
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
+from stager.workers.checkpoint.write.part_writer import PartWriter, runs_once, whole_files
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask, read_extent, read_layout, record_name, to_record
 from stager.workers.errors import AbandonedSnapshotError
@@ -44,7 +42,6 @@ from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import detach_all_but
 from stager.workers.memory.fill_marks import FillWatch
 
-_OPEN_ATTEMPTS = 10
 _DISCARD_SECS = 10.0
 _POLL_SECS = 0.02
 
@@ -98,69 +95,54 @@ def prepare_worker() -> int:
 def _write_part(task: WriteTask, layout: Layout, part: int) -> Receipt | Committed:
     """Do steps 1 to 6. Returns the receipt, or the commit if this task ran before and the save is committed."""
     spec, partial = task.spec, partial_path(task.spec)
-    directory_fd = _open_partial(partial)
-    try:
+    storage = storage_of(spec.directory)
+    with storage.create(partial) as entry:
         point("part.opened")
         # 1. Held until the receipt is written, so that no commit begins meanwhile. Waits for a commit that is going on.
-        fcntl.flock(directory_fd, fcntl.LOCK_SH)
+        entry.share_lock()
         # 2. Only with the lock: a commit that ended while this process waited has renamed the directory.
         committed = already_committed(spec)
         if committed is not None:
-            remove_own(partial)  # an empty directory, or the checkpoint that this save replaced
+            storage.remove(partial)  # an empty directory, or the checkpoint that this save replaced
             return committed
-        if not is_still(partial, directory_fd) or os.path.lexists(_withdrawn_path(spec)):
+        if not entry.is_still() or storage.exists(_withdrawn_path(spec)):
             vanished(partial)
         # A worker that died after its receipt has done everything but the commit.
-        receipt = read_receipt(partial, spec.rank, part, spec.num_parts, spec.save_id)
-        return receipt or _write_and_sign(task, layout, part, directory_fd)
-    finally:
-        os.close(directory_fd)
+        receipt = read_receipt(entry, spec.rank, part, spec.num_parts, spec.save_id)
+        return receipt or _write_and_sign(task, layout, part, entry)
 
 
-def _open_partial(partial: str) -> int:
-    """Open the partial directory; make it if needed. The run's directory must exist: it is not made again here."""
-    with storage_errors("create", partial):
-        for _ in range(_OPEN_ATTEMPTS):
-            with suppress(FileExistsError):
-                os.mkdir(partial)
-            with suppress(FileNotFoundError):  # it was committed, or removed, between the two calls
-                return files.open_directory(partial, follow=False)
-    vanished(partial)
-
-
-def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: int) -> Receipt:
+def _write_and_sign(task: WriteTask, layout: Layout, part: int, entry: Entry) -> Receipt:
     """Do steps 3 to 6."""
-    spec, partial = task.spec, partial_path(task.spec)
+    spec = task.spec
     started = time.time()
     # 3. Before any data: without the record, nobody could tell after a crash what is missing.
     if part == 0:
-        files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(task), spec.fsync)
-        _write_sidecars(task, directory_fd, partial)
+        entry.put(record_name(spec.rank), to_record(task), sync=spec.fsync)
+        _write_sidecars(task, entry)
     filled = FillWatch(task.slab, task.marks)
-    with ExitStack() as opened:
-        writer = PartWriter(task, layout, filled, directory_fd, partial, opened)
-        segments = rest = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
-        runs = runs_once(layout, part, spec.num_parts, spec.whole_bytes)
-        # 4. Links first: what was linked must not be opened for writing, because other checkpoints share it.
-        whole = whole_files(layout, segments) if spec.whole_bytes else {}
-        unchanged = link_unchanged(spec, layout, whole, writer.hash, directory_fd)
-        if unchanged.linked:
-            files_of_items = layout.files_of_items()
-            rest = [segment for segment in segments if files_of_items[segment.index] not in unchanged.linked]
-            runs = [run for run in runs if run.file not in unchanged.linked]
-        hashes = writer.write(runs, whole, unchanged.hashes)
-        if unchanged.linked:
-            known = {**unchanged.hashes, **dict(zip(rest, hashes, strict=True))}
-            hashes = [known[segment] for segment in segments]
-        written = time.time()
-        point("part.written")
-        if spec.fsync:
-            # 5. Before the receipt, which vouches for the data.
-            writer.sync()
-            unchanged.sync(layout, directory_fd, partial)
+    writer = PartWriter(task, layout, filled, entry)
+    segments = rest = partition_once(layout, spec.num_parts, spec.whole_bytes)[part]
+    runs = runs_once(layout, part, spec.num_parts, spec.whole_bytes)
+    # 4. Links first: what was linked must not be opened for writing, because other checkpoints share it.
+    whole = whole_files(layout, segments) if spec.whole_bytes else {}
+    unchanged = UnchangedFiles()
+    if spec.base is not None and whole:
+        base = HardLinkBase(spec.directory, spec.base, spec.full_every)
+        unchanged = entry.link_unchanged(base, layout, whole, writer.hash)
+    if unchanged.linked:
+        files_of_items = layout.files_of_items()
+        rest = [segment for segment in segments if files_of_items[segment.index] not in unchanged.linked]
+        runs = [run for run in runs if run.file not in unchanged.linked]
+    # 5. Synced before the receipt, which vouches for the data.
+    hashes, written = writer.write(runs, whole, unchanged.hashes, sync=spec.fsync)
+    if unchanged.linked:
+        known = {**unchanged.hashes, **dict(zip(rest, hashes, strict=True))}
+        hashes = [known[segment] for segment in segments]
     if spec.fsync:
-        with storage_errors("sync", partial):
-            os.fsync(directory_fd)  # the files' names must be durable, too
+        entry.sync_linked(unchanged.linked, layout)
+        with storage_errors("sync", entry.path):
+            entry.sync()  # the files' names must be durable, too
     synced = time.time()
     point("part.synced")
     # 6. Last: a receipt exists only when all of the above is durable, and the snapshot was found whole and not torn.
@@ -169,15 +151,15 @@ def _write_and_sign(task: WriteTask, layout: Layout, part: int, directory_fd: in
     receipt = Receipt(
         part, spec.num_parts, spec.save_id, tuple(hashes), os.getpid(), started, written, synced, *linked, spec.rank
     )
-    receipt.write(directory_fd, partial, spec.fsync)
+    entry.put(receipt.name, receipt.to_bytes(), sync=spec.fsync)
     point("part.receipt")
     return receipt
 
 
-def _write_sidecars(task: WriteTask, directory_fd: int, partial: str) -> None:
+def _write_sidecars(task: WriteTask, entry: Entry) -> None:
     data = read_extent(task, task.sidecars)
     for file in task.spec.sidecars:
-        files.write_atomically(directory_fd, partial, file.name, data[: file.nbytes], task.spec.fsync)
+        entry.put(file.name, data[: file.nbytes], sync=task.spec.fsync)
         data = data[file.nbytes :]
 
 
@@ -199,13 +181,13 @@ def withdraw(directory: str, name: str, save_id: str) -> None:
     """
     partial = os.path.join(directory, partial_name(name, save_id))
     removed = os.path.join(directory, removing_name(name, save_id))
+    storage = storage_of(directory)
     with storage_errors("remove", partial):
-        with suppress(FileExistsError):
-            os.mkdir(removed)
+        storage.make(removed)
         point("withdraw.marked")
         with suppress(FileNotFoundError):
-            rename_onto_nothing(partial, removed)
-        files.sync_directory(directory)  # a power failure must not bring it back
+            storage.rename(partial, removed)
+        storage.sync(directory)  # a power failure must not bring it back
         point("withdraw.synced")
 
 
@@ -221,14 +203,15 @@ def discard_partial(directory: str, name: str, save_id: str, wait_secs: float = 
     """
     partial = os.path.join(directory, partial_name(name, save_id))
     removed = os.path.join(directory, removing_name(name, save_id))
+    storage = storage_of(directory)
     with storage_errors("remove", partial):
         # 1. Rename. From then on nobody can commit it. If it was committed just before, there is nothing to rename.
         with suppress(FileNotFoundError):  # it is committed, or withdrawn, or another rank was first
-            if not rename_onto_nothing(partial, removed):  # a rank that began late has made the directory again
+            if not storage.rename(partial, removed):  # a rank that began late has made the directory again
                 removed += secrets.token_hex(4)
-                os.rename(partial, removed)
-        # 2. Only then remove it: whoever still writes has a descriptor, and finds later that the name is gone.
-        _remove_when_alone(removed, wait_secs)
+                storage.rename(partial, removed)
+        # 2. Only then remove it: whoever still writes has it open, and finds later that the name is gone.
+        _remove_when_alone(storage, removed, wait_secs)
 
 
 def quarantine(directory: str, name: str, save_id: str) -> None:
@@ -239,7 +222,7 @@ def quarantine(directory: str, name: str, save_id: str) -> None:
     partial = os.path.join(directory, partial_name(name, save_id))
     # One rename decides between this and a commit: whichever comes first takes the name away from the other.
     with storage_errors("rename", partial), suppress(FileNotFoundError):  # it is committed, or another rank was first
-        if not rename_onto_nothing(partial, os.path.join(directory, unfinished_name(name, save_id))):
+        if not storage_of(directory).rename(partial, os.path.join(directory, unfinished_name(name, save_id))):
             discard_partial(directory, name, save_id)  # a rank that began late has made the directory again
 
 
@@ -247,27 +230,24 @@ def discard_unfinished(directory: str, name: str, save_id: str) -> None:
     """Remove what :func:`quarantine` kept."""
     path = os.path.join(directory, unfinished_name(name, save_id))
     with storage_errors("remove", path):
-        _remove_when_alone(path, _DISCARD_SECS)
+        _remove_when_alone(storage_of(directory), path, _DISCARD_SECS)
 
 
-def _remove_when_alone(path: str, wait_secs: float) -> None:
+def _remove_when_alone(storage: Storage, path: str, wait_secs: float) -> None:
     """Remove a directory when nobody writes to it. If that takes too long, another rank or the next run removes it."""
     try:
-        directory_fd = files.open_directory(path, follow=False)
+        entry = storage.open(path)
     except FileNotFoundError:
         return
     except OSError:  # something that is not a directory
-        remove_own(path)
+        storage.remove(path)
         return
     # A part holds the lock shared while it writes. So the exclusive lock proves that nobody writes any more, and nobody
     # will: the directory has lost the name under which parts look for it.
     deadline = time.monotonic() + wait_secs
-    try:
+    with entry:
         while time.monotonic() < deadline:
-            with suppress(BlockingIOError):  # a part of another rank holds the lock
-                fcntl.flock(directory_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove_own(path)
+            if entry.try_lock():  # no part of another rank holds it
+                storage.remove(path)
                 return
             time.sleep(_POLL_SECS)
-    finally:
-        os.close(directory_fd)

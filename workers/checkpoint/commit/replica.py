@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 import xxhash
 
 from stager.workers.checkpoint.commit.persist import PartResult, persist_part
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import seal, unseal
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.documents.envelope import seal, unseal
 from stager.workers.checkpoint.layout.layout_check import check_count, check_text
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.checkpoint.write.save_spec import SaveSpec, decode_spec, encode_spec
 from stager.workers.checkpoint.write.write_task import NOTHING, Extent, WriteTask
 from stager.workers.errors import CorruptCheckpointError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from itertools import islice
 
-from stager.workers.checkpoint.directory.manifest import has_own_manifest
+from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.checkpoint.directory.run_directory import (
     checkpoint_names,
     is_checkpoint_directory,

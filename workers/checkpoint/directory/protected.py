@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import seal, unseal
-from stager.workers.checkpoint.directory.files import storage_errors
+from stager.workers.checkpoint.documents.envelope import seal, unseal
 from stager.workers.checkpoint.layout.layout_check import check_step
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError
 
 PROTECTED_NAME = ".stager.protected"

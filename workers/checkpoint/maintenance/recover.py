@@ -25,16 +25,10 @@ from itertools import islice
 from stager.workers.checkpoint.commit import commit
 from stager.workers.checkpoint.commit.merge import merge
 from stager.workers.checkpoint.commit.persist import discard_unfinished
-from stager.workers.checkpoint.directory import files, run_directory
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ManifestHeader,
-    parse_manifest,
-    read_header,
-)
-from stager.workers.checkpoint.directory.names import (
+from stager.workers.checkpoint.directory import run_directory
+from stager.workers.checkpoint.directory.manifest_file import read_header
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest, ManifestHeader, parse_manifest
+from stager.workers.checkpoint.documents.names import (
     REPLACED,
     is_partial,
     parse_checkpoint,
@@ -42,10 +36,12 @@ from stager.workers.checkpoint.directory.names import (
     partial_name,
     unfinished_name,
 )
-from stager.workers.checkpoint.directory.own_files import remove_own
-from stager.workers.checkpoint.directory.receipt import finished_ranks, receipt_name
+from stager.workers.checkpoint.documents.receipt import finished_ranks, receipt_name
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.read.verify import check_files
+from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import from_record, record_name, recorded_ranks
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, InconsistentRanksError, StorageError
@@ -120,7 +116,7 @@ def _resume(directory: str, save: tuple[str, str], dry_run: bool, leave_unfinish
     path = os.path.join(directory, unfinished_name(*save))
     if not dry_run:
         with storage_errors("rename", path):
-            os.rename(path, os.path.join(directory, partial_name(*save)))
+            storage_of(directory).rename(path, os.path.join(directory, partial_name(*save)))
     return RecoverOutcome.LEFT, "parts are missing; replicas may have them"
 
 
@@ -132,7 +128,7 @@ def _go_on_removing(path: str, dry_run: bool) -> tuple[RecoverOutcome, str]:
 def _remove(path: str, reason: str) -> str:
     """Remove what is stager's in a directory. Returns the reason, and where strangers stay, if there are any."""
     with storage_errors("remove", path):
-        left = remove_own(path)
+        left = storage_of(path).remove(path)
     return reason if left is None else f"{reason}; what is not stager's in it stays in {left}"
 
 
@@ -153,73 +149,76 @@ def _finish(directory: str, name: str, dry_run: bool) -> str:
     final_name, save_id = parse_partial(name)
     path, final = os.path.join(directory, name), os.path.join(directory, final_name)
     with ExitStack() as stack:
-        directory_fd = _lock(path, stack)
+        entry = _lock(path, stack)
         # 1. A manifest first. Once it is written, the commit removes receipts, so their number says nothing any more.
-        data = files.read_if_exists(os.path.join(path, MANIFEST_NAME))
+        data = entry.read(MANIFEST_NAME)
         manifest = None if data is None else parse_manifest(data, os.path.join(path, MANIFEST_NAME))
         if name.endswith(REPLACED) or (manifest is not None and manifest.header.save_id != save_id):
-            return _finish_replacement(path, final, manifest, directory_fd, dry_run)
+            return _finish_replacement(path, final, manifest, entry, dry_run)
         if manifest is not None:
             _check_place(path, final, manifest.header, save_id)
             # The manifest does not say whether the save synced its files. If not, a power failure may have spoiled them:
             # hash them before the rename, after which they would count as committed.
             _check_files(path, manifest, full=True)
             if not dry_run:
-                commit.put_in_place(path, final, manifest, directory_fd, fsync=True)
+                commit.put_in_place(entry, final, manifest, fsync=True)
             return _RENAME_MISSING
-        spec, layout = _read_record(directory, path)
+        spec, layout = _read_record(directory, entry)
         # Before the receipts are read: an older save is removed, whether it is complete or not.
         _check_place(path, final, spec, save_id)
-        manifest = _from_receipts(path, spec, layout, directory_fd, dry_run)
+        manifest = _from_receipts(spec, layout, entry, dry_run)
         # 2. A receipt proves nothing after a power failure if the save did not sync its files: then check every hash.
         #    Otherwise sizes are enough. Again before the rename.
         _check_files(path, manifest, full=not spec.fsync)
         if not dry_run:
             threads = commit.num_threads(spec.num_ranks)
-            commit.put_in_place(path, final, manifest, directory_fd, spec.fsync, num_threads=threads)
+            commit.put_in_place(entry, final, manifest, spec.fsync, num_threads=threads)
     return "every part was written, only the commit was missing"
 
 
-def _finish_replacement(path: str, final: str, manifest: Manifest | None, directory_fd: int, dry_run: bool) -> str:
+def _finish_replacement(path: str, final: str, manifest: Manifest | None, entry: Entry, dry_run: bool) -> str:
     """Put a replaced checkpoint back if its replacement was not committed; or commit one of ``StagerStorageWriter``.
 
     The partial directories of ``StagerStorageWriter`` do not have the save's id in their name, so their files are hashed.
     """
-    if os.path.lexists(final):
+    storage = storage_of(final)
+    if storage.exists(final):
         raise CorruptCheckpointError(path, f"cannot be resumed: {final} took its place")
     if manifest is None or manifest.header.final_name != os.path.basename(final):
         raise CorruptCheckpointError(path, f"has no manifest of {os.path.basename(final)}")
     if not path.endswith(REPLACED):
         _check_files(path, manifest, full=True)
         if not dry_run:
-            commit.put_in_place(path, final, manifest, directory_fd, fsync=True)
+            commit.put_in_place(entry, final, manifest, fsync=True)
         return _RENAME_MISSING
     # Nothing is checked here: it was a committed checkpoint, and whoever reads it checks its hashes.
     if not dry_run:
         with storage_errors("commit", final):
-            os.rename(path, final)
-            files.sync_directory(os.path.dirname(final))
+            storage.put_back(path, final)
     return "its replacement was not committed"
 
 
-def _lock(path: str, stack: ExitStack) -> int:
+def _lock(path: str, stack: ExitStack) -> Entry:
     """Open the partial directory and take its lock until ``stack`` ends. One that is in use is left as it is."""
     with storage_errors("open", path):
         try:
-            return stack.enter_context(commit.locked(path))
+            entry = stack.enter_context(storage_of(path).open(path))
         except OSError as error:
             if error.errno in (errno.ENOTDIR, errno.ELOOP):
                 raise CorruptCheckpointError(path, "is not a directory") from error
             raise
+        if not entry.try_lock():
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), path)
+        return entry
 
 
-def _read_record(directory: str, path: str) -> tuple[SaveSpec, Layout]:
+def _read_record(directory: str, entry: Entry) -> tuple[SaveSpec, Layout]:
     """Read the save record of any rank: it says how many ranks and parts the save has."""
-    record = os.path.join(path, record_name(min(recorded_ranks(os.listdir(path)), default=0)))
-    data = files.read_if_exists(record)
+    name = record_name(min(recorded_ranks(entry.names()), default=0))
+    data = entry.read(name)
     if data is None:
-        raise _UnfinishedError(path, "has no save record, so its save had hardly begun; it can be removed")
-    return from_record(data, record, directory)
+        raise _UnfinishedError(entry.path, "has no save record, so its save had hardly begun; it can be removed")
+    return from_record(data, os.path.join(entry.path, name), directory)
 
 
 def _check_place(path: str, final: str, found: SaveSpec | ManifestHeader, save_id: str) -> None:
@@ -241,15 +240,16 @@ def _check_files(path: str, manifest: Manifest, *, full: bool) -> None:
         raise CorruptCheckpointError(path, f"damaged: {problems[0]}")
 
 
-def _from_receipts(path: str, spec: SaveSpec, layout: Layout, directory_fd: int, dry_run: bool) -> Manifest:
+def _from_receipts(spec: SaveSpec, layout: Layout, entry: Entry, dry_run: bool) -> Manifest:
+    path = entry.path
     if dry_run:  # the same checks, without writing the index files
-        contributions = commit.read_contributions(spec, layout, os.listdir(directory_fd))
+        contributions = commit.read_contributions(spec, layout, entry)
         manifest = contributions and commit.build_manifest(contributions, *merge(contributions, path), ())
     else:
-        manifest = commit.manifest_of(spec, layout, directory_fd)
+        manifest = commit.manifest_of(spec, layout, entry)
     if manifest:
         return manifest
-    names = os.listdir(directory_fd)
+    names = entry.names()
     if spec.num_ranks == 1:
         missing = [part for part in range(spec.num_parts) if receipt_name(0, part, spec.num_parts) not in names]
         raise _UnfinishedError(path, f"was never finished: {len(missing)} of {spec.num_parts} parts are missing")

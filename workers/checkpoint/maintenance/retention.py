@@ -15,22 +15,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from stager.workers.checkpoint.commit.commit import has_manifest, locked
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.files import is_still, storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME
-from stager.workers.checkpoint.directory.names import removing_name
-from stager.workers.checkpoint.directory.own_files import is_own, remove_own
+from stager.workers.checkpoint.directory.manifest_file import has_manifest
 from stager.workers.checkpoint.directory.protected import read_protected
 from stager.workers.checkpoint.directory.run_directory import checkpoint_names, path_of, removing_names
+from stager.workers.checkpoint.documents.names import removing_name
 from stager.workers.checkpoint.maintenance.retention_rules import RetentionRules, best_steps, spaced_steps
 from stager.workers.checkpoint.read.verify import verify_checkpoint
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, StorageError, UsageError
 from stager.workers.faults import point
 
@@ -100,7 +96,7 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
         for name in removing_names(directory):
             path = os.path.join(directory, name)
             with storage_errors("remove", path):
-                remove_own(path)
+                storage_of(path).remove(path)
     paths = {step: os.path.join(directory, name) for step, name in checkpoint_names(directory).items()}
     # 2. Names only: a run prunes after each commit, and mostly nothing has to go.
     verdicts = _judge(directory, paths, rules, verified=False)
@@ -110,7 +106,7 @@ def prune(directory: str, rules: RetentionRules, *, dry_run: bool = False) -> Pr
     doomed = [verdict for verdict in verdicts.values() if verdict.fate is PruneFate.REMOVED]
     point("prune.verified")
     if dry_run or not doomed:
-        freed_bytes = _exclusive_bytes(verdict.path for verdict in doomed)
+        freed_bytes = storage_of(directory).exclusive_bytes(verdict.path for verdict in doomed)
     else:
         freed_bytes = _remove(directory, doomed, verdicts)
     return PruneReport(tuple(verdicts[step] for step in paths), freed_bytes, dry_run)
@@ -130,15 +126,18 @@ def remove(directory: str, step: int, name: str | None = None) -> PruneReport:
     point("remove.begin")
     path = path_of(directory, step) if name is None else os.path.join(directory, name)
     refuse_protected(directory, step)
-    if not os.path.lexists(path):
+    storage = storage_of(path)
+    if not storage.exists(path):
         if (freed := _go_on(directory, os.path.basename(path))) is not None:
             verdict = PruneVerdict(step, path, PruneFate.REMOVED, "delete() was called")
             return PruneReport((verdict,), freed, False)
         raise CheckpointNotFoundError(None, f"there is no checkpoint of step {step}, so none was removed", path)
     verdict = PruneVerdict(step, path, PruneFate.REMOVED, "delete() was called")
-    if os.path.islink(path) or not has_manifest(path):
-        reason = "it is a symbolic link" if os.path.islink(path) else "it has no manifest: it may not be a checkpoint"
-        return PruneReport((replace(verdict, fate=PruneFate.LEFT, reason=f"{reason}; remove it yourself"),), 0, False)
+    reason = storage.why_not_removable(path)
+    if reason is None and not has_manifest(path):
+        reason = "it has no manifest: it may not be a checkpoint; remove it yourself"
+    if reason is not None:
+        return PruneReport((replace(verdict, fate=PruneFate.LEFT, reason=reason),), 0, False)
     verdicts = {step: verdict}
     freed_bytes = _remove(directory, [verdict], verdicts)
     return PruneReport(tuple(verdicts.values()), freed_bytes, False)
@@ -149,10 +148,11 @@ def _go_on(directory: str, name: str) -> int | None:
     begun = [
         os.path.join(directory, one) for one in removing_names(directory) if one.startswith(removing_name(name, ""))
     ]
-    freed = _exclusive_bytes(begun)
+    storage = storage_of(directory)
+    freed = storage.exclusive_bytes(begun)
     for path in begun:
         with storage_errors("remove", path):
-            remove_own(path)
+            storage.remove(path)
     return freed if begun else None
 
 
@@ -218,8 +218,8 @@ def _judge(directory: str, paths: dict[int, str], rules: RetentionRules, *, veri
             reason = second[step]
         elif not latest:
             fate, reason = PruneFate.LEFT, "no valid checkpoint would remain"
-        elif os.path.islink(path):
-            fate, reason = PruneFate.LEFT, "it is a symbolic link; remove the link yourself"
+        elif (why := storage_of(path).why_not_removable(path)) is not None:
+            fate, reason = PruneFate.LEFT, why
         elif not has_manifest(path):
             fate, reason = PruneFate.LEFT, "it has no manifest: it may not be a checkpoint"
             damaged[step] = reason
@@ -269,7 +269,7 @@ def _committed_last(paths: dict[int, str], count: int) -> set[int]:
     times = []
     for step, path in paths.items():
         with suppress(OSError):
-            times.append((os.lstat(os.path.join(path, MANIFEST_NAME)).st_mtime_ns, step))
+            times.append((storage_of(path).committed_at(path), step))
     return {step for _, step in sorted(times, reverse=True)[:count]}
 
 
@@ -289,6 +289,7 @@ def _committed_last(paths: dict[int, str], count: int) -> set[int]:
 def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, PruneVerdict]) -> int:
     """Remove checkpoints; put the final verdicts into ``verdicts``. Returns the bytes freed."""
     renamed: dict[str, PruneVerdict] = {}
+    storage = storage_of(directory)
     for verdict in doomed:
         aside = os.path.join(directory, removing_name(os.path.basename(verdict.path), secrets.token_hex(8)))
         verdicts[verdict.step] = _take_name(directory, verdict, aside)
@@ -297,13 +298,13 @@ def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, Prun
     if renamed:
         # 3. Before any file is unlinked: otherwise a power failure could bring back names without files.
         with storage_errors("sync", directory):
-            files.sync_directory(directory)
+            storage.sync(directory)
     point("prune.renamed")
-    freed_bytes = _exclusive_bytes(renamed)
+    freed_bytes = storage.exclusive_bytes(renamed)
     for aside, verdict in renamed.items():
         try:
             with storage_errors("remove", aside):
-                left = remove_own(aside)  # 4.
+                left = storage.remove(aside)  # 4.
         except StorageError as error:
             reason = f"it was renamed, but not all its files could be removed: {error}"
             verdicts[verdict.step] = replace(verdict, fate=PruneFate.LEFT, reason=reason)
@@ -317,37 +318,24 @@ def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, Prun
 
 def _take_name(directory: str, verdict: PruneVerdict, aside: str) -> PruneVerdict:
     """Do steps 1 and 2: rename to ``aside``. Returns ``verdict``, or another one if the checkpoint was not renamed."""
-    path = verdict.path
+    path, storage = verdict.path, storage_of(directory)
     try:
-        with storage_errors("remove", path), locked(path) as directory_fd:
+        with storage_errors("remove", path), storage.open(path) as entry:
             # 1. With the lock, look again. A commit may have put another checkpoint here before it was taken.
-            if not is_still(path, directory_fd):
-                return replace(verdict, fate=PruneFate.LEFT, reason="it was replaced just now")
+            if not entry.try_lock() or not entry.is_still():
+                reason = "it is being read" if entry.is_still() else "it was replaced just now"
+                return replace(verdict, fate=PruneFate.LEFT, reason=reason)
             # Protecting a step holds the lock, too: from here on nobody can protect it.
             if verdict.step in read_protected(directory):
                 return replace(verdict, fate=PruneFate.KEPT, reason="protected")
-            os.rename(path, aside)
+            storage.rename(path, aside)
             # 2. A commit that replaces it waits for this lock, but only for seconds. This process may have been stopped
             #    for longer, and then has renamed the new checkpoint. So give the name back.
-            if not is_still(aside, directory_fd):
-                os.rename(aside, path)
+            if not entry.is_at(aside):
+                storage.rename(aside, path)
                 return replace(verdict, fate=PruneFate.LEFT, reason="it was replaced just now")
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return replace(verdict, reason="somebody else removed it")
-        reason = "it is being read" if isinstance(error.__cause__, BlockingIOError) else str(error)
-        return replace(verdict, fate=PruneFate.LEFT, reason=reason)
+        return replace(verdict, fate=PruneFate.LEFT, reason=str(error))
     return verdict
-
-
-def _exclusive_bytes(paths: Iterable[str]) -> int:
-    """Return the bytes that removing these directories frees: of files that have no name elsewhere."""
-    num_names: Counter[tuple[int, int]] = Counter()
-    stats: dict[tuple[int, int], os.stat_result] = {}
-    for path in paths:
-        with suppress(OSError):  # somebody removes it at this moment
-            for stat in [entry.stat(follow_symlinks=False) for entry in os.scandir(path) if is_own(entry.name)]:
-                identity = stat.st_dev, stat.st_ino
-                num_names[identity] += 1
-                stats[identity] = stat
-    return sum(stat.st_size for identity, stat in stats.items() if num_names[identity] >= stat.st_nlink)

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, ManifestHeader, read_header
+from stager.workers.checkpoint.directory.manifest_file import read_header
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, ManifestHeader
 from stager.workers.errors import CorruptCheckpointError
 
 

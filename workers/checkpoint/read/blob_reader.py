@@ -16,17 +16,18 @@ from typing import Any, Protocol, TypeAlias
 
 import xxhash
 
-from stager.workers.checkpoint.directory.files import open_regular, storage_errors
-from stager.workers.checkpoint.directory.manifest import Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import describe
 from stager.workers.checkpoint.read.scatter import scatter
+from stager.workers.checkpoint.storage.contract import DataFile
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.memory.pages import bytes_at
 
 GROUP_BYTES = 2 << 20  # of small items: one read, which stays in the CPU's cache until it is hashed
-_CACHED_BYTES = 256 << 10  # of large items, for the same reason: the kernel's copy leaves little of more in the cache
 CHUNK_BYTES = 1 << 20  # of large items that go elsewhere: to a sink, or nowhere
 _MANY_ITEMS = 128  # in one group
 
@@ -92,21 +93,22 @@ class BlobReader(AbstractContextManager["BlobReader"]):
         self._items = manifest.layout.items
         self._starts, self._ends = manifest.layout.starts(), manifest.layout.ends()
         self._scratch = _Scratch()
-        self._fds: list[int] = []
+        self._files: list[DataFile] = []
         try:
             for file, spec in enumerate(manifest.layout.files):
-                self._open(self.file_path(file), spec.nbytes)
+                self._open(file, spec.nbytes)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, path: str, nbytes: int) -> None:
+    def _open(self, file: int, nbytes: int) -> None:
+        path = self.file_path(file)
         with storage_errors("open", path):
             try:
-                self._fds.append(open_regular(path))
+                self._files.append(storage_of(self._path).open_data(self._path, self._manifest, file))
             except FileNotFoundError as error:
                 raise CorruptCheckpointError(path, "is missing") from error
-            actual = os.fstat(self._fds[-1]).st_size
+        actual = self._files[-1].nbytes
         if actual != nbytes:
             raise CorruptCheckpointError(path, f"is {actual} bytes long, should be {nbytes}")
 
@@ -116,8 +118,8 @@ class BlobReader(AbstractContextManager["BlobReader"]):
 
     def close(self) -> None:
         """Close the files."""
-        while self._fds:
-            os.close(self._fds.pop())
+        while self._files:
+            self._files.pop().close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -256,11 +258,11 @@ class BlobReader(AbstractContextManager["BlobReader"]):
             target = bytes_at(target, item.data_nbytes)
         start = item.offset + number * self._manifest.layout.segment_bytes
         stop = min(start + self._manifest.layout.segment_bytes, self._ends[index])
-        fd, preadv, hasher = self._fds[item.file], os.preadv, xxhash.xxh3_128()
+        read_into, hasher = self._files[item.file].read_into, xxhash.xxh3_128()
         # Few lines for each piece: while one thread holds the GIL for them, the others wait.
         with storage_errors("read", self.file_path(item.file)):
             for at, piece, sink in self._pieces(item, start, stop, target):
-                count = preadv(fd, [piece], at)
+                count = read_into(piece, at)
                 if count != len(piece):
                     self._pread(item.file, piece[count:], at + count)
                 hasher.update(piece)
@@ -283,8 +285,9 @@ class BlobReader(AbstractContextManager["BlobReader"]):
             yield low, scratch[: min(CHUNK_BYTES, data_start - low)], None
         if isinstance(target, memoryview):
             raw = target[data_start - item.data_offset : data_stop - item.data_offset]
-            for low in range(0, len(raw), _CACHED_BYTES):
-                yield data_start + low, raw[low : low + _CACHED_BYTES], None
+            step = self._files[item.file].piece_bytes
+            for low in range(0, len(raw), step):
+                yield data_start + low, raw[low : low + step], None
         elif target is not None:
             for low in range(data_start, data_stop, CHUNK_BYTES):
                 yield low, target.take(min(CHUNK_BYTES, data_stop - low)), target
@@ -294,7 +297,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
     def _pread(self, file: int, buffer: memoryview, offset: int) -> None:
         with storage_errors("read", self.file_path(file)):
             while buffer:
-                count = os.preadv(self._fds[file], [buffer], offset)
+                count = self._files[file].read_into(buffer, offset)
                 if count == 0:
                     raise CorruptCheckpointError(self.file_path(file), f"is cut short: it ends at byte {offset}")
                 buffer, offset = buffer[count:], offset + count

@@ -10,18 +10,18 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import xxhash
 
-from stager.workers.checkpoint.directory.files import read_small, storage_errors
-from stager.workers.checkpoint.directory.manifest import IndexFile, Manifest, read_manifest
-from stager.workers.checkpoint.directory.paths import local_path
-from stager.workers.checkpoint.directory.read_lock import reading
+from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.directory.reading import reading
+from stager.workers.checkpoint.documents.manifest import IndexFile, Manifest
 from stager.workers.checkpoint.read.blob_reader import BlobReader
+from stager.workers.checkpoint.storage.contract import Fingerprint
+from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
-
-Fingerprint: TypeAlias = dict[str, tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def check_files(
     progress = progress or (lambda nbytes: None)
     for index_file in manifest.index_files:
         try:
-            read_index_file(os.path.join(path, index_file.name), index_file)
+            read_index_file(path, manifest, index_file)
         except (CorruptCheckpointError, StorageError) as error:
             problems.append(str(error))
         if full:
@@ -110,7 +110,7 @@ def check_files(
 
 
 def fingerprint(path: str) -> Fingerprint:
-    """Return inode, size, mtime and ctime (ns) of each file by its name: they change when it is written to or replaced.
+    """Return what changes when a file of the checkpoint is written to or replaced, by its name.
 
     A checkpoint that was verified, and whose files have the same fingerprint, need not be verified again. (It misses a bit
     that flips on the disk, but readers check hashes anyway.)
@@ -118,24 +118,27 @@ def fingerprint(path: str) -> Fingerprint:
     Raises:
         OSError: the directory cannot be listed, or a file vanishes meanwhile.
     """
-    stats = [(name, os.lstat(os.path.join(path, name))) for name in os.listdir(path)]
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats}
+    return storage_of(path).fingerprint(path)
 
 
 def _unnamed(path: str, manifest: Manifest) -> tuple[str, ...]:
     with storage_errors("list", path):
-        return tuple(sorted(set(os.listdir(path)) - manifest.file_names))
+        return tuple(sorted(set(storage_of(path).file_names(path)) - manifest.file_names))
 
 
-def read_index_file(path: str, expected: IndexFile) -> bytes:
-    """Read a small file, and check it.
+def read_index_file(checkpoint: str, manifest: Manifest, expected: IndexFile) -> bytes:
+    """Read a small file of a checkpoint, and check it.
+
+    Args:
+        checkpoint: its path.
 
     Raises:
         CorruptCheckpointError: it is not as it was written.
         StorageError: it cannot be read.
     """
+    path = os.path.join(checkpoint, expected.name)
     with storage_errors("read", path):
-        data = read_small(path)
+        data = storage_of(checkpoint).read_file(checkpoint, manifest, expected.name)
     if len(data) != expected.nbytes:
         raise CorruptCheckpointError(path, f"is {len(data)} bytes long, should be {expected.nbytes}")
     if xxhash.xxh3_128_hexdigest(data) != expected.xxh3_128:

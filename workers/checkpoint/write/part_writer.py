@@ -9,27 +9,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
 
 import xxhash
 
-from stager.workers.checkpoint.directory.files import is_still, storage_errors, vanished
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, Segment, partition_once
-from stager.workers.checkpoint.write import direct_io
-from stager.workers.checkpoint.write.direct_io import BLOCK_BYTES, DirectWriter
-from stager.workers.checkpoint.write.write_back import WRITE_BYTES, CachedWriter, Pace, drop_cached
+from stager.workers.checkpoint.storage.contract import Entry, Sink, SinkOptions
+from stager.workers.checkpoint.storage.posix.direct_io import BLOCK_BYTES
+from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
+from stager.workers.checkpoint.storage.writing import WRITE_BYTES, Pace
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import InternalError
 from stager.workers.faults import point
 from stager.workers.memory.fill_marks import FillWatch
 
 _LOOK_SECS = 0.2  # so often a worker looks whether its partial directory is there still: each look costs a file server
-_DIRECT_FROM_BYTES = 4 << 20  # smaller parts gain nothing
 _SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
 _RUN_BYTES = 2 << 20  # stays in the cache
 
@@ -55,36 +54,31 @@ class Run(NamedTuple):
     nbytes: int
 
 
+class Written(NamedTuple):
+    """What was written: the hash of each segment, hex, and when the last byte was (``time.time()``)."""
+
+    hashes: list[str]
+    at: float
+
+
 class PartWriter:
-    """Writes segments. Opens each file once.
+    """Writes segments.
 
     Args:
         filled: waited for before bytes of the slab are read.
-        opened: the exit stack that closes the files.
+        entry: the partial directory.
     """
 
-    def __init__(
-        self,
-        task: WriteTask,
-        layout: Layout,
-        filled: FillWatch,
-        directory_fd: int,
-        directory: str,
-        opened: ExitStack,
-    ) -> None:
+    def __init__(self, task: WriteTask, layout: Layout, filled: FillWatch, entry: Entry) -> None:
         self._task = task
         self._view = task.slab.view
         self._filled = filled
         self._layout = layout
         self._make_header_and_tail = get_format(task.spec.kind).headers_and_tails(layout)
         self._span_ends = layout.ends()
-        self._directory_fd = directory_fd
-        self._directory = directory
-        self._opened = opened
-        self._fds: dict[int, int] = {}
+        self._entry = entry
         self._pace = Pace(task.writing.max_bytes_per_sec)
         self._looked = time.monotonic()  # the caller has
-        self._own_files: Collection[int] = ()
         # Spans of small items. Made once per plan (``layout_plan.py``), for the items that are the same in each of its
         # saves: the first ``num_fixed``.
         cache, num_fixed = layout.cache, layout.cache.num_fixed
@@ -103,16 +97,20 @@ class PartWriter:
                     hasher.update(piece)
                 yield hasher.hexdigest()
 
-    def write(self, runs: Sequence[Run], own_files: Collection[int], known: Mapping[Segment, str]) -> list[str]:
-        """Write runs of segments. Returns the segments' hashes, hex.
+    def write(
+        self, runs: Sequence[Run], own_files: Collection[int], known: Mapping[Segment, str], *, sync: bool
+    ) -> Written:
+        """Write runs of segments.
 
         Args:
-            own_files: files that only this part writes. They are created anew: an existing one may be a link.
+            own_files: files that only this part writes.
             known: hashes that need not be computed again.
+            sync: make them durable, too.
         """
-        self._own_files = own_files
         hashes: list[str] = []
-        with closing(self._sink(sum(run.nbytes for run in runs))) as sink:
+        nbytes = sum(run.nbytes for run in runs)
+        options = SinkOptions(nbytes, own_files, self._task.writing, sync, self._before_write)
+        with closing(self._entry.sink(self._layout, options)) as sink:
             # File by file, so that an error names the file it is about.
             for file, of_file in groupby(runs, key=attrgetter("file")):
                 with storage_errors("write", self._path(file)):
@@ -124,24 +122,11 @@ class PartWriter:
                         else:
                             hashes += [self._write_one(sink, segment, known.get(segment)) for segment in run.segments]
                     sink.flush()
-        return hashes
-
-    def sync(self) -> None:
-        """Sync every file that was written."""
-        for file, fd in self._fds.items():
-            with storage_errors("sync", self._path(file)):
-                point("part.sync")
-                os.fsync(fd)
-                if self._task.writing.drop_page_cache:
-                    drop_cached(fd)
-
-    def _sink(self, nbytes: int) -> CachedWriter | DirectWriter:
-        direct = self._task.writing.direct_io
-        if direct is None:
-            direct = direct_io.is_worth_it(self._directory_fd)
-        if direct and nbytes >= _DIRECT_FROM_BYTES:
-            return DirectWriter(self._open, self._open_direct, self._before_write)
-        return CachedWriter(self._open, self._before_write, early=self._task.spec.fsync)
+            written = time.time()
+            point("part.written")
+            if sync:
+                sink.sync()
+        return Written(hashes, written)
 
     def _pack(self, run: Sequence[Segment]) -> tuple[bytes, list[str]]:
         """Return the bytes of a run of small whole spans, and the hash of each span, hex."""
@@ -173,7 +158,7 @@ class PartWriter:
             self._kept_spans[segment.index] = span
         return span
 
-    def _write_one(self, sink: CachedWriter | DirectWriter, segment: Segment, known: str | None) -> str:
+    def _write_one(self, sink: Sink, segment: Segment, known: str | None) -> str:
         item = self._layout.items[segment.index]
         hasher = xxhash.xxh3_128()
         offset = segment.start
@@ -227,33 +212,20 @@ class PartWriter:
         point("part.write")
         if time.monotonic() - self._looked >= _LOOK_SECS:
             self._looked = time.monotonic()
-            if not is_still(self._directory, self._directory_fd):  # removed or withdrawn: the rest would be for nothing
-                vanished(self._directory)
+            if not self._entry.is_still():  # removed or withdrawn: the rest would be for nothing
+                vanished(self._entry.path)
         self._pace.wrote(nbytes)
 
-    def _open_direct(self, file: int) -> int:
-        name = self._layout.files[file].name
-        fd = os.open(name, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=self._directory_fd)
-        self._opened.callback(os.close, fd)
-        return fd
-
-    def _open(self, file: int) -> int:
-        fd = self._fds.get(file)
-        if fd is None:
-            spec = self._layout.files[file]
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            if file in self._own_files:
-                flags |= os.O_EXCL
-                with suppress(FileNotFoundError):
-                    os.unlink(spec.name, dir_fd=self._directory_fd)
-            fd = os.open(spec.name, flags, 0o666, dir_fd=self._directory_fd)
-            self._opened.callback(os.close, fd)
-            os.ftruncate(fd, spec.nbytes)
-            self._fds[file] = fd
-        return fd
-
     def _path(self, file: int) -> str:
-        return os.path.join(self._directory, self._layout.files[file].name)
+        return os.path.join(self._entry.path, self._layout.files[file].name)
+
+
+def whole_files(layout: Layout, segments: Sequence[Segment]) -> dict[int, list[Segment]]:
+    """Return the files that a part has all segments of, and these segments."""
+    files = layout.files_of_items()
+    groups = groupby(segments, key=lambda segment: files[segment.index])
+    by_file = ((file, list(group)) for file, group in groups)
+    return {file: group for file, group in by_file if (group[0].start, group[-1].end) == (0, layout.files[file].nbytes)}
 
 
 def runs_once(layout: Layout, part: int, num_parts: int, whole_bytes: int) -> list[Run]:

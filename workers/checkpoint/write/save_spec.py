@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
-from stager.workers.checkpoint.directory import metrics
-from stager.workers.checkpoint.directory.manifest import IndexFile
-from stager.workers.checkpoint.directory.metrics import Metrics
-from stager.workers.checkpoint.directory.names import check_name, checkpoint_name
+from stager.workers.checkpoint.documents import metrics
+from stager.workers.checkpoint.documents.manifest import IndexFile
+from stager.workers.checkpoint.documents.metrics import Metrics
+from stager.workers.checkpoint.documents.names import check_name, checkpoint_name
 from stager.workers.checkpoint.formats import FORMATS
 from stager.workers.checkpoint.layout.layout_check import (
     check_count,

@@ -14,13 +14,13 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stager.workers.checkpoint.directory.envelope import seal_json, unseal
+from stager.workers.checkpoint.documents.envelope import seal_json, unseal
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_layout, items_of_rows
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
+from stager.workers.checkpoint.storage.writing import PLAIN, Writing
 from stager.workers.checkpoint.write.save_spec import SaveSpec, decode_spec, encode_spec
-from stager.workers.checkpoint.write.write_back import PLAIN, Writing
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.gc_pause import no_collection
 from stager.workers.memory.attached import Memory

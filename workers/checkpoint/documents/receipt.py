@@ -7,18 +7,14 @@ that a commit needs. The names of the receipts alone tell whether the set is ful
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import seal, unseal
+from stager.workers.checkpoint.documents.envelope import seal, unseal
 from stager.workers.checkpoint.layout.layout_check import check_count, check_texts
 from stager.workers.errors import CorruptCheckpointError
 
-_UNWATCHED = nullcontext()
 _NAME = re.compile(r"receipt-([0-9]{1,9})-([0-9]{1,9})-of-([0-9]{1,9})\.json")
 
 
@@ -49,11 +45,14 @@ class Receipt:
     note: str = ""
     rank: int = 0
 
-    def write(self, directory_fd: int, directory: str, fsync: bool) -> None:
-        """Write the receipt into the partial directory."""
-        name = receipt_name(self.rank, self.part, self.num_parts)
-        body = {field.name: getattr(self, field.name) for field in fields(self)}  # asdict() would copy each hash
-        files.write_atomically(directory_fd, directory, name, seal(body), fsync)
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return receipt_name(self.rank, self.part, self.num_parts)
+
+    def to_bytes(self) -> bytes:
+        """Serialise the receipt, sealed."""
+        return seal({field.name: getattr(self, field.name) for field in fields(self)})  # asdict() would copy each hash
 
 
 def receipt_name(rank: int, part: int, num_parts: int) -> str:
@@ -71,30 +70,18 @@ def finished_ranks(names: Iterable[str]) -> set[int]:
     return {rank for (rank, num_parts), found in parts.items() if found.issuperset(range(num_parts))}
 
 
-def read_receipt(
-    directory: str,
-    rank: int,
-    part: int,
-    num_parts: int,
-    save_id: str,
-    parsing: AbstractContextManager[object] = _UNWATCHED,
-) -> Receipt | None:
-    """Read the receipt of ``part``. Returns None if it does not exist yet.
+def parse_receipt(data: bytes, path: str, rank: int, part: int, num_parts: int, save_id: str) -> Receipt:
+    """Parse the receipt of ``part``.
 
     Args:
-        parsing: entered while the receipt is parsed: a lock, if several threads read.
+        path: for error messages.
 
     Raises:
         CorruptCheckpointError: it is damaged, or of another save.
     """
-    path = os.path.join(directory, receipt_name(rank, part, num_parts))
-    data = files.read_if_exists(path)
-    if data is None:
-        return None
     try:
-        with parsing:
-            body = unseal(data, path)
-            receipt = Receipt(**{**body, "hashes": check_texts(body["hashes"])})
+        body = unseal(data, path)
+        receipt = Receipt(**{**body, "hashes": check_texts(body["hashes"])})
         check_count(receipt.linked_bytes)
         check_count(receipt.generation)
     except (TypeError, KeyError, ValueError) as error:

@@ -16,8 +16,10 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from functools import lru_cache
+from stat import S_ISDIR
 
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import CorruptCheckpointError
 
 _BY_NAME = re.compile(
@@ -32,6 +34,16 @@ _TORCH_ID = ".data/serialization_id"
 
 def file_of_ours(directory: str) -> str | None:
     """Return the name of a file that shows that stager committed the directory; None: there is none."""
+    try:
+        stat = os.lstat(directory)
+    except OSError:
+        return None
+    # Remembered while the directory does not change: a run looks at its names after each commit.
+    return _file_of_ours(directory, stat.st_ino, stat.st_mtime_ns) if S_ISDIR(stat.st_mode) else None
+
+
+@lru_cache(maxsize=4096)
+def _file_of_ours(directory: str, *_identity: int) -> str | None:
     try:
         names = sorted(os.listdir(directory))
     except OSError:  # it is gone, or no directory

@@ -19,8 +19,9 @@ import secrets
 import stat
 from contextlib import suppress
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import is_intact
+from stager.workers.checkpoint.documents.envelope import is_intact
+from stager.workers.checkpoint.documents.own_names import is_own
+from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.faults import point
 
@@ -29,24 +30,6 @@ STRANGERS = ".strangers-"
 _SET_ASIDE_ENDING = re.compile(r"\.(?:partial|removing|unfinished|strangers)-[0-9a-f]+(?:\.replaced)?$")
 _NAMES_SIDECARS = re.compile(r"manifest\.json|save-\d+\.json")
 _SIDECARS = b',"sidecars":'  # a text in JSON cannot have it: its quotation marks are escaped
-
-# Every file that stager has ever written into the directory of a step: data, indices, manifest, save records, receipts, and
-# temporary files. Also the lock of a run, which earlier versions put into a checkpoint that was opened as a run; and what a
-# network file system makes of a file that was removed while it was open.
-_DATA = (
-    r"__\d+_[0-9a-z]+\.distcp|state(-rank\d+)?(-\d+-of-\d+)?\.(pt|safetensors)|objects(-rank\d+)?\.bin"
-    r"|\.nfs[0-9a-f]+|\.stager\.(lock|protected)"
-)
-_DOCUMENT = (
-    r"manifest\.json|(__\d+)?\.metadata|state(-rank\d+)?\.safetensors\.index\.json|save-\d+\.json"
-    r"|receipt-\d+-\d+-of-\d+\.json"
-)
-_OWN = re.compile(rf"{_DATA}|({_DOCUMENT})(\.\d+)?(\.tmp)?")
-
-
-def is_own(name: str) -> bool:
-    """Return whether a file in the directory of a step has a name that stager gives its files."""
-    return _OWN.fullmatch(name) is not None
 
 
 def own_files(directory_fd: int) -> list[str]:

@@ -13,24 +13,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from stager.workers.checkpoint.directory.files import flock, is_still, open_directory, storage_errors
-from stager.workers.errors import CheckpointNotFoundError
+from stager.workers.checkpoint.storage.posix.files import flock, is_still, open_directory, storage_errors
 
 _PATIENCE_SECS = 5.0
-
-
-@contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Hold the read lock of the checkpoint at ``path``. If it cannot be opened, the reader inside will raise why.
-
-    Raises:
-        CheckpointNotFoundError: it was removed or replaced while the lock was taken.
-    """
-    with holding(path) as there:
-        if not there:
-            what = "the checkpoint was removed or replaced just now; list the checkpoints again"
-            raise CheckpointNotFoundError(None, what, path)
-        yield
 
 
 @contextmanager

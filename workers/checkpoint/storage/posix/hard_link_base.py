@@ -17,20 +17,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from stager.workers.checkpoint.directory import files
-from stager.workers.checkpoint.directory.envelope import unseal
-from stager.workers.checkpoint.directory.files import storage_errors
-from stager.workers.checkpoint.directory.manifest import MANIFEST_NAME, VERSION
+from stager.workers.checkpoint.documents.envelope import unseal
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, VERSION
 from stager.workers.checkpoint.layout.items import ROW_COLUMNS
 from stager.workers.checkpoint.layout.layout import Layout, Segment
 from stager.workers.checkpoint.layout.layout_check import check_count
-from stager.workers.checkpoint.write.save_spec import SaveSpec
+from stager.workers.checkpoint.storage.contract import HardLinkBase, HashAll, UnchangedFiles
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.faults import point
 
@@ -42,68 +41,37 @@ class CannotLinkError(Exception):
     """A file cannot be linked and must be written; the text says why."""
 
 
-@dataclass(slots=True)
-class UnchangedFiles:
-    """The unchanged files of a part, which were linked.
+def sync_linked(linked: Iterable[int], layout: Layout, directory_fd: int, directory: str) -> None:
+    """Sync linked files: the base may have been written without ``fsync``, and a link needs a durable inode.
 
-    Attributes:
-        linked: indices of the linked files.
-        hashes: hashes of segments that are known already: all of linked files, some of other files.
-        nbytes: size of the linked files.
-        generation: see :class:`stager.workers.checkpoint.directory.manifest.ManifestHeader`.
-        note: why unchanged files were written all the same; "": none were.
+    Args:
+        linked: numbers of the files.
+        directory: of the open directory, for messages.
     """
-
-    linked: set[int] = field(default_factory=set)
-    hashes: dict[Segment, str] = field(default_factory=dict)
-    nbytes: int = 0
-    generation: int = 0
-    note: str = ""
-
-    def sync(self, layout: Layout, directory_fd: int, directory: str) -> None:
-        """Sync the linked files: the base may have been written without ``fsync``, and a link needs a durable inode."""
-        for file in self.linked:
-            name = layout.files[file].name
-            with storage_errors("sync", os.path.join(directory, name)):
-                fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-
-
-def whole_files(layout: Layout, segments: Sequence[Segment]) -> dict[int, list[Segment]]:
-    """Return the files that a part has all segments of, and these segments."""
-    files = layout.files_of_items()
-    groups = groupby(segments, key=lambda segment: files[segment.index])
-    by_file = ((file, list(group)) for file, group in groups)
-    return {file: group for file, group in by_file if (group[0].start, group[-1].end) == (0, layout.files[file].nbytes)}
+    for file in linked:
+        name = layout.files[file].name
+        with storage_errors("sync", os.path.join(directory, name)):
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def link_unchanged(
-    spec: SaveSpec,
-    layout: Layout,
-    whole: Mapping[int, list[Segment]],
-    hash_all: Callable[[Sequence[Segment]], Iterable[str]],
-    directory_fd: int,
+    of: HardLinkBase, layout: Layout, whole: Mapping[int, list[Segment]], hash_all: HashAll, directory_fd: int
 ) -> UnchangedFiles:
-    """Link each file of ``whole`` whose bytes are the same in the hard-link base.
-
-    Args:
-        hash_all: hashes segments of the slab, one after the other.
-    """
+    """Link files whose bytes are the same in the hard-link base. See :meth:`Entry.link_unchanged`."""
     unchanged = UnchangedFiles()
-    if spec.base is None or not whole:
-        return unchanged
     try:
-        base = _HardLinkBase(spec.directory, spec.base)
+        base = _OpenBase(of.directory, of.name)
     except CannotLinkError as error:
         unchanged.note = f"not incremental: {error}"
         return unchanged
     with closing(base):
         point("link.begin")
-        if base.generation + 1 >= spec.full_every:
-            unchanged.note = f"written in full, as one of {spec.full_every} saves is (persistence.full_every)"
+        if base.generation + 1 >= of.full_every:
+            unchanged.note = f"written in full, as one of {of.full_every} saves is (persistence.full_every)"
             return unchanged
         for file, segments in whole.items():
             if base.has(layout, file, segments, hash_all(segments), unchanged.hashes):
@@ -113,7 +81,7 @@ def link_unchanged(
     return unchanged
 
 
-def _link(base: _HardLinkBase, layout: Layout, file: int, directory_fd: int, unchanged: UnchangedFiles) -> None:
+def _link(base: _OpenBase, layout: Layout, file: int, directory_fd: int, unchanged: UnchangedFiles) -> None:
     """Link one file of the base into the directory, and enter it into ``unchanged``; or note there why it must be written.
 
     Args:
@@ -131,7 +99,7 @@ def _link(base: _HardLinkBase, layout: Layout, file: int, directory_fd: int, unc
     point("link.linked")  # for tests: the file is linked, and no receipt says so yet
 
 
-class _HardLinkBase:
+class _OpenBase:
     """An open checkpoint directory, and what its manifest says of each file.
 
     All access is by the directory's descriptor, so removing or replacing its name does no harm.

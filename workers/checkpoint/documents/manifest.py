@@ -2,7 +2,7 @@
 
 Its presence under its final name is what makes a directory a checkpoint. It names every file with its size, every item
 with its place, dtype, shape and hashes, and the structure of the state. Body of the sealed document
-(:mod:`stager.workers.checkpoint.directory.envelope`), version 1:
+(:mod:`stager.workers.checkpoint.documents.envelope`), version 1:
 
     format "stager", version 1,
     name         of the directory, unless it is the default one of its step (``names.py``)
@@ -27,18 +27,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from operator import sub
 from typing import Any, TypeVar
 
-from stager.workers.checkpoint.directory import files, metrics
-from stager.workers.checkpoint.directory.envelope import is_sealed, seal_json, unseal
-from stager.workers.checkpoint.directory.metrics import Metrics
-from stager.workers.checkpoint.directory.names import checkpoint_name
-from stager.workers.checkpoint.directory.own_files import is_own
+from stager.workers.checkpoint.documents import metrics
+from stager.workers.checkpoint.documents.envelope import seal_json, unseal
+from stager.workers.checkpoint.documents.metrics import Metrics
+from stager.workers.checkpoint.documents.names import checkpoint_name
 from stager.workers.checkpoint.layout.items import ROW_COLUMNS, Items
 from stager.workers.checkpoint.layout.layout import FileSpec, Layout, num_segments
 from stager.workers.checkpoint.layout.layout_check import (
@@ -53,14 +51,13 @@ from stager.workers.checkpoint.layout.layout_check import (
     items_of_rows,
 )
 from stager.workers.checkpoint.layout.structure import Path, walk
-from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError
+from stager.workers.errors import CorruptCheckpointError
 from stager.workers.gc_pause import no_collection
 
 T = TypeVar("T")
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
-_NOT_OF_A_CHECKPOINT = (MANIFEST_NAME, ".stager.lock", ".stager.protected")  # what a run has, too
 _COLUMNS = [*ROW_COLUMNS, "xxh3_128"]
 
 
@@ -216,49 +213,21 @@ def _texts(items: Items, chosen: slice) -> list[str]:
     ]
 
 
-def has_own_manifest(directory: str | os.PathLike[str]) -> bool:
-    """Return whether ``directory`` has a manifest of stager's, whole or damaged, and not another program's file.
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """Parse and check a manifest.
 
-    A manifest whose first bytes are damaged is known by the checkpoint's other files.
-    """
-    try:
-        data = files.read_small(os.path.join(os.fspath(directory), MANIFEST_NAME))
-        return is_sealed(data) or any(
-            is_own(name) for name in os.listdir(directory) if name not in _NOT_OF_A_CHECKPOINT
-        )
-    except (OSError, CorruptCheckpointError):
-        return False
-
-
-def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
-    """Read and check the manifest of a checkpoint directory (not the data files: see ``verify``).
+    Args:
+        path: for error messages.
 
     Raises:
-        CheckpointNotFoundError: no directory or no manifest there.
-        CorruptCheckpointError: the manifest is damaged, or contradicts itself.
+        CorruptCheckpointError: it is damaged, or contradicts itself.
     """
-    return parse_manifest(*_read(directory))
-
-
-def read_header(directory: str | os.PathLike[str]) -> ManifestHeader:
-    """Read the facts of a checkpoint, and nothing about its items. Raises as :func:`read_manifest`."""
-    data, path = _read(directory)
-    return _parsed(data, path, _parse_header)
-
-
-def _read(directory: str | os.PathLike[str]) -> tuple[bytes, str]:
-    path = os.path.join(os.fspath(directory), MANIFEST_NAME)
-    try:
-        return files.read_small(path), path
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(error.errno, "not a committed checkpoint: it has no manifest", path) from error
-    except OSError as error:
-        raise CorruptCheckpointError(path, f"cannot be read: {error.strerror}") from error
-
-
-def parse_manifest(data: bytes, path: str) -> Manifest:
-    """Parse and check a manifest; ``path`` is for error messages."""
     return _parsed(data, path, _parse_body)
+
+
+def parse_header(data: bytes, path: str) -> ManifestHeader:
+    """Parse the facts of a checkpoint, and nothing about its items. Raises as :func:`parse_manifest`."""
+    return _parsed(data, path, _parse_header)
 
 
 @no_collection()

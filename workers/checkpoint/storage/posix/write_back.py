@@ -10,35 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.writing import WRITE_BYTES
 
-WRITE_BYTES = 4 << 20  # a piece of this size stays in the CPU's cache between hashing and writing
 _START_BYTES = 16 << 20
 _SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>: start writing, wait for nothing
 _sync_file_range: Any = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)  # glibc and musl have it
-
-
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """The settings of how bytes are written.
-
-    Attributes:
-        drop_page_cache: after the sync, take the written pages out of the page cache.
-        max_bytes_per_sec: the limit of one worker; None: no limit.
-        direct_io: write past the page cache (``direct_io.py``); None: only on file systems that gain by it.
-    """
-
-    drop_page_cache: bool = False
-    max_bytes_per_sec: float | None = None
-    direct_io: bool | None = None
-
-
-PLAIN = Writing()
 
 
 def start_write_back(fd: int, offset: int, nbytes: int) -> None:
@@ -115,25 +95,3 @@ class CachedWriter:
 
     def close(self) -> None:
         """Do nothing: there is nothing to release, unlike in a ``DirectWriter``."""
-
-
-class Pace:
-    """A limit of bytes per second, which any stretch of time exceeds by at most one write; or None: no limit."""
-
-    def __init__(
-        self,
-        bytes_per_sec: float | None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._bytes_per_sec = bytes_per_sec
-        self._clock = clock
-        self._sleep = sleep
-        self._free_at = float("-inf")
-
-    def wrote(self, nbytes: int) -> None:
-        """Sleep until the next bytes may be written."""
-        if self._bytes_per_sec is not None:
-            now = self._clock()
-            self._free_at = max(now, self._free_at) + nbytes / self._bytes_per_sec
-            self._sleep(self._free_at - now)

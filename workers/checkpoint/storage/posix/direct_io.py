@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from stager.workers.checkpoint.directory import files
+from stager.workers.checkpoint.storage.posix import files
 
 # No disk asks for more than 4 KiB. The kernel drops whole pages from its cache, so no page may be written both ways.
 BLOCK_BYTES = max(4096, mmap.PAGESIZE)

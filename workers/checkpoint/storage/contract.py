@@ -1,0 +1,353 @@
+"""The storage interface: what everything that reads or writes a checkpoint asks of the place where it is kept.
+
+    Storage     the names in a run's directory, and the transitions between them
+    Entry       one of these directories, open: its small files, and where a save's data go
+    Sink        takes the data of a part of a save
+    DataFile    one data file of a committed checkpoint, open for reading
+
+A directory of a run has one name at a time (``documents/names.py``). The name says what it is: ``<name>`` a committed
+checkpoint, ``<name>.partial-<save_id>`` a save that is not committed, and so on. The transitions are ``rename`` and
+``publish``. Each happens as a whole or not at all, also when a process dies in it, and of several that would take one name
+from a directory, one succeeds. A storage without a rename has to do that by other means.
+
+``tests/storage_contract`` is what each implementation has to pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from stager.workers.checkpoint.documents.head import Head
+from stager.workers.checkpoint.documents.manifest import Manifest
+from stager.workers.checkpoint.layout.layout import Layout, Segment
+from stager.workers.checkpoint.storage.writing import Writing
+
+Fingerprint: TypeAlias = Mapping[str, tuple[int | str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Guarantees:
+    """What a storage can do beside the transitions, which each can.
+
+    Attributes:
+        links: a file may be shared by several checkpoints (incremental saves).
+        read_locks: a checkpoint that is read is not removed meanwhile.
+        foreign_files: it holds files of other programs, too, such as ``model.pt``; stager reads them by their path.
+    """
+
+    links: bool
+    read_locks: bool
+    foreign_files: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SinkOptions:
+    """How a part of a save is written.
+
+    Attributes:
+        nbytes: of all that will be put.
+        own_files: numbers of the files that only this part writes.
+        early: what was put will be synced, so writing it may begin at once.
+        before_write: called with the number of bytes of each write.
+    """
+
+    nbytes: int
+    own_files: Collection[int]
+    writing: Writing
+    early: bool
+    before_write: Callable[[int], None]
+
+
+HashAll: TypeAlias = Callable[[Sequence[Segment]], Iterable[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class HardLinkBase:
+    """The checkpoint whose unchanged files may be linked.
+
+    Attributes:
+        directory: of the run.
+        name: of the checkpoint.
+        full_every: of so many saves in a row, one is written without links.
+    """
+
+    directory: str
+    name: str
+    full_every: int
+
+
+@dataclass(slots=True)
+class UnchangedFiles:
+    """The unchanged files of a part, which were linked.
+
+    Attributes:
+        linked: numbers of the linked files.
+        hashes: hashes of segments that are known already: all of linked files, some of other files.
+        nbytes: size of the linked files.
+        generation: see :class:`stager.workers.checkpoint.documents.manifest.ManifestHeader`.
+        note: why unchanged files were written all the same; "": none were.
+    """
+
+    linked: set[int] = field(default_factory=set)
+    hashes: dict[Segment, str] = field(default_factory=dict)
+    nbytes: int = 0
+    generation: int = 0
+    note: str = ""
+
+
+class Sink(ABC):
+    """Takes the bytes of a part, most of them in file order. Every method raises the ``OSError`` of an earlier write."""
+
+    @abstractmethod
+    def put(self, file: int, offset: int, piece: bytes | memoryview, *, in_place: bool = False) -> None:
+        """Take a piece, which must not change before :meth:`flush` has returned.
+
+        Args:
+            file: its number in the layout.
+            offset: of the piece in the file.
+            in_place: the piece has the same place within a block of memory and within a block of the file.
+        """
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Wait until everything that was put is written."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make what was written durable."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the sink has. What was not flushed may be lost."""
+
+
+class Entry(ABC):
+    """A directory of a run, open. It may lose its name at any time; the entry stays this directory's all the same.
+
+    Attributes:
+        path: that it had when it was opened.
+    """
+
+    path: str
+
+    @abstractmethod
+    def is_at(self, path: str) -> bool:
+        """Return whether the directory has this path now."""
+
+    def is_still(self) -> bool:
+        """Return whether the directory still has the path with which it was opened."""
+        return self.is_at(self.path)
+
+    @abstractmethod
+    def share_lock(self) -> None:
+        """Take the directory's lock shared, as one who writes; wait for one who has it alone."""
+
+    @abstractmethod
+    def try_lock(self) -> bool:
+        """Take the directory's lock alone. Returns False if somebody else has it."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of the small files in it, and of the data files."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """Read a small file; None: it does not exist.
+
+        Raises:
+            CorruptCheckpointError: it cannot be such a file.
+            StorageError
+        """
+
+    @abstractmethod
+    def put(self, name: str, data: bytes, *, sync: bool) -> None:
+        """Write a small file: as a whole or not at all, and durably if ``sync``. Raises StorageError."""
+
+    @abstractmethod
+    def remove_unnamed(self, keep: Collection[str], num_threads: int) -> None:
+        """Remove stager's own files but those of ``keep``. Raises OSError."""
+
+    @abstractmethod
+    def sink(self, layout: Layout, options: SinkOptions) -> Sink:
+        """Return where the data of a part of ``layout`` go."""
+
+    @abstractmethod
+    def link_unchanged(
+        self, base: HardLinkBase, layout: Layout, whole: Mapping[int, list[Segment]], hash_all: HashAll
+    ) -> UnchangedFiles:
+        """Link each file of ``whole`` whose bytes are the same in the hard-link base.
+
+        Args:
+            whole: files that the part has all segments of, and these segments.
+            hash_all: hashes segments of the slab, one after the other.
+        """
+
+    @abstractmethod
+    def sync_linked(self, linked: Iterable[int], layout: Layout) -> None:
+        """Make linked files durable, given their numbers. Raises StorageError."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Make the names of its files durable. Raises OSError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it; gives up its lock."""
+
+    def __enter__(self) -> Entry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class DataFile(ABC):
+    """A data file of a committed checkpoint.
+
+    Attributes:
+        nbytes: its size.
+        piece_bytes: how much of it is best read at once.
+    """
+
+    nbytes: int
+    piece_bytes: int
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill ``buffer`` from byte ``offset`` on. Returns how many bytes it got; 0: the file ends there.
+
+        Raises:
+            OSError
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close it."""
+
+
+class Storage(ABC):
+    """Keeps the directories of runs. Paths are absolute, and URLs where the storage is not a file system.
+
+    Unless something else is said, every method raises the ``OSError`` that it gets: ``FileNotFoundError`` or
+    ``NotADirectoryError`` if what it was asked for is not there.
+    """
+
+    guarantees: Guarantees
+
+    # -- what is there
+
+    @abstractmethod
+    def names(self, directory: str) -> list[str]:
+        """Return the names of what is in a run's directory."""
+
+    @abstractmethod
+    def has_directory(self, path: str) -> bool:
+        """Return whether ``path`` is there, as a directory."""
+
+    @abstractmethod
+    def exists(self, path: str) -> bool:
+        """Return whether anything is at ``path``; raises nothing."""
+
+    # -- a checkpoint, by its path
+
+    @abstractmethod
+    def file_names(self, path: str) -> list[str]:
+        """Return the names of the files in the directory ``path``."""
+
+    @abstractmethod
+    def has_manifest(self, path: str) -> bool:
+        """Return whether there is a manifest in the directory ``path``; raises nothing."""
+
+    @abstractmethod
+    def nbytes(self, path: str) -> int:
+        """Return about how many bytes the checkpoint at ``path`` has. Costs little."""
+
+    @abstractmethod
+    def read_manifest(self, path: str) -> bytes:
+        """Read the manifest of the checkpoint at ``path``. Raises CorruptCheckpointError, too: it cannot be one."""
+
+    @abstractmethod
+    def head(self, path: str) -> Head | None:
+        """Return the head of the checkpoint's manifest; None: it cannot be read. May remember an earlier look."""
+
+    @abstractmethod
+    def file_of_ours(self, path: str) -> str | None:
+        """Return the name of a file that shows that stager committed what is at ``path``; None: there is none."""
+
+    @abstractmethod
+    def read_file(self, path: str, manifest: Manifest, name: str) -> bytes:
+        """Read a small file of the checkpoint at ``path``. Raises CorruptCheckpointError, too: it cannot be one."""
+
+    @abstractmethod
+    def open_data(self, path: str, manifest: Manifest, file: int) -> DataFile:
+        """Open a data file of the checkpoint at ``path``, by its number. Raises CorruptCheckpointError, too."""
+
+    @abstractmethod
+    def reading(self, path: str) -> AbstractContextManager[bool]:
+        """Keep retention from removing the checkpoint at ``path``. Yields False if it was renamed or removed just now."""
+
+    @abstractmethod
+    def fingerprint(self, path: str) -> Fingerprint:
+        """Return what changes if a file of the checkpoint is written to or replaced, by its name."""
+
+    @abstractmethod
+    def committed_at(self, path: str) -> float:
+        """Return when the manifest was written, by the storage's clock; only the order is good for anything."""
+
+    # -- a save
+
+    @abstractmethod
+    def create(self, path: str) -> Entry:
+        """Open a partial directory; make it if needed. The run's directory must exist. Raises StorageError."""
+
+    @abstractmethod
+    def open(self, path: str) -> Entry:
+        """Open a directory."""
+
+    @abstractmethod
+    def make(self, path: str) -> None:
+        """Make an empty directory, unless something is at ``path``."""
+
+    @abstractmethod
+    def rename(self, source: str, target: str) -> bool:
+        """Rename a directory if nothing is at ``target``, or an empty directory. Returns whether it did."""
+
+    @abstractmethod
+    def publish(self, entry: Entry, final: str, replaceable: Callable[[str], bool]) -> str | None:
+        """Give a partial directory the name of a checkpoint. What is there is replaced in one step, if it is replaceable.
+
+        Of two saves of one trainer to one name, the later one stays.
+
+        Returns:
+            The path that the replaced checkpoint has now; None: there was none.
+        """
+
+    @abstractmethod
+    def put_back(self, source: str, final: str) -> None:
+        """Rename a checkpoint that was replaced, and whose replacement was not committed, to its name."""
+
+    @abstractmethod
+    def sync(self, directory: str) -> None:
+        """Make the names in a run's directory durable."""
+
+    # -- a removal
+
+    @abstractmethod
+    def why_not_removable(self, path: str) -> str | None:
+        """Say why the checkpoint at ``path`` must not be removed; None: it may be."""
+
+    @abstractmethod
+    def remove(self, path: str) -> str | None:
+        """Remove a directory that is no checkpoint any more, if it exists, and stager's files in it.
+
+        Returns:
+            The new path of the directory if somebody else's files are left in it; else None.
+        """
+
+    @abstractmethod
+    def exclusive_bytes(self, paths: Iterable[str]) -> int:
+        """Return how many bytes removing these directories frees: of files that have no name elsewhere."""

@@ -1,0 +1,129 @@
+"""A file system as a storage."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
+
+from stager.workers.checkpoint.documents.head import Head
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest
+from stager.workers.checkpoint.documents.own_names import is_own
+from stager.workers.checkpoint.storage.contract import DataFile, Entry, Fingerprint, Guarantees, Storage
+from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.directory_entry import DirectoryEntry
+from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
+from stager.workers.checkpoint.storage.posix.heads import read_head
+from stager.workers.checkpoint.storage.posix.local_file import LocalFile
+from stager.workers.checkpoint.storage.posix.lost_manifest import file_of_ours
+from stager.workers.checkpoint.storage.posix.own_files import remove_own
+from stager.workers.checkpoint.storage.posix.read_lock import holding
+from stager.workers.checkpoint.storage.posix.transitions import rename_onto_nothing, rename_over
+
+_OPEN_ATTEMPTS = 10
+
+
+class FileSystem(Storage):
+    """Every file system that is mounted on this host; for the methods see :class:`Storage`."""
+
+    guarantees = Guarantees(links=True, read_locks=True, foreign_files=True)
+
+    # -- what is there
+
+    def names(self, directory: str) -> list[str]:
+        return os.listdir(directory)
+
+    def has_directory(self, path: str) -> bool:
+        return os.path.isdir(path)
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(path)
+
+    # -- a checkpoint, by its path
+
+    def file_names(self, path: str) -> list[str]:
+        return os.listdir(path)
+
+    def has_manifest(self, path: str) -> bool:
+        return os.path.lexists(os.path.join(path, MANIFEST_NAME))
+
+    def nbytes(self, path: str) -> int:
+        """The size of its files."""
+        with os.scandir(path) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+
+    def read_manifest(self, path: str) -> bytes:
+        return files.read_small(os.path.join(path, MANIFEST_NAME))
+
+    def head(self, path: str) -> Head | None:
+        return read_head(path)
+
+    def file_of_ours(self, path: str) -> str | None:
+        return file_of_ours(path)
+
+    def read_file(self, path: str, manifest: Manifest, name: str) -> bytes:
+        return files.read_small(os.path.join(path, name))
+
+    def open_data(self, path: str, manifest: Manifest, file: int) -> DataFile:
+        return LocalFile(files.open_regular(os.path.join(path, manifest.layout.files[file].name)))
+
+    def reading(self, path: str) -> AbstractContextManager[bool]:
+        return holding(path)
+
+    def fingerprint(self, path: str) -> Fingerprint:
+        """Inode, size, mtime and ctime (ns) of each file."""
+        stats = [(name, os.lstat(os.path.join(path, name))) for name in os.listdir(path)]
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats}
+
+    def committed_at(self, path: str) -> float:
+        return os.lstat(os.path.join(path, MANIFEST_NAME)).st_mtime_ns / 1e9
+
+    # -- a save
+
+    def create(self, path: str) -> Entry:
+        with storage_errors("create", path):
+            for _ in range(_OPEN_ATTEMPTS):
+                self.make(path)
+                with suppress(FileNotFoundError):  # it was committed, or removed, between the two calls
+                    return self.open(path)
+        vanished(path)
+
+    def open(self, path: str) -> Entry:
+        return DirectoryEntry(path, files.open_directory(path, follow=False))
+
+    def make(self, path: str) -> None:
+        with suppress(FileExistsError):
+            os.mkdir(path)
+
+    def rename(self, source: str, target: str) -> bool:
+        return rename_onto_nothing(source, target)
+
+    def publish(self, entry: Entry, final: str, replaceable: Callable[[str], bool]) -> str | None:
+        return rename_over(entry.path, final, replaceable)
+
+    def put_back(self, source: str, final: str) -> None:
+        os.rename(source, final)
+        files.sync_directory(os.path.dirname(final))
+
+    def sync(self, directory: str) -> None:
+        files.sync_directory(directory)
+
+    # -- a removal
+
+    def why_not_removable(self, path: str) -> str | None:
+        return "it is a symbolic link; remove the link yourself" if os.path.islink(path) else None
+
+    def remove(self, path: str) -> str | None:
+        return remove_own(path)
+
+    def exclusive_bytes(self, paths: Iterable[str]) -> int:
+        num_names: Counter[tuple[int, int]] = Counter()
+        stats: dict[tuple[int, int], os.stat_result] = {}
+        for path in paths:
+            with suppress(OSError):  # somebody removes it at this moment
+                for stat in [entry.stat(follow_symlinks=False) for entry in os.scandir(path) if is_own(entry.name)]:
+                    identity = stat.st_dev, stat.st_ino
+                    num_names[identity] += 1
+                    stats[identity] = stat
+        return sum(stat.st_size for identity, stat in stats.items() if num_names[identity] >= stat.st_nlink)
