@@ -35,7 +35,8 @@ from stager.state.stateful import Stateful
 from stager.telemetry.event import Event, FellBackEvent
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint, require_run_directory
 from stager.workers.checkpoint.maintenance.retention import PruneReport, prune
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import UsageError
 
 logger = logging.getLogger("stager")
@@ -71,7 +72,7 @@ class Checkpointer(BaseCheckpointer[OpenRun]):
         read_only: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ) -> None:
-        self._directory = local_path(directory)
+        self._directory = place_path(directory)
         self._place = place_of(self._directory, read_only=read_only)
         super().__init__(f"the Checkpointer of {self._directory}", config, read_only=read_only, on_event=on_event)
         self._loader = Loader(self._place, self._config.loading, self._group.own_rank)
@@ -81,7 +82,7 @@ class Checkpointer(BaseCheckpointer[OpenRun]):
             run = OpenRun(self._directory, self._config, self._group, self._listeners, on_closed)
             self._together.restore = run.replication.restore
             self._belongs_here(run)
-        elif not os.path.lexists(self._directory):
+        elif not storage_of(self._directory).has_directory(self._directory):
             logger.warning("%s does not exist, so no checkpoint is found there", self._directory)
 
     # -- saving -------------------------------------------------------------------------------------------------

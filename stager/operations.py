@@ -23,8 +23,8 @@ from stager.workers.checkpoint.maintenance.retention import PruneReport
 from stager.workers.checkpoint.maintenance.retention import prune as prune_by_rules
 from stager.workers.checkpoint.maintenance.retention_rules import KeepBest, RetentionRules
 from stager.workers.checkpoint.read.verify import VerifyReport, verify_checkpoint
-from stager.workers.checkpoint.storage.paths import local_path
-from stager.workers.checkpoint.storage.posix.run_lock import lock_directory, unused_directory
+from stager.workers.checkpoint.storage.paths import place_path
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 
 
@@ -64,7 +64,7 @@ def verify(
         progress: called with the number of bytes just checked, from several threads.
     """
     started = time.monotonic()
-    path = local_path(path, "the path of the checkpoint")
+    path = place_path(path, "the path of the checkpoint")
     if (problem := not_ours(path)) is not None:
         return VerifyReport(path, False, (f"{path}: {problem}",), 0, 0, time.monotonic() - started)
     report = verify_checkpoint(path, full=full, strict=strict, num_threads=num_threads, progress=progress)
@@ -96,13 +96,15 @@ def recover(directory: str | os.PathLike[str], *, dry_run: bool = False) -> Reco
     directory = require_run_directory(directory)
     with ExitStack() as held:
         if dry_run:
-            held.enter_context(unused_directory(directory))  # takes no lock: that would change the lock file
+            held.enter_context(
+                storage_of(directory).unused(directory)
+            )  # takes no lock: that would change the lock file
         else:
             take_over(
                 directory,
                 "recover() needs the run for itself: close that one with its close(), then call recover() again",
             )
-            held.callback(os.close, lock_directory(directory, 0))
+            held.callback(storage_of(directory).lock(directory, 0).close)
         return RecoverReport(directory, tuple(recover_all(directory, dry_run=dry_run)), dry_run)
 
 

@@ -31,7 +31,8 @@ from stager.telemetry.event import Event
 from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.checkpoint.documents.names import check_name, number_in
 from stager.workers.checkpoint.maintenance.retention import PruneReport
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
+from stager.workers.checkpoint.storage.places import resolved
 from stager.workers.errors import ArgumentError, ConfigError, UsageError
 
 
@@ -203,7 +204,7 @@ class PathCheckpointer(BaseCheckpointer[Pipeline]):
             StorageError: it cannot be made, read or locked.
             ClosedError
         """
-        found = os.path.realpath(local_path(directory, "directory"))
+        found = resolved(place_path(directory, "directory"))
         self._refuse_in_callback("recover()")
         if has_own_manifest(found):
             raise UsageError(
@@ -245,8 +246,8 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def _absolute(path: str | os.PathLike[str]) -> str:
     """Return the absolute path of a checkpoint; the directory that it lies in without links, as it has several paths."""
-    directory, name = os.path.split(local_path(path, "path"))
-    return os.path.join(os.path.realpath(directory), name)
+    directory, name = os.path.split(place_path(path, "path"))
+    return os.path.join(resolved(directory), name)
 
 
 def refuse_rules(config: StagerConfig) -> None:

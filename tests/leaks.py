@@ -24,7 +24,7 @@ _PATIENCE_SECS = 10.0
 _MARK = "STAGER_TEST_SESSION"  # inherited by everything this session starts
 os.environ[_MARK] = secrets.token_hex(8)
 # Threads and descriptors that libraries keep for the life of the process once they were used.
-_KEPT_THREADS = ("pydev", "Dummy", "QueueFeederThread")
+_KEPT_THREADS = ("pydev", "Dummy", "QueueFeederThread", "tqdm_monitor")
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,9 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List the checkpoints in DIR: committed, partial (never committed, or being written now), invalid and why."""
-    from stager.workers.checkpoint.storage.paths import local_path
+    from stager.workers.checkpoint.storage.paths import place_path
 
-    directory = local_path(directory)
+    directory = place_path(directory)
     rows = list_rows(directory)
     if verify:
         rows = _verified(rows)

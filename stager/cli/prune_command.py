@@ -46,7 +46,7 @@ def prune(
     """
     from stager.operations import prune as run_prune
     from stager.workers.checkpoint.maintenance.retention import PruneFate
-    from stager.workers.checkpoint.storage.paths import local_path
+    from stager.workers.checkpoint.storage.paths import place_path
     from stager.workers.errors import UsageError
 
     if all(rule is None for rule in (keep_latest, keep_every, keep_every_secs, keep_best)):
@@ -66,7 +66,7 @@ def prune(
     )
     ok = not report.steps(PruneFate.LEFT)
     if as_json:
-        print_json({"directory": local_path(run), "ok": ok, **_as_json(report)})
+        print_json({"directory": place_path(run), "ok": ok, **_as_json(report)})
     else:
         _print(run, report)
     if not ok:
@@ -102,11 +102,11 @@ def _print(run: str, report: PruneReport) -> None:
     from stager.config.sizes import format_bytes
     from stager.workers.checkpoint.directory.choice import runs_inside
     from stager.workers.checkpoint.maintenance.retention import PruneFate
-    from stager.workers.checkpoint.storage.paths import local_path
+    from stager.workers.checkpoint.storage.paths import place_path
 
     console = stdout()
     if not report.verdicts:
-        found = f"no checkpoints in {run}{runs_inside(local_path(run))}"
+        found = f"no checkpoints in {run}{runs_inside(place_path(run))}"
         console.print(printable(found), markup=False, soft_wrap=True)
         return
     removed = "would remove" if report.dry_run else "removed"

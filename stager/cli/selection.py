@@ -27,10 +27,10 @@ def select_checkpoints(path: str, step: int | None, *, all_steps: bool = False) 
     """
     from stager.workers.checkpoint.directory.choice import choose_checkpoint
     from stager.workers.checkpoint.directory.run_directory import checkpoint_names
-    from stager.workers.checkpoint.storage.paths import local_path
+    from stager.workers.checkpoint.storage.paths import place_path
     from stager.workers.errors import UsageError
 
-    path = local_path(path, "path")
+    path = place_path(path, "path")
     if not all_steps:
         return [choose_checkpoint(path, step)]
     if step is not None:
@@ -47,20 +47,20 @@ def require_directory(path: str) -> None:
     Raises:
         CheckpointNotFoundError: ``path`` is no directory.
     """
+    from stager.workers.checkpoint.storage.places import storage_of
     from stager.workers.errors import CheckpointNotFoundError
 
-    if not os.path.isdir(path):
-        reason = "is not a directory" if os.path.exists(path) else "no such directory"
+    storage = storage_of(path)
+    if not storage.has_directory(path):
+        reason = "is not a directory" if storage.exists(path) else "no such directory"
         raise CheckpointNotFoundError(None, reason, path)
 
 
 def directory_nbytes(path: str) -> int:
-    """Size of the files directly in ``path``; files that vanish meanwhile do not count."""
-    total = 0
-    with os.scandir(path) as entries:
-        for entry in entries:
-            try:
-                total += entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
-            except FileNotFoundError:
-                continue
-    return total
+    """Size of the files of ``path``; 0 if it vanishes meanwhile."""
+    from stager.workers.checkpoint.storage.places import storage_of
+
+    try:
+        return storage_of(path).nbytes(path)
+    except FileNotFoundError:
+        return 0

@@ -16,7 +16,8 @@ from typing import Any
 from stager.config.sizes import SIZE_FORM, parse_bytes
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, checkpoint_names
 from stager.workers.checkpoint.documents.names import parse_checkpoint
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
+from stager.workers.checkpoint.storage.places import resolved
 from stager.workers.errors import ArgumentError, UsageError
 
 logger = logging.getLogger("stager")
@@ -225,11 +226,11 @@ def _step_of_path(path: object, directory: str) -> int:
     """Return the step of the checkpoint at ``path``, which must be one of this run's."""
     if isinstance(path, str) and (step := _step_of_name(path, directory)) is not None:
         return step  # step-00000100, without the directory
-    found = local_path(path, "step")
+    found = place_path(path, "step")
     parent, name = os.path.split(found)
     step = _step_of_name(name, parent)
     places = (parent, found)  # in the run, or the one checkpoint that is open
-    if step is None or not any(os.path.realpath(place) == os.path.realpath(directory) for place in places):
+    if step is None or not any(resolved(place) == resolved(directory) for place in places):
         raise ArgumentError(
             f"step is the path {found}, which is no checkpoint of {directory}; give a step of this run, or read the path "
             "with stager.load_checkpoint(path)"

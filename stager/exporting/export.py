@@ -39,7 +39,7 @@ from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, align, contiguous_stride
 from stager.workers.checkpoint.layout.layout_plan import LayoutPlan
 from stager.workers.checkpoint.layout.structure import Path, map_leaves, names_of, walk
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import local_path, place_path
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
 
@@ -111,7 +111,7 @@ def export_checkpoint(
             ``checkpoint`` is no run.
     """
     started = time.monotonic()
-    checkpoint, out = local_path(checkpoint, "checkpoint"), local_path(out, "out")
+    checkpoint, out = place_path(checkpoint, "checkpoint"), local_path(out, "out")
     refuse_directory(out)
     file_format = format_of(out, file_format)
     part = Part.of_arguments(keys, strip_prefix)

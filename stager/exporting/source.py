@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -17,6 +16,7 @@ from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import RECIPE, Path, describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import CheckpointNotFoundError
 
 
@@ -31,7 +31,7 @@ def chosen_checkpoint(path: str, step: int | None) -> str:
         CheckpointNotFoundError: there is none; says what there is.
         UsageError: ``step`` is given, and ``path`` is no run.
     """
-    is_run = os.path.isdir(path) and not is_checkpoint_directory(path) and bool(committed_steps(path))
+    is_run = storage_of(path).has_directory(path) and not is_checkpoint_directory(path) and bool(committed_steps(path))
     if not is_run and (problem := not_ours(path)) is not None:
         raise CheckpointNotFoundError(None, problem, path)
     return choose_checkpoint(path, step)

@@ -34,7 +34,7 @@ from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.formats.contract import TensorSpec
 from stager.workers.checkpoint.layout.layout import contiguous_stride
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, UnstageableError
@@ -127,7 +127,7 @@ def export_weights(
         force=force,
     )
     export = resolved(asked)
-    chosen = chosen_checkpoint(local_path(checkpoint, "checkpoint"), None if step is None else as_step(step))
+    chosen = chosen_checkpoint(place_path(checkpoint, "checkpoint"), None if step is None else as_step(step))
     return write_weights(chosen, export, progress=progress or (lambda nbytes: None))
 
 

@@ -26,7 +26,8 @@ from stager.state.stateful import Stateful
 from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
+from stager.workers.checkpoint.storage.places import resolved
 from stager.workers.checkpoint.storage.posix.files import open_regular, storage_errors
 from stager.workers.errors import UnsafePickleError, UsageError
 
@@ -77,9 +78,9 @@ def load_checkpoint(
         UnloadableError: as in :meth:`stager.Checkpointer.load`.
         StorageError
     """
-    path = local_path(path, "the path of the checkpoint")
+    path = place_path(path, "the path of the checkpoint")
     found = find(path)
-    where = os.path.realpath(path)
+    where = resolved(path)
     selection = None if keys is None else Selection(keys)
     renaming = Renaming.of_arguments(rename, strip_prefix)
     others, rank = ranks_of_this_job(where, into, strict=strict)

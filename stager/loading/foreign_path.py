@@ -12,6 +12,7 @@ from stager.workers.checkpoint.directory.choice import runs_inside
 from stager.workers.checkpoint.directory.run_directory import checkpoint_names, committed_steps
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.documents.names import is_partial, parse_checkpoint
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 from stager.workers.wording import first_of
@@ -49,6 +50,8 @@ def find(path: str | os.PathLike[str]) -> Found:
         StorageError
     """
     path = os.fspath(path)
+    if not storage_of(path).guarantees.foreign_files:
+        return _find_own(path)
     real = os.path.realpath(path)
     if os.path.isdir(real):
         return _find_in(real)
@@ -66,6 +69,18 @@ def find(path: str | os.PathLike[str]) -> Found:
     return Found(Origin.TORCH_SAVE, real)
 
 
+def _find_own(path: str) -> Found:
+    """Tell what is at a URL, where only stager writes."""
+    if storage_of(path).has_manifest(path):
+        return Found(Origin.STAGER, path)
+    if checkpoints := checkpoint_names(path):
+        raise _not_found(path, _of_run(path, checkpoints))
+    directory = os.path.dirname(path)
+    steps = committed_steps(directory)
+    there = f"; {directory} has the checkpoints of {_steps(steps)}" if steps else ""
+    raise _not_found(path, f"does not exist, or is not committed{there}")
+
+
 def is_in_safetensors(name: str) -> bool:
     """Whether a file has a name of safetensors."""
     return name.endswith(_SAFETENSORS)
@@ -78,8 +93,9 @@ def not_ours(path: str) -> str | None:
         StorageError
     """
     name = os.path.basename(path)
-    if os.path.lexists(os.path.join(path, MANIFEST_NAME)) or (
-        parse_checkpoint(name) is not None and os.path.isdir(path)  # it has lost its manifest
+    storage = storage_of(path)
+    if storage.has_manifest(path) or (
+        parse_checkpoint(name) is not None and storage.has_directory(path)  # it has lost its manifest
     ):
         return None
     try:
@@ -138,17 +154,21 @@ def _of_directory(directory: str, names: list[str], weights: list[str]) -> str:
             f"`stager recover {os.path.dirname(directory)}` commits it if all of it is there"
         )
     if checkpoints := checkpoint_names(directory):
-        steps = list(checkpoints)
-        newest = os.path.join(directory, checkpoints[steps[0]])
-        return (
-            f"is the directory of a run, with the checkpoints of {_steps(steps)}; name one of them, {newest} for example "
-            f"(Checkpointer({directory!r}, read_only=True).load() loads the newest valid one)"
-        )
+        return _of_run(directory, checkpoints)
     if any(name.startswith(SHARD_BEGINNING) for name in weights):
         return f"has files ({_shown(weights)}) each of which {SHARD_ADVICE}"
     if weights:
         return f"has {len(weights)} files of safetensors, and no index of them all: {_shown(weights)}; name one of them"
     return _of_others(directory, names)
+
+
+def _of_run(directory: str, checkpoints: dict[int, str]) -> str:
+    steps = list(checkpoints)
+    newest = os.path.join(directory, checkpoints[steps[0]])
+    return (
+        f"is the directory of a run, with the checkpoints of {_steps(steps)}; name one of them, {newest} for example "
+        f"(Checkpointer({directory!r}, read_only=True).load() loads the newest valid one)"
+    )
 
 
 def _of_others(directory: str, names: list[str]) -> str:

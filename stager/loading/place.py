@@ -18,6 +18,7 @@ from stager.workers.checkpoint.directory.run_directory import (
 )
 from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.documents.names import REPLACED, number_in, parse_checkpoint, parse_partial
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import CorruptCheckpointError, UsageError
 from stager.workers.wording import first_of
 
@@ -40,7 +41,7 @@ class Run:
 
     def has(self, step: int) -> bool:
         """Return whether something has the name of a step's checkpoint."""
-        return os.path.lexists(self.path(step))
+        return storage_of(self.directory).exists(self.path(step))
 
     def read(self, step: int) -> tuple[CheckpointInfo, Manifest]:
         """Read the manifest of a step's checkpoint."""
@@ -61,7 +62,7 @@ class Run:
 
     def which(self, missing: int) -> str:
         """Say that a step is missing, and which steps there are: those beside it, and the newest."""
-        if not os.path.lexists(self.directory):
+        if not storage_of(self.directory).has_directory(self.directory):
             return f"does not exist, so there is no checkpoint of step {missing}; check the path"
         steps = self.steps()
         begun = missing in self.begun()

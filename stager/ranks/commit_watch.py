@@ -38,7 +38,6 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -51,10 +50,17 @@ from stager.ranks.rank_group import RankGroup, some_ranks
 from stager.ranks.rendezvous import poll_secs
 from stager.ranks.save_messages import SaveMessages, rank_failure
 from stager.workers import long_wait
-from stager.workers.checkpoint.commit.commit import Committed, already_committed, commit_recorded, partial_path
+from stager.workers.checkpoint.commit.commit import (
+    Committed,
+    already_committed,
+    commit_recorded,
+    partial_file_names,
+    partial_path,
+)
 from stager.workers.checkpoint.commit.persist import discard_partial, discard_unfinished, quarantine
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.documents.receipt import finished_ranks
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import recorded_ranks
 from stager.workers.errors import ClosedError, RankFailedError, StagerError, StorageError
@@ -303,7 +309,7 @@ class CommitWatch:
     def _tell_who_has_not_begun(self, spec: SaveSpec) -> None:
         """Warn of ranks without a save record: most often only one rank calls save(). The first rank that has one warns."""
         try:
-            begun = recorded_ranks(os.listdir(partial_path(spec)))
+            begun = recorded_ranks(partial_file_names(spec))
         except OSError:  # it ends just now, or _look() says so
             return
         late = sorted(set(range(spec.num_ranks)).difference(begun))
@@ -351,7 +357,7 @@ class CommitWatch:
         """Remove or quarantine the directory of a save that failed. Returns the commit if it was committed just now."""
         keeps = failure.is_unfinished and self._keep_unfinished
         # 1. Once the directory has lost its name, nobody can commit it. Most often another rank has removed it already.
-        if not _is_gone(partial_path(spec)):
+        if storage_of(spec.directory).exists(partial_path(spec)):
             try:
                 self._rename_away(spec, keeps)
             except Exception as error:  # noqa: BLE001  # the next run tries again
@@ -374,18 +380,10 @@ class CommitWatch:
 
 def _missing_ranks(spec: SaveSpec) -> list[int]:
     """The ranks whose receipts are not in the partial directory. Raises OSError if it cannot be listed."""
-    names = os.listdir(partial_path(spec))
+    names = partial_file_names(spec)
     if MANIFEST_NAME in names:  # every receipt was there; the committer may have removed some by now
         return []
     return sorted(set(range(spec.num_ranks)) - finished_ranks(names))
-
-
-def _is_gone(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except OSError as error:  # any other than this one does not tell
-        return isinstance(error, FileNotFoundError)
-    return False
 
 
 def _found_committed(spec: SaveSpec) -> Committed | None:

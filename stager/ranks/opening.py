@@ -13,7 +13,6 @@ lock for itself.
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from stager.ranks import keys
 from stager.ranks.messages import DirectoryOpened
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.maintenance.recover import recover
-from stager.workers.checkpoint.storage.posix.files import storage_errors
-from stager.workers.checkpoint.storage.posix.run_lock import LOCK_NAME, lock_directory, share_lock
+from stager.workers.checkpoint.storage.contract import RunLock
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import ConfigError, RankFailedError, UsageError
 
 logger = logging.getLogger("stager")
@@ -40,8 +39,8 @@ def take_directory(
     number: int = 1,
     replicates: bool = False,
     take_over: Callable[[], None] = lambda: None,
-) -> int:
-    """Lock the directory for this rank; returns the lock's descriptor. Every rank calls it.
+) -> RunLock:
+    """Lock the directory for this rank. Every rank calls it.
 
     Args:
         lock_timeout_secs: how long to wait for another run's lock.
@@ -57,19 +56,19 @@ def take_directory(
         StorageError
     """
     host = keys.host(socket.gethostname())
-    held: list[int] = []
+    storage = storage_of(directory)
+    held: list[RunLock] = []
 
     def open_as_coordinator() -> DirectoryOpened:
         take_over()  # here, because the other ranks learn what is raised here
-        with storage_errors("create", directory):
-            os.makedirs(directory, exist_ok=True)
+        storage.prepare(directory)
         # 1. The lock before recover(): what an earlier run left may still be written by its workers, which hold the lock.
-        held.append(lock_directory(directory, lock_timeout_secs, group.nonce))
+        held.append(storage.lock(directory, lock_timeout_secs, group.nonce))
         for found in recover(directory, leave_unfinished=replicates):
             logger.warning("%s", found)
         # 2. The kernel lets go of the lock for a moment while it changes, so a group of one does not share it.
         if not group.is_alone:
-            share_lock(held[0], directory)
+            held[0].share()
         return DirectoryOpened(group.nonce, directory, replicates)
 
     try:
@@ -82,13 +81,13 @@ def take_directory(
         )
         if not group.is_coordinator:  # 3.
             _check_that_it_is_the_same(opened, directory, group, replicates)
-            held.append(lock_directory(directory, lock_timeout_secs, shared=True))
+            held.append(storage.lock(directory, lock_timeout_secs, group.nonce, shared=True))
         # 4. Each rank has counted itself at its host before it comes, so the count is final after the barrier.
         group.barrier(keys.opening(number), f"opening {directory}")
         group.local_size = max(group.local_size, group.count(host, 0))
     except BaseException as error:
-        for lock_fd in held:
-            os.close(lock_fd)
+        for lock in held:
+            lock.close()
         with suppress(RankFailedError):
             group.leave_barrier(keys.opening(number), error)
         raise
@@ -104,18 +103,10 @@ def _check_that_it_is_the_same(opened: DirectoryOpened, directory: str, group: R
         )
     group.nonce = opened.nonce
     deadline = time.monotonic() + group.timeout_secs
-    while group.nonce not in _content(os.path.join(directory, LOCK_NAME)):  # a network file system may show it later
+    while storage_of(directory).lock_nonce(directory) != group.nonce:  # a network file system may show it later
         if time.monotonic() >= deadline:
             raise UsageError(
                 f"rank {group.rank} does not see in {directory} what rank 0 wrote in {opened.directory}; all ranks must "
                 "use one directory of one shared file system, or set ranks.together to false"
             )
         time.sleep(_POLL_SECS)
-
-
-def _content(path: str) -> str:
-    try:
-        with open(path, errors="replace") as file:
-            return file.read(256)
-    except OSError:  # not to be seen yet
-        return ""

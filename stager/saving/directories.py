@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import RankGroup
 from stager.saving import open_here
+from stager.workers.checkpoint.storage.contract import RunLock
 from stager.workers.memory.descriptor import Descriptor
 
 _MOST = 64  # directories that are held: each takes a descriptor
@@ -19,7 +20,7 @@ _MOST = 64  # directories that are held: each takes a descriptor
 class _Held:
     """A directory that is held: its lock, and what forgets that this process has it open."""
 
-    lock: Descriptor
+    lock: RunLock
     forget: Callable[[], None]
 
 
@@ -32,9 +33,13 @@ class Directories:
     Args:
         lock_timeout_secs: how long to wait for another run's lock.
         replicates: whether partners keep replicas of what is saved.
+        check: raises ConfigError if the settings do not suit the storage of a directory.
     """
 
-    def __init__(self, group: RankGroup, lock_timeout_secs: float, *, replicates: bool) -> None:
+    def __init__(
+        self, group: RankGroup, lock_timeout_secs: float, check: Callable[[str], None], *, replicates: bool
+    ) -> None:
+        self._check = check
         self._group = group
         self._lock_timeout_secs = lock_timeout_secs
         self._replicates = replicates
@@ -62,10 +67,11 @@ class Directories:
             DirectoryInUseError, RankFailedError, StorageError, UsageError, ConfigError: :func:`take_directory`.
         """
         if directory not in self._held:
+            self._check(directory)
             if len(self._held) >= _MOST:  # in the order in which they were taken, which is the same on all ranks
                 self._held.pop(next(iter(self._held))).forget()
             self._num_tried += 1
-            lock_fd = take_directory(
+            lock = take_directory(
                 directory,
                 self._group,
                 self._lock_timeout_secs,
@@ -73,18 +79,20 @@ class Directories:
                 replicates=self._replicates,
                 take_over=lambda: open_here.take_over(directory),
             )
-            self._held[directory] = _Held(Descriptor(lock_fd), self._register(directory))
-        return self._held[directory].lock
+            self._held[directory] = _Held(lock, self._register(directory))
+        return self._held[directory].lock.descriptor
 
     def close(self) -> None:
         """Let go of every directory. Legal when nothing is in flight."""
         for held in self._held.values():
             held.forget()
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Close the locks' descriptors in a forked child: otherwise the child would hold the directories."""
-        for held in self._held.values():
             with suppress(OSError):
                 held.lock.close()
+        self._held.clear()
+
+    def abandon(self) -> None:
+        """Forget the locks in a forked child: otherwise the child would hold the directories."""
+        for held in self._held.values():
+            with suppress(OSError):
+                held.lock.abandon()
         self._held.clear()

@@ -27,7 +27,7 @@ from stager.exporting.weights import ExportedWeights, export_saved
 from stager.exporting.weights_export import WeightsExport, command_of, resolved
 from stager.saving.save import Save
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo
-from stager.workers.checkpoint.storage.posix.read_lock import holding
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import ArgumentError, CheckpointNotFoundError, ClosedError, LeftRunningError, UsageError
 from stager.workers.long_wait import LongWait
 from stager.workers.pool import codec
@@ -140,7 +140,7 @@ class Exporter:
     def _queue(self, one: _Export, info: CheckpointInfo) -> None:
         assert self._pool is not None  # accept() has started it
         try:
-            one.lock.enter_context(holding(one.checkpoint))
+            one.lock.enter_context(storage_of(one.checkpoint).reading(one.checkpoint))
             done = self._pool.submit(export_saved, one.checkpoint, info.save_id, one.export)
         except Exception as error:  # noqa: BLE001  # the edge of a callback: whatever it is, the Future must have it
             self._give_up(one, error)

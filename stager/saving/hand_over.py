@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 from stager.arena.arena import Arena, Lease, SlabState
+from stager.ranks.rank_group import RankGroup
 from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion, when_all_done
 from stager.saving.save import Save
@@ -111,6 +112,7 @@ class HandOver:
     """
 
     template: SaveSpec
+    group: RankGroup
     writing: Writing
     arena: Arena
     pool: WorkerPool
@@ -231,6 +233,7 @@ class HandOver:
             whole_bytes=pieces.whole_bytes,
             base=self.completion.base_in(save.destination.directory),
             metrics=save.metrics,
+            run=self.group.nonce,  # not before: rank 0 tells it when the first directory is opened
             number=save.number,
             sidecars=save.sidecars.files,
         )

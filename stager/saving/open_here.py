@@ -19,13 +19,17 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec
+from typing import ParamSpec, TypeAlias
 
+from stager.workers.checkpoint.storage.places import is_url
 from stager.workers.errors import DirectoryInUseError
 
 logger = logging.getLogger("stager")
 
 _P = ParamSpec("_P")
+Identity: TypeAlias = tuple[int, int] | str
+"""Of a directory: device and inode, because it may have several paths; in an object store its URL."""
+
 _OURS = f"{os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}{os.sep}"
 
 
@@ -44,7 +48,7 @@ class _Opened:
     close: Callable[[], None]
 
 
-_opened: dict[tuple[int, int], _Opened] = {}  # by the directory's device and inode: it may have several paths
+_opened: dict[Identity, _Opened] = {}
 
 
 def add(owner: object, directory: str, close: Callable[[], None]) -> Callable[[], None]:
@@ -111,7 +115,9 @@ def weakly(method: Callable[_P, None]) -> Callable[_P, None]:
     return call
 
 
-def _identity(directory: str) -> tuple[int, int] | None:
+def _identity(directory: str) -> Identity | None:
+    if is_url(directory):
+        return directory
     try:
         stat = os.stat(directory)
     except OSError:  # it is not there yet

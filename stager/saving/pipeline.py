@@ -84,7 +84,9 @@ class Pipeline:
             setup.check_for_ranks(config, group)
             persistence = config.persistence
             replicates = config.replication.partners > 0
-            self.directories = Directories(group, persistence.lock_timeout_secs, replicates=replicates)
+            self.directories = Directories(
+                group, persistence.lock_timeout_secs, partial(setup.check_for_storage, config), replicates=replicates
+            )
             opened.callback(self.directories.close)
             self._take_directories()
             setup.listen_to_files(listeners, config.telemetry, group)

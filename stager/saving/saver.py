@@ -59,6 +59,7 @@ from stager.telemetry.report import SaveState
 from stager.workers.checkpoint.commit.persist import prepare_worker
 from stager.workers.checkpoint.documents.names import not_a_checkpoint_name
 from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import StorageError, UsageError
 from stager.workers.faults import point
@@ -118,7 +119,7 @@ class Saver:
             config.telemetry.progress, lambda: [*self.completion.in_flight(), *tuple(self._waiting)]
         )
         template, how = save_template(persistence, group), writing(persistence, self._num_parts)
-        self._hand_over = HandOver(template, how, arena, pool, self.completion, replicator)
+        self._hand_over = HandOver(template, group, how, arena, pool, self.completion, replicator)
         file_format = get_format(persistence.format)
         planner = partial(Planner, file_format, self._num_parts, rank=group.rank, incremental=self._incremental)
         self._planner = planner(segment_bytes)
@@ -446,8 +447,7 @@ class Saver:
 
 def _check_free_space(directory: str, nbytes: int) -> None:
     with storage_errors("save", directory):
-        stats = os.statvfs(directory)
-    free = stats.f_bavail * stats.f_frsize
+        free = storage_of(directory).free_bytes(directory)
     if nbytes > free:
         raise StorageError(
             errno.ENOSPC,

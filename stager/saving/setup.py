@@ -16,6 +16,7 @@ from stager.telemetry.listeners import Listeners
 from stager.telemetry.sinks import chrome_trace, json_lines
 from stager.workers._version import __version__
 from stager.workers.checkpoint.maintenance.retention_rules import KeepBest, RetentionRules
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.writing import Writing
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.device.accelerator import NO_DEVICE_ENVIRONMENT
@@ -40,6 +41,21 @@ def check_for_ranks(config: StagerConfig, group: RankGroup) -> None:
         raise ConfigError(
             "arena.when_full is skip, but a save that one rank skips fails on all ranks that save together; set it to "
             f"wait or raise, {advice}"
+        )
+
+
+def check_for_storage(config: StagerConfig, directory: str) -> None:
+    """Refuse settings that the storage of ``directory`` cannot have, with a ConfigError that says what to set."""
+    guarantees = storage_of(directory).guarantees
+    if config.persistence.incremental and not guarantees.links:
+        raise ConfigError(
+            f"persistence.incremental is true, but {directory} is in an object store, which has no hard links; set it to "
+            "false"
+        )
+    if config.replication.partners and not guarantees.quarantine:
+        raise ConfigError(
+            f"replication.partners is {config.replication.partners}, but {directory} is in an object store, where replicas "
+            "cannot complete a save; set it to 0"
         )
 
 
@@ -117,7 +133,6 @@ def save_template(persistence: PersistenceConfig, group: RankGroup) -> SaveSpec:
         full_every=persistence.full_every,
         rank=group.rank,
         num_ranks=group.num_ranks,
-        run=group.nonce,
     )
 
 

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,7 +114,7 @@ class Directory:
         self._monkeypatch = monkeypatch
 
     def list_by(self, listdir: Callable[[str], list[str]]) -> None:
-        self._monkeypatch.setattr(commit_watch, "os", SimpleNamespace(listdir=listdir, lstat=os.lstat))
+        self._monkeypatch.setattr(commit_watch, "partial_file_names", lambda spec: listdir(partial_path(spec)))
 
     def commit_by(self, already_committed: Callable[[SaveSpec], Committed | None]) -> None:
         self._monkeypatch.setattr(commit_watch, "already_committed", already_committed)

@@ -19,9 +19,9 @@ from stager.loading.dcp.stock import StockReader
 from stager.loading.foreign_path import METADATA_NAME, find
 from stager.loading.reading.plain_reader import PlainReader
 from stager.workers.checkpoint.directory.reading import reading
-from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.read.blob_reader import BlobReader
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
+from stager.workers.checkpoint.storage.places import is_url, storage_of
 from stager.workers.errors import CheckpointNotFoundError, UsageError
 
 
@@ -61,7 +61,7 @@ class StagerStorageReader(StorageReader):
         self._num_threads = num_threads or reading_threads()
         self._verify = verify
         self._allow_pickle = allow_pickle
-        self._path = local_path(path, "the path of the checkpoint")
+        self._path = place_path(path, "the path of the checkpoint")
         self.load_id = str(uuid.uuid4())
         self._index: Index | None = None
         self._metadata: Metadata | None = None
@@ -74,7 +74,7 @@ class StagerStorageReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from ``checkpoint_id`` if it is given."""
         if checkpoint_id:
-            self._path = local_path(checkpoint_id, "checkpoint_id")
+            self._path = place_path(checkpoint_id, "checkpoint_id")
         self.load_id = str(uuid.uuid4())
         self._index = self._metadata = None
 
@@ -87,10 +87,12 @@ class StagerStorageReader(StorageReader):
             UnsafePickleError: its ``.metadata`` holds more than metadata, and there is no manifest.
         """
         self._index = None
-        if os.path.lexists(os.path.join(self._path, MANIFEST_NAME)):
+        storage = storage_of(self._path)
+        if storage.has_manifest(self._path):
             self._index = read_index(self._path, self.load_id)
             return self._index.metadata
-        if kwargs.get("rank") is None and not os.path.lexists(os.path.join(self._path, METADATA_NAME)):
+        has_metadata = storage.guarantees.foreign_files and os.path.lexists(os.path.join(self._path, METADATA_NAME))
+        if kwargs.get("rank") is None and not has_metadata:
             found = find(self._path)
             raise CheckpointNotFoundError(
                 None,
@@ -135,5 +137,5 @@ class StagerStorageReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether ``checkpoint_id`` is a path in a file system, and not a URL."""
-        return "://" not in os.fspath(checkpoint_id)
+        """Whether ``checkpoint_id`` is a path, or the URL of an object store that stager can reach."""
+        return "://" not in os.fspath(checkpoint_id) or is_url(os.fspath(checkpoint_id))

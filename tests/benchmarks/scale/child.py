@@ -20,6 +20,7 @@ from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, partial_names
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, IndexFile
 from stager.workers.checkpoint.formats import get_format
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.gc_pause import no_collection
 from tests.benchmarks.scale.measured import Commit, Parse, Stock
 from tests.benchmarks.scale.size import Size
@@ -35,9 +36,9 @@ def measure_commit(directory: str, size: Size) -> Commit:
         sum(os.path.getsize(os.path.join(partial, name)) for name in names if name.startswith(prefix))
         for prefix in ("save-", "receipt-")
     )
-    with no_collection():
+    with no_collection(), storage_of(partial).open(partial) as entry:
         stages = Stages()
-        shares = read_contributions(spec, layout, names)
+        shares = read_contributions(spec, layout, entry)
         assert shares is not None
         read_secs = stages.lap()
         whole, hashes = merge(shares, partial)

@@ -128,6 +128,6 @@ def _write(job: WriteTask, layout: Layout) -> None:
         files.write_atomically(directory_fd, partial, record_name(spec.rank), to_record(job), spec.fsync)
         hashes = tuple(f"{number:032x}" for number in range(len(partition_once(layout, 1)[0])))
         receipt = Receipt(0, 1, spec.save_id, hashes, os.getpid(), 1e9, 1e9, 1e9, rank=spec.rank)
-        receipt.write(directory_fd, partial, spec.fsync)
+        files.write_atomically(directory_fd, partial, receipt.name, receipt.to_bytes(), spec.fsync)
     finally:
         os.close(directory_fd)

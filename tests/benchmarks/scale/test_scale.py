@@ -17,7 +17,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,7 +131,7 @@ def test_ranks_ask_as_often_as_the_code_does_and_hear_of_the_commit_when_it_does
     for module in (rendezvous_module, commit_watch):
         monkeypatch.setattr(module, "time", turns)
     monkeypatch.setattr(commit_watch, "already_committed", directory.already_committed)
-    monkeypatch.setattr(commit_watch, "os", SimpleNamespace(listdir=directory.listdir, path=os.path))
+    monkeypatch.setattr(commit_watch, "partial_file_names", directory.file_names)
 
     def real(rank: int) -> None:
         with closing(RankGroup(rank, num_ranks, Rendezvous(store, "stager/0", num_ranks), timeout_secs)) as group:

@@ -177,8 +177,8 @@ class TurnDirectory:
         self._turns.sleep(self._costs.parse_secs)
         return self._commit
 
-    def listdir(self, _: str) -> list[str]:
-        """Stands in for ``os.listdir``."""
+    def file_names(self, _: SaveSpec) -> list[str]:
+        """Stands in for ``stager.workers.checkpoint.commit.commit.partial_file_names``."""
         self._call(0.0)
         return self._names
 

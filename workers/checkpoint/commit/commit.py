@@ -80,6 +80,12 @@ def final_path(spec: SaveSpec) -> str:
     return os.path.join(spec.directory, spec.final_name)
 
 
+def partial_file_names(spec: SaveSpec) -> list[str]:
+    """Return the names of the files in the save's partial directory. Raises OSError."""
+    with storage_of(spec.directory).open(partial_path(spec)) as entry:
+        return entry.names()
+
+
 def already_committed(spec: SaveSpec) -> Committed | None:
     """Return the commit of this very save if it has happened, else None."""
     try:
@@ -114,8 +120,9 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
     started = time.time()
     partial, final = partial_path(spec), final_path(spec)
     with storage_errors("commit", partial):
+        storage = storage_of(spec.directory)
         try:
-            entry = storage_of(spec.directory).open(partial)
+            entry = storage.open(partial)
         except FileNotFoundError:
             return already_committed(spec) or vanished(partial)
         with entry:
@@ -130,6 +137,7 @@ def try_commit(spec: SaveSpec, layout: Layout) -> Committed | None:
             # With the name exchanged, this is the older checkpoint of the step, and its manifest is not ours to publish.
             if manifest.header.save_id != spec.save_id:
                 return already_committed(spec) or vanished(partial)
+            storage.check_holder(spec.directory, manifest.header.run)
             put_in_place(entry, final, manifest, spec.fsync, num_threads=num_threads(spec.num_ranks))
     return Committed(CheckpointInfo.of(final, manifest), started, time.time(), os.getpid())
 
@@ -240,7 +248,7 @@ def _write_manifest(contributions: list[RankContribution], entry: Entry) -> Mani
         entry.put(name, data, sync=spec.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
-    manifest = build_manifest(contributions, layout, hashes, tuple(index_files))
+    manifest = build_manifest(contributions, layout, hashes, tuple(index_files), entry.chunks(layout))
     document = manifest.to_bytes()
     if len(document) > files.DOCUMENT_BYTES:  # readers would refuse it, so it must not be committed
         raise StorageError(
@@ -261,6 +269,7 @@ def build_manifest(
     layout: Layout,
     hashes: tuple[tuple[str, ...], ...],
     index_files: tuple[IndexFile, ...],
+    chunks: tuple[tuple[int, ...], ...] = (),
 ) -> Manifest:
     """Make the manifest that the receipts prove, given layout and hashes of all contributions together."""
     spec = contributions[0].spec
@@ -287,7 +296,7 @@ def build_manifest(
         number=spec.number,
         sidecars=tuple(file.name for file in spec.sidecars),
     )
-    return Manifest(header, layout, hashes, index_files)
+    return Manifest(header, layout, hashes, index_files, chunks)
 
 
 # -- steps 3 to 5: from a manifest to a checkpoint --------------------------------------------------------------

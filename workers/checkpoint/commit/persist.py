@@ -70,7 +70,8 @@ def persist_part(task: WriteTask, part: int) -> PartResult:
     """
     detach_all_but(task.live_slabs)
     # For errors to which no inner block gives a more precise message.
-    with storage_errors("save", partial_path(task.spec)), no_collection():
+    working = storage_of(task.spec.directory).working(task.spec.directory, task.spec.run)
+    with storage_errors("save", partial_path(task.spec)), no_collection(), working:
         point("part.begin")
         layout = read_layout(task)
         try:

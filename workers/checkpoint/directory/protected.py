@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable
-from contextlib import suppress
 
 from stager.workers.checkpoint.documents.envelope import seal, unseal
 from stager.workers.checkpoint.layout.layout_check import check_step
-from stager.workers.checkpoint.storage.posix import files
-from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import CorruptCheckpointError
 
 PROTECTED_NAME = ".stager.protected"
-_PATIENCE_SECS = 5.0  # a process that holds the lock writes one small file
 
 
 def read_protected(directory: str) -> frozenset[int]:
@@ -23,10 +19,13 @@ def read_protected(directory: str) -> frozenset[int]:
     Raises:
         CorruptCheckpointError: the list is damaged. Nothing may be removed then.
     """
-    path = os.path.join(directory, PROTECTED_NAME)
-    data = files.read_if_exists(path)
+    return _parse(storage_of(directory).read_run_file(directory, PROTECTED_NAME), directory)
+
+
+def _parse(data: bytes | None, directory: str) -> frozenset[int]:
     if data is None:
         return frozenset()
+    path = os.path.join(directory, PROTECTED_NAME)
     try:
         return frozenset(map(check_step, unseal(data, path)))
     except (TypeError, ValueError) as error:
@@ -42,13 +41,8 @@ def change_protected_steps(directory: str, change: Callable[[frozenset[int]], fr
         CorruptCheckpointError: the list is damaged.
         StorageError: it cannot be written.
     """
-    with storage_errors("write", os.path.join(directory, PROTECTED_NAME)):
-        directory_fd = files.open_directory(directory)
-        try:
-            with suppress(OSError):  # this file system has no locks
-                files.flock(directory_fd, fcntl.LOCK_EX, _PATIENCE_SECS)
-            steps = change(read_protected(directory))
-            files.write_atomically(directory_fd, directory, PROTECTED_NAME, seal(sorted(steps)), fsync=True)
-            os.fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
+
+    def changed(data: bytes | None) -> bytes:
+        return seal(sorted(change(_parse(data, directory))))
+
+    storage_of(directory).change_run_file(directory, PROTECTED_NAME, changed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,7 +25,7 @@ from stager.workers.checkpoint.documents.names import (
     parse_checkpoint,
     parse_unfinished,
 )
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
@@ -97,7 +98,8 @@ def checkpoint_names(directory: str) -> dict[int, str]:
     manifest has its name. Renamed ones and copies do not count. Of two checkpoints of one step, the later one counts.
     """
     found: dict[int, str] = {}
-    for name in _names(directory):
+    storage = storage_of(directory)
+    for name in _listed(directory, storage.checkpoint_names):
         step = parse_checkpoint(name)
         if step is None:
             step = _step_of_other(directory, name)
@@ -180,7 +182,7 @@ def require_run_directory(path: str | os.PathLike[str]) -> str:
         CheckpointNotFoundError: ``path`` is not a directory.
         UsageError: ``path`` is one checkpoint, or is no path.
     """
-    path = local_path(path)
+    path = place_path(path)
     storage = storage_of(path)
     if not storage.has_directory(path):
         reason = "is not a directory" if storage.exists(path) else "no such directory"
@@ -196,9 +198,13 @@ def partial_names(directory: str) -> list[str]:
 
 
 def _names(directory: str) -> list[str]:
+    return _listed(directory, storage_of(directory).names)
+
+
+def _listed(directory: str, names: Callable[[str], list[str]]) -> list[str]:
     with storage_errors("list", directory):
         try:
-            return storage_of(directory).names(directory)
+            return names(directory)
         except FileNotFoundError:
             return []
 
@@ -233,7 +239,7 @@ def read_checkpoint_at(path: str, step: int) -> tuple[CheckpointInfo, Manifest]:
 
 def list_checkpoints(directory: str | os.PathLike[str]) -> tuple[list[CheckpointInfo], list[SkippedCheckpoint]]:
     """Return the committed checkpoints, oldest first, and what was skipped. Reads manifests, but no data files."""
-    directory = local_path(directory)
+    directory = place_path(directory)
     committed: list[CheckpointInfo] = []
     skipped = [
         SkippedCheckpoint(name, "partial: it was not committed, or is being written now")

@@ -15,6 +15,7 @@ with its place, dtype, shape and hashes, and the structure of the state. Body of
     sidecars     [name, ...]                           which of the files have names that stager did not give them: index
                                                        files of ``save(files=...)``, and data files that another program
                                                        has named (``stager/integrations/torch_checkpointing.py``)
+    chunks       [[offset, ...], ...]                  of each data file, where its chunks begin (in object stores only)
     columns      names of the columns of a row
     rows         [[kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, [xxh3_128, ...]], ...]
     structure    see :mod:`stager.workers.checkpoint.layout.structure`
@@ -30,7 +31,7 @@ import json
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
-from operator import sub
+from operator import ge, sub
 from typing import Any, TypeVar
 
 from stager.workers.checkpoint.documents import metrics
@@ -108,12 +109,14 @@ class Manifest:
     Attributes:
         hashes: for each item of the layout, the hashes of its segments, hex.
         index_files: small files, each hashed as a whole: those that readers of the format start from, and the sidecars.
+        chunks: of each data file, where its chunks begin; (): each is kept in one piece.
     """
 
     header: ManifestHeader
     layout: Layout
     hashes: tuple[tuple[str, ...], ...]
     index_files: tuple[IndexFile, ...]
+    chunks: tuple[tuple[int, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -156,6 +159,7 @@ class Manifest:
                 "linked": linked,
                 "files": [[f.name, f.nbytes] for f in self.layout.files],
                 "index_files": [astuple(f) for f in self.index_files],
+                **({"chunks": self.chunks} if self.chunks else {}),
                 "columns": _COLUMNS,
             }
         )
@@ -285,7 +289,19 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")
     _check_numbers_of_hashes(layout, hashes)
-    return Manifest(header, layout, hashes, index_files)
+    return Manifest(header, layout, hashes, index_files, _chunks(body.get("chunks", ()), layout))
+
+
+def _chunks(lists: Sequence[Sequence[Any]], layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Check the chunks: one list for each file, of offsets that begin at 0 and grow up to the file's size."""
+    chunks = tuple(tuple(map(check_count, starts)) for starts in lists)
+    if not chunks:
+        return ()
+    for starts, file in zip(chunks, layout.files, strict=True):
+        ends = (*starts[1:], file.nbytes)
+        if (starts and starts[0] != 0) or bool(starts) != bool(file.nbytes) or any(map(ge, starts, ends)):
+            raise ValueError(f"the chunks of {file.name} do not make up the file")
+    return chunks
 
 
 def _index_file(row: Sequence[Any], sidecars: Sequence[str]) -> IndexFile:

@@ -164,6 +164,18 @@ def parse_partial(name: str) -> tuple[str, str]:
     return _parts(match)
 
 
+def parse_removing(name: str) -> tuple[str, str]:
+    """Return (name of the checkpoint, nonce) of the name of a directory whose removal has begun.
+
+    Raises:
+        ValueError: it is not such a name.
+    """
+    match = _REMOVING.fullmatch(name)
+    if match is None:
+        raise ValueError(f"not a directory whose removal has begun: {name}")
+    return _parts(match)
+
+
 def parse_unfinished(name: str) -> tuple[str, str] | None:
     """Return (name of the checkpoint, save_id) of a directory in quarantine; None for any other name."""
     match = _UNFINISHED.fullmatch(name)

@@ -14,7 +14,6 @@ Never touched: partial directories, damaged checkpoints that would count, checkp
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -291,8 +290,7 @@ def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, Prun
     renamed: dict[str, PruneVerdict] = {}
     storage = storage_of(directory)
     for verdict in doomed:
-        aside = os.path.join(directory, removing_name(os.path.basename(verdict.path), secrets.token_hex(8)))
-        verdicts[verdict.step] = _take_name(directory, verdict, aside)
+        verdicts[verdict.step], aside = _take_name(directory, verdict)
         if verdicts[verdict.step] is verdict:
             renamed[aside] = verdict
     if renamed:
@@ -316,26 +314,32 @@ def _remove(directory: str, doomed: list[PruneVerdict], verdicts: dict[int, Prun
     return freed_bytes
 
 
-def _take_name(directory: str, verdict: PruneVerdict, aside: str) -> PruneVerdict:
-    """Do steps 1 and 2: rename to ``aside``. Returns ``verdict``, or another one if the checkpoint was not renamed."""
+def _take_name(directory: str, verdict: PruneVerdict) -> tuple[PruneVerdict, str]:
+    """Do steps 1 and 2.
+
+    Returns:
+        ``verdict``, or another one if the checkpoint was not renamed; and the path that it has now.
+    """
     path, storage = verdict.path, storage_of(directory)
     try:
         with storage_errors("remove", path), storage.open(path) as entry:
             # 1. With the lock, look again. A commit may have put another checkpoint here before it was taken.
             if not entry.try_lock() or not entry.is_still():
                 reason = "it is being read" if entry.is_still() else "it was replaced just now"
-                return replace(verdict, fate=PruneFate.LEFT, reason=reason)
+                return replace(verdict, fate=PruneFate.LEFT, reason=reason), path
             # Protecting a step holds the lock, too: from here on nobody can protect it.
             if verdict.step in read_protected(directory):
-                return replace(verdict, fate=PruneFate.KEPT, reason="protected")
-            storage.rename(path, aside)
+                return replace(verdict, fate=PruneFate.KEPT, reason="protected"), path
+            aside = storage.removing_path(path)
+            is_renamed = storage.rename(path, aside)
             # 2. A commit that replaces it waits for this lock, but only for seconds. This process may have been stopped
             #    for longer, and then has renamed the new checkpoint. So give the name back.
-            if not entry.is_at(aside):
-                storage.rename(aside, path)
-                return replace(verdict, fate=PruneFate.LEFT, reason="it was replaced just now")
+            if not is_renamed or not entry.is_at(aside):
+                if is_renamed:
+                    storage.put_back(aside, path)
+                return replace(verdict, fate=PruneFate.LEFT, reason="it was replaced just now"), path
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            return replace(verdict, reason="somebody else removed it")
-        return replace(verdict, fate=PruneFate.LEFT, reason=str(error))
-    return verdict
+            return replace(verdict, reason="somebody else removed it"), path
+        return replace(verdict, fate=PruneFate.LEFT, reason=str(error)), path
+    return verdict, aside

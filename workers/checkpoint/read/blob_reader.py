@@ -88,7 +88,7 @@ class BlobReader(AbstractContextManager["BlobReader"]):
     ) -> None:
         self._path = path
         self._manifest = manifest
-        self._num_threads = num_threads
+        self._num_threads = max(num_threads, storage_of(path).reads_at_once)
         self._progress = progress
         self._items = manifest.layout.items
         self._starts, self._ends = manifest.layout.starts(), manifest.layout.ends()

@@ -18,7 +18,7 @@ from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.documents.manifest import IndexFile, Manifest
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.checkpoint.storage.contract import Fingerprint
-from stager.workers.checkpoint.storage.paths import local_path
+from stager.workers.checkpoint.storage.paths import place_path
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
@@ -63,7 +63,7 @@ def verify_checkpoint(
         progress: called with the number of bytes just checked, from several threads.
     """
     started = time.monotonic()
-    path = local_path(path, "the path of the checkpoint")
+    path = place_path(path, "the path of the checkpoint")
     problems: list[str] = []
     nbytes = num_items = 0
     step = None

@@ -25,6 +25,7 @@ from stager.workers.checkpoint.documents.head import Head
 from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.layout import Layout, Segment
 from stager.workers.checkpoint.storage.writing import Writing
+from stager.workers.memory.descriptor import Descriptor
 
 Fingerprint: TypeAlias = Mapping[str, tuple[int | str, ...]]
 
@@ -36,11 +37,13 @@ class Guarantees:
     Attributes:
         links: a file may be shared by several checkpoints (incremental saves).
         read_locks: a checkpoint that is read is not removed meanwhile.
+        quarantine: a save that is not whole can be kept under another name, for replicas to complete it.
         foreign_files: it holds files of other programs, too, such as ``model.pt``; stager reads them by their path.
     """
 
     links: bool
     read_locks: bool
+    quarantine: bool
     foreign_files: bool
 
 
@@ -176,6 +179,14 @@ class Entry(ABC):
         """Return where the data of a part of ``layout`` go."""
 
     @abstractmethod
+    def chunks(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
+        """Return where in each data file its chunks begin, as the manifest names them; () where a file is one piece.
+
+        Raises:
+            CorruptCheckpointError: bytes of a data file are missing.
+        """
+
+    @abstractmethod
     def link_unchanged(
         self, base: HardLinkBase, layout: Layout, whole: Mapping[int, list[Segment]], hash_all: HashAll
     ) -> UnchangedFiles:
@@ -221,12 +232,35 @@ class DataFile(ABC):
         """Fill ``buffer`` from byte ``offset`` on. Returns how many bytes it got; 0: the file ends there.
 
         Raises:
+            CorruptCheckpointError: bytes that the manifest names are gone.
             OSError
         """
 
     @abstractmethod
     def close(self) -> None:
         """Close it."""
+
+
+class RunLock(ABC):
+    """The lock of a run, held by this process.
+
+    Attributes:
+        descriptor: a duplicate of it travels with each write task: the lock is held until the last one is closed.
+    """
+
+    descriptor: Descriptor
+
+    @abstractmethod
+    def share(self) -> None:
+        """Let the run's other ranks take it, too. Raises DirectoryInUseError: another run took it in between."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give it up in this process. Tasks that are under way still hold it."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Forget it in a forked child: its parent holds it still."""
 
 
 class Storage(ABC):
@@ -237,6 +271,8 @@ class Storage(ABC):
     """
 
     guarantees: Guarantees
+    reads_at_once: int
+    """How many reads at a time it takes to be fast, if more than there are cores."""
 
     # -- what is there
 
@@ -245,12 +281,20 @@ class Storage(ABC):
         """Return the names of what is in a run's directory."""
 
     @abstractmethod
+    def checkpoint_names(self, directory: str) -> list[str]:
+        """Return the names in a run's directory that checkpoints may have, and perhaps others. Costs less than all."""
+
+    @abstractmethod
     def has_directory(self, path: str) -> bool:
         """Return whether ``path`` is there, as a directory."""
 
     @abstractmethod
     def exists(self, path: str) -> bool:
         """Return whether anything is at ``path``; raises nothing."""
+
+    @abstractmethod
+    def free_bytes(self, directory: str) -> int:
+        """Return how many bytes can still be written there."""
 
     # -- a checkpoint, by its path
 
@@ -318,7 +362,9 @@ class Storage(ABC):
 
     @abstractmethod
     def publish(self, entry: Entry, final: str, replaceable: Callable[[str], bool]) -> str | None:
-        """Give a partial directory the name of a checkpoint. What is there is replaced in one step, if it is replaceable.
+        """Give a partial directory, in which there is a manifest, the name of a checkpoint.
+
+        What is there is replaced in one step, if it is replaceable.
 
         Of two saves of one trainer to one name, the later one stays.
 
@@ -334,7 +380,67 @@ class Storage(ABC):
     def sync(self, directory: str) -> None:
         """Make the names in a run's directory durable."""
 
+    # -- the run's lock, and its small files
+
+    @abstractmethod
+    def lock(self, directory: str, timeout: float, nonce: str = "", *, shared: bool = False) -> RunLock:
+        """Take the lock of a run. Its directory must have been prepared.
+
+        Args:
+            timeout: seconds.
+            nonce: of the run; the run's other ranks read it (:meth:`lock_nonce`).
+            shared: as one of several ranks, after the first has shared it.
+
+        Raises:
+            DirectoryInUseError: another run still holds it after ``timeout`` seconds.
+            StorageError
+        """
+
+    @abstractmethod
+    def lock_nonce(self, directory: str) -> str:
+        """Return the nonce of the run that holds the lock, or has held it; "": nobody knows. Raises nothing."""
+
+    @abstractmethod
+    def unused(self, directory: str) -> AbstractContextManager[None]:
+        """Keep other runs out for a reader that changes nothing, not even the lock.
+
+        Raises:
+            DirectoryInUseError: a run holds the lock.
+        """
+
+    @abstractmethod
+    def check_holder(self, directory: str, nonce: str) -> None:
+        """Raise DirectoryInUseError if another run than that of ``nonce`` has taken the lock meanwhile."""
+
+    @abstractmethod
+    def working(self, directory: str, nonce: str) -> AbstractContextManager[None]:
+        """Keep the lock of a run from expiring while a worker writes, whose trainer may be gone.
+
+        Args:
+            nonce: of the run.
+        """
+
+    @abstractmethod
+    def prepare(self, directory: str) -> None:
+        """Make the directory of a run, if it has to be made. Raises StorageError."""
+
+    @abstractmethod
+    def read_run_file(self, directory: str, name: str) -> bytes | None:
+        """Read a small file of a run; None: it does not exist. Raises StorageError, CorruptCheckpointError."""
+
+    @abstractmethod
+    def change_run_file(self, directory: str, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Replace a small file of a run durably by what ``change`` makes of it. Others who do this at once do it in turn.
+
+        Raises:
+            StorageError, and what ``change`` raises
+        """
+
     # -- a removal
+
+    @abstractmethod
+    def removing_path(self, path: str) -> str:
+        """Return the path that the checkpoint at ``path`` will have while it is removed."""
 
     @abstractmethod
     def why_not_removable(self, path: str) -> str | None:

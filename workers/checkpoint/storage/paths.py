@@ -19,6 +19,23 @@ _COLLAPSED_URL = re.compile(
 _DOWNLOADED = ("http", "https", "ftp", "hf")
 
 
+_OBJECT_STORE = re.compile(r"(s3|gs|az)://([^/?#]+)(/.*)?", re.DOTALL)
+
+
+def place_path(path: object, what: str = "directory", environ: Mapping[str, str] | None = None) -> str:
+    """Return the absolute path, or the URL in an object store, that ``path`` means. Arguments as of :func:`local_path`.
+
+    Raises:
+        ArgumentError: as of :func:`local_path`; or a part of the URL's key is ``.`` or ``..``.
+    """
+    if isinstance(path, str) and (match := _OBJECT_STORE.fullmatch(path)) is not None:
+        parts = [part for part in (match[3] or "").split("/") if part]
+        if "." in parts or ".." in parts:
+            raise ArgumentError(f"{what} is {path!r}; no part of a key in a bucket may be . or ..")
+        return "/".join((f"{match[1]}://{match[2]}", *parts))
+    return local_path(path, what, environ)
+
+
 def local_path(path: object, what: str = "directory", environ: Mapping[str, str] | None = None) -> str:
     """Return the absolute path that ``path`` means: ``~`` and ``$VAR`` are expanded.
 

@@ -66,6 +66,10 @@ class DirectoryEntry(Entry):
         """See :meth:`Entry.sink`."""
         return FileSink(layout, options, self.fd, self.path)
 
+    def chunks(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
+        """See :meth:`Entry.chunks`. Each file is one piece."""
+        return ()
+
     def link_unchanged(
         self, base: HardLinkBase, layout: Layout, whole: Mapping[int, list[Segment]], hash_all: HashAll
     ) -> UnchangedFiles:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from stager.workers.checkpoint.documents.head import Head
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest
+from stager.workers.checkpoint.documents.names import removing_name
 from stager.workers.checkpoint.documents.own_names import is_own
-from stager.workers.checkpoint.storage.contract import DataFile, Entry, Fingerprint, Guarantees, Storage
+from stager.workers.checkpoint.storage.contract import DataFile, Entry, Fingerprint, Guarantees, RunLock, Storage
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.directory_entry import DirectoryEntry
 from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
@@ -19,19 +22,25 @@ from stager.workers.checkpoint.storage.posix.local_file import LocalFile
 from stager.workers.checkpoint.storage.posix.lost_manifest import file_of_ours
 from stager.workers.checkpoint.storage.posix.own_files import remove_own
 from stager.workers.checkpoint.storage.posix.read_lock import holding
+from stager.workers.checkpoint.storage.posix.run_lock import FileLock, lock_directory, read_nonce, unused_directory
 from stager.workers.checkpoint.storage.posix.transitions import rename_onto_nothing, rename_over
 
 _OPEN_ATTEMPTS = 10
+_PATIENCE_SECS = 5.0  # a process that holds the lock on a run's directory writes one small file
 
 
 class FileSystem(Storage):
     """Every file system that is mounted on this host; for the methods see :class:`Storage`."""
 
-    guarantees = Guarantees(links=True, read_locks=True, foreign_files=True)
+    guarantees = Guarantees(links=True, read_locks=True, quarantine=True, foreign_files=True)
+    reads_at_once = 1
 
     # -- what is there
 
     def names(self, directory: str) -> list[str]:
+        return os.listdir(directory)
+
+    def checkpoint_names(self, directory: str) -> list[str]:
         return os.listdir(directory)
 
     def has_directory(self, path: str) -> bool:
@@ -39,6 +48,10 @@ class FileSystem(Storage):
 
     def exists(self, path: str) -> bool:
         return os.path.lexists(path)
+
+    def free_bytes(self, directory: str) -> int:
+        stats = os.statvfs(directory)
+        return stats.f_bavail * stats.f_frsize
 
     # -- a checkpoint, by its path
 
@@ -109,7 +122,47 @@ class FileSystem(Storage):
     def sync(self, directory: str) -> None:
         files.sync_directory(directory)
 
+    # -- the run's lock, and its small files
+
+    def lock(self, directory: str, timeout: float, nonce: str = "", *, shared: bool = False) -> RunLock:
+        return FileLock(lock_directory(directory, timeout, nonce, shared=shared), directory)
+
+    def lock_nonce(self, directory: str) -> str:
+        return read_nonce(directory)
+
+    def unused(self, directory: str) -> AbstractContextManager[None]:
+        return unused_directory(directory)
+
+    def check_holder(self, directory: str, nonce: str) -> None:
+        return  # nobody can take it as long as the task has the descriptor
+
+    def working(self, directory: str, nonce: str) -> AbstractContextManager[None]:
+        return nullcontext()  # the descriptor that came with the task is enough
+
+    def prepare(self, directory: str) -> None:
+        with storage_errors("create", directory):
+            os.makedirs(directory, exist_ok=True)
+
+    def read_run_file(self, directory: str, name: str) -> bytes | None:
+        return files.read_if_exists(os.path.join(directory, name))
+
+    def change_run_file(self, directory: str, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        with storage_errors("write", os.path.join(directory, name)):
+            directory_fd = files.open_directory(directory)
+            try:
+                with suppress(OSError):  # this file system has no locks
+                    files.flock(directory_fd, fcntl.LOCK_EX, _PATIENCE_SECS)
+                data = change(self.read_run_file(directory, name))
+                files.write_atomically(directory_fd, directory, name, data, fsync=True)
+                os.fsync(directory_fd)
+            finally:
+                os.close(directory_fd)
+
     # -- a removal
+
+    def removing_path(self, path: str) -> str:
+        directory, name = os.path.split(path)
+        return os.path.join(directory, removing_name(name, secrets.token_hex(8)))
 
     def why_not_removable(self, path: str) -> str | None:
         return "it is a symbolic link; remove the link yourself" if os.path.islink(path) else None

@@ -17,7 +17,6 @@ import os
 import re
 import zipfile
 from functools import lru_cache
-from stat import S_ISDIR
 
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import CorruptCheckpointError
@@ -35,16 +34,6 @@ _TORCH_ID = ".data/serialization_id"
 def file_of_ours(directory: str) -> str | None:
     """Return the name of a file that shows that stager committed the directory; None: there is none."""
     try:
-        stat = os.lstat(directory)
-    except OSError:
-        return None
-    # Remembered while the directory does not change: a run looks at its names after each commit.
-    return _file_of_ours(directory, stat.st_ino, stat.st_mtime_ns) if S_ISDIR(stat.st_mode) else None
-
-
-@lru_cache(maxsize=4096)
-def _file_of_ours(directory: str, *_identity: int) -> str | None:
-    try:
         names = sorted(os.listdir(directory))
     except OSError:  # it is gone, or no directory
         return None
@@ -52,12 +41,20 @@ def _file_of_ours(directory: str, *_identity: int) -> str | None:
 
 
 def _is_ours(directory: str, name: str) -> bool:
+    if name != _METADATA and _TORCH.fullmatch(name) is None:
+        return _BY_NAME.fullmatch(name) is not None
     path = os.path.join(directory, name)
-    if name == _METADATA:
-        return _has_save_id(path)
-    if _TORCH.fullmatch(name) is not None:
-        return _is_own_archive(path)
-    return _BY_NAME.fullmatch(name) is not None
+    try:
+        stat = os.lstat(path)
+    except OSError:
+        return False
+    # Remembered while the file does not change: a run looks at its names after each commit.
+    return _shows_us(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _shows_us(path: str, *_identity: int) -> bool:
+    return _has_save_id(path) if os.path.basename(path) == _METADATA else _is_own_archive(path)
 
 
 def _has_save_id(path: str) -> bool:

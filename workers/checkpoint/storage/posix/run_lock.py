@@ -15,12 +15,47 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+from stager.workers.checkpoint.storage.contract import RunLock
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import DirectoryInUseError
 from stager.workers.long_wait import LongWait
+from stager.workers.memory.descriptor import Descriptor
 
 LOCK_NAME = ".stager.lock"
+
+
+class FileLock(RunLock):
+    """The lock that :func:`lock_directory` took.
+
+    Args:
+        fd: its descriptor, which belongs to this object from here on.
+    """
+
+    def __init__(self, fd: int, directory: str) -> None:
+        self.descriptor = Descriptor(fd)
+        self._directory = directory
+
+    def share(self) -> None:
+        """See :meth:`RunLock.share`."""
+        share_lock(self.descriptor.fd, self._directory)
+
+    def close(self) -> None:
+        """See :meth:`RunLock.close`."""
+        self.descriptor.close()
+
+    def abandon(self) -> None:
+        """See :meth:`RunLock.abandon`: otherwise the child would hold the directory."""
+        self.descriptor.close()
+
+
+def read_nonce(directory: str) -> str:
+    """Return the nonce in the lock file; "": it is not to be seen, or has none."""
+    try:
+        with open(os.path.join(directory, LOCK_NAME), errors="replace") as file:
+            return file.read(256).partition(" ")[2].strip()
+    except OSError:  # not to be seen yet
+        return ""
 
 
 def lock_directory(directory: str, timeout: float, nonce: str = "", *, shared: bool = False) -> int:

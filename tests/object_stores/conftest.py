@@ -1,0 +1,75 @@
+"""Servers, one of each kind for a process that runs tests, and a run of its own for each test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count
+
+import pytest
+
+from stager.workers.checkpoint.storage.objects.client import client_of
+from tests.object_stores.proxy import Proxy, proxied
+from tests.object_stores.servers import BUCKET, KINDS, Server, environment, serving
+
+_numbers = count(1)
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """One server of each kind."""
+    with ExitStack() as running:
+        found = {
+            kind: running.enter_context(serving(kind, tmp_path_factory.mktemp(kind, numbered=True))) for kind in KINDS
+        }
+        # The client's threads and what they poll with are there from the first request on, for the life of the process.
+        with pytest.MonkeyPatch.context() as patch:
+            _use(found["ministack"].url, patch)
+            client_of(f"s3://{BUCKET}").exists("warm")
+            client_of.cache_clear()
+        yield found
+
+
+@pytest.fixture(params=KINDS)
+def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server:
+    """A server of each kind in turn."""
+    return servers[request.param]
+
+
+@pytest.fixture
+def run_url(server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    """The URL of a run that does not exist yet. Every client of this test, and of its processes, finds the server."""
+    _use(server.url, monkeypatch)
+    yield f"s3://{BUCKET}/runs/{next(_numbers)}"
+    _forget(caplog)
+
+
+@pytest.fixture
+def proxy(
+    servers: dict[str, Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[Proxy]:
+    """A proxy before one of the servers, which every client of this test uses."""
+    with proxied(servers["ministack"].port) as proxy:
+        _use(proxy.url, monkeypatch)
+        yield proxy
+        _forget(caplog)
+
+
+@pytest.fixture
+def far_url(proxy: Proxy) -> str:
+    """The URL of a run behind the proxy."""
+    return f"s3://{BUCKET}/runs/{next(_numbers)}"
+
+
+def _use(url: str, patch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(url).items():
+        patch.setenv(name, value)
+    client_of.cache_clear()
+
+
+def _forget(caplog: pytest.LogCaptureFixture) -> None:
+    """Let go of the client and its connections. An error in a record of the log may hold it."""
+    caplog.clear()
+    client_of.cache_clear()
+    gc.collect()

@@ -1,0 +1,92 @@
+"""Where the objects of a run lie: from paths as everybody else writes them to keys, and back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.documents.names import (
+    is_partial,
+    is_removing,
+    parse_partial,
+    parse_removing,
+    partial_name,
+    removing_name,
+)
+
+_DATA = re.compile(r"(.+)\.data-([0-9a-f]+)")
+DECISION = "decision"
+REMOVING = "removing"
+MARKERS = frozenset({DECISION, REMOVING})
+
+
+class Standing(Enum):
+    """What a path stands for."""
+
+    CHECKPOINT = "a checkpoint"
+    PARTIAL = "a save that is not committed"
+    REMOVING = "a save or checkpoint whose removal has begun"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a path of a run means.
+
+    Attributes:
+        root: key of the run's directory; "" for the whole bucket.
+        name: of the checkpoint.
+        save_id: "" for a checkpoint: its manifest tells.
+    """
+
+    standing: Standing
+    root: str
+    name: str
+    save_id: str
+
+    @property
+    def manifest(self) -> str:
+        """The key of the checkpoint's manifest."""
+        return join(self.root, self.name, MANIFEST_NAME)
+
+    def data(self, save_id: str = "") -> str:
+        """The prefix of the data of a save; of this one if none is given."""
+        return join(self.root, f"{self.name}.data-{save_id or self.save_id}")
+
+
+def place_of(key: str) -> Place:
+    """Return what the key of a directory in a run means."""
+    root, _, name = key.rpartition("/")
+    if is_partial(name):
+        return Place(Standing.PARTIAL, root, *parse_partial(name))
+    if is_removing(name):
+        return Place(Standing.REMOVING, root, *parse_removing(name))
+    return Place(Standing.CHECKPOINT, root, name, "")
+
+
+def join(*parts: str) -> str:
+    """Return a key; empty parts are left out."""
+    return "/".join(part for part in parts if part)
+
+
+def parse_data(prefix: str) -> tuple[str, str] | None:
+    """Return (name of the checkpoint, save_id) of the prefix of a save's data, without its root; None: it is another's."""
+    match = _DATA.fullmatch(prefix)
+    return None if match is None else (match[1], match[2])
+
+
+def name_when(standing: Standing, name: str, save_id: str) -> str:
+    """Return the name that a save has in its run."""
+    return (partial_name if standing is Standing.PARTIAL else removing_name)(name, save_id)
+
+
+def chunk_key(data: str, file: str, offset: int) -> str:
+    """Return the key of a chunk.
+
+    Args:
+        data: the prefix of the save's data.
+        file: name of the data file.
+        offset: in the file, of the chunk's first byte. Twenty digits, so that keys sort as offsets do.
+    """
+    return join(data, file, f"{offset:020d}")

@@ -1,0 +1,308 @@
+"""The lock of a run in an object store: a lease.
+
+    <run>/.stager.lock    who has the run, and how often the lease was renewed
+
+    take      Write the object with one's own nonce and the next token. Every write is conditional on the object that was
+              read, so of several that try at once, one succeeds.
+    renew     Every process of the run, trainer or worker, renews the lease while it has it: a third of its time after the
+              last renewal, whoever did that one. Workers do so while they write.
+    expire    Another run takes a lease that was not renewed for its whole time. It measures that with its own clock, from
+              when it first saw the object as it is, so clocks of hosts need not agree.
+    fence     A holder that was stopped for longer, and then goes on, finds another nonce before it commits
+              (``check_holder``), and fails. The token, which only grows, says in logs and in the object which was later.
+
+NOTE [ A holder on this host ]
+After a SIGKILL nobody gives the lease back, and a restart would wait for it to expire. So each holder also has a socket with
+a name that follows from the run's URL, in the kernel's abstract namespace. Its descriptor travels with each write task, as
+that of a ``flock`` does on a file system. A run that begins on the same host (the same boot, the same network namespace)
+takes the lease at once when nobody has such a socket any more, and waits as long as somebody has.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from stager.workers.checkpoint.storage.contract import RunLock
+from stager.workers.checkpoint.storage.objects.client import Client, Version
+from stager.workers.errors import DirectoryInUseError, StorageError
+from stager.workers.long_wait import LongWait
+from stager.workers.memory.descriptor import Descriptor
+
+logger = logging.getLogger("stager")
+
+LOCK_NAME = ".stager.lock"
+LEASE_SECS = 30.0
+_POLL_SECS = 0.5
+_SLOTS = 64  # processes of one host that take the lock: the ranks of one job
+
+
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    """What the object says.
+
+    Attributes:
+        nonce: of the run that has the lease; "": it was given back.
+        token: grows by one with each run that takes it.
+        beat: grows by one with each renewal.
+        secs: for how long it counts after a renewal.
+        host, pid, boot, namespace: where the process is that took it.
+    """
+
+    nonce: str = ""
+    token: int = 0
+    beat: int = 0
+    secs: float = LEASE_SECS
+    host: str = ""
+    pid: int = 0
+    boot: str = ""
+    namespace: int = 0
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @staticmethod
+    def of(data: bytes) -> _Lease:
+        """Parse the object. One that is damaged is held by nobody knows whom, and expires."""
+        try:
+            lease = _Lease(**json.loads(data))
+        except (ValueError, TypeError):
+            return _Lease(nonce="unknown")
+        types_fit = all(type(getattr(lease, field.name)) is type(field.default) for field in fields(lease))
+        return lease if types_fit else _Lease(nonce="unknown")
+
+
+class LeaseLock(RunLock):
+    """The lease, taken. One thread renews it, until it is closed, or until nobody in this process holds its descriptor."""
+
+    def __init__(self, client: Client, key: str, nonce: str, held: socket.socket) -> None:
+        self.descriptor = Descriptor(held.detach())
+        self._client = client
+        self._key = key
+        self._nonce = nonce
+        self._ended = threading.Event()
+        weakref.finalize(self.descriptor, self._ended.set).atexit = False
+        self._thread = threading.Thread(
+            target=_renew, args=(client, key, nonce, self._ended), name="stager-lease", daemon=True
+        )
+        self._thread.start()
+
+    def share(self) -> None:
+        """See :meth:`RunLock.share`. Everybody who knows the nonce has the lease."""
+
+    def close(self) -> None:
+        """See :meth:`RunLock.close`. Gives the lease back if no process of this host has it any more."""
+        self._ended.set()
+        self._thread.join()
+        self.descriptor.close()
+        if self._nonce and not _is_alive_here(self._client.url(self._key)):
+            with suppress(StorageError, FileNotFoundError):  # it expires
+                found = self._client.get_version(self._key)
+                lease = _Lease.of(found.data)
+                if lease.nonce == self._nonce:
+                    self._client.replace(self._key, replace(lease, nonce="").to_bytes(), found.version)
+
+    def abandon(self) -> None:
+        """See :meth:`RunLock.abandon`. The thread is not in the child."""
+        self.descriptor.close()
+
+
+def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) -> LeaseLock:
+    """Take the lease for a run.
+
+    Args:
+        timeout: seconds.
+        path: of the run, for messages.
+
+    Raises:
+        DirectoryInUseError: another run has it for longer.
+        StorageError
+    """
+    deadline = time.monotonic() + timeout
+    wait: LongWait | None = None
+    seen: Version | None = None
+    seen_at = 0.0
+    while True:
+        found = _read(client, key)
+        lease = _Lease() if found is None else _Lease.of(found.data)
+        if found is None or seen is None or found.version != seen.version:
+            seen, seen_at = found, time.monotonic()
+        held = _hold(client.url(key))
+        if held is not None:
+            is_free = not lease.nonce or _is_of_this_host(lease) or time.monotonic() - seen_at >= lease.secs
+            if is_free and _write(client, key, _taken(lease, nonce), found):
+                return LeaseLock(client, key, nonce, held)
+            held.close()
+        if time.monotonic() >= deadline:
+            _refuse(lease, timeout, path)
+        holder = f"the run of process {lease.pid} on {lease.host}, or workers that it left, to let go of {path}"
+        wait = wait or LongWait(holder, timeout)
+        wait.tick()
+        time.sleep(_POLL_SECS)
+
+
+def join_lease(client: Client, key: str, timeout: float, nonce: str, path: str) -> LeaseLock:
+    """Hold the lease that the run's first rank has taken. Arguments and errors: :func:`take_lease`."""
+    lease = holder_of(client, key)
+    if lease != nonce:
+        _refuse(_Lease(nonce=lease), timeout, path)
+    held = _hold(client.url(key), shared=True)
+    if held is None:
+        raise StorageError(errno.EMFILE, f"more than {_SLOTS} ranks of this host share the lock", path)
+    return LeaseLock(client, key, nonce, held)
+
+
+def holder_of(client: Client, key: str) -> str:
+    """Return the nonce of the run that has the lease; "": nobody has."""
+    found = _read(client, key)
+    return "" if found is None else _Lease.of(found.data).nonce
+
+
+@contextmanager
+def without_holder(client: Client, key: str, path: str) -> Iterator[None]:
+    """Raise DirectoryInUseError if a run has the lease, without taking it."""
+    lease = _Lease.of(found.data) if (found := _read(client, key)) is not None else _Lease()
+    if lease.nonce and (not _is_of_this_host(lease) or _is_alive_here(client.url(key))):
+        _refuse(lease, 0, path)
+    yield
+
+
+@contextmanager
+def renewing(client: Client, key: str, nonce: str) -> Iterator[None]:
+    """Renew the lease while the block runs, if it is that of ``nonce``."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_renew, args=(client, key, nonce, ended), name="stager-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _renew(client: Client, key: str, nonce: str, ended: threading.Event) -> None:
+    """Renew the lease whenever nobody else of the run has for a third of its time."""
+    known: Version | None = None
+    while not ended.wait(LEASE_SECS / 3):
+        try:
+            found = _read(client, key)
+            if found is None:
+                continue
+            lease = _Lease.of(found.data)
+            if lease.nonce != nonce:
+                if lease.nonce:
+                    logger.warning("%s: another run has taken the lock of this one", client.url(key))
+                return
+            if known is not None and found.version != known.version:  # somebody else has renewed it
+                known = found
+                continue
+            client.replace(key, replace(lease, beat=lease.beat + 1).to_bytes(), found.version)
+            known = _read(client, key)
+        except StorageError as error:
+            logger.warning("the lock of a run was not renewed: %s", error)
+
+
+def _read(client: Client, key: str) -> Version | None:
+    try:
+        return client.get_version(key)
+    except FileNotFoundError:
+        return None
+
+
+def _write(client: Client, key: str, lease: _Lease, found: Version | None) -> bool:
+    data = lease.to_bytes()
+    done = client.create(key, data) if found is None else client.replace(key, data, found.version)
+    # An answer may be lost, and the client then repeats the request, which is refused: it is ours all the same.
+    return done or _read_bytes(client, key) == data
+
+
+def _read_bytes(client: Client, key: str) -> bytes | None:
+    found = _read(client, key)
+    return None if found is None else found.data
+
+
+def _taken(lease: _Lease, nonce: str) -> _Lease:
+    return _Lease(
+        nonce=nonce,
+        token=lease.token + 1,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        boot=_boot(),
+        namespace=_namespace(),
+    )
+
+
+def _refuse(lease: _Lease, timeout: float, path: str) -> Any:
+    waited = f" after {timeout:g} s" if timeout else ""
+    raise DirectoryInUseError(
+        errno.EWOULDBLOCK,
+        f"another run (process {lease.pid} on {lease.host or 'an unknown host'}, or workers that it left) still writes "
+        f"checkpoints here{waited}; wait for it, or stop it. A Checkpointer can use another directory, or open this one "
+        "with read_only=True",
+        path,
+    )
+
+
+# -- NOTE [ A holder on this host ]
+
+
+def _is_of_this_host(lease: _Lease) -> bool:
+    return (lease.boot, lease.namespace) == (_boot(), _namespace())
+
+
+def _hold(url: str, *, shared: bool = False) -> socket.socket | None:
+    """Return a socket that shows that this process holds the lock; None: others do, and it is not shared."""
+    if shared:
+        return next((held for slot in range(1, _SLOTS) if (held := _bind(url, slot)) is not None), None)
+    if _is_alive_here(url):
+        return None
+    return _bind(url, 0)
+
+
+def _is_alive_here(url: str) -> bool:
+    """Return whether any process of this host holds the lock."""
+    for slot in range(_SLOTS):
+        held = _bind(url, slot)
+        if held is None:
+            return True
+        held.close()
+    return False
+
+
+def _bind(url: str, slot: int) -> socket.socket | None:
+    name = hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        held.bind(f"\0stager-lease-{name}-{slot}")
+    except OSError as error:
+        held.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
+    return held
+
+
+def _boot() -> str:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/net").st_ino
+    except OSError:
+        return 0
