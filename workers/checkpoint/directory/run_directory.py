@@ -153,8 +153,13 @@ def newest_nbytes(directory: str) -> int:
 
 
 def removing_names(directory: str) -> list[str]:
-    """Return the names of the directories whose removal has begun."""
-    return sorted(filter(is_removing, _names(directory)))
+    """Return the names of the directories whose removal has begun, by retention or by ``delete()``."""
+    return sorted(_listed(directory, storage_of(directory).removing_names))
+
+
+def withdrawn_names(directory: str) -> list[str]:
+    """Return :func:`removing_names`, and the names of saves that were withdrawn before they were committed."""
+    return sorted({*removing_names(directory), *filter(is_removing, _names(directory))})
 
 
 def unfinished_saves(directory: str) -> list[tuple[str, str]]:

@@ -96,13 +96,16 @@ def recover(directory: str, *, dry_run: bool = False, leave_unfinished: bool = F
         except StorageError as error:
             found.append(RecoveredDirectory(name, RecoverOutcome.LEFT, str(error)))
 
+    if not dry_run:
+        with storage_errors("recover", directory):
+            storage_of(directory).tidy(directory)
     # Before the partial directories are listed: a resumed save is one of them, and may be complete.
     for save in run_directory.unfinished_saves(directory):
         attempt(unfinished_name(*save), bind(_resume, directory, save, dry_run, leave_unfinished))
     # In the order of their names, ``.replaced`` comes after its replacement: renamed back only if that was not committed.
     for name in run_directory.partial_names(directory):
         attempt(name, bind(_recover_partial, directory, name, dry_run, leave_unfinished))
-    for name in run_directory.removing_names(directory):
+    for name in run_directory.withdrawn_names(directory):
         attempt(name, bind(_go_on_removing, os.path.join(directory, name), dry_run))
     return found
 

@@ -285,6 +285,10 @@ class Storage(ABC):
         """Return the names in a run's directory that checkpoints may have, and perhaps others. Costs less than all."""
 
     @abstractmethod
+    def removing_names(self, directory: str) -> list[str]:
+        """Return the names in a run's directory of what is being removed. Costs less than all."""
+
+    @abstractmethod
     def has_directory(self, path: str) -> bool:
         """Return whether ``path`` is there, as a directory."""
 
@@ -371,6 +375,10 @@ class Storage(ABC):
         Returns:
             The path that the replaced checkpoint has now; None: there was none.
         """
+
+    @abstractmethod
+    def tidy(self, directory: str) -> None:
+        """Remove what commits have left that were interrupted when there was a checkpoint already."""
 
     @abstractmethod
     def put_back(self, source: str, final: str) -> None:

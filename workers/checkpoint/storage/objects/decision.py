@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from stager.workers.checkpoint.storage.objects.client import Client
-from stager.workers.checkpoint.storage.objects.keys import DECISION, REMOVING, join
+from stager.workers.checkpoint.storage.objects.keys import Place
 
 
 class Decision(Enum):
@@ -15,33 +15,36 @@ class Decision(Enum):
     WITHDRAW = b"withdraw"
 
 
-def decide(client: Client, data: str, wanted: Decision) -> tuple[Decision, bool]:
+def decide(client: Client, place: Place, wanted: Decision, save_id: str = "") -> tuple[Decision, bool]:
     """Decide what becomes of a save, unless that is decided already.
 
     Args:
-        data: the prefix of the save's data.
+        save_id: of the save; "": that of ``place``.
 
     Returns:
         What is decided, and whether this call did it.
     """
-    key = join(data, DECISION)
     while True:
-        if client.create(key, wanted.value):
+        if client.create(place.decision(save_id), wanted.value):
             return wanted, True
-        found = decided(client, data)
+        found = decided(client, place, save_id)
         if found is not None:
             # A request whose answer was lost is repeated, and then finds what it has itself written.
             return found, False
 
 
-def decided(client: Client, data: str) -> Decision | None:
-    """Return what is decided; None: nothing yet."""
+def decided(client: Client, place: Place, save_id: str = "") -> Decision | None:
+    """Return what is decided; None: nothing yet. Arguments: :func:`decide`."""
     try:
-        return Decision(client.get(join(data, DECISION)))
+        return Decision(client.get(place.decision(save_id)))
     except FileNotFoundError:
         return None
 
 
-def is_being_removed(client: Client, data: str) -> bool:
-    """Return whether a save must not be touched any more: it was withdrawn, or its removal has begun."""
-    return decided(client, data) is Decision.WITHDRAW or client.exists(join(data, REMOVING))
+def is_being_removed(client: Client, place: Place, save_id: str = "") -> bool:
+    """Return whether a save must not be touched any more: it was withdrawn, or its removal has begun.
+
+    Args:
+        save_id: of the save; "": that of ``place``.
+    """
+    return decided(client, place, save_id) is Decision.WITHDRAW or client.exists(place.removal(save_id))

@@ -17,9 +17,7 @@ from stager.workers.checkpoint.documents.names import (
 )
 
 _DATA = re.compile(r"(.+)\.data-([0-9a-f]+)")
-DECISION = "decision"
-REMOVING = "removing"
-MARKERS = frozenset({DECISION, REMOVING})
+_DECISIONS, _REMOVALS = ".stager.decisions", ".stager.removing"
 
 
 class Standing(Enum):
@@ -53,6 +51,24 @@ class Place:
     def data(self, save_id: str = "") -> str:
         """The prefix of the data of a save; of this one if none is given."""
         return join(self.root, f"{self.name}.data-{save_id or self.save_id}")
+
+    def decision(self, save_id: str = "") -> str:
+        """The key of the object that says what becomes of a save; of this one if none is given."""
+        return join(decisions(self.root), f"{self.name}.data-{save_id or self.save_id}")
+
+    def removal(self, save_id: str = "") -> str:
+        """The key of the object that says that the removal of a save has begun; of this one if none is given."""
+        return join(removals(self.root), f"{self.name}.data-{save_id or self.save_id}")
+
+
+def decisions(root: str) -> str:
+    """Return the prefix of the objects that say what becomes of saves."""
+    return join(root, _DECISIONS)
+
+
+def removals(root: str) -> str:
+    """Return the prefix of the objects that say which removals have begun."""
+    return join(root, _REMOVALS)
 
 
 def place_of(key: str) -> Place:

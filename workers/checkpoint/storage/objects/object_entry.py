@@ -44,7 +44,7 @@ class ObjectEntry(Entry):
         if place.standing is Standing.CHECKPOINT:
             head = head_of(self.client, place)
             return head is not None and head.save_id == self.save_id
-        return (place.standing is Standing.REMOVING) == is_being_removed(self.client, self.data)
+        return (place.standing is Standing.REMOVING) == is_being_removed(self.client, place, self.save_id)
 
     def share_lock(self) -> None:
         """Do nothing."""

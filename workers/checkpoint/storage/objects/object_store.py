@@ -19,14 +19,14 @@ from stager.workers.checkpoint.storage.objects.client import Client, split
 from stager.workers.checkpoint.storage.objects.decision import Decision, decide, is_being_removed
 from stager.workers.checkpoint.storage.objects.head_of import head_of
 from stager.workers.checkpoint.storage.objects.keys import (
-    MARKERS,
-    REMOVING,
     Place,
     Standing,
+    decisions,
     join,
     name_when,
     parse_data,
     place_of,
+    removals,
 )
 from stager.workers.checkpoint.storage.objects.lease import (
     LOCK_NAME,
@@ -69,15 +69,21 @@ class ObjectStore(Storage):
         others = [(name, save_id) for name, save_id in saves if ids.get(name) != save_id]
 
         def named(save: tuple[str, str]) -> str:
-            data = Place(Standing.PARTIAL, root, *save).data()
-            return name_when(Standing.REMOVING if is_being_removed(client, data) else Standing.PARTIAL, *save)
+            is_removed = is_being_removed(client, Place(Standing.PARTIAL, root, *save))
+            return name_when(Standing.REMOVING if is_removed else Standing.PARTIAL, *save)
 
         return in_threads(named, others, _AT_ONCE)
 
     def checkpoint_names(self, directory: str) -> list[str]:
         client, root = split(directory)
         prefixes, _ = client.list_directory(root)
-        return [prefix for prefix in prefixes if parse_data(prefix) is None]
+        return [prefix for prefix in prefixes if parse_data(prefix) is None and not prefix.startswith(".")]
+
+    def removing_names(self, directory: str) -> list[str]:
+        client, root = split(directory)
+        _, objects = client.list_directory(removals(root))
+        saves = [parse_data(found.key.rpartition("/")[2]) for found in objects]
+        return [name_when(Standing.REMOVING, *save) for save in saves if save is not None]
 
     def has_directory(self, path: str) -> bool:
         client, key = split(path)
@@ -89,7 +95,7 @@ class ObjectStore(Storage):
         place = place_of(key)
         if place.standing is Standing.CHECKPOINT:
             return client.exists(place.manifest)
-        if is_being_removed(client, place.data()):
+        if is_being_removed(client, place):
             return place.standing is Standing.REMOVING
         return place.standing is Standing.PARTIAL and self._is_begun(client, place)
 
@@ -189,7 +195,7 @@ class ObjectStore(Storage):
         place = place_of(key)
         if place.standing is not Standing.REMOVING:
             raise InternalError(f"{path}: nothing of this kind is made empty in an object store")
-        decide(client, place.data(), Decision.WITHDRAW)
+        decide(client, place, Decision.WITHDRAW)
 
     def rename(self, source: str, target: str) -> bool:
         client, key = split(source)
@@ -198,7 +204,7 @@ class ObjectStore(Storage):
             raise InternalError(f"{source} cannot become {target} in an object store")
         if place.standing is Standing.CHECKPOINT:
             return self._retract(client, place, source)
-        if not self._is_begun(client, place) or decide(client, place.data(), Decision.WITHDRAW)[0] is Decision.COMMIT:
+        if not self._is_begun(client, place) or decide(client, place, Decision.WITHDRAW)[0] is Decision.COMMIT:
             raise missing(source)
         return True
 
@@ -217,11 +223,11 @@ class ObjectStore(Storage):
         if head is None:
             raise missing(path)
         # 1. Before the manifest goes: otherwise nobody would know, after a crash, that these data must not be committed.
-        client.put(join(place.data(head.save_id), REMOVING), b"")
+        client.put(place.removal(head.save_id), b"")
         point("objects.marked")
         # 2. Only this manifest: a commit may have put another one there. A delete cannot say so, a write can.
         if not client.replace(place.manifest, _TOMBSTONE, found.version):
-            client.delete([join(place.data(head.save_id), REMOVING)])
+            client.delete([place.removal(head.save_id)])
             return False
         point("objects.retracted")
         # 3. Nobody replaces the tombstone meanwhile: a commit waits until it is gone (_put_manifest).
@@ -236,8 +242,8 @@ class ObjectStore(Storage):
         if document is None:
             raise missing(entry.path)
         # 2. Whoever was first has decided.
-        decision, is_first = decide(client, entry.data, Decision.COMMIT)
-        if decision is Decision.WITHDRAW or client.exists(join(entry.data, REMOVING)):
+        decision, is_first = decide(client, place, Decision.COMMIT, entry.save_id)
+        if decision is Decision.WITHDRAW or client.exists(place.removal(entry.save_id)):
             raise missing(entry.path)
         point("objects.decided")
         # 3. All data are there, also if this process was stopped for a long time.
@@ -247,13 +253,13 @@ class ObjectStore(Storage):
         # 4. There is a checkpoint.
         replaced = self._put_manifest(client, place, document)
         point("commit.replaced")
-        if not is_first and is_being_removed(client, entry.data):
+        if not is_first and is_being_removed(client, place, entry.save_id):
             raise missing(entry.path)
         # 5.
-        entry.client.delete([join(entry.data, name) for name in (MANIFEST_NAME, *MARKERS - {REMOVING})])
+        self._tidy(client, place, entry.save_id)
         if replaced is None:
             return None
-        client.put(join(place.data(replaced.save_id), REMOVING), b"")
+        client.put(place.removal(replaced.save_id), b"")
         directory, name = os.path.split(final)
         return os.path.join(directory, name_when(Standing.REMOVING, name, replaced.save_id))
 
@@ -280,6 +286,23 @@ class ObjectStore(Storage):
                 continue
             if client.replace(place.manifest, document, found.version):
                 return there
+
+    def _tidy(self, client: Client, place: Place, save_id: str) -> None:
+        """Do step 5. The decision goes last: it tells the next run that something is left."""
+        client.delete([join(place.data(save_id), MANIFEST_NAME)])
+        client.delete([place.decision(save_id)])
+
+    def tidy(self, directory: str) -> None:
+        client, root = split(directory)
+        _, objects = client.list_directory(decisions(root))
+        for found in objects:
+            save = parse_data(found.key.rpartition("/")[2])
+            if save is not None:
+                name, save_id = save
+                place = Place(Standing.CHECKPOINT, root, name, "")
+                head = head_of(client, place)
+                if head is not None and head.save_id == save_id:
+                    self._tidy(client, place, save_id)
 
     def put_back(self, source: str, final: str) -> None:
         raise InternalError(f"{source}: in an object store a checkpoint is replaced in one step")
@@ -356,22 +379,28 @@ class ObjectStore(Storage):
         if place.standing is Standing.PARTIAL:
             if not self._is_begun(client, place):
                 return None
-            if decide(client, data, Decision.WITHDRAW)[0] is Decision.COMMIT and not self._gives_up(client, place):
+            if decide(client, place, Decision.WITHDRAW)[0] is Decision.COMMIT and not self._gives_up(client, place):
                 return None
+        self._remove_tombstone(client, place)
         keys = [found.key for found in client.walk(data)]
-        markers = [key for key in keys if key[len(data) + 1 :] in MARKERS]
         point("prune.removing")
-        client.delete([key for key in keys if key not in markers])
+        client.delete(keys)
         # Last: as long as one of them is there, nobody takes what is left for a save that could be committed.
-        client.delete(markers)
+        client.delete([place.decision(), place.removal()])
         return None
+
+    def _remove_tombstone(self, client: Client, place: Place) -> None:
+        """Finish the removal of a name that another process began (:meth:`_retract`), and did not live to end."""
+        with suppress(FileNotFoundError):
+            if client.get_start(place.manifest, len(_TOMBSTONE) + 1) == _TOMBSTONE:
+                client.delete([place.manifest])
 
     def _gives_up(self, client: Client, place: Place) -> bool:
         """Mark a save that was to be committed and cannot be. Returns False if it is committed after all."""
-        client.put(join(place.data(), REMOVING), b"")
+        client.put(place.removal(), b"")
         head = head_of(client, place)
         if head is not None and head.save_id == place.save_id:
-            client.delete([join(place.data(), REMOVING)])
+            client.delete([place.removal()])
             return False
         return True
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 
 from stager.workers.checkpoint.documents.head import Head
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest
-from stager.workers.checkpoint.documents.names import removing_name
+from stager.workers.checkpoint.documents.names import is_removing, removing_name
 from stager.workers.checkpoint.documents.own_names import is_own
 from stager.workers.checkpoint.storage.contract import DataFile, Entry, Fingerprint, Guarantees, RunLock, Storage
 from stager.workers.checkpoint.storage.posix import files
@@ -42,6 +42,9 @@ class FileSystem(Storage):
 
     def checkpoint_names(self, directory: str) -> list[str]:
         return os.listdir(directory)
+
+    def removing_names(self, directory: str) -> list[str]:
+        return list(filter(is_removing, os.listdir(directory)))
 
     def has_directory(self, path: str) -> bool:
         return os.path.isdir(path)
@@ -114,6 +117,9 @@ class FileSystem(Storage):
 
     def publish(self, entry: Entry, final: str, replaceable: Callable[[str], bool]) -> str | None:
         return rename_over(entry.path, final, replaceable)
+
+    def tidy(self, directory: str) -> None:
+        return  # a directory has its final name when all else is done
 
     def put_back(self, source: str, final: str) -> None:
         os.rename(source, final)
