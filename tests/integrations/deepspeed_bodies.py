@@ -250,22 +250,44 @@ def replaced(rank: int, directory: str, out: str, can_exchange: bool) -> list[st
     return names(Path(out, "same"))
 
 
-def killed_while_replacing(rank: int, directory: str, out: str) -> str:
-    """Where names cannot be exchanged, a kill between two renames leaves no tag: it is put back."""
+def killed_while_replacing(rank: int, directory: str, out: str, can_exchange: bool) -> None:
+    """The fault that the test has armed kills this process while a tag is replaced that users have put files into."""
     join(rank, 1)
     training = Training()
-    with use(training.engine, CONFIG):
+    if not can_exchange:
+        files.exchange = lambda *_: False
+    with use(training.engine, CONFIG) as checkpoints:
         training.step()
-        training.engine.save_checkpoint(out)
-        made = training.made()
-    aside = Path(out, ".stager", "replaced", "global_step1")
-    aside.parent.mkdir(exist_ok=True)
-    Path(out, "global_step1").rename(aside)  # what such a kill leaves
-    again = Training(seed=1)
-    with use(again.engine, CONFIG):
-        path, _ = again.engine.load_checkpoint(out)
-    assert same(again.made(), made)
-    return str(path)
+        training.engine.save_checkpoint(out, tag="same")
+        checkpoints.wait()
+        put_into(Path(out, "same"))
+        training.step()
+        training.engine.save_checkpoint(out, tag="same")
+
+
+def put_into(tag: Path) -> None:
+    """Files of a user's. That of an older job is one of those that a new tag replaces."""
+    Path(tag, "notes.txt").write_text("mine")
+    Path(tag, "config").mkdir()
+    Path(tag, "config", "a.json").write_text("{}")
+
+
+def after_such_a_kill(rank: int, directory: str, out: str, call: str) -> list[Any]:
+    """Load the tag, or save another one. Returns what is in the tag then, the step that it has, and what is in between."""
+    join(rank, 1)
+    training = Training(seed=1)
+    with use(training.engine, CONFIG):
+        if call == "save":
+            training.engine.save_checkpoint(out, tag="other")
+        path, _ = training.engine.load_checkpoint(out, tag="same")
+        steps = training.engine.global_steps
+    assert path is not None and verify(Path(out, "same")) == []
+    assert Path(out, "same", "config", "a.json").read_text() == "{}"
+    return [
+        names(Path(out, "same")),
+        steps,
+        [name for name in names(Path(out, ".stager")) if not name.endswith(".json")],
+    ]
 
 
 def remains(rank: int, directory: str, out: str, num_ranks: int) -> list[Any]:

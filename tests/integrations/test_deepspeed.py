@@ -112,9 +112,26 @@ def test_a_tag_that_is_saved_again_is_replaced_and_keeps_what_others_have_put_in
     assert run("replaced", 1, tmp_path, out, can_exchange) == [["mp_rank_00_model_states.pt", "notes.txt"]]
 
 
-def test_a_tag_that_lost_its_name_by_a_kill_is_put_back_when_it_is_loaded(tmp_path: Path, out: str) -> None:
-    (path,) = run("killed_while_replacing", 1, tmp_path, out)
-    assert path.startswith(os.path.join(out, "global_step1"))
+@pytest.mark.parametrize(
+    ("point", "can_exchange", "call", "steps"),
+    [
+        ("deepspeed.aside", True, "load", 1),
+        ("deepspeed.replaced", True, "load", 2),
+        ("deepspeed.unnamed", False, "load", 1),
+        pytest.param("deepspeed.aside", False, "save", 1, marks=pytest.mark.long),
+        pytest.param("deepspeed.replaced", True, "save", 2, marks=pytest.mark.long),
+        pytest.param("deepspeed.unnamed", False, "save", 1, marks=pytest.mark.long),
+        pytest.param("deepspeed.replaced", False, "load", 2, marks=pytest.mark.long),
+    ],
+)
+def test_killed_while_a_tag_is_replaced_it_has_its_name_and_what_users_have_put_into_it(
+    tmp_path: Path, out: str, faults: Faults, point: str, can_exchange: bool, call: str, steps: int
+) -> None:
+    faults.arm(point, "kill")
+    assert run("killed_while_replacing", 1, tmp_path, out, can_exchange) == [None]
+    assert faults.fired(point)
+    in_tag = ["config", "mp_rank_00_model_states.pt", "notes.txt"]
+    assert run("after_such_a_kill", 1, tmp_path, out, call) == [[in_tag, steps, ["rank-00000", "replaced"]]]
 
 
 def test_remains_of_a_killed_run_with_more_ranks_go_with_the_first_save(tmp_path: Path, out: str) -> None:
