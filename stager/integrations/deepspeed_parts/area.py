@@ -155,7 +155,7 @@ def _end_replacement(aside: str, final: str) -> None:
     if not os.path.lexists(final):
         os.rename(aside, final)
         return
-    for name in os.listdir(aside):
+    for name in () if os.path.islink(aside) else os.listdir(aside):
         if not (name.endswith(".pt") or name == MANIFESTS or os.path.lexists(os.path.join(final, name))):
             os.rename(os.path.join(aside, name), os.path.join(final, name))
     # By another name: what is half removed must not become the tag again.
