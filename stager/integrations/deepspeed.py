@@ -15,46 +15,52 @@ manifest of each: the hashes of its bytes. So everything that reads DeepSpeed's 
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import os
-import time
-import uuid
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from typing_extensions import Self
 
 from stager.config import StagerConfig, arguments, load_config
-from stager.integrations.deepspeed_parts.area import MANIFESTS, Area, is_half_replaced, manifest_name, remove_remains
+from stager.integrations.deepspeed_parts.area import (
+    MANIFESTS,
+    Area,
+    is_half_replaced,
+    remove_remains,
+)
+from stager.integrations.deepspeed_parts.engine_methods import stand_around
+from stager.integrations.deepspeed_parts.engine_ranks import EngineRanks, Said
 from stager.integrations.deepspeed_parts.publisher import Publisher, TagSave
+from stager.integrations.deepspeed_parts.saves_in_flight import SavesInFlight
+from stager.integrations.deepspeed_parts.settings import refuse_engine, settings
+from stager.integrations.deepspeed_parts.tag_hashes import hashed_files, problems_of
+from stager.integrations.deepspeed_parts.tag_names import check_tag, is_in
 from stager.path_checkpointer import PathCheckpointer
 from stager.saving.save import SaveHandle
-from stager.workers.checkpoint.documents.manifest import Manifest, parse_manifest
 from stager.workers.checkpoint.documents.names import number_in
-from stager.workers.checkpoint.layout.layout import FileSpec
-from stager.workers.checkpoint.read.verify import check_files
 from stager.workers.checkpoint.storage.paths import local_path
-from stager.workers.checkpoint.storage.posix import files
+from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import (
     ArgumentError,
     CheckpointNotFoundError,
     ClosedError,
     ConfigError,
     CorruptCheckpointError,
+    InconsistentRanksError,
+    StagerError,
     UsageError,
 )
 
 logger = logging.getLogger("stager")
+
+_TALK_SECS = 0.25
 
 Config = str | os.PathLike[str] | Mapping[str, Any] | StagerConfig | None
 """What a ``PathCheckpointer`` takes as its configuration."""
@@ -76,8 +82,8 @@ def use(engine: Any, config: Config = None, *, guard: bool = True) -> StagerChec
         The checkpoint engine. Call its ``close()`` at the end, on every rank.
 
     Raises:
-        ConfigError: stager's configuration is wrong, or sets another format; or DeepSpeed's has a ``checkpoint.writer``,
-            ``use_node_local_storage``, or an optimizer that is offloaded to NVMe.
+        ConfigError: stager's configuration is wrong, or sets what DeepSpeed's files rule out; or DeepSpeed's configuration
+            has a ``checkpoint.writer``, ``use_node_local_storage``, or an optimizer that is offloaded to NVMe.
         UsageError: stager saves for this engine already; or, with ``guard``, ZenFlow steps in another process.
         ArgumentError: with ``guard``, an optimizer that cannot be guarded.
         Exception: as of :class:`stager.PathCheckpointer`.
@@ -90,11 +96,8 @@ def use(engine: Any, config: Config = None, *, guard: bool = True) -> StagerChec
     except BaseException:
         ours.close()
         raise
-    if isinstance(engine.checkpoint_engine, StagerCheckpointEngine):  # a closed one
-        del engine.save_checkpoint, engine.load_checkpoint
     engine.checkpoint_engine = ours
-    engine.save_checkpoint = _saving(engine.save_checkpoint, ours)
-    engine.load_checkpoint = _loading(engine.load_checkpoint, ours)
+    stand_around(engine, ours)
     return ours
 
 
@@ -111,13 +114,9 @@ def verify(directory: str | os.PathLike[str], *, full: bool = True) -> list[str]
         ArgumentError: it has no manifests: DeepSpeed's own engine has written it, or it is no tag.
     """
     path = local_path(directory, "directory")
-    manifests = os.path.join(path, MANIFESTS)
-    if not os.path.isdir(manifests):
+    if not os.path.isdir(os.path.join(path, MANIFESTS)):
         raise ArgumentError(f"{path} has no {MANIFESTS} directory, so stager has not written it; give SAVE_DIR/TAG")
-    problems = []
-    for found in sorted(os.listdir(manifests)):
-        problems += _problems(path, found.removeprefix("manifest-").removesuffix(".json"), full)
-    return problems
+    return [problem for name in hashed_files(path) for problem in problems_of(path, name, full=full)]
 
 
 class StagerCheckpointEngine(CheckpointEngine):
@@ -143,88 +142,191 @@ class StagerCheckpointEngine(CheckpointEngine):
     def __init__(self, config: Config = None) -> None:
         super().__init__(None)
         self.name = "StagerCheckpointEngine"
-        self._config = _config(load_config(config))
-        self._rank, self._num_ranks, self._run = _agree()
+        self._config = settings(load_config(config))
+        self._ranks = EngineRanks(self._config.persistence.on_save_error == "raise")
         self.checkpointer = PathCheckpointer(self._config)
         persistence = self._config.persistence
         self._publisher = Publisher(self._config.ranks.timeout_secs, persistence.fsync)
+        self._in_flight = SavesInFlight()
         self._areas: set[str] = set()
         self._number = 0
         self._info: Any = None
         self._begun: dict[str, tuple[str, SaveHandle]] = {}  # by the file's path from save_dir: where it is written
+        self._is_tag = False  # of the save that was begun: it is not a file beside the tags
+        self._error: Exception | None = None  # of the save that was begun, on this rank
         self._is_latest = False  # of the save that comes
-        self._published: list[Future[None]] = []
+        self._checked: frozenset[str] = frozenset()  # files of the tag that is being loaded
         self.is_closed = False
 
     # -- saving: what DeepSpeed calls, on every rank, as often on one as on another -----------------------------
+    #
+    # deepspeed_parts/engine_ranks.py, NOTE [ All ranks raise in the same call ]: create() and commit() raise, and what is
+    # called between the two by some ranks only does not.
+
+    def expect_save(self, is_latest: bool) -> None:
+        """Take note that DeepSpeed begins ``save_checkpoint()``, and whether ``latest`` is to name the tag."""
+        self._is_latest, self._error = is_latest, None
 
     def create(self, info: Any) -> None:
-        """Begin a save. What an earlier ``save_checkpoint()`` has begun and, for an error, not ended is taken back."""
-        if self.is_closed:
-            raise ClosedError("the StagerCheckpointEngine is closed; call use(engine) again to save more")
-        self._raise_failures()
-        self._take_back()
+        """Begin a save. What an earlier ``save_checkpoint()`` has begun and, for an error, not ended is taken back.
+
+        Raises:
+            Exception: on all ranks, the error of an earlier save, or why this one cannot begin on one of them.
+        """
         self._number += 1
+        failures = self._in_flight.take_failures()
+        with self.erring():
+            self._begin(info)
+        tags = self._raise_together(failures, self._taken_error(), str(info.tag))
+        if len(set(tags)) > 1:
+            raise InconsistentRanksError(
+                f"the ranks save different tags, {', '.join(map(repr, dict.fromkeys(tags)))}; give all the same one"
+            )
         self._info = replace(info, save_dir=local_path(info.save_dir, "save_dir"))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a directory, unless it is the tag's: that one appears when it is whole."""
-        if self._info is None or not _is_in(path, os.path.join(self._info.save_dir, self._info.tag)):
+        if self._info is not None and is_in(path, os.path.join(self._info.save_dir, self._info.tag)):
+            self._is_tag = True
+            return
+        with self.erring(), storage_errors("create", path):
             os.makedirs(path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Take a snapshot of a file's content, and let the workers write it.
+        """Take a snapshot of a file's content, and let the workers write it. If that fails, ``commit()`` raises.
 
         Raises:
             UsageError: not called between ``create()`` and ``commit()``.
-            ArgumentError: a file that is neither in the tag's directory nor in that of the checkpoints.
-            Exception: as of :meth:`stager.PathCheckpointer.save`.
         """
         if self._info is None:
             raise UsageError("save() was called before create(); call engine.save_checkpoint(), which calls both")
-        area, name = self._area(self._info.save_dir), os.path.relpath(local_path(path, "path"), self._info.save_dir)
-        if os.path.dirname(name) not in ("", os.path.normpath(self._info.tag)):
-            raise ArgumentError(
-                f"{path} is neither in {self._info.save_dir} nor in its directory {self._info.tag}; save it yourself"
-            )
-        written = area.written(area.rank, self._number, os.path.basename(name))
-        step = number_in(self._info.tag) or 0
-        self._begun[name] = written, self.checkpointer.save(written, state_dict, step=step)
+        if self._error is None:
+            with self.erring():
+                self._write(state_dict, local_path(path, "path"))
 
     def commit(self, info: Any) -> bool:
         """End a save: publish the files when they are written.
 
         Waits for that if DeepSpeed is going to write ``latest`` itself, and for a file beside the tags
-        (``save_16bit_model()``), which the caller may read at once.
+        (``save_16bit_model()``), which the caller may read at once. Then it waits on all ranks.
 
         Raises:
-            Exception: when it waits, the error of this save.
+            Exception: on all ranks, if a file cannot be saved on one of them; and, when it waits, if it is not written.
         """
         if self._info is None:
             raise UsageError("commit() was called before create(); call engine.save_checkpoint(), which calls both")
-        ended, begun, is_latest = self._info, self._begun, self._is_latest
-        self._info, self._begun, self._is_latest = None, {}, False
-        handles = {name: handle for name, (_, handle) in begun.items()}
-        save = TagSave(self._area(ended.save_dir), self._number, os.path.normpath(ended.tag), handles, is_latest)
-        future = self._publisher.publish(save)
-        if info.save_latest or not all(map(os.path.dirname, handles)):
-            future.result()
+        with self.erring():
+            self._area(self._info.save_dir)  # locks it, also for a rank that has no files
+        try:
+            is_tag = any(self._raise_together({}, self._taken_error(), self._is_tag))
+        except Exception:
+            self._take_back_or_log()
+            raise
+        future = self._publisher.publish(self._ended(is_tag))
+        if is_tag and not info.save_latest:
+            self._in_flight.add(self._number, future)
         else:
-            self._published.append(future)
+            waited = SavesInFlight()
+            waited.add(self._number, future)
+            failures = self._end_together(waited)
+            self._raise_together({}, failures.get(self._number))
         return True
 
     def preserves_storage_sharing(self) -> bool:
         """No: a view is stored without the rest of its memory, so DeepSpeed need not clone it first."""
         return False
 
+    @contextmanager
+    def erring(self) -> Iterator[None]:
+        """Keep an error of this rank until ``commit()``, or ``create()`` if that comes first, where all ranks raise it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # all ranks raise it
+            self._error = self._error or error
+
+    def _begin(self, info: Any) -> None:
+        if self.is_closed:
+            raise ClosedError("the StagerCheckpointEngine is closed; call use(engine) again to save more")
+        self._take_back()
+        check_tag(local_path(info.save_dir, "save_dir"), info.tag)
+
+    def _write(self, state_dict: Any, path: str) -> None:
+        save_dir, tag = self._info.save_dir, os.path.normpath(self._info.tag)
+        area, name = self._area(save_dir), os.path.relpath(path, save_dir)
+        if self._is_tag and os.path.dirname(name) != tag:
+            raise ArgumentError(f"{path} is not in the directory {tag} of {save_dir}; save it yourself")
+        written = area.written(area.rank, self._number, os.path.basename(name))
+        step = number_in(self._info.tag) or 0
+        self._begun[name] = written, self.checkpointer.save(written, state_dict, step=step)
+
+    def _ended(self, is_tag: bool) -> TagSave:
+        """Return the save that was begun, for the publisher; the next one may begin."""
+        info, begun = self._info, self._begun
+        self._info, self._begun = None, {}
+        handles = {name: handle for name, (_, handle) in begun.items()}
+        is_latest = is_tag and self._is_latest
+        return TagSave(self._area(info.save_dir), self._number, os.path.normpath(info.tag), handles, is_tag, is_latest)
+
     def _take_back(self) -> None:
-        begun, self._begun, self._info = self._begun, {}, None
+        begun, self._begun, self._info, self._is_tag = self._begun, {}, None, False
         for written, _ in begun.values():
             with suppress(CheckpointNotFoundError):
                 self.checkpointer.delete(written)
 
+    def _take_back_or_log(self) -> None:
+        try:
+            self._take_back()
+        except StagerError:  # another error is raised
+            logger.exception("the files of a save that failed could not be removed")
+
+    def _taken_error(self) -> Exception | None:
+        error, self._error = self._error, None
+        return error
+
+    def _raise_together(
+        self, failures: Mapping[int, BaseException], error: BaseException | None, detail: Any = None
+    ) -> list[Any]:
+        """Raise on all ranks what any of them has to, or return what each rank adds. Every rank calls it at the same place.
+
+        Args:
+            failures: of earlier saves, by number; the oldest one comes first.
+            error: why this call fails on this rank.
+        """
+        said = self._say(failures, error, detail)
+        if said.failure is not None:
+            self._raise_or_log(said.failure)
+        if said.error is not None:
+            raise said.error
+        return said.details
+
+    def _raise_or_log(self, failure: BaseException) -> None:
+        if self._ranks.raises:
+            raise failure
+        logger.error("a checkpoint was not published: %s", failure)
+
+    def _end_together(self, in_flight: SavesInFlight) -> dict[int, BaseException]:
+        """Wait on all ranks until these saves have ended. Returns the errors, and those that other ranks have told."""
+        failures: dict[int, BaseException] = {}
+        have_ended = False
+        while (
+            not have_ended
+        ):  # now and then all ranks talk: one may wait for another that has failed and cannot report it
+            with suppress(TimeoutError):
+                in_flight.wait(_TALK_SECS)
+            failures |= in_flight.take_failures()
+            said = self._say(failures, None, not in_flight)
+            in_flight.tell(said.failed)
+            have_ended = all(said.details)
+        return failures
+
+    def _say(self, failures: Mapping[int, BaseException], error: BaseException | None, detail: Any) -> Said[Any]:
+        said = self._ranks.say(failures, error, detail)
+        self._in_flight.tell(said.failed)
+        self._publisher.give_up(said.failed)
+        return said
+
     def _area(self, save_dir: str) -> Area:
-        area = Area(save_dir, self._run, self._rank, self._num_ranks)
+        area = Area(save_dir, self._ranks.run, self._ranks.own, self._ranks.count)
         if save_dir not in self._areas:
             remove_remains(area, self.checkpointer.recover)
             self._areas.add(save_dir)
@@ -232,13 +334,44 @@ class StagerCheckpointEngine(CheckpointEngine):
 
     # -- loading ------------------------------------------------------------------------------------------------
 
-    def _settle(self, load_dir: str) -> None:
+    def settle(self, load_dir: str) -> None:
         """Wait on all ranks until no save is in flight, and nothing is between its two names."""
-        self.wait()
-        if self._rank == 0 and is_half_replaced(load_dir):
-            self._area(load_dir)
-        if self._num_ranks > 1:
-            dist.barrier()
+        failures, self._error = self._end_together(self._in_flight), None
+        with self.erring():
+            if self._ranks.own == 0 and is_half_replaced(load_dir):
+                self._area(load_dir)
+        self._raise_together(failures, self._taken_error())
+
+    @contextmanager
+    def checked_together(self, directory: str, is_needed: Callable[[str], bool]) -> Iterator[None]:
+        """Compare the files of a tag with their hashes, each on one of the ranks, before any rank loads one.
+
+        DeepSpeed has collectives between the files that a rank loads: an error there would put the ranks out of step.
+        """
+        names: list[str] = []
+        damage: CorruptCheckpointError | None = None
+        with self.erring():
+            names = [name for name in hashed_files(directory) if is_needed(name)]
+            try:
+                for name in names[self._ranks.own :: self._ranks.count]:
+                    self._check(os.path.join(directory, name))
+            except CorruptCheckpointError as error:
+                damage = error
+        for found in self._raise_together({}, self._taken_error(), damage):
+            if found is not None:  # the same type on all ranks: who catches it loads an older tag
+                raise found
+        self._checked = frozenset(os.path.join(directory, name) for name in names)
+        try:
+            yield
+        finally:
+            self._checked = frozenset()
+
+    def _check(self, path: str) -> None:
+        problems = problems_of(*os.path.split(path), full=self._config.loading.verify == "full")
+        if problems:
+            raise CorruptCheckpointError(
+                path, f"is damaged; load an older one with load_checkpoint(dir, tag): {'; '.join(problems)}"
+            )
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Load a file as DeepSpeed's own engine does; one that stager has written is first compared with its hashes.
@@ -247,13 +380,9 @@ class StagerCheckpointEngine(CheckpointEngine):
             CorruptCheckpointError: it is damaged.
             Exception: as of ``torch.load()``, which runs code that the file holds.
         """
-        self.wait()
-        directory, name = os.path.split(local_path(path, "path"))
-        problems = _problems(directory, name, self._config.loading.verify == "full")
-        if problems:
-            raise CorruptCheckpointError(
-                path, f"is damaged; load an older one with load_checkpoint(dir, tag): {'; '.join(problems)}"
-            )
+        self._in_flight.wait()
+        if (found := local_path(path, "path")) not in self._checked:
+            self._check(found)
         return torch.load(path, map_location=map_location, weights_only=False)
 
     # -- the end ------------------------------------------------------------------------------------------------
@@ -266,21 +395,10 @@ class StagerCheckpointEngine(CheckpointEngine):
             Exception: the oldest error of a save that nobody has looked at.
         """
         arguments.check_secs(timeout)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for future in self._published:
-            future.exception(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        self._raise_failures()
-
-    def _raise_failures(self) -> None:
-        ended = [future for future in self._published if future.done()]
-        self._published = [future for future in self._published if not future.done()]
-        errors = [error for future in ended if (error := future.exception()) is not None]
-        if not errors:
-            return
-        if self._config.persistence.on_save_error == "raise":
-            raise errors[0]
-        for error in errors:
-            logger.error("a checkpoint was not published: %s", error)
+        self._in_flight.wait(timeout)
+        failures = self._in_flight.take_failures()
+        for number in sorted(failures):
+            self._raise_or_log(failures[number])
 
     def close(self, timeout: float | None = None) -> None:
         """Finish every save that was begun, then stop the workers and free the memory. Idempotent. Every rank calls it.
@@ -298,7 +416,7 @@ class StagerCheckpointEngine(CheckpointEngine):
             self.wait(timeout)
         except TimeoutError:
             self.checkpointer.close(0)
-            self._publisher.give_up()
+            self._publisher.give_up_all()
             raise
         finally:
             self._publisher.close()
@@ -323,80 +441,6 @@ class StagerCheckpointEngine(CheckpointEngine):
             logger.exception("closing the StagerCheckpointEngine failed as well, after an error in its with block")
 
 
-# -- what is around DeepSpeed's methods, and refused -------------------------------------------------------------------
-
-
-def _saving(save_checkpoint: Callable[..., Any], ours: StagerCheckpointEngine) -> Callable[..., Any]:
-    """Let the publisher write ``latest``: DeepSpeed writes it when it has called ``commit()``, which does not wait."""
-    signature = inspect.signature(save_checkpoint)
-
-    @functools.wraps(save_checkpoint)
-    def saving(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        ours._is_latest = bool(given.arguments["save_latest"])
-        given.arguments["save_latest"] = False
-        return save_checkpoint(*given.args, **given.kwargs)
-
-    return saving
-
-
-def _loading(load_checkpoint: Callable[..., Any], ours: StagerCheckpointEngine) -> Callable[..., Any]:
-    """Let every rank read the same ``latest``."""
-    signature = inspect.signature(load_checkpoint)
-
-    @functools.wraps(load_checkpoint)
-    def loading(*args: Any, **kwargs: Any) -> Any:
-        ours._settle(local_path(signature.bind(*args, **kwargs).arguments["load_dir"], "load_dir"))
-        return load_checkpoint(*args, **kwargs)
-
-    return loading
-
-
-def _agree() -> tuple[int, int, str]:
-    """Return this rank, the number of ranks, and a name for this run, which is the same on all of them."""
-    names = [uuid.uuid4().hex[:8]]
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1, names[0]
-    dist.broadcast_object_list(names, src=0)
-    return dist.get_rank(), dist.get_world_size(), names[0]
-
-
-def _problems(directory: str, name: str, full: bool) -> list[str]:
-    """Compare a file of a tag with its manifest. A file that has none has no problems."""
-    path = os.path.join(directory, MANIFESTS, manifest_name(name))
-    data = files.read_if_exists(path)
-    if data is None:
-        return []
-    try:
-        written = parse_manifest(data, path)
-    except CorruptCheckpointError as error:
-        return [str(error)]
-    # The manifest calls the file as it was called when it was written.
-    layout = replace(written.layout, files=(FileSpec(name, written.layout.files[0].nbytes),))
-    manifest: Manifest = replace(written, layout=layout)
-    return check_files(directory, manifest, full=full)
-
-
-def _is_in(path: str, directory: str) -> bool:
-    found, at = os.path.abspath(path), os.path.abspath(directory)
-    return found == at or found.startswith(at + os.sep)
-
-
-def _config(given: StagerConfig) -> StagerConfig:
-    if given.persistence.format == "safetensors":
-        raise ConfigError(
-            "persistence.format is safetensors, and DeepSpeed's files are of torch.save; take it out, or set it to torch"
-        )
-    if given.ranks.together is True:
-        raise ConfigError(
-            "ranks.together is true, and each rank of DeepSpeed saves files of its own; take it out, or set it to false"
-        )
-    if given.arena.when_full == "skip":
-        raise ConfigError("arena.when_full is skip, and a tag needs all of its files; set it to wait or raise")
-    return load_config(given, ["ranks.together=false", "persistence.format=torch", "loading.allow_pickle=true"])
-
-
 def _refuse(engine: Any, guard: bool) -> None:
     found = getattr(engine, "checkpoint_engine", None)
     if isinstance(found, StagerCheckpointEngine) and not found.is_closed:
@@ -410,15 +454,4 @@ def _refuse(engine: Any, guard: bool) -> None:
             f"DeepSpeed's configuration chooses its {type(found).__name__}, which decides on other ranks' files; take "
             "checkpoint.writer and datastates_ckpt out of it"
         )
-    if engine.use_node_local_storage():
-        raise ConfigError(
-            "checkpoint.use_node_local_storage is on, and stager publishes the files of all ranks in one directory; turn it "
-            "off, and save to a file system that all nodes see"
-        )
-    if engine.zero_nvme_offload_optimizer():
-        raise ConfigError(
-            "the optimizer is offloaded to NVMe, whose files DeepSpeed copies into the tag itself; offload it to the CPU, "
-            "or save without stager"
-        )
-    if guard and getattr(engine, "zenflow", False):
-        raise UsageError("ZenFlow steps beside the training loop, so its optimizer cannot be guarded; give guard=False")
+    refuse_engine(engine, guard)

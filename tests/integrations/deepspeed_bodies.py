@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from stager import ArgumentError, ConfigError, CorruptCheckpointError, RankFailedError, UsageError
+from stager import ArgumentError, ConfigError, CorruptCheckpointError, RankFailedError, StorageError, UsageError
 from stager.integrations.deepspeed import StagerCheckpointEngine, use, verify
 from stager.workers.checkpoint.storage.posix import files
 from tests.faults import faults_of_this_process
@@ -250,22 +253,44 @@ def replaced(rank: int, directory: str, out: str, can_exchange: bool) -> list[st
     return names(Path(out, "same"))
 
 
-def killed_while_replacing(rank: int, directory: str, out: str) -> str:
-    """Where names cannot be exchanged, a kill between two renames leaves no tag: it is put back."""
+def killed_while_replacing(rank: int, directory: str, out: str, can_exchange: bool) -> None:
+    """The fault that the test has armed kills this process while a tag is replaced that users have put files into."""
     join(rank, 1)
     training = Training()
-    with use(training.engine, CONFIG):
+    if not can_exchange:
+        files.exchange = lambda *_: False
+    with use(training.engine, CONFIG) as checkpoints:
         training.step()
-        training.engine.save_checkpoint(out)
-        made = training.made()
-    aside = Path(out, ".stager", "replaced", "global_step1")
-    aside.parent.mkdir(exist_ok=True)
-    Path(out, "global_step1").rename(aside)  # what such a kill leaves
-    again = Training(seed=1)
-    with use(again.engine, CONFIG):
-        path, _ = again.engine.load_checkpoint(out)
-    assert same(again.made(), made)
-    return str(path)
+        training.engine.save_checkpoint(out, tag="same")
+        checkpoints.wait()
+        put_into(Path(out, "same"))
+        training.step()
+        training.engine.save_checkpoint(out, tag="same")
+
+
+def put_into(tag: Path) -> None:
+    """Files of a user's. That of an older job is one of those that a new tag replaces."""
+    Path(tag, "notes.txt").write_text("mine")
+    Path(tag, "config").mkdir()
+    Path(tag, "config", "a.json").write_text("{}")
+
+
+def after_such_a_kill(rank: int, directory: str, out: str, call: str) -> list[Any]:
+    """Load the tag, or save another one. Returns what is in the tag then, the step that it has, and what is in between."""
+    join(rank, 1)
+    training = Training(seed=1)
+    with use(training.engine, CONFIG):
+        if call == "save":
+            training.engine.save_checkpoint(out, tag="other")
+        path, _ = training.engine.load_checkpoint(out, tag="same")
+        steps = training.engine.global_steps
+    assert path is not None and verify(Path(out, "same")) == []
+    assert Path(out, "same", "config", "a.json").read_text() == "{}"
+    return [
+        names(Path(out, "same")),
+        steps,
+        [name for name in names(Path(out, ".stager")) if not name.endswith(".json")],
+    ]
 
 
 def remains(rank: int, directory: str, out: str, num_ranks: int) -> list[Any]:
@@ -313,6 +338,29 @@ def beside(rank: int, directory: str, out: str) -> list[Any]:
         training.engine.save_checkpoint(out, save_latest=False)
         checkpoints.wait()
         return [names(out), names(Path(out, "global_step1"))]
+
+
+def beside_elsewhere(rank: int, directory: str, out: str, elsewhere: str) -> dict[str, Any]:
+    """``save_16bit_model()`` writes where the two paths together lead, as DeepSpeed's own engine does."""
+    join(rank, 1)
+    training = Training(1)
+    training.step()
+    engine, said = training.engine, {}
+    with use(engine, CONFIG) as checkpoints:
+        try:
+            engine.save_16bit_model(out, "sub/m.bin")
+        except StorageError as error:
+            said["no directory"] = str(error)
+        Path(out, "sub").mkdir()
+        engine.save_checkpoint(out)
+        checkpoints.wait()
+        Path(out, "far").symlink_to(elsewhere)
+        for name in ("sub/m.bin", "sub/m.pt", "global_step1/m.bin", "far/m.bin", f"{out}/absolute.bin", "../up.bin"):
+            engine.save_16bit_model(out, name)
+            weights = torch.load(os.path.join(out, name))
+            assert same(dict(weights), dict(engine.module.state_dict())), name
+        assert verify(Path(out, "global_step1")) == []  # one more file, and it is still the tag
+        return {**said, "tag": names(Path(out, "global_step1")), "far": names(elsewhere), "latest": latest(out)}
 
 
 def only_the_attribute(rank: int, directory: str, out: str) -> str | None:
@@ -387,6 +435,136 @@ def universal(rank: int, directory: str, out: str, num_ranks: int) -> list[str]:
     return found
 
 
+# -- all ranks raise in the same call ---------------------------------------------------------------------------------
+
+
+def raised(call: Callable[[], object]) -> str | None:
+    """The type of what a call raises. Then all ranks meet: one that is out of step hangs until the group's timeout."""
+    problem = None
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  # the tests say which
+        problem = type(error).__name__
+    rounds: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rounds, "the same")
+    assert rounds == ["the same"] * dist.get_world_size()
+    return problem
+
+
+def broken_on(rank: int, where: str, out: str, checkpoints: StagerCheckpointEngine) -> Callable[[], None]:
+    """Break something on one rank alone. Returns what mends it."""
+    if where.startswith("save on") and rank == int(where[-1]):
+        save = checkpoints.checkpointer.save
+
+        def full(*_: Any, **__: Any) -> Any:
+            raise StorageError(errno.ENOSPC, "no room", out)
+
+        checkpoints.checkpointer.save = full
+        return lambda: setattr(checkpoints.checkpointer, "save", save)
+    blocked = {
+        "scripts": Path(out, "zero_to_fp32.py"),
+        "area of rank 1": Path(out, ".stager", "rank-00001"),
+        "weights": Path(out, "pytorch_model.bin"),
+    }
+    if where in blocked and rank == 0:
+        path = blocked[where]
+        path.parent.mkdir(exist_ok=True)
+        if where == "area of rank 1":
+            path.write_text("no directory")
+        else:
+            path.mkdir()
+        return path.unlink if where == "area of rank 1" else path.rmdir
+    if where == "directory" and rank == 0:
+        Path(out, "below").write_text("no directory")
+        return Path(out, "below").unlink
+    return lambda: None
+
+
+def failed_alone(rank: int, directory: str, out: str, where: str, stage: int) -> list[Any]:
+    """What one rank alone cannot do is raised by both in the same call, and the next save is published."""
+    join(rank, 2)
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    training = Training(stage, zero_optimization=zero)
+    training.step()
+    engine, to = training.engine, f"{out}/below/tags" if where == "directory" else out
+    with use(engine, CONFIG) as checkpoints:
+        mend = broken_on(rank, where, out, checkpoints)
+        dist.barrier()
+        save = engine.save_16bit_model if where == "weights" else engine.save_checkpoint
+        problem = raised(lambda: save(to))
+        seen = latest(to)
+        mend()
+        dist.barrier()
+        again = raised(lambda: engine.save_checkpoint(to))
+        checkpoints.wait()
+        assert verify(Path(to, "global_step1")) == []
+        assert names(Path(to, ".stager", f"rank-{rank:05d}")) == []
+        return [problem, seen, again, latest(to)]
+
+
+def known_on_one_rank(rank: int, directory: str, out: str, failing: int, call: str) -> list[Any]:
+    """Only one rank knows that a save has failed, and cannot say so: all raise that once, in the next call."""
+    join(rank, 2)
+    training = Training(2)
+    training.step()
+    engine = training.engine
+    config = {
+        **CONFIG,
+        "persistence": {**CONFIG["persistence"], "on_save_error": "warn" if call == "warn" else "raise"},
+    }
+    with use(engine, config) as checkpoints:
+        engine.save_checkpoint(out)
+        checkpoints.wait()
+        training.step()
+        faults = faults_of_this_process(Path(directory, f"faults-{rank}"))
+        if rank == failing:
+            faults.arm("deepspeed.written", "errno ENOSPC")
+        if call == "weights":  # waits itself
+            return [raised(lambda: engine.save_16bit_model(out)), raised(lambda: engine.save_16bit_model(out))]
+        engine.save_checkpoint(out)
+        if rank == failing:
+            checkpoints._in_flight.wait()  # and nobody looks at the error
+        dist.barrier()
+        then = engine.load_checkpoint if call == "load" else engine.save_checkpoint
+        problems = [raised(lambda: then(out)), raised(lambda: engine.save_checkpoint(out, tag="later"))]
+        checkpoints.wait()
+        return [*problems, latest(out)]
+
+
+def damaged_for_one(rank: int, directory: str, out: str, stage: int) -> list[Any]:
+    """The file of one rank is damaged. Both are told so before they load, and load the older tag instead."""
+    join(rank, 2)
+    training = Training(stage)
+    with use(training.engine, CONFIG) as checkpoints:
+        for _ in range(2):
+            training.step()
+            training.engine.save_checkpoint(out)
+        checkpoints.wait()
+        dist.barrier()
+        if rank == 0:
+            (path,) = Path(out, "global_step2").glob("*zero_pp_rank_1_*optim_states.pt")
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+        dist.barrier()
+    again = Training(stage, seed=1)
+    with use(again.engine, CONFIG):
+        problem = raised(lambda: again.engine.load_checkpoint(out))
+        found = [raised(lambda: again.engine.load_checkpoint(out, tag="global_step1")), again.engine.global_steps]
+        alone = []
+        if stage < 3:  # DeepSpeed's ZeRO 3 reads the other files, too
+            alone = [raised(lambda: again.engine.load_checkpoint(out, load_module_only=True))]
+    return [problem, *found, *alone]
+
+
+def differing_tags(rank: int, directory: str, out: str) -> list[Any]:
+    join(rank, 2)
+    training = Training(2)
+    with use(training.engine, CONFIG):
+        save = training.engine.save_checkpoint
+        return [raised(partial(save, out, tag=tag)) for tag in (f"of-{rank}", "latest", "same")]
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +583,11 @@ def refused(rank: int, directory: str, out: str) -> dict[str, str]:
     note("model", UsageError, lambda: use(torch.nn.Linear(1, 1)))
     note("format", ConfigError, lambda: use(engine, {"persistence": {"format": "safetensors"}}))
     note("together", ConfigError, lambda: use(engine, {"ranks": {"together": True}}))
+    note("dcp", ConfigError, lambda: use(engine, {"persistence": {"format": "dcp"}}))
+    note("name", ConfigError, lambda: use(engine, {"persistence": {"name": "x-{step}"}}))
+    note("links", ConfigError, lambda: use(engine, {"persistence": {"incremental": True}}))
+    note("tolerated", ConfigError, lambda: use(engine, {"persistence": {"tolerate_failures": 2}}))
+    note("no pickle", ConfigError, lambda: use(engine, {"loading": {"allow_pickle": False}}))
     note("skip", ConfigError, lambda: use(engine, {"arena": {"when_full": "skip"}}))
     engine._config.use_node_local_storage = True
     note("local", ConfigError, lambda: use(engine))
@@ -418,9 +601,29 @@ def refused(rank: int, directory: str, out: str) -> dict[str, str]:
         note("early", UsageError, lambda: checkpoints.save({}, f"{out}/a.pt"))
         note("no tag", ArgumentError, lambda: verify(directory))
     note("closed", Exception, lambda: engine.save_checkpoint(out))
-    with use(engine, CONFIG):  # a closed one may be followed by another
+    with use(engine, CONFIG) as checkpoints:  # a closed one may be followed by another
         engine.save_checkpoint(out)
+        checkpoints.wait()
+        Path(out, "a-file").write_text("mine")
+        for tag in (
+            "latest",
+            "latest/a",
+            "./latest",
+            "latest_universal",
+            ".stager",
+            ".stager/a",
+            "",
+            ".",
+            "..",
+            "/a",
+            "a-file",
+        ):
+            note(f"tag {tag}", ArgumentError, lambda tag=tag: engine.save_checkpoint(out, tag=tag))
+        engine.save_16bit_model(out)  # and "latest" does not name what was refused
     assert latest(out) == "global_step0"
+    assert names(out) == ["a-file", "global_step0", "latest", "pytorch_model.bin"]
+    with use(engine, {**CONFIG, "loading": {"allow_pickle": True}, "persistence": {"format": "torch", "fsync": False}}):
+        assert engine.load_checkpoint(out)[0] is not None
     return said
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +114,26 @@ def test_a_tag_that_is_saved_again_is_replaced_and_keeps_what_others_have_put_in
     assert run("replaced", 1, tmp_path, out, can_exchange) == [["mp_rank_00_model_states.pt", "notes.txt"]]
 
 
-def test_a_tag_that_lost_its_name_by_a_kill_is_put_back_when_it_is_loaded(tmp_path: Path, out: str) -> None:
-    (path,) = run("killed_while_replacing", 1, tmp_path, out)
-    assert path.startswith(os.path.join(out, "global_step1"))
+@pytest.mark.parametrize(
+    ("point", "can_exchange", "call", "steps"),
+    [
+        ("deepspeed.aside", True, "load", 1),
+        ("deepspeed.replaced", True, "load", 2),
+        ("deepspeed.unnamed", False, "load", 1),
+        pytest.param("deepspeed.aside", False, "save", 1, marks=pytest.mark.long),
+        pytest.param("deepspeed.replaced", True, "save", 2, marks=pytest.mark.long),
+        pytest.param("deepspeed.unnamed", False, "save", 1, marks=pytest.mark.long),
+        pytest.param("deepspeed.replaced", False, "load", 2, marks=pytest.mark.long),
+    ],
+)
+def test_killed_while_a_tag_is_replaced_it_has_its_name_and_what_users_have_put_into_it(
+    tmp_path: Path, out: str, faults: Faults, point: str, can_exchange: bool, call: str, steps: int
+) -> None:
+    faults.arm(point, "kill")
+    assert run("killed_while_replacing", 1, tmp_path, out, can_exchange) == [None]
+    assert faults.fired(point)
+    in_tag = ["config", "mp_rank_00_model_states.pt", "notes.txt"]
+    assert run("after_such_a_kill", 1, tmp_path, out, call) == [[in_tag, steps, ["rank-00000", "replaced"]]]
 
 
 def test_remains_of_a_killed_run_with_more_ranks_go_with_the_first_save(tmp_path: Path, out: str) -> None:
@@ -139,6 +158,18 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, out: str) -> None:
     (said,) = run("refused", 1, tmp_path, out)
     assert "got a Linear" in said["model"]
     assert "safetensors" in said["format"] and "take it out" in said["format"]
+    assert "persistence.format is dcp" in said["dcp"]
+    assert "persistence.name is 'x-{step}'" in said["name"] and "take it out" in said["name"]
+    assert "persistence.incremental is true" in said["links"] and "take it out" in said["links"]
+    assert "persistence.tolerate_failures is 2" in said["tolerated"]
+    assert "loading.allow_pickle is false" in said["no pickle"] and "set it to true" in said["no pickle"]
+    for tag in ("latest", "latest/a", "./latest", "latest_universal"):
+        assert "is the file that names the newest tag; give another tag" in said[f"tag {tag}"]
+    for tag in (".stager", ".stager/a"):
+        assert f"stager writes in {out}/.stager" in said[f"tag {tag}"]
+    for tag in ("", ".", "..", "/a"):
+        assert f"is no directory in {out}; give a name" in said[f"tag {tag}"]
+    assert f"{out}/a-file is no directory; move it away" in said["tag a-file"]
     assert "ranks.together is true" in said["together"]
     assert "arena.when_full is skip" in said["skip"]
     assert "use_node_local_storage" in said["local"]
@@ -147,6 +178,75 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, out: str) -> None:
     assert "before create()" in said["early"]
     assert "no .stager directory" in said["no tag"]
     assert "is closed" in said["closed"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[str]:
+    """A directory on another file system, where there is one."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else tmp_path) as directory:
+        yield directory
+
+
+def test_a_file_beside_the_tags_is_written_where_deepspeed_would_write_it(
+    tmp_path: Path, out: str, elsewhere: str
+) -> None:
+    (said,) = run("beside_elsewhere", 1, tmp_path, out, elsewhere)
+    assert f"{out}/sub" in said["no directory"] and "does not exist; create it" in said["no directory"]
+    assert said["far"] == ["m.bin"]
+    assert said["latest"] == "global_step1"
+    assert said["tag"] == [
+        "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "m.bin",
+        "mp_rank_00_model_states.pt",
+    ]
+
+
+# -- all ranks raise in the same call ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])  # ZeRO 3 talks while it saves
+@pytest.mark.parametrize(
+    ("where", "rank_0", "rank_1"),
+    [
+        ("save on 0", "StorageError", "RankFailedError"),
+        ("save on 1", "RankFailedError", "StorageError"),
+        ("scripts", "StorageError", "RankFailedError"),
+        ("directory", "StorageError", "RankFailedError"),
+        ("area of rank 1", "RankFailedError", "StorageError"),
+        ("weights", "StorageError", "RankFailedError"),
+    ],
+)
+def test_what_one_rank_alone_cannot_do_is_raised_by_all_in_the_same_call(
+    tmp_path: Path, out: str, where: str, rank_0: str, rank_1: str, stage: int
+) -> None:
+    then = [None, None, "global_step1"]
+    assert run("failed_alone", 2, tmp_path, out, where, stage) == [[rank_0, *then], [rank_1, *then]]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("call", ["save", "load", "weights", "warn"])
+def test_a_failure_that_one_rank_cannot_report_is_raised_by_all_in_the_next_call(
+    tmp_path: Path, out: str, failing: int, call: str
+) -> None:
+    then = [None] if call == "weights" else [None, "later"]
+    first = ["RankFailedError", "RankFailedError"]
+    first[failing] = "OSError"
+    results = run("known_on_one_rank", 2, tmp_path, out, failing, call)
+    assert results == [[None if call == "warn" else problem, *then] for problem in first]
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_a_file_that_is_damaged_for_one_rank_is_an_error_of_all_before_any_loads(
+    tmp_path: Path, out: str, stage: int
+) -> None:
+    assert (
+        run("damaged_for_one", 2, tmp_path, out, stage)
+        == [["CorruptCheckpointError", None, 1, *([None] if stage < 3 else [])]] * 2
+    )
+
+
+def test_tags_that_differ_between_ranks_are_refused_on_all(tmp_path: Path, out: str) -> None:
+    assert run("differing_tags", 2, tmp_path, out) == [["InconsistentRanksError", "ArgumentError", None]] * 2
 
 
 # -- whole scripts ----------------------------------------------------------------------------------------------------

@@ -5,28 +5,33 @@ rank-00000/                     a directory for each rank, which its PathCheckpo
 report-00000.json               by each rank, when all its files of a save are there, or cannot be
 outcome.json                    by rank 0, when that save is published, or cannot be
 new-RUN-7/                      by rank 0: the tag, before it is renamed
-replaced/TAG/                   by rank 0: the older checkpoint of this tag, while a new one takes its place
+replaced/TAG/                   by rank 0: the older checkpoint of this tag, or the new one, while it takes its place
+old-TAG/                        by rank 0: what has been replaced, while it is removed
 
 Reports and the outcome are overwritten by those of the next save: a rank reports only when it has seen the last outcome.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.storage.posix import files
+from stager.workers.faults import point
 
 AREA = ".stager"
 MANIFESTS = ".stager"  # in a tag
 OUTCOME = "outcome.json"
 _REPLACED = "replaced"
+_OLD = "old-"
 _RANK = re.compile(r"rank-([0-9]{5,})")
 FILE_NAME = "state.pt"  # of persistence.format: torch
 
@@ -83,47 +88,93 @@ def take_out(written: str, path: str, manifests: str | None) -> None:
         path: where to.
         manifests: the directory for its manifest; None: for none.
     """
-    os.replace(os.path.join(written, FILE_NAME), path)
+    _move(os.path.join(written, FILE_NAME), path)
     if manifests is not None:
         os.rename(os.path.join(written, MANIFEST_NAME), os.path.join(manifests, manifest_name(os.path.basename(path))))
     files.remove(written)
 
 
+def _move(source: str, path: str) -> None:
+    """Move a file, also to another file system. It has its new name when it is whole."""
+    try:
+        os.replace(source, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            shutil.copyfile(source, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            files.remove(temporary)
+            raise
+
+
+# -- a tag that is saved again ----------------------------------------------------------------------------------------
+#
+# The new directory goes to replaced/TAG first. There it and the old one are exchanged, in one step. So after a kill the tag
+# is one of them, and replaced/TAG the other. Nobody needs to know which: the files that a user has put into the old one are
+# moved, and the new one has none.
+# Where the file system cannot exchange two names, replaced/TAG is the old one. After a kill the tag may lack its name, and
+# gets it back.
+
+
 def replace_tag(area: Area, tag: str, new: str) -> None:
     """Give a directory the name of a tag. An older checkpoint of this name goes, and what others have put into it stays."""
     final = os.path.join(area.save_dir, tag)
+    aside = os.path.join(area.root, _REPLACED, tag.replace("%", "%25").replace("/", "%2F"))
     os.makedirs(os.path.dirname(final), exist_ok=True)
+    _end_replacement(aside, final)  # of an attempt that failed
     if not os.path.lexists(final):
         os.rename(new, final)
         return
-    replaced = os.path.join(area.root, _REPLACED, quote(tag, safe=""))
-    os.makedirs(os.path.dirname(replaced), exist_ok=True)
-    if files.exchange(new, final):
-        os.rename(new, replaced)
-    else:  # where the file system cannot; of a kill between the two, see put_back()
-        os.rename(final, replaced)
+    os.makedirs(os.path.dirname(aside), exist_ok=True)
+    try:
+        _put_aside(new, final, aside)
+    finally:
+        _end_replacement(aside, final)
+
+
+def _put_aside(new: str, final: str, aside: str) -> None:
+    os.rename(new, aside)
+    point("deepspeed.aside")
+    if not files.exchange(aside, final):
+        os.rename(aside, new)
+        os.rename(final, aside)
+        point("deepspeed.unnamed")
         os.rename(new, final)
-    for name in os.listdir(replaced):
+    point("deepspeed.replaced")
+
+
+def _end_replacement(aside: str, final: str) -> None:
+    """Remove what has been replaced, without the user's files; or give it its name again if nothing has it."""
+    if not os.path.lexists(aside):
+        return
+    if not os.path.lexists(final):
+        os.rename(aside, final)
+        return
+    for name in () if os.path.islink(aside) else os.listdir(aside):
         if not (name.endswith(".pt") or name == MANIFESTS or os.path.lexists(os.path.join(final, name))):
-            os.rename(os.path.join(replaced, name), os.path.join(final, name))
-    files.remove(replaced)
+            os.rename(os.path.join(aside, name), os.path.join(final, name))
+    # By another name: what is half removed must not become the tag again.
+    gone = os.path.join(os.path.dirname(os.path.dirname(aside)), f"{_OLD}{os.path.basename(aside)}")
+    files.remove(gone)
+    os.rename(aside, gone)
+    files.remove(gone)
 
 
 def is_half_replaced(save_dir: str) -> bool:
-    """Tell whether a process was killed while it replaced a tag: then a tag may lack its name."""
+    """Tell whether a process was killed while it replaced a tag: then a tag may lack its name, or what users put into it."""
     directory = os.path.join(save_dir, AREA, _REPLACED)
     return os.path.isdir(directory) and bool(os.listdir(directory))
 
 
-def _put_back(save_dir: str) -> None:
-    """Give each such tag its name again. What has been replaced indeed goes."""
+def _end_replacements(save_dir: str) -> None:
     directory = os.path.join(save_dir, AREA, _REPLACED)
     for name in os.listdir(directory) if os.path.isdir(directory) else ():
-        replaced, final = os.path.join(directory, name), os.path.join(save_dir, unquote(name))
-        if os.path.lexists(final):
-            files.remove(replaced)
-        else:
-            os.rename(replaced, final)
+        _end_replacement(os.path.join(directory, name), os.path.join(save_dir, unquote(name)))
 
 
 def remove_remains(area: Area, recover: Callable[[str], object]) -> None:
@@ -136,12 +187,12 @@ def remove_remains(area: Area, recover: Callable[[str], object]) -> None:
     if area.rank != 0:
         return
     # Only now: the lock on this rank's directory tells that no other run's rank 0 publishes here.
-    _put_back(area.save_dir)
+    _end_replacements(area.save_dir)
     for name in os.listdir(area.root):
         found = _RANK.fullmatch(name)
         if found is not None and int(found[1]) >= area.num_ranks:
             _remove_files_of_rank(area, int(found[1]), recover)
-        elif name.startswith("new-"):
+        elif name.startswith(("new-", _OLD)):
             files.remove(os.path.join(area.root, name))
 
 

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ from stager.integrations.deepspeed_parts.area import (
     take_out,
     write_message,
 )
+from stager.integrations.deepspeed_parts.tag_names import LATEST
 from stager.saving.save import SaveHandle
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.files import storage_errors
@@ -42,7 +44,6 @@ from stager.workers.faults import point
 
 logger = logging.getLogger("stager")
 
-LATEST = "latest"
 _POLL_SECS = 0.02
 
 
@@ -52,7 +53,8 @@ class TagSave:
 
     Attributes:
         number: counts the saves of the run; the same on all ranks.
-        handles: by the file's path, from ``save_dir``: in the tag, or, of ``save_16bit_model()``, beside it.
+        handles: by the file's path, from ``save_dir``: in the tag, or, of ``save_16bit_model()``, wherever that is to write.
+        is_tag: the files are those of a tag, which they make when all of them are there.
         is_latest: ``latest`` is to name it.
     """
 
@@ -60,6 +62,7 @@ class TagSave:
     number: int
     tag: str
     handles: Mapping[str, SaveHandle]
+    is_tag: bool
     is_latest: bool
 
 
@@ -75,13 +78,18 @@ class Publisher:
         self._timeout_secs = timeout_secs
         self._fsync = fsync
         self._is_given_up = threading.Event()
+        self._given_up: frozenset[int] = frozenset()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stager-deepspeed")
 
     def publish(self, save: TagSave) -> Future[None]:
         """Publish a save when it is written. The Future ends when it is published, on all ranks with the same outcome."""
         return self._thread.submit(self._end, save)
 
-    def give_up(self) -> None:
+    def give_up(self, numbers: frozenset[int]) -> None:
+        """Wait for other ranks no longer in these saves: they have failed on some rank, which perhaps cannot report it."""
+        self._given_up |= numbers
+
+    def give_up_all(self) -> None:
         """Wait for no other rank any more."""
         self._is_given_up.set()
 
@@ -90,18 +98,24 @@ class Publisher:
         self._thread.shutdown()
 
     def _end(self, save: TagSave) -> None:
-        area = save.area
         error = _first_error(save)
+        try:
+            failure = self._agreed(save, error)
+        except Exception as raised:  # noqa: BLE001  # the thread's edge: the caller gets it
+            failure = raised
+        if (problem := error or failure) is not None:
+            for path in save.handles:
+                files.remove(save.area.written(save.area.rank, save.number, os.path.basename(path)))
+            raise problem
+
+    def _agreed(self, save: TagSave, error: BaseException | None) -> Exception | None:
+        area = save.area
         said: dict[str, Any] = {"run": area.run, "number": save.number, "files": list(save.handles), "error": None}
         if error is not None:
             said["error"] = f"{type(error).__name__}: {error}"
         point("deepspeed.written")
         write_message(area.report(area.rank), said)
-        failure = self._decide(save) if area.rank == 0 else self._await_outcome(save)
-        if (problem := error or failure) is not None:
-            for path in save.handles:
-                files.remove(area.written(area.rank, save.number, os.path.basename(path)))
-            raise problem
+        return self._decide(save) if area.rank == 0 else self._await_outcome(save)
 
     # -- rank 0 -------------------------------------------------------------------------------------------------
 
@@ -111,8 +125,11 @@ class Publisher:
             self._put_in_place(save, self._reports(save))
         except Exception as error:  # noqa: BLE001  # the thread's edge: the caller gets it, and all ranks
             failure = error
+            with suppress(OSError):  # the first error is the one to tell
+                files.remove(save.area.new(save.number))
         failed = failure.ranks if isinstance(failure, RankFailedError) else (0,)
-        said = {"error": None if failure is None else str(failure), "ranks": list(failed)}
+        text = str(failure) if isinstance(failure, RankFailedError) else f"rank 0: {type(failure).__name__}: {failure}"
+        said = {"error": None if failure is None else text, "ranks": list(failed)}
         write_message(save.area.outcome(), {"run": save.area.run, "number": save.number, **said})
         return failure
 
@@ -126,11 +143,9 @@ class Publisher:
         area = save.area
         ranks: dict[str, int] = {}
         for rank in range(area.num_ranks):
-            said = self._wait_for(partial(read_message, area.report(rank), area.run, save.number))
+            said = self._wait_for(partial(read_message, area.report(rank), area.run, save.number), save.number)
             if said is None or said["error"] is not None:
-                problem = (
-                    f"has not written its files within {self._timeout_secs:g} s" if said is None else said["error"]
-                )
+                problem = f"has not written its files {self._until(save)}" if said is None else said["error"]
                 raise RankFailedError(f"rank {rank} {problem}; {save.tag} is not published", (rank,))
             for name in said["files"]:
                 if name in ranks:
@@ -141,29 +156,34 @@ class Publisher:
         return ranks
 
     def _put_in_place(self, save: TagSave, ranks: Mapping[str, int]) -> None:
+        if not save.is_tag:
+            self._put_beside(save, ranks)
+        elif ranks:
+            self._put_in_tag(save, ranks)
+        point("deepspeed.published")
+        if save.is_latest:
+            self._write_latest(save.area.save_dir, save.tag)
+
+    def _put_beside(self, save: TagSave, ranks: Mapping[str, int]) -> None:
+        area = save.area
+        for path, rank in ranks.items():
+            final = os.path.normpath(os.path.join(area.save_dir, path))
+            with storage_errors("write", final):
+                take_out(area.written(rank, save.number, os.path.basename(path)), final, None)
+                self._sync(os.path.dirname(final))
+
+    def _put_in_tag(self, save: TagSave, ranks: Mapping[str, int]) -> None:
         area, final, new = save.area, os.path.join(save.area.save_dir, save.tag), save.area.new(save.number)
         manifests = os.path.join(new, MANIFESTS)
-        in_tag = {path for path in ranks if os.path.dirname(path)}
         with storage_errors("commit", final):
-            if in_tag:
-                os.makedirs(manifests)
+            os.makedirs(manifests)
             for path, rank in ranks.items():
                 name = os.path.basename(path)
-                written = area.written(rank, save.number, name)
-                if path in in_tag:
-                    take_out(written, os.path.join(new, name), manifests)
-                else:
-                    take_out(written, os.path.join(area.save_dir, path), None)
+                take_out(area.written(rank, save.number, name), os.path.join(new, name), manifests)
             point("deepspeed.collected")
-            if in_tag:
-                self._sync(manifests, new)
-                replace_tag(area, save.tag, new)
-                self._sync(os.path.dirname(final))
-            else:
-                self._sync(area.save_dir)
-            point("deepspeed.published")
-            if save.is_latest:
-                self._write_latest(area.save_dir, save.tag)
+            self._sync(manifests, new)
+            replace_tag(area, save.tag, new)
+            self._sync(os.path.dirname(final))
 
     def _write_latest(self, save_dir: str, tag: str) -> None:
         directory_fd = files.open_directory(save_dir)
@@ -183,19 +203,21 @@ class Publisher:
 
     def _await_outcome(self, save: TagSave) -> Exception | None:
         area = save.area
-        said = self._wait_for(partial(read_message, area.outcome(), area.run, save.number))
+        said = self._wait_for(partial(read_message, area.outcome(), area.run, save.number), save.number)
         if said is None:
-            return RankFailedError(
-                f"rank 0 has not published {save.tag} within {self._timeout_secs:g} s; look at its log", (0,)
-            )
+            return RankFailedError(f"rank 0 has not published {save.tag} {self._until(save)}; look at its log", (0,))
         return None if said["error"] is None else RankFailedError(said["error"], tuple(said["ranks"]))
 
-    def _wait_for(self, read: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+    def _wait_for(self, read: Callable[[], dict[str, Any] | None], number: int) -> dict[str, Any] | None:
         deadline = time.monotonic() + self._timeout_secs
         while (said := read()) is None and time.monotonic() < deadline:
-            if self._is_given_up.wait(_POLL_SECS):
+            if self._is_given_up.wait(_POLL_SECS) or number in self._given_up:
                 return None
         return said
+
+    def _until(self, save: TagSave) -> str:
+        is_told = self._is_given_up.is_set() or save.number in self._given_up
+        return "when the save was given up" if is_told else f"within {self._timeout_secs:g} s"
 
 
 def _first_error(save: TagSave) -> BaseException | None:
