@@ -43,6 +43,7 @@ from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
 from stager.integrations.torchtitan import StagerCheckpointManager  # noqa: E402
 from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 BODIES = "tests.integrations.torchtitan_bodies"
 STOCK: dict[str, Any] = {"manager": CheckpointManager}
 MANAGERS = [StagerCheckpointManager, CheckpointManager]
@@ -552,8 +553,9 @@ class Forked(Script):
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The page's script, on a machine without an accelerator."""
+    """The page's script, on a machine without an accelerator; it imports ``tests``, wherever it is run."""
     monkeypatch.setenv("STAGER_WORKERS__COUNT", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     path = page_script("torchtitan", tmp_path)
     path.write_text(
         f"from tests.integrations import torchtitan_on_cpu\ntorchtitan_on_cpu.prepare()\n{path.read_text()}"
