@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from stager import (
     CheckpointNotFoundError,
     ConfigError,
+    CorruptCheckpointError,
+    FellBackEvent,
     StateMismatchError,
     UsageError,
     load_checkpoint,
@@ -41,7 +44,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
 
 from stager.integrations.torchtitan import StagerCheckpointManager  # noqa: E402
-from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training  # noqa: E402
+from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training, flip  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 BODIES = "tests.integrations.torchtitan_bodies"
@@ -133,8 +136,7 @@ def test_random_numbers_of_another_number_of_ranks_are_left_alone(out: Path, mon
     trained(out, 2)
     again = Training(out)
     before = torch.get_rng_state()
-    monkeypatch.setattr("stager.integrations.torchtitan._num_ranks", lambda: 2)
-    monkeypatch.setattr("stager.integrations.torchtitan._of_rank_0", lambda look: look())
+    monkeypatch.setattr("stager.integrations.torchtitan.num_ranks", lambda: 2)
     assert again.manager.load()
     assert torch.equal(torch.get_rng_state(), before) and again.progress.step == 2
     again.close()
@@ -193,15 +195,128 @@ def test_a_name_with_a_step_somewhere_in_it_is_no_checkpoint(out: Path) -> None:
     assert checkpoints(out) == ["old-step-8", "step-4", "step-6"]
 
 
-def test_the_newest_is_passed_over_if_it_is_damaged(out: Path) -> None:
-    trained(out, 4)
-    (path,) = (out / "checkpoint/step-4").glob("__0_0.distcp")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def resumed(out: Path, **options: Any) -> Training:
+    """A training that goes on, and has loaded its checkpoint."""
+    training = Training(out, seed=1, **options)
+    try:
+        assert training.manager.load()
+    except BaseException:
+        training.close()
+        raise
+    return training
+
+
+# What one training after the other does in a folder, each from the newest checkpoint: its steps, and its settings.
+LAYOUTS: dict[str, tuple[list[tuple[int, dict[str, Any]]], int]] = {
+    "of the same kind": ([(4, {})], 2),
+    "the model alone": ([(5, {"last": True, "last_save_model_only": True}), (2, {})], 4),
+    "a seed": ([(0, {"last_save_model_only": True}), (2, {})], 0),
+    "torchtitan's own": ([(4, STOCK), (2, {})], 4),
+    "without random numbers": ([(2, {"save_rng": False}), (2, {})], 2),
+    "of stager, below one of torchtitan's": ([(2, {}), (2, STOCK)], 2),
+}
+
+
+def laid_out(out: Path, trainings: list[tuple[int, dict[str, Any]]]) -> dict[int, list[Any]]:
+    """Train, one training after the other. Returns what had been made at each step."""
+    made = {}
+    for steps, options in trainings:
+        last = options.get("last", False)
+        training = Training(out, **{name: value for name, value in options.items() if name != "last"})
+        training.manager.load()
+        for number in range(steps):
+            training.step(last=last and number == steps - 1)
+            made[training.progress.step] = copy.deepcopy(training.made(with_random=False))
+        if steps == 0:
+            training.manager.save(0, last_step=True)
+            made[0] = training.made(with_random=False)
+        training.close()
+    return made
+
+
+@pytest.mark.parametrize("load_only", [False, True])
+@pytest.mark.parametrize("damage", ["data", "metadata"])
+@pytest.mark.parametrize("below", LAYOUTS)
+def test_a_damaged_newest_is_passed_over_whatever_is_below_it(
+    out: Path, below: str, damage: str, load_only: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainings, expected = LAYOUTS[below]
+    made = laid_out(out, trainings)
+    newest = out / "checkpoint" / max(checkpoints(out))
+    if damage == "metadata":
+        (newest / ".metadata").write_bytes(b"damaged")
+    elif (newest / "manifest.json").exists():
+        flip(newest / "__0_0.distcp")
+    else:  # torchtitan's own has no hashes
+        os.truncate(newest / "__0_0.distcp", 100)
+    again = resumed(out, load_only=load_only)
+    assert again.progress.step == expected
+    found = copy.deepcopy(again.made(with_random=False))
+    skipped = [one.name for one in again.manager.checkpointer.skipped if one.step is not None]
+    again.close()
+    if expected == 0:  # a seed has the model alone
+        fresh = Training(out, load_only=True)
+        made[0][1:] = fresh.made(with_random=False)[1:]
+        fresh.close()
+    assert same(found, made[expected])
+    assert f"{newest} is passed over: " in caplog.text
+    assert skipped == [newest.name]
+
+
+def test_several_damaged_ones_are_passed_over_and_listeners_hear_of_it(out: Path) -> None:
+    trained(out, 8)
+    for step in (8, 4):
+        flip(out / f"checkpoint/step-{step}/__0_0.distcp")
+    (out / "checkpoint/step-6/.metadata").unlink()
+    events: list[FellBackEvent] = []
     again = Training(out, seed=1)
+    again.manager.checkpointer.listen(lambda event: events.append(event) if isinstance(event, FellBackEvent) else None)
     assert again.manager.load() and again.progress.step == 2
     again.close()
+    (event,) = events
+    assert (event.step, [one.step for one in event.skipped]) == (2, [8, 6, 4])
+
+
+@pytest.mark.parametrize("damage", ["data", "metadata", "all of it"])
+def test_a_folder_whose_checkpoints_are_all_damaged_is_no_fresh_start(out: Path, damage: str) -> None:
+    trained(out, 5, last=True, last_save_model_only=True)
+    for step in (2, 4):
+        path = out / f"checkpoint/step-{step}"
+        if damage == "data":
+            flip(path / "__0_0.distcp")
+        elif damage == "metadata":
+            (path / ".metadata").write_bytes(b"damaged")
+        else:
+            (path / ".metadata").unlink()
+    advice = "has no other one to go on from: put one of them back from a copy, or remove them all"
+    with pytest.raises(CorruptCheckpointError, match=rf"step-4: .*{advice}"):
+        resumed(out)
+    for step in (2, 4):
+        shutil.rmtree(out / f"checkpoint/step-{step}")
+    training = Training(out)
+    assert training.manager.load() is False
+    training.close()
+
+
+def test_a_step_that_was_asked_for_and_is_damaged_is_an_error_that_names_those_to_go_on_from(out: Path) -> None:
+    laid_out(out, [(4, STOCK), (2, {}), (1, {"last": True, "last_save_model_only": True})])
+    flip(out / "checkpoint/step-6/__0_0.distcp")
+    training = Training(out)
+    with pytest.raises(CorruptCheckpointError, match=r"set load_step to another step: 4, 2$"):
+        training.manager.load(6)
+    assert training.manager.load(4)
+    training.close()
+
+
+def test_a_seed_is_not_loaded_where_a_damaged_checkpoint_may_have_overwritten_the_optimizer(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is verified before it is loaded. Here the damage comes after that."""
+    laid_out(out, LAYOUTS["a seed"][0])
+    flip(out / "checkpoint/step-2/__0_0.distcp")
+    monkeypatch.setattr("stager.integrations.torchtitan_parts.contents._verify", lambda path: None)
+    with pytest.raises(CorruptCheckpointError, match=r"set load_step to another step: 0$"):
+        resumed(out)
 
 
 def test_a_step_that_is_not_there_is_an_error_that_names_those_that_are(out: Path) -> None:
@@ -538,6 +653,17 @@ def test_stages_of_a_pipeline_are_loaded_each_by_its_rank(tmp_path: Path, out: P
     state = load_checkpoint(out / "checkpoint/step-2").state
     assert {*first, *second} < set(state)
     assert {"dp_rank_0", "dp_rank_1"} < set(state["dataloader"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_newest_is_restored_from_a_replica(tmp_path: Path, out: Path, how: str) -> None:
+    assert run_ranks(f"{BODIES}:replicated", 2, tmp_path, str(out), how) == [4, 4]
+
+
+@pytest.mark.parametrize("writer", ["stager", "torchtitan"])
+def test_damage_that_one_rank_finds_is_passed_over_by_all(tmp_path: Path, out: Path, writer: str) -> None:
+    assert run_ranks(f"{BODIES}:damaged_stage", 2, tmp_path, str(out), writer) == [[2, 2], [2, 2]]
 
 
 class Forked(Script):
