@@ -265,6 +265,11 @@ class Checkpointer(BaseCheckpointer[OpenRun]):
         """Restore the checkpoint of a damaged step, or a newer one, once. Every rank calls it. Returns whether it did."""
         return self._together.restores(step)
 
+    def _forget_replicas(self, step: int) -> None:
+        """Let no later run restore a step from replicas: an integration gives its name to something else."""
+        with self._lock:
+            self._opened().replication.replicator.forget(step)
+
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
         """The checkpoints that the last ``latest()`` or ``load()`` skipped, newest first, and why."""

@@ -26,7 +26,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -55,8 +55,8 @@ from stager.integrations.torchtitan_parts.contents import (
     contents_of,
     instead_of,
     passed_over,
-    step_path,
 )
+from stager.integrations.torchtitan_parts.export_directory import ExportDirectory
 from stager.integrations.torchtitan_parts.hf_export import HFExport
 from stager.integrations.torchtitan_parts.others import remove_surplus_of_others
 from stager.integrations.torchtitan_parts.ranks import (
@@ -174,8 +174,17 @@ class StagerCheckpointManager(BaseCheckpointManager):
             read_only=config.load_only,
             on_event=_removing_others(self.folder, config.keep_latest_k) if removes_others else None,
         )
-        if config.guard and not config.load_only:
-            self.checkpointer.guard(*optimizers)
+        self._exports = ExportDirectory(self.folder, self._given.retention.protect)
+        if config.load_only:
+            return
+        try:
+            if own_rank() == 0:
+                self._exports.put_back()
+            if config.guard:
+                self.checkpointer.guard(*optimizers)
+        except BaseException:
+            self.checkpointer.close()
+            raise
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -213,8 +222,8 @@ class StagerCheckpointManager(BaseCheckpointManager):
         if not self._config.last_save_in_hf:
             self._began(self.checkpointer.save(step, weights))
             return
-        self._export = HFExport(self._given, step_path(self.folder, step), writes_files=own_rank() == 0)
-        self._began(self._export.save(self.sd_adapter.to_hf(weights), step))
+        self._export = HFExport(self._given, self._exports, step, writes_files=own_rank() == 0)
+        self._began(self._export.save(self.sd_adapter.to_hf(weights)))
 
     def _began(self, handle: SaveHandle) -> None:
         self._handles = [one for one in self._handles if not one.upload_completion.done()]
@@ -236,7 +245,8 @@ class StagerCheckpointManager(BaseCheckpointManager):
         export, self._export = self._export, None
         try:
             if export is not None:
-                export.finish(self.checkpointer.delete)
+                wait([one.upload_completion for one in self._handles])  # else one of this step could take the name back
+                export.finish(self.checkpointer._forget_replicas)
         finally:
             self.checkpointer.close()
 

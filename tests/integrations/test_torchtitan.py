@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ from stager import (
     CorruptCheckpointError,
     FellBackEvent,
     StateMismatchError,
-    UsageError,
+    StorageError,
+    export_weights,
     load_checkpoint,
     verify,
 )
@@ -570,17 +572,164 @@ def test_weights_in_the_layout_of_hugging_face_are_no_checkpoint_to_go_on_from(o
     assert checkpoints(out) == ["step-2", "step-3"]
 
 
-def test_an_export_replaces_a_checkpoint_and_nothing_else(out: Path) -> None:
+HF: dict[str, Any] = {"last_save_in_hf": True, "last_save_model_only": True}
+AT_STEP_4: dict[str, dict[str, Any]] = {
+    "a checkpoint": {},
+    "an export": {"adapter": Adapter(), **HF},
+    "torchtitan's checkpoint": STOCK,
+    "torchtitan's export": {"adapter": Adapter(), **STOCK, **HF},
+}
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def set_aside(out: Path) -> list[dict[str, bytes]]:
+    return [files_in(path) for path in (out / "checkpoint").glob(".step-~4.not-a-checkpoint-*")]
+
+
+def export_again(out: Path) -> None:
+    """End a training that has gone back to step 2 at step 4, with an export."""
+    training = Training(out, adapter=Adapter(), **HF)
+    try:
+        training.manager.load(2)
+        training.step(2, last=True)
+    finally:
+        training.close()
+
+
+def is_exported(out: Path) -> bool:
+    return os.listdir(out / "checkpoint/step-4") == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("there", AT_STEP_4)
+def test_an_export_takes_the_place_of_whatever_has_its_name(out: Path, there: str) -> None:
+    """What is torchtitan's own is set aside."""
+    trained(out, 4, last=True, **AT_STEP_4[there])
+    before = files_in(out / "checkpoint/step-4")
+    export_again(out)
+    assert is_exported(out)
+    assert set_aside(out) == ([before] if "torchtitan" in there else [])
+    assert not (out / "checkpoint/.hf_export").exists()
+
+
+@pytest.mark.parametrize("what", ["a directory", "a file", "a link", "an export with a file of its user", "protected"])
+def test_an_export_sets_aside_what_is_not_stagers_to_remove(
+    out: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if what == "protected":
+        training = Training(out)
+        training.step(4)
+        training.manager.checkpointer.protect(4)
+        training.close()
+    else:
+        trained(out, 2)
+        path = out / "checkpoint/step-4"
+        if what == "a file":
+            path.write_bytes(b"mine")
+        elif what == "a link":
+            (out / "elsewhere").mkdir()
+            path.symlink_to(out / "elsewhere")
+        else:
+            if what != "a directory":
+                trained(out, 4, last=True, **AT_STEP_4["an export"])
+            path.mkdir(exist_ok=True)
+            (path / "mine").write_bytes(b"mine")
+    export_again(out)
+    assert is_exported(out) and not (out / "checkpoint/step-4").is_symlink()
+    (aside,) = (out / "checkpoint").glob(".step-~4.not-a-checkpoint-*")
+    assert f"what had this name is now {aside}" in caplog.text
+    if what == "protected":
+        assert verify(aside).ok
+    elif what == "a link":
+        assert aside.readlink() == out / "elsewhere"
+    else:
+        assert (aside if what == "a file" else aside / "mine").read_bytes() == b"mine"
+
+
+KILLS = [
+    ("export.written", True),
+    ("hf_export.written", True),
+    ("hf_export.named", True),
+    ("hf_export.between", False),
+    ("hf_export.named", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("there", "point", "exchanges"),
+    [
+        (there, *kill)
+        for there in (*AT_STEP_4, "nothing")
+        for kill in KILLS
+        if (there, kill[0]) != ("nothing", "hf_export.between")  # then there is nothing between
+    ],
+)
+def test_what_has_the_name_is_there_or_the_export_is_whenever_it_is_killed(
+    out: Path, tmp_path: Path, there: str, point: str, exchanges: bool, faults: Faults
+) -> None:
+    trained(out, 4, last=True, **AT_STEP_4.get(there, {}))
+    path = out / "checkpoint/step-4"
+    if there == "nothing":
+        shutil.rmtree(path)
+    before = files_in(path)
+    faults.arm(point, "kill")
+    source = "import sys, warnings\nwarnings.simplefilter('ignore')\nfrom {0} import export\nexport(*sys.argv[1:])"
+    ended = scripts.run(source.format(BODIES), out, tmp_path / "other-group", exchanges, modules=(BODIES,))
+    assert ended.returncode == -signal.SIGKILL and faults.fired(point)
+    assert point == "hf_export.between" or files_in(path) == before or is_exported(out)
+    Training(out).close()
+    assert files_in(path) == before or is_exported(out)
+    assert point != "hf_export.between" or files_in(path) == before
+    assert point != "hf_export.written" or (is_exported(out) if there == "nothing" else files_in(path) == before)
+    for _ in range(2):
+        export_again(out)
+        assert is_exported(out) and not (out / "checkpoint/.hf_export").exists()
+    assert set_aside(out) == ([before] if "torchtitan" in there else [])
+
+
+def test_a_removal_of_what_an_export_has_replaced_is_finished_when_it_was_killed(
+    out: Path, tmp_path: Path, faults: Faults
+) -> None:
+    trained(out, 4)
+    faults.arm("prune.removing", "kill")
+    source = "import sys, warnings\nwarnings.simplefilter('ignore')\nfrom {0} import export\nexport(*sys.argv[1:])"
+    ended = scripts.run(source.format(BODIES), out, tmp_path / "other-group", True, modules=(BODIES,))
+    assert ended.returncode == -signal.SIGKILL and faults.fired("prune.removing")
+    assert is_exported(out) and len(list((out / "checkpoint").glob(".step-~4.removing-*"))) == 1
+    Training(out).close()
+    assert not list((out / "checkpoint").glob(".step-~4.*"))
+
+
+def test_an_export_that_fails_says_where_the_weights_are(out: Path, tmp_path: Path, faults: Faults) -> None:
+    trained(out, 4)
+    before = files_in(out / "checkpoint/step-4")
+    faults.arm("export.written", "errno ENOSPC")
+    with pytest.raises(OSError, match=r"step-4: the last weights were not exported: .*No space left") as raised:
+        export_again(out)
+    assert files_in(out / "checkpoint/step-4") == before
+    (advised,) = re.findall(r"stager\.export_weights\('(.*)', OUT\)", str(raised.value))
+    assert export_weights(advised, tmp_path / "weights").files == ("model.safetensors",)
+    export_again(out)
+    assert files_in(out / "checkpoint/step-4") == files_in(tmp_path / "weights")
+    assert not (out / "checkpoint/.hf_export").exists()
+
+
+def test_what_is_in_the_way_of_every_export_is_found_when_the_training_begins(out: Path) -> None:
     trained(out, 2)
-    options: dict[str, Any] = {"adapter": Adapter(), "last_save_in_hf": True, "last_save_model_only": True}
-    trained(out, 2, last=True, **options)
-    assert [one.name for one in (out / "checkpoint/step-2").iterdir()] == ["model.safetensors"]
-    (out / "checkpoint/step-1").mkdir()
-    (out / "checkpoint/step-1/mine").touch()
-    training = Training(out, **options)
-    with pytest.raises(UsageError, match="step-1"):
-        training.step(1, last=True)
+    (out / "checkpoint/.hf_export").touch()
+    with pytest.raises(StorageError, match=r"\.hf_export: .*move it away"):
+        Training(out, adapter=Adapter(), **HF)
+
+
+def test_a_save_of_the_last_step_in_flight_does_not_take_the_name_back(out: Path, faults: Faults) -> None:
+    faults.arm("part.write", "delay 0.2")
+    training = Training(out, adapter=Adapter(), **HF)
+    training.step(2)
+    assert training.manager.save(2, last_step=True)
     training.close()
+    assert [one.name for one in (out / "checkpoint/step-2").iterdir()] == ["model.safetensors"]
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 from stager import CorruptCheckpointError
 from stager.integrations import torchtitan
 from stager.integrations.torchtitan import StagerCheckpointManager
+from stager.workers.checkpoint.storage.posix import files
 from tests.replication.bodies import await_replicas
 
 CONFIG: dict[str, Any] = {"workers": {"count": 1}, "persistence": {"fsync": False, "lock_timeout_secs": 20}}
@@ -164,6 +165,24 @@ class Training:
     def close(self) -> None:
         self.manager.maybe_wait_for_saving()
         self.manager.close()
+
+
+def export(out: str, group: str, exchanges: str) -> None:
+    """In a process of its own: go back to step 2, and end at step 4 with an export.
+
+    Args:
+        group: a file for the process group.
+        exchanges: "False": on a file system that cannot exchange two names.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{group}", rank=0, world_size=1)
+    torch.set_num_threads(1)
+    if exchanges == "False":
+        files.exchange = lambda first, second: False  # type: ignore[assignment]
+    training = Training(out, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
+    training.manager.load(2)
+    training.step(2, last=True)
+    training.close()
+    dist.destroy_process_group()
 
 
 # -- ranks ------------------------------------------------------------------------------------------------------------

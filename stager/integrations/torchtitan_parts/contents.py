@@ -106,9 +106,14 @@ def holds_weights(path: str) -> bool:
 # -- the folder -----------------------------------------------------------------------------------------------------
 
 
+def step_name(step: int) -> str:
+    """Return the name of a step's checkpoint."""
+    return f"step-{step}"
+
+
 def step_path(folder: str, step: int) -> str:
     """Return the path of a step's checkpoint."""
-    return os.path.join(folder, f"step-{step}")
+    return os.path.join(folder, step_name(step))
 
 
 def step_of(path: str) -> int | None:
