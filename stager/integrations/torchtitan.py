@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -58,6 +58,7 @@ from stager.integrations.torchtitan_parts.contents import (
 )
 from stager.integrations.torchtitan_parts.export_directory import ExportDirectory
 from stager.integrations.torchtitan_parts.hf_export import HFExport
+from stager.integrations.torchtitan_parts.hf_weights import is_sharded, load_hf
 from stager.integrations.torchtitan_parts.others import remove_surplus_of_others
 from stager.integrations.torchtitan_parts.ranks import (
     damage_on_any_rank,
@@ -68,14 +69,11 @@ from stager.integrations.torchtitan_parts.ranks import (
 )
 from stager.integrations.torchtitan_parts.targets import TrainingState, in_stored_dtypes, to_targets
 from stager.loading.foreign import load_checkpoint
-from stager.loading.foreign_path import find
-from stager.loading.safetensors_reader import manifest_of
 from stager.saving.save import SaveHandle
 from stager.state.per_rank import PerRank
 from stager.state.rng_state import RngState
 from stager.telemetry.event import CommittedEvent, Event
 from stager.workers.checkpoint.directory.run_directory import SkippedCheckpoint
-from stager.workers.checkpoint.layout.dtypes import dtype_of
 from stager.workers.errors import ConfigError, CorruptCheckpointError
 
 logger = logging.getLogger("stager")
@@ -362,11 +360,11 @@ class StagerCheckpointManager(BaseCheckpointManager):
     def _load_hf(self, path: str) -> None:
         model = self.states[MODEL]
         into = self.sd_adapter.to_hf(model.state_dict())
-        if self._config.initial_load_in_hf_quantized:  # the adapter knows how to undo that
-            dcp_load(into, storage_reader=self.sd_adapter.get_hf_storage_reader(path, True))
+        is_quantized = self._config.initial_load_in_hf_quantized
+        if is_quantized or of_rank_0(lambda: is_sharded(path)):  # the adapter knows how to undo that
+            dcp_load(into, storage_reader=self.sd_adapter.get_hf_storage_reader(path, is_quantized))
         else:
-            into = in_stored_dtypes(into, _hf_dtypes(path))
-            load_checkpoint(path, into)
+            into = load_hf(path, into)
         model.load_state_dict(self.sd_adapter.from_hf(into))
         logger.info("loaded the weights of %s", path)
 
@@ -393,6 +391,10 @@ def _checked(given: StagerConfig, config: Any) -> StagerConfig:
     if given.persistence.format != "dcp":
         raise ConfigError(
             f"persistence.format is {given.persistence.format}, and torchtitan's own manager reads dcp only; take it out"
+        )
+    if given.persistence.name not in (_NAME, type(given.persistence)().name):
+        raise ConfigError(
+            f"persistence.name is {given.persistence.name!r}, and checkpoints have torchtitan's names, {_NAME}; take it out"
         )
     if given.retention.has_rules and config.keep_latest_k > 0:
         raise ConfigError(
@@ -421,9 +423,3 @@ def _removing_others(folder: str, limit: int) -> Callable[[Event], None]:
             remove_surplus_of_others(folder, limit)
 
     return on_event
-
-
-def _hf_dtypes(path: str) -> Mapping[str, torch.dtype]:
-    """Read the dtypes of weights in the layout of Hugging Face, by name."""
-    manifest = manifest_of(find(path).path)
-    return {str(key[0]): dtype_of(manifest.layout.items[number].dtype) for key, number in manifest.paths()}

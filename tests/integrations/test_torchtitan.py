@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from stager import (
     FellBackEvent,
     StateMismatchError,
     StorageError,
+    UsageError,
     export_weights,
     load_checkpoint,
     verify,
@@ -51,6 +53,7 @@ from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training, flip
 ROOT = Path(__file__).parents[2]
 BODIES = "tests.integrations.torchtitan_bodies"
 STOCK: dict[str, Any] = {"manager": CheckpointManager}
+HF: dict[str, Any] = {"last_save_in_hf": True, "last_save_model_only": True}
 MANAGERS = [StagerCheckpointManager, CheckpointManager]
 
 
@@ -561,6 +564,93 @@ def test_weights_in_the_layout_of_hugging_face_are_loaded(out: Path, tmp_path: P
         again.close()
 
 
+def hf_weights(made: list[Any]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in Adapter().to_hf(made[0]).items()}
+
+
+def write_index(directory: Path, weight_map: dict[str, str]) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("reader", MANAGERS)
+@pytest.mark.parametrize(
+    "layout",
+    ["another file beside", "no index", "an index, and a file it does not name", "links", "saved by each rank"],
+)
+def test_all_files_of_a_directory_are_read_as_torchtitan_reads_them(
+    out: Path, tmp_path: Path, layout: str, reader: type[Any]
+) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights"
+    if layout == "saved by each rank":
+        made = trained(out, 1, last=True, manager=CheckpointManager, adapter=Adapter(), **HF)
+        path = out / "checkpoint/step-1/sharded"
+    else:
+        made = trained(out, 1)
+        path.mkdir()
+        weights = hf_weights(made)
+        first, second = dict(list(weights.items())[:2]), dict(list(weights.items())[2:])
+        if layout == "another file beside":
+            save_file({**weights, "model.inv_freq": torch.ones(2)}, path / "model.safetensors")
+            save_file({"lora": torch.ones(3)}, path / "adapter_model.safetensors")
+        else:
+            save_file(first, path / "model-00001-of-00002.safetensors")
+            save_file(second, path / "model-00002-of-00002.safetensors")
+        if layout == "an index, and a file it does not name":
+            write_index(path, dict.fromkeys(first, "model-00001-of-00002.safetensors"))
+        if layout == "links":
+            for number, file in enumerate(sorted(path.iterdir())):
+                blob = tmp_path / f"blob-{number}"
+                file.rename(blob)
+                file.symlink_to(blob)
+    again = Training(
+        tmp_path / "again", reader, adapter=Adapter(), initial_load_in_hf=True, initial_load_path=str(path), seed=1
+    )
+    assert again.manager.load() and same(again.made()[0], made[0])
+    again.close()
+
+
+def test_a_tensor_in_two_files_is_an_error_unless_an_index_says_in_which(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    made, path = trained(out, 1), tmp_path / "weights"
+    path.mkdir()
+    weights = hf_weights(made)
+    save_file({**weights, "other": torch.ones(1)}, path / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()} | {"other": torch.ones(1)}, path / "a.safetensors")
+    options: dict[str, Any] = {"adapter": Adapter(), "initial_load_in_hf": True, "initial_load_path": str(path)}
+    again = Training(tmp_path / "again", seed=1, **options)
+    message = r"model\.0\.bias is in two files, a\.safetensors and model\.safetensors, .* move one of them away"
+    with pytest.raises(UsageError, match=message):
+        again.manager.load()
+    write_index(path, dict.fromkeys(weights, "model.safetensors"))
+    assert again.manager.load() and same(again.made()[0], made[0])  # nobody asks for "other"
+    write_index(path, dict.fromkeys(weights, "gone.safetensors"))
+    with pytest.raises(CorruptCheckpointError, match=r"names gone\.safetensors, which is missing"):
+        again.manager.load()
+    again.close()
+
+
+def test_weights_that_the_files_do_not_have_are_an_error(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    made, path = trained(out, 1), tmp_path / "weights"
+    path.mkdir()
+    *_, (last, value) = weights = list(hf_weights(made).items())
+    save_file(dict(weights[:-1]), path / "model.safetensors")
+    save_file({"other": value}, path / "other.safetensors")
+    again = Training(out / "again", adapter=Adapter(), initial_load_in_hf=True, initial_load_path=str(path), seed=1)
+    before = again.made(with_random=False)[0]
+    with pytest.raises(StateMismatchError, match=re.escape(last)):
+        again.manager.load()
+    assert same(again.made(with_random=False)[0], before)
+    again.close()
+
+
 def test_weights_in_the_layout_of_hugging_face_are_no_checkpoint_to_go_on_from(out: Path) -> None:
     trained(out, 3, last=True, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
     again = Training(out, seed=1, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
@@ -572,7 +662,6 @@ def test_weights_in_the_layout_of_hugging_face_are_no_checkpoint_to_go_on_from(o
     assert checkpoints(out) == ["step-2", "step-3"]
 
 
-HF: dict[str, Any] = {"last_save_in_hf": True, "last_save_model_only": True}
 AT_STEP_4: dict[str, dict[str, Any]] = {
     "a checkpoint": {},
     "an export": {"adapter": Adapter(), **HF},
@@ -741,6 +830,10 @@ def test_settings_that_cannot_be_followed_are_refused(out: Path) -> None:
         (
             {"stager_settings": {"retention": {"keep_latest": 3}}, "keep_latest_k": 2},
             "keep_latest_k is 2, and retention",
+        ),
+        (
+            {"stager_settings": {"persistence": {"name": "ck-{step}"}}},
+            "persistence.name is 'ck-{step}', .* take it out",
         ),
         ({"folder": "s3://bucket/run"}, "checkpoint.folder is 's3://bucket/run'"),
         (
