@@ -749,7 +749,7 @@ KILLS = [
 @pytest.mark.parametrize(
     ("there", "point", "exchanges"),
     [
-        (there, *kill)
+        pytest.param(there, *kill, marks=[] if there == "a checkpoint" else pytest.mark.long)
         for there in (*AT_STEP_4, "nothing")
         for kill in KILLS
         if (there, kill[0]) != ("nothing", "hf_export.between")  # then there is nothing between
