@@ -267,7 +267,9 @@ def replicated(rank: int, directory: str, out: str, how: str) -> int:
     Args:
         how: the damage is found by what is listed, or by what is read.
     """
-    settings = {**CONFIG, "replication": {"partners": 1}}
+    memory = Path(directory, "memory")
+    memory.mkdir(exist_ok=True)
+    settings = {**CONFIG, "replication": {"partners": 1, "directory": str(memory)}}
     training = Training(out, parts=[Named(f"a{rank}")], rank=rank, stager_settings=settings)
     training.step(4)
     handles = list(training.manager._handles)
