@@ -252,6 +252,25 @@ class Checkpointer(BaseCheckpointer[OpenRun]):
         if damaged:
             self._listeners.post(lambda: FellBackEvent(step=taken, skipped=tuple(damaged.values())))
 
+    def _fell_back(self, passed_over: list[SkippedCheckpoint], taken: int) -> None:
+        """Note and tell what was passed over by an integration that chooses checkpoints itself.
+
+        Args:
+            passed_over: newest first.
+            taken: the step that was loaded in its place.
+        """
+        self._loader.note_passed_over(passed_over)
+        self._after_looking(taken)
+
+    def _restores_from_replicas(self, step: int) -> bool:
+        """Restore the checkpoint of a damaged step, or a newer one, once. Every rank calls it. Returns whether it did."""
+        return self._together.restores(step)
+
+    def _forget_replicas(self, step: int) -> None:
+        """Let no later run restore a step from replicas: an integration gives its name to something else."""
+        with self._lock:
+            self._opened().replication.replicator.forget(step)
+
     @property
     def skipped(self) -> list[SkippedCheckpoint]:
         """The checkpoints that the last ``latest()`` or ``load()`` skipped, newest first, and why."""

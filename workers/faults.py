@@ -23,8 +23,10 @@ of its work: ``part.begin part.opened part.waiting part.write part.written part.
 commit.indexed commit.manifest commit.published commit.replaced link.begin link.linked``;
 of an export of weights: ``export.begin export.written``;
 of retention: ``prune.begin prune.verified prune.renamed prune.removing prune.removed``; of deleting: ``remove.begin``;
+of an object store: ``objects.decided objects.marked objects.retracted``;
 of the publisher of ``stager.integrations.deepspeed``: ``deepspeed.written deepspeed.collected deepspeed.aside
-deepspeed.unnamed deepspeed.replaced deepspeed.published``.
+deepspeed.unnamed deepspeed.replaced deepspeed.published``;
+of the last export of ``stager.integrations.torchtitan``: ``hf_export.written hf_export.between hf_export.named``.
 """
 
 from __future__ import annotations

@@ -22,15 +22,15 @@ A checkpoint has the keys of torchtitan's own and stock ``.metadata``, so either
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import tyro
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torchtitan.components.checkpointer import (
@@ -50,28 +50,35 @@ from stager.integrations.torchtitan_parts.contents import (
     RNG,
     Choice,
     Contents,
+    candidates_in,
     chosen_in,
     contents_of,
-    newest_in,
-    step_path,
+    instead_of,
+    passed_over,
 )
+from stager.integrations.torchtitan_parts.export_directory import ExportDirectory
 from stager.integrations.torchtitan_parts.hf_export import HFExport
+from stager.integrations.torchtitan_parts.hf_weights import is_sharded, load_hf
 from stager.integrations.torchtitan_parts.others import remove_surplus_of_others
+from stager.integrations.torchtitan_parts.ranks import (
+    damage_on_any_rank,
+    num_ranks,
+    of_rank_0,
+    own_rank,
+    without_advice,
+)
 from stager.integrations.torchtitan_parts.targets import TrainingState, in_stored_dtypes, to_targets
 from stager.loading.foreign import load_checkpoint
-from stager.loading.foreign_path import find
-from stager.loading.safetensors_reader import manifest_of
 from stager.saving.save import SaveHandle
 from stager.state.per_rank import PerRank
 from stager.state.rng_state import RngState
 from stager.telemetry.event import CommittedEvent, Event
-from stager.workers.checkpoint.layout.dtypes import dtype_of
-from stager.workers.errors import ConfigError
+from stager.workers.checkpoint.directory.run_directory import SkippedCheckpoint
+from stager.workers.errors import ConfigError, CorruptCheckpointError
 
 logger = logging.getLogger("stager")
 
 _NAME = "step-{step}"
-T = TypeVar("T")
 
 
 class StagerCheckpointManager(BaseCheckpointManager):
@@ -158,15 +165,24 @@ class StagerCheckpointManager(BaseCheckpointManager):
         self._handles: list[SaveHandle] = []
         self._export: HFExport | None = None
         self._given = _checked(load_config(config.stager_config or config.stager_settings), config)
-        removes_others = _own_rank() == 0 and config.keep_latest_k > 0
+        removes_others = own_rank() == 0 and config.keep_latest_k > 0
         self.checkpointer = Checkpointer(
             self.folder,
             _run_config(self._given, config),
             read_only=config.load_only,
             on_event=_removing_others(self.folder, config.keep_latest_k) if removes_others else None,
         )
-        if config.guard and not config.load_only:
-            self.checkpointer.guard(*optimizers)
+        self._exports = ExportDirectory(self.folder, self._given.retention.protect)
+        if config.load_only:
+            return
+        try:
+            if own_rank() == 0:
+                self._exports.put_back()
+            if config.guard:
+                self.checkpointer.guard(*optimizers)
+        except BaseException:
+            self.checkpointer.close()
+            raise
 
     # -- saving -------------------------------------------------------------------------------------------------
 
@@ -204,8 +220,8 @@ class StagerCheckpointManager(BaseCheckpointManager):
         if not self._config.last_save_in_hf:
             self._began(self.checkpointer.save(step, weights))
             return
-        self._export = HFExport(self._given, step_path(self.folder, step), writes_files=_own_rank() == 0)
-        self._began(self._export.save(self.sd_adapter.to_hf(weights), step))
+        self._export = HFExport(self._given, self._exports, step, writes_files=own_rank() == 0)
+        self._began(self._export.save(self.sd_adapter.to_hf(weights)))
 
     def _began(self, handle: SaveHandle) -> None:
         self._handles = [one for one in self._handles if not one.upload_completion.done()]
@@ -227,7 +243,8 @@ class StagerCheckpointManager(BaseCheckpointManager):
         export, self._export = self._export, None
         try:
             if export is not None:
-                export.finish(self.checkpointer.delete)
+                wait([one.upload_completion for one in self._handles])  # else one of this step could take the name back
+                export.finish(self.checkpointer._forget_replicas)
         finally:
             self.checkpointer.close()
 
@@ -236,23 +253,53 @@ class StagerCheckpointManager(BaseCheckpointManager):
     @torch.no_grad()
     def _load(self, step: int = -1) -> bool:
         # The Checkpointer has waited for what the workers of a killed run still had to commit.
-        choice = _of_rank_0(lambda: newest_in(self.folder) if step == -1 else chosen_in(self.folder, step))
-        if choice is None:
-            return self._load_initial()
-        logger.info("loading %s", choice.contents.path)
-        if choice.step == 0:  # a seed checkpoint
-            self._load_model(choice.contents, self._loader_of(choice))
-        else:
-            self._load_training(choice.contents, self._loader_of(choice))
+        if step == -1:
+            return self._load_newest() or self._load_initial()
+        choice = of_rank_0(lambda: chosen_in(self.folder, step))
+        try:
+            self._load_choice(choice)
+        except CorruptCheckpointError as error:
+            found = without_advice(error)
+            raise CorruptCheckpointError(found.path, f"{found.problem}; {instead_of(self.folder, [step])}") from error
         return True
 
-    def _loader_of(self, choice: Choice) -> Callable[..., Any]:
-        """Return what loads a checkpoint of the folder. If the newest is damaged, stager takes the one before."""
-        if not choice.contents.is_ours:
-            return self._loader_at(choice.contents.path)
-        falls_back = choice.is_newest and choice.step > 0 and not self._config.load_only
-        step = None if falls_back else choice.step
-        return lambda into, **options: self.checkpointer.load(step, into, **options)
+    def _load_newest(self) -> bool:
+        """Load the newest checkpoint that is whole; each is loaded by what it has in it. Returns False if there is none.
+
+        Raises:
+            CorruptCheckpointError: all that are there are damaged; or a damaged one may have overwritten what the next one
+                does not have.
+        """
+        candidates, damaged, was_tried = candidates_in(self.folder), list[SkippedCheckpoint](), False
+        while (found := of_rank_0(functools.partial(next, candidates, None))) is not None:
+            if isinstance(found, Choice):
+                if found.step == 0 and was_tried:
+                    break  # a seed checkpoint has no optimizer
+                problem = damage_on_any_rank(functools.partial(self._load_choice, found))
+                if problem is None:
+                    self.checkpointer._fell_back(damaged, found.step)
+                    return True
+                was_tried |= found.contents.is_ours  # all of another's is read before anything is overwritten
+                found = passed_over(found.contents.path, problem)
+            logger.warning("%s is passed over: %s", os.path.join(self.folder, found.name), found.reason)
+            damaged.append(found)
+            if found.step is not None and self.checkpointer._restores_from_replicas(found.step):
+                candidates, damaged = candidates_in(self.folder), []
+        if damaged:
+            steps = [one.step for one in damaged if one.step is not None]
+            advice = of_rank_0(lambda: instead_of(self.folder, steps))
+            raise CorruptCheckpointError(os.path.join(self.folder, damaged[0].name), f"{damaged[0].reason}; {advice}")
+        return False
+
+    def _load_choice(self, choice: Choice) -> None:
+        logger.info("loading %s", choice.contents.path)
+        load = self._loader_at(choice.contents.path)
+        if choice.contents.is_ours:
+            load = functools.partial(self.checkpointer.load, choice.step)
+        if choice.step == 0:  # a seed checkpoint
+            self._load_model(choice.contents, load)
+        else:
+            self._load_training(choice.contents, load)
 
     def _loader_at(self, path: str) -> Callable[..., Any]:
         rules = self._given.loading
@@ -269,7 +316,7 @@ class StagerCheckpointManager(BaseCheckpointManager):
                 "%s has no checkpoint to go on from, and there is no initial_load_path: a fresh start", self.folder
             )
             return False
-        contents = _of_rank_0(lambda: contents_of(_local(path, "initial_load_path")))
+        contents = of_rank_0(lambda: contents_of(_local(path, "initial_load_path")))
         if self._config.initial_load_model_only:
             self._load_model(contents, self._loader_at(contents.path))
         else:
@@ -283,7 +330,7 @@ class StagerCheckpointManager(BaseCheckpointManager):
             raise ConfigError(
                 f"checkpoint.exclude_from_loading has {', '.join(unknown)}; there are {', '.join((*self.states, RNG))}"
             )
-        with_rng = RNG not in excluded and contents.num_ranks == _num_ranks()
+        with_rng = RNG not in excluded and contents.num_ranks == num_ranks()
         if contents.num_ranks and not with_rng:
             logger.info(
                 "the random numbers of %s are not loaded; %d ranks have saved them", contents.path, contents.num_ranks
@@ -313,11 +360,11 @@ class StagerCheckpointManager(BaseCheckpointManager):
     def _load_hf(self, path: str) -> None:
         model = self.states[MODEL]
         into = self.sd_adapter.to_hf(model.state_dict())
-        if self._config.initial_load_in_hf_quantized:  # the adapter knows how to undo that
-            dcp_load(into, storage_reader=self.sd_adapter.get_hf_storage_reader(path, True))
+        is_quantized = self._config.initial_load_in_hf_quantized
+        if is_quantized or of_rank_0(lambda: is_sharded(path)):  # the adapter knows how to undo that
+            dcp_load(into, storage_reader=self.sd_adapter.get_hf_storage_reader(path, is_quantized))
         else:
-            into = in_stored_dtypes(into, _hf_dtypes(path))
-            load_checkpoint(path, into)
+            into = load_hf(path, into)
         model.load_state_dict(self.sd_adapter.from_hf(into))
         logger.info("loaded the weights of %s", path)
 
@@ -345,12 +392,16 @@ def _checked(given: StagerConfig, config: Any) -> StagerConfig:
         raise ConfigError(
             f"persistence.format is {given.persistence.format}, and torchtitan's own manager reads dcp only; take it out"
         )
+    if given.persistence.name not in (_NAME, type(given.persistence)().name):
+        raise ConfigError(
+            f"persistence.name is {given.persistence.name!r}, and checkpoints have torchtitan's names, {_NAME}; take it out"
+        )
     if given.retention.has_rules and config.keep_latest_k > 0:
         raise ConfigError(
             f"checkpoint.keep_latest_k is {config.keep_latest_k}, and retention has rules; both say what is kept: set "
             "keep_latest_k=0, or take the rules out"
         )
-    if given.ranks.together is False and _num_ranks() > 1:
+    if given.ranks.together is False and num_ranks() > 1:
         raise ConfigError(
             "ranks.together is False, and all ranks write one checkpoint together, as torchtitan's do; take it out"
         )
@@ -372,36 +423,3 @@ def _removing_others(folder: str, limit: int) -> Callable[[Event], None]:
             remove_surplus_of_others(folder, limit)
 
     return on_event
-
-
-def _hf_dtypes(path: str) -> Mapping[str, torch.dtype]:
-    """Read the dtypes of weights in the layout of Hugging Face, by name."""
-    manifest = manifest_of(find(path).path)
-    return {str(key[0]): dtype_of(manifest.layout.items[number].dtype) for key, number in manifest.paths()}
-
-
-# -- ranks ------------------------------------------------------------------------------------------------------------
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _own_rank() -> int:
-    return dist.get_rank() if _num_ranks() > 1 else 0
-
-
-def _of_rank_0(look: Callable[[], T]) -> T:
-    """Return what rank 0 sees, or raise its error, on every rank: of a shared file system, each may see something else."""
-    if _num_ranks() == 1:
-        return look()
-    found: list[Any] = [None, None]
-    if _own_rank() == 0:
-        try:
-            found[0] = look()
-        except Exception as error:  # noqa: BLE001  # raised below, on every rank
-            found[1] = error
-    dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]  # type: ignore[no-any-return]

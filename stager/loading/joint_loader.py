@@ -123,7 +123,7 @@ class JointLoader(OtherRanks):
             if failed is not None or step is not None:
                 raise error
             assert isinstance(error, StagerError)
-            damaged, below = error, None if self._restores(chosen) else chosen
+            damaged, below = error, None if self.restores(chosen) else chosen
             if below is not None:
                 reason = f"damaged on rank {cause.rank}: {cause.error}"
                 name = os.path.basename(self._loader.place.path(chosen))
@@ -227,8 +227,8 @@ class JointLoader(OtherRanks):
     def _read_names(self, key: str) -> set[str]:
         return {name for message in self._group.gather(key, LoadNames) for name in message.names}
 
-    def _restores(self, step: int) -> bool:
-        """Restore a step once: if it is damaged again, its replicas are damaged, too."""
+    def restores(self, step: int) -> bool:
+        """Restore a step from replicas, once: if it is damaged again, they are, too. Returns whether it did."""
         if step in self._restored:
             return False
         self._restored.add(step)

@@ -13,10 +13,10 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -69,6 +69,7 @@ class SafetensorsFiles:
     Args:
         path: of a file, or of the index of several.
         num_threads: how many reads run at a time.
+        manifest: what the files list, if it has been read; then ``path`` is a name for messages.
 
     Raises:
         CorruptCheckpointError, UsageError, StorageError
@@ -76,9 +77,9 @@ class SafetensorsFiles:
 
     keeps_keys = False
 
-    def __init__(self, path: str, num_threads: int) -> None:
+    def __init__(self, path: str, num_threads: int, manifest: Manifest | None = None) -> None:
         self.path = path
-        self.manifest = manifest_of(path)
+        self.manifest = manifest_of(path) if manifest is None else manifest
         self._num_threads = num_threads
 
     def objects(self, numbers: Sequence[int]) -> dict[int, Any]:
@@ -141,42 +142,81 @@ def read_index(path: str) -> Manifest:
         UsageError: a tensor has a dtype that stager does not know.
         StorageError
     """
+    weights = weight_map(path)
+
+    def refuse(name: str, first: str, second: str) -> NoReturn:
+        raise CorruptCheckpointError(
+            path,
+            f"{name} is in two files, {first} and {second}, and the index does not say in which; "
+            "download all files of the model again",
+        )
+
+    manifest = joined(os.path.dirname(path), sorted(set(weights.values())), weights, refuse)
+    names = {str(key) for (key,), _ in manifest.paths()}
+    if lost := [name for name in weights if name not in names]:
+        raise CorruptCheckpointError(path, f"{lost[0]} is not in {weights[lost[0]]}, where the index says that it is")
+    return manifest
+
+
+def weight_map(path: str) -> dict[str, str]:
+    """Read which file has each name from the index of several. All these files are there.
+
+    Raises:
+        CorruptCheckpointError: the index is impossible, or a file is missing.
+        StorageError
+    """
     with storage_errors("read", path):
         data = read_small(os.path.realpath(path))
     try:
-        weights = json.loads(data, object_pairs_hook=_distinct)["weight_map"]
+        weights: dict[str, str] = json.loads(data, object_pairs_hook=_distinct)["weight_map"]
         for name, file in weights.items():
             check_file_name(check_text(file))
             check_text(name)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(path, f"is not the index of safetensors files: {error!r}") from error
-    files: list[FileSpec] = []
-    items: list[Item] = []
-    numbers: dict[str, int] = {}
-    owners: dict[str, str] = {}  # the file of each name
-    for position, file in enumerate(sorted(set(weights.values()))):
-        # The Hugging Face hub's cache has a link in the place of each file.
-        real = os.path.realpath(os.path.join(os.path.dirname(path), file))
-        if not os.path.lexists(real):
+    for file in sorted(set(weights.values())):
+        if not os.path.lexists(os.path.realpath(os.path.join(os.path.dirname(path), file))):
             raise CorruptCheckpointError(
                 path, f"names {file}, which is missing: copy or download all files of the model"
             )
-        directory, one = os.path.dirname(real), read_header(real)
+    return weights
+
+
+def joined(
+    directory: str,
+    file_names: Sequence[str],
+    owners: Mapping[str, str],
+    in_two: Callable[[str, str, str], object],
+) -> Manifest:
+    """Read the headers of several files of a directory, and return them as one manifest without hashes.
+
+    Args:
+        owners: the file of a name, for names that are in several files.
+        in_two: called for any other name that is, with the name and both files. If it returns, the first one has it.
+
+    Raises:
+        CorruptCheckpointError: a header is impossible.
+        UsageError: a tensor has a dtype that stager does not know.
+        StorageError
+    """
+    files: list[FileSpec] = []
+    items: list[Item] = []
+    numbers: dict[str, int] = {}
+    found: dict[str, str] = {}  # the file of each name
+    for position, file in enumerate(file_names):
+        # The Hugging Face hub's cache has a link in the place of each file.
+        real = os.path.realpath(os.path.join(directory, file))
+        one = read_header(real)
         for (key,), number in one.paths():
             name = str(key)
-            if weights.get(name, file) != file:
-                continue  # the index says in which file it is
-            if (other := owners.setdefault(name, file)) != file:
-                raise CorruptCheckpointError(
-                    path,
-                    f"{name} is in two files, {other} and {file}, and the index does not say in which; "
-                    "download all files of the model again",
-                )
+            if owners.get(name, file) != file:
+                continue
+            if (other := found.setdefault(name, file)) != file:
+                in_two(name, other, file)
+                continue
             numbers[name] = len(items) + number
-        files += [FileSpec(os.path.join(directory, spec.name), spec.nbytes) for spec in one.layout.files]
+        files += [FileSpec(os.path.join(os.path.dirname(real), spec.name), spec.nbytes) for spec in one.layout.files]
         items += [replace(item, file=position) for item in one.layout.items]
-    if lost := [name for name in weights if name not in numbers]:
-        raise CorruptCheckpointError(path, f"{lost[0]} is not in {weights[lost[0]]}, where the index says that it is")
     layout = Layout(tuple(files), Items.of(items), ["dict", list(numbers), list(numbers.values())], 1)
     return Manifest(ManifestHeader("safetensors", 0, "", 0.0, "", ""), layout, (), ())
 

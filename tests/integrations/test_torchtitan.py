@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +20,12 @@ import torch.distributed as dist
 from stager import (
     CheckpointNotFoundError,
     ConfigError,
+    CorruptCheckpointError,
+    FellBackEvent,
     StateMismatchError,
+    StorageError,
     UsageError,
+    export_weights,
     load_checkpoint,
     verify,
 )
@@ -41,10 +48,12 @@ from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
 
 from stager.integrations.torchtitan import StagerCheckpointManager  # noqa: E402
-from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training  # noqa: E402
+from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training, flip  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 BODIES = "tests.integrations.torchtitan_bodies"
 STOCK: dict[str, Any] = {"manager": CheckpointManager}
+HF: dict[str, Any] = {"last_save_in_hf": True, "last_save_model_only": True}
 MANAGERS = [StagerCheckpointManager, CheckpointManager]
 
 
@@ -132,8 +141,7 @@ def test_random_numbers_of_another_number_of_ranks_are_left_alone(out: Path, mon
     trained(out, 2)
     again = Training(out)
     before = torch.get_rng_state()
-    monkeypatch.setattr("stager.integrations.torchtitan._num_ranks", lambda: 2)
-    monkeypatch.setattr("stager.integrations.torchtitan._of_rank_0", lambda look: look())
+    monkeypatch.setattr("stager.integrations.torchtitan.num_ranks", lambda: 2)
     assert again.manager.load()
     assert torch.equal(torch.get_rng_state(), before) and again.progress.step == 2
     again.close()
@@ -192,15 +200,128 @@ def test_a_name_with_a_step_somewhere_in_it_is_no_checkpoint(out: Path) -> None:
     assert checkpoints(out) == ["old-step-8", "step-4", "step-6"]
 
 
-def test_the_newest_is_passed_over_if_it_is_damaged(out: Path) -> None:
-    trained(out, 4)
-    (path,) = (out / "checkpoint/step-4").glob("__0_0.distcp")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def resumed(out: Path, **options: Any) -> Training:
+    """A training that goes on, and has loaded its checkpoint."""
+    training = Training(out, seed=1, **options)
+    try:
+        assert training.manager.load()
+    except BaseException:
+        training.close()
+        raise
+    return training
+
+
+# What one training after the other does in a folder, each from the newest checkpoint: its steps, and its settings.
+LAYOUTS: dict[str, tuple[list[tuple[int, dict[str, Any]]], int]] = {
+    "of the same kind": ([(4, {})], 2),
+    "the model alone": ([(5, {"last": True, "last_save_model_only": True}), (2, {})], 4),
+    "a seed": ([(0, {"last_save_model_only": True}), (2, {})], 0),
+    "torchtitan's own": ([(4, STOCK), (2, {})], 4),
+    "without random numbers": ([(2, {"save_rng": False}), (2, {})], 2),
+    "of stager, below one of torchtitan's": ([(2, {}), (2, STOCK)], 2),
+}
+
+
+def laid_out(out: Path, trainings: list[tuple[int, dict[str, Any]]]) -> dict[int, list[Any]]:
+    """Train, one training after the other. Returns what had been made at each step."""
+    made = {}
+    for steps, options in trainings:
+        last = options.get("last", False)
+        training = Training(out, **{name: value for name, value in options.items() if name != "last"})
+        training.manager.load()
+        for number in range(steps):
+            training.step(last=last and number == steps - 1)
+            made[training.progress.step] = copy.deepcopy(training.made(with_random=False))
+        if steps == 0:
+            training.manager.save(0, last_step=True)
+            made[0] = training.made(with_random=False)
+        training.close()
+    return made
+
+
+@pytest.mark.parametrize("load_only", [False, True])
+@pytest.mark.parametrize("damage", ["data", "metadata"])
+@pytest.mark.parametrize("below", LAYOUTS)
+def test_a_damaged_newest_is_passed_over_whatever_is_below_it(
+    out: Path, below: str, damage: str, load_only: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainings, expected = LAYOUTS[below]
+    made = laid_out(out, trainings)
+    newest = out / "checkpoint" / max(checkpoints(out))
+    if damage == "metadata":
+        (newest / ".metadata").write_bytes(b"damaged")
+    elif (newest / "manifest.json").exists():
+        flip(newest / "__0_0.distcp")
+    else:  # torchtitan's own has no hashes
+        os.truncate(newest / "__0_0.distcp", 100)
+    again = resumed(out, load_only=load_only)
+    assert again.progress.step == expected
+    found = copy.deepcopy(again.made(with_random=False))
+    skipped = [one.name for one in again.manager.checkpointer.skipped if one.step is not None]
+    again.close()
+    if expected == 0:  # a seed has the model alone
+        fresh = Training(out, load_only=True)
+        made[0][1:] = fresh.made(with_random=False)[1:]
+        fresh.close()
+    assert same(found, made[expected])
+    assert f"{newest} is passed over: " in caplog.text
+    assert skipped == [newest.name]
+
+
+def test_several_damaged_ones_are_passed_over_and_listeners_hear_of_it(out: Path) -> None:
+    trained(out, 8)
+    for step in (8, 4):
+        flip(out / f"checkpoint/step-{step}/__0_0.distcp")
+    (out / "checkpoint/step-6/.metadata").unlink()
+    events: list[FellBackEvent] = []
     again = Training(out, seed=1)
+    again.manager.checkpointer.listen(lambda event: events.append(event) if isinstance(event, FellBackEvent) else None)
     assert again.manager.load() and again.progress.step == 2
     again.close()
+    (event,) = events
+    assert (event.step, [one.step for one in event.skipped]) == (2, [8, 6, 4])
+
+
+@pytest.mark.parametrize("damage", ["data", "metadata", "all of it"])
+def test_a_folder_whose_checkpoints_are_all_damaged_is_no_fresh_start(out: Path, damage: str) -> None:
+    trained(out, 5, last=True, last_save_model_only=True)
+    for step in (2, 4):
+        path = out / f"checkpoint/step-{step}"
+        if damage == "data":
+            flip(path / "__0_0.distcp")
+        elif damage == "metadata":
+            (path / ".metadata").write_bytes(b"damaged")
+        else:
+            (path / ".metadata").unlink()
+    advice = "has no other one to go on from: put one of them back from a copy, or remove them all"
+    with pytest.raises(CorruptCheckpointError, match=rf"step-4: .*{advice}"):
+        resumed(out)
+    for step in (2, 4):
+        shutil.rmtree(out / f"checkpoint/step-{step}")
+    training = Training(out)
+    assert training.manager.load() is False
+    training.close()
+
+
+def test_a_step_that_was_asked_for_and_is_damaged_is_an_error_that_names_those_to_go_on_from(out: Path) -> None:
+    laid_out(out, [(4, STOCK), (2, {}), (1, {"last": True, "last_save_model_only": True})])
+    flip(out / "checkpoint/step-6/__0_0.distcp")
+    training = Training(out)
+    with pytest.raises(CorruptCheckpointError, match=r"set load_step to another step: 4, 2$"):
+        training.manager.load(6)
+    assert training.manager.load(4)
+    training.close()
+
+
+def test_a_seed_is_not_loaded_where_a_damaged_checkpoint_may_have_overwritten_the_optimizer(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is verified before it is loaded. Here the damage comes after that."""
+    laid_out(out, LAYOUTS["a seed"][0])
+    flip(out / "checkpoint/step-2/__0_0.distcp")
+    monkeypatch.setattr("stager.integrations.torchtitan_parts.contents._verify", lambda path: None)
+    with pytest.raises(CorruptCheckpointError, match=r"set load_step to another step: 0$"):
+        resumed(out)
 
 
 def test_a_step_that_is_not_there_is_an_error_that_names_those_that_are(out: Path) -> None:
@@ -443,6 +564,93 @@ def test_weights_in_the_layout_of_hugging_face_are_loaded(out: Path, tmp_path: P
         again.close()
 
 
+def hf_weights(made: list[Any]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in Adapter().to_hf(made[0]).items()}
+
+
+def write_index(directory: Path, weight_map: dict[str, str]) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("reader", MANAGERS)
+@pytest.mark.parametrize(
+    "layout",
+    ["another file beside", "no index", "an index, and a file it does not name", "links", "saved by each rank"],
+)
+def test_all_files_of_a_directory_are_read_as_torchtitan_reads_them(
+    out: Path, tmp_path: Path, layout: str, reader: type[Any]
+) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights"
+    if layout == "saved by each rank":
+        made = trained(out, 1, last=True, manager=CheckpointManager, adapter=Adapter(), **HF)
+        path = out / "checkpoint/step-1/sharded"
+    else:
+        made = trained(out, 1)
+        path.mkdir()
+        weights = hf_weights(made)
+        first, second = dict(list(weights.items())[:2]), dict(list(weights.items())[2:])
+        if layout == "another file beside":
+            save_file({**weights, "model.inv_freq": torch.ones(2)}, path / "model.safetensors")
+            save_file({"lora": torch.ones(3)}, path / "adapter_model.safetensors")
+        else:
+            save_file(first, path / "model-00001-of-00002.safetensors")
+            save_file(second, path / "model-00002-of-00002.safetensors")
+        if layout == "an index, and a file it does not name":
+            write_index(path, dict.fromkeys(first, "model-00001-of-00002.safetensors"))
+        if layout == "links":
+            for number, file in enumerate(sorted(path.iterdir())):
+                blob = tmp_path / f"blob-{number}"
+                file.rename(blob)
+                file.symlink_to(blob)
+    again = Training(
+        tmp_path / "again", reader, adapter=Adapter(), initial_load_in_hf=True, initial_load_path=str(path), seed=1
+    )
+    assert again.manager.load() and same(again.made()[0], made[0])
+    again.close()
+
+
+def test_a_tensor_in_two_files_is_an_error_unless_an_index_says_in_which(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    made, path = trained(out, 1), tmp_path / "weights"
+    path.mkdir()
+    weights = hf_weights(made)
+    save_file({**weights, "other": torch.ones(1)}, path / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()} | {"other": torch.ones(1)}, path / "a.safetensors")
+    options: dict[str, Any] = {"adapter": Adapter(), "initial_load_in_hf": True, "initial_load_path": str(path)}
+    again = Training(tmp_path / "again", seed=1, **options)
+    message = r"model\.0\.bias is in two files, a\.safetensors and model\.safetensors, .* move one of them away"
+    with pytest.raises(UsageError, match=message):
+        again.manager.load()
+    write_index(path, dict.fromkeys(weights, "model.safetensors"))
+    assert again.manager.load() and same(again.made()[0], made[0])  # nobody asks for "other"
+    write_index(path, dict.fromkeys(weights, "gone.safetensors"))
+    with pytest.raises(CorruptCheckpointError, match=r"names gone\.safetensors, which is missing"):
+        again.manager.load()
+    again.close()
+
+
+def test_weights_that_the_files_do_not_have_are_an_error(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    made, path = trained(out, 1), tmp_path / "weights"
+    path.mkdir()
+    *_, (last, value) = weights = list(hf_weights(made).items())
+    save_file(dict(weights[:-1]), path / "model.safetensors")
+    save_file({"other": value}, path / "other.safetensors")
+    again = Training(out / "again", adapter=Adapter(), initial_load_in_hf=True, initial_load_path=str(path), seed=1)
+    before = again.made(with_random=False)[0]
+    with pytest.raises(StateMismatchError, match=re.escape(last)):
+        again.manager.load()
+    assert same(again.made(with_random=False)[0], before)
+    again.close()
+
+
 def test_weights_in_the_layout_of_hugging_face_are_no_checkpoint_to_go_on_from(out: Path) -> None:
     trained(out, 3, last=True, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
     again = Training(out, seed=1, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
@@ -454,17 +662,163 @@ def test_weights_in_the_layout_of_hugging_face_are_no_checkpoint_to_go_on_from(o
     assert checkpoints(out) == ["step-2", "step-3"]
 
 
-def test_an_export_replaces_a_checkpoint_and_nothing_else(out: Path) -> None:
+AT_STEP_4: dict[str, dict[str, Any]] = {
+    "a checkpoint": {},
+    "an export": {"adapter": Adapter(), **HF},
+    "torchtitan's checkpoint": STOCK,
+    "torchtitan's export": {"adapter": Adapter(), **STOCK, **HF},
+}
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def set_aside(out: Path) -> list[dict[str, bytes]]:
+    return [files_in(path) for path in (out / "checkpoint").glob(".step-~4.not-a-checkpoint-*")]
+
+
+def export_again(out: Path) -> None:
+    """End a training that has gone back to step 2 at step 4, with an export."""
+    training = Training(out, adapter=Adapter(), **HF)
+    try:
+        training.manager.load(2)
+        training.step(2, last=True)
+    finally:
+        training.close()
+
+
+def is_exported(out: Path) -> bool:
+    return os.listdir(out / "checkpoint/step-4") == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("there", AT_STEP_4)
+def test_an_export_takes_the_place_of_whatever_has_its_name(out: Path, there: str) -> None:
+    """What is torchtitan's own is set aside."""
+    trained(out, 4, last=True, **AT_STEP_4[there])
+    before = files_in(out / "checkpoint/step-4")
+    export_again(out)
+    assert is_exported(out)
+    assert set_aside(out) == ([before] if "torchtitan" in there else [])
+    assert not (out / "checkpoint/.hf_export").exists()
+
+
+@pytest.mark.parametrize("what", ["a directory", "a file", "a link", "an export with a file of its user", "protected"])
+def test_an_export_sets_aside_what_is_not_stagers_to_remove(
+    out: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if what == "protected":
+        training = Training(out)
+        training.step(4)
+        training.manager.checkpointer.protect(4)
+        training.close()
+    else:
+        trained(out, 2)
+        path = out / "checkpoint/step-4"
+        if what == "a file":
+            path.write_bytes(b"mine")
+        elif what == "a link":
+            (out / "elsewhere").mkdir()
+            path.symlink_to(out / "elsewhere")
+        else:
+            if what != "a directory":
+                trained(out, 4, last=True, **AT_STEP_4["an export"])
+            path.mkdir(exist_ok=True)
+            (path / "mine").write_bytes(b"mine")
+    export_again(out)
+    assert is_exported(out) and not (out / "checkpoint/step-4").is_symlink()
+    (aside,) = (out / "checkpoint").glob(".step-~4.not-a-checkpoint-*")
+    assert f"what had this name is now {aside}" in caplog.text
+    if what == "protected":
+        assert verify(aside).ok
+    elif what == "a link":
+        assert aside.readlink() == out / "elsewhere"
+    else:
+        assert (aside if what == "a file" else aside / "mine").read_bytes() == b"mine"
+
+
+KILLS = [
+    ("export.written", True),
+    ("hf_export.written", True),
+    ("hf_export.named", True),
+    ("hf_export.between", False),
+    ("hf_export.named", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("there", "point", "exchanges"),
+    [
+        pytest.param(there, *kill, marks=[] if there == "a checkpoint" else pytest.mark.long)
+        for there in (*AT_STEP_4, "nothing")
+        for kill in KILLS
+        if (there, kill[0]) != ("nothing", "hf_export.between")  # then there is nothing between
+    ],
+)
+def test_what_has_the_name_is_there_or_the_export_is_whenever_it_is_killed(
+    out: Path, tmp_path: Path, there: str, point: str, exchanges: bool, faults: Faults
+) -> None:
+    trained(out, 4, last=True, **AT_STEP_4.get(there, {}))
+    path = out / "checkpoint/step-4"
+    if there == "nothing":
+        shutil.rmtree(path)
+    before = files_in(path)
+    faults.arm(point, "kill")
+    source = "import sys, warnings\nwarnings.simplefilter('ignore')\nfrom {0} import export\nexport(*sys.argv[1:])"
+    ended = scripts.run(source.format(BODIES), out, tmp_path / "other-group", exchanges, modules=(BODIES,))
+    assert ended.returncode == -signal.SIGKILL and faults.fired(point)
+    assert point == "hf_export.between" or files_in(path) == before or is_exported(out)
+    Training(out).close()
+    assert files_in(path) == before or is_exported(out)
+    assert point != "hf_export.between" or files_in(path) == before
+    assert point != "hf_export.written" or (is_exported(out) if there == "nothing" else files_in(path) == before)
+    for _ in range(2):
+        export_again(out)
+        assert is_exported(out) and not (out / "checkpoint/.hf_export").exists()
+    assert set_aside(out) == ([before] if "torchtitan" in there else [])
+
+
+def test_a_removal_of_what_an_export_has_replaced_is_finished_when_it_was_killed(
+    out: Path, tmp_path: Path, faults: Faults
+) -> None:
+    trained(out, 4)
+    faults.arm("prune.removing", "kill")
+    source = "import sys, warnings\nwarnings.simplefilter('ignore')\nfrom {0} import export\nexport(*sys.argv[1:])"
+    ended = scripts.run(source.format(BODIES), out, tmp_path / "other-group", True, modules=(BODIES,))
+    assert ended.returncode == -signal.SIGKILL and faults.fired("prune.removing")
+    assert is_exported(out) and len(list((out / "checkpoint").glob(".step-~4.removing-*"))) == 1
+    Training(out).close()
+    assert not list((out / "checkpoint").glob(".step-~4.*"))
+
+
+def test_an_export_that_fails_says_where_the_weights_are(out: Path, tmp_path: Path, faults: Faults) -> None:
+    trained(out, 4)
+    before = files_in(out / "checkpoint/step-4")
+    faults.arm("export.written", "errno ENOSPC")
+    with pytest.raises(OSError, match=r"step-4: the last weights were not exported: .*No space left") as raised:
+        export_again(out)
+    assert files_in(out / "checkpoint/step-4") == before
+    (advised,) = re.findall(r"stager\.export_weights\('(.*)', OUT\)", str(raised.value))
+    assert export_weights(advised, tmp_path / "weights").files == ("model.safetensors",)
+    export_again(out)
+    assert files_in(out / "checkpoint/step-4") == files_in(tmp_path / "weights")
+    assert not (out / "checkpoint/.hf_export").exists()
+
+
+def test_what_is_in_the_way_of_every_export_is_found_when_the_training_begins(out: Path) -> None:
     trained(out, 2)
-    options: dict[str, Any] = {"adapter": Adapter(), "last_save_in_hf": True, "last_save_model_only": True}
-    trained(out, 2, last=True, **options)
-    assert [one.name for one in (out / "checkpoint/step-2").iterdir()] == ["model.safetensors"]
-    (out / "checkpoint/step-1").mkdir()
-    (out / "checkpoint/step-1/mine").touch()
-    training = Training(out, **options)
-    with pytest.raises(UsageError, match="step-1"):
-        training.step(1, last=True)
+    (out / "checkpoint/.hf_export").touch()
+    with pytest.raises(StorageError, match=r"\.hf_export: .*move it away"):
+        Training(out, adapter=Adapter(), **HF)
+
+
+def test_a_save_of_the_last_step_in_flight_does_not_take_the_name_back(out: Path, faults: Faults) -> None:
+    faults.arm("part.write", "delay 0.2")
+    training = Training(out, adapter=Adapter(), **HF)
+    training.step(2)
+    assert training.manager.save(2, last_step=True)
     training.close()
+    assert [one.name for one in (out / "checkpoint/step-2").iterdir()] == ["model.safetensors"]
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -476,6 +830,10 @@ def test_settings_that_cannot_be_followed_are_refused(out: Path) -> None:
         (
             {"stager_settings": {"retention": {"keep_latest": 3}}, "keep_latest_k": 2},
             "keep_latest_k is 2, and retention",
+        ),
+        (
+            {"stager_settings": {"persistence": {"name": "ck-{step}"}}},
+            "persistence.name is 'ck-{step}', .* take it out",
         ),
         ({"folder": "s3://bucket/run"}, "checkpoint.folder is 's3://bucket/run'"),
         (
@@ -539,6 +897,17 @@ def test_stages_of_a_pipeline_are_loaded_each_by_its_rank(tmp_path: Path, out: P
     assert {"dp_rank_0", "dp_rank_1"} < set(state["dataloader"])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_newest_is_restored_from_a_replica(tmp_path: Path, out: Path, how: str) -> None:
+    assert run_ranks(f"{BODIES}:replicated", 2, tmp_path, str(out), how) == [4, 4]
+
+
+@pytest.mark.parametrize("writer", ["stager", "torchtitan"])
+def test_damage_that_one_rank_finds_is_passed_over_by_all(tmp_path: Path, out: Path, writer: str) -> None:
+    assert run_ranks(f"{BODIES}:damaged_stage", 2, tmp_path, str(out), writer) == [[2, 2], [2, 2]]
+
+
 class Forked(Script):
     """The script, in processes that have imported torchtitan already."""
 
@@ -552,8 +921,9 @@ class Forked(Script):
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The page's script, on a machine without an accelerator."""
+    """The page's script, on a machine without an accelerator; it imports ``tests``, wherever it is run."""
     monkeypatch.setenv("STAGER_WORKERS__COUNT", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     path = page_script("torchtitan", tmp_path)
     path.write_text(
         f"from tests.integrations import torchtitan_on_cpu\ntorchtitan_on_cpu.prepare()\n{path.read_text()}"

@@ -17,7 +17,11 @@ from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 from torchtitan.protocols.state_dict_adapter import BaseStateDictAdapter
 
+from stager import CorruptCheckpointError
+from stager.integrations import torchtitan
 from stager.integrations.torchtitan import StagerCheckpointManager
+from stager.workers.checkpoint.storage.posix import files
+from tests.replication.bodies import await_replicas
 
 CONFIG: dict[str, Any] = {"workers": {"count": 1}, "persistence": {"fsync": False, "lock_timeout_secs": 20}}
 
@@ -69,6 +73,13 @@ class Position:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.num_batches = state[self._key]
+
+
+def flip(path: Path) -> None:
+    """Change one byte in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def toy(seed: int = 0) -> torch.nn.Module:
@@ -156,6 +167,24 @@ class Training:
         self.manager.close()
 
 
+def export(out: str, group: str, exchanges: str) -> None:
+    """In a process of its own: go back to step 2, and end at step 4 with an export.
+
+    Args:
+        group: a file for the process group.
+        exchanges: "False": on a file system that cannot exchange two names.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{group}", rank=0, world_size=1)
+    torch.set_num_threads(1)
+    if exchanges == "False":
+        files.exchange = lambda first, second: False  # type: ignore[assignment]
+    training = Training(out, adapter=Adapter(), last_save_in_hf=True, last_save_model_only=True)
+    training.manager.load(2)
+    training.step(2, last=True)
+    training.close()
+    dist.destroy_process_group()
+
+
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +219,73 @@ def stages(rank: int, directory: str, out: str, writer: str) -> list[Any]:
         training.close()
         dist.barrier()
     return sorted(made[0])
+
+
+def damaged_stage(rank: int, directory: str, out: str, writer: str) -> list[int]:
+    """Load where rank 1 alone finds that the newest checkpoint is damaged. Returns the steps gone on from."""
+
+    def training(manager: type[Any], seed: int, **settings: Any) -> Training:
+        torch.manual_seed(seed)
+        parts = [Named(f"a{rank}"), Named(f"b{rank}")]
+        return Training(out, manager, seed=seed, parts=parts, rank=rank, **settings)
+
+    first = training(CheckpointManager if writer == "torchtitan" else StagerCheckpointManager, 0)
+    first.step(4)
+    first.close()
+    dist.barrier()
+    if rank == 1 and writer == "stager":
+        flip(Path(out, "checkpoint/step-4/__1_0.distcp"))
+    if rank == 1 and writer == "torchtitan":  # there are no hashes, and each rank sees the sizes
+        _refuse_to_load("step-4")
+    dist.barrier()
+    found = []
+    for load_only in (True, False):
+        again = training(StagerCheckpointManager, 1, load_only=load_only)
+        assert again.manager.load()
+        found.append(again.progress.step)
+        again.close()
+        dist.barrier()
+    return found
+
+
+def _refuse_to_load(name: str) -> None:
+    """Find a checkpoint damaged after its names were compared with those of the other ranks."""
+    load = torchtitan.load_checkpoint
+
+    def refuse(path: str, *arguments: Any, **options: Any) -> Any:
+        loaded = load(path, *arguments, **options)
+        if os.path.basename(path) == name:
+            raise CorruptCheckpointError(path, "is damaged")
+        return loaded
+
+    torchtitan.load_checkpoint = refuse
+
+
+def replicated(rank: int, directory: str, out: str, how: str) -> int:
+    """Load the newest checkpoint after it was damaged, where a replica of it is in memory. Returns its step.
+
+    Args:
+        how: the damage is found by what is listed, or by what is read.
+    """
+    memory = Path(directory, "memory")
+    memory.mkdir(exist_ok=True)
+    settings = {**CONFIG, "replication": {"partners": 1, "directory": str(memory)}}
+    training = Training(out, parts=[Named(f"a{rank}")], rank=rank, stager_settings=settings)
+    training.step(4)
+    handles = list(training.manager._handles)
+    training.manager.maybe_wait_for_saving()
+    for handle in handles:
+        await_replicas(training.manager.checkpointer, handle)
+    dist.barrier()
+    path = Path(out, "checkpoint/step-4/__1_0.distcp")
+    if rank == 1:
+        os.truncate(path, 100) if how == "truncated" else flip(path)
+    dist.barrier()
+    assert training.manager.load()
+    step = training.progress.step
+    dist.barrier()
+    training.close()
+    return step
 
 
 def page(rank: int, directory: str, script: str, out: str) -> str:
