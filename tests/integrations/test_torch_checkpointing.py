@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
@@ -472,10 +473,18 @@ def test_a_callback_that_makes_the_directory_again_loses_nothing(tmp_path: Path)
     manager.close()
 
 
-def test_a_save_that_begins_removes_only_what_its_own_process_has_left(tmp_path: Path) -> None:
+def test_a_configuration_that_several_ranks_got_from_their_parent_makes_them_no_one_writer() -> None:
+    of_the_parent = StagerStorageConfig()
+    of_the_parent._writer = "0123abcd"
+    assert pickle.loads(pickle.dumps(of_the_parent)).writer() == StagerStorageConfig().writer() != "0123abcd"
+
+
+def test_a_save_that_begins_removes_only_what_its_own_process_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another rank may have written its part already; and what somebody has written since is not what was left."""
     config, other = of_run("0123abcd"), of_run("0123abcd")
-    other._writer = "4567abcd"
+    monkeypatch.setattr(other, "writer", lambda: "4567abcd")
     for storage, names in ((config.create_storage(), "abc"), (other.create_storage(), "xy")):
         with ThreadPoolExecutor(1, thread_name_prefix="ckpt-write") as executor:
             executor.submit(storage.mkdir, tmp_path / "tmp_step-1").result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import threading
 import uuid
@@ -28,6 +29,10 @@ from stager.workers.errors import ArgumentError
 
 _RUN_KEY = "stager/torch_checkpointing/run"
 _WRITING_THREADS = "ckpt-write"  # how a CheckpointWriter calls the threads that it starts for each save
+
+
+def _has_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 @cache
@@ -67,14 +72,19 @@ class StagerStorageConfig(StorageConfig):
 
     def run(self) -> str:
         """Return the id that the ranks of this training have in common; "" without a process group."""
-        if self._run is not None or not (dist.is_available() and dist.is_initialized()):
+        if self._run is not None or not _has_process_group():
             return self._run or ""
         store = dist.distributed_c10d._get_default_store()
         return bytes(store.compare_set(_RUN_KEY, "", uuid.uuid4().hex)).decode()  # that of whoever comes first
 
     def writer(self) -> str:
-        """Return the id of the process that trains: this one, or the one whose subprocess this is."""
-        return _writer_of(os.getpid()) if self._writer is None else self._writer
+        """Return the id of the process that trains: this one, or the one whose subprocess this is.
+
+        Ranks that got one configuration from their parent process have an id each, or one would remove another's files.
+        """
+        # torch_checkpointing's subprocess is a daemon, and has no process group.
+        is_subprocess = multiprocessing.current_process().daemon and not _has_process_group()
+        return self._writer if is_subprocess and self._writer is not None else _writer_of(os.getpid())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_run": self.run(), "_writer": self.writer()}
