@@ -21,7 +21,7 @@ of a deep copy that it makes: ``stage.begin stage.unpacked stage.copied stage.pa
 ``persist.begin persist.written persist.synced persist.renamed``;
 of its work: ``part.begin part.opened part.waiting part.write part.written part.sync part.synced part.receipt commit.begin
 commit.indexed commit.manifest commit.published commit.replaced link.begin link.linked``;
-of an export of weights: ``export.begin export.written``;
+of an export: ``export.begin export.manifest export.opened export.written``;
 of retention: ``prune.begin prune.verified prune.renamed prune.removing prune.removed``; of deleting: ``remove.begin``;
 of an object store: ``objects.decided objects.marked objects.retracted``;
 of the publisher of ``stager.integrations.deepspeed``: ``deepspeed.written deepspeed.collected deepspeed.aside

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -24,7 +24,7 @@ from stager.config.calls import explained
 from stager.exporting.file_format import format_of
 from stager.exporting.output import new_file, refuse_directory
 from stager.exporting.part import Part
-from stager.exporting.source import Source, chosen_checkpoint
+from stager.exporting.source import Source, chosen_checkpoint, opening
 from stager.exporting.tensor_copier import TensorCopier
 from stager.exporting.whole import Folded
 from stager.loading.pickles.unpickle import unpickle
@@ -42,6 +42,7 @@ from stager.workers.checkpoint.layout.structure import Path, map_leaves, names_o
 from stager.workers.checkpoint.storage.paths import local_path, place_path
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import MemoryBudgetError, UnstageableError, UsageError
+from stager.workers.faults import point
 
 _CHUNK_BYTES = 8 << 20
 _SMALLEST_BUDGET_BYTES = 1 << 20
@@ -119,15 +120,18 @@ def export_checkpoint(
     if budget_bytes < _SMALLEST_BUDGET_BYTES:
         raise UsageError(f"max_memory_bytes is {budget_bytes:,} bytes; it must be at least {_SMALLEST_BUDGET_BYTES:,}")
     checkpoint = chosen_checkpoint(checkpoint, None if step is None else as_step(step))
-    with reading(checkpoint):
+    with reading(checkpoint), ExitStack() as opened:
         manifest = read_manifest(checkpoint)
+        point("export.manifest")
         chunk_bytes = min(_CHUNK_BYTES, budget_bytes // 4)
-        with closing(Source(checkpoint, manifest, part, chunk_bytes, progress or (lambda nbytes: None))) as source:
-            with torch_defaults():
-                export = _Export(checkpoint, source, file_format, budget_bytes - chunk_bytes, allow_pickle)
-                layout = export.lay_out()
-            with new_file(out, force=force) as fd:
-                export.write(layout, fd)
+        with opening(checkpoint, manifest):
+            progress = progress or (lambda nbytes: None)
+            source = opened.enter_context(closing(Source(checkpoint, manifest, part, chunk_bytes, progress)))
+        with torch_defaults():
+            export = _Export(checkpoint, source, file_format, budget_bytes - chunk_bytes, allow_pickle)
+            layout = export.lay_out()
+        with new_file(out, force=force) as fd:
+            export.write(layout, fd)
     return Exported(
         path=out,
         nbytes=os.stat(out).st_size,

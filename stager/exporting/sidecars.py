@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stager.workers.checkpoint.documents.manifest import IndexFile, Manifest
+from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.read.verify import read_index_file
 from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.checkpoint.storage.posix.files import open_regular, storage_errors
@@ -51,35 +51,39 @@ class Sidecar:
 
 @dataclass(frozen=True, slots=True)
 class OwnSidecar(Sidecar):
-    """A file of the checkpoint itself, which its manifest lists.
+    """A file of the checkpoint itself, which was saved with it.
 
     Attributes:
-        checkpoint: its path.
+        data: its bytes, which fit the hash in the manifest.
     """
 
-    checkpoint: str
-    manifest: Manifest
-    file: IndexFile
+    data: bytes
 
     def copy_to(self, directory: str) -> None:
-        """Copy the file, check its hash, and sync the copy.
+        """Write the file, and sync it.
 
         Raises:
-            CorruptCheckpointError, StorageError
+            StorageError
         """
-        data = read_index_file(self.checkpoint, self.manifest, self.file)
         target = os.path.join(directory, self.name)
         with storage_errors("write", target), open(target, "xb") as copy:
-            copy.write(data)
+            copy.write(self.data)
             copy.flush()
             os.fsync(copy.fileno())
 
 
 def with_own(checkpoint: str, manifest: Manifest, named: Sequence[Sidecar]) -> tuple[Sidecar, ...]:
-    """Return the checkpoint's own sidecars, and those that the caller names, which replace own ones of the same name."""
+    """Return the checkpoint's own sidecars, and those that the caller names, which replace own ones of the same name.
+
+    The own ones are read here, and not when they are written: by then, the path may be that of another checkpoint.
+
+    Raises:
+        CorruptCheckpointError: an own one is not as it was saved.
+        StorageError: it cannot be read.
+    """
     own = {name for name in manifest.header.sidecars if not name.endswith(_OF_WEIGHTS)} - {one.name for one in named}
     found = (
-        OwnSidecar(os.path.join(checkpoint, file.name), checkpoint, manifest, file)
+        OwnSidecar(os.path.join(checkpoint, file.name), read_index_file(checkpoint, manifest, file))
         for file in manifest.index_files
         if file.name in own
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import xxhash
 
@@ -11,13 +12,14 @@ from stager.exporting.part import Part
 from stager.loading.chunks import with_wholes
 from stager.loading.foreign_path import not_ours
 from stager.workers.checkpoint.directory.choice import choose_checkpoint
+from stager.workers.checkpoint.directory.manifest_file import read_header
 from stager.workers.checkpoint.directory.run_directory import committed_steps, is_checkpoint_directory
 from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import RECIPE, Path, describe, walk
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.checkpoint.storage.places import storage_of
-from stager.workers.errors import CheckpointNotFoundError
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 
 def chosen_checkpoint(path: str, step: int | None) -> str:
@@ -35,6 +37,37 @@ def chosen_checkpoint(path: str, step: int | None) -> str:
     if not is_run and (problem := not_ours(path)) is not None:
         raise CheckpointNotFoundError(None, problem, path)
     return choose_checkpoint(path, step)
+
+
+@contextmanager
+def opening(path: str, manifest: Manifest) -> Iterator[None]:
+    """Open the files of a checkpoint in the block: all of them are those of the manifest.
+
+    A later save may replace the checkpoint at any time. From then on its path leads to the files of another one, which have
+    the same names; the files that are open stay the first one's.
+
+    Args:
+        path, manifest: the checkpoint, as it was before the block.
+
+    Raises:
+        CheckpointNotFoundError: it was replaced or removed before the block ended, so a file may be another checkpoint's.
+    """
+    try:
+        yield
+    except (CorruptCheckpointError, StorageError) as error:
+        _check_is_still(path, manifest, error)
+        raise
+    _check_is_still(path, manifest)
+
+
+def _check_is_still(path: str, manifest: Manifest, cause: Exception | None = None) -> None:
+    try:
+        is_still = read_header(path).save_id == manifest.header.save_id
+    except CheckpointNotFoundError:
+        is_still = False
+    if not is_still:
+        what = "was replaced or removed when its export began, so nothing was exported; export what is there now"
+        raise CheckpointNotFoundError(None, what, path) from cause
 
 
 class _Buffer(threading.local):

@@ -1,10 +1,12 @@
 """From a committed checkpoint to a directory of weights that transformers, vLLM and others load.
 
-1. Take the part that is asked for (``part.py``), and name its tensors (``weight_names.py``).
-2. Divide them into files, and say where the bytes of each go (``shards.py``). Nothing has been written so far.
-3. Copy them in threads (``shard_writer.py``). Each hash is checked on the way, dtypes are converted.
-4. Write the index, copy the sidecars (``sidecars.py``).
-5. All files are synced. Only now the directory gets its name (``new_directory.py``).
+1. Open the files of the checkpoint, and read its own sidecars (``source.py``, ``sidecars.py``). From here on, a later save
+   may replace the checkpoint: the export has all that it needs.
+2. Take the part that is asked for (``part.py``), and name its tensors (``weight_names.py``).
+3. Divide them into files, and say where the bytes of each go (``shards.py``). Nothing has been written so far.
+4. Copy them in threads (``shard_writer.py``). Each hash is checked on the way, dtypes are converted.
+5. Write the index and the sidecars.
+6. All files are synced. Only now the directory gets its name (``new_directory.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -25,7 +27,7 @@ from stager.exporting.new_directory import MARKER, new_directory
 from stager.exporting.shard_writer import write_shards
 from stager.exporting.shards import INDEX_NAME, Shard, Weight, index_of, shards_of, total_nbytes
 from stager.exporting.sidecars import Sidecar, sidecars_of, with_own
-from stager.exporting.source import Source, chosen_checkpoint
+from stager.exporting.source import Source, chosen_checkpoint, opening
 from stager.exporting.tensor_copier import TensorCopier
 from stager.exporting.weight_names import Rename, WeightNames, name_weights
 from stager.exporting.weights_export import WeightsExport, budget_of, part_of, resolved, shard_bytes_of
@@ -159,26 +161,30 @@ def write_weights(
         save_id: which save must have made the checkpoint; None: any.
 
     Raises:
-        CheckpointNotFoundError: another save made it.
+        CheckpointNotFoundError: another save made it, or it was replaced before its files were open.
         Exception: as :func:`export_weights`.
     """
     started = time.monotonic()
     out, budget = os.fspath(export.out), budget_of(export)
-    with reading(checkpoint):
+    with reading(checkpoint), ExitStack() as opened:
         manifest = read_manifest(checkpoint)
         if save_id not in (None, manifest.header.save_id):
             what = "a later save has replaced the checkpoint, so its weights were not exported"
             raise CheckpointNotFoundError(None, what, checkpoint)
-        beside = with_own(checkpoint, manifest, sidecars_of(export.sidecars))
-        with closing(Source(checkpoint, manifest, part_of(export), budget.chunk_bytes, progress)) as source:
-            names = name_weights(source, export.rename, checkpoint)
-            weights = _weights(source, names, dtype_named(export.dtype))
-            shards = shards_of(weights, shard_bytes_of(export), [one.name for one in beside], MARKER)
-            copier = TensorCopier(source, budget.whole_bytes)
-            with new_directory(out, force=export.force) as directory:
-                write_shards(shards, directory, copier, budget.num_threads)
-                _write_the_rest(shards, beside, directory)
-                point("export.written")
+        point("export.manifest")
+        with opening(checkpoint, manifest):
+            part = part_of(export)
+            source = opened.enter_context(closing(Source(checkpoint, manifest, part, budget.chunk_bytes, progress)))
+            beside = with_own(checkpoint, manifest, sidecars_of(export.sidecars))
+        point("export.opened")
+        names = name_weights(source, export.rename, checkpoint)
+        weights = _weights(source, names, dtype_named(export.dtype))
+        shards = shards_of(weights, shard_bytes_of(export), [one.name for one in beside], MARKER)
+        copier = TensorCopier(source, budget.whole_bytes)
+        with new_directory(out, force=export.force) as directory:
+            write_shards(shards, directory, copier, budget.num_threads)
+            _write_the_rest(shards, beside, directory)
+            point("export.written")
     return ExportedWeights(
         path=out,
         nbytes=total_nbytes(shards),

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shlex
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 
@@ -28,7 +29,7 @@ from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import ArgumentError
 
-_STEP = re.compile(r"\{step(?::((?:0[1-9][0-9]?)?d?))?\}")  # as in persistence.name: {step}, {step:08d}
+_SPEC = re.compile(r"(?:0[1-9][0-9]?)?d?")  # as in persistence.name: {step}, {step:08d}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class WeightsExport:
 
     Attributes:
         out: the directory; it appears when it is whole. ``{step}`` in it becomes the step of the save, ``{step:08d}`` the
-            step with leading zeros. The directory that it lies in must exist.
+            step with leading zeros; ``{{`` and ``}}`` become braces. The directory that it lies in must exist.
         keys, strip_prefix, rename, dtype, max_shard_bytes, sidecars, max_memory_bytes, force: as of
             :func:`~stager.export_weights`. A function given as ``rename`` runs in a worker process.
 
@@ -89,12 +90,13 @@ def resolved(export: WeightsExport, step: int | None = None) -> WeightsExport:
         step: takes the place of ``{step}`` in ``out``. None: ``out`` is taken as it is.
 
     Raises:
+        ArgumentError: ``out`` has braces in it that stand for no step.
         UsageError: ``out`` is taken, or a file of ``sidecars`` is missing.
         StorageError: the directory that ``out`` lies in does not exist.
     """
     out = local_path(export.out, "out")
     if step is not None:
-        out = _STEP.sub(lambda match: format(step, match[1] or ""), out)
+        out = _of_step(out, step)
     refuse_if_taken(out, force=export.force)
     with storage_errors("write", out):
         if not os.path.isdir(os.path.dirname(out)):
@@ -105,6 +107,25 @@ def resolved(export: WeightsExport, step: int | None = None) -> WeightsExport:
         keys=export.keys if export.keys is None or isinstance(export.keys, str) else tuple(export.keys),
         rename=dict(export.rename) if isinstance(export.rename, Mapping) else export.rename,
         sidecars=tuple(one.path for one in sidecars_of(export.sidecars)),
+    )
+
+
+def _of_step(out: str, step: int) -> str:
+    """Put a step into ``out``."""
+    try:
+        parts = list(string.Formatter().parse(out))
+    except ValueError as error:
+        raise ArgumentError(_wrong_braces(out, str(error))) from error
+    for _, name, spec, conversion in parts:
+        if name is not None and (name != "step" or conversion or _SPEC.fullmatch(spec or "") is None):
+            field = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise ArgumentError(_wrong_braces(out, f"{{{field}}} is nothing that an export knows"))
+    return out.format(step=step)
+
+
+def _wrong_braces(out: str, why: str) -> str:
+    return (
+        f"out is {out!r}: {why}; write {{step}}, or {{step:08d}} for leading zeros, and {{{{ }}}} for braces in a name"
     )
 
 

@@ -27,7 +27,7 @@ class StagerCheckpointManager(CheckpointManager):
 
     Raises:
         ConfigError: with stager's storage, checkpoints would be written to their final names at once
-            (``write_to_temp_dir=False``), or an item into a directory of its own.
+            (``write_to_temp_dir=False``, or no barrier), or an item into a directory of its own.
         UsageError: this version of torch_checkpointing keeps its stager elsewhere.
     """
 
@@ -60,6 +60,12 @@ class StagerCheckpointManager(CheckpointManager):
 
 
 def _refuse_what_cannot_be_committed(config: CheckpointManager.Config) -> None:
+    if config.save.writer_config.barrier_config is None:
+        raise ConfigError(
+            "writer_config has barrier_config=None, and without a barrier torch_checkpointing writes into the final "
+            "directory and commits nothing; leave barrier_config and write_to_temp_dir out (with one rank, the default "
+            "barrier costs nothing), or give storage_config=LocalFileSystemStorageConfig()"
+        )
     if not config.save.writer_config.write_to_temp_dir:
         raise ConfigError(
             "writer_config has write_to_temp_dir=False, with which torch_checkpointing writes into the final directory and "

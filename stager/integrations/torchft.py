@@ -376,11 +376,18 @@ class StagerTransport(CheckpointTransport[Any]):
 
     def _parse(self, metadata: str) -> tuple[str, int, bytes]:
         """Return host, port and secret of a sender."""
-        parts = urlsplit(metadata)
-        if parts.scheme != _SCHEME or parts.hostname is None or parts.port is None:
+        problem: ValueError | None = None
+        host = port = None
+        try:
+            parts = urlsplit(metadata)
+            host, port = parts.hostname, parts.port
+        except ValueError as error:  # a port above 65535, or a bracket without the other one
+            problem = error
+        if problem is not None or parts.scheme != _SCHEME or host is None or not port:
             raise ReplicationError(
-                f"the sender's metadata is {metadata!r}, which is not of a StagerTransport; give all replica groups one"
-            )
+                f"the sender's metadata is {metadata!r}, which is not of a StagerTransport"
+                f"{'' if problem is None else f' ({problem})'}; give all replica groups one"
+            ) from problem
         theirs = parts.path.removeprefix("/")
         if bool(theirs) == (self._given_secret is not None):
             has, lacks = (
@@ -389,7 +396,7 @@ class StagerTransport(CheckpointTransport[Any]):
             raise ReplicationError(
                 f"{has} was given a secret, and {lacks} was not; give all replica groups the same, or none"
             )
-        return parts.hostname, parts.port, theirs.encode() or self._secret
+        return host, port, theirs.encode() or self._secret
 
 
 def _cut_cycle(error: BaseException | None) -> None:

@@ -6,7 +6,7 @@ to have its own value there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -25,11 +25,30 @@ def contradictions(targets: Targets, tensors: Mapping[int, torch.Tensor]) -> lis
         tensors: loaded, by item, in memory of their own; those whose targets share memory are among them.
     """
     shared = overlapping(targets.indices, targets.tensors)
+    numbers = [k for k, index in enumerate(targets.indices) if index in shared]
+    found = conflicts(numbers, targets.tensors, lambda number: tensors[targets.indices[number]])
     return [
-        line
-        for group in _groups([k for k, index in enumerate(targets.indices) if index in shared], targets.tensors)
-        for line in _of_group(group, targets, tensors)
+        f"{describe(targets.paths[one])} and {describe(targets.paths[other])}: share memory in the target, and have "
+        "different values in the checkpoint; give each a tensor of its own, or select one of them by keys="
+        for one, other in found
+        if one != other
     ]
+
+
+def conflicts(
+    numbers: Sequence[int], targets: Sequence[torch.Tensor], source: Callable[[int], torch.Tensor]
+) -> Iterator[tuple[int, int]]:
+    """Find the targets whose values would be lost if all were filled in order.
+
+    Args:
+        numbers: of the targets that are filled.
+        source: returns the value of a target, in memory of its own.
+
+    Yields:
+        The number of a target, and that of the one that overwrites it: its own if several of its elements share memory.
+    """
+    for group in _groups(numbers, targets):
+        yield from _of_group(group, targets, source)
 
 
 def _groups(numbers: Sequence[int], targets: Sequence[torch.Tensor]) -> Iterator[list[int]]:
@@ -52,25 +71,23 @@ def _groups(numbers: Sequence[int], targets: Sequence[torch.Tensor]) -> Iterator
         yield sorted(group)
 
 
-def _of_group(group: Sequence[int], targets: Targets, tensors: Mapping[int, torch.Tensor]) -> Iterator[str]:
-    members = [targets.tensors[number] for number in group]
+def _of_group(
+    group: Sequence[int], targets: Sequence[torch.Tensor], source: Callable[[int], torch.Tensor]
+) -> Iterator[tuple[int, int]]:
+    members = [targets[number] for number in group]
     start = min(tensor.data_ptr() for tensor in members) // _ALIGNMENT * _ALIGNMENT
     end = max(tensor.data_ptr() + nbytes_spanned(tensor) for tensor in members)
     memory = torch.empty(end - start + _ALIGNMENT, dtype=torch.uint8).untyped_storage()
     views = [_view(memory, tensor, start) for tensor in members]
-    sources = [tensors[targets.indices[number]] for number in group]
+    sources = [source(number) for number in group]
     with torch.no_grad():
-        for view, source in zip(views, sources, strict=True):
-            view.copy_(source)
-    lost = [k for k, (view, source) in enumerate(zip(views, sources, strict=True)) if not _same_bits(view, source)]
+        for view, value in zip(views, sources, strict=True):
+            view.copy_(value)
+    lost = [k for k, (view, value) in enumerate(zip(views, sources, strict=True)) if not _same_bits(view, value)]
     for position in lost:
-        others = (k for k in range(position + 1, len(group)) if _overwrites(k, position, views, sources))
+        others = (k for k in range(position, len(group)) if _overwrites(k, position, views, sources))
         if (other := next(others, None)) is not None:
-            names = f"{describe(targets.paths[group[position]])} and {describe(targets.paths[group[other]])}"
-            yield (
-                f"{names}: share memory in the target, and have different values in the checkpoint; give each a tensor of "
-                "its own, or select one of them by keys="
-            )
+            yield group[position], group[other]
 
 
 def _view(memory: torch.UntypedStorage, tensor: torch.Tensor, start: int) -> torch.Tensor:

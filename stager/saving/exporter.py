@@ -44,6 +44,7 @@ class _Export:
         export: resolved.
         checkpoint: the path that the save commits.
         step: of the save.
+        save_id: of the checkpoint; "" until it is committed.
         completion: what the user has.
         lock: the read lock of the checkpoint.
     """
@@ -51,6 +52,7 @@ class _Export:
     export: WeightsExport
     checkpoint: str
     step: int
+    save_id: str = ""
     completion: Future[ExportedWeights] = field(default_factory=Future)
     lock: ExitStack = field(default_factory=ExitStack)
 
@@ -61,6 +63,13 @@ class _Export:
     @property
     def command(self) -> str:
         return command_of(self.export, self.checkpoint)
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another checkpoint has the path now, or none, so that the command would export other weights."""
+        storage = storage_of(self.checkpoint)
+        head = storage.head(self.checkpoint)
+        return head.save_id != self.save_id if head is not None else not storage.has_manifest(self.checkpoint)
 
 
 def check_export(export: object) -> None:
@@ -139,6 +148,7 @@ class Exporter:
 
     def _queue(self, one: _Export, info: CheckpointInfo) -> None:
         assert self._pool is not None  # accept() has started it
+        one.save_id = info.save_id
         try:
             one.lock.enter_context(storage_of(one.checkpoint).reading(one.checkpoint))
             done = self._pool.submit(export_saved, one.checkpoint, info.save_id, one.export)
@@ -163,7 +173,11 @@ class Exporter:
         if isinstance(error, ClosedError):
             error = ClosedError(f"close() did not wait until the weights of step {one.step} were exported to {one.out}")
         what = f"{type(error).__name__}: {error}"
-        if not isinstance(error, CheckpointNotFoundError):  # then there is nothing to export any more
+        if isinstance(error, CheckpointNotFoundError):
+            pass  # it says that there is nothing to export any more
+        elif one.is_replaced:
+            what += f"; they cannot be exported any more: {one.checkpoint} was replaced or removed meanwhile"
+        else:
             what += f"; the checkpoint is committed. To export them now: {one.command}"
         logger.error("the weights of step %d were not exported: %s", one.step, what)
         self._end(one)

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stager import (
+    CheckpointNotFoundError,
     CorruptCheckpointError,
+    PathCheckpointer,
     StorageError,
     UnsafePickleError,
     UnstageableError,
     UsageError,
     export_checkpoint,
+    export_weights,
 )
 from stager.exporting.output import runs_of
 from stager.workers.checkpoint.formats import FORMATS
@@ -30,6 +35,7 @@ from stager.workers.checkpoint.storage.posix import files
 from stager.workers.errors import MemoryBudgetError
 from tests.cli.conftest import Outcome, flip_bit
 from tests.exporting.sharded import chunked_checkpoint
+from tests.faults import Faults
 from tests.persistence.tasks import save
 from tests.states import everything, same
 
@@ -239,3 +245,24 @@ def test_command_says_no_to_a_damaged_checkpoint(run: Path, tmp_path: Path) -> N
     flip_bit(run / "step-00000300" / "__0_0.distcp", 5000)
     outcome = Outcome("export", run, tmp_path / "a.pt")
     assert outcome.code == 1 and "__0_0.distcp" in outcome.err and not (tmp_path / "a.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("export", "out"), [(export_checkpoint, "out.pt"), (export_checkpoint, "out.safetensors"), (export_weights, "out")]
+)
+def test_checkpoint_that_is_replaced_when_its_export_begins_is_not_called_damaged(
+    tmp_path: Path, faults: Faults, export: Callable[..., Any], out: str
+) -> None:
+    """1. The manifest was read. 2. A later save takes the path. 3. The files have the names and sizes of the former ones."""
+    runs, config = tmp_path / "runs", {"workers": {"count": 1}, "persistence": {"fsync": False}}
+    with PathCheckpointer(config) as ckpt, ThreadPoolExecutor(1) as executor:
+        ckpt.save(runs / "last.ckpt", {"x": torch.ones(500)}, step=1, files={"a.txt": b"1"}).upload_completion.result()
+        with faults.hold("export.manifest") as held:
+            exported = executor.submit(export, runs / "last.ckpt", tmp_path / out)
+            held.wait()
+            again = ckpt.save(runs / "last.ckpt", {"x": torch.zeros(500)}, step=2, files={"a.txt": b"2"})
+            again.upload_completion.result()
+        with pytest.raises(CheckpointNotFoundError, match=r"last\.ckpt: was replaced or removed when its export began"):
+            exported.result()
+        assert export(runs / "last.ckpt", tmp_path / out).step == 2
+        assert sorted(os.listdir(tmp_path)) == ["faults", out, "runs"]

@@ -129,6 +129,17 @@ def test_argument_that_cannot_be_meant_is_said_when_it_is_made(options: dict[str
         WeightsExport(**{"out": "out", **options})
 
 
+def test_braces_in_out_are_doubled_for_a_save_and_taken_as_they_are_by_the_function(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXPORTS", str(tmp_path))
+    with Checkpointer(run_dir, config()) as ckpt:
+        export = WeightsExport("${EXPORTS}/{{a}}-{step:03d}-{step}", **WEIGHTS)
+        assert ckpt.save(7, state(), export=export).export_completion.result().path == str(tmp_path / "{a}-007-7")
+    export_weights(run_dir, tmp_path / "{step}-{b", **WEIGHTS)
+    assert names(tmp_path) == ["run", "{a}-007-7", "{step}-{b"]
+
+
 @pytest.mark.parametrize("on_save_error", ["raise", "warn"])
 def test_what_is_wrong_is_said_by_save_and_nothing_is_lost(
     run_dir: Path, tmp_path: Path, faults: Faults, on_save_error: str
@@ -142,6 +153,19 @@ def test_what_is_wrong_is_said_by_save_and_nothing_is_lost(
         (WeightsExport(tmp_path / "nowhere" / "out"), StorageError, "nowhere does not exist; create it"),
         (WeightsExport(tmp_path / "out", sidecars=[tmp_path / "none"]), UsageError, "none: does not exist"),
         (WeightsExport(tmp_path / "out", rename=lambda name: str(lock)), ArgumentError, "cannot be sent to a worker"),
+        *(
+            (WeightsExport(tmp_path / f"hf-{braces}"), ArgumentError, says)
+            for braces, says in (
+                ("{Step}", r"hf-\{Step\}': \{Step\} is nothing that an export knows; write \{step\}, or \{step:08d\}"),
+                ("{epoch}", r"\{epoch\} is nothing"),
+                ("{}", r"\{\} is nothing"),
+                ("{step:8d}", r"\{step:8d\} is nothing"),
+                ("{step!r}", r"\{step!r\} is nothing"),
+                ("{step.real}", r"\{step\.real\} is nothing"),
+                ("{step", "expected '}'"),
+                ("step}", "Single '}'"),
+            )
+        ),
         (WeightsExport(run_dir / "step-{step:08d}"), UsageError, "is the path of the checkpoint itself"),
         (WeightsExport(tmp_path / "held"), UsageError, r"an earlier save exports to it; put \{step\} into out"),
     ]
@@ -292,6 +316,85 @@ def test_checkpoint_that_was_replaced_is_not_exported_under_the_old_step(
     assert_holds(out / "hf-2", weights(2))
     assert_holds(out / "hf-7", weights(7))
     assert names(out) == [".stager.lock", "a-7", "hf-2", "hf-7", "last.ckpt"]
+
+
+@pytest.mark.parametrize("point", ["export.opened", "export.written"])
+def test_checkpoint_that_is_replaced_while_its_export_runs_is_exported_whole(
+    tmp_path: Path, faults: Faults, point: str
+) -> None:
+    """The weights and the files of the save are those of one checkpoint."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with PathCheckpointer(config()) as ckpt:
+        with faults.hold(point) as held:
+            export = WeightsExport(out / "hf-{step}", **WEIGHTS)
+            handle = ckpt.save(out / "last.ckpt", state(1), step=1, files={"config.json": b"1"}, export=export)
+            held.wait()
+            ckpt.save(out / "last.ckpt", state(2), step=2, files={"config.json": b"2"}).upload_completion.result()
+        assert handle.export_completion.result().sidecars == ("config.json",)
+    assert load_checkpoint(out / "last.ckpt").step == 2
+    assert_holds(out / "hf-1", weights(1))
+    assert (out / "hf-1" / "config.json").read_bytes() == b"1"
+
+
+def test_checkpoint_that_is_replaced_when_its_export_begins_is_not_called_damaged(
+    tmp_path: Path, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with PathCheckpointer(config()) as ckpt:
+        with faults.hold("export.manifest") as held:
+            export = WeightsExport(out / "hf-{step}", **WEIGHTS)
+            handle = ckpt.save(out / "last.ckpt", state(1), step=1, files={"config.json": b"1"}, export=export)
+            held.wait()
+            ckpt.save(out / "last.ckpt", state(2), step=2, files={"config.json": b"2"}).upload_completion.result()
+        with pytest.raises(CheckpointNotFoundError, match=r"last\.ckpt: was replaced or removed when its export began"):
+            handle.export_completion.result()
+    assert names(out) == [".stager.lock", "last.ckpt"]
+    assert not any("To export them now" in record.message for record in caplog.records)
+
+
+def test_export_that_fails_after_its_checkpoint_was_replaced_has_no_command(
+    tmp_path: Path, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The command would export the later save's weights under the name of the earlier one."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with PathCheckpointer(config()) as ckpt:
+        with faults.hold("export.opened") as held:
+            export = WeightsExport(out / "hf-{step}", **WEIGHTS, rename=lambda name: name[1000])
+            handle = ckpt.save(out / "last.ckpt", state(1), step=1, export=export)
+            held.wait()
+            ckpt.save(out / "last.ckpt", state(2), step=2).upload_completion.result()
+        with pytest.raises(UsageError, match="rename raised IndexError"):
+            handle.export_completion.result()
+        handle = ckpt.save(
+            out / "last.ckpt", state(3), step=3, export=WeightsExport(out / "hf", rename=lambda name: name[1000])
+        )
+        with pytest.raises(UsageError, match="rename raised IndexError"):
+            handle.export_completion.result()
+    first, second = (record.message for record in caplog.records if "not exported" in record.message)
+    assert "To export them now" not in first
+    assert first.endswith(f"they cannot be exported any more: {out / 'last.ckpt'} was replaced or removed meanwhile")
+    assert "To export them now" in second  # nobody has replaced this one
+
+
+def test_export_that_close_gives_up_after_its_checkpoint_was_replaced_has_no_command(
+    tmp_path: Path, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits behind another one when its checkpoint is replaced."""
+    out = tmp_path / "out"
+    out.mkdir()
+    ckpt = PathCheckpointer(config())
+    held = faults.hold("export.written")
+    for name in ("other", "last"):
+        export = WeightsExport(out / f"hf-{name}", **WEIGHTS)
+        ckpt.save(out / f"{name}.ckpt", state(1), step=1, export=export).upload_completion.result()
+    held.wait()
+    ckpt.save(out / "last.ckpt", state(2), step=2).upload_completion.result()
+    ckpt.close(timeout=0)
+    lines = [record.message for record in caplog.records if "not exported" in record.message]
+    assert {"hf-last" in line: "To export them now" in line for line in lines} == {False: True, True: False}
 
 
 # -- the save ends without a checkpoint -----------------------------------------------------------------------------

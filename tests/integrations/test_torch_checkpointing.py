@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import pickle
 import random
 import re
 import shutil
@@ -331,6 +332,58 @@ def test_damage_is_found_by_whoever_loads(tmp_path: Path, use_mmap: bool) -> Non
     trusting.close()
 
 
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:1],
+        lambda data: data[:12],
+        lambda data: data[: len(data) // 2],
+        lambda data: bytes(len(data)),
+        lambda data: b"X" + data[1:],
+        lambda data: data.replace(b'"xxh3_128"', b'"xxh3_129"', 1),  # still JSON
+        lambda data: data.replace(b'"body"', b'"bodx"', 1),
+        lambda data: b"\xff" * len(data),
+    ],
+    ids=[
+        "empty",
+        "1 byte",
+        "12 bytes",
+        "half",
+        "zeros",
+        "first byte",
+        "name of the hash",
+        "name of the body",
+        "no text",
+    ],
+)
+def test_a_damaged_manifest_does_not_turn_off_the_comparison(
+    tmp_path: Path, damage: Callable[[bytes], bytes], use_mmap: bool
+) -> None:
+    manager = new_manager()
+    manager._reader._disable_use_mmap_backed_storage_on_load = not use_mmap
+    manager.save(str(tmp_path / "step-3"), payload())
+    manifest = tmp_path / "step-3" / "manifest.json"
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    with pytest.raises(CorruptCheckpointError, match=r"manifest\.json: is damaged"):
+        manager.load(tmp_path / "step-3", into={"model": None})
+    trusting = new_manager(storage_config=StagerStorageConfig(verify=False))  # as the message says
+    assert same(dict(trusting.load(tmp_path / "step-3", into=ITEMS)), payload())
+    manager.close()
+    trusting.close()
+
+
+@pytest.mark.parametrize("text", ["{}", '{"name": "a web page"}', "[]"])
+def test_a_manifest_of_another_program_beside_its_checkpoint_is_left_to_it(tmp_path: Path, text: str) -> None:
+    theirs, ours = stock_manager(), new_manager()
+    theirs.save(str(tmp_path / "step-3"), payload())
+    (tmp_path / "step-3" / "manifest.json").write_text(text)
+    assert same(dict(ours.load(tmp_path / "step-3", into=ITEMS)), payload())
+    ours.close()
+    theirs.close()
+
+
 def test_a_save_to_a_path_that_is_taken_raises_and_changes_nothing(tmp_path: Path) -> None:
     manager = new_manager()
     manager.save(str(tmp_path / "step-3"), payload())
@@ -362,6 +415,104 @@ def test_a_save_that_fails_leaves_no_checkpoint_and_the_next_one_is_whole(
     assert same(dict(manager.load(tmp_path / "step-3", into=ITEMS)), payload(2.0))
     failing.close()
     manager.close()
+
+
+WAYS_TO_FAIL = ["callback", "part.receipt", "part.synced", "commit.begin", "commit.indexed", "commit.manifest"]
+
+
+@pytest.mark.parametrize("run", ["", "0123abcd"], ids=["without a process group", "with one"])
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("same_manager", [True, False])
+@pytest.mark.parametrize("way", WAYS_TO_FAIL)
+def test_files_of_a_save_that_failed_are_no_part_of_the_next_one(
+    tmp_path: Path, faults: Faults, run: str, num_threads: int, same_manager: bool, way: str
+) -> None:
+    """1. A save of four items fails. 2. The next save goes to the same name, and has one item less."""
+    failures = ["callback"] if way == "callback" else []
+
+    def callback(args: Any) -> None:
+        args.storage.write(Path(args.path, "of_the_callback.txt"), b"mine")
+        if failures:
+            raise OSError(failures.pop())
+
+    def manager_of_this_training() -> StagerCheckpointManager:
+        config = StagerCheckpointManager.Config.with_sync_save()
+        config.save.writer_config.file_write_max_threads = num_threads
+        config.storage_config, config.pre_finalize_callback = of_run(run) if run else StagerStorageConfig(), callback
+        return StagerCheckpointManager(config)
+
+    if way != "callback":
+        after = (
+            1 if way.startswith("part.") and not same_manager else 0
+        )  # the second file, or the first: the item itself
+        faults.arm(way, f"errno ENOSPC after={after}")
+    manager = manager_of_this_training()
+    with pytest.raises(OSError, match=r"callback|No space left"):
+        manager.save(str(tmp_path / "last"), {"ema": {"weight": torch.zeros(3)}, **payload()})
+    if not same_manager:
+        manager.close()
+        manager = manager_of_this_training()
+    manager.save(str(tmp_path / "last"), payload(2.0))
+    names = {"manifest.json", "model_0.pt", "optimizer_0.pt", "step_0.pt", "of_the_callback.txt"}
+    assert set(os.listdir(tmp_path / "last")) == names and set(os.listdir(tmp_path)) <= {"last", "faults"}
+    assert verify(tmp_path / "last", strict=True).ok
+    assert same(dict(manager.load(tmp_path / "last", into=ITEMS)), payload(2.0))
+    manager.close()
+
+
+def test_a_callback_that_makes_the_directory_again_loses_nothing(tmp_path: Path) -> None:
+    def callback(args: Any) -> None:
+        args.storage.mkdir(Path(args.path))
+        args.storage.write(Path(args.path, "of_the_callback.txt"), b"mine")
+
+    manager = new_manager(pre_finalize_callback=callback)
+    for step in (1, 2):
+        manager.save(str(tmp_path / f"step-{step}"), payload())
+        names = {"manifest.json", "model_0.pt", "optimizer_0.pt", "step_0.pt", "of_the_callback.txt"}
+        assert set(os.listdir(tmp_path / f"step-{step}")) == names
+    manager.close()
+
+
+def test_a_configuration_that_several_ranks_got_from_their_parent_makes_them_no_one_writer() -> None:
+    of_the_parent = StagerStorageConfig()
+    of_the_parent._writer = "0123abcd"
+    assert pickle.loads(pickle.dumps(of_the_parent)).writer() == StagerStorageConfig().writer() != "0123abcd"
+
+
+def test_a_save_that_begins_removes_only_what_its_own_process_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank may have written its part already; and what somebody has written since is not what was left."""
+    config, other = of_run("0123abcd"), of_run("0123abcd")
+    monkeypatch.setattr(other, "writer", lambda: "4567abcd")
+    for storage, names in ((config.create_storage(), "abc"), (other.create_storage(), "xy")):
+        with ThreadPoolExecutor(1, thread_name_prefix="ckpt-write") as executor:
+            executor.submit(storage.mkdir, tmp_path / "tmp_step-1").result()
+        for name in names:
+            storage.write(tmp_path / "tmp_step-1" / name, name.encode())
+    other.create_storage().write(tmp_path / "tmp_step-1" / "a", b"another rank's")
+    (tmp_path / "tmp_step-1" / "b").write_bytes(b"a callback's")
+    begun = config.create_storage()
+    with ThreadPoolExecutor(1, thread_name_prefix="ckpt-write") as executor:
+        executor.submit(begun.mkdir, tmp_path / "tmp_step-1").result()
+    assert sorted(begun.ls(tmp_path / "tmp_step-1")) == ["a", "b", "x", "y"]
+
+
+def test_ranks_remove_what_each_has_left_of_a_save_that_failed(tmp_path: Path) -> None:
+    assert run_ranks(f"{BODIES}:failed_and_saved", 2, tmp_path, str(tmp_path / "out")) == ["OSError", "OSError"]
+    names = {"manifest.json", "model_0.pt", "model_1.pt"}
+    assert set(os.listdir(tmp_path / "out" / "last")) == names
+    assert verify(tmp_path / "out" / "last", strict=True).ok
+
+
+@pytest.mark.long
+def test_after_an_asynchronous_save_that_failed_a_new_manager_saves(tmp_path: Path, faults: Faults) -> None:
+    faults.arm("commit.indexed", "errno ENOSPC")
+    command = [sys.executable, "-m", BODIES, "retry", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(tmp_path / "out" / "last")) == {"manifest.json", "model_0.pt"}
+    assert load_checkpoint(tmp_path / "out" / "last").state["model_0"]["weight"].tolist() == [2, 2, 2]
 
 
 def of_run(run: str) -> StagerStorageConfig:
@@ -515,6 +666,22 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         storage.write(tmp_path / "missing" / "file", b"new")
 
 
+def test_a_file_whose_receipt_cannot_be_written_does_not_appear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a receipt it would be taken for a file that a callback has written past the storage."""
+    storage = StagerStorageConfig().create_storage()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write_stream.files, "write_atomically", fail)
+        with pytest.raises(StorageError, match="No space left"):
+            storage.write(tmp_path / "file", b"new")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("segment_bytes", [1, 7, 64, 1000])
 def test_a_stream_reads_what_the_file_has_wherever_one_begins(tmp_path: Path, segment_bytes: int) -> None:
     data = random.Random(0).randbytes(500)
@@ -584,12 +751,22 @@ def in_a_directory(config: Any) -> None:
     config.items = {"model": ItemSpec(layout=LayoutInfo("model/{rank}.pt", RawSerialization()))}
 
 
+def without_a_barrier(config: Any) -> None:
+    with pytest.warns(UserWarning, match="requires `write_to_temp_dir=False`"):
+        config.save.writer_config = CheckpointWriterConfig(barrier_config=None)
+
+
 def in_place(config: Any) -> None:
     config.save.writer_config = CheckpointWriterConfig(write_to_temp_dir=False)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(in_a_directory, "model has file_path='model/"), (in_place, "write_to_temp_dir=False")]
+    ("change", "message"),
+    [
+        (in_a_directory, "model has file_path='model/"),
+        (in_place, "write_to_temp_dir=False"),
+        (without_a_barrier, "has barrier_config=None, and without a barrier"),
+    ],
 )
 def test_a_manager_refuses_what_its_storage_could_not_commit(
     tmp_path: Path, change: Callable[[Any], None], message: str

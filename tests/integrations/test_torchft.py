@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from stager import (
     ArgumentError,
     ClosedError,
     MemoryBudgetError,
     ReplicationError,
+    StateMismatchError,
     UnsafePickleError,
     UnstageableError,
 )
@@ -198,6 +200,73 @@ def test_an_object_that_could_run_code_is_refused_unless_its_class_is_allowed(pa
 )
 def test_in_a_child_where_a_process_group_is(tmp_path: Path, name: str) -> None:
     in_child(name, tmp_path)
+
+
+def view(base: torch.Tensor, *shape: int, stride: tuple[int, ...], offset: int = 0) -> torch.Tensor:
+    return base.as_strided(shape, stride, offset)
+
+
+FOUR, OF_TWO = torch.arange(4.0), torch.zeros(2)
+UNFIT: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], str]] = {  # target, received, message
+    "expanded": ({"a": torch.zeros(1).expand(4)}, {"a": FOUR}, r"\['a'\] is expanded"),
+    "expanded rows": ({"a": torch.zeros(2).expand(2, 2)}, {"a": FOUR.view(2, 2)}, r"\['a'\] is expanded"),
+    "elements of one tensor": (
+        {"a": view(torch.zeros(3), 2, 2, stride=(1, 1))},
+        {"a": FOUR.view(2, 2)},
+        r"\['a'\] has elements that share memory",
+    ),
+    "two views": (
+        {"a": FOUR[:3], "b": FOUR[1:]},
+        {"a": torch.ones(3), "b": torch.zeros(3)},
+        r"\['a'\] and .*\['b'\] share",
+    ),
+    "one tensor twice": (
+        {"a": OF_TWO, "b": OF_TWO},
+        {"a": torch.ones(2), "b": torch.ones(2) * 2},
+        r"\['a'\] and .*\['b'\] share memory, and different values were received",
+    ),
+    "no memory": ({"a": torch.zeros(4, device="meta")}, {"a": FOUR}, r"\['a'\] is on the meta device"),
+}
+
+
+@pytest.mark.parametrize(("target", "received", "message"), UNFIT.values(), ids=list(UNFIT))
+def test_a_target_that_cannot_hold_what_was_received_is_refused_by_its_key_path(
+    target: dict[str, torch.Tensor], received: dict[str, torch.Tensor], message: str
+) -> None:
+    before = {name: tensor.clone() for name, tensor in target.items() if not tensor.is_meta}
+    first = torch.ones(3)
+    with pair_of(state_dict=lambda: nested({"first": first, **target})) as filling:
+        with pytest.raises(
+            StateMismatchError, match=rf"^state_dict\(\)\['user'\]\['default'\]{message}.*; nothing was changed"
+        ):
+            filling.moved(nested({"first": torch.zeros(3), **{name: one.clone() for name, one in received.items()}}))
+    assert first.tolist() == [1, 1, 1]
+    assert all(torch.equal(target[name], tensor) for name, tensor in before.items())
+
+
+def test_targets_that_share_memory_are_filled_if_the_values_agree() -> None:
+    """Tied weights, a view of a part, its transpose, and elements of one tensor that get the same value."""
+    whole, other, source = torch.zeros(6, 4), torch.zeros(3), torch.arange(24.0).view(6, 4)
+    tied, apart = nn.Parameter(torch.zeros(4)), torch.zeros(8)
+
+    def target() -> Any:
+        parts = {
+            "w": whole,
+            "tied": whole,
+            "part": whole[1:3],
+            "t": whole.t(),
+            "same": view(other, 2, 2, stride=(1, 1)),
+        }
+        return {**parts, "p": tied, "q": tied, "even": apart[::2], "odd": apart[1::2]}
+
+    sent = {"w": source, "tied": source, "part": source[1:3], "t": source.t().clone(), "same": torch.ones(2, 2)}
+    sent |= {"p": torch.ones(4), "q": torch.ones(4), "even": torch.arange(4.0), "odd": torch.arange(4.0) * 2}
+    with pair_of(state_dict=target) as filling:
+        received = filling.moved(sent)
+    assert torch.equal(whole, source) and other.tolist() == [1, 1, 1] and tied.tolist() == [1, 1, 1, 1]
+    assert apart.tolist() == [0, 0, 1, 2, 2, 4, 3, 6]
+    assert all(torch.equal(received[name], sent[name]) for name in sent)
+    assert received["part"].data_ptr() == whole[1:].data_ptr()
 
 
 def test_a_backward_pass_may_run_while_its_parameters_are_received() -> None:
@@ -404,6 +473,19 @@ def test_a_secret_that_is_given_is_not_in_the_metadata() -> None:
 def test_metadata_that_does_not_fit_says_what_to_do(pair: Pair) -> None:
     with pytest.raises(ReplicationError, match="not of a StagerTransport; give all replica groups one"):
         pair.receive(metadata="http://localhost:1234/checkpoint/")
+    for address, problem in (
+        ("localhost:99999", r" \(Port out of range 0-65535\)"),
+        ("localhost:port", r" \(Port could not be cast .*\)"),
+        ("[::1", r" \(Invalid IPv6 URL\)"),
+        ("localhost:0", ""),
+        ("localhost", ""),
+        ("", ""),
+    ):
+        with pytest.raises(ReplicationError, match=f"not of a StagerTransport{problem}; give all replica groups one"):
+            pair.receive(metadata=f"stager://{address}/secret")
+    for host in ("a" * 70, "a..b"):  # no name of a host
+        with pytest.raises(ReplicationError, match=host):
+            pair.receive(metadata=f"stager://{host}:1234/secret")
     with pair_of(secret=SECRET) as secretive:
         with pytest.raises(ReplicationError, match="this replica was given a secret, and the sender was not"):
             secretive.receive(metadata=pair.sender.metadata())

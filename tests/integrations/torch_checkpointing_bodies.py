@@ -48,6 +48,29 @@ def saved_and_loaded(rank: int, directory: str, out: str) -> str:
     return StagerStorageConfig().run()
 
 
+def failed_and_saved(rank: int, directory: str, out: str) -> str:
+    """A save fails on both ranks when all is written; the next one to that name has an item less. Returns the error."""
+    failures = [OSError(28, "No space left on device")]
+
+    def callback(args: CallbackArgs) -> None:
+        dist.barrier()  # the other rank has written its part, too
+        if failures:
+            raise failures.pop()
+
+    manager = new_manager(pre_finalize_callback=callback)
+    found = ""
+    try:
+        manager.save(f"{out}/last", {"model": {"weight": WHOLE}, "ema": {"weight": WHOLE}})
+    except OSError as error:
+        found = type(error).__name__
+    manager.save(f"{out}/last", {"model": {"weight": WHOLE + rank}})
+    dist.barrier()
+    loaded = manager.load(f"{out}/last", into={"model": None})
+    assert torch.equal(loaded["model"]["weight"], WHOLE + rank)
+    manager.close()
+    return found
+
+
 def loaded_as_shards(rank: int, directory: str, path: str) -> bool:
     """Load rows, then columns, of what one process saved."""
     mesh = init_device_mesh("cpu", (2,))
@@ -78,5 +101,35 @@ def main(out: str) -> None:
     manager.close()
 
 
+def new_async_manager() -> StagerCheckpointManager:
+    """A manager whose subprocess may be slow to start, on a busy machine."""
+    config = StagerCheckpointManager.Config.with_async_save()
+    config.save.process_config.subprocess_init_timeout_secs = 120
+    return StagerCheckpointManager(config)
+
+
+def retry(out: str) -> None:
+    """A save fails; each later one does, until there is a new manager."""
+    manager = new_async_manager()
+    manager.save(f"{out}/last", {"model": {"weight": torch.ones(3)}, "ema": {"weight": torch.ones(3)}})
+    for call in (
+        lambda: manager.save(f"{out}/last", {"model": {"weight": torch.full((3,), 2.0)}}),
+        lambda: manager.save(f"{out}/other", {"model": {"weight": torch.full((3,), 2.0)}}),
+        manager.close,
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "No space left on device" in str(error), error
+        else:
+            raise AssertionError("the error of the first save is not raised")
+    manager = new_async_manager()
+    manager.save(f"{out}/last", {"model": {"weight": torch.full((3,), 2.0)}})
+    manager.close()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "retry":
+        retry(sys.argv[2])
+    else:
+        main(sys.argv[1])

@@ -1,11 +1,12 @@
 """From a directory of files with receipts to a checkpoint: ``Storage.rename()`` of torch_checkpointing, which commits.
 
-    every rank   WriteStream    each file synced, renamed to its name, and a receipt beside it
+    every rank   begin()        what a failed save of this process has left is removed (``leftovers.py``)
+    every rank   WriteStream    each file synced, a receipt beside it, and renamed to its name
     every rank                  torch_checkpointing's barrier: all files are there
     rank 0       commit()       1. files of another training, which was killed while it saved to this name, are removed
                                 2. receipts become a layout; a file without one is read and hashed
                                 3. the manifest is written and synced
-                                4. receipts are removed, and the directory is synced
+                                4. receipts and markers are removed, and the directory is synced
                                 5. the directory gets its final name, and the parent is synced. Now there is a checkpoint
 
 The files keep the names and bytes that torch_checkpointing gives them, so it reads them, with or without stager. An archive
@@ -27,6 +28,7 @@ import torch
 from stager.integrations.torch_checkpointing_parts.receipt import (
     SEGMENT_BYTES,
     FileReceipt,
+    is_marker,
     is_receipt,
     is_unfinished,
     read_file_receipt,
@@ -87,7 +89,8 @@ def commit(source: str, final: str, run: str, fsync: bool) -> None:
             # Before the receipts go: what a killed commit leaves without receipts is known by its manifest.
             files.write_atomically(directory_fd, source, MANIFEST_NAME, manifest.to_bytes(), fsync)
             point("commit.manifest")
-            for left in filter(is_receipt, os.listdir(source)):
+            # Markers last: as long as there are receipts, the next save of their writer has to look at them.
+            for left in sorted(filter(_is_for_the_commit, os.listdir(source)), key=is_marker):
                 files.remove(os.path.join(source, left))
             if fsync:
                 os.fsync(directory_fd)
@@ -97,6 +100,10 @@ def commit(source: str, final: str, run: str, fsync: bool) -> None:
         if fsync:
             files.sync_directory(directory)
         point("commit.published")
+
+
+def _is_for_the_commit(name: str) -> bool:
+    return is_receipt(name) or is_marker(name)
 
 
 def _refuse_occupied(final: str) -> None:
@@ -126,7 +133,7 @@ def _files(source: str, run: str) -> Iterable[_File]:
 
     Nothing is removed from a directory of which this training has written no file.
     """
-    names = [name for name in os.listdir(source) if not (is_receipt(name) or name == MANIFEST_NAME)]
+    names = [name for name in os.listdir(source) if not (_is_for_the_commit(name) or name == MANIFEST_NAME)]
     receipts = {name: read_file_receipt(receipt_path(os.path.join(source, name))) for name in names}
     is_ours = any(receipt is not None and receipt.run == run for receipt in receipts.values())
     left = _mtime_ns(os.path.join(source, MANIFEST_NAME))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +11,18 @@ from typing import Any
 
 import xxhash
 
-from stager.workers.checkpoint.directory.manifest_file import has_own_manifest, read_manifest
-from stager.workers.checkpoint.documents.manifest import Manifest
+from stager.workers.checkpoint.documents.envelope import is_sealed
+from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError
+
+_MARKS = (b'"xxh3_128"', b'"format":"stager"', b'"save_id"')  # in every sealed manifest
+_UNCHECKED = (
+    ". Without it, nothing that is read here can be checked. Load another checkpoint, or this one unchecked with "
+    "StagerStorageConfig(verify=False)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +40,37 @@ class HashedFile:
 
 
 def hashed_files(directory: str) -> Mapping[str, HashedFile] | None:
-    """Return the files of a checkpoint by their names; None if there is no manifest of stager's.
+    """Return the files of a checkpoint by their names; None if its manifest.json is another program's, or is gone.
 
     Raises:
         CorruptCheckpointError: the manifest is damaged.
     """
-    return _by_name(read_manifest(directory)) if has_own_manifest(directory) else None
+    path = os.path.join(directory, MANIFEST_NAME)
+    try:
+        data = storage_of(directory).read_manifest(directory)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CorruptCheckpointError(path, f"cannot be read: {error.strerror}{_UNCHECKED}") from error
+    if is_sealed(data):
+        return _by_name(parse_manifest(data, path))
+    if _is_of_another_program(data):
+        return None
+    raise CorruptCheckpointError(path, f"is damaged: its {len(data)} bytes are no manifest of stager{_UNCHECKED}")
+
+
+def _is_of_another_program(data: bytes) -> bool:
+    """Whether a manifest.json is certainly not stager's: whole JSON, in which nothing is as in a sealed manifest.
+
+    A manifest that is cut short, empty too, is no JSON any more. One with damaged bytes still has most of its marks.
+    """
+    if any(mark in data for mark in _MARKS):
+        return False
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _by_name(manifest: Manifest) -> Mapping[str, HashedFile]:

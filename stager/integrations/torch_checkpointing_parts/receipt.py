@@ -19,6 +19,7 @@ SEGMENT_BYTES = 16 << 20
 """What one hash covers, and what is read at least to check a slice of a tensor."""
 
 _RECEIPT = re.compile(r"\.(.+)\.stager-receipt")
+_MARKER = re.compile(r"\.stager-begun-[0-9a-f]+")
 _UNFINISHED = re.compile(r"\.(.+)\.stager-unfinished-[0-9a-f]+")
 
 
@@ -31,6 +32,7 @@ class FileReceipt:
         whole: xxh3_128 of all of it, hex.
         hashes: xxh3_128 of each of its segments, hex.
         run: of the training that wrote it, see ``StagerStorageConfig``.
+        writer: the process of that training.
     """
 
     nbytes: int
@@ -38,6 +40,7 @@ class FileReceipt:
     whole: str
     hashes: tuple[str, ...]
     run: str
+    writer: str
 
     def to_bytes(self) -> bytes:
         """Serialise it, sealed."""
@@ -61,6 +64,7 @@ def read_file_receipt(path: str) -> FileReceipt | None:
             check_text(body["whole"]),
             check_texts(body["hashes"]),
             check_text(body["run"]),
+            check_text(body["writer"]),
         )
     except (CorruptCheckpointError, KeyError, TypeError, ValueError):
         return None
@@ -78,9 +82,25 @@ def unfinished_path(path: str, nonce: str) -> str:
     return os.path.join(directory, f".{name}.stager-unfinished-{nonce}")
 
 
+def marker_path(directory: str, writer: str) -> str:
+    """Return the path of the marker that a process has begun a save in a directory."""
+    return os.path.join(directory, f".stager-begun-{writer}")
+
+
+def name_of_receipt(name: str) -> str | None:
+    """Return the name of the file that a receipt is of; None: ``name`` is not a receipt's."""
+    match = _RECEIPT.fullmatch(name)
+    return None if match is None else match[1]
+
+
 def is_receipt(name: str) -> bool:
     """Whether a name in a directory is that of a receipt."""
-    return _RECEIPT.fullmatch(name) is not None
+    return name_of_receipt(name) is not None
+
+
+def is_marker(name: str) -> bool:
+    """Whether a name in a directory is that of a marker."""
+    return _MARKER.fullmatch(name) is not None
 
 
 def is_unfinished(name: str) -> bool:

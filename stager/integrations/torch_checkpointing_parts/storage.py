@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from torch_checkpointing.storage.base_storage import ReadArgs, StorageConfig
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorage, LocalFileSystemStorageConfig
 
 from stager.integrations.torch_checkpointing_parts.commit import commit
+from stager.integrations.torch_checkpointing_parts.leftovers import begin
 from stager.integrations.torch_checkpointing_parts.read_stream import HashedFile, ReadStream, hashed_files
-from stager.integrations.torch_checkpointing_parts.receipt import is_receipt, is_unfinished, receipt_path
+from stager.integrations.torch_checkpointing_parts.receipt import is_marker, is_receipt, is_unfinished, receipt_path
 from stager.integrations.torch_checkpointing_parts.write_stream import WriteStream
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.storage.posix import files
@@ -25,6 +28,16 @@ from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import ArgumentError
 
 _RUN_KEY = "stager/torch_checkpointing/run"
+_WRITING_THREADS = "ckpt-write"  # how a CheckpointWriter calls the threads that it starts for each save
+
+
+def _has_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@cache
+def _writer_of(pid: int) -> str:
+    return uuid.uuid4().hex
 
 
 @dataclass
@@ -39,6 +52,7 @@ class StagerStorageConfig(StorageConfig):
     fsync: bool = True
     verify: bool = True
     _run: str | None = field(default=None, init=False, repr=False)
+    _writer: str | None = field(default=None, init=False, repr=False)
 
     # NOTE [ Whose files ]
     # A training that is killed while it saves leaves files under torch_checkpointing's temporary name. The next one that
@@ -46,6 +60,11 @@ class StagerStorageConfig(StorageConfig):
     # the ranks of one process group have in common. The subprocess of torch_checkpointing has no process group, and gets the
     # id with this configuration. Without a process group it is empty: then a file is known as another training's only
     # if that had one.
+    #
+    # A save that fails leaves files there, too, and the training may go on and save to that name again, without one of the
+    # items. So each receipt also has the *writer*: an id of the process that trains, which its subprocess gets with this
+    # configuration. When a save begins, each process removes what it has left itself (leftovers.py). The ranks need not
+    # agree on anything for that: the commit comes behind a barrier, so behind the beginning of every rank's save.
 
     def create_storage(self) -> StagerStorage:
         """Make the storage of this process."""
@@ -53,13 +72,22 @@ class StagerStorageConfig(StorageConfig):
 
     def run(self) -> str:
         """Return the id that the ranks of this training have in common; "" without a process group."""
-        if self._run is not None or not (dist.is_available() and dist.is_initialized()):
+        if self._run is not None or not _has_process_group():
             return self._run or ""
         store = dist.distributed_c10d._get_default_store()
         return bytes(store.compare_set(_RUN_KEY, "", uuid.uuid4().hex)).decode()  # that of whoever comes first
 
+    def writer(self) -> str:
+        """Return the id of the process that trains: this one, or the one whose subprocess this is.
+
+        Ranks that got one configuration from their parent process have an id each, or one would remove another's files.
+        """
+        # torch_checkpointing's subprocess is a daemon, and has no process group.
+        is_subprocess = multiprocessing.current_process().daemon and not _has_process_group()
+        return self._writer if is_subprocess and self._writer is not None else _writer_of(os.getpid())
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": self.run()}
+        return {**self.__dict__, "_run": self.run(), "_writer": self.writer()}
 
 
 class StagerStorage(LocalFileSystemStorage):
@@ -75,6 +103,13 @@ class StagerStorage(LocalFileSystemStorage):
 
     # -- writing ------------------------------------------------------------------------------------------------
 
+    def mkdir(self, path: Path, recursive: bool = True) -> None:
+        """Make a directory. If a save begins so, remove what this process has left in it with a save that failed."""
+        super().mkdir(path, recursive)
+        # Not if a callback calls it, which runs when the save has written its files: it has another thread.
+        if threading.current_thread().name.startswith(_WRITING_THREADS):
+            begin(os.fspath(path), self._config.writer())
+
     def stream_write(self, path: Path) -> WriteStream:
         """Return a stream to a file, which appears when the ``with`` block of the stream ends.
 
@@ -85,7 +120,7 @@ class StagerStorage(LocalFileSystemStorage):
             raise ArgumentError(
                 f"{path}: each checkpoint of stager has its {MANIFEST_NAME}; give the item another file_path"
             )
-        return WriteStream(os.fspath(path), self._config.fsync, self._run)
+        return WriteStream(os.fspath(path), self._config.fsync, self._run, self._config.writer())
 
     @cached_property
     def _run(self) -> str:
@@ -122,7 +157,7 @@ class StagerStorage(LocalFileSystemStorage):
 
     def ls(self, path: Path) -> list[str]:
         """List a directory. What stager needs until the commit is not shown."""
-        return [name for name in super().ls(path) if not (is_receipt(name) or is_unfinished(name))]
+        return [name for name in super().ls(path) if not (is_receipt(name) or is_marker(name) or is_unfinished(name))]
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -51,10 +51,10 @@ class SegmentHasher:
                 self._hashes.append(self._segment.hexdigest())
                 self._segment.reset()
 
-    def receipt(self, mtime_ns: int, run: str) -> FileReceipt:
+    def receipt(self, mtime_ns: int, run: str, writer: str = "") -> FileReceipt:
         """Return what was hashed. A file without bytes has one segment."""
         rest = [self._segment.hexdigest()] if self.nbytes % SEGMENT_BYTES or not self._hashes else []
-        return FileReceipt(self.nbytes, mtime_ns, self._whole.hexdigest(), (*self._hashes, *rest), run)
+        return FileReceipt(self.nbytes, mtime_ns, self._whole.hexdigest(), (*self._hashes, *rest), run, writer)
 
 
 class WriteStream(io.RawIOBase):
@@ -66,10 +66,10 @@ class WriteStream(io.RawIOBase):
         StorageError: the file cannot be written; by every method.
     """
 
-    def __init__(self, path: str, fsync: bool, run: str) -> None:
+    def __init__(self, path: str, fsync: bool, run: str, writer: str) -> None:
         self._path = path
         self._fsync = fsync
-        self._run = run
+        self._run, self._writer = run, writer
         self._unfinished = unfinished_path(path, secrets.token_hex(8))
         self._file: Any = None
         self._hasher = SegmentHasher()
@@ -114,8 +114,9 @@ class WriteStream(io.RawIOBase):
         """Give the file its name, and leave the receipt.
 
         1. Sync the file.
-        2. Remove an older receipt, which a file of the same size and time would seem to fit.
-        3. Rename the file, then write the receipt. Without one, the commit reads the file and hashes it.
+        2. Write the receipt, which replaces an older one. Before the rename: if this save fails in between, its file would
+           have no receipt, and be taken for that of a callback by the next save.
+        3. Rename the file. Until then, the receipt does not fit what may be there, by size and time.
         """
         with file:
             file.flush()
@@ -124,17 +125,15 @@ class WriteStream(io.RawIOBase):
                 os.fsync(file.fileno())
             stat = os.fstat(file.fileno())
         point("part.synced")
-        receipt = self._hasher.receipt(stat.st_mtime_ns, self._run)
-        left = receipt_path(self._path)
-        files.remove(left)
-        os.rename(self._unfinished, self._path)
-        directory, name = os.path.split(left)
+        receipt = self._hasher.receipt(stat.st_mtime_ns, self._run, self._writer)
+        directory, name = os.path.split(receipt_path(self._path))
         directory_fd = files.open_directory(directory)
         try:
             files.write_atomically(directory_fd, directory, name, receipt.to_bytes(), fsync=False)
         finally:
             os.close(directory_fd)
         point("part.receipt")
+        os.rename(self._unfinished, self._path)
 
 
 def hash_file(path: str, run: str) -> FileReceipt:

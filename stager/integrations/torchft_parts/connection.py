@@ -94,7 +94,7 @@ class Connection:
         where = f"the sender at {host}:{port}"
         try:
             connection = Connection(socket.create_connection((host, port), timeout=_left(deadline)))
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # of a host whose name can be none
             raise ReplicationError(f"{where} cannot be reached: {error}") from error
         try:
             connection._ask(secret, Wish(step, _left(deadline)), deadline)

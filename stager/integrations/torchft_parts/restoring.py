@@ -9,6 +9,7 @@ import ctypes
 import io
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from stager.integrations.torchft_parts.connection import signed
 from stager.integrations.torchft_parts.snapshot import Header, check_received, storages_in
+from stager.loading.one_memory import conflicts
 from stager.loading.pickles.pickle_check import check_pickle
+from stager.loading.reading.direct_read import overlapping
 from stager.replication.parcel import as_bytes
 from stager.workers.checkpoint.formats.safe_globals import allowed, reason_of
 from stager.workers.checkpoint.formats.torch_settings import torch_defaults
@@ -118,31 +121,75 @@ def fill(state: Any, target: Any) -> None:
         target: a nested container of tensors. What it has at the same key paths is filled; the rest stays.
 
     Raises:
-        StateMismatchError: tensors of one key path differ in shape, dtype or kind. Nothing was changed.
+        StateMismatchError: tensors of one key path differ in shape, dtype or kind; or tensors of the target share memory,
+            and different values were received for them. Nothing was changed.
     """
     targets = {path: value for path, value in tree_flatten_with_path(target)[0] if isinstance(value, torch.Tensor)}
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    sharded: list[tuple[DTensor, torch.Tensor]] = []
+    fills: list[_Fill] = []
     for path, received in tree_flatten_with_path(state)[0]:
         if not isinstance(received, torch.Tensor) or path not in targets:
             continue
         one = targets[path]
         if problem := _difference(received, one):
-            raise StateMismatchError(
-                f"state_dict(){keystr(path)} {problem}; nothing was changed. Let state_dict= return what the sender's "
-                "state_dict functions return, or leave it out"
-            )
-        if isinstance(received, DTensor) and isinstance(one, DTensor):
-            sharded.append((received, _alias(one._local_tensor)))
-        else:
-            pairs.append((received, _alias(one)))
+            raise _refusal(f"{keystr(path)} {problem}")
+        fills.append(_Fill(keystr(path), received, _local(received), _alias(_local(one))))
+    _refuse_conflicts(fills)
     with torch.no_grad():
-        for received, memory in pairs:
-            _copy(received, memory)
-            received.data = memory
-        for dtensor, memory in sharded:
-            _copy(dtensor._local_tensor, memory)
-            dtensor._local_tensor = memory
+        for filled in fills:
+            _copy(filled.value, filled.memory)
+            if isinstance(filled.received, DTensor):
+                filled.received._local_tensor = filled.memory
+            else:
+                filled.received.data = filled.memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """A tensor of the target that is filled.
+
+    Attributes:
+        path: its key path.
+        received: gets the memory.
+        value: of a received DTensor its local tensor, else the received tensor.
+        memory: of the target.
+    """
+
+    path: str
+    received: torch.Tensor
+    value: torch.Tensor
+    memory: torch.Tensor
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _refusal(problem: str) -> StateMismatchError:
+    return StateMismatchError(
+        f"state_dict(){problem}; nothing was changed. Let state_dict= return what the sender's state_dict functions return, "
+        "or leave it out"
+    )
+
+
+def _refuse_conflicts(fills: Sequence[_Fill]) -> None:
+    """Raise unless each value stays where it was put, when all are filled: tied weights have the same value."""
+    fills = list({(_view_of(one.memory), _view_of(one.value)): one for one in fills}.values())  # of tied weights one
+    targets = [one.memory for one in fills]
+    shared = overlapping(range(len(targets)), targets)
+    numbers = [k for k, target in enumerate(targets) if k in shared or torch._debug_has_internal_overlap(target)]
+    for one, other in conflicts(numbers, targets, lambda number: fills[number].value):
+        if one == other:
+            raise _refusal(
+                f"{fills[one].path} has elements that share memory, and different values were received for them"
+            )
+        raise _refusal(
+            f"{fills[one].path} and {fills[other].path} share memory, and different values were received for them"
+        )
+
+
+def _view_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    return (*place, tensor.is_conj(), tensor.is_neg())
 
 
 def _copy(received: torch.Tensor, memory: torch.Tensor) -> None:
@@ -173,6 +220,15 @@ def _difference(received: torch.Tensor, target: torch.Tensor) -> str | None:
             f"is {target.dtype} of shape {tuple(target.shape)}, and {received.dtype} of shape {tuple(received.shape)} was "
             "received"
         )
+    return _obstacle(target)
+
+
+def _obstacle(target: torch.Tensor) -> str | None:
+    """Say why the memory of a target cannot be filled, whatever was received; None if it can."""
+    if target.is_meta:
+        return "is on the meta device, which has no memory to fill"
+    if torch._debug_has_internal_overlap(target) == 1:
+        return "is expanded, so several of its elements share memory"
     return None
 
 
