@@ -248,7 +248,7 @@ class Loader:
         self._skipped.append(SkippedCheckpoint(name, str(error), step))
         if not isinstance(error, CheckpointNotFoundError):
             self._unusable[step] = error
-        logger.warning("%s skipped: %s", name, error)
+        logger.warning("%s skipped: %s", name, str(error))
 
     def _check(self, step: int, full: bool) -> _Candidate:
         path = self.place.path(step)

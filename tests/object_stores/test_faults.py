@@ -147,7 +147,7 @@ def test_no_upload_in_parts_is_ever_begun(proxy: Proxy, far_url: str) -> None:
 def test_two_savers_of_one_step_agree_on_one(proxy: Proxy, far_url: str) -> None:
     """Two commits meet at the manifest: both have looked, and found nothing there."""
     held = proxy.when("PUT", MANIFEST, Fault.HOLD)
-    with Checkpointer(far_url) as ckpt:
+    with Checkpointer(far_url, config={"workers": {"count": 2}}) as ckpt:
         first = ckpt.save(1, state_of(1))
         assert held.reached.wait(60)
         second = ckpt.save(1, state_of(2))

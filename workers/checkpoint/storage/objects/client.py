@@ -51,6 +51,9 @@ class Listed:
 class Client:
     """One bucket. Keys have no leading slash.
 
+    Attributes:
+        server: the endpoint that the environment names; "": the service's own.
+
     Raises, in every method:
         FileNotFoundError: there is no such object.
         StorageError: the store refuses, or does not answer.
@@ -61,6 +64,7 @@ class Client:
         self._root = root
         self._obstore: Any = obstore
         self._store = _connect(root)
+        self.server = _endpoint()
 
     def url(self, key: str) -> str:
         """Return the URL of an object."""
@@ -180,7 +184,7 @@ def _listed(meta: Any) -> Listed:
 def _connect(root: str) -> ObjectStore:
     from obstore.store import from_url
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    endpoint = _endpoint()
     timeout = timedelta(seconds=float(os.environ.get(RETRY_VARIABLE, RETRY_SECS)))
     retries = {"max_retries": 1000, "retry_timeout": timeout, "backoff": _BACKOFF}
     options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": retries}
@@ -191,6 +195,10 @@ def _connect(root: str) -> ObjectStore:
         return from_url(root, **options)
     except Exception as error:
         raise ConfigError(f"{root} cannot be used as an object store: {error}") from error
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _import() -> Any:

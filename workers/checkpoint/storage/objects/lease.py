@@ -12,10 +12,10 @@
               (``check_holder``), and fails. The token, which only grows, says in logs and in the object which was later.
 
 NOTE [ A holder on this host ]
-After a SIGKILL nobody gives the lease back, and a restart would wait for it to expire. So each holder also has a socket with
-a name that follows from the run's URL, in the kernel's abstract namespace. Its descriptor travels with each write task, as
-that of a ``flock`` does on a file system. A run that begins on the same host (the same boot, the same network namespace)
-takes the lease at once when nobody has such a socket any more, and waits as long as somebody has.
+After a SIGKILL nobody gives the lease back, and a restart would wait for it to expire. So each holder also has a socket in
+the kernel's abstract namespace, with a name that follows from the server and the run's URL. Its descriptor travels with each
+write task, as that of a ``flock`` does on a file system. A run that begins on the same host (the same boot, the same network
+namespace) takes the lease at once when nobody has such a socket any more, and waits as long as somebody has.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LeaseLock(RunLock):
         self._ended.set()
         self._thread.join()
         self.descriptor.close()
-        if self._nonce and not _is_alive_here(self._client.url(self._key)):
+        if self._nonce and not _is_alive_here(self._client, self._key):
             with suppress(StorageError, FileNotFoundError):  # it expires
                 found = self._client.get_version(self._key)
                 lease = _Lease.of(found.data)
@@ -138,7 +138,7 @@ def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
         lease = _Lease() if found is None else _Lease.of(found.data)
         if found is None or seen is None or found.version != seen.version:
             seen, seen_at = found, time.monotonic()
-        held = _hold(client.url(key))
+        held = _hold(client, key)
         if held is not None:
             is_free = not lease.nonce or _is_of_this_host(lease) or time.monotonic() - seen_at >= lease.secs
             if is_free and _write(client, key, _taken(lease, nonce), found):
@@ -157,7 +157,7 @@ def join_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
     lease = holder_of(client, key)
     if lease != nonce:
         _refuse(_Lease(nonce=lease), timeout, path)
-    held = _hold(client.url(key), shared=True)
+    held = _hold(client, key, shared=True)
     if held is None:
         raise StorageError(errno.EMFILE, f"more than {_SLOTS} ranks of this host share the lock", path)
     return LeaseLock(client, key, nonce, held)
@@ -173,7 +173,7 @@ def holder_of(client: Client, key: str) -> str:
 def without_holder(client: Client, key: str, path: str) -> Iterator[None]:
     """Raise DirectoryInUseError if a run has the lease, without taking it."""
     lease = _Lease.of(found.data) if (found := _read(client, key)) is not None else _Lease()
-    if lease.nonce and (not _is_of_this_host(lease) or _is_alive_here(client.url(key))):
+    if lease.nonce and (not _is_of_this_host(lease) or _is_alive_here(client, key)):
         _refuse(lease, 0, path)
     yield
 
@@ -261,27 +261,28 @@ def _is_of_this_host(lease: _Lease) -> bool:
     return (lease.boot, lease.namespace) == (_boot(), _namespace())
 
 
-def _hold(url: str, *, shared: bool = False) -> socket.socket | None:
+def _hold(client: Client, key: str, *, shared: bool = False) -> socket.socket | None:
     """Return a socket that shows that this process holds the lock; None: others do, and it is not shared."""
     if shared:
-        return next((held for slot in range(1, _SLOTS) if (held := _bind(url, slot)) is not None), None)
-    if _is_alive_here(url):
+        return next((held for slot in range(1, _SLOTS) if (held := _bind(client, key, slot)) is not None), None)
+    if _is_alive_here(client, key):
         return None
-    return _bind(url, 0)
+    return _bind(client, key, 0)
 
 
-def _is_alive_here(url: str) -> bool:
+def _is_alive_here(client: Client, key: str) -> bool:
     """Return whether any process of this host holds the lock."""
     for slot in range(_SLOTS):
-        held = _bind(url, slot)
+        held = _bind(client, key, slot)
         if held is None:
             return True
         held.close()
     return False
 
 
-def _bind(url: str, slot: int) -> socket.socket | None:
-    name = hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+def _bind(client: Client, key: str, slot: int) -> socket.socket | None:
+    what = f"{client.server} {client.url(key)}"
+    name = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
     held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         held.bind(f"\0stager-lease-{name}-{slot}")
