@@ -64,6 +64,7 @@ def documents() -> list[str]:
 
 RUN_ELSEWHERE = {
     "docs/mistakes.md": "every block of it is a mistake; tests/mistakes makes each of them",
+    "docs/object-stores.md": "tests/object_stores/test_page.py runs it with a server",
     "docs/integrations/accelerate.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/deepspeed.md": "its script is killed and resumed by tests/integrations",
     "docs/integrations/megatron-bridge.md": "tests/integrations save and load in ranks of their own, as its blocks do",

@@ -5,8 +5,6 @@ A proxy before a real server makes it happen to one request, or to as many as ar
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -17,7 +15,7 @@ from tests.object_stores.proxy import Fault, Proxy
 from tests.object_stores.test_checkpointer import LEFT, objects
 from tests.states import same
 
-CHUNK = r"__0_0\.distcp/"
+STRIPE = r"__0_0\.distcp/"
 RECEIPT = r"receipt-"
 MANIFEST = r"step-00000001/manifest\.json"
 DECISION = r"\.stager\.decisions/"
@@ -39,7 +37,7 @@ def is_whole(far_url: str, step: int = 1) -> None:
     assert not any(map(LEFT.search, keys))
 
 
-@pytest.mark.parametrize("path", [CHUNK, RECEIPT, MANIFEST, DECISION, r"save-0", r"\.data-[0-9a-f]+/manifest"])
+@pytest.mark.parametrize("path", [STRIPE, RECEIPT, MANIFEST, DECISION, r"save-0", r"\.data-[0-9a-f]+/manifest"])
 @pytest.mark.parametrize("what", [Fault.RESET, Fault.RESET_IN_BODY, Fault.LOSE_ANSWER, 500, 503, 429], ids=str)
 def test_a_write_that_fails_is_done_again(proxy: Proxy, far_url: str, path: str, what: Fault | int) -> None:
     rule = proxy.when("PUT", path, what, times=2)
@@ -67,7 +65,7 @@ def test_a_removal_that_fails_is_done_again(proxy: Proxy, far_url: str, what: Fa
 
 
 def test_slow_bytes_arrive(proxy: Proxy, far_url: str) -> None:
-    rule = proxy.when("PUT", CHUNK, Fault.SLOW, times=4)
+    rule = proxy.when("PUT", STRIPE, Fault.SLOW, times=4)
     save_one(far_url)
     assert rule.reached.is_set()
     is_whole(far_url)
@@ -76,7 +74,7 @@ def test_slow_bytes_arrive(proxy: Proxy, far_url: str) -> None:
 def test_a_server_that_is_gone_for_a_while_delays_the_save(proxy: Proxy, far_url: str) -> None:
     """The trainer goes on meanwhile: the next save is staged, too."""
     with Checkpointer(far_url) as ckpt:
-        held = proxy.when("PUT", CHUNK, Fault.HOLD)
+        held = proxy.when("PUT", STRIPE, Fault.HOLD)
         first = ckpt.save(1, state_of(1))
         assert held.reached.wait(60)
         proxy.go_down()
@@ -93,7 +91,7 @@ def test_a_server_that_is_gone_for_a_while_delays_the_save(proxy: Proxy, far_url
 def test_a_store_that_refuses_says_so_and_the_next_save_works(proxy: Proxy, far_url: str) -> None:
     with Checkpointer(far_url) as ckpt:
         ckpt.save(1, state_of(1)).upload_completion.result()
-        proxy.when("PUT", CHUNK, 403, times=100)
+        proxy.when("PUT", STRIPE, 403, times=100)
         failed = ckpt.save(2, state_of(2))
         error = failed.upload_completion.exception()
         assert (
@@ -142,22 +140,6 @@ def test_a_refused_condition_is_looked_into(proxy: Proxy, far_url: str, code: in
 def test_no_upload_in_parts_is_ever_begun(proxy: Proxy, far_url: str) -> None:
     save_one(far_url)
     assert proxy.count("POST", "uploads") == 0
-
-
-def test_two_savers_of_one_step_agree_on_one(proxy: Proxy, far_url: str) -> None:
-    """Two commits meet at the manifest: both have looked, and found nothing there."""
-    held = proxy.when("PUT", MANIFEST, Fault.HOLD)
-    with Checkpointer(far_url, config={"workers": {"count": 2}}) as ckpt:
-        first = ckpt.save(1, state_of(1))
-        assert held.reached.wait(60)
-        second = ckpt.save(1, state_of(2))
-        second.upload_completion.result()
-        held.go_on.set()
-        first.upload_completion.result()
-        loaded: Any = ckpt.load(1)
-        assert same(loaded.state, state_of(2))  # the later one stays
-    keys = objects(far_url)
-    assert len({key.split("/")[0] for key in keys if ".data-" in key}) == 1
 
 
 def test_requests_do_not_grow_with_the_square_of_the_checkpoints(proxy: Proxy, far_url: str) -> None:

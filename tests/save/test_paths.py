@@ -135,7 +135,7 @@ def test_other_saves_go_on_while_one_is_deleted(tmp_path: Path, faults: Faults, 
         ("a/.hidden", "begin with a dot"),
         ("x.partial-0123456789abcdef", "no checkpoints"),
         ("", "path"),
-        ("s3://bucket/x", "does not support s3"),
+        ("hdfs://name/x", "does not support hdfs"),
         ("x" * 201, "more than 200 bytes"),
     ],
 )

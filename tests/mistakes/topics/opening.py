@@ -30,8 +30,12 @@ TOPIC = Topic(
             'Checkpointer("runs/gpt/step-00000300")',
         ),
         python(
-            "An address of an object store",
-            'Checkpointer("s3://bucket/run")',
+            "The URL of an object store in a Path, which makes one slash of two",
+            'from pathlib import Path\nCheckpointer(Path("s3://bucket/run"))',
+        ),
+        python(
+            "An address of a storage that stager does not know",
+            'Checkpointer("hdfs://name/run")',
         ),
         python(
             "A second Checkpointer in the same program",

@@ -248,7 +248,7 @@ def _write_manifest(contributions: list[RankContribution], entry: Entry) -> Mani
         entry.put(name, data, sync=spec.fsync)
         index_files.append(IndexFile(name, len(data), xxhash.xxh3_128_hexdigest(data)))
     point("commit.indexed")
-    manifest = build_manifest(contributions, layout, hashes, tuple(index_files), entry.chunks(layout))
+    manifest = build_manifest(contributions, layout, hashes, tuple(index_files), entry.stripes(layout))
     document = manifest.to_bytes()
     if len(document) > files.DOCUMENT_BYTES:  # readers would refuse it, so it must not be committed
         raise StorageError(
@@ -269,7 +269,7 @@ def build_manifest(
     layout: Layout,
     hashes: tuple[tuple[str, ...], ...],
     index_files: tuple[IndexFile, ...],
-    chunks: tuple[tuple[int, ...], ...] = (),
+    stripes: tuple[tuple[int, ...], ...] = (),
 ) -> Manifest:
     """Make the manifest that the receipts prove, given layout and hashes of all contributions together."""
     spec = contributions[0].spec
@@ -296,7 +296,7 @@ def build_manifest(
         number=spec.number,
         sidecars=tuple(file.name for file in spec.sidecars),
     )
-    return Manifest(header, layout, hashes, index_files, chunks)
+    return Manifest(header, layout, hashes, index_files, stripes)
 
 
 # -- steps 3 to 5: from a manifest to a checkpoint --------------------------------------------------------------

@@ -14,7 +14,7 @@ from stager.workers.checkpoint.documents.manifest import (
 )
 from stager.workers.checkpoint.documents.own_names import is_own
 from stager.workers.checkpoint.storage.places import storage_of
-from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 _NOT_OF_A_CHECKPOINT = (MANIFEST_NAME, ".stager.lock", ".stager.protected")  # what a run has, too
 
@@ -28,6 +28,9 @@ def has_own_manifest(directory: str | os.PathLike[str]) -> bool:
     """Return whether ``directory`` has a manifest of stager's, whole or damaged, and not another program's file.
 
     A manifest whose first bytes are damaged is known by the checkpoint's other files.
+
+    Raises:
+        StorageError: an object store does not answer. What is wrong with a file system is for whoever reads there to tell.
     """
     path = os.fspath(directory)
     storage = storage_of(path)
@@ -35,6 +38,8 @@ def has_own_manifest(directory: str | os.PathLike[str]) -> bool:
         data = storage.read_manifest(path)
         names = () if is_sealed(data) else storage.file_names(path)
         return is_sealed(data) or any(is_own(name) for name in names if name not in _NOT_OF_A_CHECKPOINT)
+    except StorageError:  # an object store that does not answer
+        raise
     except (OSError, CorruptCheckpointError):
         return False
 

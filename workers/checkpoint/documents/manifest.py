@@ -15,7 +15,7 @@ with its place, dtype, shape and hashes, and the structure of the state. Body of
     sidecars     [name, ...]                           which of the files have names that stager did not give them: index
                                                        files of ``save(files=...)``, and data files that another program
                                                        has named (``stager/integrations/torch_checkpointing.py``)
-    chunks       [[offset, ...], ...]                  of each data file, where its chunks begin (in object stores only)
+    stripes      [[offset, ...], ...]                  of each data file, where its stripes begin (in object stores only)
     columns      names of the columns of a row
     rows         [[kind, file, offset, nbytes, data_offset, data_nbytes, dtype, shape, stride, [xxh3_128, ...]], ...]
     structure    see :mod:`stager.workers.checkpoint.layout.structure`
@@ -109,14 +109,14 @@ class Manifest:
     Attributes:
         hashes: for each item of the layout, the hashes of its segments, hex.
         index_files: small files, each hashed as a whole: those that readers of the format start from, and the sidecars.
-        chunks: of each data file, where its chunks begin; (): each is kept in one piece.
+        stripes: of each data file, where its stripes begin; (): each is kept in one piece.
     """
 
     header: ManifestHeader
     layout: Layout
     hashes: tuple[tuple[str, ...], ...]
     index_files: tuple[IndexFile, ...]
-    chunks: tuple[tuple[int, ...], ...] = ()
+    stripes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -159,7 +159,7 @@ class Manifest:
                 "linked": linked,
                 "files": [[f.name, f.nbytes] for f in self.layout.files],
                 "index_files": [astuple(f) for f in self.index_files],
-                **({"chunks": self.chunks} if self.chunks else {}),
+                **({"stripes": self.stripes} if self.stripes else {}),
                 "columns": _COLUMNS,
             }
         )
@@ -289,19 +289,19 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     if set(map(type, itertools.chain.from_iterable(hashes))) - {str}:
         raise ValueError("a hash is not a string")
     _check_numbers_of_hashes(layout, hashes)
-    return Manifest(header, layout, hashes, index_files, _chunks(body.get("chunks", ()), layout))
+    return Manifest(header, layout, hashes, index_files, _stripes(body.get("stripes", ()), layout))
 
 
-def _chunks(lists: Sequence[Sequence[Any]], layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """Check the chunks: one list for each file, of offsets that begin at 0 and grow up to the file's size."""
-    chunks = tuple(tuple(map(check_count, starts)) for starts in lists)
-    if not chunks:
+def _stripes(lists: Sequence[Sequence[Any]], layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Check the stripes: one list for each file, of offsets that begin at 0 and grow up to the file's size."""
+    stripes = tuple(tuple(map(check_count, starts)) for starts in lists)
+    if not stripes:
         return ()
-    for starts, file in zip(chunks, layout.files, strict=True):
+    for starts, file in zip(stripes, layout.files, strict=True):
         ends = (*starts[1:], file.nbytes)
         if (starts and starts[0] != 0) or bool(starts) != bool(file.nbytes) or any(map(ge, starts, ends)):
-            raise ValueError(f"the chunks of {file.name} do not make up the file")
-    return chunks
+            raise ValueError(f"the stripes of {file.name} do not make up the file")
+    return stripes
 
 
 def _index_file(row: Sequence[Any], sidecars: Sequence[str]) -> IndexFile:

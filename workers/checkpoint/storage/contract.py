@@ -179,8 +179,8 @@ class Entry(ABC):
         """Return where the data of a part of ``layout`` go."""
 
     @abstractmethod
-    def chunks(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
-        """Return where in each data file its chunks begin, as the manifest names them; () where a file is one piece.
+    def stripes(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
+        """Return where in each data file its stripes begin, as the manifest names them; () where a file is one piece.
 
         Raises:
             CorruptCheckpointError: bytes of a data file are missing.

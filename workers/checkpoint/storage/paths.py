@@ -16,6 +16,8 @@ _COLLAPSED_URL = re.compile(
     r"(s3a?|gs|gcs|az|abfss?|wasbs?|adl|hdfs|webhdfs|https?|ftp|sftp|ssh|hf|oss|cos|dbfs|memory|file):/", re.IGNORECASE
 )
 
+_OBJECT_STORES = ("s3", "gs", "az")
+_OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 _DOWNLOADED = ("http", "https", "ftp", "hf")
 
 
@@ -98,13 +100,23 @@ def _of_url(match: re.Match[str], text: str, what: str) -> str:
         raise ArgumentError(
             f"{what} is {text!r}, which names no file of this host; write file:///path, or the path itself"
         )
+    raise ArgumentError(f"{what} is {text!r}, and {_why_not(scheme, match[0], rest)}")
+
+
+def _why_not(scheme: str, beginning: str, rest: str) -> str:
+    """Say why a URL is not taken, and what to give instead."""
+    if scheme in _OBJECT_STORES and not beginning.endswith("://"):
+        return f"pathlib has taken a slash from it; give text, {f'{scheme}://{rest}'!r}"
+    if scheme in _OBJECT_STORES:
+        return "this takes a path of a file system, not the URL of an object store; give a path"
+    if scheme in _OTHER_NAMES:
+        other = _OTHER_NAMES[scheme]
+        return f"stager does not support {scheme}://; write {f'{other}://{rest}'!r} if the store speaks that protocol"
     if scheme in _DOWNLOADED:
         advice = "To read what is there, download it, and give the path of the file or directory"
     else:
         advice = "Give a path: where that storage is mounted, or on a local disk, and copy checkpoints yourself"
-    raise ArgumentError(
-        f"{what} is {text!r}, and stager does not support {scheme}://; it reads and writes file systems only. {advice}"
-    )
+    return f"stager does not support {scheme}://, only file systems, s3://, gs:// and az://. {advice}"
 
 
 def _expand_variables(text: str, what: str, environ: Mapping[str, str]) -> str:

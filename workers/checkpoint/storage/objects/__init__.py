@@ -3,9 +3,9 @@
     client.py      the connection, and its errors
     keys.py        where the objects of a run lie
     decision.py    commit or removal: whichever is decided first
-    object_entry.py, chunk_sink.py, chunked_file.py    a directory, what is written into it, what is read from it
+    object_entry.py, stripe_sink.py, striped_file.py    a directory, what is written into it, what is read from it
     object_store.py    all of it together
-    lease.py       the run's lock
+    run_lease.py     the run's lock
 
 A checkpoint is there exactly when the object ``<run>/<name>/manifest.json`` is. Everything else of a save lies under
 ``<run>/<name>.data-<save_id>/``, a prefix that belongs to this save alone:
@@ -30,7 +30,7 @@ NOTE [ Commit without a rename ]
 After a crash in 2 to 5 the next run goes on from there.
 
 NOTE [ Why data are objects of their own, and not one upload in many parts ]
-A multipart upload that a crash leaves is not seen in a list; it is there until somebody asks for uploads in particular, and
-costs money. A chunk that was put with one request is whole or not there. It can be put again by a worker that takes the task
-over, has a name that tells file and offset, and needs no request to begin or complete it.
+A multipart upload that a crash leaves is not seen in a list. It is there until somebody asks for uploads in particular, and
+costs money. A stripe that was put with one request is whole or not there, and a worker that takes the task over can put it
+again. Its key tells file and offset, and no request begins or completes it.
 """

@@ -27,7 +27,7 @@ URL = re.compile(r"(s3|gs|az)://([^/]+)(?:/(.*))?", re.DOTALL)
 RETRY_SECS = 600.0
 RETRY_VARIABLE = "STAGER_OBJECT_STORE_RETRY_SECS"  # workers inherit it
 _BACKOFF: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=15), "base": 2}
-_CLIENT: Any = {"timeout": timedelta(seconds=300), "connect_timeout": timedelta(seconds=10)}
+_FIRST_SECS = 10.0  # for the first request of a program
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,30 @@ class Client:
         obstore = _import()
         self._root = root
         self._obstore: Any = obstore
-        self._store = _connect(root)
+        self._store = _connect(root, float(os.environ.get(RETRY_VARIABLE, RETRY_SECS)))
+        self._has_answered = False
         self.server = _endpoint()
+
+    def check(self) -> None:
+        """Make sure that the store answers and has the bucket, once. Has little patience: most often a name is wrong.
+
+        Raises:
+            StorageError
+        """
+        if self._has_answered:
+            return
+        try:
+            with self._errors("reach", ""):
+                self._obstore.list_with_delimiter(_connect(self._root, _FIRST_SECS), "stager")
+        except FileNotFoundError as error:
+            raise StorageError(
+                errno.ENOENT, "there is no such bucket; create it, or correct the name", self._root
+            ) from error
+        self._has_answered = True
+
+    def trust(self) -> None:
+        """Take it that the store has answered this program: a worker's trainer has made sure of it."""
+        self._has_answered = True
 
     def url(self, key: str) -> str:
         """Return the URL of an object."""
@@ -181,13 +203,13 @@ def _listed(meta: Any) -> Listed:
     return Listed(meta["path"], meta["size"], meta["last_modified"].timestamp(), meta.get("e_tag") or "")
 
 
-def _connect(root: str) -> ObjectStore:
+def _connect(root: str, retry_secs: float) -> ObjectStore:
     from obstore.store import from_url
 
     endpoint = _endpoint()
-    timeout = timedelta(seconds=float(os.environ.get(RETRY_VARIABLE, RETRY_SECS)))
-    retries = {"max_retries": 1000, "retry_timeout": timeout, "backoff": _BACKOFF}
-    options: dict[str, Any] = {"client_options": dict(_CLIENT), "retry_config": retries}
+    retries = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_secs), "backoff": _BACKOFF}
+    client = {"timeout": timedelta(seconds=min(300.0, retry_secs)), "connect_timeout": timedelta(seconds=5)}
+    options: dict[str, Any] = {"client_options": client, "retry_config": retries}
     if root.startswith("s3://") and endpoint:
         options["endpoint"] = endpoint
         options["client_options"]["allow_http"] = endpoint.startswith("http://")
@@ -218,12 +240,23 @@ def client_of(root: str) -> Client:
     return Client(root)
 
 
-def split(url: str) -> tuple[Client, str]:
-    """Return the connection that a URL needs, and the key."""
+def split(url: str, *, is_known: bool = False) -> tuple[Client, str]:
+    """Return the connection that a URL needs, and the key.
+
+    Args:
+        is_known: the store has answered, this process or another one.
+
+    Raises:
+        StorageError: the store does not answer, or has no such bucket.
+    """
     match = URL.fullmatch(url)
     if match is None:
         raise ConfigError(f"{url} is not the URL of an object store")
-    return client_of(f"{match[1]}://{match[2]}"), (match[3] or "").strip("/")
+    client = client_of(f"{match[1]}://{match[2]}")
+    if is_known:
+        client.trust()
+    client.check()
+    return client, (match[3] or "").strip("/")
 
 
 os.register_at_fork(after_in_child=client_of.cache_clear)  # its threads are not in the child

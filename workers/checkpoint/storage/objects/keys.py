@@ -97,12 +97,12 @@ def name_when(standing: Standing, name: str, save_id: str) -> str:
     return (partial_name if standing is Standing.PARTIAL else removing_name)(name, save_id)
 
 
-def chunk_key(data: str, file: str, offset: int) -> str:
-    """Return the key of a chunk.
+def stripe_key(data: str, file: str, offset: int) -> str:
+    """Return the key of a stripe.
 
     Args:
         data: the prefix of the save's data.
         file: name of the data file.
-        offset: in the file, of the chunk's first byte. Twenty digits, so that keys sort as offsets do.
+        offset: in the file, of the stripe's first byte. Twenty digits, so that keys sort as offsets do.
     """
     return join(data, file, f"{offset:020d}")

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from stager.workers.checkpoint.documents.own_names import is_own
 from stager.workers.checkpoint.layout.layout import Layout, Segment
 from stager.workers.checkpoint.storage.contract import Entry, HardLinkBase, HashAll, Sink, SinkOptions, UnchangedFiles
-from stager.workers.checkpoint.storage.objects.chunk_sink import ChunkSink
 from stager.workers.checkpoint.storage.objects.client import Client
 from stager.workers.checkpoint.storage.objects.decision import is_being_removed
 from stager.workers.checkpoint.storage.objects.head_of import head_of
 from stager.workers.checkpoint.storage.objects.keys import Place, Standing, join, place_of
+from stager.workers.checkpoint.storage.objects.stripe_sink import StripeSink
 from stager.workers.errors import CorruptCheckpointError, InternalError
 
 
@@ -77,10 +77,10 @@ class ObjectEntry(Entry):
 
     def sink(self, layout: Layout, options: SinkOptions) -> Sink:
         """See :meth:`Entry.sink`."""
-        return ChunkSink(self.client, self.data, layout, options)
+        return StripeSink(self.client, self.data, layout, options)
 
-    def chunks(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
-        """See :meth:`Entry.chunks`."""
+    def stripes(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
+        """See :meth:`Entry.stripes`."""
         found: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for one in self.client.walk(self.data):
             file, slash, offset = one.key[len(self.data) + 1 :].rpartition("/")
@@ -88,17 +88,17 @@ class ObjectEntry(Entry):
                 found[file].append((int(offset), one.nbytes))
         return tuple(self._starts(file.name, file.nbytes, sorted(found[file.name])) for file in layout.files)
 
-    def _starts(self, name: str, nbytes: int, chunks: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    def _starts(self, name: str, nbytes: int, stripes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         end = 0
-        for start, length in chunks:
+        for start, length in stripes:
             if start != end:
                 break
             end += length
-        if end != nbytes or sum(length for _, length in chunks) != nbytes:
+        if end != nbytes or sum(length for _, length in stripes) != nbytes:
             raise CorruptCheckpointError(
-                os.path.join(self.path, name), f"has chunks up to byte {end:,}, and should have {nbytes:,} bytes"
+                os.path.join(self.path, name), f"has stripes up to byte {end:,}, and should have {nbytes:,} bytes"
             )
-        return tuple(start for start, _ in chunks)
+        return tuple(start for start, _ in stripes)
 
     def link_unchanged(
         self, base: HardLinkBase, layout: Layout, whole: Mapping[int, list[Segment]], hash_all: HashAll

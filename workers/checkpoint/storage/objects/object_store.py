@@ -14,7 +14,6 @@ from stager.workers.checkpoint.documents.head import Head, parse_head
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from stager.workers.checkpoint.storage.contract import DataFile, Entry, Fingerprint, Guarantees, RunLock, Storage
 from stager.workers.checkpoint.storage.in_threads import in_threads
-from stager.workers.checkpoint.storage.objects.chunked_file import ChunkedFile
 from stager.workers.checkpoint.storage.objects.client import Client, split
 from stager.workers.checkpoint.storage.objects.decision import Decision, decide, is_being_removed
 from stager.workers.checkpoint.storage.objects.head_of import head_of
@@ -28,7 +27,8 @@ from stager.workers.checkpoint.storage.objects.keys import (
     place_of,
     removals,
 )
-from stager.workers.checkpoint.storage.objects.lease import (
+from stager.workers.checkpoint.storage.objects.object_entry import ObjectEntry, missing
+from stager.workers.checkpoint.storage.objects.run_lease import (
     LOCK_NAME,
     holder_of,
     join_lease,
@@ -36,7 +36,7 @@ from stager.workers.checkpoint.storage.objects.lease import (
     take_lease,
     without_holder,
 )
-from stager.workers.checkpoint.storage.objects.object_entry import ObjectEntry, missing
+from stager.workers.checkpoint.storage.objects.striped_file import StripedFile
 from stager.workers.errors import CorruptCheckpointError, DirectoryInUseError, InternalError, StorageError
 from stager.workers.faults import point
 
@@ -144,13 +144,13 @@ class ObjectStore(Storage):
     def open_data(self, path: str, manifest: Manifest, file: int) -> DataFile:
         client, key = split(path)
         spec = manifest.layout.files[file]
-        if len(manifest.chunks) != len(manifest.layout.files):
+        if len(manifest.stripes) != len(manifest.layout.files):
             raise CorruptCheckpointError(
                 os.path.join(path, MANIFEST_NAME),
                 "is of a checkpoint in a file system, and was copied here by another program; use stager copy",
             )
         data = place_of(key).data(manifest.header.save_id)
-        return ChunkedFile(client, data, spec.name, spec.nbytes, manifest.chunks[file])
+        return StripedFile(client, data, spec.name, spec.nbytes, manifest.stripes[file])
 
     def reading(self, path: str) -> AbstractContextManager[bool]:
         return nullcontext(True)
@@ -248,8 +248,8 @@ class ObjectStore(Storage):
         point("objects.decided")
         # 3. All data are there, also if this process was stopped for a long time.
         manifest = parse_manifest(document, os.path.join(entry.path, MANIFEST_NAME))
-        if entry.chunks(manifest.layout) != manifest.chunks:
-            raise CorruptCheckpointError(entry.path, "has other chunks than its manifest names")
+        if entry.stripes(manifest.layout) != manifest.stripes:
+            raise CorruptCheckpointError(entry.path, "has other stripes than its manifest names")
         # 4. There is a checkpoint.
         replaced = self._put_manifest(client, place, document)
         point("commit.replaced")
@@ -339,11 +339,11 @@ class ObjectStore(Storage):
             )
 
     def working(self, directory: str, nonce: str) -> AbstractContextManager[None]:
-        client, root = split(directory)
+        client, root = split(directory, is_known=True)
         return renewing(client, join(root, LOCK_NAME), nonce)
 
     def prepare(self, directory: str) -> None:
-        split(directory)  # prefixes need not be made
+        split(directory)  # prefixes need not be made, but the bucket has to be there
 
     def read_run_file(self, directory: str, name: str) -> bytes | None:
         client, root = split(directory)

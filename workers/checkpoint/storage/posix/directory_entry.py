@@ -66,8 +66,8 @@ class DirectoryEntry(Entry):
         """See :meth:`Entry.sink`."""
         return FileSink(layout, options, self.fd, self.path)
 
-    def chunks(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
-        """See :meth:`Entry.chunks`. Each file is one piece."""
+    def stripes(self, layout: Layout) -> tuple[tuple[int, ...], ...]:
+        """See :meth:`Entry.stripes`. Each file is one piece."""
         return ()
 
     def link_unchanged(

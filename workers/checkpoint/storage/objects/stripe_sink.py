@@ -1,6 +1,6 @@
-"""Where a part's data go in an object store: chunks of a data file, several of them on the way at once.
+"""Where a part's data go in an object store: stripes of a data file, several of them on the way at once.
 
-The client sends the pieces of a chunk from where they lie in the slab, so no copy of the state is made, whatever its size.
+The client sends the pieces of a stripe from where they lie in the slab, so no copy of the state is made, whatever its size.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.storage.contract import Sink, SinkOptions
 from stager.workers.checkpoint.storage.objects.client import Client
-from stager.workers.checkpoint.storage.objects.keys import chunk_key
+from stager.workers.checkpoint.storage.objects.keys import stripe_key
 from stager.workers.faults import point
 
-CHUNK_BYTES = 32 << 20  # large enough that a request's delay does not count, small enough to be sent again
+STRIPE_BYTES = 32 << 20  # large enough that a request's delay does not count, small enough to be sent again
 _AT_ONCE = 8  # of one worker: one connection of S3 gives some 100 MB/s
 
 
-class ChunkSink(Sink):
-    """Uploads chunks of at most ``CHUNK_BYTES`` and one piece.
+class StripeSink(Sink):
+    """Uploads stripes of at most ``STRIPE_BYTES`` and one piece.
 
-    A part that is run again uploads the same chunks: where they begin follows from its pieces.
+    A part that is run again uploads the same stripes: where they begin follows from its pieces.
 
     Args:
         data: the prefix of the save's data.
@@ -40,14 +40,14 @@ class ChunkSink(Sink):
 
     def put(self, file: int, offset: int, piece: bytes | memoryview, *, in_place: bool = False) -> None:
         """See :meth:`Sink.put`."""
-        if file != self._file or offset != self._offset + self._nbytes or self._nbytes >= CHUNK_BYTES:
+        if file != self._file or offset != self._offset + self._nbytes or self._nbytes >= STRIPE_BYTES:
             self._submit()
             self._file, self._offset = file, offset
         self._pieces.append(piece)
         self._nbytes += len(piece)
 
     def flush(self) -> None:
-        """Wait until every chunk is in the store."""
+        """Wait until every stripe is in the store."""
         self._submit()
         while self._under_way:
             self._under_way.popleft().result()
@@ -66,6 +66,6 @@ class ChunkSink(Sink):
         while len(self._under_way) >= _AT_ONCE:  # an error is raised here, not lost
             self._under_way.popleft().result()
         self._options.before_write(self._nbytes)
-        key = chunk_key(self._data, self._layout.files[self._file].name, self._offset)
+        key = stripe_key(self._data, self._layout.files[self._file].name, self._offset)
         self._under_way.append(self._executor.submit(self._client.put, key, self._pieces))
         self._pieces, self._nbytes, self._file = [], 0, -1

@@ -44,12 +44,13 @@ logger = logging.getLogger("stager")
 
 LOCK_NAME = ".stager.lock"
 LEASE_SECS = 30.0
+UNKNOWN_SECS = 60.0  # for a lease that cannot be read
 _POLL_SECS = 0.5
 _SLOTS = 64  # processes of one host that take the lock: the ranks of one job
 
 
 @dataclass(frozen=True, slots=True)
-class _Lease:
+class _LockRecord:
     """What the object says.
 
     Attributes:
@@ -73,14 +74,14 @@ class _Lease:
         return json.dumps(asdict(self)).encode() + b"\n"
 
     @staticmethod
-    def of(data: bytes) -> _Lease:
+    def of(data: bytes) -> _LockRecord:
         """Parse the object. One that is damaged is held by nobody knows whom, and expires."""
         try:
-            lease = _Lease(**json.loads(data))
+            lease = _LockRecord(**json.loads(data))
         except (ValueError, TypeError):
-            return _Lease(nonce="unknown")
+            return _LockRecord(nonce="unknown", secs=UNKNOWN_SECS)
         types_fit = all(type(getattr(lease, field.name)) is type(field.default) for field in fields(lease))
-        return lease if types_fit else _Lease(nonce="unknown")
+        return lease if types_fit else _LockRecord(nonce="unknown", secs=UNKNOWN_SECS)
 
 
 class LeaseLock(RunLock):
@@ -109,7 +110,7 @@ class LeaseLock(RunLock):
         if self._nonce and not _is_alive_here(self._client, self._key):
             with suppress(StorageError, FileNotFoundError):  # it expires
                 found = self._client.get_version(self._key)
-                lease = _Lease.of(found.data)
+                lease = _LockRecord.of(found.data)
                 if lease.nonce == self._nonce:
                     self._client.replace(self._key, replace(lease, nonce="").to_bytes(), found.version)
 
@@ -135,7 +136,7 @@ def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
     seen_at = 0.0
     while True:
         found = _read(client, key)
-        lease = _Lease() if found is None else _Lease.of(found.data)
+        lease = _LockRecord() if found is None else _LockRecord.of(found.data)
         if found is None or seen is None or found.version != seen.version:
             seen, seen_at = found, time.monotonic()
         held = _hold(client, key)
@@ -156,7 +157,7 @@ def join_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
     """Hold the lease that the run's first rank has taken. Arguments and errors: :func:`take_lease`."""
     lease = holder_of(client, key)
     if lease != nonce:
-        _refuse(_Lease(nonce=lease), timeout, path)
+        _refuse(_LockRecord(nonce=lease), timeout, path)
     held = _hold(client, key, shared=True)
     if held is None:
         raise StorageError(errno.EMFILE, f"more than {_SLOTS} ranks of this host share the lock", path)
@@ -166,13 +167,13 @@ def join_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
 def holder_of(client: Client, key: str) -> str:
     """Return the nonce of the run that has the lease; "": nobody has."""
     found = _read(client, key)
-    return "" if found is None else _Lease.of(found.data).nonce
+    return "" if found is None else _LockRecord.of(found.data).nonce
 
 
 @contextmanager
 def without_holder(client: Client, key: str, path: str) -> Iterator[None]:
     """Raise DirectoryInUseError if a run has the lease, without taking it."""
-    lease = _Lease.of(found.data) if (found := _read(client, key)) is not None else _Lease()
+    lease = _LockRecord.of(found.data) if (found := _read(client, key)) is not None else _LockRecord()
     if lease.nonce and (not _is_of_this_host(lease) or _is_alive_here(client, key)):
         _refuse(lease, 0, path)
     yield
@@ -199,7 +200,7 @@ def _renew(client: Client, key: str, nonce: str, ended: threading.Event) -> None
             found = _read(client, key)
             if found is None:
                 continue
-            lease = _Lease.of(found.data)
+            lease = _LockRecord.of(found.data)
             if lease.nonce != nonce:
                 if lease.nonce:
                     logger.warning("%s: another run has taken the lock of this one", client.url(key))
@@ -220,7 +221,7 @@ def _read(client: Client, key: str) -> Version | None:
         return None
 
 
-def _write(client: Client, key: str, lease: _Lease, found: Version | None) -> bool:
+def _write(client: Client, key: str, lease: _LockRecord, found: Version | None) -> bool:
     data = lease.to_bytes()
     done = client.create(key, data) if found is None else client.replace(key, data, found.version)
     # An answer may be lost, and the client then repeats the request, which is refused: it is ours all the same.
@@ -232,8 +233,8 @@ def _read_bytes(client: Client, key: str) -> bytes | None:
     return None if found is None else found.data
 
 
-def _taken(lease: _Lease, nonce: str) -> _Lease:
-    return _Lease(
+def _taken(lease: _LockRecord, nonce: str) -> _LockRecord:
+    return _LockRecord(
         nonce=nonce,
         token=lease.token + 1,
         host=socket.gethostname(),
@@ -243,7 +244,7 @@ def _taken(lease: _Lease, nonce: str) -> _Lease:
     )
 
 
-def _refuse(lease: _Lease, timeout: float, path: str) -> Any:
+def _refuse(lease: _LockRecord, timeout: float, path: str) -> Any:
     waited = f" after {timeout:g} s" if timeout else ""
     raise DirectoryInUseError(
         errno.EWOULDBLOCK,
@@ -257,7 +258,7 @@ def _refuse(lease: _Lease, timeout: float, path: str) -> Any:
 # -- NOTE [ A holder on this host ]
 
 
-def _is_of_this_host(lease: _Lease) -> bool:
+def _is_of_this_host(lease: _LockRecord) -> bool:
     return (lease.boot, lease.namespace) == (_boot(), _namespace())
 
 
