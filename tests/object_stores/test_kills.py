@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from stager import Checkpointer, recover, verify
+from stager import Checkpointer, verify
 from stager.workers.checkpoint.directory.run_directory import list_checkpoints
 from tests import fork_server
 from tests.crash.aftermath import wait_for_workers_to_end
@@ -164,7 +164,7 @@ def kill_at_random_moments(proxy: Proxy, far_url: str, nursery: Nursery, seed: i
                 pass
         wait_for_workers_to_end()
         if rng.random() < 0.5:
-            with nursery.start("tests.object_stores.test_kills:recover_once", far_url) as one:
+            with nursery.start("tests.object_stores.recovering:recover_once", far_url) as one:
                 select.select([one.stdout], [], [], rng.uniform(0.0, 0.3))
                 one.send(signal.SIGKILL)
                 one.wait()
@@ -174,10 +174,6 @@ def kill_at_random_moments(proxy: Proxy, far_url: str, nursery: Nursery, seed: i
         steps = committed(far_url)
         assert max(steps, default=-1) >= run.staged, "a staged checkpoint was lost"
     return done
-
-
-def recover_once(far_url: str) -> None:
-    recover(far_url)
 
 
 def test_killed_at_random_moments(proxy: Proxy, far_url: str, nursery: Nursery) -> None:

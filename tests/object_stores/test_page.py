@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from stager import Checkpointer, verify
 from tests.house.code_blocks import ROOT
 
@@ -17,6 +19,7 @@ run_document("docs/object-stores.md", "")
 """
 
 
+@pytest.mark.parametrize("server", ["ministack"], indirect=True)
 def test_the_script_of_the_page_runs_and_goes_on_from_its_last_checkpoint(run_url: str, tmp_path: Path) -> None:
     for _ in range(2):
         ended = subprocess.run(
