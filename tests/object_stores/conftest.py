@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
 
@@ -38,11 +38,21 @@ def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server
 
 
 @pytest.fixture
-def run_url(server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
-    """The URL of a run that does not exist yet. Every client of this test, and of its processes, finds the server."""
-    _use(server.url, monkeypatch)
-    yield f"s3://{BUCKET}/runs/{next(_numbers)}"
+def run_url_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[Server], str]]:
+    """Gives the URL of a run that does not exist yet. Every client of this test, and of its processes, finds the server."""
+
+    def url_of(server: Server) -> str:
+        _use(server.url, monkeypatch)
+        return f"s3://{BUCKET}/runs/{next(_numbers)}"
+
+    yield url_of
     _forget(caplog)
+
+
+@pytest.fixture
+def run_url(server: Server, run_url_of: Callable[[Server], str]) -> str:
+    """The URL of a run that does not exist yet, in each server in turn."""
+    return run_url_of(server)
 
 
 @pytest.fixture

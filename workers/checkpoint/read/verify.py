@@ -101,6 +101,7 @@ def check_files(
         if full:
             progress(index_file.nbytes)
     try:
+        storage_of(path).check_data(path, manifest)
         with BlobReader(path, manifest, num_threads or _default_threads(), progress) as reader:
             if full:
                 reader.read(range(len(manifest.layout.items)), on_error=lambda error: problems.append(str(error)))

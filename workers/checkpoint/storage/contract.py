@@ -133,9 +133,11 @@ class Entry(ABC):
 
     Attributes:
         path: that it had when it was opened.
+        look_secs: so often a worker may look whether the directory is there still.
     """
 
     path: str
+    look_secs: float
 
     @abstractmethod
     def is_at(self, path: str) -> bool:
@@ -333,6 +335,14 @@ class Storage(ABC):
     @abstractmethod
     def open_data(self, path: str, manifest: Manifest, file: int) -> DataFile:
         """Open a data file of the checkpoint at ``path``, by its number. Raises CorruptCheckpointError, too."""
+
+    @abstractmethod
+    def check_data(self, path: str, manifest: Manifest) -> None:
+        """Check, without reading them, that the data files are there that :meth:`open_data` takes for granted.
+
+        Raises:
+            CorruptCheckpointError: bytes are missing.
+        """
 
     @abstractmethod
     def reading(self, path: str) -> AbstractContextManager[bool]:

@@ -28,7 +28,6 @@ from stager.workers.errors import InternalError
 from stager.workers.faults import point
 from stager.workers.memory.fill_marks import FillWatch
 
-_LOOK_SECS = 0.2  # so often a worker looks whether its partial directory is there still: each look costs a file server
 _SMALL_BYTES = 64 << 10  # above this, copying costs more than it saves
 _RUN_BYTES = 2 << 20  # stays in the cache
 
@@ -210,7 +209,7 @@ class PartWriter:
 
     def _before_write(self, nbytes: int) -> None:
         point("part.write")
-        if time.monotonic() - self._looked >= _LOOK_SECS:
+        if time.monotonic() - self._looked >= self._entry.look_secs:
             self._looked = time.monotonic()
             if not self._entry.is_still():  # removed or withdrawn: the rest would be for nothing
                 vanished(self._entry.path)

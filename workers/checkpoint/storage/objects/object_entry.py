@@ -31,6 +31,8 @@ class ObjectEntry(Entry):
         data: the prefix of its objects.
     """
 
+    look_secs = 5.0  # each look is two requests
+
     def __init__(self, client: Client, path: str, place: Place, save_id: str) -> None:
         self.path = path
         self.client = client

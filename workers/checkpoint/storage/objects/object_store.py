@@ -152,6 +152,12 @@ class ObjectStore(Storage):
         data = place_of(key).data(manifest.header.save_id)
         return StripedFile(client, data, spec.name, spec.nbytes, manifest.stripes[file])
 
+    def check_data(self, path: str, manifest: Manifest) -> None:
+        client, key = split(path)
+        entry = ObjectEntry(client, path, place_of(key), manifest.header.save_id)
+        if entry.stripes(manifest.layout) != manifest.stripes:
+            raise CorruptCheckpointError(path, "has other stripes than its manifest names")
+
     def reading(self, path: str) -> AbstractContextManager[bool]:
         return nullcontext(True)
 

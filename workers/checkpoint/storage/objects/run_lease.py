@@ -46,6 +46,7 @@ LOCK_NAME = ".stager.lock"
 LEASE_SECS = 30.0
 UNKNOWN_SECS = 60.0  # for a lease that cannot be read
 _POLL_SECS = 0.5
+_JOIN_SECS = 5.0
 _SLOTS = 64  # processes of one host that take the lock: the ranks of one job
 
 
@@ -105,7 +106,7 @@ class LeaseLock(RunLock):
     def close(self) -> None:
         """See :meth:`RunLock.close`. Gives the lease back if no process of this host has it any more."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_JOIN_SECS)
         self.descriptor.close()
         if self._nonce and not _is_alive_here(self._client, self._key):
             with suppress(StorageError, FileNotFoundError):  # it expires
@@ -189,7 +190,7 @@ def renewing(client: Client, key: str, nonce: str) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(_JOIN_SECS)  # it may wait for an answer that does not come
 
 
 def _renew(client: Client, key: str, nonce: str, ended: threading.Event) -> None:

@@ -25,6 +25,8 @@ class DirectoryEntry(Entry):
         fd: its descriptor.
     """
 
+    look_secs = 0.2  # each look costs a file server
+
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd

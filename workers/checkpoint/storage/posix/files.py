@@ -57,8 +57,16 @@ def storage_errors(action: str, path: str) -> Iterator[None]:
     except StorageError:  # an inner block has named a more precise action
         raise
     except OSError as error:
-        advice = _what_is_missing(action, path) if error.errno == errno.ENOENT else _WHAT_TO_DO.get(error.errno or 0)
+        advice = _advice(action, path, error.errno or 0)
         raise StorageError(error.errno, f"cannot {action}" + (f"; {advice}" if advice else ""), path) from error
+
+
+def _advice(action: str, path: str, code: int) -> str | None:
+    if code != errno.ENOENT:
+        return _WHAT_TO_DO.get(code)
+    if "://" in path:
+        return "it was removed while it was in use, or is being removed"
+    return _what_is_missing(action, path)
 
 
 def _what_is_missing(action: str, path: str) -> str:
