@@ -5,6 +5,8 @@ A proxy before a real server makes it happen to one request, or to as many as ar
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,8 +39,20 @@ def is_whole(far_url: str, step: int = 1) -> None:
     assert not any(map(LEFT.search, keys))
 
 
-@pytest.mark.parametrize("path", [STRIPE, RECEIPT, MANIFEST, DECISION, r"save-0", r"\.data-[0-9a-f]+/manifest"])
-@pytest.mark.parametrize("what", [Fault.RESET, Fault.RESET_IN_BODY, Fault.LOSE_ANSWER, 500, 503, 429], ids=str)
+PATHS = [STRIPE, RECEIPT, MANIFEST, DECISION, r"save-0", r"\.data-[0-9a-f]+/manifest"]
+WRITE_FAULTS: list[Fault | int] = [Fault.RESET, Fault.RESET_IN_BODY, Fault.LOSE_ANSWER, 500, 503, 429]
+
+
+def each_with_one(paths: list[str], faults: list[Fault | int]) -> list[Any]:
+    """All pairs. Those with which each path and each fault is met once are in the short suite."""
+    return [
+        pytest.param(path, fault, id=f"{path}-{fault}", marks=() if row == column else (pytest.mark.long,))
+        for row, path in enumerate(paths)
+        for column, fault in enumerate(faults)
+    ]
+
+
+@pytest.mark.parametrize(("path", "what"), each_with_one(PATHS, WRITE_FAULTS))
 def test_a_write_that_fails_is_done_again(proxy: Proxy, far_url: str, path: str, what: Fault | int) -> None:
     rule = proxy.when("PUT", path, what, times=2)
     save_one(far_url)
