@@ -2,6 +2,8 @@
 from stager.checkpointer import Checkpointer as Checkpointer
 from stager.config import StagerConfig as StagerConfig
 from stager.config import load_config as load_config
+from stager.copying import CopyReport as CopyReport
+from stager.copying import copy_checkpoints as copy_checkpoints
 from stager.exporting.export import Exported as Exported
 from stager.exporting.export import export_checkpoint as export_checkpoint
 from stager.exporting.weights import ExportedWeights as ExportedWeights

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from stager.cli.console import print_error
+from stager.cli.copy_command import copy
 from stager.cli.demo import demo
 from stager.cli.doctor import doctor
 from stager.cli.export import export
@@ -59,7 +60,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, demo, ls, inspect, verify, export, recover, prune, doctor, plan, stress):
+for command in (init, demo, ls, inspect, verify, copy, export, recover, prune, doctor, plan, stress):
     app.command()(command)
 
 

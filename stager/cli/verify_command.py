@@ -48,7 +48,7 @@ def run_verify(paths: list[str], quick: bool, threads: int | None, *, strict: bo
 
     results = []
     with byte_progress() as progress:
-        total = sum(directory_nbytes(path) for path in paths if os.path.isdir(path))
+        total = sum(map(directory_nbytes, paths))
         bar = progress.add_task("verify", total=total)
         for path in paths:
             progress.update(bar, description=f"verify {os.path.basename(path)}")
