@@ -9,6 +9,7 @@ import os
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,28 @@ def test_a_withdrawn_save_is_never_committed(directory: str) -> None:
         persist_part(task, task.spec.num_parts - 1)
     assert committed_steps(directory) == []
     discard_partial(directory, task.spec.final_name, task.spec.save_id)
+    nothing_is_left(directory)
+
+
+def test_a_save_that_was_withdrawn_before_it_wrote_anything_leaves_nothing(directory: str) -> None:
+    task = task_of(directory)
+    withdraw(directory, task.spec.final_name, task.spec.save_id)
+    with pytest.raises(StorageError):
+        persist_part(task, 0)
+    nothing_is_left(directory)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "epoch=0-step=2", "a b", "50%", "a%20b", "x#y", "w\u00e4rme", "{z}~1^"])
+def test_a_checkpoint_of_any_name(directory: str, name: str) -> None:
+    task = task_of(directory)
+    task = replace(task, spec=replace(task.spec, name=name))
+    write(task)
+    assert storage_of(directory).has_manifest(f"{directory}/{name}")
+    assert committed_steps(directory) == [1] and partial_names(directory) == []
+    assert (
+        list_checkpoints(directory)[0][0].path == f"{directory}/{name}" and verify_checkpoint(f"{directory}/{name}").ok
+    )
+    remove(directory, 1)
     nothing_is_left(directory)
 
 

@@ -301,14 +301,15 @@ class ObjectStore(Storage):
     def tidy(self, directory: str) -> None:
         client, root = split(directory)
         _, objects = client.list_directory(decisions(root))
-        for found in objects:
-            save = parse_data(found.key.rpartition("/")[2])
+        for save in (parse_data(found.key.rpartition("/")[2]) for found in objects):
             if save is not None:
                 name, save_id = save
                 place = Place(Standing.CHECKPOINT, root, name, "")
                 head = head_of(client, place)
                 if head is not None and head.save_id == save_id:
                     self._tidy(client, place, save_id)
+                elif next(client.walk(place.data(save_id)), None) is None:  # withdrawn before anything was written
+                    client.delete([place.decision(save_id), place.removal(save_id)])
 
     def put_back(self, source: str, final: str) -> None:
         raise InternalError(f"{source}: in an object store a checkpoint is replaced in one step")
