@@ -16,8 +16,12 @@ def demo(
     config: ConfigOption = None,
     overrides: SetOption = None,
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where checkpoints and the PNG go: runs/demo, or, on ranks, runs/demo-ranks."),
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where checkpoints and the PNG go: runs/demo, or, on ranks, runs/demo-ranks. With s3://bucket/demo the "
+            "checkpoints go there.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -27,8 +31,11 @@ def demo(
     """
     from stager.demo import DemoConfig, RanksConfig, run_demo
     from stager.demo.run import world_size
+    from stager.workers.checkpoint.storage.paths import place_path
+    from stager.workers.checkpoint.storage.places import is_url
 
     on_ranks = world_size(os.environ) > 1
     settings = load_settings(config, overrides, RanksConfig if on_ranks else DemoConfig)
-    out = out or Path("runs/demo-ranks" if on_ranks else "runs/demo")
-    raise typer.Exit(run_demo(settings, out, stdout(), as_json))
+    here = "runs/demo-ranks" if on_ranks else "runs/demo"
+    store = place_path(out, "--out") if out is not None and is_url(out) else ""
+    raise typer.Exit(run_demo(settings, Path(here if store else out or here), stdout(), as_json, store))

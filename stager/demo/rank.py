@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m stager.demo.rank", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="a DemoConfig as JSON")
     parser.add_argument("--run-dir", type=Path, required=True, help="where losses.jsonl and final.pt go")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="save to, and resume from, this directory")
+    parser.add_argument("--checkpoints", required=True, help="save to, and resume from, this directory")
     parser.add_argument("--events", required=True, help="the FIFO that the demo reads")
     arguments = parser.parse_args(argv)
 

@@ -115,7 +115,7 @@ def _as_json(results: Results, config: DemoConfig, workspace: Workspace) -> dict
         "saves": [asdict(line) for line in save_lines(results.legs)],
         "lost_time": dict(_lost_time_json(results.measurement)) if results.measurement else None,
         "chart": str(workspace.chart),
-        "checkpoints": str(workspace.checkpoints),
+        "checkpoints": workspace.checkpoints,
         "config": config.model_dump(mode="json"),
         "host": {
             "python": platform.python_version(),

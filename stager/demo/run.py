@@ -23,7 +23,7 @@ from stager.workers.errors import UsageError
 TORCHRUN = "torchrun --nproc-per-node 2 -m stager demo --config configs/torchrun.yaml"
 
 
-def run_demo(config: DemoConfig, out_dir: Path, console: Console, as_json: bool = False) -> int:
+def run_demo(config: DemoConfig, out_dir: Path, console: Console, as_json: bool = False, store: str = "") -> int:
     """Run the demo and print what it showed.
 
     All ranks train once.  Then rank 0 goes on alone and prints, and the others end: torchrun waits for rank 0, and ends with
@@ -34,6 +34,7 @@ def run_demo(config: DemoConfig, out_dir: Path, console: Console, as_json: bool 
         out_dir: where checkpoints, the chart ``demo.png`` and ``results.json`` go: an empty directory, a new one, or
             that of an earlier demo, which is cleared.
         console: where progress and the tables go.
+        store: URL in an object store, under which the checkpoints go instead.
         as_json: print ``results.json`` on ``console`` and nothing else; progress goes to stderr.
 
     Returns:
@@ -53,7 +54,7 @@ def run_demo(config: DemoConfig, out_dir: Path, console: Console, as_json: bool 
     if rank != 0:
         train_rank(config, True, Path(os.devnull), None, lambda _: None)
         leave()
-    workspace = Workspace.prepare(out_dir, config)
+    workspace = Workspace.prepare(out_dir, config, store)
     with Bars(Console(stderr=True) if as_json else console) as bars:
         results = Story(config, num_ranks, workspace, bars).tell()
     results.elapsed_secs = time.monotonic() - started

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from stager.demo.bars import Bar
 from stager.demo.events import Event, RankEvent, Resumed, SaveBegun, SaveCommitted, StepDone
 from stager.demo.job import Job
 from stager.demo.leg import Aim, Kill, Leg, Trap
+from stager.workers.checkpoint.directory.run_directory import partial_names
+from stager.workers.checkpoint.documents.names import checkpoint_name, parse_partial
 
 GONE_WITHIN_SECS = 10.0
 
@@ -33,7 +34,7 @@ class LegRunner:
         bar: shows what rank 0 does.
     """
 
-    def __init__(self, leg: Leg, checkpoints: Path, bar: Bar) -> None:
+    def __init__(self, leg: Leg, checkpoints: str, bar: Bar) -> None:
         self._leg = leg
         self._checkpoints = checkpoints
         self._bar = bar
@@ -117,6 +118,6 @@ def show(bar: Bar, event: Event) -> None:
             bar.say(f"step {event.step} committed")
 
 
-def has_partial(checkpoints: Path, step: int) -> bool:
-    """Whether a save of this step has begun on disk and is not committed."""
-    return any(checkpoints.glob(f"step-{step:08d}.partial-*"))
+def has_partial(checkpoints: str, step: int) -> bool:
+    """Whether a save of this step has begun to be written and is not committed."""
+    return any(parse_partial(name)[0] == checkpoint_name(step) for name in partial_names(checkpoints))

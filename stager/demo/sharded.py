@@ -96,7 +96,7 @@ def unsharded(value: Any) -> Any:
     return value
 
 
-def train_rank(config: DemoConfig, sharded: bool, directory: Path, checkpoints: Path | None, send: SendEvent) -> None:
+def train_rank(config: DemoConfig, sharded: bool, directory: Path, checkpoints: str | None, send: SendEvent) -> None:
     """Train this rank's part of a run, from its start or the newest checkpoint to the end.
 
     Args:

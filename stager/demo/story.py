@@ -12,7 +12,6 @@ measure the time lost         per save: stager, torch.save, dcp.async_save in tu
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -123,18 +122,17 @@ class Story:
     def _resume_on(self, num_ranks: int, bar: Bar) -> None:
         leg = self._new_leg(f"on-{num_ranks}", num_ranks, self.results.others)
         copied = leg.directory / "checkpoints"
-        name = f"step-{self._settings.last_dropout_step:08d}"  # a directory that can be copied like any other
-        shutil.copytree(self._workspace.checkpoints / name, copied / name)
-        with self._job(leg, copied) as job:
-            LegRunner(leg, copied, bar).run_to_end(job)
+        self._workspace.copy_here(f"step-{self._settings.last_dropout_step:08d}", copied)
+        with self._job(leg, str(copied)) as job:
+            LegRunner(leg, str(copied), bar).run_to_end(job)
 
     def _new_leg(self, name: str, num_ranks: int, legs: list[Leg]) -> Leg:
         legs.append(Leg(name, self._workspace.run(name), num_ranks))
         return legs[-1]
 
-    def _job(self, leg: Leg, checkpoints: Path) -> Job:
+    def _job(self, leg: Leg, checkpoints: str) -> Job:
         arguments = ["--config", str(self._workspace.config), "--run-dir", str(leg.directory)]
-        arguments += ["--checkpoints", str(checkpoints)]
+        arguments += ["--checkpoints", checkpoints]
         log = leg.directory / "log.txt"
         return Job("stager.demo.rank", arguments, log, leg.num_ranks, torchrun=self._num_ranks > 1)
 
@@ -153,7 +151,10 @@ class Story:
 
     def load_with_stock(self, bar: Bar) -> None:
         """Check that stock PyTorch reads the last checkpoint."""
-        last = self._workspace.checkpoints / f"step-{self._settings.steps:08d}"
+        name = f"step-{self._settings.steps:08d}"
+        last = Path(self._workspace.checkpoints, name)
+        if self._workspace.store:  # stock PyTorch reads directories
+            last = self._workspace.copy_here(name, self._workspace.run("stock"))
         self.results.checks.append(check_stock_load(self.results.truth.final, last))
         bar.advance()
 

@@ -179,7 +179,7 @@ def train_without_checkpoints(settings: DemoSettings, run: TrainingRun, progress
         progress.step_done(step, run.train_step())
 
 
-def train_with_checkpoints(config: DemoConfig, directory: Path, run: TrainingRun, progress: Progress) -> None:
+def train_with_checkpoints(config: DemoConfig, directory: str, run: TrainingRun, progress: Progress) -> None:
     """Train from the newest valid checkpoint, if there is one, and save every few steps while training goes on.
 
     Every rank of a job calls it: the ranks save and load together.

@@ -130,7 +130,7 @@ def test_report_names_its_files_and_large_ones_are_removed(
     assert "NO" not in printed
     assert json.loads(workspace.results.read_text())["ok"] is True
     assert list(workspace.root.glob("runs/*/final.pt")) == []
-    assert len(list(workspace.checkpoints.glob("step-*"))) == 3
+    assert len(list(Path(workspace.checkpoints).glob("step-*"))) == 3
 
 
 def test_flipped_bit_in_the_final_weights_is_a_failure(
@@ -171,7 +171,7 @@ def test_stock_load_finds_weights_that_differ(evidence: tuple[Workspace, Results
     workspace, _ = evidence
     truth = workspace.run("uninterrupted") / "final.pt"
     flip_a_bit(truth, "model", "norm.bias")
-    check = check_stock_load(truth, workspace.checkpoints / "step-00000024")
+    check = check_stock_load(truth, Path(workspace.checkpoints, "step-00000024"))
     assert (check.ok, len(check.problems)) == (False, 1)
     assert check.problems[0].startswith("state['model']['norm.bias']: 1 of 64 elements differ")
 
@@ -179,7 +179,7 @@ def test_stock_load_finds_weights_that_differ(evidence: tuple[Workspace, Results
 @pytest.mark.long
 def test_stock_load_of_a_missing_checkpoint_is_a_failure(evidence: tuple[Workspace, Results]) -> None:
     workspace, _ = evidence
-    check = check_stock_load(workspace.run("uninterrupted") / "final.pt", workspace.checkpoints / "step-99999999")
+    check = check_stock_load(workspace.run("uninterrupted") / "final.pt", Path(workspace.checkpoints, "step-99999999"))
     assert not check.ok
     assert "script that loads with stock PyTorch failed" in check.problems[0]
 
@@ -189,7 +189,7 @@ def test_stock_load_fails_where_stager_is_imported(told: tuple[Workspace, Result
     import stager.demo.stock_load as script
 
     source = Path(script.__file__).read_text()
-    arguments = [str(workspace.checkpoints / "step-00000024"), str(workspace.run("uninterrupted") / "final.pt")]
+    arguments = [str(Path(workspace.checkpoints, "step-00000024")), str(workspace.run("uninterrupted") / "final.pt")]
     arguments.append(str(tmp_path / "loaded.pt"))
     spoilt = "import sys; sys.modules['workers'] = sys\n"
     ended = subprocess.run(

@@ -98,7 +98,7 @@ def test_large_files_of_a_demo_that_went_well_are_removed(
     _, workspace = told
     assert list(workspace.root.glob("runs/*/final.pt")) == []
     assert list(workspace.root.glob("runs/*/checkpoints")) == []
-    assert len(list(workspace.checkpoints.glob("step-*"))) == 3
+    assert len(list(Path(workspace.checkpoints).glob("step-*"))) == 3
 
 
 def test_jobs_logged_nothing_but_what_happened_to_them(
