@@ -115,5 +115,5 @@ def test_save_is_staged_when_every_rank_said_so_and_committed_when_one_did() -> 
 def test_partial_directory_is_seen_and_a_committed_one_is_not_taken_for_it(tmp_path: Path) -> None:
     (tmp_path / "step-00000006").mkdir()
     (tmp_path / "step-00000009.partial-abc").mkdir()
-    assert not has_partial(tmp_path, 6)
-    assert has_partial(tmp_path, 9)
+    assert not has_partial(str(tmp_path), 6)
+    assert has_partial(str(tmp_path), 9)

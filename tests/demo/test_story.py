@@ -254,7 +254,7 @@ def test_directory_with_other_files_is_refused_and_left_alone(tiny_config: DemoC
 
 def test_what_an_earlier_demo_left_is_removed(tiny_config: DemoConfig, tmp_path: Path) -> None:
     first = Workspace.prepare(tmp_path / "out", tiny_config)
-    (first.checkpoints / "step-00000003").mkdir(parents=True)
+    Path(first.checkpoints, "step-00000003").mkdir(parents=True)
     (first.run("resumed") / "final.pt").write_text("old")
     (first.root / "notes.txt").write_text("the user's")
     Workspace.prepare(tmp_path / "out", tiny_config)
