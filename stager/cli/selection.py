@@ -57,10 +57,10 @@ def require_directory(path: str) -> None:
 
 
 def directory_nbytes(path: str) -> int:
-    """Size of the files of ``path``; 0 if it vanishes meanwhile."""
+    """Size of the files of ``path``; 0 if they cannot be looked at: whoever reads them says why."""
     from stager.workers.checkpoint.storage.places import storage_of
 
     try:
         return storage_of(path).nbytes(path)
-    except FileNotFoundError:
+    except OSError:
         return 0
