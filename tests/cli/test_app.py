@@ -121,9 +121,17 @@ def test_demo_passes_its_options_on_and_its_exit_code_back(
 
     monkeypatch.setattr(stager.demo, "run_demo", demo_that_ends)
     assert Outcome("demo", "--out", tmp_path / "here", "--set", "demo.seed=77", "--json").code == code
-    ((config, out, _, as_json),) = asked
+    ((config, out, _, as_json, store),) = asked
     assert isinstance(config, DemoConfig)
-    assert (config.demo.seed, out, as_json) == (77, tmp_path / "here", True)
+    assert (config.demo.seed, out, as_json, store) == (77, tmp_path / "here", True, "")
+
+
+def test_demo_in_an_object_store_writes_its_report_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(stager.demo, "run_demo", lambda *arguments: asked.append(arguments) or 0)
+    assert Outcome("demo", "--out", "s3://bucket/demo/").code == 0
+    ((_, out, _, _, store),) = asked
+    assert (out, store) == (Path("runs/demo"), "s3://bucket/demo")
 
 
 @pytest.mark.parametrize(
