@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from stager import Checkpointer, StorageError, load_checkpoint, verify
+from stager import Checkpointer, ConfigError, StorageError, load_checkpoint, verify
 from stager.workers.checkpoint.storage.objects import client as client_module
 from stager.workers.checkpoint.storage.objects.client import client_of
 from tests.object_stores.proxy import Fault, Proxy
@@ -169,3 +169,24 @@ def test_requests_do_not_grow_with_the_square_of_the_checkpoints(proxy: Proxy, f
 
     few, many = requests_for(4), requests_for(16)
     assert many <= 4 * few + 4
+
+
+def test_a_tombstone_whose_answer_is_lost_is_ones_own(proxy: Proxy, far_url: str) -> None:
+    """The manifest becomes a tombstone for a moment. The client repeats that write, and is refused."""
+    with Checkpointer(far_url) as ckpt:
+        for step in (1, 2):
+            ckpt.save(step, state_of(step)).upload_completion.result()
+        rule = proxy.when("PUT", MANIFEST, Fault.LOSE_ANSWER)
+        ckpt.delete(1)
+        assert rule.reached.is_set()
+        assert [found.step for found in ckpt.checkpoints()] == [2]
+    assert not any("step-00000001" in key for key in objects(far_url))
+    is_whole(far_url, 2)
+
+
+def test_a_retry_time_that_is_no_number_is_refused(far_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("soon", "0", "nan", "-1"):
+        monkeypatch.setenv(client_module.RETRY_VARIABLE, text)
+        client_of.cache_clear()
+        with pytest.raises(ConfigError, match=client_module.RETRY_VARIABLE):
+            Checkpointer(far_url)

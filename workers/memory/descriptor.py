@@ -1,6 +1,6 @@
 """A file descriptor that travels with a task, and stays open in the worker as long as the worker has the task.
 
-The lock of a run's directory is one (NOTE [ The lock ] in ``checkpoint/directory/run_directory.py``): whoever has a
+The lock of a run's directory is one (NOTE [ The lock ] in ``checkpoint/storage/posix/run_lock.py``): whoever has a
 duplicate of its descriptor holds it, a message that waits in a socket included.
 """
 

@@ -7,6 +7,7 @@ Credentials, region and endpoint are found as the client finds them: ``AWS_ACCES
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ class Client:
         obstore = _import()
         self._root = root
         self._obstore: Any = obstore
-        self._store = _connect(root, float(os.environ.get(RETRY_VARIABLE, RETRY_SECS)))
+        self._store = _connect(root, _retry_secs())
         self._has_answered = False
         self.server = _endpoint()
 
@@ -217,6 +218,17 @@ def _connect(root: str, retry_secs: float) -> ObjectStore:
         return from_url(root, **options)
     except Exception as error:
         raise ConfigError(f"{root} cannot be used as an object store: {error}") from error
+
+
+def _retry_secs() -> float:
+    text = os.environ.get(RETRY_VARIABLE)
+    try:
+        secs = RETRY_SECS if text is None else float(text)
+    except ValueError:
+        secs = math.nan
+    if not 0 < secs < math.inf:
+        raise ConfigError(f"{RETRY_VARIABLE} is {text!r}; set it to a number of seconds above 0, or leave it out")
+    return secs
 
 
 def _endpoint() -> str:

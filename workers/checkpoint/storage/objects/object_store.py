@@ -232,7 +232,7 @@ class ObjectStore(Storage):
         client.put(place.removal(head.save_id), b"")
         point("objects.marked")
         # 2. Only this manifest: a commit may have put another one there. A delete cannot say so, a write can.
-        if not client.replace(place.manifest, _TOMBSTONE, found.version):
+        if not client.replace(place.manifest, _TOMBSTONE, found.version) and not self._is_tombstone(client, place):
             client.delete([place.removal(head.save_id)])
             return False
         point("objects.retracted")
@@ -398,9 +398,15 @@ class ObjectStore(Storage):
 
     def _remove_tombstone(self, client: Client, place: Place) -> None:
         """Finish the removal of a name that another process began (:meth:`_retract`), and did not live to end."""
-        with suppress(FileNotFoundError):
-            if client.get_start(place.manifest, len(_TOMBSTONE) + 1) == _TOMBSTONE:
-                client.delete([place.manifest])
+        if self._is_tombstone(client, place):
+            client.delete([place.manifest])
+
+    def _is_tombstone(self, client: Client, place: Place) -> bool:
+        """Return whether the name is being taken from a checkpoint: also by a write of ours whose answer was lost."""
+        try:
+            return client.get_start(place.manifest, len(_TOMBSTONE) + 1) == _TOMBSTONE
+        except FileNotFoundError:
+            return False
 
     def _gives_up(self, client: Client, place: Place) -> bool:
         """Mark a save that was to be committed and cannot be. Returns False if it is committed after all."""

@@ -15,7 +15,7 @@ from stager.workers.checkpoint.storage.objects.keys import stripe_key
 from stager.workers.faults import point
 
 STRIPE_BYTES = 32 << 20  # large enough that a request's delay does not count, small enough to be sent again
-_AT_ONCE = 8  # of one worker: one connection of S3 gives some 100 MB/s
+_AT_ONCE = 8  # of one worker; not measured yet on a store that is far away
 
 
 class StripeSink(Sink):
