@@ -36,13 +36,11 @@ class Guarantees:
 
     Attributes:
         links: a file may be shared by several checkpoints (incremental saves).
-        read_locks: a checkpoint that is read is not removed meanwhile.
         quarantine: a save that is not whole can be kept under another name, for replicas to complete it.
         foreign_files: it holds files of other programs, too, such as ``model.pt``; stager reads them by their path.
     """
 
     links: bool
-    read_locks: bool
     quarantine: bool
     foreign_files: bool
 

@@ -49,7 +49,7 @@ _AT_ONCE = 16  # small requests, each of which mostly waits
 class ObjectStore(Storage):
     """Every bucket that obstore can reach. Paths are URLs, ``s3://bucket/run``. For the methods see :class:`Storage`."""
 
-    guarantees = Guarantees(links=False, read_locks=False, quarantine=False, foreign_files=False)
+    guarantees = Guarantees(links=False, quarantine=False, foreign_files=False)
     reads_at_once = 32
 
     # -- what is there

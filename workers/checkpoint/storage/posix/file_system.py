@@ -32,7 +32,7 @@ _PATIENCE_SECS = 5.0  # a process that holds the lock on a run's directory write
 class FileSystem(Storage):
     """Every file system that is mounted on this host; for the methods see :class:`Storage`."""
 
-    guarantees = Guarantees(links=True, read_locks=True, quarantine=True, foreign_files=True)
+    guarantees = Guarantees(links=True, quarantine=True, foreign_files=True)
     reads_at_once = 1
 
     # -- what is there
