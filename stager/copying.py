@@ -25,10 +25,12 @@ from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.structure import describe
 from stager.workers.checkpoint.maintenance.recover import recover
 from stager.workers.checkpoint.read.verify import read_index_file
-from stager.workers.checkpoint.storage.contract import DataFile, Entry, SinkOptions
+from stager.workers.checkpoint.storage.data_file import DataFile
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.paths import place_path
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.sink import SinkOptions
 from stager.workers.checkpoint.storage.writing import PLAIN
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
 

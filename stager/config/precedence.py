@@ -60,7 +60,7 @@ def merged(config: ConfigSource, on_top: Sequence[Layer], environ: Mapping[str, 
         if isinstance(config, model) and not on_top:
             return config
         model = type(config) if isinstance(config, model) else model
-        sources = [Layer("config", config.model_dump())]
+        sources = [Layer("config", config.model_dump(exclude_unset=True))]  # a default stays one
     else:
         environ = os.environ if environ is None else environ
         _refuse_single_underscores(environ, model)

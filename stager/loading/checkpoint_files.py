@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 
 from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.read.verify import read_index_file
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.errors import CorruptCheckpointError, StorageError
 
 
 class CheckpointFiles(Mapping[str, bytes]):
@@ -13,7 +16,7 @@ class CheckpointFiles(Mapping[str, bytes]):
 
     Raises:
         CorruptCheckpointError: the file is damaged.
-        StorageError: it cannot be read: the checkpoint was removed, for example.
+        StorageError: it cannot be read: the checkpoint was removed or replaced after it was loaded, for example.
     """
 
     def __init__(self, path: str, manifest: Manifest) -> None:
@@ -23,7 +26,15 @@ class CheckpointFiles(Mapping[str, bytes]):
         self._files = {file.name: file for file in manifest.index_files if file.name in names}
 
     def __getitem__(self, name: str) -> bytes:
-        return read_index_file(self._path, self._manifest, self._files[name])
+        file = self._files[name]
+        try:
+            return read_index_file(self._path, self._manifest, file)
+        except (CorruptCheckpointError, StorageError) as error:
+            head = storage_of(self._path).head(self._path)
+            if head is None or head.save_id == self._manifest.header.save_id:
+                raise
+            problem = "another save has replaced this checkpoint since it was loaded; load it again"
+            raise StorageError(errno.ESTALE, problem, self._path) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -26,7 +26,7 @@ from stager.ranks import keys
 from stager.ranks.messages import LoadFailed, LoadNames, NewestStep, StepToLoad
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
-from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
+from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -279,4 +279,5 @@ class JointLoader(OtherRanks):
         self._awaited.add(step)
 
     def _sees(self, step: int) -> bool:
-        return os.path.lexists(os.path.join(self._loader.place.path(step), MANIFEST_NAME))
+        path = self._loader.place.path(step)
+        return storage_of(path).has_manifest(path)

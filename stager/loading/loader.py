@@ -33,8 +33,8 @@ from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.directory.run_directory import CheckpointInfo, SkippedCheckpoint
 from stager.workers.checkpoint.documents.manifest import Manifest
 from stager.workers.checkpoint.read.verify import check_files, fingerprint
-from stager.workers.checkpoint.storage.contract import Fingerprint
 from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.storage import Fingerprint
 from stager.workers.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

@@ -27,12 +27,19 @@ def contradictions(targets: Targets, tensors: Mapping[int, torch.Tensor]) -> lis
     shared = overlapping(targets.indices, targets.tensors)
     numbers = [k for k, index in enumerate(targets.indices) if index in shared]
     found = conflicts(numbers, targets.tensors, lambda number: tensors[targets.indices[number]])
-    return [
-        f"{describe(targets.paths[one])} and {describe(targets.paths[other])}: share memory in the target, and have "
-        "different values in the checkpoint; give each a tensor of its own, or select one of them by keys="
-        for one, other in found
-        if one != other
-    ]
+    return [_contradiction(describe(targets.paths[one]), describe(targets.paths[other])) for one, other in found]
+
+
+def _contradiction(one: str, other: str) -> str:
+    if one == other:
+        return (
+            f"{one}: several of its elements share memory in the target, and have different values in the checkpoint; "
+            "load into a tensor whose elements have memory of their own"
+        )
+    return (
+        f"{one} and {other}: share memory in the target, and have different values in the checkpoint; give each a tensor "
+        "of its own, or select one of them by keys="
+    )
 
 
 def conflicts(

@@ -208,7 +208,7 @@ class Restorer:
         return {**values, **tensors, **sharded, **own}
 
     def _sharing_memory(self, targets: Targets) -> set[int]:
-        """Return the items whose targets share memory with another target."""
+        """Return the items whose targets share memory with another target, or in themselves."""
         if all(targets.is_direct):  # in most states; their items tell how long they are
             starts = np.array(list(map(torch.Tensor.data_ptr, targets.tensors)), np.uint64)
             if are_apart(starts, np.array(self._items.data_nbytes, np.uint64)[targets.indices]):

@@ -22,8 +22,8 @@ from stager.ranks import keys
 from stager.ranks.messages import DirectoryOpened
 from stager.ranks.rank_group import RankGroup
 from stager.workers.checkpoint.maintenance.recover import recover
-from stager.workers.checkpoint.storage.contract import RunLock
 from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.run_lock import RunLock
 from stager.workers.errors import ConfigError, RankFailedError, UsageError
 
 logger = logging.getLogger("stager")

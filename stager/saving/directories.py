@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from stager.ranks.opening import take_directory
 from stager.ranks.rank_group import RankGroup
 from stager.saving import open_here
-from stager.workers.checkpoint.storage.contract import RunLock
+from stager.workers.checkpoint.storage.run_lock import RunLock
 from stager.workers.memory.descriptor import Descriptor
 
 _MOST = 64  # directories that are held: each takes a descriptor

@@ -7,15 +7,6 @@
 
 A snapshot is one piece, or several if it is larger than ``arena.max_host_bytes`` (``snapshot/pieces.py``). ``save()``
 returns when the staging thread has ended, or before that if all that is left to copy is guarded.
-
-NOTE [ Ctrl-C in save() ]
-KeyboardInterrupt can be raised between any two instructions of the main thread, and the program may go on after it. A slab
-whose save was interrupted halfway through the hand-over must not be leased again while a worker has it. So all that must not
-stop halfway happens in the staging thread, where no signal handler runs; the trainer's thread only copies, and waits.
-  1. The staging thread alone hands over, and deals with the lease. An interrupted ``save()`` has it end the save, unless the
-     call that ends it was begun before (``has_ended``): then that one goes on.
-  2. An interrupted save whose pieces are not all copied stops before its next piece (``given_up``), and fails as a whole.
-  3. ``save()`` raises only when the sources are not read any more (``copied``), because the program may change them then.
 """
 
 from __future__ import annotations
@@ -40,17 +31,18 @@ from stager.replication.replicator import NoReplication, Replicator
 from stager.saving.completion import SaveCompletion
 from stager.saving.destination import Destination
 from stager.saving.expected_memory import ExpectedMemory
-from stager.saving.hand_over import HandOver, Staging
+from stager.saving.hand_over import HandOver
 from stager.saving.progress import SaveProgress
 from stager.saving.rehearsal import Rehearsal
 from stager.saving.save import Save
 from stager.saving.setup import save_template, writing
 from stager.saving.sidecars import Sidecars
-from stager.saving.staging_thread import StagingThread, wait_uninterrupted
+from stager.saving.snapshot_stager import SnapshotStager
+from stager.saving.staging import Staging
 from stager.sharing.sharer import SharingOptions, SourceSharer
 from stager.snapshot.copying import Copier
 from stager.snapshot.guard import Guard
-from stager.snapshot.pieces import Piece, Pieces, cut, segment_bytes_for, whole
+from stager.snapshot.pieces import Pieces, cut, segment_bytes_for, whole
 from stager.snapshot.taker import Assignment, Snapshot, SnapshotTaker
 from stager.state.snapshot_plan import Planner
 from stager.state.state_tree import StateTree
@@ -69,7 +61,6 @@ from stager.workers.pool.pool import WorkerPool
 logger = logging.getLogger("stager")
 
 _ANY_SIZE = (1 << 63) - 1
-_TURN_SECS = 0.2
 
 
 class Saver:
@@ -109,7 +100,6 @@ class Saver:
         self._group = group
         self._post = post
         self._replicator = replicator
-        self._thread = StagingThread()
         self._numbers = itertools.count(1)
         self.completion = SaveCompletion(
             pool, group, on_done, incremental=self._incremental, keep_unfinished=replicator.is_on
@@ -139,6 +129,7 @@ class Saver:
             safe_globals=None if config.loading.allow_pickle else config.loading.safe_globals,
             differing=config.ranks.differing,
         )
+        self._stager = SnapshotStager(self._taker, self._hand_over, arena)
         self._rehearsal = Rehearsal(planner(segment_bytes), self.memory.expect_the_last_runs)
 
     # -- the trainer's thread -----------------------------------------------------------------------------------
@@ -182,12 +173,12 @@ class Saver:
             )
         lease = self._lease(save, pieces.slab_nbytes)
         if lease is not None:
-            self._stage(Staging(save, snapshot, pieces), lease)
+            self._stager.stage(Staging(save, snapshot, pieces), lease)
         save.record(blocked_secs=save.elapsed_secs())
 
     def _plan(self, save: Save, tree: StateTree) -> tuple[Snapshot, Pieces]:
         timeline = save.timeline
-        snapshot = self._taker.begin(timeline, tree, self._planner, may_move=not self._thread.is_busy)
+        snapshot = self._taker.begin(timeline, tree, self._planner, may_move=not self._stager.thread.is_busy)
         plan = snapshot.plan
         save.planned(nbytes=snapshot.nbytes, num_tensors=plan.num_tensors, num_objects=len(plan.objects))
         timeline.timing("plan", timeline.started)
@@ -244,145 +235,17 @@ class Saver:
             raise
         return lease
 
-    def _stage(self, staging: Staging, lease: Lease) -> None:
-        first = staging.pieces.pieces[0]
-        try:
-            now, later = self._taker.split(staging.snapshot, staging.pieces, first)
-            for note in self._taker.notes(staging.snapshot):
-                staging.save.timeline.note(note)
-            if not (now.by_workers or later.by_workers):  # they would wait for their own copies, which come behind
-                self._hand_over.begin_copying(staging.pieces, lease)  # also for the marks
-                staging.begin_filling(first, lease, [*now.ranges, *later.ranges])
-                self._thread.run(lambda: self._begin_hand_over(staging, first, lease))
-            self._copy(staging, now, lease)
-            self._taker.arm(staging.snapshot, later)  # last: what is written from here on trips a wire
-            waits = not later.copies
-            if waits and len(staging.pieces.pieces) == 1:
-                staging.copied.set_result(None)  # an interrupt from here on need not wait for the staging thread
-            staged = self._thread.run(lambda: self._stage_rest(staging, lease, later))
-            if waits:
-                while not staged.done():  # in turns: a Ctrl-C that comes right before a wait does not end that wait
-                    wait([staged], _TURN_SECS)
-                staged.result()
-        except BaseException as error:  # see NOTE [ Ctrl-C in save() ]
-            self._give_up(staging, lease, error)
-            raise
-
-    def _give_up(self, staging: Staging, lease: Lease, error: BaseException) -> None:
-        """Have the staging thread end the save, whatever else is raised here: without it, workers would wait for bytes."""
-        interrupted: BaseException | None = None
-        while True:
-            try:
-                staging.given_up.set()  # 2. before 1.: the staging thread must not begin another piece
-                self._thread.run(partial(self._end, staging, lease, error))
-                wait_uninterrupted([staging.copied])  # 3.
-                break
-            except BaseException as another:  # noqa: BLE001  # Ctrl-C again; raised when all is done
-                interrupted = another
-        if interrupted is not None:
-            raise interrupted
-
-    def _copy(self, staging: Staging, copies: Assignment, lease: Lease, *, background: bool = False) -> None:
-        self._hand_over.begin_copying(staging.pieces, lease)
-        self._taker.copy(
-            staging.snapshot, copies, lease.slab, staging.wrote, cold=not lease.warm, background=background
-        )
-
-    # -- the staging thread -------------------------------------------------------------------------------------
-
-    def _begin_hand_over(self, staging: Staging, piece: Piece, lease: Lease) -> None:
-        """Hand the first piece over while the trainer's thread copies it."""
-        if staging.has_ended:
-            return
-        try:
-            self._hand_over.hand_over(staging, piece, lease)
-        except BaseException as error:  # noqa: BLE001  # the call that comes behind this one ends the save
-            staging.failure = error
-
-    def _stage_rest(self, staging: Staging, lease: Lease, later: Assignment) -> None:
-        """Copy what is left of the first piece, and the other pieces; hand all of them over.
-
-        Raises:
-            Exception: of the staging, if ``save()`` waits for it. It ends the save in any case.
-        """
-        if staging.has_ended:  # the trainer's thread was interrupted
-            return
-        # 1. of the NOTE. From here on this call ends the save, whatever happens to the trainer's thread.
-        error: BaseException | None = None
-        try:
-            self._stage_pieces(staging, lease, later)
-            if staging.given_up.is_set() and not staging.is_complete:
-                # 2. of the NOTE. A save whose every part is out goes on: the workers commit it anyway.
-                error = KeyboardInterrupt("save() was interrupted")
-        except BaseException as raised:
-            error = raised
-            if not later.copies:  # save() waits
-                raise
-        finally:
-            self._end(staging, lease, error)
-
-    def _end(self, staging: Staging, lease: Lease, error: BaseException | None) -> None:
-        """End the staging of a save, once.
-
-        Args:
-            lease: of the first piece's slab.
-            error: why the save cannot be committed; None: it can, or a part of it has failed.
-        """
-        if staging.has_ended:
-            return
-        staging.has_ended = True
-        # Before the hand-over to the completion, which may fail: an interrupted save() waits for it.
-        if not staging.copied.done():
-            staging.copied.set_result(None)
-        staging.abandon()  # while the slab is this save's
-        if not staging.tasks:  # no worker has anything of it
-            lease.release()
-        self._hand_over.finish(staging, error)
-
-    def _stage_pieces(self, staging: Staging, lease: Lease, later: Assignment) -> None:
-        first, *others = staging.pieces.pieces
-        if staging.handed_over is None and staging.failure is not None:
-            raise staging.failure  # no worker has anything of it
-        if later.copies:
-            point("save.overlapped")
-            self._copy(staging, later, lease, background=True)
-        if staging.handed_over is None:  # workers have copied it
-            staging.begin_filling(first, lease, [])
-            self._hand_over.hand_over(staging, first, lease)
-        self._hand_over.mark_whole(staging, first, lease)
-        for piece in others:
-            if staging.is_lost:
-                break
-            # This waits for a slab of an earlier piece: the workers are done with them one by one.
-            next_lease = self._arena.lease(staging.pieces.slab_nbytes, when_full="wait")
-            assert next_lease is not None  # it waits
-            self._stage_piece(staging, piece, next_lease)
-
-    def _stage_piece(self, staging: Staging, piece: Piece, lease: Lease) -> None:
-        """Hand over a piece that is not the first, and copy it."""
-        try:
-            copies, _ = self._taker.split(staging.snapshot, staging.pieces, piece)
-            self._hand_over.begin_copying(staging.pieces, lease)
-            staging.begin_filling(piece, lease, copies.ranges)
-            self._hand_over.hand_over(staging, piece, lease)
-        except BaseException:  # nothing of this piece is out: no worker reads the slab
-            staging.abandon()
-            lease.release()
-            raise
-        self._copy(staging, copies, lease)
-        self._hand_over.mark_whole(staging, piece, lease)
-
     # -- lifecycle ----------------------------------------------------------------------------------------------
 
     @property
     def in_callback(self) -> bool:
         """Whether this thread runs a callback of a save's Future: what it waited for would wait for it."""
-        return self.completion.in_callback or self._thread.is_current
+        return self.completion.in_callback or self._stager.thread.is_current
 
     def wait_for_staging(self, timeout: float | None = None) -> None:
         """Wait until every snapshot that was begun is taken; TimeoutError after ``timeout`` seconds."""
         with self._copier.hurried():
-            self._thread.wait(timeout)
+            self._stager.thread.wait(timeout)
 
     def wait_for_saves(self, saves: Sequence[Save] | None = None) -> None:
         """Wait until saves have ended, committed or not. Errors stay unread in their Futures.
@@ -399,7 +262,7 @@ class Saver:
         LongWait(f"the save of step {steps} to be committed").until(ended)
 
     def _wait_before_step(self) -> None:
-        if self._thread.is_busy:  # else no range: a profile shows the steps that have waited
+        if self._stager.thread.is_busy:  # else no range: a profile shows the steps that have waited
             with record_function("stager: wait before a guarded step"):
                 self.wait_for_staging()
 
@@ -428,7 +291,7 @@ class Saver:
             while (lease := self._arena.lease(staging.pieces.slab_nbytes, when_full="skip")) is not None:
                 leases.append(lease)
                 for work in works:
-                    self._copy(staging, work, lease)
+                    self._stager.copy(staging, work, lease)
         finally:
             for lease in leases:
                 lease.release()
@@ -438,7 +301,7 @@ class Saver:
         self.completion.close()  # first: it ends saves, whose callbacks may still ask the rest
         self._rehearsal.close()
         self.guard.close()
-        self._thread.close()
+        self._stager.thread.close()
         self._copier.close()
         self._planner.forget()
         self._piece_planner.forget()

@@ -1,6 +1,6 @@
 """The thread that finishes staging: what must not stop halfway runs here, where no signal handler runs.
 
-See NOTE [ Ctrl-C in save() ] in ``saver.py``. One thread runs the calls in their order. So whoever waits for the
+See NOTE [ Ctrl-C in save() ] in ``snapshot_stager.py``. One thread runs the calls in their order. So whoever waits for the
 newest call has waited for all.
 """
 

@@ -74,6 +74,14 @@ def test_a_model_is_taken_as_it_is_and_the_environment_does_not_change_it() -> N
     assert load_config(config, environ={"STAGER_ARENA__BUFFERS": "3"}) is config
 
 
+def test_overrides_leave_what_a_model_has_not_set_unset() -> None:
+    config = load_config({"arena": {"buffers": 3}}, environ={})
+    changed = load_config(config, ["workers.count=3"])
+    assert changed.model_fields_set == {"arena", "workers"}
+    assert (changed.arena.model_fields_set, changed.workers.model_fields_set) == ({"buffers"}, {"count"})
+    assert (changed.arena.buffers, changed.workers.count) == (3, 3)
+
+
 def test_overrides_apply_to_a_model_and_keep_its_class() -> None:
     config = load_config(ShopConfig(shop=ShopSettings(apples=4)), ["shop.pears=3"], environ={})
     assert isinstance(config, ShopConfig)

@@ -18,11 +18,11 @@ from tests.faults import faults_of_this_process
 
 sys.modules["wandb"] = None  # type: ignore[assignment]  # megatron.core imports it, and it leaves temporary directories
 
-from megatron.core import dist_checkpointing  # noqa: E402  # without wandb
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper  # noqa: E402
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-from stager.integrations.megatron_bridge import StagerCheckpointManager, StagerSaveStrategy  # noqa: E402
+from stager.integrations.megatron_bridge import StagerCheckpointManager, StagerSaveStrategy
 
 del sys.modules["wandb"]
 

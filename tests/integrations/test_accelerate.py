@@ -36,10 +36,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # accelerate and torchdata wa
 accelerate = pytest.importorskip("accelerate", reason="pip install 'stager[accelerate]'")
 pytest.importorskip("torchdata", reason="pip install torchdata")
 
-from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402  # after importorskip
+from accelerate.optimizer import AcceleratedOptimizer
 
-from stager.integrations.accelerate import DIRECTORY, AcceleratorCheckpointer, state  # noqa: E402
-from tests.integrations.accelerate_bodies import CONFIG, PER_EPOCH, Registered, Training, reset  # noqa: E402
+from stager.integrations.accelerate import DIRECTORY, AcceleratorCheckpointer, state
+from tests.integrations.accelerate_bodies import CONFIG, PER_EPOCH, Registered, Training, reset
 
 BODIES = "tests.integrations.accelerate_bodies"
 positions_on_ranks = pytest.mark.skipif(

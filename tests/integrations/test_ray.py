@@ -23,10 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray warns of its own code
 
 pytest.importorskip("ray.train", reason="pip install 'stager[ray]'")
 
-import ray.train  # noqa: E402  # after importorskip
-from ray.train import Checkpoint  # noqa: E402
+import ray.train
+from ray.train import Checkpoint
 
-from stager.integrations.ray import RayTrainCheckpointer, committed  # noqa: E402
+from stager.integrations.ray import RayTrainCheckpointer, committed
 
 CONFIG: dict[str, Any] = {"workers": {"count": 1}, "persistence": {"fsync": False}, "ranks": {"together": False}}
 

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torchdata warns of its own 
 
 pytest.importorskip("torchdata", reason="pip install torchdata")
 
-from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402  # after importorskip
-from torchdata.stateful_dataloader.sampler import RandomSampler  # noqa: E402
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
 
 CONFIG: dict[str, Any] = {"workers": {"count": 1}, "persistence": {"fsync": False}}
 

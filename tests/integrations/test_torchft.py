@@ -41,10 +41,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torchft warns of its own co
 
 pytest.importorskip("torchft", reason="pip install 'stager[torchft]'")
 
-from stager.integrations import torchft as module  # noqa: E402  # after importorskip
-from stager.integrations.torchft import StagerTransport  # noqa: E402
-from stager.integrations.torchft_parts.connection import Connection  # noqa: E402
-from tests.integrations.torchft_bodies import SHORT, Pair, in_thread, large, nested, pair_of, until  # noqa: E402
+from stager.integrations import torchft as module
+from stager.integrations.torchft import StagerTransport
+from stager.integrations.torchft_parts.connection import Connection
+from tests.integrations.torchft_bodies import SHORT, Pair, in_thread, large, nested, pair_of, until
 
 SECRET = "a secret of this test"
 BODIES = "tests.integrations.torchft_bodies"

@@ -41,14 +41,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torchtitan and torch warn o
 pytest.importorskip("torchtitan", reason="pip install 'stager[torchtitan]'")
 pytest.importorskip("triton", reason="torchtitan needs triton, which torch for processors alone comes without")
 
-from tests.integrations import torchtitan_on_cpu  # noqa: E402, F401  # isort: skip  # before the rest of torchtitan
+from tests.integrations import torchtitan_on_cpu  # noqa: F401  # isort: skip  # before the rest of torchtitan
 
-from torch.distributed.checkpoint import FileSystemReader  # noqa: E402  # after importorskip
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
-from torchtitan.components.checkpointer import CheckpointManager  # noqa: E402
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.checkpointer import CheckpointManager
 
-from stager.integrations.torchtitan import StagerCheckpointManager  # noqa: E402
-from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training, flip  # noqa: E402
+from stager.integrations.torchtitan import StagerCheckpointManager
+from tests.integrations.torchtitan_bodies import CONFIG, Adapter, Training, flip
 
 ROOT = Path(__file__).parents[2]
 BODIES = "tests.integrations.torchtitan_bodies"

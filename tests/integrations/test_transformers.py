@@ -43,15 +43,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported
 transformers = pytest.importorskip("transformers", reason="pip install 'stager[transformers]'")
 pytest.importorskip("accelerate", reason="pip install 'stager[transformers]'")
 
-from transformers.trainer_utils import get_last_checkpoint  # noqa: E402  # after importorskip
+from transformers.trainer_utils import get_last_checkpoint
 
-from stager.integrations.transformers import StagerTrainerMixin, stager_trainer  # noqa: E402
-from stager.integrations.transformers_parts import trainer_saves  # noqa: E402
-from stager.integrations.transformers_parts.trainer_files import trainer_state_json  # noqa: E402
-from stager.integrations.transformers_parts.trainer_leftovers import take_leftovers  # noqa: E402
-from stager.integrations.transformers_parts.trainer_refusals import refuse_what_cannot_be_saved  # noqa: E402
-from stager.integrations.transformers_parts.trainer_rotation import RotationRule, surplus  # noqa: E402
-from tests.integrations.transformers_bodies import CONFIG, AfterSave, At, made_by, new_model, new_trainer  # noqa: E402
+from stager.integrations.transformers import StagerTrainerMixin, stager_trainer
+from stager.integrations.transformers_parts import trainer_saves
+from stager.integrations.transformers_parts.trainer_files import trainer_state_json
+from stager.integrations.transformers_parts.trainer_leftovers import take_leftovers
+from stager.integrations.transformers_parts.trainer_refusals import refuse_what_cannot_be_saved
+from stager.integrations.transformers_parts.trainer_rotation import RotationRule, surplus
+from tests.integrations.transformers_bodies import CONFIG, AfterSave, At, made_by, new_model, new_trainer
 
 BODIES = "tests.integrations.transformers_bodies"
 

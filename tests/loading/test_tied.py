@@ -43,6 +43,30 @@ def test_overlapping_here_and_different_there_is_refused(run_dir: Path) -> None:
     refused(run_dir, state, {"v": base[:3], "w": base[1:]}, "v and w: share memory in the target")
 
 
+def test_windows_that_overlap_here_take_values_that_agree(run_dir: Path) -> None:
+    memory = torch.zeros(3)
+    windows = memory.as_strided((2, 2), (1, 1))
+    into = {"other": torch.zeros(3), "x": windows}
+    refused(
+        run_dir, {"other": torch.ones(3), "x": torch.arange(4.0).view(2, 2)}, into, "x: several of its elements share"
+    )
+    assert not memory.any() and not into["other"].any()
+    restore(run_dir, {"other": torch.ones(3), "x": torch.arange(3.0).as_strided((2, 2), (1, 1))}, into)
+    assert torch.equal(memory, torch.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((2, 2), (2, 3)), ((3, 1, 2), (2, 0, 1)), ((0, 2), (1, 1)), ((4,), (3,)), ((2, 3), (1, 2))]
+)
+def test_elements_that_lie_between_others_share_no_memory(
+    run_dir: Path, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    target = torch.zeros(16).as_strided(shape, stride)
+    source = torch.arange(float(target.numel())).view(shape)
+    restore(run_dir, {"x": source}, {"x": target})
+    assert torch.equal(target, source)
+
+
 def test_tied_here_and_equal_there(run_dir: Path) -> None:
     shared = torch.zeros(3)
     weight = torch.tensor([1.0, float("nan"), -0.0])

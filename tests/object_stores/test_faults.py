@@ -156,21 +156,6 @@ def test_no_upload_in_parts_is_ever_begun(proxy: Proxy, far_url: str) -> None:
     assert proxy.count("POST", "uploads") == 0
 
 
-def test_requests_do_not_grow_with_the_square_of_the_checkpoints(proxy: Proxy, far_url: str) -> None:
-    def requests_for(num: int) -> int:
-        url = f"{far_url}-{num}"
-        with Checkpointer(url) as ckpt:
-            for step in range(num):
-                ckpt.save(step, {"x": torch.zeros(3)})
-        before = len(proxy.seen)
-        with Checkpointer(url, read_only=True) as ckpt:
-            assert len(ckpt.checkpoints()) == num
-        return len(proxy.seen) - before
-
-    few, many = requests_for(4), requests_for(16)
-    assert many <= 4 * few + 4
-
-
 def test_a_tombstone_whose_answer_is_lost_is_ones_own(proxy: Proxy, far_url: str) -> None:
     """The manifest becomes a tombstone for a moment. The client repeats that write, and is refused."""
     with Checkpointer(far_url) as ckpt:

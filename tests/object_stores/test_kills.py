@@ -8,7 +8,9 @@ import select
 import signal
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,20 @@ OF_A_REMOVAL = (
     "prune.removing",
 )
 EVERY_PART_IS_WRITTEN = OF_A_SAVE[OF_A_SAVE.index("part.receipt") :]
+OFTEN = (
+    "part.write",
+    "part.receipt",
+    "commit.manifest",
+    "objects.decided",
+    "commit.published",
+    "objects.marked",
+    "prune.removing",
+)
+"""Points at which something else is in the store than at the one before; ``make long`` has the others."""
+
+
+def _each(points: Sequence[str]) -> list[Any]:
+    return [point if point in OFTEN else pytest.param(point, marks=pytest.mark.long) for point in points]
 
 
 @pytest.fixture(scope="package")
@@ -76,7 +92,7 @@ def committed(run_url: str) -> list[int]:
     return [info.step for info in found]
 
 
-@pytest.mark.parametrize("point", OF_A_SAVE + OF_A_REMOVAL)
+@pytest.mark.parametrize("point", _each(OF_A_SAVE + OF_A_REMOVAL))
 def test_worker_killed_at_each_point_is_replaced_and_the_save_commits(run_url: str, faults: Faults, point: str) -> None:
     with Checkpointer(run_url, config={"workers": {"count": 2}, "retention": {"keep_latest": 1}}) as ckpt:
         ckpt.save(1, state_of(1)).upload_completion.result()
@@ -90,7 +106,7 @@ def test_worker_killed_at_each_point_is_replaced_and_the_save_commits(run_url: s
     assert {key.split("/")[0].partition(".data-")[0] for key in objects(run_url)} == {".stager.lock", "step-00000003"}
 
 
-@pytest.mark.parametrize("point", [point for point in OF_A_SAVE if point != "part.sync"])  # these do not sync
+@pytest.mark.parametrize("point", _each([point for point in OF_A_SAVE if point != "part.sync"]))  # these do not sync
 def test_all_killed_at_each_point_of_a_save(run_url: str, faults: Faults, nursery: Nursery, point: str) -> None:
     """As when the host loses power."""
     with (

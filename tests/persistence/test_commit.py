@@ -22,7 +22,7 @@ from stager.workers.checkpoint.documents.envelope import seal
 from stager.workers.checkpoint.documents.names import checkpoint_name
 from stager.workers.checkpoint.documents.receipt import receipt_name
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix import files, transitions
 from stager.workers.checkpoint.storage.posix.file_system import FileSystem

@@ -27,7 +27,7 @@ from stager.workers.checkpoint.documents.receipt import receipt_name
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.maintenance import recover
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.files import open_regular
 from stager.workers.checkpoint.write.save_spec import SaveSpec

@@ -172,14 +172,14 @@ COMMITTED_ALL_THE_SAME = ("save.handed-over", "part.receipt")
 """By the workers of the rank that was killed; by the others, who find its receipt."""
 
 
-def die_in_save(rank: int, directory: str, point: str, victim: int) -> dict[str, Any]:
+def die_in_save(rank: int, directory: str, point: str, victim: int, run: str = "") -> dict[str, Any]:
     """One rank is killed in its second save: its trainer at one of its points, or all of its processes while a worker is at
-    one of a worker's. What the others say."""
+    one of a worker's. What the others say. ``run``: where, if not in ``directory``."""
     faults = faults_of_this_process(Path(directory, "faults")) if rank == victim else None
     timeout_secs = 50 if point in COMMITTED_ALL_THE_SAME else 3
     trained = build("fsdp", seed=3)
     state = state_of(trained, rank)
-    with Checkpointer(Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": timeout_secs}}) as ckpt:
+    with Checkpointer(run or Path(directory, "run"), {**CONFIG, "ranks": {"timeout_secs": timeout_secs}}) as ckpt:
         ckpt._group.turn_secs = ckpt._group.discard_secs = 0.2
         ckpt.save(1, state).upload_completion.result(60)
         dist.barrier()

@@ -71,6 +71,19 @@ def test_damage_to_one_is_found(run_dir: Path, change: str) -> None:
             load_checkpoint(run_dir / "step-00000001").files["a.json"]
 
 
+@pytest.mark.parametrize("later", [{"a.json": b"of the second"}, {}], ids=["other bytes", "without it"])
+def test_those_of_a_checkpoint_that_was_replaced_meanwhile(run_dir: Path, later: dict[str, bytes]) -> None:
+    with Checkpointer(run_dir, config()) as ckpt:
+        ckpt.save(1, {"x": torch.ones(9)}, files={"a.json": b"of the first"}).upload_completion.result()
+        loaded = ckpt.load(1)
+        assert loaded is not None
+        ckpt.save(1, {"x": torch.zeros(9)}, files=later).upload_completion.result()
+        with pytest.raises(StorageError, match=r"another save has replaced this checkpoint.*load it again"):
+            loaded.files["a.json"]
+        again = ckpt.load(1)
+        assert again is not None and dict(again.files) == later
+
+
 @pytest.mark.parametrize(
     ("files", "why"),
     [

@@ -1,4 +1,4 @@
-"""The contract of ``workers/checkpoint/storage/contract.py``, kept by each storage.
+"""What ``workers/checkpoint/storage`` promises, kept by each storage.
 
 A save is what ``make_task`` hands over; its parts run in this process.
 """
@@ -32,8 +32,8 @@ from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recove
 from stager.workers.checkpoint.maintenance.retention import PruneFate, remove
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.checkpoint.read.verify import verify_checkpoint
-from stager.workers.checkpoint.storage.contract import Storage
 from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.checkpoint.storage.storage import Storage
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
 from stager.workers.errors import DirectoryInUseError, StorageError
 from tests.object_stores.test_checkpointer import objects
@@ -193,17 +193,17 @@ def test_a_save_that_was_withdrawn_before_it_wrote_anything_leaves_nothing(direc
     nothing_is_left(directory)
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "epoch=0-step=2", "a b", "50%", "a%20b", "x#y", "w\u00e4rme", "{z}~1^"])
-def test_a_checkpoint_of_any_name(directory: str, name: str) -> None:
-    task = task_of(directory)
-    task = replace(task, spec=replace(task.spec, name=name))
-    write(task)
-    assert storage_of(directory).has_manifest(f"{directory}/{name}")
-    assert committed_steps(directory) == [1] and partial_names(directory) == []
-    assert (
-        list_checkpoints(directory)[0][0].path == f"{directory}/{name}" and verify_checkpoint(f"{directory}/{name}").ok
-    )
-    remove(directory, 1)
+def test_a_checkpoint_of_any_name(directory: str) -> None:
+    names = ["last.ckpt", "epoch=0-step=2", "a b", "50%", "a%20b", "x#y", "w\u00e4rme", "{z}~1^"]
+    for step, name in enumerate(names):
+        task = task_of(directory, step=step)
+        write(replace(task, spec=replace(task.spec, name=name)))
+        assert storage_of(directory).has_manifest(f"{directory}/{name}"), name
+        assert verify_checkpoint(f"{directory}/{name}").ok, name
+    assert committed_steps(directory) == list(range(len(names)))[::-1] and partial_names(directory) == []
+    assert {info.path for info in list_checkpoints(directory)[0]} == {f"{directory}/{name}" for name in names}
+    for step in range(len(names)):
+        remove(directory, step)
     nothing_is_left(directory)
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import proxy
 
 from stager.config import load_config
 from stager.integrations.lightning_parts.earlier_run import finish_earlier_run, newest_in
 from stager.integrations.lightning_parts.guarding import refuse_other_strategies, writer_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import ModelCheckpoint as _Base
+else:
+    _Base = object  # lightning's class or pytorch_lightning's comes behind it
 
 logger = logging.getLogger("stager")
 
@@ -26,7 +31,7 @@ class _WithoutLoggers:
         return getattr(self._trainer, name)
 
 
-class ModelCheckpointMixin:
+class ModelCheckpointMixin(_Base):
     """What differs from Lightning's ``ModelCheckpoint``; all arguments are the same.
 
     - Loggers hear of a checkpoint (``after_save_checkpoint``) when every checkpoint that this callback names is durable: in
@@ -43,7 +48,7 @@ class ModelCheckpointMixin:
 
         So a run that goes on with the other class still knows its best checkpoints.
         """
-        key: str = super().state_key  # type: ignore[misc]
+        key: str = super().state_key
         return key.removeprefix("Stager")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -53,24 +58,24 @@ class ModelCheckpointMixin:
             UsageError: the trainer's strategy would not ask stager to load a checkpoint.
         """
         refuse_other_strategies(trainer)
-        super().setup(trainer, pl_module, stage)  # type: ignore[misc]
+        super().setup(trainer, pl_module, stage)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         writer = writer_of(trainer)
         if writer is None:
-            super()._save_checkpoint(trainer, filepath)  # type: ignore[misc]  # of ModelCheckpoint, as all that follow
+            super()._save_checkpoint(trainer, filepath)
             return
-        super()._save_checkpoint(_WithoutLoggers(trainer), filepath)  # type: ignore[misc]
+        super()._save_checkpoint(_WithoutLoggers(trainer), filepath)
         self._untold = (*self._untold, filepath)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Tell the loggers of checkpoints that have become durable."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)  # type: ignore[misc]
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._tell(trainer)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Tell the loggers of the last checkpoints: the trainer has waited for their commits."""
-        super().on_fit_end(trainer, pl_module)  # type: ignore[misc]
+        super().on_fit_end(trainer, pl_module)
         self._tell(trainer)
 
     def _tell(self, trainer: Any) -> None:
@@ -83,14 +88,14 @@ class ModelCheckpointMixin:
                 logger_.after_save_checkpoint(proxy(self))
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        directory = self._ModelCheckpoint__resolve_ckpt_dir(trainer)  # type: ignore[attr-defined]
+        directory = self._ModelCheckpoint__resolve_ckpt_dir(trainer)
         writer = writer_of(trainer)
         config = load_config() if writer is None else writer.config
         finish_earlier_run(os.fspath(directory), config.persistence.lock_timeout_secs)
-        found: set[str] = super()._find_last_checkpoints(trainer)  # type: ignore[misc]
-        if not self.save_last or any(map(os.path.exists, found)):  # type: ignore[attr-defined]
+        found: set[str] = super()._find_last_checkpoints(trainer)
+        if not self.save_last or any(map(os.path.exists, found)):
             return found
-        newest = newest_in(os.fspath(directory), self.FILE_EXTENSION)  # type: ignore[attr-defined]
+        newest = newest_in(os.fspath(directory), self.FILE_EXTENSION)
         if newest is None:
             return found
         logger.warning(

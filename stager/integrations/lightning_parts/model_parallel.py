@@ -10,7 +10,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -29,12 +29,17 @@ from stager.integrations.lightning_parts.writer import CheckpointWriter, absolut
 from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.errors import RankFailedError
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ModelParallelStrategy as _Base
+else:
+    _Base = object  # lightning's class or pytorch_lightning's comes behind it
+
 logger = logging.getLogger("stager")
 
 _AS_IT_IS = StateDictOptions()  # no copy to the CPU: a snapshot is taken from the device
 
 
-class ModelParallelMixin:
+class ModelParallelMixin(_Base):
     """Lightning's ``ModelParallelStrategy``, with sharded checkpoints that stager writes and loads.
 
     Args:
@@ -55,7 +60,7 @@ class ModelParallelMixin:
         **more_options: Any,
     ) -> None:
         super().__init__(*options, **more_options)
-        if not self._save_distributed_checkpoint:  # type: ignore[attr-defined]  # of ModelParallelStrategy
+        if not self._save_distributed_checkpoint:
             raise ArgumentError(
                 "save_distributed_checkpoint is False, and this strategy saves shards: they load on any number of ranks, "
                 "and `stager export` makes one file of them; leave it out"
@@ -66,12 +71,12 @@ class ModelParallelMixin:
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the model's state, as it lies on the device."""
-        return get_model_state_dict(self.model, options=_AS_IT_IS)  # type: ignore[attr-defined]
+        return get_model_state_dict(self.model, options=_AS_IT_IS)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state by the names of its parameters, as it lies on the device."""
         (inner,) = optimizers_of([optimizer])
-        return get_optimizer_state_dict(self.model, inner, options=_AS_IT_IS)  # type: ignore[attr-defined]
+        return get_optimizer_state_dict(self.model, inner, options=_AS_IT_IS)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
@@ -88,7 +93,7 @@ class ModelParallelMixin:
             )
         path = of_rank_0(os.fspath(filepath))
         if is_scratch(path):
-            super().save_checkpoint(checkpoint, path)  # type: ignore[misc]
+            super().save_checkpoint(checkpoint, path)
             return
         state = {"state_dict": checkpoint.pop("state_dict")}
         for number, optimizer_state in enumerate(checkpoint.pop("optimizer_states", [])):
@@ -122,7 +127,8 @@ class ModelParallelMixin:
             finish_earlier_run(os.path.dirname(path), self.stager_writer.config.persistence.lock_timeout_secs)
         is_ours = of_rank_0(has_own_manifest(path))  # no rank looks before rank 0 has waited
         if not is_ours:
-            return super().load_checkpoint(path, weights_only=weights_only)  # type: ignore[misc,no-any-return]
+            theirs: dict[str, Any] = super().load_checkpoint(path, weights_only=weights_only)
+            return theirs
         problem: Exception | None = None
         try:
             meta = self._load_shards(path)
@@ -139,9 +145,9 @@ class ModelParallelMixin:
 
     def _load_shards(self, path: str) -> bytes:
         """Load this rank's shards; return what is in ``meta.pt``."""
-        model: Any = self.model  # type: ignore[attr-defined]
-        optimizers = optimizers_of(self.optimizers)  # type: ignore[attr-defined]
-        is_strict = self.lightning_module.strict_loading  # type: ignore[attr-defined]
+        model: Any = self.model
+        optimizers = optimizers_of(self.optimizers)
+        is_strict = self.lightning_module.strict_loading
         into: dict[str, Any] = {"state_dict": get_model_state_dict(model)}
         for number, optimizer in enumerate(optimizers):
             into[f"optimizer_{number}"] = get_optimizer_state_dict(model, optimizer)
@@ -161,7 +167,7 @@ class ModelParallelMixin:
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
         """Remove the checkpoint at ``filepath``, as soon as the one that was saved last is committed."""
-        if self.is_global_zero:  # type: ignore[attr-defined]
+        if self.is_global_zero:
             self.stager_writer.remove(filepath)
 
     def teardown(self) -> None:
@@ -173,4 +179,4 @@ class ModelParallelMixin:
         try:
             self.stager_writer.close()
         finally:
-            super().teardown()  # type: ignore[misc]
+            super().teardown()

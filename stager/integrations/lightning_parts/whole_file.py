@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -42,14 +43,20 @@ def load_from_checkpoint(model_class: type[M], path: str | os.PathLike[str], **o
     if not os.path.exists(found):
         raise CheckpointNotFoundError(None, "there is no checkpoint", found)
     if not os.path.isdir(found):
-        return model_class.load_from_checkpoint(path, **options)  # type: ignore[attr-defined,no-any-return]
+        return _theirs(model_class, path, options)
     state = _without_optimizers(found, allow_pickle=options.get("weights_only") is False)
     file = io.BytesIO()
     torch.save(state, file)
     del state
     file.seek(0)
     # What needs a permission was refused above.
-    return model_class.load_from_checkpoint(file, **{**options, "weights_only": False})  # type: ignore[attr-defined,no-any-return]
+    return _theirs(model_class, file, {**options, "weights_only": False})
+
+
+def _theirs(model_class: type[M], source: str | os.PathLike[str] | io.BytesIO, options: Mapping[str, Any]) -> M:
+    lightning_class: Any = model_class
+    loaded: M = lightning_class.load_from_checkpoint(source, **options)
+    return loaded
 
 
 def _without_optimizers(path: str, *, allow_pickle: bool) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def of_rank_0(look: Callable[[], T]) -> T:
     dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
         raise found[1]
-    return found[0]  # type: ignore[no-any-return]
+    seen: T = found[0]
+    return seen
 
 
 class _End(Enum):

@@ -39,7 +39,7 @@ def tell_autograd(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def overlapping(keys: Sequence[int], targets: Sequence[torch.Tensor]) -> set[int]:
-    """Return the keys of targets that share memory with another target.
+    """Return the keys of targets that share memory with another target, or several of whose elements share memory.
 
     Threads that read into overlapping targets would mix their bytes. Such targets are copied in order instead.
 
@@ -60,12 +60,13 @@ def overlapping(keys: Sequence[int], targets: Sequence[torch.Tensor]) -> set[int
 
 
 def _overlapping_there(keys: Sequence[int], targets: Sequence[torch.Tensor]) -> set[int]:
-    """Return the keys of targets on one device that share memory with another of them."""
+    """Return the keys of targets on one device that share memory with another of them, or in themselves."""
     starts = np.array(list(map(torch.Tensor.data_ptr, targets)), np.uint64)
     nbytes = np.array([nbytes_spanned(tensor) if tensor.numel() else 0 for tensor in targets], np.uint64)
+    pairs = filterfalse(lambda pair: pair[1].is_contiguous(), zip(keys, targets, strict=True))
+    shared = {key for key, tensor in pairs if elements_share_memory(tensor)}
     if are_apart(starts, nbytes):
-        return set()
-    shared: set[int] = set()
+        return shared
     furthest: _Extent | None = None
     for extent in sorted({_extent(key, tensor) for key, tensor in zip(keys, targets, strict=True) if tensor.numel()}):
         if furthest is not None and extent[0] < furthest[1]:
@@ -81,6 +82,26 @@ def are_apart(starts: Any, nbytes: Any) -> bool:
     order = np.argsort(starts)
     ends = np.maximum.accumulate((starts + nbytes)[order])
     return bool((starts[order][1:] >= ends[:-1]).all())
+
+
+def elements_share_memory(tensor: torch.Tensor) -> bool:
+    """Tell whether two elements of a strided tensor are one: those of an expanded tensor, or of windows that overlap."""
+    dimensions = sorted((step, n) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    if 0 in tensor.shape or not dimensions:
+        return False
+    reach = 0  # how far the dimensions of smaller steps go
+    for step, length in dimensions:
+        if step <= reach:
+            break
+        reach += step * (length - 1)
+    else:
+        return False
+    if dimensions[0][0] == 0:
+        return True
+    places = torch.zeros(1, dtype=torch.int64)  # steps such as (2, 3) interleave: only the places themselves tell
+    for step, length in dimensions:
+        places = (places[:, None] + step * torch.arange(length)).flatten()
+    return len(torch.unique(places)) < len(places)
 
 
 def nbytes_spanned(tensor: torch.Tensor) -> int:

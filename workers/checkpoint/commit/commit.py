@@ -40,7 +40,7 @@ from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.items import Items
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.layout.layout_check import check_count, check_distinct
-from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.in_threads import in_threads
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix import files

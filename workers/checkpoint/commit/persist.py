@@ -30,9 +30,11 @@ from stager.workers.checkpoint.commit.commit import (
 from stager.workers.checkpoint.documents.names import partial_name, removing_name, unfinished_name
 from stager.workers.checkpoint.documents.receipt import Receipt
 from stager.workers.checkpoint.layout.layout import Layout, partition_once
-from stager.workers.checkpoint.storage.contract import Entry, HardLinkBase, Storage, UnchangedFiles
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
+from stager.workers.checkpoint.storage.storage import Storage
+from stager.workers.checkpoint.storage.unchanged import HardLinkBase, UnchangedFiles
 from stager.workers.checkpoint.write.part_writer import PartWriter, runs_once, whole_files
 from stager.workers.checkpoint.write.save_spec import SaveSpec
 from stager.workers.checkpoint.write.write_task import WriteTask, read_extent, read_layout, record_name, to_record

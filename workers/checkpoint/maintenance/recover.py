@@ -39,7 +39,7 @@ from stager.workers.checkpoint.documents.names import (
 from stager.workers.checkpoint.documents.receipt import finished_ranks, receipt_name
 from stager.workers.checkpoint.layout.layout import Layout
 from stager.workers.checkpoint.read.verify import check_files
-from stager.workers.checkpoint.storage.contract import Entry
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.checkpoint.write.save_spec import SaveSpec

@@ -21,7 +21,7 @@ from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import num_segments
 from stager.workers.checkpoint.layout.structure import describe
 from stager.workers.checkpoint.read.scatter import scatter
-from stager.workers.checkpoint.storage.contract import DataFile
+from stager.workers.checkpoint.storage.data_file import DataFile
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.errors import CorruptCheckpointError

@@ -17,10 +17,10 @@ from stager.workers.checkpoint.directory.manifest_file import read_manifest
 from stager.workers.checkpoint.directory.reading import reading
 from stager.workers.checkpoint.documents.manifest import IndexFile, Manifest
 from stager.workers.checkpoint.read.blob_reader import BlobReader
-from stager.workers.checkpoint.storage.contract import Fingerprint
 from stager.workers.checkpoint.storage.paths import place_path
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.storage import Fingerprint
 from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 

@@ -20,8 +20,8 @@ _OBJECT_STORES = ("s3", "gs", "az")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 _DOWNLOADED = ("http", "https", "ftp", "hf")
 
-
-_OBJECT_STORE = re.compile(r"(s3|gs|az)://([^/?#]+)(/.*)?", re.DOTALL)
+OBJECT_STORE_URL = re.compile(r"(s3|gs|az)://([^/?#]+)(?:/(.*))?", re.DOTALL)
+"""The URL of something in an object store: scheme, bucket, and key or None."""
 
 
 def place_path(path: object, what: str = "directory", environ: Mapping[str, str] | None = None) -> str:
@@ -30,7 +30,7 @@ def place_path(path: object, what: str = "directory", environ: Mapping[str, str]
     Raises:
         ArgumentError: as of :func:`local_path`; or a part of the URL's key is ``.`` or ``..``.
     """
-    if isinstance(path, str) and (match := _OBJECT_STORE.fullmatch(path)) is not None:
+    if isinstance(path, str) and (match := OBJECT_STORE_URL.fullmatch(path)) is not None:
         parts = [part for part in (match[3] or "").split("/") if part]
         if "." in parts or ".." in parts:
             raise ArgumentError(f"{what} is {path!r}; no part of a key in a bucket may be . or ..")

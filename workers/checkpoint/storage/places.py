@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from stager.workers.checkpoint.storage.contract import Storage
-from stager.workers.checkpoint.storage.objects.client import URL
 from stager.workers.checkpoint.storage.objects.object_store import ObjectStore
+from stager.workers.checkpoint.storage.paths import OBJECT_STORE_URL
 from stager.workers.checkpoint.storage.posix.file_system import FileSystem
+from stager.workers.checkpoint.storage.storage import Storage
 
 _FILE_SYSTEM, _OBJECT_STORE = FileSystem(), ObjectStore()
 
@@ -19,7 +19,7 @@ def storage_of(path: str) -> Storage:
 
 def is_url(path: str) -> bool:
     """Return whether ``path`` is the URL of something in an object store."""
-    return URL.match(path) is not None
+    return OBJECT_STORE_URL.fullmatch(path) is not None
 
 
 def resolved(path: str) -> str:

@@ -19,9 +19,10 @@ import xxhash
 from stager.workers.checkpoint.formats import get_format
 from stager.workers.checkpoint.layout.items import Item
 from stager.workers.checkpoint.layout.layout import Layout, Segment, partition_once
-from stager.workers.checkpoint.storage.contract import Entry, Sink, SinkOptions
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.posix.direct_io import BLOCK_BYTES
 from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
+from stager.workers.checkpoint.storage.sink import Sink, SinkOptions
 from stager.workers.checkpoint.storage.writing import WRITE_BYTES, Pace
 from stager.workers.checkpoint.write.write_task import WriteTask
 from stager.workers.errors import InternalError

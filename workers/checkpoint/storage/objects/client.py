@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from stager.workers.checkpoint.storage.paths import OBJECT_STORE_URL
 from stager.workers.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
-
-URL = re.compile(r"(s3|gs|az)://([^/]+)(?:/(.*))?", re.DOTALL)
 
 # A request that gets no answer is repeated for so long. A server that is restarted must not fail a save.
 RETRY_SECS = 600.0
@@ -261,7 +259,7 @@ def split(url: str, *, is_known: bool = False) -> tuple[Client, str]:
     Raises:
         StorageError: the store does not answer, or has no such bucket.
     """
-    match = URL.fullmatch(url)
+    match = OBJECT_STORE_URL.fullmatch(url)
     if match is None:
         raise ConfigError(f"{url} is not the URL of an object store")
     client = client_of(f"{match[1]}://{match[2]}")

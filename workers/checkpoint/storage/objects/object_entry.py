@@ -9,12 +9,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from stager.workers.checkpoint.documents.own_names import is_own
 from stager.workers.checkpoint.layout.layout import Layout, Segment
-from stager.workers.checkpoint.storage.contract import Entry, HardLinkBase, HashAll, Sink, SinkOptions, UnchangedFiles
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.objects.client import Client
 from stager.workers.checkpoint.storage.objects.decision import is_being_removed
 from stager.workers.checkpoint.storage.objects.head_of import head_of
 from stager.workers.checkpoint.storage.objects.keys import Place, Standing, join, place_of
 from stager.workers.checkpoint.storage.objects.stripe_sink import StripeSink
+from stager.workers.checkpoint.storage.sink import Sink, SinkOptions
+from stager.workers.checkpoint.storage.unchanged import HardLinkBase, HashAll, UnchangedFiles
 from stager.workers.errors import CorruptCheckpointError, InternalError
 
 

@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 
 from stager.workers.checkpoint.documents.head import Head, parse_head
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from stager.workers.checkpoint.storage.contract import DataFile, Entry, Fingerprint, Guarantees, RunLock, Storage
+from stager.workers.checkpoint.storage.data_file import DataFile
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.in_threads import in_threads
 from stager.workers.checkpoint.storage.objects.client import Client, split
 from stager.workers.checkpoint.storage.objects.decision import Decision, decide, is_being_removed
@@ -37,6 +38,8 @@ from stager.workers.checkpoint.storage.objects.run_lease import (
     without_holder,
 )
 from stager.workers.checkpoint.storage.objects.striped_file import StripedFile
+from stager.workers.checkpoint.storage.run_lock import RunLock
+from stager.workers.checkpoint.storage.storage import Fingerprint, Guarantees, Storage
 from stager.workers.errors import CorruptCheckpointError, DirectoryInUseError, InternalError, StorageError
 from stager.workers.faults import point
 

@@ -34,8 +34,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from stager.workers.checkpoint.storage.contract import RunLock
 from stager.workers.checkpoint.storage.objects.client import Client, Version
+from stager.workers.checkpoint.storage.run_lock import RunLock
 from stager.workers.errors import DirectoryInUseError, StorageError
 from stager.workers.long_wait import LongWait
 from stager.workers.memory.descriptor import Descriptor
@@ -273,21 +273,28 @@ def _hold(client: Client, key: str, *, shared: bool = False) -> socket.socket | 
 
 
 def _is_alive_here(client: Client, key: str) -> bool:
-    """Return whether any process of this host holds the lock."""
-    for slot in range(_SLOTS):
-        held = _bind(client, key, slot)
-        if held is None:
-            return True
-        held.close()
+    """Return whether any process of this host holds the lock.
+
+    It connects, and binds nothing: of two ranks that let go at once, each would take the other's look for a holder.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as looking:
+        for slot in range(_SLOTS):
+            with suppress(ConnectionRefusedError):
+                looking.connect(_address(client, key, slot))
+                return True
     return False
 
 
-def _bind(client: Client, key: str, slot: int) -> socket.socket | None:
+def _address(client: Client, key: str, slot: int) -> str:
     what = f"{client.server} {client.url(key)}"
     name = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+    return f"\0stager-lease-{name}-{slot}"
+
+
+def _bind(client: Client, key: str, slot: int) -> socket.socket | None:
     held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        held.bind(f"\0stager-lease-{name}-{slot}")
+        held.bind(_address(client, key, slot))
     except OSError as error:
         held.close()
         if error.errno != errno.EADDRINUSE:

@@ -9,9 +9,9 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.storage.contract import Sink, SinkOptions
 from stager.workers.checkpoint.storage.objects.client import Client
 from stager.workers.checkpoint.storage.objects.keys import stripe_key
+from stager.workers.checkpoint.storage.sink import Sink, SinkOptions
 from stager.workers.faults import point
 
 STRIPE_BYTES = 32 << 20  # large enough that a request's delay does not count, small enough to be sent again

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from stager.workers.checkpoint.storage.contract import DataFile
+from stager.workers.checkpoint.storage.data_file import DataFile
 from stager.workers.checkpoint.storage.objects.client import Client
 from stager.workers.checkpoint.storage.objects.keys import stripe_key
 from stager.workers.errors import CorruptCheckpointError

@@ -10,12 +10,14 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 
 from stager.workers.checkpoint.layout.layout import Layout, Segment
-from stager.workers.checkpoint.storage.contract import Entry, HardLinkBase, HashAll, Sink, SinkOptions, UnchangedFiles
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.in_threads import in_threads
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.file_sink import FileSink
 from stager.workers.checkpoint.storage.posix.hard_link_base import link_unchanged, sync_linked
 from stager.workers.checkpoint.storage.posix.own_files import own_files
+from stager.workers.checkpoint.storage.sink import Sink, SinkOptions
+from stager.workers.checkpoint.storage.unchanged import HardLinkBase, HashAll, UnchangedFiles
 
 
 class DirectoryEntry(Entry):

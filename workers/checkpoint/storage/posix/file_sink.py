@@ -6,11 +6,11 @@ import os
 from contextlib import ExitStack, suppress
 
 from stager.workers.checkpoint.layout.layout import Layout
-from stager.workers.checkpoint.storage.contract import Sink, SinkOptions
 from stager.workers.checkpoint.storage.posix import direct_io
 from stager.workers.checkpoint.storage.posix.direct_io import DirectWriter
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.checkpoint.storage.posix.write_back import CachedWriter, drop_cached
+from stager.workers.checkpoint.storage.sink import Sink, SinkOptions
 from stager.workers.faults import point
 
 _DIRECT_FROM_BYTES = 4 << 20  # smaller parts gain nothing

@@ -13,7 +13,8 @@ from stager.workers.checkpoint.documents.head import Head
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest
 from stager.workers.checkpoint.documents.names import is_removing, removing_name
 from stager.workers.checkpoint.documents.own_names import is_own
-from stager.workers.checkpoint.storage.contract import DataFile, Entry, Fingerprint, Guarantees, RunLock, Storage
+from stager.workers.checkpoint.storage.data_file import DataFile
+from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.directory_entry import DirectoryEntry
 from stager.workers.checkpoint.storage.posix.files import storage_errors, vanished
@@ -24,6 +25,8 @@ from stager.workers.checkpoint.storage.posix.own_files import remove_own
 from stager.workers.checkpoint.storage.posix.read_lock import holding
 from stager.workers.checkpoint.storage.posix.run_lock import FileLock, lock_directory, read_nonce, unused_directory
 from stager.workers.checkpoint.storage.posix.transitions import rename_onto_nothing, rename_over
+from stager.workers.checkpoint.storage.run_lock import RunLock
+from stager.workers.checkpoint.storage.storage import Fingerprint, Guarantees, Storage
 
 _OPEN_ATTEMPTS = 10
 _PATIENCE_SECS = 5.0  # a process that holds the lock on a run's directory writes one small file

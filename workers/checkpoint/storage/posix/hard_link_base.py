@@ -27,9 +27,9 @@ from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, VERSION
 from stager.workers.checkpoint.layout.items import ROW_COLUMNS
 from stager.workers.checkpoint.layout.layout import Layout, Segment
 from stager.workers.checkpoint.layout.layout_check import check_count
-from stager.workers.checkpoint.storage.contract import HardLinkBase, HashAll, UnchangedFiles
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.unchanged import HardLinkBase, HashAll, UnchangedFiles
 from stager.workers.errors import CorruptCheckpointError
 from stager.workers.faults import point
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from stager.workers.checkpoint.storage.contract import DataFile
+from stager.workers.checkpoint.storage.data_file import DataFile
 
 # Of large items, what is read at once: the kernel's copy leaves little of more in the CPU's cache, where it is hashed.
 _PIECE_BYTES = 256 << 10

@@ -15,9 +15,9 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from stager.workers.checkpoint.storage.contract import RunLock
 from stager.workers.checkpoint.storage.posix import files
 from stager.workers.checkpoint.storage.posix.files import storage_errors
+from stager.workers.checkpoint.storage.run_lock import RunLock
 from stager.workers.errors import DirectoryInUseError
 from stager.workers.long_wait import LongWait
 from stager.workers.memory.descriptor import Descriptor

@@ -1,0 +1,4 @@
+"""What ``stager.integrations.accelerate`` is made of.
+
+state   what an ``Accelerator`` has prepared and registered
+"""
