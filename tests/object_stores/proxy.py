@@ -54,6 +54,7 @@ class Proxy:
 
     Attributes:
         seen: method and path of each request, in the order in which they came.
+        drops: names of headers, in lower case, that are not passed on.
     """
 
     def __init__(self, target: int) -> None:
@@ -62,6 +63,7 @@ class Proxy:
         self._lock = threading.Lock()
         self._is_down = threading.Event()
         self.seen: list[tuple[str, str]] = []
+        self.drops: tuple[str, ...] = ()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -143,7 +145,7 @@ class Proxy:
         try:
             asked.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for name, value in headers.items():
-                if name.lower() not in ("connection", "expect"):
+                if name.lower() not in ("connection", "expect", *self.drops):
                     asked.putheader(name, value)
             asked.endheaders(body)
             found = asked.getresponse()

@@ -175,3 +175,16 @@ def test_a_retry_time_that_is_no_number_is_refused(far_url: str, monkeypatch: py
         client_of.cache_clear()
         with pytest.raises(ConfigError, match=client_module.RETRY_VARIABLE):
             Checkpointer(far_url)
+
+
+@pytest.mark.parametrize("condition", ["if-none-match", "if-match"])
+def test_a_store_that_takes_every_write_is_refused(proxy: Proxy, far_url: str, condition: str) -> None:
+    proxy.drops = (condition,)
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"takes a write whose condition .* does not hold"):
+            Checkpointer(far_url)
+    assert objects(far_url) == [".stager.lock"]
+    proxy.drops = ()
+    with Checkpointer(far_url) as ckpt:
+        ckpt.save(1, state_of(1))
+    is_whole(far_url, 1)

@@ -52,6 +52,7 @@ class Client:
 
     Attributes:
         server: the endpoint that the environment names; "": the service's own.
+        is_conditional: the store is known to refuse a write whose condition does not hold.
 
     Raises, in every method:
         FileNotFoundError: there is no such object.
@@ -64,6 +65,7 @@ class Client:
         self._obstore: Any = obstore
         self._store = _connect(root, _retry_secs())
         self._has_answered = False
+        self.is_conditional = False
         self.server = _endpoint()
 
     def check(self) -> None:

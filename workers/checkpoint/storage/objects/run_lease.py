@@ -8,6 +8,8 @@
               last renewal, whoever did that one. Workers do so while they write.
     expire    Another run takes a lease that was not renewed for its whole time. It measures that with its own clock, from
               when it first saw the object as it is, so clocks of hosts need not agree.
+    check     Some stores take a write whose condition does not hold, and say nothing. Who has just taken the lease tries it,
+              with what is there anyway, and gives the lease back if the store is one of those.
     fence     A holder that was stopped for longer, and then goes on, finds another nonce before it commits
               (``check_holder``), and fails. The token, which only grows, says in logs and in the object which was later.
 
@@ -129,7 +131,7 @@ def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
 
     Raises:
         DirectoryInUseError: another run has it for longer.
-        StorageError
+        StorageError: also if the store takes a write whose condition does not hold.
     """
     deadline = time.monotonic() + timeout
     wait: LongWait | None = None
@@ -143,7 +145,12 @@ def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
         held = _hold(client, key)
         if held is not None:
             is_free = not lease.nonce or _is_of_this_host(lease) or time.monotonic() - seen_at >= lease.secs
-            if is_free and _write(client, key, _taken(lease, nonce), found):
+            if is_free and _write(client, key, taken := _taken(lease, nonce), found):
+                try:
+                    _check_conditions(client, key, taken, path)
+                except BaseException:
+                    held.close()
+                    raise
                 return LeaseLock(client, key, nonce, held)
             held.close()
         if time.monotonic() >= deadline:
@@ -213,6 +220,28 @@ def _renew(client: Client, key: str, nonce: str, ended: threading.Event) -> None
             known = _read(client, key)
         except StorageError as error:
             logger.warning("the lock of a run was not renewed: %s", error)
+
+
+def _check_conditions(client: Client, key: str, lease: _LockRecord, path: str) -> None:
+    """Make sure, once, that the store refuses a write whose condition does not hold. ``lease``: what is there, one's own."""
+    if client.is_conditional:
+        return
+    data = lease.to_bytes()
+    takes_all = client.create(key, data)  # of a key that exists
+    stale = _read(client, key)
+    if stale is not None and not takes_all:
+        newer = replace(lease, beat=lease.beat + 1).to_bytes()
+        client.replace(key, newer, stale.version)
+        takes_all = client.replace(key, newer, stale.version)
+    if takes_all:
+        client.put(key, replace(lease, nonce="").to_bytes())
+        raise StorageError(
+            errno.EOPNOTSUPP,
+            "this store takes a write whose condition (If-None-Match, If-Match) does not hold, so that two runs could "
+            "overwrite each other's checkpoints; use one that knows conditional writes, or a newer version of this one",
+            path,
+        )
+    client.is_conditional = True
 
 
 def _read(client: Client, key: str) -> Version | None:
