@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import xxhash
@@ -32,7 +33,7 @@ from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.posix.files import storage_errors
 from stager.workers.checkpoint.storage.sink import SinkOptions
 from stager.workers.checkpoint.storage.writing import PLAIN
-from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, UsageError
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError, UsageError
 
 logger = logging.getLogger("stager")
 
@@ -62,24 +63,27 @@ def copy_checkpoints(
     *,
     step: int | None = None,
     every: bool = False,
+    replace: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> CopyReport:
     """Copy checkpoints into another run's directory. Each byte is compared with its hash before the copy is committed.
 
-    What is there already is not copied again, so a copy that was interrupted goes on with the next checkpoint. Nobody else
-    may write to the destination meanwhile: its lock is taken.
+    A checkpoint that is there already, from the same save, is not copied again, so a copy that was interrupted goes on with
+    the next one. Nobody else may write to the destination meanwhile: its lock is taken.
 
     Args:
         source: a checkpoint, or the directory of a run: its newest checkpoint.
         destination: the directory of a run, or its URL in an object store. It is made if it does not exist.
         step: which checkpoint of the run.
         every: all checkpoints of the run.
+        replace: a checkpoint of the same name that is there from another save is replaced.
         progress: called with the number of bytes just copied, from several threads.
 
     Raises:
         CheckpointNotFoundError: the source has no such checkpoint.
         CorruptCheckpointError: a checkpoint is damaged. It is not copied; those before it are.
-        UsageError: the arguments contradict each other, or ``destination`` is a checkpoint.
+        UsageError: the arguments contradict each other, ``destination`` is a checkpoint, or it has a checkpoint of the same
+            name from another save. Nothing was copied then.
         DirectoryInUseError: a run writes to the destination.
         StorageError
     """
@@ -95,13 +99,21 @@ def copy_checkpoints(
     with closing(storage.lock(directory, 0)):
         for found in recover(directory):
             logger.warning("%s", found)
+        if not replace:
+            _refuse_others(directory, paths)
         for path in paths:
-            with reading(path):
-                manifest = read_manifest(path)
-                if _is_there(directory, manifest):
-                    there.append(manifest.header.final_name)
-                else:
-                    copied.append(_copy(path, manifest, directory, progress or (lambda nbytes: None)))
+            try:
+                with reading(path):
+                    manifest = read_manifest(path)
+                    if _save_there(directory, manifest.header.final_name) == manifest.header.save_id:
+                        there.append(manifest.header.final_name)
+                    else:
+                        copied.append(_copy(path, manifest, directory, progress or (lambda nbytes: None)))
+            except (StorageError, CorruptCheckpointError):
+                if not every or storage_of(path).has_manifest(path):
+                    raise
+                logger.warning("%s was removed while it was copied, and is left out", path)
+                recover(directory)  # what was copied of it
     return CopyReport(directory, tuple(copied), tuple(there))
 
 
@@ -111,15 +123,31 @@ def _chosen(path: str, step: int | None, every: bool) -> list[str]:
         return [choose_checkpoint(path, step)]
     if step is not None:
         raise UsageError("step and every were both given; give one of them")
+    if has_own_manifest(path):
+        raise UsageError(f"{path} is one checkpoint; leave every (--all) out, or name its run")
     choose_checkpoint(path, None)  # raises if there is none
     return [os.path.join(path, name) for name in checkpoint_names(path).values()][::-1]
 
 
-def _is_there(directory: str, manifest: Manifest) -> bool:
+def _refuse_others(directory: str, paths: list[str]) -> None:
+    """Raise UsageError if the destination has a checkpoint of the same name from another save."""
+    for path in paths:
+        with suppress(CheckpointNotFoundError, CorruptCheckpointError):  # said when it is copied
+            header = read_header(path)
+            there = _save_there(directory, header.final_name)
+            if there not in ("", header.save_id):
+                raise UsageError(
+                    f"{os.path.join(directory, header.final_name)} is another checkpoint (save {there}) than {path} (save "
+                    f"{header.save_id}), and nothing was copied; copy into another directory, or replace it: --replace, or "
+                    "replace=True"
+                )
+
+
+def _save_there(directory: str, name: str) -> str:
+    """Return the ID of the save whose checkpoint has a name in the destination; "": none that can be read."""
     with suppress(CheckpointNotFoundError, CorruptCheckpointError):
-        there = read_header(os.path.join(directory, manifest.header.final_name))
-        return there.save_id == manifest.header.save_id
-    return False
+        return read_header(os.path.join(directory, name)).save_id
+    return ""
 
 
 def _copy(path: str, manifest: Manifest, directory: str, progress: Callable[[int], None]) -> CheckpointInfo:
@@ -138,7 +166,7 @@ def _copy(path: str, manifest: Manifest, directory: str, progress: Callable[[int
             entry.put(index_file.name, read_index_file(path, manifest, index_file), sync=True)
             progress(index_file.nbytes)
         # Links and the order among the saves of a trainer are those of the place that it comes from.
-        header = replace(header, linked_bytes=0, generation=0, run="", number=0)
+        header = dataclasses.replace(header, linked_bytes=0, generation=0, run="", number=0)
         copy = Manifest(header, layout, manifest.hashes, manifest.index_files, entry.stripes(layout))
         entry.put(MANIFEST_NAME, copy.to_bytes(), sync=True)
         put_in_place(entry, final, copy, fsync=True)

@@ -32,7 +32,7 @@ from stager.workers.checkpoint.directory.manifest_file import has_own_manifest
 from stager.workers.checkpoint.documents.names import check_name, number_in
 from stager.workers.checkpoint.maintenance.retention import PruneReport
 from stager.workers.checkpoint.storage.paths import place_path
-from stager.workers.checkpoint.storage.places import resolved
+from stager.workers.checkpoint.storage.places import is_url, resolved
 from stager.workers.errors import ArgumentError, ConfigError, UsageError
 
 
@@ -246,7 +246,10 @@ def _split(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def _absolute(path: str | os.PathLike[str]) -> str:
     """Return the absolute path of a checkpoint; the directory that it lies in without links, as it has several paths."""
-    directory, name = os.path.split(place_path(path, "path"))
+    found = place_path(path, "path")
+    if is_url(found) and found.count("/") == 2:
+        raise ArgumentError(f"path is {found}, a bucket; name a checkpoint in it, as in {found}/last")
+    directory, name = os.path.split(found)
     return os.path.join(resolved(directory), name)
 
 

@@ -18,11 +18,14 @@ def copy(
     *,
     step: Annotated[int | None, typer.Option(min=0, help="The run's checkpoint of this step.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint of the run.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a checkpoint of the same name that is there from another save.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy checkpoints between directories and object stores. Every byte is compared with its hash; what is there is kept.
+    """Copy checkpoints between directories and object stores. Every byte is compared with its hash.
 
-    Exit 1 if a checkpoint is damaged, or the destination is in use.
+    Exit 1 if a checkpoint is damaged, the destination is in use, or has a checkpoint of the same name from another save.
     """
     from stager.copying import copy_checkpoints
 
@@ -30,7 +33,12 @@ def copy(
         total = sum(map(directory_nbytes, select_checkpoints(source, step, all_steps=every)))
         bar = progress.add_task("copy", total=total)
         report = copy_checkpoints(
-            source, destination, step=step, every=every, progress=lambda nbytes: progress.advance(bar, nbytes)
+            source,
+            destination,
+            step=step,
+            every=every,
+            replace=replace,
+            progress=lambda nbytes: progress.advance(bar, nbytes),
         )
     if as_json:
         print_json({**asdict(report), "copied": [asdict(info) for info in report.copied]})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def doctor(
     directory: Annotated[
-        str, typer.Argument(metavar="[DIR]", help="Where checkpoints will go; need not exist yet.")
+        str, typer.Argument(metavar="[DIR]", help="Where checkpoints will go, or a URL; need not exist yet.")
     ] = ".",
     config: ConfigOption = None,
     overrides: SetOption = None,
@@ -25,8 +25,9 @@ def doctor(
     """Check this host and DIR for stager. Writes at most 64 MiB into DIR and removes it. Exit 1 if something fails."""
     from stager.config import StagerConfig
     from stager.doctor import Status, run_checks
+    from stager.workers.checkpoint.storage.paths import place_path
 
-    findings = run_checks(directory, load_settings(config, overrides, StagerConfig))
+    findings = run_checks(place_path(directory), load_settings(config, overrides, StagerConfig))
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:

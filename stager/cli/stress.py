@@ -19,15 +19,16 @@ def stress(
     episode: Annotated[
         list[int] | None, typer.Option(min=0, help="Play this episode of the seed, and no other; may be repeated.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where evidence and results go.")] = Path("runs/stress"),
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where evidence and results go.")] = "runs/stress",
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Kill and stop processes, fill disks, damage files; check that nothing hangs or leaks and staged saves are safe."""
     from stager.stress import StressConfig, StressOptions, run_stress
+    from stager.workers.checkpoint.storage.paths import local_path
 
     settings = load_settings(config, overrides, StressConfig)
-    options = StressOptions(seed, minutes, out.absolute(), tuple(episode or ()))
+    options = StressOptions(seed, minutes, Path(local_path(out, "--out")), tuple(episode or ()))
     before = signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # as Ctrl-C: end what was started, print what was seen

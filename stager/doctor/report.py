@@ -26,13 +26,15 @@ from stager.doctor.resources import (
     check_processes,
 )
 from stager.doctor.software import check_cuda, check_python, check_torch
+from stager.doctor.store import check_store
 from stager.doctor.target import check_filesystem, check_free_space, check_lock, check_write
 from stager.doctor.target_probe import existing_directory, probe_target
 from stager.ranks.launch import local_world_size
+from stager.workers.checkpoint.storage.places import is_url
 
 
 def run_checks(directory: str, config: StagerConfig, environ: Mapping[str, str] | None = None) -> list[Finding]:
-    """Look at this host, and at ``directory`` as a place for checkpoints.
+    """Look at this host, and at ``directory`` as a place for checkpoints: a path, or a URL in an object store.
 
     Writes at most 64 MiB into ``directory``, or the nearest one above it that exists, and removes it again.
     """
@@ -73,6 +75,8 @@ def _kernel_findings() -> list[Finding]:
 
 
 def _target_findings(directory: str) -> list[Finding]:
+    if is_url(directory):
+        return list(check_store(directory))
     existing = existing_directory(directory)
     probe = probe_target(directory)
     lock = check_lock(probe)

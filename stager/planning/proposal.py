@@ -10,6 +10,7 @@ from stager.config import StagerConfig
 from stager.config.sizes import format_bytes
 from stager.planning.need import Host, JobShape, Need, Verdict
 from stager.planning.place import Place
+from stager.workers.checkpoint.storage.places import is_url
 
 _DIRECT_IO_FSTYPES = ("ext4", "xfs")  # as persistence.direct_io: auto decides
 _IN_MEMORY_FSTYPES = ("tmpfs", "ramfs")
@@ -77,6 +78,11 @@ def _max_host_bytes(host: Host, job: JobShape, need: Need | None) -> Choice:
 def _persistence(job: JobShape, place: Place) -> Iterator[Choice]:
     kept = " (the only format for several ranks)" if job.num_ranks > 1 else ""
     yield Choice("persistence", "format", "dcp", f"dcp.load reads it, on any number of ranks{kept}")
+    if is_url(place.path):
+        yield Choice("persistence", "fsync", True, "means nothing in an object store: what it has taken is durable")
+        yield Choice("persistence", "direct_io", "auto", "means nothing in an object store: no file is written")
+        yield Choice("persistence", "incremental", False, "true is refused: an object store has no hard links")
+        return
     disk = f"{place.path} is on {place.fstype or 'an unknown file system'}"
     in_memory = place.fstype in _IN_MEMORY_FSTYPES
     durable = "which is in memory and does not survive a reboot" if in_memory else "and a commit survives a power loss"
@@ -87,6 +93,10 @@ def _persistence(job: JobShape, place: Place) -> Iterator[Choice]:
 
 
 def _keep_latest(place: Place, need: Need | None) -> Choice:
+    if is_url(place.path):
+        return Choice(
+            "retention", "keep_latest", None, "all are kept, and an object store is paid by size; set a number"
+        )
     key, free = ("retention", "keep_latest"), format_bytes(place.free_bytes)
     if need is None:
         return Choice(*key, None, f"{free} are free; set a number before that is used up")

@@ -123,7 +123,7 @@ class SaveErrors:
             if save is self._in_call:
                 self._unlogged = what
             elif save not in self._raised:
-                logger.error("%s", what)  # who gets the error has its text
+                logger.error("%s: %s: %s", what, type(error).__name__, error)
             self._raised.discard(save)
             return
         save.upload_completion.was_read = True  # close() does not raise it

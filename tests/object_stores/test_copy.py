@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,7 +136,7 @@ def test_a_run_that_goes_on_with_a_copy(run: str, run_url: str) -> None:
         loaded = ckpt.load()
         assert loaded is not None and loaded.step == 2
         ckpt.save(3, state_of(30))
-    assert copy_checkpoints(run, run_url).copied[0].step == 3  # another save of this step: it takes its place
+    assert copy_checkpoints(run, run_url, replace=True).copied[0].step == 3  # another save of this step
     assert same(load_checkpoint(f"{run_url}/step-00000003").state, state_of(3))
 
 
@@ -152,3 +154,39 @@ def test_command(run: str, run_url: str) -> None:
     found = json.loads(rest.stdout)
     assert [info["step"] for info in found["copied"]] == [2, 3] and found["there"] == ["step-00000001"]
     assert CliRunner().invoke(app, ["copy", f"{run}/nothing", run_url]).exit_code == 1
+
+
+def test_another_checkpoint_of_the_same_name_is_replaced_only_on_demand(run: str, tmp_path: Path, run_url: str) -> None:
+    for destination in (run_url, str(tmp_path / "other")):
+        with Checkpointer(destination) as ckpt:
+            ckpt.save(2, {"own": torch.ones(3)})
+        with pytest.raises(UsageError, match=r"is another checkpoint .* nothing was copied.*--replace"):
+            copy_checkpoints(run, destination, every=True)
+        assert committed_steps(destination) == [2]
+        assert "own" in load_checkpoint(f"{destination}/step-00000002").state
+        result = CliRunner().invoke(app, ["copy", run, destination, "--all", "--replace"])
+        assert result.exit_code == 0, result.output
+        assert committed_steps(destination) == [3, 2, 1]
+        assert same(load_checkpoint(f"{destination}/step-00000002").state, state_of(2))
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
+    run: str, run_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Callable[..., int] = LocalFile.read_into
+
+    def removes_it_first(self: LocalFile, buffer: memoryview, offset: int) -> int:
+        if Path(f"{run}/step-00000002").exists() and committed_steps(run_url) == [1]:
+            shutil.rmtree(f"{run}/step-00000002")
+            raise OSError(errno.ENOENT, "gone")
+        return read(self, buffer, offset)
+
+    monkeypatch.setattr(LocalFile, "read_into", removes_it_first)
+    report = copy_checkpoints(run, run_url, every=True)
+    assert [info.step for info in report.copied] == [1, 3]
+    assert partial_names(run_url) == []
+
+
+def test_all_of_one_checkpoint_is_refused(run: str, run_url: str) -> None:
+    with pytest.raises(UsageError, match="is one checkpoint; leave every"):
+        copy_checkpoints(f"{run}/step-00000002", run_url, every=True)

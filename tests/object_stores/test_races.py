@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from stager import DirectoryInUseError, load_checkpoint, verify
+from stager import DirectoryInUseError, load_checkpoint, recover, verify
 from stager.workers.checkpoint.commit.persist import persist_part
-from stager.workers.checkpoint.storage.objects.client import split
+from stager.workers.checkpoint.storage.objects import run_lease
+from stager.workers.checkpoint.storage.objects.client import client_of, split
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.write.write_task import WriteTask
 from tests.object_stores.proxy import Fault, Proxy
+from tests.object_stores.servers import Server
 from tests.object_stores.test_checkpointer import LEFT, objects
 from tests.persistence.tasks import make_task
 
@@ -113,7 +117,66 @@ def test_of_two_who_take_the_lease_at_once_one_gets_it(run_url: str) -> None:
 def test_a_damaged_lease_expires_and_is_taken(run_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client, root = split(run_url)
     client.put(f"{root}/.stager.lock", b'{"nonce": 5}')
+    monkeypatch.setattr("stager.workers.checkpoint.storage.objects.run_lease.UNKNOWN_SECS", 0.2)
+    storage_of(run_url).lock(run_url, 0, "a" * 16).close()
+
+
+def of_another_host(run_url: str, secs: float = 0.5, **more: Any) -> None:
+    """A lease that a run on another host has taken."""
+    client, root = split(run_url)
+    record = {"nonce": "b" * 16, "secs": secs, "host": "far", "pid": 7, "boot": "another", "socket": "0" * 16, **more}
+    client.put(f"{root}/.stager.lock", json.dumps(record).encode())
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_recover_waits_for_a_lease_that_a_host_has_left(run_url: str, dry_run: bool) -> None:
+    persist_part(save_of(run_url, 1), 0)
+    of_another_host(run_url)
+    recover(run_url, dry_run=dry_run)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_recover_is_refused_as_soon_as_the_lease_is_seen_to_be_renewed(run_url: str, dry_run: bool) -> None:
+    persist_part(save_of(run_url, 1), 0)
+    of_another_host(run_url, secs=3600.0)
+    renewing = threading.Timer(0.7, of_another_host, (run_url, 3600.0), {"beat": 1})
+    renewing.start()
+    with pytest.raises(DirectoryInUseError, match="process 7 on far"):
+        recover(run_url, dry_run=dry_run)
+    renewing.join()
+
+
+def test_one_server_by_two_names_is_one_server(servers: dict[str, Server], run_url_of: Any, monkeypatch: Any) -> None:
+    run_url = run_url_of(servers["ministack"])
+    lock = storage_of(run_url).lock(run_url, 0, "a" * 16)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", servers["ministack"].url.replace("127.0.0.1", "localhost") + "/")
+    client_of.cache_clear()
     with pytest.raises(DirectoryInUseError):
-        storage_of(run_url).lock(run_url, 0, "a" * 16)
-    monkeypatch.setattr("stager.workers.checkpoint.storage.objects.run_lease.UNKNOWN_SECS", 0.0)
-    storage_of(run_url).lock(run_url, 30, "a" * 16).close()
+        storage_of(run_url).lock(run_url, 0, "b" * 16)
+    lock.close()
+
+
+def test_of_ranks_on_several_hosts_the_first_gives_the_lease_back(
+    run_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_of(run_url)
+    first = storage.lock(run_url, 0, "a" * 16)
+    first.share()
+    with monkeypatch.context() as on_another_host:
+        on_another_host.setattr(run_lease, "_boot", lambda: "another")
+        second = storage.lock(run_url, 5, "a" * 16, shared=True)
+        second.close()
+    assert storage.lock_nonce(run_url) == "a" * 16
+    first.close()
+    assert storage.lock_nonce(run_url) == ""
+
+
+def test_a_host_that_was_killed_does_not_free_the_lease_that_another_host_has(
+    run_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = storage_of(run_url)
+    storage.lock(run_url, 0, "a" * 16).close()
+    of_another_host(run_url, secs=1.0, boot=run_lease._boot(), namespace=run_lease._namespace(), spread=True)
+    began = time.monotonic()
+    storage.lock(run_url, 30, "c" * 16).close()
+    assert time.monotonic() - began >= 1.0, "the lease was taken before it had expired"

@@ -18,7 +18,7 @@ import torch
 from stager.loading.restore import Restorer
 from stager.workers.checkpoint.commit.commit import commit_recorded, manifest_of, put_in_place
 from stager.workers.checkpoint.commit.persist import discard_partial, persist_part, withdraw
-from stager.workers.checkpoint.directory.manifest_file import read_manifest
+from stager.workers.checkpoint.directory.manifest_file import read_header, read_manifest
 from stager.workers.checkpoint.directory.protected import change_protected_steps, read_protected
 from stager.workers.checkpoint.directory.run_directory import (
     committed_steps,
@@ -28,14 +28,16 @@ from stager.workers.checkpoint.directory.run_directory import (
     withdrawn_names,
 )
 from stager.workers.checkpoint.documents.names import partial_name
+from stager.workers.checkpoint.maintenance import retention_rules
 from stager.workers.checkpoint.maintenance.recover import RecoverOutcome, recover
-from stager.workers.checkpoint.maintenance.retention import PruneFate, remove
+from stager.workers.checkpoint.maintenance.retention import PruneFate, prune, remove
+from stager.workers.checkpoint.maintenance.retention_rules import KeepBest, RetentionRules
 from stager.workers.checkpoint.read.blob_reader import BlobReader
 from stager.workers.checkpoint.read.verify import verify_checkpoint
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.storage.storage import Storage
 from stager.workers.checkpoint.write.write_task import WriteTask, read_layout
-from stager.workers.errors import DirectoryInUseError, StorageError
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, DirectoryInUseError, StorageError
 from tests.object_stores.test_checkpointer import objects
 from tests.persistence.tasks import make_task
 from tests.states import same
@@ -355,3 +357,56 @@ def nothing_is_left(directory: str) -> None:
         assert [key for key in objects(directory) if not key.startswith(".stager.lock")] == []
     else:
         assert [name for name in os.listdir(directory) if name != ".stager.lock"] == []
+
+
+@pytest.mark.parametrize("rules", [{"keep_best": KeepBest("loss", "min", 1)}, {"keep_every_secs": 0.0001}])
+def test_rules_that_read_manifests_keep_what_they_say(directory: str, rules: dict[str, Any]) -> None:
+    for step, loss in ((1, 0.1), (2, 0.5), (3, 0.7)):
+        task = task_of(directory, step=step)
+        write(replace(task, spec=replace(task.spec, metrics={"loss": loss})))
+    report = prune(directory, RetentionRules(keep_latest=1, **rules))
+    kept = [1, 3] if "keep_best" in rules else [1, 2, 3]
+    assert sorted(report.steps(PruneFate.KEPT)) == kept == committed_steps(directory)[::-1]
+
+
+def test_a_manifest_that_cannot_be_read_now_is_no_reason_to_remove_the_best(
+    directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step, loss in ((1, 0.1), (2, 0.5), (3, 0.7)):
+        task = task_of(directory, step=step)
+        write(replace(task, spec=replace(task.spec, metrics={"loss": loss})))
+
+    def fails(path: str) -> Any:
+        if path.endswith("step-00000001"):
+            raise CorruptCheckpointError(path, "cannot be read: Input/output error")
+        return read_header(path)
+
+    monkeypatch.setattr(retention_rules, "read_header", fails)
+    prune(directory, RetentionRules(keep_latest=1, keep_best=KeepBest("loss", "min", 1)))
+    assert committed_steps(directory) == [3, 2, 1]
+
+
+def test_two_who_remove_the_same_checkpoints_at_once(directory: str) -> None:
+    steps = list(range(5))
+    for step in steps:
+        write(task_of(directory, step=step))
+    begin, said = threading.Barrier(2), list[str]()
+
+    def remove_all() -> None:
+        for step in steps:
+            begin.wait()
+            try:
+                (verdict,) = remove(directory, step).verdicts
+                said.append(verdict.fate.value if verdict.fate is PruneFate.REMOVED else verdict.reason)
+            except CheckpointNotFoundError:
+                said.append("removed")
+
+    threads = [threading.Thread(target=remove_all) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(said) == {"removed"} or set(said) == {"removed", "it is being read"}, said
+    assert committed_steps(directory) == []
+    prune(directory, RetentionRules())
+    nothing_is_left(directory)

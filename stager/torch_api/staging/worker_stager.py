@@ -37,6 +37,7 @@ from stager.torch_api.staging.contracts import AsyncStager, CheckpointStager, St
 from stager.torch_api.staging.result_memory import ResultMemory
 from stager.torch_api.staging.state_dict_stager import storages_of
 from stager.torch_api.staging.worker_staging import WorkerStaging, place, share_sources
+from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.device.streams import SideStreams
 from stager.workers.errors import ArgumentError, ClosedError, UnstageableError, UsageError
 from stager.workers.offload.packed_state import PackedState, pack, path_of
@@ -234,7 +235,7 @@ class WorkerStager(CheckpointStager, AsyncStager, AbstractContextManager["Worker
 def _absolute(path: object) -> str:
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(f"persist_to must be the path of a file, got {shown(path)}")
-    return os.path.abspath(os.fsdecode(path))
+    return local_path(path, "persist_to")
 
 
 def _check_nameable(state: Any, packed: PackedState) -> None:

@@ -30,6 +30,7 @@ _DEFAULT = re.compile(_STEP)
 # A directory with another name is ours only with an id as saves have it: users may name theirs nearly like that.
 _BASE, _ID = r"\.([^/]+?)", r"([0-9a-f]{16,})"
 _BY_DEFAULT = rf"({_STEP})"
+_DATA = re.compile(rf"{_STEP}\.data-[0-9a-f]+|[^/]+\.data-{_ID}")  # the prefix of a save's data in an object store
 _SET_ASIDE = re.compile(r".+\.(?:partial|removing|strangers|unfinished|not-a-checkpoint)-[0-9a-f]*(?:\.replaced)?")
 
 # torchtitan takes every name for a checkpoint that has "step-" and a digit somewhere. _hidden() puts a tilde between them,
@@ -79,6 +80,8 @@ def check_name(name: str) -> str:
         raise ValueError("it must not begin with a dot: such directories are hidden, and no reader looks at them")
     if _SET_ASIDE.fullmatch(name) is not None:
         raise ValueError("its ending is one that stager gives directories which are no checkpoints")
+    if is_data(name):
+        raise ValueError("its ending is one that stager gives the data of a save in an object store")
     if len(os.fsencode(name)) > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES} bytes")
     return name
@@ -114,6 +117,11 @@ def check_template(template: str) -> str:
 def may_be_checkpoint(name: str) -> bool:
     """Return whether a directory of this name can be a checkpoint."""
     return not name.startswith(".") and _SET_ASIDE.fullmatch(name) is None
+
+
+def is_data(name: str) -> bool:
+    """Return whether this is the name of the data of a save in an object store."""
+    return _DATA.fullmatch(name) is not None
 
 
 def partial_name(name: str, save_id: str) -> str:

@@ -14,7 +14,6 @@ Never touched: partial directories, damaged checkpoints that would count, checkp
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -189,8 +188,8 @@ def _judge(directory: str, paths: dict[int, str], rules: RetentionRules, *, veri
         }
     wanted = rules.keep_latest or 1
     latest, damaged = _newest_valid(paths, wanted, rules, verified)
-    damaged |= worse
-    spaced = spaced_steps(paths, rules.keep_every_secs)
+    spaced, unread = spaced_steps(paths, rules.keep_every_secs)
+    damaged |= worse | unread
     protected = rules.protected | read_protected(directory)
     committed_last = _committed_last(paths, wanted)
 
@@ -265,11 +264,15 @@ def _committed_last(paths: dict[int, str], count: int) -> set[int]:
     After a run went back to an earlier step, they are not the highest: by the step alone, the first save of the new branch
     would be removed at once.
     """
-    times = []
+    times, unknown = [], set()
     for step, path in paths.items():
-        with suppress(OSError):
+        try:
             times.append((storage_of(path).committed_at(path), step))
-    return {step for _, step in sorted(times, reverse=True)[:count]}
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # removed just now
+        except OSError:
+            unknown.add(step)  # it may be one of them
+    return unknown | {step for _, step in sorted(times, reverse=True)[:count]}
 
 
 # -- how it goes ------------------------------------------------------------------------------------------------

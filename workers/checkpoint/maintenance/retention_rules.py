@@ -6,15 +6,14 @@ A process reads each manifest once, as long as it does not change.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from stager.workers.checkpoint.directory.manifest_file import read_header
-from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, ManifestHeader
-from stager.workers.errors import CorruptCheckpointError
+from stager.workers.checkpoint.documents.manifest import ManifestHeader
+from stager.workers.checkpoint.storage.places import storage_of
+from stager.workers.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class RetentionRules:
 def best_steps(
     paths: dict[int, str], rule: KeepBest | None, problem_of: Callable[[int], str | None]
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the steps that ``keep_best`` keeps, and why; and those that are damaged, with their problems.
+    """Return the steps that ``keep_best`` keeps, and why; and those that are damaged or cannot be read, with their problems.
 
     Args:
         paths: of the checkpoints, by their steps.
@@ -78,11 +77,11 @@ def best_steps(
     """
     if rule is None:
         return {}, {}
-    values = {step: header.metrics.get(rule.metric, math.nan) for step, header in _headers(paths).items()}
+    headers, damaged = _headers(paths)
+    values = {step: header.metrics.get(rule.metric, math.nan) for step, header in headers.items()}
     sign = 1 if rule.mode == "min" else -1
     ranked = sorted((sign * value, -step) for step, value in values.items() if not math.isnan(value))
     best: dict[int, str] = {}
-    damaged: dict[int, str] = {}
     for _, negative in ranked:
         if len(best) == rule.count:
             break
@@ -95,31 +94,45 @@ def best_steps(
     return best, damaged
 
 
-def spaced_steps(paths: dict[int, str], secs: float | None) -> set[int]:
-    """Return the steps that ``keep_every_secs`` keeps: what it has kept once, it keeps the next time."""
+def spaced_steps(paths: dict[int, str], secs: float | None) -> tuple[set[int], dict[int, str]]:
+    """Return the steps that ``keep_every_secs`` keeps, and those that cannot be read, with their problems.
+
+    What it has kept once, it keeps the next time.
+    """
     kept: set[int] = set()
     due = -math.inf
-    if secs is not None:
-        for created, step in sorted((header.created, step) for step, header in _headers(paths).items()):
-            if created >= due:
-                kept.add(step)
-                due = created + secs
-    return kept
+    if secs is None:
+        return kept, {}
+    headers, damaged = _headers(paths)
+    for created, step in sorted((header.created, step) for step, header in headers.items()):
+        if created >= due:
+            kept.add(step)
+            due = created + secs
+    return kept, damaged
 
 
-_known: dict[str, tuple[tuple[int, ...], ManifestHeader]] = {}  # path -> identity of the manifest, what it says
+_known: dict[str, tuple[str, ManifestHeader]] = {}  # path -> save_id, what the manifest says
 
 
-def _headers(paths: dict[int, str]) -> dict[int, ManifestHeader]:
-    """Read what the manifests say of the checkpoints. Those without a readable one are left out."""
-    found = {}
+def _headers(paths: dict[int, str]) -> tuple[dict[int, ManifestHeader], dict[int, str]]:
+    """Read what the manifests say of the checkpoints, each once.
+
+    Returns:
+        The headers, and the problems of those that cannot be read: whether a rule keeps these, nobody knows.
+    """
+    found: dict[int, ManifestHeader] = {}
+    problems: dict[int, str] = {}
     for step, path in paths.items():
-        with suppress(OSError, CorruptCheckpointError):
-            stat = os.lstat(os.path.join(path, MANIFEST_NAME))
-            identity = stat.st_ino, stat.st_mtime_ns, stat.st_size
-            if path not in _known or _known[path][0] != identity:
-                _known[path] = identity, read_header(path)
+        try:
+            head = storage_of(path).head(path)
+            if head is None or path not in _known or _known[path][0] != head.save_id:
+                header = read_header(path)
+                _known[path] = header.save_id, header
             found[step] = _known[path][1]
+        except CheckpointNotFoundError:
+            pass  # removed just now
+        except (CorruptCheckpointError, StorageError) as error:
+            problems[step] = str(error)
     for path in _known.keys() - set(paths.values()):
         del _known[path]  # removed, or of another run
-    return found
+    return found, problems

@@ -20,8 +20,10 @@ _OBJECT_STORES = ("s3", "gs", "az")
 _OTHER_NAMES = {"s3a": "s3", "gcs": "gs"}
 _DOWNLOADED = ("http", "https", "ftp", "hf")
 
-OBJECT_STORE_URL = re.compile(r"(s3|gs|az)://([^/?#]+)(?:/(.*))?", re.DOTALL)
+OBJECT_STORE_URL = re.compile(r"(s3|gs|az)://([^/?#@:]+)(?:/(.*))?", re.DOTALL)
 """The URL of something in an object store: scheme, bucket, and key or None."""
+_ANY_CASE = re.compile(r"(s3|gs|az)://", re.IGNORECASE)
+_MISTYPED = re.compile(r"(s3a?|gs|gcs|az)(:/?|//)(?!/)", re.IGNORECASE)  # s3:bucket/run, s3//bucket/run
 
 
 def place_path(path: object, what: str = "directory", environ: Mapping[str, str] | None = None) -> str:
@@ -30,10 +32,16 @@ def place_path(path: object, what: str = "directory", environ: Mapping[str, str]
     Raises:
         ArgumentError: as of :func:`local_path`; or a part of the URL's key is ``.`` or ``..``.
     """
+    if isinstance(path, bytes):
+        path = os.fsdecode(path)
+    if isinstance(path, str) and (match := _ANY_CASE.match(path)) is not None:
+        path = match[1].lower() + path[match.end(1) :]
     if isinstance(path, str) and (match := OBJECT_STORE_URL.fullmatch(path)) is not None:
         parts = [part for part in (match[3] or "").split("/") if part]
         if "." in parts or ".." in parts:
             raise ArgumentError(f"{what} is {path!r}; no part of a key in a bucket may be . or ..")
+        if not path.isprintable():
+            raise ArgumentError(f"{what} is {path!r}; a key in a bucket may have no control character")
         return "/".join((f"{match[1]}://{match[2]}", *parts))
     return local_path(path, what, environ)
 
@@ -55,6 +63,11 @@ def local_path(path: object, what: str = "directory", environ: Mapping[str, str]
     match = _URL.match(text) or _COLLAPSED_URL.match(text)
     if match is not None:
         text = _of_url(match, text, what)
+    elif (match := _MISTYPED.match(text)) is not None and not os.path.lexists(text):
+        meant = f"{match[1].lower()}://{text[match.end() :]}"
+        raise ArgumentError(
+            f"{what} is {text!r}, which is neither a path here nor a URL; write {meant!r}, or './{text}'"
+        )
     if "$" in text and not os.path.lexists(text):
         text = _expand_variables(text, what, os.environ if environ is None else environ)
     if text.startswith("~"):
@@ -106,7 +119,11 @@ def _of_url(match: re.Match[str], text: str, what: str) -> str:
 def _why_not(scheme: str, beginning: str, rest: str) -> str:
     """Say why a URL is not taken, and what to give instead."""
     if scheme in _OBJECT_STORES and not beginning.endswith("://"):
-        return f"pathlib has taken a slash from it; give text, {f'{scheme}://{rest}'!r}"
+        return f"a slash is missing (pathlib takes one away); give text, {f'{scheme}://{rest}'!r}"
+    if scheme in _OBJECT_STORES and not rest.strip("/"):
+        return f"names no bucket; write '{scheme}://bucket/run'"
+    if scheme in _OBJECT_STORES and OBJECT_STORE_URL.fullmatch(f"{scheme}://{rest}") is None:
+        return f"no bucket has this name; write '{scheme}://bucket/run'; credentials and endpoint come from the environment"
     if scheme in _OBJECT_STORES:
         return "this takes a path of a file system, not the URL of an object store; give a path"
     if scheme in _OTHER_NAMES:

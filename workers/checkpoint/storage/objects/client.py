@@ -7,26 +7,31 @@ Credentials, region and endpoint are found as the client finds them: ``AWS_ACCES
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NoReturn
+from functools import cache, cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
+from stager.workers.checkpoint.storage.objects.refusal import first_line, refusal
 from stager.workers.checkpoint.storage.paths import OBJECT_STORE_URL
-from stager.workers.errors import ConfigError, StorageError
+from stager.workers.errors import ConfigError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+logger = logging.getLogger("stager")
 
 # A request that gets no answer is repeated for so long. A server that is restarted must not fail a save.
 RETRY_SECS = 600.0
 RETRY_VARIABLE = "STAGER_OBJECT_STORE_RETRY_SECS"  # workers inherit it
 _BACKOFF: Any = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=15), "base": 2}
-_FIRST_SECS = 10.0  # for the first request of a program
+_REQUEST_SECS = 300.0
+_FIRST_SECS = 10.0  # for the first request of a program, and for those after one that got no answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +68,26 @@ class Client:
         obstore = _import()
         self._root = root
         self._obstore: Any = obstore
-        self._store = _connect(root, _retry_secs())
+        self._patient = _connect(root, _retry_secs(), min(_REQUEST_SECS, _retry_secs()))
+        self._is_away = False
         self._has_answered = False
         self.is_conditional = False
         self.server = _endpoint()
 
-    def check(self) -> None:
+    @property
+    def _store(self) -> ObjectStore:
+        """The connection. While the store is away, each further request has little patience, so that an end comes soon."""
+        return self._impatient if self._is_away else self._patient
+
+    @cached_property
+    def _impatient(self) -> ObjectStore:
+        return _connect(self._root, min(_FIRST_SECS, _retry_secs()), _REQUEST_SECS)
+
+    def check(self, key: str) -> None:
         """Make sure that the store answers and has the bucket, once. Has little patience: most often a name is wrong.
+
+        Args:
+            key: below which this program may list.
 
         Raises:
             StorageError
@@ -77,8 +95,8 @@ class Client:
         if self._has_answered:
             return
         try:
-            with self._errors("reach", ""):
-                self._obstore.list_with_delimiter(_connect(self._root, _FIRST_SECS), "stager")
+            with self._errors("reach", key):
+                self._obstore.list_with_delimiter(_connect(self._root, _FIRST_SECS, _FIRST_SECS), key or None)
         except FileNotFoundError as error:
             raise StorageError(
                 errno.ENOENT, "there is no such bucket; create it, or correct the name", self._root
@@ -179,21 +197,19 @@ class Client:
 
     @contextmanager
     def _errors(self, action: str, key: str) -> Iterator[None]:
+        exceptions = self._obstore.exceptions
         try:
             yield
+            self._is_away = False
         except FileNotFoundError as error:
+            self._is_away = False
             raise FileNotFoundError(errno.ENOENT, "no such object", self.url(key)) from error
-        except self._obstore.exceptions.BaseError as error:
-            self._refuse(action, key, error)
-
-    def _refuse(self, action: str, key: str, error: Exception) -> NoReturn:
-        exceptions = self._obstore.exceptions
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-            code, advice = errno.EACCES, "check the credentials, and what they allow on this bucket"
-        else:
-            code, advice = errno.EIO, "check that the store can be reached and the bucket exists"
-        raise StorageError(code, f"cannot {action}: {first}; {advice}", self.url(key)) from error
+        except exceptions.BaseError as error:
+            is_denied = isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+            found = refusal(action, self.url(key), self.server, error, is_denied=is_denied)
+            self._is_away = found.errno == errno.EIO
+            logger.debug("%s", error)
+            raise found from None  # the client's error is a dump of many lines
 
 
 def _version(meta: Any) -> Any:
@@ -204,20 +220,24 @@ def _listed(meta: Any) -> Listed:
     return Listed(meta["path"], meta["size"], meta["last_modified"].timestamp(), meta.get("e_tag") or "")
 
 
-def _connect(root: str, retry_secs: float) -> ObjectStore:
+def _connect(root: str, retry_secs: float, request_secs: float) -> ObjectStore:
     from obstore.store import from_url
 
     endpoint = _endpoint()
     retries = {"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_secs), "backoff": _BACKOFF}
-    client = {"timeout": timedelta(seconds=min(300.0, retry_secs)), "connect_timeout": timedelta(seconds=5)}
+    client = {"timeout": timedelta(seconds=request_secs), "connect_timeout": timedelta(seconds=5)}
     options: dict[str, Any] = {"client_options": client, "retry_config": retries}
     if root.startswith("s3://") and endpoint:
+        if not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"the endpoint of S3 is {endpoint!r} in the environment, and lacks http:// or https://")
         options["endpoint"] = endpoint
         options["client_options"]["allow_http"] = endpoint.startswith("http://")
     try:
         return from_url(root, **options)
-    except Exception as error:
-        raise ConfigError(f"{root} cannot be used as an object store: {error}") from error
+    except Exception as error:  # noqa: BLE001  # of several classes; each means that a setting is missing or wrong
+        raise ConfigError(
+            f"{root} cannot be used as an object store: {first_line(error)}; set what is missing in the environment"
+        ) from None
 
 
 def _retry_secs() -> float:
@@ -232,7 +252,8 @@ def _retry_secs() -> float:
 
 
 def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "")
 
 
 def _import() -> Any:
@@ -241,7 +262,8 @@ def _import() -> Any:
         import obstore.exceptions
     except ImportError as error:
         raise ConfigError(
-            "object stores are reached through obstore, which is not installed: pip install 'stager[object-store]'"
+            "object stores are reached through obstore, which is not installed: pip install obstore, or install stager with "
+            "its extra object-store"
         ) from error
     return obstore
 
@@ -252,6 +274,21 @@ def client_of(root: str) -> Client:
     return Client(root)
 
 
+@cache
+def _user() -> int:
+    """Return the process that has used an object store first. A forked child remembers its parent's."""
+    return os.getpid()
+
+
+def _refuse_in_forked_child(url: str) -> None:
+    """Raise UsageError in a child of a process that uses object stores: the client would hang there, then in the parent."""
+    if _user() != os.getpid():
+        raise UsageError(
+            f"{url}: this process was forked from one that uses an object store, and the client works in no forked child; "
+            'start it by "spawn" or "forkserver" (multiprocessing_context= of a DataLoader), or read in the parent'
+        )
+
+
 def split(url: str, *, is_known: bool = False) -> tuple[Client, str]:
     """Return the connection that a URL needs, and the key.
 
@@ -260,15 +297,15 @@ def split(url: str, *, is_known: bool = False) -> tuple[Client, str]:
 
     Raises:
         StorageError: the store does not answer, or has no such bucket.
+        UsageError: this process was forked from one that uses object stores.
     """
     match = OBJECT_STORE_URL.fullmatch(url)
     if match is None:
         raise ConfigError(f"{url} is not the URL of an object store")
+    _refuse_in_forked_child(url)
     client = client_of(f"{match[1]}://{match[2]}")
     if is_known:
         client.trust()
-    client.check()
-    return client, (match[3] or "").strip("/")
-
-
-os.register_at_fork(after_in_child=client_of.cache_clear)  # its threads are not in the child
+    key = (match[3] or "").strip("/")
+    client.check(key)
+    return client, key

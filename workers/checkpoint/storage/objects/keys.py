@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME
 from stager.workers.checkpoint.documents.names import (
+    is_data,
     is_partial,
     is_removing,
     parse_partial,
@@ -16,7 +16,6 @@ from stager.workers.checkpoint.documents.names import (
     removing_name,
 )
 
-_DATA = re.compile(r"(.+)\.data-([0-9a-f]+)")
 _DECISIONS, _REMOVALS = ".stager.decisions", ".stager.removing"
 
 
@@ -88,8 +87,10 @@ def join(*parts: str) -> str:
 
 def parse_data(prefix: str) -> tuple[str, str] | None:
     """Return (name of the checkpoint, save_id) of the prefix of a save's data, without its root; None: it is another's."""
-    match = _DATA.fullmatch(prefix)
-    return None if match is None else (match[1], match[2])
+    if not is_data(prefix):
+        return None
+    name, _, save_id = prefix.rpartition(".data-")
+    return name, save_id
 
 
 def name_when(standing: Standing, name: str, save_id: str) -> str:

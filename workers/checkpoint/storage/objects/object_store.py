@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 
 from stager.workers.checkpoint.documents.head import Head, parse_head
 from stager.workers.checkpoint.documents.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from stager.workers.checkpoint.documents.names import is_data
 from stager.workers.checkpoint.storage.data_file import DataFile
 from stager.workers.checkpoint.storage.entry import Entry
 from stager.workers.checkpoint.storage.in_threads import in_threads
@@ -43,7 +44,9 @@ from stager.workers.checkpoint.storage.storage import Fingerprint, Guarantees, S
 from stager.workers.errors import CorruptCheckpointError, DirectoryInUseError, InternalError, StorageError
 from stager.workers.faults import point
 
-_TOMBSTONE = b"removed\n"  # what a manifest becomes for the moment between the decision to remove it and its end
+# What a manifest becomes for the moment between the decision to remove it and its end. A number behind it says whose it is.
+_TOMBSTONE = b"removed "
+_TOMBSTONE_BYTES = 64
 _TOMBSTONE_SECS = 10.0
 _POLL_SECS = 0.2
 _AT_ONCE = 16  # small requests, each of which mostly waits
@@ -129,7 +132,7 @@ class ObjectStore(Storage):
     def read_manifest(self, path: str) -> bytes:
         client, key = split(path)
         data = client.get(place_of(key).manifest)
-        if data == _TOMBSTONE:
+        if data.startswith(_TOMBSTONE):
             raise missing(path)
         return data
 
@@ -235,13 +238,29 @@ class ObjectStore(Storage):
         client.put(place.removal(head.save_id), b"")
         point("objects.marked")
         # 2. Only this manifest: a commit may have put another one there. A delete cannot say so, a write can.
-        if not client.replace(place.manifest, _TOMBSTONE, found.version) and not self._is_tombstone(client, place):
-            client.delete([place.removal(head.save_id)])
-            return False
+        tombstone = _TOMBSTONE + secrets.token_hex(8).encode()
+        if not client.replace(place.manifest, tombstone, found.version):
+            there = self._start_of(client, place)
+            if there != tombstone:  # else it is one's own write, whose answer was lost
+                return self._was_first(client, place, head.save_id, there, path)
         point("objects.retracted")
         # 3. Nobody replaces the tombstone meanwhile: a commit waits until it is gone (_put_manifest).
         client.delete([place.manifest])
         return True
+
+    def _was_first(self, client: Client, place: Place, save_id: str, there: bytes, path: str) -> bool:
+        """Return False if a commit has replaced the checkpoint. Raises FileNotFoundError if somebody else removes it.
+
+        The mark may be somebody else's, too, and is right in both cases: nobody needs the data any more.
+        """
+        if not there or there.startswith(_TOMBSTONE):
+            if next(client.walk(place.data(save_id)), None) is None:  # removed, and the mark with it
+                client.delete([place.removal(save_id)])
+            raise missing(path)
+        head = head_of(client, place)
+        if head is not None and head.save_id == save_id:  # the store refused for a reason of its own
+            client.delete([place.removal(save_id)])
+        return False
 
     def publish(self, entry: Entry, final: str, replaceable: Callable[[str], bool]) -> str | None:
         if not isinstance(entry, ObjectEntry):
@@ -290,7 +309,7 @@ class ObjectStore(Storage):
                 return None
             if there is not None and there.run == ours.run != "" and there.number > ours.number:
                 return ours
-            if found.data == _TOMBSTONE and time.monotonic() < deadline:
+            if found.data.startswith(_TOMBSTONE) and time.monotonic() < deadline:
                 time.sleep(_POLL_SECS)
                 continue
             if client.replace(place.manifest, document, found.version):
@@ -354,6 +373,10 @@ class ObjectStore(Storage):
 
     def prepare(self, directory: str) -> None:
         split(directory)  # prefixes need not be made, but the bucket has to be there
+        if is_data(os.path.basename(directory)):
+            raise StorageError(
+                errno.EINVAL, "no run can have this name: it ends as the data of a save do; choose another", directory
+            )
 
     def read_run_file(self, directory: str, name: str) -> bytes | None:
         client, root = split(directory)
@@ -401,15 +424,15 @@ class ObjectStore(Storage):
 
     def _remove_tombstone(self, client: Client, place: Place) -> None:
         """Finish the removal of a name that another process began (:meth:`_retract`), and did not live to end."""
-        if self._is_tombstone(client, place):
+        if self._start_of(client, place).startswith(_TOMBSTONE):
             client.delete([place.manifest])
 
-    def _is_tombstone(self, client: Client, place: Place) -> bool:
-        """Return whether the name is being taken from a checkpoint: also by a write of ours whose answer was lost."""
+    def _start_of(self, client: Client, place: Place) -> bytes:
+        """Return the first bytes of a manifest, all of a tombstone; b"": there is none."""
         try:
-            return client.get_start(place.manifest, len(_TOMBSTONE) + 1) == _TOMBSTONE
+            return client.get_start(place.manifest, _TOMBSTONE_BYTES)
         except FileNotFoundError:
-            return False
+            return b""
 
     def _gives_up(self, client: Client, place: Place) -> bool:
         """Mark a save that was to be committed and cannot be. Returns False if it is committed after all."""

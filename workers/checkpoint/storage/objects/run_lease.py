@@ -7,7 +7,8 @@
     renew     Every process of the run, trainer or worker, renews the lease while it has it: a third of its time after the
               last renewal, whoever did that one. Workers do so while they write.
     expire    Another run takes a lease that was not renewed for its whole time. It measures that with its own clock, from
-              when it first saw the object as it is, so clocks of hosts need not agree.
+              when it first saw the object as it is, so clocks of hosts need not agree. It waits for so long in any case,
+              unless it sees that the lease is renewed.
     check     Some stores take a write whose condition does not hold, and say nothing. Who has just taken the lease tries it,
               with what is there anyway, and gives the lease back if the store is one of those.
     fence     A holder that was stopped for longer, and then goes on, finds another nonce before it commits
@@ -15,18 +16,21 @@
 
 NOTE [ A holder on this host ]
 After a SIGKILL nobody gives the lease back, and a restart would wait for it to expire. So each holder also has a socket in
-the kernel's abstract namespace, with a name that follows from the server and the run's URL. Its descriptor travels with each
-write task, as that of a ``flock`` does on a file system. A run that begins on the same host (the same boot, the same network
+the kernel's abstract namespace, with a name that follows from a number in the lease. Its descriptor travels with each write
+task, as that of a ``flock`` does on a file system. A run that begins on the same host (the same boot, the same network
 namespace) takes the lease at once when nobody has such a socket any more, and waits as long as somebody has.
+
+A rank on another host notes in the lease that it is spread. Then no host alone can tell that nobody has it: only the rank
+that has taken it gives it back, and after a SIGKILL it expires.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -62,6 +66,8 @@ class _LockRecord:
         beat: grows by one with each renewal.
         secs: for how long it counts after a renewal.
         host, pid, boot, namespace: where the process is that took it.
+        socket: number in the names of its holders' sockets.
+        spread: ranks on other hosts have it, too.
     """
 
     nonce: str = ""
@@ -72,6 +78,8 @@ class _LockRecord:
     pid: int = 0
     boot: str = ""
     namespace: int = 0
+    socket: str = ""
+    spread: bool = False
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -90,7 +98,8 @@ class _LockRecord:
 class LeaseLock(RunLock):
     """The lease, taken. One thread renews it, until it is closed, or until nobody in this process holds its descriptor."""
 
-    def __init__(self, client: Client, key: str, nonce: str, held: socket.socket) -> None:
+    def __init__(self, client: Client, key: str, nonce: str, held: socket.socket, *, joined: bool = False) -> None:
+        self._joined = joined
         self.descriptor = Descriptor(held.detach())
         self._client = client
         self._key = key
@@ -110,11 +119,12 @@ class LeaseLock(RunLock):
         self._ended.set()
         self._thread.join(_JOIN_SECS)
         self.descriptor.close()
-        if self._nonce and not _is_alive_here(self._client, self._key):
+        if self._nonce:
             with suppress(StorageError, FileNotFoundError):  # it expires
                 found = self._client.get_version(self._key)
                 lease = _LockRecord.of(found.data)
-                if lease.nonce == self._nonce:
+                is_last = not self._joined if lease.spread else not _is_alive_here(lease)
+                if lease.nonce == self._nonce and is_last:
                     self._client.replace(self._key, replace(lease, nonce="").to_bytes(), found.version)
 
     def abandon(self) -> None:
@@ -135,25 +145,24 @@ def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
     """
     deadline = time.monotonic() + timeout
     wait: LongWait | None = None
-    seen: Version | None = None
-    seen_at = 0.0
+    watch = _Watch()
     while True:
         found = _read(client, key)
         lease = _LockRecord() if found is None else _LockRecord.of(found.data)
-        if found is None or seen is None or found.version != seen.version:
-            seen, seen_at = found, time.monotonic()
-        held = _hold(client, key)
-        if held is not None:
-            is_free = not lease.nonce or _is_of_this_host(lease) or time.monotonic() - seen_at >= lease.secs
-            if is_free and _write(client, key, taken := _taken(lease, nonce), found):
-                try:
+        watch.look(found)
+        if watch.is_free(lease):
+            taken = _taken(lease, nonce)
+            held = _bind(taken, 0)
+            assert held is not None  # nobody else has its number
+            try:
+                if _write(client, key, taken, found):
                     _check_conditions(client, key, taken, path)
-                except BaseException:
-                    held.close()
-                    raise
-                return LeaseLock(client, key, nonce, held)
+                    return LeaseLock(client, key, nonce, held)
+            except BaseException:
+                held.close()
+                raise
             held.close()
-        if time.monotonic() >= deadline:
+        elif time.monotonic() >= deadline and watch.is_alive(lease):
             _refuse(lease, timeout, path)
         holder = f"the run of process {lease.pid} on {lease.host}, or workers that it left, to let go of {path}"
         wait = wait or LongWait(holder, timeout)
@@ -163,13 +172,18 @@ def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
 
 def join_lease(client: Client, key: str, timeout: float, nonce: str, path: str) -> LeaseLock:
     """Hold the lease that the run's first rank has taken. Arguments and errors: :func:`take_lease`."""
-    lease = holder_of(client, key)
-    if lease != nonce:
-        _refuse(_LockRecord(nonce=lease), timeout, path)
-    held = _hold(client, key, shared=True)
+    while True:
+        found = _read(client, key)
+        lease = _LockRecord() if found is None else _LockRecord.of(found.data)
+        if lease.nonce != nonce:
+            _refuse(lease, timeout, path)
+        if lease.spread or _is_of_this_host(lease):
+            break
+        client.replace(key, replace(lease, spread=True).to_bytes(), None if found is None else found.version)
+    held = next((held for slot in range(1, _SLOTS) if (held := _bind(lease, slot)) is not None), None)
     if held is None:
         raise StorageError(errno.EMFILE, f"more than {_SLOTS} ranks of this host share the lock", path)
-    return LeaseLock(client, key, nonce, held)
+    return LeaseLock(client, key, nonce, held, joined=True)
 
 
 def holder_of(client: Client, key: str) -> str:
@@ -181,9 +195,16 @@ def holder_of(client: Client, key: str) -> str:
 @contextmanager
 def without_holder(client: Client, key: str, path: str) -> Iterator[None]:
     """Raise DirectoryInUseError if a run has the lease, without taking it."""
-    lease = _LockRecord.of(found.data) if (found := _read(client, key)) is not None else _LockRecord()
-    if lease.nonce and (not _is_of_this_host(lease) or _is_alive_here(client, key)):
-        _refuse(lease, 0, path)
+    watch = _Watch()
+    while True:
+        found = _read(client, key)
+        lease = _LockRecord() if found is None else _LockRecord.of(found.data)
+        watch.look(found)
+        if watch.is_free(lease):
+            break
+        if watch.is_alive(lease):
+            _refuse(lease, 0, path)
+        time.sleep(_POLL_SECS)
     yield
 
 
@@ -203,6 +224,7 @@ def renewing(client: Client, key: str, nonce: str) -> Iterator[None]:
 def _renew(client: Client, key: str, nonce: str, ended: threading.Event) -> None:
     """Renew the lease whenever nobody else of the run has for a third of its time."""
     known: Version | None = None
+    is_late = False
     while not ended.wait(LEASE_SECS / 3):
         try:
             found = _read(client, key)
@@ -218,8 +240,13 @@ def _renew(client: Client, key: str, nonce: str, ended: threading.Event) -> None
                 continue
             client.replace(key, replace(lease, beat=lease.beat + 1).to_bytes(), found.version)
             known = _read(client, key)
+            if is_late:
+                logger.info("%s: the lock of this run is renewed again", client.url(key))
+            is_late = False
         except StorageError as error:
-            logger.warning("the lock of a run was not renewed: %s", error)
+            if not is_late:  # once, until the store is back
+                logger.warning("the lock of this run was not renewed, and will be when the store is back: %s", error)
+            is_late = True
 
 
 def _check_conditions(client: Client, key: str, lease: _LockRecord, path: str) -> None:
@@ -242,6 +269,31 @@ def _check_conditions(client: Client, key: str, lease: _LockRecord, path: str) -
             path,
         )
     client.is_conditional = True
+
+
+class _Watch:
+    """Looks at a lease again and again: is it free, or is it seen that somebody has it?"""
+
+    def __init__(self) -> None:
+        self._seen: Version | None = None
+        self._seen_at = 0.0
+        self._num_changes = -1  # the first look is none
+
+    def look(self, found: Version | None) -> None:
+        """Take note of the lease as it is now."""
+        if self._num_changes < 0 or (found and found.version) != (self._seen and self._seen.version):
+            self._seen, self._seen_at = found, time.monotonic()
+            self._num_changes += 1
+
+    def is_free(self, lease: _LockRecord) -> bool:
+        """Return whether nobody has it: it was given back, or has expired, or its holders on this host are gone."""
+        if not lease.nonce or (not lease.spread and _is_of_this_host(lease) and not _is_alive_here(lease)):
+            return True
+        return time.monotonic() - self._seen_at >= lease.secs and not _is_alive_here(lease)
+
+    def is_alive(self, lease: _LockRecord) -> bool:
+        """Return whether somebody is seen to have it: here, or it was renewed."""
+        return self._num_changes > 0 or _is_alive_here(lease)
 
 
 def _read(client: Client, key: str) -> Version | None:
@@ -271,6 +323,7 @@ def _taken(lease: _LockRecord, nonce: str) -> _LockRecord:
         pid=os.getpid(),
         boot=_boot(),
         namespace=_namespace(),
+        socket=secrets.token_hex(8),
     )
 
 
@@ -292,16 +345,7 @@ def _is_of_this_host(lease: _LockRecord) -> bool:
     return (lease.boot, lease.namespace) == (_boot(), _namespace())
 
 
-def _hold(client: Client, key: str, *, shared: bool = False) -> socket.socket | None:
-    """Return a socket that shows that this process holds the lock; None: others do, and it is not shared."""
-    if shared:
-        return next((held for slot in range(1, _SLOTS) if (held := _bind(client, key, slot)) is not None), None)
-    if _is_alive_here(client, key):
-        return None
-    return _bind(client, key, 0)
-
-
-def _is_alive_here(client: Client, key: str) -> bool:
+def _is_alive_here(lease: _LockRecord) -> bool:
     """Return whether any process of this host holds the lock.
 
     It connects, and binds nothing: of two ranks that let go at once, each would take the other's look for a holder.
@@ -309,21 +353,20 @@ def _is_alive_here(client: Client, key: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as looking:
         for slot in range(_SLOTS):
             with suppress(ConnectionRefusedError):
-                looking.connect(_address(client, key, slot))
+                looking.connect(_address(lease, slot))
                 return True
     return False
 
 
-def _address(client: Client, key: str, slot: int) -> str:
-    what = f"{client.server} {client.url(key)}"
-    name = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
-    return f"\0stager-lease-{name}-{slot}"
+def _address(lease: _LockRecord, slot: int) -> str:
+    return f"\0stager-lease-{lease.socket}-{slot}"
 
 
-def _bind(client: Client, key: str, slot: int) -> socket.socket | None:
+def _bind(lease: _LockRecord, slot: int) -> socket.socket | None:
+    """Return a socket that shows that this process holds the lock; None: another process has this one."""
     held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        held.bind(_address(client, key, slot))
+        held.bind(_address(lease, slot))
     except OSError as error:
         held.close()
         if error.errno != errno.EADDRINUSE:
