@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from typer.testing import CliRunner
 
 from stager import (
@@ -16,6 +18,7 @@ from stager import (
     Checkpointer,
     ConfigError,
     PathCheckpointer,
+    StagerStorageReader,
     StorageError,
     UsageError,
     WorkerStager,
@@ -120,6 +123,16 @@ def test_a_forked_child_is_told_and_its_parent_goes_on(run_url: str) -> None:
         assert os.waitpid(child, 0)[1] == 0
         ckpt.save(2, {"x": torch.ones(3)}).upload_completion.result(60)
     assert verify(f"{run_url}/step-00000002").ok
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_run_is_no_checkpoint_for_torch(run_url: str) -> None:
+    with Checkpointer(run_url) as ckpt:
+        ckpt.save(1, {"x": torch.ones(3)})
+    for url in (run_url, f"{run_url}/step-00000002"):
+        with pytest.raises(CheckpointException) as raised:
+            dcp.load({"x": torch.zeros(3)}, storage_reader=StagerStorageReader(url))
+        assert "__0.metadata" not in str(raised.value) and run_url in str(raised.value)
 
 
 # -- what a store says ----------------------------------------------------------------------------------------------

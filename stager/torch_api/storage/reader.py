@@ -92,7 +92,8 @@ class StagerStorageReader(StorageReader):
             self._index = read_index(self._path, self.load_id)
             return self._index.metadata
         has_metadata = storage.guarantees.foreign_files and os.path.lexists(os.path.join(self._path, METADATA_NAME))
-        if kwargs.get("rank") is None and not has_metadata:
+        # Each rank may have metadata of its own; what else there is in a store nobody reads.
+        if not has_metadata and (kwargs.get("rank") is None or not storage.guarantees.foreign_files):
             found = find(self._path)
             raise CheckpointNotFoundError(
                 None,
