@@ -160,6 +160,7 @@ def _job(tmp_path: Path, **changes: object) -> Job:
     return replace(job, **changes)
 
 
+@pytest.mark.long
 @pytest.mark.remains
 def test_child_over_its_deadline_is_killed_with_all_it_started(tmp_path: Path) -> None:
     """This soak never ends by itself; the leak check of this suite looks for processes that are left."""

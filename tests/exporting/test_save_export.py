@@ -225,7 +225,7 @@ def test_command_has_every_argument(tmp_path: Path) -> None:
 # -- the worker is killed -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["export.begin", "export.written"])
+@pytest.mark.parametrize("place", [pytest.param("export.begin", marks=pytest.mark.long), "export.written"])
 def test_worker_killed_is_replaced_and_the_export_made(
     run_dir: Path, tmp_path: Path, faults: Faults, place: str
 ) -> None:

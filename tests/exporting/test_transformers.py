@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ _RANKS = "tests.exporting.transformers_models"
 _AUTO = {"t5": "AutoModelForSeq2SeqLM"}
 # save_pretrained writes the experts of Mixtral one by one, by other names than the model's.
 _OF_ONE_LAYOUT = [name for name in NAMES if name != "mixtral"]
+
+
+def _often(names: Iterable[str], *often: str) -> list[Any]:
+    """Those that the short suite has; ``make long`` and ``make test-integrations`` have all."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 _WEIGHTS = {"keys": "model", "strip_prefix": "model."}
 
 
@@ -71,7 +78,7 @@ def _tied(state: dict[str, torch.Tensor]) -> set[frozenset[str]]:
 
 
 @pytest.mark.parametrize("world_size", _WORLD_SIZES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", _often(NAMES, "gpt2", "mixtral", "t5"))
 def test_from_pretrained_gives_what_ranks_saved(tmp_path: Path, name: str, world_size: int, warned: list[str]) -> None:
     run_ranks(f"{_RANKS}:save", world_size, tmp_path, name)
     config_of(name).save_pretrained(tmp_path / "config")
@@ -88,7 +95,7 @@ def test_from_pretrained_gives_what_ranks_saved(tmp_path: Path, name: str, world
     assert warned == []
 
 
-@pytest.mark.parametrize("name", _OF_ONE_LAYOUT)
+@pytest.mark.parametrize("name", _often(_OF_ONE_LAYOUT, "t5"))
 def test_names_that_are_kept_are_those_that_save_pretrained_keeps(tmp_path: Path, name: str) -> None:
     run_ranks(f"{_RANKS}:save", 1, tmp_path, name)
     export_weights(tmp_path / "run", tmp_path / "out", **_WEIGHTS)
@@ -99,16 +106,14 @@ def test_names_that_are_kept_are_those_that_save_pretrained_keeps(tmp_path: Path
 
 
 @pytest.mark.parametrize("world_size", _WORLD_SIZES)
-@pytest.mark.parametrize("name", _OF_ONE_LAYOUT)
+@pytest.mark.parametrize("name", _often(_OF_ONE_LAYOUT, "t5"))
 def test_what_save_pretrained_wrote_is_loaded_on_ranks(tmp_path: Path, name: str, world_size: int) -> None:
     build(name).save_pretrained(tmp_path / "pretrained", max_shard_size="4KB")
     assert len(list((tmp_path / "pretrained").glob("*.safetensors"))) > 1
     assert run_ranks(f"{_RANKS}:load", world_size, tmp_path, name) == [[]] * world_size
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("gpt2", "t5") else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
-)
+@pytest.mark.parametrize("name", _often(NAMES, "t5"))
 def test_an_export_is_loaded_for_more_training(tmp_path: Path, name: str) -> None:
     run_ranks(f"{_RANKS}:save", 2, tmp_path, name)
     export_weights(tmp_path / "run", tmp_path / "pretrained", **_WEIGHTS, max_shard_bytes="4KB")

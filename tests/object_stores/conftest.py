@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from itertools import count
 
 import pytest
 
 from stager.workers.checkpoint.storage.objects.client import client_of
 from tests.object_stores.proxy import Proxy, proxied
-from tests.object_stores.servers import BUCKET, KINDS, Server, environment, serving
+from tests.object_stores.servers import BUCKET, Server, Servers, environment
 
 _numbers = count(1)
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """One server of each kind."""
-    with ExitStack() as running:
-        found = {
-            kind: running.enter_context(serving(kind, tmp_path_factory.mktemp(kind, numbered=True))) for kind in KINDS
-        }
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """One server of each kind, when somebody asks for it."""
+    with Servers(lambda kind: tmp_path_factory.mktemp(kind, numbered=True)) as found:
         # The client's threads and what they poll with are there from the first request on, for the life of the process.
         with pytest.MonkeyPatch.context() as patch:
-            _use(found["ministack"].url, patch)
+            _use(found.of("ministack").url, patch)
             client_of(f"s3://{BUCKET}").exists("warm")
             client_of.cache_clear()
         yield found
 
 
 @pytest.fixture(params=["ministack", pytest.param("moto", marks=pytest.mark.long)])
-def server(request: pytest.FixtureRequest, servers: dict[str, Server]) -> Server:
-    """A server of each kind in turn; in the short suite, the contract of storages is what runs on all of them."""
-    return servers[request.param]
+def server(request: pytest.FixtureRequest, servers: Servers) -> Server:
+    """A server of each kind in turn; the short suite has one."""
+    return servers.of(request.param)
 
 
 @pytest.fixture
@@ -56,11 +52,9 @@ def run_url(server: Server, run_url_of: Callable[[Server], str]) -> str:
 
 
 @pytest.fixture
-def proxy(
-    servers: dict[str, Server], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Iterator[Proxy]:
+def proxy(servers: Servers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Proxy]:
     """A proxy before one of the servers, which every client of this test uses."""
-    with proxied(servers["ministack"].port) as proxy:
+    with proxied(servers.of("ministack").port) as proxy:
         _use(proxy.url, monkeypatch)
         yield proxy
         _forget(caplog)

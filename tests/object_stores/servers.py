@@ -8,15 +8,14 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.waiting import wait_until
 
 BUCKET = "bucket"
-KINDS = ("ministack", "moto")
 # The servers check no signature; they tell S3 from other services by the service that it names.
 _SIGNED = {
     "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
@@ -38,6 +37,31 @@ class Server:
     def open_uploads(self) -> int:
         """How many multipart uploads were begun and neither completed nor aborted."""
         return _request(f"{self.url}/{BUCKET}?uploads", "GET").count(b"<UploadId>")
+
+
+class Servers:
+    """One server of each kind, begun when it is asked for first, and ended together.
+
+    Args:
+        directory: returns one in which a server of a kind may write.
+    """
+
+    def __init__(self, directory: Callable[[str], Path]) -> None:
+        self._directory = directory
+        self._found: dict[str, Server] = {}
+        self._running = ExitStack()
+
+    def of(self, kind: str) -> Server:
+        """Return the server of this kind."""
+        if kind not in self._found:
+            self._found[kind] = self._running.enter_context(serving(kind, self._directory(kind)))
+        return self._found[kind]
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
 
 
 @contextmanager

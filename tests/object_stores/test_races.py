@@ -20,7 +20,7 @@ from stager.workers.checkpoint.storage.objects.client import client_of, split
 from stager.workers.checkpoint.storage.places import storage_of
 from stager.workers.checkpoint.write.write_task import WriteTask
 from tests.object_stores.proxy import Fault, Proxy
-from tests.object_stores.servers import Server
+from tests.object_stores.servers import Servers
 from tests.object_stores.test_checkpointer import LEFT, objects
 from tests.persistence.tasks import make_task
 
@@ -146,10 +146,10 @@ def test_recover_is_refused_as_soon_as_the_lease_is_seen_to_be_renewed(run_url: 
     renewing.join()
 
 
-def test_one_server_by_two_names_is_one_server(servers: dict[str, Server], run_url_of: Any, monkeypatch: Any) -> None:
-    run_url = run_url_of(servers["ministack"])
+def test_one_server_by_two_names_is_one_server(servers: Servers, run_url_of: Any, monkeypatch: Any) -> None:
+    run_url = run_url_of(servers.of("ministack"))
     lock = storage_of(run_url).lock(run_url, 0, "a" * 16)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", servers["ministack"].url.replace("127.0.0.1", "localhost") + "/")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", servers.of("ministack").url.replace("127.0.0.1", "localhost") + "/")
     client_of.cache_clear()
     with pytest.raises(DirectoryInUseError):
         storage_of(run_url).lock(run_url, 0, "b" * 16)

@@ -30,7 +30,7 @@ from stager.cli.app import app
 from stager.workers.checkpoint.storage.objects.client import client_of
 from stager.workers.checkpoint.storage.objects.refusal import refusal
 from stager.workers.checkpoint.storage.paths import place_path
-from tests.object_stores.servers import Server
+from tests.object_stores.servers import Server, Servers
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_an_endpoint_without_a_scheme_is_named(run_url: str, monkeypatch: pytest
 
 
 def test_doctor_asks_the_store(
-    servers: dict[str, Server], run_url_of: Callable[[Server], str], monkeypatch: pytest.MonkeyPatch
+    servers: Servers, run_url_of: Callable[[Server], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_url = run_url_of(servers["ministack"])
+    run_url = run_url_of(servers.of("ministack"))
     result = CliRunner().invoke(app, ["doctor", run_url, "--json"])
     assert result.exit_code == 0, result.output
     assert '"conditional writes"' in result.output and "rename is atomic" not in result.output

@@ -10,14 +10,14 @@ import pytest
 from stager.workers.checkpoint.storage.places import storage_of
 from tests.object_stores.conftest import far_url, proxy, run_url_of, servers  # noqa: F401  # fixtures
 from tests.object_stores.proxy import Fault, Proxy
-from tests.object_stores.servers import Server
+from tests.object_stores.servers import Servers
 
 
-@pytest.fixture(params=["file system", "ministack", "moto", "faulty"])
+@pytest.fixture(params=["file system", "ministack", pytest.param("moto", marks=pytest.mark.long), "faulty"])
 def directory(
     request: pytest.FixtureRequest,
     tmp_path: Path,
-    servers: dict[str, Server],  # noqa: F811  # as pytest gives it
+    servers: Servers,  # noqa: F811  # as pytest gives it
 ) -> Iterator[str]:
     """The directory of a run, prepared. ``faulty``: of each kind of request, some fail, and the client repeats them."""
     if request.param == "file system":
@@ -29,6 +29,6 @@ def directory(
                 far.when(method, "", what, after=after)
         found = request.getfixturevalue("far_url")
     else:
-        found = request.getfixturevalue("run_url_of")(servers[request.param])
+        found = request.getfixturevalue("run_url_of")(servers.of(request.param))
     storage_of(found).prepare(found)
     yield found

@@ -26,6 +26,7 @@ def play(stage: Stage, plan: Episode) -> tuple[EpisodeResult, dict[str, FaultRes
     return result, {outcome.fault.label: outcome.outcome for outcome in result.outcomes}
 
 
+@pytest.mark.long
 def test_trainer_killed_after_staging_then_its_last_checkpoint_damaged(stage: Stage) -> None:
     killed = RunPlan(8, faults=(PointFault("save.handed-over", "kill", after=3),), peek_at=2, hurried=True)
     damaged = RunPlan(10, faults=(Damage("flip", newest=True, file=0.4, place=0.5),))
