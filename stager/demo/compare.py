@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from stager.state.bits import bits_of
+
 
 def state_differences(expected: Any, actual: Any, path: str = "") -> Iterator[str]:
     """One line per value of two nested states that differs, in type, shape or any bit.
@@ -74,5 +76,4 @@ def _tensor_differences(expected: torch.Tensor, actual: torch.Tensor, path: str)
 
 def _element_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bits as uint8, one row per element."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).reshape(flat.numel(), tensor.element_size())
+    return bits_of(tensor.cpu()).reshape(tensor.numel(), tensor.element_size())

@@ -12,6 +12,7 @@ import torch
 
 from stager.loading.reading.direct_read import nbytes_spanned, overlapping
 from stager.loading.targets import Targets
+from stager.state.bits import bits_of
 from stager.workers.checkpoint.layout.structure import describe
 
 _ALIGNMENT = 16  # bytes; no element of a tensor is larger
@@ -114,7 +115,4 @@ def _overwrites(later: int, earlier: int, views: Sequence[torch.Tensor], sources
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    def bits(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-
-    return torch.equal(bits(one.detach()), bits(other.detach()))
+    return torch.equal(bits_of(one), bits_of(other))

@@ -22,6 +22,7 @@ import torch
 
 from stager.ranks.cutting import is_stored_raw
 from stager.ranks.messages import LeafDigests
+from stager.state.bits import bits_of
 from stager.workers.memory.tensor_memory import problem_of
 
 _SAMPLES = 1024
@@ -72,7 +73,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
     if count > 2 * _SAMPLES:
         places = torch.arange(_SAMPLES, device=whole.device).mul_(_step(count)).remainder_(count)
         whole = torch.take(whole, places)
-    return whole.reshape(-1).view(torch.uint8)
+    return bits_of(whole)
 
 
 @lru_cache(maxsize=4096)

@@ -20,6 +20,7 @@ from stager.snapshot.batches import PIECE_BYTES, Batches, Gather, Move
 from stager.snapshot.copy_threads import CopyThreads
 from stager.snapshot.device_copies import bytes_of, copy_by_torch, enqueue
 from stager.snapshot.kernel_copies import Scratch, read_into, vectors, write
+from stager.state.bits import bits_of
 from stager.state.copies import Copy
 from stager.workers.device.streams import NO_STREAMS, SideStreams
 from stager.workers.errors import InternalError, TornSnapshotError
@@ -179,9 +180,9 @@ def compare(
 def _is_same(copy: Copy, leaves: Sequence[torch.Tensor], slab: Slab) -> bool:
     """Compare by torch."""
     source = leaves[copy.leaf].detach()
-    source = source.resolve_conj().resolve_neg().contiguous() if copy.is_packed else bytes_of(source, copy)
+    source = bits_of(source) if copy.is_packed else bytes_of(source, copy)
     staged = torch.empty(0, dtype=torch.uint8).set_(slab.storage, copy.slab_offset, (copy.nbytes,))  # type: ignore[call-overload]  # torch's stubs lack this form
-    return torch.equal(source.cpu().view(-1).view(torch.uint8), staged)
+    return torch.equal(source.cpu().view(-1), staged)
 
 
 def _differing(copies: Sequence[Copy], slab: Slab, may_go: bool) -> Iterator[Copy]:

@@ -67,6 +67,18 @@ def test_elements_that_lie_between_others_share_no_memory(
     assert torch.equal(target, source)
 
 
+def test_one_element_of_any_stride(run_dir: Path) -> None:
+    """torch calls it contiguous, and does not view it as bytes."""
+    base = torch.zeros(4, dtype=torch.int64)
+    into = {"base": base, "one": base[::2][:1], "row": base.view(2, 2)[:1, :1]}
+    values = torch.arange(4) + 7
+    restore(run_dir, {"base": values, "one": values[:1].clone(), "row": values[:1].view(1, 1).clone()}, into)
+    assert torch.equal(base, values)
+    refused(
+        run_dir, {"base": values, "one": values[1:2], "row": values[:1].view(1, 1)}, into, "one and row: share memory"
+    )
+
+
 def test_tied_here_and_equal_there(run_dir: Path) -> None:
     shared = torch.zeros(3)
     weight = torch.tensor([1.0, float("nan"), -0.0])

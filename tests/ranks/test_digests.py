@@ -19,6 +19,12 @@ def _digest(value: Any) -> str | None:
     return digests.tensors.get("x", digests.others.get("x"))
 
 
+def test_one_element_counts_whatever_its_stride() -> None:
+    memory = torch.arange(4)
+    assert memory[::2][:1].stride() == (2,)  # torch does not view it as bytes
+    assert _digest(memory[::2][:1]) == _digest(torch.zeros(1, dtype=torch.int64)) != _digest(memory[1:][::2][:1])
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("numel", [1, 2048, 100_003])
 @pytest.mark.parametrize("dtype", [*_DTYPES, *_RARE], ids=str)
