@@ -67,6 +67,7 @@ class Trainer:
         self._diary = diary
         self._handles: list[SaveHandle] = []
         self._noted: set[int] = set()
+        self._begun_twice: set[int] = set()  # steps whose first save() raised an earlier error: that save goes on, unseen
         self._preempted = Preempted()
 
     def train(self) -> None:
@@ -161,6 +162,7 @@ class Trainer:
             except Exception as error:  # noqa: BLE001  (the plan knows which ones are right)
                 if self._note_error(error, step):
                     return None
+                self._begun_twice.add(step)
         return None
 
     def _note_error(self, error: Exception, step: int | None) -> bool:
@@ -169,9 +171,15 @@ class Trainer:
         handles = [handle for handle in self._handles if id(_error_of(handle)) in told]
         for handle in handles:
             self._note_failure(handle)
-        if not handles:
-            self._diary.write(_failed(-1 if step is None else step, error))
-        return not handles
+        if handles:
+            return False
+        unseen = next((one for one in self._begun_twice if one != step and f"step-{one:08d}" in str(error)), None)
+        if unseen is not None:
+            self._begun_twice.discard(unseen)
+            self._diary.write(_failed(unseen, error))
+            return False
+        self._diary.write(_failed(-1 if step is None else step, error))
+        return True
 
     def _note_failure(self, handle: SaveHandle, lost: bool = False) -> None:
         error = _error_of(handle)
