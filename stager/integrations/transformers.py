@@ -40,6 +40,7 @@ from stager.integrations.transformers_parts.trainer_rotation import RotationRule
 from stager.integrations.transformers_parts.trainer_saves import Config, TrainerSaves
 from stager.integrations.two_weights import has_two_weights
 from stager.workers.checkpoint.directory.manifest_file import has_own_manifest, read_manifest
+from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.errors import UsageError
 
 logger = logging.getLogger("stager")
@@ -77,6 +78,8 @@ class StagerTrainerMixin(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as ``Trainer.train()`` does. A checkpoint that a killed run's workers still commit is waited for."""
         refuse_what_cannot_be_saved(self)
+        if "://" in self.args.output_dir:
+            local_path(self.args.output_dir, "output_dir")  # raises: the Trainer's own files are in it, too
         with self._stager_open() as saves:
             if resume_from_checkpoint:
                 self._stager_recover(saves, resume_from_checkpoint)

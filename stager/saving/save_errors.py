@@ -123,12 +123,12 @@ class SaveErrors:
             if save is self._in_call:
                 self._unlogged = what
             elif save not in self._raised:
-                logger.error("%s: %s: %s", what, type(error).__name__, error)
+                logger.error("%s: %s", what, _text_of(error))
             self._raised.discard(save)
             return
         save.upload_completion.was_read = True  # close() does not raise it
         if self._on_error != "call" or not self._is_heard():
-            logger.warning("%s, and training goes on: %s: %s", what, type(error).__name__, error)
+            logger.warning("%s, and training goes on: %s", what, _text_of(error))
 
     def tolerates(self, save: Save) -> bool:
         """Whether a save whose ``save()`` failed is to be returned as a failed one; else that call raises its error."""
@@ -177,7 +177,7 @@ class SaveErrors:
         unread = [(save, error) for save in saves if (error := save.upload_completion.take_unread()) is not None]
         if self._on_error != "raise":
             for save, error in unread:  # not judged: an earlier save, that the workers finish alone, had not ended
-                logger.warning("save of step %d failed: %s: %s", save.step, type(error).__name__, error)
+                logger.warning("save of step %d failed: %s", save.step, _text_of(error))
             return
         errors = list({id(error): error for _, error in unread}.values())  # saves that fail together share one error
         for error, following in pairwise(errors):
@@ -189,3 +189,8 @@ class SaveErrors:
                 last.__context__ = following
         if errors:
             raise errors[0]
+
+
+def _text_of(error: BaseException) -> str:
+    """Return what is logged of an error. Not the error itself: whoever keeps the record would keep the snapshot, too."""
+    return f"{type(error).__name__}: {error}"

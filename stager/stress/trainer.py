@@ -67,7 +67,9 @@ class Trainer:
         self._diary = diary
         self._handles: list[SaveHandle] = []
         self._noted: set[int] = set()
-        self._begun_twice: set[int] = set()  # steps whose first save() raised an earlier error: that save goes on, unseen
+        self._begun_twice: set[int] = (
+            set()
+        )  # steps whose first save() raised an earlier error: that save goes on, unseen
         self._preempted = Preempted()
 
     def train(self) -> None:

@@ -7,15 +7,12 @@ from typing import Any
 from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
 from stager.config import load_config
-from stager.workers.checkpoint.storage.paths import local_path
 from stager.workers.errors import UsageError
 
 
 def refuse_what_cannot_be_saved(trainer: Any) -> None:
     """Raise a UsageError if the checkpoints of this Trainer cannot be stager's. It says why, and what to do."""
     args = trainer.args
-    if "://" in args.output_dir:
-        local_path(args.output_dir, "output_dir")  # raises; the Trainer's own files are in it, too
     is_fsdp2 = trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
     is_xla = is_torch_xla_available()
     jit = getattr(args, "enable_jit_checkpoint", False)  # since transformers 5.0
