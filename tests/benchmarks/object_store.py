@@ -9,8 +9,8 @@ own; what is measured begins after its imports, with the state in its memory.
     s3torchconnector    ``dcp.save()`` with ``S3StorageWriter`` and four threads, whose files are not hashed; ``dcp.load()``
 
 Memory is measured in a round of its own: how much more the process and all below it held at the peak (shared pages counted
-once, PSS) than before, over the bytes of the state. stager has one buffer, so its snapshot is one time the state. Times are medians over the other
-rounds, ratios medians of the ratios within a round.
+once, PSS) than before, over the bytes of the state. stager has one buffer, so its snapshot is one time the state. Times are
+medians over the other rounds, ratios medians of the ratios within a round.
 """
 
 from __future__ import annotations
