@@ -9,7 +9,7 @@ own; what is measured begins after its imports, with the state in its memory.
     s3torchconnector    ``dcp.save()`` with ``S3StorageWriter`` and four threads, whose files are not hashed; ``dcp.load()``
 
 Memory is measured in a round of its own: how much more the process and all below it held at the peak (shared pages counted
-once, PSS) than before, over the bytes of the state. stager has one buffer, so its snapshot is one time the state. Times are
+once, PSS) than before, over the bytes of the state. stager has two buffers, each one time the state. Times are
 medians over the other rounds, ratios medians of the ratios within a round.
 """
 
@@ -148,7 +148,7 @@ def _be_leg(name: str, phase: str, nbytes: int) -> dict[str, float]:
         started = time.perf_counter()
         _SAVES[name](state)
         return {"secs": time.perf_counter() - started, "base_bytes": base, "checksum": _checksum(state)}
-    with Checkpointer(_URL, config={"workers": {"count": 2}, "arena": {"buffers": 1}}) as ckpt:
+    with Checkpointer(_URL, config={"workers": {"count": 2}}) as ckpt:
         ckpt.warmup(state)
         started = time.perf_counter()
         _stager_save(ckpt, state)
