@@ -115,7 +115,7 @@ class LeaseLock(RunLock):
         """See :meth:`RunLock.share`. Everybody who knows the nonce has the lease."""
 
     def close(self) -> None:
-        """See :meth:`RunLock.close`. Gives the lease back if no process of this host has it any more."""
+        """See :meth:`RunLock.close`. Gives the lease back if nobody here has it any more; a spread one, if it took it."""
         self._ended.set()
         self._thread.join(_JOIN_SECS)
         self.descriptor.close()
@@ -148,7 +148,7 @@ def take_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
     watch = _Watch()
     while True:
         found = _read(client, key)
-        lease = _LockRecord() if found is None else _LockRecord.of(found.data)
+        lease = _record_of(found)
         watch.look(found)
         if watch.is_free(lease):
             taken = _taken(lease, nonce)
@@ -174,7 +174,7 @@ def join_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
     """Hold the lease that the run's first rank has taken. Arguments and errors: :func:`take_lease`."""
     while True:
         found = _read(client, key)
-        lease = _LockRecord() if found is None else _LockRecord.of(found.data)
+        lease = _record_of(found)
         if lease.nonce != nonce:
             _refuse(lease, timeout, path)
         if lease.spread or _is_of_this_host(lease):
@@ -188,8 +188,7 @@ def join_lease(client: Client, key: str, timeout: float, nonce: str, path: str) 
 
 def holder_of(client: Client, key: str) -> str:
     """Return the nonce of the run that has the lease; "": nobody has."""
-    found = _read(client, key)
-    return "" if found is None else _LockRecord.of(found.data).nonce
+    return _record_of(_read(client, key)).nonce
 
 
 @contextmanager
@@ -198,7 +197,7 @@ def without_holder(client: Client, key: str, path: str) -> Iterator[None]:
     watch = _Watch()
     while True:
         found = _read(client, key)
-        lease = _LockRecord() if found is None else _LockRecord.of(found.data)
+        lease = _record_of(found)
         watch.look(found)
         if watch.is_free(lease):
             break
@@ -269,6 +268,11 @@ def _check_conditions(client: Client, key: str, lease: _LockRecord, path: str) -
             path,
         )
     client.is_conditional = True
+
+
+def _record_of(found: Version | None) -> _LockRecord:
+    """Return what the object says; that nobody has the lease, if there is none."""
+    return _LockRecord() if found is None else _LockRecord.of(found.data)
 
 
 class _Watch:
